@@ -1,0 +1,122 @@
+"""`inferix doctor`: what is installed, what the machine has, and what works with it.
+
+Facts are gathered into one dict, which is both the JSON and the source of the tables. Packages are looked up
+by their metadata, so a broken optional package cannot break the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..version import __version__
+
+GIVES = {
+    "torch": "runs the models; required",
+    "transformers": "UMT5 text encoder: prompts as text",
+    "av": "writes and reads video files",
+    "ftfy": "cleans prompts as Wan's training did",
+    "triton": "fused GPU kernels; this version does not use it yet",
+    "cuda-python": "CUDA graphs and device facts; this version does not use it yet",
+    "flash-attn": "a faster attention; this version uses torch's own",
+    "tensorrt": "running exported engines; this version does not use it yet",
+    "onnx": "exported graphs; this version does not use it yet",
+    "diffusers": "the other implementation that the tests compare with",
+}
+
+
+def installed(name: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_facts() -> dict[str, Any]:
+    """Cores this process may use, and the machine's memory in GiB (None where the system does not tell)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    told = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if told else None
+    return {"machine": platform.machine(), "cores": cores, "memory_gib": memory and round(memory, 1)}
+
+
+def gpu_facts() -> list[dict[str, Any]]:
+    """Name, memory in GiB and compute capability of each GPU torch can use."""
+    import torch
+
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        {
+            "name": device.name,
+            "memory_gib": round(device.total_memory / 2**30, 1),
+            "capability": f"{device.major}.{device.minor}",
+        }
+        for device in devices
+    ]
+
+
+def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dict[str, str]:
+    """One plain sentence per feature."""
+
+    def needs(name: str) -> str:
+        return "works" if packages[name] else f"missing: pip install {name}"
+
+    return {
+        "generate on the CPU": "works",
+        "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
+        "video files": needs("av"),
+        "prompts as text": needs("transformers"),
+        "prompt cleaning": needs("ftfy"),
+        "fused kernels, CUDA graphs, export": "not in this version",
+    }
+
+
+def report() -> dict[str, Any]:
+    packages = {name: installed(name) for name in GIVES}
+    gpus = gpu_facts()
+    return {
+        "inferix": __version__,
+        "python": platform.python_version(),
+        "packages": packages,
+        "cpu": cpu_facts(),
+        "gpus": gpus,
+        "features": verdicts(packages, gpus),
+    }
+
+
+def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON line instead of tables.")) -> None:
+    """Say what is installed, what this machine has, and which features work here.
+
+    Example: inferix doctor --json
+    """
+    facts = report()
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    console = Console()
+    console.print(f"inferix {facts['inferix']}, python {facts['python']}", highlight=False)
+    packages = Table("package", "installed", "gives", title="Packages", title_justify="left")
+    for name, version in facts["packages"].items():
+        packages.add_row(name, version or "missing", GIVES[name])
+    machine = Table("part", "facts", title="Machine", title_justify="left")
+    cpu = facts["cpu"]
+    memory = "memory unknown" if cpu["memory_gib"] is None else f"{cpu['memory_gib']} GiB of memory"
+    machine.add_row("CPU", f"{cpu['machine']}, {cpu['cores']} cores, {memory}")
+    for gpu in facts["gpus"]:
+        described = f"{gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"
+        machine.add_row("GPU", described)
+    if not facts["gpus"]:
+        machine.add_row("GPU", "none that torch can use")
+    features = Table("feature", "verdict", title="Features", title_justify="left")
+    for feature, verdict in facts["features"].items():
+        features.add_row(feature, verdict)
+    for table in (packages, machine, features):
+        console.print(table)

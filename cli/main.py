@@ -1,0 +1,52 @@
+"""The `inferix` command and its exit codes.
+
+0: done, 1: a run failed, 2: bad input, 130: interrupted. Only the package's own errors become one line
+on stderr; any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import InferixError, UsageError
+from . import checkpoint
+from .doctor import doctor
+from .generate import generate
+
+
+class Commands(TyperGroup):
+    """The verbs; errors of any of them, raised while options are read or while it runs, end here."""
+
+    def invoke(self, ctx: Any) -> Any:  # the context's class has moved between versions of typer
+        try:
+            return super().invoke(ctx)
+        except InferixError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(generate)
+app.command()(doctor)
+app.add_typer(checkpoint.app, name="checkpoint")
+
+
+@app.callback()
+def common(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Block-diffusion video models, run block by block.
+
+    Example: inferix generate --out video.mp4
+    """
+
+
+def main() -> None:
+    """Run the command in sys.argv and exit with its code; typer itself exits with 2 and 130."""
+    app(prog_name="inferix")

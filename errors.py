@@ -1,0 +1,24 @@
+"""The two errors a user meets.
+
+`UsageError` is bad input (exit code 2), any other `InferixError` is a run that failed (exit code 1).
+Every message carries the bad value, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InferixError(Exception):
+    """A run that could not be finished; the message says why."""
+
+
+class UsageError(InferixError, ValueError):
+    """Bad input: a value, name, file or combination that cannot be used."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string."""
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

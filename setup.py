@@ -1,0 +1,89 @@
+"""Packaging: the repository root is the package `inferix`.
+
+The package list is written out, so that folders such as `tests` or `build` never slip into a wheel;
+`tests/test_layout.py` compares it with the tree. The version is read from `version.py` as text, since
+importing the package here would need its dependencies.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+PACKAGES = [
+    "inferix",
+    "inferix.cli",
+    "inferix.kernels",
+    "inferix.graphs",
+    "inferix.models",
+    "inferix.models.wan",
+    "inferix.models.text",
+    "inferix.export",
+    "inferix.runtime",
+]
+
+DEPENDENCIES = [
+    "torch>=2.11,<3",
+    "numpy>=2,<2.4",
+    "safetensors",
+    "typer",
+    "rich",
+    "PyYAML",
+    "transformers>=5,<6",
+    "av",
+    "ftfy",
+    "Pillow",
+]
+
+EXTRAS = {
+    "dev": [
+        "pytest",
+        "ruff",
+        "mypy",
+        "diffusers==0.42.*",
+        "cmake",
+        "psutil",
+        "types-PyYAML",
+        "build",
+        "setuptools",
+        "wheel",
+        "hypothesis",
+    ],
+    "gpu": ["triton", "cuda-python"],
+}
+
+
+class BuildPackage(build_py):
+    """Leaves this file out of the wheel: it lies in the package's folder and would be taken along."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[:2] != ("inferix", "setup")]
+
+
+def read_version() -> str:
+    """The string assigned to `__version__` in `version.py`."""
+    match = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "version.py").read_text("utf-8"), re.MULTILINE)
+    if match is None:
+        raise ValueError('version.py must hold one line of the form __version__ = "1.2.3"')
+    return match[1]
+
+
+setup(
+    name="inferix",
+    version=read_version(),
+    description="A runtime for block-diffusion (semi-autoregressive) video world models",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"inferix": "."},
+    packages=PACKAGES,
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["inferix = inferix.cli.main:main"]},
+    cmdclass={"build_py": BuildPackage},
+)

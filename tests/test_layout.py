@@ -1,0 +1,180 @@
+"""The shape of the project: package list, layering, the built wheel and the CMake file.
+
+Layering is checked by reading imports with `ast`, so nothing is imported and an import inside a function or
+under TYPE_CHECKING counts too. Builds run on a copy of the tree, to leave no `build` folder in the clone.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_PACKAGES = {"tests", "build", "dist", "outputs"}
+BELOW_ROOT = ["kernels", "graphs", "models", "export", "runtime"]
+AT_ROOT = ["cli", "__init__", "__main__"]
+LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
+FOR_EVERYONE = {"errors", "version"}
+
+
+def packages(root: Path) -> set[str]:
+    """Dotted names of the packages below `root`, which itself is `inferix`."""
+    names = set()
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".") and name not in NO_PACKAGES]
+        if "__init__.py" in files:
+            names.add(".".join(["inferix", *Path(folder).relative_to(root).parts]))
+    return names
+
+
+def modules(root: Path) -> Iterator[tuple[str, Path]]:
+    """(dotted name, path) of every module; a package's name ends in `.__init__`."""
+    for package in sorted(packages(root)):
+        for path in sorted(root.joinpath(*package.split(".")[1:]).glob("*.py")):
+            if path != root / "setup.py":
+                yield f"{package}.{path.stem}", path
+
+
+def imported(module: str, source: str) -> Iterator[str]:
+    """Dotted names that `module` imports from `inferix`, relative ones resolved."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "inferix")
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            target = ".".join(part for part in (base, node.module) if part)
+            if target == "inferix":
+                yield from (f"inferix.{alias.name}" for alias in node.names)
+            elif target.startswith("inferix."):
+                yield target
+
+
+def layer(module: str) -> str:
+    """The folder or root module directly below `inferix`; names the facade defines belong to `__init__`."""
+    parts = module.split(".")
+    known = len(parts) > 1 and (parts[1] in LAYERS or parts[1] in FOR_EVERYONE)
+    return parts[1] if known or len(parts) > 2 else "__init__"
+
+
+def wrong_imports(module: str, source: str) -> list[str]:
+    """One line per import that runs upwards, out of a shared module, or into a folder that has no layer."""
+    here = layer(module)
+    height = -1 if here in FOR_EVERYONE else LAYERS[here]
+    return [
+        f"{module} imports {target}"
+        for target in imported(module, source)
+        if layer(target) not in FOR_EVERYONE and LAYERS.get(layer(target), sys.maxsize) > height
+    ]
+
+
+def run(*command: str, cwd: Path) -> str:
+    """Standard output of a command; on failure the test shows both of its streams."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def setup_value(name: str) -> list[str]:
+    """A literal assigned at the top level of setup.py."""
+    for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return list(ast.literal_eval(node.value))
+    raise AssertionError(f"setup.py assigns no {name}")
+
+
+def project_version() -> str:
+    """The version as it stands in version.py, read here by other means than setup.py's."""
+    body = ast.parse((ROOT / "version.py").read_text("utf-8")).body
+    (assignment,) = [node for node in body if isinstance(node, ast.Assign)]
+    return str(ast.literal_eval(assignment.value))
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("wheel")
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "outputs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "tree", ignore=unwanted)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
+    run(sys.executable, "-m", "pip", "wheel", *options, str(folder / "tree"), cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    assert wheel.name.startswith(f"inferix-{project_version()}-")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_package_list_equals_the_tree() -> None:
+    listed = setup_value("PACKAGES")
+    assert len(listed) == len(set(listed))
+    assert set(listed) == packages(ROOT)
+
+
+def test_imports_run_downwards() -> None:
+    wrong = [line for name, path in modules(ROOT) for line in wrong_imports(name, path.read_text("utf-8"))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("inferix.kernels.attention", "from ..models.wan import spec"),
+        ("inferix.kernels.attention", "from .. import runtime"),
+        ("inferix.kernels.__init__", "from ..graphs import types"),
+        ("inferix.graphs.trace", "import inferix.models"),
+        ("inferix.models.wan.vae", "def f():\n    from ...runtime.engine import Engine"),
+        ("inferix.export.pack", "from inferix.runtime import engine"),
+        ("inferix.runtime.engine", "from ..cli.main import main"),
+        ("inferix.runtime.engine", "from .. import load"),
+        ("inferix.runtime.engine", "import inferix"),
+        ("inferix.runtime.engine", "from ..tests.test_layout import run"),
+        ("inferix.errors", "from .kernels import rope"),
+    ],
+)
+def test_planted_wrong_imports_are_found(module: str, source: str) -> None:
+    assert len(wrong_imports(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("inferix.kernels.attention", "import torch\nfrom ..errors import UsageError\nfrom . import rope"),
+        ("inferix.models.wan.transformer", "from ...kernels import rope\nfrom . import spec"),
+        ("inferix.runtime.engine", "from .. import errors, version\nfrom ..export import pack"),
+        ("inferix.cli.main", "from .. import load\nfrom ..runtime.engine import Engine"),
+        ("inferix.__init__", "from .runtime.engine import Engine\nfrom .cli import main"),
+    ],
+)
+def test_downward_imports_are_accepted(module: str, source: str) -> None:
+    assert wrong_imports(module, source) == []
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel_names: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert tops == {"inferix", f"inferix-{project_version()}.dist-info"}
+    code = {name for name in wheel_names if name.endswith(".py")}
+    assert code == {f"inferix/{path.relative_to(ROOT).as_posix()}" for _, path in modules(ROOT)}
+    assert not [name for name in wheel_names if name == "inferix/setup.py" or "tests/" in name]
+
+
+def test_cmake_configures(tmp_path: Path) -> None:
+    beside_python = Path(sys.executable).with_name("cmake")
+    cmake = str(beside_python) if beside_python.exists() else shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed; it comes with the [dev] extra")
+    said = run(cmake, "-S", str(ROOT), "-B", str(tmp_path), cwd=tmp_path)
+    assert f"inferix {project_version()}: nothing is built in this version" in said
+
+
+def test_constraints_are_exact_and_cover_the_direct_dependencies() -> None:
+    lines = (ROOT / "constraints" / "cpu.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
+    pinned = {pin.split("==")[0].lower() for pin in pins}
+    direct = {re.split(r"[<>=]", need)[0].lower() for need in setup_value("DEPENDENCIES")}
+    assert direct <= pinned
