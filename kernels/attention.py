@@ -1,0 +1,15 @@
+"""Softmax attention over whole keys and values, in the [batch, tokens, heads, channels] layout of the models."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q [B, T, n, c] over k, v [B, K, n, c], scale 1/sqrt(c); returns [B, T, n, c].
+
+    `mask` is bool [T, K], True where a query may look.
+    """
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2)

@@ -1,0 +1,1 @@
+"""What a model computes, in textbook form, its sizes, and the names of its checkpoints."""

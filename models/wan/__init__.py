@@ -1,0 +1,1 @@
+"""The Wan family: causal transformer, streaming VAE, sizes and checkpoint formats."""

@@ -1,0 +1,102 @@
+"""Transformer tensor names: ours, and each published format's, as one explicit table per format.
+
+An entry renames a whole module path; `*` stands for the layer number. Names that no entry matches are kept
+as they are, so a wrong file shows up as unexpected names when the model is filled.
+"""
+
+from __future__ import annotations
+
+import re
+
+SHARED_ATTENTION = {
+    f"blocks.*.{attn}.{part}": f"blocks.*.{attn}.{part}"
+    for attn in ("self_attn", "cross_attn")
+    for part in ("q", "k", "v", "o", "norm_q", "norm_k")
+}
+
+ORIGINAL: dict[str, str] = SHARED_ATTENTION | {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.linear_1": "text_embedding.0",
+    "text_embedding.linear_2": "text_embedding.2",
+    "time_embedding.linear_1": "time_embedding.0",
+    "time_embedding.linear_2": "time_embedding.2",
+    "time_embedding.projection": "time_projection.1",
+    "image_embedding.norm_in": "img_emb.proj.0",
+    "image_embedding.linear_1": "img_emb.proj.1",
+    "image_embedding.linear_2": "img_emb.proj.3",
+    "image_embedding.norm_out": "img_emb.proj.4",
+    "image_embedding.position": "img_emb.emb_pos",
+    "blocks.*.modulation": "blocks.*.modulation",
+    "blocks.*.norm_cross": "blocks.*.norm3",
+    "blocks.*.cross_attn.k_image": "blocks.*.cross_attn.k_img",
+    "blocks.*.cross_attn.v_image": "blocks.*.cross_attn.v_img",
+    "blocks.*.cross_attn.norm_k_image": "blocks.*.cross_attn.norm_k_img",
+    "blocks.*.ffn.up": "blocks.*.ffn.0",
+    "blocks.*.ffn.down": "blocks.*.ffn.2",
+    "head.modulation": "head.modulation",
+    "head.linear": "head.head",
+}
+
+DIFFUSERS: dict[str, str] = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.linear_1": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.linear_2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.linear_1": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.linear_2": "condition_embedder.time_embedder.linear_2",
+    "time_embedding.projection": "condition_embedder.time_proj",
+    "image_embedding.norm_in": "condition_embedder.image_embedder.norm1",
+    "image_embedding.linear_1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "image_embedding.linear_2": "condition_embedder.image_embedder.ff.net.2",
+    "image_embedding.norm_out": "condition_embedder.image_embedder.norm2",
+    "image_embedding.position": "condition_embedder.image_embedder.pos_embed",
+    "blocks.*.modulation": "blocks.*.scale_shift_table",
+    "blocks.*.self_attn.q": "blocks.*.attn1.to_q",
+    "blocks.*.self_attn.k": "blocks.*.attn1.to_k",
+    "blocks.*.self_attn.v": "blocks.*.attn1.to_v",
+    "blocks.*.self_attn.o": "blocks.*.attn1.to_out.0",
+    "blocks.*.self_attn.norm_q": "blocks.*.attn1.norm_q",
+    "blocks.*.self_attn.norm_k": "blocks.*.attn1.norm_k",
+    "blocks.*.norm_cross": "blocks.*.norm2",
+    "blocks.*.cross_attn.q": "blocks.*.attn2.to_q",
+    "blocks.*.cross_attn.k": "blocks.*.attn2.to_k",
+    "blocks.*.cross_attn.v": "blocks.*.attn2.to_v",
+    "blocks.*.cross_attn.o": "blocks.*.attn2.to_out.0",
+    "blocks.*.cross_attn.norm_q": "blocks.*.attn2.norm_q",
+    "blocks.*.cross_attn.norm_k": "blocks.*.attn2.norm_k",
+    "blocks.*.cross_attn.k_image": "blocks.*.attn2.add_k_proj",
+    "blocks.*.cross_attn.v_image": "blocks.*.attn2.add_v_proj",
+    "blocks.*.cross_attn.norm_k_image": "blocks.*.attn2.norm_added_k",
+    "blocks.*.ffn.up": "blocks.*.ffn.net.0.proj",
+    "blocks.*.ffn.down": "blocks.*.ffn.net.2",
+    "head.modulation": "scale_shift_table",
+    "head.linear": "proj_out",
+}
+
+TABLES: dict[str, dict[str, str]] = {"original": ORIGINAL, "diffusers": DIFFUSERS}
+INVERSE: dict[str, dict[str, str]] = {
+    form: {theirs: ours for ours, theirs in table.items()} for form, table in TABLES.items()
+}
+LAYER = re.compile(r"(?<=^blocks\.)(\d+)(?=\.)")
+
+
+def to_format(form: str, name: str) -> str:
+    """Our tensor name in a format of `TABLES`."""
+    return _rename(TABLES[form], name)
+
+
+def from_format(form: str, name: str) -> str:
+    """A format's tensor name in ours."""
+    return _rename(INVERSE[form], name)
+
+
+def _rename(table: dict[str, str], name: str) -> str:
+    layer = LAYER.search(name)
+    generic = LAYER.sub("*", name)
+    module, _, leaf = generic.rpartition(".")
+    if generic in table:
+        renamed = table[generic]
+    elif module in table:
+        renamed = f"{table[module]}.{leaf}"
+    else:
+        return name
+    return renamed.replace("*", layer[1]) if layer else renamed

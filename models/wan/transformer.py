@@ -1,0 +1,267 @@
+"""The causal Wan transformer in textbook form: per-frame timesteps, attention handed in from outside.
+
+`forward` does not know where keys and values live: self-attention is `kv.attend(layer, q, k, v)`, so the same
+model runs over a contiguous cache, over pages, or over one dense masked pass.
+Shapes: B batch, F latent frames, P tokens per frame, T = F*P, n heads, c head width, d = n*c.
+Source: Wan 2.1 (arXiv 2503.20314); Self-Forcing (arXiv 2506.08009) for the causal form.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.attention import attention
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where a pass computes in more than the model's dtype.
+
+    modulation: dtype of the time MLP, layer norms, modulation and residual sums; None is the model's own.
+    rope: dtype in which queries and keys are rotated.
+    """
+
+    modulation: torch.dtype | None
+    rope: torch.dtype
+
+
+PRECISIONS: dict[str, Precision] = {
+    "reference": Precision(modulation=None, rope=torch.float64),  # as the causal checkpoints were distilled
+    "diffusers": Precision(modulation=torch.float32, rope=torch.float32),  # more accurate, not bit-equal
+}
+
+
+class KeyValues(Protocol):
+    """Self-attention over some store of keys and values."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotate q and k, store what has to be stored, and attend; all [B, T, n, c], k after its norm."""
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Cross-attention keys and values of each layer, [B, rows, n, c]; image rows only for I2V models."""
+
+    text: tuple[tuple[Tensor, Tensor], ...]
+    image: tuple[tuple[Tensor, Tensor], ...] | None
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the full width, in float32 or better, before the split into heads."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.heads = spec.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(spec.dim, spec.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
+
+    def forward(self, x: Tensor, layer: int, kv: KeyValues) -> Tensor:
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        return self.o(kv.attend(layer, q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.heads = spec.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(spec.dim, spec.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
+        if spec.image_dim is not None:
+            self.k_image, self.v_image = (nn.Linear(spec.dim, spec.dim) for _ in range(2))
+            self.norm_k_image = RMSNorm(spec.dim, spec.eps)
+
+    def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split(self.norm_k(self.k(text)), self.v(text))
+
+    def image_keys(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split(self.norm_k_image(self.k_image(image)), self.v_image(image))
+
+    def _split(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+    def forward(self, x: Tensor, layer: int, context: TextContext) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        out = attention(q, *context.text[layer])  # all rows, the zero rows after the prompt too
+        if context.image is not None:
+            out = out + attention(q, *context.image[layer])
+        return self.o(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.up = nn.Linear(spec.dim, spec.ffn_dim)
+        self.down = nn.Linear(spec.ffn_dim, spec.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, spec: ModelSpec, layer: int, precision: Precision) -> None:
+        super().__init__()
+        self.layer, self.eps, self.precision = layer, spec.eps, precision
+        self.modulation = nn.Parameter(torch.zeros(1, 6, spec.dim))
+        self.self_attn = SelfAttention(spec)
+        self.norm_cross = nn.LayerNorm(spec.dim, spec.eps)
+        self.cross_attn = CrossAttention(spec)
+        self.ffn = FeedForward(spec)
+
+    def forward(self, x: Tensor, modulation: Tensor, context: TextContext, kv: KeyValues) -> Tensor:
+        """x [B, T, d], modulation [B, F, 6, d]."""
+        wide = modulation_dtype(self.precision, x.dtype)
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
+            self.modulation.to(wide) + modulation.to(wide)
+        ).unbind(2)
+        x = gated(x, self.self_attn(modulated(x, shift_sa, scale_sa, self.eps), self.layer, kv), gate_sa)
+        norm = F.layer_norm(
+            x.to(wide), x.shape[-1:], self.norm_cross.weight.to(wide), self.norm_cross.bias.to(wide), self.eps
+        ).to(x.dtype)
+        x = x + self.cross_attn(norm, self.layer, context)
+        return gated(x, self.ffn(modulated(x, shift_ff, scale_ff, self.eps)), gate_ff)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.freq_dim = spec.freq_dim
+        self.linear_1 = nn.Linear(spec.freq_dim, spec.dim)
+        self.linear_2 = nn.Linear(spec.dim, spec.dim)
+        self.projection = nn.Linear(spec.dim, 6 * spec.dim)
+
+    def forward(self, timesteps: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """timesteps [B, F] to e [B, F, d] and its projection [B, F, 6, d]; the MLP computes in `wide`."""
+        dtype = self.projection.weight.dtype
+        x = sinusoid(timesteps, self.freq_dim).to(wide)
+        x = F.linear(x, self.linear_1.weight.to(wide), self.linear_1.bias.to(wide))
+        x = F.linear(F.silu(x), self.linear_2.weight.to(wide), self.linear_2.bias.to(wide)).to(dtype)
+        return x, self.projection(F.silu(x)).unflatten(-1, (6, -1))
+
+
+class TextEmbedding(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(spec.text_dim, spec.dim)
+        self.linear_2 = nn.Linear(spec.dim, spec.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+
+
+class ImageEmbedding(nn.Module):
+    def __init__(self, spec: ModelSpec, image_dim: int) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(image_dim)
+        self.linear_1 = nn.Linear(image_dim, image_dim)
+        self.linear_2 = nn.Linear(image_dim, spec.dim)
+        self.norm_out = nn.LayerNorm(spec.dim)
+        self.position = (
+            nn.Parameter(torch.zeros(1, spec.image_tokens, image_dim)) if spec.image_tokens is not None else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.position is not None:  # two images' features, one after the other
+            x = x.reshape(-1, *self.position.shape[1:]) + self.position
+        return self.norm_out(self.linear_2(F.gelu(self.linear_1(self.norm_in(x)))))
+
+
+class Head(nn.Module):
+    def __init__(self, spec: ModelSpec, precision: Precision) -> None:
+        super().__init__()
+        self.eps, self.precision = spec.eps, precision
+        self.modulation = nn.Parameter(torch.zeros(1, 2, spec.dim))
+        self.linear = nn.Linear(spec.dim, math.prod(spec.patch) * spec.out_channels)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        wide = modulation_dtype(self.precision, x.dtype)
+        shift, scale = (self.modulation.to(wide) + e.to(wide)[:, :, None]).unbind(2)
+        return self.linear(modulated(x, shift, scale, self.eps))
+
+
+class WanTransformer(nn.Module):
+    """Predicts the flow velocity of F latent frames, each at a timestep of its own."""
+
+    def __init__(self, spec: ModelSpec, precision: str = "reference") -> None:
+        super().__init__()
+        self.spec, self.precision = spec, PRECISIONS[precision]
+        self.patch_embedding = nn.Conv3d(spec.in_channels, spec.dim, (1, *spec.patch), (1, *spec.patch))
+        self.text_embedding = TextEmbedding(spec)
+        self.time_embedding = TimeEmbedding(spec)
+        if spec.image_dim is not None:
+            self.image_embedding = ImageEmbedding(spec, spec.image_dim)
+        self.blocks = nn.ModuleList(Block(spec, layer, self.precision) for layer in range(spec.num_layers))
+        self.head = Head(spec, self.precision)
+
+    def embed_text(self, text: Tensor, image: Tensor | None = None) -> TextContext:
+        """Cross-attention keys and values of a prompt, computed once and used by every pass.
+
+        text: [B, text_len, text_dim], zero rows after the prompt; they are attended to, as in training.
+        image: [B, rows, image_dim] features of the image encoder, for I2V models.
+        """
+        if (image is None) != (self.spec.image_dim is None):
+            raise ValueError(f"{self.spec.name}: image features are {'missing' if image is None else 'not used'}")
+        rows = self.text_embedding(text)
+        blocks = [block.cross_attn for block in self.blocks]
+        text_keys = tuple(attn.text_keys(rows) for attn in blocks)
+        if image is None:
+            return TextContext(text_keys, None)
+        image_rows = self.image_embedding(image)
+        return TextContext(text_keys, tuple(attn.image_keys(image_rows) for attn in blocks))
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: TextContext, kv: KeyValues) -> Tensor:
+        """latents [B, F, C, H, W], timesteps [B, F] in 0..1000; returns the velocity, noise - x0, [B, F, C, H, W]."""
+        height, width = latents.shape[-2:]
+        x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
+        e, modulation = self.time_embedding(timesteps, modulation_dtype(self.precision, x.dtype))
+        for block in self.blocks:
+            x = block(x, modulation, context, kv)
+        return self.unpatchify(self.head(x, e), height, width)
+
+    def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
+        """[B, T, ph*pw*C] with channels fastest to [B, F, C, H, W]."""
+        ph, pw = self.spec.patch
+        x = x.unflatten(-1, (ph, pw, -1)).unflatten(1, (-1, height // ph, width // pw))
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def modulation_dtype(precision: Precision, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of modulation: the policy's, but never less than the model's own."""
+    return dtype if precision.modulation is None else torch.promote_types(dtype, precision.modulation)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift per frame; x [B, F*P, d], shift and scale [B, F, d] in their dtype."""
+    frames = F.layer_norm(x.to(shift.dtype), x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
+    return (frames * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2).to(x.dtype)
+
+
+def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * update per frame, in the gate's dtype."""
+    scaled = update.to(gate.dtype).unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]
+    return (x.to(gate.dtype) + scaled.flatten(1, 2)).to(x.dtype)
+
+
+def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
+    """[cos, sin] of timesteps times 10000^(-i / (dim/2)), float64 [..., dim]."""
+    half = torch.arange(dim // 2, dtype=torch.float64, device=timesteps.device)
+    angle = timesteps.double()[..., None] * 10000.0 ** (-half / (dim // 2))
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
