@@ -1,0 +1,300 @@
+"""The causal 3-D VAE of Wan 2.1, frame by frame, with its memory of past frames as an explicit state.
+
+Every temporal convolution sees its last input frames through `StreamState`, zeros at first, so a stream decoded
+in any split equals the whole clip bit for bit. Parameter names are those of diffusers' AutoencoderKLWan.
+Shapes inside: [1, C, T, H, W]. Source: Wan 2.1 (arXiv 2503.20314), section on the VAE.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VaeSpec:
+    """Every size of a VAE; mean and std normalise its latents, one entry per channel."""
+
+    z_dim: int
+    base_channels: int
+    multipliers: tuple[int, ...]
+    num_res_blocks: int
+    temporal_down: tuple[bool, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_down)
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** len(self.temporal_down)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, from pixels to latents."""
+        return tuple(self.base_channels * factor for factor in self.multipliers)
+
+
+WAN21_VAE = VaeSpec(
+    z_dim=16,
+    base_channels=96,
+    multipliers=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temporal_down=(False, True, True),
+    mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+          0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)  # fmt: skip
+TINY_VAE = VaeSpec(16, 16, (1, 2, 4, 4), 1, (False, True, True), WAN21_VAE.mean, WAN21_VAE.std)
+VAES: dict[str, VaeSpec] = {"wan2.1": WAN21_VAE, "tiny": TINY_VAE}
+
+
+@dataclass
+class StreamState:
+    """What an encoder or decoder remembers of one stream: last input frames per slot, and frames taken in."""
+
+    history: dict[int, Tensor] = field(default_factory=dict)
+    frames: int = 0
+
+    def clone(self) -> StreamState:
+        """A state that goes on by itself; tensors are replaced and never written, so they are shared."""
+        return StreamState(dict(self.history), self.frames)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.history.values())
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution over this chunk and the last `kernel - 1` frames before it."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__(channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.slot = -1  # numbered by the VAE
+
+    def stream(self, x: Tensor, state: StreamState) -> Tensor:
+        past = self.kernel_size[0] - 1
+        history = state.history.get(self.slot)
+        if history is None:
+            history = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
+        x = torch.cat((history, x), dim=2)
+        state.history[self.slot] = x[:, :, -past:].contiguous()
+        return self(x)
+
+
+class ChannelNorm(nn.Module):
+    """x / ||x|| over channels, times sqrt(C) and a gain."""
+
+    def __init__(self, channels: int, dims: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * math.sqrt(len(self.gamma)) * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(channels, 3)
+        self.conv1 = CausalConv3d(channels, out_channels, (3, 3, 3))
+        self.norm2 = ChannelNorm(out_channels, 3)
+        self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3))
+        self.conv_shortcut = nn.Conv3d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        shortcut = self.conv_shortcut(x)
+        x = self.conv1.stream(F.silu(self.norm1(x)), state)
+        return self.conv2.stream(F.silu(self.norm2(x)), state) + shortcut
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention among the pixels of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, 2)
+        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        frames = by_frame(x)
+        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:])
+        return x + by_clip(self.proj(out), len(x))
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and time too where `temporal`."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.slot = -1
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        x = by_clip(self.resample(by_frame(x)), len(x))
+        if self.time_conv is None:
+            return x
+        history = state.history.get(self.slot)
+        state.history[self.slot] = x[:, :, -1:].contiguous()
+        return x if history is None else self.time_conv(torch.cat((history, x), dim=2))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and halves channels; doubles time first where `temporal`."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        if self.time_conv is not None and state.frames > 0:  # the first frame stays one, and is not remembered
+            halves = self.time_conv.stream(x, state).unflatten(1, (2, -1))
+            x = halves.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        frames = F.interpolate(by_frame(x).float(), scale_factor=2.0, mode="nearest-exact").to(x.dtype)
+        return by_clip(self.resample(frames), len(x))
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([FrameAttention(channels)])
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        for layer in (self.resnets[0], self.attentions[0], self.resnets[1]):
+            x = layer(x, state)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        self.conv_in = CausalConv3d(3, spec.base_channels, (3, 3, 3))
+        self.down_blocks = nn.ModuleList()
+        width = spec.base_channels
+        for level, out in enumerate(spec.widths):
+            for _ in range(spec.num_res_blocks):
+                self.down_blocks.append(ResidualBlock(width, out))
+                width = out
+            if level < len(spec.temporal_down):
+                self.down_blocks.append(Downsample(width, spec.temporal_down[level]))
+        self.mid_block = MidBlock(width)
+        self.norm_out = ChannelNorm(width, 3)
+        self.conv_out = CausalConv3d(width, spec.z_dim * 2, (3, 3, 3))
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        x = self.conv_in.stream(x, state)
+        for layer in (*self.down_blocks, self.mid_block):
+            x = layer(x, state)
+        return self.conv_out.stream(F.silu(self.norm_out(x)), state)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int, blocks: int, temporal: bool | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(channels if index == 0 else out_channels, out_channels) for index in range(blocks)
+        )
+        self.upsamplers = nn.ModuleList([] if temporal is None else [Upsample(out_channels, temporal)])
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x, state)
+        return x
+
+
+class Decoder(nn.Module):
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        width = spec.widths[-1]
+        self.conv_in = CausalConv3d(spec.z_dim, width, (3, 3, 3))
+        self.mid_block = MidBlock(width)
+        self.up_blocks = nn.ModuleList()
+        for out, temporal in zip(reversed(spec.widths), [*reversed(spec.temporal_down), None], strict=True):
+            self.up_blocks.append(UpBlock(width, out, spec.num_res_blocks + 1, temporal))
+            width = out // 2 if temporal is not None else out
+        self.norm_out = ChannelNorm(width, 3)
+        self.conv_out = CausalConv3d(width, 3, (3, 3, 3))
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        x = self.conv_in.stream(x, state)
+        for layer in (self.mid_block, *self.up_blocks):
+            x = layer(x, state)
+        return self.conv_out.stream(F.silu(self.norm_out(x)), state)
+
+
+class CausalVae(nn.Module):
+    """Pixels to normalised latents and back, as streams."""
+
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder, self.decoder = Encoder(spec), Decoder(spec)
+        self.quant_conv = nn.Conv3d(spec.z_dim * 2, spec.z_dim * 2, 1)
+        self.post_quant_conv = nn.Conv3d(spec.z_dim, spec.z_dim, 1)
+        slots = [module for module in self.modules() if hasattr(module, "slot")]
+        for number, module in enumerate(slots):
+            module.slot = number
+
+    def new_state(self) -> StreamState:
+        """The state of a stream that has not begun."""
+        return StreamState()
+
+    def encode(self, pixels: Tensor, state: StreamState) -> Tensor:
+        """pixels [T, 3, H, W] in [-1, 1] to latents [F, z, H/8, W/8]; advances `state`.
+
+        A stream begins with one frame, which is a latent frame of its own; then every 4 make one.
+        Raises ValueError if the rest is not a multiple of that.
+        """
+        stride = self.spec.temporal_stride
+        first = int(state.frames == 0)
+        if (len(pixels) - first) % stride:
+            raise ValueError(
+                f"{len(pixels)} frames cannot be encoded {'from the start' if first else 'here'}: "
+                f"expected a multiple of {stride}{' plus 1' if first else ''}"
+            )
+        if len(pixels) == 0:
+            raise ValueError("0 frames cannot be encoded: expected at least 1")
+        latents = []
+        for chunk in pixels.split([1] * first + [stride] * ((len(pixels) - first) // stride)):
+            x = self.quant_conv(self.encoder(chunk.transpose(0, 1)[None], state))
+            state.frames += 1
+            latents.append(x[0, : self.spec.z_dim].transpose(0, 1))
+        return (torch.cat(latents) - self._channels(self.spec.mean, pixels)) / self._channels(self.spec.std, pixels)
+
+    def decode(self, latents: Tensor, state: StreamState) -> Tensor:
+        """latents [F, z, h, w] to pixels [T, 3, 8h, 8w] in [-1, 1]; advances `state`.
+
+        The first latent frame of a stream is one pixel frame, each later one is four.
+        """
+        z = latents * self._channels(self.spec.std, latents) + self._channels(self.spec.mean, latents)
+        pixels = []
+        for frame in z.split(1):
+            x = self.decoder(self.post_quant_conv(frame.transpose(0, 1)[None]), state)
+            state.frames += 1
+            pixels.append(x[0].transpose(0, 1).clamp(-1, 1))
+        return torch.cat(pixels)
+
+    def _channels(self, values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[None, :, None, None]
+
+
+def by_frame(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] to [B*T, C, H, W]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def by_clip(x: Tensor, batch: int) -> Tensor:
+    """[B*T, C, H, W] to [B, C, T, H, W]."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
