@@ -1,0 +1,1 @@
+"""Text encoders: a prompt in, rows of features out."""

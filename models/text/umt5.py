@@ -1,0 +1,164 @@
+"""The UMT5 encoder through `transformers`, with the prompt cleaning and zero rows that Wan was trained with.
+
+Prompts become exactly `text_len` rows; those after the prompt are zero, and the transformer attends to them.
+Source: Wan 2.1 (arXiv 2503.20314); UMT5 (arXiv 2304.09151).
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import InferixError, UsageError
+
+LONGEST_PROMPT = 20_000  # characters; far beyond what 512 tokens hold
+ORIGINAL_NAMES = {  # HF module: original module, * is the layer
+    "shared": "token_embedding",
+    "encoder.block.*.layer.0.layer_norm": "blocks.*.norm1",
+    "encoder.block.*.layer.0.SelfAttention.q": "blocks.*.attn.q",
+    "encoder.block.*.layer.0.SelfAttention.k": "blocks.*.attn.k",
+    "encoder.block.*.layer.0.SelfAttention.v": "blocks.*.attn.v",
+    "encoder.block.*.layer.0.SelfAttention.o": "blocks.*.attn.o",
+    "encoder.block.*.layer.0.SelfAttention.relative_attention_bias": "blocks.*.pos_embedding.embedding",
+    "encoder.block.*.layer.1.layer_norm": "blocks.*.norm2",
+    "encoder.block.*.layer.1.DenseReluDense.wi_0": "blocks.*.ffn.gate.0",
+    "encoder.block.*.layer.1.DenseReluDense.wi_1": "blocks.*.ffn.fc1",
+    "encoder.block.*.layer.1.DenseReluDense.wo": "blocks.*.ffn.fc2",
+    "encoder.final_layer_norm": "norm",
+}
+TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
+
+
+def clean_prompt(prompt: str) -> str:
+    """The prompt as the encoder was trained to read it; UsageError if it is empty or absurdly long."""
+    import ftfy
+
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the prompt is not valid UTF-8 text at character {error.start}; retype it") from error
+    if len(prompt) > LONGEST_PROMPT:
+        raise UsageError(
+            f"the prompt has {len(prompt)} characters; expected at most {LONGEST_PROMPT}, of which about "
+            "the first 2000 count"
+        )
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    text = re.sub(r"\s+", " ", text).strip()
+    if not text:
+        raise UsageError("the prompt is empty; say what the video shows")
+    return text
+
+
+def to_original(name: str) -> str:
+    """An HF tensor name as the original file has it."""
+    layer = re.search(r"block\.(\d+)\.", name)
+    module, _, leaf = re.sub(r"block\.\d+\.", "block.*.", name).rpartition(".")
+    renamed = f"{ORIGINAL_NAMES[module]}.{leaf}"
+    return renamed.replace("*", layer[1]) if layer else renamed
+
+
+class TextEncoder:
+    """A tokenizer and an encoder; `encode` gives the rows of one prompt."""
+
+    def __init__(self, tokenizer: Any, model: Any, text_len: int) -> None:
+        self.tokenizer, self.model, self.text_len = tokenizer, model, text_len
+
+    @classmethod
+    def from_directory(
+        cls, model_dir: Path, tokenizer_dir: Path, text_len: int, dtype: torch.dtype, device: torch.device | str
+    ) -> TextEncoder:
+        """From the folders of a diffusers checkpoint."""
+        from transformers import UMT5EncoderModel
+
+        model = UMT5EncoderModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+        return cls(read_tokenizer(tokenizer_dir), model.eval().to(device), text_len)
+
+    @classmethod
+    def from_original(
+        cls, path: Path, tokenizer_dir: Path, text_len: int, dtype: torch.dtype, device: torch.device | str
+    ) -> TextEncoder:
+        """From `models_t5_umt5-xxl-enc-bf16.pth`; sizes are read off the tensors."""
+        from transformers import UMT5EncoderModel
+
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with torch.device("meta"):
+            model = UMT5EncoderModel(config_from_shapes(path, tensors))
+        wanted = {to_original(name): name for name in model.state_dict() if name != TIED}
+        wrong = [
+            f"{name}: missing" if name not in tensors else f"{name}: {list(tensors[name].shape)}"
+            for name, ours in wanted.items()
+            if name not in tensors or tensors[name].shape != model.state_dict()[ours].shape
+        ] + [f"{name}: unexpected" for name in tensors if name not in wanted]
+        if wrong:
+            raise InferixError(f"{path} does not fit a UMT5 encoder: {'; '.join(wrong[:8])}")
+        state = {ours: tensors[name].to(dtype) for name, ours in wanted.items()}
+        model.load_state_dict(state | {TIED: state["shared.weight"]}, assign=True)
+        return cls(read_tokenizer(tokenizer_dir), model.eval().to(device), text_len)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> Tensor:
+        """Rows [text_len, d] of a prompt, zero from its end on."""
+        tokens = self.tokenizer(
+            clean_prompt(prompt),
+            max_length=self.text_len,
+            padding="max_length",
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        rows = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return rows[0] * tokens.attention_mask[0, :, None].to(rows.dtype)
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer in a folder; UsageError where there is none."""
+    from transformers import AutoTokenizer
+
+    if not path.is_dir():
+        raise UsageError(f"no tokenizer folder {str(path)!r}; expected the one that came with the text encoder")
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def config_from_shapes(path: Path, tensors: dict[str, Tensor]) -> Any:
+    """The encoder's sizes; InferixError if the file is no UMT5 encoder."""
+    from transformers import UMT5Config
+
+    try:
+        vocab, dim = tensors["token_embedding.weight"].shape
+        buckets, heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape
+        inner, ffn = tensors["blocks.0.attn.q.weight"].shape[0], tensors["blocks.0.ffn.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise InferixError(f"{path} is no UMT5 encoder in the original format: it has no {error}") from error
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    return UMT5Config(
+        vocab_size=vocab, d_model=dim, d_kv=inner // heads, d_ff=ffn, num_layers=layers, num_heads=heads,
+        relative_attention_num_buckets=buckets, relative_attention_max_distance=128, dropout_rate=0.0,
+        layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+
+
+def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int) -> Tensor:
+    """Rows [text_len, text_dim] from a tensor [L, D] or [1, L, D], or from `prompt_embeds` in a safetensors file."""
+    where = "prompt_embeds" if isinstance(source, Tensor) else repr(str(source))
+    rows = source if isinstance(source, Tensor) else read_embeds(Path(source))
+    if rows.ndim == 3 and len(rows) == 1:
+        rows = rows[0]
+    if rows.ndim != 2 or rows.shape[1] != text_dim or not 1 <= len(rows) <= text_len:
+        raise UsageError(f"{where} is {list(rows.shape)}; expected [1..{text_len}, {text_dim}]")
+    return torch.cat((rows, rows.new_zeros(text_len - len(rows), text_dim)))
+
+
+def read_embeds(path: Path) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            if "prompt_embeds" not in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                raise UsageError(f"{str(path)!r} holds {list(file.keys())}; expected a tensor 'prompt_embeds'")
+            return file.get_tensor("prompt_embeds")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot read {str(path)!r}: {error}; expected a safetensors file") from error
