@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,14 @@ from torch import Tensor
 from ..errors import InferixError, UsageError
 from ..graphs.passes import Pass
 from ..models.text.umt5 import load_prompt_embeds
-from ..models.wan.checkpoint import Components, load_components
-from ..models.wan.random import random_components
+from ..models.wan.checkpoint import Components
 from ..models.wan.spec import MODELS
-from ..models.wan.transformer import PRECISIONS
 from .cache import ContiguousCache
-from .config import DTYPES, EngineConfig
+from .config import DTYPES, EngineConfig, default_device, default_dtype
+from .loading import load_components, random_components
 from .media import read_image, read_video
-from .noise import InjectedNoise, Noise, PhiloxNoise
-from .presets import Preset, preset
+from .noise import Noise, PhiloxNoise
+from .presets import Preset, make_preset
 from .sampler import Sampler
 from .session import Block, BlockPlan, Session
 
@@ -183,14 +182,15 @@ class Engine:
 
     def cache_prefix(self, session: Session, latents: Tensor) -> None:
         """Commit given latents block by block, and let the decoder see them, so that both go on from there."""
+        frames = []
         while session.next_frame < len(latents):
             plan = session.plan_block()
             session.cache.begin_block(plan.visible)
             part = latents[plan.frames.start : plan.frames.stop]
             self.commit(session, plan, part)
-            self.parts.vae.decode(part, session.decoder)
+            frames.append(self.decode(session, part))
             session.next_frame = plan.frames.stop
-        session.first_frame = session.next_frame
+        session.prefix_frames = np.concatenate(frames)
 
     def blocks_for(self, seconds: float) -> int:
         """How many blocks make at least that many seconds of video from the start."""
@@ -210,7 +210,7 @@ class Engine:
             "network_timesteps": self.sampler.timesteps,
             "model": asdict(self.spec),
             "vae": asdict(self.parts.vae.spec),
-            "checkpoint": {"source": self.parts.source, "format": self.parts.form, "sha256": self.parts.digest},
+            "checkpoint": {"source": self.parts.source, "format": self.parts.form, "sha256": self.parts.digest()},
         }
 
     @contextmanager
@@ -224,6 +224,36 @@ class Engine:
 
 def load(
     model: str | Path,
-    preset_name: str = "self-forcing",
+    preset: str = "self-forcing",
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    checkpoint_format: str | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    use_ema: bool = True,
+    precision: str = "reference",
+    **overrides: Any,
 ) -> Engine:
-    raise NotImplementedError
+    """An engine for a checkpoint (file or folder), or for a named model with random weights.
+
+    Any field of the preset can be overridden: `local_attn_size=6, sink_size=0`. Raises UsageError for
+    unknown names and bad values, InferixError for broken files.
+    """
+    config = EngineConfig(
+        model=str(model),
+        preset=preset,
+        device=(device := device or default_device()),
+        dtype=dtype or default_dtype(device),
+        base=str(base) if base is not None else None,
+        checkpoint_format=checkpoint_format,
+        vae=str(vae) if vae is not None else None,
+        text_encoder=str(text_encoder) if text_encoder is not None else None,
+        use_ema=use_ema,
+        precision=precision,
+    )
+    scheme = make_preset(preset, **overrides)
+    if str(model) in MODELS and not Path(model).exists():
+        return Engine(config, scheme, random_components(MODELS[str(model)], config))
+    return Engine(config, scheme, load_components(config))

@@ -1,6 +1,6 @@
 """Decoding schemes as data: block size, sampler and context of each published model family.
 
-`preset(name, **overrides)` changes any field by its flat name and refuses unknown ones.
+`make_preset(name, **overrides)` changes any field by its flat name and refuses unknown ones.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ FIELDS: dict[str, tuple[str | None, Any]] = {  # flat name -> (part of the prese
 }
 
 
-def preset(name: str, **overrides: Any) -> Preset:
+def make_preset(name: str, **overrides: Any) -> Preset:
     """The preset of that name with some fields replaced; UsageError names the nearest for an unknown one."""
     if name not in PRESETS:
         raise UsageError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")

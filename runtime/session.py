@@ -59,7 +59,7 @@ class Session:
     text: TextContext
     cache: ContiguousCache
     decoder: StreamState
-    prefix: Tensor | None = None
+    prefix_frames: NDArray[np.uint8] | None = None  # what the stream goes on from, as the decoder shows it
     next_block: int = 0
     next_frame: int = 0
     closed: bool = field(default=False, init=False)

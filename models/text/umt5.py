@@ -32,6 +32,8 @@ ORIGINAL_NAMES = {  # HF module: original module, * is the layer
     "encoder.block.*.layer.1.DenseReluDense.wo": "blocks.*.ffn.fc2",
     "encoder.final_layer_norm": "norm",
 }
+ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+ORIGINAL_TOKENIZER = "google/umt5-xxl"
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 
 

@@ -1,0 +1,48 @@
+"""Seeded random weights that keep signals in range: for tests, demos and benchmarks, never for pictures.
+
+Every tensor is drawn in the order of its name from one CPU generator, so a seed gives the same weights anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .spec import ModelSpec
+from .transformer import WanTransformer
+from .vae import TINY_VAE, WAN21_VAE, CausalVae, VaeSpec
+
+
+def random_state(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict for `module`, which may be on the meta device."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, empty in sorted(module.state_dict().items()):
+        noise = torch.randn(empty.shape, generator=generator)
+        if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+            noise = 1.0 + 0.1 * noise
+        elif empty.ndim > 1:
+            noise = noise / math.sqrt(empty[0].numel())
+        else:
+            noise = 0.02 * noise
+        state[name] = noise.to(dtype)
+    return state
+
+
+def random_transformer_state(spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        module = WanTransformer(spec)
+    return random_state(module, seed, dtype)
+
+
+def random_vae_state(spec: VaeSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        module = CausalVae(spec)
+    return random_state(module, seed, dtype)
+
+
+def vae_for(spec: ModelSpec) -> VaeSpec:
+    """The VAE whose random weights go with random weights of a model: the real sizes for a real model."""
+    return TINY_VAE if spec.name == "wan-tiny" else WAN21_VAE

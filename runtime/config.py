@@ -1,0 +1,70 @@
+"""The user's choices about a model and where it runs, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UsageError, nearest
+from ..models.wan.checkpoint import FORMATS
+from ..models.wan.transformer import PRECISIONS
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What `load` was asked for, defaults filled in.
+
+    base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
+    one of them alone. use_ema: the averaged weights of a training file. precision: a name of `PRECISIONS`.
+    """
+
+    model: str
+    preset: str
+    device: str
+    dtype: str
+    base: str | None
+    checkpoint_format: str | None
+    vae: str | None
+    text_encoder: str | None
+    use_ema: bool
+    precision: str
+
+    def __post_init__(self) -> None:
+        choices = [("dtype", self.dtype, DTYPES), ("precision", self.precision, PRECISIONS)]
+        if self.checkpoint_format is not None:
+            choices.append(("checkpoint_format", self.checkpoint_format, dict.fromkeys(FORMATS)))
+        for key, value, known in choices:
+            if value not in known:
+                raise UsageError(f"{key} is {value!r}{nearest(str(value), known)}; expected {', '.join(known)}")
+        if not isinstance(self.use_ema, bool):
+            raise UsageError(f"use_ema is {self.use_ema!r}; expected true or false")
+        check_device(self.device)
+
+
+def check_device(name: str) -> None:
+    """UsageError unless torch can use the device here."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device is {name!r}; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device is {name!r}, but torch {torch.__version__} finds no GPU; use cpu, or see doctor")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 on a GPU; float32 elsewhere, since many CPUs have no fast bfloat16."""
+    return "bfloat16" if torch.device(device).type == "cuda" else "float32"

@@ -1,0 +1,90 @@
+"""From an `EngineConfig` to a model ready to run: a published checkpoint with its parts, or random weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..errors import UsageError
+from ..models.text.tiny import write_tiny_text_encoder
+from ..models.text.umt5 import TextEncoder
+from ..models.wan.checkpoint import (
+    Components,
+    build_transformer,
+    build_vae,
+    find_text,
+    find_vae,
+    load_text,
+    load_vae,
+    read_checkpoint,
+)
+from ..models.wan.random import random_transformer_state, random_vae_state, vae_for
+from ..models.wan.spec import ModelSpec
+from .config import DTYPES, EngineConfig
+
+
+def load_components(config: EngineConfig) -> Components:
+    """The model's checkpoint and, beside it or in `base`, its VAE and text encoder."""
+    checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema)
+    spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
+    if spec.in_channels != spec.out_channels:
+        raise UsageError(
+            f"{config.model} takes {spec.in_channels} channels with image conditioning; streams of such models "
+            "are not in this version"
+        )
+    places = [Path(config.base)] if config.base else []
+    places.append(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent)
+    for key, place in (("base", config.base), ("vae", config.vae), ("text_encoder", config.text_encoder)):
+        if place is not None and not Path(place).exists():
+            raise UsageError(f"{key} is {place!r}: no such file or folder")
+    vae_file = find_vae([Path(config.vae)] if config.vae else places)
+    if vae_file is None:
+        raise UsageError(f"no VAE in {' or '.join(map(str, places))}; give base= (--base), a folder that has one")
+    vae = load_vae(vae_file, dtype, device)
+    strides = (vae.spec.temporal_stride, vae.spec.spatial_stride)
+    if vae.spec.z_dim != spec.out_channels or strides != spec.vae_stride:
+        raise UsageError(
+            f"{vae_file} makes {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} needs "
+            f"{spec.out_channels} at {spec.vae_stride}"
+        )
+    text = find_text([Path(config.text_encoder)] if config.text_encoder else places)
+    return Components(
+        transformer=build_transformer(spec, checkpoint.tensors, config.precision, dtype, device, config.model),
+        vae=vae,
+        text=cache(lambda: load_text(text, spec.text_len, dtype, device)) if text else None,
+        source=config.model,
+        form=checkpoint.form,
+        digest=lambda: checkpoint.digest,
+    )
+
+
+def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
+    """A named model with random weights and a small random text encoder."""
+    if spec.in_channels != spec.out_channels or spec.vae_stride[1] != vae_for(spec).spatial_stride:
+        raise UsageError(f"streams of {spec.name} are not in this version; its transformer and checkpoints are")
+    dtype, device = DTYPES[config.dtype], config.device
+    weights = random_transformer_state(spec, 0, dtype)
+    return Components(
+        transformer=build_transformer(spec, weights, config.precision, dtype, device, spec.name),
+        vae=build_vae(vae_for(spec), random_vae_state(vae_for(spec), 1, dtype), dtype, device, spec.name),
+        text=random_text(spec, dtype, device),
+        source=spec.name,
+        form="random",
+        digest=lambda: None,
+    )
+
+
+def random_text(spec: ModelSpec, dtype: torch.dtype, device: str) -> Callable[[], TextEncoder]:
+    @cache
+    def load() -> TextEncoder:
+        with tempfile.TemporaryDirectory() as name:
+            write_tiny_text_encoder(Path(name), "diffusers", spec.text_dim, 3, torch.float32)
+            found = find_text([Path(name)])
+            assert found is not None
+            return load_text(found, spec.text_len, dtype, device)
+
+    return load
