@@ -82,7 +82,7 @@ def random_text(spec: ModelSpec, dtype: torch.dtype, device: str) -> Callable[[]
     @cache
     def load() -> TextEncoder:
         with tempfile.TemporaryDirectory() as name:
-            write_tiny_text_encoder(Path(name), "diffusers", spec.text_dim, 3, torch.float32)
+            write_tiny_text_encoder(Path(name), "original", spec.text_dim, 3, torch.float32)
             found = find_text([Path(name)])
             assert found is not None
             return load_text(found, spec.text_len, dtype, device)

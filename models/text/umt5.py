@@ -77,8 +77,13 @@ class TextEncoder:
     ) -> TextEncoder:
         """From the folders of a diffusers checkpoint."""
         from transformers import UMT5EncoderModel
+        from transformers.utils import logging
 
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # progress is the caller's to show
         model = UMT5EncoderModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+        if shown:
+            logging.enable_progress_bar()
         return cls(read_tokenizer(tokenizer_dir), model.eval().to(device), text_len)
 
     @classmethod

@@ -1,0 +1,253 @@
+"""The block loop against dense masked passes in float64, its window table, and streams without an end."""
+
+import gc
+
+import pytest
+import torch
+
+from inferix.errors import InferixError, UsageError
+from inferix.kernels.rope import rope_angles
+from inferix.models.wan.checkpoint import Components
+from inferix.models.wan.random import random_vae_state
+from inferix.models.wan.vae import TINY_VAE, CausalVae
+from inferix.runtime.config import EngineConfig
+from inferix.runtime.context import ContextPolicy
+from inferix.runtime.engine import Engine
+from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.presets import PRESETS, make_preset
+from oracles import TINY, DenseAttention, frame_mask, tiny_transformer
+
+SIZE = (32, 32)
+TOKENS = 4
+ROWS = torch.randn(3, TINY.text_dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def make_engine(preset="self-forcing", dtype="float64", **overrides):
+    config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference")
+    vae = CausalVae(TINY_VAE).eval().requires_grad_(False)
+    vae.load_state_dict(random_vae_state(TINY_VAE, 1, torch.float32))
+    parts = Components(
+        tiny_transformer(dtype=getattr(torch, dtype)), vae.to(getattr(torch, dtype)), None, "test", "random", str
+    )
+    return Engine(config, make_preset(preset, **overrides), parts)
+
+
+def run(engine, blocks, **kwargs):
+    with engine.open(prompt_embeds=ROWS, size=SIZE, **kwargs) as session:
+        return list(session.stream(blocks, decode=False))
+
+
+def dense_velocity(engine, latents, timesteps, contexts, positions):
+    """One call over all frames, each row of frames under its own context."""
+    model = engine.parts.transformer
+    text = model.embed_text(engine.prompt_rows(None, ROWS)[None])
+    kv = DenseAttention(rope_angles(positions, 2, 2, TINY.head_dim), frame_mask(contexts, TOKENS))
+    return model(latents[None], torch.tensor([timesteps]), text, kv)[0]
+
+
+def dense_block(engine, past, index, contexts):
+    """A 3-frame block denoised by dense masked passes over the clean past and itself; no cache."""
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        session.next_block, session.next_frame = index, len(past)
+        plan = session.plan_block()
+        x = engine.draw(session, plan, 0)
+        for step, timestep in enumerate(engine.sampler.timesteps):
+            if step:
+                x = engine.sampler.renoise(x, engine.draw(session, plan, step), step)
+            timesteps = [0.0] * len(past) + [timestep] * 3
+            velocity = dense_velocity(engine, torch.cat((past, x)), timesteps, contexts, range(len(past) + 3))
+            x = engine.sampler.clean(x, velocity[len(past) :], step)
+    return x
+
+
+@pytest.mark.parametrize("index", [1, 3])
+@torch.no_grad()
+def test_cached_generation_equals_one_dense_block_causal_pass(index):
+    """Clean past and noisy block in one masked call give each step's velocity, hence the same block."""
+    engine = make_engine()
+    blocks = run(engine, index + 1)
+    past = torch.cat([block.latents for block in blocks[:index]])
+    end = index * 3 + 3
+    contexts = [tuple(range(frame // 3 * 3 + 3)) for frame in range(end)]
+    assert (dense_block(engine, past, index, contexts) - blocks[index].latents).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize(("window", "sink"), [(6, 0), (9, 3), (7, 2), (4, 1), (3, 0)])
+@torch.no_grad()
+def test_window_and_sink_equal_a_dense_pass_with_the_same_mask(window, sink):
+    engine = make_engine(local_attn_size=window, sink_size=sink)
+    blocks = run(engine, 5)
+    end = 15
+    contexts = [engine.preset.context.visible(frame // 3 * 3 + 3) for frame in range(end)]
+    past = torch.cat([block.latents for block in blocks[:-1]])
+    assert (dense_block(engine, past, 4, contexts) - blocks[4].latents).abs().max() <= 1e-10
+    unbounded = make_engine(local_attn_size=-1)
+    assert (run(unbounded, 5)[4].latents - blocks[4].latents).abs().max() > 1e-6  # the window did something
+
+
+@pytest.mark.parametrize(
+    ("window", "sink", "expected"),
+    [
+        (6, 0, {1: range(6), 3: range(6, 12), 8: range(21, 27)}),
+        (9, 3, {1: range(6), 3: (0, 1, 2, *range(6, 12)), 8: (0, 1, 2, *range(21, 27))}),
+        (12, 3, {1: range(6), 3: range(12), 8: (0, 1, 2, *range(18, 27))}),
+        (21, 0, {1: range(6), 3: range(12), 8: range(6, 27)}),
+    ],
+)
+def test_attended_frames(window, sink, expected):
+    policy = ContextPolicy(window, sink, "absolute")
+    for block, frames in expected.items():
+        assert policy.visible(block * 3 + 3) == tuple(frames)
+
+
+@torch.no_grad()
+def test_window_relative_positions_equal_absolute_ones_until_the_window_rolls():
+    absolute = run(make_engine(local_attn_size=9, sink_size=3), 5)
+    relative = run(make_engine(local_attn_size=9, sink_size=3, positions="window-relative"), 5)
+    for block in range(3):
+        assert (absolute[block].latents - relative[block].latents).abs().max() <= 1e-10
+    assert (absolute[4].latents - relative[4].latents).abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_without_a_sink_window_relative_positions_change_nothing():
+    """Rotary attention knows differences only."""
+    absolute = run(make_engine(local_attn_size=6), 6)
+    relative = run(make_engine(local_attn_size=6, positions="window-relative"), 6)
+    assert (absolute[5].latents - relative[5].latents).abs().max() <= 1e-8
+
+
+def test_350_blocks_run_past_frame_1024_in_flat_memory():
+    engine = make_engine(
+        dtype="float32", local_attn_size=6, sink_size=3, positions="window-relative", denoising_step_list=[1000]
+    )
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        sizes, tensors = [], []
+        for block in session.stream(350, decode=False):
+            assert block.latents.isfinite().all()
+            if block.index in (20, 349):
+                gc.collect()
+                sizes.append(session.cache.nbytes)
+                tensors.append(sum(torch.is_tensor(item) for item in gc.get_objects()))
+        assert session.next_frame == 1050
+    assert sizes[0] == sizes[1]
+    assert tensors[1] <= tensors[0] + 2
+
+
+def test_the_same_seed_gives_the_same_latents_and_another_seed_others():
+    engine = make_engine()
+    first, again, other = run(engine, 2), run(engine, 2), run(engine, 2, seed=1)
+    assert torch.equal(first[1].latents, again[1].latents)
+    assert not torch.equal(first[0].latents, other[0].latents)
+
+
+def test_injected_noise_replaces_every_draw():
+    engine = make_engine()
+    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=4) as session:
+        plans = []
+        for _ in range(2):
+            plans.append(session.plan_block())
+            session.next_block, session.next_frame = plans[-1].index + 1, plans[-1].frames.stop
+        initial = torch.cat([engine.draw(session, plan, 0) for plan in plans])
+        renoise = torch.stack([torch.stack([engine.draw(session, plan, s) for s in (1, 2, 3)]) for plan in plans])
+    injected = run(engine, 2, noise=InjectedNoise(initial, renoise))
+    assert torch.equal(injected[1].latents, run(engine, 2, seed=4)[1].latents)
+    with pytest.raises(UsageError, match="injected noise"):
+        run(engine, 3, noise=InjectedNoise(initial, renoise))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_run_and_decode(name):
+    engine = make_engine(name, dtype="float32")
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        blocks = list(session.stream(2))
+    frames = [len(block.frames) for block in blocks]
+    assert frames == ([9, 12] if engine.preset.num_frame_per_block == 3 else [1, 4])
+    assert blocks[0].frames.shape[1:] == (32, 32, 3)
+    assert set(blocks[0].timings) == {"denoise", "commit", "decode"}
+
+
+@torch.no_grad()
+def test_independent_first_frame_and_an_image_prefix():
+    engine = make_engine(dtype="float32", independent_first_frame=True)
+    assert [len(block.latents) for block in run(engine, 3)] == [1, 3, 3]
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE, image=image) as session:
+        assert len(session.prefix_frames) == 1
+        blocks = list(session.stream(2))
+    assert [len(block.latents) for block in blocks] == [3, 3]
+    assert [len(block.frames) for block in blocks] == [12, 12]
+    assert session.prefix_frames.shape == (1, 32, 32, 3)
+    with pytest.raises(UsageError, match="independent_first_frame"):
+        make_engine().open(prompt_embeds=ROWS, size=SIZE, image=image)
+
+
+@torch.no_grad()
+def test_a_generated_video_as_prefix_continues_like_the_stream_itself():
+    engine = make_engine(local_attn_size=9)
+    blocks = run(engine, 4)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        engine.cache_prefix(session, torch.cat([block.latents for block in blocks[:3]]))
+        session.next_block = 3
+        (block,) = session.stream(1, decode=False)
+    assert torch.equal(block.latents, blocks[3].latents)
+
+
+@torch.no_grad()
+def test_a_video_prefix_keeps_its_end():
+    engine = make_engine(dtype="float32")
+    video = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8).numpy()
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE, video=video) as session:
+        assert session.next_frame == 3
+        assert len(session.prefix_frames) == 9
+        shorter = engine.prefix_latents(None, video[-9:], SIZE)
+        assert torch.equal(engine.prefix_latents(None, video, SIZE), shorter)
+
+
+def test_seconds_to_blocks():
+    engine = make_engine()
+    assert engine.blocks_for(81 / 16) == 7
+    assert engine.blocks_for(0.1) == 1
+    for seconds in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="seconds"):
+            engine.blocks_for(seconds)
+
+
+@pytest.mark.parametrize("blocks", [0, -1, 1.5, "2", True])
+def test_bad_block_counts(blocks):
+    with make_engine().open(prompt_embeds=ROWS, size=SIZE) as session, pytest.raises(UsageError, match="blocks"):
+        next(session.stream(blocks))
+
+
+def test_closed_and_unfinished_calls_say_so():
+    session = make_engine().open(prompt_embeds=ROWS, size=SIZE)
+    with pytest.raises(InferixError, match=r"session\.fork\(\) is not in this version"):
+        session.fork()
+    session.close()
+    session.close()
+    with pytest.raises(InferixError, match="closed"):
+        next(session.stream(1))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"local_atn_size": 6}, "did you mean 'local_attn_size'"),
+        ({"local_attn_size": 2}, "smaller than a block"),
+        ({"sink_size": 20}, "smaller than a block"),
+        ({"num_frame_per_block": 1.5}, "whole number"),
+        ({"num_frame_per_block": 0}, "1 or more"),
+        ({"independent_first_frame": 1}, "true or false"),
+        ({"positions": "relativ"}, "window-relative"),
+        ({"denoising_step_list": "1000"}, "list of numbers"),
+        ({"timestep_shift": 0}, "above 0"),
+    ],
+)
+def test_bad_settings(overrides, said):
+    with pytest.raises(UsageError, match=said):
+        make_preset("self-forcing", **overrides)
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'self-forcing'"):
+        make_preset("selfforcing")
