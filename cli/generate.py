@@ -186,8 +186,8 @@ def generate(
     video: Path | None = typer.Option(None, help="Video to continue."),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),
-    device: str = typer.Option("cpu", help="Torch device, such as cpu or cuda."),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Engine setting; repeatable."),
     config: Path | None = typer.Option(
         None, callback=read_config, is_eager=True, help="YAML file of options, settings in 'set'; flags win."
@@ -223,13 +223,15 @@ def generate(
             prompt = DEFAULT_PROMPT
     count = blocks or (engine.blocks_for(seconds) if seconds else DEFAULT_BLOCKS)
     opening = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": video}
-    given = {name: value for name, value in opening.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     frame_size = wanted_size or engine.default_size
     with ExitStack() as stack:
         session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, **given)))
         writer = None if latents_only else VideoWriter(out, engine.fps, frame_size)
         if writer:
             stack.enter_context(writer)
+            if session.prefix_frames is not None:
+                writer.add(session.prefix_frames)
         advance = stack.enter_context(progress_bar(console, count))
         result, kept = record_blocks(session, count, writer, advance)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest
 from ..models.text.tiny import write_tiny_text_encoder

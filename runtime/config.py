@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -38,15 +39,18 @@ class EngineConfig:
     precision: str
 
     def __post_init__(self) -> None:
-        choices = [("dtype", self.dtype, DTYPES), ("precision", self.precision, PRECISIONS)]
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("precision", self.precision, PRECISIONS)
         if self.checkpoint_format is not None:
-            choices.append(("checkpoint_format", self.checkpoint_format, dict.fromkeys(FORMATS)))
-        for key, value, known in choices:
-            if value not in known:
-                raise UsageError(f"{key} is {value!r}{nearest(str(value), known)}; expected {', '.join(known)}")
+            check_choice("checkpoint_format", self.checkpoint_format, FORMATS)
         if not isinstance(self.use_ema, bool):
             raise UsageError(f"use_ema is {self.use_ema!r}; expected true or false")
         check_device(self.device)
+
+
+def check_choice(key: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise UsageError(f"{key} is {value!r}{nearest(str(value), known)}; expected {', '.join(known)}")
 
 
 def check_device(name: str) -> None:

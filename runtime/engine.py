@@ -141,18 +141,17 @@ class Engine:
 
     def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
         """The text encoder's rows [text_len, text_dim] of a prompt, or those given."""
-        if (prompt is None) == (embeds is None):
-            raise UsageError("give a prompt or prompt_embeds, and not both")
-        if prompt is not None:
-            if self.parts.text is None:
-                raise UsageError(
-                    f"{self.parts.source} has no text encoder; give base= (--base), a folder that has one, "
-                    "or prompt_embeds (--prompt-embeds)"
-                )
-            rows = self.parts.text().encode(prompt)
-        else:
+        if embeds is not None and prompt is None:
             rows = load_prompt_embeds(embeds, self.spec.text_len, self.spec.text_dim)
-        return rows.to(self.device, self.dtype)
+            return rows.to(self.device, self.dtype)
+        if embeds is not None or prompt is None:
+            raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
+        if self.parts.text is None:
+            raise UsageError(
+                f"{self.parts.source} has no text encoder; give base= (--base), a folder that has one, "
+                "or prompt_embeds (--prompt-embeds)"
+            )
+        return self.parts.text().encode(prompt).to(self.device, self.dtype)
 
     def prefix_latents(self, image: Any, video: Any, size: tuple[int, int]) -> Tensor:
         """What the stream goes on from, as latents of whole blocks, the end of a video kept."""

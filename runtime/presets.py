@@ -95,8 +95,8 @@ def _checked(key: str, value: Any, kind: str) -> Any:
         return float(value)
     if kind == "str" and isinstance(value, str):
         return value
-    if kind.startswith("tuple") and isinstance(value, list | tuple):
-        if all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):
-            return tuple(float(item) for item in value)
+    numbers = (int, float)
+    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(type(item) in numbers for item in value):
+        return tuple(float(item) for item in value)
     expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
     raise UsageError(f"{key} is {value!r}; expected {expected.get(kind, 'a list of numbers')}")

@@ -7,13 +7,15 @@ Source: Wan 2.1 (arXiv 2503.20314); UMT5 (arXiv 2304.09151).
 from __future__ import annotations
 
 import html
+import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import InferixError, UsageError
 
@@ -79,11 +81,26 @@ class TextEncoder:
         from transformers import UMT5EncoderModel
         from transformers.utils import logging
 
+        if not (model_dir / "config.json").is_file():
+            raise UsageError(f"no config.json in {str(model_dir)!r}; expected a text_encoder folder")
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # progress is the caller's to show
-        model = UMT5EncoderModel.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
-        if shown:
-            logging.enable_progress_bar()
+        try:
+            model, loaded = UMT5EncoderModel.from_pretrained(
+                model_dir, dtype=dtype, local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are listed below with the other misfits
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InferixError(f"cannot read the text encoder in {model_dir}: {error}; fetch it again") from error
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        refuse_misfits(
+            model_dir,
+            missing=loaded["missing_keys"],
+            unexpected=loaded["unexpected_keys"],
+            misshaped=(str(entry[0]) for entry in loaded["mismatched_keys"]),
+        )
         return cls(read_tokenizer(tokenizer_dir), model.eval().to(device), text_len)
 
     @classmethod
@@ -93,19 +110,24 @@ class TextEncoder:
         """From `models_t5_umt5-xxl-enc-bf16.pth`; sizes are read off the tensors."""
         from transformers import UMT5EncoderModel
 
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        tensors = read_pth(path)
         with torch.device("meta"):
             model = UMT5EncoderModel(config_from_shapes(path, tensors))
         wanted = {to_original(name): name for name in model.state_dict() if name != TIED}
-        wrong = [
-            f"{name}: missing" if name not in tensors else f"{name}: {list(tensors[name].shape)}"
-            for name, ours in wanted.items()
-            if name not in tensors or tensors[name].shape != model.state_dict()[ours].shape
-        ] + [f"{name}: unexpected" for name in tensors if name not in wanted]
-        if wrong:
-            raise InferixError(f"{path} does not fit a UMT5 encoder: {'; '.join(wrong[:8])}")
-        state = {ours: tensors[name].to(dtype) for name, ours in wanted.items()}
-        model.load_state_dict(state | {TIED: state["shared.weight"]}, assign=True)
+        shapes = {name: model.state_dict()[ours].shape for name, ours in wanted.items()}
+        refuse_misfits(
+            path,
+            missing=wanted.keys() - tensors.keys(),
+            unexpected=tensors.keys() - wanted.keys(),
+            misshaped=(
+                f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
+                for name, shape in shapes.items()
+                if name in tensors and tensors[name].shape != shape
+            ),
+        )
+        state = {ours: nn.Parameter(tensors[name].to(device, dtype), False) for name, ours in wanted.items()}
+        state[TIED] = state["shared.weight"]  # one Parameter under both names keeps them tied
+        model.load_state_dict(state, strict=True, assign=True)
         return cls(read_tokenizer(tokenizer_dir), model.eval().to(device), text_len)
 
     @torch.no_grad()
@@ -115,12 +137,13 @@ class TextEncoder:
             clean_prompt(prompt),
             max_length=self.text_len,
             padding="max_length",
+            padding_side="right",
             truncation=True,
             add_special_tokens=True,
             return_tensors="pt",
         ).to(self.model.device)
         rows = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return rows[0] * tokens.attention_mask[0, :, None].to(rows.dtype)
+        return rows[0].masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -129,7 +152,31 @@ def read_tokenizer(path: Path) -> Any:
 
     if not path.is_dir():
         raise UsageError(f"no tokenizer folder {str(path)!r}; expected the one that came with the text encoder")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InferixError(f"cannot read the tokenizer in {path}: {error}; fetch it again") from error
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict, memory-mapped; nothing but tensors is unpickled."""
+    if not path.is_file():
+        raise UsageError(f"no file {str(path)!r}; expected the text encoder's .pth")
+    try:
+        content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InferixError(f"cannot read {path} as a file of tensors: {error}; fetch it again") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InferixError(f"{path} is no table of tensors; expected the state dict of a UMT5 encoder")
+    return content
+
+
+def refuse_misfits(path: Path, **misfits: Iterable[str]) -> None:
+    """InferixError naming every tensor that is missing, unexpected or misshaped, if any is."""
+    listed = {kind: ", ".join(sorted(names)) for kind, names in misfits.items()}
+    found = "; ".join(f"{kind}: {names}" for kind, names in listed.items() if names)
+    if found:
+        raise InferixError(f"{path} does not fit a UMT5 encoder ({found}); use the one of a Wan model")
 
 
 def config_from_shapes(path: Path, tensors: dict[str, Tensor]) -> Any:
@@ -140,9 +187,9 @@ def config_from_shapes(path: Path, tensors: dict[str, Tensor]) -> Any:
         vocab, dim = tensors["token_embedding.weight"].shape
         buckets, heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape
         inner, ffn = tensors["blocks.0.attn.q.weight"].shape[0], tensors["blocks.0.ffn.fc1.weight"].shape[0]
-    except KeyError as error:
-        raise InferixError(f"{path} is no UMT5 encoder in the original format: it has no {error}") from error
-    layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    except (KeyError, ValueError) as error:
+        raise InferixError(f"{path} is no UMT5 encoder in the original format: {error}") from error
+    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     return UMT5Config(
         vocab_size=vocab, d_model=dim, d_kv=inner // heads, d_ff=ffn, num_layers=layers, num_heads=heads,
         relative_attention_num_buckets=buckets, relative_attention_max_distance=128, dropout_rate=0.0,
@@ -151,13 +198,15 @@ def config_from_shapes(path: Path, tensors: dict[str, Tensor]) -> Any:
 
 
 def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int) -> Tensor:
-    """Rows [text_len, text_dim] from a tensor [L, D] or [1, L, D], or from `prompt_embeds` in a safetensors file."""
+    """Rows [text_len, text_dim] from [L, D] or [1, L, D], a tensor or `prompt_embeds` of a safetensors file."""
     where = "prompt_embeds" if isinstance(source, Tensor) else repr(str(source))
     rows = source if isinstance(source, Tensor) else read_embeds(Path(source))
     if rows.ndim == 3 and len(rows) == 1:
         rows = rows[0]
     if rows.ndim != 2 or rows.shape[1] != text_dim or not 1 <= len(rows) <= text_len:
         raise UsageError(f"{where} is {list(rows.shape)}; expected [1..{text_len}, {text_dim}]")
+    if not rows.is_floating_point() or not rows.isfinite().all():
+        raise UsageError(f"{where} has values that are not finite floating-point numbers; encode it again")
     return torch.cat((rows, rows.new_zeros(text_len - len(rows), text_dim)))
 
 

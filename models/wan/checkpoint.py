@@ -240,7 +240,9 @@ def build_transformer(
     return fill(module, tensors, dtype, device, source)
 
 
-def build_vae(spec: VaeSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: Any, source: object) -> CausalVae:
+def build_vae(
+    spec: VaeSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: Any, source: object
+) -> CausalVae:
     with torch.device("meta"):
         module = CausalVae(spec)
     return fill(module, tensors, dtype, device, source)

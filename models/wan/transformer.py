@@ -220,7 +220,7 @@ class WanTransformer(nn.Module):
         if (image is None) != (self.spec.image_dim is None):
             raise ValueError(f"{self.spec.name}: image features are {'missing' if image is None else 'not used'}")
         rows = self.text_embedding(text)
-        blocks = [block.cross_attn for block in self.blocks]
+        blocks = [block.cross_attn for block in self.blocks if isinstance(block, Block)]
         text_keys = tuple(attn.text_keys(rows) for attn in blocks)
         if image is None:
             return TextContext(text_keys, None)

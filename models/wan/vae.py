@@ -243,7 +243,7 @@ class CausalVae(nn.Module):
         self.encoder, self.decoder = Encoder(spec), Decoder(spec)
         self.quant_conv = nn.Conv3d(spec.z_dim * 2, spec.z_dim * 2, 1)
         self.post_quant_conv = nn.Conv3d(spec.z_dim, spec.z_dim, 1)
-        slots = [module for module in self.modules() if hasattr(module, "slot")]
+        slots = [module for module in self.modules() if isinstance(module, CausalConv3d | Downsample)]
         for number, module in enumerate(slots):
             module.slot = number
 

@@ -9,37 +9,29 @@ from transformers import UMT5EncoderModel
 
 from inferix.errors import InferixError, UsageError
 from inferix.models.text.tiny import ORIGINAL_FILE, ORIGINAL_TOKENIZER, write_tiny_text_encoder
-from inferix.models.text.umt5 import (
-    TIED,
-    TO_HF,
-    TextEncoder,
-    clean_prompt,
-    from_hf,
-    load_prompt_embeds,
-    to_hf,
-)
+from inferix.models.text.umt5 import ORIGINAL_NAMES, TIED, TextEncoder, clean_prompt, load_prompt_embeds, to_original
 
-FLOAT = (torch.float32, "cpu")
+FLOAT = (512, torch.float32, "cpu")
 
 
 def from_diffusers(folder, dtype=torch.float32):
-    return TextEncoder.from_directory(folder / "text_encoder", folder / "tokenizer", dtype, "cpu")
+    return TextEncoder.from_directory(folder / "text_encoder", folder / "tokenizer", 512, dtype, "cpu")
 
 
 def from_original(folder, dtype=torch.float32):
-    return TextEncoder.from_original(folder / ORIGINAL_FILE, folder / ORIGINAL_TOKENIZER, dtype, "cpu")
+    return TextEncoder.from_original(folder / ORIGINAL_FILE, folder / ORIGINAL_TOKENIZER, 512, dtype, "cpu")
 
 
 @pytest.fixture(scope="module")
 def diffusers_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("diffusers")
-    write_tiny_text_encoder(folder, "diffusers")
+    write_tiny_text_encoder(folder, "diffusers", 64, 0, torch.float32)
     return folder
 
 
 @pytest.fixture
 def original_dir(tmp_path):
-    write_tiny_text_encoder(tmp_path, "original")
+    write_tiny_text_encoder(tmp_path, "original", 64, 0, torch.float32)
     return tmp_path
 
 
@@ -68,7 +60,7 @@ def test_empty_prompt_is_refused(raw):
 
 
 def test_long_prompt_is_refused():
-    with pytest.raises(UsageError, match="20001 characters, at most 20000"):
+    with pytest.raises(UsageError, match="20001 characters; expected at most 20000"):
         clean_prompt("x" * 20001)
 
 
@@ -107,8 +99,8 @@ def test_both_layouts_agree(diffusers_dir, original_dir, dtype):
 
 def test_seed_and_width_are_used_and_the_global_generator_is_not(diffusers_dir, tmp_path):
     before = torch.get_rng_state()
-    write_tiny_text_encoder(tmp_path, "original", dim=32, seed=1)
-    write_tiny_text_encoder(tmp_path, "diffusers", seed=1)
+    write_tiny_text_encoder(tmp_path, "original", 32, 1, torch.float32)
+    write_tiny_text_encoder(tmp_path, "diffusers", 64, 1, torch.float32)
     assert torch.equal(before, torch.get_rng_state())
     assert from_original(tmp_path).encode("cat").shape == (512, 32)
     assert not torch.equal(from_diffusers(tmp_path).encode("cat"), from_diffusers(diffusers_dir).encode("cat"))
@@ -120,13 +112,12 @@ def test_original_embedding_stays_tied(original_dir):
     assert not any(p.is_meta for p in model.parameters())
 
 
-def test_names_are_a_bijection_and_cover_transformers(diffusers_dir):
+def test_names_cover_transformers(diffusers_dir):
     names = set(UMT5EncoderModel.from_pretrained(diffusers_dir / "text_encoder").state_dict()) - {TIED}
-    assert {to_hf(from_hf(name)) for name in names} == names
-    assert not {from_hf(name) for name in names} & names
-    assert len(TO_HF) == len(set(TO_HF.values()))
-    assert to_hf("blocks.12.ffn.gate.0.weight") == "encoder.block.12.layer.1.DenseReluDense.wi_0.weight"
-    assert to_hf("blocks.3.unknown.weight") == "blocks.3.unknown.weight"
+    assert len({to_original(name) for name in names}) == len(names)
+    assert len(ORIGINAL_NAMES) == len(set(ORIGINAL_NAMES.values()))
+    want = "blocks.12.ffn.gate.0.weight"
+    assert to_original("encoder.block.12.layer.1.DenseReluDense.wi_0.weight") == want
 
 
 def test_misfits_of_the_original_file_are_named(original_dir):
@@ -139,17 +130,17 @@ def test_misfits_of_the_original_file_are_named(original_dir):
         from_original(original_dir)
     assert "missing: blocks.0.norm2.weight;" in str(caught.value)
     assert "unexpected: extra.weight;" in str(caught.value)
-    assert "misshaped: blocks.1.attn.k.weight (3, 5) instead of (64, 64)" in str(caught.value)
+    assert "misshaped: blocks.1.attn.k.weight [3, 5] instead of [64, 64]" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "missing: blocks.0.attn.q.weight, "),
-        ({"token_embedding.weight": torch.zeros(4)}, "misshaped: token_embedding.weight"),
-        ([torch.zeros(1)], "not a table of tensors"),
-        ({"a": 1}, "not a table of tensors"),
-        (json.JSONDecoder(), "cannot be read as a PyTorch file of tensors"),
+        ({}, "is no UMT5 encoder"),
+        ({"token_embedding.weight": torch.zeros(4)}, "is no UMT5 encoder"),
+        ([torch.zeros(1)], "is no table of tensors"),
+        ({"a": 1}, "is no table of tensors"),
+        (range(3), "cannot read .* as a file of tensors"),
     ],
     ids=["empty", "flat-embedding", "list", "number", "object"],
 )
@@ -163,12 +154,12 @@ def test_other_pickles_are_refused(original_dir, content, message):
 def test_truncated_original_file_is_refused(original_dir, keep):
     path = original_dir / ORIGINAL_FILE
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InferixError, match="cannot be read as a PyTorch file"):
+    with pytest.raises(InferixError, match=r"cannot read .* as a file of tensors"):
         from_original(original_dir)
 
 
 def test_misfits_of_the_diffusers_folder_are_named(tmp_path):
-    write_tiny_text_encoder(tmp_path, "diffusers")
+    write_tiny_text_encoder(tmp_path, "diffusers", 64, 0, torch.float32)
     config = tmp_path / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 3, "d_ff": 48}))
     with pytest.raises(InferixError) as caught:
@@ -179,38 +170,29 @@ def test_misfits_of_the_diffusers_folder_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_corrupt_diffusers_files_are_refused(tmp_path, name):
-    write_tiny_text_encoder(tmp_path, "diffusers")
+    write_tiny_text_encoder(tmp_path, "diffusers", 64, 0, torch.float32)
     (tmp_path / "text_encoder" / name).write_bytes(b"not this")
-    with pytest.raises(InferixError, match="the text encoder in .* cannot be read"):
+    with pytest.raises(InferixError, match="cannot read the text encoder in"):
         from_diffusers(tmp_path)
 
 
 def test_corrupt_tokenizer_is_refused(tmp_path):
-    write_tiny_text_encoder(tmp_path, "diffusers")
+    write_tiny_text_encoder(tmp_path, "diffusers", 64, 0, torch.float32)
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_bytes(b"not this")
-    with pytest.raises(InferixError, match="the tokenizer in .* cannot be read"):
+    with pytest.raises(InferixError, match="cannot read the tokenizer in"):
         from_diffusers(tmp_path)
 
 
 def test_missing_paths_are_refused(diffusers_dir, original_dir):
     tokenizer, nowhere = diffusers_dir / "tokenizer", diffusers_dir / "nowhere"
-    for load, model in [(TextEncoder.from_directory, "text_encoder"), (TextEncoder.from_original, ORIGINAL_FILE)]:
+    for load, model in [
+        (TextEncoder.from_directory, diffusers_dir / "text_encoder"),
+        (TextEncoder.from_original, original_dir / ORIGINAL_FILE),
+    ]:
         with pytest.raises(UsageError, match="nowhere"):
             load(nowhere, tokenizer, *FLOAT)
-        with pytest.raises(UsageError, match="a tokenizer folder"):
-            load(diffusers_dir / model, nowhere, *FLOAT)
-
-
-def test_tokenizer_larger_than_the_encoder_is_refused(original_dir):
-    encoder = from_original(original_dir)
-    encoder.tokenizer.add_tokens([f"<extra {i}>" for i in range(200)])
-    with pytest.raises(UsageError, match="the tokenizer has 459 tokens, .* 384"):
-        TextEncoder(encoder.tokenizer, encoder.model)
-
-
-def test_unknown_layout_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="did you mean 'original'"):
-        write_tiny_text_encoder(tmp_path, "orignal")
+        with pytest.raises(UsageError, match="no tokenizer folder"):
+            load(model, nowhere, *FLOAT)
 
 
 def embeds_file(folder, **tensors):
@@ -230,11 +212,11 @@ def test_embeds_are_padded_with_zero_rows(tmp_path, shape):
 @pytest.mark.parametrize(
     ("embeds", "message"),
     [
-        (torch.zeros(5, 7), "7 wide, expected 8 wide"),
-        (torch.zeros(7, 8), "7 rows, expected 1 to 6"),
-        (torch.zeros(0, 8), "0 rows, expected 1 to 6"),
-        (torch.zeros(2, 5, 8), r"\(2, 5, 8\), expected \[L, D\]"),
-        (torch.zeros(8), r"\(8,\), expected \[L, D\]"),
+        (torch.zeros(5, 7), r"expected \[1\.\.6, 8\]"),
+        (torch.zeros(7, 8), r"expected \[1\.\.6, 8\]"),
+        (torch.zeros(0, 8), r"expected \[1\.\.6, 8\]"),
+        (torch.zeros(2, 5, 8), r"expected \[1\.\.6, 8\]"),
+        (torch.zeros(8), r"expected \[1\.\.6, 8\]"),
         (torch.zeros(5, 8, dtype=torch.int64), "finite floating-point numbers"),
         (torch.full((5, 8), torch.nan), "finite floating-point numbers"),
     ],
@@ -245,15 +227,15 @@ def test_unfit_embeds_are_refused(tmp_path, embeds, message):
 
 
 def test_unreadable_embeds_files_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="there is no file .*absent"):
+    with pytest.raises(UsageError, match=r"cannot read .*absent"):
         load_prompt_embeds(tmp_path / "absent.safetensors", 6, 8)
-    with pytest.raises(UsageError, match="there is no file"):
+    with pytest.raises(UsageError, match="cannot read"):
         load_prompt_embeds(tmp_path, 6, 8)
     path = embeds_file(tmp_path, prompt_embed=torch.zeros(5, 8), other=torch.zeros(1))
-    with pytest.raises(UsageError, match="holds other, prompt_embed, expected a tensor 'prompt_embeds'"):
+    with pytest.raises(UsageError, match=r"holds .*; expected a tensor 'prompt_embeds'"):
         load_prompt_embeds(path, 6, 8)
-    for keep in (0, 20, path.stat().st_size - 1):
+    for keep in (0, 20, 100):
         path.write_bytes(path.read_bytes()[:keep] or b"")
-        with pytest.raises(UsageError, match="not a readable safetensors file"):
+        with pytest.raises(UsageError, match="cannot read"):
             load_prompt_embeds(path, 6, 8)
         path = embeds_file(tmp_path, prompt_embeds=torch.zeros(5, 8))

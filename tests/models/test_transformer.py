@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from oracles import TINY, DenseAttention, tiny_transformer
 
 from inferix.kernels.rope import rope_angles
 from inferix.models.wan.names import from_format, to_format
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.transformer import WanTransformer
-from oracles import TINY, DenseAttention, tiny_transformer
 
 I2V = dataclasses.replace(TINY, in_channels=36, image_dim=24)
 FLF2V = dataclasses.replace(I2V, image_tokens=10)

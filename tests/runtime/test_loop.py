@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from oracles import TINY, DenseAttention, frame_mask, tiny_transformer
 
 from inferix.errors import InferixError, UsageError
 from inferix.kernels.rope import rope_angles
@@ -15,7 +16,6 @@ from inferix.runtime.context import ContextPolicy
 from inferix.runtime.engine import Engine
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.presets import PRESETS, make_preset
-from oracles import TINY, DenseAttention, frame_mask, tiny_transformer
 
 SIZE = (32, 32)
 TOKENS = 4

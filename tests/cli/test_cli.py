@@ -1,0 +1,147 @@
+"""The command as a user meets it: what it writes, how it fails, and that a seed gives one video."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import av
+import pytest
+
+RUN = [sys.executable, "-m", "inferix"]
+SMALL = ["--size", "32x32", "--blocks", "2"]
+
+
+def inferix(*arguments, cwd=None):
+    return subprocess.run([*RUN, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def count_frames(path):
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_generate_writes_a_video_a_sheet_and_a_record(tmp_path):
+    done = inferix("generate", *SMALL, "--out", tmp_path / "a.mp4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "random, untrained weights" in done.stderr
+    assert json.loads(done.stdout)["frames"] == 21
+    assert count_frames(tmp_path / "a.mp4") == 21
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["engine"]["network_timesteps"] == pytest.approx([1000, 937.5, 833.333, 625], abs=1e-3)
+    assert set(record["versions"]) >= {"inferix", "torch", "python"}
+    assert [block["index"] for block in record["blocks"]] == [0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.mp4", "a.png"]
+
+
+def test_the_same_seed_gives_the_same_file_in_two_processes(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        done = inferix("generate", *SMALL, "--seed", seed, "--latents-only", "--out", tmp_path / f"{name}.mp4")
+        assert done.returncode == 0, done.stderr
+    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in "abc"]
+    assert files[0] == files[1] != files[2]
+
+
+def test_image_and_video_begin_the_stream(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    done = inferix(
+        "generate", *SMALL, "--image", tmp_path / "red.png", "--preset", "self-forcing-framewise",
+        "--out", tmp_path / "a.mp4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert count_frames(tmp_path / "a.mp4") == 1 + 4 + 4
+    done = inferix("generate", *SMALL, "--video", tmp_path / "a.mp4", "--out", tmp_path / "b.mp4")
+    assert done.returncode == 0, done.stderr
+    assert count_frames(tmp_path / "b.mp4") == 9 + 12 + 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "nowhere.pt", "--prompt", "a"], "no such file"),
+        (["--preset", "self-forcin"], "did you mean 'self-forcing'"),
+        (["--set", "local_atn_size=6"], "did you mean 'local_attn_size'"),
+        (["--set", "sink_size"], "key=value"),
+        (["--size", "100x100"], "96x96 or 112x112"),
+        (["--size", "big"], "WIDTHxHEIGHT"),
+        (["--blocks", "0"], "--blocks"),
+        (["--blocks", "1.5"], "1.5"),
+        (["--seconds", "-1"], "--seconds"),
+        (["--prompt", ""], "empty"),
+        (["--prompt", "x" * 100_000], "100000 characters"),
+        (["--prompt", os.fsdecode(b"\xff\xfe")], "UTF-8"),
+        (["--device", "cuda"], "no GPU"),
+        (["--device", "gpu"], "expected cpu"),
+        (["--dtype", "float31"], "did you mean 'float32'"),
+        (["--seed", "-1"], "seed"),
+        (["--image", "setup.cfg"], "image"),
+        (["--prompt-embeds", "none.safetensors"], "none.safetensors"),
+        (["--out", "/proc/none/a.mp4"], "cannot write"),
+        (["--out", "a.gif"], "must end in"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
+    if "--device" in arguments and arguments[1] == "cuda":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+    done = inferix("generate", *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_exit_code_1_and_debug_shows_the_traceback(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"damaged")
+    plain = inferix("generate", "--model", tmp_path / "model.pt", "--prompt", "a", "--out", tmp_path / "a.mp4")
+    assert plain.returncode == 1
+    assert plain.stderr.startswith("error: cannot read") and plain.stderr.count("\n") == 1
+    shown = inferix("--debug", "generate", "--model", tmp_path / "model.pt", "--prompt", "a", cwd=tmp_path)
+    assert shown.returncode == 1 and "Traceback" in shown.stderr
+
+
+def test_ctrl_c_keeps_the_finished_blocks_in_a_playable_file(tmp_path):
+    run = subprocess.Popen(
+        [*RUN, "generate", "--size", "64x64", "--blocks", "500", "--out", str(tmp_path / "a.mp4")],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    part = tmp_path / "a.mp4.part"
+    deadline = time.monotonic() + 120
+    while not (part.exists() and part.stat().st_size > 0) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130, said
+    assert "of 500 blocks were finished" in said
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert count_frames(tmp_path / "a.mp4") >= record["frames"] > 0
+    assert not part.exists()
+
+
+def test_checkpoint_commands(tmp_path):
+    done = inferix("checkpoint", "random", "--spec", "wan-tiny", "--format", "self-forcing", tmp_path / "ck")
+    assert done.returncode == 0, done.stderr
+    done = inferix("checkpoint", "inspect", tmp_path / "ck", "--json")
+    assert json.loads(done.stdout)["format"] == "self-forcing"
+    done = inferix(
+        "generate", "--model", tmp_path / "ck", "--prompt", "a", *SMALL, "--out", tmp_path / "a.mp4",
+    )  # fmt: skip
+    assert done.returncode == 0 and "untrained" not in done.stderr
+    assert len(json.loads((tmp_path / "a.json").read_text())["engine"]["checkpoint"]["sha256"]) == 64
+
+
+def test_doctor_and_help():
+    done = inferix("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), dict)
+    for verb in ("generate", "doctor", "checkpoint random", "checkpoint inspect"):
+        shown = inferix(*verb.split(), "--help")
+        assert shown.returncode == 0 and ("Example" in shown.stdout or verb == "doctor")

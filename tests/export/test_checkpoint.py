@@ -1,0 +1,180 @@
+"""Every format round-trips to the same outputs, misfits are listed by name, and reading stays within memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from inferix import load
+from inferix.errors import InferixError, UsageError
+from inferix.export.checkpoint import SELF_FORCING_FILE, write_random
+from inferix.models.wan.checkpoint import FORMATS, inspect, read_checkpoint, strip_wrappers
+
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {form: write_random("wan-tiny", form, root / form, seed=1) for form in FORMATS}
+
+
+def first_block(model, **kwargs):
+    with load(model, device="cpu", **kwargs).open(prompt="a cat", size=SIZE) as session:
+        (block,) = session.stream(1)
+    return block
+
+
+def test_every_format_gives_the_same_video(folders):
+    original, *others = (first_block(folders[form]) for form in FORMATS)
+    assert original.latents.std() > 0.1
+    for other in others:
+        assert torch.equal(original.latents, other.latents)
+        assert (original.frames == other.frames).all()
+
+
+def test_the_averaged_weights_are_taken_unless_told_otherwise(folders):
+    averaged, trained = (first_block(folders["self-forcing"], use_ema=ema) for ema in (True, False))
+    assert not torch.equal(averaged.latents, trained.latents)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_inspect(folders, form):
+    facts = inspect(folders[form])
+    assert (facts["format"], facts["model"], facts["num_heads"]) == (form, "wan-tiny", 2)
+    assert facts["dtypes"] == ["float32"]
+
+
+def test_diffusers_itself_reads_what_is_written(folders):
+    WanTransformer3DModel.from_pretrained(folders["diffusers"] / "transformer")
+    AutoencoderKLWan.from_pretrained(folders["diffusers"] / "vae")
+
+
+def test_a_bare_file_takes_its_parts_from_base(folders, tmp_path):
+    file = tmp_path / "model.pt"
+    file.write_bytes((folders["self-forcing"] / SELF_FORCING_FILE).read_bytes())
+    with pytest.raises(UsageError, match="no VAE"):
+        load(file)
+    for base in ("original", "diffusers"):
+        assert torch.equal(first_block(file, base=folders[base]).latents, first_block(folders["original"]).latents)
+
+
+def test_shards_are_joined_and_a_missing_one_is_named(folders, tmp_path):
+    tensors = load_file(folders["original"] / "diffusion_pytorch_model.safetensors")
+    names = sorted(tensors)
+    shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for shard, inside in shards.items():
+        save_file({name: tensors[name] for name in inside}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(
+        first_block(tmp_path, base=folders["original"]).latents, first_block(folders["original"]).latents
+    )
+    (tmp_path / next(iter(shards))).unlink()
+    with pytest.raises(InferixError, match="lacks shards diffusion_pytorch_model-00001-of-00002"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.blocks.0.ffn.0.weight",
+        "model._fsdp_wrapped_module.blocks.0.ffn.0.weight",
+        "module._orig_mod.model.blocks.0._checkpoint_wrapped_module.ffn.0.weight",
+    ],
+)
+def test_wrappers_are_stripped(name):
+    assert strip_wrappers(name) == "blocks.0.ffn.0.weight"
+
+
+def test_misfits_are_listed_by_name_and_shape(folders, tmp_path):
+    tensors = load_file(folders["original"] / "diffusion_pytorch_model.safetensors")
+    tensors["blocks.1.self_attn.q.weight"] = torch.zeros(3, 4)
+    tensors["blocks.0.extra.weight"] = torch.zeros(5)
+    del tensors["head.head.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InferixError) as caught:
+        load(tmp_path / "model.safetensors", base=folders["original"])
+    said = str(caught.value)
+    assert "head.linear.bias [64]: missing" in said
+    assert "blocks.0.extra.weight [5]: unexpected" in said
+    assert "blocks.1.self_attn.q.weight: [3, 4], expected [256, 256]" in said
+
+
+def test_files_that_are_none(folders, tmp_path):
+    whole = (folders["self-forcing"] / SELF_FORCING_FILE).read_bytes()
+    cases = {"cut.pt": whole[: len(whole) // 2], "text.pt": b"hello", "empty.safetensors": b"", "empty.pt": b""}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InferixError, match="damaged or no checkpoint"):
+            read_checkpoint(tmp_path / name)
+    save_file({"lm_head.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match=r"no Wan transformer: it holds lm_head\.weight"):
+        read_checkpoint(tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match="no such file or folder; did you mean 'wan-tiny'"):
+        read_checkpoint("wan-tny")
+    with pytest.raises(UsageError, match="did you mean 'diffusers'"):
+        read_checkpoint(folders["original"], "difusers")
+
+
+def test_pickles_do_not_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    torch.save({"generator": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(InferixError, match="damaged or no checkpoint"):
+        read_checkpoint(tmp_path / "evil.pt")
+
+
+def test_another_models_vae_is_refused(folders, tmp_path):
+    bad = tmp_path / "vae.pth"
+    torch.save({"conv9.weight": torch.zeros(1)}, bad)
+    with pytest.raises(InferixError, match="no Wan 2.1 VAE"):
+        load(folders["original"], vae=bad)
+
+
+def test_random_refuses_bad_names_and_full_folders(folders, tmp_path):
+    for names, said in (
+        (("wan-tiny", "diffuser", "float32"), "did you mean 'diffusers'"),
+        (("wan-tny", "diffusers", "float32"), "did you mean 'wan-tiny'"),
+        (("wan-tiny", "diffusers", "float33"), "did you mean 'float32'"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            write_random(names[0], names[1], tmp_path / "x", 0, names[2])
+    with pytest.raises(UsageError, match="there already"):
+        write_random("wan-tiny", "original", folders["original"])
+    assert not (tmp_path / "x").exists()
+
+
+PEAK = """
+import resource, sys
+import torch
+from pathlib import Path
+from inferix.models.wan.checkpoint import build_transformer, read_checkpoint
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+checkpoint = read_checkpoint(sys.argv[1])
+model = build_transformer(checkpoint.spec, checkpoint.tensors, "reference", torch.float32, "cpu", "test")
+total = sum(float(parameter.sum()) for parameter in model.parameters())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024)
+"""
+
+
+@pytest.mark.parametrize("form", ["original", "self-forcing"])
+def test_peak_memory_stays_under_the_checkpoint_and_a_fifth(tmp_path, form, monkeypatch):
+    """A 300 MB transformer, every weight touched; the other weights of a training file stay unread."""
+    import dataclasses
+
+    from inferix.models.wan.spec import MODELS
+
+    wide = dataclasses.replace(MODELS["wan-tiny"], name="wide", dim=1024, ffn_dim=4096, num_heads=8, num_layers=4)
+    monkeypatch.setitem(MODELS, "wide", wide)
+    folder = write_random("wide", form, tmp_path / "wide")
+    file = next(iter([*folder.glob("*.pt"), *folder.glob("*.safetensors")]))
+    weights = file.stat().st_size / (2 if form == "self-forcing" else 1)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(file)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.2 * weights
