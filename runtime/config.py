@@ -71,4 +71,4 @@ def default_device() -> str:
 
 def default_dtype(device: str) -> str:
     """bfloat16 on a GPU; float32 elsewhere, since many CPUs have no fast bfloat16."""
-    return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return "bfloat16" if device.startswith("cuda") else "float32"

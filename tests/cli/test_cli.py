@@ -69,7 +69,7 @@ def test_image_and_video_begin_the_stream(tmp_path):
         (["--size", "100x100"], "96x96 or 112x112"),
         (["--size", "big"], "WIDTHxHEIGHT"),
         (["--blocks", "0"], "--blocks"),
-        (["--blocks", "1.5"], "1.5"),
+        (["--blocks", "1.5"], "valid integer"),
         (["--seconds", "-1"], "--seconds"),
         (["--prompt", ""], "empty"),
         (["--prompt", "x" * 100_000], "100000 characters"),
