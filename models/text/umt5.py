@@ -85,8 +85,9 @@ class TextEncoder:
             raise UsageError(f"no config.json in {str(model_dir)!r}; expected a text_encoder folder")
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # progress is the caller's to show
+        read: Any = UMT5EncoderModel.from_pretrained
         try:
-            model, loaded = UMT5EncoderModel.from_pretrained(
+            model, loaded = read(
                 model_dir, dtype=dtype, local_files_only=True, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are listed below with the other misfits
             )  # fmt: skip
