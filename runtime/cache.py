@@ -78,8 +78,8 @@ class BoundCache:
         if self.rotated_when_stored:
             k = rotate(k, self.new, cache.rope)
         keys, values = cache.keys[layer], cache.values[layer]
-        for group, rows in self._rows():
-            if not group.write:
+        for group, rows in self._rows(write=True) + self._rows(write=False):
+            if not group.write and keys is cache.keys[layer]:
                 keys, values = keys.clone(), values.clone()  # the pass sees its own, the cache does not
             slots = self._slots(group.frames)
             keys.unflatten(1, (-1, tokens))[:, slots] = k[:, rows].unflatten(1, (-1, tokens))
@@ -100,11 +100,12 @@ class BoundCache:
     def _slots(self, frames: tuple[int, ...]) -> list[int]:
         return [self.cache.frames.index(frame) for frame in frames]
 
-    def _rows(self) -> list[tuple[Group, slice]]:
-        """Each group with its token rows in the pass."""
+    def _rows(self, write: bool | None = None) -> list[tuple[Group, slice]]:
+        """Each group, or each that writes or not, with its token rows in the pass."""
         found, start = [], 0
         for group in self.run.groups:
             stop = start + len(group.frames) * self.cache.tokens
-            found.append((group, slice(start, stop)))
+            if write is None or group.write == write:
+                found.append((group, slice(start, stop)))
             start = stop
         return found

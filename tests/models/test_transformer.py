@@ -9,6 +9,7 @@ from oracles import TINY, DenseAttention, tiny_transformer
 
 from inferix.kernels.rope import rope_angles
 from inferix.models.wan.names import from_format, to_format
+from inferix.models.wan.random import random_state
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.transformer import WanTransformer
 
@@ -30,6 +31,7 @@ def diffusers_model(spec):
 def test_equals_diffusers_with_a_timestep_per_token(spec):
     spec = dataclasses.replace(spec, text_len=512)  # diffusers finds the image rows by this length
     ours = tiny_transformer(spec, torch.float32, precision="diffusers")
+    ours.load_state_dict(random_state(ours, 0, torch.float32))  # outputs of order 1
     theirs = diffusers_model(spec)
     theirs.load_state_dict({to_format("diffusers", k): v for k, v in ours.state_dict().items()}, strict=True)
     torch.manual_seed(1)
@@ -42,8 +44,8 @@ def test_equals_diffusers_with_a_timestep_per_token(spec):
     got = ours(latents, timesteps, ours.embed_text(text, image), DenseAttention(angles, rope=torch.float32))
     per_token = timesteps.repeat_interleave(height * width // 4, dim=1)
     want = theirs(latents.transpose(1, 2), per_token, text, image, return_dict=False)[0].transpose(1, 2)
-    assert want.abs().max() > 0.1
-    assert (got - want).abs().max() <= 2e-5 * max(1.0, want.abs().max())
+    assert 0.5 < want.abs().max() < 10
+    assert (got - want).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("spec", [TINY, I2V, FLF2V], ids=["t2v", "i2v", "flf2v"])

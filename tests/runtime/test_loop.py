@@ -7,6 +7,7 @@ import torch
 from oracles import TINY, DenseAttention, frame_mask, tiny_transformer
 
 from inferix.errors import InferixError, UsageError
+from inferix.graphs.passes import Group, Pass
 from inferix.kernels.rope import rope_angles
 from inferix.models.wan.checkpoint import Components
 from inferix.models.wan.random import random_vae_state
@@ -98,6 +99,43 @@ def test_attended_frames(window, sink, expected):
     policy = ContextPolicy(window, sink, "absolute")
     for block, frames in expected.items():
         assert policy.visible(block * 3 + 3) == tuple(frames)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window-relative"])
+@torch.no_grad()
+def test_groups_in_one_pass_equal_passes_one_by_one(positions):
+    """The commit of one block and the first step of the next, in one call with two timesteps and two contexts."""
+    engine = make_engine(positions=positions, local_attn_size=-1)
+    clean, noisy = (torch.randn(3, 16, 4, 4, dtype=torch.float64) for _ in range(2))
+    first = Group((0, 1, 2), 0.0, (0, 1, 2))
+    second = Group((3, 4, 5), 1000.0, tuple(range(6)))
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        session.cache.begin_block(tuple(range(6)))
+        together = engine.run(session, Pass((first, second)), torch.cat((clean, noisy)))
+        keys = [key.clone() for key in session.cache.keys]
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        session.cache.begin_block(tuple(range(6)))
+        apart = [engine.run(session, Pass((group,)), x) for group, x in ((first, clean), (second, noisy))]
+        assert (torch.cat(apart) - together).abs().max() <= 1e-10
+        assert max((a - b).abs().max() for a, b in zip(keys, session.cache.keys, strict=True)) <= 1e-10
+
+
+@torch.no_grad()
+def test_a_group_that_does_not_write_leaves_the_cache_as_it_was():
+    engine = make_engine()
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        session.cache.begin_block(tuple(range(3)))
+        written = engine.run(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2)),)), x)
+        before = [tensor.clone() for tensor in (*session.cache.keys, *session.cache.values)]
+        read = engine.run(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), write=False),)), x)
+        other = engine.run(session, Pass((Group((0, 1), 700.0, (0, 1)), Group((2,), 500.0, (2,), write=False))), x)
+        assert torch.equal(written, read)
+        assert not torch.equal(other, read)
+        after = (*session.cache.keys, *session.cache.values)
+        kept = [torch.equal(a[:, -TOKENS:], b[:, -TOKENS:]) for a, b in zip(before, after, strict=True)]
+        changed = [torch.equal(a[:, :TOKENS], b[:, :TOKENS]) for a, b in zip(before, after, strict=True)]
+        assert all(kept) and not all(changed)
 
 
 @torch.no_grad()
