@@ -77,7 +77,7 @@ def test_reference_precision_keeps_bfloat16_everywhere():
     latents = torch.randn(1, 1, 16, 4, 4).bfloat16()
     context = model.embed_text(torch.randn(1, 12, 16).bfloat16())
     out = model(latents, torch.tensor([[625.0]]), context, DenseAttention(rope_angles([0], 2, 2, spec.head_dim)))
-    e, modulation = model.time_embedding(torch.tensor([[625.0]]), torch.bfloat16)
+    e, modulation = model.time_embedding(torch.tensor([[625.0]]))
     assert {out.dtype, e.dtype, modulation.dtype} == {torch.bfloat16}
 
 
