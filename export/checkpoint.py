@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 from ..errors import InferixError, UsageError, nearest
 from ..models.text.tiny import write_tiny_text_encoder
-from ..models.wan.checkpoint import FORMATS, ORIGINAL_VAE
+from ..models.wan.checkpoint import FORMATS
 from ..models.wan.names import to_format
 from ..models.wan.random import random_transformer_state, random_vae_state, vae_for
 from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.vae import VaeSpec
+from ..models.wan.vae_checkpoint import ORIGINAL_VAE
 from ..models.wan.vae_names import to_original
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

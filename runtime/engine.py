@@ -21,11 +21,10 @@ from torch import Tensor
 from ..errors import InferixError, UsageError
 from ..graphs.passes import Pass
 from ..models.text.umt5 import load_prompt_embeds
-from ..models.wan.checkpoint import Components
 from ..models.wan.spec import MODELS
 from .cache import ContiguousCache
 from .config import DTYPES, EngineConfig, default_device, default_dtype
-from .loading import load_components, random_components
+from .loading import Components, load_components, random_components
 from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
 from .presets import Preset, make_preset

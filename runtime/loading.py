@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -11,20 +12,26 @@ import torch
 
 from ..errors import UsageError
 from ..models.text.tiny import write_tiny_text_encoder
-from ..models.text.umt5 import TextEncoder
-from ..models.wan.checkpoint import (
-    Components,
-    build_transformer,
-    build_vae,
-    find_text,
-    find_vae,
-    load_text,
-    load_vae,
-    read_checkpoint,
-)
+from ..models.text.umt5 import TextEncoder, find_text, load_text
+from ..models.wan.checkpoint import build_transformer, read_checkpoint
 from ..models.wan.random import random_transformer_state, random_vae_state, vae_for
 from ..models.wan.spec import ModelSpec
+from ..models.wan.transformer import WanTransformer
+from ..models.wan.vae import CausalVae
+from ..models.wan.vae_checkpoint import build_vae, find_vae, load_vae
 from .config import DTYPES, EngineConfig
+
+
+@dataclass(frozen=True)
+class Components:
+    """A model ready to run. `text` loads the encoder when it is first called; None where there is none."""
+
+    transformer: WanTransformer
+    vae: CausalVae
+    text: Callable[[], TextEncoder] | None
+    source: str
+    form: str
+    digest: Callable[[], str | None]
 
 
 def load_components(config: EngineConfig) -> Components:

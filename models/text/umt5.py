@@ -147,6 +147,21 @@ class TextEncoder:
         return rows[0].masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
 
 
+def find_text(places: Iterable[Path]) -> tuple[Path, Path] | None:
+    """(encoder, tokenizer) of the first place that has them: folders of diffusers, or the original file."""
+    for place in places:
+        if (place / ORIGINAL_FILE).is_file():
+            return place / ORIGINAL_FILE, place / ORIGINAL_TOKENIZER
+        if (place / "text_encoder").is_dir():
+            return place / "text_encoder", place / "tokenizer"
+    return None
+
+
+def load_text(found: tuple[Path, Path], text_len: int, dtype: torch.dtype, device: Any) -> TextEncoder:
+    read = TextEncoder.from_original if found[0].is_file() else TextEncoder.from_directory
+    return read(*found, text_len, dtype, device)
+
+
 def read_tokenizer(path: Path) -> Any:
     """The tokenizer in a folder; UsageError where there is none."""
     from transformers import AutoTokenizer

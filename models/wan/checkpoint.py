@@ -1,43 +1,31 @@
-"""Reading published checkpoints: format and sizes found, tensors mapped by name, models filled once and strictly.
-
-Files are memory-mapped and models are built on the meta device, so a checkpoint is in memory once. Pickles are
-read with `weights_only=True`.
-"""
+"""Reading published transformers: format and sizes found, tensors mapped by name, the model filled strictly."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import InferixError, UsageError, nearest
-from ..text.umt5 import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TextEncoder
+from ..files import WEIGHTS, fill, read_json, read_tensors
+from ..text.umt5 import ORIGINAL_FILE, find_text
 from .names import from_format
 from .spec import FAMILY, MODELS, ModelSpec
 from .transformer import WanTransformer
-from .vae import CausalVae, VaeSpec
-from .vae_names import to_original, vae_spec_from_shapes
+from .vae_checkpoint import ORIGINAL_VAE, find_vae
 
 FORMATS = ("original", "diffusers", "self-forcing")
-ORIGINAL_VAE = "Wan2.1_VAE.pth"
-WEIGHTS = (".safetensors", ".pt", ".pth")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 LEFTOVERS = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")  # training's critic, not the generator
 HEAD_DIM = 128  # of every published model; used where there is no config to read it from
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels", "text_dim")
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -59,18 +47,6 @@ class Checkpoint:
                 while chunk := file.read(1 << 24):
                     found.update(chunk)
         return found.hexdigest()
-
-
-@dataclass(frozen=True)
-class Components:
-    """A model ready to run. `text` loads the encoder when it is first called; None where there is none."""
-
-    transformer: WanTransformer
-    vae: CausalVae
-    text: Callable[[], TextEncoder] | None
-    source: str
-    form: str
-    digest: Callable[[], str | None]
 
 
 def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = True) -> Checkpoint:
@@ -142,34 +118,6 @@ def check_shards(folder: Path, files: list[Path]) -> None:
             raise InferixError(f"{folder} lacks shards {', '.join(missing)}; the download is not complete")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None if there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InferixError(f"cannot read {path}: {error}; download it again") from error
-    if not isinstance(content, dict):
-        raise InferixError(f"{path} holds no JSON object; download it again")
-    return content
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """Names to mapped tensors of one file; a training file's names are its dicts of tensors."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InferixError(f"cannot read {path}: {said}; the file is damaged or no checkpoint") from error
-    if not isinstance(content, dict):
-        raise InferixError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
-    return content
-
-
 def detect_names(path: Path, tensors: Mapping[str, Any]) -> str:
     """The format whose names a file has."""
     names = {strip_wrappers(name) for name in tensors}
@@ -214,80 +162,12 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
     )  # fmt: skip
 
 
-def fill(module: Model, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: Any, source: object) -> Model:
-    """Give a meta-device module its tensors; InferixError lists every missing, unexpected or mis-shaped one."""
-    wanted = module.state_dict()
-    wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in wanted.items() if name not in tensors]
-    wrong += [f"{name} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in wanted]
-    wrong += [
-        f"{name}: {list(tensors[name].shape)}, expected {list(empty.shape)}"
-        for name, empty in wanted.items()
-        if name in tensors and tensors[name].shape != empty.shape
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise InferixError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
-    state = {name: tensors[name].to(device=device, dtype=dtype) for name in wanted}
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
-
-
 def build_transformer(
     spec: ModelSpec, tensors: Mapping[str, Tensor], precision: str, dtype: torch.dtype, device: Any, source: object
 ) -> WanTransformer:
     with torch.device("meta"):
         module = WanTransformer(spec, precision)
     return fill(module, tensors, dtype, device, source)
-
-
-def build_vae(
-    spec: VaeSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: Any, source: object
-) -> CausalVae:
-    with torch.device("meta"):
-        module = CausalVae(spec)
-    return fill(module, tensors, dtype, device, source)
-
-
-def find_vae(places: Iterable[Path]) -> Path | None:
-    """The VAE's file in the first place that has one: a file, or a folder of either format."""
-    for place in places:
-        for path in (place, place / ORIGINAL_VAE, place / "vae", place / "diffusion_pytorch_model.safetensors"):
-            if path.is_file():
-                return path
-            if path.name == "vae" and (path / "diffusion_pytorch_model.safetensors").is_file():
-                return path / "diffusion_pytorch_model.safetensors"
-    return None
-
-
-def load_vae(path: Path, dtype: torch.dtype, device: Any) -> CausalVae:
-    """A VAE from the original `.pth` or from diffusers' file; sizes are read off the shapes."""
-    tensors = read_tensors(path)
-    names = "original" if "conv2.weight" in tensors else "diffusers"
-    try:
-        spec = vae_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, names)
-    except KeyError as error:
-        raise InferixError(f"{path} is no Wan 2.1 VAE: it has no {error}") from error
-    if names == "original":
-        with torch.device("meta"):
-            ours = CausalVae(spec).state_dict()
-        back = {to_original(name, spec): name for name in ours}
-        tensors = {back.get(name, name): tensor for name, tensor in tensors.items()}
-    return build_vae(spec, tensors, dtype, device, path)
-
-
-def find_text(places: Iterable[Path]) -> tuple[Path, Path] | None:
-    """(encoder, tokenizer) of the first place that has them: folders of diffusers, or the original file."""
-    for place in places:
-        if (place / ORIGINAL_FILE).is_file():
-            return place / ORIGINAL_FILE, place / ORIGINAL_TOKENIZER
-        if (place / "text_encoder").is_dir():
-            return place / "text_encoder", place / "tokenizer"
-    return None
-
-
-def load_text(found: tuple[Path, Path], text_len: int, dtype: torch.dtype, device: Any) -> TextEncoder:
-    read = TextEncoder.from_original if found[0].is_file() else TextEncoder.from_directory
-    return read(*found, text_len, dtype, device)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

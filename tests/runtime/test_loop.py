@@ -9,12 +9,12 @@ from oracles import TINY, DenseAttention, frame_mask, tiny_transformer
 from inferix.errors import InferixError, UsageError
 from inferix.graphs.passes import Group, Pass
 from inferix.kernels.rope import rope_angles
-from inferix.models.wan.checkpoint import Components
 from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.vae import TINY_VAE, CausalVae
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.context import ContextPolicy
 from inferix.runtime.engine import Engine
+from inferix.runtime.loading import Components
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.presets import PRESETS, make_preset
 

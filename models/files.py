@@ -1,0 +1,69 @@
+"""Files of tensors, and modules filled from them once: mapped, never unpickled as code, strict about names.
+
+Tensors are memory-mapped and modules are built on the meta device, so a checkpoint is in memory once.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import InferixError
+
+WEIGHTS = (".safetensors", ".pt", ".pth")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InferixError(f"cannot read {path}: {error}; download it again") from error
+    if not isinstance(content, dict):
+        raise InferixError(f"{path} holds no JSON object; download it again")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Names to mapped tensors of one file; a training file's names are its dicts of tensors."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InferixError(f"cannot read {path}: {said}; the file is damaged or no checkpoint") from error
+    if not isinstance(content, dict):
+        raise InferixError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
+    return content
+
+
+def fill(module: Model, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: Any, source: object) -> Model:
+    """Give a meta-device module its tensors; InferixError lists every missing, unexpected or mis-shaped one."""
+    wanted = module.state_dict()
+    wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in wanted.items() if name not in tensors]
+    wrong += [f"{name} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in wanted]
+    wrong += [
+        f"{name}: {list(tensors[name].shape)}, expected {list(empty.shape)}"
+        for name, empty in wanted.items()
+        if name in tensors and tensors[name].shape != empty.shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise InferixError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
+    state = {name: tensors[name].to(device=device, dtype=dtype) for name in wanted}
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
