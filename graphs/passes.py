@@ -11,18 +11,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive frames of a pass that share a timestep and a context.
+    """Frames of a pass that share a timestep and a context.
 
     frames: absolute latent frames, in token order.
     timestep: what the network is told, 0 (clean) to 1000 (noise).
-    context: absolute latent frames attended to, ascending, the group's own among them.
+    context: absolute latent frames attended to, ascending; those of the pass are seen as the pass has them.
+    positions: temporal rotary position of each frame of `context`, as this group sees it.
     write: whether the group's keys and values replace what the cache holds for its frames.
     """
 
     frames: tuple[int, ...]
     timestep: float
     context: tuple[int, ...]
+    positions: tuple[int, ...]
     write: bool = True
+
+    def __post_init__(self) -> None:
+        if list(self.context) != sorted(set(self.context)):
+            raise ValueError(f"context {self.context} must be ascending, each frame once")
+        if len(self.positions) != len(self.context):
+            raise ValueError(f"{len(self.positions)} positions for {len(self.context)} frames of context")
+        if missing := set(self.frames) - set(self.context):
+            raise ValueError(f"frames {sorted(missing)} are not in their own context {self.context}")
+
+    def position_of(self, frame: int) -> int:
+        return self.positions[self.context.index(frame)]
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,6 @@ class Pass:
         frames = self.frames
         if not frames or len(set(frames)) != len(frames):
             raise ValueError(f"frames {frames} of a pass must be at least one, each once")
-        for group in self.groups:
-            if list(group.context) != sorted(set(group.context)):
-                raise ValueError(f"context {group.context} must be ascending, each frame once")
-            if missing := set(group.frames) - set(group.context):
-                raise ValueError(f"frames {sorted(missing)} are not in their own context {group.context}")
 
     @property
     def frames(self) -> tuple[int, ...]:

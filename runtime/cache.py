@@ -1,7 +1,7 @@
 """The contiguous KV cache: one tensor of keys and one of values per layer, rolled by copying.
 
-It is the plain form that paged and captured execution are held against. Keys are stored rotated when positions
-are absolute; window-relative positions change as the window rolls, so there keys are stored as they come and
+It is the plain form that paged and captured execution are held against. Keys are stored rotated where a frame
+keeps its position for good; where positions change as the window moves, keys are stored as they come and
 rotated whenever they are read.
 """
 
@@ -14,22 +14,21 @@ from ..graphs.passes import Group, Pass
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
 from ..models.wan.spec import ModelSpec
-from .context import ContextPolicy
 
 
 class ContiguousCache:
-    """Keys and values [1, frames*P, n, c] per layer of the frames the policy still shows."""
+    """Keys and values [1, frames*P, n, c] per layer of the frames held."""
 
     def __init__(
         self,
         spec: ModelSpec,
-        policy: ContextPolicy,
         grid: tuple[int, int],
+        moving_positions: bool,
         rope: torch.dtype,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.policy, self.grid, self.rope = policy, grid, rope
+        self.grid, self.moving_positions, self.rope = grid, moving_positions, rope
         self.head_dim, self.device = spec.head_dim, device
         self.tokens = grid[0] * grid[1]
         empty = torch.empty(1, 0, spec.num_heads, spec.head_dim, dtype=dtype, device=device)
@@ -41,26 +40,25 @@ class ContiguousCache:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def begin_block(self, visible: tuple[int, ...]) -> None:
-        """Keep the frames of `visible` that are held, and add room for those that are not: all after the kept."""
-        kept = [slot for slot, frame in enumerate(self.frames) if frame in set(visible)]
-        added = len(visible) - len(kept)
+    def hold(self, frames: tuple[int, ...]) -> None:
+        """Hold just `frames`, ascending: keep those that are here, drop others, make room (zeros) for new ones."""
+        kept = [slot for slot, frame in enumerate(self.frames) if frame in frames]
+        if tuple(self.frames[slot] for slot in kept) != frames[: len(kept)]:
+            raise ValueError(f"frames {frames} to hold must be some of {self.frames}, then new ones")
         for store in (self.keys, self.values):
             for layer, tensor in enumerate(store):
-                old = tensor.unflatten(1, (-1, self.tokens))[:, kept] if kept else tensor[:, :0]
-                room = tensor.new_zeros(1, added * self.tokens, *tensor.shape[2:])
-                store[layer] = torch.cat((old.flatten(1, 2) if kept else old, room), dim=1)
-        assert tuple(self.frames[slot] for slot in kept) == visible[: len(kept)]
-        self.frames = visible
+                old = tensor.unflatten(1, (len(self.frames), self.tokens))[:, kept].flatten(1, 2)
+                room = tensor.new_zeros(1, (len(frames) - len(kept)) * self.tokens, *tensor.shape[2:])
+                store[layer] = torch.cat((old, room), dim=1)
+        self.frames = frames
+
+    def clear(self) -> None:
+        """Forget all frames."""
+        self.hold(())
 
     def bind(self, run: Pass) -> BoundCache:
         """The cache as the attention of one pass."""
         return BoundCache(self, run)
-
-    def angles(self, frames: tuple[int, ...]) -> Angles:
-        """Rotation of frames that are visible now."""
-        where = dict(zip(self.frames, self.policy.positions_of(self.frames), strict=True))
-        return rope_angles([where[frame] for frame in frames], *self.grid, self.head_dim, self.device)
 
 
 class BoundCache:
@@ -68,44 +66,56 @@ class BoundCache:
 
     def __init__(self, cache: ContiguousCache, run: Pass) -> None:
         self.cache, self.run = cache, run
-        self.new = cache.angles(run.frames)
-        self.rotated_when_stored = cache.policy.positions == "absolute"
-        self.held = None if self.rotated_when_stored else cache.angles(cache.frames)
+        scratch = tuple(frame for group in run.groups if not group.write for frame in group.frames)
+        # What a group that does not write has made is seen by the pass, and stands after what is held.
+        self.slots = {frame: slot for slot, frame in enumerate(cache.frames + scratch)}
+        self.query = self._angles([group.position_of(frame) for group in run.groups for frame in group.frames])
+        self.reads = [self._angles(group.positions) for group in run.groups] if cache.moving_positions else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache, tokens = self.cache, self.cache.tokens
-        q = rotate(q, self.new, cache.rope)
-        if self.rotated_when_stored:
-            k = rotate(k, self.new, cache.rope)
-        keys, values = cache.keys[layer], cache.values[layer]
-        for group, rows in self._rows(write=True) + self._rows(write=False):
-            if not group.write and keys is cache.keys[layer]:
-                keys, values = keys.clone(), values.clone()  # the pass sees its own, the cache does not
-            slots = self._slots(group.frames)
-            keys.unflatten(1, (-1, tokens))[:, slots] = k[:, rows].unflatten(1, (-1, tokens))
-            values.unflatten(1, (-1, tokens))[:, slots] = v[:, rows].unflatten(1, (-1, tokens))
-        if self.held is not None:
-            keys = rotate(keys, self.held, cache.rope)
+        cache = self.cache
+        q = rotate(q, self.query, cache.rope)
+        if not cache.moving_positions:
+            k = rotate(k, self.query, cache.rope)
+        keys = self._store(cache.keys[layer], k)
+        values = self._store(cache.values[layer], v)
         out = []
-        for group, rows in self._rows():
-            seen_keys, seen_values = keys, values
-            if group.context != cache.frames:
-                slots = self._slots(group.context)
-                seen_keys, seen_values = (
-                    tensor.unflatten(1, (-1, tokens))[:, slots].flatten(1, 2) for tensor in (keys, values)
-                )
+        for index, (group, rows) in enumerate(self._groups()):
+            seen_keys, seen_values = self._read(keys, group.context), self._read(values, group.context)
+            if self.reads is not None:
+                seen_keys = rotate(seen_keys, self.reads[index], cache.rope)
             out.append(attention(q[:, rows], seen_keys, seen_values))
         return torch.cat(out, dim=1)
 
-    def _slots(self, frames: tuple[int, ...]) -> list[int]:
-        return [self.cache.frames.index(frame) for frame in frames]
+    def _store(self, held: Tensor, new: Tensor) -> Tensor:
+        """Write what the pass writes into `held`; returns it with the rest of the pass after it."""
+        scratch = []
+        for group, rows in self._groups():
+            if group.write:
+                slots = [self.slots[frame] for frame in group.frames]
+                held.unflatten(1, (-1, self.cache.tokens))[:, slots] = self._frames(new[:, rows])
+            else:
+                scratch.append(new[:, rows])
+        return torch.cat((held, *scratch), dim=1) if scratch else held
 
-    def _rows(self, write: bool | None = None) -> list[tuple[Group, slice]]:
-        """Each group, or each that writes or not, with its token rows in the pass."""
+    def _read(self, tensor: Tensor, frames: tuple[int, ...]) -> Tensor:
+        slots = [self.slots[frame] for frame in frames]
+        if slots == list(range(tensor.shape[1] // self.cache.tokens)):
+            return tensor
+        return self._frames(tensor)[:, slots].flatten(1, 2)
+
+    def _frames(self, tensor: Tensor) -> Tensor:
+        """[1, F*P, n, c] to [1, F, P, n, c]."""
+        return tensor.unflatten(1, (-1, self.cache.tokens))
+
+    def _groups(self) -> list[tuple[Group, slice]]:
+        """Each group with its token rows in the pass."""
         found, start = [], 0
         for group in self.run.groups:
             stop = start + len(group.frames) * self.cache.tokens
-            if write is None or group.write == write:
-                found.append((group, slice(start, stop)))
+            found.append((group, slice(start, stop)))
             start = stop
         return found
+
+    def _angles(self, positions: list[int] | tuple[int, ...]) -> Angles:
+        return rope_angles(positions, *self.cache.grid, self.cache.head_dim, self.cache.device)

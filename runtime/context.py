@@ -1,8 +1,6 @@
-"""Which past frames a block sees, and at which rotary positions: integers only.
+"""How the past is kept, as data: which frames a block may see, at which positions, and when it is made anew.
 
-The window of `local_attn_size` frames counts the block itself; the first `sink_size` frames of the stream stay
-visible when it rolls. Absolute positions are frame numbers; window-relative ones count the visible frames from
-0, so that they never grow (the sink sits right before the window).
+`Timeline` applies a policy to one stream; nothing here knows a tensor.
 """
 
 from __future__ import annotations
@@ -11,40 +9,80 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 
-POSITIONS = ("absolute", "window-relative")
+POSITIONS = ("absolute", "window-relative", "contiguous")
+SWITCHES = ("cut", "recache", "blend")
+IMAGES = ("prefix", "clamp")
 
 
 @dataclass(frozen=True)
 class ContextPolicy:
-    """local_attn_size: frames, or -1 for all; sink_size: frames; positions: one of `POSITIONS`."""
+    """What a block attends to.
+
+    local_attn_size: frames a block sees, itself included; -1 for all. sink_size: first frames that stay.
+    positions: `absolute` frame numbers; `window-relative` numbers from 0 over the visible frames;
+    `contiguous` numbers that end at the block's own absolute ones, so that the sink stands before the window.
+    commit: a pass over the clean block leaves its keys and values; otherwise a rebuild before each block does.
+    segment_frames: rebuild once the frames since the last rebuild would pass this; 0 never.
+    rebuild_frames: how many of the last clean frames a rebuild keeps. reencode_head: the first of them is
+    encoded again from the picture it was decoded to. restart_decoder: the decoder starts anew with them too.
+    prompt_switch: a new prompt only applies from the next block (`cut`), or the visible past is passed through
+    the network again under it (`recache`), or it is blended in over `blend_blocks` blocks (`blend`).
+    recache_sink: a recache makes the sink anew as well.
+    shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
+    image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
+    block at timestep 0 (`clamp`).
+    """
 
     local_attn_size: int
     sink_size: int
     positions: str
+    commit: bool = True
+    segment_frames: int = 0
+    rebuild_frames: int = 0
+    reencode_head: bool = False
+    restart_decoder: bool = False
+    prompt_switch: str = "cut"
+    recache_sink: bool = False
+    blend_blocks: int = 1
+    shot_offset: int = 0
+    image: str = "prefix"
 
     def __post_init__(self) -> None:
-        if self.positions not in POSITIONS:
-            raise UsageError(f"positions is {self.positions!r}; expected one of {', '.join(POSITIONS)}")
+        choices = {"positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES}
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise UsageError(f"{key} is {getattr(self, key)!r}; expected one of {', '.join(known)}")
         if self.local_attn_size < 1 and self.local_attn_size != -1:
             raise UsageError(f"local_attn_size is {self.local_attn_size}; expected 1 or more, or -1 for all frames")
-        if self.sink_size < 0:
-            raise UsageError(f"sink_size is {self.sink_size}; expected 0 or more")
+        for key in ("sink_size", "segment_frames", "rebuild_frames", "shot_offset"):
+            if getattr(self, key) < 0:
+                raise UsageError(f"{key} is {getattr(self, key)}; expected 0 or more")
+        if self.blend_blocks < 1:
+            raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
+        if (self.segment_frames > 0 or not self.commit) and self.rebuild_frames < 1:
+            raise UsageError("rebuild_frames is 0, but the context is rebuilt; expected 1 or more")
 
-    def check_block(self, frames: int) -> None:
-        """UsageError unless a block of `frames` fits beside the sink."""
-        if self.local_attn_size != -1 and self.local_attn_size < frames + self.sink_size:
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether the next block waits for the pictures of the one before."""
+        return self.reencode_head
+
+    @property
+    def moving_positions(self) -> bool:
+        """Whether a frame's position changes while it is held."""
+        return self.positions != "absolute"
+
+    def check_blocks(self, frames: int, window_blocks: int) -> None:
+        """UsageError unless blocks of `frames`, so many at a time, fit beside the sink."""
+        needed = frames * window_blocks + self.sink_size
+        if self.local_attn_size != -1 and self.local_attn_size < needed:
             raise UsageError(
-                f"local_attn_size {self.local_attn_size} is smaller than a block of {frames} frames plus "
-                f"sink_size {self.sink_size}; widen the window or shrink the sink"
+                f"local_attn_size {self.local_attn_size} is smaller than a block of {frames} frames"
+                f"{f', {window_blocks} at a time,' if window_blocks > 1 else ''} plus sink_size {self.sink_size}; "
+                "widen the window or shrink the sink"
             )
-
-    def visible(self, end: int) -> tuple[int, ...]:
-        """Frames that a block ending before frame `end` attends to, itself included, ascending."""
-        if self.local_attn_size == -1 or end <= self.local_attn_size:
-            return tuple(range(end))
-        recent = self.local_attn_size - self.sink_size
-        return (*range(self.sink_size), *range(end - recent, end))
-
-    def positions_of(self, visible: tuple[int, ...]) -> tuple[int, ...]:
-        """Temporal rotary position of each visible frame."""
-        return visible if self.positions == "absolute" else tuple(range(len(visible)))
+        if self.segment_frames and self.segment_frames < self.rebuild_frames + frames:
+            raise UsageError(
+                f"segment_frames {self.segment_frames} is smaller than rebuild_frames {self.rebuild_frames} plus "
+                f"a block of {frames}; lengthen the segment"
+            )

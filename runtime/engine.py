@@ -1,7 +1,7 @@
 """The engine: a loaded model, the sessions opened on it, and the block loop.
 
-`Engine.step` is the loop's body: plan, denoise, commit, decode. Policy is in `presets`, `context` and
-`session`; tensors are in the cache and the model.
+`Engine.step` is the loop's body: prepare, denoise, commit, decode. Which frames and positions a pass has is
+for `timeline` to say; tensors are here, in the caches and in the model.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from .loading import Components, load_components, random_components
 from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
 from .presets import Preset, make_preset
-from .sampler import Sampler
-from .session import Block, BlockPlan, Session
+from .sampler import Sampler, noised
+from .session import Block, Branch, InFlight, PromptChange, Session
+from .timeline import Span, Timeline
 
 Pixels = NDArray[np.uint8]
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Engine:
     """A model ready to run: weights, schedule and policy. Made by `load`."""
 
-    def __init__(self, config: EngineConfig, scheme: Preset, parts: Components) -> None:
-        self.config, self.preset, self.parts = config, scheme, parts
+    def __init__(self, config: EngineConfig, preset: Preset, parts: Components) -> None:
+        self.config, self.preset, self.parts = config, preset, parts
         self.spec = parts.transformer.spec
-        self.sampler = Sampler(scheme.sampler)
         self.device = torch.device(config.device)
         self.dtype = DTYPES[config.dtype]
 
@@ -56,51 +57,152 @@ class Engine:
 
     @torch.no_grad()
     def step(self, session: Session, decode: bool = True) -> Block:
-        """Run a session's next block to the end."""
+        """Make a session's next block."""
         session.check_open()
-        timings: dict[str, float] = {}
-        plan = session.plan_block()
+        policy, timings = self.preset.context, dict[str, float]()
+        with self._timed("prepare", timings):
+            self.follow_prompt(session)
+            self.rebuild_context(session)
         with self._timed("denoise", timings):
-            session.cache.begin_block(plan.visible)
-            latents = self.denoise(session, plan)
+            block = self.denoise(session)
         with self._timed("commit", timings):
-            self.commit(session, plan, latents)
-        frames = None
-        if decode:
-            with self._timed("decode", timings):
-                frames = self.decode(session, latents)
-        session.next_block, session.next_frame = plan.index + 1, plan.frames.stop
-        return Block(plan.index, latents, frames, timings)
+            if policy.commit:
+                self.commit(session, block.span, block.latents)
+        pixels = None
+        with self._timed("decode", timings):
+            if decode or policy.needs_pixels:
+                pixels = self.parts.vae.decode(block.latents, session.decoder)
+        session.remember(block.latents, pixels)
+        frames = to_frames(pixels) if decode and pixels is not None else None
+        return Block(block.span.index, block.latents, frames, timings)
 
-    def denoise(self, session: Session, plan: BlockPlan) -> Tensor:
-        """The few steps from noise to clean latents [F, C, H, W]."""
-        x = self.draw(session, plan, 0)
-        for step, timestep in enumerate(self.sampler.timesteps):
-            if step > 0:
-                x = self.sampler.renoise(x, self.draw(session, plan, step), step)
-            x = self.sampler.clean(x, self.run(session, plan.run_at(timestep), x), step)
-        if not torch.isfinite(x).all():
-            raise InferixError(f"block {plan.index} is not finite; try dtype float32 or another checkpoint")
-        return x
+    def denoise(self, session: Session) -> InFlight:
+        """Passes over the blocks in flight until the first of them is clean; one more joins at each pass."""
+        flight, levels = session.flight, session.sampler.timesteps
+        while True:
+            if len(flight) < self.preset.window_blocks:
+                flight.append(self.admit(session))
+            timeline = session.timeline
+            clean = frozenset({0} if session.clamped is not None else ())
+            run = timeline.joint_pass([(block.span.frames, levels[block.step]) for block in flight], clean)
+            self.hold(session, run)
+            velocity = self.run(session, run, torch.cat([block.latents for block in flight]))
+            for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
+                self.advance(session, block, part)
+            if flight[0].step == len(levels):
+                return flight.pop(0)
 
-    def commit(self, session: Session, plan: BlockPlan, latents: Tensor) -> None:
+    def admit(self, session: Session) -> InFlight:
+        """The next block, as noise, or as a given video that noise is added to."""
+        span = session.timeline.admit()
+        latents = self.draw(session, span, 0)
+        if session.source is not None:
+            given = session.source[span.frames.start : span.frames.stop]
+            if len(given) < len(span.frames):
+                raise InferixError(f"the video ends before block {span.index}; ask for {span.index} blocks")
+            latents = noised(given, latents, session.sampler.sigmas[0])
+        block = InFlight(span, latents, session.sampler.begin())
+        self.clamp(session, block)
+        return block
+
+    def advance(self, session: Session, block: InFlight, velocity: Tensor) -> None:
+        """One solver step of one block."""
+        step = block.step
+        block.latents = block.solver.advance(
+            block.latents, velocity, step, lambda: self.draw(session, block.span, step + 1)
+        )
+        block.step += 1
+        self.clamp(session, block)
+        if not torch.isfinite(block.latents).all():
+            raise InferixError(f"block {block.span.index} is not finite; try dtype float32 or another checkpoint")
+
+    def clamp(self, session: Session, block: InFlight) -> None:
+        if session.clamped is not None and block.span.frames.start == 0:
+            block.latents = torch.cat((session.clamped, block.latents[len(session.clamped) :]))
+
+    def commit(self, session: Session, span: Span, latents: Tensor) -> None:
         """One pass over the clean latents, for the keys and values it leaves in the cache."""
-        self.run(session, plan.run_at(self.sampler.spec.context_noise), latents)
+        run = session.timeline.commit_pass(span.frames)
+        self.hold(session, run)
+        self.run(session, run, latents)
+
+    def hold(self, session: Session, run: Pass) -> None:
+        """Roll the caches to what a pass that writes is going to see; others see what is held."""
+        group = run.groups[-1]
+        if group.write:
+            for branch in session.branches:
+                branch.cache.hold(group.context)
+            session.timeline.forget(group.context)
 
     def run(self, session: Session, run: Pass, latents: Tensor) -> Tensor:
-        """One pass of the network over latents [F, C, H, W]; returns the velocity."""
+        """One pass of the network over latents [F, C, H, W]; returns the velocity, guided where there are two."""
         timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.device)
-        return self.parts.transformer(latents[None], timesteps, session.text, session.cache.bind(run))[0]
+        velocities = [
+            self.parts.transformer(latents[None], timesteps, branch.text, branch.cache.bind(run))[0]
+            for branch in session.branches
+        ]
+        if len(velocities) == 1:
+            return velocities[0]
+        prompted, plain = velocities
+        return plain + self.preset.sampler.guidance_scale * (prompted - plain)
 
-    def draw(self, session: Session, plan: BlockPlan, draw: int) -> Tensor:
+    def draw(self, session: Session, span: Span, draw: int) -> Tensor:
         shape = (self.spec.out_channels, *self.spec.latent_size(session.size))
-        return session.noise.draw(plan.index, plan.frames, draw, shape).to(self.device, self.dtype)
+        return session.noise.draw(span.index, span.frames, draw, shape).to(self.device, self.dtype)
 
-    def decode(self, session: Session, latents: Tensor) -> Pixels:
-        """Latents to uint8 frames on the host, going on from the block before."""
-        pixels = self.parts.vae.decode(latents, session.decoder)
-        scaled = ((pixels * 0.5 + 0.5) * 255).round().to(torch.uint8)
-        return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    def rebuild_context(self, session: Session) -> None:
+        """Make the context anew from the last clean latents, where the policy asks for it."""
+        timeline, policy = session.timeline, self.preset.context
+        if not timeline.rebuild_due():
+            return
+        run = timeline.rebuild_pass()
+        latents = session.recent_frames(run.frames)
+        if policy.reencode_head and run.frames[0] > 0 and session.pixels is not None:
+            head = self.parts.vae.encode(session.pixels[:1], self.parts.vae.new_state())
+            latents = torch.cat((head, latents[1:]))
+        for branch in session.branches:
+            branch.cache.clear()
+        self.hold(session, run)
+        self.run(session, run, latents)
+        if policy.restart_decoder:
+            session.decoder = self.parts.vae.new_state()
+            self.parts.vae.decode(latents, session.decoder)
+
+    def change_prompt(self, session: Session, text: str | None, embeds: Tensor | str | Path | None) -> None:
+        """Take note of a new prompt; the next block follows it."""
+        policy, prefix = self.preset.context, self.preset.scene_cut_prefix
+        new = self.prompt_rows(text, embeds)
+        if text is not None and prefix and text.startswith(prefix.strip()):
+            session.timeline.cut_shot()
+        blocks = policy.blend_blocks if policy.prompt_switch == "blend" else 1
+        session.change = PromptChange(session.rows, new, blocks, blocks)
+
+    @torch.no_grad()
+    def follow_prompt(self, session: Session) -> None:
+        """Move the conditioning towards a prompt that was asked for."""
+        change, policy = session.change, self.preset.context
+        if change is None:
+            return
+        change.left -= 1
+        session.rows = torch.lerp(change.old, change.new, 1 - change.left / change.blocks)
+        session.branches[0].text = self.parts.transformer.embed_text(session.rows[None])
+        if change.left == 0:
+            session.change = None
+        if policy.prompt_switch == "recache":
+            self.recache(session)
+
+    def recache(self, session: Session) -> None:
+        """Pass the visible past through the network under the prompt in force."""
+        run = session.timeline.recache_pass(self.preset.context.recache_sink)
+        if run is None:
+            return
+        latents = session.recent_frames(run.frames)
+        if self.preset.context.recache_sink:
+            session.branches[0].cache.clear()
+        session.branches[0].cache.hold(run.groups[-1].context)
+        bound = session.branches[0].cache.bind(run)
+        timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.device)
+        self.parts.transformer(latents[None], timesteps, session.branches[0].text, bound)
 
     @torch.no_grad()
     def open(
@@ -110,33 +212,55 @@ class Engine:
         seed: int = 0,
         image: Pixels | str | Path | None = None,
         video: Pixels | str | Path | None = None,
+        strength: float | None = None,
+        negative_prompt: str | None = None,
+        negative_embeds: Tensor | str | Path | None = None,
         noise: Noise | None = None,
         size: tuple[int, int] | None = None,
     ) -> Session:
         """Begin a stream of pictures of `size` (width, height).
 
-        prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show; image or video
-        (uint8 [H, W, 3], [T, H, W, 3], or a file) is what the stream goes on from. `noise` replaces the
-        noise that `seed` gives. Raises UsageError for input that cannot be used.
+        prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show. image or video (uint8
+        [H, W, 3], [T, H, W, 3], or a file) is what the stream goes on from; with `strength` in (0, 1] the video
+        is what it is made from, the more freely the higher. The negative prompt is for presets with guidance.
+        `noise` replaces the noise that `seed` gives. Raises UsageError for input that cannot be used.
         """
         size = size or self.default_size
+        if strength is not None and video is None:
+            raise UsageError(f"strength is {strength}, but there is no video to start from; give one (--video)")
+        sampler = Sampler(self.preset.sampler, 1.0 if strength is None else strength)
+        rows = self.prompt_rows(prompt, prompt_embeds)
+        texts = [rows]
+        if self.preset.sampler.guidance_scale != 1:
+            texts.append(self.negative_rows(negative_prompt, negative_embeds))
+        elif negative_prompt is not None or negative_embeds is not None:
+            raise UsageError(f"{self.preset.name} uses no guidance, so a negative prompt would do nothing; drop it")
+        session = Session(
+            engine=self,
+            timeline=Timeline(self.preset),
+            sampler=sampler,
+            size=size,
+            noise=noise if noise is not None else PhiloxNoise(seed),
+            rows=rows,
+            branches=[
+                Branch(self.parts.transformer.embed_text(text[None]), self.new_cache(size)) for text in texts
+            ],
+            decoder=self.parts.vae.new_state(),
+        )
+        if video is not None and strength is not None:
+            session.source = self.encoded(self.pixels_of(video, size), keep_end=False)
+        elif image is not None and self.preset.context.image == "clamp" and video is None:
+            session.clamped = self.encoded(self.pixels_of(image, size), keep_end=False, whole_blocks=False)
+        elif image is not None or video is not None:
+            self.cache_prefix(session, self.prefix_latents(image, video, size))
+        return session
+
+    def new_cache(self, size: tuple[int, int]) -> ContiguousCache:
         height, width = self.spec.latent_size(size)
         grid = (height // self.spec.patch[0], width // self.spec.patch[1])
         precision = self.parts.transformer.precision
-        session = Session(
-            engine=self,
-            preset=self.preset,
-            size=size,
-            noise=noise if noise is not None else PhiloxNoise(seed),
-            text=self.parts.transformer.embed_text(self.prompt_rows(prompt, prompt_embeds)[None]),
-            cache=ContiguousCache(
-                self.spec, self.preset.context, grid, precision.rope, self.dtype, self.device
-            ),
-            decoder=self.parts.vae.new_state(),
-        )
-        if image is not None or video is not None:
-            self.cache_prefix(session, self.prefix_latents(image, video, size))
-        return session
+        moving = self.preset.context.moving_positions
+        return ContiguousCache(self.spec, grid, moving, precision.rope, self.dtype, self.device)
 
     def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
         """The text encoder's rows [text_len, text_dim] of a prompt, or those given."""
@@ -152,42 +276,62 @@ class Engine:
             )
         return self.parts.text().encode(prompt).to(self.device, self.dtype)
 
-    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int]) -> Tensor:
-        """What the stream goes on from, as latents of whole blocks, the end of a video kept."""
-        if image is not None and video is not None:
-            raise UsageError("image and video both begin the stream; give one of them")
-        if image is not None:
-            pixels = (read_image(image, size) if isinstance(image, str | Path) else image)[None]
+    def negative_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
+        if prompt is None and embeds is None:
+            raise UsageError(
+                f"{self.preset.name} guides away from a negative prompt; give negative_prompt "
+                "(--negative-prompt), or set guidance_scale=1"
+            )
+        return self.prompt_rows(prompt, embeds)
+
+    def pixels_of(self, given: Any, size: tuple[int, int]) -> Pixels:
+        """Frames uint8 [T, H, W, 3] of an image or video, from a file or an array; UsageError if they do not fit."""
+        if isinstance(given, str | Path):
+            still = Path(given).suffix.lower() in IMAGE_FILES
+            pixels = read_image(given, size)[None] if still else read_video(given, size)
         else:
-            pixels = read_video(video, size) if isinstance(video, str | Path) else video
+            pixels = given[None] if given.ndim == 3 else given
         if pixels.ndim != 4 or pixels.shape[1:] != (size[1], size[0], 3) or pixels.dtype != np.uint8:
             raise UsageError(
                 f"image or video is {pixels.dtype} {list(pixels.shape)}; expected uint8 frames of "
                 f"{[size[1], size[0], 3]}"
             )
-        frames = (len(pixels) - 1) // self.spec.vae_stride[0] + 1
-        first, step = self.preset.block_size(0), self.preset.num_frame_per_block
-        if frames < first:
-            need = (first - 1) * self.spec.vae_stride[0] + 1
-            raise UsageError(
-                f"{len(pixels)} frames are too few to begin with: the first block of {self.preset.name} needs "
-                f"{need}; set independent_first_frame=true or use a preset with blocks of one frame"
-            )
-        kept = first + (frames - first) // step * step
-        pixels = pixels[len(pixels) - (kept - 1) * self.spec.vae_stride[0] - 1 :]
+        return pixels
+
+    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int]) -> Tensor:
+        """What the stream goes on from, as latents of whole blocks, the end of a video kept."""
+        if image is not None and video is not None:
+            raise UsageError("image and video both begin the stream; give one of them")
+        return self.encoded(self.pixels_of(image if image is not None else video, size), keep_end=True)
+
+    def encoded(self, pixels: Pixels, keep_end: bool, whole_blocks: bool = True) -> Tensor:
+        """Latents of uint8 frames, cut to whole blocks at the start or the end; UsageError if too few."""
+        stride, step = self.spec.vae_stride[0], self.preset.num_frame_per_block
+        frames = (len(pixels) - 1) // stride + 1
+        first = self.preset.block_size(0)
+        if whole_blocks:
+            if frames < first:
+                raise UsageError(
+                    f"{len(pixels)} frames are too few to begin with: the first block of {self.preset.name} needs "
+                    f"{(first - 1) * stride + 1}; set independent_first_frame=true or use a preset with blocks "
+                    "of one frame"
+                )
+            frames = first + (frames - first) // step * step
+        kept = (frames - 1) * stride + 1
+        pixels = pixels[len(pixels) - kept :] if keep_end else pixels[:kept]
         scaled = torch.from_numpy(pixels.copy()).to(self.device, self.dtype).permute(0, 3, 1, 2) / 127.5 - 1
         return self.parts.vae.encode(scaled, self.parts.vae.new_state())
 
     def cache_prefix(self, session: Session, latents: Tensor) -> None:
         """Commit given latents block by block, and let the decoder see them, so that both go on from there."""
         frames = []
-        while session.next_frame < len(latents):
-            plan = session.plan_block()
-            session.cache.begin_block(plan.visible)
-            part = latents[plan.frames.start : plan.frames.stop]
-            self.commit(session, plan, part)
-            frames.append(self.decode(session, part))
-            session.next_frame = plan.frames.stop
+        while session.timeline.next_frame < len(latents):
+            span = session.timeline.admit(given=True)
+            part = latents[span.frames.start : span.frames.stop]
+            self.commit(session, span, part)
+            pixels = self.parts.vae.decode(part, session.decoder)
+            session.remember(part, pixels)
+            frames.append(to_frames(pixels))
         session.prefix_frames = np.concatenate(frames)
 
     def blocks_for(self, seconds: float) -> int:
@@ -205,7 +349,7 @@ class Engine:
         return {
             "config": asdict(self.config),
             "preset": asdict(self.preset),
-            "network_timesteps": self.sampler.timesteps,
+            "network_timesteps": Sampler(self.preset.sampler).timesteps,
             "model": asdict(self.spec),
             "vae": asdict(self.parts.vae.spec),
             "checkpoint": {"source": self.parts.source, "format": self.parts.form, "sha256": self.parts.digest()},
@@ -218,6 +362,12 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         timings[name] = time.perf_counter() - start
+
+
+def to_frames(pixels: Tensor) -> Pixels:
+    """Pixels [T, 3, H, W] in [-1, 1] to uint8 frames [T, H, W, 3] on the host."""
+    scaled = ((pixels * 0.5 + 0.5) * 255).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def load(

@@ -1,13 +1,14 @@
-"""The few-step sampler of the causal Wan models: which timesteps, and how x0 and re-noising are computed.
+"""Samplers of the causal Wan models: which timesteps, and how a block goes from one noise level to the next.
 
-Every step predicts x0 and starts again from it with fresh noise; it is no ODE solver. The schedule is the
-shifted flow-matching table of 1000 entries, float32 and unrounded.
-Source: Self-Forcing (arXiv 2506.08009); flow matching with a timestep shift as in Wan 2.1 (arXiv 2503.20314).
+`renoise` predicts x0 and starts again from it with fresh noise; `unipc` is the multistep solver and draws none.
+Source: Self-Forcing (arXiv 2506.08009); UniPC (arXiv 2302.04867); the flow-matching shift of Wan 2.1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,69 +17,175 @@ from torch import Tensor
 from ..errors import UsageError
 
 TRAIN_TIMESTEPS = 1000
+SOLVERS = ("renoise", "unipc")
 
 
 @dataclass(frozen=True)
 class SamplerSpec:
     """How a block is denoised.
 
-    denoising_step_list: entries of 0..1000, descending; with `warp_denoising_step` they are places in the
-    schedule, else timesteps. timestep_shift: S of sigma' = S*s / (1 + (S-1)*s). context_noise: the timestep
-    told to the network in the pass that commits the clean block (no noise is added).
+    denoising_step_list (renoise): entries of 0..1000, descending; with `warp_denoising_step` they are places in
+    the schedule, else timesteps. num_steps (unipc): steps evenly spaced before the shift.
+    timestep_shift: S of sigma' = S*s / (1 + (S-1)*s). context_noise: the timestep told to the network in the
+    pass that commits the clean block (no noise is added). guidance_scale: 1 runs the prompt alone; otherwise
+    v = u + scale * (c - u), with a cache for each of the two.
     """
 
     denoising_step_list: tuple[float, ...]
     warp_denoising_step: bool
     timestep_shift: float
     context_noise: float
+    solver: str = "renoise"
+    num_steps: int = 0
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
-        if not steps or list(steps) != sorted(set(steps), reverse=True) or steps[0] > 1000 or steps[-1] <= 0:
-            raise UsageError(f"denoising_step_list {list(steps)} must descend within 1000..0, 0 left out")
+        if self.solver not in SOLVERS:
+            raise UsageError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}")
+        if self.solver == "unipc" and self.num_steps < 1:
+            raise UsageError(f"num_steps is {self.num_steps}; expected 1 or more")
+        if self.solver == "renoise" and (
+            not steps or list(steps) != sorted(set(steps), reverse=True) or steps[0] > 1000 or steps[-1] < 0
+        ):
+            raise UsageError(f"denoising_step_list {list(steps)} must be numbers that descend within 1000..0")
         if self.warp_denoising_step and any(step != int(step) for step in steps):
             raise UsageError(f"denoising_step_list {list(steps)} must hold whole numbers to be warped")
         if not self.timestep_shift > 0:
             raise UsageError(f"timestep_shift is {self.timestep_shift}; expected a number above 0")
         if not 0 <= self.context_noise <= TRAIN_TIMESTEPS:
             raise UsageError(f"context_noise is {self.context_noise}; expected a timestep in 0..1000")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise UsageError(f"guidance_scale is {self.guidance_scale}; expected 0 or more, 1 for none")
 
 
 class Sampler:
-    """The schedule of a `SamplerSpec`, and its two formulas."""
+    """The schedule of a `SamplerSpec`; `begin` gives a solver for one block.
 
-    def __init__(self, spec: SamplerSpec) -> None:
-        self.spec = spec
+    strength: how far from a given video a block starts, in (0, 1]; the whole schedule is scaled by it.
+    """
+
+    def __init__(self, spec: SamplerSpec, strength: float = 1.0) -> None:
+        if not 0 < strength <= 1:
+            raise UsageError(f"strength is {strength}; expected a number above 0, up to 1")
+        if strength < 1 and spec.solver != "renoise":
+            raise UsageError(f"strength is {strength}, but solver {spec.solver} starts from noise; leave it at 1")
+        self.spec, self.strength = spec, strength
+
+    def begin(self) -> Solver:
+        """The solver of one block, with whatever it remembers between steps."""
+        return UniPCSolver(self.sigmas) if self.spec.solver == "unipc" else RenoiseSolver(self.sigmas)
 
     @cached_property
     def table_sigmas(self) -> Tensor:
         """float32 [1000], descending from 1."""
-        base = torch.linspace(1, 0, TRAIN_TIMESTEPS + 1)[:-1]
+        return self.shifted(torch.linspace(1, 0, TRAIN_TIMESTEPS + 1)[:-1])
+
+    def shifted(self, sigmas: Tensor) -> Tensor:
         shift = self.spec.timestep_shift
-        return shift * base / (1 + (shift - 1) * base)
+        return shift * sigmas / (1 + (shift - 1) * sigmas)
 
     @cached_property
     def timesteps(self) -> tuple[float, ...]:
-        """What the network is told at each step, float32 values."""
+        """What the network is told at each step: float32 values, or for unipc whole numbers."""
+        if self.spec.solver == "unipc":
+            return tuple(float(int(sigma * TRAIN_TIMESTEPS)) for sigma in self.sigmas)
+        steps = [step * self.strength for step in self.spec.denoising_step_list]
         if not self.spec.warp_denoising_step:
-            return tuple(float(step) for step in self.spec.denoising_step_list)
+            return tuple(steps)
         table = torch.cat((self.table_sigmas * TRAIN_TIMESTEPS, torch.zeros(1)))
-        return tuple(float(table[TRAIN_TIMESTEPS - int(step)]) for step in self.spec.denoising_step_list)
+        return tuple(float(table[TRAIN_TIMESTEPS - int(step)]) for step in steps)
 
     @cached_property
     def sigmas(self) -> tuple[float, ...]:
-        """The noise level of each step: that of the table entry whose timestep is nearest."""
+        """The noise level of each step; for renoise, that of the table entry whose timestep is nearest."""
+        if self.spec.solver == "unipc":
+            even = torch.linspace(1 - 1 / TRAIN_TIMESTEPS, 0, self.spec.num_steps + 1, dtype=torch.float64)[:-1]
+            return tuple(self.shifted(even).tolist())
         return tuple(self.sigma_at(timestep) for timestep in self.timesteps)
 
     def sigma_at(self, timestep: float) -> float:
         nearest = (self.table_sigmas * TRAIN_TIMESTEPS - timestep).abs().argmin()
         return float(self.table_sigmas[nearest])
 
-    def clean(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
-        """x0 = x - sigma * v, in float64, returned in x's dtype."""
-        return (x.double() - self.sigmas[step] * velocity.double()).to(x.dtype)
 
-    def renoise(self, x0: Tensor, noise: Tensor, step: int) -> Tensor:
-        """(1 - sigma) * x0 + sigma * noise at the level of `step`, in float32 or better."""
-        sigma = torch.tensor(self.sigmas[step], dtype=torch.promote_types(x0.dtype, torch.float32))
-        return ((1 - sigma) * x0.to(sigma.dtype) + sigma * noise.to(sigma.dtype)).to(x0.dtype)
+def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """(1 - sigma) * x0 + sigma * noise, in float32 or better, returned in x0's dtype."""
+    level = torch.tensor(sigma, dtype=torch.promote_types(x0.dtype, torch.float32))
+    return ((1 - level) * x0.to(level.dtype) + level * noise.to(level.dtype)).to(x0.dtype)
+
+
+@dataclass
+class RenoiseSolver:
+    """x0 from the velocity, then fresh noise at the next level: every step starts anew."""
+
+    sigmas: tuple[float, ...]
+
+    def advance(self, x: Tensor, velocity: Tensor, step: int, draw: Callable[[], Tensor]) -> Tensor:
+        """The latents at step + 1, clean after the last; `draw` gives noise of their shape."""
+        x0 = (x.double() - self.sigmas[step] * velocity.double()).to(x.dtype)
+        return x0 if step + 1 == len(self.sigmas) else noised(x0, draw(), self.sigmas[step + 1])
+
+
+@dataclass
+class UniPCSolver:
+    """UniPC of order 2 (B(h) = e^h - 1, predicting x0), the last step of order 1, down to sigma 0.
+
+    Each step corrects the latents it is given with what the network just said, then predicts the next.
+    """
+
+    sigmas: tuple[float, ...]
+    predictions: list[Tensor] = field(default_factory=list)  # x0 of the last two steps
+    before: Tensor | None = None  # corrected latents of the last step
+    order: int = 1  # of the last prediction
+
+    def advance(self, x: Tensor, velocity: Tensor, step: int, draw: Callable[[], Tensor]) -> Tensor:
+        """The latents at step + 1, clean after the last; no noise is drawn."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        here = x.to(dtype)
+        x0 = here - self.sigmas[step] * velocity.to(dtype)
+        if self.before is not None:
+            here = self._move(self.before, step - 1, self.order, x0)
+        self.predictions = [*self.predictions[-1:], x0]
+        self.order = min(2, len(self.sigmas) - step, len(self.predictions))
+        self.before = here
+        return self._move(here, step, self.order, None).to(x.dtype)
+
+    def _move(self, x: Tensor, step: int, order: int, corrected_by: Tensor | None) -> Tensor:
+        """From the level of `step` to the next: a prediction, or a correction once x0 there is known."""
+        target = self.sigmas[step + 1] if step + 1 < len(self.sigmas) else 0.0
+        source = self.sigmas[step]
+        if target == 0.0:
+            return self.predictions[-1]
+        h = log_snr(target) - log_snr(source)
+        scale = math.expm1(-h)
+        x0 = self.predictions[-1]
+        moved = target / source * x - (1 - target) * scale * x0
+        slopes, ratios = [], []
+        if order == 2:
+            ratios.append((log_snr(self.sigmas[step - 1]) - log_snr(source)) / h)
+            slopes.append((self.predictions[-2] - x0) / ratios[0])
+        if corrected_by is not None:
+            slopes.append(corrected_by - x0)
+        weights = correction_weights(h, ratios) if corrected_by is not None else [0.5] * len(slopes)
+        rest = sum((weight * slope for weight, slope in zip(weights, slopes, strict=True)), torch.zeros_like(x0))
+        return moved - (1 - target) * scale * rest
+
+
+def log_snr(sigma: float) -> float:
+    return math.log((1 - sigma) / sigma)
+
+
+def correction_weights(h: float, ratios: list[float]) -> list[float]:
+    """UniC's weights: 1/2 at order 1, else the solution of its 2x2 system."""
+    if not ratios:
+        return [0.5]
+    first = math.expm1(-h) / -h - 1
+    second = first / -h - 0.5
+    scale = math.expm1(-h)
+    matrix = torch.tensor([[1.0, 1.0], [ratios[0], 1.0]], dtype=torch.float64)
+    right = torch.tensor([first / scale, 2 * second / scale], dtype=torch.float64)
+    return torch.linalg.solve(matrix, right).tolist()
+
+
+Solver = RenoiseSolver | UniPCSolver

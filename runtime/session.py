@@ -1,25 +1,27 @@
-"""One stream: its place in time, and handles to what it has produced so far.
+"""One stream: its timeline, its conditioning, and what it keeps of the blocks it has made.
 
-A session knows which block comes next and what has been applied to it; the engine runs the block.
+A session says what comes next; the engine runs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InferixError, UsageError
-from ..graphs.passes import Group, Pass
 from ..models.wan.transformer import TextContext
 from ..models.wan.vae import StreamState
 from .cache import ContiguousCache
 from .noise import Noise
-from .presets import Preset
+from .sampler import Sampler, Solver
+from .timeline import Span, Timeline
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -35,17 +37,32 @@ class Block:
     timings: dict[str, float]
 
 
-@dataclass(frozen=True)
-class BlockPlan:
-    """The next block in host integers: its index, frames, and the frames it attends to."""
+@dataclass
+class Branch:
+    """One conditioning with the cache of its own past; guidance has two."""
 
-    index: int
-    frames: range
-    visible: tuple[int, ...]
+    text: TextContext
+    cache: ContiguousCache
 
-    def run_at(self, timestep: float) -> Pass:
-        """The pass over the block's frames at a timestep; every pass overwrites the block's keys and values."""
-        return Pass((Group(tuple(self.frames), timestep, self.visible),))
+
+@dataclass
+class InFlight:
+    """A block on its way: latents at the level of `step`."""
+
+    span: Span
+    latents: Tensor
+    solver: Solver
+    step: int = 0
+
+
+@dataclass
+class PromptChange:
+    """Rows [text_len, d] on their way in: `left` more blocks of `blocks` until they are reached."""
+
+    old: Tensor
+    new: Tensor
+    blocks: int
+    left: int
 
 
 @dataclass
@@ -53,20 +70,21 @@ class Session:
     """A video being made. Made by `Engine.open`; closed by `close()` or by leaving a `with`."""
 
     engine: Engine
-    preset: Preset
+    timeline: Timeline
+    sampler: Sampler
     size: tuple[int, int]
     noise: Noise
-    text: TextContext
-    cache: ContiguousCache
+    rows: Tensor  # the prompt in force, [text_len, d]
+    branches: list[Branch]
     decoder: StreamState
+    source: Tensor | None = None  # latents of the video that blocks start from
+    clamped: Tensor | None = None  # latents of an image held as the first frame
+    flight: list[InFlight] = field(default_factory=list)
+    change: PromptChange | None = None
+    recent: Tensor | None = None  # last clean latents, as many as a rebuild or recache may ask for
+    pixels: Tensor | None = None  # last decoded pictures, where a rebuild encodes one again
     prefix_frames: NDArray[np.uint8] | None = None  # what the stream goes on from, as the decoder shows it
-    next_block: int = 0
-    next_frame: int = 0
     closed: bool = field(default=False, init=False)
-
-    def plan_block(self) -> BlockPlan:
-        frames = range(self.next_frame, self.next_frame + self.preset.block_size(self.next_frame))
-        return BlockPlan(self.next_block, frames, self.preset.context.visible(frames.stop))
 
     def stream(self, blocks: int, decode: bool = True) -> Iterator[Block]:
         """Yield the next `blocks` blocks; without `decode`, only latents."""
@@ -74,6 +92,30 @@ class Session:
             raise UsageError(f"blocks is {blocks!r}; expected a whole number of 1 or more")
         for _ in range(blocks):
             yield self.engine.step(self, decode)
+
+    def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> None:
+        """Change the prompt from the next block on, in the way of the preset's `prompt_switch`."""
+        self.check_open()
+        self.engine.change_prompt(self, text, embeds)
+
+    def remember(self, latents: Tensor, pixels: Tensor | None) -> None:
+        """Keep the end of what was made, as far as the context may ask for it."""
+        policy = self.timeline.preset.context
+        wanted = policy.rebuild_frames
+        if policy.prompt_switch == "recache":
+            wanted = self.timeline.next_frame if policy.local_attn_size == -1 else policy.local_attn_size
+        self.recent = latents if self.recent is None else torch.cat((self.recent, latents))
+        self.recent = self.recent[max(0, len(self.recent) - wanted) :].clone()
+        if policy.needs_pixels and pixels is not None:
+            kept = (policy.rebuild_frames - 1) * self.engine.spec.vae_stride[0] + 1
+            self.pixels = pixels if self.pixels is None else torch.cat((self.pixels, pixels))
+            self.pixels = self.pixels[max(0, len(self.pixels) - kept) :].clone()
+
+    def recent_frames(self, frames: tuple[int, ...]) -> Tensor:
+        """Clean latents of absolute frames that are still kept."""
+        assert self.recent is not None
+        first = self.timeline.next_frame - len(self.recent)
+        return self.recent[[frame - first for frame in frames]]
 
     def check_open(self) -> None:
         if self.closed:
@@ -83,16 +125,15 @@ class Session:
         """Free the cache and the decoder's state; a second call does nothing."""
         if not self.closed:
             self.closed = True
-            del self.cache, self.decoder, self.text
+            self.branches, self.flight = [], []
+            self.recent = self.pixels = self.source = None
+            del self.decoder
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def prompt(self, text: str) -> NoReturn:
-        self._later("prompt")
 
     def act(self, action: Any) -> NoReturn:
         self._later("act")
@@ -113,4 +154,4 @@ class Session:
         self._later("save")
 
     def _later(self, name: str) -> NoReturn:
-        raise InferixError(f"session.{name}() is not in this version; open, stream and close are")
+        raise InferixError(f"session.{name}() is not in this version; open, stream, prompt and close are")

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from inferix.kernels.attention import attention
-from inferix.kernels.rope import Angles, rotate
+from inferix.kernels.rope import Angles, rope_angles, rotate
+from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
+from inferix.models.wan.vae import TINY_VAE, CausalVae
+from inferix.runtime.config import EngineConfig
+from inferix.runtime.engine import Engine
+from inferix.runtime.loading import Components
+from inferix.runtime.presets import make_preset
+from inferix.runtime.session import Block
 
 TINY = dataclasses.replace(
     MODELS["wan-tiny"], name="test", dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12
@@ -44,6 +51,26 @@ class DenseAttention:
         return attention(q, k, v, self.mask)
 
 
+class FrameAttention:
+    """Each frame of one call attends to its own list of frames at its own list of positions; no cache, no groups."""
+
+    def __init__(self, rows: list[tuple[tuple[int, ...], tuple[int, ...]]], grid: tuple[int, int]) -> None:
+        self.rows, self.grid = rows, grid
+        self.tokens = grid[0] * grid[1]
+        self.seen: list[tuple[Tensor, Tensor]] = []  # keys (not rotated) and values, per layer
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.seen.append((k, v))
+        q, k, v = (part.unflatten(1, (-1, self.tokens)) for part in (q, k, v))
+        out = []
+        for frame, (context, positions) in enumerate(self.rows):
+            here = positions[context.index(frame)]
+            angles, all_angles = (rope_angles(p, *self.grid, q.shape[-1]) for p in ([here], positions))
+            keys, values = k[:, list(context)].flatten(1, 2), v[:, list(context)].flatten(1, 2)
+            out.append(attention(rotate(q[:, frame], angles), rotate(keys, all_angles), values))
+        return torch.cat(out, dim=1)
+
+
 def frame_mask(contexts: list[tuple[int, ...]], tokens: int) -> Tensor:
     """Bool [F*tokens, F*tokens]: row frame f sees the frames in contexts[f]."""
     frames = len(contexts)
@@ -51,3 +78,23 @@ def frame_mask(contexts: list[tuple[int, ...]], tokens: int) -> Tensor:
     for row, seen in enumerate(contexts):
         mask[row, list(seen)] = True
     return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+
+SIZE = (32, 32)  # pixels; 4 x 4 latents, 2 x 2 tokens a frame
+TOKENS = 4
+ROWS = torch.randn(3, TINY.text_dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def make_engine(preset: str = "self-forcing", dtype: str = "float64", **overrides: object) -> Engine:
+    """A preset on the small test model, on the CPU."""
+    config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference")
+    vae = CausalVae(TINY_VAE).eval().requires_grad_(False)
+    vae.load_state_dict(random_vae_state(TINY_VAE, 1, torch.float32))
+    kind = getattr(torch, dtype)
+    parts = Components(tiny_transformer(dtype=kind), vae.to(kind), None, "test", "random", lambda: None)
+    return Engine(config, make_preset(preset, **overrides), parts)
+
+
+def run(engine: Engine, blocks: int, **kwargs: object) -> list[Block]:
+    with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE, **kwargs) as session:
+        return list(session.stream(blocks, decode=False))

@@ -5,21 +5,27 @@ import pytest
 from inferix.graphs.passes import Group, Pass
 
 
+def group(frames, timestep, context):
+    return Group(frames, timestep, context, context)
+
+
 def test_frames_and_timesteps_follow_the_groups():
-    run = Pass((Group((3, 4), 0.0, (3, 4)), Group((5,), 750.0, (0, 3, 4, 5))))
+    run = Pass((group((3, 4), 0.0, (3, 4)), Group((5,), 750.0, (0, 3, 4, 5), (0, 7, 8, 9))))
     assert run.frames == (3, 4, 5)
     assert run.timesteps == (0.0, 0.0, 750.0)
+    assert run.groups[1].position_of(5) == 9
 
 
 @pytest.mark.parametrize(
-    ("groups", "said"),
+    ("make", "said"),
     [
-        ((), "at least one"),
-        ((Group((1,), 0.0, (1,)), Group((1,), 0.0, (1,))), "each once"),
-        ((Group((1,), 0.0, (0,)),), "not in their own context"),
-        ((Group((1,), 0.0, (1, 0)),), "ascending"),
+        (lambda: Pass(()), "at least one"),
+        (lambda: Pass((group((1,), 0.0, (1,)), group((1,), 0.0, (1,)))), "each once"),
+        (lambda: group((1,), 0.0, (0,)), "not in their own context"),
+        (lambda: group((1,), 0.0, (1, 0)), "ascending"),
+        (lambda: Group((1,), 0.0, (1,), ()), "0 positions for 1 frames"),
     ],
 )
-def test_wrong_passes_are_refused(groups, said):
+def test_what_makes_no_sense_is_refused(make, said):
     with pytest.raises(ValueError, match=said):
-        Pass(groups)
+        make()

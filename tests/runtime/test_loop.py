@@ -4,39 +4,15 @@ import gc
 
 import pytest
 import torch
-from oracles import TINY, DenseAttention, frame_mask, tiny_transformer
+from oracles import ROWS, SIZE, TINY, TOKENS, DenseAttention, frame_mask, make_engine, run
 
 from inferix.errors import InferixError, UsageError
 from inferix.graphs.passes import Group, Pass
 from inferix.kernels.rope import rope_angles
-from inferix.models.wan.random import random_vae_state
-from inferix.models.wan.vae import TINY_VAE, CausalVae
-from inferix.runtime.config import EngineConfig
-from inferix.runtime.context import ContextPolicy
-from inferix.runtime.engine import Engine
-from inferix.runtime.loading import Components
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.presets import PRESETS, make_preset
-
-SIZE = (32, 32)
-TOKENS = 4
-ROWS = torch.randn(3, TINY.text_dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-def make_engine(preset="self-forcing", dtype="float64", **overrides):
-    config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference")
-    vae = CausalVae(TINY_VAE).eval().requires_grad_(False)
-    vae.load_state_dict(random_vae_state(TINY_VAE, 1, torch.float32))
-    parts = Components(
-        tiny_transformer(dtype=getattr(torch, dtype)), vae.to(getattr(torch, dtype)), None, "test", "random", str
-    )
-    return Engine(config, make_preset(preset, **overrides), parts)
-
-
-def run(engine, blocks, **kwargs):
-    with engine.open(prompt_embeds=ROWS, size=SIZE, **kwargs) as session:
-        return list(session.stream(blocks, decode=False))
-
+from inferix.runtime.presets import make_preset
+from inferix.runtime.sampler import Sampler, noised
+from inferix.runtime.timeline import Span, Timeline
 
 def dense_velocity(engine, latents, timesteps, contexts, positions):
     """One call over all frames, each row of frames under its own context."""
@@ -47,17 +23,18 @@ def dense_velocity(engine, latents, timesteps, contexts, positions):
 
 
 def dense_block(engine, past, index, contexts):
-    """A 3-frame block denoised by dense masked passes over the clean past and itself; no cache."""
+    """A 3-frame block denoised by dense masked passes over the clean past and itself; no cache, no solver."""
+    sampler = Sampler(engine.preset.sampler)
+    span = Span(index, range(len(past), len(past) + 3))
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.next_block, session.next_frame = index, len(past)
-        plan = session.plan_block()
-        x = engine.draw(session, plan, 0)
-        for step, timestep in enumerate(engine.sampler.timesteps):
-            if step:
-                x = engine.sampler.renoise(x, engine.draw(session, plan, step), step)
-            timesteps = [0.0] * len(past) + [timestep] * 3
-            velocity = dense_velocity(engine, torch.cat((past, x)), timesteps, contexts, range(len(past) + 3))
-            x = engine.sampler.clean(x, velocity[len(past) :], step)
+        draws = [engine.draw(session, span, step) for step in range(len(sampler.timesteps))]
+    x = draws[0]
+    for step, (timestep, sigma) in enumerate(zip(sampler.timesteps, sampler.sigmas, strict=True)):
+        if step:
+            x = noised(x, draws[step], sigma)
+        timesteps = [0.0] * len(past) + [timestep] * 3
+        velocity = dense_velocity(engine, torch.cat((past, x)), timesteps, contexts, range(len(past) + 3))
+        x = x - sigma * velocity[len(past) :]
     return x
 
 
@@ -79,7 +56,7 @@ def test_window_and_sink_equal_a_dense_pass_with_the_same_mask(window, sink):
     engine = make_engine(local_attn_size=window, sink_size=sink)
     blocks = run(engine, 5)
     end = 15
-    contexts = [engine.preset.context.visible(frame // 3 * 3 + 3) for frame in range(end)]
+    contexts = [Timeline(engine.preset).visible(frame // 3 * 3 + 3) for frame in range(end)]
     past = torch.cat([block.latents for block in blocks[:-1]])
     assert (dense_block(engine, past, 4, contexts) - blocks[4].latents).abs().max() <= 1e-10
     unbounded = make_engine(local_attn_size=-1)
@@ -96,9 +73,9 @@ def test_window_and_sink_equal_a_dense_pass_with_the_same_mask(window, sink):
     ],
 )
 def test_attended_frames(window, sink, expected):
-    policy = ContextPolicy(window, sink, "absolute")
+    timeline = Timeline(make_preset("self-forcing", local_attn_size=window, sink_size=sink))
     for block, frames in expected.items():
-        assert policy.visible(block * 3 + 3) == tuple(frames)
+        assert timeline.visible(block * 3 + 3) == tuple(frames)
 
 
 @pytest.mark.parametrize("positions", ["absolute", "window-relative"])
@@ -107,17 +84,17 @@ def test_groups_in_one_pass_equal_passes_one_by_one(positions):
     """The commit of one block and the first step of the next, in one call with two timesteps and two contexts."""
     engine = make_engine(positions=positions, local_attn_size=-1)
     clean, noisy = (torch.randn(3, 16, 4, 4, dtype=torch.float64) for _ in range(2))
-    first = Group((0, 1, 2), 0.0, (0, 1, 2))
-    second = Group((3, 4, 5), 1000.0, tuple(range(6)))
+    first = Group((0, 1, 2), 0.0, (0, 1, 2), (0, 1, 2))
+    second = Group((3, 4, 5), 1000.0, tuple(range(6)), tuple(range(6)))
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.cache.begin_block(tuple(range(6)))
+        session.branches[0].cache.hold(tuple(range(6)))
         together = engine.run(session, Pass((first, second)), torch.cat((clean, noisy)))
-        keys = [key.clone() for key in session.cache.keys]
+        keys = [key.clone() for key in session.branches[0].cache.keys]
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.cache.begin_block(tuple(range(6)))
+        session.branches[0].cache.hold(tuple(range(6)))
         apart = [engine.run(session, Pass((group,)), x) for group, x in ((first, clean), (second, noisy))]
         assert (torch.cat(apart) - together).abs().max() <= 1e-10
-        assert max((a - b).abs().max() for a, b in zip(keys, session.cache.keys, strict=True)) <= 1e-10
+        assert max((a - b).abs().max() for a, b in zip(keys, session.branches[0].cache.keys, strict=True)) <= 1e-10
 
 
 @torch.no_grad()
@@ -125,14 +102,15 @@ def test_a_group_that_does_not_write_leaves_the_cache_as_it_was():
     engine = make_engine()
     x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.cache.begin_block(tuple(range(3)))
-        written = engine.run(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2)),)), x)
-        before = [tensor.clone() for tensor in (*session.cache.keys, *session.cache.values)]
-        read = engine.run(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), write=False),)), x)
-        other = engine.run(session, Pass((Group((0, 1), 700.0, (0, 1)), Group((2,), 500.0, (2,), write=False))), x)
+        session.branches[0].cache.hold(tuple(range(3)))
+        written = engine.run(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2)),)), x)
+        before = [tensor.clone() for tensor in (*session.branches[0].cache.keys, *session.branches[0].cache.values)]
+        read = engine.run(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2), write=False),)), x)
+        mixed = Pass((Group((0, 1), 700.0, (0, 1), (0, 1)), Group((2,), 500.0, (2,), (2,), write=False)))
+        other = engine.run(session, mixed, x)
         assert torch.equal(written, read)
         assert not torch.equal(other, read)
-        after = (*session.cache.keys, *session.cache.values)
+        after = (*session.branches[0].cache.keys, *session.branches[0].cache.values)
         kept = [torch.equal(a[:, -TOKENS:], b[:, -TOKENS:]) for a, b in zip(before, after, strict=True)]
         changed = [torch.equal(a[:, :TOKENS], b[:, :TOKENS]) for a, b in zip(before, after, strict=True)]
         assert all(kept) and not all(changed)
@@ -165,9 +143,9 @@ def test_350_blocks_run_past_frame_1024_in_flat_memory():
             assert block.latents.isfinite().all()
             if block.index in (20, 349):
                 gc.collect()
-                sizes.append(session.cache.nbytes)
+                sizes.append(session.branches[0].cache.nbytes + len(session.timeline.places))
                 tensors.append(sum(torch.is_tensor(item) for item in gc.get_objects()))
-        assert session.next_frame == 1050
+        assert session.timeline.next_frame == 1050
     assert sizes[0] == sizes[1]
     assert tensors[1] <= tensors[0] + 2
 
@@ -182,27 +160,13 @@ def test_the_same_seed_gives_the_same_latents_and_another_seed_others():
 def test_injected_noise_replaces_every_draw():
     engine = make_engine()
     with engine.open(prompt_embeds=ROWS, size=SIZE, seed=4) as session:
-        plans = []
-        for _ in range(2):
-            plans.append(session.plan_block())
-            session.next_block, session.next_frame = plans[-1].index + 1, plans[-1].frames.stop
-        initial = torch.cat([engine.draw(session, plan, 0) for plan in plans])
-        renoise = torch.stack([torch.stack([engine.draw(session, plan, s) for s in (1, 2, 3)]) for plan in plans])
+        spans = [session.timeline.admit(), session.timeline.admit()]
+        initial = torch.cat([engine.draw(session, span, 0) for span in spans])
+        renoise = torch.stack([torch.stack([engine.draw(session, span, s) for s in (1, 2, 3)]) for span in spans])
     injected = run(engine, 2, noise=InjectedNoise(initial, renoise))
     assert torch.equal(injected[1].latents, run(engine, 2, seed=4)[1].latents)
     with pytest.raises(UsageError, match="injected noise"):
         run(engine, 3, noise=InjectedNoise(initial, renoise))
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_run_and_decode(name):
-    engine = make_engine(name, dtype="float32")
-    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
-        blocks = list(session.stream(2))
-    frames = [len(block.frames) for block in blocks]
-    assert frames == ([9, 12] if engine.preset.num_frame_per_block == 3 else [1, 4])
-    assert blocks[0].frames.shape[1:] == (32, 32, 3)
-    assert set(blocks[0].timings) == {"denoise", "commit", "decode"}
 
 
 @torch.no_grad()
@@ -226,7 +190,7 @@ def test_a_generated_video_as_prefix_continues_like_the_stream_itself():
     blocks = run(engine, 4)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         engine.cache_prefix(session, torch.cat([block.latents for block in blocks[:3]]))
-        session.next_block = 3
+        session.timeline.next_block = 3
         (block,) = session.stream(1, decode=False)
     assert torch.equal(block.latents, blocks[3].latents)
 
@@ -236,7 +200,7 @@ def test_a_video_prefix_keeps_its_end():
     engine = make_engine(dtype="float32")
     video = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8).numpy()
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, video=video) as session:
-        assert session.next_frame == 3
+        assert session.timeline.next_frame == 3
         assert len(session.prefix_frames) == 9
         shorter = engine.prefix_latents(None, video[-9:], SIZE)
         assert torch.equal(engine.prefix_latents(None, video, SIZE), shorter)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from inferix.errors import UsageError
-from inferix.runtime.sampler import Sampler, SamplerSpec
+from inferix.runtime.sampler import Sampler, SamplerSpec, noised
 
 
 def sampler(steps, warp=True, shift=5.0):
@@ -40,14 +41,61 @@ def test_smallest_sigma(shift, timestep):
 
 def test_formulas():
     got = sampler((1000, 750, 500, 250))
-    x0, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    x = got.renoise(x0, noise, 2)
+    x0, noise, fresh = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
+    x = noised(x0, noise, got.sigmas[2])
     assert torch.allclose(x, x0 * (1 - got.sigmas[2]) + noise * got.sigmas[2], atol=1e-12)
-    assert torch.allclose(got.clean(x, noise - x0, 2), x0, atol=1e-12)
-    assert got.renoise(x0.bfloat16(), noise.bfloat16(), 1).dtype == torch.bfloat16
+    solver = got.begin()
+    assert torch.allclose(solver.advance(x, noise - x0, 2, lambda: fresh), noised(x0, fresh, got.sigmas[3]))
+    last = noised(x0, noise, got.sigmas[3])
+    assert torch.allclose(solver.advance(last, noise - x0, 3, lambda: fresh), x0, atol=1e-12)
+    assert noised(x0.bfloat16(), noise.bfloat16(), 0.5).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("steps", [(), (500, 750), (1000, 0), (1001,), (750, 750)])
+@pytest.mark.parametrize(
+    ("steps", "timesteps", "sigmas"),
+    [(4, (999, 937, 833, 624), (0.99980, 0.93727, 0.83306, 0.62469)), (2, (999, 833), None)],
+)
+def test_unipc_schedule(steps, timesteps, sigmas):
+    got = Sampler(SamplerSpec((), False, 5.0, 0.0, "unipc", steps))
+    assert got.timesteps == timesteps
+    if sigmas:
+        assert got.sigmas == pytest.approx(sigmas, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 9, 50])
+def test_unipc_equals_diffusers(steps):
+    """The same made-up network, which depends on latents and timestep, through both, on Wan's schedule.
+
+    diffusers spaces its own schedule a little differently (625 for 624 at the last of four steps).
+    """
+    theirs = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, solver_order=2, solver_type="bh2"
+    )
+    got = Sampler(SamplerSpec((), False, 5.0, 0.0, "unipc", steps))
+    theirs.set_timesteps(steps)
+    theirs.sigmas = torch.tensor([*got.sigmas, 0.0], dtype=torch.float64)
+    solver = got.begin()
+    x = want = torch.randn(1, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for step, timestep in enumerate(got.timesteps):
+
+        def network(latents, t=timestep):
+            return torch.sin(3 * latents + t / 300) + 0.2 * latents
+
+        want = theirs.step(network(want), theirs.timesteps[step], want, return_dict=False)[0]
+        x = solver.advance(x, network(x), step, lambda: pytest.fail("unipc draws no noise"))
+        assert (x - want).abs().max() <= 1e-6
+
+
+def test_strength_scales_the_schedule():
+    whole, part = (Sampler(SamplerSpec((1000, 750, 500), True, 5.0, 0.0), strength) for strength in (1.0, 0.5))
+    assert part.timesteps == Sampler(SamplerSpec((500, 375, 250), True, 5.0, 0.0)).timesteps
+    assert part.sigmas[0] < whole.sigmas[0] == 1.0
+    for strength in (0, -0.1, 1.01):
+        with pytest.raises(UsageError, match="strength"):
+            Sampler(whole.spec, strength)
+
+
+@pytest.mark.parametrize("steps", [(), (500, 750), (1000, -1), (1001,), (750, 750)])
 def test_bad_lists_are_refused(steps):
     with pytest.raises(UsageError, match="denoising_step_list"):
         sampler(steps)

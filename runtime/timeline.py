@@ -1,0 +1,150 @@
+"""One stream's place in time: which frames come next, what they may see, and at which positions.
+
+Frames are numbered from 0 over the whole stream. `Timeline` turns them and a `ContextPolicy` into passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..graphs.passes import Group, Pass
+from .presets import Preset
+
+
+@dataclass(frozen=True)
+class Span:
+    """A block's number and its frames."""
+
+    index: int
+    frames: range
+
+
+@dataclass
+class Timeline:
+    """Host integers only.
+
+    origin: the frame at position 0, moved by a rebuild. sink: frames that stay visible. pinned: first block of
+    the newest shot after a cut. places: absolute position of each frame that may still be seen.
+    """
+
+    preset: Preset
+    next_block: int = 0
+    next_frame: int = 0
+    origin: int = 0
+    shot: int = 0
+    sink: tuple[int, ...] = field(init=False)
+    pinned: tuple[int, ...] = ()
+    pin_next: bool = False
+    places: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sink = tuple(range(self.preset.context.sink_size))
+
+    def admit(self, given: bool = False) -> Span:
+        """The next block of the stream; a `given` one (a prefix) is not counted."""
+        frames = range(self.next_frame, self.next_frame + self.preset.block_size(self.next_frame))
+        offset = self.shot * self.preset.context.shot_offset - self.origin
+        self.places |= {frame: frame + offset for frame in frames}
+        if self.pin_next:
+            self.pinned, self.pin_next = tuple(frames), False
+        span = Span(self.next_block, frames)
+        self.next_block += 0 if given else 1
+        self.next_frame = frames.stop
+        return span
+
+    def cut_shot(self) -> None:
+        """A new shot begins with the next block."""
+        if self.preset.context.shot_offset:
+            self.shot += 1
+            self.pin_next = True
+
+    def visible(self, end: int) -> tuple[int, ...]:
+        """Frames seen by those that end before frame `end`, ascending."""
+        size = self.preset.context.local_attn_size
+        if size == -1 or end - self.origin <= size:
+            return tuple(range(self.origin, end))
+        start = end - (size - len(self.sink))
+        kept = set(self.sink)
+        if any(frame < start for frame in self.pinned):
+            kept |= set(self.pinned)
+            start = end - (size - len(kept))
+        return tuple(sorted(kept | set(range(start, end))))
+
+    def group(self, frames: Sequence[int], timestep: float, context: tuple[int, ...], write: bool = True) -> Group:
+        """A group whose positions follow the policy."""
+        return Group(tuple(frames), timestep, context, self.positions(context, write), write)
+
+    def positions(self, context: tuple[int, ...], write: bool = True) -> tuple[int, ...]:
+        """Temporal rotary position of each frame of a context."""
+        kind = self.preset.context.positions
+        if kind == "window-relative":
+            return tuple(range(len(context)))
+        if kind == "contiguous" and not write:
+            last = self.places[context[-1]]
+            return tuple(range(last - len(context) + 1, last + 1))
+        return tuple(self.places[frame] for frame in context)
+
+    def joint_pass(self, blocks: Sequence[tuple[range, float]], clean: frozenset[int]) -> Pass:
+        """One denoising pass over blocks in flight, (frames, timestep) each; `clean` frames are told 0.
+
+        A block alone writes its keys and values where its clean ones will stand; several leave none.
+        """
+        context = self.visible(blocks[-1][0].stop)
+        write = self.preset.window_blocks == 1
+        groups = []
+        for frames, timestep in blocks:
+            for wanted, told in ((True, 0.0), (False, timestep)):
+                part = [frame for frame in frames if (frame in clean) == wanted]
+                if part:
+                    groups.append(self.group(part, told, context, write))
+        return Pass(tuple(groups))
+
+    def commit_pass(self, frames: range) -> Pass:
+        """The pass over a clean block that leaves its keys and values."""
+        noise = self.preset.sampler.context_noise
+        return Pass((self.group(frames, noise, self.visible(frames.stop)),))
+
+    def recache_pass(self, sink_anew: bool) -> Pass | None:
+        """The visible past under a new prompt, in one pass; None where there is none.
+
+        The frames see each other and the sink. A sink that is kept is seen as it is; one made anew moves to
+        the first of the frames that are passed.
+        """
+        end = self.next_frame
+        if end == self.origin:
+            return None
+        size = self.preset.context.local_attn_size
+        if sink_anew and self.sink:
+            first = self.origin if size == -1 else max(self.origin, end - size)
+            self.sink = tuple(range(first, first + len(self.sink)))
+            context = tuple(range(first, end))
+        else:
+            context = self.visible(end)
+        frames = [frame for frame in context if sink_anew or frame not in self.sink]
+        return Pass((self.group(frames, self.preset.sampler.context_noise, context),)) if frames else None
+
+    def rebuild_due(self) -> bool:
+        """Whether the context must be rebuilt before the next block."""
+        policy, have = self.preset.context, self.next_frame - self.origin
+        size = self.preset.block_size(self.next_frame)
+        too_long = policy.segment_frames > 0 and have + size > policy.segment_frames
+        return have > 0 and (too_long or not policy.commit)
+
+    def rebuild_pass(self) -> Pass:
+        """Begin a segment with the last clean frames, block-causal from the first of them, at positions from 0."""
+        end = self.next_frame
+        self.origin = max(self.origin, end - self.preset.context.rebuild_frames)
+        self.sink = tuple(range(self.origin, self.origin + self.preset.context.sink_size))
+        kept = range(self.origin, end)
+        self.places = {frame: frame - self.origin for frame in kept}
+        step, noise = self.preset.num_frame_per_block, self.preset.sampler.context_noise
+        blocks = [kept[start : start + step] for start in range(0, len(kept), step)]
+        return Pass(tuple(self.group(block, noise, tuple(range(self.origin, block[-1] + 1))) for block in blocks))
+
+    def forget(self, held: tuple[int, ...]) -> None:
+        """Drop the places of frames that are gone for good, once `held` is what the cache holds."""
+        size = self.preset.context.local_attn_size
+        oldest = self.origin if size == -1 else held[-1] + 1 - size
+        kept = {*held, *self.sink, *self.pinned}
+        self.places = {frame: place for frame, place in self.places.items() if frame >= oldest or frame in kept}

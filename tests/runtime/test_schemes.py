@@ -1,0 +1,381 @@
+"""Each decoding scheme against dense calls that know neither caches nor groups, and against the published tables.
+
+The dense form of a block: one call over everything it may depend on, every frame with its own context,
+positions and timestep (`FrameAttention`), repeated for each step.
+"""
+
+import pytest
+import torch
+
+from inferix.errors import InferixError, UsageError
+from inferix.runtime.presets import PRESETS
+from inferix.runtime.sampler import Sampler
+from inferix.runtime.timeline import Span, Timeline
+from oracles import ROWS, SIZE, FrameAttention, make_engine, run
+
+OTHER = ROWS.flip(0) * 1.5
+GRID = (2, 2)
+
+
+def velocity(engine, latents, timesteps, rows, text=ROWS):
+    model = engine.parts.transformer
+    context = model.embed_text(engine.prompt_rows(None, text)[None])
+    return model(latents[None], torch.tensor([timesteps]), context, FrameAttention(rows, GRID))[0]
+
+
+def draws(engine, span):
+    with engine.open(prompt_embeds=ROWS, size=SIZE, **NEGATIVE.get(engine.preset.name, {})) as session:
+        return [engine.draw(session, span, step) for step in range(len(session.sampler.timesteps))]
+
+
+NEGATIVE = {"causal-diffusion": {"negative_embeds": OTHER}}
+
+
+def dense_block(engine, past, rows, span, text=ROWS):
+    """Denoise frames that stand after `past` clean ones; rows are (context, positions) of past and block."""
+    sampler = Sampler(engine.preset.sampler)
+    noise = draws(engine, span)
+    x, solver = noise[0], sampler.begin()
+    for step, timestep in enumerate(sampler.timesteps):
+        timesteps = [0.0] * len(past) + [timestep] * len(x)
+        told = velocity(engine, torch.cat((past, x)), timesteps, rows, text)[len(past) :]
+        x = solver.advance(x, told, step, lambda step=step: noise[step + 1])
+    return x
+
+
+def block_causal(past, block, step=3):
+    """Contexts of frames in blocks of `step`, at positions from 0."""
+    total = past + block
+    contexts = [tuple(range(min(frame // step * step + step, total))) for frame in range(total)]
+    return [(context, context) for context in contexts]
+
+
+def record(engine, monkeypatch):
+    """Passes of each block as they run; the list is filled by streaming."""
+    passes, plain = [], engine.run
+
+    def run_and_note(session, this, latents):
+        passes.append(this)
+        return plain(session, this, latents)
+
+    monkeypatch.setattr(engine, "run", run_and_note)
+    return passes
+
+
+TABLE = {  # network timesteps, sigmas (None: timestep / 1000), passes of block 0 and of a later one
+    "self-forcing": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "self-forcing-framewise": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "causal-forcing": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "causvid": ((1000, 757, 522), (1, 0.7567568, 0.5217391), (4, 4)),
+    "longlive": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "longlive-infinity": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "krea": ((1000, 908.843, 713.979, 0), (1, 0.908843, 0.713979, 0.00498), (4, 5)),
+    "longlive2": ((999, 937, 833, 624), (0.99980, 0.93727, 0.83306, 0.62469), (5, 5)),
+    "rolling-forcing": ((1000, 952.381, 882.353, 769.2308, 555.5556), None, (6, 2)),
+    "causal-diffusion": (None, None, (51, 51)),
+}
+ATTENDED = {  # frames attended by block 1 and by block 8
+    "self-forcing": (range(6), range(6, 27)),
+    "self-forcing-framewise": (range(2), range(9)),
+    "causal-forcing": (range(6), range(6, 27)),
+    "causvid": (range(6), range(18, 27)),
+    "longlive": (range(6), (0, 1, 2, *range(18, 27))),
+    "longlive-infinity": (range(6), (0, 1, 2, *range(18, 27))),
+    "krea": (range(6), range(21, 27)),
+    "longlive2": (range(16), (*range(8), *range(48, 72))),
+    "rolling-forcing": (range(18), (0, 1, 2, *range(21, 39))),
+    "causal-diffusion": (range(6), range(6, 27)),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_published_tables(name, monkeypatch):
+    timesteps, sigmas, passes = TABLE[name]
+    steps = {"num_steps": 2} if name == "causal-diffusion" else {}
+    sampler = Sampler(PRESETS[name].sampler)
+    if timesteps is not None:
+        assert sampler.timesteps == pytest.approx(timesteps, abs=6e-4)
+        assert sampler.sigmas == pytest.approx(sigmas or [t / 1000 for t in timesteps], abs=1e-5)
+    engine = make_engine(name, dtype="float32", **steps)
+    counted = record(engine, monkeypatch)
+    seen, counts = [], []
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
+        for block in session.stream(9):
+            # The last pass that denoised this block, before its commit.
+            denoising = counted[:-1] if engine.preset.context.commit else counted
+            seen.append(denoising[-1].groups[0].context)
+            counts.append(len(counted))
+            counted.clear()
+            first = block.index == 0
+            step = engine.preset.num_frame_per_block
+            assert len(block.frames) == (step * 4 - 3 if first else step * 4)
+    expected = (passes[0] - 48, passes[1] - 48) if name == "causal-diffusion" else passes
+    assert (counts[0], counts[5]) == expected
+    assert (seen[1], seen[8]) == tuple(map(tuple, ATTENDED[name]))
+
+
+@torch.no_grad()
+def test_causvid_restarts_from_three_frames_the_first_encoded_again():
+    engine = make_engine("causvid")
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(8))
+    vae, clip = engine.parts.vae, engine.parts.vae.new_state()
+    pixels = torch.cat([vae.decode(block.latents, clip) for block in blocks[:7]])
+    head = vae.encode(pixels[-9:-8], vae.new_state())
+    past = torch.cat((head, blocks[6].latents[1:]))
+    want = dense_block(engine, past, block_causal(3, 3), Span(7, range(21, 24)))
+    assert (blocks[7].latents - want).abs().max() <= 1e-10
+    again = vae.decode(torch.cat((past, want)), vae.new_state())[9:]
+    assert len(blocks[7].frames) == 12
+    assert abs(blocks[7].frames.astype(int) - ((again * 0.5 + 0.5) * 255).permute(0, 2, 3, 1).numpy()).max() <= 0.51
+
+
+@pytest.mark.parametrize("kept", [3, 6])
+@torch.no_grad()
+def test_krea_recomputes_its_context_before_each_block(kept):
+    engine = make_engine("krea", rebuild_frames=kept)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(4, decode=False))
+    assert (dense_block(engine, blocks[0].latents, block_causal(3, 3), Span(1, range(3, 6))) - blocks[1].latents).abs(
+    ).max() <= 1e-10  # the first frames are taken as they are
+    vae = engine.parts.vae
+    pixels = vae.decode(torch.cat([block.latents for block in blocks[:3]]), vae.new_state())
+    head = vae.encode(pixels[-(kept - 1) * 4 - 1 :][:1], vae.new_state())
+    past = torch.cat((head, torch.cat([block.latents for block in blocks[:3]])[1 - kept :]))
+    want = dense_block(engine, past, block_causal(kept, 3), Span(3, range(9, 12)))
+    assert (blocks[3].latents - want).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("sink_anew", [False, True], ids=["sink-kept", "sink-anew"])
+@pytest.mark.parametrize("before", [2, 5])
+@torch.no_grad()
+def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
+    """All frames of the window see each other under the new prompt; a kept sink is seen as the old prompt left it."""
+    engine = make_engine("longlive", recache_sink=sink_anew)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(before, decode=False))
+        cache = session.branches[0].cache
+        old = list(zip(cache.keys, cache.values, strict=True))
+        session.prompt(embeds=OTHER)
+        engine.follow_prompt(session)
+        end = before * 3
+        latents = torch.cat([block.latents for block in blocks])
+        window = list(range(max(0, end - 12), end))
+        frames = window if sink_anew else [frame for frame in cache.frames if frame >= 3]
+        assert list(cache.frames) == (window if sink_anew else [0, 1, 2, *frames])
+        assert set(frames) <= set(window)
+        model = engine.parts.transformer
+        kv = WithSink(old, frames, sinks=0 if sink_anew else 3)
+        text = model.embed_text(engine.prompt_rows(None, OTHER)[None])
+        model(latents[frames][None], torch.zeros(1, len(frames)), text, kv)
+        for layer, (keys, values) in enumerate(kv.made):
+            assert (cache.keys[layer] - keys).abs().max() <= 1e-10
+            assert (cache.values[layer] - values).abs().max() <= 1e-10
+        (after,) = session.stream(1, decode=False)
+    assert (after.latents - run(engine, before + 1)[before].latents).abs().max() > 1e-3
+
+
+class WithSink:
+    """Full attention among the frames of a call and some given keys before them."""
+
+    def __init__(self, old, frames, sinks):
+        self.old, self.frames, self.tokens, self.made = old, frames, sinks * 4, []
+
+    def attend(self, layer, q, k, v):
+        from inferix.kernels.attention import attention
+        from inferix.kernels.rope import rope_angles, rotate
+
+        angles = rope_angles(self.frames, *GRID, q.shape[-1])
+        keys = torch.cat((self.old[layer][0][:, : self.tokens], rotate(k, angles)), dim=1)
+        values = torch.cat((self.old[layer][1][:, : self.tokens], v), dim=1)
+        self.made.append((keys, values))
+        return attention(rotate(q, angles), keys, values)
+
+
+@torch.no_grad()
+def test_a_cut_changes_the_text_and_nothing_else():
+    engine = make_engine("self-forcing")
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(2, decode=False))
+        keys = [key.clone() for key in session.branches[0].cache.keys]
+        session.prompt(embeds=OTHER)
+        engine.follow_prompt(session)
+        assert all(torch.equal(a, b) for a, b in zip(keys, session.branches[0].cache.keys, strict=True))
+        (after,) = session.stream(1, decode=False)
+    model = engine.parts.transformer
+    assert torch.equal(session.rows, engine.prompt_rows(None, OTHER))
+    assert not torch.equal(after.latents, run(engine, 3)[2].latents)
+    assert model is engine.parts.transformer and len(blocks) == 2
+
+
+@torch.no_grad()
+def test_a_blend_arrives_after_its_blocks():
+    engine = make_engine("krea", blend_blocks=4)
+    new, old = engine.prompt_rows(None, OTHER), engine.prompt_rows(None, ROWS)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        list(session.stream(1))
+        session.prompt(embeds=OTHER)
+        for part in (0.25, 0.5, 0.75, 1.0, 1.0):
+            list(session.stream(1))
+            assert (session.rows - (old + part * (new - old))).abs().max() <= 1e-12
+        assert torch.equal(session.rows, new)
+
+
+@torch.no_grad()
+def test_the_rolling_window_equals_the_same_groups_in_dense_calls():
+    """Five blocks at five noise levels, the anchor moved before the working frames; clean blocks committed in place."""
+    engine = make_engine("rolling-forcing")
+    blocks = run(engine, 5)
+    timeline, sampler = Timeline(engine.preset), Sampler(engine.preset.sampler)
+    clean, clean_rows, flight = [], [], []
+    made, index = [], 0
+    while len(made) < 5:
+        span = Span(index, range(index * 3, index * 3 + 3))
+        flight.append({"span": span, "noise": draws(engine, span), "step": 0})
+        flight[-1]["x"] = flight[-1]["noise"][0]
+        index += 1
+        end = flight[-1]["span"].frames.stop
+        context = timeline.visible(end)
+        shown = tuple(range(end - len(context), end))  # contiguous, up to the block's own positions
+        past = torch.cat(clean) if clean else torch.zeros(0, 16, 4, 4, dtype=torch.float64)
+        rows = [*clean_rows, *[(context, shown)] * (end - len(past))]
+        timesteps = [0.0] * len(past) + [sampler.timesteps[b["step"]] for b in flight for _ in range(3)]
+        told = velocity(engine, torch.cat((past, *[b["x"] for b in flight])), timesteps, rows)[len(past) :]
+        for block, part in zip(flight, told.split(3), strict=True):
+            step = block["step"]
+            block["x"] = sampler.begin().advance(block["x"], part, step, lambda b=block, s=step: b["noise"][s + 1])
+            block["step"] += 1
+        if flight[0]["step"] == 5:
+            done = flight.pop(0)
+            made.append(done["x"])
+            clean.append(done["x"])
+            seen = timeline.visible(done["span"].frames.stop)
+            clean_rows += [(seen, seen)] * 3
+    for got, want in zip(blocks, made, strict=True):
+        assert (got.latents - want).abs().max() <= 1e-10
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        parts = [*session.stream(2, decode=False), *session.stream(3, decode=False)]
+    assert torch.equal(parts[4].latents, blocks[4].latents)
+
+
+@torch.no_grad()
+def test_longlive2_blocks_shots_and_positions():
+    """Sink, newest shot and window, with positions that jump by the offset at a cut."""
+    engine = make_engine("longlive2", local_attn_size=12, sink_size=2, num_frame_per_block=2, shot_offset=5)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(3, decode=False))
+        session.timeline.cut_shot()
+        blocks += session.stream(7, decode=False)
+        assert session.timeline.pinned == (6, 7)
+        assert session.timeline.visible(20) == (0, 1, 6, 7, *range(12, 20))
+    timeline = Timeline(engine.preset)
+    timeline.pinned = (6, 7)
+    positions = [frame + (5 if frame >= 6 else 0) for frame in range(20)]
+    past, rows = torch.cat([block.latents for block in blocks[:9]]), []
+    for frame in range(20):
+        context = timeline.visible(frame // 2 * 2 + 2)
+        rows.append((context, tuple(positions[seen] for seen in context)))
+    want = dense_block(engine, past, rows, Span(9, range(18, 20)))
+    assert (blocks[9].latents - want).abs().max() <= 1e-10
+
+
+def test_a_scene_cut_is_told_by_its_prefix():
+    preset = PRESETS["longlive2"]
+    timeline = Timeline(preset)
+    timeline.admit()
+    timeline.cut_shot()
+    assert timeline.admit().frames == range(8, 16)
+    assert timeline.pinned == tuple(range(8, 16)) and timeline.places[8] == 16
+    plain = Timeline(PRESETS["self-forcing"])
+    plain.cut_shot()
+    assert plain.shot == 0
+
+
+@torch.no_grad()
+def test_an_image_is_clamped_as_the_first_frame():
+    engine = make_engine("longlive2")
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
+    with engine.open(prompt_embeds=ROWS, size=SIZE, image=image) as session:
+        head = session.clamped
+        assert head.shape == (1, 16, 4, 4)
+        first, second = session.stream(2, decode=False)
+    assert torch.equal(first.latents[:1], head)
+    sampler, noise = Sampler(engine.preset.sampler), draws(engine, Span(0, range(8)))
+    x, solver = torch.cat((head, noise[0][1:])), sampler.begin()
+    everything = tuple(range(8))
+    for step, timestep in enumerate(sampler.timesteps):
+        told = velocity(engine, x, [0.0] + [timestep] * 7, [(everything, everything)] * 8)
+        x = torch.cat((head, solver.advance(x, told, step, lambda: noise[0])[1:]))
+    assert (first.latents - x).abs().max() <= 1e-10
+    assert not torch.equal(second.latents[:1], head)
+
+
+@torch.no_grad()
+def test_guidance_equals_two_separate_runs():
+    guided = make_engine("causal-diffusion", num_steps=3, guidance_scale=4.0)
+    plain = make_engine("causal-diffusion", num_steps=3, guidance_scale=1.0)
+    blocks = run(guided, 2, negative_embeds=OTHER)
+    sampler = Sampler(plain.preset.sampler)
+    with (
+        plain.open(prompt_embeds=ROWS, size=SIZE) as prompted,
+        plain.open(prompt_embeds=OTHER, size=SIZE) as negative,
+    ):
+        for block in blocks:
+            span = prompted.timeline.admit()
+            negative.timeline.admit()
+            x, solver = plain.draw(prompted, span, 0), sampler.begin()
+            for step, timestep in enumerate(sampler.timesteps):
+                told = []
+                for session in (prompted, negative):
+                    this = session.timeline.joint_pass([(span.frames, timestep)], frozenset())
+                    plain.hold(session, this)
+                    told.append(plain.run(session, this, x))
+                x = solver.advance(x, told[1] + 4.0 * (told[0] - told[1]), step, lambda x=x: x)
+            for session in (prompted, negative):
+                plain.commit(session, span, x)
+            assert (block.latents - x).abs().max() <= 1e-10
+    with pytest.raises(UsageError, match="negative prompt"):
+        guided.open(prompt_embeds=ROWS, size=SIZE)
+    with pytest.raises(UsageError, match="no guidance"):
+        plain.open(prompt_embeds=ROWS, negative_embeds=OTHER, size=SIZE)
+
+
+@torch.no_grad()
+def test_a_video_is_started_from_with_a_strength():
+    engine = make_engine()
+    video = torch.randint(0, 256, (21, 32, 32, 3), dtype=torch.uint8).numpy()
+    kwargs = {"prompt_embeds": ROWS, "size": SIZE, "video": video}
+    with engine.open(**kwargs, strength=1.0) as session:
+        whole = list(session.stream(2, decode=False))
+    assert torch.equal(whole[1].latents, run(engine, 2)[1].latents)  # from noise alone
+    with engine.open(**kwargs, strength=0.4) as session:
+        assert session.sampler.timesteps[0] < 1000
+        sigma, given = session.sampler.sigmas[0], session.source
+        start = engine.admit(session)
+        noise = engine.draw(session, start.span, 0)
+        assert (start.latents - ((1 - sigma) * given[:3] + sigma * noise)).abs().max() <= 1e-6
+    with engine.open(**kwargs, strength=0.4) as session, pytest.raises(InferixError, match="video ends before block 2"):
+        list(session.stream(3))
+    for strength in (0, 1.5):
+        with pytest.raises(UsageError, match="strength"):
+            engine.open(**kwargs, strength=strength)
+    with pytest.raises(UsageError, match="no video"):
+        engine.open(prompt_embeds=ROWS, size=SIZE, strength=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "said"),
+    [
+        ("krea", {"rebuild_frames": 0}, "rebuild_frames is 0"),
+        ("causvid", {"segment_frames": 5}, "segment_frames 5"),
+        ("rolling-forcing", {"window_blocks": 3}, "expected 1, or 5"),
+        ("rolling-forcing", {"local_attn_size": 15}, "5 at a time"),
+        ("longlive2", {"num_steps": 0}, "num_steps"),
+        ("longlive", {"prompt_switch": "re-cache"}, "recache"),
+        ("longlive2", {"solver": "euler"}, "unipc"),
+        ("causal-diffusion", {"guidance_scale": -1}, "guidance_scale"),
+    ],
+)
+def test_bad_settings(name, overrides, said):
+    with pytest.raises(UsageError, match=said):
+        make_engine(name, **overrides)
