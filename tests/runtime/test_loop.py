@@ -14,6 +14,7 @@ from inferix.runtime.presets import make_preset
 from inferix.runtime.sampler import Sampler, noised
 from inferix.runtime.timeline import Span, Timeline
 
+
 def dense_velocity(engine, latents, timesteps, contexts, positions):
     """One call over all frames, each row of frames under its own context."""
     model = engine.parts.transformer

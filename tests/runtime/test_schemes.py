@@ -6,12 +6,12 @@ positions and timestep (`FrameAttention`), repeated for each step.
 
 import pytest
 import torch
+from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 
 from inferix.errors import InferixError, UsageError
 from inferix.runtime.presets import PRESETS
 from inferix.runtime.sampler import Sampler
 from inferix.runtime.timeline import Span, Timeline
-from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 
 OTHER = ROWS.flip(0) * 1.5
 GRID = (2, 2)
