@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,14 @@ import typer
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperCommand
 
 from ..errors import UsageError, nearest
+from ..models.wan.spec import MODELS, ModelSpec
 from ..runtime.media import CONTAINERS, VideoWriter, check_output, contact_sheet, write_atomically
+from ..runtime.presets import PRESETS
+from ..runtime.storyboard import Cue, read_storyboard, schedule
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -98,6 +104,65 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def parse_cue(text: str) -> Cue:
+    """What `--prompt-at SECONDS PROMPT` became: both in one string."""
+    seconds, _, prompt = text.partition(" ")
+    try:
+        return Cue(float(seconds), prompt)
+    except ValueError as error:
+        raise UsageError(f'--prompt-at {seconds!r} is no time; expected SECONDS "PROMPT"') from error
+
+
+class PromptAt(TyperCommand):
+    """A command whose `--prompt-at` takes two values each time."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined, rest = [], iter(args)
+        for word in rest:
+            joined.append(word)
+            if word == "--prompt-at":
+                two = list(islice(rest, 2))
+                if len(two) < 2:
+                    raise UsageError('--prompt-at has too few values; expected SECONDS "PROMPT"')
+                joined.append(" ".join(two))
+        return super().parse_args(ctx, joined)
+
+
+def tell_presets(wanted: bool) -> None:
+    """Print the presets and end."""
+    if not wanted:
+        return
+    table = Table("preset", "for", "block", "window", "sink", "steps", "passes", "weights", "code licence", "memory")
+    for name, preset in PRESETS.items():
+        sampler, context = preset.sampler, preset.context
+        steps = sampler.num_steps if sampler.solver == "unipc" else len(sampler.denoising_step_list)
+        passes = 2 if preset.window_blocks > 1 else steps + 1
+        window = context.segment_frames or context.local_attn_size
+        if window == -1:
+            window = context.rebuild_frames + preset.num_frame_per_block
+        spec = MODELS[preset.about.base]
+        table.add_row(
+            name, spec.name, str(preset.num_frame_per_block), str(window), str(context.sink_size), str(steps),
+            str(passes), preset.about.weights, preset.about.licence, f"{memory_gb(spec, window):.0f} GB",
+        )  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(
+        "block, window and sink in latent frames; passes per block; memory of transformer weights and full cache "
+        "in bfloat16 at the model's own size, without VAE and text encoder; weights may have a licence of their own",
+        highlight=False,
+    )
+    raise typer.Exit
+
+
+def memory_gb(spec: ModelSpec, window: int) -> float:
+    """Gigabytes (10^9 bytes) of bfloat16 weights and of a cache of `window` frames."""
+    attention, text = 8 * spec.dim**2, spec.text_dim * spec.dim
+    weights = spec.num_layers * (attention + 2 * spec.dim * spec.ffn_dim) + 7 * spec.dim**2 + text
+    cache = 2 * spec.num_layers * spec.dim * spec.tokens_per_frame(spec.default_size) * window
+    return 2 * (weights + cache) / 1e9
+
+
 def check_length(blocks: int | None, seconds: float | None) -> None:
     if blocks is not None and seconds is not None:
         raise UsageError(f"--blocks {blocks} and --seconds {seconds:g} both set the length; give one of them")
@@ -131,13 +196,18 @@ def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
         yield lambda fps: progress.update(task, advance=1, speed=f"{fps:.2f} FPS" if fps else "")
 
 
-def record_blocks(session: Any, blocks: int, writer: VideoWriter | None, advance: Any) -> tuple[Result, Any]:
+def record_blocks(
+    session: Any, blocks: int, cues: dict[int, str], writer: VideoWriter | None, advance: Any
+) -> tuple[Result, Any]:
     """Run the stream to its end or to Ctrl-C; returns the result and kept latents or (label, frame)s."""
     result = Result()
     kept: list[Any] = []
     start = time.perf_counter()
     try:
-        for block in session.stream(blocks=blocks, decode=writer is not None):
+        for index in range(blocks):
+            if index in cues:
+                session.prompt(cues[index])
+            (block,) = session.stream(blocks=1, decode=writer is not None)
             count = 0
             if writer is None:
                 kept.append(block.latents.detach().cpu())
@@ -184,6 +254,15 @@ def generate(
     out: Path = typer.Option(Path("out.mp4"), help="Video to write; .json and .png go beside it."),
     image: Path | None = typer.Option(None, help="Picture to begin with."),
     video: Path | None = typer.Option(None, help="Video to continue."),
+    strength: float | None = typer.Option(None, help="Make it from --video: 0.1 stays near it, 1 leaves it."),
+    negative_prompt: str | None = typer.Option(None, help="What to keep away from, for presets with guidance."),
+    prompt_at: list[str] = typer.Option(
+        [], metavar='SECONDS "PROMPT"', help="Change the prompt at a time; repeatable."
+    ),
+    storyboard: Path | None = typer.Option(None, help="YAML list of 'at' and 'prompt', instead of --prompt-at."),
+    list_presets: bool = typer.Option(
+        False, "--list-presets", callback=tell_presets, is_eager=True, help="Tell of each preset and its weights."
+    ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
@@ -201,6 +280,8 @@ def generate(
     Example: inferix generate --prompt "a paper boat on a canal" --blocks 3 --out boat.mp4
 
     Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
+
+    Example: inferix generate --preset longlive --prompt "a street" --prompt-at 2 "snow falls" --seconds 4
     """
     check_length(blocks, seconds)
     if prompt is not None and prompt_embeds is not None:
@@ -210,6 +291,9 @@ def generate(
         raise UsageError(f"--out {str(out)!r} must end in one of {', '.join(suffixes)}")
     overrides = {**ctx.meta.get("inferix.settings", {}), **parse_settings(settings)}
     wanted_size = parse_size(size) if size else None
+    if prompt_at and storyboard:
+        raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
+    cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
     check_output(out)
     console = Console(stderr=True)
 
@@ -222,18 +306,21 @@ def generate(
         if prompt is None and prompt_embeds is None:
             prompt = DEFAULT_PROMPT
     count = blocks or (engine.blocks_for(seconds) if seconds else DEFAULT_BLOCKS)
-    opening = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": video}
+    opening: dict[str, Any] = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": video}
+    opening |= {"strength": strength, "negative_prompt": negative_prompt}
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     frame_size = wanted_size or engine.default_size
     with ExitStack() as stack:
         session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, **given)))
+        begun = session.timeline.next_frame
+        changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
         writer = None if latents_only else VideoWriter(out, engine.fps, frame_size)
         if writer:
             stack.enter_context(writer)
             if session.prefix_frames is not None:
                 writer.add(session.prefix_frames)
         advance = stack.enter_context(progress_bar(console, count))
-        result, kept = record_blocks(session, count, writer, advance)
+        result, kept = record_blocks(session, count, changes, writer, advance)
 
     if result.blocks:
         if latents_only:
@@ -248,6 +335,7 @@ def generate(
             "size": frame_size,
             "requested_blocks": count,
             "opened_with": {name: str(value) for name, value in given.items()},
+            "prompts_at_blocks": changes,
             "engine": engine.describe(),
             "versions": versions(),
             "command": shlex.join(sys.argv),

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from ..errors import InferixError, UsageError
 from . import checkpoint
 from .doctor import doctor
-from .generate import generate
+from .generate import PromptAt, generate
 
 
 class Commands(TyperGroup):
@@ -32,7 +32,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command()(generate)
+app.command(cls=PromptAt)(generate)
 app.command()(doctor)
 app.add_typer(checkpoint.app, name="checkpoint")
 

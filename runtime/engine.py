@@ -33,7 +33,6 @@ from .session import Block, Branch, InFlight, PromptChange, Session
 from .timeline import Span, Timeline
 
 Pixels = NDArray[np.uint8]
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Engine:
@@ -248,9 +247,9 @@ class Engine:
             decoder=self.parts.vae.new_state(),
         )
         if video is not None and strength is not None:
-            session.source = self.encoded(self.pixels_of(video, size), keep_end=False)
+            session.source = self.encoded(self.pixels_of(video, size, still=False), keep_end=False)
         elif image is not None and self.preset.context.image == "clamp" and video is None:
-            session.clamped = self.encoded(self.pixels_of(image, size), keep_end=False, whole_blocks=False)
+            session.clamped = self.encoded(self.pixels_of(image, size, still=True), keep_end=False, whole_blocks=False)
         elif image is not None or video is not None:
             self.cache_prefix(session, self.prefix_latents(image, video, size))
         return session
@@ -284,10 +283,9 @@ class Engine:
             )
         return self.prompt_rows(prompt, embeds)
 
-    def pixels_of(self, given: Any, size: tuple[int, int]) -> Pixels:
+    def pixels_of(self, given: Any, size: tuple[int, int], still: bool) -> Pixels:
         """Frames uint8 [T, H, W, 3] of an image or video, from a file or an array; UsageError if they do not fit."""
         if isinstance(given, str | Path):
-            still = Path(given).suffix.lower() in IMAGE_FILES
             pixels = read_image(given, size)[None] if still else read_video(given, size)
         else:
             pixels = given[None] if given.ndim == 3 else given
@@ -302,7 +300,8 @@ class Engine:
         """What the stream goes on from, as latents of whole blocks, the end of a video kept."""
         if image is not None and video is not None:
             raise UsageError("image and video both begin the stream; give one of them")
-        return self.encoded(self.pixels_of(image if image is not None else video, size), keep_end=True)
+        still = image is not None
+        return self.encoded(self.pixels_of(image if still else video, size, still), keep_end=True)
 
     def encoded(self, pixels: Pixels, keep_end: bool, whole_blocks: bool = True) -> Tensor:
         """Latents of uint8 frames, cut to whole blocks at the start or the end; UsageError if too few."""

@@ -17,7 +17,7 @@ from .sampler import SamplerSpec
 
 @dataclass(frozen=True)
 class About:
-    """Where a scheme's weights are: the model they are for, their licence as published, and their repository."""
+    """Where a scheme's weights are: the model they are for, the licence of their code, and their repository."""
 
     base: str
     licence: str
@@ -103,7 +103,7 @@ PRESETS: dict[str, Preset] = {
         dataclasses.replace(
             SELF_FORCING,
             name="krea",
-            about=About("wan-14b", APACHE, "krea/krea-realtime-video"),
+            about=About("wan-14b", NON_COMMERCIAL, "krea/krea-realtime-video"),
             sampler=dataclasses.replace(FOUR_STEPS, denoising_step_list=(1000, 666, 333, 0)),
             context=ContextPolicy(
                 local_attn_size=-1, sink_size=0, positions="absolute", commit=False,

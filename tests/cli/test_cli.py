@@ -138,6 +138,28 @@ def test_checkpoint_commands(tmp_path):
     assert len(json.loads((tmp_path / "a.json").read_text())["engine"]["checkpoint"]["sha256"]) == 64
 
 
+def test_prompts_over_time_and_presets(tmp_path):
+    done = inferix(
+        "generate", *SMALL, "--preset", "longlive", "--prompt", "a street", "--prompt-at", "0.5", "snow falls",
+        "--out", tmp_path / "a.mp4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "a.json").read_text())["prompts_at_blocks"] == {"1": "snow falls"}
+    (tmp_path / "story.yaml").write_text("- {at: 9, prompt: late}\n")
+    for arguments, said in (
+        (["--storyboard", tmp_path / "story.yaml"], "beyond the last block"),
+        (["--prompt-at", "soon", "x"], "SECONDS"),
+        (["--prompt-at", "1"], "too few values"),
+        (["--strength", "0.5"], "no video"),
+        (["--negative-prompt", "blur"], "no guidance"),
+        (["--preset", "causal-diffusion"], "negative prompt"),
+    ):
+        done = inferix("generate", *SMALL, "--prompt", "a", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    shown = inferix("generate", "--list-presets")
+    assert shown.returncode == 0 and "rolling-forcing" in shown.stdout
+
+
 def test_doctor_and_help():
     done = inferix("doctor", "--json")
     assert done.returncode == 0, done.stderr
