@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -12,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def checkpoint() -> None:
-    """Write random checkpoints and look into existing ones.
+    """Write random checkpoints, convert published ones and look into them.
 
     Example: inferix checkpoint inspect model.safetensors
     """
@@ -34,6 +35,28 @@ def random(
 
     write_random(spec, format, destination, seed, dtype)
     typer.echo(f"wrote {destination}: {spec}, random weights, format {format}, {dtype}, seed {seed}")
+
+
+@app.command()
+def convert(
+    source: Path = typer.Argument(..., metavar="SRC", help="Checkpoint file or folder, in any format."),
+    destination: Path = typer.Argument(..., metavar="DST", help="Folder to write."),
+    format: str = typer.Option("diffusers", help="original or diffusers."),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16.  [default: as it is]"),
+    lora: Path | None = typer.Option(None, help="LoRA adapter to merge, file or folder."),
+    lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
+    max_shard_gb: float = typer.Option(5.0, help="Largest file, in 10^9 bytes."),
+) -> None:
+    """Write a checkpoint as safetensors with a config; VAE and text encoder beside it are taken along.
+
+    Example: inferix checkpoint convert longlive/ longlive-diffusers/ --dtype bfloat16
+    """
+    from ..export.checkpoint import convert as write
+
+    shard = int(max_shard_gb * 1e9)
+    tell = partial(typer.echo, err=True)
+    write(source, destination, format, dtype, lora, lora_scale, shard, tell)
+    typer.echo(f"wrote {destination}: {source} in format {format}")
 
 
 @app.command()

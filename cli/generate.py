@@ -245,6 +245,8 @@ def generate(
     ctx: typer.Context,
     model: str = typer.Option(DEFAULT_MODEL, help="Checkpoint file or folder, or a name for random weights."),
     base: str | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
+    lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
+    lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
     preset: str = typer.Option("self-forcing", help="Named sampler and context settings."),
     prompt: str | None = typer.Option(None, help="What the video shows."),
     prompt_embeds: Path | None = typer.Option(None, help="File of text-encoder output, instead of a prompt."),
@@ -299,7 +301,8 @@ def generate(
 
     from ..runtime.engine import load
 
-    engine = load(model, preset=preset, device=device, dtype=dtype, base=base, **overrides)
+    adapter: dict[str, Any] = {"lora": lora, "lora_scale": lora_scale}
+    engine = load(model, preset=preset, device=device, dtype=dtype, base=base, **adapter, **overrides)
     if not Path(model).exists():  # a name, so the weights were drawn at random
         said = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(said, highlight=False, soft_wrap=True)

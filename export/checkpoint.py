@@ -1,31 +1,37 @@
-"""Writing checkpoints in published formats: small random ones today, for tests and for a first look.
+"""Writing checkpoints in published formats: random ones for tests and a first look, and conversions.
 
-Each format is written with all its parts (transformer, VAE, text encoder, tokenizer), in a folder that appears
-only when it is complete.
+A checkpoint is a folder with all its parts (transformer, VAE, text encoder, tokenizer) that appears only when it
+is complete.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest
 from ..models.text.tiny import write_tiny_text_encoder
-from ..models.wan.checkpoint import FORMATS
+from ..models.text.umt5 import ORIGINAL_FILE, ORIGINAL_TOKENIZER, find_text
+from ..models.wan.checkpoint import FORMATS, SHARD, merging, read_checkpoint
 from ..models.wan.names import to_format
 from ..models.wan.random import random_transformer_state, random_vae_state, vae_for
 from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.vae import VaeSpec
-from ..models.wan.vae_checkpoint import ORIGINAL_VAE
+from ..models.wan.vae_checkpoint import find_vae, load_vae, vae_file
 from ..models.wan.vae_names import to_original
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SELF_FORCING_FILE = "self_forcing_dmd.pt"
+CONVERTED = ("original", "diffusers")
+MAX_SHARD = 5_000_000_000  # bytes
+LORA_RANK = 4  # of random adapters
 
 
 def write_random(
@@ -35,6 +41,173 @@ def write_random(
     for what, name, known in (("model", spec_name, MODELS), ("format", form, FORMATS), ("dtype", dtype, DTYPES)):
         if name not in known:
             raise UsageError(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    spec, kind = MODELS[spec_name], DTYPES[dtype]
+    vae = vae_for(spec)
+    with new_folder(destination) as folder:
+        write_random_transformer(folder, spec, form, seed, kind)
+        write_vae(folder, form, vae, random_vae_state(vae, seed + 1, kind))
+        write_tiny_text_encoder(folder, FORMATS[form].names, spec.text_dim, seed + 3, kind)
+    return Path(destination)
+
+
+def write_random_transformer(folder: Path, spec: ModelSpec, form: str, seed: int, dtype: torch.dtype) -> None:
+    """The same weights of a seed in every format; what a reader must not take is other weights, so that it shows."""
+    layout, state = FORMATS[form], random_transformer_state(spec, seed, dtype)
+    if layout.lora:
+        adapter = random_lora(spec, seed + 4)
+        # The adapter is taken off the weights, so that merging it gives those of every other format.
+        state = {name: state[name] - adapter_change(name, state[name], adapter) for name in state}
+        torch.save({"generator_lora": adapter}, folder / layout.lora)
+    if layout.file == SHARD:
+        write_transformer(folder, spec, form, state, MAX_SHARD)
+        return
+    named = {f"model.{to_format(layout.names, name)}": tensor for name, tensor in state.items()}
+    if layout.file.endswith(".safetensors"):
+        save_file(fused(named), folder / layout.file)
+    elif "generator_ema" in layout.weights and not layout.lora:
+        other = random_transformer_state(spec, seed + 2, dtype)
+        training = {f"model.{to_format(layout.names, name)}": tensor for name, tensor in other.items()}
+        torch.save({"generator": training, "generator_ema": named}, folder / layout.file)
+    else:
+        torch.save({"generator": named}, folder / layout.file)
+
+
+def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value of self-attention one below the other, as Krea's runtime has them."""
+    found = {}
+    for name, tensor in tensors.items():
+        if ".self_attn.q." in name:
+            parts = [tensors[name.replace(".q.", f".{part}.")] for part in "qkv"]
+            found[name.replace(".q.", ".to_qkv.")] = torch.cat(parts)
+        elif ".self_attn.k." not in name and ".self_attn.v." not in name:
+            found[name] = tensor
+    return found
+
+
+def random_lora(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
+    """A PEFT adapter on the linear layers of every block, as LongLive has it; float32."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, weight in random_transformer_state(spec, 0, torch.float32).items():
+        if name.startswith("blocks.") and weight.ndim == 2 and name.endswith(".weight"):
+            module = to_format("original", name).removesuffix(".weight")
+            for side, shape in (("A", (LORA_RANK, weight.shape[1])), ("B", (weight.shape[0], LORA_RANK))):
+                matrix = torch.randn(shape, generator=generator) * 0.02
+                found[f"base_model.model.{module}.lora_{side}.weight"] = matrix
+    return found
+
+
+def adapter_change(name: str, weight: Tensor, adapter: Mapping[str, Tensor]) -> Tensor:
+    """What merging the adapter adds to a weight."""
+    module = f"base_model.model.{to_format('original', name).removesuffix('.weight')}"
+    if not name.endswith(".weight") or f"{module}.lora_A.weight" not in adapter:
+        return torch.zeros_like(weight)
+    return (adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]).to(weight.dtype)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    form: str = "diffusers",
+    dtype: str | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    max_shard: int = MAX_SHARD,
+    tell: Callable[[str], None] = lambda said: None,
+) -> Path:
+    """Write any readable checkpoint as safetensors with a config, adapters merged, parts beside it taken along.
+
+    form: one of `CONVERTED`; dtype: of transformer and VAE, None keeps it. The text encoder is copied as it is.
+    `tell` hears of each file. Raises UsageError for bad choices, InferixError for broken files or a full disk.
+    """
+    if form not in CONVERTED:
+        raise UsageError(f"format is {form!r}{nearest(form, CONVERTED)}; expected one of {', '.join(CONVERTED)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
+    if max_shard < 1:
+        raise UsageError(f"max_shard is {max_shard}; expected bytes, 1 or more")
+    checkpoint = read_checkpoint(source)
+    change = merging(checkpoint, [(lora, lora_scale)] if lora else [])
+    kind = DTYPES[dtype] if dtype else None
+    place = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    with new_folder(destination) as folder:
+        write_transformer(folder, checkpoint.spec, form, checkpoint.tensors, max_shard, kind, change, tell)
+        if found := find_vae([place]):
+            vae = load_vae(found, kind, "cpu")
+            tell("VAE")
+            write_vae(folder, form, vae.spec, vae.state_dict())
+        if text := find_text([place]):
+            tell("text encoder")
+            copy_text(text, folder)
+    return Path(destination)
+
+
+def copy_text(text: tuple[Path, Path], folder: Path) -> None:
+    """The text encoder and its tokenizer, under the names that readers look for."""
+    encoder, tokenizer = text
+    if encoder.is_file():
+        shutil.copyfile(encoder, folder / ORIGINAL_FILE)
+        shutil.copytree(tokenizer, folder / ORIGINAL_TOKENIZER)
+    else:
+        shutil.copytree(encoder, folder / "text_encoder")
+        shutil.copytree(tokenizer, folder / "tokenizer")
+
+
+def write_transformer(
+    folder: Path,
+    spec: ModelSpec,
+    form: str,
+    tensors: Mapping[str, Tensor],
+    max_shard: int,
+    dtype: torch.dtype | None = None,
+    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    tell: Callable[[str], None] = lambda said: None,
+) -> None:
+    """Config and safetensors in the names of `original` or `diffusers`, a shard in memory at a time.
+
+    Tensors are written after `change`, in `dtype` (None: as they are), in files of up to `max_shard` bytes.
+    """
+    if form == "diffusers":
+        write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
+        folder = folder / "transformer"
+    write_json(folder / "config.json", diffusers_config(spec) if form == "diffusers" else original_config(spec))
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in tensors.items():
+        bytes_ = (dtype or tensor.dtype).itemsize * tensor.numel()
+        if shards[-1] and size + bytes_ > max_shard:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + bytes_, total + bytes_
+    stem = SHARD.removesuffix(".safetensors")
+    places: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        file = SHARD if len(shards) == 1 else f"{stem}-{index + 1:05}-of-{len(shards):05}.safetensors"
+        part = {}
+        for name in names:
+            tensor = tensors[name]
+            part[to_format(form, name)] = change(name, tensor).to(dtype or tensor.dtype).contiguous()
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+        tell(file)
+    if len(shards) > 1:
+        index_file = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / f"{SHARD}.index.json", index_file)
+
+
+def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor]) -> None:
+    """A VAE where the readers of a format look for it."""
+    if form == "diffusers":
+        write_json(folder / "vae" / "config.json", diffusers_vae_config(spec))
+        save_file(dict(state), folder / "vae" / SHARD, metadata={"format": "pt"})
+    else:
+        torch.save({to_original(name, spec): tensor for name, tensor in state.items()}, folder / vae_file(spec))
+
+
+@contextmanager
+def new_folder(destination: str | Path) -> Iterator[Path]:
+    """A folder to fill that is moved to its place at the end, or removed if that end is not reached."""
     destination = Path(destination)
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise UsageError(f"{str(destination)!r} is there already; name a new folder")
@@ -42,7 +215,7 @@ def write_random(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        write_parts(MODELS[spec_name], form, part, seed, DTYPES[dtype])
+        yield part
         if destination.exists():
             destination.rmdir()
         part.rename(destination)
@@ -50,33 +223,6 @@ def write_random(
         raise InferixError(f"cannot write {destination}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return destination
-
-
-def write_parts(spec: ModelSpec, form: str, folder: Path, seed: int, dtype: torch.dtype) -> None:
-    """Transformer, VAE, tokenizer and a small text encoder; parts of one seed are the same in every format."""
-    transformer = random_transformer_state(spec, seed, dtype)
-    vae_spec = vae_for(spec)
-    vae = random_vae_state(vae_spec, seed + 1, dtype)
-    layout = "diffusers" if form == "diffusers" else "original"
-    named = {to_format(layout, name): tensor for name, tensor in transformer.items()}
-    if form == "diffusers":
-        write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
-        write_json(folder / "transformer" / "config.json", diffusers_config(spec))
-        write_json(folder / "vae" / "config.json", diffusers_vae_config(vae_spec))
-        save_file(named, folder / "transformer" / "diffusion_pytorch_model.safetensors")
-        save_file(vae, folder / "vae" / "diffusion_pytorch_model.safetensors")
-    else:
-        torch.save({to_original(name, vae_spec): tensor for name, tensor in vae.items()}, folder / ORIGINAL_VAE)
-        if form == "original":
-            write_json(folder / "config.json", original_config(spec))
-            save_file(named, folder / "diffusion_pytorch_model.safetensors")
-        else:
-            other = random_transformer_state(spec, seed + 2, dtype)  # so that choosing the wrong one shows
-            training = {f"model.{to_format(layout, name)}": tensor for name, tensor in other.items()}
-            averaged = {f"model.{name}": tensor for name, tensor in named.items()}
-            torch.save({"generator": training, "generator_ema": averaged}, folder / SELF_FORCING_FILE)
-    write_tiny_text_encoder(folder, layout, spec.text_dim, seed + 3, dtype)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

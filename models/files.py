@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,8 +51,18 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
-def fill(module: Model, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: Any, source: object) -> Model:
-    """Give a meta-device module its tensors; InferixError lists every missing, unexpected or mis-shaped one."""
+def fill(
+    module: Model,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: Any,
+    source: object,
+    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> Model:
+    """Give a meta-device module its tensors, each after `change`, one at a time.
+
+    InferixError lists every missing, unexpected or mis-shaped one.
+    """
     wanted = module.state_dict()
     wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in wanted.items() if name not in tensors]
     wrong += [f"{name} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in wanted]
@@ -64,6 +74,6 @@ def fill(module: Model, tensors: Mapping[str, Tensor], dtype: torch.dtype, devic
     if wrong:
         more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise InferixError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
-    state = {name: tensors[name].to(device=device, dtype=dtype) for name in wanted}
+    state = {name: change(name, tensors[name]).to(device=device, dtype=dtype) for name in wanted}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class EngineConfig:
 
     base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
     one of them alone. use_ema: the averaged weights of a training file. precision: a name of `PRECISIONS`.
+    lora: adapter file or folder, merged into the weights `lora_scale` times.
     """
 
     model: str
@@ -37,6 +39,8 @@ class EngineConfig:
     text_encoder: str | None
     use_ema: bool
     precision: str
+    lora: str | None = None
+    lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -45,6 +49,10 @@ class EngineConfig:
             check_choice("checkpoint_format", self.checkpoint_format, FORMATS)
         if not isinstance(self.use_ema, bool):
             raise UsageError(f"use_ema is {self.use_ema!r}; expected true or false")
+        if not math.isfinite(self.lora_scale):
+            raise UsageError(f"lora_scale is {self.lora_scale}; expected a number, 1 for the adapter as it is")
+        if self.lora_scale != 1.0 and self.lora is None:
+            raise UsageError(f"lora_scale is {self.lora_scale}, but there is no lora; give one (--lora)")
         check_device(self.device)
 
 

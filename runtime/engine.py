@@ -381,6 +381,8 @@ def load(
     text_encoder: str | Path | None = None,
     use_ema: bool = True,
     precision: str = "reference",
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
     **overrides: Any,
 ) -> Engine:
     """An engine for a checkpoint (file or folder), or for a named model with random weights.
@@ -399,6 +401,8 @@ def load(
         text_encoder=str(text_encoder) if text_encoder is not None else None,
         use_ema=use_ema,
         precision=precision,
+        lora=str(lora) if lora is not None else None,
+        lora_scale=lora_scale,
     )
     scheme = make_preset(preset, **overrides)
     if str(model) in MODELS and not Path(model).exists():

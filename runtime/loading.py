@@ -13,7 +13,7 @@ import torch
 from ..errors import UsageError
 from ..models.text.tiny import write_tiny_text_encoder
 from ..models.text.umt5 import TextEncoder, find_text, load_text
-from ..models.wan.checkpoint import build_transformer, read_checkpoint
+from ..models.wan.checkpoint import Checkpoint, build_transformer, read_checkpoint
 from ..models.wan.random import random_transformer_state, random_vae_state, vae_for
 from ..models.wan.spec import ModelSpec
 from ..models.wan.transformer import WanTransformer
@@ -60,7 +60,7 @@ def load_components(config: EngineConfig) -> Components:
         )
     text = find_text([Path(config.text_encoder)] if config.text_encoder else places)
     return Components(
-        transformer=build_transformer(spec, checkpoint.tensors, config.precision, dtype, device, config.model),
+        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
         vae=vae,
         text=cache(lambda: load_text(text, spec.text_len, dtype, device)) if text else None,
         source=config.model,
@@ -69,14 +69,19 @@ def load_components(config: EngineConfig) -> Components:
     )
 
 
+def loras(config: EngineConfig) -> list[tuple[str, float]]:
+    return [(config.lora, config.lora_scale)] if config.lora else []
+
+
 def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
     """A named model with random weights and a small random text encoder."""
     if spec.in_channels != spec.out_channels or spec.vae_stride[1] != vae_for(spec).spatial_stride:
         raise UsageError(f"streams of {spec.name} are not in this version; its transformer and checkpoints are")
     dtype, device = DTYPES[config.dtype], config.device
     weights = random_transformer_state(spec, 0, dtype)
+    checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
     return Components(
-        transformer=build_transformer(spec, weights, config.precision, dtype, device, spec.name),
+        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
         vae=build_vae(vae_for(spec), random_vae_state(vae_for(spec), 1, dtype), dtype, device, spec.name),
         text=random_text(spec, dtype, device),
         source=spec.name,

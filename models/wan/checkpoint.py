@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,38 @@ from torch import Tensor
 from ...errors import InferixError, UsageError, nearest
 from ..files import WEIGHTS, fill, read_json, read_tensors
 from ..text.umt5 import ORIGINAL_FILE, find_text
+from .lora import check_lora, merged, read_lora
 from .names import from_format
 from .spec import FAMILY, MODELS, ModelSpec
 from .transformer import WanTransformer
 from .vae_checkpoint import ORIGINAL_VAE, find_vae
 
-FORMATS = ("original", "diffusers", "self-forcing")
+
+@dataclass(frozen=True)
+class Format:
+    """How a published checkpoint is laid out.
+
+    names: the table of `names.TABLES`. weights: keys under which a training file has them, best first; none
+    for a flat file. file: what it is called. lora: an adapter that belongs to it.
+    """
+
+    names: str
+    file: str
+    weights: tuple[str, ...] = ()
+    lora: str | None = None
+
+
+SHARD = "diffusion_pytorch_model.safetensors"
+FORMATS: dict[str, Format] = {
+    "original": Format("original", SHARD),
+    "diffusers": Format("diffusers", SHARD),
+    "self-forcing": Format("original", "self_forcing_dmd.pt", ("generator_ema", "generator")),
+    "causvid": Format("original", "model.pt", ("generator",)),
+    "longlive": Format("original", "longlive_base.pt", ("generator_ema", "generator", "model"), lora="lora.pt"),
+    "krea": Format("original", "krea-realtime-video-14b.safetensors"),
+    "rolling-forcing": Format("original", "rolling_forcing_dmd.pt", ("generator_ema", "generator")),
+    "longlive2": Format("original", "model_bf16.pt", ("generator", "model")),
+}
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 LEFTOVERS = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")  # training's critic, not the generator
 HEAD_DIM = 128  # of every published model; used where there is no config to read it from
@@ -37,6 +63,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, Tensor]
     spec: ModelSpec
+    lora: Path | None  # an adapter that is part of the checkpoint
 
     @cached_property
     def digest(self) -> str:
@@ -55,28 +82,47 @@ def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = T
     if form is not None and form not in FORMATS:
         raise UsageError(f"no checkpoint format {form!r}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
     files, config = transformer_files(path)
-    raw: dict[str, Tensor] = {}
-    wrapped = False
+    raw: dict[str, Any] = {}
     for file in files:
-        content = read_tensors(file)
-        if any(key in content for key in ("generator", "generator_ema")):
-            wrapped = True
-            content = content[choose_weights(content, use_ema)]
-        raw |= content
-    found = form or ("self-forcing" if wrapped else detect_names(path, raw))
-    table = "diffusers" if found == "diffusers" else "original"
-    tensors = {}
-    for name, tensor in raw.items():
+        raw |= read_tensors(file)
+    found = form or detect_format(path, files[0].name, raw)
+    layout = FORMATS[found]
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in choose_weights(path, raw, layout, use_ema).items():
         bare = strip_wrappers(name)
         if not bare.startswith(LEFTOVERS):
-            tensors[from_format(table, bare)] = tensor
-    return Checkpoint(path, found, files, tensors, read_spec(path, config, tensors))
+            tensors |= {from_format(layout.names, part): value for part, value in unfused(bare, tensor).items()}
+    refuse_quantised(path, tensors)
+    lora = files[0].parent / layout.lora if layout.lora else None
+    spec = read_spec(path, config, tensors)
+    return Checkpoint(path, found, files, tensors, spec, lora if lora and lora.is_file() else None)
 
 
-def choose_weights(content: Mapping[str, Any], use_ema: bool) -> str:
-    """Which weights of a training file: the averaged ones if wanted and there, as the authors use them."""
-    names = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
-    return next(name for name in names if name in content)
+def choose_weights(path: Path, content: dict[str, Any], layout: Format, use_ema: bool) -> dict[str, Tensor]:
+    """The tensors of a flat file, or those of a training file that are wanted: averaged ones first, if `use_ema`."""
+    names = sorted(layout.weights, key=lambda name: name.endswith("_ema"), reverse=use_ema)
+    for name in names:
+        if isinstance(content.get(name), dict):
+            return content[name]
+    if not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        held, wanted = ", ".join(sorted(content)[:6]), " or ".join(layout.weights) or "tensors alone"
+        raise UsageError(f"{str(path)!r} holds {held}; expected {wanted}, or another checkpoint_format")
+    return content
+
+
+def unfused(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Query, key and value of a tensor that has them one below the other; any other tensor alone."""
+    if ".self_attn.to_qkv." not in name:
+        return {name: tensor}
+    return {name.replace("to_qkv", part): piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
+
+
+def refuse_quantised(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UsageError(f"{str(path)!r} has {name} in {kind}; quantised weights are not in this version, use the "
+                             "bfloat16 file")
 
 
 def strip_wrappers(name: str) -> str:
@@ -97,9 +143,10 @@ def transformer_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Any] | No
     config = read_json(folder / "config.json")
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if not files:
+        adapters = [form.lora for form in FORMATS.values()]
         files = sorted(
             file for file in folder.iterdir()
-            if file.suffix in WEIGHTS and file.name not in (ORIGINAL_VAE, ORIGINAL_FILE)
+            if file.suffix in WEIGHTS and file.name not in (ORIGINAL_VAE, ORIGINAL_FILE, *adapters)
         )  # fmt: skip
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
@@ -118,9 +165,18 @@ def check_shards(folder: Path, files: list[Path]) -> None:
             raise InferixError(f"{folder} lacks shards {', '.join(missing)}; the download is not complete")
 
 
-def detect_names(path: Path, tensors: Mapping[str, Any]) -> str:
-    """The format whose names a file has."""
-    names = {strip_wrappers(name) for name in tensors}
+def detect_format(path: Path, file: str, content: Mapping[str, Any]) -> str:
+    """The format a file is called after or, where it has a name of its own, whose names it holds."""
+    names = {strip_wrappers(name) for name in content}
+    held = {name for name, part in content.items() if isinstance(part, dict)}
+    for form, layout in FORMATS.items():
+        known = set(layout.weights) | {"critic", "critic_ema"}
+        if layout.file == file != SHARD and held <= known:
+            return form
+    if held & set(FORMATS["longlive"].weights):
+        return "longlive" if "model" in held else "self-forcing"
+    if any(name.endswith(".self_attn.to_qkv.weight") for name in names):
+        return "krea"
     for form, mark in (("original", "text_embedding.0.weight"), ("diffusers", "condition_embedder.time_proj.weight")):
         if mark in names:
             return form
@@ -163,11 +219,34 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
 
 
 def build_transformer(
-    spec: ModelSpec, tensors: Mapping[str, Tensor], precision: str, dtype: torch.dtype, device: Any, source: object
+    checkpoint: Checkpoint,
+    precision: str,
+    dtype: torch.dtype,
+    device: Any,
+    loras: Iterable[tuple[str | Path, float]] = (),
 ) -> WanTransformer:
+    """The model of a checkpoint with its adapters merged in."""
     with torch.device("meta"):
-        module = WanTransformer(spec, precision)
-    return fill(module, tensors, dtype, device, source)
+        module = WanTransformer(checkpoint.spec, precision)
+    return fill(module, checkpoint.tensors, dtype, device, checkpoint.path, merging(checkpoint, loras))
+
+
+def merging(checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]]) -> Callable[[str, Tensor], Tensor]:
+    """What makes a weight of a checkpoint from the file's: the adapter that belongs to it, then `loras`.
+
+    `loras` are (path, factor). Raises UsageError for adapters of another base model.
+    """
+    adapters = [*([(checkpoint.lora, 1.0)] if checkpoint.lora else []), *loras]
+    updates = [(read_lora(path), factor) for path, factor in adapters]
+    for (path, _), (update, _) in zip(adapters, updates, strict=True):
+        check_lora(path, update, checkpoint.tensors)
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        for update, factor in updates:
+            tensor = merged(name, tensor, update, factor)
+        return tensor
+
+    return change
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

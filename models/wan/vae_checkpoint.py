@@ -35,9 +35,15 @@ def build_vae(
     return fill(module, tensors, dtype, device, source)
 
 
-def load_vae(path: Path, dtype: torch.dtype, device: Any) -> CausalVae:
-    """A VAE from the original `.pth` or from diffusers' file."""
+def vae_file(spec: VaeSpec) -> str:
+    """What the original calls a VAE's file."""
+    return ORIGINAL_VAE
+
+
+def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> CausalVae:
+    """A VAE from the original `.pth` or from diffusers' file; dtype None keeps the file's."""
     tensors = read_tensors(path)
+    dtype = dtype or next(iter(tensors.values())).dtype
     names = "original" if "conv2.weight" in tensors else "diffusers"
     try:
         spec = vae_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, names)

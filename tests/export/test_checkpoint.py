@@ -1,5 +1,6 @@
 """Every format round-trips to the same outputs, misfits are listed by name, and reading stays within memory."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from inferix import load
 from inferix.errors import InferixError, UsageError
-from inferix.export.checkpoint import SELF_FORCING_FILE, write_random
+from inferix.export.checkpoint import convert, random_lora, write_random
 from inferix.models.wan.checkpoint import FORMATS, inspect, read_checkpoint, strip_wrappers
+from inferix.models.wan.spec import MODELS
 
 SIZE = (32, 32)
 
@@ -29,12 +31,86 @@ def first_block(model, **kwargs):
     return block
 
 
-def test_every_format_gives_the_same_video(folders):
-    original, *others = (first_block(folders[form]) for form in FORMATS)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "original"])
+def test_every_format_gives_the_same_video(folders, form):
+    original, other = first_block(folders["original"]), first_block(folders[form])
     assert original.latents.std() > 0.1
-    for other in others:
+    if FORMATS[form].lora:  # taken off and merged again, in float32
+        assert (original.latents - other.latents).abs().max() <= 1e-4
+    else:
         assert torch.equal(original.latents, other.latents)
         assert (original.frames == other.frames).all()
+
+
+@pytest.mark.parametrize("target", ["original", "diffusers"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_converts_to_the_same_video(folders, form, target, tmp_path):
+    said = []
+    convert(folders[form], tmp_path / "out", target, max_shard=1_000_000, tell=said.append)
+    assert inspect(tmp_path / "out")["format"] == target
+    assert len([name for name in said if "-of-" in name]) > 3
+    assert torch.equal(first_block(tmp_path / "out").latents, first_block(folders[form]).latents)
+
+
+def test_convert_changes_the_dtype_and_refuses_bad_choices(folders, tmp_path):
+    convert(folders["causvid"], tmp_path / "half", dtype="bfloat16")
+    assert inspect(tmp_path / "half")["dtypes"] == ["bfloat16"]
+    WanTransformer3DModel.load_config(tmp_path / "half" / "transformer")
+    for kwargs, said in (
+        ({"form": "krea"}, "original, diffusers"),
+        ({"dtype": "float33"}, "did you mean 'float32'"),
+        ({"max_shard": 0}, "max_shard"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            convert(folders["causvid"], tmp_path / "other", **kwargs)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_lora_is_merged_at_its_scale(folders, tmp_path):
+    spec = MODELS["wan-tiny"]
+    adapter = random_lora(spec, 9)
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2}))  # rank 4: half of B A
+    engine = load(folders["original"], lora=tmp_path, lora_scale=3.0)
+    base = load(folders["original"])
+    for module in ("self_attn.q", "cross_attn.o", "ffn.0"):
+        ours = module.replace("ffn.0", "ffn.up")
+        a, b = (adapter[f"base_model.model.blocks.1.{module}.lora_{side}.weight"] for side in "AB")
+        got, was = (
+            e.parts.transformer.state_dict()[f"blocks.1.{ours}.weight"] for e in (engine, base)
+        )
+        assert (got - (was + 3.0 * 0.5 * b @ a)).abs().max() <= 1e-6
+        assert (got - was).abs().max() > 1e-4
+    other = {name.replace("base_model.model.", "diffusion_model."): tensor for name, tensor in adapter.items()}
+    other = {n.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for n, t in other.items()}
+    other |= {n.replace("lora_down.weight", "alpha"): torch.tensor(2.0) for n in list(other) if "lora_down" in n}
+    (tmp_path / "b").mkdir()
+    save_file(other, tmp_path / "b" / "x.safetensors")
+    again = load(folders["original"], lora=tmp_path / "b", lora_scale=3.0).parts.transformer.state_dict()
+    want = engine.parts.transformer.state_dict()
+    assert all(torch.equal(again[name], want[name]) for name in want)
+
+
+def test_a_lora_for_another_base_is_refused(folders, tmp_path):
+    wide = dataclasses.replace(MODELS["wan-tiny"], dim=384, num_layers=3)
+    save_file(random_lora(wide, 0), tmp_path / "wide.safetensors")
+    with pytest.raises(UsageError, match=r"another base model: .*\[384, 384\], the model has \[256, 256\]"):
+        load(folders["original"], lora=tmp_path / "wide.safetensors")
+    save_file({"x.weight": torch.zeros(1)}, tmp_path / "no.safetensors")
+    with pytest.raises(UsageError, match=r"no LoRA: it holds 'x\.weight'"):
+        load(folders["original"], lora=tmp_path / "no.safetensors")
+    with pytest.raises(UsageError, match="no such file"):
+        load(folders["original"], lora=tmp_path / "none")
+    with pytest.raises(UsageError, match="no lora"):
+        load(folders["original"], lora_scale=0.5)
+
+
+def test_quantised_weights_are_refused_by_name(folders, tmp_path):
+    tensors = load_file(folders["original"] / "diffusion_pytorch_model.safetensors")
+    tensors["blocks.0.ffn.0.weight"] = tensors["blocks.0.ffn.0.weight"].to(torch.int8)
+    torch.save(tensors, tmp_path / "model_4o6.pt")
+    with pytest.raises(UsageError, match=r"blocks\.0\.ffn\.up\.weight in int8"):
+        read_checkpoint(tmp_path / "model_4o6.pt")
 
 
 def test_the_averaged_weights_are_taken_unless_told_otherwise(folders):
@@ -58,7 +134,7 @@ def test_diffusers_itself_reads_what_is_written(folders):
 
 def test_a_bare_file_takes_its_parts_from_base(folders, tmp_path):
     file = tmp_path / "model.pt"
-    file.write_bytes((folders["self-forcing"] / SELF_FORCING_FILE).read_bytes())
+    file.write_bytes((folders["self-forcing"] / FORMATS["self-forcing"].file).read_bytes())
     with pytest.raises(UsageError, match="no VAE"):
         load(file)
     for base in ("original", "diffusers"):
@@ -108,7 +184,7 @@ def test_misfits_are_listed_by_name_and_shape(folders, tmp_path):
 
 
 def test_files_that_are_none(folders, tmp_path):
-    whole = (folders["self-forcing"] / SELF_FORCING_FILE).read_bytes()
+    whole = (folders["self-forcing"] / FORMATS["self-forcing"].file).read_bytes()
     cases = {"cut.pt": whole[: len(whole) // 2], "text.pt": b"hello", "empty.safetensors": b"", "empty.pt": b""}
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -160,7 +236,7 @@ from pathlib import Path
 from inferix.models.wan.checkpoint import build_transformer, read_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 checkpoint = read_checkpoint(sys.argv[1])
-model = build_transformer(checkpoint.spec, checkpoint.tensors, "reference", torch.float32, "cpu", "test")
+model = build_transformer(checkpoint, "reference", torch.float32, "cpu")
 total = sum(float(parameter.sum()) for parameter in model.parameters())
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024)
 """
@@ -169,10 +245,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024)
 @pytest.mark.parametrize("form", ["original", "self-forcing"])
 def test_peak_memory_stays_under_the_checkpoint_and_a_fifth(tmp_path, form, monkeypatch):
     """A 300 MB transformer, every weight touched; the other weights of a training file stay unread."""
-    import dataclasses
-
-    from inferix.models.wan.spec import MODELS
-
     wide = dataclasses.replace(MODELS["wan-tiny"], name="wide", dim=1024, ffn_dim=4096, num_heads=8, num_layers=4)
     monkeypatch.setitem(MODELS, "wide", wide)
     folder = write_random("wide", form, tmp_path / "wide")
