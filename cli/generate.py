@@ -245,6 +245,7 @@ def generate(
     ctx: typer.Context,
     model: str = typer.Option(DEFAULT_MODEL, help="Checkpoint file or folder, or a name for random weights."),
     base: str | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
+    vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
     lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
     preset: str = typer.Option("self-forcing", help="Named sampler and context settings."),
@@ -301,8 +302,8 @@ def generate(
 
     from ..runtime.engine import load
 
-    adapter: dict[str, Any] = {"lora": lora, "lora_scale": lora_scale}
-    engine = load(model, preset=preset, device=device, dtype=dtype, base=base, **adapter, **overrides)
+    parts: dict[str, Any] = {"base": base, "vae": vae, "lora": lora, "lora_scale": lora_scale}
+    engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
     if not Path(model).exists():  # a name, so the weights were drawn at random
         said = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(said, highlight=False, soft_wrap=True)

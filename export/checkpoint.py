@@ -255,5 +255,8 @@ def diffusers_vae_config(spec: VaeSpec) -> dict[str, Any]:
         "_class_name": "AutoencoderKLWan", "base_dim": spec.base_channels, "z_dim": spec.z_dim,
         "dim_mult": list(spec.multipliers), "num_res_blocks": spec.num_res_blocks, "attn_scales": [],
         "temperal_downsample": list(spec.temporal_down), "latents_mean": list(spec.mean),
-        "latents_std": list(spec.std),
+        "latents_std": list(spec.std), "decoder_base_dim": spec.decoder_channels, "is_residual": spec.shortcuts,
+        "in_channels": spec.picture_channels, "out_channels": spec.picture_channels,
+        "patch_size": None if spec.patch == 1 else spec.patch, "scale_factor_spatial": spec.spatial_stride,
+        "scale_factor_temporal": spec.temporal_stride,
     }  # fmt: skip

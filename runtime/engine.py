@@ -22,6 +22,7 @@ from ..errors import InferixError, UsageError
 from ..graphs.passes import Pass
 from ..models.text.umt5 import load_prompt_embeds
 from ..models.wan.spec import MODELS
+from ..models.wan.taehv import TinyDecoder
 from .cache import ContiguousCache
 from .config import DTYPES, EngineConfig, default_device, default_dtype
 from .loading import Components, load_components, random_components
@@ -405,6 +406,8 @@ def load(
         lora_scale=lora_scale,
     )
     scheme = make_preset(preset, **overrides)
-    if str(model) in MODELS and not Path(model).exists():
-        return Engine(config, scheme, random_components(MODELS[str(model)], config))
-    return Engine(config, scheme, load_components(config))
+    named = str(model) in MODELS and not Path(model).exists()
+    parts = random_components(MODELS[str(model)], config) if named else load_components(config)
+    if scheme.context.reencode_head and isinstance(parts.vae, TinyDecoder):
+        raise UsageError(f"{preset} encodes pictures again, which the tiny decoder cannot; leave vae out (--vae)")
+    return Engine(config, scheme, parts)

@@ -11,14 +11,20 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
+from ..models.files import fill
 from ..models.text.tiny import write_tiny_text_encoder
 from ..models.text.umt5 import TextEncoder, find_text, load_text
 from ..models.wan.checkpoint import Checkpoint, build_transformer, read_checkpoint
-from ..models.wan.random import random_transformer_state, random_vae_state, vae_for
+from ..models.wan.random import (
+    random_tiny_decoder_state,
+    random_transformer_state,
+    random_vae_state,
+    vae_for,
+)
 from ..models.wan.spec import ModelSpec
+from ..models.wan.taehv import TinyDecoder, tiny_spec_from_shapes
 from ..models.wan.transformer import WanTransformer
-from ..models.wan.vae import CausalVae
-from ..models.wan.vae_checkpoint import build_vae, find_vae, load_vae
+from ..models.wan.vae_checkpoint import TINY_DECODERS, Decoder, build_vae, find_tiny_decoder, find_vae, load_decoder
 from .config import DTYPES, EngineConfig
 
 
@@ -27,7 +33,7 @@ class Components:
     """A model ready to run. `text` loads the encoder when it is first called; None where there is none."""
 
     transformer: WanTransformer
-    vae: CausalVae
+    vae: Decoder
     text: Callable[[], TextEncoder] | None
     source: str
     form: str
@@ -45,18 +51,16 @@ def load_components(config: EngineConfig) -> Components:
         )
     places = [Path(config.base)] if config.base else []
     places.append(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent)
-    for key, place in (("base", config.base), ("vae", config.vae), ("text_encoder", config.text_encoder)):
+    for key, place in (("base", config.base), ("text_encoder", config.text_encoder)):
         if place is not None and not Path(place).exists():
             raise UsageError(f"{key} is {place!r}: no such file or folder")
-    vae_file = find_vae([Path(config.vae)] if config.vae else places)
-    if vae_file is None:
-        raise UsageError(f"no VAE in {' or '.join(map(str, places))}; give base= (--base), a folder that has one")
-    vae = load_vae(vae_file, dtype, device)
+    vae_file = choose_decoder(config.vae, places)
+    vae = load_decoder(vae_file, dtype, device)
     strides = (vae.spec.temporal_stride, vae.spec.spatial_stride)
     if vae.spec.z_dim != spec.out_channels or strides != spec.vae_stride:
         raise UsageError(
-            f"{vae_file} makes {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} needs "
-            f"{spec.out_channels} at {spec.vae_stride}"
+            f"{vae_file} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
+            f"{spec.out_channels} at {spec.vae_stride}: use the VAE that came with the model"
         )
     text = find_text([Path(config.text_encoder)] if config.text_encoder else places)
     return Components(
@@ -69,25 +73,50 @@ def load_components(config: EngineConfig) -> Components:
     )
 
 
+def choose_decoder(wanted: str | None, places: list[Path]) -> Path:
+    """The file of a decoder: the VAE in `places`, the tiny decoder there (`taehv`), or the one at a path."""
+    where = " or ".join(map(str, places))
+    if wanted == "taehv":
+        if found := find_tiny_decoder(places):
+            return found
+        raise UsageError(f"no tiny decoder in {where}; put {TINY_DECODERS[0]} there, or give its path")
+    if wanted is not None and not Path(wanted).exists():
+        raise UsageError(f"vae is {wanted!r}: no such file or folder; expected a path, or taehv")
+    if found := find_vae([Path(wanted)] if wanted else places):
+        return found
+    raise UsageError(f"no VAE in {wanted or where}; give base= (--base), a folder that has one")
+
+
 def loras(config: EngineConfig) -> list[tuple[str, float]]:
     return [(config.lora, config.lora_scale)] if config.lora else []
 
 
 def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
     """A named model with random weights and a small random text encoder."""
-    if spec.in_channels != spec.out_channels or spec.vae_stride[1] != vae_for(spec).spatial_stride:
+    if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not in this version; its transformer and checkpoints are")
+    if config.vae not in (None, "taehv"):
+        raise UsageError(f"vae is {config.vae!r}, but {spec.name} has random weights; leave it out, or use taehv")
     dtype, device = DTYPES[config.dtype], config.device
     weights = random_transformer_state(spec, 0, dtype)
     checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
     return Components(
         transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
-        vae=build_vae(vae_for(spec), random_vae_state(vae_for(spec), 1, dtype), dtype, device, spec.name),
+        vae=random_decoder(spec, config.vae == "taehv", dtype, device),
         text=random_text(spec, dtype, device),
         source=spec.name,
         form="random",
         digest=lambda: None,
     )
+
+
+def random_decoder(spec: ModelSpec, tiny: bool, dtype: torch.dtype, device: str) -> Decoder:
+    if not tiny:
+        return build_vae(vae_for(spec), random_vae_state(vae_for(spec), 1, dtype), dtype, device, spec.name)
+    weights = random_tiny_decoder_state(spec, 1, dtype)
+    with torch.device("meta"):
+        module = TinyDecoder(tiny_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}))
+    return fill(module, weights, dtype, device, spec.name)
 
 
 def random_text(spec: ModelSpec, dtype: torch.dtype, device: str) -> Callable[[], TextEncoder]:

@@ -20,7 +20,7 @@ from .lora import check_lora, merged, read_lora
 from .names import from_format
 from .spec import FAMILY, MODELS, ModelSpec
 from .transformer import WanTransformer
-from .vae_checkpoint import ORIGINAL_VAE, find_vae
+from .vae_checkpoint import ORIGINAL_VAES, TINY_DECODERS, find_vae
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ def transformer_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Any] | No
     config = read_json(folder / "config.json")
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if not files:
-        adapters = [form.lora for form in FORMATS.values()]
+        others = {ORIGINAL_FILE, *ORIGINAL_VAES, *TINY_DECODERS, *(form.lora for form in FORMATS.values())}
         files = sorted(
             file for file in folder.iterdir()
-            if file.suffix in WEIGHTS and file.name not in (ORIGINAL_VAE, ORIGINAL_FILE, *adapters)
+            if file.suffix in WEIGHTS and file.name not in others
         )  # fmt: skip
         if len(files) > 1:
             names = ", ".join(file.name for file in files)

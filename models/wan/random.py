@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .spec import ModelSpec
+from .taehv import TAEW21, TAEW22, TinyDecoder
 from .transformer import WanTransformer
-from .vae import TINY_VAE, WAN21_VAE, CausalVae, VaeSpec
+from .vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae, VaeSpec
 
 
 def random_state(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -45,4 +46,13 @@ def random_vae_state(spec: VaeSpec, seed: int, dtype: torch.dtype) -> dict[str, 
 
 def vae_for(spec: ModelSpec) -> VaeSpec:
     """The VAE whose random weights go with random weights of a model: the real sizes for a real model."""
-    return TINY_VAE if spec.name == "wan-tiny" else WAN21_VAE
+    if spec.vae_stride[1] == WAN22_VAE.spatial_stride:
+        return TINY_VAE22 if "tiny" in spec.name else WAN22_VAE
+    return TINY_VAE if "tiny" in spec.name else WAN21_VAE
+
+
+def random_tiny_decoder_state(spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random weights of the TAEHV decoder that goes with a model."""
+    with torch.device("meta"):
+        module = TinyDecoder(TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21)
+    return random_state(module, seed, dtype)

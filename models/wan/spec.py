@@ -83,5 +83,10 @@ MODELS: dict[str, ModelSpec] = {
             name="wan-tiny", dim=256, ffn_dim=512, num_heads=2, num_layers=2, **T2V,
             **WAN21 | {"text_dim": 64, "default_size": (128, 128)},
         ),
+        ModelSpec(
+            name="wan-tiny-5b", dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_channels=48, out_channels=48,
+            text_dim=64, image_dim=None, image_tokens=None, vae_stride=(4, 16), fps=24,
+            default_size=(256, 256), **FAMILY,
+        ),
     )
 }  # fmt: skip

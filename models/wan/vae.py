@@ -1,14 +1,15 @@
-"""The causal 3-D VAE of Wan 2.1, frame by frame, with its memory of past frames as an explicit state.
+"""The causal 3-D VAEs of Wan 2.1 and 2.2, frame by frame, with their memory of past frames as an explicit state.
 
 Every temporal convolution sees its last input frames through `StreamState`, zeros at first, so a stream decoded
 in any split equals the whole clip bit for bit. Parameter names are those of diffusers' AutoencoderKLWan.
+Wan 2.2's has 2x2 pixels as channels and, beside each level, an averaging or repeating shortcut.
 Shapes inside: [1, C, T, H, W]. Source: Wan 2.1 (arXiv 2503.20314), section on the VAE.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VaeSpec:
-    """Every size of a VAE; mean and std normalise its latents, one entry per channel."""
+    """Every size of a VAE; mean and std normalise its latents, one entry per channel.
+
+    patch: pixels a side that become channels; shortcuts: levels have averaging and repeating shortcuts.
+    """
 
     z_dim: int
     base_channels: int
+    decoder_channels: int
     multipliers: tuple[int, ...]
     num_res_blocks: int
     temporal_down: tuple[bool, ...]
+    patch: int
+    shortcuts: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -33,27 +40,61 @@ class VaeSpec:
 
     @property
     def spatial_stride(self) -> int:
-        return 2 ** len(self.temporal_down)
+        return 2 ** len(self.temporal_down) * self.patch
+
+    @property
+    def picture_channels(self) -> int:
+        return 3 * self.patch**2
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from pixels to latents."""
+        """Channels of each level of the encoder, from pixels to latents."""
         return tuple(self.base_channels * factor for factor in self.multipliers)
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of each level of the decoder, from latents to pixels."""
+        return tuple(self.decoder_channels * factor for factor in reversed(self.multipliers))
 
 
 WAN21_VAE = VaeSpec(
     z_dim=16,
     base_channels=96,
+    decoder_channels=96,
     multipliers=(1, 2, 4, 4),
     num_res_blocks=2,
     temporal_down=(False, True, True),
+    patch=1,
+    shortcuts=False,
     mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
           0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
     std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
          3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )  # fmt: skip
-TINY_VAE = VaeSpec(16, 16, (1, 2, 4, 4), 1, (False, True, True), WAN21_VAE.mean, WAN21_VAE.std)
-VAES: dict[str, VaeSpec] = {"wan2.1": WAN21_VAE, "tiny": TINY_VAE}
+WAN22_VAE = VaeSpec(
+    z_dim=48,
+    base_channels=160,
+    decoder_channels=256,
+    multipliers=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temporal_down=(False, True, True),
+    patch=2,
+    shortcuts=True,
+    mean=(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+          -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+          -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+          -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+          -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+          0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+    std=(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+         0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+         0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+         0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+         0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)  # fmt: skip
+TINY_VAE = replace(WAN21_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
+TINY_VAE22 = replace(WAN22_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
 
 
 @dataclass
@@ -150,11 +191,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and halves channels; doubles time first where `temporal`."""
+    """Doubles height and width; doubles time first where `temporal`."""
 
-    def __init__(self, channels: int, temporal: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
@@ -177,18 +218,47 @@ class MidBlock(nn.Module):
         return x
 
 
+class DownBlock(nn.Module):
+    """A level of Wan 2.2's encoder, with the mean of what becomes one channel as its shortcut."""
+
+    def __init__(self, channels: int, out_channels: int, blocks: int, temporal: bool | None) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.factors = (2 if temporal else 1, 1 if temporal is None else 2)  # time, space
+        self.resnets = nn.ModuleList(
+            ResidualBlock(channels if index == 0 else out_channels, out_channels) for index in range(blocks)
+        )
+        self.downsampler = None if temporal is None else Downsample(out_channels, temporal)
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        shortcut = self.averaged(x)
+        for layer in self.resnets:
+            x = layer(x, state)
+        return shortcut + (x if self.downsampler is None else self.downsampler(x, state))
+
+    def averaged(self, x: Tensor) -> Tensor:
+        time, space = self.factors
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % time, 0))  # the first frame stands alone: zeros before it
+        x = x.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, time))
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+        return x.unflatten(1, (self.out_channels, -1)).mean(2)
+
+
 class Encoder(nn.Module):
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        self.conv_in = CausalConv3d(3, spec.base_channels, (3, 3, 3))
+        self.conv_in = CausalConv3d(spec.picture_channels, spec.base_channels, (3, 3, 3))
         self.down_blocks = nn.ModuleList()
         width = spec.base_channels
-        for level, out in enumerate(spec.widths):
-            for _ in range(spec.num_res_blocks):
-                self.down_blocks.append(ResidualBlock(width, out))
-                width = out
-            if level < len(spec.temporal_down):
-                self.down_blocks.append(Downsample(width, spec.temporal_down[level]))
+        for out, temporal in zip(spec.widths, [*spec.temporal_down, None], strict=True):
+            if spec.shortcuts:
+                self.down_blocks.append(DownBlock(width, out, spec.num_res_blocks, temporal))
+            else:
+                inputs = [width] + [out] * (spec.num_res_blocks - 1)
+                self.down_blocks.extend(ResidualBlock(channels, out) for channels in inputs)
+                if temporal is not None:
+                    self.down_blocks.append(Downsample(out, temporal))
+            width = out
         self.mid_block = MidBlock(width)
         self.norm_out = ChannelNorm(width, 3)
         self.conv_out = CausalConv3d(width, spec.z_dim * 2, (3, 3, 3))
@@ -206,7 +276,8 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(
             ResidualBlock(channels if index == 0 else out_channels, out_channels) for index in range(blocks)
         )
-        self.upsamplers = nn.ModuleList([] if temporal is None else [Upsample(out_channels, temporal)])
+        halved = out_channels // 2
+        self.upsamplers = nn.ModuleList([] if temporal is None else [Upsample(out_channels, halved, temporal)])
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
@@ -214,18 +285,46 @@ class UpBlock(nn.Module):
         return x
 
 
+class ShortcutUpBlock(nn.Module):
+    """A level of Wan 2.2's decoder, with each channel repeated over what it becomes as its shortcut."""
+
+    def __init__(self, channels: int, out_channels: int, blocks: int, temporal: bool | None) -> None:
+        super().__init__()
+        self.time = 2 if temporal else 1
+        self.repeats = out_channels * self.time * 4 // channels
+        self.resnets = nn.ModuleList(
+            ResidualBlock(channels if index == 0 else out_channels, out_channels) for index in range(blocks)
+        )
+        self.upsampler = None if temporal is None else Upsample(out_channels, out_channels, temporal)
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        before = x
+        for layer in self.resnets:
+            x = layer(x, state)
+        return x if self.upsampler is None else self.upsampler(x, state) + self.repeated(before, state)
+
+    def repeated(self, x: Tensor, state: StreamState) -> Tensor:
+        x = x.repeat_interleave(self.repeats, dim=1).unflatten(1, (-1, self.time, 2, 2))
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return x[:, :, self.time - 1 :] if state.frames == 0 else x  # the first frame stays one
+
+
 class Decoder(nn.Module):
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        width = spec.widths[-1]
+        width = spec.decoder_widths[0]
         self.conv_in = CausalConv3d(spec.z_dim, width, (3, 3, 3))
         self.mid_block = MidBlock(width)
         self.up_blocks = nn.ModuleList()
-        for out, temporal in zip(reversed(spec.widths), [*reversed(spec.temporal_down), None], strict=True):
-            self.up_blocks.append(UpBlock(width, out, spec.num_res_blocks + 1, temporal))
-            width = out // 2 if temporal is not None else out
+        for out, temporal in zip(spec.decoder_widths, [*reversed(spec.temporal_down), None], strict=True):
+            if spec.shortcuts:
+                self.up_blocks.append(ShortcutUpBlock(width, out, spec.num_res_blocks + 1, temporal))
+                width = out
+            else:
+                self.up_blocks.append(UpBlock(width, out, spec.num_res_blocks + 1, temporal))
+                width = out // 2 if temporal is not None else out
         self.norm_out = ChannelNorm(width, 3)
-        self.conv_out = CausalConv3d(width, 3, (3, 3, 3))
+        self.conv_out = CausalConv3d(width, spec.picture_channels, (3, 3, 3))
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         x = self.conv_in.stream(x, state)
@@ -252,7 +351,7 @@ class CausalVae(nn.Module):
         return StreamState()
 
     def encode(self, pixels: Tensor, state: StreamState) -> Tensor:
-        """pixels [T, 3, H, W] in [-1, 1] to latents [F, z, H/8, W/8]; advances `state`.
+        """pixels [T, 3, H, W] in [-1, 1] to normalised latents [F, z, H/s, W/s]; advances `state`.
 
         A stream begins with one frame, which is a latent frame of its own; then every 4 make one.
         Raises ValueError if the rest is not a multiple of that.
@@ -267,6 +366,7 @@ class CausalVae(nn.Module):
         if len(pixels) == 0:
             raise ValueError("0 frames cannot be encoded: expected at least 1")
         latents = []
+        pixels = to_patches(pixels, self.spec.patch)
         for chunk in pixels.split([1] * first + [stride] * ((len(pixels) - first) // stride)):
             x = self.quant_conv(self.encoder(chunk.transpose(0, 1)[None], state))
             state.frames += 1
@@ -274,7 +374,7 @@ class CausalVae(nn.Module):
         return (torch.cat(latents) - self._channels(self.spec.mean, pixels)) / self._channels(self.spec.std, pixels)
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
-        """latents [F, z, h, w] to pixels [T, 3, 8h, 8w] in [-1, 1]; advances `state`.
+        """Normalised latents [F, z, h, w] to pixels [T, 3, s*h, s*w] in [-1, 1]; advances `state`.
 
         The first latent frame of a stream is one pixel frame, each later one is four.
         """
@@ -283,11 +383,22 @@ class CausalVae(nn.Module):
         for frame in z.split(1):
             x = self.decoder(self.post_quant_conv(frame.transpose(0, 1)[None]), state)
             state.frames += 1
-            pixels.append(x[0].transpose(0, 1).clamp(-1, 1))
-        return torch.cat(pixels)
+            pixels.append(from_patches(x[0].transpose(0, 1), self.spec.patch))
+        return torch.cat(pixels).clamp(-1, 1)
 
     def _channels(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device)[None, :, None, None]
+
+
+def to_patches(x: Tensor, patch: int) -> Tensor:
+    """[T, C, H, W] to [T, C*p*p, H/p, W/p]; of a patch's pixels, the column counts before the row."""
+    x = F.pixel_unshuffle(x, patch).unflatten(1, (-1, patch, patch))
+    return x.transpose(2, 3).flatten(1, 3)
+
+
+def from_patches(x: Tensor, patch: int) -> Tensor:
+    """[T, C*p*p, h, w] to [T, C, p*h, p*w]."""
+    return F.pixel_shuffle(x.unflatten(1, (-1, patch, patch)).transpose(2, 3).flatten(1, 3), patch)
 
 
 def by_frame(x: Tensor) -> Tensor:

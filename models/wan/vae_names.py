@@ -1,7 +1,7 @@
-"""Names of the original Wan2.1_VAE.pth, and a VAE's sizes read off its tensors' shapes.
+"""Names of the original Wan2.1_VAE.pth and Wan2.2_VAE.pth, and a VAE's sizes read off its tensors' shapes.
 
-Ours are diffusers' names. The original counts the decoder's layers in one flat list, `num_res_blocks + 1`
-residual blocks and an upsampler per level, so those indices need the VAE's sizes.
+Ours are diffusers' names. Wan 2.1's original counts the layers of all levels in one flat list, 2.2's has a list in
+each level; in both, an upsampler stands behind its level's `num_res_blocks + 1` residual blocks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .vae import WAN21_VAE, VaeSpec
+from .vae import WAN21_VAE, WAN22_VAE, VaeSpec
 
 PREFIXES = {  # ours: original
     "quant_conv": "conv1",
@@ -34,11 +34,10 @@ RESIDUAL = {
     "conv2": "residual.6",
     "conv_shortcut": "shortcut",
 }
-
-
-def original_names(names: list[str], spec: VaeSpec) -> dict[str, str]:
-    """Our names, each with its name in the original file."""
-    return {name: to_original(name, spec) for name in names}
+LEVEL = re.compile(
+    r"(?P<side>encoder\.down|decoder\.up)_blocks\.(?P<level>\d+)\."
+    r"(?:resnets\.(?P<index>\d+)|(?P<resampler>downsampler|upsampler|upsamplers\.0))\.(?P<rest>.*)"
+)
 
 
 def to_original(name: str, spec: VaeSpec) -> str:
@@ -46,13 +45,14 @@ def to_original(name: str, spec: VaeSpec) -> str:
     for ours, original in PREFIXES.items():
         if name.startswith(f"{ours}."):
             return _layer(f"{original}{name[len(ours) :]}")
-    if found := re.match(r"encoder\.down_blocks\.(\d+)\.(.*)", name):
-        return _layer(f"encoder.downsamples.{found[1]}.{found[2]}")
-    if found := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.*)", name):
-        level, kind, index, rest = found.groups()
-        within = int(index) if kind == "resnets" else spec.num_res_blocks + 1
-        return _layer(f"decoder.upsamples.{int(level) * (spec.num_res_blocks + 2) + within}.{rest}")
-    return name
+    if found := LEVEL.match(name):
+        side = f"{found['side']}samples"
+        blocks = spec.num_res_blocks + (found["side"] == "decoder.up")
+        index = blocks if found["resampler"] else int(found["index"])
+        if spec.shortcuts:
+            return _layer(f"{side}.{found['level']}.{side.split('.')[1]}.{index}.{found['rest']}")
+        return _layer(f"{side}.{int(found['level']) * (blocks + 1) + index}.{found['rest']}")
+    return _layer(name.replace("encoder.down_blocks.", "encoder.downsamples."))  # a flat list in both
 
 
 def _layer(name: str) -> str:
@@ -63,36 +63,53 @@ def _layer(name: str) -> str:
     return f"{head}.{RESIDUAL.get(part, part)}.{leaf}"
 
 
-def vae_spec_from_shapes(shapes: Mapping[str, tuple[int, ...]], names: str = "original") -> VaeSpec:
-    """The sizes of a Wan 2.1-type VAE from its tensor shapes, in `original` or `diffusers` names.
+def vae_spec_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VaeSpec:
+    """The sizes of a Wan VAE from its tensor shapes, in either's names.
 
     KeyError if a tensor that tells them is not there.
     """
-    if names == "original":
-        encoder, z_dim, first = "encoder.downsamples", shapes["conv2.weight"][0], shapes["encoder.conv1.weight"][0]
-        conv = "residual.2"
-    else:
-        encoder, z_dim, first = (
-            "encoder.down_blocks", shapes["post_quant_conv.weight"][0], shapes["encoder.conv_in.weight"][0],
-        )  # fmt: skip
-        conv = "conv1"
+    original = "conv2.weight" in shapes
+    levels, conv, latent, first, last = (
+        ("encoder.downsamples", "residual.2", "conv2.weight", "encoder.conv1.weight", "decoder.head.2.weight")
+        if original
+        else (
+            "encoder.down_blocks", "conv1", "post_quant_conv.weight", "encoder.conv_in.weight",
+            "decoder.conv_out.weight",
+        )
+    )  # fmt: skip
+    inner, resampler = ("downsamples", None) if original else ("resnets", "downsampler")
+    shortcuts = f"{levels}.0.{inner}.0.{conv}.weight" in shapes
     widths: list[int] = []
     temporal: list[bool] = []
-    blocks, index = 0, 0
-    while f"{encoder}.{index}.{conv}.weight" in shapes or f"{encoder}.{index}.resample.1.weight" in shapes:
-        if f"{encoder}.{index}.resample.1.weight" in shapes:
-            temporal.append(f"{encoder}.{index}.time_conv.weight" in shapes)
+    blocks = level = index = 0
+    while True:
+        if shortcuts:
+            block = f"{levels}.{level}.{inner}.{index}"
+            sampler = f"{levels}.{level}.{resampler}" if resampler else block
         else:
+            block = sampler = f"{levels}.{level + index}"
+        if f"{block}.{conv}.weight" in shapes:
             blocks += 1
+            index += 1
             if len(widths) == len(temporal):
-                widths.append(shapes[f"{encoder}.{index}.{conv}.weight"][0])
-        index += 1
+                widths.append(shapes[f"{block}.{conv}.weight"][0])
+        elif f"{sampler}.resample.1.weight" in shapes and len(temporal) < len(widths):
+            temporal.append(f"{sampler}.time_conv.weight" in shapes)
+            level, index = (level + 1, 0) if shortcuts else (level + index + 1, 0)
+        else:
+            break
+    base, pictures = shapes[first][0], shapes[first][1]
+    like = WAN22_VAE if shortcuts else WAN21_VAE
+    z_dim = shapes[latent][0]
     return VaeSpec(
         z_dim=z_dim,
-        base_channels=first,
-        multipliers=tuple(width // first for width in widths),
+        base_channels=base,
+        decoder_channels=shapes[last][1] if shortcuts else base,
+        multipliers=tuple(width // base for width in widths),
         num_res_blocks=blocks // len(widths),
         temporal_down=tuple(temporal),
-        mean=WAN21_VAE.mean[:z_dim],
-        std=WAN21_VAE.std[:z_dim],
+        patch=round((pictures / 3) ** 0.5),
+        shortcuts=shortcuts,
+        mean=like.mean[:z_dim],
+        std=like.std[:z_dim],
     )

@@ -1,0 +1,125 @@
+"""The tiny decoder TAEHV (MIT, madebyollin/taehv): frame by frame, each memory block fed its last input frame.
+
+It reads normalised latents and needs no statistics. A stream is exact: memories are carried on, nothing is decoded
+twice. The first latent frame of a stream gives one picture, the last of the four that it becomes.
+Parameter names are the checkpoint's. Shapes inside: [1, C, H, W], one frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UsageError
+from .vae import StreamState
+
+
+@dataclass(frozen=True)
+class TinySpec:
+    """widths: channels of the three growing stages and of the picture; time: by how much each stage lengthens."""
+
+    z_dim: int
+    widths: tuple[int, int, int, int]
+    time: tuple[int, int, int]
+    patch: int
+
+    @property
+    def temporal_stride(self) -> int:
+        return self.time[0] * self.time[1] * self.time[2]
+
+    @property
+    def spatial_stride(self) -> int:
+        return 8 * self.patch
+
+
+TAEW21 = TinySpec(z_dim=16, widths=(256, 128, 64, 64), time=(1, 2, 2), patch=1)
+TAEW22 = TinySpec(z_dim=48, widths=(256, 128, 64, 64), time=(1, 2, 2), patch=2)
+
+
+class MemoryBlock(nn.Module):
+    """A residual block over a frame and the frame before it (zeros before the first)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * channels, channels, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        return F.relu(self.conv(torch.cat((x, before), dim=1)) + x)
+
+
+class Grow(nn.Module):
+    """A frame to `factor` frames, which stand in order in its channels."""
+
+    def __init__(self, channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.conv = nn.Conv2d(channels, channels * factor, 1, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.conv(x).chunk(self.factor, dim=1)
+
+
+class TinyDecoder(nn.Module):
+    """Normalised latents to pixels, with the stream interface of `CausalVae`; it cannot encode."""
+
+    def __init__(self, spec: TinySpec) -> None:
+        super().__init__()
+        self.spec = spec
+        layers: list[nn.Module] = [nn.Identity(), nn.Conv2d(spec.z_dim, spec.widths[0], 3, padding=1), nn.ReLU()]
+        for width, following, factor in zip(spec.widths, spec.widths[1:], spec.time, strict=False):
+            layers += [MemoryBlock(width) for _ in range(3)]
+            layers += [nn.Upsample(scale_factor=2), Grow(width, factor)]
+            layers += [nn.Conv2d(width, following, 3, padding=1, bias=False)]
+        layers += [nn.ReLU(), nn.Conv2d(spec.widths[3], 3 * spec.patch**2, 3, padding=1)]
+        self.decoder = nn.Sequential(*layers)
+
+    def new_state(self) -> StreamState:
+        """The state of a stream that has not begun."""
+        return StreamState()
+
+    def encode(self, pixels: Tensor, state: StreamState) -> NoReturn:
+        raise UsageError(
+            "the tiny decoder cannot encode, but this stream begins with a picture or a preset encodes one again; "
+            "leave vae out (--vae) to use the model's own VAE"
+        )
+
+    def decode(self, latents: Tensor, state: StreamState) -> Tensor:
+        """Normalised latents [F, z, h, w] to pixels [T, 3, s*h, s*w] in [-1, 1]; advances `state`."""
+        pixels = []
+        for frame in latents.split(1):
+            found = self._through(torch.tanh(frame / 3) * 3, 0, state)
+            pixels += found[-1:] if state.frames == 0 else found
+            state.frames += 1
+        return torch.cat(pixels) * 2 - 1
+
+    def _through(self, x: Tensor, first: int, state: StreamState) -> list[Tensor]:
+        """One frame through the layers from `first` on, to the pictures in [0, 1] that it becomes."""
+        for index in range(first, len(self.decoder)):
+            layer = self.decoder[index]
+            if isinstance(layer, MemoryBlock):
+                before = state.history.get(index, torch.zeros_like(x))
+                state.history[index] = x
+                x = layer(x, before)
+            elif isinstance(layer, Grow):
+                return [picture for part in layer(x) for picture in self._through(part, index + 1, state)]
+            else:
+                x = layer(x)
+        return [F.pixel_shuffle(x, self.spec.patch).clamp(0, 1)]
+
+
+def tiny_spec_from_shapes(shapes: dict[str, tuple[int, ...]]) -> TinySpec:
+    """The sizes of a TAEHV checkpoint's decoder; KeyError if it has none."""
+    first, last = shapes["decoder.1.weight"], shapes["decoder.22.weight"]
+    growing = [(index, shapes[f"decoder.{index}.conv.weight"]) for index in (7, 13, 19)]
+    widths = (first[0], *(shapes[f"decoder.{index + 1}.weight"][0] for index, _ in growing))
+    times = tuple(shape[0] // shape[1] for _, shape in growing)
+    assert len(widths) == 4 and len(times) == 3
+    return TinySpec(z_dim=first[1], widths=widths, time=times, patch=round((last[0] / 3) ** 0.5))
