@@ -21,6 +21,7 @@ PACKAGES = [
     "inferix.models",
     "inferix.models.wan",
     "inferix.models.text",
+    "inferix.models.tinyworld",
     "inferix.export",
     "inferix.runtime",
 ]
@@ -82,6 +83,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"inferix": "."},
     packages=PACKAGES,
+    package_data={"inferix.models.tinyworld": ["weights/*", "weights/*/*"]},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["inferix = inferix.cli.main:main"]},

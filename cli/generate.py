@@ -29,17 +29,18 @@ from typer.core import TyperCommand
 
 from ..errors import UsageError, nearest
 from ..models.wan.spec import MODELS, ModelSpec
+from ..runtime.actions import read_actions
 from ..runtime.media import CONTAINERS, VideoWriter, check_output, contact_sheet, write_atomically
-from ..runtime.presets import PRESETS
+from ..runtime.presets import DEFAULT_MODEL, PRESETS
 from ..runtime.storyboard import Cue, read_storyboard, schedule
 from ..version import __version__
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_MODEL = "wan-tiny"
-DEFAULT_PROMPT = "a paper boat on a canal"  # for untrained models only, which cannot follow it
+DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models only; untrained ones cannot follow it
 DEFAULT_BLOCKS = 3
+DEFAULT_ACTIONS = "6R 4D 6L 4U"  # of a model that has actions, where nothing says how long: a walk back to the start
 SHEET_FRAMES = 24  # frames on the contact sheet, at most, unless one block has more
 
 
@@ -243,12 +244,14 @@ def versions() -> dict[str, str]:
 
 def generate(
     ctx: typer.Context,
-    model: str = typer.Option(DEFAULT_MODEL, help="Checkpoint file or folder, or a name for random weights."),
+    model: str = typer.Option(DEFAULT_MODEL, help="Checkpoint file or folder, or a name: tinyworld, wan-tiny, ..."),
     base: str | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
     vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
     lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
-    preset: str = typer.Option("self-forcing", help="Named sampler and context settings."),
+    preset: str | None = typer.Option(
+        None, help="Named sampler and context settings.  [default: the model's own, or self-forcing]"
+    ),
     prompt: str | None = typer.Option(None, help="What the video shows."),
     prompt_embeds: Path | None = typer.Option(None, help="File of text-encoder output, instead of a prompt."),
     seconds: float | None = typer.Option(None, help="Length in seconds, rounded up to whole blocks."),
@@ -266,6 +269,9 @@ def generate(
     list_presets: bool = typer.Option(
         False, "--list-presets", callback=tell_presets, is_eager=True, help="Tell of each preset and its weights."
     ),
+    actions: str | None = typer.Option(
+        None, metavar='"8R 8U ..."', help="What the hero does, an action per latent frame, or a JSON list of them."
+    ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
@@ -280,7 +286,7 @@ def generate(
 
     Writes OUT, a contact sheet (.png) and a record of settings and timings (.json) beside it.
 
-    Example: inferix generate --prompt "a paper boat on a canal" --blocks 3 --out boat.mp4
+    Example: inferix generate --prompt "a blue ghost in a sandy desert at night" --actions "8R 8U 4S" --out ghost.mp4
 
     Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
 
@@ -304,14 +310,25 @@ def generate(
 
     parts: dict[str, Any] = {"base": base, "vae": vae, "lora": lora, "lora_scale": lora_scale}
     engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
-    if not Path(model).exists():  # a name, so the weights were drawn at random
+    if engine.parts.form == "random":
         said = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(said, highlight=False, soft_wrap=True)
-        if prompt is None and prompt_embeds is None:
-            prompt = DEFAULT_PROMPT
-    count = blocks or (engine.blocks_for(seconds) if seconds else DEFAULT_BLOCKS)
+    if not Path(model).exists() and prompt is None and prompt_embeds is None:
+        prompt = DEFAULT_PROMPT
+    count = blocks or (engine.blocks_for(seconds) if seconds else None)
+    if actions is None and count is None and engine.spec.actions:
+        actions = DEFAULT_ACTIONS
+    script = read_actions(actions, engine.spec.actions) if actions is not None else []
+    if script and count is None:
+        count = engine.blocks_for_frames(len(script) + 1)
+    count = count or DEFAULT_BLOCKS
+    if script and engine.blocks_for_frames(len(script) + 1) != count:
+        raise UsageError(
+            f"--actions has {len(script)} actions, for {len(script) + 1} latent frames, but the video has {count} "
+            "blocks; leave the length out, or make them agree"
+        )
     opening: dict[str, Any] = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": video}
-    opening |= {"strength": strength, "negative_prompt": negative_prompt}
+    opening |= {"actions": script or None, "strength": strength, "negative_prompt": negative_prompt}
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     frame_size = wanted_size or engine.default_size
     with ExitStack() as stack:

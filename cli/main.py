@@ -7,6 +7,7 @@ on stderr; any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import traceback
+import warnings
 from typing import Any
 
 import typer
@@ -16,6 +17,7 @@ from ..errors import InferixError, UsageError
 from . import checkpoint
 from .doctor import doctor
 from .generate import PromptAt, generate
+from .play import play
 
 
 class Commands(TyperGroup):
@@ -33,6 +35,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command(cls=PromptAt)(generate)
+app.command()(play)
 app.command()(doctor)
 app.add_typer(checkpoint.app, name="checkpoint")
 
@@ -49,4 +52,5 @@ def common(
 
 def main() -> None:
     """Run the command in sys.argv and exit with its code; typer itself exits with 2 and 130."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     app(prog_name="inferix")

@@ -6,21 +6,21 @@ is complete.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest
+from ..models.files import write_json
 from ..models.text.tiny import write_tiny_text_encoder
 from ..models.text.umt5 import ORIGINAL_FILE, ORIGINAL_TOKENIZER, find_text
 from ..models.wan.checkpoint import FORMATS, SHARD, merging, read_checkpoint
+from ..models.wan.configs import diffusers_config, diffusers_vae_config, original_config
 from ..models.wan.names import to_format
 from ..models.wan.random import random_transformer_state, random_vae_state, vae_for
 from ..models.wan.spec import MODELS, ModelSpec
@@ -223,40 +223,3 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
         raise InferixError(f"cannot write {destination}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
-def original_config(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "_class_name": "WanModel", "model_type": "i2v" if spec.image_dim else "t2v", "dim": spec.dim,
-        "ffn_dim": spec.ffn_dim, "freq_dim": spec.freq_dim, "num_heads": spec.num_heads,
-        "num_layers": spec.num_layers, "in_dim": spec.in_channels, "out_dim": spec.out_channels,
-        "text_len": spec.text_len, "eps": spec.eps,
-    }  # fmt: skip
-
-
-def diffusers_config(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "_class_name": "WanTransformer3DModel", "patch_size": [1, *spec.patch],
-        "num_attention_heads": spec.num_heads, "attention_head_dim": spec.head_dim,
-        "in_channels": spec.in_channels, "out_channels": spec.out_channels, "text_dim": spec.text_dim,
-        "freq_dim": spec.freq_dim, "ffn_dim": spec.ffn_dim, "num_layers": spec.num_layers, "eps": spec.eps,
-        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "image_dim": spec.image_dim,
-        "added_kv_proj_dim": spec.dim if spec.image_dim else None, "rope_max_seq_len": 1024,
-    }  # fmt: skip
-
-
-def diffusers_vae_config(spec: VaeSpec) -> dict[str, Any]:
-    return {
-        "_class_name": "AutoencoderKLWan", "base_dim": spec.base_channels, "z_dim": spec.z_dim,
-        "dim_mult": list(spec.multipliers), "num_res_blocks": spec.num_res_blocks, "attn_scales": [],
-        "temperal_downsample": list(spec.temporal_down), "latents_mean": list(spec.mean),
-        "latents_std": list(spec.std), "decoder_base_dim": spec.decoder_channels, "is_residual": spec.shortcuts,
-        "in_channels": spec.picture_channels, "out_channels": spec.picture_channels,
-        "patch_size": None if spec.patch == 1 else spec.patch, "scale_factor_spatial": spec.spatial_stride,
-        "scale_factor_temporal": spec.temporal_stride,
-    }  # fmt: skip

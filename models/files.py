@@ -36,6 +36,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
 def read_tensors(path: Path) -> dict[str, Any]:
     """Names to mapped tensors of one file; a training file's names are its dicts of tensors."""
     try:

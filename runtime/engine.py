@@ -7,14 +7,15 @@ for `timeline` to say; tensors are here, in the caches and in the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,12 +24,13 @@ from ..graphs.passes import Pass
 from ..models.text.umt5 import load_prompt_embeds
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
+from .actions import ActionTrack, check_action
 from .cache import ContiguousCache
 from .config import DTYPES, EngineConfig, default_device, default_dtype
-from .loading import Components, load_components, random_components
+from .loading import SHIPPED, Components, load_components, random_components, shipped
 from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
-from .presets import Preset, make_preset
+from .presets import DEFAULT_MODEL, Preset, default_preset, make_preset
 from .sampler import Sampler, noised
 from .session import Block, Branch, InFlight, PromptChange, Session
 from .timeline import Span, Timeline
@@ -136,15 +138,22 @@ class Engine:
 
     def run(self, session: Session, run: Pass, latents: Tensor) -> Tensor:
         """One pass of the network over latents [F, C, H, W]; returns the velocity, guided where there are two."""
-        timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.device)
-        velocities = [
-            self.parts.transformer(latents[None], timesteps, branch.text, branch.cache.bind(run))[0]
-            for branch in session.branches
-        ]
+        velocities = [self.forward(session, branch, run, latents) for branch in session.branches]
         if len(velocities) == 1:
             return velocities[0]
         prompted, plain = velocities
         return plain + self.preset.sampler.guidance_scale * (prompted - plain)
+
+    def forward(self, session: Session, branch: Branch, run: Pass, latents: Tensor) -> Tensor:
+        """The network's velocity for one conditioning."""
+        timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.device)
+        actions = None
+        if self.spec.action_dim is not None:
+            told = torch.tensor([[session.actions.of(frame) for frame in run.frames]], device=self.device)
+            actions = F.one_hot(told, self.spec.action_dim).to(self.dtype)
+        bound = branch.cache.bind(run)
+        velocity: Tensor = self.parts.transformer(latents[None], timesteps, branch.text, bound, actions)[0]
+        return velocity
 
     def draw(self, session: Session, span: Span, draw: int) -> Tensor:
         shape = (self.spec.out_channels, *self.spec.latent_size(session.size))
@@ -200,9 +209,7 @@ class Engine:
         if self.preset.context.recache_sink:
             session.branches[0].cache.clear()
         session.branches[0].cache.hold(run.groups[-1].context)
-        bound = session.branches[0].cache.bind(run)
-        timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.device)
-        self.parts.transformer(latents[None], timesteps, session.branches[0].text, bound)
+        self.forward(session, session.branches[0], run, latents)
 
     @torch.no_grad()
     def open(
@@ -217,17 +224,21 @@ class Engine:
         negative_embeds: Tensor | str | Path | None = None,
         noise: Noise | None = None,
         size: tuple[int, int] | None = None,
+        actions: Sequence[str] = (),
     ) -> Session:
         """Begin a stream of pictures of `size` (width, height).
 
         prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream goes on from; with `strength` in (0, 1] the video
         is what it is made from, the more freely the higher. The negative prompt is for presets with guidance.
-        `noise` replaces the noise that `seed` gives. Raises UsageError for input that cannot be used.
+        `noise` replaces the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
+        Raises UsageError for input that cannot be used.
         """
         size = size or self.default_size
         if strength is not None and video is None:
             raise UsageError(f"strength is {strength}, but there is no video to start from; give one (--video)")
+        for action in actions:
+            check_action(action, self.spec.actions)
         sampler = Sampler(self.preset.sampler, 1.0 if strength is None else strength)
         rows = self.prompt_rows(prompt, prompt_embeds)
         texts = [rows]
@@ -246,6 +257,7 @@ class Engine:
                 Branch(self.parts.transformer.embed_text(text[None]), self.new_cache(size)) for text in texts
             ],
             decoder=self.parts.vae.new_state(),
+            actions=ActionTrack(self.spec.actions, actions),
         )
         if video is not None and strength is not None:
             session.source = self.encoded(self.pixels_of(video, size, still=False), keep_end=False)
@@ -338,8 +350,12 @@ class Engine:
         """How many blocks make at least that many seconds of video from the start."""
         if not 0 < seconds < float("inf"):
             raise UsageError(f"seconds is {seconds}; expected a number above 0")
+        return self.blocks_for_frames(-(-(round(seconds * self.fps) - 1) // self.spec.vae_stride[0]) + 1)
+
+    def blocks_for_frames(self, latent_frames: int) -> int:
+        """How many blocks make at least that many latent frames from the start."""
         blocks = frames = 0
-        while (frames - 1) * self.spec.vae_stride[0] + 1 < round(seconds * self.fps):
+        while frames < latent_frames:
             frames += self.preset.block_size(frames)
             blocks += 1
         return blocks
@@ -371,8 +387,8 @@ def to_frames(pixels: Tensor) -> Pixels:
 
 
 def load(
-    model: str | Path,
-    preset: str = "self-forcing",
+    model: str | Path = DEFAULT_MODEL,
+    preset: str | None = None,
     *,
     device: str | None = None,
     dtype: str | None = None,
@@ -386,11 +402,13 @@ def load(
     lora_scale: float = 1.0,
     **overrides: Any,
 ) -> Engine:
-    """An engine for a checkpoint (file or folder), or for a named model with random weights.
+    """An engine for a checkpoint (file or folder), for the world that is shipped, or for a named model with
+    random weights. Without a preset, the named model's own, or self-forcing.
 
     Any field of the preset can be overridden: `local_attn_size=6, sink_size=0`. Raises UsageError for
     unknown names and bad values, InferixError for broken files.
     """
+    preset = preset or default_preset(str(model))
     config = EngineConfig(
         model=str(model),
         preset=preset,
@@ -407,7 +425,10 @@ def load(
     )
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()
-    parts = random_components(MODELS[str(model)], config) if named else load_components(config)
+    if named and str(model) in SHIPPED:
+        parts = load_components(replace(config, model=str(shipped(str(model)))))
+    else:
+        parts = random_components(MODELS[str(model)], config) if named else load_components(config)
     if scheme.context.reencode_head and isinstance(parts.vae, TinyDecoder):
         raise UsageError(f"{preset} encodes pictures again, which the tiny decoder cannot; leave vae out (--vae)")
     return Engine(config, scheme, parts)

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import InferixError, UsageError
+from ..models import tinyworld
 from ..models.files import fill
 from ..models.text.tiny import write_tiny_text_encoder
-from ..models.text.umt5 import TextEncoder, find_text, load_text
+from ..models.text.umt5 import find_text, load_text
+from ..models.tinyworld.words import WordEncoder, find_words
 from ..models.wan.checkpoint import Checkpoint, build_transformer, read_checkpoint
 from ..models.wan.random import (
     random_tiny_decoder_state,
@@ -27,6 +31,15 @@ from ..models.wan.transformer import WanTransformer
 from ..models.wan.vae_checkpoint import TINY_DECODERS, Decoder, build_vae, find_tiny_decoder, find_vae, load_decoder
 from .config import DTYPES, EngineConfig
 
+SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # models whose weights are in this package
+
+
+class PromptEncoder(Protocol):
+    """What turns a prompt into the rows that the transformer is told."""
+
+    def encode(self, prompt: str) -> Tensor:
+        """Rows [text_len, text_dim], zero after the prompt's end."""
+
 
 @dataclass(frozen=True)
 class Components:
@@ -34,7 +47,7 @@ class Components:
 
     transformer: WanTransformer
     vae: Decoder
-    text: Callable[[], TextEncoder] | None
+    text: Callable[[], PromptEncoder] | None
     source: str
     form: str
     digest: Callable[[], str | None]
@@ -62,11 +75,10 @@ def load_components(config: EngineConfig) -> Components:
             f"{vae_file} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
             f"{spec.out_channels} at {spec.vae_stride}: use the VAE that came with the model"
         )
-    text = find_text([Path(config.text_encoder)] if config.text_encoder else places)
     return Components(
         transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
         vae=vae,
-        text=cache(lambda: load_text(text, spec.text_len, dtype, device)) if text else None,
+        text=text_loader([Path(config.text_encoder)] if config.text_encoder else places, spec, dtype, device),
         source=config.model,
         form=checkpoint.form,
         digest=lambda: checkpoint.digest,
@@ -85,6 +97,24 @@ def choose_decoder(wanted: str | None, places: list[Path]) -> Path:
     if found := find_vae([Path(wanted)] if wanted else places):
         return found
     raise UsageError(f"no VAE in {wanted or where}; give base= (--base), a folder that has one")
+
+
+def text_loader(
+    places: list[Path], spec: ModelSpec, dtype: torch.dtype, device: str
+) -> Callable[[], PromptEncoder] | None:
+    """What loads the text encoder in `places` when it is first asked for; None where there is none."""
+    if words := find_words(places):
+        return cache(lambda: WordEncoder.from_file(words, spec.text_len, dtype, device))
+    if text := find_text(places):
+        return cache(lambda: load_text(text, spec.text_len, dtype, device))
+    return None
+
+
+def shipped(name: str) -> Path:
+    """The folder of a model that comes with the package."""
+    if not SHIPPED[name].is_dir():
+        raise InferixError(f"the weights of {name} are missing in {SHIPPED[name].parent}; install inferix again")
+    return SHIPPED[name]
 
 
 def loras(config: EngineConfig) -> list[tuple[str, float]]:
@@ -119,9 +149,9 @@ def random_decoder(spec: ModelSpec, tiny: bool, dtype: torch.dtype, device: str)
     return fill(module, weights, dtype, device, spec.name)
 
 
-def random_text(spec: ModelSpec, dtype: torch.dtype, device: str) -> Callable[[], TextEncoder]:
+def random_text(spec: ModelSpec, dtype: torch.dtype, device: str) -> Callable[[], PromptEncoder]:
     @cache
-    def load() -> TextEncoder:
+    def load() -> PromptEncoder:
         with tempfile.TemporaryDirectory() as name:
             write_tiny_text_encoder(Path(name), "original", spec.text_dim, 3, torch.float32)
             found = find_text([Path(name)])

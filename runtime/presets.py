@@ -55,6 +55,7 @@ class Preset:
         return 1 if self.independent_first_frame and start == 0 else self.num_frame_per_block
 
 
+DEFAULT_MODEL = "wan-tiny"
 APACHE, NON_COMMERCIAL = "Apache-2.0", "CC BY-NC-SA 4.0"
 FOUR_STEPS = SamplerSpec(
     denoising_step_list=(1000, 750, 500, 250), warp_denoising_step=True, timestep_shift=5.0, context_noise=0.0
@@ -141,6 +142,19 @@ PRESETS: dict[str, Preset] = {
                 solver="unipc", num_steps=50, guidance_scale=5.0,
             ),
         ),
+        Preset(
+            name="tinyworld",
+            about=About("tinyworld", APACHE, "in this package"),
+            num_frame_per_block=1,
+            independent_first_frame=False,
+            sampler=SamplerSpec(
+                denoising_step_list=(1000, 750, 500, 250), warp_denoising_step=False, timestep_shift=1.0,
+                context_noise=0.0,
+            ),
+            context=ContextPolicy(
+                local_attn_size=10, sink_size=1, positions="contiguous", prompt_switch="recache", recache_sink=True
+            ),
+        ),
     )
 }  # fmt: skip
 
@@ -151,6 +165,11 @@ FIELDS: dict[str, tuple[str | None, str]] = {  # flat name -> (part of the prese
     for field in dataclasses.fields(cls)
     if field.name not in ("name", "about", "sampler", "context")
 }
+
+
+def default_preset(model: str) -> str:
+    """The scheme of a named model that has one of its own name, else the family's first."""
+    return model if model in PRESETS else SELF_FORCING.name
 
 
 def make_preset(name: str, **overrides: Any) -> Preset:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import InferixError, UsageError
 from ..models.wan.transformer import TextContext
 from ..models.wan.vae import StreamState
+from .actions import ActionTrack
 from .cache import ContiguousCache
 from .noise import Noise
 from .sampler import Sampler, Solver
@@ -77,6 +78,7 @@ class Session:
     rows: Tensor  # the prompt in force, [text_len, d]
     branches: list[Branch]
     decoder: StreamState
+    actions: ActionTrack
     source: Tensor | None = None  # latents of the video that blocks start from
     clamped: Tensor | None = None  # latents of an image held as the first frame
     flight: list[InFlight] = field(default_factory=list)
@@ -97,6 +99,11 @@ class Session:
         """Change the prompt from the next block on, in the way of the preset's `prompt_switch`."""
         self.check_open()
         self.engine.change_prompt(self, text, embeds)
+
+    def act(self, action: str) -> None:
+        """Do `action` from the next block on, until told otherwise; UsageError for one the model does not have."""
+        self.check_open()
+        self.actions.tell(self.timeline.next_frame, action)
 
     def remember(self, latents: Tensor, pixels: Tensor | None) -> None:
         """Keep the end of what was made, as far as the context may ask for it."""
@@ -135,9 +142,6 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def act(self, action: Any) -> NoReturn:
-        self._later("act")
-
     def pause(self) -> NoReturn:
         self._later("pause")
 
@@ -154,4 +158,4 @@ class Session:
         self._later("save")
 
     def _later(self, name: str) -> NoReturn:
-        raise InferixError(f"session.{name}() is not in this version; open, stream, prompt and close are")
+        raise InferixError(f"session.{name}() is not in this version; open, stream, prompt, act and close are")

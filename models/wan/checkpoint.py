@@ -207,14 +207,20 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
     position = tensors.get("image_embedding.position")
     image_dim = None if image is None else image.shape[0]
     image_tokens = None if position is None else position.shape[1]
+    action = tensors.get("action_embedding.linear_1.weight")
+    action_dim = None if action is None else action.shape[1]
     for spec in MODELS.values():
-        if all(getattr(spec, key) == sizes[key] for key in SIZES) and spec.image_dim == image_dim:
+        same = all(getattr(spec, key) == sizes[key] for key in SIZES)
+        if same and (spec.image_dim, spec.action_dim) == (image_dim, action_dim):
             return spec
+    if action_dim is not None:
+        names = ", ".join(spec.name for spec in MODELS.values() if spec.actions)
+        raise UsageError(f"{str(path)!r} follows {action_dim} actions, which have no names here; known are {names}")
     like = MODELS["wan-5b"] if sizes["out_channels"] == MODELS["wan-5b"].out_channels else MODELS["wan-1.3b"]
     return ModelSpec(
         name="custom", **sizes, freq_dim=freq_dim, text_len=config.get("text_len", FAMILY["text_len"]),
         patch=(patch.shape[3], patch.shape[4]), eps=config.get("eps", FAMILY["eps"]), image_dim=image_dim,
-        image_tokens=image_tokens, vae_stride=like.vae_stride, fps=like.fps, default_size=like.default_size,
+        image_tokens=image_tokens, vae_stride=like.vae_stride, fps=like.fps, default_size=like.default_size, actions=(),
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class ModelSpec:
     vae_stride: tuple[int, int]  # time, space
     fps: int
     default_size: tuple[int, int]  # width, height in pixels
+    actions: tuple[str, ...]  # what a latent frame can be told to do; none for models that follow text alone
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or self.head_dim % 2:
@@ -40,6 +41,11 @@ class ModelSpec:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def action_dim(self) -> int | None:
+        """Entries of a frame's action vector, one per action; None for a model without actions."""
+        return len(self.actions) or None
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Latent (height, width) of a picture (width, height); UsageError names the nearest valid sizes."""
@@ -59,7 +65,7 @@ class ModelSpec:
         return (height // self.patch[0]) * (width // self.patch[1])
 
 
-FAMILY: dict[str, Any] = {"freq_dim": 256, "text_len": 512, "patch": (2, 2), "eps": 1e-6}
+FAMILY: dict[str, Any] = {"freq_dim": 256, "text_len": 512, "patch": (2, 2), "eps": 1e-6, "actions": ()}
 WAN21: dict[str, Any] = FAMILY | {
     "text_dim": 4096, "vae_stride": (4, 8), "fps": 16, "default_size": (832, 480), "out_channels": 16,
 }  # fmt: skip
@@ -87,6 +93,11 @@ MODELS: dict[str, ModelSpec] = {
             name="wan-tiny-5b", dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_channels=48, out_channels=48,
             text_dim=64, image_dim=None, image_tokens=None, vae_stride=(4, 16), fps=24,
             default_size=(256, 256), **FAMILY,
+        ),
+        ModelSpec(
+            name="tinyworld", dim=256, ffn_dim=768, num_heads=4, num_layers=6, in_channels=16, out_channels=16,
+            freq_dim=256, text_dim=64, text_len=8, patch=(1, 1), eps=1e-6, image_dim=None, image_tokens=None,
+            vae_stride=(4, 8), fps=8, default_size=(64, 64), actions=("stay", "up", "down", "left", "right"),
         ),
     )
 }  # fmt: skip

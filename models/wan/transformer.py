@@ -152,14 +152,31 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(spec.dim, spec.dim)
         self.projection = nn.Linear(spec.dim, 6 * spec.dim)
 
-    def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """timesteps [B, F] to e [B, F, d] and its projection [B, F, 6, d]; the MLP is in modulation's dtype."""
+    def forward(self, timesteps: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """timesteps [B, F] to e [B, F, d], `added` included, and its projection [B, F, 6, d].
+
+        The MLP is in modulation's dtype.
+        """
         dtype = self.projection.weight.dtype
         wide = modulation_dtype(self.precision, dtype)
         x = sinusoid(timesteps, self.freq_dim, self.precision.sinusoid).to(wide)
         x = F.linear(x, self.linear_1.weight.to(wide), self.linear_1.bias.to(wide))
         x = F.linear(F.silu(x), self.linear_2.weight.to(wide), self.linear_2.bias.to(wide)).to(dtype)
+        if added is not None:
+            x = x + added
         return x, self.projection(F.silu(x)).unflatten(-1, (6, -1))
+
+
+class ActionEmbedding(nn.Module):
+    """What a frame's action adds to its timestep embedding."""
+
+    def __init__(self, dim: int, action_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(action_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class TextEmbedding(nn.Module):
@@ -211,6 +228,8 @@ class WanTransformer(nn.Module):
         self.patch_embedding = nn.Conv3d(spec.in_channels, spec.dim, (1, *spec.patch), (1, *spec.patch))
         self.text_embedding = TextEmbedding(spec)
         self.time_embedding = TimeEmbedding(spec, self.precision)
+        if spec.action_dim is not None:
+            self.action_embedding = ActionEmbedding(spec.dim, spec.action_dim)
         if spec.image_dim is not None:
             self.image_embedding = ImageEmbedding(spec, spec.image_dim)
         self.blocks = nn.ModuleList(Block(spec, layer, self.precision) for layer in range(spec.num_layers))
@@ -232,11 +251,23 @@ class WanTransformer(nn.Module):
         image_rows = self.image_embedding(image)
         return TextContext(text_keys, tuple(attn.image_keys(image_rows) for attn in blocks))
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: TextContext, kv: KeyValues) -> Tensor:
-        """latents [B, F, C, H, W], timesteps [B, F] in 0..1000; returns the velocity, noise - x0, [B, F, C, H, W]."""
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: TextContext,
+        kv: KeyValues,
+        actions: Tensor | None = None,
+    ) -> Tensor:
+        """latents [B, F, C, H, W], timesteps [B, F] in 0..1000; returns the velocity, noise - x0, [B, F, C, H, W].
+
+        actions [B, F, action_dim], for models that have them: what happens on the way to each frame.
+        """
+        if (actions is None) != (self.spec.action_dim is None):
+            raise ValueError(f"{self.spec.name}: actions are {'missing' if actions is None else 'not used'}")
         height, width = latents.shape[-2:]
         x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
-        e, modulation = self.time_embedding(timesteps)
+        e, modulation = self.time_embedding(timesteps, None if actions is None else self.action_embedding(actions))
         for block in self.blocks:
             x = block(x, modulation, context, kv)
         return self.unpatchify(self.head(x, e), height, width)

@@ -6,6 +6,7 @@ Sizes are read off the tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> CausalVae:
         spec = vae_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (KeyError, ZeroDivisionError) as error:
         raise InferixError(f"{path} is no Wan VAE: the tensors that tell its sizes are not in it ({error})") from error
+    config = read_json(path.parent / "config.json") or {}
+    if config.get("_class_name") == "AutoencoderKLWan" and "latents_mean" in config:
+        spec = replace(spec, mean=tuple(config["latents_mean"]), std=tuple(config["latents_std"]))
     if "conv2.weight" in tensors:
         with torch.device("meta"):
             ours = CausalVae(spec).state_dict()

@@ -1,0 +1,525 @@
+"""From nothing to the shipped weights: the autoencoder, a bank of encoded walks, the transformer.
+
+    python -m inferix.models.tinyworld.train --out runs/tinyworld
+
+Every stage saves as it goes and picks up where it was stopped. The transformer learns each frame from noise
+beside the clean frames before it (teacher forcing), which are blurred by noise, and later by its own
+predictions, so that its own mistakes do not grow.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from ...kernels.rope import rope_angles, rotate
+from ..files import write_json
+from ..wan.checkpoint import SHARD
+from ..wan.configs import diffusers_config, diffusers_vae_config
+from ..wan.names import to_format
+from ..wan.spec import MODELS
+from ..wan.transformer import WanTransformer
+from ..wan.vae import CausalVae, VaeSpec, from_patches, to_patches
+from .data import HELD_OUT, Clips, random_clip
+from .words import FILE as WORDS_FILE
+from .words import WordEncoder, known_words, word_numbers
+from .world import ACTIONS, FRAMES, Scene
+
+SPEC = MODELS["tinyworld"]
+Model = TypeVar("Model", bound=nn.Module)
+VAE = VaeSpec(
+    z_dim=16, base_channels=32, decoder_channels=32, multipliers=(1, 2, 2), num_res_blocks=1,
+    temporal_down=(True, True), patch=2, shortcuts=True, mean=(0.0,) * 16, std=(1.0,) * 16,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the training; actions are the unit of length."""
+
+    vae_steps: int = 2000
+    vae_batch: int = 4
+    vae_length: int = 4
+    vae_rate: float = 2e-3
+    kl_weight: float = 3e-4
+    bank_clips: int = 2000
+    bank_length: int = 24
+    window: int = 10  # latent frames a frame sees, the first of the clip always among them
+    crop: int = 16  # latent frames of a clip in a batch
+    batch: int = 4
+    levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
+    steps: int = 2000
+    own_steps: int = 600  # with its own predictions as the past
+    rate: float = 1.5e-3
+    own_rate: float = 4e-4
+    blur: float = 0.3  # most noise in the past that the network takes for clean
+    save_every: float = 180.0  # seconds
+
+
+SHORT = Recipe(
+    vae_steps=8, vae_batch=1, vae_length=1, bank_clips=4, bank_length=6, window=3, crop=5, batch=2, steps=8, own_steps=4
+)
+
+
+def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
+    """The autoencoder: reconstruction and a little pull of the latents towards a normal distribution."""
+    vae = CausalVae(VAE)
+    with torch.no_grad():  # signals that keep their size and latents with hardly any noise, or it learns slowly
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.weight.mul_(1.7)
+        vae.quant_conv.weight[VAE.z_dim :].zero_()
+        assert vae.quant_conv.bias is not None
+        vae.quant_conv.bias[VAE.z_dim :].fill_(-6.0)
+    clips = DataLoader(Clips(recipe.vae_length, seed=1), batch_size=recipe.vae_batch, num_workers=1)
+    run = Run(folder / "vae", vae, optimisers(vae, recipe.vae_rate), recipe.vae_steps, recipe.save_every)
+    if run.step < run.steps:
+        source = iter(clips)
+
+        def loss() -> tuple[Tensor, dict[str, float]]:
+            pixels = next(source)
+            mean, log_var = encode_clips(vae, pixels).chunk(2, dim=1)
+            latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_var)
+            wrong = decode_clips(vae, latents) - pixels
+            kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
+            mse = float(wrong.detach().square().mean()) / 4
+            total = torch.sqrt(wrong.square() + 0.03**2).mean() + recipe.kl_weight * kl
+            return total, {"psnr": -10 * math.log10(mse), "kl": float(kl.detach())}
+
+        run.go(loss, lambda: vae_sheet(run.average, folder / "vae.png"))
+    return run.average
+
+
+def encode_clips(vae: CausalVae, pixels: Tensor) -> Tensor:
+    """Clips [B, 3, T, H, W] in [-1, 1] to means and log variances [B, 2z, F, h, w], before normalisation."""
+    state = vae.new_state()
+    frames = to_patches(pixels.transpose(1, 2).flatten(0, 1), vae.spec.patch)
+    x = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2)
+    first = vae.encoder(x[:, :, :1], state)
+    state.frames = 1
+    rest = [vae.encoder(x[:, :, 1:], state)] if x.shape[2] > 1 else []
+    moments: Tensor = vae.quant_conv(torch.cat([first, *rest], dim=2)).float()
+    mean, log_var = moments.chunk(2, dim=1)
+    return torch.cat((mean, log_var.clamp(-20, 10)), dim=1)
+
+
+def decode_clips(vae: CausalVae, latents: Tensor) -> Tensor:
+    """Latents [B, z, F, h, w], not normalised, to clips [B, 3, T, H, W]."""
+    state = vae.new_state()
+    x = vae.post_quant_conv(latents)
+    parts = [vae.decoder(x[:, :, :1], state)]
+    state.frames = 1
+    parts += [vae.decoder(x[:, :, 1:], state)] if x.shape[2] > 1 else []
+    pixels = torch.cat(parts, dim=2)
+    frames = from_patches(pixels.transpose(1, 2).flatten(0, 1), vae.spec.patch)
+    return frames.unflatten(0, (len(latents), -1)).transpose(1, 2).float()
+
+
+@torch.no_grad()
+def vae_sheet(vae: CausalVae, path: Path) -> str:
+    """True pictures above decoded ones, of clips never trained on; returns their PSNR."""
+    rng = random.Random(7)
+    clips = np.stack([random_clip(rng, 3, HELD_OUT).pictures for _ in range(6)])
+    pixels = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    decoded = decode_clips(vae, encode_clips(vae, pixels).chunk(2, dim=1)[0]).clamp(-1, 1)
+    rows = torch.stack((pixels, decoded), dim=1)[:, :, :, [0, 2, 4, 7, 10, 12]]  # clip, kind, rgb, time
+    save_sheet(rows.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2), path)
+    return f"held out {-10 * math.log10(float((decoded - pixels).square().mean()) / 4):.2f} dB"
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Encoded walks: latents [N, F, z, h, w] normalised, actions [N, F], words of both scenes [N, 2, text_len]."""
+
+    latents: Tensor
+    actions: Tensor
+    words: Tensor
+    change: Tensor  # [N], the first latent frame of the second scene
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@torch.no_grad()
+def encode_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
+    """Random walks through the autoencoder, once, so that the transformer never sees a pixel."""
+    file = folder / "bank.safetensors"
+    if not file.exists():
+        rng = random.Random(2)
+        latents, actions, words, change = [], [], [], []
+        for index in range(recipe.bank_clips):
+            clip = random_clip(rng, recipe.bank_length, change_share=0.3)
+            pixels = torch.from_numpy(clip.pictures).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                moments = encode_clips(vae, pixels)
+            latents.append(moments.chunk(2, dim=1)[0][0].transpose(0, 1).half())
+            actions.append(torch.tensor([ACTIONS.index(action) for action in ("stay", *clip.actions)]))
+            words.append(torch.tensor([scene_words(clip.before), scene_words(clip.after)]))
+            change.append(clip.change + 1)
+            if index % 100 == 99:
+                print(f"bank {index + 1}/{recipe.bank_clips}", flush=True)
+        save_file(
+            {"latents": torch.stack(latents), "actions": torch.stack(actions), "words": torch.stack(words),
+             "change": torch.tensor(change)}, file,
+        )  # fmt: skip
+    held = load_file(file)
+    raw = held["latents"].float()
+    mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
+    raw.sub_(mean[:, None, None]).div_(std[:, None, None])
+    return Bank(
+        raw, held["actions"], held["words"], held["change"], tuple(mean.tolist()), tuple(std.tolist())
+    )
+
+
+def scene_words(scene: Scene) -> list[int]:
+    return word_numbers(known_words(scene.prompt), SPEC.text_len)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Walks to learn from: latents [B, F, C, h, w], actions [B, F, d], words [B, text_len], and what counts [B, F]."""
+
+    latents: Tensor
+    actions: Tensor
+    words: Tensor
+    counts: Tensor
+
+
+def random_batch(bank: Bank, recipe: Recipe) -> Batch:
+    """Crops of walks; where one holds a change of scene, the new one is told and only its frames count."""
+    clips = torch.randint(len(bank.latents), (recipe.batch,))
+    starts = torch.randint(bank.latents.shape[1] - recipe.crop + 1, (recipe.batch,))
+    frames = starts[:, None] + torch.arange(recipe.crop)
+    latents, actions = bank.latents[clips[:, None], frames], bank.actions[clips[:, None], frames]
+    actions[:, 0] = ACTIONS.index("stay")
+    changed = starts + recipe.crop > bank.change[clips]
+    words = bank.words[clips, changed.long()]
+    words = torch.where(torch.rand(words.shape) < 0.03, -1, words)  # prompts may leave something open
+    counts = ~changed[:, None] | (frames >= bank.change[clips][:, None])
+    return Batch(latents, F.one_hot(actions, len(ACTIONS)).float(), words, counts)
+
+
+class ClipAttention:
+    """Self-attention while training: clean frames, then the same ones noisy, each over the clean ones before it.
+
+    A frame sees itself, the clean frames of its window and the clip's first frame, which stands just before
+    the window: what a cache of `window` frames with a sink of one does, for all frames at once.
+    """
+
+    def __init__(self, frames: int, window: int, grid: tuple[int, int], head_dim: int) -> None:
+        self.frames, self.tokens = frames, grid[0] * grid[1]
+        self.angles = rope_angles(list(range(frames)) * 2, *grid, head_dim)
+        moved = list(range(1, frames - window + 1))  # places of the first frame before later windows
+        self.moved = rope_angles(moved, *grid, head_dim) if moved else None
+        self.copies = len(moved)
+        rows, seen = [], []
+        for frame in range(frames):
+            first = max(1, frame - window + 2)
+            sink = [] if frame == 0 else [0 if frame < window else frames + frame - window]
+            past = [*sink, *range(first, frame)]
+            padded = [0] * (window - 1 - len(past)) + past
+            rows.append(padded)
+            seen.append([False] * (window - 1 - len(past)) + [True] * (len(past) + 1))
+        clean = [[*row, frame] for frame, row in enumerate(rows)]
+        noisy = [[*row, frames + self.copies + frame] for frame, row in enumerate(rows)]
+        self.rows = torch.tensor(clean + noisy)
+        self.mask = torch.tensor(seen * 2).repeat_interleave(self.tokens, 1)[:, None, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, dtype = len(q), v.dtype
+        q_frames = self._frames(rotate(q, self.angles, torch.float32).to(dtype))
+        keys = self._frames(rotate(k, self.angles, torch.float32).to(dtype))
+        values = self._frames(v)
+        clean, noisy = keys.split(self.frames, dim=1)
+        sinks, sink_values = [], []
+        if self.moved is not None:
+            first = k[:, : self.tokens].repeat(1, self.copies, 1, 1)
+            sinks = [self._frames(rotate(first, self.moved, torch.float32).to(dtype))]
+            sink_values = [values[:, :1].expand(-1, self.copies, -1, -1, -1)]
+        clean_values, noisy_values = values.split(self.frames, dim=1)
+        keys = torch.cat((clean, *sinks, noisy), dim=1)[:, self.rows]
+        values = torch.cat((clean_values, *sink_values, noisy_values), dim=1)[:, self.rows]
+        out = F.scaled_dot_product_attention(
+            q_frames.flatten(0, 1).transpose(1, 2),
+            keys.flatten(2, 3).flatten(0, 1).transpose(1, 2),
+            values.flatten(2, 3).flatten(0, 1).transpose(1, 2),
+            attn_mask=self.mask.repeat(batch, 1, 1, 1),
+        )
+        return out.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
+
+    def _frames(self, tensor: Tensor) -> Tensor:
+        """[B, F*P, n, c] to [B, F, P, n, c]."""
+        return tensor.unflatten(1, (-1, self.tokens))
+
+
+class TinyWorld(nn.Module):
+    """The transformer and the words it is told, trained together."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.transformer, self.words = WanTransformer(SPEC), WordEncoder(SPEC.text_dim, SPEC.text_len)
+        for name, weight in self.named_parameters():
+            if name.endswith("modulation"):
+                nn.init.normal_(weight, std=0.02)
+        nn.init.zeros_(self.transformer.head.linear.weight)
+        nn.init.zeros_(self.transformer.time_embedding.projection.weight)
+        nn.init.normal_(self.words.rows.weight)
+
+    def forward(self, clean: Tensor, noisy: Tensor, sigmas: Tensor, actions: Tensor, words: Tensor) -> Tensor:
+        """Velocities [B, F, C, h, w] of noisy frames, each beside the clean frames before it."""
+        frames = clean.shape[1]
+        attention = ClipAttention(frames, self.window, (clean.shape[3], clean.shape[4]), SPEC.head_dim)
+        timesteps = torch.cat((torch.zeros_like(sigmas), sigmas * 1000), dim=1)
+        context = self.transformer.embed_text(self.words(words))
+        out = self.transformer(
+            torch.cat((clean, noisy), dim=1), timesteps, context, attention, torch.cat((actions, actions), dim=1)
+        )
+        return out[:, frames:].float()
+
+
+def train_transformer(folder: Path, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
+    """First with true pasts, blurred by noise; then with pasts that the network itself has drawn."""
+    world = TinyWorld(recipe.window)
+    world = train_stage(folder, "world", world, bank, vae, recipe, recipe.steps, recipe.rate)
+    return train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
+
+
+def train_stage(
+    folder: Path, name: str, world: TinyWorld, bank: Bank, vae: CausalVae, recipe: Recipe, steps: int, rate: float
+) -> TinyWorld:
+    run = Run(folder / name, world, optimisers(world, rate), steps, recipe.save_every)
+    if run.step < run.steps:
+        run.go(
+            lambda: world_loss(world, random_batch(bank, recipe), recipe, own=name == "own"),
+            lambda: world_sheet(run.average, vae, bank, recipe, folder / f"{name}.png"),
+        )
+    return run.average
+
+
+def world_loss(world: TinyWorld, batch: Batch, recipe: Recipe, own: bool) -> tuple[Tensor, dict[str, float]]:
+    """Velocity error of frames at the sampler's levels, beside a past that is not quite clean."""
+    shape = batch.latents.shape
+    levels = torch.tensor(recipe.levels)
+    place = torch.randint(len(levels), shape[:2])
+    past, start = batch.latents, batch.latents
+    if own:
+        past, start = own_past(world, batch, levels)
+    blur = torch.rand(shape[:2]) * recipe.blur * (torch.rand(shape[:2]) < 0.5)
+    sigmas = levels[place]
+    clean, noisy = mixed(past, blur), mixed(start, sigmas)
+    velocity = world(clean, noisy, sigmas, batch.actions, batch.words)
+    target = (noisy - batch.latents) / per_frame(sigmas)
+    error = (velocity - target).square().mean((2, 3, 4))
+    counts = batch.counts.float()
+    total = (error * counts).sum() / counts.sum().clamp(min=1)
+    far = (place == 0) & batch.counts
+    far[:, :1] = False
+    return total, {"x0 from noise": float(error.detach()[far].mean())} if far.any() else {}
+
+
+@torch.no_grad()
+def own_past(world: TinyWorld, batch: Batch, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network draws of each frame from a noisy one: the past to learn beside, and where a step starts.
+
+    The noisy frame fixes what is not determined, so that the true frames stay the right answer.
+    """
+    sigmas = levels[torch.randint(len(levels), batch.latents.shape[:2])].clamp(max=0.9)
+    noisy = mixed(batch.latents, sigmas)
+    drawn = noisy - per_frame(sigmas) * world(batch.latents, noisy, sigmas, batch.actions, batch.words)
+    true_past, true_start = (per_frame(torch.rand(sigmas.shape)) < share for share in (0.3, 0.5))
+    return torch.where(true_past, batch.latents, drawn), torch.where(true_start, batch.latents, drawn)
+
+
+def mixed(latents: Tensor, sigmas: Tensor) -> Tensor:
+    """Latents [B, F, C, h, w] with noise of level sigmas [B, F]."""
+    return torch.lerp(latents, torch.randn_like(latents), per_frame(sigmas))
+
+
+def per_frame(values: Tensor) -> Tensor:
+    return values[:, :, None, None, None]
+
+
+@torch.no_grad()
+def world_sheet(world: TinyWorld, vae: CausalVae, bank: Bank, recipe: Recipe, path: Path) -> str:
+    """True walks above what the network makes of their first frames and actions; returns how near it comes."""
+    frames, clips = recipe.crop, slice(0, 4)
+    words, actions = bank.words[clips, 0], F.one_hot(bank.actions[clips, :frames], len(ACTIONS)).float()
+    true = bank.latents[clips, :frames]
+    drawn = true.clone()
+    drawn[:, 1:] = 0
+    for frame in range(1, frames):
+        x = torch.randn_like(true[:, frame])
+        for level, following in zip(recipe.levels, (*recipe.levels[1:], 0.0), strict=True):
+            noisy = drawn.clone()
+            noisy[:, frame] = x
+            sigmas = torch.full(actions.shape[:2], level)
+            velocity = world(drawn[:, : frame + 1], noisy[:, : frame + 1], sigmas[:, : frame + 1],
+                             actions[:, : frame + 1], words)[:, frame]  # fmt: skip
+            x = torch.lerp(x - level * velocity, torch.randn_like(x), following)
+        drawn[:, frame] = x
+    mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
+    decoded = [decode_clips(vae, (part * std + mean).transpose(1, 2)).clamp(-1, 1) for part in (true, drawn)]
+    rows = torch.stack(decoded, dim=1)[:, :, :, ::FRAMES]
+    save_sheet(rows.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2), path)
+    error = (decoded[0] - decoded[1]).square().mean((0, 1, 3, 4))[1:].unflatten(0, (-1, FRAMES)).mean(1) / 4
+    return "rollout dB " + " ".join(f"{-10 * math.log10(float(value)):.1f}" for value in error)
+
+
+def export(folder: Path, vae: CausalVae, world: TinyWorld, bank: Bank) -> None:
+    """The files that are shipped, half precision, in the layout of a diffusers checkpoint."""
+    spec = replace(vae.spec, mean=bank.mean, std=bank.std)
+    named = {to_format("diffusers", name): tensor for name, tensor in world.transformer.state_dict().items()}
+    write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
+    write_json(folder / "transformer" / "config.json", diffusers_config(SPEC))
+    write_json(folder / "vae" / "config.json", diffusers_vae_config(spec))
+    for file, state in (
+        (folder / "transformer" / SHARD, named),
+        (folder / "vae" / SHARD, vae.state_dict()),
+        (folder / WORDS_FILE, world.words.state_dict()),
+    ):
+        save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
+    print(f"wrote {folder}, {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
+
+
+def save_sheet(rows: Tensor, path: Path) -> None:
+    """Rows of pixels in [-1, 1], [H, W, 3], as a picture twice the size."""
+    picture = ((rows.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    Image.fromarray(picture).resize((picture.shape[1] * 2, picture.shape[0] * 2), Image.Resampling.NEAREST).save(path)
+
+
+class MatrixMuon(torch.optim.Muon):
+    """Muon, with a convolution's weight taken as the matrix [out, everything else]."""
+
+    def __init__(self, weights: list[nn.Parameter], rate: float) -> None:
+        self.weights = weights
+        self.views = [nn.Parameter(weight.data.view(len(weight), -1)) for weight in weights]
+        super().__init__(self.views, rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for view, weight in zip(self.views, self.weights, strict=True):
+            assert view.data_ptr() == weight.data_ptr() and weight.grad is not None
+            view.grad = weight.grad.reshape_as(view)
+            weight.grad = None
+        return super().step(closure)
+
+
+def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and kernels inside the network, AdamW for what is left."""
+    inner = (".blocks.", "encoder.", "decoder.")
+    matrices = [
+        weight
+        for name, weight in model.named_parameters()
+        if any(part in name for part in inner) and weight.ndim > 1 and "modulation" not in name and "norm" not in name
+    ]
+    held = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in held]
+    return [MatrixMuon(matrices, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+class Run(Generic[Model]):
+    """A training loop that can be stopped: model, its moving average, optimisers and step in one file."""
+
+    def __init__(
+        self, folder: Path, model: Model, optimisers: list[torch.optim.Optimizer], steps: int, save_every: float
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.model, self.optimisers = folder / "run.pt", model, optimisers
+        self.steps, self.save_every = steps, save_every
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.997))
+        self.step = 0
+        self.rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+        if self.file.exists():
+            saved = torch.load(self.file, weights_only=True)
+            model.load_state_dict(saved["model"])
+            self.averaged.load_state_dict(saved["average"])
+            for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+                optimiser.load_state_dict(state)
+            self.step = saved["step"]
+
+    @property
+    def average(self) -> Model:
+        return cast(Model, self.averaged.module)
+
+    def go(self, loss: Callable[[], tuple[Tensor, dict[str, float]]], sheet: Callable[[], str]) -> None:
+        """Train to the last step; `loss` gives the loss of a batch and figures to tell, `sheet` draws samples."""
+        said: dict[str, float] = {}
+        saved = told = time.monotonic()
+        began = self.step
+        while self.step < self.steps:
+            self.set_rates()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                total, figures = loss()
+            total.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimiser in self.optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+            self.averaged.update_parameters(self.model)
+            self.step += 1
+            for name, value in (figures | {"loss": float(total.detach())}).items():
+                said[name] = value if name not in said else 0.95 * said[name] + 0.05 * value
+            now = time.monotonic()
+            if self.step % 20 == 0 or self.step == self.steps:
+                pace = (now - told) / min(20, self.step - began)
+                told = now
+                values = "  ".join(f"{name} {value:.4f}" for name, value in said.items())
+                print(f"{self.file.parent.name} {self.step}/{self.steps}  {pace:.2f} s/step  {values}", flush=True)
+            if now - saved > self.save_every or self.step == self.steps:
+                self.save()
+                print(f"saved; {sheet()}", flush=True)
+                saved = told = time.monotonic()
+                began = self.step
+
+    def set_rates(self) -> None:
+        """Up over the first steps, then down along a cosine."""
+        share = self.step / self.steps
+        factor = min(1.0, (self.step + 1) / 60) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
+        for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+
+    def save(self) -> None:
+        part = self.file.with_suffix(".part")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "average": self.averaged.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+                "step": self.step,
+            },
+            part,
+        )
+        part.replace(self.file)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on.")],
+    short: Annotated[bool, typer.Option(help="A few steps of each stage, to see that all of it works.")] = False,
+) -> None:
+    """Train the small world from nothing to the files that are shipped."""
+    torch.manual_seed(0)
+    recipe = SHORT if short else Recipe()
+    vae = train_vae(out, recipe)
+    bank = encode_bank(out, vae, recipe)
+    world = train_transformer(out, bank, vae, recipe)
+    export(out / "weights", vae, world, bank)
+
+
+if __name__ == "__main__":
+    typer.run(main)

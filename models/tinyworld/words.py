@@ -1,0 +1,88 @@
+"""The text encoder of the small world: one trained row per known word, other words replaced or left out.
+
+Same interface as the UMT5 encoder: a prompt in, [text_len, d] rows out, zero after the prompt's words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UsageError
+from ..files import fill, read_tensors
+from ..text.umt5 import clean_prompt
+from .world import BIOMES, COLOURS, HEROES, LIGHTS
+
+FILE = "words.safetensors"
+SKIPPED = ("a", "an", "the", "in", "at", "by", "on", "of", "and", "with", "to", "is")
+WORDS: tuple[str, ...] = tuple(
+    word
+    for phrase in (*COLOURS, *HEROES, *BIOMES, *LIGHTS)
+    for word in phrase.split()
+    if word not in SKIPPED
+)  # fmt: skip
+GRAMMAR = (
+    f"a {{{'|'.join(COLOURS)}}} {{{'|'.join(HEROES)}}} in a {{{'|'.join(BIOMES)}}} {{{'|'.join(LIGHTS)}}}"
+)
+
+
+class WordEncoder(nn.Module):
+    """Rows [text_len, dim] of a prompt, looked up word by word."""
+
+    def __init__(self, dim: int, text_len: int) -> None:
+        super().__init__()
+        self.text_len = text_len
+        self.rows = nn.Embedding(len(WORDS), dim)
+
+    @classmethod
+    def from_file(cls, path: Path, text_len: int, dtype: torch.dtype, device: Any) -> WordEncoder:
+        tensors = read_tensors(path)
+        with torch.device("meta"):
+            module = cls(tensors["rows.weight"].shape[1], text_len)
+        return fill(module, tensors, dtype, device, path)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Word numbers [..., text_len], -1 for none, to rows [..., text_len, dim]."""
+        return self.rows(words.clamp(min=0)) * (words >= 0)[..., None]
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> Tensor:
+        """Rows [text_len, dim] of a prompt; warns of words it does not know, UsageError if it knows none."""
+        numbers = word_numbers(known_words(prompt), self.text_len)
+        return self(torch.tensor(numbers, device=self.rows.weight.device))
+
+
+def find_words(places: Iterable[Path]) -> Path | None:
+    """The file of a word encoder in the first place that has one."""
+    return next((place / FILE for place in places if (place / FILE).is_file()), None)
+
+
+def word_numbers(words: list[str], text_len: int) -> list[int]:
+    """Numbers of the first `text_len` words, then -1."""
+    numbers = [WORDS.index(word) for word in words[:text_len]]
+    return numbers + [-1] * (text_len - len(numbers))
+
+
+def known_words(prompt: str) -> list[str]:
+    """The known words of a prompt in order, nearest ones in place of others where there are any."""
+    found = []
+    for word in re.findall(r"[a-z]+", clean_prompt(prompt).lower()):
+        if word in SKIPPED:
+            continue
+        near = difflib.get_close_matches(word, WORDS, n=1, cutoff=0.6)
+        if not near:
+            warnings.warn(f"the small world does not know {word!r}; left out. It knows: {GRAMMAR}", stacklevel=2)
+            continue
+        if near[0] != word:
+            warnings.warn(f"the small world does not know {word!r}; taken for {near[0]!r}", stacklevel=2)
+        found.append(near[0])
+    if not found:
+        raise UsageError(f"the small world knows no word of {prompt!r}; say for example {GRAMMAR}")
+    return found
