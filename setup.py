@@ -24,6 +24,7 @@ PACKAGES = [
     "inferix.models.tinyworld",
     "inferix.export",
     "inferix.runtime",
+    "inferix.evaluate",
 ]
 
 DEPENDENCIES = [

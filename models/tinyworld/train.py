@@ -24,7 +24,7 @@ import typer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from ...kernels.rope import rope_angles, rotate
@@ -78,14 +78,7 @@ SHORT = Recipe(
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
     """The autoencoder: reconstruction and a little pull of the latents towards a normal distribution."""
-    vae = CausalVae(VAE)
-    with torch.no_grad():  # signals that keep their size and latents with hardly any noise, or it learns slowly
-        for module in vae.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d):
-                module.weight.mul_(1.7)
-        vae.quant_conv.weight[VAE.z_dim :].zero_()
-        assert vae.quant_conv.bias is not None
-        vae.quant_conv.bias[VAE.z_dim :].fill_(-6.0)
+    vae = new_vae()
     clips = DataLoader(Clips(recipe.vae_length, seed=1), batch_size=recipe.vae_batch, num_workers=1)
     run = Run(folder / "vae", vae, optimisers(vae, recipe.vae_rate), recipe.vae_steps, recipe.save_every)
     if run.step < run.steps:
@@ -103,6 +96,19 @@ def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
 
         run.go(loss, lambda: vae_sheet(run.average, folder / "vae.png"))
     return run.average
+
+
+def new_vae() -> CausalVae:
+    """An autoencoder before training: signals that keep their size, latents with hardly any noise."""
+    vae = CausalVae(VAE)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.weight.mul_(1.7)
+        vae.quant_conv.weight[VAE.z_dim :].zero_()
+        assert vae.quant_conv.bias is not None
+        vae.quant_conv.bias[VAE.z_dim :].fill_(-6.0)
+    return vae
 
 
 def encode_clips(vae: CausalVae, pixels: Tensor) -> Tensor:
@@ -241,14 +247,15 @@ class ClipAttention:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, dtype = len(q), v.dtype
-        q_frames = self._frames(rotate(q, self.angles, torch.float32).to(dtype))
-        keys = self._frames(rotate(k, self.angles, torch.float32).to(dtype))
+        wide = torch.promote_types(dtype, torch.float32)
+        q_frames = self._frames(rotate(q, self.angles, wide).to(dtype))
+        keys = self._frames(rotate(k, self.angles, wide).to(dtype))
         values = self._frames(v)
         clean, noisy = keys.split(self.frames, dim=1)
         sinks, sink_values = [], []
         if self.moved is not None:
             first = k[:, : self.tokens].repeat(1, self.copies, 1, 1)
-            sinks = [self._frames(rotate(first, self.moved, torch.float32).to(dtype))]
+            sinks = [self._frames(rotate(first, self.moved, wide).to(dtype))]
             sink_values = [values[:, :1].expand(-1, self.copies, -1, -1, -1)]
         clean_values, noisy_values = values.split(self.frames, dim=1)
         keys = torch.cat((clean, *sinks, noisy), dim=1)[:, self.rows]
@@ -289,7 +296,7 @@ class TinyWorld(nn.Module):
         out = self.transformer(
             torch.cat((clean, noisy), dim=1), timesteps, context, attention, torch.cat((actions, actions), dim=1)
         )
-        return out[:, frames:].float()
+        return out[:, frames:].to(clean.dtype)
 
 
 def train_transformer(folder: Path, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
@@ -432,6 +439,11 @@ def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     return [MatrixMuon(matrices, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
+def moving_average(average: Tensor, weight: Tensor, count: Tensor | int) -> Tensor:
+    """Over the last few hundred steps, fewer at the start."""
+    return average.lerp(weight, 1 - min(0.997, (1 + int(count)) / (10 + int(count))))
+
+
 class Run(Generic[Model]):
     """A training loop that can be stopped: model, its moving average, optimisers and step in one file."""
 
@@ -441,7 +453,7 @@ class Run(Generic[Model]):
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.model, self.optimisers = folder / "run.pt", model, optimisers
         self.steps, self.save_every = steps, save_every
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.997))
+        self.averaged = AveragedModel(model, avg_fn=moving_average)
         self.step = 0
         self.rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
         if self.file.exists():
@@ -488,8 +500,8 @@ class Run(Generic[Model]):
 
     def set_rates(self) -> None:
         """Up over the first steps, then down along a cosine."""
-        share = self.step / self.steps
-        factor = min(1.0, (self.step + 1) / 60) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
+        up = min(1.0, (self.step + 1) / min(60, 1 + self.steps // 10))
+        factor = up * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
         for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor

@@ -108,7 +108,7 @@ class Landmark:
 
 
 def draw_number(seed: int, x: int, y: int, salt: int) -> float:
-    """A number in [0, 1) that is the same for ever at a place; `_mix` for one place, in whole numbers."""
+    """A number in [0, 1) that is the same for ever at a place; `mix` for one place, in whole numbers."""
     h = (x * 0x9E3779B97F4A7C15 & MASK) ^ (y * 0xC2B2AE3D27D4EB4F & MASK)
     h ^= (seed * 0x165667B19E3779F9 + salt * 0x27D4EB2F165667C5) & MASK
     for shift, factor in ROUNDS:
@@ -116,7 +116,8 @@ def draw_number(seed: int, x: int, y: int, salt: int) -> float:
     return (h >> 40) / (1 << 24)
 
 
-def _mix(seed: int, x: NDArray[np.int64], y: NDArray[np.int64], salt: int) -> NDArray[np.float32]:
+def mix(seed: int, x: NDArray[np.int64], y: NDArray[np.int64], salt: int) -> NDArray[np.float32]:
+    """Numbers in [0, 1) that are the same for ever, one for each place (x, y)."""
     with np.errstate(over="ignore"):
         h = x.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ y.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
         h ^= np.uint64((seed * 0x165667B19E3779F9 + salt * 0x27D4EB2F165667C5) & MASK)
@@ -196,14 +197,16 @@ def value_noise(seed: int, x: NDArray[np.float32], y: NDArray[np.float32], scale
     ix, iy = np.floor(gx).astype(np.int64), np.floor(gy).astype(np.int64)
     fx, fy = gx - ix, gy - iy
     fx, fy = (fx * fx * (3 - 2 * fx))[None], (fy * fy * (3 - 2 * fy))[:, None]
-    corner = {(dx, dy): _mix(seed, (ix + dx)[None], (iy + dy)[:, None], salt) for dx in (0, 1) for dy in (0, 1)}
+    corner = {(dx, dy): mix(seed, (ix + dx)[None], (iy + dy)[:, None], salt) for dx in (0, 1) for dy in (0, 1)}
     top = corner[0, 0] + fx * (corner[1, 0] - corner[0, 0])
     bottom = corner[0, 1] + fx * (corner[1, 1] - corner[0, 1])
     return top + fy * (bottom - top)
 
 
-def draw_land(seed: int, biome: Biome, x: int, y: int, width: int, height: int) -> Canvas:
-    """The land from world pixel (x, y) on: ground and landmarks, colours [height, width, 3] in 0..1."""
+def draw_land(
+    seed: int, biome: Biome, x: int, y: int, width: int, height: int, without: Landmark | None = None
+) -> Canvas:
+    """The land from world pixel (x, y) on: ground and landmarks but one, colours [height, width, 3] in 0..1."""
     xs = np.arange(x, x + width, dtype=np.float32) + 0.5
     ys = np.arange(y, y + height, dtype=np.float32) + 0.5
     mix = 0.65 * value_noise(seed, xs, ys, 26.0, 11) + 0.35 * value_noise(seed, xs, ys, 9.0, 12)
@@ -211,7 +214,8 @@ def draw_land(seed: int, biome: Biome, x: int, y: int, width: int, height: int) 
     one, two = (np.array(colour, dtype=np.float32) for colour in biome.ground)
     canvas = one + mix * (two - one)
     for mark in landmarks_near(seed, x + width / 2, y + height / 2, max(width, height) / 2 + CELL):
-        draw_landmark(canvas, biome, mark, mark.x - x, mark.y - y)
+        if mark != without:
+            draw_landmark(canvas, biome, mark, mark.x - x, mark.y - y)
     return canvas
 
 
@@ -367,9 +371,16 @@ class World:
         """The first picture and those of all actions, uint8 [1 + FRAMES * len(actions), SIZE, SIZE, 3]."""
         return np.concatenate([self.first(), *(self.step(action) for action in actions)])
 
+    def picture_without(self, mark: Landmark) -> Frames:
+        """The picture now, were a landmark not there, uint8 [SIZE, SIZE, 3]."""
+        left, top = self.x - SIZE // 2, self.y - SIZE // 2
+        return self._finished(draw_land(self.seed, self.biome, left, top, SIZE, SIZE, without=mark), left, top, 0.0)
+
     def _picture(self, x: int, y: int, stride: float) -> Frames:
         left, top = x - SIZE // 2, y - SIZE // 2
-        canvas = self._land(left, top).copy()
+        return self._finished(self._land(left, top).copy(), left, top, stride)
+
+    def _finished(self, canvas: Canvas, left: int, top: int, stride: float) -> Frames:
         draw_hero(canvas, self.scene, self.facing, stride)
         draw_creature(canvas, self.seed, self.biome, left, top, self.time)
         return (np.clip(lit(canvas, self.scene.light), 0, 1) * 255 + 0.5).astype(np.uint8)

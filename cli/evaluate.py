@@ -1,0 +1,54 @@
+"""`inferix eval`: how good what a model makes is."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UsageError
+from ..version import __version__
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure how good what a model makes is.")
+
+
+@app.callback()
+def common() -> None:
+    """Measure how good what a model makes is.
+
+    Example: inferix eval tinyworld
+    """
+
+
+@app.command()
+def tinyworld(
+    model: str = typer.Option("tinyworld", help="Checkpoint folder of a model trained on the small world."),
+    walks: int = typer.Option(32, min=1, help="Walks for each figure but the long runs."),
+    seeds: int = typer.Option(8, min=1, help="Long runs."),
+    minutes: float = typer.Option(10.0, help="Length of a long run, in minutes of video; 1 or more."),
+    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
+    as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
+) -> None:
+    """Hold the small world against its simulator: actions, memory, drift.
+
+    Example: inferix eval tinyworld --walks 8 --seeds 2 --minutes 1
+    """
+    if not minutes >= 1:
+        raise UsageError(f"--minutes is {minutes:g}; expected 1 or more, since drift is measured over 60 s")
+
+    from ..evaluate.tinyworld import BARS, evaluate
+    from ..runtime.engine import load
+
+    engine = load(model, preset="tinyworld", device=device)
+    console = Console(stderr=True)
+    found = evaluate(engine, walks, seeds, minutes, lambda said: console.print(said, highlight=False))
+    found |= {"walks": walks, "seeds": seeds, "minutes": minutes, "version": __version__, "model": engine.describe()}
+    if as_json:
+        typer.echo(json.dumps(found, default=str))
+        return
+    table = Table("figure", "reached", "bar", "")
+    for name, (sign, bar) in BARS.items():
+        table.add_row(name, f"{found[name]:.3g}", f"{sign} {bar:g}", "yes" if found["passed"][name] else "no")
+    Console().print(table)

@@ -1,0 +1,280 @@
+"""The small world against its simulator: does it do what it is told, remember, and stay itself.
+
+Every figure comes from pictures at the end of a latent frame, where the camera stands on whole steps. Worlds
+are of seeds that were never trained on. `BARS` are what we set out to reach.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..models.tinyworld.data import HELD_OUT, random_walk
+from ..models.tinyworld.world import FRAMES, MOVES, SIZE, STEP, Landmark, Scene, World, landmarks_near, scenes
+from ..runtime.engine import Engine, to_frames
+
+Picture = NDArray[np.uint8]
+Tell = Callable[[str], None]
+
+PREFIX = 6  # latent frames of the simulator that a walk goes on from
+HERO = slice(SIZE // 2 - 11, SIZE // 2 + 8)  # rows and columns of the middle that the hero covers
+EDGE = 6.0  # pixels a landmark's middle must be inside the picture to count as in view
+BARS = {
+    "actions_right": (">=", 0.95),
+    "reconstruction_db": (">=", 30.0),
+    "first_2s_db": (">=", 22.0),
+    "landmark_return": (">=", 0.80),
+    "drift_60s": ("<=", 0.05),
+    "collapsed": ("<=", 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the simulator shows: pictures, and where the camera stands after each action (the start first)."""
+
+    scene: Scene
+    actions: list[str]
+    pictures: Picture  # [1 + FRAMES * actions, SIZE, SIZE, 3]
+    places: list[tuple[int, int]]
+    world: World  # at the end
+
+    @property
+    def ends(self) -> Picture:
+        """The last picture of each latent frame."""
+        return self.pictures[::FRAMES]
+
+
+def simulate(scene: Scene, seed: int, actions: list[str], before: list[str] | None = None) -> Walk:
+    """`actions` after a walk `before` that is not shown."""
+    world = World(HELD_OUT + seed, scene)
+    world.walk(before or [])
+    pictures, places = [world.first()], [(world.x, world.y)]
+    for action in actions:
+        pictures.append(world.step(action))
+        places.append((world.x, world.y))
+    return Walk(scene, actions, np.concatenate(pictures), places, world)
+
+
+def random_walks(count: int, length: int, seed: int) -> Iterator[Walk]:
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield simulate(
+            rng.choice(scenes()), rng.randrange(1 << 19), random_walk(rng, length), random_walk(rng, rng.randint(0, 40))
+        )
+
+
+def made(engine: Engine, walk: Walk, given: int, seed: int) -> Picture:
+    """The walk as the model makes it after `given` latent frames of the simulator: its pictures from there on."""
+    prefix = walk.pictures[: (given - 1) * FRAMES + 1]
+    with engine.open(prompt=walk.scene.prompt, seed=seed, video=prefix, actions=walk.actions) as session:
+        blocks = list(session.stream(blocks=len(walk.actions) + 1 - given))
+    return np.concatenate([block.frames for block in blocks if block.frames is not None])
+
+
+def decibel(wrong: NDArray[Any]) -> float:
+    """PSNR of differences of uint8 pictures."""
+    return 20 * math.log10(255 / max(float(np.sqrt(np.mean(np.square(wrong, dtype=np.float64)))), 1e-9))
+
+
+def shift_between(before: Picture, after: Picture) -> tuple[int, int]:
+    """The camera's move (dx, dy) in steps under which two pictures [SIZE, SIZE, 3] correlate best.
+
+    Details are compared, not brightness, since night and fog move with the camera; the hero is left out.
+    """
+    then, now = details(before), details(after)
+    match = {}
+    for dx, dy in MOVES.values():
+        x, y = dx * STEP, dy * STEP
+        new = now[max(0, -y) : SIZE - max(0, y), max(0, -x) : SIZE - max(0, x)]
+        old = then[max(0, y) : SIZE + min(0, y), max(0, x) : SIZE + min(0, x)]
+        keep = np.ones(new.shape, dtype=bool)
+        for row, column in ((max(0, -y), max(0, -x)), (max(0, y), max(0, x))):  # the hero of either picture
+            top, left = HERO.start - row, HERO.start - column
+            keep[max(0, top) : HERO.stop - row, max(0, left) : HERO.stop - column] = False
+        match[dx, dy] = float((new * old)[keep].sum() / np.sqrt((new[keep] ** 2).sum() * (old[keep] ** 2).sum() + 1e-9))
+    return max(match, key=lambda move: match[move])
+
+
+def details(picture: Picture) -> NDArray[np.float64]:
+    """Brightness without its slow parts, in units of how much it varies nearby, [SIZE, SIZE]."""
+    luma = np.log(picture.astype(np.float64).mean(-1) + 8)
+    fine = luma - smooth(luma)
+    return fine / np.sqrt(smooth(fine**2) + 1e-2)
+
+
+def smooth(values: NDArray[np.float64], reach: int = 3) -> NDArray[np.float64]:
+    """The mean over a square of 2 * reach + 1, edges repeated."""
+    for axis in (0, 1):
+        padded = np.pad(values, [(reach + 1, reach) if index == axis else (0, 0) for index in (0, 1)], mode="edge")
+        total = np.cumsum(padded, axis=axis)
+        size = 2 * reach + 1
+        values = (np.take(total, range(size, total.shape[axis]), axis) - np.take(total, range(SIZE), axis)) / size
+    return values
+
+
+def actions_right(engine: Engine, walks: int, tell: Tell) -> float:
+    """Share of latent frames in which the camera moves as the simulator's does."""
+    right = total = 0
+    for index, walk in enumerate(random_walks(walks, PREFIX + 8, 1)):
+        ends = np.concatenate((walk.ends[PREFIX - 1 : PREFIX], made(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]))
+        for step in range(len(ends) - 1):
+            (x, y), (to_x, to_y) = walk.places[PREFIX - 1 + step], walk.places[PREFIX + step]
+            right += shift_between(ends[step], ends[step + 1]) == ((to_x - x) // STEP, (to_y - y) // STEP)
+            total += 1
+        tell(f"actions {index + 1}/{walks}: {right / total:.1%} right")
+    return right / total
+
+
+def reconstruction(engine: Engine, walks: int, tell: Tell) -> float:
+    """PSNR of walks through the autoencoder alone."""
+    wrong = []
+    for index, walk in enumerate(random_walks(walks, 12, 2)):
+        pixels = torch.from_numpy(walk.pictures).permute(0, 3, 1, 2).to(engine.device, engine.dtype) / 127.5 - 1
+        vae = engine.parts.vae
+        with torch.no_grad():
+            decoded = to_frames(vae.decode(vae.encode(pixels, vae.new_state()), vae.new_state()))
+        wrong.append(decoded.astype(np.float64) - walk.pictures)
+        tell(f"reconstruction {index + 1}/{walks}: {decibel(wrong[-1]):.1f} dB")
+    return decibel(np.stack(wrong))
+
+
+def seen_before(walk: Walk, given: int, frame: int) -> NDArray[np.bool_]:
+    """Which pixels [SIZE, SIZE] of a latent frame show land that the first `given` frames have shown."""
+    x, y = walk.places[frame]
+    seen = np.zeros((SIZE, SIZE), dtype=bool)
+    for then_x, then_y in walk.places[:given]:
+        left, top = then_x - x, then_y - y
+        seen[max(0, top) : max(0, SIZE + top), max(0, left) : max(0, SIZE + left)] = True
+    return seen
+
+
+def first_two_seconds(engine: Engine, walks: int, tell: Tell) -> float:
+    """PSNR of the first 2 s against the simulator, where the land was seen before."""
+    count = 2 * engine.fps // FRAMES
+    wrong = []
+    for index, walk in enumerate(random_walks(walks, PREFIX - 1 + count, 3)):
+        ends = made(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
+        for step, picture in enumerate(ends):
+            mask = seen_before(walk, PREFIX, PREFIX + step)
+            wrong.append((picture.astype(np.float64) - walk.ends[PREFIX + step])[mask].ravel())
+        tell(f"first seconds {index + 1}/{walks}: {decibel(np.concatenate(wrong)):.1f} dB")
+    return decibel(np.concatenate(wrong))
+
+
+def landmark_return(engine: Engine, walks: int, tell: Tell) -> float:
+    """Share of landmarks that are there again after walking away from them and back, within the window.
+
+    A landmark is there if the picture around it is nearer to the simulator's than to one without it.
+    """
+    there = total = 0
+    rng = random.Random(4)
+    for index in range(walks):
+        walk, marks = away_and_back(rng, (engine.preset.context.local_attn_size - 2) // 2)
+        given = 2
+        last = made(engine, walk, given, index)[-1].astype(np.float64)
+        for mark in marks:
+            where = around(mark, walk.places[-1])
+            true, without = walk.ends[-1].astype(np.float64), walk.world.picture_without(mark).astype(np.float64)
+            there += bool(np.square(last - true)[where].mean() < np.square(last - without)[where].mean())
+            total += 1
+        tell(f"landmarks {index + 1}/{walks}: {there}/{total} there again")
+    return there / total
+
+
+def away_and_back(rng: random.Random, steps: int) -> tuple[Walk, list[Landmark]]:
+    """A free walk that leaves landmarks behind and comes back to them, and those landmarks."""
+    while True:
+        action, back = rng.choice([("up", "down"), ("down", "up"), ("left", "right"), ("right", "left")])
+        actions = ["stay", *[action] * steps, *[back] * steps]
+        walk = simulate(rng.choice(scenes()), rng.randrange(1 << 19), actions, random_walk(rng, rng.randint(0, 40)))
+        dx, dy = MOVES[action]
+        far = (walk.places[0][0] + dx * STEP * steps, walk.places[0][1] + dy * STEP * steps)
+        if walk.places[steps + 1] != far or walk.places[-1] != walk.places[0]:
+            continue  # something stood in the way
+        marks = landmarks_near(walk.world.seed, *walk.places[0], SIZE / 2)
+        left_behind = [mark for mark in marks if in_view(mark, walk.places[0], -EDGE) and not in_view(mark, far, EDGE)]
+        if left_behind:
+            return walk, left_behind
+
+
+def in_view(mark: Landmark, camera: tuple[int, int], margin: float) -> bool:
+    """Whether a landmark's middle is in the picture, `margin` pixels over its edge allowed."""
+    reach = SIZE / 2 + margin
+    return abs(mark.x - camera[0]) < reach and abs(mark.y - camera[1]) < reach
+
+
+def around(mark: Landmark, camera: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of the picture around a landmark."""
+    x, y = round(mark.x) - camera[0] + SIZE // 2, round(mark.y) - camera[1] + SIZE // 2
+    return slice(max(0, y - 9), y + 9), slice(max(0, x - 9), x + 9)
+
+
+def signals(pictures: Picture) -> NDArray[np.float64]:
+    """Brightness, contrast, saturation and sharpness of pictures [N, H, W, 3], averaged over them."""
+    x = pictures.astype(np.float64) / 255
+    luma = x.mean(-1)
+    edges = np.abs(np.diff(luma, axis=1)).mean() + np.abs(np.diff(luma, axis=2)).mean()
+    return np.array([luma.mean(), luma.std((1, 2)).mean(), (x.max(-1) - x.min(-1)).mean(), edges])
+
+
+SIGNALS = ("brightness", "contrast", "saturation", "sharpness")
+
+
+def long_run(engine: Engine, seeds: int, minutes: float, tell: Tell) -> dict[str, Any]:
+    """Free streams: how far each signal drifts in 60 s, and which streams have collapsed at the end.
+
+    Drift: the mean over streams at 52..60 s against that at 2..10 s. Collapsed: contrast or sharpness of the last
+    8 s is not within half and twice the simulator's in the same scene.
+    """
+    latent_fps = engine.fps / FRAMES
+    total, eight = round(minutes * 60 * latent_fps), round(8 * latent_fps)
+    minute = round(60 * latent_fps)
+    early, late, collapsed = [], [], []
+    for seed in range(seeds):
+        rng = random.Random(100 + seed)
+        scene, actions = rng.choice(scenes()), random_walk(rng, total)
+        truth = signals(simulate(scene, rng.randrange(1 << 19), actions[: 8 * eight]).ends)
+        with engine.open(prompt=scene.prompt, seed=seed, actions=actions) as session:
+            last = np.empty((0, SIZE, SIZE, 3), np.uint8)
+            for start, stop, kept in ((0, minute, True), (minute, total - eight, False), (total - eight, total, True)):
+                if stop <= start:
+                    continue
+                if start and kept:
+                    session.decoder = engine.parts.vae.new_state()  # what lies between was not decoded
+                blocks = session.stream(blocks=stop - start, decode=kept)
+                pictures = [block.frames[-1] for block in blocks if block.frames is not None]
+                if start == 0:
+                    skip = round(2 * latent_fps)
+                    early.append(signals(np.stack(pictures[skip : skip + eight])))
+                    late.append(signals(np.stack(pictures[-eight:])))
+                if pictures:
+                    last = np.stack(pictures[-eight:])
+        ratio = signals(last)[[1, 3]] / truth[[1, 3]]
+        if (ratio < 0.5).any() or (ratio > 2).any():
+            collapsed.append(seed)
+        tell(f"long run {seed + 1}/{seeds}: contrast and sharpness at the end {ratio[0]:.2f} and {ratio[1]:.2f}")
+    before, after = np.mean(early, 0), np.mean(late, 0)
+    drift = dict(zip(SIGNALS, (abs(after - before) / before).tolist(), strict=True))
+    return {"drift": drift, "drift_60s": max(drift.values()), "collapsed": len(collapsed), "collapsed_seeds": collapsed}
+
+
+def evaluate(engine: Engine, walks: int, seeds: int, minutes: float, tell: Tell = lambda said: None) -> dict[str, Any]:
+    """Every figure of `BARS`, with `passed` beside each."""
+    found: dict[str, Any] = {
+        "actions_right": actions_right(engine, walks, tell),
+        "reconstruction_db": reconstruction(engine, walks, tell),
+        "first_2s_db": first_two_seconds(engine, walks, tell),
+        "landmark_return": landmark_return(engine, walks, tell),
+    } | long_run(engine, seeds, minutes, tell)
+    passed = {
+        name: found[name] >= bar if sign == ">=" else found[name] <= bar for name, (sign, bar) in BARS.items()
+    }
+    return found | {"passed": passed}

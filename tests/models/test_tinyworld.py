@@ -1,0 +1,182 @@
+"""The small world: the simulator keeps its promises, words are understood, and training learns what runs."""
+
+import random
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from inferix.errors import UsageError
+from inferix.models.tinyworld import train
+from inferix.models.tinyworld.data import Clips, random_clip, random_walk
+from inferix.models.tinyworld.words import WordEncoder, known_words
+from inferix.models.tinyworld.world import ACTIONS, MOVES, STEP, Scene, World, draw_number, mix, scenes
+from inferix.models.wan.spec import MODELS
+from inferix.models.wan.vae import CausalVae
+from inferix.runtime.config import EngineConfig
+from inferix.runtime.engine import Engine
+from inferix.runtime.loading import Components
+from inferix.runtime.presets import make_preset
+
+SCENE = Scene("red", "robot", "snowy forest", "by day")
+
+
+def free_walk(action: str, steps: int) -> World:
+    """A world in which the way is free."""
+    for seed in range(100):
+        world = World(seed, SCENE)
+        world.walk([action] * steps)
+        if (world.x, world.y) == tuple(steps * STEP * part for part in MOVES[action]):
+            return World(seed, SCENE)
+    raise AssertionError("no free way in 100 worlds")
+
+
+def test_the_same_seed_and_actions_give_the_same_pictures_and_others_do_not():
+    walk = random_walk(random.Random(1), 6)
+    pictures = World(3, SCENE).rollout(walk)
+    assert pictures.shape == (25, 64, 64, 3)
+    assert pictures.dtype == np.uint8
+    assert (pictures == World(3, SCENE).rollout(walk)).all()
+    assert (pictures != World(4, SCENE).rollout(walk)).any()
+
+
+def test_walking_away_and_back_shows_the_same_land():
+    world = free_walk("right", 4)
+    before = world.first()[0].astype(int)
+    world.rollout(["right"] * 4)
+    after = world.rollout(["left"] * 4)[-1].astype(int)
+    ground = np.ones((64, 64), dtype=bool)
+    ground[18:44, 20:44] = False  # the hero has turned
+    same = np.abs(before - after).max(-1) <= 1
+    assert same[ground].mean() > 0.85  # all but the butterflies
+    assert np.abs(before - world.step("up")[-1].astype(int)).max(-1)[ground].mean() > 3
+
+
+def test_obstacles_block_and_the_land_moves_one_latent_pixel_an_action():
+    world = free_walk("right", 1)
+    first, after = world.first()[0], world.step("right")[-1]
+    assert (first[:16, STEP:] == after[:16, :-STEP]).mean() > 0.8  # butterflies fly on
+    blocked = 0
+    for seed in range(20):
+        world = World(seed, SCENE)
+        world.walk(["down"] * 12)
+        blocked += world.y < 12 * STEP
+    assert 3 < blocked < 20
+
+
+def test_a_scene_can_change_while_the_land_keeps_its_shape():
+    world, other = World(5, SCENE), Scene("blue", "ghost", "sandy desert", "at night")
+    before = world.first()
+    world.become(other)
+    assert (world.first() == World(5, other).first()).all()
+    assert (world.first() != before).any()
+
+
+def test_every_sentence_of_the_grammar_is_understood_and_its_own():
+    sentences = {scene.prompt for scene in scenes()}
+    assert len(sentences) == len(scenes()) >= 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len({tuple(known_words(sentence)) for sentence in sentences}) == len(sentences)
+    assert all(sentence.startswith(("a ", "an ")) for sentence in sentences)
+
+
+def test_the_two_ways_to_draw_a_number_agree():
+    places = [(x, y) for x in (-5, 0, 3, 10**6) for y in (-7, 0, 2)]
+    for x, y in places:
+        assert draw_number(12345, x, y, 21) == mix(12345, np.array([x]), np.array([y]), 21)[0]
+
+
+def test_unknown_words_are_taken_for_near_ones_or_left_out_with_a_warning():
+    with pytest.warns(UserWarning, match="'robots'; taken for 'robot'"):
+        assert known_words("red robots") == ["red", "robot"]
+    with pytest.warns(UserWarning, match="'xylophone'; left out. It knows: a {red|"):
+        assert known_words("a xylophone at night") == ["night"]
+    with pytest.warns(UserWarning), pytest.raises(UsageError, match="knows no word of 'qqq'"):
+        known_words("qqq")
+
+
+def test_words_become_rows_and_the_rest_is_zero():
+    encoder = WordEncoder(8, 5)
+    rows = encoder.encode("a red robot at night")
+    assert rows.shape == (5, 8)
+    assert (rows[:3] != 0).all()
+    assert (rows[3:] == 0).all()
+    assert (rows[0] != encoder.encode("a blue robot at night")[0]).any()
+
+
+def test_clips_have_other_worlds_for_other_seeds_and_scenes_that_change():
+    first, again = (next(iter(Clips(1, seed=4))) for _ in range(2))
+    assert first.shape == (3, 5, 64, 64)
+    assert (first == again).all()
+    assert (first != next(iter(Clips(1, seed=5)))).any()
+    clip = random_clip(random.Random(2), 4, change_share=1.0)
+    assert clip.pictures.shape == (17, 64, 64, 3)
+    assert 1 <= clip.change < 4
+
+
+@torch.no_grad()
+def test_training_sees_what_a_cache_with_window_and_sink_sees():
+    """Each noisy frame beside the clean ones before it, at once, equals the block loop frame by frame."""
+    torch.manual_seed(3)
+    window, frames = 4, 7
+    world = train.TinyWorld(window).double()
+    for weight in world.parameters():
+        weight.normal_(std=0.05)
+    clean, noisy = torch.randn(2, 1, frames, 16, 4, 4, dtype=torch.float64)
+    sigmas = torch.randint(1, 5, (1, frames)).double() / 4
+    actions = [random.Random(1).choice(ACTIONS) for _ in range(frames - 1)]
+    hot = torch.eye(len(ACTIONS), dtype=torch.float64)[[0, *(ACTIONS.index(action) for action in actions)]]
+    words = torch.tensor([[1, 5, 9, -1, -1, -1, -1, -1]])
+    want = world(clean, noisy, sigmas, hot[None], words)[0]
+
+    config = EngineConfig("test", "tinyworld", "cpu", "float64", None, None, None, None, True, "reference")
+    parts = Components(world.transformer, CausalVae(train.VAE), None, "test", "random", lambda: None)
+    engine = Engine(config, make_preset("tinyworld", local_attn_size=window), parts)
+    with engine.open(prompt_embeds=world.words(words)[0], size=(32, 32), actions=actions) as session:
+        for frame in range(frames):
+            span = session.timeline.admit()
+            run = session.timeline.joint_pass([(span.frames, float(sigmas[0, frame]) * 1000)], frozenset())
+            engine.hold(session, run)
+            velocity = engine.run(session, run, noisy[0, frame : frame + 1])
+            assert (velocity[0] - want[frame]).abs().max() <= 1e-10, frame
+            engine.commit(session, span, clean[0, frame : frame + 1])
+
+
+def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path, capsys):
+    torch.manual_seed(0)
+    recipe = replace(train.SHORT, vae_steps=24, batch=1, crop=4, steps=12)
+    vae = train.train_vae(tmp_path, recipe)
+    bank = train.encode_bank(tmp_path, vae, recipe)
+    world = train.train_transformer(tmp_path, bank, vae, recipe)
+    pixels = next(iter(Clips(1, seed=9)))[None]
+    batch = train.random_batch(bank, recipe)
+    with torch.no_grad():
+        untrained = train.new_vae()
+        errors = [
+            (train.decode_clips(model, train.encode_clips(model, pixels)[:, :16]) - pixels).abs().mean()
+            for model in (untrained, vae)
+        ]
+        losses = []
+        for model in (train.TinyWorld(recipe.window), world):
+            torch.manual_seed(5)
+            losses.append(train.world_loss(model, batch, recipe, own=False)[0])
+    assert errors[1] < 0.8 * errors[0]
+    assert losses[1] < 0.95 * losses[0]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"vae.png", "world.png", "own.png"}
+    capsys.readouterr()
+    again = train.train_transformer(tmp_path, bank, vae, recipe)
+    assert "s/step" not in capsys.readouterr().out  # nothing was left to do
+    assert all((a == b).all() for a, b in zip(again.parameters(), world.parameters(), strict=True))
+
+    train.export(tmp_path / "weights", vae, world, bank)
+    from inferix import load
+
+    engine = load(tmp_path / "weights", preset="tinyworld", device="cpu")
+    assert engine.spec == MODELS["tinyworld"]
+    assert engine.parts.vae.spec.std == bank.std
+    with engine.open(prompt="a red fox", actions=["up"]) as session:
+        blocks = list(session.stream(2))
+    assert [len(block.frames) for block in blocks] == [1, 4]
