@@ -1,0 +1,140 @@
+"""Attention over listed pages in plain torch: the definition of the op, its cases, and what a call costs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import Case
+
+FP8 = torch.float8_e4m3fn
+
+
+def block_attention(
+    q: Tensor,
+    kv: Tensor,
+    page_table: Tensor,
+    page_count: Tensor,
+    out: Tensor,
+    q_sink: Tensor | None,
+    sink_count: Tensor | None,
+    kv_scale: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+) -> None:
+    """Row by row, in float32 or better; see the public function for shapes."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[2] // kv.shape[3]
+    for row in range(len(q)):
+        pages = page_table[row, : int(page_count[row])].long()
+        k, v = kv[:, pages].to(wide)
+        if kv_scale is not None:
+            k, v = (part * by[:, None, :, None] for part, by in zip((k, v), kv_scale[:, pages].to(wide), strict=True))
+        k, v = (part.flatten(0, 1).repeat_interleave(groups, dim=1).transpose(0, 1) for part in (k, v))
+        scores = q[row].to(wide).transpose(0, 1) @ k.transpose(1, 2) * scale
+        if q_sink is not None and sink_count is not None:
+            early = int(sink_count[row]) * kv.shape[2]
+            scores[..., :early] = q_sink[row].to(wide).transpose(0, 1) @ k[:, :early].transpose(1, 2) * scale
+        out[row] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
+        if lse is not None:
+            lse[row] = scores.logsumexp(-1).to(lse.dtype)
+
+
+def merge_partials(outs: Tensor, lses: Tensor) -> Tensor:
+    """Attention over all keys from attention over parts of them: outs [N, R, T, H, D], lses [N, R, H, T]."""
+    weights = torch.softmax(lses, dim=0).transpose(2, 3)[..., None]
+    return (outs * weights).sum(0)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    """Random pages, listed in an order of their own (`pages`: shuffled, runs or one), fewer in later rows."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, count, heads, kv_heads, dim = (case[name] for name in ("rows", "pages", "heads", "kv_heads", "dim"))
+    spare = 3
+    fp8 = bool(case.options.get("fp8"))
+    kv = torch.randn(2, rows * count + spare, case["page_tokens"], kv_heads, dim, generator=generator)
+    order = list(range(spare, rows * count + spare))
+    arranged = case.options.get("order", "shuffled")
+    if arranged == "shuffled":
+        order = [order[index] for index in torch.randperm(len(order), generator=generator).tolist()]
+    elif arranged == "runs":  # three runs a row: the middle of the list comes first
+        cut = count // 3
+        order = [
+            page
+            for row in range(rows)
+            for part in (slice(cut, 2 * cut), slice(0, cut), slice(2 * cut, count))
+            for page in order[row * count : (row + 1) * count][part]
+        ]
+    table = torch.tensor(order, dtype=torch.int32).view(rows, count)
+    counts = torch.tensor([max(1, count - row) for row in range(rows)], dtype=torch.int32)
+    q = torch.randn(rows, case["tokens"], heads, dim, generator=generator)
+    sinks = case.options.get("sinks")
+    inputs: dict[str, Any] = {
+        "q": q.to(device, dtype),
+        "kv": kv.to(device, dtype),
+        "page_table": table.to(device),
+        "page_count": counts.to(device),
+        "q_sink": None,
+        "sink_count": None,
+        "kv_scale": None,
+        "scale": 1 / math.sqrt(dim),
+        "out": torch.full((rows, case["tokens"], heads, dim), float("nan"), dtype=dtype, device=device),
+        "lse": None,
+    }
+    if sinks:
+        turned = torch.randn(q.shape, generator=generator)
+        inputs["q_sink"] = turned.to(device, dtype)
+        inputs["sink_count"] = torch.tensor([min(row % (sinks + 1) + 1, count) for row in range(rows)]).int().to(device)
+    if fp8:
+        inputs["kv_scale"] = (torch.rand(2, kv.shape[1], kv_heads, generator=generator) * 0.1 + 0.02).to(device)
+        inputs["kv"] = (kv * 20).to(FP8).to(device)
+    if case.options.get("lse"):
+        inputs["lse"] = torch.full((rows, heads, case["tokens"]), float("nan"), device=device)
+    return inputs
+
+
+def sizes(rows: int, tokens: int, pages: int, page_tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, int]:
+    return {
+        "rows": rows, "tokens": tokens, "pages": pages, "page_tokens": page_tokens,
+        "heads": heads, "kv_heads": kv_heads, "dim": dim,
+    }  # fmt: skip
+
+
+TEST_CASES = (
+    Case("one page, one tile", sizes(1, 32, 1, 64, 1, 1, 64), {"order": "one"}),
+    Case("tails everywhere", sizes(1, 37, 5, 23, 2, 2, 64), {"lse": True}),
+    Case("runs, grouped heads", sizes(2, 16, 6, 16, 6, 2, 64), {"order": "runs"}),
+    Case("unequal rows, sinks turned", sizes(3, 20, 5, 12, 2, 1, 64), {"sinks": 2, "lse": True}),
+    Case("head of 128", sizes(1, 24, 3, 40, 2, 2, 128), {"sinks": 1}),
+    Case("fp8 pages", sizes(2, 18, 4, 20, 2, 1, 64), {"fp8": True, "sinks": 1}),
+)
+BENCH_CASES = (
+    Case("1.3B, full window", sizes(1, 4680, 21, 1560, 12, 12, 128), {"order": "one"}),
+    Case("1.3B, full window, three runs", sizes(1, 4680, 21, 1560, 12, 12, 128), {"order": "runs"}),
+    Case("1.3B, full window, scattered", sizes(1, 4680, 21, 1560, 12, 12, 128), {"order": "shuffled"}),
+    Case("1.3B, window 12, sink turned", sizes(1, 4680, 12, 1560, 12, 12, 128), {"order": "runs", "sinks": 3}),
+    Case("1.3B, block of one", sizes(1, 1560, 21, 1560, 12, 12, 128), {"order": "one"}),
+    Case("1.3B, four sessions", sizes(4, 4680, 21, 1560, 12, 12, 128), {"order": "runs"}),
+    Case("1.3B, fp8 pages", sizes(1, 4680, 21, 1560, 12, 12, 128), {"order": "one", "fp8": True}),
+    Case("14B, six frames", sizes(1, 9360, 9, 1560, 40, 40, 128), {"order": "one"}),
+    Case("5B, eight frames", sizes(1, 7040, 32, 880, 24, 24, 128), {"order": "one"}),
+    Case("grouped heads 24:8", sizes(1, 2048, 8, 1024, 24, 8, 128), {"order": "one"}),
+    Case("small world", sizes(1, 64, 10, 64, 4, 4, 64), {"order": "one"}),
+)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+
+
+def nbytes(case: Case, dtype: torch.dtype) -> int:
+    """Queries and results once, listed pages once."""
+    page = 1 if case.options.get("fp8") else dtype.itemsize
+    tokens = case["rows"] * case["tokens"] * case["heads"] * case["dim"] * dtype.itemsize
+    listed = sum(max(1, case["pages"] - row) for row in range(case["rows"]))
+    return 2 * tokens + 2 * listed * case["page_tokens"] * case["kv_heads"] * case["dim"] * page
+
+
+def flops(case: Case) -> int:
+    listed = sum(max(1, case["pages"] - row) for row in range(case["rows"]))
+    return 4 * case["tokens"] * listed * case["page_tokens"] * case["heads"] * case["dim"]

@@ -1,0 +1,148 @@
+"""Norm and rotation of queries and keys and the write into pages, in plain torch: definition, cases and cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import Case
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def qk_norm_rope_append(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    time_turns: Tensor,
+    row_turns: Tensor,
+    column_turns: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    pages: Tensor,
+    sink_turns: Tensor | None,
+    q_sink: Tensor | None,
+    kv_scale: Tensor | None,
+    eps: float,
+) -> None:
+    """In float32 or better; see the public function for shapes."""
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    heads, kv_heads, dim = q.shape[2], kv.shape[3], q.shape[3]
+    parts = qkv.to(wide).split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    queries, keys = (
+        (part * torch.rsqrt(part.square().mean(-1, keepdim=True) + eps) * weight.to(wide)).unflatten(-1, (-1, dim))
+        for part, weight in zip(parts[:2], (q_weight, k_weight), strict=True)
+    )
+    turns = token_turns(time_turns, row_turns, column_turns).to(wide)
+    q.copy_(turned(queries, turns).to(q.dtype))
+    if q_sink is not None and sink_turns is not None:
+        q_sink.copy_(turned(queries, token_turns(sink_turns, row_turns, column_turns).to(wide)).to(q.dtype))
+    values = parts[2].unflatten(-1, (-1, dim))
+    for row, listed in enumerate(pages.tolist()):
+        for frame, page in enumerate(listed):
+            tokens = slice(frame * kv.shape[2], (frame + 1) * kv.shape[2])
+            for index, part in enumerate((turned(keys, turns)[row, tokens], values[row, tokens])):
+                if kv_scale is not None:
+                    part = (part / kv_scale[index, page].to(wide)[None, :, None]).clamp(-FP8_MAX, FP8_MAX)
+                kv[index, page] = part.to(kv.dtype)
+
+
+def token_turns(time: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Turns [R, F*H*W, D/2, 2] of all tokens from those of each axis: [R, F, a, 2], [H, b, 2] and [W, c, 2]."""
+    rows, frames = time.shape[:2]
+    grid = (rows, frames, len(row), len(column), -1, 2)
+    return torch.cat(
+        (
+            time[:, :, None, None].expand(grid),
+            row[None, None, :, None].expand(grid),
+            column[None, None, None].expand(grid),
+        ),
+        dim=-2,
+    ).flatten(1, 3)
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """x [R, T, n, D] with its pairs (2j, 2j + 1) rotated by turns [R, T, D/2, 2], cosines and sines."""
+    cos, sin = turns[:, :, None].unbind(-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def turns_of(angles: Tensor) -> Tensor:
+    """Cosines and sines [..., 2] of angles, float32, computed in float64."""
+    return torch.stack((angles.double().cos(), angles.double().sin()), dim=-1).float()
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    names = ("rows", "frames", "height", "width", "heads", "kv_heads", "dim")
+    rows, frames, height, width, heads, kv_heads, dim = (case[name] for name in names)
+    spatial = 2 * (dim // 6)
+    count, tokens = rows * frames + 2, frames * height * width
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    fp8, sinks = bool(case.options.get("fp8")), bool(case.options.get("sinks"))
+    frequencies = [10000.0 ** (-torch.arange(0, size, 2) / size) for size in (dim - 2 * spatial, spatial)]
+    kv = draw(2, count, height * width, kv_heads, dim)
+    q = torch.full((rows, tokens, heads, dim), float("nan"), dtype=dtype, device=device)
+    first = torch.randint(0, 400, (rows, 1), generator=generator)
+    time = (first + torch.arange(frames))[..., None] * frequencies[0]
+    return {
+        "qkv": draw(rows, tokens, (heads + 2 * kv_heads) * dim).to(device, dtype),
+        "q_weight": (1 + 0.1 * draw(heads * dim)).to(device, dtype),
+        "k_weight": (1 + 0.1 * draw(kv_heads * dim)).to(device, dtype),
+        "time_turns": turns_of(time).to(device),
+        "row_turns": turns_of(torch.arange(height)[:, None] * frequencies[1]).to(device),
+        "column_turns": turns_of(torch.arange(width)[:, None] * frequencies[1]).to(device),
+        "q": q,
+        "kv": (kv * 20).to(FP8).to(device) if fp8 else kv.to(device, dtype),
+        "pages": (torch.randperm(count, generator=generator)[: rows * frames].view(rows, frames)).int().to(device),
+        "sink_turns": turns_of(time * 0.5).to(device) if sinks else None,
+        "q_sink": q.clone() if sinks else None,
+        "kv_scale": (torch.rand(2, count, kv_heads, generator=generator) * 0.02 + 0.01).to(device) if fp8 else None,
+        "eps": 1e-6,
+    }
+
+
+def sizes(rows: int, frames: int, height: int, width: int, heads: int, kv_heads: int, dim: int) -> dict[str, int]:
+    return {
+        "rows": rows, "frames": frames, "height": height, "width": width,
+        "heads": heads, "kv_heads": kv_heads, "dim": dim,
+    }  # fmt: skip
+
+
+TEST_CASES = (
+    Case("one token", sizes(1, 1, 1, 1, 1, 1, 64)),
+    Case("odd grid", sizes(2, 2, 3, 5, 3, 3, 64)),
+    Case("grouped heads, sink", sizes(2, 1, 2, 3, 4, 2, 64), {"sinks": True}),
+    Case("head of 128", sizes(1, 2, 2, 2, 3, 3, 128)),
+    Case("fp8 pages", sizes(1, 2, 2, 3, 2, 2, 64), {"fp8": True, "sinks": True}),
+)
+BENCH_CASES = (
+    Case("1.3B, three frames", sizes(1, 3, 30, 52, 12, 12, 128)),
+    Case("1.3B, sink turned", sizes(1, 3, 30, 52, 12, 12, 128), {"sinks": True}),
+    Case("1.3B, fp8 pages", sizes(1, 3, 30, 52, 12, 12, 128), {"fp8": True}),
+    Case("1.3B, 12 frames", sizes(1, 12, 30, 52, 12, 12, 128)),
+    Case("14B, six frames", sizes(1, 6, 30, 52, 40, 40, 128)),
+    Case("5B, eight frames", sizes(1, 8, 22, 40, 24, 24, 128)),
+)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def nbytes(case: Case, dtype: torch.dtype) -> int:
+    """The fused projection read; queries, keys and values written."""
+    tokens = case["rows"] * case["frames"] * case["height"] * case["width"] * case["dim"]
+    heads, kv_heads = case["heads"], case["kv_heads"]
+    copies = 2 if case.options.get("sinks") else 1
+    page = 1 if case.options.get("fp8") else dtype.itemsize
+    return tokens * ((heads * (1 + copies) + 2 * kv_heads) * dtype.itemsize + 2 * kv_heads * page)
+
+
+def flops(case: Case) -> int:
+    tokens = case["rows"] * case["frames"] * case["height"] * case["width"] * case["dim"]
+    return 8 * tokens * (case["heads"] + case["kv_heads"])

@@ -1,0 +1,164 @@
+"""Every Triton kernel in the interpreter, and wrong ones that must be rejected.
+
+Run by test_kernels.py in a process of its own, where TRITON_INTERPRET=1 is set before Triton is imported.
+"""
+
+import importlib.util
+import inspect
+import linecache
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from checker import check
+from interpreter import repair
+
+from inferix.kernels.adaln import gpu as adaln_gpu
+from inferix.kernels.block_attention import gpu as block_attention_gpu
+from inferix.kernels.catalog import SPECS
+from inferix.kernels.denoise_step import gpu as denoise_gpu
+from inferix.kernels.philox import frame_noise, philox4x32
+from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+repair()
+HALF = (torch.bfloat16, torch.float16)
+CASES = [
+    pytest.param(spec, case, dtype, id=f"{spec.name}, {case.name}, {str(dtype)[6:]}")
+    for spec in SPECS.values()
+    for case in spec.test_cases
+    for dtype in HALF
+]
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), CASES)
+def test_the_kernel_equals_the_reference(spec, case, dtype):
+    check(spec, spec.named("triton"), case, dtype)
+
+
+@triton.jit
+def _cast(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, tl.load(x_ptr + at).to(out_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_the_repaired_interpreter_rounds_as_torch_does(dtype):
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(1)) * 60
+    out = torch.empty(1024, dtype=dtype)
+    _cast[(1,)](x, out, 1024)
+    want = x.clamp(-448, 448).to(dtype) if dtype == torch.float8_e4m3fn else x.to(dtype)
+    assert (out.view(torch.uint8) == want.view(torch.uint8)).all()
+    assert np.isfinite(out.float().numpy().astype(ml_dtypes.bfloat16)).all()
+
+
+def test_arithmetic_on_bfloat16_fails_aloud():
+    @triton.jit
+    def double(x_ptr, N: tl.constexpr):
+        at = tl.arange(0, N)
+        x = tl.load(x_ptr + at)
+        tl.store(x_ptr + at, x + x)
+
+    with pytest.raises(Exception, match="convert to float32 first"):
+        double[(1,)](torch.ones(16, dtype=torch.bfloat16), 16)
+
+
+def changed(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+    """A module with one piece of its source replaced, from a file, so that Triton can read it."""
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
+    path = folder / "wrong.py"
+    path.write_text(source.replace(old, new), "utf-8")
+    found = importlib.util.spec_from_file_location(f"{module.__package__}.wrong", path)
+    wrong = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = wrong
+    linecache.checkcache(str(path))
+    found.loader.exec_module(wrong)
+    return wrong
+
+
+WRONG = {
+    "mask off by one": ("block_attention", block_attention_gpu, "there = key < length", "there = key <= length"),
+    "no mask": ("block_attention", block_attention_gpu, "there = key < length", "there = key >= 0"),
+    "a stale page": ("block_attention", block_attention_gpu, "other=0)\n    before", "other=0) * 0 + 1\n    before"),
+    "a page too few": ("block_attention", block_attention_gpu, "valid = listed < count", "valid = listed < count - 1"),
+    "the wrong query": ("block_attention", block_attention_gpu, "if first < sinks", "if first > sinks"),
+    "sink and window in one run": ("block_attention", block_attention_gpu, " | (listed == sinks)", ""),
+    "no scale of values": ("block_attention", block_attention_gpu, "weights *= tl.load", "tl.load"),
+    "no rescaling": ("block_attention", block_attention_gpu, "result * shrink[:, None]", "result"),
+    "the wrong head": ("block_attention", block_attention_gpu, "head // (HEADS // KV_HEADS)", "head % KV_HEADS"),
+    "rotated the other way": ("qk_norm_rope_append", append_gpu, "even * cos - odd * sin", "even * cos + odd * sin"),
+    "pairs of halves": (
+        "qk_norm_rope_append", append_gpu, "tl.split(tl.reshape(x, [BLOCK // 2, 2]))",
+        "tl.split(tl.trans(tl.reshape(x, [2, BLOCK // 2])))",
+    ),
+    "the wrong page": ("qk_norm_rope_append", append_gpu, "pages_ptr + row * frames + frame", "pages_ptr + row"),
+    "no scale of pages": ("qk_norm_rope_append", append_gpu, "y = y / tl.load(", "y = y + 0 * tl.load("),
+    "norm by head": ("qk_norm_rope_append", append_gpu, "tl.sum(x * x, 0) / width", "tl.sum(x * x, 0) / 64"),
+    "gate of the first frame": ("adaln", adaln_gpu, "(tokens // gate_frames)", "(tokens * gate_frames)"),
+    "mean of the padded row": ("adaln", adaln_gpu, "tl.where(inside, x - mean, 0.0)", "x - mean"),
+    "scale without one": ("adaln", adaln_gpu, "(1.0 + tl.load(scale_ptr", "(0.0 + tl.load(scale_ptr"),
+    "residual before the update": ("adaln", adaln_gpu, "        x += update\n", ""),
+    "noise of another frame": ("denoise_step", denoise_gpu, "zero + frame", "zero + frame + 1"),
+    "noise out of order": ("denoise_step", denoise_gpu, "tl.join(one, three), tl.join(two, four)",
+                           "tl.join(one, two), tl.join(three, four)"),
+    "rows of a patch for columns": ("denoise_step", denoise_gpu, "(y % PATCH_H) * PATCH_W + column % PATCH_W",
+                                    "(column % PATCH_W) * PATCH_H + y % PATCH_H"),
+    "history shifted": ("denoise_step", denoise_gpu, "tl.load(by_ptr + 3 + kept)", "tl.load(by_ptr + 2 + kept)"),
+}  # fmt: skip
+
+
+@triton.jit
+def _words(counter_ptr, out_ptr, key, N: tl.constexpr):
+    at = tl.arange(0, N)
+    parts = counter_ptr + at * 4
+    c0, c1, c2, c3 = tl.load(parts), tl.load(parts + 1), tl.load(parts + 2), tl.load(parts + 3)
+    a, b, c, d = tl.philox(key, c0, c1, c2, c3)
+    tl.store(out_ptr + at * 4, a)
+    tl.store(out_ptr + at * 4 + 1, b)
+    tl.store(out_ptr + at * 4 + 2, c)
+    tl.store(out_ptr + at * 4 + 3, d)
+
+
+@triton.jit
+def _draw(out_ptr, key, frame, draw, stream, N: tl.constexpr):
+    quad = tl.arange(0, N).to(tl.uint32)
+    noise = denoise_gpu._noise(
+        key.to(tl.int64), quad, frame.to(tl.uint32), draw.to(tl.uint32), stream.to(tl.uint32), N
+    )
+    tl.store(out_ptr + tl.arange(0, 4 * N), noise)
+
+
+@pytest.mark.parametrize("key", [0, 1, 0x123456789ABCDEF0, 2**63 - 1])
+def test_words_in_the_kernel_equal_the_reference_bit_for_bit(key):
+    generator = torch.Generator().manual_seed(key % 1000)
+    counters = torch.randint(0, 2**32, (64, 4), generator=generator)
+    counters[0], counters[1] = 0, 2**32 - 1
+    out = torch.empty(64, 4, dtype=torch.uint32)
+    _words[(1,)](counters.to(torch.uint32), out, key, 64)
+    assert (out.long() == philox4x32(counters, (key & 0xFFFFFFFF, key >> 32))).all()
+
+
+def test_normals_in_the_kernel_equal_the_reference():
+    out = torch.empty(4096)
+    for key, frame, draw, stream in ((5, 0, 0, 0), (2**40 + 3, 4999, 3, 1)):
+        _draw[(1,)](out, key, frame, draw, stream, 1024)
+        want = frame_noise(key, range(frame, frame + 1), draw, (1, 64, 64), stream).flatten()
+        assert (out - want).abs().max() <= 4e-6
+        assert want.abs().max() > 3  # tails included
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_is_rejected(name, tmp_path):
+    op, module, old, new = WRONG[name]
+    wrong = getattr(changed(module, old, new, tmp_path), op)
+    with pytest.raises(AssertionError, match=r"is off by|not finite|beside"):
+        for case in SPECS[op].test_cases:
+            check(SPECS[op], wrong, case, torch.float16)
