@@ -29,6 +29,7 @@ PACKAGES = [
     "inferix.export",
     "inferix.runtime",
     "inferix.evaluate",
+    "inferix.bench",
 ]
 
 DEPENDENCIES = [
@@ -90,7 +91,10 @@ setup(
     python_requires=">=3.11",
     package_dir={"inferix": "."},
     packages=PACKAGES,
-    package_data={"inferix.models.tinyworld": ["weights/*", "weights/*/*"]},
+    package_data={
+        "inferix.bench": ["compiled.json"],
+        "inferix.models.tinyworld": ["weights/*", "weights/*/*"],
+    },
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["inferix = inferix.cli.main:main"]},

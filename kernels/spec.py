@@ -18,6 +18,10 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capabilities, times ten, that GPU code is compiled for
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (*HALF, torch.float32)
+GRID_480P = (30, 52)  # rows and columns of tokens in a latent frame of 832x480, for cases from real models
+FRAME_480P = GRID_480P[0] * GRID_480P[1]
 CHOSEN: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", default=None)
 
 
@@ -25,12 +29,14 @@ CHOSEN: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", def
 class Implementation:
     """One form of an op: `run` is "module:function" inside this package, with the reference's signature.
 
-    architectures: those a GPU form is declared for; empty where it runs wherever torch does.
+    architectures: those a GPU form is declared for; empty where it runs wherever torch does. dtypes: of the
+    tensors it is for; others are left to the reference.
     """
 
     name: str
     run: str
     architectures: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = HALF
 
     def load(self) -> Callable[..., Any]:
         module, _, function = self.run.partition(":")
@@ -71,15 +77,15 @@ class KernelSpec:
     nbytes: Callable[[Case, torch.dtype], int]
     flops: Callable[[Case], int]
 
-    def choose(self, device: torch.device) -> Callable[..., None]:
-        """The form for a device: the one asked for by `using`, else the first that supports it."""
+    def choose(self, like: torch.Tensor) -> Callable[..., None]:
+        """The form for such a tensor: the one asked for by `using`, else the first for its device and dtype."""
         wanted = (CHOSEN.get() or {}).get(self.name)
         if wanted is not None:
             return self.named(wanted)
-        if device.type == "cuda":
-            capability = architecture(device)
+        if like.device.type == "cuda":
+            capability = architecture(like.device)
             for form in self.implementations:
-                if form.architectures and capability in form.architectures and has_triton():
+                if capability in form.architectures and like.dtype in form.dtypes and has_triton():
                     return form.load()
         return self.reference
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import ARCHITECTURES, Implementation, KernelSpec, expect, expect_dense, expect_one_of, expect_together
+from ..spec import (
+    ARCHITECTURES,
+    FLOATS,
+    Implementation,
+    KernelSpec,
+    expect,
+    expect_dense,
+    expect_one_of,
+    expect_together,
+)
 from . import reference
 from .reference import FP8
 
@@ -13,7 +22,7 @@ SPEC = KernelSpec(
     name="adaln",
     reference=reference.adaln,
     outputs=("residual", "normed", "row_scale"),
-    implementations=(Implementation("triton", ".adaln.gpu:adaln", ARCHITECTURES),),
+    implementations=(Implementation("triton", ".adaln.gpu:adaln", ARCHITECTURES, FLOATS),),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
     bench_cases=reference.BENCH_CASES,
@@ -68,7 +77,7 @@ def _op(
     row_scale: Tensor | None,
     eps: float,
 ) -> None:
-    SPEC.choose(x.device)(x, update, gate, shift, scale, weight, bias, residual, normed, row_scale, eps)
+    SPEC.choose(x)(x, update, gate, shift, scale, weight, bias, residual, normed, row_scale, eps)
 
 
 @_op.register_fake

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..spec import Case
+
 # Warps by the width of a row: about 16 numbers of it to a thread.
 WARPS = ((1024, 2), (2048, 4), (4096, 8), (1 << 30, 16))
 
@@ -74,7 +76,6 @@ def adaln(
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
-    from ..spec import Case
     from .reference import make_inputs, sizes
 
     variants: dict[str, dict[str, object]] = {"modulated": {}, "affine": {"kind": "affine"}, "first": {"kind": "first"}}

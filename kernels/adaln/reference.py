@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import Case
+from ..spec import FRAME_480P, Case
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -88,11 +88,11 @@ TEST_CASES = (
     Case("fp8 for the next matmul", sizes(1, 2, 4, 96), {"fp8": True}),
 )
 BENCH_CASES = (
-    Case("1.3B, three frames", sizes(1, 3, 1560, 1536)),
-    Case("1.3B, affine", sizes(1, 3, 1560, 1536), {"kind": "affine"}),
-    Case("1.3B, fp8", sizes(1, 3, 1560, 1536), {"fp8": True}),
-    Case("1.3B, 21 frames", sizes(1, 21, 1560, 1536)),
-    Case("14B, six frames", sizes(1, 6, 1560, 5120)),
+    Case("1.3B, three frames", sizes(1, 3, FRAME_480P, 1536)),
+    Case("1.3B, affine", sizes(1, 3, FRAME_480P, 1536), {"kind": "affine"}),
+    Case("1.3B, fp8", sizes(1, 3, FRAME_480P, 1536), {"fp8": True}),
+    Case("1.3B, 21 frames", sizes(1, 21, FRAME_480P, 1536)),
+    Case("14B, six frames", sizes(1, 6, FRAME_480P, 5120)),
     Case("5B, eight frames", sizes(1, 8, 880, 3072)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -78,7 +78,7 @@ def _op(
     lse: Tensor | None,
     scale: float,
 ) -> None:
-    SPEC.choose(q.device)(q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale)
+    SPEC.choose(q)(q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale)
 
 
 @_op.register_fake

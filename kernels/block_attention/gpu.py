@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import architecture
+from ..spec import FRAME_480P, Case, architecture
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Config:
     stages: int
 
 
-# By architecture; the tile must fit its shared memory (99 KB on 89 and 120) and its registers.
+# By architecture and head dim; a tile must fit the registers and the shared memory (99 KB on 89 and 120).
 CONFIGS = {
-    80: Config(128, 64, 8, 3),
-    89: Config(128, 64, 8, 2),
-    90: Config(128, 128, 8, 2),
-    100: Config(128, 128, 8, 2),
-    120: Config(128, 64, 8, 2),
-}
+    (80, 64): Config(128, 64, 8, 3), (80, 128): Config(128, 32, 8, 3),
+    (89, 64): Config(128, 64, 8, 2), (89, 128): Config(128, 32, 8, 2),
+    (90, 64): Config(128, 128, 8, 2), (90, 128): Config(128, 64, 8, 3),
+    (100, 64): Config(128, 128, 8, 2), (100, 128): Config(128, 32, 8, 3),
+    (120, 64): Config(128, 64, 8, 2), (120, 128): Config(64, 64, 8, 2),
+}  # fmt: skip
 ANYWHERE = Config(16, 32, 4, 1)  # where there is no GPU: the interpreter
 
 
@@ -52,7 +52,8 @@ def _attend(
     at = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     dim = tl.arange(0, DIM)
     inside = at[:, None] < tokens
-    q_at = ((row * tokens + at[:, None]) * HEADS + head) * DIM + dim[None]
+    line = (row * tokens + tl.program_id(0) * QUERIES) * HEADS + head  # 64-bit once; offsets in a tile are small
+    q_at = line * DIM + (tl.arange(0, QUERIES)[:, None] * HEADS * DIM + dim[None])
     q = tl.load(q_ptr + q_at, mask=inside, other=0.0)
 
     # Runs of the row: a page that does not follow the one before it begins one, and so does the first after the sink.
@@ -65,6 +66,7 @@ def _attend(
     begins = valid & ((page != before + 1) | (listed == sinks))
     run_of = tl.cumsum(begins.to(tl.int32), 0) - 1
 
+    tile = tl.arange(0, KEYS)[:, None] * KV_HEADS * DIM + dim[None]
     most = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     result = tl.zeros([QUERIES, DIM], tl.float32)
@@ -78,11 +80,12 @@ def _attend(
                 q = tl.load(sink_q_ptr + q_at, mask=inside, other=0.0)
             else:
                 q = tl.load(q_ptr + q_at, mask=inside, other=0.0)
+        k_ptr = kv_ptr + (first_page * PAGE * KV_HEADS + kv_head) * DIM
+        v_ptr = k_ptr + pages.to(tl.int64) * PAGE * KV_HEADS * DIM
         for start in range(0, length, KEYS):
             key = start + tl.arange(0, KEYS)
             there = key < length
-            kv_at = ((first_page * PAGE + key[:, None]) * KV_HEADS + kv_head) * DIM + dim[None]
-            k = tl.load(kv_ptr + kv_at, mask=there[:, None], other=0.0).to(q.dtype)
+            k = tl.load(k_ptr + tile, mask=there[:, None], other=0.0).to(q.dtype)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
             if SCALED:
                 scale_at = (first_page + key // PAGE) * KV_HEADS + kv_head
@@ -95,9 +98,10 @@ def _attend(
             most = peak
             if SCALED:
                 weights *= tl.load(scale_ptr + pages * KV_HEADS + scale_at, mask=there, other=0.0)[None]
-            v_at = pages.to(tl.int64) * PAGE * KV_HEADS * DIM + kv_at
-            v = tl.load(kv_ptr + v_at, mask=there[:, None], other=0.0).to(q.dtype)
+            v = tl.load(v_ptr + tile, mask=there[:, None], other=0.0).to(q.dtype)
             result = tl.dot(weights.to(q.dtype), v, result * shrink[:, None], input_precision="ieee")
+            k_ptr += KEYS * KV_HEADS * DIM
+            v_ptr += KEYS * KV_HEADS * DIM
     tl.store(out_ptr + q_at, (result / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     if LSE:
         natural = (most + tl.log2(total)) * 0.6931471805599453
@@ -119,7 +123,7 @@ def block_attention(
 ) -> None:
     """Launch for tensors that were checked; tensors that are not there stand in for by one that is."""
     rows, tokens, heads, dim = q.shape
-    config = config or (CONFIGS[architecture(q.device)] if q.device.type == "cuda" else ANYWHERE)
+    config = config or (CONFIGS[architecture(q.device), dim] if q.device.type == "cuda" else ANYWHERE)
     grid = (triton.cdiv(tokens, config.queries), heads, rows)
     _attend[grid](
         q, q if q_sink is None else q_sink, kv, page_count if kv_scale is None else kv_scale, page_table, page_count,
@@ -134,7 +138,6 @@ def block_attention(
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
-    from ..spec import Case
     from .reference import make_inputs, sizes
 
     found: dict[str, dict[str, object]] = {}
@@ -145,7 +148,7 @@ def compile_cases(capability: int) -> dict[str, dict[str, object]]:
         for variant, options in variants.items():
             if (variant, dim) in (("lse", 64), ("fp8", 64)) or (variant == "fp8" and capability < 89):
                 continue
-            case = Case(variant, sizes(1, 128, 4, 16, 2, 2, dim), options)
+            case = Case(variant, sizes(1, 128, 4, FRAME_480P, 2, 2, dim), options)
             inputs = make_inputs(case, torch.bfloat16, "cpu", 0)
-            found[f"{variant} bf16 d{dim}"] = inputs | {"config": CONFIGS[capability]}
+            found[f"{variant} bf16 d{dim}"] = inputs | {"config": CONFIGS[capability, dim]}
     return found

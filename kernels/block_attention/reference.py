@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Case
+from ..spec import FRAME_480P, Case
 
 FP8 = torch.float8_e4m3fn
 
@@ -111,15 +111,16 @@ TEST_CASES = (
     Case("head of 128", sizes(1, 24, 3, 40, 2, 2, 128), {"sinks": 1}),
     Case("fp8 pages", sizes(2, 18, 4, 20, 2, 1, 64), {"fp8": True, "sinks": 1}),
 )
+THREE, SIX = 3 * FRAME_480P, 6 * FRAME_480P  # tokens of blocks of three and six frames
 BENCH_CASES = (
-    Case("1.3B, full window", sizes(1, 4680, 21, 1560, 12, 12, 128), {"order": "one"}),
-    Case("1.3B, full window, three runs", sizes(1, 4680, 21, 1560, 12, 12, 128), {"order": "runs"}),
-    Case("1.3B, full window, scattered", sizes(1, 4680, 21, 1560, 12, 12, 128), {"order": "shuffled"}),
-    Case("1.3B, window 12, sink turned", sizes(1, 4680, 12, 1560, 12, 12, 128), {"order": "runs", "sinks": 3}),
-    Case("1.3B, block of one", sizes(1, 1560, 21, 1560, 12, 12, 128), {"order": "one"}),
-    Case("1.3B, four sessions", sizes(4, 4680, 21, 1560, 12, 12, 128), {"order": "runs"}),
-    Case("1.3B, fp8 pages", sizes(1, 4680, 21, 1560, 12, 12, 128), {"order": "one", "fp8": True}),
-    Case("14B, six frames", sizes(1, 9360, 9, 1560, 40, 40, 128), {"order": "one"}),
+    Case("1.3B, full window", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "one"}),
+    Case("1.3B, full window, three runs", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "runs"}),
+    Case("1.3B, full window, scattered", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "shuffled"}),
+    Case("1.3B, window 12, sink turned", sizes(1, THREE, 12, FRAME_480P, 12, 12, 128), {"order": "runs", "sinks": 3}),
+    Case("1.3B, block of one", sizes(1, FRAME_480P, 21, FRAME_480P, 12, 12, 128), {"order": "one"}),
+    Case("1.3B, four sessions", sizes(4, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "runs"}),
+    Case("1.3B, fp8 pages", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "one", "fp8": True}),
+    Case("14B, six frames", sizes(1, SIX, 9, FRAME_480P, 40, 40, 128), {"order": "one"}),
     Case("5B, eight frames", sizes(1, 7040, 32, 880, 24, 24, 128), {"order": "one"}),
     Case("grouped heads 24:8", sizes(1, 2048, 8, 1024, 24, 8, 128), {"order": "one"}),
     Case("small world", sizes(1, 64, 10, 64, 4, 4, 64), {"order": "one"}),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import ARCHITECTURES, Implementation, KernelSpec, expect, expect_dense, expect_one_of, expect_together
+from ..spec import (
+    ARCHITECTURES,
+    FLOATS,
+    Implementation,
+    KernelSpec,
+    expect,
+    expect_dense,
+    expect_one_of,
+    expect_together,
+)
 from . import reference
 from .reference import renoise_coefficients
 
@@ -13,7 +22,7 @@ SPEC = KernelSpec(
     name="denoise_step",
     reference=reference.denoise_step,
     outputs=("out", "x0", "corrected"),
-    implementations=(Implementation("triton", ".denoise_step.gpu:denoise_step", ARCHITECTURES),),
+    implementations=(Implementation("triton", ".denoise_step.gpu:denoise_step", ARCHITECTURES, FLOATS),),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
     bench_cases=reference.BENCH_CASES,
@@ -73,7 +82,7 @@ def _op(
     stream: int,
 ) -> None:
     args = (tokens, x, frames, key, coefficients, history, out, x0, corrected, patch_height, patch_width)
-    SPEC.choose(x.device)(*args, draw, stream)
+    SPEC.choose(x)(*args, draw, stream)
 
 
 @_op.register_fake

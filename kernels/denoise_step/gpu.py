@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..spec import Case
+
 QUADS = 128  # counters to a program, four elements each
 WARPS = 4
 
@@ -104,7 +106,6 @@ def denoise_step(
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
-    from ..spec import Case
     from .reference import make_inputs, sizes
 
     case = sizes(1, 3, 16, 60, 104)

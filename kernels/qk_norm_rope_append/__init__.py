@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import ARCHITECTURES, Implementation, KernelSpec, expect, expect_dense, expect_one_of, expect_together
+from ..spec import (
+    ARCHITECTURES,
+    FLOATS,
+    Implementation,
+    KernelSpec,
+    expect,
+    expect_dense,
+    expect_one_of,
+    expect_together,
+)
 from . import reference
 from .reference import FP8, turns_of
 
@@ -13,7 +22,9 @@ SPEC = KernelSpec(
     name="qk_norm_rope_append",
     reference=reference.qk_norm_rope_append,
     outputs=("q", "q_sink", "kv"),
-    implementations=(Implementation("triton", ".qk_norm_rope_append.gpu:qk_norm_rope_append", ARCHITECTURES),),
+    implementations=(
+        Implementation("triton", ".qk_norm_rope_append.gpu:qk_norm_rope_append", ARCHITECTURES, FLOATS),
+    ),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
     bench_cases=reference.BENCH_CASES,
@@ -78,7 +89,7 @@ def _op(
     eps: float,
 ) -> None:
     args = (qkv, q_weight, k_weight, time_turns, row_turns, column_turns, q, kv, pages, sink_turns, q_sink, kv_scale)
-    SPEC.choose(qkv.device)(*args, eps)
+    SPEC.choose(qkv)(*args, eps)
 
 
 @_op.register_fake

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Case
+from ..spec import GRID_480P, Case
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -124,11 +124,11 @@ TEST_CASES = (
     Case("fp8 pages", sizes(1, 2, 2, 3, 2, 2, 64), {"fp8": True, "sinks": True}),
 )
 BENCH_CASES = (
-    Case("1.3B, three frames", sizes(1, 3, 30, 52, 12, 12, 128)),
-    Case("1.3B, sink turned", sizes(1, 3, 30, 52, 12, 12, 128), {"sinks": True}),
-    Case("1.3B, fp8 pages", sizes(1, 3, 30, 52, 12, 12, 128), {"fp8": True}),
-    Case("1.3B, 12 frames", sizes(1, 12, 30, 52, 12, 12, 128)),
-    Case("14B, six frames", sizes(1, 6, 30, 52, 40, 40, 128)),
+    Case("1.3B, three frames", sizes(1, 3, *GRID_480P, 12, 12, 128)),
+    Case("1.3B, sink turned", sizes(1, 3, *GRID_480P, 12, 12, 128), {"sinks": True}),
+    Case("1.3B, fp8 pages", sizes(1, 3, *GRID_480P, 12, 12, 128), {"fp8": True}),
+    Case("1.3B, 12 frames", sizes(1, 12, *GRID_480P, 12, 12, 128)),
+    Case("14B, six frames", sizes(1, 6, *GRID_480P, 40, 40, 128)),
     Case("5B, eight frames", sizes(1, 8, 22, 40, 24, 24, 128)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

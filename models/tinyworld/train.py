@@ -63,8 +63,8 @@ class Recipe:
     crop: int = 16  # latent frames of a clip in a batch
     batch: int = 4
     levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
-    steps: int = 2000
-    own_steps: int = 600  # with its own predictions as the past
+    steps: int = 1300
+    own_steps: int = 300  # with its own predictions as the past
     rate: float = 1.5e-3
     own_rate: float = 4e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean

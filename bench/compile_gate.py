@@ -1,0 +1,149 @@
+"""What the GPU kernels compile to, for every architecture they are declared for, on a machine without a GPU.
+
+Each architecture is compiled in a process of its own, behind a stand-in driver that only knows its name. The
+table (registers, stack, shared memory, matrix instructions, hash of the code) is kept beside this file, so that
+a change of any of them shows. It proves that a kernel assembles, fits and uses the matrix units; not that it is
+right or fast. Run: inferix bench kernels --compile-only
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import InferixError
+from ..kernels.catalog import SPECS
+from ..kernels.spec import ARCHITECTURES, has_triton
+
+TABLE = Path(__file__).with_name("compiled.json")
+SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
+MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}  # instruction of the tensor cores
+WITH_MATRIX = ("block_attention",)  # ops that must use them
+STACK = {"denoise_step": 64}  # bytes an op may keep on the stack: the float64 cosine's digits of pi, for huge angles
+
+
+def compile_all() -> dict[str, dict[str, Any]]:
+    """A row for every op, variant and architecture: "op, variant, sm_90" -> what it compiled to."""
+    if not has_triton():
+        raise InferixError("Triton is not installed, so nothing can be compiled; pip install triton")
+    found: dict[str, dict[str, Any]] = {}
+    for capability in ARCHITECTURES:
+        env = {**os.environ, "TRITON_DISABLE_LINE_INFO": "1", "TRITON_INTERPRET": "0"}
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(capability)], env=env, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise InferixError(f"compiling for sm_{capability} failed: {done.stderr.strip()[-1500:]}")
+        found |= json.loads(done.stdout)
+    return found
+
+
+def problems(table: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with compiled kernels, one line each."""
+    wrong = []
+    for name, row in table.items():
+        capability = row["architecture"]
+        if row["shared"] > SHARED_LIMIT[capability] * 1024:
+            limit = SHARED_LIMIT[capability]
+            wrong.append(f"{name}: {row['shared'] / 1024:.0f} KiB of shared memory; sm_{capability} has {limit}")
+        if row["stack"] > STACK.get(name.partition(",")[0], 0):
+            wrong.append(f"{name}: {row['stack']} bytes on the stack: registers are spilled")
+        if name.startswith(WITH_MATRIX) and not row["matrix"]:
+            wrong.append(f"{name}: no {MATRIX[capability]} instruction, so no tensor core is used")
+        if row["tf32"]:
+            wrong.append(f"{name}: float32 products run as TF32")
+    return wrong
+
+
+class StandInDriver:
+    """What Triton asks a driver while it compiles: which GPU, and nothing that needs one."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def compile_for(capability: int) -> dict[str, dict[str, Any]]:
+    """All variants of all ops for one architecture, through their own launch functions."""
+    import triton
+
+    triton.runtime.driver.set_active(StandInDriver(capability))
+    compiled: list[Any] = []
+    launch = triton.runtime.jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(launch(self, *args, **kwargs | {"warmup": True}))
+        return compiled[-1]
+
+    triton.runtime.jit.JITFunction.run = compile_only
+    found = {}
+    for spec in SPECS.values():
+        for form in spec.implementations:
+            if capability not in form.architectures:
+                continue
+            module = import_module(form.run.partition(":")[0], "inferix.kernels")
+            for variant, inputs in module.compile_cases(capability).items():
+                compiled.clear()
+                form.load()(**inputs)
+                (kernel,) = compiled
+                found[f"{spec.name}, {variant}, sm_{capability}"] = inspect(kernel, capability)
+    return found
+
+
+def inspect(kernel: Any, capability: int) -> dict[str, Any]:
+    """Resources and instructions of one compiled kernel."""
+    code: bytes = kernel.asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        listing = tool("nvdisasm", file.name)
+    return {
+        "architecture": capability,
+        "registers": int(found[1]) if (found := re.search(r"REG:(\d+)", usage)) else 0,
+        "stack": int(found[1]) if (found := re.search(r"STACK:(\d+)", usage)) else 0,
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "matrix": len(re.findall(rf"\b{MATRIX[capability]}\b", listing)),
+        "tf32": "tf32" in kernel.asm["ptx"],
+        "sha256": hashlib.sha256(code).hexdigest(),
+    }
+
+
+def tool(name: str, *args: str) -> str:
+    """What one of the binaries that come with Triton prints."""
+    import triton
+
+    place = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(place), *args], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_for(int(sys.argv[1]))))
