@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import InferixError, UsageError
-from . import checkpoint, evaluate
+from . import bench, checkpoint, evaluate
 from .doctor import doctor
 from .generate import PromptAt, generate
 from .play import play
@@ -39,6 +39,7 @@ app.command()(play)
 app.command()(doctor)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

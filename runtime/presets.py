@@ -152,7 +152,7 @@ PRESETS: dict[str, Preset] = {
                 context_noise=0.0,
             ),
             context=ContextPolicy(
-                local_attn_size=10, sink_size=1, positions="window-relative", prompt_switch="recache", recache_sink=True
+                local_attn_size=8, sink_size=1, positions="window-relative", prompt_switch="recache", recache_sink=True
             ),
         ),
     )

@@ -59,12 +59,12 @@ class Recipe:
     kl_weight: float = 3e-4
     bank_clips: int = 2000
     bank_length: int = 24
-    window: int = 10  # latent frames a frame sees, the first of the clip always among them
-    crop: int = 16  # latent frames of a clip in a batch
+    window: int = 8  # latent frames a frame sees, the first of the clip always among them
+    crop: int = 12  # latent frames of a clip in a batch
     batch: int = 4
     levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
-    steps: int = 1300
-    own_steps: int = 300  # with its own predictions as the past
+    steps: int = 900
+    own_steps: int = 200  # with its own predictions as the past
     rate: float = 1.5e-3
     own_rate: float = 4e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean
@@ -227,46 +227,37 @@ class ClipAttention:
     """
 
     def __init__(self, frames: int, window: int, grid: tuple[int, int], head_dim: int) -> None:
-        self.frames, self.tokens = frames, grid[0] * grid[1]
+        self.frames, self.window, self.tokens = frames, window, grid[0] * grid[1]
         self.angles = rope_angles(list(range(frames)) * 2, *grid, head_dim)
-        moved = list(range(1, frames - window + 1))  # places of the first frame before later windows
-        self.moved = rope_angles(moved, *grid, head_dim) if moved else None
-        self.copies = len(moved)
-        rows, seen = [], []
-        for frame in range(frames):
-            first = max(1, frame - window + 2)
-            sink = [] if frame == 0 else [0 if frame < window else frames + frame - window]
-            past = [*sink, *range(first, frame)]
-            padded = [0] * (window - 1 - len(past)) + past
-            rows.append(padded)
-            seen.append([False] * (window - 1 - len(past)) + [True] * (len(past) + 1))
-        clean = [[*row, frame] for frame, row in enumerate(rows)]
-        noisy = [[*row, frames + self.copies + frame] for frame, row in enumerate(rows)]
-        self.rows = torch.tensor(clean + noisy)
-        self.mask = torch.tensor(seen * 2).repeat_interleave(self.tokens, 1)[:, None, None]
+        self.sinks = rope_angles([max(0, frame - window + 1) for frame in range(frames)], *grid, head_dim)
+        slots = range(2 - window, 0)
+        past = [[frame >= 1, *(frame + slot >= 1 for slot in slots)] for frame in range(frames)]
+        seen = torch.tensor([[[*row, True, False], [*row, False, True]] for row in past])  # frame, clean or noisy, slot
+        self.mask = seen.repeat_interleave(self.tokens, 1).repeat_interleave(self.tokens, 2)[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, dtype = len(q), v.dtype
+        dtype = v.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        q_frames = self._frames(rotate(q, self.angles, wide).to(dtype))
-        keys = self._frames(rotate(k, self.angles, wide).to(dtype))
-        values = self._frames(v)
-        clean, noisy = keys.split(self.frames, dim=1)
-        sinks, sink_values = [], []
-        if self.moved is not None:
-            first = k[:, : self.tokens].repeat(1, self.copies, 1, 1)
-            sinks = [self._frames(rotate(first, self.moved, wide).to(dtype))]
-            sink_values = [values[:, :1].expand(-1, self.copies, -1, -1, -1)]
-        clean_values, noisy_values = values.split(self.frames, dim=1)
-        keys = torch.cat((clean, *sinks, noisy), dim=1)[:, self.rows]
-        values = torch.cat((clean_values, *sink_values, noisy_values), dim=1)[:, self.rows]
+        q, turned = (rotate(part, self.angles, wide).to(dtype) for part in (q, k))
+        first = rotate(k[:, : self.tokens].repeat(1, self.frames, 1, 1), self.sinks, wide).to(dtype)
+        keys = self._slots(turned, self._frames(first))
+        values = self._slots(v, self._frames(v)[:, :1].expand(-1, self.frames, -1, -1, -1))
+        queries = self._frames(q).unflatten(1, (2, -1)).transpose(1, 2)  # clean and noisy of a frame together
         out = F.scaled_dot_product_attention(
-            q_frames.flatten(0, 1).transpose(1, 2),
+            queries.flatten(2, 3).flatten(0, 1).transpose(1, 2),
             keys.flatten(2, 3).flatten(0, 1).transpose(1, 2),
             values.flatten(2, 3).flatten(0, 1).transpose(1, 2),
-            attn_mask=self.mask.repeat(batch, 1, 1, 1),
+            attn_mask=self.mask.repeat(len(q), 1, 1, 1),
         )
-        return out.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
+        out = out.transpose(1, 2).unflatten(0, (len(q), -1)).unflatten(2, (2, -1))
+        return out.transpose(1, 2).flatten(1, 3)
+
+    def _slots(self, tensor: Tensor, sinks: Tensor) -> Tensor:
+        """What each frame may see, [B, F, window + 1, P, n, c]: the first frame, the past, and both of its own."""
+        clean, noisy = self._frames(tensor).unflatten(1, (2, -1)).unbind(1)
+        padded = torch.cat((torch.zeros_like(clean[:, :1]).expand(-1, self.window - 2, -1, -1, -1), clean), dim=1)
+        past = [padded[:, slot : slot + self.frames] for slot in range(self.window - 2)]
+        return torch.stack((sinks, *past, clean, noisy), dim=2)
 
     def _frames(self, tensor: Tensor) -> Tensor:
         """[B, F*P, n, c] to [B, F, P, n, c]."""

@@ -1,0 +1,309 @@
+"""The kernel microbenchmark: every op and case against its reference, then against the clock and the card's ceilings.
+
+A form that does not match its reference is refused, not timed. On a GPU, times come from CUDA events around
+single calls on inputs that rotate through more memory than the cache holds; on a CPU the references are timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UsageError, nearest
+from ..kernels.block_attention.sdpa import pages_are_one_run
+from ..kernels.catalog import SPECS
+from ..kernels.spec import Case, KernelSpec
+from ..version import __version__
+
+Call = Callable[..., Any]
+Tell = Callable[[str], None]
+REPEATS = {"cpu": 7, "cuda": 30}
+ROTATED = 256 << 20  # bytes of inputs to rotate through, more than any cache
+CPU_FLOPS, CPU_BYTES = 5e9, 5e7  # larger cases are left out on a CPU unless they are asked for
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to run: ops and cases by name (empty: all), a shape of one's own, dtype and device."""
+
+    ops: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+    shape: str | None = None
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+
+    @property
+    def repeats(self) -> int:
+        return REPEATS[torch.device(self.device).type]
+
+
+def parse_shape(spec: KernelSpec, text: str) -> Case:
+    """A case like the op's first one with other sizes: "q=4680,kv=32760,heads=12,dim=128" or its own dims."""
+    like = spec.bench_cases[0]
+    dims = dict(like.dims)
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if not value.isdecimal() or int(value) < 1:
+            raise UsageError(f"--shape {text!r}: {part!r} is no size; expected name=number, such as dim=128")
+        if spec.name == "block_attention" and name == "kv":
+            page = dims["page_tokens"]
+            if int(value) % page:
+                raise UsageError(f"--shape: kv={value} is no multiple of page_tokens={page}; set page_tokens first")
+            dims["pages"] = int(value) // page
+        elif spec.name == "block_attention" and name == "q":
+            dims["tokens"] = int(value)
+        elif name in dims:
+            dims[name] = int(value)
+            if name == "heads" and "kv_heads" in dims:
+                dims["kv_heads"] = int(value)
+        else:
+            has = ", ".join(dims)
+            raise UsageError(f"--shape: {spec.name} has no size {name!r}{nearest(name, dims)}; it has {has}")
+    return Case(text, dims, like.options)
+
+
+def run(wanted: Wanted, tell: Tell) -> dict[str, Any]:
+    """All rows, with the machine and its ceilings; UsageError for names that are not there."""
+    for op in wanted.ops:
+        if op not in SPECS:
+            raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; there are {', '.join(SPECS)}")
+    specs = [SPECS[op] for op in wanted.ops or SPECS]
+    if wanted.shape and len(specs) != 1:
+        raise UsageError("--shape belongs to one op; name it with --op")
+    known = [case.name for spec in specs for case in spec.bench_cases]
+    for name in wanted.cases:
+        if name not in known:
+            raise UsageError(f"no case {name!r}{nearest(name, known)}; there are: {'; '.join(dict.fromkeys(known))}")
+    tell("measuring what the machine can do")
+    ceilings = measure_ceilings(wanted)
+    rows = []
+    for spec in specs:
+        cases = [parse_shape(spec, wanted.shape)] if wanted.shape else spec.bench_cases
+        for case in cases:
+            if wanted.cases and case.name not in wanted.cases:
+                continue
+            asked = bool(wanted.cases or wanted.shape)
+            large = spec.flops(case) > CPU_FLOPS or spec.nbytes(case, wanted.dtype) > CPU_BYTES
+            if wanted.device == "cpu" and large and not asked:
+                tell(f"{spec.name}, {case.name}: left out, too large for a CPU; name it with --case to run it")
+                continue
+            rows.append(run_case(spec, case, wanted, ceilings))
+            tell(summary(rows[-1]))
+    return {"schema": 1, "kind": "kernels", "machine": machine(wanted.device), "ceilings": ceilings, "rows": rows}
+
+
+def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, float]) -> dict[str, Any]:
+    """One op at one size: our forms and the baselines, each checked first."""
+    inputs = spec.make_inputs(case, wanted.dtype, wanted.device, 0)
+    expected = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    spec.reference(**expected)
+    flops, moved = spec.flops(case), spec.nbytes(case, wanted.dtype)
+    row: dict[str, Any] = {
+        "op": spec.name, "case": case.name, "dims": dict(case.dims), "options": dict(case.options),
+        "dtype": str(wanted.dtype)[6:], "flops": flops, "bytes": moved, "forms": {},
+    }  # fmt: skip
+    for name, call in forms(spec, inputs, wanted).items():
+        if wrong := mismatch(spec, call, inputs, expected, wanted.dtype):
+            row["forms"][name] = {"refused": wrong}
+            continue
+        samples = timed(call, inputs, wanted)
+        seconds = statistics.median(samples)
+        quarters = statistics.quantiles(samples, n=4)
+        row["forms"][name] = {
+            "seconds": seconds,
+            "spread": (quarters[2] - quarters[0]) / seconds,
+            "tflops": flops / seconds / 1e12,
+            "gbytes": moved / seconds / 1e9,
+            "of_matmul": flops / seconds / ceilings["matmul_flops"],
+            "of_copy": moved / seconds / ceilings["copy_bytes"],
+            "samples": samples,
+        }
+    return row
+
+
+def forms(spec: KernelSpec, inputs: dict[str, Any], wanted: Wanted) -> dict[str, Call]:
+    """What to time: on a CPU the reference, on a GPU our kernels and everything they can be held against."""
+    if wanted.device == "cpu":
+        return {"reference": spec.reference}
+    found: dict[str, Call] = {"triton": spec.named("triton"), "torch": spec.reference}
+    found["torch.compile"] = torch.compile(spec.reference, dynamic=False)
+    if spec.name == "block_attention":
+        found = {"triton": found["triton"]} | attention_baselines(inputs)
+    return found
+
+
+def attention_baselines(inputs: dict[str, Any]) -> dict[str, Call]:
+    """Other attentions over the same keys, contiguous; only where there is nothing they cannot do."""
+    plain = inputs["q_sink"] is None and inputs["kv_scale"] is None and inputs["lse"] is None
+    if not plain or not pages_are_one_run(inputs["page_table"], inputs["page_count"]):
+        return {}
+    counts = inputs["page_count"].tolist()
+    if len(set(counts)) != 1:
+        return {}
+    first = inputs["page_table"][:, 0].tolist()
+    kv = torch.stack([inputs["kv"][:, page : page + counts[0]].flatten(1, 2) for page in first], dim=1)
+    q, (k, v) = inputs["q"].transpose(1, 2).contiguous(), kv.transpose(2, 3).contiguous()
+    grouped = q.shape[1] != k.shape[1]
+    found: dict[str, Call] = {}
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def sdpa(backend: Any) -> Call:
+        def call(out: Tensor, **_: Any) -> None:
+            with sdpa_kernel(backend):
+                out.copy_(F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2))
+
+        return call
+
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+        found[f"sdpa {name.partition('_')[0].lower()}"] = sdpa(getattr(SDPBackend, name))
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex = torch.compile(flex_attention, dynamic=False)
+    found["flex"] = lambda out, **_: out.copy_(flex(q, k, v, enable_gqa=grouped).transpose(1, 2))
+    if find_spec("flash_attn"):
+        from flash_attn import flash_attn_func
+
+        rows = [part.transpose(1, 2).contiguous() for part in (q, k, v)]
+        found["flash-attn"] = lambda out, **_: out.copy_(flash_attn_func(*rows))
+    if find_spec("sageattention"):
+        from sageattention import sageattn
+
+        found["sageattention"] = lambda out, **_: out.copy_(sageattn(q, k, v).transpose(1, 2))
+    return found
+
+
+def mismatch(
+    spec: KernelSpec, call: Call, inputs: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype
+) -> str | None:
+    """Why a form may not be timed: how far it is off, or that it cannot run."""
+    fresh = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    try:
+        call(**fresh)
+    except RuntimeError as error:
+        return f"cannot run: {str(error).splitlines()[0]}"
+    for name in spec.outputs:
+        if fresh[name] is not None:
+            got, want = fresh[name].float(), expected[name].float()
+            error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-3))
+            limit = 2 * spec.tolerance[dtype] if fresh[name].dtype != torch.float8_e4m3fn else 0.08
+            if not error <= limit:
+                return f"{name} is off by {error:.2e}, allowed {limit:.2e}"
+    return None
+
+
+def timed(call: Call, inputs: dict[str, Any], wanted: Wanted) -> list[float]:
+    """Seconds of single calls."""
+    size = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
+    copies = 1 if wanted.device == "cpu" else max(1, min(16, ROTATED // max(size, 1)))
+    sets = [
+        {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        for _ in range(copies)
+    ]
+    for index in range(3):
+        call(**sets[index % copies])
+    samples = []
+    for index in range(wanted.repeats):
+        with stopwatch(wanted.device) as elapsed:
+            call(**sets[index % copies])
+        samples.append(elapsed())
+    return samples
+
+
+@contextmanager
+def stopwatch(device: str) -> Iterator[Callable[[], float]]:
+    """Yields what tells the seconds the block took, on the device's own clock."""
+    if device == "cpu":
+        begun = time.perf_counter()
+        ended = begun
+        yield lambda: ended - begun
+        ended = time.perf_counter()
+        return
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    yield lambda: start.elapsed_time(end) / 1000
+    end.record()
+    torch.cuda.synchronize()
+
+
+def measure_ceilings(wanted: Wanted) -> dict[str, float]:
+    """Bytes a second of a large copy (read and written), and FLOPs a second of a large matmul, here and now."""
+    gpu = wanted.device != "cpu"
+    source = torch.empty((1 << 29) if gpu else (1 << 26), dtype=torch.uint8, device=wanted.device)
+    target = torch.empty_like(source)
+    width = 8192 if gpu else 1024
+    a = torch.randn(width, width, device=wanted.device).to(wanted.dtype)
+    found = {}
+    for name, call, amount in (
+        ("copy_bytes", lambda: target.copy_(source), 2 * source.nbytes),
+        ("matmul_flops", lambda: a @ a, 2 * width**3),
+    ):
+        samples = timed(lambda call=call: call(), {}, wanted)
+        found[name] = amount / min(samples)
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where and when: card, versions, date."""
+    facts: dict[str, Any] = {
+        "device": "cpu", "date": datetime.now(UTC).isoformat(timespec="seconds"), "inferix": __version__,
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "memory": properties.total_memory, "cuda": torch.version.cuda,
+        }  # fmt: skip
+    return facts
+
+
+def shown(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A row in words."""
+    parts = []
+    for name, form in row["forms"].items():
+        if "refused" in form:
+            parts.append(f"{name}: refused, {form['refused']}")
+        else:
+            parts.append(f"{name} {shown(form['seconds'])} ({form['of_copy']:.0%} of copy, "
+                         f"{form['of_matmul']:.0%} of matmul)")  # fmt: skip
+    return f"{row['op']}, {row['case']}: " + "; ".join(parts)
+
+
+def draw(result: dict[str, Any], path: Path) -> Path | None:
+    """Bars of seconds per form, a panel per case, as a PNG; None where matplotlib is not installed."""
+    if not find_spec("matplotlib"):
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if any("seconds" in form for form in row["forms"].values())]
+    figure, axes = pyplot.subplots(max(1, len(rows)), figsize=(9, 1 + 1.1 * max(1, len(rows))), squeeze=False)
+    for axis, row in zip(axes[:, 0], rows, strict=False):
+        held = {name: form["seconds"] * 1e6 for name, form in row["forms"].items() if "seconds" in form}
+        axis.barh(list(held), list(held.values()))
+        axis.set_title(f"{row['op']}, {row['case']}, {row['dtype']}: microseconds", fontsize=8, loc="left")
+        axis.tick_params(labelsize=7)
+    figure.suptitle(f"{result['machine']['device']}, {result['machine']['date'][:10]}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,100 @@
+"""`inferix play`: keys, pictures as characters, and one whole run in a terminal of its own."""
+
+import os
+import re
+import sys
+import time
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from inferix.cli.main import app
+from inferix.cli.play import HELD, Controls, fitting_scale, half_blocks, split_keys
+from inferix.errors import UsageError
+
+ACTIONS = ("stay", "up", "down", "left", "right")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_arrows_act_for_as_long_as_they_are_held():
+    clock = Clock()
+    controls = Controls(ACTIONS, clock)
+    assert controls.action() == "stay"
+    for key in split_keys("\x1b[C\x1bOA"):
+        controls.key(key)
+    assert controls.action() == "up"
+    clock.now += HELD
+    assert controls.action() == "stay"
+
+
+def test_a_prompt_is_typed_corrected_sent_or_dropped():
+    controls = Controls(ACTIONS)
+    for key in "pa q\x7ffox\r":
+        controls.key(key)
+    assert list(controls.prompts) == ["a fox"]
+    assert not controls.leave
+    for key in ("p", "x", "\x1b"):
+        controls.key(key)
+    assert controls.line is None
+    assert len(controls.prompts) == 1
+    controls.key("q")
+    assert controls.leave
+
+
+def test_two_pixels_make_a_character():
+    frame = np.zeros((4, 3, 3), np.uint8)
+    frame[0] = (255, 0, 0)
+    text = half_blocks(frame, 1)
+    assert text.count("▀") == 6
+    assert "\x1b[38;2;255;0;0;48;2;0;0;0m" in text
+    assert half_blocks(frame, 2).count("▀") == 24
+
+
+def test_a_terminal_may_be_too_small_or_large_enough_for_more():
+    size = os.terminal_size
+    assert fitting_scale((64, 64), size((64, 35))) == 1
+    assert fitting_scale((64, 64), size((200, 80))) == 2
+    with pytest.raises(UsageError, match="80x24 characters; play needs 64x35"):
+        fitting_scale((64, 64), size((80, 24)))
+
+
+def test_without_a_terminal_or_actions_it_says_so():
+    done = CliRunner().invoke(app, ["play"])
+    assert done.exit_code == 2
+    assert "needs a terminal" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_walk_in_a_terminal():
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    pid, file = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "inferix", "play", "--seconds", "2"])
+    fcntl.ioctl(file, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    shown, pressed = b"", False
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        try:
+            part = os.read(file, 1 << 16)
+        except OSError:  # the other side has ended
+            break
+        shown += part
+        if not pressed and b"FPS made" in shown:
+            os.write(file, b"\x1b[C\x1b[C")
+            pressed = True
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown[-500:]
+    text = shown.decode(errors="replace")
+    assert re.search(r"1[67] frames in [\d.]+ s: [\d.]+ FPS, the world's own is 8", text)
+    assert text.count("▀") >= 16 * 64 * 32
+    assert "arrows: walk" in text

@@ -1,0 +1,63 @@
+"""Actions: which frame has which, how they are written, and that the model is told."""
+
+import pytest
+import torch
+from oracles import make_engine
+
+from inferix.errors import UsageError
+from inferix.runtime.actions import ActionTrack, read_actions
+
+NAMES = ("stay", "up", "down", "left", "right")
+
+
+def test_a_script_begins_at_frame_one_and_is_followed_by_rest():
+    track = ActionTrack(NAMES, ["right", "right", "up"])
+    assert [track.of(frame) for frame in range(7)] == [0, 4, 4, 1, 0, 0, 0]
+    assert len(track.starts) == 4  # changes, not frames
+
+
+def test_what_is_told_holds_until_told_otherwise_and_drops_what_was_planned():
+    track = ActionTrack(NAMES, ["right"] * 10)
+    track.tell(3, "down")
+    assert [track.of(frame) for frame in range(6)] == [0, 4, 4, 2, 2, 2]
+    assert track.of(10**9) == 2
+    track.tell(4, "left")
+    track.tell(4, "stay")
+    assert [track.of(frame) for frame in range(2, 7)] == [4, 2, 0, 0, 0]
+
+
+def test_actions_are_read_from_words_and_from_a_file(tmp_path):
+    assert read_actions("2R u stay 1down", NAMES) == ["right", "right", "up", "stay", "down"]
+    file = tmp_path / "walk.json"
+    file.write_text('["up", "stay"]')
+    assert read_actions(str(file), NAMES) == ["up", "stay"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("3X", "no action 'x'; there are stay, up"),
+        ("3-R", "hold '3-R'"),
+        ("  ", "actions are empty"),
+        ("missing.json", "cannot read actions 'missing.json'"),
+        ("jump", "no action 'jump'"),
+    ],
+)
+def test_bad_actions_are_named(text, said):
+    with pytest.raises(UsageError, match=said):
+        read_actions(text, NAMES)
+
+
+def test_a_file_of_something_else_and_a_model_without_actions(tmp_path):
+    file = tmp_path / "walk.json"
+    file.write_text('{"up": 3}')
+    with pytest.raises(UsageError, match="must hold a list of names"):
+        read_actions(str(file), NAMES)
+    with pytest.raises(UsageError, match="this model follows no actions"):
+        read_actions("3R", ())
+    engine = make_engine()
+    rows = torch.zeros(1, 16, dtype=torch.float64)
+    with pytest.raises(UsageError, match="follows no actions"):
+        engine.open(prompt_embeds=rows, size=(32, 32), actions=["up"])
+    with engine.open(prompt_embeds=rows, size=(32, 32)) as session, pytest.raises(UsageError, match="no actions"):
+        session.act("up")
