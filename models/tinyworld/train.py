@@ -64,7 +64,7 @@ class Recipe:
     batch: int = 4
     levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
     steps: int = 900
-    own_steps: int = 200  # with its own predictions as the past
+    own_steps: int = 140  # with its own predictions as the past
     rate: float = 1.5e-3
     own_rate: float = 4e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean

@@ -24,8 +24,11 @@ from inferix.kernels.adaln import gpu as adaln_gpu
 from inferix.kernels.block_attention import gpu as block_attention_gpu
 from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import gpu as denoise_gpu
+from inferix.kernels.kv_pages import gpu as pages_gpu
+from inferix.kernels.linear_lowp import gpu as linear_gpu
 from inferix.kernels.philox import frame_noise, philox4x32
 from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
+from inferix.kernels.rms_silu import gpu as rms_silu_gpu
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 repair()
@@ -111,6 +114,15 @@ WRONG = {
                            "tl.join(one, two), tl.join(three, four)"),
     "rows of a patch for columns": ("denoise_step", denoise_gpu, "(y % PATCH_H) * PATCH_W + column % PATCH_W",
                                     "(column % PATCH_W) * PATCH_H + y % PATCH_H"),
+    "no GELU": ("linear_lowp", linear_gpu, "GELU=gelu", "GELU=False"),
+    "scale of another column": (
+        "linear_lowp", linear_gpu, "weight_scale_ptr + column,", "weight_scale_ptr + column * 0,"
+    ),
+    "a tile short": ("linear_lowp", linear_gpu, "range(0, inner, INNER)", "range(0, inner - INNER, INNER)"),
+    "cut instead of rounded": ("kv_pages", pages_gpu, "tl.floor(x + 0.5)", "tl.floor(x)"),
+    "the page it came from": ("kv_pages", pages_gpu, "tl.load(target_pages_ptr", "tl.load(source_pages_ptr"),
+    "largest of a part": ("kv_pages", pages_gpu, "most = tl.maximum(most, tl.abs(x))", "most = tl.abs(x)"),
+    "mean instead of length": ("rms_silu", rms_silu_gpu, "tl.sqrt(tl.sum(x * x, 1))", "tl.sum(tl.abs(x), 1)"),
     "history shifted": ("denoise_step", denoise_gpu, "tl.load(by_ptr + 3 + kept)", "tl.load(by_ptr + 2 + kept)"),
 }  # fmt: skip
 

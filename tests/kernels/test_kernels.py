@@ -39,9 +39,9 @@ def test_the_reference_is_exact_enough_in_every_dtype(spec, dtype):
 def test_the_op_tells_torch_the_truth_about_itself(spec):
     op = getattr(torch.ops.inferix, spec.name).default
     for case in spec.test_cases:
-        if case.options.get("fp8"):
-            continue  # torch's checker cannot compare FP8 itself
         inputs = spec.make_inputs(case, torch.float32, "cpu", 0)
+        if any(torch.is_tensor(value) and value.dtype == torch.float8_e4m3fn for value in inputs.values()):
+            continue  # torch's checker cannot compare FP8 itself
         torch.library.opcheck(op, (), inputs)
 
 

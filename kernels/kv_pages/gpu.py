@@ -1,0 +1,88 @@
+"""kv_pages in Triton: one program per page, keys or values, and head; two readings where a scale is to be found."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import Case
+from .reference import LIMITS
+
+TOKENS = 64  # of a page at a time
+WARPS = 4
+
+
+@triton.jit
+def _move(
+    source_ptr, source_pages_ptr, target_ptr, target_pages_ptr, source_scale_ptr, target_scale_ptr,
+    source_count, target_count, page_tokens, heads, limit,
+    DIM: tl.constexpr, TOKENS: tl.constexpr, SCALED: tl.constexpr, SCALE: tl.constexpr, COPY: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    head, half = tl.program_id(1) % heads, tl.program_id(1) // heads
+    come = (half * source_count + tl.load(source_pages_ptr + tl.program_id(0))).to(tl.int64)
+    go = (half * target_count + tl.load(target_pages_ptr + tl.program_id(0))).to(tl.int64)
+    token, dim = tl.arange(0, TOKENS)[:, None], tl.arange(0, DIM)[None]
+    source_ptr += (come * page_tokens * heads + head) * DIM
+    target_ptr += (go * page_tokens * heads + head) * DIM
+    by = 1.0
+    if SCALED:
+        by = tl.load(source_scale_ptr + come * heads + head)
+    if COPY:
+        if SCALED:
+            tl.store(target_scale_ptr + go * heads + head, by)
+    elif SCALE:
+        most = tl.zeros([TOKENS, DIM], tl.float32)
+        for start in range(0, page_tokens, TOKENS):
+            inside = start + token < page_tokens
+            x = tl.load(source_ptr + (start + token) * heads * DIM + dim, mask=inside, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(x))
+        scale = tl.maximum(tl.max(tl.max(most, 1), 0), 1e-12) / limit
+        tl.store(target_scale_ptr + go * heads + head, scale)
+        by = 1.0 / scale
+    for start in range(0, page_tokens, TOKENS):
+        inside = start + token < page_tokens
+        at = (start + token) * heads * DIM + dim
+        x = tl.load(source_ptr + at, mask=inside, other=0.0)
+        if not COPY:
+            x = x.to(tl.float32) * by
+            if SCALE:
+                x = tl.minimum(tl.maximum(x, -limit), limit)
+            if ROUND:
+                x = tl.floor(x + 0.5)
+        tl.store(target_ptr + at, x.to(target_ptr.dtype.element_ty), mask=inside)
+
+
+def kv_pages(
+    source: Tensor,
+    source_pages: Tensor,
+    target: Tensor,
+    target_pages: Tensor,
+    source_scale: Tensor | None,
+    target_scale: Tensor | None,
+) -> None:
+    """Launch for tensors that were checked; page lists stand in for scales that are not there."""
+    _, count, tokens, heads, dim = source.shape
+    _move[(len(source_pages), 2 * heads)](
+        source, source_pages, target, target_pages, source_pages if source_scale is None else source_scale,
+        source_pages if target_scale is None else target_scale, count, target.shape[1], tokens, heads,
+        LIMITS.get(target.dtype, 0.0), DIM=dim, TOKENS=TOKENS, SCALED=source_scale is not None,
+        SCALE=target_scale is not None, COPY=source.dtype == target.dtype, ROUND=target.dtype == torch.int8,
+        num_warps=WARPS,
+    )  # fmt: skip
+
+
+def compile_cases(capability: int) -> dict[str, dict[str, object]]:
+    """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
+    from .reference import make_inputs, sizes
+
+    variants: dict[str, dict[str, object]] = {"copy": {}}
+    variants |= {"to int8": {"target": "int8"}, "from int8": {"source": "int8"}}
+    if capability >= 89:
+        variants |= {"to fp8": {"target": "fp8"}, "from fp8": {"source": "fp8"}}
+    return {
+        f"{name} bf16 d128": make_inputs(Case(name, sizes(1, 64, 2, 128), options), torch.bfloat16, "cpu", 0)
+        for name, options in variants.items()
+    }

@@ -1,0 +1,108 @@
+"""linear_lowp in Triton: a tile of the result to a program, scales, bias and GELU applied before it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import Case, architecture
+
+GROUP = 8  # rows of tiles that are worked on together, so that they find operands in the cache
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows, columns and inner entries of a tile, warps, and loads in flight."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+CONFIGS = {
+    80: Config(128, 128, 64, 8, 3),
+    89: Config(128, 128, 64, 8, 3),
+    90: Config(128, 256, 128, 8, 3),
+    100: Config(128, 128, 128, 8, 3),
+    120: Config(128, 128, 64, 8, 3),
+}
+ANYWHERE = Config(16, 32, 32, 4, 1)  # where there is no GPU: the interpreter
+
+
+@triton.jit
+def _linear(
+    x_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, out_ptr, rows, columns, inner,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    tall, broad = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    band = tl.program_id(0) // (GROUP * broad)
+    height = tl.minimum(tall - band * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * broad)
+    row = (band * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
+    column = (within // height) * COLUMNS + tl.arange(0, COLUMNS)
+    at = tl.arange(0, INNER)
+    x_at = x_ptr + row.to(tl.int64)[:, None] * inner + at[None]
+    weight_at = weight_ptr + column.to(tl.int64)[None] * inner + at[:, None]
+    total = tl.zeros([ROWS, COLUMNS], WHOLE)
+    for start in range(0, inner, INNER):
+        there = start + at < inner
+        x = tl.load(x_at, mask=(row < rows)[:, None] & there[None], other=0.0)
+        weight = tl.load(weight_at, mask=(column < columns)[None] & there[:, None], other=0.0)
+        total = tl.dot(x, weight, total, out_dtype=WHOLE)
+        x_at += INNER
+        weight_at += INNER
+    y = total.to(tl.float32)
+    if PER_ROW:
+        y *= tl.load(x_scale_ptr + row, mask=row < rows, other=0.0)[:, None]
+    else:
+        y *= tl.load(x_scale_ptr)
+    if PER_COLUMN:
+        y *= tl.load(weight_scale_ptr + column, mask=column < columns, other=0.0)[None]
+    else:
+        y *= tl.load(weight_scale_ptr)
+    if BIAS:
+        y += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None]
+    if GELU:
+        turned = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        y = y * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * turned)))
+    inside = (row < rows)[:, None] & (column < columns)[None]
+    to = out_ptr + row.to(tl.int64)[:, None] * columns + column[None]
+    tl.store(to, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def linear_lowp(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor, gelu: bool,
+    config: Config | None = None,
+) -> None:  # fmt: skip
+    """Launch for tensors that were checked; out stands in for a bias that is not there."""
+    (rows, inner), columns = x.shape, len(weight)
+    config = config or (CONFIGS[architecture(x.device)] if x.device.type == "cuda" else ANYWHERE)
+    _linear[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
+        x, weight, x_scale, weight_scale, out if bias is None else bias, out, rows, columns, inner,
+        ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner, GROUP=GROUP,
+        WHOLE=tl.int32 if x.dtype == torch.int8 else tl.float32, PER_ROW=len(x_scale) == rows,
+        PER_COLUMN=len(weight_scale) == columns, BIAS=bias is not None, GELU=gelu,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def compile_cases(capability: int) -> dict[str, dict[str, object]]:
+    """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
+    from .reference import make_inputs, sizes
+
+    variants: dict[str, dict[str, object]] = {"int8 gelu": {"int8": True, "bias": True, "gelu": True}}
+    if capability >= 89:
+        variants |= {"fp8": {"bias": True}, "fp8 gelu": {"bias": True, "gelu": True}}
+    config = CONFIGS[capability]
+    return {
+        f"{name} bf16": make_inputs(Case(name, sizes(128, 512, 256), options), torch.bfloat16, "cpu", 0)
+        | {"config": config}
+        for name, options in variants.items()
+    }
