@@ -63,7 +63,9 @@ EXTRAS = {
         "hypothesis",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "ml_dtypes",
+        "matplotlib",
     ],
+    "bench": ["matplotlib"],
     "gpu": ["triton", "cuda-python"],
 }
 

@@ -195,10 +195,10 @@ def mismatch(
     for name in spec.outputs:
         if fresh[name] is not None:
             got, want = fresh[name].float(), expected[name].float()
-            error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-3))
+            off = float((got - want).abs().max() / want.abs().max().clamp(min=1e-3))
             limit = {torch.float8_e4m3fn: 0.08, torch.int8: 0.01}.get(fresh[name].dtype, 2 * spec.tolerance[dtype])
-            if not error <= limit:
-                return f"{name} is off by {error:.2e}, allowed {limit:.2e}"
+            if not off <= limit:
+                return f"{name} is off by {off:.2e}, allowed {limit:.2e}"
     return None
 
 

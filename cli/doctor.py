@@ -23,7 +23,7 @@ GIVES = {
     "transformers": "UMT5 text encoder: prompts as text",
     "av": "writes and reads video files",
     "ftfy": "cleans prompts as Wan's training did",
-    "triton": "fused GPU kernels; this version does not use it yet",
+    "triton": "the GPU kernels of inferix.kernels; the block loop does not call them yet",
     "cuda-python": "CUDA graphs and device facts; this version does not use it yet",
     "flash-attn": "a faster attention; this version uses torch's own",
     "tensorrt": "running exported engines; this version does not use it yet",
@@ -75,8 +75,19 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dic
         "video files": needs("av"),
         "prompts as text": needs("transformers"),
         "prompt cleaning": needs("ftfy"),
-        "fused kernels, CUDA graphs, export": "not in this version",
+        "GPU kernels on their own": needs("triton"),
+        "kernels in the block loop, CUDA graphs, export": "not in this version",
     }
+
+
+def chosen_kernels(gpus: list[dict[str, Any]]) -> dict[str, str]:
+    """The form of each op that would run here, on the first GPU if there is one."""
+    import torch
+
+    from ..kernels.catalog import SPECS
+
+    device = torch.device("cuda" if gpus else "cpu")
+    return {name: spec.chosen(device, spec.implementations[0].dtypes[0]) for name, spec in SPECS.items()}
 
 
 def report() -> dict[str, Any]:
@@ -88,6 +99,7 @@ def report() -> dict[str, Any]:
         "packages": packages,
         "cpu": cpu_facts(),
         "gpus": gpus,
+        "kernels": chosen_kernels(gpus),
         "features": verdicts(packages, gpus),
     }
 
@@ -118,5 +130,8 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON line ins
     features = Table("feature", "verdict", title="Features", title_justify="left")
     for feature, verdict in facts["features"].items():
         features.add_row(feature, verdict)
-    for table in (packages, machine, features):
+    kernels = Table("op", "form that runs here", title="Kernels", title_justify="left")
+    for op, form in facts["kernels"].items():
+        kernels.add_row(op, form)
+    for table in (packages, machine, kernels, features):
         console.print(table)

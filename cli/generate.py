@@ -286,7 +286,7 @@ def generate(
 
     Writes OUT, a contact sheet (.png) and a record of settings and timings (.json) beside it.
 
-    Example: inferix generate --prompt "a blue ghost in a sandy desert at night" --actions "8R 8U 4S" --out ghost.mp4
+    Example: inferix generate --prompt "a paper boat on a canal" --blocks 3 --out boat.mp4
 
     Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
 

@@ -10,7 +10,6 @@ import codecs
 import os
 import queue
 import select
-import shutil
 import sys
 import threading
 import time
@@ -26,7 +25,6 @@ import typer
 from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError
-from ..runtime.presets import DEFAULT_MODEL
 from .generate import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
@@ -201,7 +199,7 @@ def show(maker: Maker, controls: Controls, file: int, scale: int, fps: int, seco
             shown += 1
             pace = shown / max(time.monotonic() - begun, 1e-9)
             told = maker.said if controls.line is None else f"new prompt: {controls.line}_"
-            width = shutil.get_terminal_size().columns
+            width = os.get_terminal_size().columns
             for line in (f"{pace:.1f} FPS shown, {speed:.1f} FPS made, world {fps} FPS", told, HELP):
                 sys.stdout.write(f"\r\n\x1b[K{line[: width - 1]}")
             sys.stdout.flush()
@@ -221,7 +219,7 @@ def read_keys(controls: Controls, file: int, until: float, decode: Any) -> None:
 
 
 def play(
-    model: str = typer.Option(DEFAULT_MODEL, help="Checkpoint folder of a model that follows actions."),
+    model: str = typer.Option("tinyworld", help="Checkpoint folder of a model that follows actions."),
     prompt: str = typer.Option(DEFAULT_PROMPT, help="What the world shows."),
     seed: int = typer.Option(0, help="Seed of the noise, and so of the land."),
     seconds: float | None = typer.Option(None, help="Leave after so many seconds of video."),
@@ -235,12 +233,12 @@ def play(
 
     from ..runtime.engine import load
 
-    engine = load(model, device=device)
+    engine = load(model, preset="tinyworld", device=device)
     if not engine.spec.actions:
-        raise UsageError(f"{model} follows no actions; play needs a model that does, such as {DEFAULT_MODEL}")
+        raise UsageError(f"{model} follows no actions; play needs a model that does, such as tinyworld")
     controls = Controls(engine.spec.actions)
     with engine.open(prompt=prompt, seed=seed) as session, raw_terminal() as file:
-        scale = fitting_scale(session.size, shutil.get_terminal_size())
+        scale = fitting_scale(session.size, os.get_terminal_size())
         maker = Maker(session, controls)
         maker.start()
         try:

@@ -78,16 +78,19 @@ class KernelSpec:
     flops: Callable[[Case], int]
 
     def choose(self, like: torch.Tensor) -> Callable[..., None]:
-        """The form for such a tensor: the one asked for by `using`, else the first for its device and dtype."""
-        wanted = (CHOSEN.get() or {}).get(self.name)
-        if wanted is not None:
-            return self.named(wanted)
-        if like.device.type == "cuda":
-            capability = architecture(like.device)
+        """The form for such a tensor."""
+        return self.named(self.chosen(like.device, like.dtype))
+
+    def chosen(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Its name: the one asked for by `using`, else the first for the device and dtype, else the reference."""
+        if wanted := (CHOSEN.get() or {}).get(self.name):
+            return wanted
+        if device.type == "cuda" and has_triton():
+            capability = architecture(device)
             for form in self.implementations:
-                if capability in form.architectures and like.dtype in form.dtypes and has_triton():
-                    return form.load()
-        return self.reference
+                if capability in form.architectures and dtype in form.dtypes:
+                    return form.name
+        return "reference"
 
     def named(self, name: str) -> Callable[..., None]:
         """An implementation by name; ValueError for one the op does not have."""

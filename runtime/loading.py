@@ -31,7 +31,7 @@ from ..models.wan.transformer import WanTransformer
 from ..models.wan.vae_checkpoint import TINY_DECODERS, Decoder, build_vae, find_tiny_decoder, find_vae, load_decoder
 from .config import DTYPES, EngineConfig
 
-SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # models whose weights are in this package
+SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # where a model of our own has its weights
 
 
 class PromptEncoder(Protocol):
@@ -111,9 +111,13 @@ def text_loader(
 
 
 def shipped(name: str) -> Path:
-    """The folder of a model that comes with the package."""
+    """The folder of a model of our own; InferixError where its weights are not there."""
     if not SHIPPED[name].is_dir():
-        raise InferixError(f"the weights of {name} are missing in {SHIPPED[name].parent}; install inferix again")
+        raise InferixError(
+            f"this version has no weights of {name}; train them "
+            f"(python -m inferix.models.{name}.train --out runs/{name}) "
+            f"and give their folder (--model runs/{name}/weights --preset {name})"
+        )
     return SHIPPED[name]
 
 

@@ -144,7 +144,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             name="tinyworld",
-            about=About("tinyworld", APACHE, "in this package"),
+            about=About("tinyworld", APACHE, "to be trained: inferix.models.tinyworld.train"),
             num_frame_per_block=1,
             independent_first_frame=False,
             sampler=SamplerSpec(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
+from inferix.models.tinyworld import train
 from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
@@ -98,3 +100,12 @@ def make_engine(preset: str = "self-forcing", dtype: str = "float64", **override
 def run(engine: Engine, blocks: int, **kwargs: object) -> list[Block]:
     with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE, **kwargs) as session:
         return list(session.stream(blocks, decode=False))
+
+
+def write_untrained_world(folder: Path) -> Path:
+    """The small world as it is before training, written as the trained one is."""
+    torch.manual_seed(0)
+    empty = torch.zeros(0)
+    bank = train.Bank(empty, empty, empty, empty, (0.0,) * 16, (1.0,) * 16)
+    train.export(folder, train.new_vae(), train.TinyWorld(train.Recipe().window), bank)
+    return folder

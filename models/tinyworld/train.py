@@ -66,7 +66,7 @@ class Recipe:
     steps: int = 900
     own_steps: int = 140  # with its own predictions as the past
     rate: float = 1.5e-3
-    own_rate: float = 4e-4
+    own_rate: float = 8e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean
     save_every: float = 180.0  # seconds
 
@@ -209,6 +209,7 @@ def random_batch(bank: Bank, recipe: Recipe) -> Batch:
     """Crops of walks; where one holds a change of scene, the new one is told and only its frames count."""
     clips = torch.randint(len(bank.latents), (recipe.batch,))
     starts = torch.randint(bank.latents.shape[1] - recipe.crop + 1, (recipe.batch,))
+    starts *= torch.rand(recipe.batch) < 0.5  # a clip's first latent frame is one picture, unlike all others
     frames = starts[:, None] + torch.arange(recipe.crop)
     latents, actions = bank.latents[clips[:, None], frames], bank.actions[clips[:, None], frames]
     actions[:, 0] = ACTIONS.index("stay")

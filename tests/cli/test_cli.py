@@ -9,9 +9,10 @@ import time
 
 import av
 import pytest
+from oracles import write_untrained_world
 
 RUN = [sys.executable, "-m", "inferix"]
-SMALL = ["--size", "32x32", "--blocks", "2"]
+SMALL = ["--model", "wan-tiny", "--size", "32x32", "--blocks", "2"]
 
 
 def inferix(*arguments, cwd=None):
@@ -42,6 +43,29 @@ def test_the_same_seed_gives_the_same_file_in_two_processes(tmp_path):
         assert done.returncode == 0, done.stderr
     files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in "abc"]
     assert files[0] == files[1] != files[2]
+
+
+def test_a_world_follows_actions(tmp_path):
+    world = ["--model", write_untrained_world(tmp_path / "world"), "--preset", "tinyworld"]
+    done = inferix("generate", *world, "--actions", "2R U", "--prompt", "a dark red fox", "--out", tmp_path / "a.mp4")
+    assert done.returncode == 0, done.stderr
+    assert "warning: the small world does not know 'dark'" in done.stderr
+    assert count_frames(tmp_path / "a.mp4") == 1 + 3 * 4
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["opened_with"]["actions"] == "['right', 'right', 'up']"
+    for arguments, said in (
+        ((*world, "--prompt", "a fox", "--actions", "3R", "--blocks", "9"), "3 actions, for 4 latent frames"),
+        ((*world, "--prompt", "a fox", "--actions", "3Q"), "no action 'q'"),
+        ((*world, "--prompt", "qqq"), "knows no word of 'qqq'"),
+        (("--model", "wan-tiny", "--actions", "3R"), "follows no actions"),
+    ):
+        done = inferix("generate", *arguments, "--out", tmp_path / "b.mp4")
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr, done.stderr
+        assert not (tmp_path / "b.mp4").exists()
+    done = inferix("generate", "--model", "tinyworld", "--out", tmp_path / "b.mp4")
+    assert done.returncode == 1
+    assert "has no weights of tinyworld; train them" in done.stderr
 
 
 def test_image_and_video_begin_the_stream(tmp_path):
@@ -91,7 +115,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
 
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
-    done = inferix("generate", *arguments, cwd=tmp_path)
+    done = inferix("generate", "--model", "wan-tiny", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -109,7 +133,7 @@ def test_a_damaged_checkpoint_is_exit_code_1_and_debug_shows_the_traceback(tmp_p
 
 def test_ctrl_c_keeps_the_finished_blocks_in_a_playable_file(tmp_path):
     run = subprocess.Popen(
-        [*RUN, "generate", "--size", "64x64", "--blocks", "500", "--out", str(tmp_path / "a.mp4")],
+        [*RUN, "generate", *SMALL[:2], "--size", "64x64", "--blocks", "500", "--out", str(tmp_path / "a.mp4")],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     part = tmp_path / "a.mp4.part"
@@ -132,7 +156,7 @@ def test_checkpoint_commands(tmp_path):
     done = inferix("checkpoint", "inspect", tmp_path / "ck", "--json")
     assert json.loads(done.stdout)["format"] == "self-forcing"
     done = inferix(
-        "generate", "--model", tmp_path / "ck", "--prompt", "a", *SMALL, "--out", tmp_path / "a.mp4",
+        "generate", "--model", tmp_path / "ck", "--prompt", "a", *SMALL[2:], "--out", tmp_path / "a.mp4",
     )  # fmt: skip
     assert done.returncode == 0 and "untrained" not in done.stderr
     assert len(json.loads((tmp_path / "a.json").read_text())["engine"]["checkpoint"]["sha256"]) == 64
@@ -164,6 +188,7 @@ def test_doctor_and_help():
     done = inferix("doctor", "--json")
     assert done.returncode == 0, done.stderr
     assert isinstance(json.loads(done.stdout), dict)
-    for verb in ("generate", "doctor", "checkpoint random", "checkpoint inspect"):
+    verbs = ("generate", "play", "eval tinyworld", "bench kernels", "doctor", "checkpoint random", "checkpoint inspect")
+    for verb in verbs:
         shown = inferix(*verb.split(), "--help")
         assert shown.returncode == 0 and ("Example" in shown.stdout or verb == "doctor")

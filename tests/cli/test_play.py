@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from oracles import write_untrained_world
 from typer.testing import CliRunner
 
 from inferix.cli.main import app
@@ -72,16 +73,17 @@ def test_without_a_terminal_or_actions_it_says_so():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_walk_in_a_terminal():
+def test_a_walk_in_a_terminal(tmp_path):
     import fcntl
     import pty
     import struct
     import termios
 
+    model = write_untrained_world(tmp_path / "world")
     pid, file = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "inferix", "play", "--seconds", "2"])
-    fcntl.ioctl(file, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        os.execv(sys.executable, [sys.executable, "-m", "inferix", "play", "--model", str(model), "--seconds", "2"])
     shown, pressed = b"", False
     until = time.monotonic() + 120
     while time.monotonic() < until:

@@ -1,9 +1,8 @@
-"""The judge of the small world: right for the simulator itself, wrong for what is wrong, and the shipped weights."""
-
-import random
+"""The judge of the small world: right for the simulator itself, wrong for what is wrong."""
 
 import numpy as np
 import pytest
+from oracles import write_untrained_world
 
 import inferix
 from inferix.evaluate import tinyworld as judge
@@ -14,8 +13,9 @@ QUIET = lambda said: None  # noqa: E731
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return inferix.load("tinyworld", device="cpu")
+def engine(tmp_path_factory):
+    model = write_untrained_world(tmp_path_factory.mktemp("world") / "weights")
+    return inferix.load(model, preset="tinyworld", device="cpu")
 
 
 def true_pictures(engine, walk, given, seed):
@@ -83,48 +83,28 @@ def test_land_that_was_seen_is_known():
     assert not seen[:, 48:].any()
 
 
-def test_a_prompt_an_action_and_a_seed_each_change_the_picture_and_nothing_else_does(engine):
-    def last(prompt="a red robot in a snowy forest by day", actions=("right",) * 4, seed=0):
+def test_every_bar_is_judged_for_a_model(engine):
+    found = judge.evaluate(engine, walks=1, seeds=1, minutes=1.0)
+    assert set(found["passed"]) == set(judge.BARS)
+    assert set(found["drift"]) == set(judge.SIGNALS)
+    assert not found["passed"]["reconstruction_db"]  # nothing was trained
+    assert not found["passed"]["first_2s_db"]
+
+
+def test_a_seed_reaches_the_network(engine):
+    def last(prompt="a red robot in a snowy forest by day", actions=("right",) * 2, seed=0):
         with engine.open(prompt=prompt, seed=seed, actions=list(actions)) as session:
-            return np.concatenate([block.frames for block in session.stream(5)])
+            return [block.latents for block in session.stream(3, decode=False)][-1]
 
     base = last()
-    assert base.shape == (17, 64, 64, 3)
     assert (base == last()).all()
-    for other in (last(prompt="a blue ghost in a sandy desert at night"), last(actions=("left",) * 4), last(seed=1)):
-        assert np.abs(base[-1].astype(int) - other[-1]).mean() > 2
+    assert (base != last(seed=1)).any()
 
 
-def test_the_prompt_is_in_the_picture(engine):
-    """Night is darker than day, snow is brighter than autumn."""
-
-    def brightness(prompt):
-        with engine.open(prompt=prompt) as session:
-            return np.mean([block.frames.mean() for block in session.stream(3)])
-
-    assert brightness("a red fox in a green meadow by day") > 1.3 * brightness("a red fox in a green meadow at night")
-    assert brightness("a red fox in a snowy forest by day") > 1.3 * brightness("a red fox in an autumn wood by day")
-
-
-def test_window_and_sink_hold_over_300_blocks(engine):
-    rng = random.Random(1)
-    actions = [rng.choice(engine.spec.actions) for _ in range(299)]
+def test_window_and_sink_hold_over_a_long_walk(engine):
     policy = engine.preset.context
-    with engine.open(prompt="a white wizard in an autumn wood at sunset", actions=actions) as session:
-        for block in session.stream(300, decode=False):
+    with engine.open(prompt="a white wizard in an autumn wood at sunset", actions=["up"] * 39) as session:
+        for block in session.stream(40, decode=False):
             held = session.branches[0].cache.frames
             assert len(held) == min(block.index + 1, policy.local_attn_size)
-            assert held[0] == 0
-            assert held[-1] == block.index
-            assert block.latents.abs().max() < 20
-        (shown,) = session.stream(1)
-    assert shown.frames.std() > 5
-
-
-def test_the_first_bars_hold_loosely_for_the_shipped_weights(engine):
-    """A smoke test on few walks; `inferix eval tinyworld` has the figures of the model card."""
-    found = judge.evaluate(engine, walks=2, seeds=1, minutes=1.0)
-    assert set(found["passed"]) == set(judge.BARS)
-    assert found["reconstruction_db"] > 22
-    assert found["first_2s_db"] > 10
-    assert set(found["drift"]) == set(judge.SIGNALS)
+            assert (held[0], held[-1]) == (0, block.index)
