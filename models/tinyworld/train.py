@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, cast
@@ -52,19 +52,24 @@ VAE = VaeSpec(
 class Recipe:
     """Every number of the training; actions are the unit of length."""
 
-    vae_steps: int = 2000
+    vae_steps: int = 1500  # encoder and decoder together
+    decoder_steps: int = 2600  # the decoder alone, while the encoder holds still
     vae_batch: int = 4
     vae_length: int = 4
     vae_rate: float = 2e-3
+    decoder_rate: float = 1.2e-3
     kl_weight: float = 3e-4
     bank_clips: int = 2000
     bank_length: int = 24
+    bank_firsts: int = 6000  # first pictures of walks, alone
     window: int = 8  # latent frames a frame sees, the first of the clip always among them
-    crop: int = 12  # latent frames of a clip in a batch
-    batch: int = 4
+    crop: int = 14  # latent frames of a clip in a batch
+    batch: int = 14
+    firsts: int = 32  # first pictures in a batch
+    pure: float = 0.15  # share of frames learnt from noise alone; the others at uniform levels
     levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
-    steps: int = 900
-    own_steps: int = 140  # with its own predictions as the past
+    steps: int = 2600
+    own_steps: int = 700  # with its own predictions as the past
     rate: float = 1.5e-3
     own_rate: float = 8e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean
@@ -72,30 +77,59 @@ class Recipe:
 
 
 SHORT = Recipe(
-    vae_steps=8, vae_batch=1, vae_length=1, bank_clips=4, bank_length=6, window=3, crop=5, batch=2, steps=8, own_steps=4
-)
+    vae_steps=8, decoder_steps=4, vae_batch=1, vae_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2,
+    firsts=2, steps=8, own_steps=4,
+)  # fmt: skip
 
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
     """The autoencoder: reconstruction and a little pull of the latents towards a normal distribution."""
     vae = new_vae()
-    clips = DataLoader(Clips(recipe.vae_length, seed=1), batch_size=recipe.vae_batch, num_workers=1)
     run = Run(folder / "vae", vae, optimisers(vae, recipe.vae_rate), recipe.vae_steps, recipe.save_every)
     if run.step < run.steps:
-        source = iter(clips)
+        clips = training_clips(recipe, seed=1)
 
         def loss() -> tuple[Tensor, dict[str, float]]:
-            pixels = next(source)
+            pixels = next(clips)
             mean, log_var = encode_clips(vae, pixels).chunk(2, dim=1)
-            latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_var)
-            wrong = decode_clips(vae, latents) - pixels
             kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
-            mse = float(wrong.detach().square().mean()) / 4
-            total = torch.sqrt(wrong.square() + 0.03**2).mean() + recipe.kl_weight * kl
-            return total, {"psnr": -10 * math.log10(mse), "kl": float(kl.detach())}
+            total, psnr = picture_loss(vae, mean + torch.randn_like(mean) * torch.exp(0.5 * log_var), pixels)
+            return total + recipe.kl_weight * kl, {"psnr": psnr, "kl": float(kl.detach())}
 
         run.go(loss, lambda: vae_sheet(run.average, folder / "vae.png"))
     return run.average
+
+
+def train_decoder(folder: Path, vae: CausalVae, recipe: Recipe) -> CausalVae:
+    """The decoder alone, from latents that are a little off, as the transformer's will be."""
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    run = Run(folder / "decoder", vae, optimisers(vae, recipe.decoder_rate), recipe.decoder_steps, recipe.save_every)
+    if run.step < run.steps:
+        clips = training_clips(recipe, seed=4)
+
+        def loss() -> tuple[Tensor, dict[str, float]]:
+            pixels = next(clips)
+            with torch.no_grad():
+                mean = encode_clips(vae, pixels).chunk(2, dim=1)[0]
+            off = 0.1 * torch.rand(len(mean), 1, 1, 1, 1) * mean.std()
+            total, psnr = picture_loss(vae, mean + torch.randn_like(mean) * off, pixels)
+            return total, {"psnr": psnr}
+
+        run.go(loss, lambda: vae_sheet(run.average, folder / "decoder.png"))
+    return run.average
+
+
+def training_clips(recipe: Recipe, seed: int) -> Iterator[Tensor]:
+    """Endless batches of clips [B, 3, T, H, W] in [-1, 1]."""
+    return iter(DataLoader(Clips(recipe.vae_length, seed), batch_size=recipe.vae_batch, num_workers=1))
+
+
+def picture_loss(vae: CausalVae, latents: Tensor, pixels: Tensor) -> tuple[Tensor, float]:
+    """Squared error of decoded pictures, kinder to the largest; and their PSNR."""
+    wrong = decode_clips(vae, latents) - pixels
+    psnr = -10 * math.log10(float(wrong.detach().square().mean()) / 4)
+    return torch.sqrt(wrong.square() + 0.1**2).mean(), psnr
 
 
 def new_vae() -> CausalVae:
@@ -150,45 +184,58 @@ def vae_sheet(vae: CausalVae, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Bank:
-    """Encoded walks: latents [N, F, z, h, w] normalised, actions [N, F], words of both scenes [N, 2, text_len]."""
+    """Encoded walks: latents [N, F, z, h, w] normalised, actions [N, F], words of both scenes [N, 2, text_len].
+
+    `firsts` [M, 1, z, h, w] and `first_words` [M, text_len] are the beginnings of more walks, which cost little.
+    """
 
     latents: Tensor
     actions: Tensor
     words: Tensor
     change: Tensor  # [N], the first latent frame of the second scene
+    firsts: Tensor
+    first_words: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-@torch.no_grad()
-def encode_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
+def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
     """Random walks through the autoencoder, once, so that the transformer never sees a pixel."""
-    file = folder / "bank.safetensors"
-    if not file.exists():
-        rng = random.Random(2)
-        latents, actions, words, change = [], [], [], []
-        for index in range(recipe.bank_clips):
-            clip = random_clip(rng, recipe.bank_length, change_share=0.3)
-            pixels = torch.from_numpy(clip.pictures).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                moments = encode_clips(vae, pixels)
-            latents.append(moments.chunk(2, dim=1)[0][0].transpose(0, 1).half())
-            actions.append(torch.tensor([ACTIONS.index(action) for action in ("stay", *clip.actions)]))
-            words.append(torch.tensor([scene_words(clip.before), scene_words(clip.after)]))
-            change.append(clip.change + 1)
-            if index % 100 == 99:
-                print(f"bank {index + 1}/{recipe.bank_clips}", flush=True)
-        save_file(
-            {"latents": torch.stack(latents), "actions": torch.stack(actions), "words": torch.stack(words),
-             "change": torch.tensor(change)}, file,
-        )  # fmt: skip
-    held = load_file(file)
+    walks, firsts = folder / "bank.safetensors", folder / "firsts.safetensors"
+    if not walks.exists():
+        encode_walks(walks, vae, recipe.bank_clips, recipe.bank_length, seed=2)
+    if not firsts.exists():
+        encode_walks(firsts, vae, recipe.bank_firsts, 0, seed=3)
+    held, alone = load_file(walks), load_file(firsts)
     raw = held["latents"].float()
     mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
-    raw.sub_(mean[:, None, None]).div_(std[:, None, None])
+    raw, first = ((part - mean[:, None, None]) / std[:, None, None] for part in (raw, alone["latents"].float()))
     return Bank(
-        raw, held["actions"], held["words"], held["change"], tuple(mean.tolist()), tuple(std.tolist())
-    )
+        raw, held["actions"], held["words"], held["change"], first, alone["words"][:, 0],
+        tuple(mean.tolist()), tuple(std.tolist()),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_walks(file: Path, vae: CausalVae, count: int, length: int, seed: int) -> None:
+    """Latents, actions and words of `count` random walks of `length` actions, in one file."""
+    rng = random.Random(seed)
+    latents, actions, words, change = [], [], [], []
+    for index in range(count):
+        clip = random_clip(rng, length, change_share=0.3 if length else 0.0)
+        pixels = torch.from_numpy(clip.pictures).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            moments = encode_clips(vae, pixels)
+        latents.append(moments.chunk(2, dim=1)[0][0].transpose(0, 1).half())
+        actions.append(torch.tensor([ACTIONS.index(action) for action in ("stay", *clip.actions)]))
+        words.append(torch.tensor([scene_words(clip.before), scene_words(clip.after)]))
+        change.append(clip.change + 1)
+        if index % 100 == 99:
+            print(f"{file.stem} {index + 1}/{count}", flush=True)
+    save_file(
+        {"latents": torch.stack(latents), "actions": torch.stack(actions), "words": torch.stack(words),
+         "change": torch.tensor(change)}, file,
+    )  # fmt: skip
 
 
 def scene_words(scene: Scene) -> list[int]:
@@ -206,18 +253,39 @@ class Batch:
 
 
 def random_batch(bank: Bank, recipe: Recipe) -> Batch:
-    """Crops of walks; where one holds a change of scene, the new one is told and only its frames count."""
-    clips = torch.randint(len(bank.latents), (recipe.batch,))
-    starts = torch.randint(bank.latents.shape[1] - recipe.crop + 1, (recipe.batch,))
-    starts *= torch.rand(recipe.batch) < 0.5  # a clip's first latent frame is one picture, unlike all others
+    """Crops of walks; where one holds a change of scene, the new one is told and only its frames count.
+
+    Three kinds: from a walk's beginning, from its middle, and its middle after its first frame, the sink. A
+    first frame counts only where it is a walk's: one picture, unlike all others. After a sink from long ago
+    frames count once they see a whole window, since only then can such a sink be.
+    """
+    size, last = recipe.batch, bank.latents.shape[1] - recipe.crop
+    clips, kinds = torch.randint(len(bank.latents), (size,)), torch.rand(size)
+    middle, jump = kinds > 0.4, kinds > 0.7
+    starts = torch.randint(1, last + 1, (size,)) * middle
     frames = starts[:, None] + torch.arange(recipe.crop)
-    latents, actions = bank.latents[clips[:, None], frames], bank.actions[clips[:, None], frames]
+    shown = torch.where(jump[:, None] & (torch.arange(recipe.crop) == 0), 0, frames)
+    latents, actions = bank.latents[clips[:, None], shown], bank.actions[clips[:, None], frames]
     actions[:, 0] = ACTIONS.index("stay")
     changed = starts + recipe.crop > bank.change[clips]
-    words = bank.words[clips, changed.long()]
-    words = torch.where(torch.rand(words.shape) < 0.03, -1, words)  # prompts may leave something open
+    words = vague(bank.words[clips, changed.long()])
     counts = ~changed[:, None] | (frames >= bank.change[clips][:, None])
+    counts[:, 0] &= ~middle
+    counts[:, : recipe.window] &= ~jump[:, None]
     return Batch(latents, F.one_hot(actions, len(ACTIONS)).float(), words, counts)
+
+
+def random_firsts(bank: Bank, count: int) -> Batch:
+    """Beginnings of walks, [count, 1, ...]."""
+    chosen = torch.randint(len(bank.firsts), (count,))
+    actions = F.one_hot(torch.full((count, 1), ACTIONS.index("stay")), len(ACTIONS)).float()
+    counts = torch.ones(count, 1, dtype=torch.bool)
+    return Batch(bank.firsts[chosen], actions, vague(bank.first_words[chosen]), counts)
+
+
+def vague(words: Tensor) -> Tensor:
+    """Prompts may leave something open."""
+    return torch.where(torch.rand(words.shape) < 0.03, -1, words)
 
 
 class ClipAttention:
@@ -282,7 +350,8 @@ class TinyWorld(nn.Module):
     def forward(self, clean: Tensor, noisy: Tensor, sigmas: Tensor, actions: Tensor, words: Tensor) -> Tensor:
         """Velocities [B, F, C, h, w] of noisy frames, each beside the clean frames before it."""
         frames = clean.shape[1]
-        attention = ClipAttention(frames, self.window, (clean.shape[3], clean.shape[4]), SPEC.head_dim)
+        grid = clean.shape[3] // SPEC.patch[0], clean.shape[4] // SPEC.patch[1]
+        attention = ClipAttention(frames, self.window, grid, SPEC.head_dim)
         timesteps = torch.cat((torch.zeros_like(sigmas), sigmas * 1000), dim=1)
         context = self.transformer.embed_text(self.words(words))
         out = self.transformer(
@@ -304,44 +373,52 @@ def train_stage(
     run = Run(folder / name, world, optimisers(world, rate), steps, recipe.save_every)
     if run.step < run.steps:
         run.go(
-            lambda: world_loss(world, random_batch(bank, recipe), recipe, own=name == "own"),
+            lambda: world_loss(
+                world, random_batch(bank, recipe), random_firsts(bank, recipe.firsts), recipe, own=name == "own"
+            ),
             lambda: world_sheet(run.average, vae, bank, recipe, folder / f"{name}.png"),
         )
     return run.average
 
 
-def world_loss(world: TinyWorld, batch: Batch, recipe: Recipe, own: bool) -> tuple[Tensor, dict[str, float]]:
-    """Velocity error of frames at the sampler's levels, beside a past that is not quite clean."""
-    shape = batch.latents.shape
-    levels = torch.tensor(recipe.levels)
-    place = torch.randint(len(levels), shape[:2])
-    past, start = batch.latents, batch.latents
-    if own:
-        past, start = own_past(world, batch, levels)
-    blur = torch.rand(shape[:2]) * recipe.blur * (torch.rand(shape[:2]) < 0.5)
-    sigmas = levels[place]
-    clean, noisy = mixed(past, blur), mixed(start, sigmas)
-    velocity = world(clean, noisy, sigmas, batch.actions, batch.words)
-    target = (noisy - batch.latents) / per_frame(sigmas)
-    error = (velocity - target).square().mean((2, 3, 4))
-    counts = batch.counts.float()
-    total = (error * counts).sum() / counts.sum().clamp(min=1)
-    far = (place == 0) & batch.counts
+def world_loss(
+    world: TinyWorld, batch: Batch, firsts: Batch, recipe: Recipe, own: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """Velocity error of frames at any noise level, beside a past that is not quite clean."""
+    past = own_past(world, batch) if own else batch.latents
+    error, sigmas = velocity_error(world, batch, past, recipe)
+    first, first_sigmas = velocity_error(world, firsts, firsts.latents, recipe)
+    counted = torch.cat((error[batch.counts], first.flatten()))
+    far, first_far = (sigmas == 1) & batch.counts, first_sigmas == 1
     far[:, :1] = False
-    return total, {"x0 from noise": float(error.detach()[far].mean())} if far.any() else {}
+    told = {"next": error[far], "first": first[first_far]}
+    return counted.mean(), {name: float(part.detach().mean()) for name, part in told.items() if len(part)}
+
+
+def velocity_error(world: TinyWorld, batch: Batch, past: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Mean square per frame [B, F], and the frames' noise levels."""
+    shape = batch.counts.shape
+    blur = torch.rand(shape) * recipe.blur * (torch.rand(shape) < 0.5)
+    sigmas = torch.where(torch.rand(shape) < recipe.pure, 1.0, torch.rand(shape))
+    noise = torch.randn_like(batch.latents)
+    noisy = torch.lerp(batch.latents, noise, per_frame(sigmas))
+    velocity = world(mixed(past, blur), noisy, sigmas, batch.actions, batch.words)
+    return (velocity - (noise - batch.latents)).square().mean((2, 3, 4)), sigmas
 
 
 @torch.no_grad()
-def own_past(world: TinyWorld, batch: Batch, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network draws of each frame from a noisy one: the past to learn beside, and where a step starts.
+def own_past(world: TinyWorld, batch: Batch) -> Tensor:
+    """What the network draws of each frame from a noisy one, once or twice in a row: the past to learn beside.
 
     The noisy frame fixes what is not determined, so that the true frames stay the right answer.
     """
-    sigmas = levels[torch.randint(len(levels), batch.latents.shape[:2])].clamp(max=0.9)
-    noisy = mixed(batch.latents, sigmas)
-    drawn = noisy - per_frame(sigmas) * world(batch.latents, noisy, sigmas, batch.actions, batch.words)
-    true_past, true_start = (per_frame(torch.rand(sigmas.shape)) < share for share in (0.3, 0.5))
-    return torch.where(true_past, batch.latents, drawn), torch.where(true_start, batch.latents, drawn)
+    past = batch.latents
+    for _ in range(random.randint(1, 2)):
+        sigmas = torch.rand(batch.counts.shape) * 0.7 + 0.25
+        noisy = mixed(batch.latents, sigmas)
+        drawn = noisy - per_frame(sigmas) * world(past, noisy, sigmas, batch.actions, batch.words)
+        past = torch.where(per_frame(torch.rand(sigmas.shape) < 0.25), batch.latents, drawn)
+    return past
 
 
 def mixed(latents: Tensor, sigmas: Tensor) -> Tensor:
@@ -424,10 +501,10 @@ def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     matrices = [
         weight
         for name, weight in model.named_parameters()
-        if any(part in name for part in inner) and weight.ndim > 1 and "modulation" not in name and "norm" not in name
+        if weight.requires_grad and any(part in name for part in inner) and weight.ndim > 1 and "modulation" not in name and "norm" not in name
     ]
     held = {id(weight) for weight in matrices}
-    others = [weight for weight in model.parameters() if id(weight) not in held]
+    others = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in held]
     return [MatrixMuon(matrices, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
@@ -520,8 +597,9 @@ def main(
     torch.manual_seed(0)
     recipe = SHORT if short else Recipe()
     vae = train_vae(out, recipe)
-    bank = encode_bank(out, vae, recipe)
+    bank = load_bank(out, vae, recipe)
     world = train_transformer(out, bank, vae, recipe)
+    vae = train_decoder(out, vae, recipe)
     export(out / "weights", vae, world, bank)
 
 
