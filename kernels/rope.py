@@ -31,13 +31,7 @@ def rope_angles(
 
     `positions` are the temporal positions of the frames; rows and columns count from 0.
     """
-    spatial = 2 * (head_dim // 6)
-    axes = [
-        (torch.tensor(positions, dtype=torch.float64), head_dim - 2 * spatial),
-        (torch.arange(height, dtype=torch.float64), spatial),
-        (torch.arange(width, dtype=torch.float64), spatial),
-    ]
-    t, h, w = (torch.outer(where, THETA ** (-torch.arange(0, dim, 2).double() / dim)) for where, dim in axes)
+    t, h, w = axis_angles(positions, height, width, head_dim)
     frames = len(positions)
     angle = torch.cat(
         (
@@ -48,6 +42,18 @@ def rope_angles(
         dim=-1,
     ).flatten(0, 2)
     return Angles(angle.cos().to(device), angle.sin().to(device))
+
+
+def axis_angles(positions: Sequence[int], height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Angles of each pair by frame, row and column: float64 [F, a], [height, b], [width, b], a + 2b = head_dim / 2."""
+    spatial = 2 * (head_dim // 6)
+    axes = (
+        (torch.tensor(positions, dtype=torch.float64), head_dim - 2 * spatial),
+        (torch.arange(height, dtype=torch.float64), spatial),
+        (torch.arange(width, dtype=torch.float64), spatial),
+    )
+    t, h, w = (torch.outer(where, THETA ** (-torch.arange(0, dim, 2).double() / dim)) for where, dim in axes)
+    return t, h, w
 
 
 def rotate(x: Tensor, angles: Angles, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -40,14 +40,21 @@ def qk_norm_rope_append(
     q.copy_(turned(queries, turns).to(q.dtype))
     if q_sink is not None and sink_turns is not None:
         q_sink.copy_(turned(queries, token_turns(sink_turns, row_turns, column_turns).to(wide)).to(q.dtype))
-    values = parts[2].unflatten(-1, (-1, dim))
-    for row, listed in enumerate(pages.tolist()):
-        for frame, page in enumerate(listed):
-            tokens = slice(frame * kv.shape[2], (frame + 1) * kv.shape[2])
-            for index, part in enumerate((turned(keys, turns)[row, tokens], values[row, tokens])):
-                if kv_scale is not None:
-                    part = (part / kv_scale[index, page].to(wide)[None, :, None]).clamp(-FP8_MAX, FP8_MAX)
-                kv[index, page] = part.to(kv.dtype)
+    write_pages(turned(keys, turns), parts[2].unflatten(-1, (-1, dim)), kv, pages, kv_scale)
+
+
+def write_pages(keys: Tensor, values: Tensor, kv: Tensor, pages: Tensor, kv_scale: Tensor | None) -> None:
+    """Keys and values [R, F*P, n, D] into the pages [R, F] of their frames, in the pages' dtype."""
+    listed = pages.flatten().long()
+    for index, part in enumerate((keys, values)):
+        by_page = part.reshape(len(listed), *kv.shape[2:])
+        if kv_scale is not None:
+            scale = kv_scale[index, listed].to(part.dtype)[:, None, :, None]
+            by_page = (by_page / scale).clamp(-FP8_MAX, FP8_MAX)
+        store, new = kv[index], by_page.to(kv.dtype)
+        if kv.dtype == FP8:  # torch cannot index FP8
+            store, new = store.view(torch.uint8), new.view(torch.uint8)
+        store.index_copy_(0, listed, new)
 
 
 def token_turns(time: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -71,9 +78,9 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def turns_of(angles: Tensor) -> Tensor:
-    """Cosines and sines [..., 2] of angles, float32, computed in float64."""
-    return torch.stack((angles.double().cos(), angles.double().sin()), dim=-1).float()
+def turns_of(angles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cosines and sines [..., 2] of angles, computed in float64."""
+    return torch.stack((angles.double().cos(), angles.double().sin()), dim=-1).to(dtype)
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:

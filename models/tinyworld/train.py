@@ -77,8 +77,8 @@ class Recipe:
 
 
 SHORT = Recipe(
-    vae_steps=8, decoder_steps=4, vae_batch=1, vae_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2,
-    firsts=2, steps=8, own_steps=4,
+    vae_steps=8, decoder_steps=4, vae_batch=1, vae_length=1, bank_clips=4, bank_length=6, bank_firsts=4,
+    window=3, crop=5, batch=2, firsts=2, steps=8, own_steps=4,
 )  # fmt: skip
 
 
@@ -498,13 +498,14 @@ class MatrixMuon(torch.optim.Muon):
 def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and kernels inside the network, AdamW for what is left."""
     inner = (".blocks.", "encoder.", "decoder.")
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     matrices = [
         weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and any(part in name for part in inner) and weight.ndim > 1 and "modulation" not in name and "norm" not in name
+        for name, weight in weights.items()
+        if any(part in name for part in inner) and weight.ndim > 1 and "modulation" not in name and "norm" not in name
     ]
     held = {id(weight) for weight in matrices}
-    others = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in held]
+    others = [weight for weight in weights.values() if id(weight) not in held]
     return [MatrixMuon(matrices, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 

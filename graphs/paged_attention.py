@@ -1,0 +1,62 @@
+"""Self-attention of a pass over pages, in the ops that the graph compiler knows: append, then attend.
+
+The eager runtime calls it and the tracer traces it, so that both run the same ops. All parts of a pass write
+their keys and values before any of them attends, since the frames of a pass see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.block_attention import block_attention
+from ..kernels.rope_append import rope_append
+from .tables import PassTables
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """`KeyValues` of one pass: tokens [B, T, n, c], B sessions with the same groups.
+
+    parts: the pass's tables, in token order; rows of a part are the sessions' groups, session by session.
+    kv: per layer [2, pages, P, n, c]; scales: per layer float32 [2, pages, n] for pages of low precision, or None.
+    row_turns [H, b, 2] and column_turns [W, c, 2]: of the token grid, P = H * W.
+    """
+
+    parts: Sequence[PassTables]
+    kv: Sequence[Tensor]
+    row_turns: Tensor
+    column_turns: Tensor
+    scales: Sequence[Tensor] | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotate, write into the pages, and attend to those listed; all [B, T, n, c]."""
+        kv, scale = self.kv[layer], None if self.scales is None else self.scales[layer]
+        queries = []
+        for part, (start, stop) in zip(self.parts, self._ranges(len(q), kv.shape[2]), strict=True):
+            rows = [tensor[:, start:stop].reshape(part.rows, -1, *tensor.shape[2:]) for tensor in (q, k, v)]
+            q_sink = None if part.sink_turns is None else torch.empty_like(rows[0])
+            turned = rope_append(
+                *rows, part.time_turns, self.row_turns, self.column_turns, kv, part.pages,
+                sink_turns=part.sink_turns, q_sink=q_sink, kv_scale=scale,
+            )  # fmt: skip
+            queries.append((turned, q_sink))
+        out = [
+            block_attention(
+                turned, kv, part.table, part.count, q_sink=q_sink, sink_count=part.sink_count, kv_scale=scale
+            ).reshape(len(q), -1, *q.shape[2:])
+            for part, (turned, q_sink) in zip(self.parts, queries, strict=True)
+        ]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def _ranges(self, sessions: int, page_tokens: int) -> list[tuple[int, int]]:
+        """Each part's first token and the one after its last, within a session."""
+        found, start = [], 0
+        for part in self.parts:
+            stop = start + part.rows // sessions * part.frames * page_tokens
+            found.append((start, stop))
+            start = stop
+        return found
