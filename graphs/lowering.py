@@ -1,0 +1,203 @@
+"""From a traced graph to a program: no allocation, no view and no Python between its first call and its last.
+
+The graph is run once on fake tensors under a dispatch mode, so what is recorded is what torch would launch:
+composite ops fall apart, and a view shows itself by sharing storage, whatever op made it. Every op is then
+taken in its `out=` form, found by its schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import InferixError
+from .program import Call, Form, Program, Ref, Role, Value
+
+aten = torch.ops.aten
+# Ops without an `out=` form that may be called all the same: what they return is copied into its place.
+UNPLANNED = (aten.scaled_dot_product_attention.default,)
+# Ops that only make room: the value they return is not written yet.
+ROOM = (
+    aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.empty_permuted.default,
+    aten.new_empty.default, aten.new_empty_strided.default,
+)  # fmt: skip
+COPIES = (aten._to_copy.default, aten.clone.default, aten.lift_fresh_copy.default)
+CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
+HOST_READS = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def lower(graph: fx.GraphModule, roles: Mapping[str, Role]) -> Program:
+    """The program of a graph whose placeholders have fake values; `roles` says whose each of them is.
+
+    Raises InferixError, naming the node, for an op that has no `out=` form and is not in `UNPLANNED`, for sizes
+    that are not fixed, and for ops that read a tensor's values on the host.
+    """
+    lowering = _Lowering(graph, roles)
+    recorder = lowering.recorder
+    with torch.no_grad(), FakeTensorMode(), recorder:
+        returned = lowering.run()
+    outputs = tuple(recorder.ref(tensor) for tensor in tensors(returned))
+    return Program(recorder.values, tuple(recorder.calls), outputs)
+
+
+class _Lowering(fx.Interpreter):
+    """Runs the graph node by node; the recorder is told which node is running."""
+
+    def __init__(self, graph: fx.GraphModule, roles: Mapping[str, Role]) -> None:
+        super().__init__(graph)
+        self.given = {node.target: node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"}
+        self.roles, self.recorder = roles, _Recorder()
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.recorder.node = n.name
+        if isinstance(n.target, HigherOrderOperator):
+            raise InferixError(f"cannot lower {n.name}: {n.target} branches inside the model; move it out of the model")
+        try:
+            return super().run_node(n)
+        except HOST_READS as error:
+            raise InferixError(
+                f"cannot lower {n.name}: {n.target} reads a tensor's values on the host; keep that out of the model, "
+                "or use executor eager"
+            ) from error
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._bring(target, self.given[target])
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._bring(target, self.fetch_attr(target))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in CHECKS:
+            return None
+        if target not in UNPLANNED:
+            return super().call_function(target, args, kwargs)
+        with self.recorder.paused():
+            result = target(*args, **kwargs)
+        self.recorder.record(target, args, kwargs, result)
+        return result
+
+    def _bring(self, name: str, tensor: Any) -> Any:
+        """A tensor from outside, as a fake one with a storage of its own."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if not all(isinstance(size, int) for size in (*tensor.shape, *tensor.stride())):
+            raise InferixError(f"cannot lower {name}: sizes {tuple(tensor.shape)} are not fixed; trace with fixed ones")
+        with self.recorder.paused():
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        self.recorder.define(fake, name, self.roles.get(name, Role.INPUT))
+        return fake
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every op that reaches the dispatcher, and which storage its results have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Value] = {}
+        self.calls: list[Call] = []
+        self.names: dict[int, str] = {}  # storage -> value
+        self.kept: list[Tensor] = []  # so that no storage's number is used again
+        self.node, self.active = "", True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.active = False
+        yield
+        self.active = True
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.active:
+            self.record(func, args, kwargs or {}, result)
+        return result
+
+    def record(self, op: OpOverload, args: Any, kwargs: Any, result: Any) -> None:
+        if op._schema.is_mutable:
+            self._add(op, args, kwargs, (), Form.WRITES)
+            return
+        results = list(tensors(result))
+        fresh = [tensor for tensor in results if storage(tensor) not in self.names]
+        if not fresh:
+            return  # views, however many
+        if len(fresh) < len(results):
+            raise InferixError(f"cannot lower {self.node}: {op.name()} returns a view beside a new tensor")
+        places = [self.define(tensor, self._new_name(), Role.SCRATCH) for tensor in fresh]
+        if op in ROOM:
+            return
+        if op in COPIES:
+            self.calls.append(Call(aten.copy_.default, (places[0], self._argument(args[0])), (), (), Form.WRITES, self.node))
+        elif (found := out_form(op)) is not None:
+            form, wanted = found
+            given = {name: value for name, value in kwargs.items() if name in wanted}
+            self._add(form, args, given, tuple(places), Form.OUT)
+        elif op in UNPLANNED:
+            self._add(op, args, kwargs, tuple(places), Form.COPIED)
+        else:
+            raise InferixError(
+                f"cannot lower {self.node}: {op.name()} has no out= form; give it one, or list it in graphs/lowering.py"
+            )
+
+    def define(self, tensor: Tensor, name: str, role: Role) -> Ref:
+        """A new value, whose memory is this tensor's."""
+        self.kept.append(tensor)
+        self.names[storage(tensor)] = name
+        self.values[name] = Value(name, role, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        return self.ref(tensor)
+
+    def ref(self, tensor: Tensor) -> Ref:
+        name = self.names[storage(tensor)]
+        return Ref(name, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def _new_name(self) -> str:
+        taken = sum(name == self.node or name.startswith(f"{self.node}.") for name in self.values)
+        return f"{self.node}.{taken}" if taken else self.node
+
+    def _add(self, op: OpOverload, args: Any, kwargs: Any, outs: tuple[Ref, ...], form: Form) -> None:
+        named = tuple((name, self._argument(value)) for name, value in kwargs.items())
+        self.calls.append(Call(op, tuple(map(self._argument, args)), named, outs, form, self.node))
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.ref(value)
+        return tuple(map(self._argument, value)) if isinstance(value, list | tuple) else value
+
+
+def tensors(result: Any) -> Iterator[Tensor]:
+    """The tensors of a result, in order."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from tensors(part)
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@cache
+def out_form(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
+    """The overload that takes the same arguments and writes its results, and which keywords it knows."""
+    wanted = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+    for name in op.overloadpacket.overloads():
+        form = getattr(op.overloadpacket, name)
+        arguments = form._schema.arguments
+        outs = [argument for argument in arguments if argument.is_out]
+        known = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out]
+        # A factory's `out=` form knows no dtype or device: they are those of the place.
+        missing = [name for name, _ in wanted if name not in dict(known)]
+        if outs and len(outs) == len(op._schema.returns) and set(known) <= set(wanted) and set(missing) <= FACTORY:
+            return form, tuple(name for name, _ in known)
+    return None
+
+
+FACTORY = {"dtype", "layout", "device", "pin_memory"}

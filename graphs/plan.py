@@ -1,0 +1,153 @@
+"""Where each value of a program lies in one arena: lifetimes, offsets, and what holds the peak.
+
+A plan is data; nothing here allocates. An elementwise op writes over an input that dies with it. What is left is
+placed greedily, largest first, each at the gap that it fits best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .program import Call, Form, Program, Ref, Role, Value
+
+ALIGNMENT = 256  # bytes; what the widest loads and the matmuls of all cards ask for
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Bytes [offset, offset + size) of the arena, from call `first` to call `last`, both included.
+
+    values: those that lie there, one after the other, each written over the one before.
+    """
+
+    values: tuple[str, ...]
+    offset: int
+    size: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """size: bytes of the arena. live: the largest sum of slots that are alive together, which no plan can beat."""
+
+    slots: tuple[Slot, ...]
+    size: int
+    live: int
+    peak: int  # the call at which that is
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        return {name: slot.offset for slot in self.slots for name in slot.values}
+
+    def at(self, call: int) -> tuple[Slot, ...]:
+        """Slots alive at a call, largest first."""
+        alive = [slot for slot in self.slots if slot.first <= call <= slot.last]
+        return tuple(sorted(alive, key=lambda slot: -slot.size))
+
+    def text(self, program: Program) -> str:
+        """The arena's size, and what holds the peak."""
+        lines = [
+            f"arena {self.size} bytes in {len(self.slots)} slots for {len(self.offsets)} values; "
+            f"{self.live} alive together at call {self.peak}"
+        ]
+        if program.calls:
+            lines.append(f"  {program.calls[self.peak].op.name()} ({program.calls[self.peak].node})")
+        lines += [f"  {slot.size:>14}  {', '.join(slot.values)}" for slot in self.at(self.peak)]
+        return "\n".join(lines)
+
+
+def plan_buffers(program: Program) -> BufferPlan:
+    """Places for the scratch values of a program; its outputs live to the end."""
+    slots = merged(program, lifetimes(program))
+    placed = place(slots)
+    sums = [sum(slot.size for slot in slots if slot.first <= call <= slot.last) for call in range(len(program.calls))]
+    peak = max(range(len(sums)), key=sums.__getitem__, default=0)
+    return BufferPlan(
+        tuple(sorted(placed, key=lambda slot: (slot.first, slot.offset))),
+        max((slot.offset + slot.size for slot in placed), default=0),
+        sums[peak] if sums else 0,
+        peak,
+    )
+
+
+def lifetimes(program: Program) -> dict[str, tuple[int, int]]:
+    """First and last call that touches each scratch value."""
+    found: dict[str, tuple[int, int]] = {}
+    for index, call in enumerate(program.calls):
+        for name in call.touches:
+            if program.values[name].role is Role.SCRATCH:
+                found[name] = (found.get(name, (index, index))[0], index)
+    end = len(program.calls) - 1
+    for ref in program.outputs:
+        if ref.value in found:
+            found[ref.value] = (found[ref.value][0], end)
+    return found
+
+
+def merged(program: Program, lives: dict[str, tuple[int, int]]) -> list[Slot]:
+    """Slots without a place yet: one for each chain of values that are written over each other."""
+    chain: dict[str, list[str]] = {}
+    for index, call in enumerate(program.calls):
+        for name in sorted(call.touches):
+            if name not in lives or name in chain or lives[name][0] != index:
+                continue
+            dying = overwritten(program, call, name, lives, index)
+            chain[name] = [] if dying is None else chain[dying]
+            chain[name].append(name)
+    chains = {id(names): names for names in chain.values()}.values()
+    return [
+        Slot(tuple(names), 0, aligned(program.values[names[0]].nbytes), lives[names[0]][0], lives[names[-1]][1])
+        for names in chains
+    ]
+
+
+def overwritten(
+    program: Program, call: Call, name: str, lives: dict[str, tuple[int, int]], index: int
+) -> str | None:
+    """The input that an elementwise call may write its result `name` over, if there is one.
+
+    It must end here, look just like the result, and be read element by element with it, not at another shape too.
+    """
+    if call.form is not Form.OUT or torch.Tag.pointwise not in call.op.tags or call.allocates:
+        return None
+    value = program.values[name]
+    for ref in call.reads:
+        same = ref.value in lives and lives[ref.value][1] == index and ref.value != name
+        if same and alike(ref, program.values[ref.value], value) and one_view(call.reads, ref):
+            return ref.value
+    return None
+
+
+def alike(ref: Ref, old: Value, new: Value) -> bool:
+    """Whether a reference is the whole of a value that covers the same bytes in the same order as `new`."""
+    return ref.covers(old) and (old.dtype, old.size, old.stride) == (new.dtype, new.size, new.stride)
+
+
+def one_view(reads: Iterable[Ref], ref: Ref) -> bool:
+    return all(other == ref for other in reads if other.value == ref.value)
+
+
+def place(slots: list[Slot]) -> list[Slot]:
+    """Offsets for slots, largest first, each in the smallest gap that holds it, or at the end."""
+    placed: list[Slot] = []
+    for slot in sorted(slots, key=lambda slot: (-slot.size, slot.first)):
+        beside = sorted(
+            (other for other in placed if other.first <= slot.last and slot.first <= other.last),
+            key=lambda other: other.offset,
+        )
+        gaps, end = [], 0
+        for other in beside:
+            if other.offset - end >= slot.size:
+                gaps.append((other.offset - end, end))
+            end = max(end, other.offset + other.size)
+        offset = min(gaps)[1] if gaps else end
+        placed.append(Slot(slot.values, offset, slot.size, slot.first, slot.last))
+    return placed
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,175 @@
+"""A lowered graph as data: values with memory of their own, views of them, and calls in order.
+
+Nothing here holds a tensor. Which arguments a call writes is read from its op's schema, never guessed from who
+uses the result: an op that only writes pages returns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+
+class Role(StrEnum):
+    """Who owns a value: `state` is pages and what else outlives a block, `constant` is what was folded."""
+
+    INPUT = "input"
+    WEIGHT = "weight"
+    CONSTANT = "constant"
+    STATE = "state"
+    SCRATCH = "scratch"
+
+
+class Form(StrEnum):
+    """How a call reaches its place: an `out=` form, an op that writes its arguments, or a result that is copied."""
+
+    OUT = "out"
+    WRITES = "writes"
+    COPIED = "copied"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor with memory of its own; strides are in elements."""
+
+    name: str
+    role: Role
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first element to the last."""
+        if 0 in self.size:
+            return 0
+        return (1 + sum((n - 1) * by for n, by in zip(self.size, self.stride, strict=True))) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A view of a value; strides and offset are in elements of `dtype`."""
+
+    value: str
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    def covers(self, value: Value) -> bool:
+        """Whether it is all of a value, laid out as it is."""
+        return (self.dtype, self.size, self.stride, self.offset) == (value.dtype, value.size, value.stride, 0)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch. Arguments are references, literals, or tuples of them.
+
+    outs: where results go, None for one that is dropped; arguments that the op's schema marks as written are not
+    among them. node: the graph's node that it came from.
+    """
+
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    outs: tuple[Ref | None, ...]
+    form: Form
+    node: str
+
+    @property
+    def allocates(self) -> bool:
+        """Whether torch makes room on the way: there is no `out=` form, or one that copies from a fresh tensor."""
+        return self.form is Form.COPIED or torch.Tag.generated in self.op.tags
+
+    @property
+    def reads(self) -> tuple[Ref, ...]:
+        """References among the arguments, those that are written too."""
+        return (*references(self.args), *references([value for _, value in self.kwargs]))
+
+    @property
+    def writes(self) -> tuple[Ref, ...]:
+        """References that the call writes."""
+        arguments = self.op._schema.arguments
+        by_name = {argument.name: argument for argument in arguments}
+        given = [*zip(arguments, self.args, strict=False), *((by_name[name], value) for name, value in self.kwargs)]
+        marked = [value for argument, value in given if argument.alias_info and argument.alias_info.is_write]
+        return (*references(marked), *(ref for ref in self.outs if ref is not None))
+
+    @property
+    def touches(self) -> frozenset[str]:
+        """Names of all values that the call reads or writes."""
+        return frozenset(ref.value for ref in (*self.reads, *self.writes))
+
+
+@dataclass(frozen=True)
+class Program:
+    """Values by name, calls in order, and what they leave."""
+
+    values: Mapping[str, Value]
+    calls: tuple[Call, ...]
+    outputs: tuple[Ref, ...]
+
+    def of(self, role: Role) -> tuple[Value, ...]:
+        return tuple(value for value in self.values.values() if value.role is role)
+
+    def renamed(self, names: Mapping[str, str], prefix: str = "") -> Program:
+        """The same with other names of values: those of `names`, the rest with `prefix` before them."""
+
+        def name(old: str) -> str:
+            return names.get(old, prefix + old)
+
+        def moved(old: Any) -> Any:
+            if isinstance(old, Ref):
+                return replace(old, value=name(old.value))
+            return tuple(moved(part) for part in old) if isinstance(old, tuple) else old
+
+        calls = tuple(
+            replace(
+                call, args=moved(call.args), kwargs=moved(call.kwargs), outs=moved(call.outs), node=prefix + call.node
+            )
+            for call in self.calls
+        )
+        values = {name(old): replace(value, name=name(old)) for old, value in self.values.items()}
+        return Program(values, calls, moved(self.outputs))
+
+    def text(self) -> str:
+        """One call a line; those that make torch allocate are marked with a star."""
+        return "\n".join(shown(call) for call in self.calls)
+
+
+def chained(programs: Sequence[Program]) -> Program:
+    """Programs one after the other; values of the same name are the same value. ValueError where they differ."""
+    values: dict[str, Value] = {}
+    for program in programs:
+        for name, value in program.values.items():
+            if values.setdefault(name, value) != value:
+                raise ValueError(f"{name} is {value} in one program and {values[name]} in another")
+    calls = tuple(call for program in programs for call in program.calls)
+    return Program(values, calls, tuple(ref for program in programs for ref in program.outputs))
+
+
+def references(argument: Any) -> Iterator[Ref]:
+    """The references in an argument."""
+    if isinstance(argument, Ref):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for part in argument:
+            yield from references(part)
+
+
+def shown(call: Call) -> str:
+    """`* aten::addmm.out(bias, x[12, 64], w[64, 64]) -> y[12, 64]`."""
+
+    def word(argument: Any) -> str:
+        if isinstance(argument, Ref):
+            return f"{argument.value}[{', '.join(map(str, argument.size))}]"
+        return f"({', '.join(map(word, argument))})" if isinstance(argument, tuple) else str(argument)
+
+    words = [*map(word, call.args), *(f"{name}={word(value)}" for name, value in call.kwargs)]
+    written = ", ".join(dict.fromkeys(map(word, call.writes)))
+    return f"{'*' if call.allocates else ' '} {call.op.name()}({', '.join(words)}) -> {written}"
