@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InferixError
-from .program import Call, Form, Program, Ref, Role, Value
+from .program import Buffer, Call, Form, Program, Ref
+from .types import Role
 
 aten = torch.ops.aten
 # Ops without an `out=` form that may be called all the same: what they return is copied into its place.
@@ -46,7 +47,7 @@ def lower(graph: fx.GraphModule, roles: Mapping[str, Role]) -> Program:
     with torch.no_grad(), FakeTensorMode(), recorder:
         returned = lowering.run()
     outputs = tuple(recorder.ref(tensor) for tensor in tensors(returned))
-    return Program(recorder.values, tuple(recorder.calls), outputs)
+    return Program(recorder.buffers, tuple(recorder.calls), outputs)
 
 
 class _Lowering(fx.Interpreter):
@@ -102,9 +103,9 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.values: dict[str, Value] = {}
+        self.buffers: dict[str, Buffer] = {}
         self.calls: list[Call] = []
-        self.names: dict[int, str] = {}  # storage -> value
+        self.names: dict[int, str] = {}  # storage -> buffer
         self.kept: list[Tensor] = []  # so that no storage's number is used again
         self.node, self.active = "", True
 
@@ -150,7 +151,7 @@ class _Recorder(TorchDispatchMode):
         """A new value, whose memory is this tensor's."""
         self.kept.append(tensor)
         self.names[storage(tensor)] = name
-        self.values[name] = Value(name, role, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        self.buffers[name] = Buffer(name, role, tensor.dtype, tuple(tensor.shape), tensor.stride())
         return self.ref(tensor)
 
     def ref(self, tensor: Tensor) -> Ref:
@@ -158,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         return Ref(name, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def _new_name(self) -> str:
-        taken = sum(name == self.node or name.startswith(f"{self.node}.") for name in self.values)
+        taken = sum(name == self.node or name.startswith(f"{self.node}.") for name in self.buffers)
         return f"{self.node}.{taken}" if taken else self.node
 
     def _add(self, op: OpOverload, args: Any, kwargs: Any, outs: tuple[Ref, ...], form: Form) -> None:

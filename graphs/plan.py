@@ -1,4 +1,4 @@
-"""Where each value of a program lies in one arena: lifetimes, offsets, and what holds the peak.
+"""Where each buffer of a program lies in one arena: lifetimes, offsets, and what holds the peak.
 
 A plan is data; nothing here allocates. An elementwise op writes over an input that dies with it. What is left is
 placed greedily, largest first, each at the gap that it fits best.
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .program import Call, Form, Program, Ref, Role, Value
+from .program import Buffer, Call, Form, Program, Ref
+from .types import Role
 
 ALIGNMENT = 256  # bytes; what the widest loads and the matmuls of all cards ask for
 
@@ -20,10 +21,10 @@ ALIGNMENT = 256  # bytes; what the widest loads and the matmuls of all cards ask
 class Slot:
     """Bytes [offset, offset + size) of the arena, from call `first` to call `last`, both included.
 
-    values: those that lie there, one after the other, each written over the one before.
+    buffers: those that lie there, one after the other, each written over the one before.
     """
 
-    values: tuple[str, ...]
+    buffers: tuple[str, ...]
     offset: int
     size: int
     first: int
@@ -41,7 +42,7 @@ class BufferPlan:
 
     @property
     def offsets(self) -> dict[str, int]:
-        return {name: slot.offset for slot in self.slots for name in slot.values}
+        return {name: slot.offset for slot in self.slots for name in slot.buffers}
 
     def at(self, call: int) -> tuple[Slot, ...]:
         """Slots alive at a call, largest first."""
@@ -51,17 +52,17 @@ class BufferPlan:
     def text(self, program: Program) -> str:
         """The arena's size, and what holds the peak."""
         lines = [
-            f"arena {self.size} bytes in {len(self.slots)} slots for {len(self.offsets)} values; "
+            f"arena {self.size} bytes in {len(self.slots)} slots for {len(self.offsets)} buffers; "
             f"{self.live} alive together at call {self.peak}"
         ]
         if program.calls:
             lines.append(f"  {program.calls[self.peak].op.name()} ({program.calls[self.peak].node})")
-        lines += [f"  {slot.size:>14}  {', '.join(slot.values)}" for slot in self.at(self.peak)]
+        lines += [f"  {slot.size:>14}  {', '.join(slot.buffers)}" for slot in self.at(self.peak)]
         return "\n".join(lines)
 
 
 def plan_buffers(program: Program) -> BufferPlan:
-    """Places for the scratch values of a program; its outputs live to the end."""
+    """Places for the scratch buffers of a program; its outputs live to the end."""
     slots = merged(program, lifetimes(program))
     placed = place(slots)
     sums = [sum(slot.size for slot in slots if slot.first <= call <= slot.last) for call in range(len(program.calls))]
@@ -75,21 +76,21 @@ def plan_buffers(program: Program) -> BufferPlan:
 
 
 def lifetimes(program: Program) -> dict[str, tuple[int, int]]:
-    """First and last call that touches each scratch value."""
+    """First and last call that touches each scratch buffer."""
     found: dict[str, tuple[int, int]] = {}
     for index, call in enumerate(program.calls):
         for name in call.touches:
-            if program.values[name].role is Role.SCRATCH:
+            if program.buffers[name].role is Role.SCRATCH:
                 found[name] = (found.get(name, (index, index))[0], index)
     end = len(program.calls) - 1
     for ref in program.outputs:
-        if ref.value in found:
-            found[ref.value] = (found[ref.value][0], end)
+        if ref.buffer in found:
+            found[ref.buffer] = (found[ref.buffer][0], end)
     return found
 
 
 def merged(program: Program, lives: dict[str, tuple[int, int]]) -> list[Slot]:
-    """Slots without a place yet: one for each chain of values that are written over each other."""
+    """Slots without a place yet: one for each chain of buffers that are written over each other."""
     chain: dict[str, list[str]] = {}
     for index, call in enumerate(program.calls):
         for name in sorted(call.touches):
@@ -100,7 +101,7 @@ def merged(program: Program, lives: dict[str, tuple[int, int]]) -> list[Slot]:
             chain[name].append(name)
     chains = {id(names): names for names in chain.values()}.values()
     return [
-        Slot(tuple(names), 0, aligned(program.values[names[0]].nbytes), lives[names[0]][0], lives[names[-1]][1])
+        Slot(tuple(names), 0, aligned(program.buffers[names[0]].nbytes), lives[names[0]][0], lives[names[-1]][1])
         for names in chains
     ]
 
@@ -114,21 +115,21 @@ def overwritten(
     """
     if call.form is not Form.OUT or torch.Tag.pointwise not in call.op.tags or call.allocates:
         return None
-    value = program.values[name]
+    result = program.buffers[name]
     for ref in call.reads:
-        same = ref.value in lives and lives[ref.value][1] == index and ref.value != name
-        if same and alike(ref, program.values[ref.value], value) and one_view(call.reads, ref):
-            return ref.value
+        same = ref.buffer in lives and lives[ref.buffer][1] == index and ref.buffer != name
+        if same and alike(ref, program.buffers[ref.buffer], result) and one_view(call.reads, ref):
+            return ref.buffer
     return None
 
 
-def alike(ref: Ref, old: Value, new: Value) -> bool:
-    """Whether a reference is the whole of a value that covers the same bytes in the same order as `new`."""
+def alike(ref: Ref, old: Buffer, new: Buffer) -> bool:
+    """Whether a reference is the whole of a buffer that covers the same bytes in the same order as `new`."""
     return ref.covers(old) and (old.dtype, old.size, old.stride) == (new.dtype, new.size, new.stride)
 
 
 def one_view(reads: Iterable[Ref], ref: Ref) -> bool:
-    return all(other == ref for other in reads if other.value == ref.value)
+    return all(other == ref for other in reads if other.buffer == ref.buffer)
 
 
 def place(slots: list[Slot]) -> list[Slot]:
@@ -145,7 +146,7 @@ def place(slots: list[Slot]) -> list[Slot]:
                 gaps.append((other.offset - end, end))
             end = max(end, other.offset + other.size)
         offset = min(gaps)[1] if gaps else end
-        placed.append(Slot(slot.values, offset, slot.size, slot.first, slot.last))
+        placed.append(Slot(slot.buffers, offset, slot.size, slot.first, slot.last))
     return placed
 
 

@@ -1,4 +1,4 @@
-"""A lowered graph as data: values with memory of their own, views of them, and calls in order.
+"""A lowered graph as data: buffers, views of them, and calls in order.
 
 Nothing here holds a tensor. Which arguments a call writes is read from its op's schema, never guessed from who
 uses the result: an op that only writes pages returns nothing.
@@ -14,15 +14,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-
-class Role(StrEnum):
-    """Who owns a value: `state` is pages and what else outlives a block, `constant` is what was folded."""
-
-    INPUT = "input"
-    WEIGHT = "weight"
-    CONSTANT = "constant"
-    STATE = "state"
-    SCRATCH = "scratch"
+from .types import Role
 
 
 class Form(StrEnum):
@@ -34,7 +26,7 @@ class Form(StrEnum):
 
 
 @dataclass(frozen=True)
-class Value:
+class Buffer:
     """A tensor with memory of its own; strides are in elements."""
 
     name: str
@@ -53,17 +45,17 @@ class Value:
 
 @dataclass(frozen=True)
 class Ref:
-    """A view of a value; strides and offset are in elements of `dtype`."""
+    """A view of a buffer; strides and offset are in elements of `dtype`."""
 
-    value: str
+    buffer: str
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int = 0
 
-    def covers(self, value: Value) -> bool:
-        """Whether it is all of a value, laid out as it is."""
-        return (self.dtype, self.size, self.stride, self.offset) == (value.dtype, value.size, value.stride, 0)
+    def covers(self, buffer: Buffer) -> bool:
+        """Whether it is all of a buffer, laid out as it is."""
+        return (self.dtype, self.size, self.stride, self.offset) == (buffer.dtype, buffer.size, buffer.stride, 0)
 
 
 @dataclass(frozen=True)
@@ -102,30 +94,30 @@ class Call:
 
     @property
     def touches(self) -> frozenset[str]:
-        """Names of all values that the call reads or writes."""
-        return frozenset(ref.value for ref in (*self.reads, *self.writes))
+        """Names of all buffers that the call reads or writes."""
+        return frozenset(ref.buffer for ref in (*self.reads, *self.writes))
 
 
 @dataclass(frozen=True)
 class Program:
-    """Values by name, calls in order, and what they leave."""
+    """Buffers by name, calls in order, and what they leave."""
 
-    values: Mapping[str, Value]
+    buffers: Mapping[str, Buffer]
     calls: tuple[Call, ...]
     outputs: tuple[Ref, ...]
 
-    def of(self, role: Role) -> tuple[Value, ...]:
-        return tuple(value for value in self.values.values() if value.role is role)
+    def of(self, role: Role) -> tuple[Buffer, ...]:
+        return tuple(buffer for buffer in self.buffers.values() if buffer.role is role)
 
     def renamed(self, names: Mapping[str, str], prefix: str = "") -> Program:
-        """The same with other names of values: those of `names`, the rest with `prefix` before them."""
+        """The same with other names of buffers: those of `names`, the rest with `prefix` before them."""
 
         def name(old: str) -> str:
             return names.get(old, prefix + old)
 
         def moved(old: Any) -> Any:
             if isinstance(old, Ref):
-                return replace(old, value=name(old.value))
+                return replace(old, buffer=name(old.buffer))
             return tuple(moved(part) for part in old) if isinstance(old, tuple) else old
 
         calls = tuple(
@@ -134,8 +126,8 @@ class Program:
             )
             for call in self.calls
         )
-        values = {name(old): replace(value, name=name(old)) for old, value in self.values.items()}
-        return Program(values, calls, moved(self.outputs))
+        buffers = {name(old): replace(buffer, name=name(old)) for old, buffer in self.buffers.items()}
+        return Program(buffers, calls, moved(self.outputs))
 
     def text(self) -> str:
         """One call a line; those that make torch allocate are marked with a star."""
@@ -143,14 +135,14 @@ class Program:
 
 
 def chained(programs: Sequence[Program]) -> Program:
-    """Programs one after the other; values of the same name are the same value. ValueError where they differ."""
-    values: dict[str, Value] = {}
+    """Programs one after the other; buffers of the same name are the same. ValueError where they differ."""
+    buffers: dict[str, Buffer] = {}
     for program in programs:
-        for name, value in program.values.items():
-            if values.setdefault(name, value) != value:
-                raise ValueError(f"{name} is {value} in one program and {values[name]} in another")
+        for name, buffer in program.buffers.items():
+            if buffers.setdefault(name, buffer) != buffer:
+                raise ValueError(f"{name} is {buffer} in one program and {buffers[name]} in another")
     calls = tuple(call for program in programs for call in program.calls)
-    return Program(values, calls, tuple(ref for program in programs for ref in program.outputs))
+    return Program(buffers, calls, tuple(ref for program in programs for ref in program.outputs))
 
 
 def references(argument: Any) -> Iterator[Ref]:
@@ -167,7 +159,7 @@ def shown(call: Call) -> str:
 
     def word(argument: Any) -> str:
         if isinstance(argument, Ref):
-            return f"{argument.value}[{', '.join(map(str, argument.size))}]"
+            return f"{argument.buffer}[{', '.join(map(str, argument.size))}]"
         return f"({', '.join(map(word, argument))})" if isinstance(argument, tuple) else str(argument)
 
     words = [*map(word, call.args), *(f"{name}={word(value)}" for name, value in call.kwargs)]
