@@ -135,7 +135,9 @@ class _Recorder(TorchDispatchMode):
         if op in ROOM:
             return
         if op in COPIES:
-            self.calls.append(Call(aten.copy_.default, (places[0], self._argument(args[0])), (), (), Form.WRITES, self.node))
+            self.calls.append(
+                Call(aten.copy_.default, (places[0], self._argument(args[0])), (), (), Form.WRITES, self.node)
+            )
         elif (found := out_form(op)) is not None:
             form, wanted = found
             given = {name: value for name, value in kwargs.items() if name in wanted}

@@ -106,9 +106,7 @@ def merged(program: Program, lives: dict[str, tuple[int, int]]) -> list[Slot]:
     ]
 
 
-def overwritten(
-    program: Program, call: Call, name: str, lives: dict[str, tuple[int, int]], index: int
-) -> str | None:
+def overwritten(program: Program, call: Call, name: str, lives: dict[str, tuple[int, int]], index: int) -> str | None:
     """The input that an elementwise call may write its result `name` over, if there is one.
 
     It must end here, look just like the result, and be read element by element with it, not at another shape too.

@@ -1,0 +1,60 @@
+"""Recording a launch sequence once and replaying it: one thin interface, and CUDA graphs behind it.
+
+What is captured and when is decided elsewhere and tested on a CPU; only `CudaGraphs` needs a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from ..errors import InferixError
+
+Replay = Callable[[], object]
+WARM_UPS = 2  # the first compiles kernels and makes library handles, the second runs as the recorded one will
+
+
+class CaptureFailed(InferixError):
+    """A launch sequence that the device cannot record."""
+
+
+class CaptureBackend(Protocol):
+    """Something that records launches."""
+
+    def capture(self, launch: Callable[[], None]) -> Replay:
+        """Record what `launch` puts on the device; the result replays it, on the same tensors.
+
+        `launch` may run several times: it must leave the same results each time. Raises CaptureFailed.
+        """
+
+
+class CudaGraphs:
+    """CUDA graphs of one device. They share a memory pool, since no call's private memory outlives the call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, launch: Callable[[], None]) -> Replay:
+        """Warm up on a side stream, so that nothing is compiled or first allocated while recording; then record."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UPS):
+                launch()
+        current.wait_stream(self.stream)
+        torch.cuda.synchronize(self.device)
+        # A collection while recording could free device memory, which is not allowed there.
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                launch()
+        except RuntimeError as error:
+            torch.cuda.synchronize(self.device)
+            raise CaptureFailed(str(error).splitlines()[0]) from error
+        return graph.replay

@@ -1,0 +1,57 @@
+"""What tests of lowering, planning and launching share: tracing a function, running its program, watching it run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from inferix.graphs.launch import LaunchPlan
+from inferix.graphs.lowering import lower
+from inferix.graphs.plan import plan_buffers
+from inferix.graphs.program import Program
+from inferix.graphs.types import Role
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(*args)
+
+
+def traced(function: Callable[..., Any], *args: Tensor, state: tuple[int, ...] = ()) -> Program:
+    """The program of a function of tensors; arguments numbered in `state` outlive a run."""
+    exported = torch.export.export(Wrapped(function), args, strict=False)
+    names = [spec.arg.name for spec in exported.graph_signature.input_specs]
+    return lower(exported.graph_module, {names[index]: Role.STATE for index in state})
+
+
+def bound(program: Program, *args: Tensor) -> LaunchPlan:
+    """A program on its arguments and an arena full of NaN."""
+    plan = plan_buffers(program)
+    arena = torch.full((plan.size,), 255, dtype=torch.uint8)
+    given = [buffer.name for buffer in program.buffers.values() if buffer.role is not Role.SCRATCH]
+    return LaunchPlan(program, plan, arena, dict(zip(given, args, strict=True)))
+
+
+class Watch(TorchDispatchMode):
+    """Notes ops whose results have memory that is not in any of `known`."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple | list) else [result]
+        tensors = [part for part in results if isinstance(part, Tensor)]
+        if any(part.untyped_storage().data_ptr() not in self.known for part in tensors):
+            self.made.append(func.name())
+        return result
