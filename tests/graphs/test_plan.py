@@ -45,7 +45,7 @@ def meetings(program: Program, made: BufferPlan) -> list[tuple[str, str]]:
     lives, found = lifetimes(program), []
     places = {name: (made.offsets[name], made.offsets[name] + program.buffers[name].nbytes) for name in lives}
     for one, (first, last) in lives.items():
-        for other, (begin, end) in lives.items():
+        for other, (begin, _) in lives.items():
             share = places[one][0] < places[other][1] and places[other][0] < places[one][1]
             if one != other and share and first <= begin < last:
                 found.append((one, other))
