@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .spec import tiny_text
 from .umt5 import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TIED, to_original
 
 
@@ -18,9 +19,11 @@ def write_tiny_text_encoder(folder: Path, layout: str, dim: int, seed: int, dtyp
     from transformers import UMT5Config, UMT5EncoderModel
 
     tokenizer = byte_tokenizer()
+    spec = tiny_text(dim)
+    assert len(tokenizer) == spec.vocabulary
     config = UMT5Config(
-        vocab_size=len(tokenizer), d_model=dim, d_kv=16, d_ff=64, num_layers=2, num_heads=4,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu",
+        vocab_size=spec.vocabulary, d_model=dim, d_kv=spec.head_dim, d_ff=spec.ffn_dim, num_layers=spec.num_layers,
+        num_heads=spec.num_heads, dropout_rate=0.0, feed_forward_proj="gated-gelu",
     )  # fmt: skip
     with torch.device("meta"):
         model = UMT5EncoderModel(config)

@@ -1,0 +1,248 @@
+"""Costs from sizes alone, against real modules, caches, decoder states and passes."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import ROWS, SIZE, TOKENS, make_engine
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from inferix.graphs.passes import Group, Pass
+from inferix.models.text.spec import UMT5_XXL, tiny_text
+from inferix.models.wan.spec import MODELS
+from inferix.models.wan.taehv import TAEW21, TAEW22, TinyDecoder, TinySpec
+from inferix.models.wan.transformer import WanTransformer
+from inferix.models.wan.vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae
+from inferix.runtime.cache import ContiguousCache
+from inferix.runtime.costs import (
+    cross_bytes,
+    decode_flops,
+    decode_scratch,
+    decoder_parameters,
+    decoder_state_bytes,
+    encode_flops,
+    page_bytes,
+    pass_flops,
+    pass_scratch,
+    prompt_flops,
+    text_parameters,
+    transformer_parameters,
+)
+
+DECODERS = {
+    "2.1": WAN21_VAE, "2.2": WAN22_VAE, "tiny-2.1": TINY_VAE, "tiny-2.2": TINY_VAE22, "taehv-2.1": TAEW21,
+    "taehv-2.2": TAEW22,
+}  # fmt: skip
+VAES = {name: spec for name, spec in DECODERS.items() if not isinstance(spec, TinySpec)}
+DEFAULT = MODELS["wan-1.3b"].default_size
+
+
+def build(make, spec, device="meta", dtype=torch.bfloat16):
+    with torch.device(device):
+        return make(spec).to(dtype).eval().requires_grad_(False)
+
+
+def decoder(spec, **kwargs):
+    return build(TinyDecoder if isinstance(spec, TinySpec) else CausalVae, spec, **kwargs)
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def counted(run, *args):
+    """Operations that torch counts in a call, attention included."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run(*args)
+    return counter.get_total_flops()
+
+
+def one_group(frames, context):
+    """A pass over the last `frames` of `context` frames."""
+    seen = tuple(range(context))
+    return Pass((Group(seen[context - frames :], 0.0, seen, seen),))
+
+
+class Live(TorchDispatchMode):
+    """Follows the bytes of storages that are alive, `held` ones from the start; `peak` is the most beyond those."""
+
+    def __init__(self, *held):
+        super().__init__()
+        self.sizes, self.now = {}, 0
+        for tensor in held:
+            self.note(tensor)
+        self.before = self.most = self.now
+
+    @property
+    def peak(self):
+        return self.most - self.before
+
+    def note(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.note(leaf)
+        self.most = max(self.most, self.now)
+        return out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_of_every_model(name):
+    assert transformer_parameters(MODELS[name]) == count(build(WanTransformer, MODELS[name]))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_parameters_of_every_decoder(name):
+    assert decoder_parameters(DECODERS[name]) == count(decoder(DECODERS[name]))
+
+
+@pytest.mark.parametrize("spec", [UMT5_XXL, tiny_text(64)], ids=["xxl", "tiny"])
+def test_parameters_of_the_text_encoders(spec):
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=spec.vocabulary, d_model=spec.dim, d_kv=spec.head_dim, d_ff=spec.ffn_dim,
+        num_layers=spec.num_layers, num_heads=spec.num_heads, relative_attention_num_buckets=spec.buckets,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert text_parameters(spec) == count(UMT5EncoderModel(config))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(WAN21_VAE, base_channels=8, decoder_channels=8),
+        replace(WAN22_VAE, base_channels=8, decoder_channels=8),
+        TinySpec(16, (12, 8, 8, 4), (1, 2, 2), 1),
+    ],
+    ids=["2.1", "2.2", "taehv"],
+)
+@torch.no_grad()
+def test_decoder_state_is_what_a_stream_holds(spec):
+    latent = (1, 2)
+    module = decoder(spec, device="cpu", dtype=torch.float32)
+    state = module.new_state()
+    for frames in (2, 1):
+        module.decode(torch.zeros(frames, spec.z_dim, *latent), state)
+        assert state.nbytes == decoder_state_bytes(spec, latent, "float32")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_decoding_at_full_size(name):
+    """State, operations and scratch of a stream without data; the published figures for Wan 2.1 at 832x480."""
+    spec, latent = DECODERS[name], MODELS["wan-1.3b"].latent_size(DEFAULT)
+    module = decoder(spec)
+    state = module.new_state()
+    frames = torch.empty(3, spec.z_dim, *latent, device="meta", dtype=torch.bfloat16)
+    for first in (True, False):
+        assert counted(module.decode, frames[:1], state) == decode_flops(spec, latent, first)
+    assert state.nbytes == decoder_state_bytes(spec, latent, "bfloat16")
+    with Live(frames, *module.parameters(), *state.history.values()) as live:
+        module.decode(frames, state)
+    assert live.peak <= decode_scratch(spec, latent, 3, "bfloat16") <= 1.2 * live.peak
+    if name == "2.1":
+        assert round(state.nbytes / 2**20) == 1801
+        assert [round(decode_flops(spec, latent, first) / 1e12, 2) for first in (True, False)] == [4.35, 13.55]
+    if name == "taehv-2.1":
+        assert round(3 * decode_flops(spec, latent) / 1e12, 2) == 1.63
+
+
+@pytest.mark.parametrize("name", VAES)
+@torch.no_grad()
+def test_encoding_a_picture(name):
+    spec, latent = VAES[name], (6, 4)
+    module = decoder(spec)
+    picture = torch.empty(1, 3, *(side * spec.spatial_stride for side in latent), device="meta", dtype=torch.bfloat16)
+    assert counted(module.encode, picture, module.new_state()) == encode_flops(spec, latent)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_page_is_a_frame_of_the_cache(dtype):
+    spec = MODELS["wan-tiny"]
+    cache = ContiguousCache(spec, (3, 5), False, torch.float64, getattr(torch, dtype), torch.device("cpu"))
+    cache.hold((0, 1))
+    assert cache.nbytes == 2 * page_bytes(spec, 15, dtype)
+
+
+def test_published_figures():
+    """Per frame and per prompt in MiB, per pass of three frames in TFLOP, by frames attended."""
+    for name, page, prompt, passes in (
+        ("wan-1.3b", 274, 90, {3: 16.2, 6: 20.2, 9: 24.3, 12: 28.3, 21: 40.4}),
+        ("wan-14b", 1219, 400, {3: 131.8, 6: 149.7, 9: 167.7, 12: 185.6, 21: 239.5}),
+    ):
+        spec = MODELS[name]
+        tokens = spec.tokens_per_frame(DEFAULT)
+        assert round(page_bytes(spec, tokens, "bfloat16") / 2**20) == page
+        rows = 2 * spec.text_len * spec.text_dim
+        assert round((cross_bytes(spec, "bfloat16") - rows) / 2**20) == prompt
+        for context, told in passes.items():
+            assert pass_flops(spec, tokens, one_group(3, context)).total / 1e12 == pytest.approx(told, abs=0.06)
+
+
+@torch.no_grad()
+def test_operations_of_passes_and_prompts():
+    engine = make_engine("longlive", dtype="float32", denoising_step_list=[1000])
+    plain, passes = engine.run, []
+
+    def run_and_count(session, run, latents):
+        passes.append((counted(plain, session, run, latents), pass_flops(engine.spec, TOKENS, run).total))
+        return plain(session, run, latents)
+
+    engine.run = run_and_count
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        list(session.stream(2, decode=False))
+        rows = session.rows[None]
+    assert len(passes) == 4
+    assert all(real == told for real, told in passes)
+    assert counted(engine.parts.transformer.embed_text, rows) == prompt_flops(engine.spec)
+
+
+class Opaque:
+    """Attention that needs no memory of its own, as the kernels' does not."""
+
+    def attend(self, layer, q, k, v):
+        return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b", "wan-14b", "wan-5b"])
+@torch.no_grad()
+def test_scratch_of_a_pass(name, monkeypatch):
+    """Never less than what a pass takes, with the rotation in float64 and without any."""
+    monkeypatch.setattr("inferix.models.wan.transformer.attention", lambda q, k, v: torch.empty_like(q))
+    monkeypatch.setattr("inferix.runtime.cache.attention", lambda q, k, v: torch.empty_like(q))
+    spec = MODELS[name]
+    height, width = spec.latent_size(spec.default_size)
+    tokens, frames = spec.tokens_per_frame(spec.default_size), 3
+    model = build(WanTransformer, spec)
+    with torch.device("meta"):
+        text = model.embed_text(torch.empty(1, spec.text_len, spec.text_dim, dtype=torch.bfloat16))
+        latents = torch.empty(1, frames, spec.in_channels, height, width, dtype=torch.bfloat16)
+        times = torch.empty(1, frames)
+    grid = (height // spec.patch[0], width // spec.patch[1])
+    cache = ContiguousCache(spec, grid, False, torch.float64, torch.bfloat16, torch.device("meta"))
+    cache.hold(tuple(range(6)))
+    pairs = [tensor for pair in text.text for tensor in pair]
+    held = (latents, times, *model.parameters(), *pairs, *cache.keys, *cache.values)
+    peaks = []
+    for kv in (Opaque(), cache.bind(one_group(frames, 6))):
+        with Live(*held) as live:
+            model(latents, times, text, kv)
+        peaks.append(live.peak)
+    most = pass_scratch(spec, tokens, frames, "bfloat16")
+    assert max(peaks) <= most <= 1.1 * max(peaks)
