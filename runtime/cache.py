@@ -1,4 +1,4 @@
-"""The contiguous KV cache: one tensor of keys and one of values per layer, rolled by copying.
+"""What a cache is to the block loop, and its plain form: one tensor of keys and one of values per layer, rolled by copying.
 
 It is the plain form that paged and captured execution are held against. Keys are stored rotated where a frame
 keeps its position for good; where positions change as the window moves, keys are stored as they come and
@@ -7,6 +7,8 @@ rotated whenever they are read.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,34 @@ from ..graphs.passes import Group, Pass
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
 from ..models.wan.spec import ModelSpec
+from ..models.wan.transformer import KeyValues
+
+
+class Cache(Protocol):
+    """Keys and values of the past of one conditioning."""
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Frames held, ascending."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the frames take."""
+
+    def hold(self, frames: tuple[int, ...]) -> None:
+        """Hold just `frames`, ascending: keep those that are here, drop others, make room for new ones."""
+
+    def clear(self) -> None:
+        """Forget all frames."""
+
+    def bind(self, run: Pass) -> KeyValues:
+        """The cache as the attention of one pass."""
+
+    def settle(self) -> None:
+        """The pass is over; what it did not write is gone."""
+
+    def release(self) -> None:
+        """Give the memory back; a second call does nothing."""
 
 
 class ContiguousCache:
@@ -32,9 +62,13 @@ class ContiguousCache:
         self.head_dim, self.device = spec.head_dim, device
         self.tokens = grid[0] * grid[1]
         empty = torch.empty(1, 0, spec.num_heads, spec.head_dim, dtype=dtype, device=device)
-        self.frames: tuple[int, ...] = ()
+        self.held: tuple[int, ...] = ()
         self.keys = [empty] * spec.num_layers
         self.values = [empty] * spec.num_layers
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        return self.held
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +84,7 @@ class ContiguousCache:
                 old = tensor.unflatten(1, (len(self.frames), self.tokens))[:, kept].flatten(1, 2)
                 room = tensor.new_zeros(1, (len(frames) - len(kept)) * self.tokens, *tensor.shape[2:])
                 store[layer] = torch.cat((old, room), dim=1)
-        self.frames = frames
+        self.held = frames
 
     def clear(self) -> None:
         """Forget all frames."""
@@ -59,6 +93,12 @@ class ContiguousCache:
     def bind(self, run: Pass) -> BoundCache:
         """The cache as the attention of one pass."""
         return BoundCache(self, run)
+
+    def settle(self) -> None:
+        """Nothing: what a pass does not write is kept nowhere."""
+
+    def release(self) -> None:
+        self.clear()
 
 
 class BoundCache:

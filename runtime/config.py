@@ -26,7 +26,8 @@ class EngineConfig:
 
     base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
     one of them alone. use_ema: the averaged weights of a training file. precision: a name of `PRECISIONS`.
-    lora: adapter file or folder, merged into the weights `lora_scale` times.
+    lora: adapter file or folder, merged into the weights `lora_scale` times. kv_memory: bytes for keys and values,
+    shared by all sessions; None is what one session needs, and more when there is need of more.
     """
 
     model: str
@@ -41,6 +42,7 @@ class EngineConfig:
     precision: str
     lora: str | None = None
     lora_scale: float = 1.0
+    kv_memory: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)

@@ -31,6 +31,7 @@ class ContextPolicy:
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
     image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
     block at timestep 0 (`clamp`).
+    rewind_blocks: how many of the last blocks a session can be taken back by.
     """
 
     local_attn_size: int
@@ -46,6 +47,7 @@ class ContextPolicy:
     blend_blocks: int = 1
     shot_offset: int = 0
     image: str = "prefix"
+    rewind_blocks: int = 0
 
     def __post_init__(self) -> None:
         choices = {"positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES}
@@ -54,7 +56,7 @@ class ContextPolicy:
                 raise UsageError(f"{key} is {getattr(self, key)!r}; expected one of {', '.join(known)}")
         if self.local_attn_size < 1 and self.local_attn_size != -1:
             raise UsageError(f"local_attn_size is {self.local_attn_size}; expected 1 or more, or -1 for all frames")
-        for key in ("sink_size", "segment_frames", "rebuild_frames", "shot_offset"):
+        for key in ("sink_size", "segment_frames", "rebuild_frames", "shot_offset", "rewind_blocks"):
             if getattr(self, key) < 0:
                 raise UsageError(f"{key} is {getattr(self, key)}; expected 0 or more")
         if self.blend_blocks < 1:

@@ -27,6 +27,11 @@ class PagePool:
     def size(self) -> int:
         return len(self.references)
 
+    @property
+    def used(self) -> int:
+        """Pages that somebody holds."""
+        return self.size - len(self.free)
+
     def acquire(self, count: int, reuse: Sequence[int] = (), after: int | None = None, room: int = 0) -> list[int]:
         """`count` free pages, each held once from now on; OutOfPages, taking none, if there are fewer.
 
@@ -34,11 +39,7 @@ class PagePool:
         that run is longer than `room`, the pages the caller will hold in the end, its end is taken from, so that
         what is in front of it can still grow.
         """
-        if count > len(self.free):
-            raise OutOfPages(
-                f"{count} pages of KV memory are needed, {len(self.free)} of {self.size} are free; close a session, "
-                "shrink the window (local_attn_size) or give more memory (kv_memory)"
-            )
+        self.require(count)
         taken: list[int] = []
         self._take([page for page in reuse if page in self.free], count, taken)
         if taken:
@@ -50,6 +51,14 @@ class PagePool:
             start = max(0, len(run) - max(room, count - len(taken)))
             self._take(run[start:], count, taken)
         return taken
+
+    def require(self, count: int) -> None:
+        """OutOfPages unless so many pages are free."""
+        if count > len(self.free):
+            raise OutOfPages(
+                f"{count} pages of KV memory are needed, {len(self.free)} of {self.size} are free; close a session, "
+                "shrink the window (local_attn_size) or give more memory (kv_memory)"
+            )
 
     def share(self, pages: Iterable[int]) -> None:
         """One more holder for each page; ValueError for a free one."""
@@ -142,8 +151,7 @@ class BlockTable:
         OutOfPages leaves everything as it was.
         """
         dropped = self.dropped(frames)
-        if self.wanted(frames) > len(self.pool.free):
-            self.pool.acquire(self.wanted(frames))  # says what is missing
+        self.pool.require(self.wanted(frames))
         evicted = [self.pages.pop(frame) for frame in dropped]
         self.pool.release(evicted)
         self.places = {frame: place for frame, place in self.places.items() if frame in self.pages}

@@ -19,7 +19,7 @@ from ..errors import InferixError, UsageError
 from ..models.wan.transformer import TextContext
 from ..models.wan.vae import StreamState
 from .actions import ActionTrack
-from .cache import ContiguousCache
+from .cache import Cache
 from .noise import Noise
 from .sampler import Sampler, Solver
 from .timeline import Span, Timeline
@@ -43,7 +43,7 @@ class Branch:
     """One conditioning with the cache of its own past; guidance has two."""
 
     text: TextContext
-    cache: ContiguousCache
+    cache: Cache
 
 
 @dataclass
@@ -132,6 +132,8 @@ class Session:
         """Free the cache and the decoder's state; a second call does nothing."""
         if not self.closed:
             self.closed = True
+            for branch in self.branches:
+                branch.cache.release()
             self.branches, self.flight = [], []
             self.recent = self.pixels = self.source = None
             del self.decoder

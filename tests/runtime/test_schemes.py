@@ -157,7 +157,7 @@ def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(before, decode=False))
         cache = session.branches[0].cache
-        old = list(zip(cache.keys, cache.values, strict=True))
+        old = held(cache)
         session.prompt(embeds=OTHER)
         engine.follow_prompt(session)
         end = before * 3
@@ -170,11 +170,16 @@ def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
         kv = WithSink(old, frames, sinks=0 if sink_anew else 3)
         text = model.embed_text(engine.prompt_rows(None, OTHER)[None])
         model(latents[frames][None], torch.zeros(1, len(frames)), text, kv)
-        for layer, (keys, values) in enumerate(kv.made):
-            assert (cache.keys[layer] - keys).abs().max() <= 1e-10
-            assert (cache.values[layer] - values).abs().max() <= 1e-10
+        for (keys, values), (wanted_keys, wanted_values) in zip(held(cache), kv.made, strict=True):
+            assert (keys - wanted_keys).abs().max() <= 1e-10
+            assert (values - wanted_values).abs().max() <= 1e-10
         (after,) = session.stream(1, decode=False)
     assert (after.latents - run(engine, before + 1)[before].latents).abs().max() > 1e-3
+
+
+def held(cache):
+    """Keys and values [1, frames*P, n, c] of each layer."""
+    return [(k.flatten(0, 1)[None], v.flatten(0, 1)[None]) for k, v in cache.export_pages().kv]
 
 
 class WithSink:
@@ -199,10 +204,10 @@ def test_a_cut_changes_the_text_and_nothing_else():
     engine = make_engine("self-forcing")
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(2, decode=False))
-        keys = [key.clone() for key in session.branches[0].cache.keys]
+        keys = session.branches[0].cache.export_pages().kv
         session.prompt(embeds=OTHER)
         engine.follow_prompt(session)
-        assert all(torch.equal(a, b) for a, b in zip(keys, session.branches[0].cache.keys, strict=True))
+        assert torch.equal(keys, session.branches[0].cache.export_pages().kv)
         (after,) = session.stream(1, decode=False)
     model = engine.parts.transformer
     assert torch.equal(session.rows, engine.prompt_rows(None, OTHER))
