@@ -35,28 +35,55 @@ class PagedAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate, write into the pages, and attend to those listed; all [B, T, n, c]."""
         kv, scale = self.kv[layer], None if self.scales is None else self.scales[layer]
-        queries = []
-        for part, (start, stop) in zip(self.parts, self._ranges(len(q), kv.shape[2]), strict=True):
-            rows = [tensor[:, start:stop].reshape(part.rows, -1, *tensor.shape[2:]) for tensor in (q, k, v)]
-            q_sink = None if part.sink_turns is None else torch.empty_like(rows[0])
-            turned = rope_append(
-                *rows, part.time_turns, self.row_turns, self.column_turns, kv, part.pages,
-                sink_turns=part.sink_turns, q_sink=q_sink, kv_scale=scale,
-            )  # fmt: skip
-            queries.append((turned, q_sink))
-        out = [
-            block_attention(
-                turned, kv, part.table, part.count, q_sink=q_sink, sink_count=part.sink_count, kv_scale=scale
-            ).reshape(len(q), -1, *q.shape[2:])
-            for part, (turned, q_sink) in zip(self.parts, queries, strict=True)
-        ]
-        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+        queries = append(self.parts, q, k, v, self.row_turns, self.column_turns, kv, scale)
+        return attend_parts(self.parts, queries, q, kv, scale)
 
-    def _ranges(self, sessions: int, page_tokens: int) -> list[tuple[int, int]]:
-        """Each part's first token and the one after its last, within a session."""
-        found, start = [], 0
-        for part in self.parts:
-            stop = start + part.rows // sessions * part.frames * page_tokens
-            found.append((start, stop))
-            start = stop
-        return found
+
+def append(
+    parts: Sequence[PassTables],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_turns: Tensor,
+    column_turns: Tensor,
+    kv: Tensor,
+    scale: Tensor | None,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Write keys and values of all parts; returns each part's queries [R, T, n, c], for the window and the sink."""
+    queries = []
+    for part, (start, stop) in zip(parts, _ranges(parts, len(q), kv.shape[2]), strict=True):
+        rows = [tensor[:, start:stop].reshape(part.rows, -1, *tensor.shape[2:]) for tensor in (q, k, v)]
+        q_sink = None if part.sink_turns is None else torch.empty_like(rows[0])
+        turned = rope_append(
+            *rows, part.time_turns, row_turns, column_turns, kv, part.pages,
+            sink_turns=part.sink_turns, q_sink=q_sink, kv_scale=scale,
+        )  # fmt: skip
+        queries.append((turned, q_sink))
+    return queries
+
+
+def attend_parts(
+    parts: Sequence[PassTables],
+    queries: Sequence[tuple[Tensor, Tensor | None]],
+    like: Tensor,
+    kv: Tensor,
+    scale: Tensor | None,
+) -> Tensor:
+    """What each part's queries find in the pages listed for it, in the shape of `like`, [B, T, n, c]."""
+    out = [
+        block_attention(
+            turned, kv, part.table, part.count, q_sink=q_sink, sink_count=part.sink_count, kv_scale=scale
+        ).reshape(len(like), -1, *like.shape[2:])
+        for part, (turned, q_sink) in zip(parts, queries, strict=True)
+    ]
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+def _ranges(parts: Sequence[PassTables], sessions: int, page_tokens: int) -> list[tuple[int, int]]:
+    """Each part's first token and the one after its last, within a session."""
+    found, start = [], 0
+    for part in parts:
+        stop = start + part.rows // sessions * part.frames * page_tokens
+        found.append((start, stop))
+        start = stop
+    return found

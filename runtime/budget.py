@@ -69,15 +69,20 @@ def branches(preset: Preset) -> int:
     return 1 if preset.sampler.guidance_scale == 1 else 2
 
 
-def pages_in(budget: int, page_bytes: int, preset: Preset) -> int:
-    """Pages that fit into `budget` bytes; UsageError where one session of the preset needs more."""
-    needs = page_needs(preset)
-    least = branches(preset) * (needs.total or preset.num_frame_per_block)
-    pages = budget // page_bytes
+def least_pages(preset: Preset) -> int:
+    """Pages that one session needs; where the window has no end, those of its first block."""
+    return branches(preset) * (page_needs(preset).total or preset.num_frame_per_block)
+
+
+def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset) -> int:
+    """Pages that fit into `budget` bytes beside `fixed` ones; UsageError where a session of the preset needs more."""
+    least = least_pages(preset)
+    pages = (budget - fixed) // page_bytes
     if pages < least:
         raise UsageError(
-            f"kv_memory is {in_words(budget)}, but one session of {preset.name} needs {in_words(least * page_bytes)}: "
-            f"{least} latent frames of {in_words(page_bytes)}. Give at least that much, or ask for a smaller window "
-            "(local_attn_size), smaller pictures (size) or fewer bytes a number (kv_dtype)"
+            f"kv_memory is {in_words(budget)}, but one session of {preset.name} needs "
+            f"{in_words(least * page_bytes + fixed)}: {least} latent frames of {in_words(page_bytes)}. Give at least "
+            "that much, or ask for a smaller window (local_attn_size), smaller pictures (size) or fewer bytes a number "
+            "(kv_dtype)"
         )
     return pages

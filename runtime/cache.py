@@ -1,6 +1,6 @@
-"""What a cache is to the block loop, and its plain form: one tensor of keys and one of values per layer, rolled by copying.
+"""What a cache is to the block loop, and its plain form: one tensor of keys and one of values per layer.
 
-It is the plain form that paged and captured execution are held against. Keys are stored rotated where a frame
+It is rolled by copying, and what paged and captured execution are held against. Keys are stored rotated where a frame
 keeps its position for good; where positions change as the window moves, keys are stored as they come and
 rotated whenever they are read.
 """

@@ -11,6 +11,7 @@ import torch
 from ..errors import UsageError, nearest
 from ..models.wan.checkpoint import FORMATS
 from ..models.wan.transformer import PRECISIONS
+from .paged_store import KV_DTYPES
 
 DTYPES = {
     "float32": torch.float32,
@@ -27,7 +28,8 @@ class EngineConfig:
     base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
     one of them alone. use_ema: the averaged weights of a training file. precision: a name of `PRECISIONS`.
     lora: adapter file or folder, merged into the weights `lora_scale` times. kv_memory: bytes for keys and values,
-    shared by all sessions; None is what one session needs, and more when there is need of more.
+    shared by all sessions; None is what one session needs, and more when there is need of more. kv_dtype: in which
+    they are kept, a name of `KV_DTYPES`; None is the model's own.
     """
 
     model: str
@@ -43,10 +45,13 @@ class EngineConfig:
     lora: str | None = None
     lora_scale: float = 1.0
     kv_memory: int | None = None
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("precision", self.precision, PRECISIONS)
+        if self.kv_dtype is not None:
+            check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.checkpoint_format is not None:
             check_choice("checkpoint_format", self.checkpoint_format, FORMATS)
         if not isinstance(self.use_ema, bool):

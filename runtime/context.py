@@ -31,7 +31,8 @@ class ContextPolicy:
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
     image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
     block at timestep 0 (`clamp`).
-    rewind_blocks: how many of the last blocks a session can be taken back by.
+    sink_decay: what is kept of the sink when a frame leaves the window: the sink is sink_decay of itself and the rest
+    of that frame; 1 leaves it as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
     """
 
     local_attn_size: int
@@ -47,6 +48,7 @@ class ContextPolicy:
     blend_blocks: int = 1
     shot_offset: int = 0
     image: str = "prefix"
+    sink_decay: float = 1.0
     rewind_blocks: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +61,15 @@ class ContextPolicy:
         for key in ("sink_size", "segment_frames", "rebuild_frames", "shot_offset", "rewind_blocks"):
             if getattr(self, key) < 0:
                 raise UsageError(f"{key} is {getattr(self, key)}; expected 0 or more")
+        if not 0 < self.sink_decay <= 1:
+            raise UsageError(f"sink_decay is {self.sink_decay}; expected more than 0 and at most 1")
+        if self.sink_decay < 1 and self.sink_size == 0:
+            raise UsageError(f"sink_decay is {self.sink_decay}, but there is no sink; give sink_size, or leave it out")
+        if self.moving_positions and self.sink_size and self.shot_offset:
+            raise UsageError(
+                f"positions {self.positions} with shot_offset {self.shot_offset} put the sink, the newest shot and the "
+                "window at three distances; use absolute positions, no sink (sink_size=0) or no shots (shot_offset=0)"
+            )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
         if (self.segment_frames > 0 or not self.commit) and self.rebuild_frames < 1:

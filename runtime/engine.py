@@ -25,15 +25,13 @@ from ..models.text.umt5 import load_prompt_embeds
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
 from .actions import ActionTrack, check_action
-from .budget import branches, page_needs, pages_in, parse_bytes
-from .cache import Cache
+from .budget import parse_bytes
 from .config import DTYPES, EngineConfig, default_device, default_dtype
+from .kv_memory import KVMemory
 from .loading import SHIPPED, Components, load_components, random_components, shipped
 from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
-from .paged_cache import PagedCache
-from .paged_store import PagedStore, page_bytes
-from .pages import BlockTable
+from .paged_store import KV_DTYPES
 from .presets import DEFAULT_MODEL, Preset, default_preset, make_preset
 from .sampler import Sampler, noised
 from .session import Block, Branch, InFlight, PromptChange, Session
@@ -50,7 +48,8 @@ class Engine:
         self.spec = parts.transformer.spec
         self.device = torch.device(config.device)
         self.dtype = DTYPES[config.dtype]
-        self.stores: dict[tuple[int, int], PagedStore] = {}  # by token grid
+        kept = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else self.dtype
+        self.memory = KVMemory(self.spec, preset, (self.dtype, kept), self.device, config.kv_memory)
 
     @property
     def fps(self) -> int:
@@ -260,7 +259,7 @@ class Engine:
             noise=noise if noise is not None else PhiloxNoise(seed),
             rows=rows,
             branches=[
-                Branch(self.parts.transformer.embed_text(text[None]), self.new_cache(size)) for text in texts
+                Branch(self.parts.transformer.embed_text(text[None]), self.memory.new_cache(size)) for text in texts
             ],
             decoder=self.parts.vae.new_state(),
             actions=ActionTrack(self.spec.actions, actions),
@@ -272,28 +271,6 @@ class Engine:
         elif image is not None or video is not None:
             self.cache_prefix(session, self.prefix_latents(image, video, size))
         return session
-
-    def new_cache(self, size: tuple[int, int]) -> Cache:
-        """An empty past for pictures of `size`, in the pages that all sessions of that size share."""
-        policy = self.preset.context
-        store = self.store(size)
-        sinks = policy.moving_positions and policy.sink_size > 0
-        return PagedCache(store, BlockTable(store.pool, page_needs(self.preset).held or 0), policy.moving_positions, sinks)
-
-    def store(self, size: tuple[int, int]) -> PagedStore:
-        """The pages for pictures of `size`; UsageError where kv_memory is too small for one session."""
-        height, width = self.spec.latent_size(size)
-        grid = (height // self.spec.patch[0], width // self.spec.patch[1])
-        if grid not in self.stores:
-            self.stores = {other: store for other, store in self.stores.items() if store.pool.used}
-            budget = self.config.kv_memory
-            if budget is None:
-                pages = branches(self.preset) * (page_needs(self.preset).total or self.preset.num_frame_per_block)
-            else:
-                left = budget - sum(store.nbytes for store in self.stores.values())
-                pages = pages_in(left, page_bytes(self.spec, grid, self.dtype), self.preset)
-            self.stores[grid] = PagedStore(self.spec, grid, pages, self.dtype, self.device, grows=budget is None)
-        return self.stores[grid]
 
     def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
         """The text encoder's rows [text_len, text_dim] of a prompt, or those given."""
@@ -422,6 +399,7 @@ def load(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
     kv_memory: int | str | None = None,
+    kv_dtype: str | None = None,
     **overrides: Any,
 ) -> Engine:
     """An engine for a checkpoint (file or folder), for the world that is shipped, or for a named model with
@@ -445,6 +423,7 @@ def load(
         lora=str(lora) if lora is not None else None,
         lora_scale=lora_scale,
         kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
+        kv_dtype=kv_dtype,
     )
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()

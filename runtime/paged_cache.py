@@ -1,6 +1,7 @@
 """One branch's keys and values in pages of a store that it shares: what `ContiguousCache` keeps in one piece.
 
-Nothing is rolled or copied: eviction is an edit of the block table, a fork a copy of it.
+Nothing is rolled or copied: eviction is an edit of the block table, a fork a copy of it. While a session rests, its
+pages can be away in host memory.
 """
 
 from __future__ import annotations
@@ -10,101 +11,183 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InferixError
 from ..graphs.paged_attention import PagedAttention
 from ..graphs.passes import Pass
+from ..graphs.staged_attention import StagedAttention
 from ..graphs.tables import PassTables
+from ..models.wan.transformer import KeyValues
+from .context import ContextPolicy
+from .moving_sink import averaged
+from .offload import Offloaded
 from .paged_store import PagedStore
 from .pages import BlockTable
-from .placement import Row, fresh_pages, parts_of, place_pass
+from .placement import Row, fresh_pages, parts_of, place_pass, through_slots
 
 
 @dataclass(frozen=True)
 class HeldPages:
-    """What a branch holds, out of the store: frames in the order of their pages, the temporal positions at which
-    the keys of those written are stored, and keys and values [layers, 2, frames, page_tokens, heads, head_dim].
+    """What a branch holds, out of the store.
+
+    frames: in the order of their pages. places: temporal positions at which keys are stored, of frames written.
+    kv: [layers, 2, frames, page_tokens, heads, head_dim] as kept; scales: float32 [layers, 2, frames, heads], if
+    the dtype has them. sink: averages of a moving sink, [layers, 2, sink frames, ...], once there are some.
     """
 
     frames: tuple[int, ...]
     places: dict[int, int]
     kv: Tensor
+    scales: Tensor | None
+    sink: Tensor | None
 
 
 class PagedCache:
-    """A view of `store` through a block table.
+    """A view of `store` through a block table, under a policy."""
 
-    moving: positions change while frames are held. sinks: passes tell how queries are turned for a sink even
-    where there is none yet, so that the shapes of their tables stay.
-    """
-
-    def __init__(self, store: PagedStore, table: BlockTable, moving: bool, sinks: bool) -> None:
-        self.store, self.table, self.moving, self.sinks = store, table, moving, sinks
+    def __init__(self, store: PagedStore, table: BlockTable, policy: ContextPolicy) -> None:
+        self.store, self.table, self.policy = store, table, policy
+        self.sink: Tensor | None = None  # averages [layers, 2, sink_size, page_tokens, heads, head_dim]
+        self.away: Offloaded | None = None
 
     @property
     def frames(self) -> tuple[int, ...]:
-        return self.table.frames
+        return self.away.frames(self.table) if self.is_away else self.table.frames
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the pages are in host memory."""
+        return self.away is not None and not self.away.back
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages held, shared ones too."""
-        return len(self.table.pages) * self.store.page_bytes
+        return len(self.table.pages) * self.store.form.nbytes
 
     def hold(self, frames: tuple[int, ...]) -> None:
         """Hold just `frames`, ascending: keep those that are here, drop others, take pages for new ones."""
+        self._check_here()
+        leaving = self.table.dropped(frames)
+        if self.policy.sink_decay < 1 and leaving:
+            self._average(leaving, self.table.wanted(frames))
         self.store.make_room(self.table.wanted(frames))
         self.table.hold(frames)
 
     def clear(self) -> None:
         """Forget all frames."""
+        self._check_here()
+        self.sink = None
         self.table.hold(())
 
-    def bind(self, run: Pass) -> PagedAttention:
-        """The pages as the attention of one pass."""
-        parts = self.tables(run)
-        return PagedAttention(parts, self.store.kv, self.store.row_turns, self.store.column_turns)
+    def bind(self, run: Pass) -> KeyValues:
+        """The pages as the attention of one pass; the scratch ones among them last until `settle`."""
+        store, rows = self.store, self._place(run)
+        if not store.form.staged:
+            return PagedAttention(self._parts(rows), store.kv, store.row_turns, store.column_turns)
+        through = through_slots(rows, store.form.read_in_place)
+        staging = store.slots(through.slots)
+        return StagedAttention(
+            self._parts(through.rows), store.kv, store.scales, staging,
+            written=(store.ints(through.written), store.ints([row_page for row in rows for row_page in row.pages])),
+            seen=None if through.seen is None else (store.ints(through.seen), store.ints(range(through.slots))),
+            row_turns=store.row_turns, column_turns=store.column_turns,
+        )  # fmt: skip
 
     def tables(self, run: Pass) -> list[PassTables]:
-        """What the kernels of the pass read, part by part. Pages of groups that do not write last until `settle`."""
-        self.store.make_room(fresh_pages(run, self.table))
-        return [self._part(rows) for rows in parts_of(place_pass(run, self.table, self.moving))]
+        """What the kernels of a pass over pages in the model's dtype read, part by part; then `settle`."""
+        return self._parts(self._place(run))
 
     def settle(self) -> None:
         """The pass is over; what it did not write is gone."""
         self.table.give_back()
 
+    def fork(self) -> PagedCache:
+        """The same past, in the same pages; each side gets pages of its own for what it writes from now on."""
+        self._check_here()
+        other = PagedCache(self.store, self.table.copy(), self.policy)
+        other.sink = self.sink
+        return other
+
+    def release(self) -> None:
+        """Let all pages go; a second call does nothing."""
+        if self.is_away:
+            self.away.leave_out(self.table)
+        self.table.release()
+        self.sink = self.away = None
+
     def export_pages(self) -> HeldPages:
-        """A copy of everything that is held."""
-        table = self.table
-        return HeldPages(self.frames, dict(table.places), self.store.read(list(table.pages.values())))
+        """A copy of everything that is held, on the store's device, or on the host if it is away."""
+        if self.is_away:
+            kv, scales = self.away.read(self.table)
+        else:
+            kv, scales = self.store.read(list(self.table.pages.values()))
+        return HeldPages(self.frames, dict(self.table.places), kv, scales, self.sink)
 
     def import_pages(self, held: HeldPages) -> None:
         """Hold just what `export_pages` gave, of this cache or of one like it, in fresh pages."""
         self.clear()
         self.hold(held.frames)
         self.table.places |= held.places
-        self.store.write(list(self.table.pages.values()), held.kv)
+        self.store.write(list(self.table.pages.values()), held.kv, held.scales)
+        self.sink = None if held.sink is None else held.sink.to(self.store.device)
 
-    def fork(self) -> PagedCache:
-        """The same past, in the same pages; each side gets pages of its own for what it writes from now on."""
-        return PagedCache(self.store, self.table.copy(), self.moving, self.sinks)
+    def offload(self, *others: PagedCache) -> None:
+        """Move the pages to the host, with those of `others` that share them; nothing runs until `onload`."""
+        caches = [cache for cache in (self, *others) if not cache.is_away]
+        away = Offloaded(self.store, [cache.table for cache in caches])
+        for cache in caches:
+            cache.away = away
 
-    def release(self) -> None:
-        """Let all pages go; a second call does nothing."""
-        self.table.release()
+    def prefetch(self) -> None:
+        """Begin to bring the pages back, ahead of `onload`; OutOfPages leaves them where they are."""
+        if self.is_away:
+            self.away.prefetch()
+
+    def onload(self) -> None:
+        """Have the pages back, with those of the caches that went along."""
+        if self.is_away:
+            self.away.onload()
+
+    def _check_here(self) -> None:
+        if self.is_away:
+            raise InferixError("the pages of this session are in host memory; bring them back first (onload)")
+
+    def _place(self, run: Pass) -> list[Row]:
+        self._check_here()
+        self.store.make_room(fresh_pages(run, self.table))
+        return place_pass(run, self.table, self.policy.moving_positions)
+
+    def _average(self, leaving: list[int], wanted: int) -> None:
+        """Let frames on their way out go into the sink, whose pages are written anew; `wanted` pages follow."""
+        frames = self.frames[: self.policy.sink_size]
+        table, store = self.table, self.store
+        needed = max(0, wanted) + table.shared(frames)
+        store.make_room(needed)
+        store.pool.require(needed)
+        wide = torch.promote_types(store.form.model, torch.float32)
+        kept = store.restored([table.pages[frame] for frame in frames], wide) if self.sink is None else self.sink
+        gone = store.restored([table.pages[frame] for frame in leaving], wide)
+        self.sink = kept.clone()  # forks may share the old one
+        for frame, left in zip(leaving, gone.unbind(2), strict=True):
+            at = (frame - frames[0]) % len(frames)
+            (turns,), *_ = store.turns([table.places[frames[at]] - table.places[frame]])
+            self.sink[:, :, at] = averaged(self.sink[:, :, at], left, turns, self.policy.sink_decay)
+        table.write(frames, [table.places[frame] for frame in frames])
+        store.replace([table.pages[frame] for frame in frames], self.sink)
+
+    def _parts(self, rows: list[Row]) -> list[PassTables]:
+        return [self._part(part) for part in parts_of(rows)]
 
     def _part(self, rows: list[Row]) -> PassTables:
-        device = self.store.device
-        turned = self.sinks or any(row.sinks for row in rows)
+        ints, turns = self.store.ints, self.store.turns
+        # A policy with a turned sink has it in every pass, so that the tables keep their shapes.
+        turned = (self.policy.moving_positions and self.policy.sink_size > 0) or any(row.sinks for row in rows)
         width = max(self.table.room, *(len(row.listed) for row in rows))
         listed = [row.listed + (0,) * (width - len(row.listed)) for row in rows]
         return PassTables(
-            pages=_ints([row.pages for row in rows]).to(device),
-            table=_ints(listed).to(device),
-            count=_ints([len(row.listed) for row in rows]).to(device),
-            time_turns=torch.stack([self.store.turns(row.places)[0] for row in rows]),
-            sink_turns=torch.stack([self.store.turns(row.sink_places)[0] for row in rows]) if turned else None,
-            sink_count=_ints([row.sinks for row in rows]).to(device) if turned else None,
+            pages=ints([row.pages for row in rows]),
+            table=ints(listed),
+            count=ints([len(row.listed) for row in rows]),
+            time_turns=torch.stack([turns(row.places)[0] for row in rows]),
+            sink_turns=torch.stack([turns(row.sink_places)[0] for row in rows]) if turned else None,
+            sink_count=ints([row.sinks for row in rows]) if turned else None,
         )
-
-
-def _ints(values: list[tuple[int, ...]] | list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)

@@ -162,6 +162,10 @@ class BlockTable:
         """Whether nobody else holds the page of a frame."""
         return self.pool.references[self.pages[frame]] == 1
 
+    def shared(self, frames: Sequence[int]) -> int:
+        """How many of these held frames somebody else holds as well."""
+        return sum(not self.alone(frame) for frame in frames)
+
     def write(self, frames: Sequence[int], places: Sequence[int]) -> None:
         """These held frames are written anew, whole, with keys at `places`: shared pages are replaced by fresh ones."""
         shared = [frame for frame in frames if not self.alone(frame)]

@@ -6,7 +6,7 @@ the difference instead, once for the frames that stand as its own do and once mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import UsageError
 from ..graphs.passes import Group, Pass
@@ -30,7 +30,7 @@ class Row:
 
 def fresh_pages(run: Pass, table: BlockTable) -> int:
     """Free pages that a pass needs: for frames that it writes but shares, and for those that it does not keep."""
-    written = sum(not table.alone(frame) for group in run.groups if group.write for frame in group.frames)
+    written = sum(table.shared(group.frames) for group in run.groups if group.write)
     return written + sum(len(group.frames) for group in run.groups if not group.write) - len(table.scratch)
 
 
@@ -84,3 +84,32 @@ def parts_of(rows: list[Row]) -> list[list[Row]]:
         else:
             parts.append([row])
     return parts
+
+
+@dataclass(frozen=True)
+class ThroughSlots:
+    """Rows whose frames go through a buffer of `slots`: the pass's own come first, as `written` tells.
+
+    seen: pages that are read through the buffer, by slot; None where rows list the pages themselves.
+    """
+
+    rows: list[Row]
+    slots: int
+    written: list[int]
+    seen: list[int] | None
+
+
+def through_slots(rows: list[Row], read_in_place: bool) -> ThroughSlots:
+    """The same pass, written through a buffer, and read through it unless pages can be read in place."""
+    own = [page for row in rows for page in row.pages]
+    seen = list(dict.fromkeys([*own, *(page for row in rows for page in row.listed)]))
+    slot = {page: index for index, page in enumerate(seen)}
+
+    def moved(row: Row) -> Row:
+        pages = tuple(slot[page] for page in row.pages)
+        return replace(row, pages=pages, listed=row.listed if read_in_place else tuple(slot[p] for p in row.listed))
+
+    written = list(range(len(own)))
+    if read_in_place:
+        return ThroughSlots([moved(row) for row in rows], len(own), written, None)
+    return ThroughSlots([moved(row) for row in rows], len(seen), written, seen)

@@ -1,0 +1,35 @@
+"""Copies between a device and the host, beside what the device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Transfer:
+    """A stream for copies on a GPU; elsewhere copies are done when they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Copies asked for here come after everything asked for so far, and beside what is asked for next."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """What is asked for from now on comes after the copies."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+    def wait(self) -> None:
+        """Until the copies are done."""
+        if self.stream is not None:
+            self.stream.synchronize()
