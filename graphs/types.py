@@ -46,6 +46,20 @@ class When(StrEnum):
         return list(When).index(self)
 
 
+class Runs(StrEnum):
+    """What makes a graph run.
+
+    LOAD: weights have come or changed. PROMPT: a session has a new prompt. SWITCH: the prompt changed in the middle
+    of a stream, before its next block. REBUILD: the context is made anew, between blocks. BLOCK: every block.
+    """
+
+    LOAD = "load"
+    PROMPT = "prompt"
+    SWITCH = "switch"
+    REBUILD = "rebuild"
+    BLOCK = "block"
+
+
 @dataclass(frozen=True)
 class Value:
     """A named tensor at the edge of a pass.
@@ -88,8 +102,7 @@ class PassGraph:
     name: `denoise 0`..., `commit`, `recompute`, `recache`, `prompt`, `fold`. graph: its placeholders are the keys of
     `inputs`, in order; its output node returns a tuple, one tensor for each of `outputs`. groups: the frames of the
     pass with what they see, as in a block after the window is full. writes: names of the STATE values that the
-    traced pass wrote; no rewrite may lose one. when: BLOCK for passes of every block, PROMPT for what a new prompt
-    sets off, LOAD for the fold graph.
+    traced pass wrote; no rewrite may lose one.
     """
 
     name: str
@@ -98,7 +111,7 @@ class PassGraph:
     outputs: tuple[Value, ...]
     groups: tuple[Group, ...] = ()
     writes: tuple[str, ...] = ()
-    when: When = When.BLOCK
+    runs: Runs = Runs.BLOCK
 
     def __iter__(self) -> Iterator[fx.Node]:
         """Nodes that call something, in order."""
@@ -146,10 +159,10 @@ class Change:
 class BlockGraph:
     """All that a block runs.
 
-    passes: in order of execution; those with `when` PROMPT (a re-cache) run before the block only after a new
-    prompt. prompt: run once per prompt; its outputs are inputs of the passes. fold: run once the weights are there
-    (and again when they change); its outputs are the constants. Either is None where nothing was moved into it.
-    results: names of the block's results. changes: what each rewrite did, in order.
+    passes: in order of execution, each when its `runs` says so. prompt: run once per prompt; its outputs are inputs
+    of the passes. fold: run once the weights are there (and again when they change); its outputs are the constants.
+    Either is None where nothing was moved into it. results: names of the block's results. changes: what each
+    rewrite did, in order.
     """
 
     model: str

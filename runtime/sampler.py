@@ -182,10 +182,9 @@ def correction_weights(h: float, ratios: list[float]) -> list[float]:
         return [0.5]
     first = math.expm1(-h) / -h - 1
     second = first / -h - 0.5
-    scale = math.expm1(-h)
-    matrix = torch.tensor([[1.0, 1.0], [ratios[0], 1.0]], dtype=torch.float64)
-    right = torch.tensor([first / scale, 2 * second / scale], dtype=torch.float64)
-    return torch.linalg.solve(matrix, right).tolist()
+    total, weighted = first / math.expm1(-h), 2 * second / math.expm1(-h)
+    earlier = (total - weighted) / (1 - ratios[0])
+    return [earlier, total - earlier]
 
 
 Solver = RenoiseSolver | UniPCSolver

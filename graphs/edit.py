@@ -1,0 +1,100 @@
+"""Writing into a pass's graph: every new node gets its fake result at once, so that shapes are always known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+
+from .effects import EMPTY
+
+aten = torch.ops.aten
+DESCRIPTION = ("module", "line")  # of a node's meta: where in the model it comes from
+
+
+@cache
+def fake_mode() -> FakeTensorMode:
+    """The one mode that all fake results belong to; made when first wanted, since it loads much of torch."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake(node: fx.Node) -> Tensor:
+    """The fake result of a node: its shape, dtype, strides and device."""
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(int(size) for size in fake(node).shape)
+
+
+class Editor:
+    """Appends calls to a graph; within `before(at)`, inserts them there, as part of what `at` is of the model."""
+
+    def __init__(self, graph: fx.Graph, origin: fx.Node | None = None) -> None:
+        self.graph, self.origin = graph, origin
+        self._turned: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    @contextmanager
+    def before(self, at: fx.Node) -> Iterator[None]:
+        old, self.origin = self.origin, at
+        with self.graph.inserting_before(at):
+            yield
+        self.origin = old
+
+    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an ATen or `inferix::` op."""
+        node = self.graph.create_node("call_function", op, args, kwargs, name=short_name(op))
+        if self.origin is not None:
+            node.meta = {key: self.origin.meta[key] for key in DESCRIPTION if key in self.origin.meta}
+        args, kwargs = map_arg((args, kwargs), fake)
+        with fake_mode():
+            node.meta["val"] = op(*args, **kwargs)
+        return node
+
+    def scratch(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> fx.Node:
+        """Memory that one later node fills."""
+        return self.call(EMPTY, list(size), dtype=dtype, device=device, pin_memory=False)
+
+    def like(self, node: fx.Node, size: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> fx.Node:
+        """Scratch of a node's shape and dtype, unless told otherwise."""
+        found = fake(node)
+        return self.scratch(shape(node) if size is None else size, dtype or found.dtype, found.device)
+
+    def view(self, node: fx.Node, size: Sequence[int]) -> fx.Node:
+        """The same memory under another shape; the node itself where it has that shape."""
+        while node.target is aten.view.default and fake(node).is_contiguous() and shape(node) != tuple(size):
+            (node,) = node.all_input_nodes
+        return node if tuple(size) == shape(node) else self.call(aten.view.default, node, list(size))
+
+    def dense(self, node: fx.Node) -> fx.Node:
+        """The node if its memory is in order, else a copy that is; slices of one tensor share the copy."""
+        if fake(node).is_contiguous():
+            return node
+        if node.target is aten.select.int:
+            whole, dim, index = node.args
+            assert isinstance(whole, fx.Node) and isinstance(dim, int)
+            return self.call(aten.select.int, self._dim_first(whole, dim), 0, index)
+        return self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+    def _dim_first(self, node: fx.Node, dim: int) -> fx.Node:
+        """A copy with dimension `dim` in front, made right after the node."""
+        if (node, dim) not in self._turned:
+            order = [dim, *(other for other in range(len(shape(node))) if other != dim)]
+            with self.before(node.next):
+                turned = self.call(aten.permute.default, node, order)
+                self._turned[node, dim] = self.call(
+                    aten.clone.default, turned, memory_format=torch.contiguous_format
+                )
+        return self._turned[node, dim]
+
+
+def short_name(op: Callable[..., Any]) -> str:
+    """`linear` for `aten::linear`."""
+    return op._schema.name.split("::")[1] if isinstance(op, torch._ops.OpOverload) else op.__name__

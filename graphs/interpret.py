@@ -1,0 +1,47 @@
+"""A graph run node by node on real tensors: the meaning of a graph, which every faster execution is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from .types import BlockGraph, PassGraph, Role, Runs
+
+
+def run_pass(graph: PassGraph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of one graph by name; `values` holds everything it reads by name, literals excepted.
+
+    State is written in place. KeyError names a value that is missing.
+    """
+    found: dict[fx.Node, Tensor] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            value = graph.inputs[node.name]
+            found[node] = values[value.name] if value.data is None else value.literal(node.meta["val"].device)
+        elif node.op == "output":
+            results = node.args[0]
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), found.__getitem__)
+            found[node] = node.target(*args, **kwargs)
+    return {value.name: found[result] for value, result in zip(graph.outputs, results, strict=True)}
+
+
+@torch.no_grad()
+def run_block(block: BlockGraph, values: Mapping[str, Tensor], runs: tuple[Runs, ...] = (Runs.BLOCK,)) -> dict[str, Tensor]:
+    """All values after the graphs that `runs` names have run, in order, fold and prompt graph first.
+
+    `values` holds weights, states and inputs by name; what a graph hands on is added to a copy of it.
+    """
+    found = dict(values)
+    for graph in block.graphs:
+        if graph.runs in (Runs.LOAD, Runs.PROMPT, *runs):
+            found |= run_pass(graph, found)
+    return found
+
+
+def weights_of(block: BlockGraph) -> tuple[str, ...]:
+    """Names of the weights that the block's graphs read."""
+    return tuple(block.values(Role.WEIGHT))

@@ -1,0 +1,345 @@
+"""The block of a model and a preset as a graph: which passes, traced over pages, with the solver's step in each.
+
+Fake weights do, so a graph of any size takes seconds. What a pass computes is the model's own forward and the sampler's
+own step; which frames it sees is what the timeline says of a block whose window is full.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..graphs.compose import chained
+from ..graphs.paged_attention import PagedAttention
+from ..graphs.passes import Pass
+from ..graphs.tables import PassTables
+from ..graphs.trace import fake_model, trace
+from ..graphs.types import BlockGraph, PassGraph, QueryShape, Role, Runs, Value, When
+from ..kernels.frame_noise import frame_noise
+from ..kernels.rope import axis_angles
+from ..models.wan.spec import ModelSpec
+from ..models.wan.transformer import WanTransformer
+from .presets import Preset
+from .sampler import Sampler, UniPCSolver
+from .timeline import Timeline
+
+TABLES = ("pages", "table", "count", "time_turns", "sink_turns", "sink_count")
+BLOCKS = 24  # enough for the window of a preset to fill, or its segment to end
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A pass that a block makes. steps: for each block in flight, which step of the sampler it is; none: no step."""
+
+    name: str
+    run: Pass
+    tables: str
+    runs: Runs = Runs.BLOCK
+    steps: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(groups, frames of each) of neighbouring groups with equally many frames."""
+        sizes = [len(group.frames) for group in self.run.groups]
+        return [(len(list(same)), frames) for frames, same in groupby(sizes)]
+
+
+def plan_block(preset: Preset) -> list[Planned]:
+    """The passes of a block whose window is full, in order, with those that a new prompt or a rebuild adds."""
+    timeline, levels = Timeline(preset), Sampler(preset.sampler).timesteps
+    size, policy = preset.context.local_attn_size, preset.context
+    flight: list[tuple[range, int]] = []
+    rebuild: Planned | None = None
+    best: list[Planned] = []
+    for _ in range(max(BLOCKS, -(-size // preset.num_frame_per_block) + 1)):
+        block = []
+        if policy.prompt_switch == "recache":
+            seen = copy.deepcopy(timeline).recache_pass(policy.recache_sink)
+            block += [Planned("recache", seen, "recache", Runs.SWITCH)] if seen else []
+        if timeline.rebuild_due():
+            runs = Runs.REBUILD if policy.commit else Runs.BLOCK
+            rebuild = Planned("recompute", timeline.rebuild_pass(), "recompute", runs)
+        while not flight or flight[0][1] < len(levels):
+            if len(flight) < preset.window_blocks:
+                flight.append((timeline.admit().frames, 0))
+            run = timeline.joint_pass([(frames, levels[step]) for frames, step in flight], frozenset())
+            name = f"denoise {flight[0][1]}" if preset.window_blocks == 1 else "denoise"
+            tables = "block" if preset.window_blocks == 1 else "joint"
+            block.append(Planned(name, run, tables, steps=tuple(step for _, step in flight)))
+            flight = [(frames, step + 1) for frames, step in flight]
+        frames, _ = flight.pop(0)
+        if policy.commit:
+            block.append(Planned("commit", timeline.commit_pass(frames), "block"))
+        timeline.forget(block[-1].run.groups[-1].context)
+        if seen_by(block) >= seen_by(best):
+            best = block
+    switch = [planned for planned in best if planned.runs == Runs.SWITCH]
+    return [*switch, *([rebuild] if rebuild else []), *(planned for planned in best if planned not in switch)]
+
+
+def seen_by(block: list[Planned]) -> int:
+    """Frames that the groups of a block's last denoising pass see; 0 for no block."""
+    denoising = [planned for planned in block if planned.steps]
+    return sum(len(group.context) for group in denoising[-1].run.groups) if denoising else 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the trace of a model's pass depends on: one is traced for all passes that agree in it.
+
+    parts: (groups, frames of each). latents: names of what it runs over, in order. tables: name before those of its
+    tables. sinks: whether queries are turned once more for the sink.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+    latents: tuple[str, ...]
+    tables: str
+    sinks: bool
+
+    @property
+    def frames(self) -> int:
+        return sum(groups * frames for groups, frames in self.parts)
+
+    def table(self, part: int, what: str) -> str:
+        """The block-wide name of a table of one part."""
+        return ".".join([self.tables, *([str(part)] if len(self.parts) > 1 else []), what])
+
+
+class ModelPass(nn.Module):
+    """The network over pages, named tensors in and the velocity [B, F, C, H, W] of B sessions out.
+
+    With guidance each session has two rows, the prompted ones first, and the velocity is the guided one.
+    """
+
+    def __init__(self, model: WanTransformer, layout: Layout, guidance: float) -> None:
+        super().__init__()
+        self.model, self.layout, self.guidance = model, layout, guidance
+
+    def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        layout, spec = self.layout, self.model.spec
+        parts = [
+            PassTables(**{what: values.get(layout.table(part, what)) for what in TABLES})  # type: ignore[arg-type]
+            for part in range(len(layout.parts))
+        ]
+        kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
+        attention = PagedAttention(parts, kv, values["row_turns"], values["column_turns"])
+        latents = [values[name] for name in layout.latents]
+        x = latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
+        guided = self.guidance != 1
+        rows = torch.cat((x, x)) if guided else x
+        timesteps = values["timesteps"].expand(len(rows), -1)
+        actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
+        velocity = self.model(rows, timesteps, self.model.embed_text(values["text"]), attention, actions)
+        if guided:
+            prompted, plain = velocity.split(len(x))
+            velocity = plain + self.guidance * (prompted - plain)
+        return {"velocity": velocity}
+
+
+class SolverStep(nn.Module):
+    """The sampler's own step over each block in flight: the velocity in, the latents of the next level out.
+
+    One block alone keeps its name; of several each moves up by one, and the first, now clean, is `clean`. What a
+    multistep solver remembers is named after the step that made it.
+    """
+
+    def __init__(self, sampler: Sampler, steps: tuple[int, ...], frames: int) -> None:
+        super().__init__()
+        self.sampler, self.steps, self.frames = sampler, steps, frames
+        assert sampler.sigmas  # computed here, so that the trace does not hold how
+
+    def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        found, names = dict[str, Tensor](), latent_names(len(self.steps))
+        after = names if len(names) == 1 else ("clean", *names)
+        for slot, step in enumerate(self.steps):
+            rows = slice(slot * self.frames, (slot + 1) * self.frames)
+            latents = values[names[slot]]
+            draw = partial(self.draw, values, latents, rows, step + 1)
+            solver = self.sampler.begin()
+            if isinstance(solver, UniPCSolver):
+                resume(solver, step, values)
+            found[after[slot]] = solver.advance(latents, values["velocity"][:, rows], step, draw)
+            if isinstance(solver, UniPCSolver) and solver.before is not None:
+                found |= {f"x0@{step}": solver.predictions[-1], f"corrected@{step}": solver.before}
+        return found
+
+    def draw(self, values: dict[str, Tensor], latents: Tensor, rows: slice, draw: int) -> Tensor:
+        """Noise of the frames in `rows`, as the session would draw it."""
+        _, _, channels, height, width = latents.shape
+        noise = frame_noise(values["frames"][:, rows], values["noise_key"], (channels, height, width), draw=draw)
+        return noise.to(latents.dtype)
+
+
+def resume(solver: UniPCSolver, step: int, values: dict[str, Tensor]) -> None:
+    """Put the solver where it stands before a step."""
+    if step > 0:
+        solver.predictions = [values[f"x0@{earlier}"] for earlier in range(max(0, step - 2), step)]
+        solver.before = values[f"corrected@{step - 1}"]
+        solver.order = min(2, len(solver.sigmas) - step + 1, len(solver.predictions))
+
+
+def latent_names(flight: int) -> tuple[str, ...]:
+    """Names of the latents of each block in flight, the cleanest first."""
+    return ("latents",) if flight == 1 else tuple(f"latents.{slot}" for slot in range(flight))
+
+
+class Builder:
+    """The block graph of one model, preset and picture size, for so many sessions side by side."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        preset: Preset,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+        device: str = "cpu",
+        precision: str = "reference",
+        sessions: int = 1,
+        pages: int | None = None,
+    ) -> None:
+        self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
+        self.guidance = preset.sampler.guidance_scale
+        self.rows = sessions * (1 if self.guidance == 1 else 2)
+        self.sampler = Sampler(preset.sampler)
+        self.planned = plan_block(preset)
+        self.latent = (spec.out_channels, *spec.latent_size(size))
+        self.grid = (self.latent[1] // spec.patch[0], self.latent[2] // spec.patch[1])
+        self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
+        frames = max(len(planned.run.frames) for planned in self.planned)
+        self.pages = pages if pages is not None else self.rows * (self.max_pages + frames)
+        self.model = fake_model(lambda: WanTransformer(spec, precision), dtype, device)
+        self.traced: dict[Layout, PassGraph] = {}
+
+    def build(self) -> BlockGraph:
+        passes = [self.one(planned) for planned in self.planned]
+        flight = self.preset.window_blocks
+        frames = self.preset.num_frame_per_block
+        results = latent_names(1) if flight == 1 else ("clean", *latent_names(flight)[:-1])
+        return BlockGraph(
+            model=self.spec.name,
+            preset=self.preset.name,
+            dtype=self.dtype,
+            device=self.device,
+            shape=QueryShape(
+                self.rows, frames * flight, self.latent, self.grid[0] * self.grid[1], self.pages, self.max_pages
+            ),
+            timesteps=self.sampler.timesteps,
+            sigmas=self.sampler.sigmas,
+            passes=tuple(passes),
+            prompt=None,
+            fold=None,
+            results=results,
+        )
+
+    def one(self, planned: Planned) -> PassGraph:
+        """One pass of the plan: the model's trace with the pass's timesteps, then the solver's step."""
+        layout = self.layout(planned)
+        if layout not in self.traced:
+            module = ModelPass(self.model, layout, self.guidance)
+            self.traced[layout] = trace(
+                "the model's pass", module, self.inputs(layout), model="model", device=self.device
+            )
+        model = self.traced[layout]
+        told = {"timesteps": timesteps(planned.run.timesteps)}
+        step = self.step(planned) if planned.steps else None
+        graph = chained(planned.name, model, step, told)
+        return replace(graph, groups=planned.run.groups, runs=planned.runs)
+
+    def layout(self, planned: Planned) -> Layout:
+        policy = self.preset.context
+        joint = planned.tables == "joint"
+        moved = policy.positions == "window-relative" or (policy.positions == "contiguous" and joint)
+        names = latent_names(len(planned.steps) or 1)
+        if planned.name == "commit" and self.preset.window_blocks > 1:
+            names = ("clean",)
+        elif not planned.steps and planned.name != "commit":
+            names = (f"{planned.name}.latents",)
+        return Layout(tuple(planned.parts), names, planned.tables, moved and policy.sink_size > 0)
+
+    def inputs(self, layout: Layout) -> list[Value]:
+        """All that the model's pass is given."""
+        spec, frames, (height, width) = self.spec, layout.frames, self.grid
+        turns = torch.promote_types(self.dtype, torch.float32)
+        time, row, column = (angles.shape for angles in axis_angles([0], height, width, spec.head_dim))
+
+        def given(name: str, when: When, size: tuple[int, ...], dtype: torch.dtype, owned: bool = False) -> Value:
+            return Value(name, Role.INPUT, size, dtype, when, owned=owned)
+
+        each = frames // len(layout.latents)
+        values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
+        values += [timesteps((0.0,) * frames), given("text", When.PROMPT, (self.rows, spec.text_len, spec.text_dim), self.dtype)]
+        if spec.action_dim is not None:
+            values.append(given(f"{layout.tables}.actions", When.BLOCK, (self.rows, frames, spec.action_dim), self.dtype))
+        for part, (groups, part_frames) in enumerate(layout.parts):
+            rows = self.rows * groups
+            shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+                "pages": ((rows, part_frames), torch.int32),
+                "table": ((rows, self.max_pages), torch.int32),
+                "count": ((rows,), torch.int32),
+                "time_turns": ((rows, part_frames, time[1], 2), turns),
+            }
+            if layout.sinks:
+                shapes["sink_turns"] = shapes["time_turns"]
+                shapes["sink_count"] = shapes["count"]
+            values += [
+                given(layout.table(part, what), When.BLOCK, size, dtype, owned=what == "pages")
+                for what, (size, dtype) in shapes.items()
+            ]
+        values += [given("row_turns", When.LOAD, (*row, 2), turns), given("column_turns", When.LOAD, (*column, 2), turns)]
+        store = (2, self.pages, height * width, spec.num_heads, spec.head_dim)
+        return values + [
+            Value(f"kv.{index}", Role.STATE, store, self.dtype, When.PASS) for index in range(spec.num_layers)
+        ]
+
+    def step(self, planned: Planned) -> PassGraph:
+        """The solver's step of a denoising pass."""
+        frames = self.preset.num_frame_per_block
+        total = frames * len(planned.steps)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        names = latent_names(len(planned.steps))
+        values = [
+            Value("velocity", Role.INPUT, (self.sessions, total, *self.latent), self.dtype, When.PASS),
+            Value("frames", Role.INPUT, (self.sessions, total), torch.int32, When.BLOCK),
+            Value("noise_key", Role.INPUT, (self.sessions,), torch.int64, When.BLOCK),
+        ]
+        latents = (self.sessions, frames, *self.latent)
+        values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
+        if self.preset.sampler.solver == "unipc":
+            step = planned.steps[0]
+            kept = [f"x0@{earlier}" for earlier in range(max(0, step - 2), step)]
+            kept += [f"corrected@{step - 1}"] if step else []
+            values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in kept]
+        return trace("the solver's step", SolverStep(self.sampler, planned.steps, frames), values, device=self.device)
+
+
+def timesteps(told: tuple[float, ...]) -> Value:
+    """What the network is told, as a literal [1, F]."""
+    return Value("timesteps", Role.CONSTANT, (1, len(told)), torch.float32, When.LOAD, told)
+
+
+def build_block_graph(
+    spec: ModelSpec,
+    preset: Preset,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    precision: str = "reference",
+    sessions: int = 1,
+    pages: int | None = None,
+) -> BlockGraph:
+    """The graph of a block, before any rewrite.
+
+    size: (width, height) of the pictures, the model's own unless told. sessions: that run side by side. pages: of
+    the pool; enough for one block of each session unless told. Raises UsageError for what has no graph.
+    """
+    if spec.in_channels != spec.out_channels:
+        raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
+    if preset.window_blocks > 1 and preset.sampler.solver != "renoise":
+        raise UsageError(f"window_blocks is {preset.window_blocks} with solver unipc; that has no graph, use renoise")
+    return Builder(spec, preset, size or spec.default_size, dtype, device, precision, sessions, pages).build()
