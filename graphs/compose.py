@@ -1,4 +1,4 @@
-"""Graphs put together: a model's pass, traced once, becomes each pass of a block with its own timesteps and solver step."""
+"""Graphs put together: a model's pass, traced once, with the timesteps and the solver step of each pass of a block."""
 
 from __future__ import annotations
 

@@ -89,9 +89,7 @@ class Editor:
             order = [dim, *(other for other in range(len(shape(node))) if other != dim)]
             with self.before(node.next):
                 turned = self.call(aten.permute.default, node, order)
-                self._turned[node, dim] = self.call(
-                    aten.clone.default, turned, memory_format=torch.contiguous_format
-                )
+                self._turned[node, dim] = self.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
         return self._turned[node, dim]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from .types import BlockGraph, PassGraph, Role, Runs
+from .types import BlockGraph, PassGraph, Runs
 
 
 def run_pass(graph: PassGraph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -30,18 +30,15 @@ def run_pass(graph: PassGraph, values: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def run_block(block: BlockGraph, values: Mapping[str, Tensor], runs: tuple[Runs, ...] = (Runs.BLOCK,)) -> dict[str, Tensor]:
-    """All values after the graphs that `runs` names have run, in order, fold and prompt graph first.
+def run_block(
+    block: BlockGraph, values: Mapping[str, Tensor], runs: Collection[Runs] = tuple(Runs)
+) -> dict[str, Tensor]:
+    """All values after the graphs that `runs` names, every one unless told, have run in order.
 
     `values` holds weights, states and inputs by name; what a graph hands on is added to a copy of it.
     """
     found = dict(values)
     for graph in block.graphs:
-        if graph.runs in (Runs.LOAD, Runs.PROMPT, *runs):
+        if graph.runs in runs:
             found |= run_pass(graph, found)
     return found
-
-
-def weights_of(block: BlockGraph) -> tuple[str, ...]:
-    """Names of the weights that the block's graphs read."""
-    return tuple(block.values(Role.WEIGHT))

@@ -19,7 +19,10 @@ from .edit import Editor, aten, fake, fake_mode, shape
 from .effects import EMPTY, drop_dead, storage, written
 
 CHECKS = (aten._assert_tensor_metadata.default, aten.promote_types.default)
-NOTHING = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default)
+NOTHING = (
+    aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+)  # fmt: skip
 RESHAPES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints,
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view_as.default,
@@ -27,7 +30,10 @@ RESHAPES = (
 )  # fmt: skip
 EMPTIES = (EMPTY, aten.empty_like.default, aten.new_empty.default)
 TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int, aten.mT.default)
-CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default)
+CASTS = (
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
+    aten.type_as.default,
+)  # fmt: skip
 SPLITS = (
     aten.unbind.int, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
     aten.tensor_split.sections,
@@ -164,14 +170,15 @@ def dense(node: fx.Node) -> bool:
 
 def is_default(value: Any, argument: torch.Argument) -> bool:
     """Whether leaving the argument out says the same."""
-    return argument.has_default_value() and type(value) is type(argument.default_value) and value == argument.default_value
+    default = argument.default_value
+    return argument.has_default_value() and type(value) is type(default) and value == default
 
 
 def check_call(node: fx.Node) -> None:
     """UsageError for what a graph without host code and hidden writes cannot hold."""
     op = node.target
     if not isinstance(op, torch._ops.OpOverload):
-        raise UsageError(f"{op} at {node.meta['line']} is no tensor op; a pass is traced into ATen and custom ops alone")
+        raise UsageError(f"{op} at {node.meta['line']} is no tensor op; a pass holds ATen and custom ops alone")
     if torch.Tag.data_dependent_output in op.tags or op in (aten.item.default, aten._local_scalar_dense.default):
         raise UsageError(f"{op._schema.name} at {node.meta['line']} reads a value off the device; keep it a tensor")
     if op.namespace == "aten" and written(node) and op not in NOTHING:

@@ -249,6 +249,8 @@ class Builder:
         told = {"timesteps": timesteps(planned.run.timesteps)}
         step = self.step(planned) if planned.steps else None
         graph = chained(planned.name, model, step, told)
+        if step is None:  # passes that are run for what they write: their velocity is nobody's input
+            graph = replace(graph, outputs=(replace(graph.outputs[0], name=f"{planned.name}.velocity"),))
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
 
     def layout(self, planned: Planned) -> Layout:
@@ -273,9 +275,11 @@ class Builder:
 
         each = frames // len(layout.latents)
         values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
-        values += [timesteps((0.0,) * frames), given("text", When.PROMPT, (self.rows, spec.text_len, spec.text_dim), self.dtype)]
+        text = (self.rows, spec.text_len, spec.text_dim)
+        values += [timesteps((0.0,) * frames), given("text", When.PROMPT, text, self.dtype)]
         if spec.action_dim is not None:
-            values.append(given(f"{layout.tables}.actions", When.BLOCK, (self.rows, frames, spec.action_dim), self.dtype))
+            told = (self.rows, frames, spec.action_dim)
+            values.append(given(f"{layout.tables}.actions", When.BLOCK, told, self.dtype))
         for part, (groups, part_frames) in enumerate(layout.parts):
             rows = self.rows * groups
             shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -291,7 +295,8 @@ class Builder:
                 given(layout.table(part, what), When.BLOCK, size, dtype, owned=what == "pages")
                 for what, (size, dtype) in shapes.items()
             ]
-        values += [given("row_turns", When.LOAD, (*row, 2), turns), given("column_turns", When.LOAD, (*column, 2), turns)]
+        for name, size in (("row_turns", row), ("column_turns", column)):
+            values.append(given(name, When.LOAD, (*size, 2), turns))
         store = (2, self.pages, height * width, spec.num_heads, spec.head_dim)
         return values + [
             Value(f"kv.{index}", Role.STATE, store, self.dtype, When.PASS) for index in range(spec.num_layers)
