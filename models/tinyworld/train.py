@@ -59,17 +59,18 @@ class Recipe:
     vae_rate: float = 2e-3
     decoder_rate: float = 1.2e-3
     kl_weight: float = 3e-4
-    bank_clips: int = 2000
+    bank_clips: int = 4000
     bank_length: int = 24
-    bank_firsts: int = 6000  # first pictures of walks, alone
+    bank_firsts: int = 12000  # first pictures of walks, alone
     window: int = 8  # latent frames a frame sees, the first of the clip always among them
     crop: int = 14  # latent frames of a clip in a batch
-    batch: int = 14
-    firsts: int = 32  # first pictures in a batch
+    batch: int = 10
+    copies: int = 2  # noisy ones of each clip, beside one clean
+    firsts: int = 24  # first pictures in a batch
     pure: float = 0.15  # share of frames learnt from noise alone; the others at uniform levels
     levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
-    steps: int = 2600
-    own_steps: int = 700  # with its own predictions as the past
+    steps: int = 2300
+    own_steps: int = 600  # with its own predictions as the past
     rate: float = 1.5e-3
     own_rate: float = 8e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean
@@ -289,48 +290,52 @@ def vague(words: Tensor) -> Tensor:
 
 
 class ClipAttention:
-    """Self-attention while training: clean frames, then the same ones noisy, each over the clean ones before it.
+    """Self-attention while training: clean frames, then noisy copies of them, each over the clean ones before it.
 
     A frame sees itself, the clean frames of its window and the clip's first frame, which stands just before
     the window: what a cache of `window` frames with a sink of one does, for all frames at once.
     """
 
-    def __init__(self, frames: int, window: int, grid: tuple[int, int], head_dim: int) -> None:
+    def __init__(self, frames: int, copies: int, window: int, grid: tuple[int, int], head_dim: int) -> None:
         self.frames, self.window, self.tokens = frames, window, grid[0] * grid[1]
-        self.angles = rope_angles(list(range(frames)) * 2, *grid, head_dim)
+        self.angles = rope_angles(list(range(frames)) * (1 + copies), *grid, head_dim)
         self.sinks = rope_angles([max(0, frame - window + 1) for frame in range(frames)], *grid, head_dim)
-        slots = range(2 - window, 0)
-        past = [[frame >= 1, *(frame + slot >= 1 for slot in slots)] for frame in range(frames)]
-        seen = torch.tensor([[[*row, True, False], [*row, False, True]] for row in past])  # frame, clean or noisy, slot
+        past = torch.tensor([[frame + slot >= 1 for slot in (0, *range(2 - window, 0))] for frame in range(frames)])
+        itself = torch.eye(1 + copies, dtype=torch.bool)
+        seen = torch.cat(
+            (past[:, None].expand(-1, 1 + copies, -1), itself.expand(frames, -1, -1)), dim=2
+        )  # frame, copy, slot
         self.mask = seen.repeat_interleave(self.tokens, 1).repeat_interleave(self.tokens, 2)[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dtype = v.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        q, turned = (rotate(part, self.angles, wide).to(dtype) for part in (q, k))
-        first = rotate(k[:, : self.tokens].repeat(1, self.frames, 1, 1), self.sinks, wide).to(dtype)
-        keys = self._slots(turned, self._frames(first))
-        values = self._slots(v, self._frames(v)[:, :1].expand(-1, self.frames, -1, -1, -1))
-        queries = self._frames(q).unflatten(1, (2, -1)).transpose(1, 2)  # clean and noisy of a frame together
-        out = F.scaled_dot_product_attention(
-            queries.flatten(2, 3).flatten(0, 1).transpose(1, 2),
-            keys.flatten(2, 3).flatten(0, 1).transpose(1, 2),
-            values.flatten(2, 3).flatten(0, 1).transpose(1, 2),
-            attn_mask=self.mask.repeat(len(q), 1, 1, 1),
-        )
-        out = out.transpose(1, 2).unflatten(0, (len(q), -1)).unflatten(2, (2, -1))
+        wide = torch.promote_types(v.dtype, torch.float32)  # small heads are slower in bfloat16
+        q, k, v = (part.to(wide) for part in (q, k, v))
+        q, turned = (rotate(part, self.angles, wide) for part in (q, k))
+        first = rotate(k[:, : self.tokens].repeat(1, self.frames, 1, 1), self.sinks, wide)
+        keys = self._slots(turned, first.unflatten(1, (-1, self.tokens)))
+        values = self._slots(v, v[:, None, : self.tokens].expand(-1, self.frames, -1, -1, -1))
+        queries = self._copies(q).transpose(1, 2)  # a frame's copies together
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(
+                queries.flatten(2, 3).flatten(0, 1).transpose(1, 2),
+                keys.flatten(2, 3).flatten(0, 1).transpose(1, 2),
+                values.flatten(2, 3).flatten(0, 1).transpose(1, 2),
+                attn_mask=self.mask.repeat(len(q), 1, 1, 1),
+            )
+        out = out.transpose(1, 2).unflatten(0, (len(q), -1)).unflatten(2, (-1, self.tokens))
         return out.transpose(1, 2).flatten(1, 3)
 
     def _slots(self, tensor: Tensor, sinks: Tensor) -> Tensor:
-        """What each frame may see, [B, F, window + 1, P, n, c]: the first frame, the past, and both of its own."""
-        clean, noisy = self._frames(tensor).unflatten(1, (2, -1)).unbind(1)
+        """What each frame may see, [B, F, window - 1 + copies, P, n, c]: the first frame, the past, and its own."""
+        own = self._copies(tensor)
+        clean = own[:, 0]
         padded = torch.cat((torch.zeros_like(clean[:, :1]).expand(-1, self.window - 2, -1, -1, -1), clean), dim=1)
         past = [padded[:, slot : slot + self.frames] for slot in range(self.window - 2)]
-        return torch.stack((sinks, *past, clean, noisy), dim=2)
+        return torch.cat((torch.stack((sinks, *past), dim=2), own.transpose(1, 2)), dim=2)
 
-    def _frames(self, tensor: Tensor) -> Tensor:
-        """[B, F*P, n, c] to [B, F, P, n, c]."""
-        return tensor.unflatten(1, (-1, self.tokens))
+    def _copies(self, tensor: Tensor) -> Tensor:
+        """[B, copies*F*P, n, c] to [B, copies, F, P, n, c], the clean one first."""
+        return tensor.unflatten(1, (-1, self.frames, self.tokens))
 
 
 class TinyWorld(nn.Module):
@@ -348,15 +353,18 @@ class TinyWorld(nn.Module):
         nn.init.normal_(self.words.rows.weight)
 
     def forward(self, clean: Tensor, noisy: Tensor, sigmas: Tensor, actions: Tensor, words: Tensor) -> Tensor:
-        """Velocities [B, F, C, h, w] of noisy frames, each beside the clean frames before it."""
+        """Velocities [B, N*F, C, h, w] of noisy frames, each beside the clean frames before it.
+
+        clean [B, F, C, h, w]; noisy, N copies one after the other, and their noise levels [B, N*F].
+        """
         frames = clean.shape[1]
+        copies = noisy.shape[1] // frames
         grid = clean.shape[3] // SPEC.patch[0], clean.shape[4] // SPEC.patch[1]
-        attention = ClipAttention(frames, self.window, grid, SPEC.head_dim)
-        timesteps = torch.cat((torch.zeros_like(sigmas), sigmas * 1000), dim=1)
+        attention = ClipAttention(frames, copies, self.window, grid, SPEC.head_dim)
+        timesteps = torch.cat((torch.zeros_like(sigmas[:, :frames]), sigmas * 1000), dim=1)
         context = self.transformer.embed_text(self.words(words))
-        out = self.transformer(
-            torch.cat((clean, noisy), dim=1), timesteps, context, attention, torch.cat((actions, actions), dim=1)
-        )
+        told = actions.repeat(1, 1 + copies, 1)
+        out = self.transformer(torch.cat((clean, noisy), dim=1), timesteps, context, attention, told)
         return out[:, frames:].to(clean.dtype)
 
 
@@ -386,38 +394,38 @@ def world_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Velocity error of frames at any noise level, beside a past that is not quite clean."""
     past = own_past(world, batch) if own else batch.latents
-    error, sigmas = velocity_error(world, batch, past, recipe)
-    first, first_sigmas = velocity_error(world, firsts, firsts.latents, recipe)
-    counted = torch.cat((error[batch.counts], first.flatten()))
-    far, first_far = (sigmas == 1) & batch.counts, first_sigmas == 1
-    far[:, :1] = False
+    error, sigmas = velocity_error(world, batch, past, recipe, recipe.copies)
+    first, first_sigmas = velocity_error(world, firsts, firsts.latents, recipe, 1)
+    counts = batch.counts.repeat(1, recipe.copies)
+    counted = torch.cat((error[counts], first.flatten()))
+    far, first_far = (sigmas == 1) & counts, first_sigmas == 1
+    far[:, :: recipe.crop] = False
     told = {"next": error[far], "first": first[first_far]}
     return counted.mean(), {name: float(part.detach().mean()) for name, part in told.items() if len(part)}
 
 
-def velocity_error(world: TinyWorld, batch: Batch, past: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Mean square per frame [B, F], and the frames' noise levels."""
-    shape = batch.counts.shape
-    blur = torch.rand(shape) * recipe.blur * (torch.rand(shape) < 0.5)
-    sigmas = torch.where(torch.rand(shape) < recipe.pure, 1.0, torch.rand(shape))
-    noise = torch.randn_like(batch.latents)
-    noisy = torch.lerp(batch.latents, noise, per_frame(sigmas))
-    velocity = world(mixed(past, blur), noisy, sigmas, batch.actions, batch.words)
-    return (velocity - (noise - batch.latents)).square().mean((2, 3, 4)), sigmas
+def velocity_error(world: TinyWorld, batch: Batch, past: Tensor, recipe: Recipe, copies: int) -> tuple[Tensor, Tensor]:
+    """Mean square per frame [B, copies*F], and the noise levels, drawn for each copy."""
+    blur = torch.rand(batch.counts.shape) * recipe.blur * (torch.rand(batch.counts.shape) < 0.5)
+    true = batch.latents.repeat(1, copies, 1, 1, 1)
+    sigmas = torch.where(torch.rand(true.shape[:2]) < recipe.pure, 1.0, torch.rand(true.shape[:2]))
+    noise = torch.randn_like(true)
+    velocity = world(mixed(past, blur), torch.lerp(true, noise, per_frame(sigmas)), sigmas, batch.actions, batch.words)
+    return (velocity - (noise - true)).square().mean((2, 3, 4)), sigmas
 
 
 @torch.no_grad()
 def own_past(world: TinyWorld, batch: Batch) -> Tensor:
-    """What the network draws of each frame from a noisy one, once or twice in a row: the past to learn beside.
+    """What the network draws of each frame from a noisy one, a few times in a row: the past to learn beside.
 
     The noisy frame fixes what is not determined, so that the true frames stay the right answer.
     """
     past = batch.latents
-    for _ in range(random.randint(1, 2)):
+    for _ in range(random.randint(1, 3)):
         sigmas = torch.rand(batch.counts.shape) * 0.7 + 0.25
         noisy = mixed(batch.latents, sigmas)
         drawn = noisy - per_frame(sigmas) * world(past, noisy, sigmas, batch.actions, batch.words)
-        past = torch.where(per_frame(torch.rand(sigmas.shape) < 0.25), batch.latents, drawn)
+        past = torch.where(per_frame(torch.rand(sigmas.shape) < 0.2), batch.latents, drawn)
     return past
 
 
