@@ -8,16 +8,32 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..models.tinyworld.data import HELD_OUT, random_walk
-from ..models.tinyworld.world import FRAMES, MOVES, SIZE, STEP, Landmark, Scene, World, landmarks_near, scenes
+from ..models.tinyworld.world import (
+    BIOMES,
+    COLOURS,
+    FRAMES,
+    MOVES,
+    SIZE,
+    STEP,
+    Landmark,
+    Scene,
+    World,
+    draw_hero,
+    landmarks_near,
+    lit,
+    scenes,
+    stride_at,
+)
 from ..runtime.engine import Engine, to_frames
 
 Picture = NDArray[np.uint8]
@@ -217,6 +233,34 @@ def around(mark: Landmark, camera: tuple[int, int]) -> tuple[slice, slice]:
     return slice(max(0, y - 9), y + 9), slice(max(0, x - 9), x + 9)
 
 
+def hero_is(scene: Scene, action: str, facing: str, picture: Picture) -> bool:
+    """Whether the middle of a picture [SIZE, SIZE, 3] is nearer to the prompted hero than to one of another colour
+    or to bare ground.
+
+    facing: where the hero looks; action: the last one, which says how it steps at the end of a latent frame.
+    """
+    biome = BIOMES[scene.biome]
+    bare = np.broadcast_to(np.mean(biome.ground, axis=0), (SIZE, SIZE, 3)).astype(np.float32)
+    stride = stride_at(action, FRAMES)
+    drawn = {colour: bare.copy() for colour in COLOURS}
+    for colour, canvas in drawn.items():
+        draw_hero(canvas, replace(scene, colour=colour), facing, stride)
+    body = (np.abs(drawn[scene.colour] - bare).max(-1) > 0.1) & (
+        np.abs(drawn["red"] - drawn["blue"]).max(-1) > 0.1
+    )  # what takes the hero's colour
+    seen = picture[body] / 255.0
+    wrong = {
+        name: float(np.square(np.clip(lit(canvas, scene.light), 0, 1)[body] - seen).mean())
+        for name, canvas in (*drawn.items(), ("none", bare))
+    }
+    return min(wrong, key=lambda name: wrong[name]) == scene.colour
+
+
+def facing_after(actions: Sequence[str]) -> str:
+    """Where the hero looks: the last direction it was told, down at first."""
+    return next((action for action in reversed(actions) if action != "stay"), "down")
+
+
 def signals(pictures: Picture) -> NDArray[np.float64]:
     """Brightness, contrast, saturation and sharpness of pictures [N, H, W, 3], averaged over them."""
     x = pictures.astype(np.float64) / 255
@@ -228,53 +272,90 @@ def signals(pictures: Picture) -> NDArray[np.float64]:
 SIGNALS = ("brightness", "contrast", "saturation", "sharpness")
 
 
-def long_run(engine: Engine, seeds: int, minutes: float, tell: Tell) -> dict[str, Any]:
-    """Free streams: how far each signal drifts in 60 s, and which streams have collapsed at the end.
+def features(pictures: Picture) -> NDArray[np.float64]:
+    """Mean responses of two frozen layers of random convolutions to pictures [N, H, W, 3], [32]."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for channels, width in ((3, 16), (16, 32)):
+        kernel = torch.randn(width, channels, 5, 5, generator=generator) / math.sqrt(channels * 25)
+        x = F.relu(F.conv2d(x, kernel, stride=2))
+    return x.mean((0, 2, 3)).double().numpy()
 
-    Drift: the mean over streams at 52..60 s against that at 2..10 s. Collapsed: contrast or sharpness of the last
-    8 s is not within half and twice the simulator's in the same scene.
+
+def drift(tenths: NDArray[np.float64]) -> dict[str, float]:
+    """Largest change between the first tenth and a later one, as a share of the first: tenths [10, signals + 32]."""
+    count = len(SIGNALS)
+    moved = np.abs(tenths[1:, :count] - tenths[0, :count]) / tenths[0, :count]
+    frozen = np.linalg.norm(tenths[1:, count:] - tenths[0, count:], axis=1) / np.linalg.norm(tenths[0, count:])
+    return dict(zip((*SIGNALS, "frozen feature"), (*moved.max(0).tolist(), float(frozen.max())), strict=True))
+
+
+def measured(pictures: Picture) -> NDArray[np.float64]:
+    """Signals and features of each tenth of a video [N, H, W, 3], [10, signals + 32]."""
+    return np.stack([np.concatenate((signals(part), features(part))) for part in np.array_split(pictures, 10)])
+
+
+def one_minute(engine: Engine, walks: int, tell: Tell) -> tuple[dict[str, Any], Picture]:
+    """Free streams of 60 s from a prompt alone: drift between tenths, the same of the simulator, and the hero.
+
+    The signals are averaged over all streams, so the simulator's own drift tells how much is chance. Also gives
+    pictures for a contact sheet, [8 streams at most, 10, SIZE, SIZE, 3].
     """
+    count = round(60 * engine.fps / FRAMES)
+    ours, true, sheet, right, total = [], [], [], 0, 0
+    for index in range(walks):
+        rng = random.Random(200 + index)
+        scene, actions = rng.choice(scenes()), random_walk(rng, count)
+        with engine.open(prompt=scene.prompt, seed=index, actions=actions) as session:
+            ends = np.stack([block.frames[-1] for block in session.stream(count) if block.frames is not None])
+        for frame in range(1, count):
+            right += hero_is(scene, actions[frame - 1], facing_after(actions[:frame]), ends[frame])
+        total += count - 1
+        ours.append(measured(ends))
+        true.append(measured(simulate(scene, rng.randrange(1 << 19), actions[: count - 1]).ends))
+        sheet.append(ends[:: count // 10][:10])
+        tell(f"one minute {index + 1}/{walks}: hero right in {right / total:.1%}")
+    moved, chance = drift(np.mean(ours, 0)), drift(np.mean(true, 0))
+    found = {"hero_right": right / total, "drift": moved, "drift_60s": max(moved.values()), "simulator_drift": chance}
+    return found, np.stack(sheet[:8])
+
+
+def long_run(engine: Engine, seeds: int, minutes: float, tell: Tell) -> dict[str, Any]:
+    """Which free streams have collapsed at their end: contrast or sharpness of the last 8 s is not within half and
+    twice the simulator's in the same scene."""
     latent_fps = engine.fps / FRAMES
     total, eight = round(minutes * 60 * latent_fps), round(8 * latent_fps)
-    minute = round(60 * latent_fps)
-    early, late, collapsed = [], [], []
+    collapsed = []
     for seed in range(seeds):
         rng = random.Random(100 + seed)
         scene, actions = rng.choice(scenes()), random_walk(rng, total)
         truth = signals(simulate(scene, rng.randrange(1 << 19), actions[: 8 * eight]).ends)
         with engine.open(prompt=scene.prompt, seed=seed, actions=actions) as session:
-            last = np.empty((0, SIZE, SIZE, 3), np.uint8)
-            for start, stop, kept in ((0, minute, True), (minute, total - eight, False), (total - eight, total, True)):
-                if stop <= start:
-                    continue
-                if start and kept:
-                    session.decoder = engine.parts.vae.new_state()  # what lies between was not decoded
-                blocks = session.stream(blocks=stop - start, decode=kept)
-                pictures = [block.frames[-1] for block in blocks if block.frames is not None]
-                if start == 0:
-                    skip = round(2 * latent_fps)
-                    early.append(signals(np.stack(pictures[skip : skip + eight])))
-                    late.append(signals(np.stack(pictures[-eight:])))
-                if pictures:
-                    last = np.stack(pictures[-eight:])
+            for _ in session.stream(total - eight, decode=False):
+                pass
+            session.decoder = engine.parts.vae.new_state()  # what came before was not decoded
+            last = np.stack([block.frames[-1] for block in session.stream(eight) if block.frames is not None])
         ratio = signals(last)[[1, 3]] / truth[[1, 3]]
         if (ratio < 0.5).any() or (ratio > 2).any():
             collapsed.append(seed)
         tell(f"long run {seed + 1}/{seeds}: contrast and sharpness at the end {ratio[0]:.2f} and {ratio[1]:.2f}")
-    before, after = np.mean(early, 0), np.mean(late, 0)
-    drift = dict(zip(SIGNALS, (abs(after - before) / before).tolist(), strict=True))
-    return {"drift": drift, "drift_60s": max(drift.values()), "collapsed": len(collapsed), "collapsed_seeds": collapsed}
+    return {"collapsed": len(collapsed), "collapsed_seeds": collapsed}
 
 
-def evaluate(engine: Engine, walks: int, seeds: int, minutes: float, tell: Tell = lambda said: None) -> dict[str, Any]:
-    """Every figure of `BARS`, with `passed` beside each."""
+def evaluate(
+    engine: Engine, walks: int, seeds: int, minutes: float, tell: Tell = lambda said: None
+) -> tuple[dict[str, Any], Picture]:
+    """Every figure of `BARS`, with `passed` beside each; and pictures of free streams, [streams, 10, H, W, 3]."""
+    minute, sheet = one_minute(engine, walks, tell)
     found: dict[str, Any] = {
         "actions_right": actions_right(engine, walks, tell),
         "reconstruction_db": reconstruction(engine, walks, tell),
         "first_2s_db": first_two_seconds(engine, walks, tell),
         "landmark_return": landmark_return(engine, walks, tell),
-    } | long_run(engine, seeds, minutes, tell)
+        **minute,
+        **long_run(engine, seeds, minutes, tell),
+    }
     passed = {
         name: found[name] >= bar if sign == ">=" else found[name] <= bar for name, (sign, bar) in BARS.items()
     }
-    return found | {"passed": passed}
+    return found | {"passed": passed}, sheet

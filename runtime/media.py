@@ -156,7 +156,7 @@ class VideoWriter:
 def contact_sheet(
     frames_list: Sequence[Frames], path: str | Path, columns: int = 6, labels: Sequence[str] | None = None
 ) -> Path:
-    """Write a PNG of thumbnails, `columns` in a row, each under its label.
+    """Write a PNG of thumbnails, `columns` in a row, each under its label; small frames are enlarged.
 
     frames_list: uint8 frames [H, W, 3] of one size, at least one. labels: one each; indices if None.
     Raises UsageError for bad lists or an unwritable place, InferixError if writing fails.
@@ -171,7 +171,7 @@ def contact_sheet(
     if columns < 1:
         raise UsageError(f"columns is {columns}; expected 1 or more")
     height, width = frames_list[0].shape[:2]
-    scale = min(1.0, CELL_WIDTH / width)
+    scale = CELL_WIDTH / width if width > CELL_WIDTH else max(1, CELL_WIDTH // 2 // width)
     cell = max(1, round(width * scale)), max(1, round(height * scale))
     across = min(columns, len(frames_list))
     down = -(-len(frames_list) // across)

@@ -246,6 +246,11 @@ def draw_landmark(canvas: Canvas, biome: Biome, mark: Landmark, x: float, y: flo
         box(canvas, x, y - 4 * s, 6.2 * s, 2.2 * s, biome.roof, 2.0)
 
 
+def stride_at(action: str, index: int) -> float:
+    """Where the hero's step is in picture `index` (1..FRAMES) of an action, -1..1; 0 when it stands."""
+    return 0.0 if action == "stay" else math.sin(2 * math.pi * index / FRAMES + math.pi / 4)
+
+
 def draw_hero(canvas: Canvas, scene: Scene, facing: str, stride: float) -> None:
     """The hero in the middle; `stride` in -1..1 is where its step is."""
     colour, (dx, dy) = COLOURS[scene.colour], MOVES[facing]
@@ -338,8 +343,7 @@ class World:
         for index in range(1, FRAMES + 1):
             self.time += 1
             done = STEP * index // FRAMES if free else 0
-            stride = 0.0 if action == "stay" else math.sin(2 * math.pi * index / FRAMES + math.pi / 4)
-            pictures.append(self._picture(self.x + dx * done, self.y + dy * done, stride))
+            pictures.append(self._picture(self.x + dx * done, self.y + dy * done, stride_at(action, index)))
         if free:
             self.x, self.y = self.x + dx * STEP, self.y + dy * STEP
         return np.stack(pictures)

@@ -1,5 +1,8 @@
 """The judge of the small world: right for the simulator itself, wrong for what is wrong."""
 
+import random
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from oracles import write_untrained_world
@@ -7,7 +10,7 @@ from oracles import write_untrained_world
 import inferix
 from inferix.evaluate import tinyworld as judge
 from inferix.evaluate.tinyworld import random_walks, shift_between, signals
-from inferix.models.tinyworld.world import FRAMES, STEP
+from inferix.models.tinyworld.world import FRAMES, STEP, scenes
 
 QUIET = lambda said: None  # noqa: E731
 
@@ -74,6 +77,29 @@ def test_signals_tell_dark_flat_and_blurred_apart():
     assert flat[3] < 0.01 * sharp
 
 
+def test_the_hero_is_known_by_its_colour():
+    right = wrong = 0
+    for index, scene in enumerate(scenes()[::8]):
+        actions = judge.random_walk(random.Random(index), 3)
+        other = replace(scene, colour="white" if scene.colour == "red" else "red")
+        facing = judge.facing_after(actions)
+        right += judge.hero_is(scene, actions[-1], facing, judge.simulate(scene, index, actions).ends[-1])
+        wrong += judge.hero_is(scene, actions[-1], facing, judge.simulate(other, index, actions).ends[-1])
+    total = len(scenes()[::8])
+    assert right / total >= 0.95
+    assert wrong / total <= 0.05
+
+
+def test_drift_is_the_largest_change_from_the_first_tenth():
+    walk = next(random_walks(1, 59, seed=3)).ends
+    assert judge.drift(np.repeat(judge.measured(walk)[:1], 10, 0)) == dict.fromkeys(
+        (*judge.SIGNALS, "frozen feature"), 0.0
+    )
+    darker = np.concatenate((walk[:54], walk[:6] // 2))
+    assert judge.drift(judge.measured(darker))["brightness"] == pytest.approx(0.5, abs=0.02)
+    assert judge.drift(judge.measured(darker))["frozen feature"] > 0.1
+
+
 def test_land_that_was_seen_is_known():
     walk = judge.simulate(next(random_walks(1, 1, seed=1)).scene, 4, ["stay"] * 3)
     assert judge.seen_before(walk, 1, 3).all()
@@ -84,9 +110,11 @@ def test_land_that_was_seen_is_known():
 
 
 def test_every_bar_is_judged_for_a_model(engine):
-    found = judge.evaluate(engine, walks=1, seeds=1, minutes=1.0)
+    found, sheet = judge.evaluate(engine, walks=1, seeds=1, minutes=1.0)
     assert set(found["passed"]) == set(judge.BARS)
-    assert set(found["drift"]) == set(judge.SIGNALS)
+    assert set(found["drift"]) == set(found["simulator_drift"]) == {*judge.SIGNALS, "frozen feature"}
+    assert sheet.shape == (1, 10, 64, 64, 3)
+    assert found["hero_right"] < 0.5
     assert not found["passed"]["reconstruction_db"]  # nothing was trained
     assert not found["passed"]["first_2s_db"]
 
