@@ -59,9 +59,9 @@ class Recipe:
     vae_rate: float = 2e-3
     decoder_rate: float = 1.2e-3
     kl_weight: float = 3e-4
-    bank_clips: int = 4000
+    bank_clips: int = 3000
     bank_length: int = 24
-    bank_firsts: int = 12000  # first pictures of walks, alone
+    bank_firsts: int = 8000  # first pictures of walks, alone
     window: int = 8  # latent frames a frame sees, the first of the clip always among them
     crop: int = 14  # latent frames of a clip in a batch
     batch: int = 10
@@ -74,7 +74,7 @@ class Recipe:
     rate: float = 1.5e-3
     own_rate: float = 8e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean
-    save_every: float = 180.0  # seconds
+    save_every: float = 300.0  # seconds
 
 
 SHORT = Recipe(
