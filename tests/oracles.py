@@ -106,6 +106,6 @@ def write_untrained_world(folder: Path) -> Path:
     """The small world as it is before training, written as the trained one is."""
     torch.manual_seed(0)
     empty = torch.zeros(0)
-    bank = train.Bank(empty, empty, empty, empty, empty, empty, (0.0,) * 16, (1.0,) * 16)
+    bank = train.Bank(empty, empty, empty, empty, empty, empty, (0.0,) * train.VAE.z_dim, (1.0,) * train.VAE.z_dim)
     train.export(folder, train.new_vae(), train.TinyWorld(train.Recipe().window), bank)
     return folder

@@ -43,8 +43,9 @@ from .world import ACTIONS, FRAMES, Scene
 SPEC = MODELS["tinyworld"]
 Model = TypeVar("Model", bound=nn.Module)
 VAE = VaeSpec(
-    z_dim=16, base_channels=32, decoder_channels=32, multipliers=(1, 2, 2), num_res_blocks=1,
-    temporal_down=(True, True), patch=2, shortcuts=True, mean=(0.0,) * 16, std=(1.0,) * 16,
+    z_dim=SPEC.out_channels, base_channels=32, decoder_channels=32, multipliers=(1, 2, 2), num_res_blocks=1,
+    temporal_down=(True, True), patch=2, shortcuts=True, mean=(0.0,) * SPEC.out_channels,
+    std=(1.0,) * SPEC.out_channels,
 )  # fmt: skip
 
 
