@@ -61,9 +61,9 @@ class Recipe:
     vae_rate: float = 2e-3
     decoder_rate: float = 1.2e-3
     kl_weight: float = 3e-4
-    bank_clips: int = 3000
+    bank_clips: int = 2400
     bank_length: int = 24
-    bank_firsts: int = 8000  # first pictures of walks, alone
+    bank_firsts: int = 6000  # first pictures of walks, alone
     window: int = 8  # latent frames a frame sees, the first of the clip always among them
     crop: int = 14  # latent frames of a clip in a batch
     batch: int = 10
