@@ -66,17 +66,17 @@ class Recipe:
     bank_firsts: int = 6000  # first pictures of walks, alone
     window: int = 8  # latent frames a frame sees, the first of the clip always among them
     crop: int = 14  # latent frames of a clip in a batch
-    batch: int = 10
+    batch: int = 5
     copies: int = 2  # noisy ones of each clip, beside one clean
-    firsts: int = 24  # first pictures in a batch
+    firsts: int = 12  # first pictures in a batch
     pure: float = 0.15  # share of frames learnt from noise alone; the others at uniform levels
     levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
-    steps: int = 2300
-    own_steps: int = 600  # with its own predictions as the past
+    steps: int = 2800
+    own_steps: int = 650  # with its own predictions as the past
     rate: float = 1.5e-3
     own_rate: float = 8e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean
-    save_every: float = 300.0  # seconds
+    save_every: float = 400.0  # seconds
 
 
 SHORT = Recipe(
