@@ -149,7 +149,7 @@ def test_training_sees_what_a_cache_with_window_and_sink_sees():
 
 def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path, capsys):
     torch.manual_seed(0)
-    recipe = replace(train.SHORT, vae_steps=40, batch=1, crop=4, steps=24)
+    recipe = replace(train.SHORT, vae_steps=64, batch=1, crop=4, steps=24)
     vae = train.train_vae(tmp_path, recipe)
     bank = train.load_bank(tmp_path, vae, recipe)
     world = train.train_transformer(tmp_path, bank, vae, recipe)
