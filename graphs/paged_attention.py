@@ -52,10 +52,10 @@ def append(
     """Write keys and values of all parts; returns each part's queries [R, T, n, c], for the window and the sink."""
     queries = []
     for part, (start, stop) in zip(parts, _ranges(parts, len(q), kv.shape[2]), strict=True):
-        rows = [tensor[:, start:stop].reshape(part.rows, -1, *tensor.shape[2:]) for tensor in (q, k, v)]
-        q_sink = None if part.sink_turns is None else torch.empty_like(rows[0])
+        query, key, value = (tensor[:, start:stop].reshape(part.rows, -1, *tensor.shape[2:]) for tensor in (q, k, v))
+        q_sink = None if part.sink_turns is None else torch.empty_like(query)
         turned = rope_append(
-            *rows, part.time_turns, row_turns, column_turns, kv, part.pages,
+            query, key, value, part.time_turns, row_turns, column_turns, kv, part.pages,
             sink_turns=part.sink_turns, q_sink=q_sink, kv_scale=scale,
         )  # fmt: skip
         queries.append((turned, q_sink))

@@ -71,6 +71,8 @@ class Offloaded:
 
     def leave_out(self, table: BlockTable) -> None:
         """This table is closed and does not come back."""
+        if self.coming:
+            self.store.transfer.join()  # its pages are free for others only after the copy
         self.tables = [(other, slots) for other, slots in self.tables if other is not table]
 
     def _slots(self, table: BlockTable) -> dict[int, int]:

@@ -47,16 +47,16 @@ class PagedCache:
     def __init__(self, store: PagedStore, table: BlockTable, policy: ContextPolicy) -> None:
         self.store, self.table, self.policy = store, table, policy
         self.sink: Tensor | None = None  # averages [layers, 2, sink_size, page_tokens, heads, head_dim]
-        self.away: Offloaded | None = None
+        self.moved: Offloaded | None = None
 
     @property
     def frames(self) -> tuple[int, ...]:
-        return self.away.frames(self.table) if self.is_away else self.table.frames
+        return self.table.frames if self.away is None else self.away.frames(self.table)
 
     @property
-    def is_away(self) -> bool:
-        """Whether the pages are in host memory."""
-        return self.away is not None and not self.away.back
+    def away(self) -> Offloaded | None:
+        """Where the pages are while they are in host memory."""
+        return None if self.moved is None or self.moved.back else self.moved
 
     @property
     def nbytes(self) -> int:
@@ -109,14 +109,14 @@ class PagedCache:
 
     def release(self) -> None:
         """Let all pages go; a second call does nothing."""
-        if self.is_away:
+        if self.away is not None:
             self.away.leave_out(self.table)
         self.table.release()
-        self.sink = self.away = None
+        self.sink = self.moved = None
 
     def export_pages(self) -> HeldPages:
         """A copy of everything that is held, on the store's device, or on the host if it is away."""
-        if self.is_away:
+        if self.away is not None:
             kv, scales = self.away.read(self.table)
         else:
             kv, scales = self.store.read(list(self.table.pages.values()))
@@ -132,23 +132,23 @@ class PagedCache:
 
     def offload(self, *others: PagedCache) -> None:
         """Move the pages to the host, with those of `others` that share them; nothing runs until `onload`."""
-        caches = [cache for cache in (self, *others) if not cache.is_away]
+        caches = [cache for cache in (self, *others) if cache.away is None]
         away = Offloaded(self.store, [cache.table for cache in caches])
         for cache in caches:
-            cache.away = away
+            cache.moved = away
 
     def prefetch(self) -> None:
         """Begin to bring the pages back, ahead of `onload`; OutOfPages leaves them where they are."""
-        if self.is_away:
+        if self.away is not None:
             self.away.prefetch()
 
     def onload(self) -> None:
         """Have the pages back, with those of the caches that went along."""
-        if self.is_away:
+        if self.away is not None:
             self.away.onload()
 
     def _check_here(self) -> None:
-        if self.is_away:
+        if self.away is not None:
             raise InferixError("the pages of this session are in host memory; bring them back first (onload)")
 
     def _place(self, run: Pass) -> list[Row]:

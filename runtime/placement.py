@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..errors import UsageError
+from ..errors import InferixError, UsageError
 from ..graphs.passes import Group, Pass
 from .pages import BlockTable
 
@@ -53,6 +53,8 @@ def place_pass(run: Pass, table: BlockTable, moving: bool) -> list[Row]:
 
 
 def _row(group: Group, pages: dict[int, int], places: dict[int, int]) -> Row:
+    if unwritten := [frame for frame in group.context if frame not in places]:
+        raise InferixError(f"frames {unwritten} are attended to, but nothing has written their keys and values")
     shifts = {frame: places[frame] - at for frame, at in zip(group.context, group.positions, strict=True)}
     own = shifts[group.frames[0]]
     others = sorted({shift for shift in shifts.values() if shift != own})

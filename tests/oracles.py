@@ -15,6 +15,7 @@ from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import TINY_VAE, CausalVae
+from inferix.runtime.cache import ContiguousCache
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.loading import Components
@@ -88,13 +89,26 @@ ROWS = torch.randn(3, TINY.text_dim, generator=torch.Generator().manual_seed(5),
 
 
 def make_engine(preset: str = "self-forcing", dtype: str = "float64", **overrides: object) -> Engine:
-    """A preset on the small test model, on the CPU."""
-    config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference")
+    """A preset on the small test model, on the CPU; fields of `EngineConfig` may be among the overrides."""
+    settings = {key: overrides.pop(key) for key in ("kv_memory", "kv_dtype") if key in overrides}
+    config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference", **settings)
     vae = CausalVae(TINY_VAE).eval().requires_grad_(False)
     vae.load_state_dict(random_vae_state(TINY_VAE, 1, torch.float32))
     kind = getattr(torch, dtype)
     parts = Components(tiny_transformer(dtype=kind), vae.to(kind), None, "test", "random", lambda: None)
     return Engine(config, make_preset(preset, **overrides), parts)
+
+
+def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache] = ContiguousCache) -> Engine:
+    """The same engine over the plain cache; `moving` rotates keys when they are read, whatever the policy."""
+
+    def new_cache(size: tuple[int, int]) -> ContiguousCache:
+        form, precision = engine.memory.form(size), engine.parts.transformer.precision
+        moves = moving or engine.preset.context.moving_positions
+        return kind(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device)
+
+    engine.memory.new_cache = new_cache
+    return engine
 
 
 def run(engine: Engine, blocks: int, **kwargs: object) -> list[Block]:

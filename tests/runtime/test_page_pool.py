@@ -1,0 +1,255 @@
+"""Page pool and block tables against a model of sets: no tensors, thousands of random operations."""
+
+import random
+
+import pytest
+
+from inferix.errors import InferixError
+from inferix.graphs.passes import Group, Pass
+from inferix.runtime.pages import BlockTable, OutOfPages, PagePool
+from inferix.runtime.placement import Row, fresh_pages, parts_of, place_pass, through_slots
+
+PAGES = 60
+
+
+class Model:
+    """Branches as sets of (frame, what was written last); `content` is what lies in each page."""
+
+    def __init__(self, seed: int, pool: PagePool, kind: type[BlockTable] = BlockTable) -> None:
+        self.random, self.pool, self.kind = random.Random(seed), pool, kind
+        self.tables: list[tuple[BlockTable, dict[int, int]]] = []
+        self.kept: list[tuple[BlockTable, dict[int, int]]] = []  # for rewinding
+        self.away: list[dict[int, int]] = []
+        self.content: dict[int, int] = {}
+        self.stamp = self.refused = 0
+
+    def step(self) -> None:
+        moves = [self.open, self.roll, self.roll, self.roll, self.rewrite, self.fork, self.keep, self.rewind]
+        moves += [self.close, self.scratch, self.offload, self.onload, self.forget]
+        try:
+            self.random.choice(moves)()
+        except OutOfPages:
+            self.refused += 1
+        self.check()
+
+    def write(self, branch: tuple[BlockTable, dict[int, int]], frames: list[int]) -> None:
+        table, expected = branch
+        self.pool.require(table.shared(frames))
+        table.write(frames, frames)
+        for frame in frames:
+            self.stamp += 1
+            expected[frame] = self.content[table.pages[frame]] = self.stamp
+
+    def open(self) -> None:
+        if len(self.tables) < 6:
+            self.tables.append((self.kind(self.pool, room=12), {}))
+
+    def roll(self) -> None:
+        """The next block: sink of 2, window of up to 9, blocks of 3."""
+        for branch in self.some(self.tables):
+            table, expected = branch
+            end = max(table.pages, default=-1) + 4
+            kept = {*table.frames[:2], *[frame for frame in table.frames if frame >= end - 9]}
+            frames = tuple(sorted(kept | set(range(end - 3, end))))
+            table.hold(frames)
+            for frame in set(expected) - set(frames):
+                del expected[frame]
+            self.write(branch, list(range(end - 3, end)))
+
+    def rewrite(self) -> None:
+        for branch in self.some(self.tables):
+            self.write(branch, list(branch[0].frames))
+
+    def fork(self) -> None:
+        for table, expected in self.some(self.tables):
+            self.tables.append((self.copy(table), dict(expected)))
+
+    def keep(self) -> None:
+        for table, expected in self.some(self.tables):
+            self.kept.append((self.copy(table), dict(expected)))
+
+    def rewind(self) -> None:
+        if self.kept and self.tables:
+            self.tables.pop(self.random.randrange(len(self.tables)))[0].release()
+            self.tables.append(self.kept.pop(self.random.randrange(len(self.kept))))
+
+    def forget(self) -> None:
+        for branch in self.some(self.kept):
+            branch[0].release()
+            self.kept.remove(branch)
+
+    def close(self) -> None:
+        for branch in self.some(self.tables):
+            branch[0].release()
+            branch[0].release()
+            self.tables.remove(branch)
+
+    def scratch(self) -> None:
+        for table, _ in self.some(self.tables):
+            table.give_back()
+            table.borrow([-1, -2])
+            for page in table.scratch.values():
+                self.content[page] = 0
+            if self.random.random() < 0.8:
+                table.give_back()
+
+    def offload(self) -> None:
+        for branch in self.some(self.tables):
+            self.away.append({frame: self.content[page] for frame, page in branch[0].pages.items()})
+            branch[0].release()
+            self.tables.remove(branch)
+
+    def onload(self) -> None:
+        if self.away:
+            table = self.kind(self.pool, room=12)
+            table.hold(tuple(self.away[-1]))
+            expected = self.away.pop()
+            self.content |= {table.pages[frame]: stamp for frame, stamp in expected.items()}
+            self.tables.append((table, expected))
+
+    def copy(self, table: BlockTable) -> BlockTable:
+        other = table.copy()
+        other.__class__ = self.kind
+        return other
+
+    def some(self, branches: list) -> list:
+        return [self.random.choice(branches)] if branches else []
+
+    def check(self) -> None:
+        branches = self.tables + self.kept
+        self.pool.check_integrity([table for table, _ in branches])
+        for table, expected in branches:
+            assert {frame: self.content[page] for frame, page in table.pages.items()} == expected
+        pages = {page for table, _ in branches for page in table.all_pages()}
+        assert self.pool.used == len(pages)  # shared ones once
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_thousands_of_random_operations(seed):
+    pool = PagePool(PAGES)
+    model = Model(seed, pool)
+    for _ in range(1500):
+        model.step()
+    assert model.refused > 20 and model.stamp > 500
+    for table, _ in model.tables + model.kept:
+        table.release()
+    assert pool.used == 0 and pool.free_runs() == [range(PAGES)]
+
+
+class Careless(BlockTable):
+    """Writes into pages that others hold."""
+
+    def write(self, frames, places):
+        self.places |= dict(zip(frames, places, strict=True))
+
+
+class Leaky(BlockTable):
+    """Forgets evicted pages instead of releasing them."""
+
+    def hold(self, frames):
+        for frame in self.dropped(frames):
+            del self.pages[frame]
+        super().hold(frames)
+
+
+@pytest.mark.parametrize("wrong", [Careless, Leaky])
+def test_the_model_finds_planted_errors(wrong):
+    model = Model(0, PagePool(PAGES), wrong)
+    with pytest.raises((AssertionError, InferixError)):
+        for _ in range(1500):
+            model.step()
+
+
+def test_a_steady_window_stays_in_its_own_run():
+    """Two sessions take turns; each keeps to its own half of the pool, and evicted slots are taken again."""
+    pool = PagePool(18)
+    one, other = BlockTable(pool, room=9), BlockTable(pool, room=9)
+    for block in range(7):
+        end = 3 * block + 3
+        for table in (one, other):
+            table.hold(tuple(range(max(0, end - 9), end)))
+    assert sorted(one.pages.values()) == list(range(9, 18))
+    assert sorted(other.pages.values()) == list(range(9))
+    assert [one.pages[frame] for frame in range(18, 21)] == [9, 10, 11]
+
+
+def test_pages_come_from_evicted_slots_then_neighbours_then_the_longest_run():
+    pool = PagePool(10)
+    first = pool.acquire(10)
+    pool.release([1, 4, 5, 7, 8, 9])
+    assert first == list(range(10))
+    assert pool.acquire(2, after=6) == [7, 8]
+    assert pool.acquire(3, reuse=[5, 0, 1]) == [5, 1, 4]
+    assert pool.acquire(1) == [9]
+    with pytest.raises(OutOfPages, match=r"1 pages .* 0 of 10 are free; .*kv_memory"):
+        pool.acquire(1)
+
+
+def test_misuse_is_refused_and_integrity_is_checked():
+    pool = PagePool(4)
+    table = BlockTable(pool)
+    table.hold((0, 1, 2))
+    with pytest.raises(ValueError, match="some of"):
+        table.hold((2, 1))
+    with pytest.raises(OutOfPages):
+        table.hold((1, 2, 3, 4, 5))
+    assert table.frames == (0, 1, 2) and pool.used == 3  # as it was
+    free = min(pool.free)
+    for misuse in (pool.release, pool.share):
+        with pytest.raises(ValueError, match=f"page {free} is free"):
+            misuse([free])
+    pool.check_integrity([table])
+    with pytest.raises(InferixError, match="counted and held differ"):
+        pool.check_integrity([])
+    pool.free.add(table.pages[0])
+    with pytest.raises(InferixError, match="disagree"):
+        pool.check_integrity()
+
+
+def window_relative(frames, end, size, sink):
+    context = tuple(sorted({*range(sink), *range(end - size + sink, end)}))
+    return Group(tuple(frames), 0.0, context, tuple(range(len(context))))
+
+
+def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
+    table = BlockTable(PagePool(20))
+    table.hold(tuple(range(9)))
+    table.write(range(9), range(9))
+    table.hold((0, 1, 6, 7, 8, 9))
+    (row,) = place_pass(Pass((window_relative([9], 10, 6, 2),)), table, moving=True)
+    pages = [table.pages[frame] for frame in (0, 1, 6, 7, 8, 9)]
+    assert row == Row((pages[5],), (9,), tuple(pages), 2, (5,))  # at position 5 of its window, stored at 9
+    three = Group((9,), 0.0, (0, 1, 6, 7, 8, 9), (0, 1, 4, 9, 10, 11))
+    with pytest.raises(Exception, match="one shift for a block with its window and one for its sink"):
+        place_pass(Pass((three,)), table, moving=True)
+    unwritten = BlockTable(table.pool)
+    unwritten.hold((0, 1))
+    with pytest.raises(InferixError, match=r"\[0\] are attended to, but nothing has written"):
+        place_pass(Pass((Group((1,), 0.0, (0, 1), (0, 1)),)), unwritten, moving=False)
+
+
+def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_given_back():
+    pool = PagePool(12)
+    table = BlockTable(pool)
+    table.hold((0, 1, 2))
+    table.write((0, 1, 2), (0, 1, 2))
+    fork = table.copy()
+    old = dict(table.pages)
+    again = Group((1, 2), 0.0, (0, 1, 2), (0, 1, 2))
+    aside = Group((3,), 500.0, (0, 1, 2, 3), (0, 1, 2, 3), write=False)
+    run = Pass((again, aside))
+    assert fresh_pages(run, table) == 3
+    rows = place_pass(run, table, moving=False)
+    assert fork.pages == old and table.pages[0] == old[0]
+    assert not {table.pages[1], table.pages[2]} & set(old.values())
+    assert rows[1].listed == (old[0], table.pages[1], table.pages[2], table.scratch[3])
+    assert [len(part) for part in parts_of(rows)] == [1, 1]
+    through = through_slots(rows, read_in_place=False)
+    assert [row.pages for row in through.rows] == [(0, 1), (2,)]
+    assert through.seen == [*rows[0].pages, *rows[1].pages, old[0]]
+    assert through.rows[1].listed == (3, 0, 1, 2)
+    assert through_slots(rows, read_in_place=True).rows[1].listed == rows[1].listed
+    pool.check_integrity([table, fork])
+    assert pool.used == 6
+    table.give_back()
+    assert pool.used == 5

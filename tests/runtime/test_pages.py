@@ -1,0 +1,380 @@
+"""Sessions in pages against the contiguous cache, in every form, dtype and place that pages can have."""
+
+import copy
+import dataclasses
+import random
+
+import pytest
+import torch
+from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
+
+from inferix.errors import InferixError, UsageError
+from inferix.runtime.budget import in_words, page_needs, parse_bytes
+from inferix.runtime.cache import BoundCache, ContiguousCache
+from inferix.runtime.context import ContextPolicy
+from inferix.runtime.pages import OutOfPages, PagePool
+from inferix.runtime.placement import place_pass as PLACE_PASS
+from inferix.runtime.presets import PRESETS
+
+OTHER = ROWS.flip(0) * 1.5
+BLOCKS = {  # (blocks, overrides that make the window roll or the context restart within them)
+    "self-forcing": (5, {"local_attn_size": 9}),
+    "self-forcing-framewise": (5, {"local_attn_size": 3}),
+    "causal-forcing": (9, {}),
+    "causvid": (5, {"segment_frames": 9}),
+    "longlive": (7, {}),
+    "longlive-infinity": (7, {}),
+    "krea": (3, {}),
+    "longlive2": (7, {"local_attn_size": 12, "sink_size": 2, "num_frame_per_block": 2}),
+    "rolling-forcing": (8, {}),
+    "causal-diffusion": (4, {"num_steps": 2, "local_attn_size": 6}),
+    "tinyworld": (11, {}),
+}
+
+
+class Scattered(PagePool):
+    """Hands out any free pages."""
+
+    def acquire(self, count, reuse=(), after=None, room=0):
+        self.require(count)
+        taken = random.Random(len(self.free)).sample(sorted(self.free), count)
+        self._take(taken, count, [])
+        return taken
+
+
+def stream(engine, blocks, **kwargs):
+    """Latents of blocks with a new prompt half-way, a scene cut where there are scenes, and an image to begin with."""
+    extra = {"negative_embeds": OTHER.to(engine.dtype)} if engine.preset.sampler.guidance_scale != 1 else {}
+    if engine.preset.context.image == "clamp":
+        extra["image"] = torch.arange(32 * 32 * 3).view(32, 32, 3).to(torch.uint8).numpy()
+    with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE, **extra, **kwargs) as session:
+        made = list(session.stream(blocks // 2, decode=False))
+        session.prompt(embeds=OTHER.to(engine.dtype))
+        session.timeline.cut_shot()
+        made += session.stream(blocks - blocks // 2, decode=False)
+        if engine.memory.stores:
+            caches = [branch.cache for branch in session.branches]
+            store = caches[0].store
+            store.pool.check_integrity([cache.table for cache in caches])
+            needs = page_needs(engine.preset)
+            assert store.pool.size == len(caches) * needs.total  # what one session needs, and no growth
+            assert max(len(cache.frames) for cache in caches) <= needs.held
+    assert all(store.pool.used == 0 for store in engine.memory.stores.values())
+    return torch.cat([block.latents for block in made])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@torch.no_grad()
+def test_pages_equal_the_contiguous_cache(name, monkeypatch):
+    """In float64, with pages in runs and with pages anywhere."""
+    blocks, overrides = BLOCKS[name]
+    wanted = stream(contiguous(make_engine(name, **overrides)), blocks)
+    assert (stream(make_engine(name, **overrides), blocks) - wanted).abs().max() <= 1e-10
+    monkeypatch.setattr("inferix.runtime.paged_store.PagePool", Scattered)
+    assert (stream(make_engine(name, **overrides), blocks) - wanted).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
+    """The same comparison fails where a sink is seen at the distance it was stored at, or a page is another's."""
+    wanted = stream(contiguous(make_engine("longlive-infinity")), 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "inferix.runtime.paged_cache.place_pass",
+            lambda *args: [dataclasses.replace(row, sink_places=row.places) for row in PLACE_PASS(*args)],
+        )
+        assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
+    monkeypatch.setattr(
+        "inferix.runtime.paged_cache.place_pass",
+        lambda *args: [dataclasses.replace(row, listed=row.listed[1:] + row.listed[-1:]) for row in PLACE_PASS(*args)],
+    )
+    assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
+
+
+def fork(session):
+    """The same session again, as `Session.fork` will make it: its pages are shared."""
+    other = session.engine.open(prompt_embeds=ROWS.to(session.engine.dtype), size=session.size)
+    other.timeline, other.recent = copy.deepcopy(session.timeline), session.recent
+    for branch, mine in zip(other.branches, session.branches, strict=True):
+        branch.cache.release()
+        branch.cache = mine.cache.fork()
+    return other
+
+
+@pytest.mark.parametrize("name", ["longlive", "longlive-infinity"])
+@torch.no_grad()
+def test_a_fork_shares_pages_until_it_writes_them(name):
+    """One goes on under a new prompt, which rewrites what both see, the other as if nothing were; both as if alone."""
+    blocks = 4
+
+    def alone(switch):
+        with make_engine(name).open(prompt_embeds=ROWS, size=SIZE) as session:
+            list(session.stream(blocks, decode=False))
+            if switch:
+                session.prompt(embeds=OTHER)
+            return torch.cat([block.latents for block in session.stream(3, decode=False)])
+
+    engine = make_engine(name)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        list(session.stream(blocks, decode=False))
+        table = session.branches[0].cache.table
+        pool = table.pool
+        held = pool.used
+        with fork(session) as other:
+            shared = set(table.pages.values())
+            assert pool.used == held and set(other.branches[0].cache.table.pages.values()) == shared
+            other.prompt(embeds=OTHER)
+            changed = torch.cat([block.latents for block in other.stream(3, decode=False)])
+            pool.check_integrity([session.branches[0].cache.table, other.branches[0].cache.table])
+            own = set(other.branches[0].cache.table.pages.values())
+            assert len(own & shared) == 3 and pool.used == len(own | shared)  # the sink is shared still
+            plain = torch.cat([block.latents for block in session.stream(3, decode=False)])
+        assert pool.used == len(table.pages)
+    assert torch.equal(changed, alone(True)) and torch.equal(plain, alone(False))
+    assert not torch.equal(changed, plain)
+
+
+@pytest.mark.parametrize("given", [None, "fp8"])
+@torch.no_grad()
+def test_pages_go_to_the_host_and_back(given):
+    """Bit for bit, with what forks share still shared; others use the pages meanwhile."""
+    wanted = stream(make_engine("longlive", "float32", kv_dtype=given), 6)
+    engine = make_engine("longlive", "float32", kv_dtype=given)
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        made = list(session.stream(3, decode=False))
+        cache = session.branches[0].cache
+        with fork(session) as other:
+            there = other.branches[0].cache
+            before = cache.export_pages()
+            cache.offload(there)
+            pool, used = cache.store.pool, len(before.frames)
+            assert pool.used == 0 and cache.frames == before.frames and cache.nbytes == 0
+            assert torch.equal(raw(cache.export_pages().kv), raw(before.kv))
+            with pytest.raises(InferixError, match="in host memory"):
+                cache.hold(cache.frames)
+            taken = pool.acquire(pool.size)
+            for tensor in cache.store.kv:
+                tensor.view(torch.uint8).fill_(77)
+            cache.store.grows = False
+            with pytest.raises(OutOfPages):
+                cache.prefetch()
+            pool.release(taken)
+            cache.prefetch()
+            cache.onload()
+            cache.onload()
+            assert pool.used == used and there.away is None and there.frames == cache.frames
+            pool.check_integrity([cache.table, there.table])
+            assert torch.equal(raw(there.export_pages().kv), raw(before.kv))
+        session.prompt(embeds=OTHER.float())
+        made += session.stream(3, decode=False)
+        with fork(session) as other:
+            there = other.branches[0].cache
+            cache.offload(there)
+            there.release()
+            cache.onload()
+            pool.check_integrity([cache.table])
+            cache.offload()
+    assert pool.used == 0
+    assert torch.equal(torch.cat([block.latents for block in made]), wanted)
+
+
+def raw(tensor):
+    return tensor.view(torch.uint8)
+
+
+@pytest.mark.parametrize("given", [None, "int8"])
+@torch.no_grad()
+def test_exported_pages_continue_in_another_engine(given):
+    overrides = {"kv_dtype": given, "sink_decay": 0.9, "positions": "window-relative"}
+    first, second = (make_engine("longlive", "float32", **overrides) for _ in range(2))
+    with first.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        list(session.stream(5, decode=False))
+        held = session.branches[0].cache.export_pages()
+        with second.open(prompt_embeds=ROWS.float(), size=SIZE) as other:
+            other.timeline, other.recent = copy.deepcopy(session.timeline), session.recent
+            other.branches[0].cache.import_pages(held)
+            went_on = [block.latents for block in other.stream(2, decode=False)]
+        assert torch.equal(torch.cat(went_on), torch.cat([b.latents for b in session.stream(2, decode=False)]))
+        with pytest.raises(ValueError, match="expected torch"):
+            session.branches[0].cache.import_pages(dataclasses.replace(held, kv=held.kv.double()))
+
+
+class AveragedSink(ContiguousCache):
+    """Keys as they come; a frame that leaves is averaged into the sink frame of its phase. Nothing is turned."""
+
+    decay, sinks = 0.8, 3
+
+    def hold(self, frames):
+        for frame in [frame for frame in self.frames if frame not in frames] if frames else []:
+            at, gone = (self.frames[(frame - self.frames[0]) % self.sinks], frame)
+            for tensor in (*self.keys, *self.values):
+                by_frame = tensor.unflatten(1, (-1, self.tokens))
+                sink = by_frame[:, self.frames.index(at)]
+                sink.copy_(self.decay * sink + (1 - self.decay) * by_frame[:, self.frames.index(gone)])
+        super().hold(frames)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window-relative"])
+@torch.no_grad()
+def test_a_moving_average_sink(positions):
+    """Averages of stored, rotated keys equal averages of plain ones; a fork's sink goes its own way."""
+    overrides = {"positions": positions, "sink_decay": AveragedSink.decay, "prompt_switch": "cut"}
+    wanted = stream(contiguous(make_engine("longlive", **overrides), True, AveragedSink), 8)
+    assert (stream(make_engine("longlive", **overrides), 8) - wanted).abs().max() <= 1e-10
+    assert (stream(make_engine("longlive", **overrides | {"sink_decay": 1.0}), 8) - wanted).abs().max() > 1e-4
+    with make_engine("longlive", **overrides).open(prompt_embeds=ROWS, size=SIZE) as session:
+        list(session.stream(6, decode=False))
+        cache = session.branches[0].cache
+        with fork(session) as other:
+            sink, there = cache.sink, other.branches[0].cache
+            list(other.stream(1, decode=False))
+            assert cache.sink is sink and not torch.equal(there.sink, sink)
+            assert not {there.table.pages[frame] for frame in range(3)} & set(cache.table.pages.values())
+            cache.store.pool.check_integrity([cache.table, there.table])
+
+
+class Rounded(BoundCache):
+    """Keys and values rounded as they are stored, by frame and head."""
+
+    def _store(self, held, new):
+        frames = new.unflatten(1, (-1, TOKENS))
+        limit = {"fp8": 448, "int8": 127}.get(self.cache.kept)
+        if limit is None:
+            rounded = frames.to(getattr(torch, self.cache.kept)).to(frames)
+        else:
+            scale = frames.abs().amax((2, 4), keepdim=True) / limit
+            small = frames / scale
+            small = small.to(torch.float8_e4m3fn).to(frames) if limit == 448 else (small + 0.5).floor()
+            rounded = small * scale.float().to(frames)
+        return super()._store(held, rounded.flatten(1, 2))
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "float16", "fp8", "int8"])
+@torch.no_grad()
+def test_pages_in_fewer_bits_equal_rounded_keys_and_values(kept):
+    class RoundedCache(ContiguousCache):
+        def bind(self, run):
+            return Rounded(self, run)
+
+    RoundedCache.kept = kept
+    wanted = stream(contiguous(make_engine("longlive"), kind=RoundedCache), 7)
+    found = stream(make_engine("longlive", kv_dtype=kept), 7)
+    assert (found - wanted).abs().max() <= 1e-6
+    assert (found - stream(make_engine("longlive"), 7)).abs().max() > 1e-4
+
+
+BOUNDS = {"bfloat16": 7e-4, "float16": 1e-4, "fp8": 1.5e-2, "int8": 3.5e-3}
+
+
+@pytest.mark.parametrize("kept", BOUNDS)
+@torch.no_grad()
+def test_what_fewer_bits_cost(kept):
+    """Relative error of one velocity over a given past of twelve frames, random weights, within stated bounds."""
+    past = torch.randn(12, 16, 4, 4, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(4))
+
+    def velocity(dtype):
+        engine = make_engine("longlive-infinity", "float32", kv_dtype=dtype)
+        with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+            engine.cache_prefix(session, past)
+            run = session.timeline.joint_pass([(session.timeline.admit().frames, 500.0)], frozenset())
+            engine.hold(session, run)
+            return engine.run(session, run, x)
+
+    plain = velocity(None)
+    error = float((velocity(kept) - plain).norm() / plain.norm())
+    assert BOUNDS[kept] / 10 < error < BOUNDS[kept], error
+
+
+def test_memory_is_counted_before_it_is_taken():
+    engine = make_engine("longlive", "float32")
+    page = engine.memory.form(SIZE).nbytes
+    assert page == 2 * 2 * 4 * 64 * 4  # keys and values, layers, tokens, width, bytes
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        assert session.branches[0].cache.store.nbytes == 12 * page
+    small = make_engine("longlive", "float32", kv_memory=12 * page - 1)
+    said = f"kv_memory is {in_words(12 * page - 1)}, but one session of longlive needs .*: 12 latent frames"
+    with pytest.raises(UsageError, match=said):
+        small.open(prompt_embeds=ROWS.float(), size=SIZE)
+    fewer = make_engine("longlive", "float32", kv_memory=12 * page - 1, kv_dtype="int8")
+    fewer.open(prompt_embeds=ROWS.float(), size=SIZE)
+    assert fewer.memory.form(SIZE).nbytes == page // 4 + 2 * 2 * 2 * 4
+    store = fewer.memory.store(SIZE)
+    assert store.nbytes <= 12 * page - 1 < store.nbytes + store.form.nbytes
+
+
+def test_a_fixed_budget_is_not_passed():
+    """A session that finds no page holds what it held; its pages are free once it is closed."""
+    engine = make_engine("self-forcing", "float32", local_attn_size=6, kv_memory=7 * 4096)
+    one, other = (engine.open(prompt_embeds=ROWS.float(), size=SIZE) for _ in range(2))
+    list(one.stream(1, decode=False))
+    pool = engine.memory.store(SIZE).pool
+    assert pool.size == 7
+    list(other.stream(1, decode=False))
+    with pytest.raises(OutOfPages, match="3 pages of KV memory are needed, 1 of 7 are free"):
+        next(one.stream(1, decode=False))
+    pool.check_integrity([session.branches[0].cache.table for session in (one, other)])
+    other.close()
+    assert pool.used == 3
+    with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB, but one session"):
+        engine.open(prompt_embeds=ROWS.float(), size=(64, 64))
+
+
+def test_without_a_budget_there_is_room_for_more():
+    """A window without an end, and a second session, make the store grow; what is held moves with it."""
+    engine = make_engine("self-forcing", local_attn_size=-1)
+    assert page_needs(engine.preset).total is None
+    found = stream_of(engine, 4)
+    assert engine.memory.store(SIZE).pool.size == 12
+    assert (found - stream_of(contiguous(make_engine("self-forcing", local_attn_size=-1)), 4)).abs().max() <= 1e-10
+    engine = make_engine("self-forcing", local_attn_size=6)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as one, engine.open(prompt_embeds=ROWS, size=SIZE, seed=1) as other:
+        made = [torch.cat([next(s.stream(1, decode=False)).latents for _ in range(3)]) for s in (one, other)]
+        assert engine.memory.store(SIZE).pool.size == 12
+    for seed, latents in enumerate(made):
+        assert torch.equal(latents, stream_of(make_engine("self-forcing", local_attn_size=6), 3, seed=seed))
+
+
+def stream_of(engine, blocks, **kwargs):
+    with engine.open(prompt_embeds=ROWS, size=SIZE, **kwargs) as session:
+        return torch.cat([block.latents for block in session.stream(blocks, decode=False)])
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "held", "scratch", "kept_back"),
+    [
+        ("self-forcing", {}, 21, 0, 0),
+        ("longlive", {"rewind_blocks": 2}, 12, 0, 6 + 12),
+        ("causvid", {"rewind_blocks": 1}, 21, 0, 3 + 3),
+        ("krea", {"rewind_blocks": 2}, 6, 0, 12),
+        ("rolling-forcing", {}, 21, 15, 0),
+        ("self-forcing", {"local_attn_size": -1}, None, 0, 0),
+    ],
+)
+def test_page_needs(name, overrides, held, scratch, kept_back):
+    needs = page_needs(make_engine(name, "float32", **overrides).preset)
+    assert (needs.held, needs.scratch, needs.kept_back) == (held, scratch, kept_back)
+
+
+def test_words_for_bytes_and_back():
+    assert [parse_bytes(text) for text in (4096, "6GB", "1.5 GiB", "512 kib")] == [4096, 6 * 10**9, 3 * 2**29, 2**19]
+    assert [in_words(count) for count in (6 * 10**9, 28672, 12)] == ["6 GB", "28.67 kB", "12 bytes"]
+    for bad in ("six", "6 TBx", "-1", 0, "1.2.3GB", ".", True):
+        with pytest.raises(UsageError, match="memory is"):
+            parse_bytes(bad)
+    with pytest.raises(UsageError, match="kv_dtype is 'fp4'"):
+        make_engine(kv_dtype="fp4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sink_decay": 0.0}, "sink_decay is 0.0"),
+        ({"sink_decay": 0.9, "sink_size": 0}, "there is no sink"),
+        ({"positions": "window-relative", "shot_offset": 8}, "three distances"),
+        ({"rewind_blocks": -1}, "rewind_blocks is -1"),
+    ],
+)
+def test_policies_that_pages_cannot_follow(changes, said):
+    with pytest.raises(UsageError, match=said):
+        ContextPolicy(**{"local_attn_size": 12, "sink_size": 3, "positions": "absolute"} | changes)
