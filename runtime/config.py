@@ -20,6 +20,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+FP8_CAPABILITY = (8, 9)  # of GPUs whose kernels read FP8
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -61,6 +63,13 @@ class EngineConfig:
         if self.lora_scale != 1.0 and self.lora is None:
             raise UsageError(f"lora_scale is {self.lora_scale}, but there is no lora; give one (--lora)")
         check_device(self.device)
+        if self.kv_dtype == "fp8" and self.device.startswith("cuda"):
+            major, minor = torch.cuda.get_device_capability(self.device)
+            if (major, minor) < FP8_CAPABILITY:
+                raise UsageError(
+                    f"kv_dtype is 'fp8', but {self.device} has compute capability {major}.{minor}, and FP8 needs "
+                    f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; use int8"
+                )
 
 
 def check_choice(key: str, value: str, known: Collection[str]) -> None:

@@ -80,15 +80,16 @@ class PagedCache:
 
     def bind(self, run: Pass) -> KeyValues:
         """The pages as the attention of one pass; the scratch ones among them last until `settle`."""
-        store, rows = self.store, self._place(run)
+        store = self.store
         if not store.form.staged:
-            return PagedAttention(self._parts(rows), store.kv, store.row_turns, store.column_turns)
+            return PagedAttention(self.tables(run), store.kv, store.row_turns, store.column_turns)
+        rows = self._place(run)
         through = through_slots(rows, store.form.read_in_place)
         staging = store.slots(through.slots)
         return StagedAttention(
             self._parts(through.rows), store.kv, store.scales, staging,
-            written=(store.ints(through.written), store.ints([row_page for row in rows for row_page in row.pages])),
-            seen=None if through.seen is None else (store.ints(through.seen), store.ints(range(through.slots))),
+            written=(store.ints(through.written), store.ints([page for row in rows for page in row.pages])),
+            seen=None if through.seen is None else (store.ints(through.seen), store.ints(list(range(through.slots)))),
             row_turns=store.row_turns, column_turns=store.column_turns,
         )  # fmt: skip
 

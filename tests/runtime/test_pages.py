@@ -366,6 +366,18 @@ def test_words_for_bytes_and_back():
         make_engine(kv_dtype="fp4")
 
 
+def test_fp8_asks_for_a_gpu_that_has_it(monkeypatch):
+    config = make_engine("longlive", "float32").config
+    monkeypatch.setattr("inferix.runtime.config.check_device", lambda name: None)
+    for capability, said in (((8, 0), "compute capability 8.0, and FP8 needs 8.9"), ((8, 9), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        if said is None:
+            dataclasses.replace(config, kv_dtype="fp8", device="cuda")
+        else:
+            with pytest.raises(UsageError, match=said):
+                dataclasses.replace(config, kv_dtype="fp8", device="cuda")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
