@@ -37,7 +37,7 @@ class KVMemory:
         """The pages for pictures of `size`; UsageError where the budget is too small for one session."""
         form = self.form(size)
         if form.grid not in self.stores:
-            self.stores = {grid: store for grid, store in self.stores.items() if store.pool.used}
+            self.stores = {grid: store for grid, store in self.stores.items() if store.users}
             needs, pages = page_needs(self.preset), least_pages(self.preset)
             slots = (needs.held or self.preset.num_frame_per_block) + needs.scratch
             if self.budget is not None:

@@ -48,6 +48,8 @@ class PagedCache:
         self.store, self.table, self.policy = store, table, policy
         self.sink: Tensor | None = None  # averages [layers, 2, sink_size, page_tokens, heads, head_dim]
         self.moved: Offloaded | None = None
+        self.open = True
+        store.users += 1
 
     @property
     def frames(self) -> tuple[int, ...]:
@@ -110,10 +112,13 @@ class PagedCache:
 
     def release(self) -> None:
         """Let all pages go; a second call does nothing."""
-        if self.away is not None:
-            self.away.leave_out(self.table)
-        self.table.release()
-        self.sink = self.moved = None
+        if self.open:
+            if self.away is not None:
+                self.away.leave_out(self.table)
+            self.table.release()
+            self.sink = self.moved = None
+            self.open = False
+            self.store.users -= 1
 
     def export_pages(self) -> HeldPages:
         """A copy of everything that is held, on the store's device, or on the host if it is away."""

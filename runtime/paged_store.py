@@ -67,11 +67,12 @@ class PagedStore:
     """kv: per layer [2, pages, page_tokens, heads, head_dim], keys then values; `pool` hands their pages out.
 
     scales: per layer float32 [2, pages, heads], or None. staging: [2, slots, ...] in the model's dtype, or None.
-    row_turns and column_turns: rotations of the token grid, the same for every frame.
+    row_turns and column_turns: rotations of the token grid, the same for every frame. users: caches that are open.
     """
 
     def __init__(self, form: PageForm, pages: int, slots: int, device: torch.device, grows: bool) -> None:
         self.form, self.device, self.grows = form, device, grows
+        self.users = 0
         self.pool = PagePool(pages)
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)

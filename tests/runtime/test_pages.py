@@ -316,8 +316,14 @@ def test_a_fixed_budget_is_not_passed():
     pool.check_integrity([session.branches[0].cache.table for session in (one, other)])
     other.close()
     assert pool.used == 3
-    with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB, but one session"):
-        engine.open(prompt_embeds=ROWS.float(), size=(64, 64))
+    one.branches[0].cache.offload()  # its pages are free, but come back
+    with pytest.raises(UsageError, match="but one session"):
+        engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
+    assert list(engine.memory.stores) == [(2, 2)]
+    one.close()
+    with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB, but one session of self-forcing needs 49.15 kB: 6"):
+        engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
+    assert not engine.memory.stores
 
 
 def test_without_a_budget_there_is_room_for_more():
