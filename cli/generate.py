@@ -136,14 +136,13 @@ def tell_presets(wanted: bool) -> None:
     table = Table("preset", "for", "block", "window", "sink", "steps", "passes", "weights", "code licence", "memory")
     for name, preset in PRESETS.items():
         sampler, context = preset.sampler, preset.context
-        steps = sampler.num_steps if sampler.solver == "unipc" else len(sampler.denoising_step_list)
-        passes = 2 if preset.window_blocks > 1 else steps + 1
+        passes = 2 if preset.window_blocks > 1 else sampler.steps + 1
         window = context.segment_frames or context.local_attn_size
         if window == -1:
             window = context.rebuild_frames + preset.num_frame_per_block
         spec = MODELS[preset.about.base]
         table.add_row(
-            name, spec.name, str(preset.num_frame_per_block), str(window), str(context.sink_size), str(steps),
+            name, spec.name, str(preset.num_frame_per_block), str(window), str(context.sink_size), str(sampler.steps),
             str(passes), preset.about.weights, preset.about.licence, f"{memory_gb(spec, window):.0f} GB",
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 160)

@@ -281,6 +281,12 @@ def decode_flops(spec: DecoderSpec, latent: tuple[int, int], first: bool = False
     return total if isinstance(spec, TinySpec) else total + 4 * area**2 * spec.decoder_widths[0]
 
 
+def decode_traffic(spec: DecoderSpec, latent: tuple[int, int], dtype: str) -> int:
+    """Bytes that decoding a latent frame cannot do without: weights read, state read and written."""
+    weights = ITEMSIZE[dtype] * sum(conv.parameters for conv in convs(spec))
+    return weights + 2 * decoder_state_bytes(spec, latent, dtype)
+
+
 def encode_flops(spec: VaeSpec, latent: tuple[int, int]) -> int:
     """Of encoding one picture, the first of a stream, to latents of (height, width)."""
     area = math.prod(latent)

@@ -46,9 +46,10 @@ class Preset:
             if getattr(self, key) < 1:
                 raise UsageError(f"{key} is {getattr(self, key)}; expected 1 or more")
         self.context.check_blocks(self.num_frame_per_block, self.window_blocks)
-        steps = self.sampler.num_steps if self.sampler.solver == "unipc" else len(self.sampler.denoising_step_list)
-        if self.window_blocks not in (1, steps):
-            raise UsageError(f"window_blocks is {self.window_blocks}; expected 1, or {steps}: one block a step")
+        if self.window_blocks not in (1, self.sampler.steps):
+            raise UsageError(
+                f"window_blocks is {self.window_blocks}; expected 1, or {self.sampler.steps}: one block a step"
+            )
 
     def block_size(self, start: int) -> int:
         """Latent frames of the block that starts at absolute frame `start`."""

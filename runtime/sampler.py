@@ -58,6 +58,11 @@ class SamplerSpec:
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(f"guidance_scale is {self.guidance_scale}; expected 0 or more, 1 for none")
 
+    @property
+    def steps(self) -> int:
+        """Denoising passes of a block."""
+        return self.num_steps if self.solver == "unipc" else len(self.denoising_step_list)
+
 
 class Sampler:
     """The schedule of a `SamplerSpec`; `begin` gives a solver for one block.

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TOKENS, make_engine
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,6 +31,7 @@ from inferix.runtime.costs import (
     text_parameters,
     transformer_parameters,
 )
+from inferix.runtime.paged_store import KV_DTYPES, PageForm
 
 DECODERS = {
     "2.1": WAN21_VAE, "2.2": WAN22_VAE, "tiny-2.1": TINY_VAE, "tiny-2.2": TINY_VAE22, "taehv-2.1": TAEW21,
@@ -174,10 +174,12 @@ def test_encoding_a_picture(name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_page_is_a_frame_of_the_cache(dtype):
-    spec = MODELS["wan-tiny"]
-    cache = ContiguousCache(spec, (3, 5), False, torch.float64, getattr(torch, dtype), torch.device("cpu"))
+    spec, kind = MODELS["wan-tiny"], getattr(torch, dtype)
+    cache = ContiguousCache(spec, (3, 5), False, torch.float64, kind, torch.device("cpu"))
     cache.hold((0, 1))
     assert cache.nbytes == 2 * page_bytes(spec, 15, dtype)
+    for name, kept in ((dtype, kind), *KV_DTYPES.items()):
+        assert PageForm(spec, (3, 5), kind, kept).nbytes == page_bytes(spec, 15, name)
 
 
 def test_published_figures():
@@ -195,22 +197,26 @@ def test_published_figures():
             assert pass_flops(spec, tokens, one_group(3, context)).total / 1e12 == pytest.approx(told, abs=0.06)
 
 
+@pytest.mark.parametrize("name", ["wan-tiny", "wan-1.3b", "tinyworld"])
 @torch.no_grad()
-def test_operations_of_passes_and_prompts():
-    engine = make_engine("longlive", dtype="float32", denoising_step_list=[1000])
-    plain, passes = engine.run, []
-
-    def run_and_count(session, run, latents):
-        passes.append((counted(plain, session, run, latents), pass_flops(engine.spec, TOKENS, run).total))
-        return plain(session, run, latents)
-
-    engine.run = run_and_count
-    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
-        list(session.stream(2, decode=False))
-        rows = session.rows[None]
-    assert len(passes) == 4
-    assert all(real == told for real, told in passes)
-    assert counted(engine.parts.transformer.embed_text, rows) == prompt_flops(engine.spec)
+def test_operations_of_passes_and_prompts(name):
+    """At full size, without data: one group that sees the past, and two of which the later sees both."""
+    spec = MODELS[name]
+    height, width = spec.latent_size(spec.default_size)
+    tokens, grid = spec.tokens_per_frame(spec.default_size), (height // spec.patch[0], width // spec.patch[1])
+    model = build(WanTransformer, spec, dtype=torch.float32)
+    both = Pass((Group((3,), 0.0, (0, 2, 3), (0, 2, 3)), Group((4, 5), 9.0, (0, 2, 3, 4, 5), (0, 2, 3, 4, 5))))
+    with torch.device("meta"):
+        rows = torch.empty(1, spec.text_len, spec.text_dim)
+        assert counted(model.embed_text, rows) == prompt_flops(spec)
+        text = model.embed_text(rows)
+        for run in (one_group(3, 6), both):
+            cache = ContiguousCache(spec, grid, False, torch.float64, torch.float32, torch.device("meta"))
+            cache.hold(run.groups[-1].context)
+            latents = torch.empty(1, 3, spec.in_channels, height, width)
+            actions = None if spec.action_dim is None else torch.empty(1, 3, spec.action_dim)
+            given = (latents, torch.empty(1, 3), text, cache.bind(run), actions)
+            assert counted(model, *given) == pass_flops(spec, tokens, run).total
 
 
 class Opaque:

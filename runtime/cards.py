@@ -1,0 +1,38 @@
+"""What known GPUs can do by their makers' own figures, as data. No figure here was measured.
+
+capability: compute capability, as CUDA counts it. tflops: bfloat16 with sums in float32, without sparsity; bandwidth in
+GB/s; memory in GB as it is sold, 10^9 bytes, which leaves what a card has beyond that to the driver and the libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    capability: tuple[int, int]
+    memory_gb: int
+    tflops: float
+    bandwidth: float
+
+
+CARDS: dict[str, Card] = {
+    card.name: card
+    for card in (
+        Card("rtx-3090", (8, 6), 24, 71, 936),
+        Card("rtx-4080", (8, 9), 16, 97.5, 717),
+        Card("rtx-4090", (8, 9), 24, 165.2, 1008),
+        Card("rtx-5080", (12, 0), 16, 112.6, 960),
+        Card("rtx-5090", (12, 0), 32, 209.5, 1792),
+        Card("l4", (8, 9), 24, 121, 300),
+        Card("l40s", (8, 9), 48, 362, 864),
+        Card("a100-40gb", (8, 0), 40, 312, 1555),
+        Card("a100-80gb", (8, 0), 80, 312, 2039),
+        Card("h100", (9, 0), 80, 989, 3350),
+        Card("h100-pcie", (9, 0), 80, 756, 2000),
+        Card("h200", (9, 0), 141, 989, 4800),
+        Card("b200", (10, 0), 180, 2250, 8000),
+    )
+}

@@ -1,0 +1,217 @@
+"""The forecast against what streams do: their passes, what they hold, what torch counts, and the published figures."""
+
+import math
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from oracles import ROWS, SIZE, TINY, make_engine
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from inferix.errors import UsageError
+from inferix.models.wan.spec import MODELS
+from inferix.models.wan.taehv import TAEW21
+from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
+from inferix.runtime import forecast
+from inferix.runtime.budget import page_needs
+from inferix.runtime.cache import ContiguousCache
+from inferix.runtime.costs import page_bytes
+from inferix.runtime.forecast import Ceiling, Workload, changes, longest_window, memory, needed, rehearse
+from inferix.runtime.kv_memory import KVMemory
+from inferix.runtime.paged_store import KV_DTYPES
+from inferix.runtime.presets import PRESETS, make_preset
+
+NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
+FEW = {"causal-diffusion": {"num_steps": 2}}
+TOP = Ceiling(1.0, 1.0, "given")
+
+
+def tiny(name, **overrides):
+    return Workload(TINY, make_preset(name, **FEW.get(name, {}) | overrides), TINY_VAE, 0, SIZE, "float32", "float32")
+
+
+def full(name, model="wan-1.3b", decoder=WAN21_VAE, **changed):
+    load = Workload(MODELS[model], make_preset(name), decoder, 0, (832, 480), "bfloat16", "bfloat16")
+    return replace(load, **changed)
+
+
+def shape(run):
+    return [(group.frames, group.context, group.positions, group.write) for group in run.groups]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_rehearsal_is_what_the_engine_does(name, monkeypatch):
+    """Passes, decoded frames and pictures encoded again of ten blocks, and no pass is longer than told.
+
+    Nothing is computed: the network says zeros, and so do decoder and encoder.
+    """
+    engine = make_engine(name, dtype="float32", **FEW.get(name, {}))
+    stride, (height, width) = engine.spec.vae_stride[0], SIZE[::-1]
+    done = []
+
+    def run(session, this, latents):
+        done.append(("pass", shape(this)))
+        return torch.zeros_like(latents)
+
+    def decode(latents, state):
+        done.append(("decode", len(latents)))
+        return torch.zeros(len(latents) * stride, 3, height, width)
+
+    def encode(pixels, state):
+        done.append(("encode", len(pixels)))
+        return torch.zeros(1, engine.spec.out_channels, *engine.spec.latent_size(SIZE))
+
+    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(engine.parts.vae, "decode", decode)
+    monkeypatch.setattr(engine.parts.vae, "encode", encode)
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
+        for block, told in zip(session.stream(10), rehearse(engine.preset), strict=False):
+            assert [found for kind, found in done if kind == "pass"] == [shape(run) for run in told.passes]
+            assert sum(count for kind, count in done if kind == "decode") == told.decoded
+            assert sum(count for kind, count in done if kind == "encode") == told.encoded
+            assert len(block.latents) == told.frames
+            done.clear()
+    passes = [run for work in islice(rehearse(engine.preset), 12) for run in work.passes]
+    if switch := forecast.recache_pass(engine.preset):
+        passes.append(switch)
+    assert max(len(run.frames) for run in passes) == forecast.longest_pass(engine.preset)
+
+
+SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
+SMALL = {  # presets with a past that is soon full
+    "longlive": {"local_attn_size": 6, "denoising_step_list": [1000]},
+    "krea": {"denoising_step_list": [1000]},
+    "causvid": {"segment_frames": 6, "denoising_step_list": [1000]},
+    "causal-diffusion": {"local_attn_size": 6, "num_steps": 1},
+    "rolling-forcing": {"local_attn_size": 9, "window_blocks": 2, "denoising_step_list": [1000, 500]},
+}
+
+
+def countable(engine):
+    """The same engine with a smaller VAE, over the plain cache, whose attention torch can count."""
+
+    def new_cache(size):
+        rope = engine.parts.transformer.precision.rope
+        moving = engine.preset.context.moving_positions
+        return ContiguousCache(engine.spec, engine.memory.form(size).grid, moving, rope, engine.dtype, engine.device)
+
+    engine.memory.new_cache = new_cache
+    engine.parts = replace(engine.parts, vae=CausalVae(SMALL_VAE).eval().requires_grad_(False))
+    return engine
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_real_session(name):
+    """Operations of three blocks, as torch counts them, decoder and all; then what the session holds.
+
+    Pages, cross keys and decoder state to the byte; latents at most what is told.
+    """
+    engine, size = countable(make_engine(name, dtype="float32", **SMALL[name])), (32, 16)
+    load = replace(tiny(name, **SMALL[name]), decoder=SMALL_VAE, size=size)
+    rows = {"prompt_embeds": ROWS.float(), **NEGATIVE.get(name, {})}
+    with engine.open(size=size, **rows) as session, sdpa_kernel(SDPBackend.MATH):
+        for work in islice(rehearse(load.preset), 3):
+            with FlopCounterMode(display=False) as counter:
+                next(iter(session.stream(1)))
+            told = forecast.speed(load, work, TOP)
+            assert counter.get_total_flops() == told.transformer_flops + told.decoder_flops
+        held = memory(load).each
+        keys = [tensor.nbytes for branch in session.branches for pair in branch.text.text for tensor in pair]
+        kept = [tensor.nbytes for tensor in (session.recent, session.pixels) if tensor is not None]
+        kept += [block.latents.nbytes for block in session.flight]
+        scratch = page_needs(load.preset).scratch  # pages for the length of a pass
+        pages = sum(branch.cache.nbytes for branch in session.branches)
+        assert pages + scratch * page_bytes(TINY, load.tokens, "float32") == held["pages"]
+        assert sum(keys) + len(session.branches) * session.rows.nbytes == held["cross_keys"]
+        assert session.decoder.nbytes == held["decoder_state"]
+        assert sum(kept) <= held["latents"]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "int8"])
+@pytest.mark.parametrize("name", ["longlive", "krea", "rolling-forcing", "causal-diffusion"])
+def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
+    preset = make_preset(name, sink_size=1, sink_decay=0.9) if name == "longlive" else make_preset(name)
+    dtypes = (torch.float32, {"float32": torch.float32, **KV_DTYPES}[kind])
+    store = KVMemory(TINY, preset, dtypes, torch.device("cpu"), None).store(SIZE)
+    told = memory(Workload(TINY, preset, TINY_VAE, 0, SIZE, "float32", kind))
+    assert store.nbytes == told.each["pages"] + told.once["page_buffer"]
+    assert (told.once["page_buffer"] > 0) == (kind != "float32")
+    if name == "longlive":
+        wide = store.restored([0], torch.float32)
+        assert told.each["moving_sink"] == wide.nbytes
+
+
+def test_published_blocks():
+    """TFLOP of a steady block, and of a whole clip of 81 frames, at 832x480."""
+    for load, told in (
+        (full("self-forcing"), 202),
+        (full("longlive"), 141.5),
+        (full("krea", "wan-14b"), 730.8),
+    ):
+        assert forecast.steady_speed(load, TOP).transformer_flops / 1e12 == pytest.approx(told, abs=0.1)
+    assert forecast.steady_speed(full("longlive"), TOP).decoder_flops / 1e12 == pytest.approx(40.65, abs=0.01)
+    assert forecast.steady_speed(full("longlive", decoder=TAEW21), TOP).decoder_flops / 1e12 == pytest.approx(
+        1.63, abs=0.01
+    )
+    clip = [forecast.speed(full("self-forcing"), work, TOP) for work in islice(rehearse(PRESETS["self-forcing"]), 7)]
+    assert sum(block.transformer_flops for block in clip) / 1e15 == pytest.approx(0.99, abs=0.005)
+    assert memory(full("self-forcing")).each["pages"] / 2**30 == pytest.approx(5.62, abs=0.01)
+
+
+def test_floors_take_the_slower_of_operations_and_bytes():
+    load = full("longlive")
+    compute = forecast.steady_speed(load, Ceiling(500, math.inf, "given"))
+    both = compute.transformer_flops + compute.decoder_flops
+    assert compute.seconds == pytest.approx(both / 500e12)
+    assert compute.fps == pytest.approx(12 / compute.seconds)
+    traffic = forecast.steady_speed(load, Ceiling(math.inf, 1000, "given"))
+    # Five passes read the weights, twelve pages and write three; three frames read and write the decoder's state.
+    least = 5 * (2 * 1.3e9 + 15 * memory(load).each["pages"] / 12) + 6 * memory(load).each["decoder_state"]
+    assert least / 1e12 < traffic.seconds < 1.1 * least / 1e12
+    slow = Ceiling(500, 100, "given")
+    assert max(compute.seconds, 10 * traffic.seconds) <= forecast.steady_speed(load, slow).seconds
+    first = forecast.first_speed(load, Ceiling(500, math.inf, "given"))
+    assert first.frames == 9 and first.seconds < compute.seconds
+    assert forecast.prompt_seconds(load, slow) > forecast.prompt_seconds(full("self-forcing"), slow) > 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_longest_window_is_the_longest(name):
+    load = tiny(name)
+    shortest = forecast.shortest_window(load.preset)
+    for frames in (shortest, shortest + 4):
+        budget = needed(replace(load, preset=forecast.with_window(load.preset, frames)))
+        assert longest_window(load, budget) == frames
+        assert longest_window(load, budget - 1) == (None if frames == shortest else frames - 1)
+    with pytest.raises(UsageError):
+        forecast.with_window(load.preset, shortest - 1)
+
+
+def test_sessions_share_what_is_there_once():
+    load = full("longlive")
+    for count in (1, 3):
+        budget = needed(replace(load, sessions=count))
+        assert forecast.most_sessions(load, budget) == count
+        assert forecast.most_sessions(load, budget - 1) == count - 1
+    assert forecast.most_sessions(load, 10**9) == 0
+
+
+def test_changes_say_what_would_fit():
+    load = full("self-forcing", text=5_000_000_000, sessions=2, dtype="float32", kv_dtype="float32")
+    found = changes(load, 24 * 10**9)
+    alone, together = found[:-1], found[-1]
+    assert not any(change.fits for change in alone) and together.fits
+    assert together.options[:2] == ("--no-text-encoder", "--dtype bfloat16")
+    assert all(change.needed < needed(load) for change in found)
+    load = full("krea", "wan-14b")
+    assert not any("taehv" in option for change in changes(load, 10**9) for option in change.options)
+    assert not any(change.fits for change in changes(load, 10**9))
+
+
+def test_endless_windows_and_no_sessions_are_refused():
+    with pytest.raises(UsageError, match="grows without end"):
+        replace(full("longlive"), preset=make_preset("longlive", local_attn_size=-1))
+    with pytest.raises(UsageError, match="sessions is 0"):
+        full("longlive", sessions=0)
