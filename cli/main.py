@@ -17,6 +17,7 @@ from ..errors import InferixError, UsageError
 from . import bench, checkpoint, evaluate
 from .doctor import doctor
 from .generate import PromptAt, generate
+from .plan import plan
 from .play import play
 
 
@@ -36,6 +37,7 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command(cls=PromptAt)(generate)
 app.command()(play)
+app.command()(plan)
 app.command()(doctor)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(evaluate.app, name="eval")

@@ -1,0 +1,389 @@
+"""`inferix plan`: whether streams fit into a memory, and how fast they can be at best, before anything is loaded.
+
+Everything is computed from sizes (`runtime/forecast.py`). Every time is a floor and is called one: no figure here
+was measured, and none should be quoted as if it had been.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UsageError, nearest
+from ..models.text.spec import UMT5_XXL, tiny_text
+from ..models.tinyworld.words import WORDS
+from ..models.wan.random import vae_for
+from ..models.wan.spec import MODELS, ModelSpec
+from ..models.wan.taehv import TinySpec
+from ..models.wan.vae import VaeSpec
+from ..runtime import costs, forecast
+from ..runtime.budget import in_words, least_pages, parse_bytes
+from ..runtime.cards import CARDS, Card
+from ..runtime.config import DTYPES, FP8_CAPABILITY, check_choice
+from ..runtime.forecast import Ceiling, Workload
+from ..runtime.paged_store import KV_DTYPES
+from ..runtime.presets import default_preset, make_preset
+from .generate import parse_settings, parse_size
+
+DEFAULT_MODEL = "wan-1.3b"
+HALF = ("bfloat16", "float16")  # what makers' figures are for
+TABLE_ROWS = (
+    ("wan-1.3b", "self-forcing"), ("wan-1.3b", "longlive"), ("wan-1.3b", "rolling-forcing"),
+    ("wan-5b", "longlive2"), ("wan-14b", "self-forcing"), ("wan-14b", "longlive"), ("wan-14b", "krea"),
+)  # fmt: skip
+TABLE_MEMORIES = (16, 24, 80, 141)
+TABLE_CARDS = ("rtx-4090", "rtx-5090", "h200", "b200")
+
+
+def plan(
+    model: str | None = typer.Option(None, help=f"Name of the model.  [default: the preset's, or {DEFAULT_MODEL}]"),
+    preset: str | None = typer.Option(None, help="Named scheme.  [default: the model's own, or self-forcing]"),
+    size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
+    memory: str | None = typer.Option(None, help="Memory there is, such as 24GB (10^9 bytes) or 22GiB (2^30)."),
+    gpu: str | None = typer.Option(None, help=f"A known card, for memory and speed: {', '.join(CARDS)}."),
+    sessions: int = typer.Option(1, help="Streams at a time."),
+    dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
+    kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
+    vae: str | None = typer.Option(None, help="taehv for the tiny decoder.  [default: the model's own VAE]"),
+    text_encoder: bool = typer.Option(
+        True, "--text-encoder/--no-text-encoder", help="Whether prompts are text, or embeddings from a file."
+    ),
+    tflops: float | None = typer.Option(None, help="Ceiling of matrix products, in TFLOP/s, such as one you measured."),
+    bandwidth: float | None = typer.Option(None, help="Ceiling of memory traffic, in GB/s."),
+    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Setting of the preset; repeatable."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
+    table: bool = typer.Option(False, "--table", help="Print the tables of docs/plan.md instead."),
+) -> None:
+    """Say what streams need and how fast they can be at best, before anything is loaded.
+
+    Memory is split into weights, which are there once, and pages, decoder state and latents, which each session
+    adds. Without --memory or --gpu it is only told; with one of them you learn how many sessions fit, the longest
+    window, and, where it does not fit (exit code 1), what to change. Times are floors from operations and bytes
+    at the card's own figures: predictions, never measurements.
+
+    Example: inferix plan --preset longlive --gpu rtx-4090
+
+    Example: inferix plan --model wan-14b --preset krea --memory 80GB --sessions 2 --vae taehv
+
+    Example: inferix plan --preset longlive --gpu h200 --tflops 790 --bandwidth 4300
+    """
+    if table:
+        typer.echo("\n\n".join(tables()))
+        return
+    load = workload(model, preset, size, sessions, dtype, kv_dtype, vae, text_encoder, parse_settings(settings))
+    card = known_card(gpu) if gpu is not None else None
+    if card is not None and card.capability < FP8_CAPABILITY:
+        if kv_dtype == "fp8":
+            raise UsageError(f"--kv-dtype is 'fp8', which {card.name} has no support for; use int8")
+        load = replace(load, narrow="int8")
+    budget = parse_memory(memory) if memory else card.memory_gb * 10**9 if card else None
+    facts = describe(load, budget, ceiling(card, tflops, bandwidth, load.dtype))
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        tell(load, facts)
+    if facts["fits"] is False:
+        raise typer.Exit(1)
+
+
+def workload(
+    model: str | None,
+    preset: str | None,
+    size: str | None,
+    sessions: int,
+    dtype: str,
+    kv_dtype: str | None,
+    vae: str | None,
+    text_encoder: bool,
+    settings: dict[str, Any],
+) -> Workload:
+    """What was asked for; UsageError naming the nearest for what is not known."""
+    if model is not None and model not in MODELS:
+        raise UsageError(
+            f"--model is {model!r}{nearest(model, MODELS)}; plan knows models by name: {', '.join(MODELS)}"
+        )
+    scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **settings)
+    spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
+    if spec.in_channels != spec.out_channels:
+        raise UsageError(f"streams of {spec.name} are not in this version; wan-14b has the same layers without images")
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
+    if vae not in (None, "taehv"):
+        raise UsageError(
+            f"--vae is {vae!r}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
+        )
+    if vae and scheme.context.reencode_head:
+        raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
+    decoder = forecast.tiny_for(spec) if vae else own_vae(spec)
+    pictures = parse_size(size) if size else spec.default_size
+    text = text_parameters(spec) if text_encoder else 0
+    return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions)
+
+
+def own_vae(spec: ModelSpec) -> VaeSpec:
+    """The VAE that goes with a model."""
+    if spec.name == "tinyworld":
+        from ..models.tinyworld.train import VAE  # the training's own imports are for this model alone
+
+        return VAE
+    return vae_for(spec)
+
+
+def text_parameters(spec: ModelSpec) -> int:
+    """Of the encoder that goes with a model: the real one, the words of the small world, or the small stand-in."""
+    if spec.name == "tinyworld":
+        return len(WORDS) * spec.text_dim
+    return costs.text_parameters(UMT5_XXL if spec.text_dim == UMT5_XXL.dim else tiny_text(spec.text_dim))
+
+
+def known_card(name: str) -> Card:
+    if name.lower() not in CARDS:
+        raise UsageError(f"--gpu is {name!r}{nearest(name.lower(), CARDS)}; there are {', '.join(CARDS)}; or --memory")
+    return CARDS[name.lower()]
+
+
+def parse_memory(text: str) -> int:
+    if text.strip().replace(".", "", 1).isdecimal():
+        raise UsageError(f"--memory is {text!r}, which has no unit; expected such as {text.strip()}GB")
+    return parse_bytes(text)
+
+
+def ceiling(card: Card | None, tflops: float | None, bandwidth: float | None, dtype: str) -> Ceiling | None:
+    """What floors are counted from: figures that were given, else the card's; None where there are none for a dtype."""
+    for name, value in (("--tflops", tflops), ("--bandwidth", bandwidth)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{name} is {value:g}; expected a number above 0")
+    if tflops is not None and bandwidth is not None:
+        return Ceiling(tflops, bandwidth, "given")
+    if card is None:
+        if tflops is not None or bandwidth is not None:
+            raise UsageError("--tflops and --bandwidth make a ceiling together; give both, or a --gpu for the other")
+        return None
+    if tflops is None and dtype not in HALF:
+        return None
+    partly = "" if tflops is None and bandwidth is None else ", one given"
+    return Ceiling(tflops or card.tflops, bandwidth or card.bandwidth, f"{card.name}, maker's figures{partly}")
+
+
+def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[str, Any]:
+    """The whole plan as plain values; bytes and seconds."""
+    split = forecast.memory(load)
+    total = split.needed(load.sessions)
+    fits = None if budget is None else total <= budget
+    limit = top or Ceiling(float("inf"), float("inf"), "none")
+    blocks = {"first": forecast.first_speed(load, limit), "steady": forecast.steady_speed(load, limit)}
+    facts: dict[str, Any] = {
+        "model": load.spec.name,
+        "preset": load.preset.name,
+        "size": load.size,
+        "dtype": load.dtype,
+        "kv_dtype": load.kv_dtype,
+        "vae": "taehv" if isinstance(load.decoder, TinySpec) else "own",
+        "text_encoder": load.text > 0,
+        "sessions": load.sessions,
+        "window": forecast.window(load.preset),
+        "pages": least_pages(load.preset),
+        "memory": {
+            "once": split.once,
+            "each_session": split.each,
+            "needed": total,
+            "given": budget,
+        },
+        "fits": fits,
+        "work": {
+            name: {
+                "frames": one.frames,
+                "transformer_flops": round(one.transformer_flops),
+                "decoder_flops": round(one.decoder_flops),
+            }
+            for name, one in blocks.items()
+        },
+        "predicted": None,
+        "changes": [],
+    }
+    if budget is not None:
+        facts["sessions_that_fit"] = forecast.most_sessions(load, budget)
+        facts["longest_window"] = forecast.longest_window(load, budget)
+    if fits is False and budget is not None:
+        facts["changes"] = [asdict(change) for change in forecast.changes(load, budget)]
+    if top is not None:
+        facts["predicted"] = {
+            "kind": "floor: every operation at the ceiling; a prediction, not a measurement",
+            "assumed_efficiency": 1.0,
+            "ceiling": asdict(top),
+            "blocks": {
+                name: {
+                    "transformer_seconds": one.transformer_seconds,
+                    "decoder_seconds": one.decoder_seconds,
+                    "seconds": one.seconds,
+                    "fps": one.fps,
+                }
+                for name, one in blocks.items()
+            },
+            "new_prompt_seconds": forecast.prompt_seconds(load, top),
+            "sessions_in_real_time": int(blocks["steady"].fps // load.spec.fps),
+        }
+    return facts
+
+
+PARTS = {
+    "transformer": "transformer weights",
+    "vae": "VAE weights",
+    "text_encoder": "text encoder weights",
+    "pass_scratch": "scratch of a pass, at most",
+    "decode_scratch": "scratch of decoding, at most",
+    "page_buffer": "buffer for pages of another dtype",
+    "pages": "KV pages",
+    "moving_sink": "averages of a moving sink",
+    "cross_keys": "cross-attention keys",
+    "decoder_state": "decoder state",
+    "latents": "latents in flight and kept",
+}
+
+
+def tell(load: Workload, facts: dict[str, Any]) -> None:
+    """The plan as tables, then what follows from them in words."""
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    vae = "TAEHV" if facts["vae"] == "taehv" else "its own VAE"
+    say(
+        f"{load.spec.name} with preset {load.preset.name} and {vae}: {load.size[0]}x{load.size[1]}, {load.dtype}, "
+        f"pages in {load.kv_dtype}, window of {facts['window']} latent frames"
+    )
+    console.print(memory_table(load, facts["memory"]))
+    if facts["predicted"] is not None:
+        console.print(floor_table(facts))
+    for line in verdict(load, facts):
+        say(line)
+
+
+def memory_table(load: Workload, memory: dict[str, Any]) -> Table:
+    unit, scale = ("GB", 1e9) if memory["needed"] >= 1e9 else ("MB", 1e6)
+    table = Table("part", unit, title="Memory", title_justify="left")
+    table.columns[1].justify = "right"
+    for name, count in memory["once"].items():
+        if count:
+            table.add_row(PARTS[name], f"{count / scale:.2f}")
+    table.add_section()
+    times = f" x {load.sessions} sessions" if load.sessions > 1 else ""
+    for name, count in memory["each_session"].items():
+        if count:
+            table.add_row(PARTS[name] + times, f"{count * load.sessions / scale:.2f}")
+    table.add_section()
+    table.add_row("needed", f"{memory['needed'] / scale:.2f}")
+    if memory["given"] is not None:
+        table.add_row("given", f"{memory['given'] / scale:.2f}")
+    return table
+
+
+def floor_table(facts: dict[str, Any]) -> Table:
+    """Predicted floors of the first block and of a steady one."""
+    top = facts["predicted"]["ceiling"]
+    title = f"Predicted floor, 100 % of {top['tflops']:g} TFLOP/s and {top['bandwidth']:g} GB/s ({top['source']})"
+    table = Table("block", "part", "TFLOP", "seconds", "FPS at most", title=title, title_justify="left")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, predicted in facts["predicted"]["blocks"].items():
+        work = facts["work"][name]
+        for part in ("transformer", "decoder"):
+            flops, seconds = work[f"{part}_flops"], predicted[f"{part}_seconds"]
+            table.add_row(name, part, f"{flops / 1e12:.4g}", f"{seconds:.3g}", "")
+        table.add_row(name, f"{work['frames']:g} frames", "", f"{predicted['seconds']:.3g}", f"{predicted['fps']:.1f}")
+        table.add_section()
+    return table
+
+
+def verdict(load: Workload, facts: dict[str, Any]) -> Iterator[str]:
+    """What follows, a sentence a line."""
+    predicted, given = facts["predicted"], facts["memory"]["given"]
+    if predicted is None:
+        total = sum(facts["work"]["steady"][f"{part}_flops"] for part in ("transformer", "decoder"))
+        yield f"A steady block is {total / 1e12:.4g} TFLOP; for its floor in seconds give --tflops and --bandwidth" + (
+            f" ({load.dtype} is not what makers' figures are for)." if load.dtype not in HALF else ", or a --gpu."
+        )
+    else:
+        yield (
+            "Floors are predictions: every operation at the ceiling and nothing waiting. Nothing was measured, and "
+            "what runs is slower."
+        )
+        count = predicted["sessions_in_real_time"]
+        yield f"Even so, {count or 'no'} session{'s' * (count != 1)} at {load.spec.fps} FPS would be in real time."
+    if given is None:
+        yield "Give --memory or --gpu to see what fits."
+    elif facts["fits"]:
+        count = facts["sessions_that_fit"]
+        yield (
+            f"It fits: {count} session{'s' * (count != 1)} would, and for {load.sessions} there is memory for a window "
+            f"of {facts['longest_window']} latent frames (models are trained for theirs)."
+        )
+    else:
+        yield f"It does not fit: {in_words(facts['memory']['needed'] - given)} too much. What would change that:"
+        for change in facts["changes"]:
+            end = "fits" if change["fits"] else f"still {in_words(change['needed'] - given)} too much"
+            yield f"  {' '.join(change['options'])}: {in_words(change['needed'])}, {end}"
+        if not any(change["fits"] for change in facts["changes"]):
+            least = min((change["needed"] for change in facts["changes"]), default=facts["memory"]["needed"])
+            yield f"  None of it is enough: {in_words(least)} need {larger_cards(least)}."
+
+
+def larger_cards(needed: int) -> str:
+    """The smallest known cards with so many bytes, in words."""
+    ascending = sorted(CARDS.values(), key=lambda card: card.memory_gb)
+    names = [card.name for card in ascending if card.memory_gb * 10**9 >= needed][:4]
+    return f"a card such as {', '.join(names)}" if names else "more than any known card has"
+
+
+def tables() -> list[str]:
+    """The tables of docs/plan.md: what fits where, and the floors of a steady block."""
+    return ["\n".join(markdown(rows)) for rows in (memory_rows(), floor_rows())]
+
+
+def markdown(rows: list[list[str]]) -> Iterator[str]:
+    for index, row in enumerate(rows):
+        yield f"| {' | '.join(row)} |"
+        if index == 0:
+            yield "|" + "---|" * len(row)
+
+
+def table_workloads() -> Iterator[tuple[str, Workload]]:
+    """Each row plain, then with the cheapest pages and decoder that its preset allows."""
+    for model, preset in TABLE_ROWS:
+        plain = workload(model, preset, None, 1, "bfloat16", None, None, False, {})
+        tiny = None if plain.preset.context.reencode_head else "taehv"
+        small = workload(model, preset, None, 1, "bfloat16", "fp8", tiny, False, {})
+        yield "as published", plain
+        yield "fp8 pages" + (", TAEHV" if tiny else ""), small
+
+
+def memory_rows() -> list[list[str]]:
+    rows = [["model", "preset", "", "needs", *(f"{memory} GB" for memory in TABLE_MEMORIES)]]
+    for form, load in table_workloads():
+        cells = []
+        for memory in TABLE_MEMORIES:
+            count, longest = (
+                found(load, memory * 10**9) for found in (forecast.most_sessions, forecast.longest_window)
+            )
+            cells.append(f"{count}; {longest}" if count else "no")
+        needs = f"{forecast.needed(load) / 1e9:.1f} GB"
+        rows.append([load.spec.name, f"`{load.preset.name}`", form, needs, *cells])
+    return rows
+
+
+def floor_rows() -> list[list[str]]:
+    rows = [["model", "preset", "", "TFLOP", *(f"{name}: seconds, FPS" for name in TABLE_CARDS)]]
+    for form, load in table_workloads():
+        cells = []
+        for name in TABLE_CARDS:
+            steady = forecast.steady_speed(load, Ceiling(CARDS[name].tflops, CARDS[name].bandwidth, name))
+            cells.append(f"{steady.seconds:.3f}, {steady.fps:.1f}")
+        total = f"{(steady.transformer_flops + steady.decoder_flops) / 1e12:.0f}"
+        rows.append([load.spec.name, f"`{load.preset.name}`", form, total, *cells])
+    return rows
