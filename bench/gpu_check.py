@@ -1,15 +1,20 @@
 """Everything that needs a GPU, in stages of under nine minutes that pick up where they were stopped.
 
     python -m inferix.bench.gpu_check --stage tests --out results
-    python -m inferix.bench.gpu_check --stage kernels --out results
 
-tests: every kernel against its reference on every case and dtype. kernels: the microbenchmark. Each writes
-OUT/STAGE.json after every op.
+tests: every kernel against its reference on every case and dtype. kernels: the microbenchmark. block, stream: the
+benchmarks of real sizes with random weights. Each unit is a process of its own and leaves OUT/STAGE/UNIT.json, or
+UNIT.failed.txt, so that one that breaks the card's context stops no other. Exit code 3: more to do, run it again.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +22,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import InferixError, UsageError
+from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec
-from .kernels import Wanted, machine, mismatch, run
+from ..runtime.media import write_atomically
+from . import block, kernels, stream
+from .machine import environment
+from .result import write_result
+from .subject import Subject
 
-STAGES = ("tests", "kernels")
+BUDGET = 500  # seconds of one call
+MORE_TO_DO = 3  # exit code
+Unit = Callable[[str, Path], None]  # device, file to write
 
 
 def check_op(spec: KernelSpec, device: str) -> dict[str, Any]:
@@ -36,39 +47,153 @@ def check_op(spec: KernelSpec, device: str) -> dict[str, Any]:
             inputs = spec.make_inputs(case, dtype, device, 0)
             expected = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
             spec.reference(**expected)
-            found[f"{case.name}, {str(dtype)[6:]}"] = mismatch(spec, form.load(), inputs, expected, dtype)
+            found[f"{case.name}, {str(dtype)[6:]}"] = kernels.mismatch(spec, form.load(), inputs, expected, dtype)
     return found
 
 
-def stage_tests(op: str, device: str) -> dict[str, Any]:
-    results = check_op(SPECS[op], device)
-    return {"wrong": {name: said for name, said in results.items() if said}, "checked": len(results)}
+def unit_tests(op: str) -> Unit:
+    def run(device: str, file: Path) -> None:
+        results = check_op(SPECS[op], device)
+        wrong = {name: said for name, said in results.items() if said}
+        found = {"environment": environment(device), "checked": len(results), "wrong": wrong}
+        write_text(file, json.dumps(found, indent=1))
+        if wrong:
+            raise InferixError(f"{op}: {len(wrong)} of {len(results)} cases are wrong: {wrong}")
+
+    return run
 
 
-def stage_kernels(op: str, device: str) -> dict[str, Any]:
-    return run(Wanted(ops=(op,), device=device), print)
+def unit_kernels(op: str) -> Unit:
+    def run(device: str, file: Path) -> None:
+        write_result(kernels.run(kernels.Wanted((op,), device=device), print), file)
+
+    return run
+
+
+def unit_block(wanted: block.Wanted) -> Unit:
+    def run(device: str, file: Path) -> None:
+        subject = replace(wanted.subject, device=device)
+        write_result(block.run(replace(wanted, subject=subject), print), file)
+
+    return run
+
+
+def unit_stream(wanted: stream.Wanted) -> Unit:
+    def run(device: str, file: Path) -> None:
+        subject = replace(wanted.subject, device=device)
+        write_result(stream.run(replace(wanted, subject=subject), print), file)
+
+    return run
+
+
+def random(model: str, preset: str, **settings: Any) -> Subject:
+    return Subject(model, preset, random_weights=True, **settings)
+
+
+SELF_FORCING = random("wan-1.3b", "self-forcing")
+STAGES: dict[str, dict[str, Unit]] = {
+    "tests": {op: unit_tests(op) for op in SPECS},
+    "kernels": {op: unit_kernels(op) for op in SPECS},
+    "block": {
+        "self-forcing": unit_block(block.Wanted(SELF_FORCING)),
+        "self-forcing-taehv": unit_block(block.Wanted(replace(SELF_FORCING, vae="taehv"))),
+        "longlive": unit_block(block.Wanted(random("wan-1.3b", "longlive"))),
+        "krea": unit_block(block.Wanted(random("wan-14b", "krea"), rounds=2)),
+        "framewise": unit_block(block.Wanted(random("wan-1.3b", "self-forcing-framewise"), rounds=2)),
+    },
+    "stream": {
+        "self-forcing": unit_stream(stream.Wanted(SELF_FORCING, starts=2, sessions=1)),
+        "sessions": unit_stream(stream.Wanted(random("wan-1.3b", "longlive"), blocks=8, starts=0, sessions=4)),
+        "long": unit_stream(
+            stream.Wanted(random("wan-1.3b", "longlive", vae="taehv"), blocks=8, starts=0, controls=0, minutes=5)
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage leaves its units' files."""
+
+    folder: Path
+
+    def file(self, unit: str) -> Path:
+        return self.folder / f"{unit}.json"
+
+    def failure(self, unit: str) -> Path:
+        return self.folder / f"{unit}.failed.txt"
+
+
+def run_stage(stage: str, place: Place, begin: Callable[[str, float], str | None], budget: float) -> list[str]:
+    """Run the units that have no file yet while there is time; returns those left, failed ones not among them.
+
+    begin: runs a unit within so many seconds, and returns what went wrong; subprocess.TimeoutExpired if they were
+    too few. A unit that is cut off has failed only if it had all the time there is.
+    """
+    until = time.monotonic() + budget
+    left = [unit for unit in STAGES[stage] if not place.file(unit).exists() and not place.failure(unit).exists()]
+    first = True
+    while left and (seconds := until - time.monotonic()) > 0:
+        print(f"{stage}: {left[0]}", flush=True)
+        try:
+            wrong = begin(left[0], seconds)
+        except subprocess.TimeoutExpired:
+            if not first:
+                return left
+            wrong = f"it took longer than {budget:.0f} s"
+        if wrong:
+            write_text(place.failure(left[0]), wrong)
+            print(f"{stage}: {left[0]} failed: {wrong[-2000:]}", flush=True)
+        left.pop(0)
+        first = False
+    return left
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda part: part.write_text(text + "\n", "utf-8"))
+
+
+def begin_apart(stage: str, out: Path, device: str) -> Callable[[str, float], str | None]:
+    """What runs a unit in a process of its own."""
+
+    def begin(unit: str, seconds: float) -> str | None:
+        command = [sys.executable, "-m", "inferix.bench.gpu_check", "--stage", stage, "--unit", unit]
+        command += ["--out", str(out), "--device", device]
+        done = subprocess.run(command, timeout=seconds, stderr=subprocess.PIPE, text=True, check=False)
+        return done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else None
+
+    return begin
 
 
 def main(
-    stage: Annotated[str, typer.Option(help="tests or kernels.")],
+    stage: Annotated[str, typer.Option(help="tests, kernels, block or stream.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    unit: Annotated[str | None, typer.Option(help="One unit, in this process.  [default: all that are left]")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds for this call.")] = BUDGET,
 ) -> None:
-    """Run one stage on a GPU; ops whose results are there are left out."""
+    """Run one stage on a GPU; units whose results are there are left out. Remove UNIT.failed.txt to try one again."""
     if stage not in STAGES:
-        raise UsageError(f"no stage {stage!r}; there are {', '.join(STAGES)}")
+        raise UsageError(f"no stage {stage!r}{nearest(stage, STAGES)}; there are {', '.join(STAGES)}")
+    if unit is not None and unit not in STAGES[stage]:
+        raise UsageError(f"no unit {unit!r}{nearest(unit, STAGES[stage])}; there are {', '.join(STAGES[stage])}")
     if not torch.cuda.is_available():
         raise InferixError("there is no GPU here; these stages need one")
     import_module("triton")  # says itself what is missing
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{stage}.json"
-    held: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {"machine": machine(device)}
-    for op in SPECS:
-        if op not in held:
-            print(f"{stage}: {op}", flush=True)
-            held[op] = stage_tests(op, device) if stage == "tests" else stage_kernels(op, device)
-            file.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
-            print(json.dumps(held[op])[:2000], flush=True)
+    place = Place(out / stage)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    if unit is not None:
+        STAGES[stage][unit](device, place.file(unit))
+        return
+    left = run_stage(stage, place, begin_apart(stage, out, device), budget)
+    failed = sorted(path.name.partition(".")[0] for path in place.folder.glob("*.failed.txt"))
+    print(f"{stage}: {len(STAGES[stage]) - len(left)} of {len(STAGES[stage])} units done", flush=True)
+    if failed:
+        print(f"{stage}: failed: {', '.join(failed)}", flush=True)
+    if left:
+        raise typer.Exit(MORE_TO_DO)
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,8 @@ single calls on inputs that rotate through more memory than the cache holds; on 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,18 @@ from ..errors import UsageError, nearest
 from ..kernels.block_attention.sdpa import pages_are_one_run
 from ..kernels.catalog import SPECS
 from ..kernels.spec import Case, KernelSpec
-from ..version import __version__
+from .machine import environment, measure_ceilings, stopwatch
+from .result import Result, Series
 
 Call = Callable[..., Any]
 Tell = Callable[[str], None]
 REPEATS = {"cpu": 7, "cuda": 30}
 ROTATED = 256 << 20  # bytes of inputs to rotate through, more than any cache
 CPU_FLOPS, CPU_BYTES = 5e9, 5e7  # larger cases are left out on a CPU unless they are asked for
+CLOCK = (
+    "single calls of an op, after three that are not counted: on a GPU between CUDA events, on inputs that rotate "
+    "through more memory than the cache holds; on a CPU the host's wall clock."
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def parse_shape(spec: KernelSpec, text: str) -> Case:
     return Case(text, dims, like.options)
 
 
-def run(wanted: Wanted, tell: Tell) -> dict[str, Any]:
+def run(wanted: Wanted, tell: Tell) -> Result:
     """All rows, with the machine and its ceilings; UsageError for names that are not there."""
     for op in wanted.ops:
         if op not in SPECS:
@@ -86,7 +88,8 @@ def run(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         if name not in known:
             raise UsageError(f"no case {name!r}{nearest(name, known)}; there are: {'; '.join(dict.fromkeys(known))}")
     tell("measuring what the machine can do")
-    ceilings = measure_ceilings(wanted)
+    begun, measured = environment(wanted.device), measure_ceilings(wanted.device, wanted.dtype)
+    ceilings = {name: series.best for name, series in measured.items()}
     rows = []
     for spec in specs:
         cases = [parse_shape(spec, wanted.shape)] if wanted.shape else spec.bench_cases
@@ -100,7 +103,16 @@ def run(wanted: Wanted, tell: Tell) -> dict[str, Any]:
                 continue
             rows.append(run_case(spec, case, wanted, ceilings))
             tell(summary(rows[-1]))
-    return {"schema": 1, "kind": "kernels", "machine": machine(wanted.device), "ceilings": ceilings, "rows": rows}
+    return Result(
+        kind="kernels", clock=CLOCK, environment=begun, subject={"model": None},
+        settings={"dtype": str(wanted.dtype)[6:], "ops": wanted.ops, "cases": wanted.cases, "shape": wanted.shape},
+        ceilings=measured,
+        series={
+            f"{row['op']}, {row['case']}/{name}": Series("s", tuple(form.pop("samples")))
+            for row in rows for name, form in row["forms"].items() if "samples" in form
+        },
+        facts={"rows": rows},
+    )  # fmt: skip
 
 
 def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, float]) -> dict[str, Any]:
@@ -220,55 +232,6 @@ def timed(call: Call, inputs: dict[str, Any], wanted: Wanted) -> list[float]:
     return samples
 
 
-@contextmanager
-def stopwatch(device: str) -> Iterator[Callable[[], float]]:
-    """Yields what tells the seconds the block took, on the device's own clock."""
-    if device == "cpu":
-        begun = time.perf_counter()
-        ended = begun
-        yield lambda: ended - begun
-        ended = time.perf_counter()
-        return
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    yield lambda: start.elapsed_time(end) / 1000
-    end.record()
-    torch.cuda.synchronize()
-
-
-def measure_ceilings(wanted: Wanted) -> dict[str, float]:
-    """Bytes a second of a large copy (read and written), and FLOPs a second of a large matmul, here and now."""
-    gpu = wanted.device != "cpu"
-    source = torch.empty((1 << 29) if gpu else (1 << 26), dtype=torch.uint8, device=wanted.device)
-    target = torch.empty_like(source)
-    width = 8192 if gpu else 1024
-    a = torch.randn(width, width, device=wanted.device).to(wanted.dtype)
-    found = {}
-    for name, call, amount in (
-        ("copy_bytes", lambda: target.copy_(source), 2 * source.nbytes),
-        ("matmul_flops", lambda: a @ a, 2 * width**3),
-    ):
-        samples = timed(lambda call=call: call(), {}, wanted)
-        found[name] = amount / min(samples)
-    return found
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Where and when: card, versions, date."""
-    facts: dict[str, Any] = {
-        "device": "cpu", "date": datetime.now(UTC).isoformat(timespec="seconds"), "inferix": __version__,
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    if device != "cpu":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {
-            "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "memory": properties.total_memory, "cuda": torch.version.cuda,
-        }  # fmt: skip
-    return facts
-
-
 def shown(seconds: float) -> str:
     """A time in the unit that suits it."""
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
@@ -286,7 +249,7 @@ def summary(row: dict[str, Any]) -> str:
     return f"{row['op']}, {row['case']}: " + "; ".join(parts)
 
 
-def draw(result: dict[str, Any], path: Path) -> Path | None:
+def draw(result: Result, path: Path) -> Path | None:
     """Bars of seconds per form, a panel per case, as a PNG; None where matplotlib is not installed."""
     if not find_spec("matplotlib"):
         return None
@@ -295,14 +258,14 @@ def draw(result: dict[str, Any], path: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in result["rows"] if any("seconds" in form for form in row["forms"].values())]
+    rows = [row for row in result.facts["rows"] if any("seconds" in form for form in row["forms"].values())]
     figure, axes = pyplot.subplots(max(1, len(rows)), figsize=(9, 1 + 1.1 * max(1, len(rows))), squeeze=False)
     for axis, row in zip(axes[:, 0], rows, strict=False):
         held = {name: form["seconds"] * 1e6 for name, form in row["forms"].items() if "seconds" in form}
         axis.barh(list(held), list(held.values()))
         axis.set_title(f"{row['op']}, {row['case']}, {row['dtype']}: microseconds", fontsize=8, loc="left")
         axis.tick_params(labelsize=7)
-    figure.suptitle(f"{result['machine']['device']}, {result['machine']['date'][:10]}", fontsize=9)
+    figure.suptitle(f"{result.device_name}, {result.environment['date'][:10]}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

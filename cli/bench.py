@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest
+from ..runtime.presets import DEFAULT_MODEL
+from .generate import parse_settings, parse_size
+
+if TYPE_CHECKING:
+    from ..bench.result import Result
+    from ..bench.subject import Subject
+
+MODEL = typer.Option(DEFAULT_MODEL, help="Checkpoint file or folder, or a name: tinyworld, wan-tiny, wan-1.3b, ...")
+PRESET = typer.Option(None, help="Sampler and context settings.  [default: the model's own, or self-forcing]")
+RANDOM = typer.Option(False, "--random-weights", help="Untrained weights of a named model, made on the device.")
+SIZE = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480.  [default: the model's]")
+VAE = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one.")
+BASE = typer.Option(None, help="Folder with VAE and text encoder, if not with the model.")
+DEVICE = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+DTYPE = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]")
+SEED = typer.Option(0, help="Seed of noise and random weights.")
+SETTINGS = typer.Option([], "--set", metavar="KEY=VALUE", help="Field of the preset; repeatable.")
+OUT = typer.Option(None, help="JSON file for the result, with every sample.")
+JSON = typer.Option(False, "--json", help="The result as one JSON line on stdout.")
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def common() -> None:
-    """Measure speed, with the machine's limit beside it.
+    """Measure speed, with the machine's limit beside it, after checking that what is timed is right.
 
-    Example: inferix bench kernels --op block_attention
+    `kernels` times single ops, `block` one block stage by stage against the plain loop, `stream` everything from a
+    prompt to pixels. `report` makes a page of results, `compare` says what changed between two.
+
+    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/block.json
     """
 
 
@@ -45,6 +69,7 @@ def kernels(
         return tell_compiled(as_json)
 
     from ..bench.kernels import Wanted, draw, run, shown
+    from ..bench.result import write_result
     from ..runtime.config import DTYPES, check_device, default_device
 
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -56,15 +81,14 @@ def kernels(
     wanted = Wanted(tuple(op), tuple(case), shape, DTYPES[dtype], device)
     result = run(wanted, lambda said: console.print(said, highlight=False, soft_wrap=True))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(result, out / "kernels.json")
         if draw(result, out / "kernels.png") is None:
             console.print("no picture: matplotlib is not installed; pip install matplotlib")
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(json.dumps(json.loads(result.text())))
         return
     table = Table("op", "case", "form", "time", "TFLOP/s", "GB/s", "of matmul", "of copy")
-    for row in result["rows"]:
+    for row in result.facts["rows"]:
         for name, form in row["forms"].items():
             if "refused" in form:
                 table.add_row(row["op"], row["case"], name, "refused", form["refused"], "", "", "")
@@ -73,7 +97,270 @@ def kernels(
                     row["op"], row["case"], name, shown(form["seconds"]), f"{form['tflops']:.3g}",
                     f"{form['gbytes']:.3g}", f"{form['of_matmul']:.0%}", f"{form['of_copy']:.0%}",
                 )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    plain_console().print(table)
+
+
+@app.command()
+def block(
+    model: str = MODEL,
+    preset: str | None = PRESET,
+    random_weights: bool = RANDOM,
+    frames_in_window: int | None = typer.Option(None, help="Window in latent frames.  [default: the preset's]"),
+    only: list[str] = typer.Option([], help="A candidate by name; repeatable.  [default: all that suit the device]"),
+    rounds: int = typer.Option(3, help="Streams of each candidate, in turns."),
+    blocks: int = typer.Option(5, help="Blocks timed at a full window in each round."),
+    size: str | None = SIZE,
+    vae: str | None = VAE,
+    base: str | None = BASE,
+    device: str | None = DEVICE,
+    dtype: str | None = DTYPE,
+    seed: int = SEED,
+    settings: list[str] = SETTINGS,
+    out: Path | None = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Time one block at a full window: transformer, commit and decoder, apart and together.
+
+    Each candidate first makes a stream whose latents are held against the eager executor's; one that differs is
+    refused and not timed. The window is filled by running the stream, which also gives the growing curve. Baselines
+    with the same weights run in the same process: `plain`, the public reference's loop, and `compiled`, the same
+    through torch.compile. The machine's matmul and copy are timed in the same run.
+
+    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
+
+    Example: inferix bench block --model tinyworld --only eager --only plain --blocks 10
+    """
+    from ..bench import block as bench
+
+    subject = the_subject(
+        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
+    )
+    wanted = bench.Wanted(subject, rounds, blocks, tuple(only))
+    finish(bench.run(wanted, teller(subject)), out, as_json, tell_block)
+
+
+@app.command()
+def stream(
+    model: str = MODEL,
+    preset: str | None = PRESET,
+    random_weights: bool = RANDOM,
+    frames_in_window: int | None = typer.Option(None, help="Window in latent frames.  [default: the preset's]"),
+    blocks: int = typer.Option(30, help="Blocks counted at a full window."),
+    starts: int = typer.Option(3, help="Cold starts, each a process of its own; 0 for none."),
+    controls: int = typer.Option(8, help="Controls sent while it streams; 0 for none."),
+    sessions: int = typer.Option(1, help="Measure 1 to N sessions at a time."),
+    minutes: float | None = typer.Option(None, help="Add a long run of so many minutes of video."),
+    sink: str = typer.Option("memory", help="memory, or mp4 to encode the video as well."),
+    size: str | None = SIZE,
+    vae: str | None = VAE,
+    base: str | None = BASE,
+    device: str | None = DEVICE,
+    dtype: str | None = DTYPE,
+    seed: int = SEED,
+    settings: list[str] = SETTINGS,
+    out: Path | None = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Time a stream end to end, from a prompt to pixels on the sink.
+
+    Cold starts are processes of their own, with nothing compiled and, where something was compiled, once more with
+    that. Then, at a full window: time between blocks (p50, p95, p99, worst), FPS with the decoder, jitter, blocks that
+    a viewer would wait for, and the time from a control to the first block that shows it.
+
+    Example: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
+
+    Example: inferix bench stream --model tinyworld --minutes 10 --starts 0 --out results/long.json
+    """
+    from ..bench import stream as bench
+
+    subject = the_subject(
+        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
+    )
+    wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink)
+    finish(bench.run(wanted, teller(subject)), out, as_json, tell_stream)
+
+
+@app.command()
+def report(
+    folder: Path = typer.Argument(metavar="DIR", help="Folder of results, read with its subfolders."),
+    out: Path = typer.Option(Path("performance.md"), help="Page to write; its pictures go into a folder beside it."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout: the files written."),
+) -> None:
+    """Make one Markdown page, with pictures, of any set of results.
+
+    Results of GPUs and of CPUs stand apart, and goals are shown only among those of GPUs.
+
+    Example: inferix bench report bench/results --out docs/performance.md
+    """
+    from ..bench.plots import has_matplotlib
+    from ..bench.report import write_report
+
+    written = write_report(folder, out)
+    if not has_matplotlib():
+        typer.echo("no pictures: matplotlib is not installed; pip install matplotlib", err=True)
+    typer.echo(json.dumps([str(path) for path in written]) if as_json else f"{out}, {len(written) - 1} pictures")
+
+
+@app.command()
+def compare(
+    a: Path = typer.Argument(metavar="A.json", help="The earlier result."),
+    b: Path = typer.Argument(metavar="B.json", help="The later result."),
+    threshold: float = typer.Option(0.03, help="Smallest change that counts, as a share."),
+    fail_on_slower: bool = typer.Option(False, "--fail-on-slower", help="Exit with 1 if anything got slower."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
+) -> None:
+    """Say what got faster or slower from A to B, beyond the spread of the samples.
+
+    A change counts when the whole 95 % bootstrap interval of the ratio of medians lies beyond the threshold. The two
+    must be of one kind, model and type of device; whatever else differs is listed.
+
+    Example: inferix bench compare results/before.json results/after.json --fail-on-slower
+    """
+    from dataclasses import asdict
+
+    from ..bench.compare import STATISTIC
+    from ..bench.compare import compare as compared
+    from ..bench.result import read_result
+
+    found = compared(read_result(a), read_result(b), threshold)
+    if as_json:
+        changes = [{**asdict(change), "a": change.a.median, "b": change.b.median} for change in found.changes]
+        rest = {"statistic": STATISTIC, "threshold": threshold, "differences": found.differences}
+        typer.echo(json.dumps(rest | {"changes": changes, "gone": found.gone, "new": found.new}))
+    else:
+        rows = Table("quantity", "A", "B", "B / A", "interval", "verdict")
+        for one in found.changes:
+            interval = "" if one.verdict == "few" else f"{one.low:.3f} to {one.high:.3f}"
+            verdict = "too few samples" if one.verdict == "few" else one.verdict
+            rows.add_row(
+                one.name, in_unit(one.a.median, one.a.unit), in_unit(one.b.median, one.b.unit), f"{one.ratio:.3f}",
+                interval, verdict,
+            )  # fmt: skip
+        told = plain_console()
+        told.print(rows)
+        told.print(f"{STATISTIC}; a change counts beyond {threshold:.0%}")
+        for line in found.differences:
+            told.print(f"not the same: {line}")
+        for word, alone in (("only in A", found.gone), ("only in B", found.new)):
+            if alone:
+                told.print(f"{word}: {', '.join(alone)}")
+    if fail_on_slower and found.slower:
+        names = ", ".join(change.name for change in found.slower)
+        raise InferixError(f"slower in {b}: {names}")
+
+
+def the_subject(
+    model: str,
+    preset: str | None,
+    random_weights: bool,
+    frames_in_window: int | None,
+    size: str | None,
+    vae: str | None,
+    base: str | None,
+    device: str | None,
+    dtype: str | None,
+    seed: int,
+    settings: list[str],
+) -> Subject:
+    """What the options name."""
+    from ..bench.subject import Subject
+
+    return Subject(
+        model=model, preset=preset, random_weights=random_weights, frames_in_window=frames_in_window,
+        size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, seed=seed,
+        overrides=parse_settings(settings),
+    )  # fmt: skip
+
+
+def teller(subject: Subject) -> Callable[[str], None]:
+    """Progress on stderr, beginning with what the figures will be of."""
+    console = Console(stderr=True)
+
+    def tell(said: str) -> None:
+        console.print(said, highlight=False, soft_wrap=True)
+
+    from ..runtime.config import default_device
+
+    if (subject.device or default_device()) == "cpu":
+        tell("no GPU is used: these are times of a CPU, and say nothing about a GPU")
+    if subject.is_named or subject.random_weights:
+        tell(f"{subject.model} has random, untrained weights")
+    return tell
+
+
+def finish(result: Result, out: Path | None, as_json: bool, show: Callable[[Result], None]) -> None:
+    """Write the result's file and tell it."""
+    from ..bench.result import write_result
+
+    if out is not None:
+        write_result(result, out)
+    if as_json:
+        typer.echo(json.dumps(json.loads(result.text())))
+    else:
+        show(result)
+
+
+def tell_block(result: Result) -> None:
+    block, matmul = result.facts["block"], result.ceilings["matmul_flops"].best
+    plain = result.of("plain").get("block")
+    table = Table("candidate", "block", "FPS", "transformer", "of matmul", "decoder", "against plain", "off by")
+    for name, told in result.facts["candidates"].items():
+        if told["refused"]:
+            table.add_row(name, "refused", "", told["refused"])
+            continue
+        held = result.of(name)
+        transformer, decode, whole = held.get("transformer"), held.get("decode"), held["block"].median
+        share = result.facts["work"]["transformer"]["flops"] / transformer.median / matmul if transformer else None
+        table.add_row(
+            name, in_unit(whole, "s"), f"{block['pixel_frames'] / whole:.3g}",
+            in_unit(transformer.median, "s") if transformer else "", f"{share:.0%}" if share else "",
+            in_unit(decode.median, "s") if decode else "", f"{plain.median / whole:.2f}x" if plain else "",
+            f"{told['difference']:.1e}",
+        )  # fmt: skip
+    console = plain_console()
+    console.print(table)
+    console.print(
+        f"{place(result)}; {block['pixel_frames']} pixel frames a block, window of {block['window_frames']} latent "
+        f"frames; matmul here {matmul / 1e9:.4g} GFLOP/s"
+    )
+
+
+def tell_stream(result: Result) -> None:
+    table = Table("quantity", "p50", "p95", "p99", "worst", "times")
+    for name, one in result.series.items():
+        cells = (one.median, one.quantile(0.95), one.quantile(0.99), one.worst)
+        table.add_row(name, *(in_unit(value, one.unit) for value in cells), str(len(one.samples)))
+    told, facts = plain_console(), result.facts["stream"]
+    told.print(table)
+    told.print(
+        f"{place(result)}; {facts['fps']:.3g} FPS at a full window, {facts['real_time_factor']:.3g} times the video's "
+        f"{facts['video_fps']}; a viewer waits at {facts['late_blocks']} of {facts['blocks']} blocks"
+    )
+    for point in result.facts["sessions"][1:]:
+        told.print(f"{point['sessions']} sessions: {point['fps']:.3g} FPS in all")
+    if long := result.facts.get("long"):
+        first, last = long["interval_by_tenth"][0], long["interval_by_tenth"][-1]
+        told.print(
+            f"{long['minutes']:g} minutes of video: median interval {in_unit(first, 's')} in the first tenth at a full "
+            f"window, {in_unit(last, 's')} in the last"
+        )
+
+
+def place(result: Result) -> str:
+    """What kind of device, and which."""
+    return f"{'GPU' if result.on_gpu else 'CPU'}: {result.device_name}"
+
+
+def plain_console() -> Console:
+    """Stdout, wide enough for a table where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def in_unit(value: float, unit: str) -> str:
+    """A quantity in the size of unit that suits it."""
+    if unit != "s":
+        return f"{value:.4g} {unit}"
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.4g} ms"
 
 
 def tell_compiled(as_json: bool) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from inferix.bench import kernels
 from inferix.bench.compile_gate import SHARED_LIMIT, TABLE, compile_all, problems
 from inferix.bench.kernels import Wanted, forms, parse_shape, run, run_case
+from inferix.bench.result import read_result
 from inferix.cli.main import app
 from inferix.errors import UsageError
 from inferix.kernels.catalog import SPECS
@@ -49,8 +50,8 @@ def test_the_gate_rejects_what_does_not_fit_or_spills_or_misses_the_matrix_units
 
 def test_a_small_case_runs_on_a_cpu_and_says_what_it_was():
     result = run(SMALL, lambda said: None)
-    (row,) = result["rows"]
-    assert result["machine"]["device"] == "cpu"
+    (row,) = result.facts["rows"]
+    assert not result.on_gpu
     assert row["forms"].keys() == {"reference"}
     form = row["forms"]["reference"]
     assert form["seconds"] > 0
@@ -104,6 +105,6 @@ def test_the_command_writes_json_and_a_picture(tmp_path):
               "--device", "cpu", "--out", str(tmp_path), "--json"]
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["rows"][0]["case"] == "small world"
-    assert json.loads((tmp_path / "kernels.json").read_text())["schema"] == 1
+    assert json.loads(done.stdout)["facts"]["rows"][0]["case"] == "small world"
+    assert len(read_result(tmp_path / "kernels.json").series["block_attention, small world/reference"].samples) > 3
     assert (tmp_path / "kernels.png").stat().st_size > 1000

@@ -1,0 +1,127 @@
+"""Two results side by side: what got faster or slower by more than chance.
+
+The statistic is the ratio of the medians of B's and A's samples with its 95 % bootstrap interval: both sets are drawn
+anew, with replacement, 4000 times from a fixed seed. A change counts when the whole interval lies beyond the
+threshold; `unsure` is an interval wider than the threshold on both sides, which more samples would narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from .result import Result, Series
+
+DRAWS = 4000
+CONFIDENCE = 0.95
+FEWEST = 4  # samples on each side, below which no statement is made
+STATISTIC = f"ratio of medians B / A, with its {CONFIDENCE:.0%} interval from {DRAWS} bootstrap draws"
+SAME = ("date", "command", "clocks", "host", "commit")  # of the environment; may differ without a word
+
+
+@dataclass(frozen=True)
+class Change:
+    """One quantity in A and B. verdict: faster, slower, same, unsure, or few for too few samples."""
+
+    name: str
+    a: Series
+    b: Series
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """differences: settings and surroundings that are not the same, a line each. gone, new: series of A or B alone."""
+
+    changes: tuple[Change, ...]
+    differences: tuple[str, ...]
+    gone: tuple[str, ...]
+    new: tuple[str, ...]
+    threshold: float
+
+    @property
+    def slower(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if change.verdict == "slower")
+
+
+def compare(a: Result, b: Result, threshold: float = 0.03) -> Comparison:
+    """What changed from A to B; UsageError where the two cannot be held against each other."""
+    if not 0 <= threshold < 1:
+        raise UsageError(f"--threshold is {threshold}; expected a share from 0 up to 1, such as 0.03")
+    for what, one, other in (
+        ("kind", a.kind, b.kind),
+        ("device type", a.environment["device"]["type"], b.environment["device"]["type"]),
+        ("model", a.subject["model"], b.subject["model"]),
+    ):
+        if one != other:
+            raise UsageError(f"A's {what} is {one}, B's is {other}: they cannot be compared; give two of one {what}")
+    shared = [name for name in a.series if name in b.series]
+    if not shared:
+        raise UsageError("A and B have no quantity in common; give two runs with a candidate in both (--only)")
+    return Comparison(
+        changes=tuple(change(name, a.series[name], b.series[name], threshold) for name in shared),
+        differences=tuple(differences(a, b)),
+        gone=tuple(name for name in a.series if name not in b.series),
+        new=tuple(name for name in b.series if name not in a.series),
+        threshold=threshold,
+    )
+
+
+def change(name: str, a: Series, b: Series, threshold: float) -> Change:
+    ratio = b.median / a.median if a.median else float("inf")
+    if min(len(a.samples), len(b.samples)) < FEWEST or a.median <= 0:
+        return Change(name, a, b, ratio, ratio, ratio, "few")
+    low, high = interval(a, b)
+    grew, shrank = low > 1 + threshold, high < 1 / (1 + threshold)
+    if grew or shrank:
+        verdict = "slower" if grew == (a.better == "less") else "faster"
+    else:
+        wide = low < 1 / (1 + threshold) and high > 1 + threshold
+        verdict = "unsure" if wide else "same"
+    return Change(name, a, b, ratio, low, high, verdict)
+
+
+def interval(a: Series, b: Series) -> tuple[float, float]:
+    """The bootstrap interval of the ratio of medians."""
+    generator = np.random.default_rng(0)
+
+    def medians(series: Series) -> np.ndarray:
+        held = np.asarray(series.samples)
+        return np.median(generator.choice(held, (DRAWS, len(held))), axis=1)
+
+    ratios = medians(b) / medians(a)
+    rest = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(ratios, (rest, 1 - rest))
+    return float(low), float(high)
+
+
+def differences(a: Result, b: Result) -> Iterator[str]:
+    """Settings and surroundings that differ, one line each."""
+    sides: dict[str, tuple[Any, Any]] = {
+        "settings": (a.settings, b.settings), "subject": (a.subject, b.subject), "clock": (a.clock, b.clock),
+    }  # fmt: skip
+    for key in a.environment.keys() | b.environment.keys():
+        if key not in SAME:
+            sides[key] = a.environment.get(key), b.environment.get(key)
+    for key, (one, other) in sorted(sides.items()):
+        yield from uneven(key, one, other)
+
+
+def uneven(where: str, one: Any, other: Any) -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from uneven(f"{where}.{key}", one.get(key), other.get(key))
+    elif one != other:
+        yield f"{where}: {short(one)} in A, {short(other)} in B"
+
+
+def short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

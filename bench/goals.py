@@ -1,0 +1,99 @@
+"""What speed we aim for, as data: goals, and the commands that would measure them. A goal is not a measurement.
+
+Each is for one card, size and work. The report shows a goal only beside a result of a GPU that did just that work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .result import Result
+
+CARD = "NVIDIA H200"
+
+
+EXECUTORS = ("captured", "fused", "eager")  # ours, the fastest first; baselines reach no goal
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At most `value` of `quantity` on `card`.
+
+    quantity: a series of an executor (`block`, `transformer`, `decode`), `launches`, or a start's series. settings:
+    fields of the engine's config that a run must have had.
+    """
+
+    name: str
+    model: str
+    preset: str
+    quantity: str
+    value: float
+    command: str
+    window: int | None = None
+    decoder: str | None = None
+    dtype: str = "bfloat16"
+    size: tuple[int, int] = (832, 480)
+    card: str = CARD
+    unit: str = "s"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return "stream" if self.quantity.startswith("first frame") else "block"
+
+    def matches(self, result: Result) -> bool:
+        """Whether a result is of this work, on any GPU."""
+        if result.kind != self.kind or not result.on_gpu:
+            return False
+        config, preset = result.settings["config"], result.settings["preset"]
+        return (
+            result.subject["model"] == self.model
+            and preset["name"] == self.preset
+            and result.settings["size"] == list(self.size)
+            and config["dtype"] == self.dtype
+            and (self.window is None or result.facts["block"]["window_frames"] == self.window)
+            and (self.decoder is None or result.subject["decoder"] == self.decoder)
+            and all(config.get(key) == value for key, value in self.settings.items())
+        )
+
+    def on_its_card(self, result: Result) -> bool:
+        return self.card in result.device_name
+
+    def reached(self, result: Result) -> float | None:
+        """What the fastest executor of a result reached; None where it was not taken."""
+        if self.kind == "stream":
+            series = result.series.get(f"start/{self.quantity}")
+            return None if series is None else series.median
+        for name in EXECUTORS:
+            told = result.facts["candidates"].get(name)
+            if told is None or told["refused"]:
+                continue
+            if self.quantity == "launches":
+                return None if told["launches"] is None else float(told["launches"])
+            if series := result.of(name).get(self.quantity):
+                return series.median
+        return None
+
+
+RUN = "inferix bench block --random-weights --model"
+SELF_FORCING = f"{RUN} wan-1.3b --preset self-forcing"
+START = "inferix bench stream --random-weights --model wan-1.3b --preset self-forcing"
+GOALS = (
+    Goal("1.3B Self-Forcing, window 21: transformer", "wan-1.3b", "self-forcing", "transformer", 0.32,
+         SELF_FORCING, window=21),
+    Goal("1.3B Self-Forcing, window 21: with the Wan VAE", "wan-1.3b", "self-forcing", "block", 0.40,
+         SELF_FORCING, window=21, decoder="CausalVae"),
+    Goal("1.3B Self-Forcing, window 21: with TAEHV", "wan-1.3b", "self-forcing", "block", 0.33,
+         f"{SELF_FORCING} --vae taehv", window=21, decoder="TinyDecoder"),
+    Goal("1.3B LongLive, window 12, sink 3: transformer", "wan-1.3b", "longlive", "transformer", 0.225,
+         f"{RUN} wan-1.3b --preset longlive", window=12),
+    Goal("14B Krea, 3 recomputed frames and 4 passes of 6: transformer", "wan-14b", "krea", "transformer", 1.15,
+         f"{RUN} wan-14b --preset krea"),
+    Goal("Wan VAE: streaming decode of a 3-frame block", "wan-1.3b", "self-forcing", "decode", 0.10,
+         SELF_FORCING, decoder="CausalVae"),
+    Goal("launches in a block at a full window", "wan-1.3b", "self-forcing", "launches", 1,
+         SELF_FORCING, window=21, unit="launches"),
+    Goal("first block after the start of a process, from stored artefacts", "wan-1.3b", "self-forcing",
+         "first frame, stored", 10, START),
+)  # fmt: skip

@@ -1,0 +1,75 @@
+"""What NVIDIA's management library tells about a card: clocks, power, temperature, energy, driver.
+
+The library comes with the driver, so it is called directly and needs no package. Where it is missing, or does not
+know something about a card, the answer is None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+GRAPHICS, MEMORY = 0, 2  # kinds of clock
+TEMPERATURE_OF_GPU = 0
+LIBRARIES = ("libnvidia-ml.so.1", "nvml.dll")
+
+
+@dataclass(frozen=True)
+class Card:
+    """One card through the library; every reading is None where the card does not have it."""
+
+    library: Any
+    handle: Any
+
+    def number(self, function: str, *before: int, kind: Any = ctypes.c_uint) -> int | None:
+        """The number that `nvmlDevice...(handle, *before, &number)` gives."""
+        value = kind()
+        call = getattr(self.library, function, None)
+        if call is None or call(self.handle, *before, ctypes.byref(value)) != 0:
+            return None
+        return int(value.value)
+
+    def energy(self) -> float | None:
+        """Joules since the driver was loaded; the difference of two readings is what a stretch of work took."""
+        millijoules = self.number("nvmlDeviceGetTotalEnergyConsumption", kind=ctypes.c_ulonglong)
+        return None if millijoules is None else millijoules / 1e3
+
+    def state(self) -> dict[str, float | int | None]:
+        """Clocks in MHz, power in watts, temperature in degrees Celsius, and the bits of what slows it down."""
+        power = self.number("nvmlDeviceGetPowerUsage")
+        limit = self.number("nvmlDeviceGetEnforcedPowerLimit")
+        return {
+            "graphics_mhz": self.number("nvmlDeviceGetClockInfo", GRAPHICS),
+            "graphics_mhz_most": self.number("nvmlDeviceGetMaxClockInfo", GRAPHICS),
+            "memory_mhz": self.number("nvmlDeviceGetClockInfo", MEMORY),
+            "memory_mhz_most": self.number("nvmlDeviceGetMaxClockInfo", MEMORY),
+            "watts": None if power is None else power / 1e3,
+            "watts_most": None if limit is None else limit / 1e3,
+            "celsius": self.number("nvmlDeviceGetTemperature", TEMPERATURE_OF_GPU),
+            "slowed_by": self.number("nvmlDeviceGetCurrentClocksThrottleReasons", kind=ctypes.c_ulonglong),
+        }
+
+    def driver(self) -> str | None:
+        text = ctypes.create_string_buffer(96)
+        failed = self.library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text)))
+        return None if failed else text.value.decode()
+
+
+def find_card(uuid: str) -> Card | None:
+    """The card of that identifier, as torch tells it; None without the library or such a card."""
+    library = load_library()
+    if library is None or library.nvmlInit_v2() != 0:
+        return None
+    handle = ctypes.c_void_p()
+    name = (uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}").encode()
+    return None if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) else Card(library, handle)
+
+
+def load_library() -> Any:
+    for name in LIBRARIES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None

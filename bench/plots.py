@@ -1,0 +1,244 @@
+"""The pictures of a report: roofline, block time over the window, sessions, ratios, a long run. Needs matplotlib.
+
+One result a picture, its machine named in it, so that figures of a CPU and of a GPU never share an axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..runtime.media import write_atomically
+from .result import Result
+
+INK, SOFT, GRID = "#1f2430", "#6b7280", "#d9dde3"
+COLOURS = {
+    "captured": "#0b7a75", "fused": "#2f6fbb", "eager": "#8a5fbf", "plain": "#b7791f", "compiled": "#b0413e",
+}  # fmt: skip
+SPARE = ("#3d5a80", "#98a33b", "#c06c84", "#5c6f7b")
+MARKS = {"denoise": "o", "commit": "s", "rebuild": "D", "decoder": "^"}
+
+
+def has_matplotlib() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def colour(name: str) -> str:
+    return COLOURS.get(name) or SPARE[sum(map(ord, name)) % len(SPARE)]
+
+
+def machine_line(result: Result) -> str:
+    """Where and when, below every picture."""
+    device = "CPU" if not result.on_gpu else "GPU"
+    dtype = result.settings.get("config", {}).get("dtype", "")
+    return f"{device}: {result.device_name}, {dtype}, {result.environment['date'][:10]}"
+
+
+def picture(path: Path, result: Result, title: str, paint: Callable[[Any], None], height: float = 3.6) -> Path:
+    """One figure in the common style, whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    style: dict[Any, Any] = {
+        "font.size": 9, "axes.edgecolor": SOFT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": SOFT,
+        "ytick.color": SOFT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
+    }  # fmt: skip
+    with pyplot.rc_context(style):
+        figure, axis = pyplot.subplots(figsize=(7.2, height))
+        figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, 0.035, 1, 0.965)))  # room for the machine's name
+        paint(axis)
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        figure.text(0.995, 0.004, machine_line(result), ha="right", va="bottom", fontsize=7, color=SOFT)
+        write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png", metadata={"Software": None}))
+        pyplot.close(figure)
+    return path
+
+
+def ratio_bars(result: Result, path: Path, quantity: str = "block") -> Path | None:
+    """Median seconds of each candidate as bars, quartiles as whiskers, the ratio to the plain loop beside them."""
+    held = {name: result.of(name).get(quantity) for name in result.facts["candidates"]}
+    timed = {name: series for name, series in held.items() if series is not None}
+    if len(timed) < 2:
+        return None
+    against = "plain" if "plain" in timed else next(iter(timed))
+
+    def paint(axis: Any) -> None:
+        names = sorted(timed, key=lambda name: timed[name].median, reverse=True)
+        for place, name in enumerate(names):
+            series = timed[name]
+            middle = series.median * 1e3
+            low, high = series.quantile(0.25) * 1e3, series.quantile(0.75) * 1e3
+            axis.barh(place, middle, height=0.62, color=colour(name))
+            axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color=INK, capsize=3, linewidth=1)
+            ratio = timed[against].median / series.median
+            said = f"{middle:.4g} ms" + ("" if name == against else f"   {ratio:.2f}x of {against}'s speed")
+            axis.annotate(said, (max(high, middle), place), (6, 0), textcoords="offset points", va="center")
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xlim(0, max(series.quantile(0.75) for series in timed.values()) * 1e3 * 1.42)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("milliseconds a block; bar: median, whisker: quartiles")
+
+    what = {"block": "with the decoder", "transformer": "transformer and commit alone"}[quantity]
+    return picture(path, result, f"One block at a full window, {what}", paint, 1.3 + 0.42 * len(timed))
+
+
+def growth(result: Result, path: Path) -> Path | None:
+    """Seconds of a block by the frames in its window, each candidate a line."""
+    curves = {name: curve for name, curve in result.facts["growth"].items() if len(curve) > 1}
+    if not curves:
+        return None
+
+    def paint(axis: Any) -> None:
+        from statistics import median
+
+        for name, curve in curves.items():
+            frames = [int(count) for count in curve]
+            middle = [median(samples) * 1e3 for samples in curve.values()]
+            axis.plot(frames, middle, marker="o", markersize=4, linewidth=1.6, color=colour(name), label=name)
+            axis.fill_between(
+                frames, [min(samples) * 1e3 for samples in curve.values()],
+                [max(samples) * 1e3 for samples in curve.values()], color=colour(name), alpha=0.12, linewidth=0,
+            )  # fmt: skip
+        axis.axvline(result.facts["block"]["window_frames"], color=SOFT, linewidth=0.8, linestyle=":")
+        axis.annotate(
+            "full window ", (result.facts["block"]["window_frames"], 0.02), xycoords=("data", "axes fraction"),
+            fontsize=8, color=SOFT, ha="right",
+        )  # fmt: skip
+        axis.set_ylim(bottom=0)
+        axis.set_xticks(sorted({int(count) for curve in curves.values() for count in curve}))
+        axis.set_xlabel("latent frames in the window, the block's own included")
+        axis.set_ylabel("milliseconds a block")
+        axis.legend(ncols=min(len(curves), 4), loc="upper left")
+
+    return picture(path, result, "Block time while the window fills; line: median, band: best to worst", paint)
+
+
+def roofline(result: Result, path: Path) -> Path | None:
+    """FLOP/s against FLOPs a byte, under the roof of the measured copy and matmul."""
+    copy, matmul = result.ceilings["copy_bytes"].best, result.ceilings["matmul_flops"].best
+    scale, unit = (1e12, "TFLOP/s") if matmul > 1e12 else (1e9, "GFLOP/s")
+    work, points = result.facts["work"], []
+    for name in result.facts["candidates"]:
+        held = result.of(name)
+        for stage, quantity in (("transformer", "transformer"), ("decoder", "decode")):
+            if quantity in held:
+                flops, moved = work[stage]["flops"], work[stage]["nbytes"]
+                points.append((name, stage, flops / moved, flops / held[quantity].median))
+    if not points:
+        return None
+
+    def paint(axis: Any) -> None:
+        ridge = matmul / copy
+        xs = [point[2] for point in points]
+        left, right = min(*xs, ridge) / 4, max(*xs, ridge) * 4
+        axis.plot([left, ridge, right], [left * copy / scale, matmul / scale, matmul / scale], color=INK, linewidth=1.6)
+        axis.annotate(f"copy {copy / 1e9:.3g} GB/s", (left, left * copy / scale), (14, 4), textcoords="offset points",
+                      fontsize=8, color=SOFT)  # fmt: skip
+        axis.annotate(f"matmul {matmul / scale:.3g} {unit}", (right, matmul / scale), (0, -11), ha="right",
+                      textcoords="offset points", fontsize=8, color=SOFT)  # fmt: skip
+        for name, stage, intensity, reached in points:
+            roof = min(intensity * copy, matmul)
+            axis.scatter(
+                intensity, reached / scale, s=42, marker="o" if stage == "transformer" else "^", color=colour(name),
+                label=f"{name}, {stage}: {reached / roof:.0%} of the roof", zorder=3, edgecolor="white", linewidth=0.6,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("FLOPs for each byte that must move")
+        axis.set_ylabel(unit)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
+
+    return picture(path, result, "Roofline: what was reached under what the machine can do", paint)
+
+
+def sessions(result: Result, path: Path) -> Path | None:
+    """Frames a second of all sessions together and of each."""
+    curve = result.facts.get("sessions", [])
+    if len(curve) < 2:
+        return None
+
+    def paint(axis: Any) -> None:
+        counts = [point["sessions"] for point in curve]
+        together = [point["fps"] for point in curve]
+        axis.plot(counts, together, marker="o", color=COLOURS["captured"], label="all together")
+        axis.plot(
+            counts, [point["fps"] / point["sessions"] for point in curve], marker="s", color=COLOURS["plain"],
+            label="each",
+        )  # fmt: skip
+        video = result.facts["stream"]["video_fps"]
+        axis.axhline(video, color=SOFT, linewidth=0.9, linestyle="--")
+        axis.annotate(f"the video's {video} FPS", (counts[-1], video), (0, 4), textcoords="offset points", ha="right",
+                      fontsize=8, color=SOFT)  # fmt: skip
+        axis.set_xticks(counts)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("sessions at a time, each at a full window")
+        axis.set_ylabel("frames a second")
+        axis.legend()
+
+    return picture(path, result, "Sessions on one engine", paint)
+
+
+def intervals(result: Result, path: Path) -> Path | None:
+    """How often a block took at most how long, with the moment where the video would stall."""
+    timed = {name.partition("/")[0]: series for name, series in result.series.items() if name.endswith("/interval")}
+    if not timed:
+        return None
+
+    def paint(axis: Any) -> None:
+        for name, series in timed.items():
+            ordered = sorted(sample * 1e3 for sample in series.samples)
+            shares = [(index + 1) / len(ordered) * 100 for index in range(len(ordered))]
+            axis.step(ordered, shares, where="post", color=colour(name), linewidth=1.6, label=name)
+            for share in (0.5, 0.95):
+                at = series.quantile(share) * 1e3
+                axis.plot([at], [share * 100], marker="o", markersize=4, color=colour(name))
+                axis.annotate(f"p{share * 100:.0f}: {at:.4g} ms", (at, share * 100), (7, -9), fontsize=8,
+                              textcoords="offset points")  # fmt: skip
+        axis.set_xlim(left=0)
+        axis.set_ylim(0, 103)
+        axis.set_xlabel("milliseconds from one block on the sink to the next")
+        axis.set_ylabel("% of blocks")
+
+    return picture(path, result, "Time between blocks at a full window", paint)
+
+
+def long_run(result: Result, path: Path) -> Path | None:
+    """Interval and memory along a long run."""
+    told = result.facts.get("long")
+    if not told:
+        return None
+
+    def paint(axis: Any) -> None:
+        from statistics import median
+
+        times, memory = told["intervals"], told["device_memory"] or told["process_memory"]
+        width = max(1, len(times) // 300)
+        middle = [median(times[at : at + width]) * 1e3 for at in range(0, len(times), width)]
+        minutes = [told["minutes"] * at / len(times) for at in range(0, len(times), width)]
+        axis.plot(minutes, middle, color=COLOURS["fused"], linewidth=1.1)
+        axis.set_ylim(0, 1.35 * sorted(middle)[int(0.99 * (len(middle) - 1))])
+        axis.set_xlabel("minutes of video")
+        axis.set_ylabel("milliseconds a block", color=COLOURS["fused"])
+        other = axis.twinx()
+        other.plot(minutes, [max(memory[at : at + width]) / 1e9 for at in range(0, len(times), width)],
+                   color=COLOURS["plain"], linewidth=1.4)  # fmt: skip
+        other.set_ylim(0, 1.25 * max(memory) / 1e9)
+        other.set_ylabel("memory of the " + ("device" if told["device_memory"] else "process") + ", GB",
+                         color=COLOURS["plain"])  # fmt: skip
+        other.grid(visible=False)
+        other.spines["right"].set_visible(True)
+
+    return picture(path, result, "A long run: block time and memory", paint)
+
+
+PLOTS: dict[str, tuple[Callable[[Result, Path], Path | None], ...]] = {
+    "block": (ratio_bars, growth, roofline),
+    "stream": (intervals, sessions, long_run),
+    "kernels": (),
+}

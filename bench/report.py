@@ -1,0 +1,326 @@
+"""A folder of results as one Markdown page with pictures: what was measured, where and when, and what was not.
+
+Results of GPUs and of CPUs stand in sections of their own. Goals are in the section of the GPUs alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..runtime.media import check_output, write_atomically
+from .goals import GOALS, Goal
+from .plots import PLOTS, has_matplotlib
+from .result import Result, Series, read_folder
+
+Row = tuple[str, ...]
+HOW = """\
+## How to read this page
+
+- Nothing is timed that has not just matched: a candidate's latents are held against the eager executor's, block by
+  block up to the full window and beyond, and a candidate that is further off than the stated tolerance is refused.
+- A block is timed at a **full window**, reached by running the stream, not with an empty cache.
+- FPS are pixel frames out for each second of wall time, the decoder included.
+- Times are medians; quartiles and the worst are beside them, and every sample is in the result's file.
+- Shares are of a matmul and a copy timed in the same run, not of a data sheet.
+- Baselines run in the same process with the same weights. `plain` has the structure of the public reference loop;
+  `compiled` is `plain` with its layers through `torch.compile`.
+
+[benchmarks.md](benchmarks.md) has the commands, what each clock covers, the files' schema and the statistic of
+`inferix bench compare`.
+"""
+CPU_NOTE = """\
+These runs are of small models on a CPU. They show that the harness works and how its figures look. They say nothing
+about a GPU, and no goal is set for them.
+"""
+
+
+def write_report(folder: Path, out: Path) -> list[Path]:
+    """Write the page and, beside it, a folder of its name with the pictures; returns what was written."""
+    results = read_folder(folder)
+    check_output(out)
+    pictures = out.with_suffix("")
+    with tempfile.TemporaryDirectory() as made:
+        drawn = draw_all(results, Path(made)) if has_matplotlib() else {}
+        text = page(results, str(folder), out.name, {name: [f"{pictures.name}/{path.name}" for path in paths]
+                                                      for name, paths in drawn.items()})  # fmt: skip
+        if drawn:
+            shutil.rmtree(pictures, ignore_errors=True)
+            pictures.mkdir()
+            for path in Path(made).iterdir():
+                shutil.copy(path, pictures)
+    write_atomically(out, lambda part: part.write_text(text, "utf-8"))
+    return [out, *sorted(pictures.glob("*.png"))] if drawn else [out]
+
+
+def draw_all(results: dict[str, Result], folder: Path) -> dict[str, list[Path]]:
+    """Every picture of every result."""
+    found: dict[str, list[Path]] = {}
+    for name, result in results.items():
+        stem = re.sub(r"[^\w.-]+", "-", name.removesuffix(".json"))
+        paths = [plot(result, folder / f"{stem}-{plot.__name__.replace('_', '-')}.png") for plot in PLOTS[result.kind]]
+        found[name] = [path for path in paths if path is not None]
+    return found
+
+
+def page(results: dict[str, Result], folder: str, out: str, pictures: dict[str, list[str]]) -> str:
+    """The whole page. pictures: links by the result's name."""
+    gpu = {name: result for name, result in results.items() if result.on_gpu}
+    cpu = {name: result for name, result in results.items() if not result.on_gpu}
+    parts = [
+        "# Performance",
+        f"Made by `inferix bench report {folder} --out {out}` from {len(results)} files in `{folder}`; do not edit it.",
+        inventory(results),
+        "## On a GPU",
+        gpu_part(gpu, pictures),
+        "## On a CPU",
+        CPU_NOTE if cpu else "No result of a CPU is in the folder.",
+        *(section(name, result, pictures.get(name, [])) for name, result in cpu.items()),
+        HOW,
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def inventory(results: dict[str, Result]) -> str:
+    rows = [
+        (
+            f"`{name}`", result.kind, ("GPU: " if result.on_gpu else "CPU: ") + result.device_name,
+            str(result.subject.get("model", "")), result.environment["date"][:10],
+            str(result.environment["commit"] or "unknown"),
+        )
+        for name, result in results.items()
+    ]  # fmt: skip
+    return table(("file", "kind", "where", "model", "when", "commit"), rows)
+
+
+def gpu_part(gpu: dict[str, Result], pictures: dict[str, list[str]]) -> str:
+    """Goals with what reached them, then the results."""
+    parts = []
+    if not gpu:
+        parts.append("**No result of a GPU has been recorded yet**: there is no figure of a GPU on this page.")
+    parts.append(
+        "What we aim for, at 832x480 and random weights, and the command that measures it (on a card of another kind a "
+        "command gives figures too, but not the goal's):"
+    )
+    parts.append(table(("work", "goal", "measured", "command"), [goal_row(goal, gpu) for goal in GOALS]))
+    parts.append(
+        "All of them in stages of under nine minutes each, which go on where they were stopped: "
+        "`python -m inferix.bench.gpu_check --stage block --out results`."
+    )
+    parts += [section(name, result, pictures.get(name, [])) for name, result in gpu.items()]
+    return "\n\n".join(parts)
+
+
+def goal_row(goal: Goal, gpu: dict[str, Result]) -> Row:
+    """What results have reached it, those of its card first."""
+    found = []
+    for name, result in gpu.items():
+        if goal.matches(result) and (value := goal.reached(result)) is not None:
+            card = "" if goal.on_its_card(result) else f" on another card ({result.device_name})"
+            found.append((bool(card), f"{amount(value, goal.unit)}{card}, `{name}`"))
+    said = "; ".join(text for _, text in sorted(found)) or "not measured yet"
+    return goal.name, f"<= {amount(goal.value, goal.unit)} ({goal.card})", said, f"`{goal.command}`"
+
+
+def section(name: str, result: Result, pictures: Iterable[str]) -> str:
+    kind = {"block": block_part, "stream": stream_part, "kernels": kernels_part}[result.kind]
+    parts = [f"### {title(result)}", circumstances(name, result), *kind(result)]
+    parts += [f"![{Path(link).stem}]({link})" for link in pictures]
+    return "\n\n".join(parts)
+
+
+def title(result: Result) -> str:
+    where = f"{'GPU' if result.on_gpu else 'CPU'}, {result.device_name}"
+    if result.kind == "kernels":
+        return f"Kernels ({where})"
+    width, height = result.settings["size"]
+    preset, config = result.settings["preset"]["name"], result.settings["config"]
+    return f"{result.kind.title()}: {result.subject['model']}, {preset}, {width}x{height}, {config['dtype']} ({where})"
+
+
+def circumstances(name: str, result: Result) -> str:
+    """When, where, with what; what the clock covers."""
+    around = result.environment
+    host, versions = around["host"], around["versions"]
+    lines = [
+        f"`{name}`, {around['date']}, commit {around['commit'] or 'unknown'}: `{around['command']}`",
+        f"host: {host['processor']}, {host['cores']} cores, {host['threads']} threads used, load {host['load']} at the "
+        f"start; torch {versions['torch']}, Python {versions['python']}"
+        + (f", CUDA {versions['cuda']}, driver {around['driver'] or 'unknown'}" if result.on_gpu else ""),
+    ]
+    if clocks := around["clocks"]:
+        lines.append(
+            f"card as found: {clocks['graphics_mhz']} of {clocks['graphics_mhz_most']} MHz, {clocks['watts']} of "
+            f"{clocks['watts_most']} W, {clocks['celsius']} °C"
+        )
+    if result.kind != "kernels":
+        checkpoint = result.subject["checkpoint"]
+        weights = "random weights" if result.subject["random_weights"] else (
+            f"weights {checkpoint['source']}, sha256 {str(checkpoint['sha256'])[:16]}"
+        )  # fmt: skip
+        count, decoder = result.subject["parameters"] / 1e6, result.subject["decoder"]
+        lines.append(f"{weights}, {count:.4g} M parameters, decoder {decoder}")
+    roofs = result.ceilings
+    lines.append(
+        f"ceilings in this run: matmul {roofs['matmul_flops'].best / 1e12:.4g} TFLOP/s, copy "
+        f"{roofs['copy_bytes'].best / 1e9:.4g} GB/s"
+    )
+    lines.append(f"clock: {result.clock}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def block_part(result: Result) -> Iterator[str]:
+    facts = result.facts
+    block, work = facts["block"], facts["work"]
+    passes = ", ".join(grouped(f"{step['kind']} over {step['context']}" for step in block["passes"]))
+    yield (
+        f"A block of {block['latent_frames']} latent frames ({block['pixel_frames']} pixel frames) at a window of "
+        f"{block['window_frames']}, which is full after {block['blocks_before_full']} blocks. Passes: {passes} frames. "
+        f"Transformer {work['transformer']['flops'] / 1e12:.4g} TFLOP and at least "
+        f"{work['transformer']['nbytes'] / 1e9:.3g} GB, decoder {work['decoder']['flops'] / 1e12:.4g} TFLOP."
+    )
+    matmul = result.ceilings["matmul_flops"].best
+    plain = result.of("plain").get("block")
+    rows: list[Row] = []
+    for name, told in facts["candidates"].items():
+        if told["refused"]:
+            rows.append((name, f"refused: {told['refused']}", "", "", "", "", "", ""))
+            continue
+        held = result.of(name)
+        share = ""
+        if transformer := held.get("transformer"):
+            share = f"{work['transformer']['flops'] / transformer.median / matmul:.0%}"
+        rows.append((
+            name, spread(held["block"]), f"{block['pixel_frames'] / held['block'].median:.3g}",
+            milliseconds(held.get("transformer")), milliseconds(held.get("decode")), share,
+            f"{plain.median / held['block'].median:.2f}" if plain else "", f"{told['difference']:.1e}",
+        ))  # fmt: skip
+    heads = ("candidate", "block, ms: median (quartiles; worst)", "FPS", "transformer, ms", "decoder, ms",
+             "transformer of matmul", "speed against plain", "off by")  # fmt: skip
+    yield table(heads, rows)
+    about = " ".join(f"`{name}`: {told['about']}." for name, told in facts["candidates"].items())
+    yield (
+        f"Off by: root mean square of the difference to `{facts['oracle']}`'s latents over theirs, at most "
+        f"{facts['tolerance']:g}. {about}"
+    )
+    if facts["left_out"]:
+        yield "Left out: " + "; ".join(f"`{name}`: {reason}" for name, reason in facts["left_out"].items()) + "."
+    yield memory_table(result)
+    pass_series = {name: passes_of(result, name) for name in facts["candidates"]}
+    if timed := {name: series for name, series in pass_series.items() if series}:
+        rows = [
+            (f"{step['kind']} over {step['context']}", f"{done['flops'] / 1e12:.4g}", f"{done['nbytes'] / 1e9:.3g}",
+             *(milliseconds(series[index]) for series in timed.values()))
+            for index, (step, done) in enumerate(zip(block["passes"], work["passes"], strict=False))
+        ]  # fmt: skip
+        yield table(("pass", "TFLOP", "GB at least", *(f"{name}, ms" for name in timed)), rows)
+    energy = {name: held["energy"] for name in facts["candidates"] if "energy" in (held := result.of(name))}
+    if energy:
+        each = ", ".join(f"{name} {one.median:.4g} J" for name, one in energy.items())
+        yield f"Energy of the card a block: {each}."
+
+
+def passes_of(result: Result, candidate: str) -> list[Series]:
+    held = result.of(candidate)
+    count = len(result.facts["block"]["passes"])
+    names = [f"pass {index}" for index in range(count)]
+    return [held[name] for name in names] if all(name in held for name in names) else []
+
+
+def memory_table(result: Result) -> str:
+    told = {name: one["memory"] for name, one in result.facts["candidates"].items() if one.get("memory")}
+    owners = list(dict.fromkeys(owner for memory in told.values() for owner in memory))
+    launches = {name: result.facts["candidates"][name]["launches"] or "" for name in told}
+    rows = [
+        (name, *(megabytes(memory.get(owner)) for owner in owners), str(launches[name]))
+        for name, memory in told.items()
+    ]
+    return table(("candidate", *(f"{owner}, MB" for owner in owners), "launches a block"), rows)
+
+
+def stream_part(result: Result) -> Iterator[str]:
+    told = result.facts["stream"]
+    starts = [(name.partition("/")[2], spread(series, 1), str(len(series.samples)))
+              for name, series in result.series.items() if name.startswith("start/")]  # fmt: skip
+    if starts:
+        yield table(("start", "seconds: median (quartiles; worst)", "times"), starts)
+    rows = []
+    for name, series in result.series.items():
+        who, _, what = name.partition("/")
+        if who != "start":
+            rows.append((who, what, *(f"{value * 1e3:.4g}" for value in (
+                series.median, series.quantile(0.95), series.quantile(0.99), series.worst)), str(len(series.samples))))
+    yield table(("executor", "quantity", "p50, ms", "p95", "p99", "worst", "times"), rows)
+    yield (
+        f"{told['fps']:.4g} FPS at a full window ({told['frames']} frames, sink: {result.facts['sink']}), "
+        f"{told['real_time_factor']:.3g} times the video's {told['video_fps']} FPS; jitter (standard deviation of "
+        f"intervals) {told['jitter'] * 1e3:.3g} ms. A viewer who starts with the first block waits at "
+        f"{told['late_blocks']} of {told['blocks']} blocks, {told['waited']:.3g} s in all, "
+        f"{told['longest_wait']:.3g} s at most."
+    )
+    if len(result.facts["sessions"]) > 1:
+        rows = []
+        for point in result.facts["sessions"]:
+            series = Series("s", tuple(point["intervals"]))
+            rows.append((str(point["sessions"]), f"{point['fps']:.4g}", f"{point['fps'] / point['sessions']:.4g}",
+                         f"{series.median * 1e3:.4g}", f"{series.quantile(0.95) * 1e3:.4g}"))  # fmt: skip
+        yield table(("sessions", "FPS in all", "FPS each", "interval p50, ms", "p95"), rows)
+    if long := result.facts.get("long"):
+        memory = long["device_memory_by_tenth"] or long["process_memory_by_tenth"]
+        first, last = long["interval_by_tenth"][0], long["interval_by_tenth"][-1]
+        yield (
+            f"Long run: {long['minutes']:g} minutes of video, {long['blocks']} blocks. From the first tenth at a full "
+            f"window to the last, the median interval went from {first * 1e3:.4g} to {last * 1e3:.4g} ms, memory from "
+            f"{memory[0] / 1e6:.4g} to {memory[-1] / 1e6:.4g} MB."
+        )
+
+
+def kernels_part(result: Result) -> Iterator[str]:
+    rows = []
+    for row in result.facts["rows"]:
+        for name, form in row["forms"].items():
+            if "refused" in form:
+                rows.append((row["op"], row["case"], name, f"refused: {form['refused']}", "", "", ""))
+                continue
+            rows.append((
+                row["op"], row["case"], name, f"{form['seconds'] * 1e6:.4g}", f"{form['tflops']:.3g}",
+                f"{form['of_matmul']:.0%}", f"{form['of_copy']:.0%}",
+            ))  # fmt: skip
+    yield table(("op", "case", "form", "us", "TFLOP/s", "of matmul", "of copy"), rows)
+
+
+def spread(series: Series, scale: float = 1e3) -> str:
+    low, high = series.quantile(0.25) * scale, series.quantile(0.75) * scale
+    return f"{series.median * scale:.4g} ({low:.4g} to {high:.4g}; {series.worst * scale:.4g})"
+
+
+def milliseconds(series: Series | None) -> str:
+    return "" if series is None else f"{series.median * 1e3:.4g}"
+
+
+def amount(value: float, unit: str) -> str:
+    return f"{value:.3g} {unit}"
+
+
+def megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.4g}"
+
+
+def grouped(items: Iterable[str]) -> Iterator[str]:
+    """Neighbours that are the same as one, with their number."""
+    held: list[tuple[str, int]] = []
+    for item in items:
+        if held and held[-1][0] == item:
+            held[-1] = (item, held[-1][1] + 1)
+        else:
+            held.append((item, 1))
+    return (item if count == 1 else f"{count} x {item}" for item, count in held)
+
+
+def table(heads: Row, rows: Iterable[Row]) -> str:
+    """A Markdown table; bars within cells are kept from ending them."""
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

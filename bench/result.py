@@ -1,0 +1,163 @@
+"""What a benchmark run leaves behind: one JSON file, one envelope for every kind, versioned and checked on reading.
+
+Raw samples are kept, not only their medians, so that two files can be compared later by any statistic.
+`docs/benchmarks.md` documents every field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, nearest
+from ..runtime.media import check_output, write_atomically
+
+SCHEMA = 2  # 1 was the kernel benchmark's own form
+KINDS = ("kernels", "block", "stream")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Samples of one quantity in the order they were taken. better: `less` or `more`, which way is an improvement."""
+
+    unit: str
+    samples: tuple[float, ...]
+    better: str = "less"
+
+    def __post_init__(self) -> None:
+        if not self.samples or not all(math.isfinite(sample) for sample in self.samples):
+            raise ValueError(f"samples {self.samples[:4]}... must be at least one, and finite")
+        if self.better not in ("less", "more"):
+            raise ValueError(f"better is {self.better!r}; expected less or more")
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def best(self) -> float:
+        return min(self.samples) if self.better == "less" else max(self.samples)
+
+    @property
+    def worst(self) -> float:
+        return max(self.samples) if self.better == "less" else min(self.samples)
+
+    def quantile(self, share: float) -> float:
+        """The value that `share` of the samples are at or below, interpolated between neighbours."""
+        ordered = sorted(self.samples)
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles as a share of the median."""
+        return (self.quantile(0.75) - self.quantile(0.25)) / self.median if self.median else 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    clock: what the clock covers and what it leaves out, in words. environment: when, where, with what; see
+    `machine.environment`. subject: model and checkpoint. settings: everything that was chosen. ceilings: what
+    the machine could do in this run. series: samples by name, `candidate/quantity`. facts: what is no sample.
+    """
+
+    kind: str
+    clock: str
+    environment: dict[str, Any]
+    subject: dict[str, Any]
+    settings: dict[str, Any]
+    ceilings: dict[str, Series]
+    series: dict[str, Series]
+    facts: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.environment["device"]["type"] != "cpu")
+
+    @property
+    def device_name(self) -> str:
+        return str(self.environment["device"]["name"])
+
+    def of(self, candidate: str) -> dict[str, Series]:
+        """The series of one candidate by quantity."""
+        start = candidate + "/"
+        return {name.removeprefix(start): series for name, series in self.series.items() if name.startswith(start)}
+
+    def text(self) -> str:
+        """The file's content: indented, with every list of numbers in one line."""
+        text = json.dumps(asdict(self), indent=1, default=str, allow_nan=False)
+        return re.sub(r"\[[-+.,\d\seE]+\]", lambda found: " ".join(found[0].split()), text) + "\n"
+
+
+def write_result(result: Result, path: Path) -> Path:
+    """Write a result's file, whole or not at all."""
+    text = result.text()
+    return write_atomically(check_output(path), lambda part: part.write_text(text, "utf-8"))
+
+
+ENVELOPE: dict[str, type] = {
+    "kind": str, "clock": str, "environment": dict, "subject": dict, "settings": dict, "ceilings": dict,
+    "series": dict, "facts": dict,
+}  # fmt: skip
+ENVIRONMENT = ("date", "command", "commit", "device", "host", "driver", "clocks", "versions")
+
+
+def read_result(path: str | Path) -> Result:
+    """The result in a file; UsageError for what is none, is of another schema, or lacks something."""
+    where = f"result {str(path)!r}"
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {where}: {error}; expected a JSON file that inferix bench wrote") from error
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), int) or "kind" not in content:
+        raise UsageError(f"{where} was not written by inferix bench: it has no schema and kind; leave it out")
+    if content["schema"] != SCHEMA:
+        other = "older: run its command again" if content["schema"] < SCHEMA else "newer: update inferix"
+        raise UsageError(f"{where} has schema {content['schema']}, this version reads {SCHEMA}; the file is {other}")
+    if content["kind"] not in KINDS:
+        known = f"{nearest(str(content['kind']), KINDS)}; expected one of {', '.join(KINDS)}"
+        raise UsageError(f"{where} is of kind {content['kind']!r}{known}")
+    for key, kind in ENVELOPE.items():
+        if not isinstance(content.get(key), kind):
+            raise UsageError(f"{where}: {key} is {content.get(key)!r:.60}; expected a {kind.__name__}: run it again")
+    if unknown := content.keys() - ENVELOPE.keys() - {"schema"}:
+        raise UsageError(f"{where} has {sorted(unknown)[0]!r}, which schema {SCHEMA} does not; run it again")
+    if missing := [key for key in ENVIRONMENT if key not in content["environment"]]:
+        raise UsageError(f"{where}: its environment lacks {', '.join(missing)}; run it again")
+    for group in ("ceilings", "series"):
+        held = content[group].items()
+        content[group] = {name: read_series(value, f"{where}: {group} {name!r}") for name, value in held}
+    return Result(**content)
+
+
+def read_series(value: Any, where: str) -> Series:
+    if not isinstance(value, Mapping) or not isinstance(value.get("samples"), list):
+        raise UsageError(f"{where} is {value!r:.60}; expected unit, samples and better: run it again")
+    try:
+        samples = tuple(float(sample) for sample in value["samples"])
+        return Series(str(value["unit"]), samples, str(value["better"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{where} is damaged: {error}; run it again") from error
+
+
+def read_folder(folder: Path) -> dict[str, Result]:
+    """Every result below a folder by its path from there, in the order of names; UsageError where there is none."""
+    if not folder.is_dir():
+        raise UsageError(f"no folder {str(folder)!r}; expected one with results of inferix bench")
+    found = {str(path.relative_to(folder)): read_result(path) for path in sorted(folder.rglob("*.json"))}
+    if not found:
+        made = folder / "block.json"
+        raise UsageError(f"{str(folder)!r} holds no results; make one: inferix bench block --out {made}")
+    return found
+

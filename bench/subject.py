@@ -1,0 +1,179 @@
+"""The model that is measured: a checkpoint as `load` reads it, or random weights drawn where they are used.
+
+Random weights of a real size are drawn on the device, one tensor after the other in the model's dtype: no file, no
+copy on the host. Queries and keys are larger than in `models.wan.random`, so that attention looks at few keys and a
+wrong one shows in the outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError, nearest
+from ..models.wan.random import vae_for
+from ..models.wan.spec import MODELS, ModelSpec
+from ..models.wan.taehv import TAEW21, TAEW22, TinyDecoder
+from ..models.wan.transformer import WanTransformer
+from ..models.wan.vae import CausalVae
+from ..models.wan.vae_checkpoint import Decoder
+from ..runtime.config import DTYPES, EngineConfig, default_device, default_dtype
+from ..runtime.engine import Engine, load
+from ..runtime.loading import SHIPPED, Components, random_text
+from ..runtime.presets import default_preset, make_preset
+from .work import blocks_until_full
+
+Model = TypeVar("Model", bound=nn.Module)
+ATTENTION_GAIN = 3**0.5  # of queries and of keys: logits with a deviation of 3, so that a few keys have most weight
+PROMPT = "a red robot in a snowy forest by day"
+PROMPT_ROWS = 1 / 4  # of the text encoder's rows; the rest is zero, as after a prompt's end
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What to measure; None leaves a choice to the model or the machine.
+
+    random_weights: untrained weights of a named model's sizes. frames_in_window: the policy's window in latent
+    frames. overrides: fields of the preset.
+    """
+
+    model: str
+    preset: str | None = None
+    random_weights: bool = False
+    frames_in_window: int | None = None
+    size: tuple[int, int] | None = None
+    device: str | None = None
+    dtype: str | None = None
+    vae: str | None = None
+    base: str | None = None
+    seed: int = 0
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether its weights are random whatever is said."""
+        return self.model in MODELS and self.model not in SHIPPED and not Path(self.model).exists()
+
+    def check(self) -> None:
+        """UsageError for choices that contradict each other."""
+        if self.random_weights and self.model not in MODELS:
+            known = f"{nearest(self.model, MODELS)}; there are {', '.join(MODELS)}"
+            raise UsageError(f"--random-weights needs the name of a model, not {self.model!r}{known}")
+        found = self.is_named or self.model in SHIPPED or Path(self.model).exists()
+        if not (found or self.random_weights):
+            known = f"{nearest(self.model, MODELS)}; expected a path, or one of {', '.join(MODELS)}"
+            raise UsageError(f"no model {self.model!r}{known}")
+
+    def settings(self) -> dict[str, Any]:
+        """Overrides of the preset, the window among them."""
+        preset = self.preset or default_preset(self.model)
+        if self.frames_in_window is None:
+            return dict(self.overrides)
+        scheme = make_preset(preset, **self.overrides)
+        window = scheme.context.local_attn_size
+        bounded = scheme.context.segment_frames or not scheme.context.commit
+        if bounded:
+            full = blocks_until_full(scheme)
+            raise UsageError(
+                f"--frames-in-window {self.frames_in_window}: the window of {preset} follows from its rebuilds "
+                f"(full after {full} blocks); set rebuild_frames or segment_frames (--set)"
+            )
+        if self.overrides.get("local_attn_size", self.frames_in_window) != self.frames_in_window:
+            raise UsageError(f"--frames-in-window {self.frames_in_window} and local_attn_size={window} contradict")
+        return {**self.overrides, "local_attn_size": self.frames_in_window}
+
+
+def open_engine(subject: Subject, **chosen: Any) -> Engine:
+    """An engine for it; `chosen` are further settings of `load`. UsageError for what cannot be measured."""
+    subject.check()
+    device = subject.device or default_device()
+    preset = subject.preset or default_preset(subject.model)
+    overrides = subject.settings()
+    if not (subject.is_named or subject.random_weights):
+        return load(
+            subject.model, preset=preset, device=device, dtype=subject.dtype, vae=subject.vae, base=subject.base,
+            **chosen, **overrides,
+        )  # fmt: skip
+    config = EngineConfig(
+        model=subject.model, preset=preset, device=device, dtype=subject.dtype or default_dtype(device), base=None,
+        checkpoint_format=None, vae=subject.vae, text_encoder=None, use_ema=True, precision="reference", **chosen,
+    )  # fmt: skip
+    return Engine(config, make_preset(preset, **overrides), random_parts(MODELS[subject.model], config, subject.seed))
+
+
+def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components:
+    """All parts of a model with weights drawn on its device."""
+    if spec.in_channels != spec.out_channels:
+        raise UsageError(f"streams of {spec.name} are not in this version; measure another model")
+    if config.vae not in (None, "taehv"):
+        raise UsageError(f"--vae is {config.vae!r}, but {spec.name} has random weights; leave it out, or use taehv")
+    dtype = DTYPES[config.dtype]
+    with torch.device("meta"):
+        transformer = WanTransformer(spec, config.precision)
+        decoder: Decoder = CausalVae(vae_for(spec))
+        if config.vae == "taehv":
+            decoder = TinyDecoder(TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21)
+    return Components(
+        transformer=drawn(transformer, seed, dtype, config.device),
+        vae=drawn(decoder, seed + 1, dtype, config.device),
+        text=random_text(spec, dtype, config.device),
+        source=spec.name,
+        form="random",
+        digest=lambda: None,
+    )
+
+
+@torch.no_grad()
+def drawn(module: Model, seed: int, dtype: torch.dtype, device: str) -> Model:
+    """Give a module on the meta device seeded random weights on `device`, made there."""
+    module = module.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, weight in sorted(module.state_dict().items()):
+        weight.normal_(generator=generator)
+        if name.endswith(("norm_q.weight", "norm_k.weight")):
+            weight.mul_(0.1).add_(1).mul_(ATTENTION_GAIN)
+        elif name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+            weight.mul_(0.1).add_(1)
+        elif weight.ndim > 1:
+            weight.div_(math.sqrt(weight[0].numel()))
+        else:
+            weight.mul_(0.02)
+    return module.eval().requires_grad_(False)
+
+
+def random_prompt(engine: Engine, seed: int) -> Tensor:
+    """Text-encoder rows [text_len, text_dim] of no prompt in particular, zero after its end."""
+    spec = engine.spec
+    generator = torch.Generator().manual_seed(seed)
+    used = max(1, int(spec.text_len * PROMPT_ROWS))
+    rows = torch.zeros(spec.text_len, spec.text_dim)
+    rows[:used] = torch.randn(used, spec.text_dim, generator=generator)
+    return rows.to(engine.device, engine.dtype)
+
+
+def described(engine: Engine, subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A result's subject and settings."""
+    told = engine.describe()
+    size = subject.size or engine.default_size
+    about = {
+        "model": engine.spec.name, "checkpoint": told["checkpoint"], "random_weights": engine.parts.form == "random",
+        "parameters": sum(weight.numel() for weight in engine.parts.transformer.parameters()),
+        "decoder": type(engine.parts.vae).__name__,
+    }  # fmt: skip
+    settings = {
+        "size": list(size), "seed": subject.seed, "frames_in_window": subject.frames_in_window,
+        **{key: told[key] for key in ("config", "preset", "network_timesteps", "model", "vae")},
+    }  # fmt: skip
+    return about, settings
+
+
+def told_prompt(engine: Engine, seed: int) -> dict[str, Any]:
+    """What `Engine.open` is given: a prompt where the model can read one, else rows of no prompt in particular."""
+    if engine.parts.text is None:
+        return {"prompt_embeds": random_prompt(engine, seed)}
+    return {"prompt": PROMPT}

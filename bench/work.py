@@ -1,0 +1,109 @@
+"""What a block has to do, counted and not measured: its passes, their FLOPs, the bytes that must move at least.
+
+FLOPs and bytes come from `runtime.costs`. Bytes are a floor: weights once a pass, pages seen once, pages written, a
+decoder's memories read and written; what an implementation moves besides is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from ..graphs.passes import Pass
+from ..models.wan.spec import ModelSpec
+from ..runtime import costs
+from ..runtime.presets import Preset
+from ..runtime.sampler import Sampler
+from ..runtime.timeline import Timeline
+
+HORIZON = 64  # blocks within which a bounded window must have filled
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: int
+    nbytes: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.nbytes + other.nbytes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a block: `rebuild`, `denoise` or `commit`."""
+
+    kind: str
+    run: Pass
+
+    @property
+    def context(self) -> int:
+        """Frames that its last group sees, itself included."""
+        return len(self.run.groups[-1].context)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The passes of one block of a stream, in order; frames: the block's own."""
+
+    index: int
+    frames: range
+    steps: tuple[Step, ...]
+
+    @property
+    def context(self) -> int:
+        """Frames that the block's denoising sees."""
+        return max(step.context for step in self.steps if step.kind == "denoise")
+
+
+def plan_blocks(preset: Preset) -> Iterator[BlockPlan]:
+    """The blocks of an endless stream, as the engine makes them; host integers only."""
+    timeline, levels = Timeline(preset), Sampler(preset.sampler).timesteps
+    flight: list[tuple[range, int]] = []  # frames, and steps done
+    index = 0
+    while True:
+        steps = [Step("rebuild", timeline.rebuild_pass())] if timeline.rebuild_due() else []
+        while not (flight and flight[0][1] == len(levels)):
+            if len(flight) < preset.window_blocks:
+                flight.append((timeline.admit().frames, 0))
+            run = timeline.joint_pass([(frames, levels[done]) for frames, done in flight], frozenset())
+            steps.append(Step("denoise", run))
+            if run.groups[-1].write:
+                timeline.forget(run.groups[-1].context)
+            flight = [(frames, done + 1) for frames, done in flight]
+        frames, _ = flight.pop(0)
+        if preset.context.commit:
+            steps.append(Step("commit", timeline.commit_pass(frames)))
+            timeline.forget(steps[-1].run.groups[-1].context)
+        yield BlockPlan(index, frames, tuple(steps))
+        index += 1
+
+
+def blocks_until_full(preset: Preset) -> int:
+    """How many blocks come before the first that sees as much as any ever will; UsageError if that grows for ever."""
+    context = preset.context
+    if context.local_attn_size == -1 and context.commit and not context.segment_frames:
+        raise UsageError(
+            f"{preset.name} keeps all frames, so its window is never full; give --frames-in-window, such as 21"
+        )
+    bound = max(context.local_attn_size, context.segment_frames, context.rebuild_frames)
+    blocks = plan_blocks(preset)
+    seen = [next(blocks).context for _ in range(HORIZON + bound // preset.num_frame_per_block)]
+    return seen.index(max(seen))
+
+
+def pass_work(spec: ModelSpec, run: Pass, size: tuple[int, int], dtype: str) -> Work:
+    """One pass over pages of the model's dtype."""
+    tokens = spec.tokens_per_frame(size)
+    return Work(costs.pass_flops(spec, tokens, run).total, costs.pass_traffic(spec, tokens, run, dtype, dtype))
+
+
+def decoder_work(spec: costs.DecoderSpec, latent: tuple[int, int], frames: int, dtype: str) -> Work:
+    """Decoding `frames` latent frames of (height, width) in the middle of a stream."""
+    item, area = costs.ITEMSIZE[dtype], latent[0] * latent[1]
+    weights = sum(conv.parameters for conv in costs.convs(spec))
+    pictures = 3 * area * spec.spatial_stride**2 * spec.temporal_stride
+    moved = item * (weights + frames * (spec.z_dim * area + pictures))
+    return Work(
+        frames * costs.decode_flops(spec, latent), moved + 2 * costs.decoder_state_bytes(spec, latent, dtype)
+    )

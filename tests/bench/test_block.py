@@ -1,0 +1,242 @@
+"""The block benchmark on a CPU: it times what matches, refuses what does not, and finds a slowdown that was planted.
+
+Its clock is replaced by one that only moves when it is read or slept on, so no figure depends on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from inferix import load
+from inferix.bench import block as bench
+from inferix.bench.baseline import PlainLoop, run_layer, why_not
+from inferix.bench.block import Candidate, Wanted, count_launches, difference, run
+from inferix.bench.compare import compare
+from inferix.bench.report import page
+from inferix.bench.result import Result, read_result
+from inferix.bench.subject import Subject, drawn, open_engine, random_prompt
+from inferix.bench.work import blocks_until_full, decoder_work, pass_work, plan_blocks
+from inferix.cli.main import app
+from inferix.errors import InferixError, UsageError
+from inferix.models.wan.spec import MODELS
+from inferix.models.wan.transformer import WanTransformer
+from inferix.models.wan.vae import WAN21_VAE
+from inferix.runtime.engine import Engine
+from inferix.runtime.presets import PRESETS, make_preset
+
+SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
+WANTED = Wanted(SMALL, rounds=1, blocks=4)
+
+
+class FakeTime:
+    """A clock that moves a millisecond whenever it is read, and as far as it is slept on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    clock = FakeTime()
+    monkeypatch.setattr(bench, "time", clock)
+    return clock
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return run(WANTED, lambda said: None)
+
+
+def test_a_block_is_timed_stage_by_stage_at_a_full_window(result):
+    assert set(result.facts["candidates"]) >= {"eager", "plain"}
+    assert result.facts["left_out"].keys() == {"compiled"}
+    for name, told in result.facts["candidates"].items():
+        assert told["refused"] is None and told["difference"] <= result.facts["tolerance"]
+        assert told["memory"]["cache"] > 0 and told["memory"]["decoder state"] > 0 and told["launches"] is None
+        held = result.of(name)
+        assert len(held["block"].samples) == len(held["transformer"].samples) == 4
+        assert {frames: len(samples) for frames, samples in result.facts["growth"][name].items()} == {"3": 1, "6": 4}
+    assert result.facts["block"]["window_frames"] == 6 and result.facts["block"]["pixel_frames"] == 12
+    assert [step["kind"] for step in result.facts["block"]["passes"]] == ["denoise"] * 4 + ["commit"]
+    assert {"denoise", "commit", "decode"} <= result.of("eager").keys()
+    assert not result.on_gpu and result.environment["clocks"] is None
+    assert "## On a CPU" in page({"a.json": result}, "results", "page.md", {})
+
+
+def test_a_planted_slowdown_is_found_by_comparing_two_runs(clock, monkeypatch):
+    before = run(WANTED, lambda said: None)
+    denoise = Engine.denoise
+
+    def slower(self, session):
+        clock.sleep(0.05)
+        return denoise(self, session)
+
+    monkeypatch.setattr(Engine, "denoise", slower)
+    found = {change.name: change.verdict for change in compare(before, run(WANTED, lambda said: None)).changes}
+    assert found["eager/block"] == found["eager/transformer"] == "slower"
+    assert found["plain/block"] == found["plain/transformer"] == "same"
+
+
+class NeverRolls(PlainLoop):
+    """Goes on reading the frames that have left the window."""
+
+    def make_room(self, context):
+        self.frames = context
+
+
+class NoCommit(PlainLoop):
+    """Leaves the keys of a noisy pass for the blocks after it."""
+
+    def forward(self, run, latents):
+        return latents if run.timesteps[0] == 0 else super().forward(run, latents)
+
+
+def planted(streams: dict[str, Callable[..., PlainLoop]]) -> Callable[..., tuple[list[Candidate], dict[str, str]]]:
+    offer = bench.candidates
+
+    def candidates(engine, rows, subject):
+        found, left_out = offer(engine, rows, subject)
+        more = [
+            replace(found[1], name=name, open=lambda make=make: make(engine, rows, 0, (32, 32), run_layer))
+            for name, make in streams.items()
+        ]
+        return [*found[:1], *more], left_out
+
+    return candidates
+
+
+def test_what_does_not_match_is_refused_and_not_timed(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no kernel image is available\nsecond line")
+
+    opened = []
+
+    def right_at_first(*args):
+        opened.append((PlainLoop, NoCommit)[min(len(opened), 1)])
+        return opened[-1](*args)
+
+    streams = {"never rolls": NeverRolls, "no commit": NoCommit, "broken": broken, "right at first": right_at_first}
+    monkeypatch.setattr(bench, "candidates", planted(streams))
+    result = run(replace(WANTED, blocks=1), lambda said: None)
+    told = result.facts["candidates"]
+    assert "the latents of block 2 are off by" in told["never rolls"]["refused"]
+    assert "the latents of block 1 are off by" in told["no commit"]["refused"]
+    assert told["broken"]["refused"] == "cannot run: no kernel image is available"
+    assert "what was timed differs: the latents of block 1" in told["right at first"]["refused"]
+    assert {name.partition("/")[0] for name in result.series} == {"eager"}
+    assert "refused: the latents" in page({"a.json": result}, "results", "page.md", {})
+    with pytest.raises(InferixError, match="no candidate's outputs match"):
+        run(replace(WANTED, only=("never rolls", "broken")), lambda said: None)
+
+
+@pytest.mark.parametrize("preset", ["self-forcing-framewise", "longlive", "causvid", "krea"])
+def test_the_plain_loop_equals_the_engine(preset):
+    settings = {"segment_frames": 6} if preset == "causvid" else {}
+    settings |= {"local_attn_size": 6, "sink_size": 2} if preset in ("longlive", "self-forcing-framewise") else {}
+    engine = load("wan-tiny", preset=preset, device="cpu", dtype="float32", **settings)
+    rows = random_prompt(engine, 0)
+    loop = PlainLoop(engine, rows, 1, (16, 16), run_layer)
+    with engine.open(prompt_embeds=rows, seed=1, size=(16, 16)) as session:
+        for block in session.stream(blocks_until_full(engine.preset) + 2):
+            ours = loop.step()
+            assert difference(ours.latents, block.latents) < 1e-5
+            assert abs(ours.frames.astype(int) - block.frames).max() <= 1
+
+
+def test_presets_that_the_plain_loop_cannot_run_are_told():
+    assert "several noise levels" in why_not(PRESETS["rolling-forcing"])
+    assert "positions move" in why_not(PRESETS["longlive-infinity"])
+    assert "guidance" in why_not(PRESETS["causal-diffusion"])
+
+
+@pytest.mark.parametrize("preset", ["self-forcing", "longlive", "causvid", "krea", "rolling-forcing"])
+def test_planned_passes_are_those_that_run(preset, monkeypatch):
+    engine = load("wan-tiny", preset=preset, device="cpu", dtype="float32")
+    ran = []
+    forward = Engine.forward
+
+    def recorded(self, session, branch, run, latents):
+        ran.append(run)
+        return torch.zeros_like(latents)
+
+    assert forward is not recorded
+    monkeypatch.setattr(Engine, "forward", recorded)
+    with engine.open(prompt_embeds=random_prompt(engine, 0), size=(16, 16)) as session:
+        for _ in session.stream(9, decode=False):
+            pass
+    planned = [step.run for plan in islice(plan_blocks(engine.preset), 9) for step in plan.steps]
+    assert ran == planned
+
+
+def test_full_windows_and_their_work():
+    found = {name: blocks_until_full(PRESETS[name]) for name in ("self-forcing", "longlive", "krea", "causvid")}
+    assert found == {"self-forcing": 6, "longlive": 3, "krea": 1, "causvid": 6}
+    spec = MODELS["wan-1.3b"]
+    plan = next(islice(plan_blocks(PRESETS["self-forcing"]), 6, None))
+    work = [pass_work(spec, step.run, spec.default_size, "bfloat16") for step in plan.steps]
+    assert sum(one.flops for one in work) == pytest.approx(202e12, rel=0.01)
+    decoder = decoder_work(WAN21_VAE, spec.latent_size(spec.default_size), 3, "bfloat16")
+    assert decoder.flops == pytest.approx(40.7e12, rel=0.01)
+    with pytest.raises(UsageError, match="its window is never full; give --frames-in-window"):
+        blocks_until_full(make_preset("self-forcing", local_attn_size=-1))
+
+
+def test_random_weights_are_made_in_place():
+    with torch.device("meta"):
+        module = WanTransformer(MODELS["wan-tiny"])
+    ours = drawn(module, 3, torch.bfloat16, "cpu")
+    again = open_engine(replace(SMALL, dtype="bfloat16", seed=3)).parts.transformer
+    for name, weight in ours.state_dict().items():
+        assert weight.dtype == torch.bfloat16 and torch.isfinite(weight).all()
+        assert torch.equal(weight, again.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "wan-1.3"}, "no model 'wan-1.3'; did you mean 'wan-1.3b'"),
+        ({"model": "some.pt", "random_weights": True}, "--random-weights needs the name of a model"),
+        ({"preset": "krea"}, "the window of krea follows from its rebuilds"),
+        ({"overrides": {"local_attn_size": 9}}, "contradict"),
+        ({"vae": "vae.pth"}, "has random weights; leave it out"),
+        ({"frames_in_window": 0}, "local_attn_size is 0"),
+    ],
+)
+def test_what_cannot_be_measured(change, said):
+    with pytest.raises(UsageError, match=said):
+        open_engine(replace(SMALL, **change))
+
+
+def test_names_and_numbers_of_the_command(tmp_path):
+    for change, said in (({"rounds": 0}, "--rounds is 0"), ({"blocks": 0}, "--blocks is 0")):
+        with pytest.raises(UsageError, match=said):
+            Wanted(SMALL, **change)
+    base = ["bench", "block", "--size", "32x32", "--frames-in-window", "6", "--device", "cpu", "--rounds", "1"]
+    runner = CliRunner()
+    failed = runner.invoke(app, [*base, "--only", "captured", "--blocks", "1"])
+    assert failed.exit_code == 2 and "no candidate 'captured'" in failed.stderr
+    out = tmp_path / "block.json"
+    done = runner.invoke(app, [*base, "--blocks", "1", "--only", "eager", "--json", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads(out.read_text())
+    assert read_result(out).facts["candidates"].keys() == {"eager"}
+    assert "say nothing about a GPU" in done.stderr and "random, untrained weights" in done.stderr
+
+
+def test_launches_are_calls_that_hand_over_work():
+    names = ["cudaLaunchKernel", "aten::mm", "cudaGraphLaunch", "cudaMemcpyAsync", "cuLaunchKernelEx"]
+    assert count_launches(names) == 3

@@ -1,0 +1,55 @@
+"""The stages of the GPU check go on where they were stopped; none of their units needs to run for that to be seen."""
+
+import subprocess
+
+import pytest
+from typer.testing import CliRunner
+
+from inferix.bench import gpu_check
+from inferix.bench.gpu_check import STAGES, Place, run_stage
+from inferix.errors import InferixError, UsageError
+
+UNITS = list(STAGES["block"])
+
+
+def test_a_stage_goes_on_where_it_was_stopped(tmp_path):
+    place, ran = Place(tmp_path), []
+
+    def begin(unit, seconds):
+        ran.append(unit)
+        if len(ran) == 3:
+            raise subprocess.TimeoutExpired("unit", seconds)
+        if unit == UNITS[1]:
+            return "it is wrong"
+        place.file(unit).write_text("{}")
+        return None
+
+    assert run_stage("block", place, begin, 100) == UNITS[2:]  # the third was cut off: it is left, and has not failed
+    assert place.failure(UNITS[1]).read_text() == "it is wrong\n"
+    assert run_stage("block", place, begin, 0) == UNITS[2:]
+    assert run_stage("block", place, begin, 100) == []
+    assert ran == [*UNITS[:3], *UNITS[2:]]
+
+
+def test_a_unit_that_takes_all_the_time_there_is_has_failed(tmp_path):
+    def begin(unit, seconds):
+        raise subprocess.TimeoutExpired("unit", seconds)
+
+    assert run_stage("block", Place(tmp_path), begin, 7) == UNITS[1:]
+    assert Place(tmp_path).failure(UNITS[0]).read_text() == "it took longer than 7 s\n"
+
+
+@pytest.mark.skipif(gpu_check.torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    with pytest.raises(InferixError, match="there is no GPU here"):
+        gpu_check.main("block", tmp_path)
+    with pytest.raises(UsageError, match="no stage 'blok'; did you mean 'block'"):
+        gpu_check.main("blok", tmp_path)
+    with pytest.raises(UsageError, match="no unit 'kreaa'; did you mean 'krea'"):
+        gpu_check.main("block", tmp_path, unit="kreaa")
+
+
+def test_its_help_says_how_to_go_on():
+    app = gpu_check.typer.Typer()
+    app.command()(gpu_check.main)
+    assert "units whose results are there are left out" in CliRunner().invoke(app, ["--help"]).stdout

@@ -1,0 +1,205 @@
+"""Results on disk, what changed between two of them, and the page made of many."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from inferix.bench import nvml
+from inferix.bench.compare import compare
+from inferix.bench.goals import GOALS
+from inferix.bench.plots import PLOTS
+from inferix.bench.report import page, write_report
+from inferix.bench.result import SCHEMA, Series, read_folder, read_result, write_result
+from inferix.cli.main import app
+from inferix.errors import UsageError
+
+from .made import CPU, H200, made
+
+ROOT = Path(__file__).parents[2]
+
+
+def noisy(middle: float, count: int = 15, seed: int = 0) -> list[float]:
+    """Samples with a tail of slow ones, as a busy machine gives them."""
+    generator = random.Random(seed)
+    return [middle * (1 + 0.02 * generator.random() + 0.3 * (generator.random() < 0.1)) for _ in range(count)]
+
+
+def test_a_result_comes_back_from_its_file(tmp_path):
+    result = made({"eager/block": noisy(0.2)})
+    path = write_result(result, tmp_path / "deep" / "block.json")
+    assert read_result(path) == result
+    assert read_folder(tmp_path) == {"deep/block.json": result}
+    assert len(path.read_text().splitlines()) < 150  # samples of a series stand in one line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": SCHEMA - 1}, "the file is older: run its command again"),
+        ({"schema": SCHEMA + 1}, "the file is newer: update inferix"),
+        ({"schema": None}, "was not written by inferix bench"),
+        ({"kind": "blok"}, "of kind 'blok'; did you mean 'block'"),
+        ({"facts": 3}, "facts is 3; expected a dict"),
+        ({"extra": 3}, "has 'extra'"),
+        ({"environment": {"date": ""}}, "its environment lacks command"),
+        ({"series": {"eager/block": {"unit": "s", "samples": [], "better": "less"}}}, "'eager/block' is damaged"),
+        ({"series": {"eager/block": [1.0]}}, "expected unit, samples and better"),
+    ],
+)
+def test_a_foreign_or_old_file_is_refused(tmp_path, change, said):
+    path = write_result(made({"eager/block": [0.2]}), tmp_path / "block.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UsageError, match=said):
+        read_result(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    for call, said in (
+        (lambda: read_result(tmp_path / "x.json"), "cannot read result"),
+        (lambda: read_result(tmp_path / "none.json"), "cannot read result"),
+        (lambda: read_folder(tmp_path / "none"), "no folder"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            call()
+
+
+def test_quantiles():
+    series = Series("s", (4.0, 1.0, 3.0, 2.0, 5.0))
+    assert (series.median, series.best, series.worst) == (3.0, 1.0, 5.0)
+    assert (series.quantile(0), series.quantile(0.25), series.quantile(0.9)) == (1.0, 2.0, pytest.approx(4.6))
+    assert Series("B/s", (1.0, 2.0), "more").best == 2.0
+
+
+def test_a_planted_slowdown_is_found_and_noise_is_not():
+    before = made({"eager/block": noisy(0.2), "plain/block": noisy(0.5, seed=1), "eager/decode": noisy(0.1, 3)})
+    slow = noisy(0.215, seed=2)
+    after = made({"eager/block": slow, "plain/block": noisy(0.5, seed=3), "eager/decode": noisy(0.9, 3)})
+    found = {change.name: change for change in compare(before, after).changes}
+    assert {name: change.verdict for name, change in found.items()} == {
+        "eager/block": "slower", "plain/block": "same", "eager/decode": "few",
+    }  # fmt: skip
+    assert found["eager/block"].low <= found["eager/block"].ratio <= found["eager/block"].high
+    back = {change.name: change.verdict for change in compare(after, before).changes}
+    assert back["eager/block"] == "faster"
+    wild = made({"eager/block": [0.1, 0.4, 0.1, 0.4, 0.25]})
+    (unsure,) = compare(wild, made({"eager/block": [0.4, 0.1, 0.1, 0.4, 0.26]})).changes
+    assert unsure.verdict == "unsure"
+
+
+def test_only_what_belongs_together_is_compared():
+    result = made({"eager/block": noisy(0.2)})
+    for other, said in (
+        (made({"eager/block": noisy(0.2)}, H200), "device type is cpu, B's is cuda"),
+        (made({"eager/block": noisy(0.2)}, model="wan-14b"), "model is wan-1.3b, B's is wan-14b"),
+        (made({"plain/block": noisy(0.2)}), "no quantity in common"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            compare(result, other)
+    more = {"eager/block": noisy(0.2), "fused/block": [0.1]}
+    found = compare(result, made(more, CPU | {"name": "Another"}, rounds=2))
+    assert found.new == ("fused/block",)
+    assert found.differences == (
+        "device.name: Some Processor in A, Another in B", "settings.rounds: None in A, 2 in B",
+    )  # fmt: skip
+
+
+def test_the_compare_command_tells_and_fails_where_asked(tmp_path):
+    a = write_result(made({"eager/block": noisy(0.2)}), tmp_path / "a.json")
+    b = write_result(made({"eager/block": noisy(0.3, seed=5)}), tmp_path / "b.json")
+    runner = CliRunner()
+    told = runner.invoke(app, ["bench", "compare", str(a), str(b)])
+    assert told.exit_code == 0
+    assert "slower" in told.stdout and "ratio of medians B / A" in told.stdout
+    failed = runner.invoke(app, ["bench", "compare", str(a), str(b), "--fail-on-slower", "--json"])
+    assert failed.exit_code == 1
+    assert "slower in" in failed.stderr
+    assert json.loads(failed.stdout)["changes"][0]["verdict"] == "slower"
+    assert runner.invoke(app, ["bench", "compare", str(b), str(a), "--fail-on-slower"]).exit_code == 0
+
+
+def test_cpu_figures_stay_away_from_gpu_goals():
+    cpu = made({"eager/block": [0.1234], "eager/transformer": [0.1011], "eager/decode": [0.0123]})
+    text = page({"cpu.json": cpu}, "results", "page.md", {})
+    gpu_part, _, cpu_part = text.partition("## On a CPU")
+    goals = gpu_part.partition("## On a GPU")[2]
+    assert "No result of a GPU has been recorded yet" in goals
+    assert goals.count("not measured yet") == len(GOALS)
+    assert "123.4" not in goals and "123.4" in cpu_part
+    assert "(CPU, Some Processor)" in cpu_part and "goal" not in cpu_part.partition("### ")[2]
+
+
+def test_a_goal_is_shown_beside_its_card_and_its_work_only():
+    series = {"eager/transformer": [0.4321], "eager/block": [0.5], "plain/transformer": [0.3], "plain/block": [0.4]}
+    on_h200, on_h100 = made(series, H200), made(series, H200 | {"name": "NVIDIA H100"})
+    other = made(series, H200, size=[416, 240])
+    rows = {}
+    for name, result in (("h200", on_h200), ("h100", on_h100), ("other", other)):
+        text = page({f"{name}.json": result}, "results", "page.md", {})
+        rows[name] = next(line for line in text.splitlines() if "window 21: transformer" in line)
+    assert "0.432 s, `h200.json`" in rows["h200"]  # of the executor, not of the faster baseline
+    assert "on another card (NVIDIA H100)" in rows["h100"]
+    assert "not measured yet" in rows["other"]
+
+
+def test_a_report_has_pictures_and_every_result(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install matplotlib")
+    series = {f"{name}/{what}": noisy(0.2 + at / 10) for at, name in enumerate(("captured", "plain"))
+              for what in ("block", "transformer", "decode")}  # fmt: skip
+    write_result(made(series), tmp_path / "in" / "a b.json")
+    refused = made({"eager/block": [0.1]})
+    refused.facts["candidates"]["broken"] = {"about": "a", "difference": 1.0, "refused": "it is off"}
+    write_result(refused, tmp_path / "in" / "c.json")
+    written = write_report(tmp_path / "in", tmp_path / "page.md")
+    assert len(written) == 1 + len(PLOTS["block"]) + 1  # one candidate has no ratios, and its stages were not timed
+    text = (tmp_path / "page.md").read_text()
+    for path in written[1:]:
+        assert f"](page/{path.name})" in text
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert "refused: it is off" in text and "1.50" in text
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_committed_page_is_made_of_the_committed_results():
+    folder = ROOT / "bench" / "results"
+    held = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    links = {name: [] for name in read_folder(folder)}
+    for line in held.splitlines():
+        if line.startswith("!["):
+            link = line.partition("](")[2].rstrip(")")
+            assert (ROOT / "docs" / link).is_file()
+            stem = max((name.removesuffix(".json") for name in links if Path(link).name.startswith(name[:-5])), key=len)
+            links[f"{stem}.json"].append(link)
+    again = page(read_folder(folder), "bench/results", "performance.md", links)
+    assert held == again, "make it anew: inferix bench report bench/results --out docs/performance.md"
+
+
+class FakeLibrary:
+    """The management library of a card that knows power and energy, and no temperature."""
+
+    def nvmlDeviceGetPowerUsage(self, handle, value):
+        value._obj.value = 123_456
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, value):
+        value._obj.value = 7_000
+        return 0
+
+    def nvmlDeviceGetTemperature(self, handle, kind, value):
+        return 3
+
+    def nvmlSystemGetDriverVersion(self, text, length):
+        text.value = b"580.1"
+        return 0
+
+
+def test_what_a_card_does_not_tell_is_none(monkeypatch):
+    card = nvml.Card(FakeLibrary(), None)
+    assert card.state()["watts"] == 123.456
+    assert card.state()["celsius"] is None and card.state()["graphics_mhz"] is None
+    assert (card.energy(), card.driver()) == (7.0, "580.1")
+    monkeypatch.setattr(nvml, "LIBRARIES", ("libnothing.so",))
+    assert nvml.find_card("GPU-1") is None
