@@ -7,6 +7,7 @@ host, so it is never slower than it needs to be. Optionally each layer runs thro
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,6 +25,7 @@ from ..runtime.noise import PhiloxNoise
 from ..runtime.presets import Preset
 from ..runtime.sampler import Sampler
 from ..runtime.session import Block
+from .machine import synchronize
 from .work import BlockPlan, Step, blocks_until_full, plan_blocks
 
 LayerForward = Callable[..., Tensor]
@@ -110,7 +112,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def step(self, decode: bool = True) -> Block:
-        """The next block, as `Engine.step` makes it; its timings are left to the caller."""
+        """The next block, as the engine makes it; of its timings only the decoder's is taken."""
         plan = next(self.plans)
         solver, done = self.sampler.begin(), 0
         latents = self.draw(plan, 0)
@@ -123,13 +125,17 @@ class PlainLoop:
                 done += 1
             else:
                 self.forward(step.run, latents)
-        pixels = None
+        pixels, timings = None, {}
         if decode or self.engine.preset.context.needs_pixels:
+            synchronize(str(self.engine.device))
+            begun = time.perf_counter()
             pixels = self.engine.parts.vae.decode(latents, self.decoder)
+            synchronize(str(self.engine.device))
+            timings["decode"] = time.perf_counter() - begun
         self.past = [*self.past, latents][-self.full :]
         self.pixels = pixels
         frames = to_frames(pixels) if decode and pixels is not None else None
-        return Block(plan.index, latents, frames, {})
+        return Block(plan.index, latents, frames, timings)
 
     def rebuild(self, run: Pass) -> None:
         """Make the context anew from the last clean latents, the first of them encoded again if the preset says so."""

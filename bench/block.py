@@ -42,7 +42,8 @@ CLOCK = (
     "block: host's wall clock from asking for a block until its uint8 frames lie in host memory and the device is "
     "idle: noise, prompt and context work, all denoising passes, the commit, the decoder, conversion and copy. "
     "transformer: the same without decoder and frames. Left out: loading, text encoder, compilation (a whole stream "
-    "runs before), video encoding, network."
+    "runs before), video encoding, network. Where the next block needs the last one's pixels, transformer is block "
+    "less the decoder."
 )
 
 
@@ -290,6 +291,8 @@ def one_round(candidate: Candidate, engine: Engine, blocks: int, taken: Taken) -
             taken.add("block", seconds)
             for stage, part in block.timings.items():
                 taken.add(stage, part)
+            if engine.preset.context.needs_pixels:  # its next block waits for the decoder, which cannot be left out
+                taken.add("transformer", seconds - block.timings["decode"])
         if card and joules is not None and (now := card.energy()) is not None:
             taken.add("energy", (now - joules) / counted)
         counted = 0

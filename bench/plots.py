@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.media import write_atomically
+from .compare import interval
 from .result import Result
 
 INK, SOFT, GRID = "#1f2430", "#6b7280", "#d9dde3"
@@ -76,13 +77,16 @@ def ratio_bars(result: Result, path: Path, quantity: str = "block") -> Path | No
             low, high = series.quantile(0.25) * 1e3, series.quantile(0.75) * 1e3
             axis.barh(place, middle, height=0.62, color=colour(name))
             axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color=INK, capsize=3, linewidth=1)
-            ratio = timed[against].median / series.median
-            said = f"{middle:.4g} ms" + ("" if name == against else f"   {ratio:.2f}x of {against}'s speed")
+            said = f"{middle:.4g} ms"
+            if name != against:
+                low_ratio, high_ratio = interval(series, timed[against])
+                ratio = timed[against].median / series.median
+                said += f"   {ratio:.2f}x {against} ({low_ratio:.2f} to {high_ratio:.2f})"
             axis.annotate(said, (max(high, middle), place), (6, 0), textcoords="offset points", va="center")
         axis.set_yticks(range(len(names)), names)
-        axis.set_xlim(0, max(series.quantile(0.75) for series in timed.values()) * 1e3 * 1.42)
+        axis.set_xlim(0, max(series.quantile(0.75) for series in timed.values()) * 1e3 * 1.55)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel("milliseconds a block; bar: median, whisker: quartiles")
+        axis.set_xlabel("milliseconds a block; bar: median, whisker: quartiles, in brackets: 95 % interval of the ratio")
 
     what = {"block": "with the decoder", "transformer": "transformer and commit alone"}[quantity]
     return picture(path, result, f"One block at a full window, {what}", paint, 1.3 + 0.42 * len(timed))
@@ -150,6 +154,11 @@ def roofline(result: Result, path: Path) -> Path | None:
             )  # fmt: skip
         axis.set_xscale("log")
         axis.set_yscale("log")
+        lowest = min(point[3] for point in points)
+        axis.set_ylim(min(lowest / 2, left * copy) / scale, matmul / scale * 2)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("")
         axis.set_xlabel("FLOPs for each byte that must move")
         axis.set_ylabel(unit)
         axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
@@ -193,13 +202,13 @@ def intervals(result: Result, path: Path) -> Path | None:
     def paint(axis: Any) -> None:
         for name, series in timed.items():
             ordered = sorted(sample * 1e3 for sample in series.samples)
-            shares = [(index + 1) / len(ordered) * 100 for index in range(len(ordered))]
-            axis.step(ordered, shares, where="post", color=colour(name), linewidth=1.6, label=name)
+            shares = [index / (len(ordered) - 1) * 100 for index in range(len(ordered))]
+            axis.plot(ordered, shares, color=colour(name), linewidth=1.6, label=name)
             for share in (0.5, 0.95):
                 at = series.quantile(share) * 1e3
                 axis.plot([at], [share * 100], marker="o", markersize=4, color=colour(name))
-                axis.annotate(f"p{share * 100:.0f}: {at:.4g} ms", (at, share * 100), (7, -9), fontsize=8,
-                              textcoords="offset points")  # fmt: skip
+                axis.annotate(f"p{share * 100:.0f}: {at:.4g} ms", (at, share * 100), (-7, 3), fontsize=8,
+                              textcoords="offset points", ha="right")  # fmt: skip
         axis.set_xlim(left=0)
         axis.set_ylim(0, 103)
         axis.set_xlabel("milliseconds from one block on the sink to the next")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..runtime.media import check_output, write_atomically
+from .compare import interval
 from .goals import GOALS, Goal
 from .plots import PLOTS, has_matplotlib
 from .result import Result, Series, read_folder
@@ -196,10 +197,10 @@ def block_part(result: Result) -> Iterator[str]:
         rows.append((
             name, spread(held["block"]), f"{block['pixel_frames'] / held['block'].median:.3g}",
             milliseconds(held.get("transformer")), milliseconds(held.get("decode")), share,
-            f"{plain.median / held['block'].median:.2f}" if plain else "", f"{told['difference']:.1e}",
+            against(held["block"], plain), f"{told['difference']:.1e}",
         ))  # fmt: skip
     heads = ("candidate", "block, ms: median (quartiles; worst)", "FPS", "transformer, ms", "decoder, ms",
-             "transformer of matmul", "speed against plain", "off by")  # fmt: skip
+             "transformer of matmul", "speed against plain (95 % interval)", "off by")  # fmt: skip
     yield table(heads, rows)
     about = " ".join(f"`{name}`: {told['about']}." for name, told in facts["candidates"].items())
     yield (
@@ -290,6 +291,14 @@ def kernels_part(result: Result) -> Iterator[str]:
                 f"{form['of_matmul']:.0%}", f"{form['of_copy']:.0%}",
             ))  # fmt: skip
     yield table(("op", "case", "form", "us", "TFLOP/s", "of matmul", "of copy"), rows)
+
+
+def against(series: Series, plain: Series | None) -> str:
+    """The speed relative to the plain loop's, with its 95 % interval."""
+    if plain is None or series is plain:
+        return ""
+    low, high = interval(series, plain)
+    return f"{plain.median / series.median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def spread(series: Series, scale: float = 1e3) -> str:

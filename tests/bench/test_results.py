@@ -159,7 +159,7 @@ def test_a_report_has_pictures_and_every_result(tmp_path):
     for path in written[1:]:
         assert f"](page/{path.name})" in text
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert "refused: it is off" in text and "1.50" in text
+    assert "refused: it is off" in text and "| 1.50 (1.4" in text
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
