@@ -20,8 +20,9 @@ EXECUTORS = ("captured", "fused", "eager")  # ours, the fastest first; baselines
 class Goal:
     """At most `value` of `quantity` on `card`.
 
-    quantity: a series of an executor (`block`, `transformer`, `decode`), `launches`, or a start's series. settings:
-    fields of the engine's config that a run must have had.
+    quantity: a series of an executor (`block`, `transformer`, `decode`), `launches`, a start's series, or `attention`:
+    our kernel's time over that of the best of torch's in the same run. settings: fields of the engine's config that a
+    run must have had. command: None where there is nothing to run yet.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Goal:
     preset: str
     quantity: str
     value: float
-    command: str
+    command: str | None
     window: int | None = None
     decoder: str | None = None
     dtype: str = "bfloat16"
@@ -40,12 +41,15 @@ class Goal:
 
     @property
     def kind(self) -> str:
-        return "stream" if self.quantity.startswith("first frame") else "block"
+        kinds = {"first frame, stored": "stream", "attention": "kernels"}
+        return kinds.get(self.quantity, "block")
 
     def matches(self, result: Result) -> bool:
         """Whether a result is of this work, on any GPU."""
-        if result.kind != self.kind or not result.on_gpu:
+        if self.command is None or result.kind != self.kind or not result.on_gpu:
             return False
+        if self.kind == "kernels":
+            return bool(result.settings["dtype"] == self.dtype)
         config, preset = result.settings["config"], result.settings["preset"]
         return (
             result.subject["model"] == self.model
@@ -62,6 +66,8 @@ class Goal:
 
     def reached(self, result: Result) -> float | None:
         """What the fastest executor of a result reached; None where it was not taken."""
+        if self.kind == "kernels":
+            return attention_ratio(result)
         if self.kind == "stream":
             series = result.series.get(f"start/{self.quantity}")
             return None if series is None else series.median
@@ -76,6 +82,17 @@ class Goal:
         return None
 
 
+def attention_ratio(result: Result) -> float | None:
+    """Our attention's time at a full window over the best of torch's; None where either was not timed."""
+    for row in result.facts["rows"]:
+        if (row["op"], row["case"]) == ATTENTION:
+            seconds = {name: form["seconds"] for name, form in row["forms"].items() if "seconds" in form}
+            theirs = [value for name, value in seconds.items() if name.startswith("sdpa")]
+            return seconds["triton"] / min(theirs) if theirs and "triton" in seconds else None
+    return None
+
+
+ATTENTION = ("block_attention", "1.3B, full window")
 RUN = "inferix bench block --random-weights --model"
 SELF_FORCING = f"{RUN} wan-1.3b --preset self-forcing"
 START = "inferix bench stream --random-weights --model wan-1.3b --preset self-forcing"
@@ -92,6 +109,11 @@ GOALS = (
          f"{RUN} wan-14b --preset krea"),
     Goal("Wan VAE: streaming decode of a 3-frame block", "wan-1.3b", "self-forcing", "decode", 0.10,
          SELF_FORCING, decoder="CausalVae"),
+    Goal("1.3B Self-Forcing, window 21, FP8 linears and attention: transformer", "wan-1.3b", "self-forcing",
+         "transformer", 0.21, None, window=21),
+    Goal("block attention, 4680 queries, 32760 keys, 12 heads of 128, against the best of torch's", "wan-1.3b",
+         "self-forcing", "attention", 1.0, "inferix bench kernels --op block_attention --out results",
+         unit="x its time"),
     Goal("launches in a block at a full window", "wan-1.3b", "self-forcing", "launches", 1,
          SELF_FORCING, window=21, unit="launches"),
     Goal("first block after the start of a process, from stored artefacts", "wan-1.3b", "self-forcing",

@@ -123,7 +123,8 @@ def goal_row(goal: Goal, gpu: dict[str, Result]) -> Row:
             card = "" if goal.on_its_card(result) else f" on another card ({result.device_name})"
             found.append((bool(card), f"{amount(value, goal.unit)}{card}, `{name}`"))
     said = "; ".join(text for _, text in sorted(found)) or "not measured yet"
-    return goal.name, f"<= {amount(goal.value, goal.unit)} ({goal.card})", said, f"`{goal.command}`"
+    command = f"`{goal.command}`" if goal.command else "nothing to run yet"
+    return goal.name, f"<= {amount(goal.value, goal.unit)} ({goal.card})", said, command
 
 
 def section(name: str, result: Result, pictures: Iterable[str]) -> str:

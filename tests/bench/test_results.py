@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,14 @@ def test_what_a_card_does_not_tell_is_none(monkeypatch):
     assert (card.energy(), card.driver()) == (7.0, "580.1")
     monkeypatch.setattr(nvml, "LIBRARIES", ("libnothing.so",))
     assert nvml.find_card("GPU-1") is None
+
+
+def test_the_attention_goal_is_a_ratio_within_one_run():
+    forms = {"triton": {"seconds": 3e-3}, "sdpa cudnn": {"seconds": 2e-3}, "sdpa flash": {"seconds": 4e-3}}
+    row = {"op": "block_attention", "case": "1.3B, full window", "forms": forms | {"flex": {"refused": "off"}}}
+    (goal,) = [goal for goal in GOALS if goal.kind == "kernels"]
+    result = replace(made({}, H200, dtype="bfloat16"), kind="kernels", facts={"rows": [row]})
+    assert goal.matches(result) and goal.reached(result) == pytest.approx(1.5)
+    assert not goal.matches(replace(result, settings={"dtype": "float16"}))
+    row["forms"] = {"triton": {"seconds": 3e-3}}
+    assert goal.reached(result) is None
