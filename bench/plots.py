@@ -86,7 +86,7 @@ def ratio_bars(result: Result, path: Path, quantity: str = "block") -> Path | No
         axis.set_yticks(range(len(names)), names)
         axis.set_xlim(0, max(series.quantile(0.75) for series in timed.values()) * 1e3 * 1.55)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel("milliseconds a block (bar: median, whisker: quartiles; in brackets: 95 % interval)")
+        axis.set_xlabel("milliseconds a block; bar: median, whisker: quartiles; in brackets: 95 % interval")
 
     what = {"block": "with the decoder", "transformer": "transformer and commit alone"}[quantity]
     return picture(path, result, f"One block at a full window, {what}", paint, 1.3 + 0.42 * len(timed))
