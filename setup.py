@@ -25,6 +25,7 @@ PACKAGES = [
     "inferix.kernels.qk_norm_rope_append",
     "inferix.kernels.rms_silu",
     "inferix.graphs",
+    "inferix.graphs.rewrites",
     "inferix.models",
     "inferix.models.wan",
     "inferix.models.text",

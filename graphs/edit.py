@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
-from .effects import EMPTY
+from .effects import EMPTY, is_scratch, is_view, storage, written
 
 aten = torch.ops.aten
 DESCRIPTION = ("module", "line")  # of a node's meta: where in the model it comes from
@@ -39,7 +39,7 @@ class Editor:
 
     def __init__(self, graph: fx.Graph, origin: fx.Node | None = None) -> None:
         self.graph, self.origin = graph, origin
-        self._turned: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._copies: dict[tuple[fx.Node, int], fx.Node] = {}
 
     @contextmanager
     def before(self, at: fx.Node) -> Iterator[None]:
@@ -73,6 +73,15 @@ class Editor:
             (node,) = node.all_input_nodes
         return node if tuple(size) == shape(node) else self.call(aten.view.default, node, list(size))
 
+    def refresh_views(self, node: fx.Node) -> None:
+        """Fake results anew of the views of a node whose strides are others than they were."""
+        for user in list(node.users):
+            if is_view(user):
+                args, kwargs = map_arg((user.args, user.kwargs), fake)
+                with fake_mode():
+                    user.meta["val"] = user.target(*args, **kwargs)  # type: ignore[operator]
+                self.refresh_views(user)
+
     def dense(self, node: fx.Node) -> fx.Node:
         """The node if its memory is in order, else a copy that is; slices of one tensor share the copy."""
         if fake(node).is_contiguous():
@@ -80,17 +89,24 @@ class Editor:
         if node.target is aten.select.int:
             whole, dim, index = node.args
             assert isinstance(whole, fx.Node) and isinstance(dim, int)
-            return self.call(aten.select.int, self._dim_first(whole, dim), 0, index)
-        return self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+            return self.call(aten.select.int, self._copy(whole, dim), 0, index)
+        return self._copy(node, 0)
 
-    def _dim_first(self, node: fx.Node, dim: int) -> fx.Node:
-        """A copy with dimension `dim` in front, made right after the node."""
-        if (node, dim) not in self._turned:
+    def _copy(self, node: fx.Node, dim: int) -> fx.Node:
+        """A copy in order with dimension `dim` in front, made once, right after the node."""
+        if (node, dim) not in self._copies:
             order = [dim, *(other for other in range(len(shape(node))) if other != dim)]
-            with self.before(node.next):
-                turned = self.call(aten.permute.default, node, order)
-                self._turned[node, dim] = self.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
-        return self._turned[node, dim]
+            with self.before(after(node)):
+                turned = self.call(aten.permute.default, node, order) if dim else node
+                self._copies[node, dim] = self.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
+        return self._copies[node, dim]
+
+
+def after(node: fx.Node) -> fx.Node:
+    """The node to insert before, so as to come right after a value is there."""
+    base = storage(node)
+    writers = [user for user in base.users if base in map(storage, written(user))] if is_scratch(base) else []
+    return max([node, *writers]).next
 
 
 def short_name(op: Callable[..., Any]) -> str:

@@ -2,7 +2,8 @@
 
 Reshapes are `aten.view`, after an explicit copy where memory is not in order; slices are `aten.select` and
 `aten.slice`, transposes `aten.permute`, casts `aten._to_copy`, fresh memory `aten.empty`; what does nothing is gone.
-Arguments are positional where the schema allows, without trailing defaults. Rewrites rely on it.
+Elementwise results have their memory in order, which costs a copy where operands do not. Arguments are positional
+where the schema allows, without trailing defaults. Rewrites rely on it.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ class Normaliser:
         args = [given.get(argument.name, argument.default_value) for argument in positional]
         while args and is_default(args[-1], positional[len(args) - 1]):
             args.pop()
+        if torch.Tag.pointwise in op.tags and not result.is_contiguous():
+            args = [self.edit.dense(arg) if isinstance(arg, fx.Node) else arg for arg in args]
         kwargs = {
             argument.name: given[argument.name]
             for argument in declared

@@ -86,8 +86,7 @@ def own_value(name: str, node: fx.Node, literal: Tensor | None) -> Value:
     dtype, size = fake(node).dtype, shape(node)
     if literal is None or isinstance(literal, FakeTensor) or literal.numel() > LITERAL:
         return Value(name, Role.WEIGHT, size, dtype, When.LOAD)
-    data = tuple(float(number) for number in literal.flatten().tolist())
-    return Value(f"literal {data}", Role.CONSTANT, size, dtype, When.LOAD, data)
+    return Value.of_literal(literal.flatten().tolist(), size, dtype)
 
 
 def state_writes(graph: fx.Graph, inputs: dict[str, Value]) -> tuple[str, ...]:

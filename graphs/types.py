@@ -7,7 +7,7 @@ of the nodes is the order of execution. Every node carries its fake result in `n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -87,6 +87,13 @@ class Value:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @classmethod
+    def of_literal(cls, data: Sequence[float], shape: tuple[int, ...], dtype: torch.dtype) -> Value:
+        """A constant written down; equal ones have one name."""
+        found = tuple(float(number) for number in data)
+        name = f"literal {list(found)} {list(shape)} {str(dtype).removeprefix('torch.')}"
+        return cls(name, Role.CONSTANT, shape, dtype, When.LOAD, found)
 
     def literal(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The tensor of a literal constant; ValueError for other values."""

@@ -6,7 +6,7 @@ from torch import fx
 
 from ..errors import InferixError
 from .edit import fake, shape
-from .effects import is_scratch, read, storage, written
+from .effects import is_scratch, is_view, read, storage, written
 from .types import BlockGraph, PassGraph, Role
 
 
@@ -22,12 +22,12 @@ def validate(block: BlockGraph) -> None:
     has one shape and dtype, and what a pass reads has been made: by the block's caller, the fold graph, the prompt
     graph or a pass before.
     """
-    known: dict[str, tuple[tuple[int, ...], object]] = {}
+    known: dict[str, tuple[object, ...]] = {}
     for graph in block.graphs:
         validate_pass(graph)
         for value in (*graph.inputs.values(), *graph.outputs):
-            found = (value.shape, value.dtype)
-            if known.setdefault(value.name, found) != found and value.data is None:
+            found = (value.shape, value.dtype, value.data)
+            if known.setdefault(value.name, found) != found:
                 raise GraphError(f"{graph.name}: {value.name} is {found}, but {known[value.name]} elsewhere")
     made = {value.name for graph in (block.fold, block.prompt) if graph is not None for value in graph.outputs}
     for graph in block.passes:
@@ -49,7 +49,7 @@ def validate_pass(graph: PassGraph) -> None:
                 raise GraphError(f"{graph.name}: {node.name} reads {given.name}, which comes after it")
         placed.add(node)
         targets = [storage(target) for target in written(node)]
-        for given in read(node):
+        for given in read(node) if not is_view(node) else ():
             if is_scratch(storage(given)) and storage(given) not in filled:
                 raise GraphError(f"{graph.name}: {node.name} reads scratch {given.name} before it is written")
         for target in targets:

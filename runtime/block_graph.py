@@ -246,7 +246,8 @@ class Builder:
                 "the model's pass", module, self.inputs(layout), model="model", device=self.device
             )
         model = self.traced[layout]
-        told = {"timesteps": timesteps(planned.run.timesteps)}
+        frames = planned.run.timesteps
+        told = {"timesteps": Value.of_literal(frames, (1, len(frames)), torch.float32)}
         step = self.step(planned) if planned.steps else None
         graph = chained(planned.name, model, step, told)
         if step is None:  # passes that are run for what they write: their velocity is nobody's input
@@ -255,14 +256,13 @@ class Builder:
 
     def layout(self, planned: Planned) -> Layout:
         policy = self.preset.context
-        joint = planned.tables == "joint"
-        moved = policy.positions == "window-relative" or (policy.positions == "contiguous" and joint)
+        turned = policy.moving_positions and policy.sink_size > 0  # in every pass, as the cache's tables are made
         names = latent_names(len(planned.steps) or 1)
         if planned.name == "commit" and self.preset.window_blocks > 1:
             names = ("clean",)
         elif not planned.steps and planned.name != "commit":
             names = (f"{planned.name}.latents",)
-        return Layout(tuple(planned.parts), names, planned.tables, moved and policy.sink_size > 0)
+        return Layout(tuple(planned.parts), names, planned.tables, turned)
 
     def inputs(self, layout: Layout) -> list[Value]:
         """All that the model's pass is given."""
@@ -276,7 +276,10 @@ class Builder:
         each = frames // len(layout.latents)
         values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
         text = (self.rows, spec.text_len, spec.text_dim)
-        values += [timesteps((0.0,) * frames), given("text", When.PROMPT, text, self.dtype)]
+        values += [
+            given("timesteps", When.LOAD, (1, frames), torch.float32),
+            given("text", When.PROMPT, text, self.dtype),
+        ]
         if spec.action_dim is not None:
             told = (self.rows, frames, spec.action_dim)
             values.append(given(f"{layout.tables}.actions", When.BLOCK, told, self.dtype))
@@ -321,11 +324,6 @@ class Builder:
             kept += [f"corrected@{step - 1}"] if step else []
             values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in kept]
         return trace("the solver's step", SolverStep(self.sampler, planned.steps, frames), values, device=self.device)
-
-
-def timesteps(told: tuple[float, ...]) -> Value:
-    """What the network is told, as a literal [1, F]."""
-    return Value("timesteps", Role.CONSTANT, (1, len(told)), torch.float32, When.LOAD, told)
 
 
 def build_block_graph(

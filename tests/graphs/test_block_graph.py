@@ -11,6 +11,7 @@ from filled import random_values
 from oracles import TINY, randomise
 
 from inferix.graphs.interpret import run_block
+from inferix.graphs.rewrites import REWRITES, rewritten
 from inferix.graphs.types import BlockGraph
 from inferix.graphs.validate import validate
 from inferix.models.wan.transformer import WanTransformer
@@ -80,3 +81,15 @@ def test_the_traced_block_is_the_model(preset: str) -> None:
     block = block_of(preset)
     validate(block)
     assert max(differences(preset, interpreted(preset, block), block).values()) < 1e-12
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_rewritten_blocks_compute_the_same(preset: str) -> None:
+    """Each rewrite alone, with those it needs, and all together."""
+    block = block_of(preset)
+    for names in [*([*REWRITES[name].needs, name] for name in REWRITES), list(REWRITES)]:
+        found = rewritten(block, names)
+        validate(found)
+        worst = max(differences(preset, interpreted(preset, found), found).values())
+        assert worst < 1e-9, f"{names}: {worst}"
+    assert all(change.places > 0 for change in found.changes), found.changes

@@ -1,0 +1,80 @@
+"""All rewrites, in the order in which they are done, and what does them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from ...errors import UsageError, nearest
+from ..compose import chained
+from ..types import BlockGraph, Change
+from .adaln import adaln
+from .base import Rewrite, launches, on_each_graph
+from .dead_work import dead_work
+from .denoise_step import denoise_step
+from .gelu import gelu
+from .merge_qkv import merge_qkv
+from .partition import fold, hoist_prompt
+from .qk_norm_rope import qk_norm_rope
+
+REWRITES: dict[str, Rewrite] = {
+    rewrite.name: rewrite
+    for rewrite in (
+        Rewrite("dead-work", "what no later pass, result or state needs is not computed", dead_work),
+        Rewrite("merge-qkv", "queries, keys and values in one matmul", on_each_graph(merge_qkv)),
+        Rewrite(
+            "qk-norm-rope", "norm, rotation and the write into pages in one kernel", on_each_graph(qk_norm_rope),
+            needs=("merge-qkv",),
+        ),
+        Rewrite("adaln", "residual, layer norm and modulation in one kernel", on_each_graph(adaln)),
+        Rewrite("denoise-step", "unpatchify, solver step and noise in one kernel", on_each_graph(denoise_step)),
+        Rewrite("gelu", "GELU in the last step of its matmul", on_each_graph(gelu)),
+        Rewrite("hoist-prompt", "what the prompt alone decides is computed once per prompt", hoist_prompt),
+        Rewrite("fold", "what weights and timesteps alone decide is computed once", fold),
+    )
+}  # fmt: skip
+
+
+def chosen(with_: Collection[str] = (), without: Collection[str] = ()) -> list[str]:
+    """Names of the rewrites to do, in order: those done by default, more, and fewer.
+
+    Leaving one out leaves out those that need it. Raises UsageError for an unknown name, for one that is both asked
+    for and left out, and for one that is asked for without what it needs.
+    """
+    for name in (*with_, *without):
+        if name not in REWRITES:
+            raise UsageError(f"no rewrite {name!r}{nearest(name, REWRITES)}; there are {', '.join(REWRITES)}")
+    if both := sorted(set(with_) & set(without)):
+        raise UsageError(f"rewrite {both[0]} is both asked for and left out; give one of --with and --without")
+    found: list[str] = []
+    for name, rewrite in REWRITES.items():
+        lacking = [need for need in rewrite.needs if need not in found]
+        if name in with_ and lacking:
+            raise UsageError(f"rewrite {name} needs {lacking[0]}, which is left out; leave both out, or neither")
+        if name not in without and not lacking and (rewrite.default or name in with_):
+            found.append(name)
+    return found
+
+
+def rewritten(block: BlockGraph, names: Collection[str]) -> BlockGraph:
+    """The block after these rewrites, in their order; `changes` says what each did. The given block stays as it is."""
+    found = copied(block)
+    for rewrite in REWRITES.values():
+        if rewrite.name in names:
+            before = counted(found)
+            found, places = rewrite.apply(found)
+            after = counted(found)
+            change = Change(rewrite.name, places, before[0], after[0], before[1], after[1])
+            found = replace(found, changes=(*found.changes, change))
+    return found
+
+
+def copied(block: BlockGraph) -> BlockGraph:
+    """The block with graphs of its own, which rewrites may change in place."""
+    fold_, prompt = (None if graph is None else chained(graph.name, graph) for graph in (block.fold, block.prompt))
+    return replace(block, fold=fold_, prompt=prompt, passes=tuple(chained(graph.name, graph) for graph in block.passes))
+
+
+def counted(block: BlockGraph) -> tuple[int, int]:
+    """Calls, and those of them that launch something, of all passes of a block."""
+    return sum(len(list(graph)) for graph in block.passes), sum(len(launches(graph)) for graph in block.passes)

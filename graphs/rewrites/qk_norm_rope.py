@@ -1,0 +1,107 @@
+"""qk-norm-rope: norm and rotation of queries and keys and the write into pages, in one kernel over one projection.
+
+Precondition: an RMS norm of queries and of keys over their full width, with one eps, feeds `rope_append`, and queries,
+keys and values are the three parts of one projection in this order (merge-qkv); pages are in the model's dtype.
+Claim: equal to rounding; the kernel does not round between norm and rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ...kernels.rope_append import rope_append
+from ..edit import Editor, aten, fake, shape
+from ..match import Match, Pattern, peeled
+from ..types import PassGraph
+from .base import ops
+
+ROWS, FRAMES, HEIGHT, WIDTH, PAGES, HEADS, PAIRS = 3, 5, 7, 11, 13, 17, (19, 23, 29)
+TOKENS, DIM = FRAMES * HEIGHT * WIDTH, 2 * sum(PAIRS)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As Wan writes it: in float32 or better, rounded before the weight."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def append_of(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., None]:
+    """Norm, rotation and append, with the norm written in one of the ways."""
+
+    def append(
+        q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, time: Tensor, row: Tensor,
+        column: Tensor, kv: Tensor, pages: Tensor, eps: float, sink_turns: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        q, k = norm(q, q_weight, eps), norm(k, k_weight, eps)
+        q, k, v = (part.unflatten(-1, (HEADS, DIM)) for part in (q, k, v))
+        q_sink = None if sink_turns is None else torch.empty_like(q)
+        rope_append(q, k, v, time, row, column, kv, pages, sink_turns=sink_turns, q_sink=q_sink)
+
+    return append
+
+
+@cache
+def patterns(dtype: torch.dtype, turns: torch.dtype) -> tuple[Pattern, ...]:
+    """Each way of writing the norm, without and with a sink seen at another place."""
+    full, turns_shape = HEADS * DIM, (ROWS, FRAMES, PAIRS[0], 2)
+    tensors: dict[str, tuple[int, ...]] = {name: (ROWS, TOKENS, full) for name in ("q", "k", "v")}
+    tensors |= {"q_weight": (full,), "k_weight": (full,), "time": turns_shape, "row": (HEIGHT, PAIRS[1], 2)}
+    tensors |= {"column": (WIDTH, PAIRS[2], 2), "kv": (2, PAGES, HEIGHT * WIDTH, HEADS, DIM), "pages": (ROWS, FRAMES)}
+    dtypes = dict.fromkeys(("time", "row", "column", "sink_turns"), turns) | {"pages": torch.int32}
+    return tuple(
+        Pattern.of(append_of(norm), tensors | more, dtype, dtypes, states=("kv",), scalars=("eps",))
+        for norm in (rms_norm, torch_rms_norm)
+        for more in ({}, {"sink_turns": turns_shape})
+    )
+
+
+def qk_norm_rope(graph: PassGraph) -> int:
+    """Put `inferix::qk_norm_rope_append` in the place of norms and append."""
+    edit, places = Editor(graph.graph), 0
+    for append in graph.graph.find_nodes(op="call_function", target=ops.rope_append.default):
+        time = append.args[3]
+        for pattern in patterns(fake(append.args[0]).dtype, fake(time).dtype):
+            match = pattern.at(append)
+            qkv = None if match is None else whole(match)
+            if match is not None and qkv is not None:
+                fuse(edit, match, qkv)
+                places += 1
+                break
+    return places
+
+
+def whole(match: Match) -> fx.Node | None:
+    """The projection whose three parts are queries, keys and values; None if there is none."""
+    start, found = 0, set[fx.Node]()
+    for name in ("q", "k", "v"):
+        part = match.given[name]
+        if part.target is not aten.slice.Tensor or part.args[2] != start:
+            return None
+        start = part.args[3]  # type: ignore[assignment]
+        found.add(peeled(part.args[0]))  # type: ignore[arg-type]
+    qkv = found.pop()
+    return qkv if not found and shape(qkv)[-1] == start else None
+
+
+def fuse(edit: Editor, match: Match, qkv: fx.Node) -> None:
+    append = match.anchor
+    _, _, _, time, row, column, out, kv, pages, sink_turns, q_sink, scale = (*append.args, *(None,) * 3)[:12]
+    rows, tokens = shape(append.args[0])[:2]  # type: ignore[arg-type]
+    with edit.before(append):
+        edit.call(
+            ops.qk_norm_rope_append.default, edit.view(qkv, (rows, tokens, shape(qkv)[-1])),
+            edit.dense(match.given["q_weight"]), edit.dense(match.given["k_weight"]), time, row, column, out, kv, pages,
+            sink_turns, q_sink, scale, match.scalar("eps"),
+        )  # fmt: skip
+    edit.graph.erase_node(append)
+    del match.nodes[match.pattern.anchor]
+    match.erase()
