@@ -43,8 +43,7 @@ class Offloaded:
     def read(self, table: BlockTable) -> tuple[Tensor, Tensor | None]:
         """What `PagedStore.read` gave for the pages of a table, once it is there."""
         self.store.transfer.wait()
-        slots = list(self._slots(table).values())
-        return self.kv[:, :, slots], None if self.scales is None else self.scales[:, :, slots]
+        return self._lying(list(self._slots(table).values()))
 
     def prefetch(self) -> None:
         """Take pages again and begin to fill them; OutOfPages leaves everything on the host."""
@@ -58,9 +57,9 @@ class Offloaded:
             pool.share([pages[slot]] * (count - 1))
         for table, slots in self.tables:
             table.pages = {frame: pages[slot] for frame, slot in slots.items()}
+        kv, scales = self._lying(wanted)
         with self.store.transfer.beside():
-            scales = None if self.scales is None else self.scales[:, :, wanted]
-            self.store.write(list(pages.values()), self.kv[:, :, wanted], scales)
+            self.store.write(list(pages.values()), kv, scales)
         self.coming = True
 
     def onload(self) -> None:
@@ -68,12 +67,20 @@ class Offloaded:
         self.prefetch()
         self.store.transfer.join()
         self.back = True
+        del self.kv, self.scales
 
     def leave_out(self, table: BlockTable) -> None:
         """This table is closed and does not come back."""
         if self.coming:
             self.store.transfer.join()  # its pages are free for others only after the copy
         self.tables = [(other, slots) for other, slots in self.tables if other is not table]
+
+    def _lying(self, slots: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Pages of some slots, as they lie: in pinned memory, and perhaps still coming, if they are all."""
+        if slots == list(range(self.kv.shape[2])):
+            return self.kv, self.scales
+        self.store.transfer.wait()
+        return self.kv[:, :, slots], None if self.scales is None else self.scales[:, :, slots]
 
     def _slots(self, table: BlockTable) -> dict[int, int]:
         return next(slots for other, slots in self.tables if other is table)

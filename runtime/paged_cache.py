@@ -86,11 +86,12 @@ class PagedCache:
         if not store.form.staged:
             return PagedAttention(self.tables(run), store.kv, store.row_turns, store.column_turns)
         rows = self._place(run)
+        own = [page for row in rows for page in row.pages]
         through = through_slots(rows, store.form.read_in_place)
         staging = store.slots(through.slots)
         return StagedAttention(
             self._parts(through.rows), store.kv, store.scales, staging,
-            written=(store.ints(through.written), store.ints([page for row in rows for page in row.pages])),
+            written=(store.ints(list(range(len(own)))), store.ints(own)),
             seen=None if through.seen is None else (store.ints(through.seen), store.ints(list(range(through.slots)))),
             row_turns=store.row_turns, column_turns=store.column_turns,
         )  # fmt: skip
@@ -155,7 +156,7 @@ class PagedCache:
 
     def _check_here(self) -> None:
         if self.away is not None:
-            raise InferixError("the pages of this session are in host memory; bring them back first (onload)")
+            raise InferixError("the pages of this session are in host memory; resume it first")
 
     def _place(self, run: Pass) -> list[Row]:
         self._check_here()

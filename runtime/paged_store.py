@@ -87,6 +87,7 @@ class PagedStore:
     def make_room(self, count: int) -> None:
         """Have `count` free pages, if the store may grow: it doubles at least, and its tensors move."""
         if self.grows and (missing := count - len(self.pool.free)) > 0:
+            self.transfer.join()
             old, old_scales, held = self.kv, self.scales, self.pool.size
             self.pool.grow(max(missing, held))
             self.kv, self.scales = self._allocate(self.pool.size)

@@ -90,14 +90,13 @@ def parts_of(rows: list[Row]) -> list[list[Row]]:
 
 @dataclass(frozen=True)
 class ThroughSlots:
-    """Rows whose frames go through a buffer of `slots`: the pass's own come first, as `written` tells.
+    """Rows whose frames go through a buffer of `slots`, the pass's own first, in order.
 
     seen: pages that are read through the buffer, by slot; None where rows list the pages themselves.
     """
 
     rows: list[Row]
     slots: int
-    written: list[int]
     seen: list[int] | None
 
 
@@ -111,7 +110,6 @@ def through_slots(rows: list[Row], read_in_place: bool) -> ThroughSlots:
         pages = tuple(slot[page] for page in row.pages)
         return replace(row, pages=pages, listed=row.listed if read_in_place else tuple(slot[p] for p in row.listed))
 
-    written = list(range(len(own)))
     if read_in_place:
-        return ThroughSlots([moved(row) for row in rows], len(own), written, None)
-    return ThroughSlots([moved(row) for row in rows], len(seen), written, seen)
+        return ThroughSlots([moved(row) for row in rows], len(own), None)
+    return ThroughSlots([moved(row) for row in rows], len(seen), seen)
