@@ -1,8 +1,8 @@
 """The plain loop that the executors are held against, with the same weights, in the structure of the public reference.
 
 One contiguous cache of the window's size per layer, rolled by copying; text, time and patch embedding in every pass,
-cross-attention keys once a prompt; torch's own attention. Left out are the public code's reads of device values by the
-host, so it is never slower than it needs to be. Optionally each layer runs through `torch.compile`.
+cross-attention keys once a prompt; torch's own attention. Left out is what only slows the public code down: reads of
+device values by the host, and rotation in float64. Optionally each layer runs through `torch.compile`.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class PlainLoop:
         self.tokens = self.grid[0] * self.grid[1]
         self.full = max(step.context for step in next_plans(engine.preset))
         self.frames: tuple[int, ...] = ()
+        self.positions: list[int] = []
+        self.angles = Angles(torch.empty(0), torch.empty(0))
         self.past: list[Tensor] = []  # last clean latents and their pixels, for presets that rebuild
         self.pixels: Tensor | None = None
         # A layer's number is the same in every copy, so that all layers share what is compiled for one.
@@ -106,9 +108,8 @@ class PlainLoop:
     def new_cache(self) -> LayerCache:
         spec, like = self.spec, self.rows
         shape = (1, self.full * self.tokens, spec.num_heads, spec.head_dim)
-        empty = Angles(torch.empty(0), torch.empty(0))
-        rope = self.transformer.precision.rope
-        return LayerCache(like.new_zeros(shape), like.new_zeros(shape), empty, rope)
+        rope = torch.promote_types(like.dtype, torch.float32)
+        return LayerCache(like.new_zeros(shape), like.new_zeros(shape), self.angles, rope)
 
     @torch.no_grad()
     def step(self, decode: bool = True) -> Block:
@@ -155,9 +156,10 @@ class PlainLoop:
         """One pass of the network, all its embeddings made anew."""
         (group,) = run.groups
         self.make_room(group.context)
-        angles = rope_angles(
-            [group.position_of(frame) for frame in run.frames], *self.grid, self.spec.head_dim, self.engine.device
-        )
+        positions = [group.position_of(frame) for frame in run.frames]
+        if positions != self.positions:
+            self.positions = positions
+            self.angles = rope_angles(positions, *self.grid, self.spec.head_dim, self.engine.device)
         model = self.transformer
         model.text_embedding(self.rows[None])
         x = model.patch_embedding(latents[None].transpose(1, 2)).flatten(2).transpose(1, 2)
@@ -166,7 +168,7 @@ class PlainLoop:
         # What is compiled is compiled for the full window alone: every other size would be compiled anew.
         layer_forward = self.compiled if len(group.context) == self.full else run_layer
         for layer, text, held in zip(self.layers, self.text, self.caches, strict=True):
-            held.angles = angles
+            held.angles = self.angles
             held.start = group.context.index(run.frames[0]) * self.tokens
             held.used = len(group.context) * self.tokens
             x = layer_forward(layer, x, modulation, text, held)
