@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,17 +204,14 @@ def record_blocks(
     kept: list[Any] = []
     start = time.perf_counter()
     try:
-        for index in range(blocks):
-            if index in cues:
-                session.prompt(cues[index])
-            (block,) = session.stream(blocks=1, decode=writer is not None)
-            count = 0
+        for block in steered(session, blocks, cues, decode=writer is not None):
+            made, count = len(result.blocks), 0
             if writer is None:
                 kept.append(block.latents.detach().cpu())
             else:
                 count = len(block.frames)
                 writer.add(block.frames)
-                chosen = sheet_indices(count, len(result.blocks), blocks)
+                chosen = sheet_indices(count, made, blocks)
                 kept += [(str(result.frames + index), block.frames[index].copy()) for index in chosen]
             result.blocks.append({"index": block.index, "frames": count, "timings": dict(block.timings)})
             result.frames += count
@@ -223,6 +220,18 @@ def record_blocks(
     except KeyboardInterrupt:
         result.interrupted = True
     return result, kept
+
+
+def steered(session: Any, blocks: int, cues: dict[int, str], decode: bool) -> Iterator[Any]:
+    """The stream, each cue told before the block that is to follow it; UsageError for a prompt that is refused."""
+    starts = [0, *(start for start in sorted(cues) if start > 0), blocks]
+    for start, stop in pairwise(starts):
+        if start in cues:
+            session.prompt(cues[start])
+        for block in session.stream(stop - start, decode):
+            if refused := [ack.refused for ack in block.acks if ack.refused]:
+                raise UsageError(refused[0])
+            yield block
 
 
 def save_latents(latents: list[torch.Tensor], path: Path) -> Path:
@@ -276,6 +285,7 @@ def generate(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Engine setting; repeatable."),
+    records: Path | None = typer.Option(None, help="File for what was measured, a JSON line for each block."),
     config: Path | None = typer.Option(
         None, callback=read_config, is_eager=True, help="YAML file of options, settings in 'set'; flags win."
     ),
@@ -302,10 +312,13 @@ def generate(
     if prompt_at and storyboard:
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
-    check_output(out)
+    for output in (out, records):
+        if output is not None:
+            check_output(output)
     console = Console(stderr=True)
 
     from ..runtime.engine import load
+    from ..runtime.records import RecordFile
 
     parts: dict[str, Any] = {"base": base, "vae": vae, "lora": lora, "lora_scale": lora_scale}
     engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
@@ -331,6 +344,8 @@ def generate(
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     frame_size = wanted_size or engine.default_size
     with ExitStack() as stack:
+        if records is not None:
+            engine.observe(stack.enter_context(RecordFile(records)))
         session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, **given)))
         begun = session.timeline.next_frame
         changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)

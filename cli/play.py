@@ -28,6 +28,7 @@ from ..errors import InferixError, UsageError
 from .generate import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
+    from ..runtime.outbox import Block
     from ..runtime.session import Session
 
 ARROWS = {"\x1b[A": "up", "\x1b[B": "down", "\x1b[D": "left", "\x1b[C": "right"}
@@ -152,24 +153,25 @@ class Maker(threading.Thread):
         try:
             while not self.controls.leave:
                 begun = time.perf_counter()
-                self.steer()
-                (block,) = self.session.stream(blocks=1)
+                block = self.make()
                 assert block.frames is not None
                 self.put(block.frames, len(block.frames) / (time.perf_counter() - begun))
         except (InferixError, RuntimeError, ValueError, AssertionError) as error:
             self.failed = error
 
-    def steer(self) -> None:
+    def make(self) -> Block:
+        """The next block, by what was asked for until now; what became of a new prompt is said below it."""
         while self.controls.prompts:
             text = self.controls.prompts.popleft()
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                try:
-                    self.session.prompt(text)
-                    self.said = " ".join(str(warning.message) for warning in caught) or f"prompt: {text}"
-                except UsageError as error:
-                    self.said = str(error)
+            self.session.prompt(text)
+            self.said = f"prompt: {text}"
         self.session.act(self.controls.action())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            (block,) = self.session.stream(blocks=1)
+        said = [str(warning.message) for warning in caught] + [ack.refused for ack in block.acks if ack.refused]
+        self.said = " ".join(said) or self.said
+        return block
 
     def put(self, frames: NDArray[np.uint8], speed: float) -> None:
         while not self.controls.leave:
@@ -240,6 +242,7 @@ def play(
     with engine.open(prompt=prompt, seed=seed) as session, raw_terminal() as file:
         scale = fitting_scale(session.size, os.get_terminal_size())
         maker = Maker(session, controls)
+        engine.hand_over()
         maker.start()
         try:
             shown, took = show(maker, controls, file, scale, engine.fps, seconds)

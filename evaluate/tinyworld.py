@@ -333,7 +333,7 @@ def long_run(engine: Engine, seeds: int, minutes: float, tell: Tell) -> dict[str
         with engine.open(prompt=scene.prompt, seed=seed, actions=actions) as session:
             for _ in session.stream(total - eight, decode=False):
                 pass
-            session.decoder = engine.parts.vae.new_state()  # what came before was not decoded
+            session.track.clear()  # what came before was not decoded
             last = np.stack([block.frames[-1] for block in session.stream(eight) if block.frames is not None])
         ratio = signals(last)[[1, 3]] / truth[[1, 3]]
         if (ratio < 0.5).any() or (ratio > 2).any():

@@ -37,6 +37,12 @@ class ActionTrack:
             self.starts.append(frame)
             self.held.append(index)
 
+    def fork(self) -> ActionTrack:
+        """A copy that goes on by itself."""
+        twin = ActionTrack(self.names)
+        twin.starts, twin.held = list(self.starts), list(self.held)
+        return twin
+
     def of(self, frame: int) -> int:
         """The number of a frame's action."""
         return self.held[bisect_right(self.starts, frame) - 1]

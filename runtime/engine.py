@@ -1,17 +1,18 @@
 """The engine: a loaded model, the sessions opened on it, and the block loop.
 
-`Engine.step` is the loop's body: prepare, denoise, commit, decode. Which frames and positions a pass has is
-for `timeline` to say; tensors are here, in the caches and in the model.
+`Engine.step` is the loop's body: whose turn it is, then that session's block: prepare, denoise, commit, finish.
+Which frames and positions a pass has is for `timeline` to say, and how sessions come, wait and end for `host`;
+tensors are here, in the caches and in the model.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,32 +25,42 @@ from ..graphs.passes import Pass
 from ..models.text.umt5 import load_prompt_embeds
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
+from ..models.wan.vae_checkpoint import Decoder
 from .actions import ActionTrack, check_action
 from .budget import parse_bytes
 from .config import DTYPES, EngineConfig, default_device, default_dtype
+from .host import Host
 from .kv_memory import KVMemory
 from .loading import SHIPPED, Components, load_components, random_components, shipped
+from .mailbox import STEERING
 from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
 from .paged_store import KV_DTYPES
+from .pipeline import to_frames
 from .presets import DEFAULT_MODEL, Preset, default_preset, make_preset
 from .sampler import Sampler, noised
-from .session import Block, Branch, InFlight, PromptChange, Session
+from .scheduler import Limits
+from .session import Session
+from .stream import Branch, InFlight, PromptChange
 from .timeline import Span, Timeline
 
 Pixels = NDArray[np.uint8]
+T = TypeVar("T")
 
 
 class Engine:
     """A model ready to run: weights, schedule and policy. Made by `load`."""
 
-    def __init__(self, config: EngineConfig, preset: Preset, parts: Components) -> None:
+    def __init__(
+        self, config: EngineConfig, preset: Preset, parts: Components, limits: Limits = Limits()  # noqa: B008
+    ) -> None:
         self.config, self.preset, self.parts = config, preset, parts
         self.spec = parts.transformer.spec
         self.device = torch.device(config.device)
         self.dtype = DTYPES[config.dtype]
         kept = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else self.dtype
         self.memory = KVMemory(self.spec, preset, (self.dtype, kept), self.device, config.kv_memory)
+        self.host = Host(self, limits)
 
     @property
     def fps(self) -> int:
@@ -62,25 +73,55 @@ class Engine:
         return self.spec.default_size
 
     @torch.no_grad()
-    def step(self, session: Session, decode: bool = True) -> Block:
-        """Make a session's next block."""
-        session.check_open()
-        policy, timings = self.preset.context, dict[str, float]()
-        with self._timed("prepare", timings):
+    def step(self) -> Session | None:
+        """Make the next block of the session whose turn it is; None where none can be made just now."""
+        session = self.host.turn()
+        if session is not None:
+            with self.host.alone(session):
+                self.make_block(session)
+        return session
+
+    def make_block(self, session: Session) -> None:
+        """One block, from what was told until now to its decoding, which goes on beside the next block."""
+        self.host.begin(session)
+        with session.record.span("encode"):
+            self.follow_controls(session)
+        with session.record.span("prepare"):
             self.follow_prompt(session)
             self.rebuild_context(session)
-        with self._timed("denoise", timings):
+        with session.record.span("denoise"):
             block = self.denoise(session)
-        with self._timed("commit", timings):
-            if policy.commit:
+        with session.record.span("commit"):
+            if self.preset.context.commit:
                 self.commit(session, block.span, block.latents)
-        pixels = None
-        with self._timed("decode", timings):
-            if decode or policy.needs_pixels:
-                pixels = self.parts.vae.decode(block.latents, session.decoder)
-        session.remember(block.latents, pixels)
-        frames = to_frames(pixels) if decode and pixels is not None else None
-        return Block(block.span.index, block.latents, frames, timings)
+        self.host.finish(session, block.latents)
+
+    def run(self, keep: bool = False) -> None:
+        """Make blocks of all sessions that are asked for some until every session has ended.
+
+        Streams are read in other threads meanwhile. With `keep`, go on until `halt()`, for sessions still to come.
+        """
+        self.host.drive(keep)
+
+    def halt(self) -> None:
+        """Have `run` return after the block that it is at; free to any thread."""
+        self.host.driver.halt()
+
+    def soon(self, call: Callable[[], T]) -> Future[T]:
+        """Have the thread that drives the engine call something between two blocks; free to any thread."""
+        return self.host.driver.soon(call)
+
+    def hand_over(self) -> None:
+        """Let another thread drive the engine: the next that calls it."""
+        self.host.driver.hand_over()
+
+    def observe(self, observer: Callable[[dict[str, Any]], None]) -> None:
+        """Have each control's and each block's record told to `observer`, in the threads where they come about."""
+        self.host.observers.append(observer)
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters, gauges and histograms since the engine was loaded, as plain data."""
+        return self.host.metrics.as_dict(self.host.gauges())
 
     def denoise(self, session: Session) -> InFlight:
         """Passes over the blocks in flight until the first of them is clean; one more joins at each pass."""
@@ -92,7 +133,7 @@ class Engine:
             clean = frozenset({0} if session.clamped is not None else ())
             run = timeline.joint_pass([(block.span.frames, levels[block.step]) for block in flight], clean)
             self.hold(session, run)
-            velocity = self.run(session, run, torch.cat([block.latents for block in flight]))
+            velocity = self.velocity(session, run, torch.cat([block.latents for block in flight]))
             for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
                 self.advance(session, block, part)
             if flight[0].step == len(levels):
@@ -130,7 +171,7 @@ class Engine:
         """One pass over the clean latents, for the keys and values it leaves in the cache."""
         run = session.timeline.commit_pass(span.frames)
         self.hold(session, run)
-        self.run(session, run, latents)
+        self.velocity(session, run, latents)
 
     def hold(self, session: Session, run: Pass) -> None:
         """Roll the caches to what a pass that writes is going to see; others see what is held."""
@@ -140,9 +181,10 @@ class Engine:
                 branch.cache.hold(group.context)
             session.timeline.forget(group.context)
 
-    def run(self, session: Session, run: Pass, latents: Tensor) -> Tensor:
+    def velocity(self, session: Session, run: Pass, latents: Tensor) -> Tensor:
         """One pass of the network over latents [F, C, H, W]; returns the velocity, guided where there are two."""
-        velocities = [self.forward(session, branch, run, latents) for branch in session.branches]
+        with session.record.one_pass():
+            velocities = [self.forward(session, branch, run, latents) for branch in session.branches]
         if len(velocities) == 1:
             return velocities[0]
         prompted, plain = velocities
@@ -177,10 +219,24 @@ class Engine:
         for branch in session.branches:
             branch.cache.clear()
         self.hold(session, run)
-        self.run(session, run, latents)
+        self.velocity(session, run, latents)
         if policy.restart_decoder:
-            session.decoder = self.parts.vae.new_state()
-            self.parts.vae.decode(latents, session.decoder)
+            self.host.settle(session)
+            session.track.restart(session.next_block, latents)
+
+    def follow_controls(self, session: Session) -> None:
+        """Take in what the session was told since its last block began."""
+        for control in session.mailbox.take(STEERING):
+            refused = None
+            if control.kind == "act":
+                session.actions.tell(session.timeline.next_frame, control.value)
+            else:
+                try:
+                    self.change_prompt(session, *control.value)
+                except UsageError as error:
+                    refused = str(error)
+            shown = session.timeline.next_block if control.kind == "act" else session.next_block
+            self.host.applied(session, control, shown, refused)
 
     def change_prompt(self, session: Session, text: str | None, embeds: Tensor | str | Path | None) -> None:
         """Take note of a new prompt; the next block follows it."""
@@ -258,10 +314,8 @@ class Engine:
             size=size,
             noise=noise if noise is not None else PhiloxNoise(seed),
             rows=rows,
-            branches=[
-                Branch(self.parts.transformer.embed_text(text[None]), self.memory.new_cache(size)) for text in texts
-            ],
-            decoder=self.parts.vae.new_state(),
+            branches=[self.new_branch(text, size) for text in texts],
+            negative=texts[1] if len(texts) > 1 else None,
             actions=ActionTrack(self.spec.actions, actions),
         )
         if video is not None and strength is not None:
@@ -269,8 +323,13 @@ class Engine:
         elif image is not None and self.preset.context.image == "clamp" and video is None:
             session.clamped = self.encoded(self.pixels_of(image, size, still=True), keep_end=False, whole_blocks=False)
         elif image is not None or video is not None:
-            self.cache_prefix(session, self.prefix_latents(image, video, size))
+            session.entering = partial(self.cache_prefix, session, self.prefix_latents(image, video, size))
+        self.host.join(session)
         return session
+
+    def new_branch(self, rows: Tensor, size: tuple[int, int]) -> Branch:
+        """One conditioning without a past, from the text encoder's rows."""
+        return Branch(self.parts.transformer.embed_text(rows[None]), self.memory.new_cache(size))
 
     def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
         """The text encoder's rows [text_len, text_dim] of a prompt, or those given."""
@@ -332,6 +391,7 @@ class Engine:
         scaled = torch.from_numpy(pixels.copy()).to(self.device, self.dtype).permute(0, 3, 1, 2) / 127.5 - 1
         return self.parts.vae.encode(scaled, self.parts.vae.new_state())
 
+    @torch.no_grad()
     def cache_prefix(self, session: Session, latents: Tensor) -> None:
         """Commit given latents block by block, and let the decoder see them, so that both go on from there."""
         frames = []
@@ -339,10 +399,16 @@ class Engine:
             span = session.timeline.admit(given=True)
             part = latents[span.frames.start : span.frames.stop]
             self.commit(session, span, part)
-            pixels = self.parts.vae.decode(part, session.decoder)
+            pixels = session.track.vae.decode(part, session.track.state)
             session.remember(part, pixels)
             frames.append(to_frames(pixels))
         session.prefix_frames = np.concatenate(frames)
+
+    @property
+    def decoder(self) -> Decoder:
+        """What new pictures are made with."""
+        fast = self.parts.fast_vae
+        return fast if fast is not None and self.host.scheduler.took("decoder") else self.parts.vae
 
     def blocks_for(self, seconds: float) -> int:
         """How many blocks make at least that many seconds of video from the start."""
@@ -369,20 +435,6 @@ class Engine:
             "checkpoint": {"source": self.parts.source, "format": self.parts.form, "sha256": self.parts.digest()},
         }
 
-    @contextmanager
-    def _timed(self, name: str, timings: dict[str, float]) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        timings[name] = time.perf_counter() - start
-
-
-def to_frames(pixels: Tensor) -> Pixels:
-    """Pixels [T, 3, H, W] in [-1, 1] to uint8 frames [T, H, W, 3] on the host."""
-    scaled = ((pixels * 0.5 + 0.5) * 255).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
 
 def load(
     model: str | Path = DEFAULT_MODEL,
@@ -400,6 +452,7 @@ def load(
     lora_scale: float = 1.0,
     kv_memory: int | str | None = None,
     kv_dtype: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008
     **overrides: Any,
 ) -> Engine:
     """An engine for a checkpoint (file or folder), for the world that is shipped, or for a named model with
@@ -433,4 +486,4 @@ def load(
         parts = random_components(MODELS[str(model)], config) if named else load_components(config)
     if scheme.context.reencode_head and isinstance(parts.vae, TinyDecoder):
         raise UsageError(f"{preset} encodes pictures again, which the tiny decoder cannot; leave vae out (--vae)")
-    return Engine(config, scheme, parts)
+    return Engine(config, scheme, parts, limits)

@@ -51,6 +51,7 @@ class Components:
     source: str
     form: str
     digest: Callable[[], str | None]
+    fast_vae: Decoder | None = None  # a decoder to go over to under overload
 
 
 def load_components(config: EngineConfig) -> Components:

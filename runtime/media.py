@@ -46,17 +46,33 @@ def check_output(path: str | Path) -> Path:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Call `write` with `<path>.part`, then move that to `path`; OSError becomes InferixError."""
+    """Call `write` with `<path>.part`, then move that to `path`; OSError becomes InferixError.
+
+    `path` is what it was, or complete, whenever the process or the machine stops.
+    """
     path = Path(path)
     part = part_of(path)
     try:
         write(part)
+        settle_on_disk(part)
         os.replace(part, path)
+        settle_on_disk(path.parent)
     except OSError as error:
         raise write_failed(path, error) from error
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def settle_on_disk(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk; on systems where that can be asked for so."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def part_of(path: Path) -> Path:

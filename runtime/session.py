@@ -1,14 +1,17 @@
 """One stream: its timeline, its conditioning, and what it keeps of the blocks it has made.
 
-A session says what comes next; the engine runs it.
+A session says what comes next; the engine runs it. `prompt`, `act`, `pause`, `resume` and `stop` may be called
+from any thread, and so may a stream be read; all else belongs to the thread that drives the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,57 +19,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InferixError, UsageError
-from ..models.wan.transformer import TextContext
-from ..models.wan.vae import StreamState
-from .actions import ActionTrack
-from .cache import Cache
+from ..models.text.umt5 import load_prompt_embeds
+from .actions import ActionTrack, check_action
+from .lifecycle import ENDED, Lifecycle, State
+from .mailbox import Control, Mailbox
 from .noise import Noise
-from .sampler import Sampler, Solver
-from .timeline import Span, Timeline
+from .outbox import Block, Outbox
+from .paged_cache import PagedCache
+from .pipeline import DecoderTrack
+from .records import BlockRecord, Stopwatch
+from .sampler import Sampler
+from .savefile import read_session, write_session
+from .snapshot import Snapshot
+from .stream import Branch, InFlight, PromptChange
+from .timeline import Timeline
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
-@dataclass(frozen=True)
-class Block:
-    """A finished block: latents [F, C, H, W], frames uint8 [T, H, W, 3] or None, seconds per stage."""
-
-    index: int
-    latents: Tensor
-    frames: NDArray[np.uint8] | None
-    timings: dict[str, float]
-
-
 @dataclass
-class Branch:
-    """One conditioning with the cache of its own past; guidance has two."""
+class Demand:
+    """What one reader wants: so many blocks more to be begun, with pictures or without."""
 
-    text: TextContext
-    cache: Cache
-
-
-@dataclass
-class InFlight:
-    """A block on its way: latents at the level of `step`."""
-
-    span: Span
-    latents: Tensor
-    solver: Solver
-    step: int = 0
+    left: float
+    decode: bool
 
 
-@dataclass
-class PromptChange:
-    """Rows [text_len, d] on their way in: `left` more blocks of `blocks` until they are reached."""
-
-    old: Tensor
-    new: Tensor
-    blocks: int
-    left: int
-
-
-@dataclass
+@dataclass(eq=False)
 class Session:
     """A video being made. Made by `Engine.open`; closed by `close()` or by leaving a `with`."""
 
@@ -77,33 +57,152 @@ class Session:
     noise: Noise
     rows: Tensor  # the prompt in force, [text_len, d]
     branches: list[Branch]
-    decoder: StreamState
     actions: ActionTrack
     source: Tensor | None = None  # latents of the video that blocks start from
     clamped: Tensor | None = None  # latents of an image held as the first frame
+    negative: Tensor | None = None  # the prompt that guidance keeps away from, [text_len, d]
+    entering: Callable[[], None] | None = None  # what is left to do once there is room for it
     flight: list[InFlight] = field(default_factory=list)
     change: PromptChange | None = None
     recent: Tensor | None = None  # last clean latents, as many as a rebuild or recache may ask for
     pixels: Tensor | None = None  # last decoded pictures, where a rebuild encodes one again
     prefix_frames: NDArray[np.uint8] | None = None  # what the stream goes on from, as the decoder shows it
-    closed: bool = field(default=False, init=False)
 
-    def stream(self, blocks: int, decode: bool = True) -> Iterator[Block]:
-        """Yield the next `blocks` blocks; without `decode`, only latents."""
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+    def __post_init__(self) -> None:
+        host = self.engine.host
+        self.id = host.new_id()
+        self.life = Lifecycle()
+        self.mailbox = Mailbox(host.bell)
+        self.outbox = Outbox(host.bell, host.limits.queue_blocks)
+        self.track = DecoderTrack(self.engine.decoder, self.timeline.preset.context.rewind_blocks)
+        self.kept: list[Snapshot] = []  # of the last blocks' beginnings, as many as can be rewound
+        self.demand: Demand | None = None
+        self.unshown: list[tuple[Control, int, str | None]] = []  # applied, the block that shows it, refusal
+        self.pausing: int | None = None  # the thread that asked for the last pause
+        self.trouble: Exception | None = None  # what went wrong beside the engine's thread
+        self.ready_since: float | None = None
+        self.record = BlockRecord(self.id, -1, Stopwatch(self.engine.device))
+
+    @property
+    def state(self) -> State:
+        return self.life.state
+
+    @property
+    def closed(self) -> bool:
+        return self.life.state is State.CLOSED
+
+    @property
+    def caches(self) -> list[PagedCache]:
+        """Everything that holds pages for this session, what is kept for rewinding included."""
+        stages = [self.branches, *(kept.branches for kept in self.kept)]
+        return [branch.cache for branches in stages for branch in branches]
+
+    @property
+    def next_block(self) -> int:
+        """Index of the block that is finished next."""
+        return self.flight[0].span.index if self.flight else self.timeline.next_block
+
+    @property
+    def wants_block(self) -> bool:
+        """Whether a block is asked for that there is room for."""
+        wanted = self.demand is not None and self.demand.left > 0
+        return wanted and self.state is State.RUNNING and not self.outbox.full
+
+    def stream(self, blocks: int | None = None, decode: bool = True) -> Iterator[Block]:
+        """Yield the next `blocks` blocks, or all there will be; without `decode`, only latents.
+
+        Drives the engine if this thread does; otherwise waits for the one that does. While a block is decoded the
+        next one, if it is asked for, is begun, and follows what was told by then. The stream ends early where the
+        session is stopped; raises what made the session fail.
+        """
+        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
             raise UsageError(f"blocks is {blocks!r}; expected a whole number of 1 or more")
-        for _ in range(blocks):
-            yield self.engine.step(self, decode)
-
-    def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> None:
-        """Change the prompt from the next block on, in the way of the preset's `prompt_switch`."""
         self.check_open()
-        self.engine.change_prompt(self, text, embeds)
+        return self._blocks(math.inf if blocks is None else blocks, decode)
 
-    def act(self, action: str) -> None:
-        """Do `action` from the next block on, until told otherwise; UsageError for one the model does not have."""
+    def _blocks(self, blocks: float, decode: bool) -> Iterator[Block]:
+        host, left = self.engine.host, blocks
+        demand = host.ask(self, Demand(blocks - len(self.outbox), decode))
+        try:
+            while left > 0 and (block := host.next_block(self, demand)) is not None:
+                left -= 1
+                yield block
+        finally:
+            host.withdraw(self, demand)
+
+    def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> int:
+        """Change the prompt from the next block that begins, in the way of the preset's `prompt_switch`.
+
+        Returns the control's id. What the text encoder refuses is told in the block's `acks`.
+        """
         self.check_open()
-        self.actions.tell(self.timeline.next_frame, action)
+        spec = self.engine.spec
+        if (text is None) == (embeds is None):
+            raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
+        if embeds is not None:
+            embeds = load_prompt_embeds(embeds, spec.text_len, spec.text_dim)
+        elif self.engine.parts.text is None:
+            self.engine.prompt_rows(text, None)  # says what is missing
+        return self.mailbox.put("prompt", (text, embeds))
+
+    def act(self, action: str) -> int:
+        """Do `action` from the next block that begins, until told otherwise; UsageError for one the model does not
+        have. Returns the control's id."""
+        self.check_open()
+        return self.mailbox.put("act", check_action(action, self.actions.names))
+
+    def pause(self) -> int:
+        """Begin no more blocks until `resume`; returns the control's id."""
+        self.check_open()
+        return self.mailbox.put("pause")
+
+    def resume(self) -> int:
+        """Go on after `pause`; returns the control's id."""
+        self.check_open()
+        return self.mailbox.put("resume")
+
+    def stop(self) -> int:
+        """Begin no more blocks; those begun are finished, then the session is closed. Returns the control's id."""
+        self.check_open()
+        return self.mailbox.put("stop")
+
+    def fork(self) -> Session:
+        """A session that goes on from here by itself: it shares pages and decoder state until either writes.
+
+        It stands after the last block that was begun, and has no demand on it until it is streamed.
+        """
+        self.engine.host.driver.check_owner("fork()")
+        self.check_entered()
+        return self.engine.host.fork(self)
+
+    def rewind(self, block: int) -> None:
+        """Go back to where `block`, one of the last `rewind_blocks`, began; what was made since is forgotten.
+
+        Prompt and actions are again as they were then. UsageError for a block that cannot be gone back to.
+        """
+        self.engine.host.driver.check_owner("rewind()")
+        self.check_open()
+        self.engine.host.rewind(self, block)
+
+    def save(self, path: str | Path) -> None:
+        """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all."""
+        self.engine.host.driver.check_owner("save()")
+        self.check_entered()
+        self.engine.host.settle(self)
+        write_session(self, Path(path))
+
+    @classmethod
+    def restore(cls, engine: Engine, path: str | Path) -> Session:
+        """A session that goes on where one was saved, by an engine with the same model and preset.
+
+        Raises UsageError for a file of another model, preset or version, InferixError for a broken one.
+        """
+        engine.host.driver.check_owner("restore()")
+        saved = read_session(engine, Path(path))
+        session = cls(**saved.fields())
+        session.entering = partial(saved.fill, session)
+        engine.host.join(session)
+        return session
 
     def remember(self, latents: Tensor, pixels: Tensor | None) -> None:
         """Keep the end of what was made, as far as the context may ask for it."""
@@ -124,40 +223,51 @@ class Session:
         first = self.timeline.next_frame - len(self.recent)
         return self.recent[[frame - first for frame in frames]]
 
+    def keep_beginning(self) -> None:
+        """Remember how things stand before a block, and let go of what can be rewound no more."""
+        if self.track.rewind_blocks:
+            self.kept.append(Snapshot.of(self))
+            while len(self.kept) > self.track.rewind_blocks:
+                self.kept.pop(0).release()
+
     def check_open(self) -> None:
-        if self.closed:
-            raise InferixError("this session is closed; open a new one with engine.open()")
+        """InferixError unless the session can be told to do something."""
+        if self.life.failure is not None:
+            raise InferixError(f"session {self.id} has failed: {self.life.failure}") from self.life.failure
+        if self.state is State.CLOSED:
+            raise InferixError(f"session {self.id} is closed; open a new one with engine.open()")
+        if self.state is State.DRAINING:
+            raise InferixError(f"session {self.id} was stopped and ends with its last block; open a new one")
+
+    def check_entered(self) -> None:
+        """InferixError unless the session is open and has what it begins with."""
+        self.check_open()
+        if self.entering is not None:
+            raise InferixError(f"session {self.id} still waits for room; close another one first")
 
     def close(self) -> None:
-        """Free the cache and the decoder's state; a second call does nothing."""
-        if not self.closed:
-            self.closed = True
-            for branch in self.branches:
-                branch.cache.release()
-            self.branches, self.flight = [], []
-            self.recent = self.pixels = self.source = None
-            del self.decoder
+        """Free pages, latents and decoder state; InferixError for a session that was closed before."""
+        self.engine.host.driver.check_owner("close()")
+        if self.closed:
+            raise InferixError(f"session {self.id} is closed already")
+        self.engine.host.close(self)
+
+    def free(self) -> None:
+        """Let go of everything that takes memory, but for finished blocks that no one has taken."""
+        for cache in self.caches:
+            cache.release()
+        self.branches, self.kept, self.flight = [], [], []
+        self.recent = self.pixels = self.source = self.clamped = self.change = self.entering = None
+        self.track.clear()
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def pause(self) -> NoReturn:
-        self._later("pause")
-
-    def resume(self) -> NoReturn:
-        self._later("resume")
-
-    def fork(self) -> NoReturn:
-        self._later("fork")
-
-    def rewind(self, block: int) -> NoReturn:
-        self._later("rewind")
-
-    def save(self, path: str) -> NoReturn:
-        self._later("save")
-
-    def _later(self, name: str) -> NoReturn:
-        raise InferixError(f"session.{name}() is not in this version; open, stream, prompt, act and close are")
+        """Close the session, or, in a thread that does not drive the engine, stop it."""
+        if self.state in ENDED:
+            return
+        if self.engine.host.driver.owns():
+            self.close()
+        elif self.state is not State.DRAINING:
+            self.stop()

@@ -6,6 +6,7 @@ Frames are numbered from 0 over the whole stream. `Timeline` turns them and a `C
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 from ..graphs.passes import Group, Pass
@@ -40,6 +41,12 @@ class Timeline:
 
     def __post_init__(self) -> None:
         self.sink = tuple(range(self.preset.context.sink_size))
+
+    def fork(self) -> Timeline:
+        """A copy that goes on by itself."""
+        twin = copy(self)
+        twin.places = dict(self.places)
+        return twin
 
     def admit(self, given: bool = False) -> Span:
         """The next block of the stream; a `given` one (a prefix) is not counted."""

@@ -89,11 +89,11 @@ def test_groups_in_one_pass_equal_passes_one_by_one(positions):
     second = Group((3, 4, 5), 1000.0, tuple(range(6)), tuple(range(6)))
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         session.branches[0].cache.hold(tuple(range(6)))
-        together = engine.run(session, Pass((first, second)), torch.cat((clean, noisy)))
+        together = engine.velocity(session, Pass((first, second)), torch.cat((clean, noisy)))
         keys = session.branches[0].cache.export_pages().kv
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         session.branches[0].cache.hold(tuple(range(6)))
-        apart = [engine.run(session, Pass((group,)), x) for group, x in ((first, clean), (second, noisy))]
+        apart = [engine.velocity(session, Pass((group,)), x) for group, x in ((first, clean), (second, noisy))]
         assert (torch.cat(apart) - together).abs().max() <= 1e-10
         assert (session.branches[0].cache.export_pages().kv - keys).abs().max() <= 1e-10
 
@@ -104,11 +104,11 @@ def test_a_group_that_does_not_write_leaves_the_cache_as_it_was():
     x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         session.branches[0].cache.hold(tuple(range(3)))
-        written = engine.run(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2)),)), x)
+        written = engine.velocity(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2)),)), x)
         before = session.branches[0].cache.export_pages().kv
-        read = engine.run(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2), write=False),)), x)
+        read = engine.velocity(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2), write=False),)), x)
         mixed = Pass((Group((0, 1), 700.0, (0, 1), (0, 1)), Group((2,), 500.0, (2,), (2,), write=False)))
-        other = engine.run(session, mixed, x)
+        other = engine.velocity(session, mixed, x)
         assert torch.equal(written, read)
         assert not torch.equal(other, read)
         after = session.branches[0].cache.export_pages().kv
@@ -220,12 +220,11 @@ def test_bad_block_counts(blocks):
         next(session.stream(blocks))
 
 
-def test_closed_and_unfinished_calls_say_so():
+def test_a_closed_session_says_so():
     session = make_engine().open(prompt_embeds=ROWS, size=SIZE)
-    with pytest.raises(InferixError, match=r"session\.fork\(\) is not in this version"):
-        session.fork()
     session.close()
-    session.close()
+    with pytest.raises(InferixError, match="closed already"):
+        session.close()
     with pytest.raises(InferixError, match="closed"):
         next(session.stream(1))
 

@@ -52,13 +52,13 @@ def block_causal(past, block, step=3):
 
 def record(engine, monkeypatch):
     """Passes of each block as they run; the list is filled by streaming."""
-    passes, plain = [], engine.run
+    passes, plain = [], engine.velocity
 
     def run_and_note(session, this, latents):
         passes.append(this)
         return plain(session, this, latents)
 
-    monkeypatch.setattr(engine, "run", run_and_note)
+    monkeypatch.setattr(engine, "velocity", run_and_note)
     return passes
 
 
@@ -102,7 +102,8 @@ def test_the_published_tables(name, monkeypatch):
     counted = record(engine, monkeypatch)
     seen, counts = [], []
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
-        for block in session.stream(9):
+        for _ in range(9):
+            (block,) = session.stream(1)
             # The last pass that denoised this block, before its commit.
             denoising = counted[:-1] if engine.preset.context.commit else counted
             seen.append(denoising[-1].groups[0].context)
@@ -159,6 +160,7 @@ def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
         cache = session.branches[0].cache
         old = held(cache)
         session.prompt(embeds=OTHER)
+        engine.follow_controls(session)
         engine.follow_prompt(session)
         end = before * 3
         latents = torch.cat([block.latents for block in blocks])
@@ -206,6 +208,7 @@ def test_a_cut_changes_the_text_and_nothing_else():
         blocks = list(session.stream(2, decode=False))
         keys = session.branches[0].cache.export_pages().kv
         session.prompt(embeds=OTHER)
+        engine.follow_controls(session)
         engine.follow_prompt(session)
         assert torch.equal(keys, session.branches[0].cache.export_pages().kv)
         (after,) = session.stream(1, decode=False)
@@ -336,7 +339,7 @@ def test_guidance_equals_two_separate_runs():
                 for session in (prompted, negative):
                     this = session.timeline.joint_pass([(span.frames, timestep)], frozenset())
                     plain.hold(session, this)
-                    told.append(plain.run(session, this, x))
+                    told.append(plain.velocity(session, this, x))
                 x = solver.advance(x, told[1] + 4.0 * (told[0] - told[1]), step, lambda x=x: x)
             for session in (prompted, negative):
                 plain.commit(session, span, x)
