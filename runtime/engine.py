@@ -119,6 +119,10 @@ class Engine:
         """Have each control's and each block's record told to `observer`, in the threads where they come about."""
         self.host.observers.append(observer)
 
+    def check_integrity(self) -> None:
+        """InferixError unless every page in use is held by an open session, as often as it is counted."""
+        self.host.check_integrity()
+
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and histograms since the engine was loaded, as plain data."""
         return self.host.metrics.as_dict(self.host.gauges())

@@ -101,13 +101,15 @@ class Host:
 
     def client(self, session: Session) -> Client:
         """What the scheduler has to know of a session."""
-        engine, preset, store = self.engine, session.timeline.preset, self.engine.memory.store(session.size)
-        page_bytes, period = store.form.nbytes, engine.spec.vae_stride[0] * preset.num_frame_per_block / engine.spec.fps
-        decoder, dtype = engine.parts.vae.spec, engine.config.dtype
+        engine, preset = self.engine, session.timeline.preset
+        form, period = engine.memory.form(session.size), engine.spec.vae_stride[0] * preset.num_frame_per_block
         need = session_need(
-            preset, engine.spec, decoder, session.size, dtype, page_bytes, queued=self.limits.queue_blocks
-        )
-        return Client(need, session.size, period, None if store.grows else store.pool.size * page_bytes)
+            preset, engine.spec, engine.parts.vae.spec, session.size, engine.config.dtype, form.nbytes,
+            queued=self.limits.queue_blocks,
+        )  # fmt: skip
+        store = engine.memory.stores.get(form.grid)
+        room = None if store is None or store.grows else store.pool.size * form.nbytes
+        return Client(need, session.size, period / engine.spec.fps, room)
 
     def fork(self, session: Session) -> Session:
         self.settle(session)
@@ -429,7 +431,7 @@ class Host:
         return sum(store.pool.used for store in self.engine.memory.stores.values())
 
     def check_integrity(self) -> None:
-        """InferixError unless every page in use is held by an open session, as often as it is counted."""
+        """Hold the pools against the sessions."""
         caches = [cache for session in self.sessions.values() for cache in session.caches]
         for store in self.engine.memory.stores.values():
             store.pool.check_integrity([cache.table for cache in caches if cache.store is store])
