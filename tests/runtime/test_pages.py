@@ -314,10 +314,12 @@ def test_a_fixed_budget_is_not_passed():
     pool = engine.memory.store(SIZE).pool
     assert (pool.size, pool.used) == (7, 3)
     engine.check_integrity()
-    pool.acquire(3)
+    taken = pool.acquire(3)
     with pytest.raises(OutOfPages, match="3 pages of KV memory are needed, 1 of 7 are free"):
         next(one.stream(1, decode=False))
     assert pool.used == 3
+    pool.release(taken)
+    one = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     one.branches[0].cache.offload()  # its pages are free, but come back
     with pytest.raises(UsageError, match="but one session"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))

@@ -103,8 +103,8 @@ def test_measured_times_follow_the_newest_blocks():
 def test_overload_takes_declared_steps_in_order_and_no_others():
     found = scheduler(3, realtime=True, late_blocks=2, overload=(Relief("window", 6), Relief("sessions", 2)))
     assert found.relief() is None
+    now = 0.0
     for step in (Relief("window", 6), Relief("sessions", 2), None):
-        now = 0.0
         for _ in range(3):
             now += 5.0
             found.shown(1, now, seconds=1.0)
