@@ -311,6 +311,13 @@ class Engine:
             texts.append(self.negative_rows(negative_prompt, negative_embeds))
         elif negative_prompt is not None or negative_embeds is not None:
             raise UsageError(f"{self.preset.name} uses no guidance, so a negative prompt would do nothing; drop it")
+        source = clamped = prefix = None
+        if video is not None and strength is not None:
+            source = self.encoded(self.pixels_of(video, size, still=False), keep_end=False)
+        elif image is not None and self.preset.context.image == "clamp" and video is None:
+            clamped = self.encoded(self.pixels_of(image, size, still=True), keep_end=False, whole_blocks=False)
+        elif image is not None or video is not None:
+            prefix = self.prefix_latents(image, video, size)
         session = Session(
             engine=self,
             timeline=Timeline(self.preset),
@@ -321,13 +328,11 @@ class Engine:
             branches=[self.new_branch(text, size) for text in texts],
             negative=texts[1] if len(texts) > 1 else None,
             actions=ActionTrack(self.spec.actions, actions),
+            source=source,
+            clamped=clamped,
         )
-        if video is not None and strength is not None:
-            session.source = self.encoded(self.pixels_of(video, size, still=False), keep_end=False)
-        elif image is not None and self.preset.context.image == "clamp" and video is None:
-            session.clamped = self.encoded(self.pixels_of(image, size, still=True), keep_end=False, whole_blocks=False)
-        elif image is not None or video is not None:
-            session.entering = partial(self.cache_prefix, session, self.prefix_latents(image, video, size))
+        if prefix is not None:
+            session.entering = partial(self.cache_prefix, session, prefix)
         self.host.join(session)
         return session
 

@@ -78,11 +78,13 @@ class Host:
             return self.ids
 
     def join(self, session: Session) -> None:
-        """Let a session in or have it wait; raises where it is refused."""
+        """Let a session in or have it wait; one that is refused holds nothing, and that is raised."""
+        self.driver.check_owner("open()")
         self.metrics.count("sessions_opened")
         try:
             inside = self.scheduler.join(session.id, self.client(session))
         except InferixError:
+            session.free()
             self.metrics.count("sessions_refused")
             raise
         self.sessions[session.id] = session
@@ -121,11 +123,7 @@ class Host:
         )  # fmt: skip
         twin.track = session.track.fork()
         twin.kept = [kept.fork() for kept in session.kept]
-        try:
-            self.join(twin)
-        except InferixError:
-            twin.free()
-            raise
+        self.join(twin)
         return twin
 
     def close(self, session: Session) -> None:
