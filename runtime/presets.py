@@ -153,7 +153,7 @@ PRESETS: dict[str, Preset] = {
                 context_noise=0.0,
             ),
             context=ContextPolicy(
-                local_attn_size=8, sink_size=1, positions="window-relative", prompt_switch="recache", recache_sink=True
+                local_attn_size=6, sink_size=1, positions="window-relative", prompt_switch="recache", recache_sink=True
             ),
         ),
     )

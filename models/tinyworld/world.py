@@ -290,12 +290,12 @@ def draw_hero(canvas: Canvas, scene: Scene, facing: str, stride: float) -> None:
 
 def draw_creature(canvas: Canvas, seed: int, biome: Biome, x: int, y: int, time: int) -> None:
     """Butterflies on their rounds, one over each stretch of land, by themselves. (x, y) is the picture's corner."""
-    span = 56
+    span = 64
     for cy in range((y - span) // span, (y + SIZE) // span + 2):
         for cx in range((x - span) // span, (x + SIZE) // span + 2):
-            turn = 2 * math.pi * (time / 24 + draw_number(seed, cx, cy, 21))
-            px = (cx + 0.5) * span + 15 * math.cos(turn) - x
-            py = (cy + 0.5) * span + 10 * math.sin(turn) - y
+            turn = 2 * math.pi * (time / 96 + draw_number(seed, cx, cy, 21))
+            px = (cx + 0.5) * span + 12 * math.cos(turn) - x
+            py = (cy + 0.5) * span + 8 * math.sin(turn) - y
             flap = 0.6 + 0.4 * math.cos(math.pi * time / 2)
             disc(canvas, px + 1, py + 6, 2.4, 1.0, (0.05, 0.07, 0.1), 0.25, 1.6)
             for side in (-1, 1):

@@ -95,8 +95,8 @@ MODELS: dict[str, ModelSpec] = {
             default_size=(256, 256), **FAMILY,
         ),
         ModelSpec(
-            name="tinyworld", dim=256, ffn_dim=768, num_heads=4, num_layers=6, in_channels=48, out_channels=48,
-            freq_dim=256, text_dim=64, text_len=8, patch=(2, 2), eps=1e-6, image_dim=None, image_tokens=None,
+            name="tinyworld", dim=256, ffn_dim=768, num_heads=4, num_layers=4, in_channels=48, out_channels=48,
+            freq_dim=256, text_dim=64, text_len=8, patch=(1, 1), eps=1e-6, image_dim=None, image_tokens=None,
             vae_stride=(4, 8), fps=8, default_size=(64, 64), actions=("stay", "up", "down", "left", "right"),
         ),
     )
