@@ -61,7 +61,7 @@ class Recipe:
     vae_rate: float = 2e-3
     decoder_rate: float = 8e-4
     kl_weight: float = 3e-4
-    bank_clips: int = 2400
+    bank_clips: int = 3000
     bank_length: int = 24
     bank_firsts: int = 6000  # first pictures of walks, alone
     window: int = 6  # latent frames a frame sees, the first of the clip always among them
@@ -71,8 +71,8 @@ class Recipe:
     firsts: int = 6  # first pictures in a batch
     pure: float = 0.15  # share of frames learnt from noise alone; the others at uniform levels
     levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
-    steps: int = 1300
-    own_steps: int = 350  # with its own predictions as the past
+    steps: int = 8000
+    own_steps: int = 1500  # with its own predictions as the past
     rate: float = 1.5e-3
     own_rate: float = 8e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean
@@ -80,8 +80,8 @@ class Recipe:
 
 
 SHORT = Recipe(
-    vae_steps=8, decoder_steps=4, vae_batch=1, vae_length=1, decoder_length=1, bank_clips=4, bank_length=6, bank_firsts=4,
-    window=3, crop=5, batch=2, firsts=2, steps=8, own_steps=4,
+    vae_steps=8, decoder_steps=4, vae_batch=1, vae_length=1, decoder_length=1, bank_clips=4, bank_length=6,
+    bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8, own_steps=4,
 )  # fmt: skip
 
 
