@@ -31,7 +31,8 @@ class EngineConfig:
     one of them alone. use_ema: the averaged weights of a training file. precision: a name of `PRECISIONS`.
     lora: adapter file or folder, merged into the weights `lora_scale` times. kv_memory: bytes for keys and values,
     shared by all sessions; None is what one session needs, and more when there is need of more. kv_dtype: in which
-    they are kept, a name of `KV_DTYPES`; None is the model's own.
+    they are kept, a name of `KV_DTYPES`; None is the model's own. kv_offload: those of a paused session go to host
+    memory, and others may have their room until it is resumed.
     """
 
     model: str
@@ -48,6 +49,7 @@ class EngineConfig:
     lora_scale: float = 1.0
     kv_memory: int | None = None
     kv_dtype: str | None = None
+    kv_offload: bool = False
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -56,8 +58,9 @@ class EngineConfig:
             check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.checkpoint_format is not None:
             check_choice("checkpoint_format", self.checkpoint_format, FORMATS)
-        if not isinstance(self.use_ema, bool):
-            raise UsageError(f"use_ema is {self.use_ema!r}; expected true or false")
+        for key in ("use_ema", "kv_offload"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise UsageError(f"{key} is {value!r}; expected true or false")
         if not math.isfinite(self.lora_scale):
             raise UsageError(f"lora_scale is {self.lora_scale}; expected a number, 1 for the adapter as it is")
         if self.lora_scale != 1.0 and self.lora is None:

@@ -461,6 +461,7 @@ def load(
     lora_scale: float = 1.0,
     kv_memory: int | str | None = None,
     kv_dtype: str | None = None,
+    kv_offload: bool = False,
     limits: Limits = Limits(),  # noqa: B008
     **overrides: Any,
 ) -> Engine:
@@ -486,6 +487,7 @@ def load(
         lora_scale=lora_scale,
         kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
         kv_dtype=kv_dtype,
+        kv_offload=kv_offload,
     )
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()

@@ -100,6 +100,8 @@ class Host:
                 self.fail(session, error)
                 raise
             session.entering = None
+        for cache in session.caches:
+            cache.prefetch()  # on their way while others run
 
     def client(self, session: Session) -> Client:
         """What the scheduler has to know of a session."""
@@ -206,9 +208,11 @@ class Host:
         """One control of a session's life; one that changes nothing, such as a second pause, is just acknowledged."""
         if control.kind == "pause" and session.life.can(State.PAUSED):
             session.pausing = control.thread
-            session.life.move(State.PAUSED)
+            self.pause(session)
         elif control.kind == "resume" and session.state is State.PAUSED:
             session.life.move(State.RUNNING)
+            with self.bell:
+                self.scheduler.wake(session.id)
         elif control.kind == "stop" and session.life.can(State.DRAINING):
             session.life.move(State.DRAINING)
         self.applied(session, control, session.next_block)
@@ -224,6 +228,14 @@ class Host:
             "session": session.id, "control": control.id, "kind": control.kind, "block": block, "waited": waited,
             "refused": refused,
         })  # fmt: skip
+
+    def pause(self, session: Session) -> None:
+        """Begin no more blocks of a session; its pages go to host memory, where that is asked for."""
+        session.life.move(State.PAUSED)
+        if self.engine.config.kv_offload and session.id in self.scheduler.clients:
+            session.put_away()
+            with self.bell:
+                self.scheduler.rest(session.id)
 
     def check_relief(self, relief: Relief) -> None:
         """UsageError for a step that could not be taken."""
@@ -247,7 +259,7 @@ class Host:
             inside = [self.sessions[index] for index in self.scheduler.clients]
             for session in inside[relief.value :]:
                 if session.life.can(State.PAUSED):
-                    session.life.move(State.PAUSED)
+                    self.pause(session)
         self.metrics.count("overload_steps")
         warnings.warn(f"blocks were late: overload step {relief.kind} {relief.value or ''}".rstrip(), stacklevel=2)
 
@@ -294,6 +306,7 @@ class Host:
             session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.engine.device))
             session.record.marks["queue"] = (session.ready_since, time.perf_counter())
             session.ready_since = None
+        session.bring_back()
         session.keep_beginning()
 
     def finish(self, session: Session, latents: Tensor) -> None:

@@ -117,6 +117,7 @@ class Scheduler:
     limits: Limits
     clients: dict[int, Client] = field(default_factory=dict)
     waiting: dict[int, Client] = field(default_factory=dict)
+    resting: dict[int, Client] = field(default_factory=dict)  # their pages are away; they may be waiting, too
     block_seconds: dict[Hashable, float] = field(default_factory=dict)  # measured, by kind
     turns: int = 0
     reliefs: list[Relief] = field(default_factory=list)  # taken so far
@@ -133,8 +134,9 @@ class Scheduler:
 
     @property
     def reserved(self) -> int:
-        """Bytes that the sessions that are in may come to need."""
-        return sum(client.need.total for client in self.clients.values())
+        """Bytes that the sessions that are in may come to need, and that those without their pages have."""
+        inside = sum(client.need.total for client in self.clients.values())
+        return inside + sum(client.need.total - client.need.pages for client in self.resting.values())
 
     def load(self, extra: Client | None = None) -> float:
         """Share of real time that the sessions need by measured block times; 1 is all of it."""
@@ -156,9 +158,16 @@ class Scheduler:
         self.waiting[session] = client
         return False
 
-    def wait(self, session: int, client: Client) -> None:
-        """Have a session that gave its room up wait for it again."""
-        self.waiting[session] = client
+    def rest(self, session: int) -> None:
+        """The pages of a session are away: others may have their room."""
+        self.waiting.pop(session, None)
+        if session in self.clients:
+            self.resting[session] = self.clients.pop(session)
+
+    def wake(self, session: int) -> None:
+        """Have a session that rests wait for its room again."""
+        if session in self.resting:
+            self.waiting[session] = self.resting[session]
 
     def admit_waiting(self) -> list[int]:
         """Let in those who wait, in order, as far as there is room."""
@@ -168,12 +177,14 @@ class Scheduler:
             if self.obstacle(session, client) is not None:
                 break
             self.clients[session] = self.waiting.pop(session)
+            self.resting.pop(session, None)
             let_in.append(session)
         return let_in
 
     def leave(self, session: int) -> None:
         self.clients.pop(session, None)
         self.waiting.pop(session, None)
+        self.resting.pop(session, None)
 
     def check_alone(self, session: int, client: Client) -> None:
         """UsageError for a session that would not fit if it were the only one."""
@@ -189,9 +200,12 @@ class Scheduler:
         most, budget, inside = self.most_sessions, self.limits.memory_bytes, len(self.clients)
         if most is not None and inside >= most:
             return f"session {session} is one too many: {inside} are in, and {most} may be"
-        if budget is not None and self.reserved + client.need.total > budget:
+        reserved = self.reserved
+        if session in self.resting:
+            reserved -= client.need.total - client.need.pages
+        if budget is not None and reserved + client.need.total > budget:
             return (
-                f"session {session} needs {client.need}, but {in_words(self.reserved)} of {in_words(budget)} are "
+                f"session {session} needs {client.need}, but {in_words(reserved)} of {in_words(budget)} are "
                 f"reserved for the {inside} that are in"
             )
         pages = sum(other.need.pages for other in self.clients.values() if other.kind == client.kind)

@@ -223,6 +223,16 @@ class Session:
         first = self.timeline.next_frame - len(self.recent)
         return self.recent[[frame - first for frame in frames]]
 
+    def put_away(self) -> None:
+        """Move all pages to host memory, what is kept for rewinding included."""
+        first, *others = self.caches
+        first.offload(*others)
+
+    def bring_back(self) -> None:
+        """Have the pages where they can be read."""
+        for cache in self.caches:
+            cache.onload()
+
     def keep_beginning(self) -> None:
         """Remember how things stand before a block, and let go of what can be rewound no more."""
         if self.track.rewind_blocks:

@@ -179,6 +179,48 @@ def test_pages_go_to_the_host_and_back(given):
     assert torch.equal(torch.cat([block.latents for block in made]), wanted)
 
 
+@torch.no_grad()
+def test_a_paused_session_lends_its_pages_to_others():
+    """With memory for one session, two take turns in it, each as if alone; one is rewound while it is away."""
+    settings = {"rewind_blocks": 1, "denoising_step_list": [1000, 500], "local_attn_size": 6, "sink_size": 0}
+    alone = stream_of(make_engine("self-forcing", "float32", **settings), 6)
+    pages = page_needs(make_engine("self-forcing", "float32", **settings).preset).total
+    engine = make_engine("self-forcing", "float32", kv_memory=pages * 4096, kv_offload=True, **settings)
+    kwargs = {"prompt_embeds": ROWS.float(), "size": SIZE}
+    one = engine.open(**kwargs)
+    made = [block.latents for block in one.stream(3, decode=False)]
+    with pytest.raises(InferixError, match="are reserved"):
+        engine.open(**kwargs)
+    one.pause()
+    engine.step()
+    pool = engine.memory.store(SIZE).pool
+    assert pool.used == 0
+    with pytest.raises(InferixError, match="in host memory; resume it first"):
+        one.fork()
+    with engine.open(**kwargs) as other:
+        list(other.stream(2, decode=False))
+        one.resume()
+        engine.step()
+        assert one.branches[0].cache.away is not None and pool.used == 6  # no room for both: it waits
+        assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), alone[6:9])
+        engine.host.check_integrity()
+    made += [block.latents for block in one.stream(1, decode=False)]
+    assert one.branches[0].cache.away is None
+    one.pause()
+    engine.step()
+    one.rewind(3)  # to before the last block, while both are away
+    one.resume()
+    made[3:] = [block.latents for block in one.stream(3, decode=False)]
+    assert torch.equal(torch.cat(made), alone)
+    one.pause()
+    engine.step()
+    engine.host.check_integrity()
+    one.close()
+    assert pool.used == 0 and engine.memory.store(SIZE).users == 0
+    with pytest.raises(UsageError, match="kv_offload is 1"):
+        make_engine(kv_offload=1)
+
+
 def raw(tensor):
     return tensor.view(torch.uint8)
 
@@ -346,7 +388,7 @@ def test_without_a_budget_there_is_room_for_more():
 
 
 def stream_of(engine, blocks, **kwargs):
-    with engine.open(prompt_embeds=ROWS, size=SIZE, **kwargs) as session:
+    with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE, **kwargs) as session:
         return torch.cat([block.latents for block in session.stream(blocks, decode=False)])
 
 

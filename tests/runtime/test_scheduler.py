@@ -150,3 +150,23 @@ def test_states_move_as_the_table_says_and_no_other_way():
                 with pytest.raises(InferixError, match=f"{start} cannot become {to}"):
                     life.move(to)
     assert not MOVES[State.CLOSED] and not MOVES[State.FAILED]
+
+
+def test_a_resting_session_lends_the_room_of_its_pages():
+    found = Scheduler(Limits(memory_bytes=10 * MB))
+    whole = Client(Need(pages=6 * MB, decoder=2 * MB), "small", 1.0)
+    assert found.join(1, whole)
+    found.rest(1)
+    assert found.reserved == 2 * MB
+    assert found.join(2, client(7 * MB))
+    found.wake(1)
+    assert found.admit_waiting() == []
+    assert "needs 8 MB" in found.obstacle(1, whole) and "7 MB of 10 MB" in found.obstacle(1, whole)
+    found.rest(1)
+    assert not found.waiting
+    found.wake(1)
+    found.leave(2)
+    assert found.admit_waiting() == [1] and found.reserved == 8 * MB
+    found.rest(1)
+    found.leave(1)
+    assert found.reserved == 0
