@@ -100,8 +100,7 @@ class Host:
                 self.fail(session, error)
                 raise
             session.entering = None
-        for cache in session.caches:
-            cache.prefetch()  # on their way while others run
+        session.fetch()
 
     def client(self, session: Session) -> Client:
         """What the scheduler has to know of a session."""

@@ -78,6 +78,7 @@ class Session:
         self.kept: list[Snapshot] = []  # of the last blocks' beginnings, as many as can be rewound
         self.demand: Demand | None = None
         self.unshown: list[tuple[Control, int, str | None]] = []  # applied, the block that shows it, refusal
+        self.away = False  # whether the pages are in host memory
         self.pausing: int | None = None  # the thread that asked for the last pause
         self.trouble: Exception | None = None  # what went wrong beside the engine's thread
         self.ready_since: float | None = None
@@ -227,11 +228,20 @@ class Session:
         """Move all pages to host memory, what is kept for rewinding included."""
         first, *others = self.caches
         first.offload(*others)
+        self.away = True
+
+    def fetch(self) -> None:
+        """Have pages that are away on their way back, while others run."""
+        if self.away:
+            for cache in self.caches:
+                cache.prefetch()
 
     def bring_back(self) -> None:
         """Have the pages where they can be read."""
-        for cache in self.caches:
-            cache.onload()
+        if self.away:
+            for cache in self.caches:
+                cache.onload()
+            self.away = False
 
     def keep_beginning(self) -> None:
         """Remember how things stand before a block, and let go of what can be rewound no more."""
