@@ -23,6 +23,7 @@ PACKAGES = [
     "inferix.kernels.kv_pages",
     "inferix.kernels.linear_lowp",
     "inferix.kernels.qk_norm_rope_append",
+    "inferix.kernels.rms_norm",
     "inferix.kernels.rms_silu",
     "inferix.graphs",
     "inferix.graphs.rewrites",

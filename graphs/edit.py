@@ -53,9 +53,7 @@ class Editor:
         node = self.graph.create_node("call_function", op, args, kwargs, name=short_name(op))
         if self.origin is not None:
             node.meta = {key: self.origin.meta[key] for key in DESCRIPTION if key in self.origin.meta}
-        args, kwargs = map_arg((args, kwargs), fake)
-        with fake_mode():
-            node.meta["val"] = op(*args, **kwargs)
+        node.meta["val"] = evaluated(node)
         return node
 
     def scratch(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> fx.Node:
@@ -77,9 +75,7 @@ class Editor:
         """Fake results anew of the views of a node whose strides are others than they were."""
         for user in list(node.users):
             if is_view(user):
-                args, kwargs = map_arg((user.args, user.kwargs), fake)
-                with fake_mode():
-                    user.meta["val"] = user.target(*args, **kwargs)  # type: ignore[operator]
+                user.meta["val"] = evaluated(user)
                 self.refresh_views(user)
 
     def dense(self, node: fx.Node) -> fx.Node:
@@ -97,9 +93,18 @@ class Editor:
         if (node, dim) not in self._copies:
             order = [dim, *(other for other in range(len(shape(node))) if other != dim)]
             with self.before(after(node)):
+                self.origin = node
                 turned = self.call(aten.permute.default, node, order) if dim else node
                 self._copies[node, dim] = self.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
         return self._copies[node, dim]
+
+
+def evaluated(node: fx.Node) -> Any:
+    """The fake result of a call, from those of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), fake)
+    assert callable(node.target)
+    with fake_mode():
+        return node.target(*args, **kwargs)
 
 
 def after(node: fx.Node) -> fx.Node:

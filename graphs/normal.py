@@ -40,6 +40,7 @@ SPLITS = (
     aten.tensor_split.sections,
 )  # fmt: skip
 REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)  # dimensions are counted from the last one
+ROWWISE = (aten.layer_norm.default, aten.rms_norm.default, aten.linear.default)  # they copy into order themselves
 
 
 def normal_form(graph: fx.Graph) -> fx.Graph:
@@ -126,7 +127,7 @@ class Normaliser:
         args = [given.get(argument.name, argument.default_value) for argument in positional]
         while args and is_default(args[-1], positional[len(args) - 1]):
             args.pop()
-        if torch.Tag.pointwise in op.tags and not result.is_contiguous():
+        if (torch.Tag.pointwise in op.tags and not result.is_contiguous()) or op in ROWWISE:
             args = [self.edit.dense(arg) if isinstance(arg, fx.Node) else arg for arg in args]
         kwargs = {
             argument.name: given[argument.name]

@@ -50,13 +50,15 @@ class Runs(StrEnum):
     """What makes a graph run.
 
     LOAD: weights have come or changed. PROMPT: a session has a new prompt. SWITCH: the prompt changed in the middle
-    of a stream, before its next block. REBUILD: the context is made anew, between blocks. BLOCK: every block.
+    of a stream, before its next block. REBUILD: the context is made anew, between blocks. FLUSH: where the commit of a
+    block cannot wait for the next one's first pass. BLOCK: every block.
     """
 
     LOAD = "load"
     PROMPT = "prompt"
     SWITCH = "switch"
     REBUILD = "rebuild"
+    FLUSH = "flush"
     BLOCK = "block"
 
 

@@ -6,10 +6,8 @@ own step; which frames it sees is what the timeline says of a block whose window
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -17,76 +15,18 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..graphs.compose import chained
 from ..graphs.paged_attention import PagedAttention
-from ..graphs.passes import Pass
 from ..graphs.tables import PassTables
 from ..graphs.trace import fake_model, trace
-from ..graphs.types import BlockGraph, PassGraph, QueryShape, Role, Runs, Value, When
+from ..graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
 from ..kernels.frame_noise import frame_noise
 from ..kernels.rope import axis_angles
 from ..models.wan.spec import ModelSpec
 from ..models.wan.transformer import WanTransformer
+from .block_plan import Planned, latent_names, plan_block
 from .presets import Preset
 from .sampler import Sampler, UniPCSolver
-from .timeline import Timeline
 
 TABLES = ("pages", "table", "count", "time_turns", "sink_turns", "sink_count")
-BLOCKS = 24  # enough for the window of a preset to fill, or its segment to end
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A pass that a block makes. steps: for each block in flight, which step of the sampler it is; none: no step."""
-
-    name: str
-    run: Pass
-    tables: str
-    runs: Runs = Runs.BLOCK
-    steps: tuple[int, ...] = ()
-
-    @property
-    def parts(self) -> list[tuple[int, int]]:
-        """(groups, frames of each) of neighbouring groups with equally many frames."""
-        sizes = [len(group.frames) for group in self.run.groups]
-        return [(len(list(same)), frames) for frames, same in groupby(sizes)]
-
-
-def plan_block(preset: Preset) -> list[Planned]:
-    """The passes of a block whose window is full, in order, with those that a new prompt or a rebuild adds."""
-    timeline, levels = Timeline(preset), Sampler(preset.sampler).timesteps
-    size, policy = preset.context.local_attn_size, preset.context
-    flight: list[tuple[range, int]] = []
-    rebuild: Planned | None = None
-    best: list[Planned] = []
-    for _ in range(max(BLOCKS, -(-size // preset.num_frame_per_block) + 1)):
-        block = []
-        if policy.prompt_switch == "recache":
-            seen = copy.deepcopy(timeline).recache_pass(policy.recache_sink)
-            block += [Planned("recache", seen, "recache", Runs.SWITCH)] if seen else []
-        if timeline.rebuild_due():
-            runs = Runs.REBUILD if policy.commit else Runs.BLOCK
-            rebuild = Planned("recompute", timeline.rebuild_pass(), "recompute", runs)
-        while not flight or flight[0][1] < len(levels):
-            if len(flight) < preset.window_blocks:
-                flight.append((timeline.admit().frames, 0))
-            run = timeline.joint_pass([(frames, levels[step]) for frames, step in flight], frozenset())
-            name = f"denoise {flight[0][1]}" if preset.window_blocks == 1 else "denoise"
-            tables = "block" if preset.window_blocks == 1 else "joint"
-            block.append(Planned(name, run, tables, steps=tuple(step for _, step in flight)))
-            flight = [(frames, step + 1) for frames, step in flight]
-        frames, _ = flight.pop(0)
-        if policy.commit:
-            block.append(Planned("commit", timeline.commit_pass(frames), "block"))
-        timeline.forget(block[-1].run.groups[-1].context)
-        if seen_by(block) >= seen_by(best):
-            best = block
-    switch = [planned for planned in best if planned.runs == Runs.SWITCH]
-    return [*switch, *([rebuild] if rebuild else []), *(planned for planned in best if planned not in switch)]
-
-
-def seen_by(block: list[Planned]) -> int:
-    """Frames that the groups of a block's last denoising pass see; 0 for no block."""
-    denoising = [planned for planned in block if planned.steps]
-    return sum(len(group.context) for group in denoising[-1].run.groups) if denoising else 0
 
 
 @dataclass(frozen=True)
@@ -149,9 +89,9 @@ class SolverStep(nn.Module):
     multistep solver remembers is named after the step that made it.
     """
 
-    def __init__(self, sampler: Sampler, steps: tuple[int, ...], frames: int) -> None:
+    def __init__(self, sampler: Sampler, steps: tuple[int, ...], frames: int, lead: int = 0) -> None:
         super().__init__()
-        self.sampler, self.steps, self.frames = sampler, steps, frames
+        self.sampler, self.steps, self.frames, self.lead = sampler, steps, frames, lead
         assert sampler.sigmas  # computed here, so that the trace does not hold how
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,7 +104,8 @@ class SolverStep(nn.Module):
             solver = self.sampler.begin()
             if isinstance(solver, UniPCSolver):
                 resume(solver, step, values)
-            found[after[slot]] = solver.advance(latents, values["velocity"][:, rows], step, draw)
+            velocity = values["velocity"][:, self.lead + rows.start : self.lead + rows.stop]
+            found[after[slot]] = solver.advance(latents, velocity, step, draw)
             if isinstance(solver, UniPCSolver) and solver.before is not None:
                 found |= {f"x0@{step}": solver.predictions[-1], f"corrected@{step}": solver.before}
         return found
@@ -184,11 +125,6 @@ def resume(solver: UniPCSolver, step: int, values: dict[str, Tensor]) -> None:
         solver.order = min(2, len(solver.sigmas) - step + 1, len(solver.predictions))
 
 
-def latent_names(flight: int) -> tuple[str, ...]:
-    """Names of the latents of each block in flight, the cleanest first."""
-    return ("latents",) if flight == 1 else tuple(f"latents.{slot}" for slot in range(flight))
-
-
 class Builder:
     """The block graph of one model, preset and picture size, for so many sessions side by side."""
 
@@ -202,12 +138,13 @@ class Builder:
         precision: str = "reference",
         sessions: int = 1,
         pages: int | None = None,
+        fuse_commit: bool = False,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
         self.guidance = preset.sampler.guidance_scale
         self.rows = sessions * (1 if self.guidance == 1 else 2)
         self.sampler = Sampler(preset.sampler)
-        self.planned = plan_block(preset)
+        self.planned = plan_block(preset, fuse_commit)
         self.latent = (spec.out_channels, *spec.latent_size(size))
         self.grid = (self.latent[1] // spec.patch[0], self.latent[2] // spec.patch[1])
         self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
@@ -257,12 +194,7 @@ class Builder:
     def layout(self, planned: Planned) -> Layout:
         policy = self.preset.context
         turned = policy.moving_positions and policy.sink_size > 0  # in every pass, as the cache's tables are made
-        names = latent_names(len(planned.steps) or 1)
-        if planned.name == "commit" and self.preset.window_blocks > 1:
-            names = ("clean",)
-        elif not planned.steps and planned.name != "commit":
-            names = (f"{planned.name}.latents",)
-        return Layout(tuple(planned.parts), names, planned.tables, turned)
+        return Layout(planned.parts, planned.latents, planned.tables, turned)
 
     def inputs(self, layout: Layout) -> list[Value]:
         """All that the model's pass is given."""
@@ -312,7 +244,7 @@ class Builder:
         wide = torch.promote_types(self.dtype, torch.float32)
         names = latent_names(len(planned.steps))
         values = [
-            Value("velocity", Role.INPUT, (self.sessions, total, *self.latent), self.dtype, When.PASS),
+            Value("velocity", Role.INPUT, (self.sessions, planned.lead + total, *self.latent), self.dtype, When.PASS),
             Value("frames", Role.INPUT, (self.sessions, total), torch.int32, When.BLOCK),
             Value("noise_key", Role.INPUT, (self.sessions,), torch.int64, When.BLOCK),
         ]
@@ -323,7 +255,8 @@ class Builder:
             kept = [f"x0@{earlier}" for earlier in range(max(0, step - 2), step)]
             kept += [f"corrected@{step - 1}"] if step else []
             values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in kept]
-        return trace("the solver's step", SolverStep(self.sampler, planned.steps, frames), values, device=self.device)
+        module = SolverStep(self.sampler, planned.steps, frames, planned.lead)
+        return trace("the solver's step", module, values, device=self.device)
 
 
 def build_block_graph(
@@ -335,14 +268,17 @@ def build_block_graph(
     precision: str = "reference",
     sessions: int = 1,
     pages: int | None = None,
+    fuse_commit: bool = False,
 ) -> BlockGraph:
     """The graph of a block, before any rewrite.
 
     size: (width, height) of the pictures, the model's own unless told. sessions: that run side by side. pages: of
-    the pool; enough for one block of each session unless told. Raises UsageError for what has no graph.
+    the pool; enough for one block of each session unless told. fuse_commit: whether a block's first pass takes the
+    commit of the one before along. Raises UsageError for what has no graph.
     """
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
     if preset.window_blocks > 1 and preset.sampler.solver != "renoise":
         raise UsageError(f"window_blocks is {preset.window_blocks} with solver unipc; that has no graph, use renoise")
-    return Builder(spec, preset, size or spec.default_size, dtype, device, precision, sessions, pages).build()
+    size = size or spec.default_size
+    return Builder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit).build()

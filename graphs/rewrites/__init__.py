@@ -13,10 +13,13 @@ from .base import Rewrite, launches, on_each_graph
 from .dead_work import dead_work
 from .denoise_step import denoise_step
 from .gelu import gelu
+from .lowp import PrecisionMap, lowp
 from .merge_qkv import merge_qkv
 from .partition import fold, hoist_prompt
 from .qk_norm_rope import qk_norm_rope
+from .rms_norm import rms_norm
 
+EVERY_LAYER = PrecisionMap("fp8", ("*",))
 REWRITES: dict[str, Rewrite] = {
     rewrite.name: rewrite
     for rewrite in (
@@ -26,10 +29,12 @@ REWRITES: dict[str, Rewrite] = {
             "qk-norm-rope", "norm, rotation and the write into pages in one kernel", on_each_graph(qk_norm_rope),
             needs=("merge-qkv",),
         ),
+        Rewrite("rms-norm", "norms that no rotation follows in one kernel", on_each_graph(rms_norm)),
         Rewrite("adaln", "residual, layer norm and modulation in one kernel", on_each_graph(adaln)),
         Rewrite("denoise-step", "unpatchify, solver step and noise in one kernel", on_each_graph(denoise_step)),
         Rewrite("gelu", "GELU in the last step of its matmul", on_each_graph(gelu)),
         Rewrite("hoist-prompt", "what the prompt alone decides is computed once per prompt", hoist_prompt),
+        Rewrite("lowp", "linear layers on FP8 or INT8 operands", lowp(EVERY_LAYER), default=False),
         Rewrite("fold", "what weights and timesteps alone decide is computed once", fold),
     )
 }  # fmt: skip
@@ -56,13 +61,16 @@ def chosen(with_: Collection[str] = (), without: Collection[str] = ()) -> list[s
     return found
 
 
-def rewritten(block: BlockGraph, names: Collection[str]) -> BlockGraph:
-    """The block after these rewrites, in their order; `changes` says what each did. The given block stays as it is."""
+def rewritten(block: BlockGraph, names: Collection[str], precision: PrecisionMap = EVERY_LAYER) -> BlockGraph:
+    """The block after these rewrites, in their order; `changes` says what each did. The given block stays as it is.
+
+    precision: which layers `lowp` packs, and how.
+    """
     found = copied(block)
     for rewrite in REWRITES.values():
         if rewrite.name in names:
             before = counted(found)
-            found, places = rewrite.apply(found)
+            found, places = lowp(precision)(found) if rewrite.name == "lowp" else rewrite.apply(found)
             after = counted(found)
             change = Change(rewrite.name, places, before[0], after[0], before[1], after[1])
             found = replace(found, changes=(*found.changes, change))

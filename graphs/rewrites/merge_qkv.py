@@ -49,6 +49,8 @@ def merge(edit: Editor, layers: list[fx.Node]) -> None:
             for place in range(1, len(first.args))
         ]
         merged = edit.call(aten.linear.default, first.args[0], *parts)
+        modules = [str(layer.meta["module"]).rpartition(".") for layer in layers]
+        merged.meta["module"] = "".join(modules[0][:2]) + "+".join(module[2] for module in modules)
         start, last = 0, len(shape(merged)) - 1
         for layer in layers:
             stop = start + shape(layer)[-1]

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...kernels.rope_append import rope_append
@@ -19,19 +18,10 @@ from ..edit import Editor, aten, fake, shape
 from ..match import Match, Pattern, peeled
 from ..types import PassGraph
 from .base import ops
+from .rms_norm import NORMS
 
 ROWS, FRAMES, HEIGHT, WIDTH, PAGES, HEADS, PAIRS = 3, 5, 7, 11, 13, 17, (19, 23, 29)
 TOKENS, DIM = FRAMES * HEIGHT * WIDTH, 2 * sum(PAIRS)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As Wan writes it: in float32 or better, rounded before the weight."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def append_of(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., None]:
@@ -59,7 +49,7 @@ def patterns(dtype: torch.dtype, turns: torch.dtype) -> tuple[Pattern, ...]:
     dtypes = dict.fromkeys(("time", "row", "column", "sink_turns"), turns) | {"pages": torch.int32}
     return tuple(
         Pattern.of(append_of(norm), tensors | more, dtype, dtypes, states=("kv",), scalars=("eps",))
-        for norm in (rms_norm, torch_rms_norm)
+        for norm in NORMS
         for more in ({}, {"sink_turns": turns_shape})
     )
 

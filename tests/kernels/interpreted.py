@@ -28,6 +28,7 @@ from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
 from inferix.kernels.philox import frame_noise, philox4x32
 from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
+from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -122,6 +123,7 @@ WRONG = {
     "cut instead of rounded": ("kv_pages", pages_gpu, "tl.floor(x + 0.5)", "tl.floor(x)"),
     "the page it came from": ("kv_pages", pages_gpu, "tl.load(target_pages_ptr", "tl.load(source_pages_ptr"),
     "largest of a part": ("kv_pages", pages_gpu, "most = tl.maximum(most, tl.abs(x))", "most = tl.abs(x)"),
+    "sum instead of mean": ("rms_norm", rms_norm_gpu, "tl.sum(x * x, 0) / dim", "tl.sum(x * x, 0)"),
     "mean instead of length": ("rms_silu", rms_silu_gpu, "tl.sqrt(tl.sum(x * x, 1))", "tl.sum(tl.abs(x), 1)"),
     "history shifted": ("denoise_step", denoise_gpu, "tl.load(by_ptr + 3 + kept)", "tl.load(by_ptr + 2 + kept)"),
 }  # fmt: skip

@@ -1,0 +1,123 @@
+"""A block graph as text: what each rewrite did, what runs when, and the launches of each graph by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .cost import Costs, block_cost
+from .outline import Section, in_units, outline, sees
+from .types import BlockGraph, PassGraph, Role, Runs
+
+WHEN = {
+    Runs.LOAD: "once the weights are there",
+    Runs.PROMPT: "once per prompt",
+    Runs.SWITCH: "after a new prompt",
+    Runs.REBUILD: "when the context is rebuilt",
+    Runs.FLUSH: "where nothing follows or the commit cannot wait",
+    Runs.BLOCK: "every block",
+}
+
+
+def text(block: BlockGraph, only: str | None = None) -> str:
+    """The whole block, or one graph of it call by call; KeyError for a name that it does not have."""
+    if only is not None:
+        return "\n".join(listing(block.named(only)))
+    return "\n".join(lines(block))
+
+
+def lines(block: BlockGraph) -> Iterator[str]:
+    shape = block.shape
+    channels, height, width = shape.latent
+    yield (
+        f"{block.model}, preset {block.preset}, {name(block.dtype)}: {shape.frames} latent frames of "
+        f"{channels}x{height}x{width}, {shape.tokens_per_frame} tokens each"
+    )
+    each = [graph for graph in block.passes if graph.runs == Runs.BLOCK]
+    total = block_cost(each)
+    yield (
+        f"a block: {len(each)} passes, {total.launches} launches, {in_units(total.flops, 'FLOP')}, "
+        f"{in_units(total.nbytes, 'B')} read and written"
+    )
+    yield ""
+    yield from changes(block)
+    told: list[tuple[str, list[Section]]] = []
+    for graph in block.graphs:
+        yield ""
+        yield from summary(graph)
+        sections = outline(graph)
+        same = next((other for other, known in told if known == sections), None)
+        if same is not None:
+            yield f"  launches as {same}"
+        else:
+            told.append((graph.name, sections))
+            for section in sections:
+                yield from section_lines(section, graph.runs != Runs.LOAD)
+
+
+def name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def changes(block: BlockGraph) -> Iterator[str]:
+    """What each rewrite did to the passes."""
+    if not block.changes:
+        yield "as traced: no rewrite was done"
+        return
+    yield f"{'rewrite':<15}{'places':>8}{'calls':>16}{'launches':>16}"
+    for change in block.changes:
+        calls = f"{change.nodes_before} > {change.nodes_after}"
+        launches = f"{change.launches_before} > {change.launches_after}"
+        yield f"{change.rewrite:<15}{change.places:>8}{calls:>16}{launches:>16}"
+
+
+def summary(graph: PassGraph) -> Iterator[str]:
+    """A graph's head line, what it reads and what it gives."""
+    total = Costs(graph).total
+    yield (
+        f"{graph.name} ({WHEN[graph.runs]}): {total.launches} launches, {in_units(total.flops, 'FLOP')}, "
+        f"{in_units(total.nbytes, 'B')}"
+    )
+    for line in sees(graph):
+        yield f"  {line}"
+    given = {role: list(graph.named(role).values()) for role in (Role.WEIGHT, Role.CONSTANT, Role.STATE)}
+    told = [
+        f"{len(values)} {role}s of {in_units(sum(value.nbytes for value in values), 'B')}"
+        for role, values in given.items()
+        if values
+    ]
+    inputs = [value.name for value in graph.named(Role.INPUT).values() if not value.name.startswith("prompt.")]
+    yield f"  reads {'; '.join([*told, *([', '.join(inputs)] if inputs else [])])}"
+    outputs = graph.outputs
+    size = in_units(sum(value.nbytes for value in outputs), "B")
+    shown = ", ".join(value.name for value in outputs) if len(outputs) < 6 else f"{len(outputs)} values"
+    yield f"  gives {f'{shown}, {size}' if outputs else 'nothing'}" + (
+        f"; writes pages of {len(graph.writes)} layers" if graph.writes else ""
+    )
+
+
+def section_lines(section: Section, every: bool) -> Iterator[str]:
+    """A layer's cost, and each of its launches if wanted."""
+    cost = section.cost
+    told = f"{cost.launches} launches, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
+    yield f"  {section.name}: {told}"
+    for launch in section.launches if every else ():
+        size = "x".join(map(str, launch.shape))
+        yield (
+            f"    {launch.op:<30}{launch.what:<34}{size:<22}{in_units(launch.cost.flops, 'FLOP'):>13}"
+            f"{in_units(launch.cost.nbytes, 'B'):>10}"
+        ).rstrip()
+
+
+def listing(graph: PassGraph) -> Iterator[str]:
+    """Every call of a graph, views too, with its arguments and what it makes."""
+    costs = Costs(graph)
+    for key, value in graph.inputs.items():
+        yield f"{key}: {value.role} {value.name} {name(value.dtype)}{list(value.shape)} new each {value.when}"
+    for node in graph:
+        made = node.meta["val"]
+        shape = f"{name(made.dtype)}{list(made.shape)}" if made is not None else ""
+        cost = costs[node]
+        note = f"  # {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}" if cost.launches else ""
+        args = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
+        yield f"{node.name} = {node.target._schema.name}({args}) {shape}{note}"  # type: ignore[union-attr]
+    yield f"return {', '.join(map(str, graph.graph.output_node().args[0]))}"  # type: ignore[arg-type]

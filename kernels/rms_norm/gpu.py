@@ -1,0 +1,39 @@
+"""rms_norm in Triton: one program per row, the whole row in registers, read once and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import Case
+
+# Warps by the width of a row: about 16 numbers of it to a thread.
+WARPS = ((1024, 2), (2048, 4), (4096, 8), (1 << 30, 16))
+
+
+@triton.jit
+def _rms_norm(x_ptr, weight_ptr, out_ptr, dim, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < dim
+    x = tl.load(x_ptr + row * dim + at, mask=inside, other=0.0).to(tl.float32)
+    y = x / tl.sqrt(tl.sum(x * x, 0) / dim + eps)
+    y = y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * dim + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
+    """Launch for tensors that were checked."""
+    rows, dim = x.shape
+    block = triton.next_power_of_2(dim)
+    warps = next(warps for width, warps in WARPS if block <= width)
+    _rms_norm[(rows,)](x, weight, out, dim, eps, BLOCK=block, num_warps=warps)
+
+
+def compile_cases(capability: int) -> dict[str, dict[str, object]]:
+    """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
+    from .reference import make_inputs, sizes
+
+    return {f"bf16 d{dim}": make_inputs(Case("", sizes(4, dim)), torch.bfloat16, "cpu", 0) for dim in (1536, 5120)}
