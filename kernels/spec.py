@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,9 +39,12 @@ class Implementation:
     architectures: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = HALF
 
+    def module(self) -> ModuleType:
+        """Where it lives; one that has `compile_cases` is compiled by Triton, another is a library's."""
+        return import_module(self.run.partition(":")[0], __package__)
+
     def load(self) -> Callable[..., Any]:
-        module, _, function = self.run.partition(":")
-        loaded: Callable[..., Any] = getattr(import_module(module, __package__), function)
+        loaded: Callable[..., Any] = getattr(self.module(), self.run.partition(":")[2])
         return loaded
 
 
@@ -134,6 +138,13 @@ def expect(op: str, what: str, got: object, wanted: object) -> None:
 def expect_one_of(op: str, what: str, got: object, allowed: tuple[object, ...]) -> None:
     if got not in allowed:
         raise ValueError(f"{op}: {what} is {got}; expected one of {', '.join(map(str, allowed))}")
+
+
+def expect_fp8(op: str, device: torch.device) -> None:
+    """ValueError on a GPU that has no FP8 numbers."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        has = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        raise ValueError(f"{op}: compute capability of {device} is {has}; FP8 needs 8.9 or more, so take INT8 or half")
 
 
 def expect_dense(op: str, **tensors: torch.Tensor | None) -> None:

@@ -18,6 +18,7 @@ SPEC = KernelSpec(
     outputs=("out", "lse"),
     implementations=(
         Implementation("triton", ".block_attention.gpu:block_attention", ARCHITECTURES),
+        Implementation("descriptors", ".block_attention.descriptors:block_attention", (90, 100)),
         Implementation("sdpa", ".block_attention.sdpa:block_attention"),
     ),
     make_inputs=reference.make_inputs,

@@ -21,7 +21,7 @@ from checker import check
 from interpreter import repair
 
 from inferix.kernels.adaln import gpu as adaln_gpu
-from inferix.kernels.block_attention import gpu as block_attention_gpu
+from inferix.kernels.block_attention import gpu as attention_gpu
 from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import gpu as denoise_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
@@ -33,18 +33,21 @@ from inferix.kernels.rms_silu import gpu as rms_silu_gpu
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 repair()
-HALF = (torch.bfloat16, torch.float16)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CASES = [
-    pytest.param(spec, case, dtype, id=f"{spec.name}, {case.name}, {str(dtype)[6:]}")
+    pytest.param(spec, form, case, dtype, id=f"{spec.name} {form.name}, {case.name}, {str(dtype)[6:]}")
     for spec in SPECS.values()
+    for form in spec.implementations
+    if hasattr(form.module(), "compile_cases")
     for case in spec.test_cases
-    for dtype in HALF
+    for dtype in FLOATS
+    if dtype in form.dtypes or not set(FLOATS) & set(form.dtypes)
 ]
 
 
-@pytest.mark.parametrize(("spec", "case", "dtype"), CASES)
-def test_the_kernel_equals_the_reference(spec, case, dtype):
-    check(spec, spec.named("triton"), case, dtype)
+@pytest.mark.parametrize(("spec", "form", "case", "dtype"), CASES)
+def test_the_kernel_equals_the_reference(spec, form, case, dtype):
+    check(spec, form.load(), case, dtype)
 
 
 @triton.jit
@@ -89,15 +92,23 @@ def changed(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
 
 
 WRONG = {
-    "mask off by one": ("block_attention", block_attention_gpu, "there = key < length", "there = key <= length"),
-    "no mask": ("block_attention", block_attention_gpu, "there = key < length", "there = key >= 0"),
-    "a stale page": ("block_attention", block_attention_gpu, "other=0)\n    before", "other=0) * 0 + 1\n    before"),
-    "a page too few": ("block_attention", block_attention_gpu, "valid = listed < count", "valid = listed < count - 1"),
-    "the wrong query": ("block_attention", block_attention_gpu, "if first < sinks", "if first > sinks"),
-    "sink and window in one run": ("block_attention", block_attention_gpu, " | (listed == sinks)", ""),
-    "no scale of values": ("block_attention", block_attention_gpu, "weights *= tl.load", "tl.load"),
-    "no rescaling": ("block_attention", block_attention_gpu, "result * shrink[:, None]", "result"),
-    "the wrong head": ("block_attention", block_attention_gpu, "head // (HEADS // KV_HEADS)", "head % KV_HEADS"),
+    "mask off by one": ("block_attention", attention_gpu, "arange(0, TAIL) < length", "arange(0, TAIL) <= length"),
+    "no mask": ("block_attention", attention_gpu, "arange(0, TAIL) < length", "arange(0, TAIL) >= 0"),
+    "whole tiles only": ("block_attention", attention_gpu, "tl.range(whole, length, TAIL", "tl.range(whole, whole, TAIL"),
+    "a tile too many": ("block_attention", attention_gpu, "length // KEYS * KEYS", "tl.cdiv(length, KEYS) * KEYS"),
+    "a stale page": ("block_attention", attention_gpu, "tl.load(table_ptr + first).to", "tl.load(table_ptr).to"),
+    "a page too few": ("block_attention", attention_gpu, "tl.load(count_ptr + row)", "tl.load(count_ptr + row) - 1"),
+    "the next row's pages": ("block_attention", attention_gpu, "table_ptr += row * table_width", "table_ptr += row"),
+    "the wrong query": ("block_attention", attention_gpu, "            if first < sinks", "            if first > sinks"),
+    "sink and window in one run": (
+        "block_attention", attention_gpu, "tl.where(first < sinks, sinks, count) if TURNED else count", "count"
+    ),
+    "pages of two scales in one run": ("block_attention", attention_gpu, "follows &= tl.load(k_scale", "tl.load(k_scale"),
+    "no scale of keys": ("block_attention", attention_gpu, "by = k_by * factor", "by = factor"),
+    "no scale of values": ("block_attention", attention_gpu, "unit = v_by", "unit = unit"),
+    "values of the keys' pages": ("block_attention", attention_gpu, "k_ptr + pages.to", "k_ptr + 0 * pages.to"),
+    "no rescaling": ("block_attention", attention_gpu, "result * shrink[:, None]", "result"),
+    "the wrong head": ("block_attention", attention_gpu, "head // (HEADS // KV_HEADS)", "head % KV_HEADS"),
     "rotated the other way": ("qk_norm_rope_append", append_gpu, "even * cos - odd * sin", "even * cos + odd * sin"),
     "pairs of halves": (
         "qk_norm_rope_append", append_gpu, "tl.split(tl.reshape(x, [BLOCK // 2, 2]))",
