@@ -6,6 +6,7 @@ implementation is named by module and function and imported when it is first cho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,17 +31,18 @@ CHOSEN: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", def
 class Implementation:
     """One form of an op: `run` is "module:function" inside this package, with the reference's signature.
 
-    architectures: those a GPU form is declared for; empty where it runs wherever torch does. dtypes: of the
-    tensors it is for; others are left to the reference.
+    architectures: those a GPU form is declared for; empty where it runs wherever torch does. dtypes and last_dims
+    (empty: any): of the tensors it is for; others are left to the reference. A module that has `compile_cases` is
+    compiled by Triton; it also has its `Config` and `candidates(architecture)`, the configs worth trying there.
     """
 
     name: str
     run: str
     architectures: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = HALF
+    last_dims: tuple[int, ...] = ()
 
     def module(self) -> ModuleType:
-        """Where it lives; one that has `compile_cases` is compiled by Triton, another is a library's."""
         return import_module(self.run.partition(":")[0], __package__)
 
     def load(self) -> Callable[..., Any]:
@@ -60,7 +62,7 @@ class Case:
         return self.dims[dim]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelSpec:
     """An op.
 
@@ -82,29 +84,46 @@ class KernelSpec:
     flops: Callable[[Case], int]
 
     def choose(self, like: torch.Tensor) -> Callable[..., None]:
-        """The form for such a tensor."""
-        return self.named(self.chosen(like.device, like.dtype))
+        """The form for such a tensor, in the config that was found best on this card if that was ever asked."""
+        if wanted := (CHOSEN.get() or {}).get(self.name):
+            return self.named(wanted, like.device)
+        if like.device.type == "cuda" and (best := tuned(self, like)):
+            return best
+        return self.named(self.chosen(like.device, like.dtype, like.shape[-1]))
 
-    def chosen(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Its name: the one asked for by `using`, else the first for the device and dtype, else the reference."""
+    def chosen(self, device: torch.device, dtype: torch.dtype, last_dim: int | None = None) -> str:
+        """Its name: the one asked for by `using`, else the first for device, dtype and size, else the reference."""
         if wanted := (CHOSEN.get() or {}).get(self.name):
             return wanted
         if device.type == "cuda" and has_triton():
             capability = architecture(device)
             for form in self.implementations:
-                if capability in form.architectures and dtype in form.dtypes:
+                fits = last_dim is None or not form.last_dims or last_dim in form.last_dims
+                if capability in form.architectures and dtype in form.dtypes and fits:
                     return form.name
         return "reference"
 
-    def named(self, name: str) -> Callable[..., None]:
+    def form(self, name: str) -> Implementation:
         """An implementation by name; ValueError for one the op does not have."""
-        if name == "reference":
-            return self.reference
         for form in self.implementations:
             if form.name == name:
-                return form.load()
+                return form
         names = ", ".join(["reference", *(form.name for form in self.implementations)])
         raise ValueError(f"{self.name}: no implementation {name!r}; there are {names}")
+
+    def named(self, name: str, device: torch.device | None = None) -> Callable[..., None]:
+        """What runs under a name; ValueError for one that is not there, or not for the GPU `device`."""
+        if name == "reference":
+            return self.reference
+        form = self.form(name)
+        if device is not None and device.type == "cuda" and form.architectures:
+            if architecture(device) not in form.architectures:
+                has = "{}.{}".format(*torch.cuda.get_device_capability(device))
+                wants = ", ".join(f"{known // 10}.{known % 10}" for known in form.architectures)
+                raise ValueError(
+                    f"{self.name}: compute capability of {device} is {has}; {name} is for {wants}; take the reference"
+                )
+        return form.load()
 
 
 @contextmanager
@@ -115,6 +134,19 @@ def using(**names: str) -> Iterator[None]:
         yield
     finally:
         CHOSEN.reset(token)
+
+
+def tuned(spec: KernelSpec, like: torch.Tensor) -> Callable[..., None] | None:
+    """What the card's saved table says for such a tensor; None where there is no table, or nothing about it."""
+    from .tuning import choices
+
+    card, capability = torch.cuda.get_device_name(like.device), architecture(like.device)
+    return choices(spec, card, capability).get(sort_of(like))
+
+
+def sort_of(like: torch.Tensor) -> str:
+    """What decides between configs: the dtype and last dim of the tensor by which a form is chosen."""
+    return f"{str(like.dtype)[6:]} {like.shape[-1]}"
 
 
 @cache
@@ -159,3 +191,23 @@ def expect_together(op: str, device: torch.device, **tensors: torch.Tensor | Non
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}; expected {device}")
+
+
+def debugging() -> bool:
+    """Whether to read page lists and scales on the host and check them before each call, at the price of a wait."""
+    return os.environ.get("INFERIX_DEBUG") == "1"
+
+
+def expect_pages(op: str, what: str, listed: torch.Tensor, pages: int, *, once: bool = False) -> None:
+    """ValueError for a page that a store does not have, or that is listed twice where it may be only `once`."""
+    held = listed.flatten().tolist()
+    if wrong := [page for page in held if not 0 <= page < pages]:
+        raise ValueError(f"{op}: {what} lists page {wrong[0]}; expected 0..{pages - 1}")
+    if once and (again := [page for page in held if held.count(page) > 1]):
+        raise ValueError(f"{op}: {what} lists page {again[0]} {held.count(again[0])} times; expected once")
+
+
+def expect_scales(op: str, scale: torch.Tensor | None) -> None:
+    """ValueError for a scale that is not above 0."""
+    if scale is not None and not bool((scale > 0).all()):
+        raise ValueError(f"{op}: a scale of the pages is {float(scale.min())}; expected numbers above 0")

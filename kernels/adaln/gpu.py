@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import Case
+from ..spec import Case, expect_fp8
 
-# Warps by the width of a row: about 16 numbers of it to a thread.
-WARPS = ((1024, 2), (2048, 4), (4096, 8), (1 << 30, 16))
+
+@dataclass(frozen=True)
+class Config:
+    """Warps to a token."""
+
+    warps: int
+
+
+# By the width of a row: about 16 numbers of it to a thread.
+CONFIGS = ((1024, Config(2)), (2048, Config(4)), (4096, Config(8)), (1 << 30, Config(16)))
 
 
 @triton.jit
@@ -60,18 +70,27 @@ def adaln(
     normed: Tensor,
     row_scale: Tensor | None,
     eps: float,
+    config: Config | None = None,
 ) -> None:
     """Launch for tensors that were checked; x stands in for those that are not there."""
+    if row_scale is not None:
+        expect_fp8("adaln", x.device)
     rows, tokens, dim = x.shape
     given = [x if tensor is None else tensor for tensor in (update, gate, shift, scale, weight, bias)]
     block = triton.next_power_of_2(dim)
+    config = config or next(config for width, config in CONFIGS if block <= width)
     _adaln[(rows * tokens,)](
         x, *given, residual, normed, x if row_scale is None else row_scale,
         tokens, 1 if gate is None else gate.shape[1], 1 if shift is None else shift.shape[1], dim, eps,
         BLOCK=block, UPDATE=update is not None, GATE=gate is not None, MODULATE=shift is not None,
         AFFINE=weight is not None, QUANTISE=row_scale is not None,
-        num_warps=next(warps for width, warps in WARPS if block <= width),
+        num_warps=config.warps,
     )  # fmt: skip
+
+
+def candidates(capability: int) -> list[Config]:
+    """Configs worth trying on an architecture."""
+    return [Config(warps) for warps in (1, 2, 4, 8, 16)]
 
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 from torch import Tensor
 
-from ..spec import ARCHITECTURES, Implementation, KernelSpec, expect, expect_dense, expect_one_of, expect_together
+from ..spec import (
+    ARCHITECTURES,
+    Implementation,
+    KernelSpec,
+    debugging,
+    expect,
+    expect_dense,
+    expect_one_of,
+    expect_pages,
+    expect_scales,
+    expect_together,
+)
 from . import reference
 from .reference import FP8, merge_partials
 
+HEAD_DIMS = (64, 128)  # of the GPU kernels; others are left to the reference
 SPEC = KernelSpec(
     name="block_attention",
     reference=reference.block_attention,
     outputs=("out", "lse"),
     implementations=(
-        Implementation("triton", ".block_attention.gpu:block_attention", ARCHITECTURES),
-        Implementation("descriptors", ".block_attention.descriptors:block_attention", (90, 100)),
+        Implementation("triton", ".block_attention.gpu:block_attention", ARCHITECTURES, last_dims=HEAD_DIMS),
+        Implementation("descriptors", ".block_attention.descriptors:block_attention", (90, 100), last_dims=HEAD_DIMS),
         Implementation("sdpa", ".block_attention.sdpa:block_attention"),
+        Implementation("flash_attn", ".block_attention.flash:block_attention"),
     ),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
@@ -48,20 +60,23 @@ def block_attention(
     A row is a query group of a session. Which frames it sees (window, sink, pinned) is just which pages are
     listed; softmax does not care about their order, and there is no mask. Neighbouring pages are walked as one run.
 
-    q: [R, T, H, D], rotated; D is 64 or 128 for Triton. kv: [2, pages, page_tokens, Hkv, D], keys then values, in q's
-    dtype or in FP8 (e4m3) with kv_scale float32 [2, pages, Hkv]; Hkv divides H. page_table: int32 [R, at most 4096].
-    page_count: int32 [R], at least 1. q_sink: q rotated for the first `sink_count` (int32 [R]) listed pages,
-    whose distance differs where positions count within the window; both or neither. scale: 1/sqrt(D) unless told.
+    q: [R, T, H, D], rotated; other D than 64 and 128 run as the reference. kv: [2, pages, page_tokens, Hkv, D], keys
+    then values, in q's dtype or in FP8 (e4m3) with kv_scale float32 [2, pages, Hkv], above 0; with FP8, products are
+    in float16. Hkv divides H. page_table: int32 [R, pages]. page_count: int32 [R], at least 1. q_sink: q rotated for
+    the first `sink_count` (int32 [R]) listed pages, whose distance differs where positions count within the window;
+    both or neither. scale: 1/sqrt(D) unless told, above 0.
     out: [R, T, H, D], where to write. lse: float32 [R, H, T], filled with the natural log of the sum of
     exponentials, with which `merge_partials` joins results over parts of the keys.
 
-    Raises ValueError naming the dimension for shapes, dtypes, devices and strides that do not fit. Page ids and
-    counts are read on the device; INFERIX_DEBUG=1 checks them here at the price of a wait.
+    Raises ValueError naming the dimension for shapes, dtypes, devices and strides that do not fit. Page ids, counts
+    and scales are read on the device and not checked; INFERIX_DEBUG=1 checks them here at the price of a wait.
     Source: FlashAttention-2 (arXiv 2307.08691); PagedAttention (arXiv 2309.06180).
     """
     out = torch.empty_like(q) if out is None else out
     check(q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"{SPEC.name}: scale is {scale}; expected a number above 0")
     torch.ops.inferix.block_attention(q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale)
     return out
 
@@ -116,9 +131,8 @@ def check(
     rows, tokens, heads, dim = q.shape
     pages, kv_heads = kv.shape[1], kv.shape[3]
     expect_one_of(op, "dtype of q", q.dtype, tuple(SPEC.tolerance))
-    if SPEC.chosen(q.device, q.dtype) == "triton":
-        expect_one_of(op, "head dim of q", dim, (64, 128))
-    for name, size in (("rows of q", rows), ("tokens of q", tokens), ("page_tokens of kv", kv.shape[2])):
+    sizes = {"rows of q": rows, "tokens of q": tokens, "heads of q": heads, "head dim of q": dim}
+    for name, size in (sizes | {"pages of kv": pages, "page_tokens of kv": kv.shape[2]}).items():
         if size == 0:
             raise ValueError(f"{op}: {name} is 0; expected 1 or more")
     expect(op, "first dim of kv", kv.shape[0], 2)
@@ -146,17 +160,20 @@ def check(
     given = {name: tensor for name, (tensor, _, _) in shapes.items()}
     expect_together(op, q.device, kv=kv, **given)
     expect_dense(op, q=q, kv=kv, **given)
-    if os.environ.get("INFERIX_DEBUG") == "1":
-        check_pages(page_table, page_count, pages)
+    if debugging():
+        check_lists(page_table, page_count, sink_count, pages)
+        expect_scales(op, kv_scale)
 
 
-def check_pages(page_table: Tensor, page_count: Tensor, pages: int) -> None:
+def check_lists(page_table: Tensor, page_count: Tensor, sink_count: Tensor | None, pages: int) -> None:
     """ValueError for a count or a listed page that is out of range."""
-    for row, (listed, count) in enumerate(zip(page_table.tolist(), page_count.tolist(), strict=True)):
-        if not 1 <= count <= len(listed):
-            raise ValueError(f"{SPEC.name}: page_count of row {row} is {count}; expected 1..{len(listed)}")
-        if wrong := [page for page in listed[:count] if not 0 <= page < pages]:
-            raise ValueError(f"{SPEC.name}: row {row} lists page {wrong[0]}; expected 0..{pages - 1}")
+    width = page_table.shape[1]
+    for row, count in enumerate(page_count.tolist()):
+        if not 1 <= count <= width:
+            raise ValueError(f"{SPEC.name}: page_count of row {row} is {count}; expected 1..{width}")
+        expect_pages(SPEC.name, f"row {row} of page_table", page_table[row, :count], pages)
+        if sink_count is not None and not 0 <= int(sink_count[row]) <= count:
+            raise ValueError(f"{SPEC.name}: sink_count of row {row} is {int(sink_count[row])}; expected 0..{count}")
 
 
 __all__ = ["SPEC", "block_attention", "merge_partials"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..spec import architecture
-from .gpu import ANYWHERE, Config, launch, variants
+from .gpu import ANYWHERE, Config, candidates, launch, variants
 
 # By architecture and head dim; on sm_120 the kernel spills, so it is not declared there.
 CONFIGS = {
@@ -45,3 +45,6 @@ def block_attention(
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
     return variants(capability, CONFIGS)
+
+
+__all__ = ["CONFIGS", "Config", "block_attention", "candidates", "compile_cases"]

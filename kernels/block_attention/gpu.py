@@ -188,6 +188,18 @@ def launch(
     )  # fmt: skip
 
 
+def candidates(capability: int) -> list[Config]:
+    """Configs worth trying on an architecture; those that do not fit a part or a head dim fail when they are tried."""
+    return [
+        Config(queries, keys, tail, warps, stages)
+        for queries, warps in ((128, 8), (64, 4))
+        for keys in (32, 64, 128)
+        for tail in (32, 64)
+        for stages in (2, 3, 4)
+        if tail <= keys
+    ]
+
+
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
     return variants(capability, CONFIGS)

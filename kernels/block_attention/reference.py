@@ -50,7 +50,10 @@ def merge_partials(outs: Tensor, lses: Tensor) -> Tensor:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """Random pages, listed in an order of their own (`pages`: shuffled, runs or one), fewer in later rows."""
+    """Random pages, listed in an order of their own (shuffled, runs or one), fewer in later rows.
+
+    Pages that no row lists hold NaN, and places of the table beyond a row's count no page, so that a stale read shows.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows, count, heads, kv_heads, dim = (case[name] for name in ("rows", "pages", "heads", "kv_heads", "dim"))
     spare = 3
@@ -70,6 +73,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[
         ]
     table = torch.tensor(order, dtype=torch.int32).view(rows, count)
     counts = torch.tensor([max(1, count - row) for row in range(rows)], dtype=torch.int32)
+    table[torch.arange(count)[None] >= counts[:, None]] = -1
+    unlisted = torch.ones(kv.shape[1], dtype=torch.bool)
+    unlisted[table[table >= 0].long()] = False
+    kv[:, unlisted] = float("nan")
     q = torch.randn(rows, case["tokens"], heads, dim, generator=generator)
     sinks = case.options.get("sinks")
     inputs: dict[str, Any] = {
@@ -89,7 +96,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[
         inputs["q_sink"] = turned.to(device, dtype)
         inputs["sink_count"] = torch.tensor([min(row % (sinks + 1) + 1, count) for row in range(rows)]).int().to(device)
     if fp8:
-        inputs["kv_scale"] = (torch.rand(2, kv.shape[1], kv_heads, generator=generator) * 0.1 + 0.02).to(device)
+        scales = torch.rand(2, kv.shape[1], kv_heads, generator=generator) * 0.1 + 0.02
+        page = torch.arange(kv.shape[1])
+        if alike := case.options.get("alike"):  # that many neighbouring pages share a scale, others for the values
+            scales = torch.stack((scales[0, page // alike], scales[1, (page + alike // 2) // alike]))
+        inputs["kv_scale"] = scales.to(device)
         inputs["kv"] = (kv * 20).to(FP8).to(device)
     if case.options.get("lse"):
         inputs["lse"] = torch.full((rows, heads, case["tokens"]), float("nan"), device=device)
@@ -110,6 +121,7 @@ TEST_CASES = (
     Case("unequal rows, sinks turned", sizes(3, 20, 5, 12, 2, 1, 64), {"sinks": 2, "lse": True}),
     Case("head of 128", sizes(1, 24, 3, 40, 2, 2, 128), {"sinks": 1}),
     Case("fp8 pages", sizes(2, 18, 4, 20, 2, 1, 64), {"fp8": True, "sinks": 1}),
+    Case("fp8 pages in runs", sizes(1, 17, 6, 20, 1, 1, 64), {"fp8": True, "order": "one", "alike": 4, "lse": True}),
 )
 THREE, SIX = 3 * FRAME_480P, 6 * FRAME_480P  # tokens of blocks of three and six frames
 BENCH_CASES = (
@@ -119,7 +131,8 @@ BENCH_CASES = (
     Case("1.3B, window 12, sink turned", sizes(1, THREE, 12, FRAME_480P, 12, 12, 128), {"order": "runs", "sinks": 3}),
     Case("1.3B, block of one", sizes(1, FRAME_480P, 21, FRAME_480P, 12, 12, 128), {"order": "one"}),
     Case("1.3B, four sessions", sizes(4, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "runs"}),
-    Case("1.3B, fp8 pages", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "one", "fp8": True}),
+    Case("1.3B, fp8 pages", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "one", "fp8": True, "alike": 64}),
+    Case("1.3B, fp8, scale to a page", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "one", "fp8": True}),
     Case("14B, six frames", sizes(1, SIX, 9, FRAME_480P, 40, 40, 128), {"order": "one"}),
     Case("5B, eight frames", sizes(1, 7040, 32, 880, 24, 24, 128), {"order": "one"}),
     Case("grouped heads 24:8", sizes(1, 2048, 8, 1024, 24, 8, 128), {"order": "one"}),

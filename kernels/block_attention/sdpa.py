@@ -1,6 +1,6 @@
-"""Block attention through torch's own: right where a row's pages are one run in ascending order.
+"""Block attention through torch's own (cuDNN, FlashAttention), where a row's pages are one run in ascending order.
 
-The caller promises that (`pages_are_one_run`); it serves as a baseline, and where cuDNN or FlashAttention is faster.
+It reads the page lists on the host, so it is for comparison and for passes that are not captured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,28 @@ def pages_are_one_run(page_table: Tensor, page_count: Tensor) -> bool:
     )
 
 
+def runs_of(
+    form: str,
+    kv: Tensor,
+    page_table: Tensor,
+    page_count: Tensor,
+    q_sink: Tensor | None,
+    kv_scale: Tensor | None,
+    lse: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [tokens, Hkv, D] of each row, as views of the pages; ValueError for what such forms cannot do."""
+    for name, tensor in (("q_sink", q_sink), ("kv_scale", kv_scale), ("lse", lse)):
+        if tensor is not None:
+            raise ValueError(f"block_attention: implementation {form} takes no {name}; use triton or reference")
+    if not pages_are_one_run(page_table, page_count):
+        raise ValueError(f"block_attention: implementation {form} needs pages that follow each other; use triton")
+    found = []
+    for listed, count in zip(page_table.tolist(), page_count.tolist(), strict=True):
+        k, v = kv[:, listed[0] : listed[0] + count].flatten(1, 2)
+        found.append((k, v))
+    return found
+
+
 def block_attention(
     q: Tensor,
     kv: Tensor,
@@ -30,14 +52,10 @@ def block_attention(
     scale: float,
 ) -> None:
     """Slices of the pages as keys and values; ValueError for what torch's attention cannot do."""
-    for name, tensor in (("q_sink", q_sink), ("kv_scale", kv_scale), ("lse", lse)):
-        if tensor is not None:
-            raise ValueError(f"block_attention: implementation sdpa takes no {name}; use triton or reference")
-    if not pages_are_one_run(page_table, page_count):
-        raise ValueError("block_attention: implementation sdpa needs pages that follow each other; use triton")
-    for row, (listed, count) in enumerate(zip(page_table.tolist(), page_count.tolist(), strict=True)):
-        k, v = kv[:, listed[0] : listed[0] + count].flatten(1, 2).transpose(1, 2)
+    runs = runs_of("sdpa", kv, page_table, page_count, q_sink, kv_scale, lse)
+    for row, (k, v) in enumerate(runs):
         attended = F.scaled_dot_product_attention(
-            q[row].transpose(0, 1)[None], k[None], v[None], scale=scale, enable_gqa=q.shape[2] != kv.shape[3]
-        )
+            q[row].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
+            scale=scale, enable_gqa=q.shape[2] != kv.shape[3],
+        )  # fmt: skip
         out[row] = attended[0].transpose(0, 1)

@@ -6,6 +6,8 @@ smallest; a block has so few latents that this costs nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,16 @@ from torch import Tensor
 
 from ..spec import Case
 
-QUADS = 128  # counters to a program, four elements each
-WARPS = 4
+
+@dataclass(frozen=True)
+class Config:
+    """Counters to a program, four elements each, and warps."""
+
+    quads: int
+    warps: int
+
+
+CONFIG = Config(128, 4)
 
 
 @triton.jit
@@ -67,7 +77,7 @@ def _step(
         third = by_ptr + 3 + KEPT
         other = tl.load(third) * x + tl.load(third + 1) * clean + tl.load(third + 2) * noise
     for kept in tl.static_range(KEPT):
-        past = tl.load(history_ptr + kept * history_stride + at, mask=inside, other=0.0).to(tl.float32)
+        past = tl.load(history_ptr + kept * history_stride.to(tl.int64) + at, mask=inside, other=0.0).to(tl.float32)
         result += tl.load(by_ptr + 3 + kept) * past
         if CORRECTED:
             other += tl.load(by_ptr + 2 * 3 + KEPT + kept) * past
@@ -92,16 +102,22 @@ def denoise_step(
     patch_width: int,
     draw: int,
     stream: int,
+    config: Config = CONFIG,
 ) -> None:
     """Launch for tensors that were checked; x stands in for those that are not there."""
     rows, count, channels, height, width = x.shape
-    grid = (triton.cdiv(channels * height * width, 4 * QUADS), rows * count)
+    grid = (triton.cdiv(channels * height * width, 4 * config.quads), rows * count)
     _step[grid](
         tokens, x, frames, key, coefficients, x if history is None else history, out, x if x0 is None else x0,
         x if corrected is None else corrected, count, channels, height, width, draw, stream, x.numel(),
-        PATCH_H=patch_height, PATCH_W=patch_width, QUADS=QUADS, KEPT=0 if history is None else len(history),
-        X0=x0 is not None, CORRECTED=corrected is not None, num_warps=WARPS,
+        PATCH_H=patch_height, PATCH_W=patch_width, QUADS=config.quads, KEPT=0 if history is None else len(history),
+        X0=x0 is not None, CORRECTED=corrected is not None, num_warps=config.warps,
     )  # fmt: skip
+
+
+def candidates(capability: int) -> list[Config]:
+    """Configs worth trying on an architecture."""
+    return [Config(128, 4), Config(128, 2), Config(256, 4), Config(256, 8), Config(512, 8)]
 
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:

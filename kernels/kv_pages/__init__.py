@@ -10,9 +10,11 @@ from ..spec import (
     FLOATS,
     Implementation,
     KernelSpec,
+    debugging,
     expect,
     expect_dense,
     expect_one_of,
+    expect_pages,
     expect_together,
 )
 from . import reference
@@ -50,7 +52,8 @@ def kv_pages(
     scale, float32 [2, pages, Hkv]; a scale written here puts the largest entry of a page's head at 448 or 127.
     Between two stores of one dtype, entries and scales are copied as they are. A gather is a copy to pages 0, 1, ...
 
-    Raises ValueError naming the dimension that does not fit. Pages are read on the device and not checked.
+    Raises ValueError naming the dimension that does not fit. Pages are read on the device and not checked;
+    INFERIX_DEBUG=1 checks them at the price of a wait.
     """
     check(source, source_pages, target, target_pages, source_scale, target_scale)
     torch.ops.inferix.kv_pages(source, source_pages, target, target_pages, source_scale, target_scale)
@@ -110,6 +113,9 @@ def check(
     scales = {"source_scale": source_scale, "target_scale": target_scale}
     expect_together(op, source.device, **everything, **scales)
     expect_dense(op, source=source, **everything, **scales)
+    if debugging():
+        expect_pages(op, "source_pages", source_pages, source.shape[1])
+        expect_pages(op, "target_pages", target_pages, target.shape[1], once=True)
 
 
 __all__ = ["LIMITS", "SPEC", "kv_pages"]

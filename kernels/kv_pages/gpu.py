@@ -1,17 +1,30 @@
-"""kv_pages in Triton: one program per page, keys or values, and head; two readings where a scale is to be found."""
+"""kv_pages in Triton: one program per stretch of a page's head, or per whole head where its scale is to be found.
+
+Where it is, the program reads the head twice, the second time mostly from the cache.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import Case
+from ..spec import Case, expect_fp8
 from .reference import LIMITS
 
-TOKENS = 64  # of a page at a time
-WARPS = 4
+
+@dataclass(frozen=True)
+class Config:
+    """Tokens of a page at a time, and warps."""
+
+    tokens: int
+    warps: int
+
+
+CONFIG = Config(64, 4)
 
 
 @triton.jit
@@ -30,10 +43,13 @@ def _move(
     by = 1.0
     if SCALED:
         by = tl.load(source_scale_ptr + come * heads + head)
+    begin, end = tl.program_id(2) * TOKENS, tl.minimum((tl.program_id(2) + 1) * TOKENS, page_tokens)
     if COPY:
         if SCALED:
-            tl.store(target_scale_ptr + go * heads + head, by)
+            if begin == 0:
+                tl.store(target_scale_ptr + go * heads + head, by)
     elif SCALE:
+        end = page_tokens
         most = tl.zeros([TOKENS, DIM], tl.float32)
         for start in range(0, page_tokens, TOKENS):
             inside = start + token < page_tokens
@@ -42,7 +58,7 @@ def _move(
         scale = tl.maximum(tl.max(tl.max(most, 1), 0), 1e-12) / limit
         tl.store(target_scale_ptr + go * heads + head, scale)
         by = 1.0 / scale
-    for start in range(0, page_tokens, TOKENS):
+    for start in range(begin, end, TOKENS):
         inside = start + token < page_tokens
         at = (start + token) * heads * DIM + dim
         x = tl.load(source_ptr + at, mask=inside, other=0.0)
@@ -62,16 +78,26 @@ def kv_pages(
     target_pages: Tensor,
     source_scale: Tensor | None,
     target_scale: Tensor | None,
+    config: Config = CONFIG,
 ) -> None:
     """Launch for tensors that were checked; page lists stand in for scales that are not there."""
+    if torch.float8_e4m3fn in (source.dtype, target.dtype):
+        expect_fp8("kv_pages", source.device)
     _, count, tokens, heads, dim = source.shape
-    _move[(len(source_pages), 2 * heads)](
+    copy = source.dtype == target.dtype
+    stretches = 1 if target_scale is not None and not copy else triton.cdiv(tokens, config.tokens)
+    _move[(len(source_pages), 2 * heads, stretches)](
         source, source_pages, target, target_pages, source_pages if source_scale is None else source_scale,
         source_pages if target_scale is None else target_scale, count, target.shape[1], tokens, heads,
-        LIMITS.get(target.dtype, 0.0), DIM=dim, TOKENS=TOKENS, SCALED=source_scale is not None,
-        SCALE=target_scale is not None, COPY=source.dtype == target.dtype, ROUND=target.dtype == torch.int8,
-        num_warps=WARPS,
+        LIMITS.get(target.dtype, 0.0), DIM=dim, TOKENS=config.tokens, SCALED=source_scale is not None,
+        SCALE=target_scale is not None, COPY=copy, ROUND=target.dtype == torch.int8,
+        num_warps=config.warps,
     )  # fmt: skip
+
+
+def candidates(capability: int) -> list[Config]:
+    """Configs worth trying on an architecture."""
+    return [Config(32, 4), Config(64, 4), Config(64, 8), Config(128, 4), Config(128, 8)]
 
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import Case, architecture
+from ..spec import Case, architecture, expect_fp8
 
 GROUP = 8  # rows of tiles that are worked on together, so that they find operands in the cache
 
@@ -25,6 +25,8 @@ class Config:
     stages: int
 
 
+# INT8 and FP8 alike, but FP8 on sm_90: its tensor cores keep some 14 bits of a sum, so that every INNER products are
+# added up in float32 beside them, which takes registers for two results.
 CONFIGS = {
     80: Config(128, 128, 64, 8, 3),
     89: Config(128, 128, 64, 8, 3),
@@ -32,6 +34,7 @@ CONFIGS = {
     100: Config(128, 128, 128, 8, 3),
     120: Config(128, 128, 64, 8, 3),
 }
+PROMOTED = Config(128, 128, 128, 8, 3)
 ANYWHERE = Config(16, 32, 32, 4, 1)  # where there is no GPU: the interpreter
 
 
@@ -55,7 +58,7 @@ def _linear(
         there = start + at < inner
         x = tl.load(x_at, mask=(row < rows)[:, None] & there[None], other=0.0)
         weight = tl.load(weight_at, mask=(column < columns)[None] & there[:, None], other=0.0)
-        total = tl.dot(x, weight, total, out_dtype=WHOLE)
+        total = tl.dot(x, weight, total, max_num_imprecise_acc=INNER, out_dtype=WHOLE)
         x_at += INNER
         weight_at += INNER
     y = total.to(tl.float32)
@@ -70,8 +73,7 @@ def _linear(
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None]
     if GELU:
-        turned = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        y = y * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * turned)))
+        y = y - y / (1.0 + tl.exp2(2.302208198 * (y + 0.044715 * y * y * y)))  # tanh in exponentials of base 2
     inside = (row < rows)[:, None] & (column < columns)[None]
     to = out_ptr + row.to(tl.int64)[:, None] * columns + column[None]
     tl.store(to, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -82,8 +84,10 @@ def linear_lowp(
     config: Config | None = None,
 ) -> None:  # fmt: skip
     """Launch for tensors that were checked; out stands in for a bias that is not there."""
+    if x.dtype != torch.int8:
+        expect_fp8("linear_lowp", x.device)
     (rows, inner), columns = x.shape, len(weight)
-    config = config or (CONFIGS[architecture(x.device)] if x.device.type == "cuda" else ANYWHERE)
+    config = config or (config_for(architecture(x.device), x.dtype) if x.device.type == "cuda" else ANYWHERE)
     _linear[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
         x, weight, x_scale, weight_scale, out if bias is None else bias, out, rows, columns, inner,
         ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner, GROUP=GROUP,
@@ -93,6 +97,21 @@ def linear_lowp(
     )  # fmt: skip
 
 
+def config_for(capability: int, dtype: torch.dtype) -> Config:
+    """The config for operands of a dtype."""
+    return PROMOTED if capability == 90 and dtype != torch.int8 else CONFIGS[capability]
+
+
+def candidates(capability: int) -> list[Config]:
+    """Configs worth trying on an architecture; those that do not fit a part fail when they are tried."""
+    return [
+        Config(rows, columns, inner, warps, stages)
+        for rows, columns, warps in ((128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 128, 4), (64, 256, 8))
+        for inner in (64, 128)
+        for stages in (2, 3, 4)
+    ]
+
+
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
     from .reference import make_inputs, sizes
@@ -100,9 +119,8 @@ def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     variants: dict[str, dict[str, object]] = {"int8 gelu": {"int8": True, "bias": True, "gelu": True}}
     if capability >= 89:
         variants |= {"fp8": {"bias": True}, "fp8 gelu": {"bias": True, "gelu": True}}
-    config = CONFIGS[capability]
-    return {
-        f"{name} bf16": make_inputs(Case(name, sizes(128, 512, 256), options), torch.bfloat16, "cpu", 0)
-        | {"config": config}
-        for name, options in variants.items()
-    }
+    found: dict[str, dict[str, object]] = {}
+    for name, options in variants.items():
+        inputs = make_inputs(Case(name, sizes(128, 512, 256), options), torch.bfloat16, "cpu", 0)
+        found[f"{name} bf16"] = inputs | {"config": config_for(capability, inputs["x"].dtype)}
+    return found

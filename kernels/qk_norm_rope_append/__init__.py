@@ -10,9 +10,12 @@ from ..spec import (
     FLOATS,
     Implementation,
     KernelSpec,
+    debugging,
     expect,
     expect_dense,
     expect_one_of,
+    expect_pages,
+    expect_scales,
     expect_together,
 )
 from . import reference
@@ -60,7 +63,8 @@ def qk_norm_rope_append(
     the page of each frame, each once. sink_turns with q_sink, or neither: the same queries turned otherwise, for
     `block_attention`. q: [R, F*H*W, heads, D]. Returns q.
 
-    Raises ValueError naming the dimension that does not fit. Pages are read on the device and not checked.
+    Raises ValueError naming the dimension that does not fit. Pages and scales are read on the device and not checked;
+    INFERIX_DEBUG=1 checks them at the price of a wait.
     Source: Wan 2.1 (arXiv 2503.20314); RoFormer (arXiv 2104.09864).
     """
     expect(SPEC.name, "dims of kv", kv.ndim, 5)
@@ -167,6 +171,9 @@ def check(
     everything = {name: given for name, (given, _, _) in shapes.items()}
     expect_together(op, qkv.device, **everything)
     expect_dense(op, **everything)
+    if debugging():
+        expect_pages(op, "pages", pages, kv.shape[1], once=True)
+        expect_scales(op, kv_scale)
 
 
 __all__ = ["SPEC", "qk_norm_rope_append", "turns_of"]

@@ -1,45 +1,61 @@
 """qk_norm_rope_append in Triton: one program per token, for each of queries, keys and values.
 
-Pairs are read as they lie and split in registers. A program of the first kind does a token's queries, of the
-second its keys, of the third its values; each knows its width as a constant.
+A program of the first kind does a token's queries, of the second its keys, of the third its values; each knows its
+width as a constant. Heads are rows of a tile, so that a token's angles are read once for all of them; pairs are read
+as they lie and split in registers.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Warps by the width of a row: about 16 numbers of it to a thread.
-WARPS = ((1024, 2), (2048, 4), (4096, 8), (1 << 30, 16))
+from ..spec import expect_fp8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Warps to a token."""
+
+    warps: int
+
+
+# By the width of a row: about 16 numbers of it to a thread.
+CONFIGS = ((1024, Config(2)), (2048, Config(4)), (4096, Config(8)), (1 << 30, Config(16)))
 
 
 @triton.jit
-def _turns(table_ptr, at, first, count, pair):
-    """Cosine and sine of the pairs that an axis owns, 0 elsewhere; `at` is the table's row."""
-    mine = (pair >= first) & (pair < first + count)
-    place = (at * count + pair - first) * 2
-    return tl.load(table_ptr + place, mask=mine, other=0.0), tl.load(table_ptr + place + 1, mask=mine, other=0.0)
+def _turns(table_ptr, at, first, COUNT: tl.constexpr, DIM: tl.constexpr):
+    """Cosines and sines [DIM / 2, 2] of the pairs from `first` on that an axis owns, 0 elsewhere; `at` is its row."""
+    pair = tl.arange(0, DIM // 2)[:, None] - first
+    place = (at * COUNT + pair) * 2 + tl.arange(0, 2)[None]
+    return tl.load(table_ptr + place, mask=(pair >= 0) & (pair < COUNT), other=0.0)
 
 
 @triton.jit
-def _rotated(x, time_ptr, row_ptr, column_ptr, time_at, row_at, column_at, pair,
-             TIME: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """x [BLOCK] with neighbouring entries rotated by the turns of their pair."""
-    cos_t, sin_t = _turns(time_ptr, time_at, 0, TIME, pair)
-    cos_r, sin_r = _turns(row_ptr, row_at, TIME, ROW, pair)
-    cos_c, sin_c = _turns(column_ptr, column_at, TIME + ROW, COLUMN, pair)
-    cos, sin = cos_t + cos_r + cos_c, sin_t + sin_r + sin_c
-    even, odd = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK])
+def _grid_turns(row_ptr, column_ptr, row_at, column_at, TIME: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+                DIM: tl.constexpr):  # fmt: skip
+    """Those of a token's row and column, whatever its frame."""
+    return _turns(row_ptr, row_at, TIME, ROW, DIM) + _turns(column_ptr, column_at, TIME + ROW, COLUMN, DIM)
 
 
 @triton.jit
-def _normed(x_ptr, weight_ptr, at, width, eps):
-    inside = at < width
+def _rotated(x, turns, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """x [ROWS, DIM] with neighbouring entries rotated by the turns of their pair."""
+    cos, sin = tl.split(turns)
+    even, odd = tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))
+    turned = tl.join(even * cos[None] - odd * sin[None], even * sin[None] + odd * cos[None])
+    return tl.reshape(turned, [ROWS, DIM])
+
+
+@triton.jit
+def _normed(x_ptr, weight_ptr, at, inside, width, eps):
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps))
+    x = x * (1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps))
     return x * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -48,8 +64,7 @@ def _append(
     qkv_ptr, q_weight_ptr, k_weight_ptr, time_ptr, row_ptr, column_ptr, q_ptr, kv_ptr, pages_ptr, sink_ptr,
     q_sink_ptr, scale_ptr, tokens, grid_width, page_tokens, num_pages, frames, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, TIME: tl.constexpr, ROW: tl.constexpr,
-    COLUMN: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, TURNED: tl.constexpr,
-    SCALED: tl.constexpr,
+    COLUMN: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, TURNED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     kind = tl.program_id(1)
@@ -57,36 +72,32 @@ def _append(
     frame, place = inner // page_tokens, inner % page_tokens
     time_at, row_at, column_at = row * frames + frame, place // grid_width, place % grid_width
     line = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM
+    dim = tl.arange(0, DIM)[None]
     if kind == 0:
-        at = tl.arange(0, QUERY_BLOCK)
-        pair = tl.arange(0, QUERY_BLOCK // 2) % (DIM // 2)
-        x = _normed(line, q_weight_ptr, at, HEADS * DIM, eps)
-        y = _rotated(x, time_ptr, row_ptr, column_ptr, time_at, row_at, column_at, pair, TIME, ROW, COLUMN, QUERY_BLOCK)
-        to = token * HEADS * DIM + at
-        tl.store(q_ptr + to, y.to(q_ptr.dtype.element_ty), mask=at < HEADS * DIM)
+        head = tl.arange(0, Q_ROWS)[:, None]
+        at, inside = head * DIM + dim, head < HEADS
+        x = _normed(line, q_weight_ptr, at, inside, HEADS * DIM, eps)
+        turns = _grid_turns(row_ptr, column_ptr, row_at, column_at, TIME, ROW, COLUMN, DIM)
+        y = _rotated(x, turns + _turns(time_ptr, time_at, 0, TIME, DIM), Q_ROWS, DIM)
+        tl.store(q_ptr + token * HEADS * DIM + at, y.to(q_ptr.dtype.element_ty), mask=inside)
         if TURNED:
-            y = _rotated(
-                x, sink_ptr, row_ptr, column_ptr, time_at, row_at, column_at, pair, TIME, ROW, COLUMN, QUERY_BLOCK
-            )
-            tl.store(q_sink_ptr + to, y.to(q_sink_ptr.dtype.element_ty), mask=at < HEADS * DIM)
+            y = _rotated(x, turns + _turns(sink_ptr, time_at, 0, TIME, DIM), Q_ROWS, DIM)
+            tl.store(q_sink_ptr + token * HEADS * DIM + at, y.to(q_sink_ptr.dtype.element_ty), mask=inside)
     else:
-        at = tl.arange(0, KEY_BLOCK)
-        inside = at < KV_HEADS * DIM
+        head = tl.arange(0, K_ROWS)[:, None]
+        at, inside = head * DIM + dim, head < KV_HEADS
         page = tl.load(pages_ptr + row * frames + frame).to(tl.int64) + (kind - 1) * num_pages
         if kind == 1:
-            x = _normed(line + HEADS * DIM, k_weight_ptr, at, KV_HEADS * DIM, eps)
-            pair = tl.arange(0, KEY_BLOCK // 2) % (DIM // 2)
-            y = _rotated(
-                x, time_ptr, row_ptr, column_ptr, time_at, row_at, column_at, pair, TIME, ROW, COLUMN, KEY_BLOCK
-            )
+            x = _normed(line + HEADS * DIM, k_weight_ptr, at, inside, KV_HEADS * DIM, eps)
+            turns = _grid_turns(row_ptr, column_ptr, row_at, column_at, TIME, ROW, COLUMN, DIM)
+            y = _rotated(x, turns + _turns(time_ptr, time_at, 0, TIME, DIM), K_ROWS, DIM)
         else:
             y = tl.load(line + (HEADS + KV_HEADS) * DIM + at, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
-            y = y / tl.load(scale_ptr + page * KV_HEADS + at // DIM, mask=inside, other=1.0)
+            y = y / tl.load(scale_ptr + page * KV_HEADS + head, mask=inside, other=1.0)
             y = tl.minimum(tl.maximum(y, -448.0), 448.0)
-        tl.store(
-            kv_ptr + (page * page_tokens + place) * KV_HEADS * DIM + at, y.to(kv_ptr.dtype.element_ty), mask=inside
-        )
+        to = (page * page_tokens + place) * KV_HEADS * DIM
+        tl.store(kv_ptr + to + at, y.to(kv_ptr.dtype.element_ty), mask=inside)
 
 
 def qk_norm_rope_append(
@@ -103,19 +114,30 @@ def qk_norm_rope_append(
     q_sink: Tensor | None,
     kv_scale: Tensor | None,
     eps: float,
+    config: Config | None = None,
 ) -> None:
-    """Launch for tensors that were checked; others stand in for those that are not there."""
+    """Launch for tensors that were checked, head dims that are powers of two; others stand in for those not there."""
+    if kv_scale is not None:
+        expect_fp8("qk_norm_rope_append", q.device)
     rows, tokens, heads, dim = q.shape
-    query_block, key_block = (triton.next_power_of_2(count * dim) for count in (heads, kv.shape[3]))
+    if dim & (dim - 1):
+        raise ValueError(f"qk_norm_rope_append: head dim of q is {dim}; implementation triton needs a power of two")
+    q_rows, k_rows = (triton.next_power_of_2(count) for count in (heads, kv.shape[3]))
+    config = config or next(config for width, config in CONFIGS if q_rows * dim <= width)
     _append[(rows * tokens, 3)](
         qkv, q_weight, k_weight, time_turns, row_turns, column_turns, q, kv, pages,
         time_turns if sink_turns is None else sink_turns, q if q_sink is None else q_sink,
         time_turns if kv_scale is None else kv_scale,
         tokens, len(column_turns), kv.shape[2], kv.shape[1], pages.shape[1], eps,
         HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, TIME=time_turns.shape[2], ROW=row_turns.shape[1],
-        COLUMN=column_turns.shape[1], QUERY_BLOCK=query_block, KEY_BLOCK=key_block, TURNED=q_sink is not None,
-        SCALED=kv_scale is not None, num_warps=next(warps for width, warps in WARPS if query_block <= width),
+        COLUMN=column_turns.shape[1], Q_ROWS=q_rows, K_ROWS=k_rows, TURNED=q_sink is not None,
+        SCALED=kv_scale is not None, num_warps=config.warps,
     )  # fmt: skip
+
+
+def candidates(capability: int) -> list[Config]:
+    """Configs worth trying on an architecture."""
+    return [Config(warps) for warps in (1, 2, 4, 8, 16)]
 
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -9,8 +11,16 @@ from torch import Tensor
 
 from ..spec import Case
 
-ENTRIES = 4096  # of a tile, whatever the number of channels
-WARPS = 4
+
+@dataclass(frozen=True)
+class Config:
+    """Entries of a tile, whatever the number of channels, and warps."""
+
+    entries: int
+    warps: int
+
+
+CONFIG = Config(4096, 4)
 
 
 @triton.jit
@@ -25,14 +35,19 @@ def _rms_silu(x_ptr, gamma_ptr, out_ptr, pixels, channels, root, PIXELS: tl.cons
     tl.store(out_ptr + pixel * channels + channel, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rms_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def rms_silu(x: Tensor, gamma: Tensor, out: Tensor, config: Config = CONFIG) -> None:
     """Launch for tensors that were checked."""
     pixels, channels = x.shape
     block = triton.next_power_of_2(channels)
-    tile = max(1, ENTRIES // block)
+    tile = max(1, config.entries // block)
     _rms_silu[(triton.cdiv(pixels, tile),)](
-        x, gamma, out, pixels, channels, channels**0.5, PIXELS=tile, BLOCK=block, num_warps=WARPS
+        x, gamma, out, pixels, channels, channels**0.5, PIXELS=tile, BLOCK=block, num_warps=config.warps
     )
+
+
+def candidates(capability: int) -> list[Config]:
+    """Configs worth trying on an architecture."""
+    return [Config(entries, warps) for entries in (2048, 4096, 8192) for warps in (4, 8)]
 
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
