@@ -3,7 +3,8 @@
 Each architecture is compiled in a process of its own, behind a stand-in driver that only knows its name. The
 table (registers, stack, shared memory, matrix instructions, hash of the code) is kept beside this file, so that
 a change of any of them shows. It proves that a kernel assembles, fits and uses the matrix units; not that it is
-right or fast. Run: inferix bench kernels --compile-only
+right or fast. `executed` runs the same calls on a GPU and hashes what ran, so that the table is about that very code.
+Run: inferix bench kernels --compile-only
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import InferixError
 from ..kernels.catalog import SPECS
 from ..kernels.spec import ARCHITECTURES, has_triton
 
 TABLE = Path(__file__).with_name("compiled.json")
-SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
-MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}  # instruction of the tensor cores
-WITH_MATRIX = ("block_attention",)  # ops that must use them
+SHARED_LIMIT = {80: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have; 80 has 163, but 86 runs its code
+MATRIX = {  # instructions of the tensor cores: float16 and bfloat16, FP8, INT8
+    80: "HMMA|IMMA", 89: "HMMA|QMMA|IMMA", 90: "HGMMA|QGMMA|IGMMA", 100: "UTCHMMA|UTCQMMA|IMMA", 120: "HMMA|QMMA|IMMA"
+}  # fmt: skip
+WITH_MATRIX = ("block_attention", "linear_lowp")  # ops that must use them
 STACK = {"denoise_step": 64}  # bytes an op may keep on the stack: the float64 cosine's digits of pi, for huge angles
 
 
@@ -93,33 +99,71 @@ class StandInDriver:
         return True
 
 
+def cases_for(capability: int) -> Iterator[tuple[str, Callable[..., None], dict[str, Any]]]:
+    """Name, form and arguments of every call that the table has a row for on an architecture."""
+    for spec in SPECS.values():
+        for form in spec.implementations:
+            if capability not in form.architectures or not hasattr(form.module(), "compile_cases"):
+                continue
+            label = spec.name if form.name == "triton" else f"{spec.name} by {form.name}"
+            for variant, inputs in form.module().compile_cases(capability).items():
+                yield f"{label}, {variant}, sm_{capability}", form.load(), inputs
+
+
+@contextmanager
+def launches(**options: Any) -> Iterator[list[Any]]:
+    """The compiled kernels of what is launched within the block, each launched with these options besides its own."""
+    import triton
+
+    compiled: list[Any] = []
+    launch = triton.runtime.jit.JITFunction.run
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(launch(self, *args, **kwargs | options))
+        return compiled[-1]
+
+    triton.runtime.jit.JITFunction.run = noted
+    try:
+        yield compiled
+    finally:
+        triton.runtime.jit.JITFunction.run = launch
+
+
 def compile_for(capability: int) -> dict[str, dict[str, Any]]:
     """All variants of all ops for one architecture, through their own launch functions."""
     import triton
 
     triton.runtime.driver.set_active(StandInDriver(capability))
-    compiled: list[Any] = []
-    launch = triton.runtime.jit.JITFunction.run
-
-    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled.append(launch(self, *args, **kwargs | {"warmup": True}))
-        return compiled[-1]
-
-    triton.runtime.jit.JITFunction.run = compile_only
     found = {}
-    for spec in SPECS.values():
-        for form in spec.implementations:
-            if capability not in form.architectures:
-                continue
-            module = import_module(form.run.partition(":")[0], "inferix.kernels")
-            if not hasattr(module, "compile_cases"):  # a library's form
-                continue
-            for variant, inputs in module.compile_cases(capability).items():
-                compiled.clear()
-                form.load()(**inputs)
-                (kernel,) = compiled
-                found[f"{spec.name}, {variant}, sm_{capability}"] = inspect(kernel, capability)
+    for name, run, inputs in cases_for(capability):
+        with launches(warmup=True) as compiled:
+            run(**inputs)
+        (kernel,) = compiled
+        found[name] = inspect(kernel, capability)
     return found
+
+
+def executed(device: str) -> dict[str, str]:
+    """Runs the table's calls on a GPU: name -> hash of the code that ran. TRITON_DISABLE_LINE_INFO=1 must be set."""
+    major, minor = torch.cuda.get_device_capability(device)
+    found = {}
+    for name, run, inputs in cases_for(10 * major + minor):
+        there = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+        with launches() as compiled:
+            run(**there)
+        torch.cuda.synchronize(device)
+        (kernel,) = compiled
+        found[name] = hashlib.sha256(kernel.asm["cubin"]).hexdigest()
+    return found
+
+
+def not_inspected(ran: Mapping[str, str], table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What ran on a GPU and is not the code in the table, one line each."""
+    return [
+        f"{name}: {'other code than was inspected' if name in table else 'not in the table'}"
+        for name, code in ran.items()
+        if table.get(name, {}).get("sha256") != code
+    ]
 
 
 def inspect(kernel: Any, capability: int) -> dict[str, Any]:
@@ -136,7 +180,7 @@ def inspect(kernel: Any, capability: int) -> dict[str, Any]:
         "stack": int(found[1]) if (found := re.search(r"STACK:(\d+)", usage)) else 0,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        "matrix": len(re.findall(rf"\b{MATRIX[capability]}\b", listing)),
+        "matrix": len(re.findall(rf"\b(?:{MATRIX[capability]})\b", listing)),
         "tf32": "tf32" in kernel.asm["ptx"],
         "sha256": hashlib.sha256(code).hexdigest(),
     }

@@ -2,7 +2,8 @@
 
     python -m inferix.bench.gpu_check --stage tests --out results
 
-tests: every kernel against its reference on every case and dtype. kernels: the microbenchmark. block, stream: the
+tests: every kernel against its reference on every case and dtype, and that the code which runs is the one that
+`compile_gate` inspected, by its hash. kernels: the microbenchmark. block, stream: the
 benchmarks of real sizes with random weights. Each unit is a process of its own and leaves OUT/STAGE/UNIT.json, or
 UNIT.failed.txt, so that one that breaks the card's context stops no other. Exit code 3: more to do, run it again.
 """
@@ -10,6 +11,7 @@ UNIT.failed.txt, so that one that breaks the card's context stops no other. Exit
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,9 +26,10 @@ import typer
 
 from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
-from ..kernels.spec import HALF, KernelSpec
+from ..kernels.spec import HALF, KernelSpec, architecture
 from ..runtime.media import write_atomically
-from . import block, kernels, stream
+from . import block, compile_gate, kernels, stream
+from .baselines import bound
 from .machine import environment
 from .result import write_result
 from .subject import Subject
@@ -37,17 +40,20 @@ Unit = Callable[[str, Path], None]  # device, file to write
 
 
 def check_op(spec: KernelSpec, device: str) -> dict[str, Any]:
-    """Each case and dtype -> None if the kernel agrees with the reference, else what is wrong."""
+    """Each of our forms, cases and dtypes -> None if it agrees with the reference, else what is wrong."""
     found: dict[str, Any] = {}
+    capability = architecture(torch.device(device))
     for dtype in (*HALF, torch.float32):
-        form = next(form for form in spec.implementations if form.name == "triton")
-        if dtype not in form.dtypes:
-            continue
         for case in (*spec.test_cases, spec.bench_cases[0]):
             inputs = spec.make_inputs(case, dtype, device, 0)
+            serving = [form for form in spec.implementations if form.serves(capability, inputs[spec.like])]
+            if not serving:
+                continue
             expected = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
             spec.reference(**expected)
-            found[f"{case.name}, {str(dtype)[6:]}"] = kernels.mismatch(spec, form.load(), inputs, expected, dtype)
+            for form in serving:
+                wrong = kernels.mismatch(spec, bound(form.load()), inputs, expected, dtype)
+                found[f"{form.name}, {case.name}, {str(dtype)[6:]}"] = wrong
     return found
 
 
@@ -59,6 +65,18 @@ def unit_tests(op: str) -> Unit:
         write_text(file, json.dumps(found, indent=1))
         if wrong:
             raise InferixError(f"{op}: {len(wrong)} of {len(results)} cases are wrong: {wrong}")
+
+    return run
+
+
+def unit_code() -> Unit:
+    def run(device: str, file: Path) -> None:
+        ran = compile_gate.executed(device)
+        wrong = compile_gate.not_inspected(ran, json.loads(compile_gate.TABLE.read_text("utf-8")))
+        found = {"environment": environment(device), "checked": len(ran), "wrong": wrong, "sha256": ran}
+        write_text(file, json.dumps(found, indent=1))
+        if wrong:
+            raise InferixError(f"{len(wrong)} of {len(ran)} kernels are not those of compiled.json: {'; '.join(wrong)}")
 
     return run
 
@@ -92,7 +110,7 @@ def random(model: str, preset: str, **settings: Any) -> Subject:
 
 SELF_FORCING = random("wan-1.3b", "self-forcing")
 STAGES: dict[str, dict[str, Unit]] = {
-    "tests": {op: unit_tests(op) for op in SPECS},
+    "tests": {op: unit_tests(op) for op in SPECS} | {"code": unit_code()},
     "kernels": {op: unit_kernels(op) for op in SPECS},
     "block": {
         "self-forcing": unit_block(block.Wanted(SELF_FORCING)),
@@ -179,6 +197,7 @@ def main(
         raise UsageError(f"no unit {unit!r}{nearest(unit, STAGES[stage])}; there are {', '.join(STAGES[stage])}")
     if not torch.cuda.is_available():
         raise InferixError("there is no GPU here; these stages need one")
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # or the code's hash would hold the folder's name
     import_module("triton")  # says itself what is missing
     place = Place(out / stage)
     place.folder.mkdir(parents=True, exist_ok=True)

@@ -9,25 +9,26 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UsageError, nearest
-from ..kernels.block_attention.sdpa import pages_are_one_run
+from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
-from ..kernels.spec import Case, KernelSpec
+from ..kernels.spec import Case, KernelSpec, architecture, has_triton
+from ..runtime.media import write_atomically
+from .baselines import Prepare, attention_baselines, bound
 from .machine import environment, measure_ceilings, stopwatch
 from .result import Result, Series
 
-Call = Callable[..., Any]
 Tell = Callable[[str], None]
 REPEATS = {"cpu": 7, "cuda": 30}
 ROTATED = 256 << 20  # bytes of inputs to rotate through, more than any cache
+COPIES = 256  # of inputs at most
 CPU_FLOPS, CPU_BYTES = 5e9, 5e7  # larger cases are left out on a CPU unless they are asked for
 CLOCK = (
     "single calls of an op, after three that are not counted: on a GPU between CUDA events, on inputs that rotate "
@@ -125,11 +126,11 @@ def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, f
         "op": spec.name, "case": case.name, "dims": dict(case.dims), "options": dict(case.options),
         "dtype": str(wanted.dtype)[6:], "flops": flops, "bytes": moved, "forms": {},
     }  # fmt: skip
-    for name, call in forms(spec, inputs, wanted).items():
-        if wrong := mismatch(spec, call, inputs, expected, wanted.dtype):
+    for name, prepare in forms(spec, inputs, wanted).items():
+        if wrong := mismatch(spec, prepare, inputs, expected, wanted.dtype):
             row["forms"][name] = {"refused": wrong}
             continue
-        samples = timed(call, inputs, wanted)
+        samples = timed(prepare, inputs, wanted)
         seconds = statistics.median(samples)
         quarters = statistics.quantiles(samples, n=4)
         row["forms"][name] = {
@@ -141,69 +142,37 @@ def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, f
             "of_copy": moved / seconds / ceilings["copy_bytes"],
             "samples": samples,
         }
+    ours = next(iter(row["forms"].values())).get("seconds")
+    for form in row["forms"].values():
+        if ours and "seconds" in form:
+            form["times_ours"] = form["seconds"] / ours
     return row
 
 
-def forms(spec: KernelSpec, inputs: dict[str, Any], wanted: Wanted) -> dict[str, Call]:
-    """What to time: on a CPU the reference, on a GPU our kernels and everything they can be held against."""
+def forms(spec: KernelSpec, inputs: dict[str, Any], wanted: Wanted) -> dict[str, Prepare]:
+    """What to time: on a CPU the reference, on a GPU our kernels first and then all they can be held against."""
     if wanted.device == "cpu":
-        return {"reference": spec.reference}
-    found: dict[str, Call] = {"triton": spec.named("triton"), "torch": spec.reference}
-    found["torch.compile"] = torch.compile(spec.reference, dynamic=False)
+        return {"reference": bound(spec.reference)}
+    like = inputs[spec.like]
+    capability = architecture(like.device)
+    found: dict[str, Prepare] = {
+        form.name: bound(form.load()) for form in spec.implementations if form.serves(capability, like)
+    }
     if spec.name == "block_attention":
-        found = {"triton": found["triton"]} | attention_baselines(inputs)
-    return found
-
-
-def attention_baselines(inputs: dict[str, Any]) -> dict[str, Call]:
-    """Other attentions over the same keys, contiguous; only where there is nothing they cannot do."""
-    plain = inputs["q_sink"] is None and inputs["kv_scale"] is None and inputs["lse"] is None
-    if not plain or not pages_are_one_run(inputs["page_table"], inputs["page_count"]):
-        return {}
-    counts = inputs["page_count"].tolist()
-    if len(set(counts)) != 1:
-        return {}
-    first = inputs["page_table"][:, 0].tolist()
-    kv = torch.stack([inputs["kv"][:, page : page + counts[0]].flatten(1, 2) for page in first], dim=1)
-    q, (k, v) = inputs["q"].transpose(1, 2).contiguous(), kv.transpose(2, 3).contiguous()
-    grouped = q.shape[1] != k.shape[1]
-    found: dict[str, Call] = {}
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def sdpa(backend: Any) -> Call:
-        def call(out: Tensor, **_: Any) -> None:
-            with sdpa_kernel(backend):
-                out.copy_(F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2))
-
-        return call
-
-    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
-        found[f"sdpa {name.partition('_')[0].lower()}"] = sdpa(getattr(SDPBackend, name))
-    from torch.nn.attention.flex_attention import flex_attention
-
-    flex = torch.compile(flex_attention, dynamic=False)
-    found["flex"] = lambda out, **_: out.copy_(flex(q, k, v, enable_gqa=grouped).transpose(1, 2))
-    if find_spec("flash_attn"):
-        from flash_attn import flash_attn_func
-
-        rows = [part.transpose(1, 2).contiguous() for part in (q, k, v)]
-        found["flash-attn"] = lambda out, **_: out.copy_(flash_attn_func(*rows))
-    if find_spec("sageattention"):
-        from sageattention import sageattn
-
-        found["sageattention"] = lambda out, **_: out.copy_(sageattn(q, k, v).transpose(1, 2))
-    return found
+        return found | attention_baselines(inputs, found)
+    compiled = torch.compile(spec.reference, dynamic=False)
+    return found | {"torch": bound(spec.reference), "torch.compile": bound(compiled)}
 
 
 def mismatch(
-    spec: KernelSpec, call: Call, inputs: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype
+    spec: KernelSpec, prepare: Prepare, inputs: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype
 ) -> str | None:
     """Why a form may not be timed: how far it is off, or that it cannot run."""
     fresh = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     try:
-        call(**fresh)
-    except RuntimeError as error:
-        return f"cannot run: {str(error).splitlines()[0]}"
+        prepare(fresh)()
+    except cannot_run() as error:
+        return f"cannot run: {(str(error) or type(error).__name__).splitlines()[0]}"
     for name in spec.outputs:
         if fresh[name] is not None:
             got, want = fresh[name].float(), expected[name].float()
@@ -214,20 +183,26 @@ def mismatch(
     return None
 
 
-def timed(call: Call, inputs: dict[str, Any], wanted: Wanted) -> list[float]:
+def cannot_run() -> tuple[type[Exception], ...]:
+    """What a form raises that does not know a case, a size or this machine."""
+    said = (RuntimeError, ValueError, AssertionError, ImportError, InferixError)
+    return (*said, import_module("triton.errors").TritonError) if has_triton() else said
+
+
+def timed(prepare: Prepare, inputs: dict[str, Any], wanted: Wanted) -> list[float]:
     """Seconds of single calls."""
     size = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
-    copies = 1 if wanted.device == "cpu" else max(1, min(16, ROTATED // max(size, 1)))
-    sets = [
-        {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    copies = 1 if wanted.device == "cpu" else max(1, min(COPIES, ROTATED // max(size, 1) + 1))
+    calls = [
+        prepare({name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()})
         for _ in range(copies)
     ]
     for index in range(3):
-        call(**sets[index % copies])
+        calls[index % copies]()
     samples = []
     for index in range(wanted.repeats):
         with stopwatch(wanted.device) as elapsed:
-            call(**sets[index % copies])
+            calls[index % copies]()
         samples.append(elapsed())
     return samples
 
@@ -245,7 +220,7 @@ def summary(row: dict[str, Any]) -> str:
             parts.append(f"{name}: refused, {form['refused']}")
         else:
             parts.append(f"{name} {shown(form['seconds'])} ({form['of_copy']:.0%} of copy, "
-                         f"{form['of_matmul']:.0%} of matmul)")  # fmt: skip
+                         f"{form['of_matmul']:.0%} of matmul, {form['times_ours']:.2f} times ours)")  # fmt: skip
     return f"{row['op']}, {row['case']}: " + "; ".join(parts)
 
 
@@ -267,6 +242,6 @@ def draw(result: Result, path: Path) -> Path | None:
         axis.tick_params(labelsize=7)
     figure.suptitle(f"{result.device_name}, {result.environment['date'][:10]}", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=110, format="png"))
     pyplot.close(figure)
     return path

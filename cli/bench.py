@@ -87,15 +87,16 @@ def kernels(
     if as_json:
         typer.echo(json.dumps(json.loads(result.text())))
         return
-    table = Table("op", "case", "form", "time", "TFLOP/s", "GB/s", "of matmul", "of copy")
+    table = Table("op", "case", "form", "time", "spread", "TFLOP/s", "GB/s", "of matmul", "of copy", "times ours")
     for row in result.facts["rows"]:
         for name, form in row["forms"].items():
             if "refused" in form:
-                table.add_row(row["op"], row["case"], name, "refused", form["refused"], "", "", "")
+                table.add_row(row["op"], row["case"], name, "refused", form["refused"])
             else:
                 table.add_row(
-                    row["op"], row["case"], name, shown(form["seconds"]), f"{form['tflops']:.3g}",
-                    f"{form['gbytes']:.3g}", f"{form['of_matmul']:.0%}", f"{form['of_copy']:.0%}",
+                    row["op"], row["case"], name, shown(form["seconds"]), f"{form['spread']:.0%}",
+                    f"{form['tflops']:.3g}", f"{form['gbytes']:.3g}", f"{form['of_matmul']:.0%}",
+                    f"{form['of_copy']:.0%}", f"{form['times_ours']:.2f}",
                 )  # fmt: skip
     plain_console().print(table)
 

@@ -42,6 +42,11 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = HALF
     last_dims: tuple[int, ...] = ()
 
+    def serves(self, capability: int, like: torch.Tensor) -> bool:
+        """Whether it is for such tensors on an architecture."""
+        fits = not self.last_dims or like.shape[-1] in self.last_dims
+        return capability in self.architectures and like.dtype in self.dtypes and fits
+
     def module(self) -> ModuleType:
         return import_module(self.run.partition(":")[0], __package__)
 
@@ -67,7 +72,8 @@ class KernelSpec:
     """An op.
 
     reference: plain torch, in float32 or better inside, same signature as every implementation: it writes into
-    the tensors named by `outputs`. make_inputs(case, dtype, device, seed) gives the keyword arguments of a call.
+    the tensors named by `outputs`; by the one named `like` a form is chosen. make_inputs(case, dtype, device, seed)
+    gives the keyword arguments of a call.
     tolerance: largest error by dtype, relative to the largest value of the exact result. nbytes and flops tell
     what a call must move and compute.
     """
@@ -75,6 +81,7 @@ class KernelSpec:
     name: str
     reference: Callable[..., None]
     outputs: tuple[str, ...]
+    like: str
     implementations: tuple[Implementation, ...]
     make_inputs: Callable[[Case, torch.dtype, str, int], dict[str, Any]]
     test_cases: tuple[Case, ...]

@@ -22,6 +22,7 @@ SPEC = KernelSpec(
     name="adaln",
     reference=reference.adaln,
     outputs=("residual", "normed", "row_scale"),
+    like="x",
     implementations=(Implementation("triton", ".adaln.gpu:adaln", ARCHITECTURES, FLOATS),),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,

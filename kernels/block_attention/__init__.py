@@ -27,6 +27,7 @@ SPEC = KernelSpec(
     name="block_attention",
     reference=reference.block_attention,
     outputs=("out", "lse"),
+    like="q",
     implementations=(
         Implementation("triton", ".block_attention.gpu:block_attention", ARCHITECTURES, last_dims=HEAD_DIMS),
         Implementation("descriptors", ".block_attention.descriptors:block_attention", (90, 100), last_dims=HEAD_DIMS),

@@ -22,6 +22,7 @@ SPEC = KernelSpec(
     name="denoise_step",
     reference=reference.denoise_step,
     outputs=("out", "x0", "corrected"),
+    like="x",
     implementations=(Implementation("triton", ".denoise_step.gpu:denoise_step", ARCHITECTURES, FLOATS),),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,

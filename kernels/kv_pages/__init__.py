@@ -24,6 +24,7 @@ SPEC = KernelSpec(
     name="kv_pages",
     reference=reference.kv_pages,
     outputs=("target", "target_scale"),
+    like="source",
     implementations=(
         Implementation("triton", ".kv_pages.gpu:kv_pages", ARCHITECTURES, (*FLOATS, torch.float8_e4m3fn, torch.int8)),
     ),

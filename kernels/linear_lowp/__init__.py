@@ -21,6 +21,7 @@ SPEC = KernelSpec(
     name="linear_lowp",
     reference=reference.linear_lowp,
     outputs=("out",),
+    like="x",
     implementations=(
         Implementation("scaled_mm", ".linear_lowp.scaled_mm:linear_lowp", (89, 90, 100, 120), (torch.float8_e4m3fn,)),
         Implementation("triton", ".linear_lowp.gpu:linear_lowp", ARCHITECTURES, tuple(LIMITS)),

@@ -25,6 +25,7 @@ SPEC = KernelSpec(
     name="qk_norm_rope_append",
     reference=reference.qk_norm_rope_append,
     outputs=("q", "q_sink", "kv"),
+    like="qkv",
     implementations=(
         Implementation("triton", ".qk_norm_rope_append.gpu:qk_norm_rope_append", ARCHITECTURES, FLOATS),
     ),

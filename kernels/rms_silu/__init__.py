@@ -21,6 +21,7 @@ SPEC = KernelSpec(
     name="rms_silu",
     reference=reference.rms_silu,
     outputs=("out",),
+    like="x",
     implementations=(Implementation("triton", ".rms_silu.gpu:rms_silu", ARCHITECTURES, FLOATS),),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,

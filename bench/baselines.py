@@ -1,0 +1,132 @@
+"""What the kernels are held against: other attentions over the same tokens, each found at run time.
+
+Each is a function from a case's inputs to a call without arguments, so that what it needs (tokens in order, in its own
+layout) is made ready before the clock runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.block_attention.sdpa import pages_are_one_run
+
+Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
+
+
+def bound(run: Callable[..., Any]) -> Prepare:
+    """A form that takes a case's inputs as they are."""
+    return lambda inputs: partial(run, **inputs)
+
+
+def attention_baselines(inputs: dict[str, Any], ours: dict[str, Prepare]) -> dict[str, Prepare]:
+    """Our kernel over the same pages in order, and other attentions over the same tokens where they can do the case."""
+    found: dict[str, Prepare] = {}
+    if not pages_are_one_run(inputs["page_table"], inputs["page_count"]):
+        found |= {f"{name}, in order": in_order(prepare) for name, prepare in ours.items()}
+    if any(inputs[name] is not None for name in ("q_sink", "kv_scale", "lse")):
+        return found
+    found["flex"] = flex()
+    if len(set(inputs["page_count"].tolist())) > 1:  # the others take no lengths of rows without a mask in memory
+        return found
+    from torch.nn.attention import SDPBackend
+
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+        found[f"sdpa {name.partition('_')[0].lower()}"] = sdpa(getattr(SDPBackend, name))
+    if find_spec("flash_attn"):
+        found["flash-attn"] = flash_attn
+    if find_spec("sageattention"):
+        found["sageattention"] = sageattention
+    return found
+
+
+def in_order(prepare: Prepare) -> Prepare:
+    """A form of ours over the listed pages laid one after the other."""
+
+    def prepared(inputs: dict[str, Any]) -> Callable[[], Any]:
+        counts = inputs["page_count"].tolist()
+        pages = torch.cat([inputs["page_table"][row, :count] for row, count in enumerate(counts)]).long()
+        starts = torch.tensor([0, *accumulate(counts)][:-1], dtype=torch.int32, device=pages.device)[:, None]
+        width = torch.arange(inputs["page_table"].shape[1], dtype=torch.int32, device=pages.device)
+        scale = inputs["kv_scale"]
+        return prepare(inputs | {
+            "kv": taken(inputs["kv"], pages), "page_table": starts + width,
+            "kv_scale": None if scale is None else scale[:, pages].contiguous(),
+        })  # fmt: skip
+
+    return prepared
+
+
+def taken(kv: Tensor, pages: Tensor) -> Tensor:
+    """Some pages of a store; torch cannot index FP8."""
+    bits = kv.view(torch.uint8) if kv.itemsize == 1 else kv
+    return bits[:, pages].view(kv.dtype)
+
+
+def in_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [R, heads, tokens, D] without pages, rows filled up with zeros to the longest."""
+    counts = inputs["page_count"].tolist()
+    listed = [inputs["page_table"][row, :count].long() for row, count in enumerate(counts)]
+    rows = [inputs["kv"][:, pages].flatten(1, 2) for pages in listed]
+    longest = max(row.shape[1] for row in rows)
+    kv = torch.stack([F.pad(row, (0, 0, 0, 0, 0, longest - row.shape[1])) for row in rows], dim=1)
+    k, v = kv.transpose(2, 3).contiguous()
+    return inputs["q"].transpose(1, 2).contiguous(), k, v
+
+
+def sdpa(backend: Any) -> Prepare:
+    """torch's attention by one backend."""
+
+    def prepared(inputs: dict[str, Any]) -> Callable[[], Any]:
+        from torch.nn.attention import sdpa_kernel
+
+        q, k, v = in_rows(inputs)
+
+        def call() -> None:
+            with sdpa_kernel(backend):
+                attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+            inputs["out"].copy_(attended.transpose(1, 2))
+
+        return call
+
+    return prepared
+
+
+def flex() -> Prepare:
+    """FlexAttention, compiled, with a block mask that ends each row's keys where its list ends."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def prepared(inputs: dict[str, Any]) -> Callable[[], Any]:
+        q, k, v = in_rows(inputs)
+        lengths = inputs["page_count"] * inputs["kv"].shape[2]
+        mask = create_block_mask(
+            lambda row, head, query, key: key < lengths[row], len(q), None, q.shape[2], k.shape[2], device=q.device.type
+        )
+        grouped = q.shape[1] != k.shape[1]
+        return lambda: inputs["out"].copy_(compiled(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2))
+
+    return prepared
+
+
+def flash_attn(inputs: dict[str, Any]) -> Callable[[], Any]:
+    """The flash-attn package."""
+    attend = import_module("flash_attn").flash_attn_func
+    rows = [part.transpose(1, 2).contiguous() for part in in_rows(inputs)]
+    return lambda: inputs["out"].copy_(attend(*rows))
+
+
+def sageattention(inputs: dict[str, Any]) -> Callable[[], Any]:
+    """The sageattention package, which multiplies in INT8."""
+    attend = import_module("sageattention").sageattn
+    rows = in_rows(inputs)
+    return lambda: inputs["out"].copy_(attend(*rows, tensor_layout="HND").transpose(1, 2))
