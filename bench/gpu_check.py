@@ -46,10 +46,11 @@ def check_op(spec: KernelSpec, device: str) -> dict[str, Any]:
     for dtype in (*HALF, torch.float32):
         for case in (*spec.test_cases, spec.bench_cases[0]):
             inputs = spec.make_inputs(case, dtype, device, 0)
-            serving = [form for form in spec.implementations if form.serves(capability, inputs[spec.like])]
+            like = inputs[spec.like]
+            serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
             if not serving:
                 continue
-            expected = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
+            expected = kernels.copied(inputs)
             spec.reference(**expected)
             for form in serving:
                 wrong = kernels.mismatch(spec, bound(form.load()), inputs, expected, dtype)

@@ -76,12 +76,17 @@ def parse_shape(spec: KernelSpec, text: str) -> Case:
     return Case(text, dims, like.options)
 
 
-def run(wanted: Wanted, tell: Tell) -> Result:
-    """All rows, with the machine and its ceilings; UsageError for names that are not there."""
+def select(wanted: Wanted) -> list[KernelSpec]:
+    """The ops that are wanted; UsageError for a name that is not there."""
     for op in wanted.ops:
         if op not in SPECS:
             raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; there are {', '.join(SPECS)}")
-    specs = [SPECS[op] for op in wanted.ops or SPECS]
+    return [SPECS[op] for op in wanted.ops or SPECS]
+
+
+def run(wanted: Wanted, tell: Tell) -> Result:
+    """All rows, with the machine and its ceilings; UsageError for names that are not there."""
+    specs = select(wanted)
     if wanted.shape and len(specs) != 1:
         raise UsageError("--shape belongs to one op; name it with --op")
     known = [case.name for spec in specs for case in spec.bench_cases]
@@ -119,7 +124,7 @@ def run(wanted: Wanted, tell: Tell) -> Result:
 def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, float]) -> dict[str, Any]:
     """One op at one size: our forms and the baselines, each checked first."""
     inputs = spec.make_inputs(case, wanted.dtype, wanted.device, 0)
-    expected = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    expected = copied(inputs)
     spec.reference(**expected)
     flops, moved = spec.flops(case), spec.nbytes(case, wanted.dtype)
     row: dict[str, Any] = {
@@ -142,10 +147,9 @@ def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, f
             "of_copy": moved / seconds / ceilings["copy_bytes"],
             "samples": samples,
         }
-    ours = next(iter(row["forms"].values())).get("seconds")
-    for form in row["forms"].values():
-        if ours and "seconds" in form:
-            form["times_ours"] = form["seconds"] / ours
+    ran = [form for form in row["forms"].values() if "seconds" in form]
+    for form in ran:
+        form["of_first"] = form["seconds"] / ran[0]["seconds"]
     return row
 
 
@@ -155,20 +159,24 @@ def forms(spec: KernelSpec, inputs: dict[str, Any], wanted: Wanted) -> dict[str,
         return {"reference": bound(spec.reference)}
     like = inputs[spec.like]
     capability = architecture(like.device)
-    found: dict[str, Prepare] = {
-        form.name: bound(form.load()) for form in spec.implementations if form.serves(capability, like)
-    }
+    serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
+    found: dict[str, Prepare] = {form.name: bound(form.load()) for form in serving}
     if spec.name == "block_attention":
         return found | attention_baselines(inputs, found)
     compiled = torch.compile(spec.reference, dynamic=False)
     return found | {"torch": bound(spec.reference), "torch.compile": bound(compiled)}
 
 
+def copied(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A case's inputs with tensors of their own."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 def mismatch(
     spec: KernelSpec, prepare: Prepare, inputs: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype
 ) -> str | None:
     """Why a form may not be timed: how far it is off, or that it cannot run."""
-    fresh = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    fresh = copied(inputs)
     try:
         prepare(fresh)()
     except cannot_run() as error:
@@ -193,10 +201,7 @@ def timed(prepare: Prepare, inputs: dict[str, Any], wanted: Wanted) -> list[floa
     """Seconds of single calls."""
     size = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
     copies = 1 if wanted.device == "cpu" else max(1, min(COPIES, ROTATED // max(size, 1) + 1))
-    calls = [
-        prepare({name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()})
-        for _ in range(copies)
-    ]
+    calls = [prepare(copied(inputs)) for _ in range(copies)]
     for index in range(3):
         calls[index % copies]()
     samples = []
@@ -220,7 +225,7 @@ def summary(row: dict[str, Any]) -> str:
             parts.append(f"{name}: refused, {form['refused']}")
         else:
             parts.append(f"{name} {shown(form['seconds'])} ({form['of_copy']:.0%} of copy, "
-                         f"{form['of_matmul']:.0%} of matmul, {form['times_ours']:.2f} times ours)")  # fmt: skip
+                         f"{form['of_matmul']:.0%} of matmul, {form['of_first']:.2f} of the first's time)")  # fmt: skip
     return f"{row['op']}, {row['case']}: " + "; ".join(parts)
 
 

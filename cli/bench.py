@@ -17,6 +17,7 @@ from ..runtime.presets import DEFAULT_MODEL
 from .generate import parse_settings, parse_size
 
 if TYPE_CHECKING:
+    from ..bench.kernels import Wanted
     from ..bench.result import Result
     from ..bench.subject import Subject
 
@@ -55,10 +56,15 @@ def kernels(
     dtype: str = typer.Option("bfloat16", help="bfloat16, float16 or float32."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     out: Path | None = typer.Option(None, help="Folder for kernels.json and kernels.png."),
+    tune: bool = typer.Option(False, "--tune", help="Find the fastest form and config, and keep them for this card."),
     compile_only: bool = typer.Option(False, "--compile-only", help="Compile for every architecture; needs no GPU."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
     """Time each kernel after checking it against its reference; on a CPU, time the references.
+
+    On a GPU what is installed stands beside it: torch's attention by each backend, FlexAttention, flash-attn,
+    sageattention, and the plain torch sequence as it is and compiled. Each has its time as a share of the first's.
+    `--tune` writes kernels/OP/tuned/CARD.json, which is read from then on; nothing is searched at any other time.
 
     Example: inferix bench kernels --op block_attention --shape q=4680,kv=32760,heads=12,dim=128
 
@@ -66,6 +72,8 @@ def kernels(
     """
     console = Console(stderr=True)
     if compile_only:
+        if tune:
+            raise UsageError("--compile-only compiles and --tune times; give one of them")
         return tell_compiled(as_json)
 
     from ..bench.kernels import Wanted, draw, run, shown
@@ -76,6 +84,8 @@ def kernels(
         raise UsageError(f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}; expected bfloat16, float16 or float32")
     device = device or default_device()
     check_device(device)
+    if tune:
+        return tell_tuned(Wanted(tuple(op), tuple(case), shape, DTYPES[dtype], device), as_json)
     if device == "cpu":
         console.print("no GPU is used: these are times of the plain references on a CPU", highlight=False)
     wanted = Wanted(tuple(op), tuple(case), shape, DTYPES[dtype], device)
@@ -87,7 +97,7 @@ def kernels(
     if as_json:
         typer.echo(json.dumps(json.loads(result.text())))
         return
-    table = Table("op", "case", "form", "time", "spread", "TFLOP/s", "GB/s", "of matmul", "of copy", "times ours")
+    table = Table("op", "case", "form", "time", "spread", "TFLOP/s", "GB/s", "of matmul", "of copy", "of the first")
     for row in result.facts["rows"]:
         for name, form in row["forms"].items():
             if "refused" in form:
@@ -96,7 +106,7 @@ def kernels(
                 table.add_row(
                     row["op"], row["case"], name, shown(form["seconds"]), f"{form['spread']:.0%}",
                     f"{form['tflops']:.3g}", f"{form['gbytes']:.3g}", f"{form['of_matmul']:.0%}",
-                    f"{form['of_copy']:.0%}", f"{form['times_ours']:.2f}",
+                    f"{form['of_copy']:.0%}", f"{form['of_first']:.2f}",
                 )  # fmt: skip
     plain_console().print(table)
 
@@ -362,6 +372,19 @@ def in_unit(value: float, unit: str) -> str:
     if unit != "s":
         return f"{value:.4g} {unit}"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.4g} ms"
+
+
+def tell_tuned(wanted: Wanted, as_json: bool) -> None:
+    """Tune the ops and tell where their tables are."""
+    from ..bench.tune import tune_here
+
+    console = Console(stderr=True)
+    written = tune_here(wanted, lambda said: console.print(said, highlight=False, soft_wrap=True))
+    if as_json:
+        typer.echo(json.dumps({op: str(path) for op, path in written.items()}))
+    else:
+        for op, path in written.items():
+            typer.echo(f"{op}: {path}")
 
 
 def tell_compiled(as_json: bool) -> None:

@@ -42,10 +42,10 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = HALF
     last_dims: tuple[int, ...] = ()
 
-    def serves(self, capability: int, like: torch.Tensor) -> bool:
+    def serves(self, capability: int, dtype: torch.dtype, last_dim: int | None = None) -> bool:
         """Whether it is for such tensors on an architecture."""
-        fits = not self.last_dims or like.shape[-1] in self.last_dims
-        return capability in self.architectures and like.dtype in self.dtypes and fits
+        fits = last_dim is None or not self.last_dims or last_dim in self.last_dims
+        return capability in self.architectures and dtype in self.dtypes and fits
 
     def module(self) -> ModuleType:
         return import_module(self.run.partition(":")[0], __package__)
@@ -105,8 +105,7 @@ class KernelSpec:
         if device.type == "cuda" and has_triton():
             capability = architecture(device)
             for form in self.implementations:
-                fits = last_dim is None or not form.last_dims or last_dim in form.last_dims
-                if capability in form.architectures and dtype in form.dtypes and fits:
+                if form.serves(capability, dtype, last_dim):
                     return form.name
         return "reference"
 
@@ -123,13 +122,13 @@ class KernelSpec:
         if name == "reference":
             return self.reference
         form = self.form(name)
-        if device is not None and device.type == "cuda" and form.architectures:
-            if architecture(device) not in form.architectures:
-                has = "{}.{}".format(*torch.cuda.get_device_capability(device))
-                wants = ", ".join(f"{known // 10}.{known % 10}" for known in form.architectures)
-                raise ValueError(
-                    f"{self.name}: compute capability of {device} is {has}; {name} is for {wants}; take the reference"
-                )
+        known = form.architectures
+        if device is not None and device.type == "cuda" and known and architecture(device) not in known:
+            has = "{}.{}".format(*torch.cuda.get_device_capability(device))
+            wants = ", ".join(f"{one // 10}.{one % 10}" for one in known)
+            raise ValueError(
+                f"{self.name}: compute capability of {device} is {has}; {name} is for {wants}; take the reference"
+            )
         return form.load()
 
 

@@ -28,7 +28,7 @@ def table_path(op: str, card: str) -> Path:
 
 @cache
 def choices(spec: KernelSpec, card: str, capability: int) -> Mapping[str, Callable[..., None]]:
-    """What to run by `sort_of`, from the card's table; empty without one. UsageError for a table that cannot be used."""
+    """What to run by `sort_of`, from the card's table; empty without one. UsageError for one that cannot be used."""
     path = table_path(spec.name, card)
     if not path.exists():
         return {}

@@ -46,8 +46,7 @@ def _move(
     begin, end = tl.program_id(2) * TOKENS, tl.minimum((tl.program_id(2) + 1) * TOKENS, page_tokens)
     if COPY:
         if SCALED:
-            if begin == 0:
-                tl.store(target_scale_ptr + go * heads + head, by)
+            tl.store(target_scale_ptr + go * heads + head, by, mask=begin == 0)
     elif SCALE:
         end = page_tokens
         most = tl.zeros([TOKENS, DIM], tl.float32)

@@ -21,6 +21,7 @@ SPEC = KernelSpec(
     name="rms_norm",
     reference=reference.rms_norm,
     outputs=("out",),
+    like="x",
     implementations=(Implementation("triton", ".rms_norm.gpu:rms_norm", ARCHITECTURES, FLOATS),),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -9,8 +11,16 @@ from torch import Tensor
 
 from ..spec import Case
 
-# Warps by the width of a row: about 16 numbers of it to a thread.
-WARPS = ((1024, 2), (2048, 4), (4096, 8), (1 << 30, 16))
+
+@dataclass(frozen=True)
+class Config:
+    """Warps to a row."""
+
+    warps: int
+
+
+# By the width of a row: about 16 numbers of it to a thread.
+CONFIGS = ((1024, Config(2)), (2048, Config(4)), (4096, Config(8)), (1 << 30, Config(16)))
 
 
 @triton.jit
@@ -24,12 +34,17 @@ def _rms_norm(x_ptr, weight_ptr, out_ptr, dim, eps, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * dim + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float, config: Config | None = None) -> None:
     """Launch for tensors that were checked."""
     rows, dim = x.shape
     block = triton.next_power_of_2(dim)
-    warps = next(warps for width, warps in WARPS if block <= width)
-    _rms_norm[(rows,)](x, weight, out, dim, eps, BLOCK=block, num_warps=warps)
+    config = config or next(config for width, config in CONFIGS if block <= width)
+    _rms_norm[(rows,)](x, weight, out, dim, eps, BLOCK=block, num_warps=config.warps)
+
+
+def candidates(capability: int) -> list[Config]:
+    """Configs worth trying on an architecture."""
+    return [Config(warps) for warps in (1, 2, 4, 8, 16)]
 
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:

@@ -1,20 +1,26 @@
 """The compile gate and the microbenchmark: they see what is wrong, and refuse to time it."""
 
 import json
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from typer.testing import CliRunner
 
-from inferix.bench import kernels
-from inferix.bench.compile_gate import SHARED_LIMIT, TABLE, compile_all, problems
-from inferix.bench.kernels import Wanted, forms, parse_shape, run, run_case
+from inferix.bench import baselines, kernels
+from inferix.bench.baselines import bound
+from inferix.bench.compile_gate import SHARED_LIMIT, TABLE, compile_all, not_inspected, problems
+from inferix.bench.kernels import Wanted, copied, forms, mismatch, parse_shape, run, run_case
 from inferix.bench.result import read_result
+from inferix.bench.tune import keep, tune, tune_here
 from inferix.cli.main import app
 from inferix.errors import UsageError
+from inferix.kernels import tuning
 from inferix.kernels.catalog import SPECS
-from inferix.kernels.spec import ARCHITECTURES
+from inferix.kernels.spec import ARCHITECTURES, Implementation
 
 SMALL = Wanted(ops=("block_attention",), cases=("small world",), dtype=torch.float32)
 
@@ -28,8 +34,10 @@ def test_kernels_compile_for_every_architecture_as_the_table_says():
     assert not changed, f"write the table anew (inferix bench kernels --compile-only --json): {sorted(changed)}"
     for spec in SPECS.values():
         for form in spec.implementations:
-            for capability in form.architectures:
-                assert any(name.startswith(spec.name) and name.endswith(f"sm_{capability}") for name in found)
+            if hasattr(form.module(), "compile_cases"):
+                label = spec.name if form.name == "triton" else f"{spec.name} by {form.name}"
+                for capability in form.architectures:
+                    assert any(name.startswith(f"{label}, ") and name.endswith(f"sm_{capability}") for name in found)
 
 
 def test_the_gate_rejects_what_does_not_fit_or_spills_or_misses_the_matrix_units():
@@ -40,7 +48,7 @@ def test_the_gate_rejects_what_does_not_fit_or_spills_or_misses_the_matrix_units
     for change, said in (
         ({"shared": (SHARED_LIMIT[90] + 1) * 1024}, "228 KiB of shared memory"),
         ({"stack": 16}, "16 bytes on the stack"),
-        ({"matrix": 0}, "no HGMMA instruction"),
+        ({"matrix": 0}, "no HGMMA|QGMMA|IGMMA instruction"),
         ({"tf32": True}, "run as TF32"),
     ):
         (wrong,) = problems({name: good | change})
@@ -69,12 +77,13 @@ def test_a_form_that_is_wrong_is_refused_and_not_timed(monkeypatch):
     def broken(**inputs):
         raise RuntimeError("no kernel image is available\nsecond line")
 
-    monkeypatch.setattr(kernels, "forms", lambda *args: {"wrong": wrong, "broken": broken} | forms(*args))
+    others = {"wrong": bound(wrong), "broken": bound(broken)}
+    monkeypatch.setattr(kernels, "forms", lambda *args: others | forms(*args))
     ceilings = {"copy_bytes": 1.0, "matmul_flops": 1.0}
     row = run_case(spec, spec.bench_cases[-1], SMALL, ceilings)
     assert row["forms"]["wrong"]["refused"].startswith("out is off by")
     assert row["forms"]["broken"] == {"refused": "cannot run: no kernel image is available"}
-    assert "seconds" in row["forms"]["reference"]
+    assert row["forms"]["reference"]["of_first"] == 1
     assert "refused" in kernels.summary(row)
 
 
@@ -108,3 +117,130 @@ def test_the_command_writes_json_and_a_picture(tmp_path):
     assert json.loads(done.stdout)["facts"]["rows"][0]["case"] == "small world"
     assert len(read_result(tmp_path / "kernels.json").series["block_attention, small world/reference"].samples) > 3
     assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+def test_code_on_a_gpu_that_was_not_inspected_is_told():
+    held = json.loads(TABLE.read_text("utf-8"))
+    name = "block_attention, plain bf16 d128, sm_90"
+    assert not_inspected({name: held[name]["sha256"]}, held) == []
+    wrong = not_inspected({name: "0" * 64, "block_attention, plain bf16 d128, sm_103": "1" * 64}, held)
+    assert wrong == [
+        f"{name}: other code than was inspected", "block_attention, plain bf16 d128, sm_103: not in the table"
+    ]  # fmt: skip
+
+
+def attention_case(name):
+    spec = SPECS["block_attention"]
+    (case,) = (case for case in spec.test_cases if case.name == name)
+    inputs = spec.make_inputs(case, torch.float32, "cpu", 0)
+    expected = copied(inputs)
+    spec.reference(**expected)
+    return spec, inputs, expected
+
+
+@pytest.mark.parametrize("name", ["runs, grouped heads", "fp8 pages"])
+def test_pages_in_order_are_the_same_case(name):
+    spec, inputs, expected = attention_case(name)
+    prepare = baselines.in_order(bound(spec.reference))
+    assert mismatch(spec, prepare, inputs, expected, torch.float32) is None
+
+
+def test_other_attentions_get_the_same_tokens(monkeypatch):
+    """torch's own as they are; FlexAttention not compiled; the packages by stand-ins, which show the layout only."""
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    spec, inputs, expected = attention_case("runs, grouped heads")  # rows of unequal length
+    assert mismatch(spec, baselines.flex(), inputs, expected, torch.float32) is None
+    assert "sdpa cudnn" not in baselines.attention_baselines(inputs, {"triton": bound(spec.reference)})
+    spec, inputs, expected = attention_case("one page, one tile")
+    assert mismatch(spec, baselines.sdpa(SDPBackend.MATH), inputs, expected, torch.float32) is None
+
+    def flash(q, k, v):
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def sage(q, k, v, tensor_layout):
+        assert tensor_layout == "HND"
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    packages = {"flash_attn": SimpleNamespace(flash_attn_func=flash), "sageattention": SimpleNamespace(sageattn=sage)}
+    monkeypatch.setattr(baselines, "import_module", packages.__getitem__)
+    monkeypatch.setattr(baselines, "find_spec", packages.get)
+    found = baselines.attention_baselines(inputs, {"triton": bound(spec.reference)})
+    assert found.keys() == {
+        "flex", "sdpa cudnn", "sdpa flash", "sdpa efficient", "flash-attn", "sageattention"
+    }  # fmt: skip
+    for name in ("flash-attn", "sageattention"):
+        assert mismatch(spec, found[name], inputs, expected, torch.float32) is None
+    inputs["out"] = inputs["out"].half()
+    assert "off by" in mismatch(spec, bound(lambda **all: all["out"].zero_()), inputs, expected, torch.float32)
+
+
+@dataclass(frozen=True)
+class FakeConfig:
+    speed: int
+
+
+@pytest.fixture
+def tuned_op(monkeypatch):
+    """rms_silu with two forms that are its reference, one wrong in one config; how fast they are is made up."""
+    spec = SPECS["rms_silu"]
+    module = ModuleType("made_up_forms")
+
+    def first(x, gamma, out, config=FakeConfig(1)):
+        spec.reference(x, gamma, out)
+        if config.speed == 9:
+            out *= 2
+
+    def second(x, gamma, out, config=FakeConfig(1)):
+        spec.reference(x, gamma, out)
+
+    module.Config, module.first, module.second = FakeConfig, first, second
+    module.candidates = lambda capability: [FakeConfig(1), FakeConfig(3), FakeConfig(9)]
+    monkeypatch.setitem(sys.modules, "made_up_forms", module)
+    both = tuple(Implementation(name, f"made_up_forms:{name}", (90,), (torch.float32,)) for name in ("first", "second"))
+    cases = tuple(replace(case, dims={"pixels": 8, "channels": channels})
+                  for case, channels in zip(spec.bench_cases, (16, 16, 24), strict=True))  # fmt: skip
+
+    def clock(prepare, inputs, wanted):
+        call = prepare(inputs)
+        call()
+        config, name = call.keywords.get("config", FakeConfig(1)), call.func.__name__
+        wide = inputs["x"].shape[1] == 24
+        return [1.0 if wide else {"first": 1.0, "second": 0.9}[name] / config.speed]
+
+    return replace(spec, implementations=both, bench_cases=cases), clock
+
+
+def test_tuning_keeps_what_is_right_and_wins_by_a_margin(tuned_op, tmp_path):
+    spec, clock = tuned_op
+    said = []
+    wanted = Wanted(dtype=torch.float32)
+    found = tune(spec, wanted, 90, said.append, clock)
+    assert found == {"float32 16": {"form": "second", "config": {"speed": 9}, "share": 0.1}}
+    assert "5 candidates; 1 are wrong" in said[0]
+    assert tune(replace(spec, implementations=spec.implementations[:1]), wanted, 90, said.append, clock) == {
+        "float32 16": {"form": "first", "config": {"speed": 3}, "share": 0.3333}
+    }
+    assert tune(spec, wanted, 80, said.append, clock) == {}  # no form is declared there
+    table = {"schema": 1, "op": spec.name, "card": "Test Card", "choices": found}
+    path = keep(table, tmp_path / "tuned" / "card.json")
+    chosen = tuning.read(spec, json.loads(path.read_text("utf-8")), 90)["float32 16"]
+    assert (chosen.func.__name__, chosen.keywords) == ("second", {"config": FakeConfig(9)})
+    assert [file.name for file in path.parent.iterdir()] == ["card.json"]
+
+
+def test_tuning_needs_a_gpu_and_whole_ops():
+    with pytest.raises(UsageError, match="--tune times kernels on a GPU"):
+        tune_here(SMALL, lambda said: None)
+    with pytest.raises(UsageError, match="leave --case and --shape out"):
+        tune_here(replace(SMALL, device="cuda"), lambda said: None)
+    for options, said in ((("--device", "cpu"), "--tune times kernels on a GPU"), (("--compile-only",), "give one of")):
+        done = CliRunner().invoke(app, ["bench", "kernels", "--tune", *options])
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
+
+
+def test_the_help_of_the_command_names_what_it_compares_and_keeps():
+    text = " ".join(CliRunner().invoke(app, ["bench", "kernels", "--help"]).output.split())
+    for said in ("on a CPU, time the references", "flash-attn", "kernels/OP/tuned/CARD.json", "--compile-only"):
+        assert said in text

@@ -18,9 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from checker import check
+from claims import CLAIMS, shuffled_pages_equal_tokens_in_order, turned_queries_equal_keys_rotated_at_read
 from interpreter import repair
 
 from inferix.kernels.adaln import gpu as adaln_gpu
+from inferix.kernels.block_attention import descriptors
 from inferix.kernels.block_attention import gpu as attention_gpu
 from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import gpu as denoise_gpu
@@ -30,6 +32,7 @@ from inferix.kernels.philox import frame_noise, philox4x32
 from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
 from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
+from inferix.kernels.spec import using
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 repair()
@@ -48,6 +51,22 @@ CASES = [
 @pytest.mark.parametrize(("spec", "form", "case", "dtype"), CASES)
 def test_the_kernel_equals_the_reference(spec, form, case, dtype):
     check(spec, form.load(), case, dtype)
+
+
+@pytest.mark.parametrize("form", ["triton", "descriptors"])
+def test_paged_attention_keeps_its_promises_in_the_kernel(form):
+    with using(block_attention=form):
+        for claim in CLAIMS[2:4]:
+            assert shuffled_pages_equal_tokens_in_order(*claim, torch.float16) <= 4e-3
+        assert turned_queries_equal_keys_rotated_at_read(2, 1, torch.float16) <= 4e-3
+
+
+def test_a_wrong_tile_through_a_descriptor_is_rejected(tmp_path, monkeypatch):
+    wrong = changed(attention_gpu, "[k_row + pages * PAGE, ", "[k_row, ", tmp_path)
+    monkeypatch.setattr(descriptors, "launch", wrong.launch)
+    spec = SPECS["block_attention"]
+    with pytest.raises(AssertionError, match="is off by"):
+        check(spec, descriptors.block_attention, spec.test_cases[0], torch.float16)
 
 
 @triton.jit
@@ -92,54 +111,55 @@ def changed(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
 
 
 WRONG = {
-    "mask off by one": ("block_attention", attention_gpu, "arange(0, TAIL) < length", "arange(0, TAIL) <= length"),
-    "no mask": ("block_attention", attention_gpu, "arange(0, TAIL) < length", "arange(0, TAIL) >= 0"),
-    "whole tiles only": ("block_attention", attention_gpu, "tl.range(whole, length, TAIL", "tl.range(whole, whole, TAIL"),
-    "a tile too many": ("block_attention", attention_gpu, "length // KEYS * KEYS", "tl.cdiv(length, KEYS) * KEYS"),
-    "a stale page": ("block_attention", attention_gpu, "tl.load(table_ptr + first).to", "tl.load(table_ptr).to"),
-    "a page too few": ("block_attention", attention_gpu, "tl.load(count_ptr + row)", "tl.load(count_ptr + row) - 1"),
-    "the next row's pages": ("block_attention", attention_gpu, "table_ptr += row * table_width", "table_ptr += row"),
-    "the wrong query": ("block_attention", attention_gpu, "            if first < sinks", "            if first > sinks"),
+    "mask off by one": (attention_gpu, "arange(0, TAIL) < length", "arange(0, TAIL) <= length"),
+    "no mask": (attention_gpu, "arange(0, TAIL) < length", "arange(0, TAIL) >= 0"),
+    "whole tiles only": (attention_gpu, "tl.range(whole, length, TAIL", "tl.range(whole, whole, TAIL"),
+    "a tile too many": (attention_gpu, "length // KEYS * KEYS", "tl.cdiv(length, KEYS) * KEYS"),
+    "a stale page": (attention_gpu, "tl.load(table_ptr + first).to", "tl.load(table_ptr).to"),
+    "a page too few": (attention_gpu, "tl.load(count_ptr + row)", "tl.load(count_ptr + row) - 1"),
+    "the next row's pages": (attention_gpu, "table_ptr += row * table_width", "table_ptr += row"),
+    "the wrong query": (attention_gpu, "            if first < sinks", "            if first > sinks"),
     "sink and window in one run": (
-        "block_attention", attention_gpu, "tl.where(first < sinks, sinks, count) if TURNED else count", "count"
+        attention_gpu, "tl.where(first < sinks, sinks, count) if TURNED else count", "count"
     ),
-    "two scales of keys in one run": ("block_attention", attention_gpu, "follows &= tl.load(k_scale", "tl.load(k_scale"),
-    "two scales of values in one run": ("block_attention", attention_gpu, "follows &= tl.load(v_scale", "tl.load(v_scale"),
-    "no scale of keys": ("block_attention", attention_gpu, "by = k_by * factor", "by = factor"),
-    "no scale of values": ("block_attention", attention_gpu, "unit = v_by", "unit = unit"),
-    "values of the keys' pages": ("block_attention", attention_gpu, "k_ptr + pages.to", "k_ptr + 0 * pages.to"),
-    "no rescaling": ("block_attention", attention_gpu, "result * shrink[:, None]", "result"),
-    "the wrong head": ("block_attention", attention_gpu, "head // (HEADS // KV_HEADS)", "head % KV_HEADS"),
-    "rotated the other way": ("qk_norm_rope_append", append_gpu, "[None] - odd", "[None] + odd"),
+    "two scales of keys in a run": (attention_gpu, "follows &= tl.load(k_scale", "tl.load(k_scale"),
+    "two scales of values in a run": (attention_gpu, "follows &= tl.load(v_scale", "tl.load(v_scale"),
+    "no scale of keys": (attention_gpu, "by = k_by * factor", "by = factor"),
+    "no scale of values": (attention_gpu, "unit = v_by", "unit = unit"),
+    "values of the keys' pages": (attention_gpu, "k_ptr + pages.to", "k_ptr + 0 * pages.to"),
+    "no rescaling": (attention_gpu, "result * shrink[:, None]", "result"),
+    "the wrong head": (attention_gpu, "head // (HEADS // KV_HEADS)", "head % KV_HEADS"),
+    "rotated the other way": (append_gpu, "[None] - odd", "[None] + odd"),
     "pairs of halves": (
-        "qk_norm_rope_append", append_gpu, "tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))",
+        append_gpu, "tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))",
         "tl.split(tl.permute(tl.reshape(x, [ROWS, 2, DIM // 2]), (0, 2, 1)))",
     ),
-    "the wrong page": ("qk_norm_rope_append", append_gpu, "pages_ptr + row * frames + frame", "pages_ptr + row"),
-    "no scale of pages": ("qk_norm_rope_append", append_gpu, "y = y / tl.load(", "y = y + 0 * tl.load("),
-    "norm by head": ("qk_norm_rope_append", append_gpu, "(1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps))",
+    "the wrong page": (append_gpu, "pages_ptr + row * frames + frame", "pages_ptr + row"),
+    "no scale of pages": (append_gpu, "y = y / tl.load(", "y = y + 0 * tl.load("),
+    "norm by head": (append_gpu, "(1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps))",
                      "(1.0 / tl.sqrt(tl.sum(x * x, 1) / x.shape[1] + eps))[:, None]"),
-    "columns turned as rows": ("qk_norm_rope_append", append_gpu, "place % grid_width", "place // grid_width"),
-    "gate of the first frame": ("adaln", adaln_gpu, "(tokens // gate_frames)", "(tokens * gate_frames)"),
-    "mean of the padded row": ("adaln", adaln_gpu, "tl.where(inside, x - mean, 0.0)", "x - mean"),
-    "scale without one": ("adaln", adaln_gpu, "(1.0 + tl.load(scale_ptr", "(0.0 + tl.load(scale_ptr"),
-    "residual before the update": ("adaln", adaln_gpu, "        x += update\n", ""),
-    "noise of another frame": ("denoise_step", denoise_gpu, "zero + frame", "zero + frame + 1"),
-    "noise out of order": ("denoise_step", denoise_gpu, "tl.join(one, three), tl.join(two, four)",
+    "columns turned as rows": (append_gpu, "place % grid_width", "place // grid_width"),
+    "gate of the first frame": (adaln_gpu, "(tokens // gate_frames)", "(tokens * gate_frames)"),
+    "mean of the padded row": (adaln_gpu, "tl.where(inside, x - mean, 0.0)", "x - mean"),
+    "scale without one": (adaln_gpu, "(1.0 + tl.load(scale_ptr", "(0.0 + tl.load(scale_ptr"),
+    "residual before the update": (adaln_gpu, "        x += update\n", ""),
+    "noise of another frame": (denoise_gpu, "zero + frame", "zero + frame + 1"),
+    "noise out of order": (denoise_gpu, "tl.join(one, three), tl.join(two, four)",
                            "tl.join(one, two), tl.join(three, four)"),
-    "rows of a patch for columns": ("denoise_step", denoise_gpu, "(y % PATCH_H) * PATCH_W + column % PATCH_W",
+    "rows of a patch for columns": (denoise_gpu, "(y % PATCH_H) * PATCH_W + column % PATCH_W",
                                     "(column % PATCH_W) * PATCH_H + y % PATCH_H"),
-    "no GELU": ("linear_lowp", linear_gpu, "GELU=gelu", "GELU=False"),
+    "no GELU": (linear_gpu, "GELU=gelu", "GELU=False"),
     "scale of another column": (
-        "linear_lowp", linear_gpu, "weight_scale_ptr + column,", "weight_scale_ptr + column * 0,"
+        linear_gpu, "weight_scale_ptr + column,", "weight_scale_ptr + column * 0,"
     ),
-    "a tile short": ("linear_lowp", linear_gpu, "range(0, inner, INNER)", "range(0, inner - INNER, INNER)"),
-    "cut instead of rounded": ("kv_pages", pages_gpu, "tl.floor(x + 0.5)", "tl.floor(x)"),
-    "the page it came from": ("kv_pages", pages_gpu, "tl.load(target_pages_ptr", "tl.load(source_pages_ptr"),
-    "largest of a part": ("kv_pages", pages_gpu, "most = tl.maximum(most, tl.abs(x))", "most = tl.abs(x)"),
-    "sum instead of mean": ("rms_norm", rms_norm_gpu, "tl.sum(x * x, 0) / dim", "tl.sum(x * x, 0)"),
-    "mean instead of length": ("rms_silu", rms_silu_gpu, "tl.sqrt(tl.sum(x * x, 1))", "tl.sum(tl.abs(x), 1)"),
-    "history shifted": ("denoise_step", denoise_gpu, "tl.load(by_ptr + 3 + kept)", "tl.load(by_ptr + 2 + kept)"),
+    "a tile short": (linear_gpu, "range(0, inner, INNER)", "range(0, inner - INNER, INNER)"),
+    "cut instead of rounded": (pages_gpu, "tl.floor(x + 0.5)", "tl.floor(x)"),
+    "the page it came from": (pages_gpu, "tl.load(target_pages_ptr", "tl.load(source_pages_ptr"),
+    "the first stretch of a page": (pages_gpu, "tl.minimum((tl.program_id(2) + 1) * TOKENS", "tl.minimum(TOKENS"),
+    "largest of a part": (pages_gpu, "most = tl.maximum(most, tl.abs(x))", "most = tl.abs(x)"),
+    "sum instead of mean": (rms_norm_gpu, "tl.sum(x * x, 0) / dim", "tl.sum(x * x, 0)"),
+    "mean instead of length": (rms_silu_gpu, "tl.sqrt(tl.sum(x * x, 1))", "tl.sum(tl.abs(x), 1)"),
+    "history shifted": (denoise_gpu, "tl.load(by_ptr + 3 + kept)", "tl.load(by_ptr + 2 + kept)"),
 }  # fmt: skip
 
 
@@ -185,7 +205,8 @@ def test_normals_in_the_kernel_equal_the_reference():
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_kernel_is_rejected(name, tmp_path):
-    op, module, old, new = WRONG[name]
+    module, old, new = WRONG[name]
+    op = module.__package__.rpartition(".")[2]
     wrong = getattr(changed(module, old, new, tmp_path), op)
     with pytest.raises(AssertionError, match=r"is off by|not finite|beside|another integer"):
         for case in SPECS[op].test_cases:

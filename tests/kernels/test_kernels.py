@@ -1,17 +1,28 @@
 """Ops on the CPU: references, schemas, bad input; and the kernels themselves in Triton's interpreter."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checker import check
+from claims import CLAIMS, shuffled_pages_equal_tokens_in_order, turned_queries_equal_keys_rotated_at_read
 
-from inferix.kernels.block_attention import block_attention, merge_partials
+from inferix.errors import InferixError, UsageError
+from inferix.kernels import tuning
+from inferix.kernels.adaln import adaln
+from inferix.kernels.block_attention import block_attention, flash, merge_partials
 from inferix.kernels.catalog import SPECS
-from inferix.kernels.spec import using
+from inferix.kernels.denoise_step import denoise_step
+from inferix.kernels.kv_pages import kv_pages
+from inferix.kernels.linear_lowp import linear_lowp
+from inferix.kernels.qk_norm_rope_append import qk_norm_rope_append
+from inferix.kernels.rms_silu import rms_silu
+from inferix.kernels.spec import expect_fp8, using
 
 HERE = Path(__file__).parent
 
@@ -45,49 +56,28 @@ def test_the_op_tells_torch_the_truth_about_itself(spec):
         torch.library.opcheck(op, (), inputs)
 
 
-def test_paged_attention_over_shuffled_pages_equals_attention_in_order():
-    spec = SPECS["block_attention"]
-    inputs = spec.make_inputs(spec.test_cases[1], torch.float64, "cpu", 3)
-    args = {name: inputs[name] for name in ("q", "kv", "page_table", "page_count")}
-    tokens = args["kv"][:, args["page_table"][0].long()].flatten(1, 2)
-    want = torch.nn.functional.scaled_dot_product_attention(
-        *(part.transpose(0, 1)[None] for part in (args["q"][0], *tokens))
-    )[0].transpose(0, 1)
-    assert (block_attention(**args)[0] - want).abs().max() <= 1e-12
+@pytest.mark.parametrize(("window", "sinks", "page_tokens"), CLAIMS)
+def test_shuffled_pages_of_unequal_sessions_equal_tokens_in_order(window, sinks, page_tokens):
+    assert shuffled_pages_equal_tokens_in_order(window, sinks, page_tokens, torch.float64) <= 1e-12
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(2, 1), (3, 2), (1, 3)])
+def test_the_window_may_be_relative_by_turning_the_query_once_more(window, sinks):
+    assert turned_queries_equal_keys_rotated_at_read(window, sinks, torch.float64) <= 1e-12
 
 
 def test_parts_of_the_keys_merge_into_the_whole():
     spec = SPECS["block_attention"]
     inputs = spec.make_inputs(spec.test_cases[2], torch.float64, "cpu", 4)
-    q, kv, table = (inputs[name] for name in ("q", "kv", "page_table"))
-    counts = torch.full((2,), 6, dtype=torch.int32)
+    q, kv, table = inputs["q"][:1], inputs["kv"], inputs["page_table"][:1]
+    counts = torch.tensor([6], dtype=torch.int32)
     whole = block_attention(q, kv, table, counts)
     outs, lses = [], []
     for part in (table[:, :2], table[:, 2:]):
-        lses.append(torch.empty(2, 6, 16))
-        size = torch.full((2,), part.shape[1], dtype=torch.int32)
+        lses.append(torch.empty(1, 6, 16))
+        size = torch.tensor([part.shape[1]], dtype=torch.int32)
         outs.append(block_attention(q, kv, part.contiguous(), size, lse=lses[-1]))
     assert (merge_partials(torch.stack(outs), torch.stack(lses)) - whole).abs().max() <= 1e-6
-
-
-def test_the_window_may_be_relative_by_turning_the_query_once_more():
-    """Keys rotated at absolute positions, queries turned by the sink's extra distance: as if keys had moved."""
-    from inferix.kernels.rope import rope_angles, rotate
-
-    torch.manual_seed(1)
-    raw_q, raw_k, v = torch.randn(3, 5, 4, 2, 64, dtype=torch.float64)  # 5 frames of 4 tokens
-    frames, at = (0, 7, 8, 9, 10), range(5)
-    q = raw_q[4:].flatten(0, 1)[None]
-    keys = rotate(raw_k.flatten(0, 1)[None], rope_angles(frames, 2, 2, 64))[0].view(5, 4, 2, 64)
-    kv = torch.stack((keys, v))
-    table, count = torch.arange(5, dtype=torch.int32)[None], torch.tensor([5], dtype=torch.int32)
-    got = block_attention(
-        rotate(q, rope_angles([10], 2, 2, 64)), kv, table, count,
-        q_sink=rotate(q, rope_angles([4], 2, 2, 64)), sink_count=torch.tensor([1], dtype=torch.int32),
-    )  # fmt: skip
-    moved = rotate(raw_k.flatten(0, 1)[None], rope_angles(list(at), 2, 2, 64))[0].view(5, 4, 2, 64)
-    want = block_attention(rotate(q, rope_angles([4], 2, 2, 64)), torch.stack((moved, v)), table, count)
-    assert (got - want).abs().max() <= 1e-12
 
 
 def test_torch_attention_serves_where_pages_are_one_run():
@@ -104,8 +94,140 @@ def test_torch_attention_serves_where_pages_are_one_run():
         block_attention(**args)
 
 
+def test_flash_attn_gets_the_pages_as_one_sequence(monkeypatch):
+    """A stand-in for the package, which needs a GPU: this shows what it is called with, not that it works."""
+    spec = SPECS["block_attention"]
+    inputs = spec.make_inputs(spec.test_cases[0], torch.float32, "cpu", 0)
+    args = {name: inputs[name] for name in ("q", "kv", "page_table", "page_count")}
+    want = block_attention(**args)
+    monkeypatch.setattr(flash, "find_spec", lambda name: None)
+    with using(block_attention="flash_attn"), pytest.raises(InferixError, match="flash-attn is not installed; pip"):
+        block_attention(**args)
+
+    def stand_in(q, k, v, softmax_scale, causal):
+        assert (q.shape[0], k.shape, causal) == (1, (1, 64, 1, 64), False)
+        assert k.data_ptr() == inputs["kv"][0, inputs["page_table"][0, 0]].data_ptr()  # in place, not a copy
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=softmax_scale).transpose(1, 2)
+
+    monkeypatch.setattr(flash, "find_spec", lambda name: True)
+    monkeypatch.setattr(flash, "import_module", lambda name: SimpleNamespace(flash_attn_func=stand_in))
+    with using(block_attention="flash_attn"):
+        assert (block_attention(**args) - want).abs().max() <= 1e-5
+        with pytest.raises(ValueError, match="implementation flash_attn takes no lse"):
+            block_attention(**args, lse=torch.empty(1, 1, 32))
+
+
+class Card:
+    """A GPU as far as choosing a form asks for one: nothing here runs on it."""
+
+    def __init__(self, monkeypatch, major, minor, name="Test Card 1 PCIe"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        self.tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 8, 2, 64))
+
+
+def test_a_form_is_chosen_by_card_dtype_and_size_and_refused_where_it_is_not_declared(monkeypatch):
+    spec = SPECS["block_attention"]
+    card = Card(monkeypatch, 9, 0)
+    assert spec.choose(card.tensor) is spec.form("triton").load()
+    card.tensor.shape = (1, 8, 2, 48)
+    assert spec.choose(card.tensor) is spec.reference
+    card.tensor.shape, card.tensor.dtype = (1, 8, 2, 64), torch.float32
+    assert spec.choose(card.tensor) is spec.reference
+    card = Card(monkeypatch, 7, 5)
+    assert spec.choose(card.tensor) is spec.reference
+    with using(block_attention="triton"), pytest.raises(ValueError, match=r"cuda is 7\.5; triton is for 8\.0"):
+        spec.choose(card.tensor)
+    with using(block_attention="descriptors"), pytest.raises(ValueError, match=r"7\.5; descriptors is for 9\.0, 10\.0"):
+        spec.choose(card.tensor)
+    Card(monkeypatch, 8, 6)
+    with pytest.raises(ValueError, match=r"adaln: compute capability of cuda is 8\.6; FP8 needs 8\.9"):
+        expect_fp8("adaln", torch.device("cuda"))
+
+
+def write_table(folder, monkeypatch, table):
+    monkeypatch.setattr(tuning, "table_path", lambda op, card: folder / "table.json")
+    tuning.choices.cache_clear()
+    (folder / "table.json").write_text(table if isinstance(table, str) else json.dumps(table))
+
+
+GOOD = {"form": "triton", "config": {"queries": 128, "keys": 64, "tail": 32, "warps": 8, "stages": 2}}
+
+
+def test_a_card_s_table_decides_form_and_config(monkeypatch, tmp_path):
+    spec, card = SPECS["block_attention"], Card(monkeypatch, 9, 0)
+    other = {"form": "descriptors", "config": GOOD["config"]}
+    table = {"schema": 1, "op": "block_attention", "choices": {"bfloat16 64": GOOD, "bfloat16 128": other}}
+    write_table(tmp_path, monkeypatch, table)
+    chosen = spec.choose(card.tensor)
+    assert chosen.func is spec.form("triton").load()
+    assert chosen.keywords["config"] == spec.form("triton").module().Config(**GOOD["config"])
+    card.tensor.shape = (1, 8, 2, 128)
+    assert spec.choose(card.tensor).func is spec.form("descriptors").load()
+    card.tensor.dtype = torch.float16  # nothing about it in the table
+    assert spec.choose(card.tensor) is spec.form("triton").load()
+    with using(block_attention="reference"):
+        assert spec.choose(card.tensor) is spec.reference
+    (tmp_path / "table.json").unlink()
+    tuning.choices.cache_clear()
+    card.tensor.dtype = torch.bfloat16
+    assert spec.choose(card.tensor) is spec.form("triton").load()
+
+
+def test_a_table_that_does_not_fit_the_code_is_refused(monkeypatch, tmp_path):
+    spec, card = SPECS["block_attention"], Card(monkeypatch, 9, 0)
+
+    def with_choice(choice):
+        return {"schema": 1, "op": "block_attention", "choices": {"bfloat16 64": choice}}
+
+    for table, said in (
+        ("{", "Expecting property name"),
+        ([], "expected a table with schema 1 and op 'block_attention'"),
+        ({"schema": 2, "op": "block_attention", "choices": {}}, "expected a table with schema 1"),
+        ({"schema": 1, "op": "adaln", "choices": {}}, "op 'block_attention'"),
+        ({"schema": 1, "op": "block_attention"}, "it has no choices"),
+        (with_choice({"config": {}}), "'bfloat16 64' has no form"),
+        (with_choice(GOOD | {"form": "cutlass"}), "no implementation 'cutlass'"),
+        (with_choice(GOOD | {"config": GOOD["config"] | {"keys": 48}}), '"keys": 48.*none that triton has for sm_90'),
+        (with_choice(GOOD | {"config": GOOD["config"] | {"speed": 11}}), "none that triton has"),
+        (with_choice({"form": "triton"}), "has config null"),
+    ):
+        write_table(tmp_path, monkeypatch, table)
+        with pytest.raises(UsageError, match=said) as caught:
+            spec.choose(card.tensor)
+        assert "inferix bench kernels --op block_attention --tune, or delete it" in str(caught.value)
+
+
+def test_the_name_of_a_table():
+    path = tuning.table_path("adaln", "NVIDIA H100 80GB HBM3 (PCIe)")
+    assert path.parts[-3:] == ("adaln", "tuned", "nvidia-h100-80gb-hbm3-pcie.json")
+
+
+def defaults(module, capability):
+    """The configs above a kernel, for an architecture."""
+    if hasattr(module, "CONFIG"):
+        return [module.CONFIG]
+    if not isinstance(module.CONFIGS, dict):
+        return [config for _, config in module.CONFIGS]
+    keys = [key for key in module.CONFIGS if capability in (key if isinstance(key, tuple) else (key,))]
+    return [module.CONFIGS[key] for key in keys]
+
+
+def test_every_default_config_is_one_that_may_be_tuned_to():
+    pytest.importorskip("triton", reason="Triton is not installed; pip install triton")
+    for spec in SPECS.values():
+        for form in spec.implementations:
+            for capability in form.architectures if hasattr(form.module(), "compile_cases") else ():
+                tried = tuning.candidates(spec, form.name, capability)
+                for config in defaults(form.module(), capability):
+                    assert config in tried, f"{spec.name}, {form.name}, sm_{capability}: {config}"
+
+
 ATTENTION_MISTAKES = {
-    "head dim of q is 48; expected one of 64, 128": {"q": torch.zeros(1, 4, 2, 48)},
+    "head dim of kv is 64; expected 48": {"q": torch.zeros(1, 4, 2, 48)},
+    "rows of q is 0": {"q": torch.zeros(0, 4, 2, 64)},
+    "scale is -1.0; expected a number above 0": {"scale": -1.0},
     "tokens of q is 0": {"q": torch.zeros(1, 0, 2, 64)},
     "3 heads of q are no multiple of 2": {"q": torch.zeros(1, 4, 3, 64)},
     "dtype of kv is torch.float64": {"kv": torch.zeros(2, 3, 5, 2, 64, dtype=torch.float64)},
@@ -116,9 +238,12 @@ ATTENTION_MISTAKES = {
     "q has strides": {"q": torch.zeros(1, 4, 64, 2).transpose(2, 3)},
     "shape of out is (1, 5, 2, 64)": {"out": torch.zeros(1, 5, 2, 64)},
     "page_table is [1, 0]; expected [1, 1 or more]": {"page_table": torch.zeros(1, 0, dtype=torch.int32)},
-    "row 0 lists page 3; expected 0..2": {"page_table": torch.tensor([[0, 3, 1]], dtype=torch.int32)},
+    "sink_count of row 0 is 4; expected 0..3": {
+        "q_sink": torch.zeros(1, 4, 2, 64), "sink_count": torch.tensor([4], dtype=torch.int32)
+    },
+    "row 0 of page_table lists page 3; expected 0..2": {"page_table": torch.tensor([[0, 3, 1]], dtype=torch.int32)},
     "page_count of row 0 is 0; expected 1..3": {"page_count": torch.zeros(1, dtype=torch.int32)},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("said", ATTENTION_MISTAKES)
@@ -131,3 +256,84 @@ def test_bad_input_of_attention_is_named(said, monkeypatch):
     with pytest.raises(ValueError, match="block_attention: ") as caught:
         block_attention(**good | ATTENTION_MISTAKES[said])
     assert said in str(caught.value)
+
+
+def halves(*shape):
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+GOOD_CALLS = {
+    qk_norm_rope_append: {
+        "qkv": halves(1, 6, 4 * 64), "q_weight": halves(128), "k_weight": halves(64),
+        "time_turns": torch.zeros(1, 1, 12, 2), "row_turns": torch.zeros(2, 10, 2),
+        "column_turns": torch.zeros(3, 10, 2), "kv": halves(2, 4, 6, 1, 64), "pages": numbers([2]), "heads": 2,
+    },
+    adaln: {"x": halves(1, 6, 32), "shift": halves(1, 2, 32), "scale": halves(1, 2, 32)},
+    denoise_step: {
+        "tokens": halves(1, 4, 16), "x": halves(1, 1, 4, 4, 4), "frames": numbers([0]), "key": torch.zeros(1).long(),
+        "coefficients": torch.zeros(2, 3), "patch": (2, 2), "draw": 0,
+    },
+    linear_lowp: {
+        "x": torch.zeros(4, 32).to(torch.int8), "weight": torch.zeros(8, 32).to(torch.int8), "x_scale": torch.ones(4),
+        "weight_scale": torch.ones(8),
+    },
+    kv_pages: {
+        "source": halves(2, 3, 5, 2, 64), "source_pages": numbers(0, 1), "target": halves(2, 4, 5, 2, 64),
+        "target_pages": numbers(3, 1),
+    },
+    rms_silu: {"x": halves(5, 16), "gamma": halves(16)},
+}  # fmt: skip
+MISTAKES = [
+    (qk_norm_rope_append, {"qkv": halves(1, 6, 200)}, "shape of qkv is (1, 6, 200); expected (1, 6, 256)"),
+    (qk_norm_rope_append, {"qkv": halves(0, 6, 256)}, "expected 1 or more of each"),
+    (qk_norm_rope_append, {"q_weight": halves(128).float()}, "dtype of q_weight is torch.float32; expected"),
+    (qk_norm_rope_append, {"kv": halves(2, 4, 5, 1, 64)}, "tokens of a page is 5; expected 6"),
+    (qk_norm_rope_append, {"row_turns": torch.zeros(2, 9, 2)}, "pairs of the three tables together is 31; expected 32"),
+    (qk_norm_rope_append, {"pages": numbers([4])}, "pages lists page 4; expected 0..3"),
+    (qk_norm_rope_append, {"kv": halves(2, 4, 6, 1, 128)[..., ::2]}, "kv has strides"),
+    (adaln, {"x": halves(1, 0, 32)}, "x is [1, 0, 32]; expected 1 or more of each"),
+    (adaln, {"shift": halves(1, 4, 32), "scale": halves(1, 4, 32)}, "6 tokens of x are no multiple of 4 frames"),
+    (adaln, {"scale": None}, "shift and scale are both given"),
+    (adaln, {"gate": halves(1, 2, 32)}, "gate is given without an update"),
+    (adaln, {"normed": halves(1, 6, 32), "row_scale": torch.zeros(1, 6)}, "dtype of normed is torch.bfloat16"),
+    (adaln, {"x": halves(1, 6, 64)[..., ::2]}, "x has strides"),
+    (adaln, {"residual": torch.zeros(1, 6, 32, device="meta").bfloat16()}, "residual is on meta; expected cpu"),
+    (denoise_step, {"patch": (3, 2)}, "height 4 of x is no multiple of the patch's 3"),
+    (denoise_step, {"frames": torch.zeros(1, 1).long()}, "dtype of frames is torch.int64; expected torch.int32"),
+    (denoise_step, {"coefficients": torch.zeros(2, 4)}, "shape of coefficients is (2, 4); expected (2, 3)"),
+    (denoise_step, {"tokens": halves(1, 4, 8)}, "shape of tokens is (1, 4, 8); expected (1, 4, 16)"),
+    (denoise_step, {"x": halves(1, 0, 4, 4, 4)}, "expected 1 or more of each"),
+    (linear_lowp, {"weight": torch.zeros(8, 16).to(torch.int8)}, "inner size of weight is 16; expected 32"),
+    (linear_lowp, {"x": torch.zeros(4, 32)}, "dtype of x is torch.float32; expected one of"),
+    (linear_lowp, {"x_scale": torch.ones(3)}, "shape of x_scale is (3,); expected one of (4,), (1,)"),
+    (linear_lowp, {"x": torch.zeros(0, 32).to(torch.int8)}, "expected 1 or more of each"),
+    (linear_lowp, {"bias": torch.zeros(8)}, "dtype of bias is torch.float32; expected torch.bfloat16"),
+    (kv_pages, {"target": halves(2, 4, 6, 2, 64)}, "page of target (tokens, heads, dim) is (6, 2, 64); expected"),
+    (kv_pages, {"source_scale": torch.ones(2, 3, 2)}, "source_scale is given is True; expected False"),
+    (kv_pages, {"source_pages": numbers(0, 3)}, "source_pages lists page 3; expected 0..2"),
+    (kv_pages, {"target_pages": numbers(2, 2)}, "target_pages lists page 2 2 times; expected once"),
+    (kv_pages, {"source_pages": numbers(), "target_pages": numbers()}, "0 pages; expected 1 or more of each"),
+    (rms_silu, {"gamma": halves(8)}, "shape of gamma is (8,); expected (16,)"),
+    (rms_silu, {"x": halves(0, 16)}, "expected 1 or more of each"),
+    (rms_silu, {"x": halves(16, 5).T}, "x has strides"),
+]
+
+
+@pytest.mark.parametrize(("op", "change", "said"), MISTAKES, ids=[said for _, _, said in MISTAKES])
+def test_bad_input_of_every_op_is_named(op, change, said, monkeypatch):
+    monkeypatch.setenv("INFERIX_DEBUG", "1")
+    op(**GOOD_CALLS[op])
+    with pytest.raises(ValueError, match=f"{op.__name__}: ") as caught:
+        op(**GOOD_CALLS[op] | change)
+    assert said in str(caught.value)
+
+
+def test_pages_are_not_looked_at_unless_asked(monkeypatch):
+    """What INFERIX_DEBUG=1 adds is a wait for the device; without it a wrong page is the caller's."""
+    monkeypatch.delenv("INFERIX_DEBUG", raising=False)
+    good = GOOD_CALLS[kv_pages] | {"target_pages": numbers(2, 2)}
+    kv_pages(**good)

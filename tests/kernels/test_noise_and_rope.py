@@ -42,6 +42,26 @@ def test_normals_are_normal():
     assert max(map(abs, neighbours)) < 5 / count**0.5
 
 
+def test_noise_of_other_blocks_steps_seeds_and_streams_is_independent():
+    """Correlations between any two draws, also of neighbouring seeds and frames, are those of chance."""
+    shape = (16, 24, 24)
+    draws = {
+        "seed 5": frame_noise(5, range(9), 0, shape), "seed 6": frame_noise(6, range(9), 0, shape),
+        "seed 5 + 2^32": frame_noise(5 + (1 << 32), range(9), 0, shape),
+        "step 1": frame_noise(5, range(9), 1, shape), "step 2": frame_noise(5, range(9), 2, shape),
+        "stream 1": frame_noise(5, range(9), 0, shape, stream=1),
+        "next block": frame_noise(5, range(9, 18), 0, shape), "frames shifted": frame_noise(5, range(1, 10), 0, shape),
+    }  # fmt: skip
+    x = torch.stack([noise.flatten().double() for noise in draws.values()])
+    chance = x.shape[1] ** -0.5
+    for power, spread in ((1, 1.0), (2, 2.0)):  # of the values, and of their squares
+        centred = x**power - (1 if power == 2 else 0)
+        correlation = centred @ centred.T / x.shape[1] / spread
+        assert (correlation - torch.eye(len(x))).abs().max() < 6 * chance * 2 ** (power - 1), list(draws)
+    for lag in (1, 2, 3, 4, 24, 24 * 24):
+        assert (x[:, lag:] * x[:, :-lag]).mean(1).abs().max() < 6 * chance
+
+
 def test_extreme_words_give_finite_normals():
     words = torch.tensor([0, 0, 0xFFFFFFFF, 0xFFFFFFFF])
     assert normals(words).isfinite().all()
