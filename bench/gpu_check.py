@@ -29,9 +29,9 @@ from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec, architecture
 from ..runtime.media import write_atomically
 from . import block, compile_gate, kernels, stream
-from .baselines import bound
 from .machine import environment
 from .result import write_result
+from .rivals import bound
 from .subject import Subject
 
 BUDGET = 500  # seconds of one call

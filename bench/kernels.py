@@ -21,9 +21,9 @@ from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
 from ..kernels.spec import Case, KernelSpec, architecture, has_triton
 from ..runtime.media import write_atomically
-from .baselines import Prepare, attention_baselines, bound
 from .machine import environment, measure_ceilings, stopwatch
 from .result import Result, Series
+from .rivals import Prepare, attention_baselines, bound
 
 Tell = Callable[[str], None]
 REPEATS = {"cpu": 7, "cuda": 30}

@@ -21,9 +21,9 @@ from ..errors import UsageError
 from ..kernels.spec import KernelSpec, architecture, sort_of
 from ..kernels.tuning import SCHEMA, candidates, described, table_path
 from ..runtime.media import write_atomically
-from .baselines import Prepare, bound
 from .kernels import Tell, Wanted, copied, mismatch, select, timed
 from .machine import environment
+from .rivals import Prepare, bound
 
 MARGIN = 0.02  # of the default's time that another must win
 Key = tuple[str, str]  # a form and its config

@@ -10,11 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend
 from typer.testing import CliRunner
 
-from inferix.bench import baselines, kernels
-from inferix.bench.baselines import bound
+from inferix.bench import kernels, rivals
 from inferix.bench.compile_gate import SHARED_LIMIT, TABLE, compile_all, not_inspected, problems
 from inferix.bench.kernels import Wanted, copied, forms, mismatch, parse_shape, run, run_case
 from inferix.bench.result import read_result
+from inferix.bench.rivals import bound
 from inferix.bench.tune import keep, tune, tune_here
 from inferix.cli.main import app
 from inferix.errors import UsageError
@@ -141,7 +141,7 @@ def attention_case(name):
 @pytest.mark.parametrize("name", ["runs, grouped heads", "fp8 pages"])
 def test_pages_in_order_are_the_same_case(name):
     spec, inputs, expected = attention_case(name)
-    prepare = baselines.in_order(bound(spec.reference))
+    prepare = rivals.in_order(bound(spec.reference))
     assert mismatch(spec, prepare, inputs, expected, torch.float32) is None
 
 
@@ -149,10 +149,10 @@ def test_other_attentions_get_the_same_tokens(monkeypatch):
     """torch's own as they are; FlexAttention not compiled; the packages by stand-ins, which show the layout only."""
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     spec, inputs, expected = attention_case("runs, grouped heads")  # rows of unequal length
-    assert mismatch(spec, baselines.flex(), inputs, expected, torch.float32) is None
-    assert "sdpa cudnn" not in baselines.attention_baselines(inputs, {"triton": bound(spec.reference)})
+    assert mismatch(spec, rivals.flex(), inputs, expected, torch.float32) is None
+    assert "sdpa cudnn" not in rivals.attention_baselines(inputs, {"triton": bound(spec.reference)})
     spec, inputs, expected = attention_case("one page, one tile")
-    assert mismatch(spec, baselines.sdpa(SDPBackend.MATH), inputs, expected, torch.float32) is None
+    assert mismatch(spec, rivals.sdpa(SDPBackend.MATH), inputs, expected, torch.float32) is None
 
     def flash(q, k, v):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -163,9 +163,9 @@ def test_other_attentions_get_the_same_tokens(monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     packages = {"flash_attn": SimpleNamespace(flash_attn_func=flash), "sageattention": SimpleNamespace(sageattn=sage)}
-    monkeypatch.setattr(baselines, "import_module", packages.__getitem__)
-    monkeypatch.setattr(baselines, "find_spec", packages.get)
-    found = baselines.attention_baselines(inputs, {"triton": bound(spec.reference)})
+    monkeypatch.setattr(rivals, "import_module", packages.__getitem__)
+    monkeypatch.setattr(rivals, "find_spec", packages.get)
+    found = rivals.attention_baselines(inputs, {"triton": bound(spec.reference)})
     assert found.keys() == {
         "flex", "sdpa cudnn", "sdpa flash", "sdpa efficient", "flash-attn", "sageattention"
     }  # fmt: skip
