@@ -34,7 +34,7 @@ class LaunchPlan:
             if buffer.role is not Role.SCRATCH or name in plan.offsets
         }
         self.calls: tuple[Launch, ...] = tuple(self._bound(call) for call in program.calls)
-        self.outputs = tuple(self._view(ref) for ref in program.outputs)
+        self.outputs = {name: self._view(ref) for name, ref in program.outputs.items()}
 
     def run(self) -> None:
         """Launch every call, in order."""

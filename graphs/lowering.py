@@ -7,21 +7,21 @@ taken in its `out=` form, found by its schema.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InferixError
-from .program import Buffer, Call, Form, Program, Ref
-from .types import Role
+from .program import Buffer, Call, Form, Program, Ref, Section
+from .types import PassGraph, Role
 
 aten = torch.ops.aten
 # Ops without an `out=` form that may be called all the same: what they return is copied into its place.
@@ -36,45 +36,57 @@ CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 HOST_READS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def lower(graph: fx.GraphModule, roles: Mapping[str, Role]) -> Program:
-    """The program of a graph whose placeholders have fake values; `roles` says whose each of them is.
+def lower(graphs: Sequence[PassGraph], results: Sequence[str]) -> Program:
+    """One program of graphs that run one after the other; what one hands on is what the next reads by that name.
 
-    Raises InferixError, naming the node, for an op that has no `out=` form and is not in `UNPLANNED`, for sizes
-    that are not fixed, and for ops that read a tensor's values on the host.
+    results: names of values that are left at the end. Raises InferixError, naming the node, for an op that has no
+    `out=` form and is not in `UNPLANNED`, for sizes that are not fixed, and for ops that read values on the host.
     """
-    lowering = _Lowering(graph, roles)
-    recorder = lowering.recorder
+    recorder, sections, held = _Recorder(), [], dict[str, Tensor]()
     with torch.no_grad(), FakeTensorMode(), recorder:
-        returned = lowering.run()
-    outputs = tuple(recorder.ref(tensor) for tensor in tensors(returned))
-    return Program(recorder.buffers, tuple(recorder.calls), outputs)
+        for graph in graphs:
+            first = len(recorder.calls)
+            _Lowering(graph, recorder, held).run()
+            sections.append(Section(graph.name, first, len(recorder.calls)))
+    outputs = {name: recorder.ref(held[name]) for name in results}
+    return Program(recorder.buffers, tuple(recorder.calls), outputs, tuple(sections))
 
 
 class _Lowering(fx.Interpreter):
-    """Runs the graph node by node; the recorder is told which node is running."""
+    """Runs a graph node by node on fake tensors; `held` has those of all values so far, by name."""
 
-    def __init__(self, graph: fx.GraphModule, roles: Mapping[str, Role]) -> None:
-        super().__init__(graph)
-        self.given = {node.target: node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"}
-        self.roles, self.recorder = roles, _Recorder()
+    def __init__(self, graph: PassGraph, recorder: _Recorder, held: dict[str, Tensor]) -> None:
+        super().__init__(fx.GraphModule(torch.nn.Module(), graph.graph))
+        self.pass_graph, self.recorder, self.held = graph, recorder, held
+        self.given = {node.name: node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"}
 
     def run_node(self, n: fx.Node) -> Any:
-        self.recorder.node = n.name
-        if isinstance(n.target, HigherOrderOperator):
-            raise InferixError(f"cannot lower {n.name}: {n.target} branches inside the model; move it out of the model")
+        self.recorder.node = f"{self.pass_graph.name}/{n.name}"
         try:
             return super().run_node(n)
         except HOST_READS as error:
             raise InferixError(
-                f"cannot lower {n.name}: {n.target} reads a tensor's values on the host; keep that out of the model, "
+                f"cannot lower {self.recorder.node}: {n.target} reads a tensor's values on the host; keep that out of the model, "
                 "or use executor eager"
             ) from error
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._bring(target, self.given[target])
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Tensor:
+        value, like = self.pass_graph.inputs[target], self.given[target]
+        if not all(isinstance(size, int) for size in (*like.shape, *like.stride())):
+            raise InferixError(
+                f"cannot lower {self.recorder.node}: sizes {tuple(like.shape)} are not fixed; trace with fixed ones"
+            )
+        if value.name not in self.held:
+            with self.recorder.paused():
+                fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+            self.recorder.define(fake, value.name, value.role)
+            self.held[value.name] = fake
+        held = self.held[value.name]
+        return held if held.stride() == like.stride() else held.contiguous()
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._bring(target, self.fetch_attr(target))
+    def output(self, target: Any, args: Any, kwargs: Any) -> None:
+        outputs = self.pass_graph.outputs
+        self.held |= {value.name: tensor for value, tensor in zip(outputs, tensors(args[0]), strict=True)}
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in CHECKS:
@@ -85,17 +97,6 @@ class _Lowering(fx.Interpreter):
             result = target(*args, **kwargs)
         self.recorder.record(target, args, kwargs, result)
         return result
-
-    def _bring(self, name: str, tensor: Any) -> Any:
-        """A tensor from outside, as a fake one with a storage of its own."""
-        if not isinstance(tensor, Tensor):
-            return tensor
-        if not all(isinstance(size, int) for size in (*tensor.shape, *tensor.stride())):
-            raise InferixError(f"cannot lower {name}: sizes {tuple(tensor.shape)} are not fixed; trace with fixed ones")
-        with self.recorder.paused():
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-        self.recorder.define(fake, name, self.roles.get(name, Role.INPUT))
-        return fake
 
 
 class _Recorder(TorchDispatchMode):

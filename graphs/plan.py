@@ -83,7 +83,7 @@ def lifetimes(program: Program) -> dict[str, tuple[int, int]]:
             if program.buffers[name].role is Role.SCRATCH:
                 found[name] = (found.get(name, (index, index))[0], index)
     end = len(program.calls) - 1
-    for ref in program.outputs:
+    for ref in program.outputs.values():
         if ref.buffer in found:
             found[ref.buffer] = (found[ref.buffer][0], end)
     return found

@@ -6,8 +6,8 @@ uses the result: an op that only writes pages returns nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -99,50 +99,32 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Section:
+    """Calls [first, stop) of a program, which came from one graph."""
+
+    name: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Program:
-    """Buffers by name, calls in order, and what they leave."""
+    """Buffers by name, calls in order, and what they leave, by name."""
 
     buffers: Mapping[str, Buffer]
     calls: tuple[Call, ...]
-    outputs: tuple[Ref, ...]
+    outputs: Mapping[str, Ref]
+    sections: tuple[Section, ...]
 
     def of(self, role: Role) -> tuple[Buffer, ...]:
         return tuple(buffer for buffer in self.buffers.values() if buffer.role is role)
 
-    def renamed(self, names: Mapping[str, str], prefix: str = "") -> Program:
-        """The same with other names of buffers: those of `names`, the rest with `prefix` before them."""
-
-        def name(old: str) -> str:
-            return names.get(old, prefix + old)
-
-        def moved(old: Any) -> Any:
-            if isinstance(old, Ref):
-                return replace(old, buffer=name(old.buffer))
-            return tuple(moved(part) for part in old) if isinstance(old, tuple) else old
-
-        calls = tuple(
-            replace(
-                call, args=moved(call.args), kwargs=moved(call.kwargs), outs=moved(call.outs), node=prefix + call.node
-            )
-            for call in self.calls
-        )
-        buffers = {name(old): replace(buffer, name=name(old)) for old, buffer in self.buffers.items()}
-        return Program(buffers, calls, moved(self.outputs))
-
     def text(self) -> str:
-        """One call a line; those that make torch allocate are marked with a star."""
-        return "\n".join(shown(call) for call in self.calls)
-
-
-def chained(programs: Sequence[Program]) -> Program:
-    """Programs one after the other; buffers of the same name are the same. ValueError where they differ."""
-    buffers: dict[str, Buffer] = {}
-    for program in programs:
-        for name, buffer in program.buffers.items():
-            if buffers.setdefault(name, buffer) != buffer:
-                raise ValueError(f"{name} is {buffer} in one program and {buffers[name]} in another")
-    calls = tuple(call for program in programs for call in program.calls)
-    return Program(buffers, calls, tuple(ref for program in programs for ref in program.outputs))
+        """One call a line under the name of its section; those that make torch allocate are marked with a star."""
+        lines = []
+        for section in self.sections:
+            lines += [f"{section.name}:", *map(shown, self.calls[section.first : section.stop])]
+        return "\n".join(lines)
 
 
 def references(argument: Any) -> Iterator[Ref]:

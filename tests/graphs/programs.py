@@ -13,7 +13,7 @@ from inferix.graphs.launch import LaunchPlan
 from inferix.graphs.lowering import lower
 from inferix.graphs.plan import plan_buffers
 from inferix.graphs.program import Program
-from inferix.graphs.types import Role
+from inferix.graphs.types import PassGraph, Role, Value, When
 
 
 class Wrapped(torch.nn.Module):
@@ -28,8 +28,14 @@ class Wrapped(torch.nn.Module):
 def traced(function: Callable[..., Any], *args: Tensor, state: tuple[int, ...] = ()) -> Program:
     """The program of a function of tensors; arguments numbered in `state` outlive a run."""
     exported = torch.export.export(Wrapped(function), args, strict=False)
-    names = [spec.arg.name for spec in exported.graph_signature.input_specs]
-    return lower(exported.graph_module, {names[index]: Role.STATE for index in state})
+    inputs = {}
+    for index, node in enumerate(exported.graph.find_nodes(op="placeholder")):
+        role = Role.STATE if index in state else Role.INPUT
+        fake = node.meta["val"]
+        inputs[node.name] = Value(node.name, role, tuple(fake.shape), fake.dtype, When.PASS)
+    results = [spec.arg.name for spec in exported.graph_signature.output_specs]
+    outputs = tuple(Value(name, Role.OUTPUT, (), torch.float32, When.PASS) for name in results)
+    return lower([PassGraph("pass", exported.graph, inputs, outputs)], results)
 
 
 def bound(program: Program, *args: Tensor) -> LaunchPlan:
@@ -38,6 +44,11 @@ def bound(program: Program, *args: Tensor) -> LaunchPlan:
     arena = torch.full((plan.size,), 255, dtype=torch.uint8)
     given = [buffer.name for buffer in program.buffers.values() if buffer.role is not Role.SCRATCH]
     return LaunchPlan(program, plan, arena, dict(zip(given, args, strict=True)))
+
+
+def result(launches: LaunchPlan) -> Tensor:
+    """The first output."""
+    return next(iter(launches.outputs.values()))
 
 
 class Watch(TorchDispatchMode):
