@@ -1,0 +1,80 @@
+"""What is launched for one query shape: the flat program of a block or a pass, and those of its constants and prompt.
+
+Made from a `BlockGraph` once, or read from an artefact; it holds no tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .lowering import buffer_name, lower
+from .plan import BufferPlan, plan_buffers
+from .program import Program, Ref
+from .types import BlockGraph, PassGraph, Role, Runs, Value
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A program with the places of its buffers."""
+
+    program: Program
+    plan: BufferPlan
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """body: what runs each time. fold: makes constants from weights, once they are there. prompt: makes what the body
+    reads of a prompt, once per prompt. Either is None where there is nothing to do. literals: constants that are
+    numbers, by the name of their buffer.
+    """
+
+    body: Planned
+    fold: Planned | None
+    prompt: Planned | None
+    literals: Mapping[str, Value]
+
+
+def lower_block(block: BlockGraph, runs: Collection[Runs] = (Runs.BLOCK,)) -> Lowered:
+    """The passes of a block graph that `runs` names, one after the other, on one arena."""
+    passes = [graph for graph in block.passes if graph.runs in runs]
+    graphs = [graph for graph in (block.fold, block.prompt, *passes) if graph is not None]
+    values = [value for graph in graphs for value in graph.inputs.values()]
+    handed = {value.name for graph in passes for value in graph.outputs}
+    return Lowered(
+        body=planned(passes, [name for name in block.results if name in handed]),
+        fold=planned([block.fold]) if block.fold else None,
+        prompt=planned([block.prompt]) if block.prompt else None,
+        literals={buffer_name(value): value for value in values if value.data is not None},
+    )
+
+
+def planned(graphs: Sequence[PassGraph], results: Sequence[str] | None = None) -> Planned:
+    """Graphs lowered and planned; results: all that the last one hands on, unless told."""
+    program = lower(graphs, results if results is not None else [value.name for value in graphs[-1].outputs])
+    return Planned(program, plan_buffers(program))
+
+
+def recipes(program: Program) -> dict[str, str]:
+    """How each output is made, as a digest: outputs of two programs with one recipe hold the same numbers.
+
+    What a buffer holds is told by the calls that wrote it, down to weights and literals by name.
+    """
+    held = {name: "fresh" for name, buffer in program.buffers.items() if buffer.role is Role.SCRATCH}
+
+    def told(argument: Any) -> str:
+        if isinstance(argument, Ref):
+            content = held.get(argument.buffer, argument.buffer)
+            return f"[{content} {argument.dtype} {argument.size} {argument.stride} {argument.offset}]"
+        return f"({','.join(map(told, argument))})" if isinstance(argument, tuple) else repr(argument)
+
+    for call in program.calls:
+        made = f"{call.op.name()}{told(call.args)}{told(call.kwargs)}"
+        held |= {ref.buffer: digest(f"{made}{index}") for index, ref in enumerate(call.writes)}
+    return {name: digest(told(ref)) for name, ref in program.outputs.items()}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,140 @@
+"""Programs on a device: owns the arena, the constants, the static buffers that inputs are copied into, and what was
+captured.
+
+Weights and state come from outside and must stay where they are. A program is bound once for its key; after that
+a run copies what changed and launches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..graphs.capture import CaptureBackend, CaptureFailed, Replay
+from ..graphs.launch import LaunchPlan
+from ..graphs.lowered import Lowered, Planned, recipes
+from ..graphs.types import Role
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Bound:
+    """A program on its tensors. inputs: the static buffers; held: what was last copied into each, and its version."""
+
+    launches: LaunchPlan
+    inputs: dict[str, Tensor]
+    held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    replay: Replay | None = None
+
+    def fill(self, given: Mapping[str, Tensor]) -> None:
+        """Copy inputs into their places; one that is the same tensor, unchanged, is there already."""
+        for name, place in self.inputs.items():
+            tensor = given[name]
+            if name in self.held and self.held[name][0] is tensor and self.held[name][1] == tensor._version:
+                continue
+            if tensor.shape != place.shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}; the program was made for {list(place.shape)}")
+            place.copy_(tensor)
+            self.held[name] = (tensor, tensor._version)
+
+
+@dataclass
+class Loaded:
+    """One `Lowered` on the device."""
+
+    lowered: Lowered
+    body: Bound
+    prompt: Bound | None
+    state: Mapping[str, Tensor]
+
+
+class Launcher:
+    """Binds and runs programs. Without a backend every call is launched by itself; with one, a program is captured at
+    its first run and replayed afterwards.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], device: torch.device, backend: CaptureBackend | None = None
+    ) -> None:
+        self.weights, self.device, self.backend = dict(weights), device, backend
+        self.constants: dict[str, Tensor] = {}  # by recipe
+        self.folds: list[Planned] = []
+        self.arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self.captures = 0
+
+    def load(self, lowered: Lowered, state: Mapping[str, Tensor]) -> Loaded:
+        """Bind a program to weights, constants and `state`."""
+        given = self.weights | state | self.literals(lowered)
+        if lowered.fold is not None:
+            given |= self.folded(lowered.fold, given)
+        body = self.bind(lowered.body, given)
+        prompt = None if lowered.prompt is None else self.bind(lowered.prompt, given)
+        return Loaded(lowered, body, prompt, state)
+
+    def bind(self, planned: Planned, given: Mapping[str, Tensor]) -> Bound:
+        inputs = {
+            buffer.name: torch.zeros(buffer.size, dtype=buffer.dtype, device=self.device)
+            for buffer in planned.program.of(Role.INPUT)
+        }
+        arena = self.room(planned.plan.size)
+        return Bound(LaunchPlan(planned.program, planned.plan, arena, {**given, **inputs}), inputs)
+
+    def room(self, nbytes: int) -> Tensor:
+        """An arena of at least that size. Programs share it, since they run one after the other; a larger one is a
+        new one, and what was bound to the old keeps it.
+        """
+        if self.arena.numel() < nbytes:
+            self.arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self.arena
+
+    def run(self, bound: Bound, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a program leaves, as tensors of their own."""
+        bound.fill(given)
+        if bound.replay is None:
+            bound.replay = bound.launches.run if self.backend is None else self.captured(bound.launches, self.backend)
+        bound.replay()
+        return {name: output.clone() for name, output in bound.launches.outputs.items()}
+
+    def captured(self, launches: LaunchPlan, backend: CaptureBackend) -> Replay:
+        """A recording of the launches; where that cannot be, the launches themselves, with a warning."""
+        unsafe = [call.op.name() for call in launches.program.calls if torch.Tag.cudagraph_unsafe in call.op.tags]
+        try:
+            if unsafe:
+                raise CaptureFailed(f"{unsafe[0]} says that it is not safe in a CUDA graph")
+            replay = backend.capture(launches.run)
+        except CaptureFailed as error:
+            log.warning("captured: %s; these passes run as executor fused instead", error)
+            return launches.run
+        self.captures += 1
+        return replay
+
+    def literals(self, lowered: Lowered) -> dict[str, Tensor]:
+        """Constants that are numbers."""
+        found = {}
+        for name, value in lowered.literals.items():
+            key = f"{name} {value.dtype} {value.shape}"
+            if key not in self.constants:
+                self.constants[key] = value.literal(self.device)
+            found[name] = self.constants[key]
+        return found
+
+    def folded(self, fold: Planned, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of a fold program; one that another program made already is shared."""
+        made = recipes(fold.program)
+        if any(recipe not in self.constants for recipe in made.values()):
+            outputs = self.computed(fold, given)
+            self.constants = {made[name]: tensor for name, tensor in outputs.items()} | self.constants
+            self.folds.append(fold)
+        return {name: self.constants[recipe] for name, recipe in made.items()}
+
+    def computed(self, fold: Planned, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A program run once, on an arena of its own."""
+        arena = torch.empty(fold.plan.size, dtype=torch.uint8, device=self.device)
+        launches = LaunchPlan(fold.program, fold.plan, arena, given)
+        launches.run()
+        return {name: output.clone() for name, output in launches.outputs.items()}
