@@ -27,7 +27,7 @@ class LaunchPlan:
     """
 
     def __init__(self, program: Program, plan: BufferPlan, arena: Tensor, given: Mapping[str, Tensor]) -> None:
-        self.program, self.plan = program, plan
+        self.program, self.plan, self.given = program, plan, given
         self.flat = {
             name: _scratch(plan, name, buffer, arena) if buffer.role is Role.SCRATCH else _given(buffer, given)
             for name, buffer in program.buffers.items()

@@ -1,0 +1,44 @@
+"""A lowered program is the same after a trip through JSON, and runs the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from programs import bound, result, traced
+from torch import Tensor
+
+from inferix.errors import InferixError
+from inferix.graphs.codec import decode_planned, encode_planned
+from inferix.graphs.launch import LaunchPlan
+from inferix.graphs.lowered import Planned
+from inferix.graphs.plan import plan_buffers
+
+
+def function(x: Tensor, y: Tensor) -> Tensor:
+    """Literals of every kind that a call can hold."""
+    kept = torch.cat((x.to(torch.float32), y), -1).to(torch.float64).clamp(min=-0.5)
+    return torch.nn.functional.gelu(kept.mT.contiguous(), approximate="tanh").sum((0, 1), keepdim=True) * float("inf")
+
+
+def test_what_is_read_equals_what_was_written() -> None:
+    x, y = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3)
+    program = traced(function, x, y)
+    planned = Planned(program, plan_buffers(program))
+    text = json.dumps(encode_planned(planned))
+    read = decode_planned(json.loads(text))
+    assert read == planned
+    launches = bound(program, x, y)
+    launches.run()
+    again = LaunchPlan(read.program, read.plan, torch.zeros(read.plan.size, dtype=torch.uint8), launches.given)
+    again.run()
+    assert torch.equal(result(again), result(launches))
+
+
+def test_an_op_that_is_not_here_is_named() -> None:
+    program = traced(lambda x: x + 1, torch.zeros(2))
+    data = encode_planned(Planned(program, plan_buffers(program)))
+    data["calls"][0][0] = "inferix::from_tomorrow"
+    with pytest.raises(InferixError, match=r"op inferix::from_tomorrow of the stored graph is not in this installation"):
+        decode_planned(data)
