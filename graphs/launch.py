@@ -34,11 +34,18 @@ class LaunchPlan:
             if buffer.role is not Role.SCRATCH or name in plan.offsets
         }
         self.calls: tuple[Launch, ...] = tuple(self._bound(call) for call in program.calls)
+        self.at = 0
         self.outputs = {name: self._view(ref) for name, ref in program.outputs.items()}
 
     def run(self) -> None:
         """Launch every call, in order."""
         for call in self.calls:
+            call()
+
+    def run_watched(self) -> None:
+        """The same, keeping in `at` the number of the call that is being launched."""
+        for index, call in enumerate(self.calls):
+            self.at = index
             call()
 
     def _view(self, ref: Ref) -> Tensor:

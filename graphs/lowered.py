@@ -57,12 +57,14 @@ def planned(graphs: Sequence[PassGraph], results: Sequence[str] | None = None) -
     return Planned(program, plan_buffers(program))
 
 
-def recipes(program: Program) -> dict[str, str]:
+def recipes(program: Program, made: Mapping[str, str] | None = None) -> dict[str, str]:
     """How each output is made, as a digest: outputs of two programs with one recipe hold the same numbers.
 
-    What a buffer holds is told by the calls that wrote it, down to weights and literals by name.
+    What a buffer holds is told by the calls that wrote it, down to weights and literals by name; `made` has the
+    recipes of constants.
     """
     held = {name: "fresh" for name, buffer in program.buffers.items() if buffer.role is Role.SCRATCH}
+    held |= made or {}
 
     def told(argument: Any) -> str:
         if isinstance(argument, Ref):

@@ -176,13 +176,7 @@ class Builder:
 
     def one(self, planned: Planned) -> PassGraph:
         """One pass of the plan: the model's trace with the pass's timesteps, then the solver's step."""
-        layout = self.layout(planned)
-        if layout not in self.traced:
-            module = ModelPass(self.model, layout, self.guidance)
-            self.traced[layout] = trace(
-                "the model's pass", module, self.inputs(layout), model="model", device=self.device
-            )
-        model = self.traced[layout]
+        model = self.model_pass(self.layout(planned))
         frames = planned.run.timesteps
         told = {"timesteps": Value.of_literal(frames, (1, len(frames)), torch.float32)}
         step = self.step(planned) if planned.steps else None
@@ -190,6 +184,15 @@ class Builder:
         if step is None:  # passes that are run for what they write: their velocity is nobody's input
             graph = replace(graph, outputs=(replace(graph.outputs[0], name=f"{planned.name}.velocity"),))
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
+
+    def model_pass(self, layout: Layout) -> PassGraph:
+        """The model's pass of a layout, traced once."""
+        if layout not in self.traced:
+            module = ModelPass(self.model, layout, self.guidance)
+            self.traced[layout] = trace(
+                "the model's pass", module, self.inputs(layout), model="model", device=self.device
+            )
+        return self.traced[layout]
 
     def layout(self, planned: Planned) -> Layout:
         policy = self.preset.context

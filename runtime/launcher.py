@@ -45,12 +45,13 @@ class Bound:
 
 @dataclass
 class Loaded:
-    """One `Lowered` on the device."""
+    """One `Lowered` on the device. recipes: how each value that the prompt program hands on is made."""
 
     lowered: Lowered
     body: Bound
     prompt: Bound | None
     state: Mapping[str, Tensor]
+    recipes: Mapping[str, str]
 
 
 class Launcher:
@@ -63,18 +64,22 @@ class Launcher:
     ) -> None:
         self.weights, self.device, self.backend = dict(weights), device, backend
         self.constants: dict[str, Tensor] = {}  # by recipe
-        self.folds: list[Planned] = []
+        self.folds: list[tuple[Planned, Mapping[str, Tensor]]] = []
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
         self.captures = 0
 
     def load(self, lowered: Lowered, state: Mapping[str, Tensor]) -> Loaded:
         """Bind a program to weights, constants and `state`."""
         given = self.weights | state | self.literals(lowered)
+        made: dict[str, str] = {}
         if lowered.fold is not None:
-            given |= self.folded(lowered.fold, given)
-        body = self.bind(lowered.body, given)
-        prompt = None if lowered.prompt is None else self.bind(lowered.prompt, given)
-        return Loaded(lowered, body, prompt, state)
+            made = recipes(lowered.fold.program)
+            given |= self.folded(lowered.fold, made, given)
+        if lowered.prompt is None:
+            return Loaded(lowered, self.bind(lowered.body, given), None, state, {})
+        prompt = self.bind(lowered.prompt, given)
+        prompt.replay = prompt.launches.run  # it runs once a prompt, which is not worth a capture
+        return Loaded(lowered, self.bind(lowered.body, given), prompt, state, recipes(lowered.prompt.program, made))
 
     def bind(self, planned: Planned, given: Mapping[str, Tensor]) -> Bound:
         inputs = {
@@ -102,13 +107,16 @@ class Launcher:
 
     def captured(self, launches: LaunchPlan, backend: CaptureBackend) -> Replay:
         """A recording of the launches; where that cannot be, the launches themselves, with a warning."""
-        unsafe = [call.op.name() for call in launches.program.calls if torch.Tag.cudagraph_unsafe in call.op.tags]
+        calls = launches.program.calls
+        unsafe = [index for index, call in enumerate(calls) if torch.Tag.cudagraph_unsafe in call.op.tags]
         try:
             if unsafe:
-                raise CaptureFailed(f"{unsafe[0]} says that it is not safe in a CUDA graph")
-            replay = backend.capture(launches.run)
+                launches.at = unsafe[0]
+                raise CaptureFailed("it is tagged as unsafe in a CUDA graph")
+            replay = backend.capture(launches.run_watched)
         except CaptureFailed as error:
-            log.warning("captured: %s; these passes run as executor fused instead", error)
+            call = calls[launches.at]
+            log.warning("%s (%s) cannot be captured: %s; running as executor fused", call.op.name(), call.node, error)
             return launches.run
         self.captures += 1
         return replay
@@ -123,14 +131,20 @@ class Launcher:
             found[name] = self.constants[key]
         return found
 
-    def folded(self, fold: Planned, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of a fold program; one that another program made already is shared."""
-        made = recipes(fold.program)
+    def folded(self, fold: Planned, made: Mapping[str, str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of a fold program by name; one that another program has made by the same recipe is shared."""
         if any(recipe not in self.constants for recipe in made.values()):
             outputs = self.computed(fold, given)
             self.constants = {made[name]: tensor for name, tensor in outputs.items()} | self.constants
-            self.folds.append(fold)
+            self.folds.append((fold, given))
         return {name: self.constants[recipe] for name, recipe in made.items()}
+
+    def follow_weights(self) -> None:
+        """Make the constants anew, in place, after weights have changed in place. Nothing is captured again."""
+        for fold, given in self.folds:
+            made = recipes(fold.program)
+            for name, tensor in self.computed(fold, given).items():
+                self.constants[made[name]].copy_(tensor)
 
     def computed(self, fold: Planned, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A program run once, on an arena of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inferix.graphs.launch import LaunchPlan
+from inferix.graphs.lowered import Planned
 from inferix.graphs.lowering import lower
 from inferix.graphs.plan import plan_buffers
 from inferix.graphs.program import Program
@@ -25,17 +26,27 @@ class Wrapped(torch.nn.Module):
         return self.function(*args)
 
 
-def traced(function: Callable[..., Any], *args: Tensor, state: tuple[int, ...] = ()) -> Program:
-    """The program of a function of tensors; arguments numbered in `state` outlive a run."""
+ROLES = {"i": Role.INPUT, "s": Role.STATE, "w": Role.WEIGHT, "c": Role.CONSTANT}
+
+
+def traced(
+    function: Callable[..., Any], *args: Tensor, roles: str = "", names: Mapping[int, str] | None = None
+) -> Program:
+    """The program of a function of tensors; `roles` has a letter for each, `names` other names for some."""
     exported = torch.export.export(Wrapped(function), args, strict=False)
     inputs = {}
     for index, node in enumerate(exported.graph.find_nodes(op="placeholder")):
-        role = Role.STATE if index in state else Role.INPUT
-        fake = node.meta["val"]
-        inputs[node.name] = Value(node.name, role, tuple(fake.shape), fake.dtype, When.PASS)
+        role = ROLES[roles[index]] if roles else Role.INPUT
+        fake, name = node.meta["val"], (names or {}).get(index, node.name)
+        inputs[node.name] = Value(name, role, tuple(fake.shape), fake.dtype, When.PASS)
     results = [spec.arg.name for spec in exported.graph_signature.output_specs]
     outputs = tuple(Value(name, Role.OUTPUT, (), torch.float32, When.PASS) for name in results)
     return lower([PassGraph("pass", exported.graph, inputs, outputs)], results)
+
+
+def planned(function: Callable[..., Any], *args: Tensor, **kwargs: Any) -> Planned:
+    program = traced(function, *args, **kwargs)
+    return Planned(program, plan_buffers(program))
 
 
 def bound(program: Program, *args: Tensor) -> LaunchPlan:

@@ -6,14 +6,12 @@ import json
 
 import pytest
 import torch
-from programs import bound, result, traced
+from programs import bound, planned, result
 from torch import Tensor
 
 from inferix.errors import InferixError
 from inferix.graphs.codec import decode_planned, encode_planned
 from inferix.graphs.launch import LaunchPlan
-from inferix.graphs.lowered import Planned
-from inferix.graphs.plan import plan_buffers
 
 
 def function(x: Tensor, y: Tensor) -> Tensor:
@@ -24,12 +22,10 @@ def function(x: Tensor, y: Tensor) -> Tensor:
 
 def test_what_is_read_equals_what_was_written() -> None:
     x, y = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3)
-    program = traced(function, x, y)
-    planned = Planned(program, plan_buffers(program))
-    text = json.dumps(encode_planned(planned))
-    read = decode_planned(json.loads(text))
-    assert read == planned
-    launches = bound(program, x, y)
+    made = planned(function, x, y)
+    read = decode_planned(json.loads(json.dumps(encode_planned(made))))
+    assert read == made
+    launches = bound(made.program, x, y)
     launches.run()
     again = LaunchPlan(read.program, read.plan, torch.zeros(read.plan.size, dtype=torch.uint8), launches.given)
     again.run()
@@ -37,8 +33,9 @@ def test_what_is_read_equals_what_was_written() -> None:
 
 
 def test_an_op_that_is_not_here_is_named() -> None:
-    program = traced(lambda x: x + 1, torch.zeros(2))
-    data = encode_planned(Planned(program, plan_buffers(program)))
+    data = encode_planned(planned(lambda x: x + 1, torch.zeros(2)))
     data["calls"][0][0] = "inferix::from_tomorrow"
-    with pytest.raises(InferixError, match=r"op inferix::from_tomorrow of the stored graph is not in this installation"):
+    with pytest.raises(
+        InferixError, match=r"op inferix::from_tomorrow of the stored graph is not in this installation"
+    ):
         decode_planned(data)

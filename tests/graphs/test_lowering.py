@@ -45,7 +45,7 @@ ARGS = (draw(1, 3, 8), draw(24, 8, seed=1), draw(24, seed=2), draw(4, 2, 4, seed
 
 
 def test_equal_to_the_function_with_its_writes_and_no_view_left() -> None:
-    program = traced(block, *ARGS, state=(3,))
+    program = traced(block, *ARGS, roles="iiisi")
     args = [arg.clone() for arg in ARGS]
     launches = bound(program, *args)
     launches.run()
@@ -61,7 +61,7 @@ def test_equal_to_the_function_with_its_writes_and_no_view_left() -> None:
 
 
 def test_a_second_run_makes_no_tensor_and_moves_none() -> None:
-    launches = bound(traced(block, *ARGS, state=(3,)), *(arg.clone() for arg in ARGS))
+    launches = bound(traced(block, *ARGS, roles="iiisi"), *(arg.clone() for arg in ARGS))
     launches.run()
     first, places = result(launches).clone(), [out.data_ptr() for out in launches.outputs.values()]
     with Watch(list(launches.flat.values())) as watch:

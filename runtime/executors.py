@@ -1,0 +1,183 @@
+"""How passes run: `eager` calls the model, `fused` launches its lowered graph, `captured` replays that as a CUDA graph.
+
+The engine asks an executor for a pass, or for a whole block at once, and knows nothing of graphs. All three mean
+the same; `eager` is what the others are held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, nearest
+from ..graphs.capture import CaptureBackend, CudaGraphs
+from ..graphs.lowered import Lowered, lower_block
+from ..graphs.paged_attention import PagedAttention
+from ..models.wan.transformer import KeyValues, TextContext, WanTransformer
+from .launcher import Launcher, Loaded
+from .presets import Preset
+from .query_graphs import Query, QueryGraphs, tables
+
+EXECUTORS = ("eager", "fused", "captured")
+
+
+@dataclass
+class Conditioning:
+    """A prompt as graphs read it: rows [1, text_len, text_dim], and what prompt graphs made of them, by recipe."""
+
+    rows: Tensor
+    made: dict[str, Tensor] = field(default_factory=dict)
+
+
+Text = TextContext | Conditioning
+
+
+class Executor(Protocol):
+    """What the engine asks. whole_blocks: whether `block` can be asked."""
+
+    name: str
+    whole_blocks: bool
+
+    def condition(self, rows: Tensor) -> Text:
+        """What passes read of a prompt, from the text encoder's rows [text_len, text_dim]."""
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+    ) -> Tensor:
+        """One pass of the network: the arguments and result of the model's own forward, one session."""
+
+    def block(
+        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+    ) -> Tensor:
+        """A block from noise [F, C, H, W] to clean latents, its keys and values left in its pages.
+
+        Noise between steps is that of `PhiloxNoise(seed)` for the absolute `frames`.
+        """
+
+
+class EagerExecutor:
+    """The model as it is, pass by pass."""
+
+    name, whole_blocks = "eager", False
+
+    def __init__(self, model: WanTransformer) -> None:
+        self.model = model
+
+    def condition(self, rows: Tensor) -> TextContext:
+        return self.model.embed_text(rows[None])
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+    ) -> Tensor:
+        assert isinstance(text, TextContext)
+        velocity: Tensor = self.model(latents, timesteps, text, attention, actions)
+        return velocity
+
+    def block(
+        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+    ) -> Tensor:
+        raise AssertionError("eager runs pass by pass")
+
+
+class GraphExecutor:
+    """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by query."""
+
+    def __init__(
+        self,
+        name: str,
+        model: WanTransformer,
+        preset: Preset,
+        precision: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: CaptureBackend | None = None,
+    ) -> None:
+        self.name, self.model, self.preset = name, model, preset
+        self.graph_of = QueryGraphs(model.spec, preset, precision, dtype, str(device))
+        self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
+        self.launcher = Launcher(dict(model.named_parameters()), device, backend)
+        self.loaded: dict[Query, Loaded] = {}
+        self.traces = 0
+
+    def condition(self, rows: Tensor) -> Conditioning:
+        return Conditioning(rows[None])
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+    ) -> Tensor:
+        given = {"latents": latents, "timesteps": timesteps}
+        return self.run(Query.of(latents, paged(attention), whole=False), given, text, attention, actions)["velocity"]
+
+    def block(
+        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+    ) -> Tensor:
+        given = {
+            "latents": latents[None],
+            "frames": torch.tensor([list(frames)], dtype=torch.int32),
+            "noise_key": torch.tensor([signed(seed)]),
+        }
+        return self.run(Query.of(latents, paged(attention), whole=True), given, text, attention, actions)["latents"][0]
+
+    def run(
+        self, query: Query, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
+    ) -> dict[str, Tensor]:
+        assert isinstance(text, Conditioning) and isinstance(attention, PagedAttention)
+        loaded = self.load(query, attention)
+        inputs = {**given, **tables(query, attention), **self.told(loaded, text)}
+        if actions is not None:
+            inputs["block.actions"] = actions
+        return self.launcher.run(loaded.body, inputs)
+
+    def told(self, loaded: Loaded, text: Conditioning) -> dict[str, Tensor]:
+        """What the graph reads of a prompt, made by the prompt graph where nobody made it for this prompt yet."""
+        if loaded.prompt is None:
+            return {"text": text.rows}
+        if any(recipe not in text.made for recipe in loaded.recipes.values()):
+            made = self.launcher.run(loaded.prompt, {"text": text.rows})
+            text.made |= {loaded.recipes[name]: tensor for name, tensor in made.items()}
+        return {name: text.made[recipe] for name, recipe in loaded.recipes.items()}
+
+    def load(self, query: Query, attention: PagedAttention) -> Loaded:
+        """The query's program, bound to the pages; bound anew if the pages have moved."""
+        state = {f"kv.{layer}": kv for layer, kv in enumerate(attention.kv)}
+        found = self.loaded.get(query)
+        if found is None:
+            found = self.loaded[query] = self.launcher.load(self.lowered(query), state)
+        elif any(found.state[name] is not kv for name, kv in state.items()):
+            found = self.loaded[query] = self.launcher.load(found.lowered, state)
+        return found
+
+    def lowered(self, query: Query) -> Lowered:
+        """The query's program, traced from a model of the same shape without memory."""
+        self.traces += 1
+        return lower_block(self.graph_of(query))
+
+
+def paged(attention: KeyValues) -> PagedAttention:
+    if not isinstance(attention, PagedAttention):
+        raise UsageError(f"graphs read pages, and {type(attention).__name__} has none; use executor eager")
+    return attention
+
+
+def signed(seed: int) -> int:
+    """A seed of 64 bits as the signed number of the same bits."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def make_executor(
+    name: str, model: WanTransformer, preset: Preset, precision: str, dtype: torch.dtype, device: torch.device
+) -> Executor:
+    """The executor of that name; UsageError for an unknown one, and for `captured` without a GPU."""
+    if name not in EXECUTORS:
+        raise UsageError(f"executor is {name!r}{nearest(name, EXECUTORS)}; expected {', '.join(EXECUTORS)}")
+    if name == "eager":
+        return EagerExecutor(model)
+    if name == "fused":
+        return GraphExecutor(name, model, preset, precision, dtype, device)
+    if device.type != "cuda":
+        raise UsageError(f"executor captured needs a GPU, and the device is {device}; use fused")
+    return GraphExecutor(name, model, preset, precision, dtype, device, CudaGraphs(device))

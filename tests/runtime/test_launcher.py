@@ -1,0 +1,116 @@
+"""Programs on a device: inputs copied once, constants shared and made anew in place, captures counted on a fake."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from programs import planned
+from recording import FakeGraphs
+from torch import Tensor
+
+from inferix.graphs.lowered import Lowered
+from inferix.runtime.launcher import Launcher
+
+CPU = torch.device("cpu")
+X = torch.arange(4.0).reshape(2, 2)
+
+
+def lowered(function, *args: Tensor, roles: str = "") -> Lowered:
+    return Lowered(planned(function, *args, roles=roles), None, None, {})
+
+
+def folding(function, weight: Tensor) -> Lowered:
+    """x + c, where c is made from a weight by `function`."""
+    fold = planned(function, weight, roles="w")
+    (name,) = fold.program.outputs
+    body = planned(lambda x, c: x + c, X, X.clone(), roles="ic", names={1: name})
+    return Lowered(body, fold, None, {})
+
+
+@torch.library.custom_op("inferix_test::unsafe", mutates_args=("x",), tags=(torch.Tag.cudagraph_unsafe,))
+def unsafe(x: Tensor) -> None:
+    if x.sum() > 0:
+        x.neg_()
+
+
+unsafe.register_fake(lambda x: None)
+
+
+def test_an_input_is_copied_when_it_changes_and_a_result_is_the_callers() -> None:
+    launcher = Launcher({}, CPU)
+    loaded = launcher.load(lowered(lambda x, y: x @ y, X, X.clone()), {})
+    name, other = loaded.body.inputs
+    x, y = X.clone(), X + 1
+    (first,) = launcher.run(loaded.body, {name: x, other: y}).values()
+    assert torch.equal(first, x @ y)
+    loaded.body.inputs[name].zero_()  # what is there is trusted while the tensor is the same
+    (second,) = launcher.run(loaded.body, {name: x, other: y}).values()
+    assert torch.equal(second, torch.zeros(2, 2))
+    assert torch.equal(first, x @ y)
+    x.add_(0)
+    (third,) = launcher.run(loaded.body, {name: x, other: y}).values()
+    assert torch.equal(third, x @ y)
+    with pytest.raises(ValueError, match=r"is \[3, 2\]; the program was made for \[2, 2\]"):
+        launcher.run(loaded.body, {name: torch.zeros(3, 2), other: y})
+
+
+def test_constants_of_one_recipe_are_shared_and_follow_the_weights_in_place() -> None:
+    weight = X.clone()
+    names = {"args_0": weight}
+    launcher = Launcher(names, CPU)
+    first, same = (launcher.load(folding(lambda w: w * 2, weight), {}) for _ in range(2))
+    other = launcher.load(folding(lambda w: w * 3, weight), {})
+    assert len(launcher.constants) == 2
+
+    def results() -> list[Tensor]:
+        return [
+            next(iter(launcher.run(it.body, dict.fromkeys(it.body.inputs, X)).values())) for it in (first, same, other)
+        ]
+
+    assert torch.equal(torch.stack(results()), torch.stack((X + 2 * X, X + 2 * X, X + 3 * X)))
+    places = [constant.data_ptr() for constant in launcher.constants.values()]
+    weight.add_(1)
+    launcher.follow_weights()
+    assert torch.equal(torch.stack(results()), X + torch.stack((2 * weight, 2 * weight, 3 * weight)))
+    assert [constant.data_ptr() for constant in launcher.constants.values()] == places
+
+
+def test_one_capture_serves_every_run() -> None:
+    backend = FakeGraphs()
+    launcher = Launcher({}, CPU, backend)
+    loaded = launcher.load(lowered(lambda x: x * 2, X), {})
+    for shift in range(5):
+        (found,) = launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X + shift)).values()
+        assert torch.equal(found, (X + shift) * 2)
+    assert (backend.captures, backend.replays, launcher.captures) == (1, 5, 1)
+
+
+def test_what_cannot_be_captured_is_launched_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    def run(x: Tensor) -> Tensor:
+        kept = x * 1
+        unsafe(kept)
+        return kept + 1
+
+    for launched, backend, said in (
+        (
+            run,
+            FakeGraphs(),
+            "inferix_test::unsafe (pass/unsafe) cannot be captured: it is tagged as unsafe in a CUDA graph",
+        ),
+        (
+            lambda x: 1 - x,
+            FakeGraphs("operation not permitted"),
+            "aten::rsub.Scalar_out (pass/rsub) cannot be captured: operation not permitted",
+        ),
+    ):
+        caplog.clear()
+        launcher = Launcher({}, CPU, backend)
+        loaded = launcher.load(lowered(launched, X), {})
+        with caplog.at_level(logging.WARNING):
+            results = [launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X)) for _ in range(3)]
+        assert torch.equal(next(iter(results[-1].values())), 1 - X)
+        told = [record.getMessage() for record in caplog.records if record.name == "inferix.runtime.launcher"]
+        assert told == [f"{said}; running as executor fused"]
+        assert backend.captures == 0
