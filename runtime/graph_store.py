@@ -1,0 +1,137 @@
+"""Lowered graphs kept in a folder, so that a second start traces nothing: one file per query, and what they are for.
+
+A folder is for one model, preset, precision, card and set of versions; a difference in any is one clear error. Files
+are written under a temporary name and renamed. On a GPU the kernels that Triton compiled lie beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InferixError, UsageError
+from ..graphs.codec import decode_lowered, encode_lowered
+from ..graphs.lowered import Lowered, digest
+from ..models.wan.spec import ModelSpec
+from ..version import __version__
+from .presets import Preset
+from .query_graphs import Query
+
+FORMAT = 1
+IDENTITY = "identity.json"
+KERNELS = "triton"
+
+
+def identity(spec: ModelSpec, preset: Preset, precision: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a stored graph is for, as plain values."""
+    found = {
+        "format": FORMAT,
+        "inferix": __version__,
+        "torch": torch.__version__,
+        "triton": installed("triton") if device.type == "cuda" else None,
+        "card": card(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "precision": precision,
+        "model": asdict(spec),
+        "preset": asdict(preset),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def card(device: torch.device) -> str:
+    """The device that graphs and kernels are for: a GPU by name and capability, else the processor's kind."""
+    if device.type != "cuda":
+        return f"{device.type} {platform.machine()}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class GraphStore:
+    """The graphs in `folder`; made by `open`."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path, wanted: dict[str, Any], create: bool) -> GraphStore:
+        """The store of a folder; with `create`, one that is made where there is none.
+
+        Raises UsageError for a folder that holds no graphs, and InferixError for graphs of something else.
+        """
+        path = folder / IDENTITY
+        if not path.exists():
+            if not create:
+                raise UsageError(f"{folder} holds no graphs; make some with inferix graph --save {folder}")
+            folder.mkdir(parents=True, exist_ok=True)
+            write(path, wanted)
+        found = read(path)
+        if differing := difference(found, wanted):
+            what, stored, here = differing
+            raise InferixError(
+                f"the graphs in {folder} are for {what} {stored!r}, and this is {here!r}; give another folder, or make "
+                f"them anew with inferix graph --save"
+            )
+        return cls(folder)
+
+    @property
+    def kernels(self) -> Path:
+        """Where Triton keeps what it compiles."""
+        return self.folder / KERNELS
+
+    def find(self, query: Query) -> Lowered | None:
+        """The stored program of a query; InferixError for a file that cannot be read."""
+        path = self.path(query)
+        return decode_lowered(read(path)["lowered"]) if path.exists() else None
+
+    def keep(self, query: Query, lowered: Lowered) -> None:
+        write(self.path(query), {"query": asdict(query), "lowered": encode_lowered(lowered)})
+
+    def path(self, query: Query) -> Path:
+        kind = "block" if query.whole else "pass"
+        return self.folder / f"{kind}-{digest(repr(query))[:16]}.json"
+
+
+def difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first entry that differs: its name and both values."""
+    for key in sorted({*found, *wanted}, key=lambda key: (key != "format", key)):
+        here, there = found.get(key), wanted.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            if inner := difference(here, there, f"{prefix}{key}."):
+                return inner
+        elif here != there:
+            return prefix + key, here, there
+    return None
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InferixError(f"cannot read {path}: {error}; delete it, and it is made anew") from error
+    return found
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """A JSON file, all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(data), "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InferixError(f"cannot write {path}: {error}") from error
