@@ -13,6 +13,7 @@ from ..models.wan.checkpoint import FORMATS
 from ..models.wan.transformer import PRECISIONS
 from .paged_store import KV_DTYPES
 
+EXECUTORS = ("eager", "fused", "captured")
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -32,7 +33,7 @@ class EngineConfig:
     lora: adapter file or folder, merged into the weights `lora_scale` times. kv_memory: bytes for keys and values,
     shared by all sessions; None is what one session needs, and more when there is need of more. kv_dtype: in which
     they are kept, a name of `KV_DTYPES`; None is the model's own. kv_offload: those of a paused session go to host
-    memory, and others may have their room until it is resumed.
+    memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
     """
 
     model: str
@@ -50,9 +51,11 @@ class EngineConfig:
     kv_memory: int | None = None
     kv_dtype: str | None = None
     kv_offload: bool = False
+    executor: str = "eager"
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("executor", self.executor, EXECUTORS)
         check_choice("precision", self.precision, PRECISIONS)
         if self.kv_dtype is not None:
             check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
@@ -73,6 +76,13 @@ class EngineConfig:
                     f"kv_dtype is 'fp8', but {self.device} has compute capability {major}.{minor}, and FP8 needs "
                     f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; use int8"
                 )
+        if self.executor == "captured" and not self.device.startswith("cuda"):
+            raise UsageError(f"executor captured needs a GPU, and device is {self.device!r}; use fused")
+        if self.executor != "eager" and self.kv_dtype not in (None, self.dtype):
+            raise UsageError(
+                f"executor {self.executor} has no graphs for pages in {self.kv_dtype} under dtype {self.dtype}; use "
+                "executor eager, or leave kv_dtype out"
+            )
 
 
 def check_choice(key: str, value: str, known: Collection[str]) -> None:
@@ -90,6 +100,11 @@ def check_device(name: str) -> None:
         raise UsageError(f"device is {name!r}, but torch {torch.__version__} finds no GPU; use cpu, or see doctor")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+
+
+def default_executor(device: str, kv_dtype: str | None) -> str:
+    """captured on a GPU, unless pages are kept in a dtype of their own; elsewhere eager."""
+    return "captured" if device.startswith("cuda") and kv_dtype is None else "eager"
 
 
 def default_device() -> str:

@@ -28,7 +28,8 @@ from ..models.wan.taehv import TinyDecoder
 from ..models.wan.vae_checkpoint import Decoder
 from .actions import ActionTrack, check_action
 from .budget import parse_bytes
-from .config import DTYPES, EngineConfig, default_device, default_dtype
+from .config import DTYPES, EngineConfig, default_device, default_dtype, default_executor
+from .executors import make_executor
 from .host import Host
 from .kv_memory import KVMemory
 from .loading import SHIPPED, Components, load_components, random_components, shipped
@@ -58,6 +59,9 @@ class Engine:
         self.spec = parts.transformer.spec
         self.device = torch.device(config.device)
         self.dtype = DTYPES[config.dtype]
+        self.executor = make_executor(
+            config.executor, parts.transformer, preset, config.precision, self.dtype, self.device
+        )
         kept = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else self.dtype
         self.memory = KVMemory(self.spec, preset, (self.dtype, kept), self.device, config.kv_memory)
         self.host = Host(self, limits)
@@ -90,9 +94,9 @@ class Engine:
             self.follow_prompt(session)
             self.rebuild_context(session)
         with session.record.span("denoise"):
-            block = self.denoise(session)
+            block = self.whole_block(session) if self.launches_whole(session) else self.denoise(session)
         with session.record.span("commit"):
-            if self.preset.context.commit:
+            if self.preset.context.commit and not block.committed:
                 self.commit(session, block.span, block.latents)
         self.host.finish(session, block.latents)
 
@@ -126,6 +130,27 @@ class Engine:
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and histograms since the engine was loaded, as plain data."""
         return self.host.metrics.as_dict(self.host.gauges())
+
+    def launches_whole(self, session: Session) -> bool:
+        """Whether the next block can be one launch: its noise is a function of the seed, and no frame is held."""
+        held = session.clamped is not None and session.timeline.next_frame == 0
+        plain = isinstance(session.noise, PhiloxNoise) and session.sampler.strength == 1
+        return self.executor.whole_blocks and plain and not held
+
+    def whole_block(self, session: Session) -> InFlight:
+        """All steps and the commit of a block that is alone in flight, in one launch."""
+        block, (branch,) = self.admit(session), session.branches
+        assert isinstance(session.noise, PhiloxNoise)
+        frames, seed = block.span.frames, session.noise.seed
+        run = session.timeline.joint_pass([(frames, session.sampler.timesteps[0])], frozenset())
+        self.hold(session, run)
+        bound, actions = branch.cache.bind(run), self.actions_of(session, run)
+        with session.record.one_pass():
+            block.latents = self.executor.block(block.latents, branch.text, bound, frames, seed, actions)
+        branch.cache.settle()
+        self.check_finite(block)
+        block.committed = self.preset.context.commit
+        return block
 
     def denoise(self, session: Session) -> InFlight:
         """Passes over the blocks in flight until the first of them is clean; one more joins at each pass."""
@@ -164,6 +189,9 @@ class Engine:
         )
         block.step += 1
         self.clamp(session, block)
+        self.check_finite(block)
+
+    def check_finite(self, block: InFlight) -> None:
         if not torch.isfinite(block.latents).all():
             raise InferixError(f"block {block.span.index} is not finite; try dtype float32 or another checkpoint")
 
@@ -197,14 +225,17 @@ class Engine:
     def forward(self, session: Session, branch: Branch, run: Pass, latents: Tensor) -> Tensor:
         """The network's velocity for one conditioning."""
         timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.device)
-        actions = None
-        if self.spec.action_dim is not None:
-            told = torch.tensor([[session.actions.of(frame) for frame in run.frames]], device=self.device)
-            actions = F.one_hot(told, self.spec.action_dim).to(self.dtype)
-        bound = branch.cache.bind(run)
-        velocity: Tensor = self.parts.transformer(latents[None], timesteps, branch.text, bound, actions)[0]
+        bound, actions = branch.cache.bind(run), self.actions_of(session, run)
+        velocity = self.executor.forward(latents[None], timesteps, branch.text, bound, actions)[0]
         branch.cache.settle()
         return velocity
+
+    def actions_of(self, session: Session, run: Pass) -> Tensor | None:
+        """What each frame of a pass is told to do, [1, F, action_dim]; None for a model that follows text alone."""
+        if self.spec.action_dim is None:
+            return None
+        told = torch.tensor([[session.actions.of(frame) for frame in run.frames]], device=self.device)
+        return F.one_hot(told, self.spec.action_dim).to(self.dtype)
 
     def draw(self, session: Session, span: Span, draw: int) -> Tensor:
         shape = (self.spec.out_channels, *self.spec.latent_size(session.size))
@@ -259,7 +290,7 @@ class Engine:
             return
         change.left -= 1
         session.rows = torch.lerp(change.old, change.new, 1 - change.left / change.blocks)
-        session.branches[0].text = self.parts.transformer.embed_text(session.rows[None])
+        session.branches[0].text = self.executor.condition(session.rows)
         if change.left == 0:
             session.change = None
         if policy.prompt_switch == "recache":
@@ -338,7 +369,7 @@ class Engine:
 
     def new_branch(self, rows: Tensor, size: tuple[int, int]) -> Branch:
         """One conditioning without a past, from the text encoder's rows."""
-        return Branch(self.parts.transformer.embed_text(rows[None]), self.memory.new_cache(size))
+        return Branch(self.executor.condition(rows), self.memory.new_cache(size))
 
     def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
         """The text encoder's rows [text_len, text_dim] of a prompt, or those given."""
@@ -462,6 +493,7 @@ def load(
     kv_memory: int | str | None = None,
     kv_dtype: str | None = None,
     kv_offload: bool = False,
+    executor: str | None = None,
     limits: Limits = Limits(),  # noqa: B008
     **overrides: Any,
 ) -> Engine:
@@ -488,6 +520,7 @@ def load(
         kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
         kv_dtype=kv_dtype,
         kv_offload=kv_offload,
+        executor=executor or default_executor(device, kv_dtype),
     )
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..models.wan.transformer import TextContext
+from .executors import Text
 from .paged_cache import PagedCache
 from .sampler import Solver
 from .timeline import Span
@@ -16,18 +16,19 @@ from .timeline import Span
 class Branch:
     """One conditioning with the cache of its own past; guidance has two."""
 
-    text: TextContext
+    text: Text
     cache: PagedCache
 
 
 @dataclass
 class InFlight:
-    """A block on its way: latents at the level of `step`."""
+    """A block on its way: latents at the level of `step`; committed once its clean keys and values are kept."""
 
     span: Span
     latents: Tensor
     solver: Solver
     step: int = 0
+    committed: bool = False
 
 
 @dataclass
