@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,8 +21,20 @@ class CaptureFailed(InferixError):
     """A launch sequence that the device cannot record."""
 
 
+class Event(Protocol):
+    """A point in a stream whose time can be read; torch's own events are such."""
+
+    def record(self) -> object: ...
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds to a later event, once both have happened."""
+
+
 class CaptureBackend(Protocol):
     """Something that records launches."""
+
+    def event(self) -> Event:
+        """An event that, recorded among the launches, is recorded again by each replay."""
 
     def capture(self, launch: Callable[[], None]) -> Replay:
         """Record what `launch` puts on the device; the result replays it, on the same tensors.
@@ -38,6 +50,9 @@ class CudaGraphs:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True, external=True)
 
     def capture(self, launch: Callable[[], None]) -> Replay:
         """Warm up on a side stream, so that nothing is compiled or first allocated while recording; then record."""

@@ -34,21 +34,21 @@ class LaunchPlan:
             if buffer.role is not Role.SCRATCH or name in plan.offsets
         }
         self.calls: tuple[Launch, ...] = tuple(self._bound(call) for call in program.calls)
-        self.at = 0
-        self.outputs = {name: self._view(ref) for name, ref in program.outputs.items()}
+        self.outputs = {name: self.view(ref) for name, ref in program.outputs.items()}
 
     def run(self) -> None:
         """Launch every call, in order."""
         for call in self.calls:
             call()
 
-    def run_watched(self) -> None:
-        """The same, keeping in `at` the number of the call that is being launched."""
+    def run_with(self, before: Callable[[int], object]) -> None:
+        """The same, with `before(index)` ahead of each call, and once more after the last."""
         for index, call in enumerate(self.calls):
-            self.at = index
+            before(index)
             call()
+        before(len(self.calls))
 
-    def _view(self, ref: Ref) -> Tensor:
+    def view(self, ref: Ref) -> Tensor:
         flat = self.flat[ref.buffer]
         return flat.view(ref.dtype).as_strided(ref.size, ref.stride, _offset(flat, ref))
 
@@ -63,7 +63,7 @@ class LaunchPlan:
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Ref):
-            return self._view(value)
+            return self.view(value)
         return tuple(map(self._argument, value)) if isinstance(value, tuple) else value
 
 

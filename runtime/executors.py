@@ -22,12 +22,16 @@ from .launcher import Launcher, Loaded
 from .presets import Preset
 from .query_graphs import Query, QueryGraphs, tables
 
+
 @dataclass
 class Conditioning:
-    """A prompt as graphs read it: rows [1, text_len, text_dim], and what prompt graphs made of them, by recipe."""
+    """A prompt as graphs read it: rows [1, text_len, text_dim], and what prompt graphs made of them, by recipe, with
+    the weights of one generation.
+    """
 
     rows: Tensor
     made: dict[str, Tensor] = field(default_factory=dict)
+    generation: int = 0
 
 
 Text = TextContext | Conditioning
@@ -98,7 +102,7 @@ class GraphExecutor:
         self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.loaded: dict[Query, Loaded] = {}
-        self.traces = 0
+        self.traces = self.prompts = 0  # graphs traced, and runs of a prompt graph
 
     def condition(self, rows: Tensor) -> Conditioning:
         return Conditioning(rows[None])
@@ -119,6 +123,10 @@ class GraphExecutor:
         }
         return self.run(Query.of(latents, paged(attention), whole=True), given, text, attention, actions)["latents"][0]
 
+    def follow_weights(self) -> None:
+        """Go on with weights that were changed in place, such as by an adapter: nothing is captured again."""
+        self.launcher.follow_weights()
+
     def run(
         self, query: Query, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
     ) -> dict[str, Tensor]:
@@ -133,7 +141,10 @@ class GraphExecutor:
         """What the graph reads of a prompt, made by the prompt graph where nobody made it for this prompt yet."""
         if loaded.prompt is None:
             return {"text": text.rows}
+        if text.generation != self.launcher.generation:
+            text.made, text.generation = {}, self.launcher.generation
         if any(recipe not in text.made for recipe in loaded.recipes.values()):
+            self.prompts += 1
             made = self.launcher.run(loaded.prompt, {"text": text.rows})
             text.made |= {loaded.recipes[name]: tensor for name, tensor in made.items()}
         return {name: text.made[recipe] for name, recipe in loaded.recipes.items()}

@@ -1,13 +1,12 @@
 """Lowered graphs kept in a folder, so that a second start traces nothing: one file per query, and what they are for.
 
 A folder is for one model, preset, precision, card and set of versions; a difference in any is one clear error. Files
-are written under a temporary name and renamed. On a GPU the kernels that Triton compiled lie beside them.
+are whole or not there. On a GPU the kernels that Triton compiled lie beside them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,7 @@ from ..graphs.codec import decode_lowered, encode_lowered
 from ..graphs.lowered import Lowered, digest
 from ..models.wan.spec import ModelSpec
 from ..version import __version__
+from .media import write_atomically
 from .presets import Preset
 from .query_graphs import Query
 
@@ -29,7 +29,9 @@ IDENTITY = "identity.json"
 KERNELS = "triton"
 
 
-def identity(spec: ModelSpec, preset: Preset, precision: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def identity(
+    spec: ModelSpec, preset: Preset, precision: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """What a stored graph is for, as plain values."""
     found = {
         "format": FORMAT,
@@ -127,11 +129,4 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, data: dict[str, Any]) -> None:
-    """A JSON file, all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(data), "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InferixError(f"cannot write {path}: {error}") from error
+    write_atomically(path, lambda part: part.write_text(json.dumps(data), "utf-8"))

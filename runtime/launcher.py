@@ -8,16 +8,17 @@ a run copies what changed and launches.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..graphs.capture import CaptureBackend, CaptureFailed, Replay
+from ..graphs.capture import CaptureBackend, CaptureFailed, Event, Replay
 from ..graphs.launch import LaunchPlan
 from ..graphs.lowered import Lowered, Planned, recipes
 from ..graphs.types import Role
+from .profile import Profile
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Bound:
     inputs: dict[str, Tensor]
     held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     replay: Replay | None = None
+    events: Sequence[Event] | None = None  # of a captured program that is profiled: before each pass, and at its end
 
     def fill(self, given: Mapping[str, Tensor]) -> None:
         """Copy inputs into their places; one that is the same tensor, unchanged, is there already."""
@@ -66,7 +68,9 @@ class Launcher:
         self.constants: dict[str, Tensor] = {}  # by recipe
         self.folds: list[tuple[Planned, Mapping[str, Tensor]]] = []
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self.profile: Profile | None = None
         self.captures = 0
+        self.generation = 0  # of the weights
 
     def load(self, lowered: Lowered, state: Mapping[str, Tensor]) -> Loaded:
         """Bind a program to weights, constants and `state`."""
@@ -101,24 +105,40 @@ class Launcher:
         """What a program leaves, as tensors of their own."""
         bound.fill(given)
         if bound.replay is None:
-            bound.replay = bound.launches.run if self.backend is None else self.captured(bound.launches, self.backend)
-        bound.replay()
+            bound.replay = bound.launches.run if self.backend is None else self.captured(bound, self.backend)
+        if self.profile is None:
+            bound.replay()
+        else:
+            self.profile.launch(bound.launches, bound.replay, bound.events)
         return {name: output.clone() for name, output in bound.launches.outputs.items()}
 
-    def captured(self, launches: LaunchPlan, backend: CaptureBackend) -> Replay:
+    def captured(self, bound: Bound, backend: CaptureBackend) -> Replay:
         """A recording of the launches; where that cannot be, the launches themselves, with a warning."""
-        calls = launches.program.calls
-        unsafe = [index for index, call in enumerate(calls) if torch.Tag.cudagraph_unsafe in call.op.tags]
+        launches, calls = bound.launches, bound.launches.program.calls
+        marks = [*(section.first for section in launches.program.sections), len(calls)]
+        events = {index: backend.event() for index in marks} if self.profile is not None else {}
+        at = 0
+
+        def before(index: int) -> None:
+            nonlocal at
+            at = index
+            if index in events:
+                events[index].record()
+
         try:
-            if unsafe:
-                launches.at = unsafe[0]
-                raise CaptureFailed("it is tagged as unsafe in a CUDA graph")
-            replay = backend.capture(launches.run_watched)
+            for index, call in enumerate(calls):
+                if torch.Tag.cudagraph_unsafe in call.op.tags:
+                    at = index
+                    raise CaptureFailed("it is tagged as unsafe in a CUDA graph")
+            replay = backend.capture(lambda: launches.run_with(before))
         except CaptureFailed as error:
-            call = calls[launches.at]
+            call = calls[at]
             log.warning("%s (%s) cannot be captured: %s; running as executor fused", call.op.name(), call.node, error)
             return launches.run
         self.captures += 1
+        if self.profile is not None:
+            bound.events = [events[index] for index in marks]
+            self.profile.note_once(launches)
         return replay
 
     def literals(self, lowered: Lowered) -> dict[str, Tensor]:
@@ -141,6 +161,7 @@ class Launcher:
 
     def follow_weights(self) -> None:
         """Make the constants anew, in place, after weights have changed in place. Nothing is captured again."""
+        self.generation += 1
         for fold, given in self.folds:
             made = recipes(fold.program)
             for name, tensor in self.computed(fold, given).items():

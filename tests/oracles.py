@@ -90,7 +90,8 @@ ROWS = torch.randn(3, TINY.text_dim, generator=torch.Generator().manual_seed(5),
 
 def make_engine(preset: str = "self-forcing", dtype: str = "float64", **overrides: object) -> Engine:
     """A preset on the small test model, on the CPU; fields of `EngineConfig` may be among the overrides."""
-    settings = {key: overrides.pop(key) for key in ("kv_memory", "kv_dtype", "kv_offload") if key in overrides}
+    wanted = ("kv_memory", "kv_dtype", "kv_offload", "executor")
+    settings = {key: overrides.pop(key) for key in wanted if key in overrides}
     config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference", **settings)
     vae = CausalVae(TINY_VAE).eval().requires_grad_(False)
     vae.load_state_dict(random_vae_state(TINY_VAE, 1, torch.float32))

@@ -5,16 +5,30 @@ It shows what is captured, how often, and what is replayed; it says nothing of w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from inferix.graphs.capture import CaptureFailed, Replay
 
 
-class FakeGraphs:
-    """captures and replays are counted; `fail` makes every capture fail with that message."""
+class FakeEvent:
+    """A point on the host's clock."""
 
-    def __init__(self, fail: str | None = None) -> None:
-        self.fail, self.captures, self.replays = fail, 0, 0
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end_event: FakeEvent) -> float:
+        return (end_event.time - self.time) * 1e3
+
+
+class FakeGraphs:
+    """captures and replays are counted. fail: what every capture fails with. idle: replays launch nothing."""
+
+    def __init__(self, fail: str | None = None, idle: bool = False) -> None:
+        self.fail, self.idle, self.captures, self.replays = fail, idle, 0, 0
+
+    def event(self) -> FakeEvent:
+        return FakeEvent()
 
     def capture(self, launch: Callable[[], None]) -> Replay:
         if self.fail is not None:
@@ -24,6 +38,7 @@ class FakeGraphs:
 
         def replay() -> None:
             self.replays += 1
-            launch()
+            if not self.idle:
+                launch()
 
         return replay

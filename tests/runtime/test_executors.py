@@ -1,0 +1,169 @@
+"""Every executor gives what `eager` gives, in every scheme; one capture serves a stream, its prompts and others."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from oracles import ROWS, SIZE, make_engine
+from recording import FakeGraphs
+
+from inferix.errors import UsageError
+from inferix.runtime.config import EngineConfig
+from inferix.runtime.engine import Engine
+from inferix.runtime.executors import GraphExecutor
+from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.presets import PRESETS
+from inferix.runtime.session import Branch, Session
+
+OTHER = ROWS.flip(0) * 1.5
+TOLERANCE = 1e-9  # float64; no rewrite: the same ops in the same order, so in fact equal
+SMALL = {  # windows that roll within a few blocks
+    "self-forcing": {"local_attn_size": 7},
+    "self-forcing-framewise": {"local_attn_size": 3},
+    "causal-forcing": {"local_attn_size": 6, "independent_first_frame": True},
+    "causvid": {"segment_frames": 9},
+    "longlive": {"local_attn_size": 9},
+    "longlive-infinity": {"local_attn_size": 9},
+    "krea": {},
+    "longlive2": {"num_frame_per_block": 2, "local_attn_size": 6, "sink_size": 2},
+    "rolling-forcing": {"num_frame_per_block": 1, "local_attn_size": 7, "sink_size": 1},
+    "causal-diffusion": {"num_steps": 3, "local_attn_size": 6},
+    "tinyworld": {"local_attn_size": 4},
+}
+PASSWISE = {"rolling-forcing", "causal-diffusion"}  # several blocks in flight, two conditionings
+
+
+def stream(engine: Engine, blocks: int = 5, **given: object) -> torch.Tensor:
+    """Latents of a stream whose prompt changes after two blocks."""
+    if engine.preset.sampler.guidance_scale != 1:
+        given["negative_embeds"] = OTHER
+    with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE, **given) as session:
+        found = [block.latents for block in session.stream(2, decode=False)]
+        session.prompt(embeds=OTHER.to(engine.dtype))
+        return torch.cat(found + [block.latents for block in session.stream(blocks - 2, decode=False)])
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_fused_equals_eager(preset: str) -> None:
+    eager, fused = (make_engine(preset, executor=name, **SMALL[preset]) for name in ("eager", "fused"))
+    wanted, found = stream(eager), stream(fused)
+    assert (found - wanted).abs().max() <= TOLERANCE
+    assert fused.executor.whole_blocks == (preset not in PASSWISE)
+    assert any(query.whole for query in fused.executor.loaded) == (preset not in PASSWISE)
+
+
+def test_a_difference_between_executors_is_seen() -> None:
+    fused = make_engine(executor="fused", local_attn_size=6)
+    wanted = stream(make_engine(local_attn_size=6))
+    with torch.no_grad():
+        fused.parts.transformer.blocks[0].ffn.down.bias[0] += 1e-6
+    assert (stream(fused) - wanted).abs().max() > TOLERANCE
+
+
+def test_float32_agrees_to_rounding() -> None:
+    wanted, found = (stream(make_engine(dtype="float32", executor=name)) for name in ("eager", "fused"))
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> None:
+    image = np.full((SIZE[1], SIZE[0], 3), 90, np.uint8)
+    noise = InjectedNoise(torch.randn(6, 16, 4, 4).double(), torch.randn(2, 3, 3, 16, 4, 4).double())
+    for preset, overrides, given, wholes in (
+        ("longlive2", SMALL["longlive2"], {"image": image}, 1),  # only the first block holds the image
+        ("self-forcing", {}, {"noise": noise}, 0),
+        ("self-forcing", {}, {"video": np.repeat(image[None], 9, 0), "strength": 0.6}, 0),
+    ):
+        wanted, found = [], []
+        for name, latents in (("eager", wanted), ("fused", found)):
+            engine = make_engine(preset, executor=name, **overrides)
+            with engine.open(prompt_embeds=ROWS, size=SIZE, **given) as session:
+                latents += [block.latents for block in session.stream(1 + wholes, decode=False)]
+        assert (torch.cat(found) - torch.cat(wanted)).abs().max() <= TOLERANCE
+        assert sum(query.whole for query in engine.executor.loaded) == wholes
+
+
+def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrides: object) -> Engine:
+    """An engine whose executor captures on a fake; its pages are enough for three sessions."""
+    engine = make_engine(preset, executor="fused", **overrides)
+    engine.memory.budget = 3 * engine.memory.form(SIZE).nbytes * overrides["local_attn_size"]
+    engine.executor = GraphExecutor(
+        "captured", engine.parts.transformer, engine.preset, "reference", engine.dtype, engine.device, backend
+    )
+    return engine
+
+
+def forked(session: Session) -> Session:
+    """The same stream going on twice, on shared pages."""
+    twin = dataclasses.replace(session, timeline=copy.deepcopy(session.timeline))
+    twin.branches = [Branch(branch.text, branch.cache.fork()) for branch in session.branches]
+    return twin
+
+
+def test_one_capture_serves_fifty_blocks_prompts_a_fork_new_weights_and_another_session() -> None:
+    backend = FakeGraphs(idle=True)
+    engine = captured_engine(backend, local_attn_size=6)
+    first = engine.open(prompt_embeds=ROWS, size=SIZE)
+    second = engine.open(prompt_embeds=OTHER, seed=2**63, size=SIZE)
+    list(first.stream(20, decode=False))
+    first.prompt(embeds=OTHER)
+    list(first.stream(20, decode=False))
+    list(second.stream(2, decode=False))
+    fork = forked(first)
+    for session in (fork, first, fork, second):
+        list(session.stream(2, decode=False))
+    with torch.no_grad():
+        for weight in engine.parts.transformer.parameters():
+            weight.mul_(1.001)
+    engine.executor.follow_weights()
+    list(first.stream(2, decode=False))
+    assert (backend.captures, backend.replays) == (1, 52)
+    assert engine.executor.traces == 1
+    for session in (first, second, fork):
+        session.close()
+    engine.memory.store(SIZE).pool.check_integrity()
+
+
+def test_replays_give_what_eager_gives() -> None:
+    backend = FakeGraphs()
+    found = stream(captured_engine(backend, local_attn_size=6))
+    assert (found - stream(make_engine(local_attn_size=6))).abs().max() <= TOLERANCE
+    assert (backend.captures, backend.replays) == (1, 5)
+
+
+def test_captures_are_counted_by_query_shape() -> None:
+    """A first block of one frame, the blocks after it, and each shape of re-cache pass: nothing else."""
+    backend = FakeGraphs(idle=True)
+    engine = captured_engine(backend, "longlive", local_attn_size=9, independent_first_frame=True)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        for _ in range(8):
+            list(session.stream(1, decode=False))
+            session.prompt(embeds=OTHER)
+    shapes = {(query.whole, query.latent[0]) for query in engine.executor.loaded}
+    assert shapes == {(True, 1), (True, 3), (False, 1), (False, 4), (False, 6)}
+    assert backend.captures == len(shapes)
+
+
+def test_pages_that_move_are_followed() -> None:
+    """Without a budget the store grows for a second session; the program is bound to the new pages."""
+    engine = make_engine(executor="fused", local_attn_size=6)
+    wanted = stream(make_engine(local_attn_size=6))
+    with engine.open(prompt_embeds=OTHER, size=SIZE) as other:
+        list(other.stream(1, decode=False))
+        assert (stream(engine) - wanted).abs().max() <= TOLERANCE
+
+
+def test_what_contradicts_is_refused() -> None:
+    def config(**changes: object) -> EngineConfig:
+        plain = EngineConfig("test", "self-forcing", "cpu", "float32", None, None, None, None, True, "reference")
+        return dataclasses.replace(plain, **changes)
+
+    with pytest.raises(UsageError, match=r"executor captured needs a GPU, and device is 'cpu'; use fused"):
+        config(executor="captured")
+    with pytest.raises(UsageError, match=r"executor is 'fuse'; did you mean 'fused'\?"):
+        config(executor="fuse")
+    with pytest.raises(UsageError, match=r"executor fused has no graphs for pages in bfloat16 under dtype float32"):
+        config(executor="fused", kv_dtype="bfloat16")
