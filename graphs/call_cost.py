@@ -54,10 +54,10 @@ def flops(call: Call, listed: int = 0) -> int:
     if family(call) != "matmul":
         return 0
     (out, *_) = call.writes
-    weight = given.get("mat2", given.get("weight", given.get("batch2")))
     if name == "convolution":
-        return 2 * math.prod(out.size) * math.prod(weight.size[1:])
-    return 2 * math.prod(out.size) * (weight.size[-2] if "mat2" in given or "batch2" in given else weight.size[-1])
+        return 2 * math.prod(out.size) * math.prod(given["weight"].size[1:])
+    right = given.get("mat2", given.get("batch2"))  # [..., K, N]; weights are [N, K]
+    return 2 * math.prod(out.size) * (given["weight"].size[-1] if right is None else right.size[-2])
 
 
 def named(call: Call) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .plan import BufferPlan, Slot
 from .program import Buffer, Call, Form, Program, Ref, Section
 from .types import Role, Value, When
 
-TAGGED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+NAMED = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
 
 def encode_lowered(lowered: Lowered) -> dict[str, Any]:
@@ -91,9 +91,8 @@ def encode(argument: Any) -> Any:
         return {"ref": where}
     if isinstance(argument, tuple):
         return [encode(part) for part in argument]
-    for tag, kind in TAGGED.items():
-        if isinstance(argument, kind):
-            return {tag: word(argument)}
+    if isinstance(argument, torch.dtype | torch.layout | torch.memory_format):
+        return {NAMED[type(argument)]: word(argument)}
     if isinstance(argument, torch.device):
         return {"device": str(argument)}
     return argument

@@ -73,8 +73,8 @@ def recipes(program: Program, made: Mapping[str, str] | None = None) -> dict[str
         return f"({','.join(map(told, argument))})" if isinstance(argument, tuple) else repr(argument)
 
     for call in program.calls:
-        made = f"{call.op.name()}{told(call.args)}{told(call.kwargs)}"
-        held |= {ref.buffer: digest(f"{made}{index}") for index, ref in enumerate(call.writes)}
+        did = f"{call.op.name()}{told(call.args)}{told(call.kwargs)}"
+        held |= {ref.buffer: digest(f"{did}{index}") for index, ref in enumerate(call.writes)}
     return {name: digest(told(ref)) for name, ref in program.outputs.items()}
 
 

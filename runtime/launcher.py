@@ -74,7 +74,7 @@ class Launcher:
 
     def load(self, lowered: Lowered, state: Mapping[str, Tensor]) -> Loaded:
         """Bind a program to weights, constants and `state`."""
-        given = self.weights | state | self.literals(lowered)
+        given = {**self.weights, **state, **self.literals(lowered)}
         made: dict[str, str] = {}
         if lowered.fold is not None:
             made = recipes(lowered.fold.program)
