@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .lowering import buffer_name, lower
+from .lowering import lower
 from .plan import BufferPlan, plan_buffers
 from .program import Program, Ref
 from .types import BlockGraph, PassGraph, Role, Runs, Value
@@ -28,7 +28,7 @@ class Planned:
 class Lowered:
     """body: what runs each time. fold: makes constants from weights, once they are there. prompt: makes what the body
     reads of a prompt, once per prompt. Either is None where there is nothing to do. literals: constants that are
-    numbers, by the name of their buffer.
+    numbers, by name.
     """
 
     body: Planned
@@ -47,7 +47,7 @@ def lower_block(block: BlockGraph, runs: Collection[Runs] = (Runs.BLOCK,)) -> Lo
         body=planned(passes, [name for name in block.results if name in handed]),
         fold=planned([block.fold]) if block.fold else None,
         prompt=planned([block.prompt]) if block.prompt else None,
-        literals={buffer_name(value): value for value in values if value.data is not None},
+        literals={value.name: value for value in values if value.data is not None},
     )
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InferixError
 from .program import Buffer, Call, Form, Program, Ref, Section
-from .types import PassGraph, Role, Value
+from .types import PassGraph, Role
 
 aten = torch.ops.aten
 # Ops without an `out=` form that may be called all the same: what they return is copied into its place.
@@ -76,7 +76,7 @@ class _Lowering(fx.Interpreter):
             raise InferixError(
                 f"cannot lower {self.recorder.node}: sizes {tuple(like.shape)} are not fixed; trace with fixed ones"
             )
-        if (name := buffer_name(value)) not in self.held:
+        if (name := value.name) not in self.held:
             with self.recorder.paused():
                 fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
             self.recorder.define(fake, name, value.role)
@@ -173,11 +173,6 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             return self.ref(value)
         return tuple(map(self._argument, value)) if isinstance(value, list | tuple) else value
-
-
-def buffer_name(value: Value) -> str:
-    """The buffer that holds a value: literals of one name may differ from pass to pass, so theirs tells the numbers."""
-    return value.name if value.data is None else f"{value.name} = {value.data}"
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..graphs.capture import CaptureBackend, CudaGraphs
 from ..graphs.lowered import Lowered, lower_block
 from ..graphs.paged_attention import PagedAttention
+from ..graphs.rewrites import chosen
 from ..models.wan.transformer import KeyValues, TextContext, WanTransformer
 from .launcher import Launcher, Loaded
 from .presets import Preset
@@ -85,7 +86,10 @@ class EagerExecutor:
 
 
 class GraphExecutor:
-    """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by query."""
+    """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by query.
+
+    rewrites: done to every graph; all that are on by default unless told.
+    """
 
     def __init__(
         self,
@@ -96,9 +100,12 @@ class GraphExecutor:
         dtype: torch.dtype,
         device: torch.device,
         backend: CaptureBackend | None = None,
+        rewrites: tuple[str, ...] | None = None,
     ) -> None:
         self.name, self.model, self.preset = name, model, preset
-        self.graph_of = QueryGraphs(model.spec, preset, precision, dtype, str(device))
+        self.graph_of = QueryGraphs(
+            model.spec, preset, precision, dtype, str(device), tuple(chosen()) if rewrites is None else rewrites
+        )
         self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.loaded: dict[Query, Loaded] = {}

@@ -7,7 +7,7 @@ a run copies what changed and launches.
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +19,6 @@ from ..graphs.launch import LaunchPlan
 from ..graphs.lowered import Lowered, Planned, recipes
 from ..graphs.types import Role
 from .profile import Profile
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Launcher:
         self, weights: Mapping[str, Tensor], device: torch.device, backend: CaptureBackend | None = None
     ) -> None:
         self.weights, self.device, self.backend = dict(weights), device, backend
-        self.constants: dict[str, Tensor] = {}  # by recipe
+        self.constants: dict[str, Tensor] = {}  # by recipe, literals by name
         self.folds: list[tuple[Planned, Mapping[str, Tensor]]] = []
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
         self.profile: Profile | None = None
@@ -133,7 +131,8 @@ class Launcher:
             replay = backend.capture(lambda: launches.run_with(before))
         except CaptureFailed as error:
             call = calls[at]
-            log.warning("%s (%s) cannot be captured: %s; running as executor fused", call.op.name(), call.node, error)
+            said = f"{call.op.name()} ({call.node}) cannot be captured: {error}; running as executor fused"
+            warnings.warn(said, stacklevel=2)
             return launches.run
         self.captures += 1
         if self.profile is not None:
@@ -143,13 +142,10 @@ class Launcher:
 
     def literals(self, lowered: Lowered) -> dict[str, Tensor]:
         """Constants that are numbers."""
-        found = {}
         for name, value in lowered.literals.items():
-            key = f"{name} {value.dtype} {value.shape}"
-            if key not in self.constants:
-                self.constants[key] = value.literal(self.device)
-            found[name] = self.constants[key]
-        return found
+            if name not in self.constants:
+                self.constants[name] = value.literal(self.device)
+        return {name: self.constants[name] for name in lowered.literals}
 
     def folded(self, fold: Planned, made: Mapping[str, str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs of a fold program by name; one that another program has made by the same recipe is shared."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..graphs.compose import chained
 from ..graphs.paged_attention import PagedAttention
+from ..graphs.rewrites import rewritten
 from ..graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
 from ..models.wan.spec import ModelSpec
 from .block_graph import TABLES, Builder, Layout
@@ -57,23 +58,24 @@ class Query:
 
 @dataclass(frozen=True)
 class QueryGraphs:
-    """Makes the block graph of a query, for one model and preset."""
+    """Makes the block graph of a query, for one model and preset. rewrites: names of those that are done to it."""
 
     spec: ModelSpec
     preset: Preset
     precision: str
     dtype: torch.dtype
     device: str
+    rewrites: tuple[str, ...]
 
     def __call__(self, query: Query) -> BlockGraph:
         """A whole block: noise in, clean `latents` out. One pass: `latents` and `timesteps` in, `velocity` out."""
         builder = self.builder(query)
         if query.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
-            return self.block(query, builder, passes, ("latents",))
+            return rewritten(self.block(query, builder, passes, ("latents",)), self.rewrites)
         told = Value("timesteps", Role.INPUT, (1, query.latent[0]), torch.float32, When.PASS)
         graph = chained("pass", builder.model_pass(query.layout), None, {"timesteps": told})
-        return self.block(query, builder, (graph,), ("velocity",))
+        return rewritten(self.block(query, builder, (graph,), ("velocity",)), self.rewrites)
 
     def builder(self, query: Query) -> Builder:
         frames, _, height, width = query.latent
