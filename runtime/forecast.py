@@ -19,9 +19,11 @@ from ..models.wan.spec import ModelSpec
 from ..models.wan.taehv import TAEW21, TAEW22, TinySpec
 from ..models.wan.vae import VaeSpec
 from . import costs
-from .budget import branches, least_pages, page_needs
+from .budget import branches, page_needs
 from .costs import ITEMSIZE, DecoderSpec
+from .needs import session_need
 from .presets import Preset
+from .scheduler import Limits
 from .timeline import Timeline
 
 LONGEST = 4096  # frames; the kernels' longest page table
@@ -174,7 +176,9 @@ class Memory:
 def memory(load: Workload) -> Memory:
     """What a workload needs at most; what a pass and a decode hold for themselves may be held at the same time."""
     spec, preset, item = load.spec, load.preset, ITEMSIZE[load.dtype]
-    frames, pages = longest_pass(preset), least_pages(preset)
+    frames, page = longest_pass(preset), costs.page_bytes(spec, load.tokens, load.kv_dtype)
+    queued = Limits().queue_blocks
+    session = session_need(preset, spec, load.decoder, load.size, load.dtype, page, queued)
     staged = window(preset) + page_needs(preset).scratch if load.kv_dtype != load.dtype else 0
     averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0
     once = {
@@ -186,11 +190,11 @@ def memory(load: Workload) -> Memory:
         "page_buffer": staged * costs.page_bytes(spec, load.tokens, load.dtype) // spec.num_layers,
     }
     each = {
-        "pages": pages * costs.page_bytes(spec, load.tokens, load.kv_dtype),
+        "pages": session.pages,
         "moving_sink": branches(preset) * averaged * costs.page_bytes(spec, load.tokens, "float32"),
         "cross_keys": branches(preset) * costs.cross_bytes(spec, load.dtype),
-        "decoder_state": costs.decoder_state_bytes(load.decoder, load.latent, load.dtype),
-        "latents": latent_bytes(load),
+        "decoder_state": session.decoder,
+        "latents": session.latents + solving_bytes(load),
     }
     return Memory(once, each)
 
@@ -204,18 +208,17 @@ def longest_pass(preset: Preset) -> int:
     return max(preset.num_frame_per_block * preset.window_blocks, policy.rebuild_frames, recached)
 
 
-def latent_bytes(load: Workload) -> int:
-    """Latents in flight, what a solver step adds to them, and what is kept of finished blocks."""
+def solving_bytes(load: Workload) -> int:
+    """What a step of the solver adds to the latents, and pictures that are kept to be encoded again."""
     preset, policy = load.preset, load.preset.context
     frame = costs.latent_bytes(load.spec, load.size, load.dtype)
     wide = costs.latent_bytes(load.spec, load.size, "float64")
     flight = preset.num_frame_per_block * preset.window_blocks
-    kept = window(preset) if policy.prompt_switch == "recache" else policy.rebuild_frames
     pictures = 0
     if policy.needs_pixels:
         shown = (policy.rebuild_frames - 1) * load.spec.vae_stride[0] + 1
         pictures = shown * 3 * math.prod(load.size) * ITEMSIZE[load.dtype]
-    return flight * ((2 + branches(preset)) * frame + 3 * wide) + (kept + preset.num_frame_per_block) * frame + pictures
+    return flight * ((1 + branches(preset)) * frame + 3 * wide) + pictures
 
 
 def needed(load: Workload) -> int:
@@ -300,6 +303,14 @@ def speed(load: Workload, work: BlockWork, ceiling: Ceiling) -> Speed:
         decoder_seconds += ceiling.seconds(encoding, 0)
     shown = work.frames * spec.vae_stride[0] - (spec.vae_stride[0] - 1) * work.first
     return Speed(times * flops, sum(decoding), times * seconds, decoder_seconds, shown)
+
+
+def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> int:
+    """Operations of a stream's first block, decoder included."""
+    work, tokens, latent = next(rehearse(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
+    passes = sum(costs.pass_flops(spec, tokens, run).total for run in work.passes)
+    decoding = costs.decode_flops(decoder, latent, first=True)
+    return branches(preset) * passes + decoding + (work.decoded - 1) * costs.decode_flops(decoder, latent)
 
 
 def first_speed(load: Workload, ceiling: Ceiling) -> Speed:
