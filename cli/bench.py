@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest
 from ..runtime.presets import DEFAULT_MODEL
-from .generate import parse_settings, parse_size
+from .options import parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.kernels import Wanted
@@ -39,10 +39,11 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def common() -> None:
-    """Measure speed, with the machine's limit beside it, after checking that what is timed is right.
+    """Measure speed beside the machine's limit.
 
-    `kernels` times single ops, `block` one block stage by stage against the plain loop, `stream` everything from a
-    prompt to pixels. `report` makes a page of results, `compare` says what changed between two.
+    What is timed is checked first. `kernels` times single ops, `block` one block stage by stage against the plain loop,
+    `stream` everything from a prompt to pixels. `report` makes a page of results, `compare` says what changed between
+    two.
 
     Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/block.json
     """
@@ -60,7 +61,9 @@ def kernels(
     compile_only: bool = typer.Option(False, "--compile-only", help="Compile for every architecture; needs no GPU."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Time each kernel after checking it against its reference; on a CPU, time the references.
+    """Time each kernel, checked first.
+
+    Each is checked against its reference before it is timed; on a CPU the references themselves are timed.
 
     On a GPU what is installed stands beside it: torch's attention by each backend, FlexAttention, flash-attn,
     sageattention, and the plain torch sequence as it is and compiled. Each has its time as a share of the first's.
@@ -130,7 +133,7 @@ def block(
     out: Path | None = OUT,
     as_json: bool = JSON,
 ) -> None:
-    """Time one block at a full window: transformer, commit and decoder, apart and together.
+    """Time one block at a full window, stage by stage.
 
     Each candidate first makes a stream whose latents are held against the eager executor's; one that differs is
     refused and not timed. The window is filled by running the stream, which also gives the growing curve. Baselines
@@ -220,7 +223,7 @@ def compare(
     fail_on_slower: bool = typer.Option(False, "--fail-on-slower", help="Exit with 1 if anything got slower."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Say what got faster or slower from A to B, beyond the spread of the samples.
+    """Say what got faster or slower from A to B.
 
     A change counts when the whole 95 % bootstrap interval of the ratio of medians lies beyond the threshold. The two
     must be of one kind, model and type of device; whatever else differs is listed.

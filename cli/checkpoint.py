@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def checkpoint() -> None:
-    """Write random checkpoints, convert published ones and look into them.
+    """Write, convert and look into checkpoints.
 
     Example: inferix checkpoint inspect model.safetensors
     """
@@ -22,12 +22,14 @@ def checkpoint() -> None:
 @app.command()
 def random(
     destination: Path = typer.Argument(..., metavar="DST", help="File or folder to write."),
-    spec: str = typer.Option(..., help="Name of the model's sizes, such as wan-tiny."),
-    format: str = typer.Option(..., help="Layout of the checkpoint, such as diffusers."),
+    spec: str = typer.Option(..., help="Name of the model's sizes, such as wan-tiny or wan-1.3b."),
+    format: str = typer.Option(..., help="original, diffusers, or as published: self-forcing, causvid, krea, ..."),
     seed: int = typer.Option(0, help="Seed of the weights."),
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
 ) -> None:
-    """Write a checkpoint of random weights, to test loaders and tools without a download.
+    """Write a checkpoint of random weights.
+
+    To test loaders and tools without a download.
 
     Example: inferix checkpoint random --spec wan-tiny --format diffusers tiny/
     """
@@ -47,7 +49,9 @@ def convert(
     lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
     max_shard_gb: float = typer.Option(5.0, help="Largest file, in 10^9 bytes."),
 ) -> None:
-    """Write a checkpoint as safetensors with a config; VAE and text encoder beside it are taken along.
+    """Write a checkpoint as safetensors with a config.
+
+    VAE and text encoder beside it are taken along.
 
     Example: inferix checkpoint convert longlive/ longlive-diffusers/ --dtype bfloat16
     """
@@ -64,7 +68,7 @@ def inspect(
     path: Path = typer.Argument(..., help="Checkpoint file or folder."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line instead of text."),
 ) -> None:
-    """Say which model a checkpoint holds, without loading its weights.
+    """Say what a checkpoint is, without loading it.
 
     Example: inferix checkpoint inspect tiny/ --json
     """

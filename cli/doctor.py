@@ -42,10 +42,11 @@ def installed(name: str) -> str | None:
 
 def cpu_facts() -> dict[str, Any]:
     """Cores this process may use, and the machine's memory in GiB (None where the system does not tell)."""
+    from ..models.wan.random import host_memory
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    told = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if told else None
-    return {"machine": platform.machine(), "cores": cores, "memory_gib": memory and round(memory, 1)}
+    memory = host_memory()
+    return {"machine": platform.machine(), "cores": cores, "memory_gib": memory and round(memory / 2**30, 1)}
 
 
 def gpu_facts() -> list[dict[str, Any]]:
@@ -105,7 +106,7 @@ def report() -> dict[str, Any]:
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON line instead of tables.")) -> None:
-    """Say what is installed, what this machine has, and which features work here.
+    """Say what is installed and what works here.
 
     Example: inferix doctor --json
     """

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..errors import UsageError
 from ..version import __version__
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure how good what a model makes is.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
@@ -33,7 +33,7 @@ def tinyworld(
     out: Path | None = typer.Option(None, help="Folder for eval.json and the contact sheet streams.png."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Hold the small world against its simulator: actions, memory, drift.
+    """Hold the small world against its simulator.
 
     Camera moves as told, pictures against the simulator where it is determined, landmarks that come back, the hero,
     drift of free streams over 60 s, and collapse in long ones. A full run takes about half an hour on two cores.

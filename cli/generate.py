@@ -24,23 +24,27 @@ import typer
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from typer.core import TyperCommand
 
 from ..errors import UsageError, nearest
-from ..models.wan.spec import MODELS, ModelSpec
 from ..runtime.actions import read_actions
 from ..runtime.media import CONTAINERS, VideoWriter, check_output, contact_sheet, write_atomically
-from ..runtime.presets import DEFAULT_MODEL, PRESETS
+from ..runtime.presets import DEFAULT_MODEL
 from ..runtime.storyboard import Cue, read_storyboard, schedule
 from ..version import __version__
+from .options import check_settings, parse_settings, parse_size
+from .presets import tell_presets
 
 if TYPE_CHECKING:
     import torch
 
+    from ..runtime.engine import Engine
+
 DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models only; untrained ones cannot follow it
 DEFAULT_BLOCKS = 3
 DEFAULT_ACTIONS = "6R 4D 6L 4U"  # of a model that has actions, where nothing says how long: a walk back to the start
+CPU_SPEED = 1e11  # operations per second of a fast CPU, for saying beforehand that one takes long
+SLOW = 60 * CPU_SPEED  # operations of a block
 SHEET_FRAMES = 24  # frames on the contact sheet, at most, unless one block has more
 
 
@@ -83,28 +87,6 @@ def read_config(ctx: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """`key=value` strings to a dict; values are read as YAML, so 3, true and [1, 2] have their types."""
-    settings = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key.strip():
-            raise UsageError(f"--set {pair!r} has no value; expected key=value, such as local_attn_size=21")
-        try:
-            settings[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {pair!r}: the value is not YAML: {error}; quote it") from error
-    return settings
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`832x480` to (832, 480)."""
-    width, separator, height = text.lower().partition("x")
-    if not (separator and width.isdecimal() and height.isdecimal()):
-        raise UsageError(f"--size {text!r} is not a size; expected WIDTHxHEIGHT in pixels, such as 832x480")
-    return int(width), int(height)
-
-
 def parse_cue(text: str) -> Cue:
     """What `--prompt-at SECONDS PROMPT` became: both in one string."""
     seconds, _, prompt = text.partition(" ")
@@ -129,38 +111,18 @@ class PromptAt(TyperCommand):
         return super().parse_args(ctx, joined)
 
 
-def tell_presets(wanted: bool) -> None:
-    """Print the presets and end."""
-    if not wanted:
-        return
-    table = Table("preset", "for", "block", "window", "sink", "steps", "passes", "weights", "code licence", "memory")
-    for name, preset in PRESETS.items():
-        sampler, context = preset.sampler, preset.context
-        passes = 2 if preset.window_blocks > 1 else sampler.steps + 1
-        window = context.segment_frames or context.local_attn_size
-        if window == -1:
-            window = context.rebuild_frames + preset.num_frame_per_block
-        spec = MODELS[preset.about.base]
-        table.add_row(
-            name, spec.name, str(preset.num_frame_per_block), str(window), str(context.sink_size), str(sampler.steps),
-            str(passes), preset.about.weights, preset.about.licence, f"{memory_gb(spec, window):.0f} GB",
+def tell_of_work(engine: Engine, size: tuple[int, int], console: Console) -> None:
+    """Say beforehand that a CPU will take long, where it will."""
+    from ..runtime.forecast import operations
+
+    count = operations(engine.spec, engine.preset, engine.parts.vae.spec, size)
+    if engine.device.type == "cpu" and count > SLOW:
+        minutes = count / CPU_SPEED / 60
+        console.print(
+            f"the first block alone is {count / 1e12:.3g} TFLOP: at 0.1 TFLOP/s that is {minutes:.0f} minutes on this "
+            "CPU; a smaller --size, --model wan-tiny or a GPU takes less",
+            highlight=False, soft_wrap=True,
         )  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    console.print(
-        "block, window and sink in latent frames; passes per block; memory of transformer weights and full cache "
-        "in bfloat16 at the model's own size, without VAE and text encoder; weights may have a licence of their own",
-        highlight=False,
-    )
-    raise typer.Exit
-
-
-def memory_gb(spec: ModelSpec, window: int) -> float:
-    """Gigabytes (10^9 bytes) of bfloat16 weights and of a cache of `window` frames."""
-    attention, text = 8 * spec.dim**2, spec.text_dim * spec.dim
-    weights = spec.num_layers * (attention + 2 * spec.dim * spec.ffn_dim) + 7 * spec.dim**2 + text
-    cache = 2 * spec.num_layers * spec.dim * spec.tokens_per_frame(spec.default_size) * window
-    return 2 * (weights + cache) / 1e9
 
 
 def check_length(blocks: int | None, seconds: float | None) -> None:
@@ -308,6 +270,7 @@ def generate(
     if out.suffix.lower() not in suffixes:
         raise UsageError(f"--out {str(out)!r} must end in one of {', '.join(suffixes)}")
     overrides = {**ctx.meta.get("inferix.settings", {}), **parse_settings(settings)}
+    check_settings(ctx, overrides)
     wanted_size = parse_size(size) if size else None
     if prompt_at and storyboard:
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
@@ -343,6 +306,7 @@ def generate(
     opening |= {"actions": script or None, "strength": strength, "negative_prompt": negative_prompt}
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     frame_size = wanted_size or engine.default_size
+    tell_of_work(engine, frame_size, console)
     with ExitStack() as stack:
         if records is not None:
             engine.observe(stack.enter_context(RecordFile(records)))

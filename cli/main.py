@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import InferixError, UsageError
+from ..version import __version__
 from . import bench, checkpoint, evaluate
 from .doctor import doctor
 from .generate import PromptAt, generate
@@ -44,11 +45,23 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 
 
+def tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"inferix {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", callback=tell_version, is_eager=True, help="Show the version and exit."
+    ),
 ) -> None:
     """Block-diffusion video models, run block by block.
+
+    To begin: generate makes a video with a tiny random model, doctor says what works here, plan what a real model
+    needs.
 
     Example: inferix generate --out video.mp4
     """

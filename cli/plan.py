@@ -31,7 +31,7 @@ from ..runtime.config import DTYPES, FP8_CAPABILITY, check_choice
 from ..runtime.forecast import Ceiling, Workload
 from ..runtime.paged_store import KV_DTYPES
 from ..runtime.presets import default_preset, make_preset
-from .generate import parse_settings, parse_size
+from .options import check_settings, parse_settings, parse_size
 
 DEFAULT_MODEL = "wan-1.3b"
 HALF = ("bfloat16", "float16")  # what makers' figures are for
@@ -44,6 +44,7 @@ TABLE_CARDS = ("rtx-4090", "rtx-5090", "h200", "b200")
 
 
 def plan(
+    ctx: typer.Context,
     model: str | None = typer.Option(None, help=f"Name of the model.  [default: the preset's, or {DEFAULT_MODEL}]"),
     preset: str | None = typer.Option(None, help="Named scheme.  [default: the model's own, or self-forcing]"),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
@@ -62,7 +63,7 @@ def plan(
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
     table: bool = typer.Option(False, "--table", help="Print the tables of docs/plan.md instead."),
 ) -> None:
-    """Say what streams need and how fast they can be at best, before anything is loaded.
+    """Say what fits and how fast it can be, before loading.
 
     Memory is split into weights, which are there once, and pages, decoder state and latents, which each session
     adds. Without --memory or --gpu it is only told; with one of them you learn how many sessions fit, the longest
@@ -78,7 +79,9 @@ def plan(
     if table:
         typer.echo("\n\n".join(tables()))
         return
-    load = workload(model, preset, size, sessions, dtype, kv_dtype, vae, text_encoder, parse_settings(settings))
+    overrides = parse_settings(settings)
+    check_settings(ctx, overrides)
+    load = workload(model, preset, size, sessions, dtype, kv_dtype, vae, text_encoder, overrides)
     card = known_card(gpu) if gpu is not None else None
     if card is not None and card.capability < FP8_CAPABILITY:
         if kv_dtype == "fp8":

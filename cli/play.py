@@ -227,7 +227,9 @@ def play(
     seconds: float | None = typer.Option(None, help="Leave after so many seconds of video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
 ) -> None:
-    """Walk through a world that is made as you go: arrow keys, p for a new prompt, q to leave.
+    """Walk through a world that is made as you go.
+
+    Arrow keys walk, p asks for a new prompt, q leaves.
 
     Example: inferix play --prompt "a white fox in a green meadow at sunset"
     """

@@ -6,10 +6,12 @@ Every tensor is drawn in the order of its name from one CPU generator, so a seed
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import UsageError
 from .spec import ModelSpec
 from .taehv import TAEW21, TAEW22, TinyDecoder
 from .transformer import WanTransformer
@@ -17,7 +19,13 @@ from .vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae, VaeSpec
 
 
 def random_state(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A state dict for `module`, which may be on the meta device."""
+    """A state dict for `module`, which may be on the meta device; UsageError if it is more than the host's memory."""
+    needed, have = sum(tensor.numel() for tensor in module.state_dict().values()) * dtype.itemsize, host_memory()
+    if have is not None and needed > have:
+        raise UsageError(
+            f"random weights of {needed / 1e9:.3g} GB are more than the {have / 1e9:.3g} GB of memory here; take a "
+            "smaller model (wan-tiny) or dtype bfloat16. inferix plan tells what a model needs without making it"
+        )
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, empty in sorted(module.state_dict().items()):
@@ -30,6 +38,12 @@ def random_state(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, 
             noise = 0.02 * noise
         state[name] = noise.to(dtype)
     return state
+
+
+def host_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not tell."""
+    told = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told else None
 
 
 def random_transformer_state(spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:

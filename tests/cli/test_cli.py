@@ -90,6 +90,7 @@ def test_image_and_video_begin_the_stream(tmp_path):
         (["--preset", "self-forcin"], "did you mean 'self-forcing'"),
         (["--set", "local_atn_size=6"], "did you mean 'local_attn_size'"),
         (["--set", "sink_size"], "key=value"),
+        (["--set", "device=cuda"], "use --device"),
         (["--size", "100x100"], "96x96 or 112x112"),
         (["--size", "big"], "WIDTHxHEIGHT"),
         (["--blocks", "0"], "--blocks"),
@@ -182,6 +183,7 @@ def test_prompts_over_time_and_presets(tmp_path):
         assert done.returncode == 2 and said in done.stderr, done.stderr
     shown = inferix("generate", "--list-presets")
     assert shown.returncode == 0 and "rolling-forcing" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 100
 
 
 def test_doctor_and_help():

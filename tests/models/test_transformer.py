@@ -7,6 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from oracles import TINY, DenseAttention, tiny_transformer
 
+from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles
 from inferix.models.wan.names import from_format, to_format
 from inferix.models.wan.random import random_state
@@ -86,3 +87,9 @@ def test_sizes_name_the_nearest():
         MODELS["wan-1.3b"].latent_size((833, 481))
     assert MODELS["wan-1.3b"].tokens_per_frame((832, 480)) == 1560
     assert MODELS["wan-5b"].tokens_per_frame((1280, 704)) == 880
+
+
+def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
+    monkeypatch.setattr("inferix.models.wan.random.host_memory", lambda: 1000)
+    with pytest.raises(UsageError, match="inferix plan tells"):
+        random_state(WanTransformer(TINY), 0, torch.float32)

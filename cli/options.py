@@ -1,0 +1,41 @@
+"""Options that several verbs share, from text to values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+import yaml
+
+from ..errors import UsageError
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` strings to a dict; values are read as YAML, so 3, true and [1, 2] have their types."""
+    settings = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key.strip():
+            raise UsageError(f"--set {pair!r} has no value; expected key=value, such as local_attn_size=21")
+        try:
+            settings[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {pair!r}: the value is not YAML: {error}; quote it") from error
+    return settings
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`832x480` to (832, 480)."""
+    width, separator, height = text.lower().partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal()):
+        raise UsageError(f"--size {text!r} is not a size; expected WIDTHxHEIGHT in pixels, such as 832x480")
+    return int(width), int(height)
+
+
+def check_settings(ctx: typer.Context, settings: Iterable[str]) -> None:
+    """UsageError for a setting that the command has an option for."""
+    options = {param.name: param.opts[0] for param in ctx.command.params if param.name}
+    for key in settings:
+        if option := options.get(key.replace("-", "_")):
+            raise UsageError(f"--set {key}: that is an option of its own; use {option}")
