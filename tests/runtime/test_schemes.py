@@ -86,7 +86,7 @@ ATTENDED = {  # frames attended by block 1 and by block 8
     "longlive2": (range(16), (*range(8), *range(48, 72))),
     "rolling-forcing": (range(18), (0, 1, 2, *range(21, 39))),
     "causal-diffusion": (range(6), range(6, 27)),
-    "tinyworld": (range(2), (0, *range(2, 9))),
+    "tinyworld": (range(2), (0, *range(4, 9))),
 }
 
 
