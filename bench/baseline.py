@@ -20,11 +20,11 @@ from ..graphs.passes import Pass
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
 from ..models.wan.transformer import TextContext
-from ..runtime.engine import Engine, to_frames
+from ..runtime.engine import Engine, Pixels
 from ..runtime.noise import PhiloxNoise
+from ..runtime.pipeline import to_frames
 from ..runtime.presets import Preset
 from ..runtime.sampler import Sampler
-from ..runtime.session import Block
 from .machine import synchronize
 from .work import BlockPlan, Step, blocks_until_full, plan_blocks
 
@@ -79,6 +79,19 @@ def run_layer(block: nn.Module, x: Tensor, modulation: Tensor, text: TextContext
     return out
 
 
+@dataclass(frozen=True)
+class Made:
+    """A finished block: latents [F, C, H, W], frames uint8 [T, H, W, 3] or None, and seconds of stages and passes.
+
+    Only what is known: stages that were timed, and passes where they are run one by one.
+    """
+
+    latents: Tensor
+    frames: Pixels | None
+    timings: dict[str, float]
+    passes: tuple[float, ...] = ()
+
+
 class PlainLoop:
     """A stream of one prompt over an engine's weights; `step` makes its next block."""
 
@@ -112,7 +125,7 @@ class PlainLoop:
         return LayerCache(like.new_zeros(shape), like.new_zeros(shape), self.angles, rope)
 
     @torch.no_grad()
-    def step(self, decode: bool = True) -> Block:
+    def step(self, decode: bool = True) -> Made:
         """The next block, as the engine makes it; of its timings only the decoder's is taken."""
         plan = next(self.plans)
         solver, done = self.sampler.begin(), 0
@@ -136,7 +149,7 @@ class PlainLoop:
         self.past = [*self.past, latents][-self.full :]
         self.pixels = pixels
         frames = to_frames(pixels) if decode and pixels is not None else None
-        return Block(plan.index, latents, frames, timings)
+        return Made(latents, frames, timings)
 
     def rebuild(self, run: Pass) -> None:
         """Make the context anew from the last clean latents, the first of them encoded again if the preset says so."""

@@ -64,7 +64,7 @@ def compare(a: Result, b: Result, threshold: float = 0.03) -> Comparison:
             raise UsageError(f"A's {what} is {one}, B's is {other}: they cannot be compared; give two of one {what}")
     shared = [name for name in a.series if name in b.series]
     if not shared:
-        raise UsageError("A and B have no quantity in common; give two runs with a candidate in both (--only)")
+        raise UsageError("A and B have no quantity in common; give two runs with a candidate in both")
     return Comparison(
         changes=tuple(change(name, a.series[name], b.series[name], threshold) for name in shared),
         differences=tuple(differences(a, b)),

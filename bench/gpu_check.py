@@ -3,9 +3,10 @@
     python -m inferix.bench.gpu_check --stage tests --out results
 
 tests: every kernel against its reference on every case and dtype, and that the code which runs is the one that
-`compile_gate` inspected, by its hash. kernels: the microbenchmark. block, stream: the
-benchmarks of real sizes with random weights. Each unit is a process of its own and leaves OUT/STAGE/UNIT.json, or
-UNIT.failed.txt, so that one that breaks the card's context stops no other. Exit code 3: more to do, run it again.
+`compile_gate` inspected, by its hash. kernels: the microbenchmark. graph: executors against each other, one graph a
+block, one capture for all. block, stream: the benchmarks of real sizes. Each unit is a process of its own and leaves
+OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that one that breaks the card's context stops no other. Exit code 3: more
+to do, run it again.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ import typer
 from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec, architecture
+from ..runtime.engine import Engine
+from ..runtime.executors import GraphExecutor
 from ..runtime.media import write_atomically
-from . import block, compile_gate, kernels, stream
+from . import block, candidates, compile_gate, kernels, stream
+from .inside import launches_of
 from .machine import environment
 from .result import write_result
 from .rivals import bound
-from .subject import Subject
+from .subject import Subject, open_engine, random_prompt, with_executor
+from .work import blocks_until_full
 
 BUDGET = 500  # seconds of one call
 MORE_TO_DO = 3  # exit code
@@ -89,6 +94,71 @@ def unit_kernels(op: str) -> Unit:
     return run
 
 
+def check_graph(subject: Subject) -> tuple[dict[str, Any], list[str]]:
+    """What the executors of a preset do at a full window, and what of it is wrong, one line each.
+
+    Fused must equal eager within the tolerance, and captured fused bit for bit; a captured block is one launch, and
+    a second session and a new prompt capture nothing more.
+    """
+    engine = open_engine(replace(subject, executor=candidates.ORACLE))
+    rows, full = random_prompt(engine, subject.seed), blocks_until_full(engine.preset)
+    names = ["fused", "captured"] if engine.device.type == "cuda" else ["fused"]
+    oracle, *ours = (candidates.executor_candidate(engine, name, rows, subject) for name in (candidates.ORACLE, *names))
+    tolerance = candidates.TOLERANCE[engine.dtype]
+    reference = candidates.latents_of(oracle, full + 2)
+    found: dict[str, Any] = {"environment": environment(str(engine.device)), "tolerance": tolerance}
+    wrong, made = [], {}
+    for candidate in ours:
+        made[candidate.name] = candidates.latents_of(candidate, full + 2)
+        found[f"{candidate.name} off by"] = max(map(candidates.difference, made[candidate.name], reference))
+        if said := candidates.mismatch(made[candidate.name], reference, tolerance):
+            wrong.append(f"{candidate.name}: {said}")
+    if "captured" in made:
+        equal = all(map(torch.equal, made["captured"], made["fused"]))
+        wrong += [] if equal else ["captured: its latents are not those of fused bit for bit"]
+        found |= check_captures(with_executor(engine, "captured"), rows, subject, full)
+        graphs = found["launches"]["graphs"]
+        if engine.preset.window_blocks == 1 and graphs != 1:
+            wrong.append(f"captured: a block at a full window launches {graphs} graphs, expected 1")
+        if found["captures later"]:
+            wrong.append(f"captured: a second session and a new prompt captured {found['captures later']} times more")
+    return found | {"wrong": wrong}, wrong
+
+
+def check_captures(engine: Engine, rows: torch.Tensor, subject: Subject, full: int) -> dict[str, Any]:
+    """Launches of a block at a full window, and captures that another session and another prompt cause later.
+
+    A preset that caches anew after a prompt has a graph for that; it is captured at the first.
+    """
+    executor, size = engine.executor, subject.size or engine.default_size
+    assert isinstance(executor, GraphExecutor)
+    first = candidates.EngineStream(engine, rows, 0, size)
+    for _ in range(full + 1):
+        first.step(decode=False)
+    launches = launches_of(first, str(engine.device))
+    first.session.prompt(embeds=random_prompt(engine, 2))
+    first.step(decode=False)
+    before = executor.launcher.captures
+    second = candidates.EngineStream(engine, rows, 1, size)
+    for _ in range(full + 1):
+        second.step(decode=False)
+    second.session.prompt(embeds=random_prompt(engine, 1))
+    second.step(decode=False)
+    first.close()
+    second.close()
+    return {"launches": launches, "captures": before, "captures later": executor.launcher.captures - before}
+
+
+def unit_graph(subject: Subject) -> Unit:
+    def run(device: str, file: Path) -> None:
+        found, wrong = check_graph(replace(subject, device=device))
+        write_text(file, json.dumps(found, indent=1))
+        if wrong:
+            raise InferixError("; ".join(wrong))
+
+    return run
+
+
 def unit_block(wanted: block.Wanted) -> Unit:
     def run(device: str, file: Path) -> None:
         subject = replace(wanted.subject, device=device)
@@ -113,6 +183,14 @@ SELF_FORCING = random("wan-1.3b", "self-forcing")
 STAGES: dict[str, dict[str, Unit]] = {
     "tests": {op: unit_tests(op) for op in SPECS} | {"code": unit_code()},
     "kernels": {op: unit_kernels(op) for op in SPECS},
+    "graph": {
+        preset: unit_graph(random(model, preset))
+        for model, preset in (
+            ("wan-1.3b", "self-forcing"), ("wan-1.3b", "self-forcing-framewise"), ("wan-1.3b", "longlive"),
+            ("wan-1.3b", "longlive-infinity"), ("wan-1.3b", "rolling-forcing"), ("wan-1.3b", "causvid"),
+            ("wan-14b", "krea"),
+        )
+    },
     "block": {
         "self-forcing": unit_block(block.Wanted(SELF_FORCING)),
         "self-forcing-taehv": unit_block(block.Wanted(replace(SELF_FORCING, vae="taehv"))),
@@ -185,7 +263,7 @@ def begin_apart(stage: str, out: Path, device: str) -> Callable[[str, float], st
 
 
 def main(
-    stage: Annotated[str, typer.Option(help="tests, kernels, block or stream.")],
+    stage: Annotated[str, typer.Option(help="tests, kernels, graph, block or stream.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
     unit: Annotated[str | None, typer.Option(help="One unit, in this process.  [default: all that are left]")] = None,

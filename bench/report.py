@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..runtime.media import check_output, write_atomically
 from .compare import interval
@@ -189,18 +190,20 @@ def block_part(result: Result) -> Iterator[str]:
     rows: list[Row] = []
     for name, told in facts["candidates"].items():
         if told["refused"]:
-            rows.append((name, f"refused: {told['refused']}", "", "", "", "", "", ""))
+            rows.append((name, f"refused: {told['refused']}", "", "", "", "", "", "", ""))
             continue
         held = result.of(name)
         share = ""
         if transformer := held.get("transformer"):
             share = f"{work['transformer']['flops'] / transformer.median / matmul:.0%}"
+        each = held.get("interval", held["block"]).median
         rows.append((
-            name, spread(held["block"]), f"{block['pixel_frames'] / held['block'].median:.3g}",
+            name, spread(held["block"]), milliseconds(held.get("interval")), f"{block['pixel_frames'] / each:.3g}",
             milliseconds(held.get("transformer")), milliseconds(held.get("decode")), share,
             against(held["block"], plain), f"{told['difference']:.1e}",
         ))  # fmt: skip
-    heads = ("candidate", "block, ms: median (quartiles; worst)", "FPS", "transformer, ms", "decoder, ms",
+    heads = ("candidate", "block, ms: median (quartiles; worst)", "interval, ms", "FPS", "transformer, ms",
+             "decoder, ms",
              "transformer of matmul", "speed against plain (95 % interval)", "off by")  # fmt: skip
     yield table(heads, rows)
     about = " ".join(f"`{name}`: {told['about']}." for name, told in facts["candidates"].items())
@@ -219,28 +222,53 @@ def block_part(result: Result) -> Iterator[str]:
             for index, (step, done) in enumerate(zip(block["passes"], work["passes"], strict=False))
         ]  # fmt: skip
         yield table(("pass", "TFLOP", "GB at least", *(f"{name}, ms" for name in timed)), rows)
+    for name, told in facts["candidates"].items():
+        if "profile" in told:
+            yield from profile_part(name, told["profile"], work["transformer"]["flops"])
     energy = {name: held["energy"] for name in facts["candidates"] if "energy" in (held := result.of(name))}
     if energy:
-        each = ", ".join(f"{name} {one.median:.4g} J" for name, one in energy.items())
-        yield f"Energy of the card a block: {each}."
+        joules = ", ".join(f"{name} {one.median:.4g} J" for name, one in energy.items())
+        yield f"Energy of the card a block: {joules}."
 
 
 def passes_of(result: Result, candidate: str) -> list[Series]:
-    held = result.of(candidate)
-    count = len(result.facts["block"]["passes"])
+    """The passes of a candidate that runs them one by one; none otherwise."""
+    held, count = result.of(candidate), len(result.facts["block"]["passes"])
     names = [f"pass {index}" for index in range(count)]
     return [held[name] for name in names] if all(name in held for name in names) else []
+
+
+def profile_part(name: str, profile: dict[str, Any], written: int) -> Iterator[str]:
+    """One block of an executor by kinds of work, as its graph has them, and by pass. written: FLOPs of the passes."""
+    total = sum(cost["seconds"] for cost in profile["families"].values())
+    computed = sum(cost["flops"] for cost in profile["families"].values())
+    rows = [
+        (kind, f"{cost['seconds'] * 1e3:.4g}", f"{cost['seconds'] / total:.0%}", f"{cost['flops'] / 1e9:.4g}",
+         f"{cost['bytes'] / 1e9:.4g}", f"{cost['least'] / cost['seconds']:.0%}")
+        for kind, cost in profile["families"].items()
+    ]  # fmt: skip
+    yield table((f"{name}: work", "ms", "share", "GFLOP", "GB", "of the ceilings"), rows)
+    passes = ", ".join(f"{run} {seconds * 1e3:.4g}" for run, seconds in profile["passes"].items())
+    yield (
+        f"The graph computes {computed / 1e9:.4g} GFLOP, the passes as written {written / 1e9:.4g}. Timed once, in a "
+        f"block that is watched (marks took {profile['share_of_marks']:.1%}); {profile['between_calls'] * 1e3:.3g} ms "
+        f"between calls. Passes, ms: {passes}."
+    )
 
 
 def memory_table(result: Result) -> str:
     told = {name: one["memory"] for name, one in result.facts["candidates"].items() if one.get("memory")}
     owners = list(dict.fromkeys(owner for memory in told.values() for owner in memory))
-    launches = {name: result.facts["candidates"][name]["launches"] or "" for name in told}
+    launches = {name: result.facts["candidates"][name]["launches"] for name in told}
     rows = [
-        (name, *(megabytes(memory.get(owner)) for owner in owners), str(launches[name]))
+        (name, *(megabytes(memory.get(owner)) for owner in owners), in_words(launches[name]))
         for name, memory in told.items()
     ]
-    return table(("candidate", *(f"{owner}, MB" for owner in owners), "launches a block"), rows)
+    return table(("candidate", *(f"{owner}, MB" for owner in owners), "launched in a block"), rows)
+
+
+def in_words(launches: dict[str, int] | None) -> str:
+    return "" if launches is None else f"{launches['graphs']} graphs, {launches['kernels']} kernels"
 
 
 def stream_part(result: Result) -> Iterator[str]:

@@ -12,9 +12,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,9 @@ from numpy.typing import NDArray
 from ..errors import InferixError, UsageError
 from ..runtime.engine import Engine
 from ..runtime.media import VideoWriter
-from ..runtime.session import Block, Session
+from ..runtime.outbox import Block
+from ..runtime.session import Session
+from .candidates import check_executor
 from .machine import environment, measure_ceilings, process_memory
 from .result import Result, Series
 from .subject import Subject, described, open_engine, random_prompt, told_prompt
@@ -43,7 +46,8 @@ CLOCK = (
     "decoder, conversion, copy to the host, and the sink (memory: frames are in host memory; mp4: encoded as well). "
     "first frame, cold: from the start of a process to the first block on the sink, with imports, weights, text "
     "encoder and compilation. first frame, warm: from a prompt to a running engine. control: from the call to the "
-    "first block on the sink that shows it. Left out: network and display."
+    "first block on the sink that shows it, sent by another thread at moments spread over a block. Left out: network "
+    "and display."
 )
 
 
@@ -127,13 +131,16 @@ def run(wanted: Wanted, tell: Tell) -> Result:
     subject.check()
     series: dict[str, Series] = {}
     facts: dict[str, Any] = {"sink": wanted.sink}
-    for name, marks in cold_starts(wanted, tell).items():
-        series |= start_series(name, marks)
     engine = open_engine(subject)
     begun = environment(str(engine.device))
     tell("measuring what the machine can do")
     ceilings = measure_ceilings(str(engine.device), engine.dtype)
-    executor = "eager"
+    executor = engine.config.executor
+    off, tolerance = check_executor(engine, subject)
+    facts["check"] = {"difference": off, "tolerance": tolerance}
+    tell(f"{executor}: outputs match (off by {off:.1e})")
+    for name, marks in cold_starts(wanted, tell).items():
+        series |= start_series(name, marks)
     steady = watch(engine, wanted, wanted.blocks, tell)
     series[f"{executor}/interval"] = Series("s", tuple(steady.intervals))
     facts["stream"] = steady.facts(engine)
@@ -237,22 +244,44 @@ def watch(engine: Engine, wanted: Wanted, blocks: int, tell: Tell) -> Watched:
 
 
 def controls(engine: Engine, wanted: Wanted, tell: Tell) -> list[float]:
-    """Seconds from each of some controls to the first block on the sink that shows it."""
+    """Seconds from each of some controls to the first block on the sink that shows it.
+
+    They come from another thread, one at a time, at moments spread over the making of a block.
+    """
     subject = wanted.subject
     size, full = subject.size or engine.default_size, blocks_until_full(engine.preset)
     tell(f"{wanted.controls} controls on their way to pixels")
-    found = []
+    asked: dict[int, float] = {}
+    arrived: dict[int, float] = {}
+    steps = [steering(engine, index) for index in range(wanted.controls)]
+    before, sent = time.perf_counter(), 0
     opened = engine.open(**told_prompt(engine, subject.seed), seed=subject.seed, size=size)
     with opened as session, open_sink(wanted.sink, engine, size) as sink:
-        for block in session.stream(full):
+
+        def send(steer: Callable[[Session], int]) -> None:
+            now = time.perf_counter()
+            asked[steer(session)] = now
+
+        for index, block in enumerate(session.stream()):
             sink.add(shown(block))
-        for index in range(wanted.controls):
-            asked = time.perf_counter()
-            steer(session, engine, index)
-            (block,) = session.stream(1)
-            sink.add(shown(block))
-            found.append(time.perf_counter() - asked)
-    return found
+            now = time.perf_counter()
+            arrived |= {ack.id: now for ack in block.acks}
+            if len(arrived) == wanted.controls:
+                break
+            if index >= full and sent == len(arrived):
+                phase = (sent + 0.5) / wanted.controls
+                threading.Timer(phase * (now - before), send, (steps[sent],)).start()
+                sent += 1
+            before = now
+    return [arrived[control] - asked[control] for control in sorted(arrived)]
+
+
+def steering(engine: Engine, index: int) -> Callable[[Session], int]:
+    """What tells a session an action where the model has any, else another prompt; it returns the control's id."""
+    if actions := engine.spec.actions:
+        return lambda session: session.act(actions[index % len(actions)])
+    rows = random_prompt(engine, index)
+    return lambda session: session.prompt(embeds=rows)
 
 
 def shown(block: Block) -> Frames:
@@ -261,34 +290,23 @@ def shown(block: Block) -> Frames:
     return block.frames
 
 
-def steer(session: Session, engine: Engine, index: int) -> None:
-    """An action where the model has any, else another prompt."""
-    if engine.spec.actions:
-        session.act(engine.spec.actions[index % len(engine.spec.actions)])
-    else:
-        session.prompt(embeds=random_prompt(engine, index))
-
-
 def several(engine: Engine, wanted: Wanted, count: int, tell: Tell) -> dict[str, Any]:
     """`count` sessions in turns at their full windows: frames a second of all, and each one's intervals."""
     subject = wanted.subject
     size, full = subject.size or engine.default_size, blocks_until_full(engine.preset)
     tell(f"{count} session{'s' if count > 1 else ''} at a time")
     prompt = told_prompt(engine, subject.seed)
-    opened = [engine.open(**prompt, seed=subject.seed + index, size=size) for index in range(count)]
-    try:
-        streams = [session.stream(full + wanted.blocks + 1) for session in opened]
-        arrivals: list[list[float]] = [[] for _ in opened]
-        frames = 0
+    arrivals: list[list[float]] = [[] for _ in range(count)]
+    frames = 0
+    with ExitStack() as stack:
+        opened = [engine.open(**prompt, seed=subject.seed + index, size=size) for index in range(count)]
+        streams = [stack.enter_context(session).stream(full + wanted.blocks + 1) for session in opened]
         for turn in range(full + wanted.blocks + 1):
-            for index, stream in enumerate(streams):
+            for times, stream in zip(arrivals, streams, strict=True):
                 block = next(stream)
                 if turn >= full:
-                    arrivals[index].append(time.perf_counter())
+                    times.append(time.perf_counter())
                     frames += len(shown(block)) if turn > full else 0
-    finally:
-        for session in opened:
-            session.close()
     seconds = max(times[-1] for times in arrivals) - max(times[0] for times in arrivals)
     intervals = [later - earlier for times in arrivals for earlier, later in pairwise(times)]
     return {"sessions": count, "fps": frames / seconds, "intervals": intervals}

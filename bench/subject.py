@@ -8,7 +8,7 @@ wrong one shows in the outputs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from ..models.wan.taehv import TAEW21, TAEW22, TinyDecoder
 from ..models.wan.transformer import WanTransformer
 from ..models.wan.vae import CausalVae
 from ..models.wan.vae_checkpoint import Decoder
-from ..runtime.config import DTYPES, EngineConfig, default_device, default_dtype
+from ..runtime.config import DTYPES, EngineConfig, default_device, default_dtype, default_executor
 from ..runtime.engine import Engine, load
 from ..runtime.loading import SHIPPED, Components, random_text
 from ..runtime.presets import default_preset, make_preset
@@ -51,6 +51,7 @@ class Subject:
     dtype: str | None = None
     vae: str | None = None
     base: str | None = None
+    executor: str | None = None
     seed: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -88,22 +89,30 @@ class Subject:
         return {**self.overrides, "local_attn_size": self.frames_in_window}
 
 
-def open_engine(subject: Subject, **chosen: Any) -> Engine:
-    """An engine for it; `chosen` are further settings of `load`. UsageError for what cannot be measured."""
+def open_engine(subject: Subject) -> Engine:
+    """An engine for it. UsageError for what cannot be measured."""
     subject.check()
     device = subject.device or default_device()
     preset = subject.preset or default_preset(subject.model)
-    overrides = subject.settings()
+    overrides, executor = subject.settings(), subject.executor or default_executor(device, None)
     if not (subject.is_named or subject.random_weights):
         return load(
             subject.model, preset=preset, device=device, dtype=subject.dtype, vae=subject.vae, base=subject.base,
-            **chosen, **overrides,
+            executor=executor, **overrides,
         )  # fmt: skip
     config = EngineConfig(
         model=subject.model, preset=preset, device=device, dtype=subject.dtype or default_dtype(device), base=None,
-        checkpoint_format=None, vae=subject.vae, text_encoder=None, use_ema=True, precision="reference", **chosen,
+        checkpoint_format=None, vae=subject.vae, text_encoder=None, use_ema=True, precision="reference",
+        executor=executor,
     )  # fmt: skip
     return Engine(config, make_preset(preset, **overrides), random_parts(MODELS[subject.model], config, subject.seed))
+
+
+def with_executor(engine: Engine, name: str) -> Engine:
+    """An engine over the same weights with another executor."""
+    if engine.config.executor == name:
+        return engine
+    return Engine(replace(engine.config, executor=name), engine.preset, engine.parts)
 
 
 def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components:

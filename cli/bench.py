@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +121,8 @@ def block(
     preset: str | None = PRESET,
     random_weights: bool = RANDOM,
     frames_in_window: int | None = typer.Option(None, help="Window in latent frames.  [default: the preset's]"),
-    only: list[str] = typer.Option([], help="A candidate by name; repeatable.  [default: all that suit the device]"),
+    executor: list[str] = typer.Option([], help="eager, fused or captured; repeatable.  [default: all that can run]"),
+    baseline: list[str] = typer.Option([], help="plain, compiled or none; repeatable.  [default: all, on a CPU plain]"),
     rounds: int = typer.Option(3, help="Streams of each candidate, in turns."),
     blocks: int = typer.Option(5, help="Blocks timed at a full window in each round."),
     size: str | None = SIZE,
@@ -142,14 +144,14 @@ def block(
 
     Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
 
-    Example: inferix bench block --model tinyworld --only eager --only plain --blocks 10
+    Example: inferix bench block --model tinyworld --executor eager --baseline plain --blocks 10
     """
     from ..bench import block as bench
 
     subject = the_subject(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
-    wanted = bench.Wanted(subject, rounds, blocks, tuple(only))
+    wanted = bench.Wanted(subject, rounds, blocks, tuple(executor), tuple(baseline))
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_block)
 
 
@@ -163,6 +165,7 @@ def stream(
     starts: int = typer.Option(3, help="Cold starts, each a process of its own; 0 for none."),
     controls: int = typer.Option(8, help="Controls sent while it streams; 0 for none."),
     sessions: int = typer.Option(1, help="Measure 1 to N sessions at a time."),
+    executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured on a GPU]"),
     minutes: float | None = typer.Option(None, help="Add a long run of so many minutes of video."),
     sink: str = typer.Option("memory", help="memory, or mp4 to encode the video as well."),
     size: str | None = SIZE,
@@ -190,6 +193,7 @@ def stream(
     subject = the_subject(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
+    subject = replace(subject, executor=executor)
     wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink)
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_stream)
 
@@ -230,8 +234,6 @@ def compare(
 
     Example: inferix bench compare results/before.json results/after.json --fail-on-slower
     """
-    from dataclasses import asdict
-
     from ..bench.compare import STATISTIC
     from ..bench.compare import compare as compared
     from ..bench.result import read_result
@@ -317,16 +319,18 @@ def finish(result: Result, out: Path | None, as_json: bool, show: Callable[[Resu
 def tell_block(result: Result) -> None:
     block, matmul = result.facts["block"], result.ceilings["matmul_flops"].best
     plain = result.of("plain").get("block")
-    table = Table("candidate", "block", "FPS", "transformer", "of matmul", "decoder", "against plain", "off by")
+    table = Table("candidate", "block", "interval", "FPS", "transformer", "of matmul", "decoder", "to plain", "off by")
     for name, told in result.facts["candidates"].items():
         if told["refused"]:
-            table.add_row(name, "refused", "", told["refused"])
+            table.add_row(name, "refused", "", "", told["refused"])
             continue
         held = result.of(name)
         transformer, decode, whole = held.get("transformer"), held.get("decode"), held["block"].median
         share = result.facts["work"]["transformer"]["flops"] / transformer.median / matmul if transformer else None
+        interval = held.get("interval")
         table.add_row(
-            name, in_unit(whole, "s"), f"{block['pixel_frames'] / whole:.3g}",
+            name, in_unit(whole, "s"), in_unit(interval.median, "s") if interval else "",
+            f"{block['pixel_frames'] / (interval.median if interval else whole):.3g}",
             in_unit(transformer.median, "s") if transformer else "", f"{share:.0%}" if share else "",
             in_unit(decode.median, "s") if decode else "", f"{plain.median / whole:.2f}x" if plain else "",
             f"{told['difference']:.1e}",

@@ -39,7 +39,10 @@ def made(
         facts={
             "oracle": "eager", "tolerance": 0.04, "left_out": {},
             "candidates": {
-                name: {"about": "a", "difference": 0.0, "refused": None, "memory": {"cache": 1}, "launches": 1}
+                name: {
+                    "about": "a", "difference": 0.0, "refused": None, "memory": {"cache": 1},
+                    "launches": {"graphs": 1, "kernels": 9},
+                }
                 for name in names
             },
             "block": {

@@ -17,8 +17,11 @@ from typer.testing import CliRunner
 from inferix import load
 from inferix.bench import block as bench
 from inferix.bench.baseline import PlainLoop, run_layer, why_not
-from inferix.bench.block import Candidate, Wanted, count_launches, difference, run
+from inferix.bench.block import Wanted, run
+from inferix.bench.candidates import difference
 from inferix.bench.compare import compare
+from inferix.bench.gpu_check import check_graph
+from inferix.bench.inside import count_launches
 from inferix.bench.report import page
 from inferix.bench.result import Result, read_result
 from inferix.bench.subject import Subject, drawn, open_engine, random_prompt
@@ -62,8 +65,8 @@ def result() -> Result:
 
 
 def test_a_block_is_timed_stage_by_stage_at_a_full_window(result):
-    assert set(result.facts["candidates"]) >= {"eager", "plain"}
-    assert result.facts["left_out"].keys() == {"compiled"}
+    assert set(result.facts["candidates"]) == {"eager", "fused", "plain"}
+    assert result.facts["left_out"].keys() == {"captured", "compiled"}
     for name, told in result.facts["candidates"].items():
         assert told["refused"] is None and told["difference"] <= result.facts["tolerance"]
         assert told["memory"]["cache"] > 0 and told["memory"]["decoder state"] > 0 and told["launches"] is None
@@ -73,12 +76,17 @@ def test_a_block_is_timed_stage_by_stage_at_a_full_window(result):
     assert result.facts["block"]["window_frames"] == 6 and result.facts["block"]["pixel_frames"] == 12
     assert [step["kind"] for step in result.facts["block"]["passes"]] == ["denoise"] * 4 + ["commit"]
     assert {"denoise", "commit", "decode"} <= result.of("eager").keys()
+    profile = result.facts["candidates"]["fused"]["profile"]
+    assert list(profile["passes"]) == ["denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
+    written = result.facts["work"]["transformer"]["flops"]  # the graph leaves out what is constant or has no effect
+    assert 0.7 * written < sum(cost["flops"] for cost in profile["families"].values()) < written
     assert not result.on_gpu and result.environment["clocks"] is None
     assert "## On a CPU" in page({"a.json": result}, "results", "page.md", {})
 
 
 def test_a_planted_slowdown_is_found_by_comparing_two_runs(clock, monkeypatch):
-    before = run(WANTED, lambda said: None)
+    wanted = replace(WANTED, executors=("eager",))
+    before = run(wanted, lambda said: None)
     denoise = Engine.denoise
 
     def slower(self, session):
@@ -86,7 +94,7 @@ def test_a_planted_slowdown_is_found_by_comparing_two_runs(clock, monkeypatch):
         return denoise(self, session)
 
     monkeypatch.setattr(Engine, "denoise", slower)
-    found = {change.name: change.verdict for change in compare(before, run(WANTED, lambda said: None)).changes}
+    found = {change.name: change.verdict for change in compare(before, run(wanted, lambda said: None)).changes}
     assert found["eager/block"] == found["eager/transformer"] == "slower"
     assert found["plain/block"] == found["plain/transformer"] == "same"
 
@@ -105,18 +113,19 @@ class NoCommit(PlainLoop):
         return latents if run.timesteps[0] == 0 else super().forward(run, latents)
 
 
-def planted(streams: dict[str, Callable[..., PlainLoop]]) -> Callable[..., tuple[list[Candidate], dict[str, str]]]:
+def plant(monkeypatch: pytest.MonkeyPatch, streams: dict[str, Callable[..., PlainLoop]]) -> None:
+    """Put these streams in place of all candidates but the oracle."""
     offer = bench.candidates
 
     def candidates(engine, rows, subject):
         found, left_out = offer(engine, rows, subject)
         more = [
-            replace(found[1], name=name, open=lambda make=make: make(engine, rows, 0, (32, 32), run_layer))
+            replace(found[-1], name=name, open=lambda make=make: make(engine, rows, 0, (32, 32), run_layer))
             for name, make in streams.items()
         ]
-        return [*found[:1], *more], left_out
+        return [*found[:1], *more], {name: reason for name, reason in left_out.items() if name not in streams}
 
-    return candidates
+    monkeypatch.setattr(bench, "candidates", candidates)
 
 
 def test_what_does_not_match_is_refused_and_not_timed(monkeypatch):
@@ -129,18 +138,17 @@ def test_what_does_not_match_is_refused_and_not_timed(monkeypatch):
         opened.append((PlainLoop, NoCommit)[min(len(opened), 1)])
         return opened[-1](*args)
 
-    streams = {"never rolls": NeverRolls, "no commit": NoCommit, "broken": broken, "right at first": right_at_first}
-    monkeypatch.setattr(bench, "candidates", planted(streams))
-    result = run(replace(WANTED, blocks=1), lambda said: None)
+    plant(monkeypatch, {"fused": NoCommit, "captured": broken, "plain": NeverRolls, "compiled": right_at_first})
+    result = run(replace(WANTED, blocks=1, baselines=("plain", "compiled")), lambda said: None)
     told = result.facts["candidates"]
-    assert "the latents of block 2 are off by" in told["never rolls"]["refused"]
-    assert "the latents of block 1 are off by" in told["no commit"]["refused"]
-    assert told["broken"]["refused"] == "cannot run: no kernel image is available"
-    assert "what was timed differs: the latents of block 1" in told["right at first"]["refused"]
+    assert "the latents of block 1 are off by" in told["fused"]["refused"]
+    assert told["captured"]["refused"] == "cannot run: no kernel image is available"
+    assert "the latents of block 2 are off by" in told["plain"]["refused"]
+    assert "what was timed differs: the latents of block 1" in told["compiled"]["refused"]
     assert {name.partition("/")[0] for name in result.series} == {"eager"}
     assert "refused: the latents" in page({"a.json": result}, "results", "page.md", {})
     with pytest.raises(InferixError, match="no candidate's outputs match"):
-        run(replace(WANTED, only=("never rolls", "broken")), lambda said: None)
+        run(replace(WANTED, executors=("fused",), baselines=("plain",)), lambda said: None)
 
 
 @pytest.mark.parametrize("preset", ["self-forcing-framewise", "longlive", "causvid", "krea"])
@@ -227,10 +235,16 @@ def test_names_and_numbers_of_the_command(tmp_path):
             Wanted(SMALL, **change)
     base = ["bench", "block", "--size", "32x32", "--frames-in-window", "6", "--device", "cpu", "--rounds", "1"]
     runner = CliRunner()
-    failed = runner.invoke(app, [*base, "--only", "captured", "--blocks", "1"])
-    assert failed.exit_code == 2 and "no candidate 'captured'" in failed.stderr
+    for option, name, said in (
+        ("--executor", "fussed", "no executor 'fussed'; did you mean 'fused'"),
+        ("--executor", "captured", "--executor captured cannot run here: it needs a GPU"),
+        ("--baseline", "eager", "no baseline 'eager'"),
+    ):
+        failed = runner.invoke(app, [*base, option, name])
+        assert failed.exit_code == 2 and said in failed.stderr
     out = tmp_path / "block.json"
-    done = runner.invoke(app, [*base, "--blocks", "1", "--only", "eager", "--json", "--out", str(out)])
+    done = runner.invoke(app, [*base, "--blocks", "1", "--executor", "eager", "--baseline", "none",
+                                "--json", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == json.loads(out.read_text())
     assert read_result(out).facts["candidates"].keys() == {"eager"}
@@ -239,4 +253,12 @@ def test_names_and_numbers_of_the_command(tmp_path):
 
 def test_launches_are_calls_that_hand_over_work():
     names = ["cudaLaunchKernel", "aten::mm", "cudaGraphLaunch", "cudaMemcpyAsync", "cuLaunchKernelEx"]
-    assert count_launches(names) == 3
+    assert count_launches(names) == {"graphs": 1, "kernels": 2}
+
+
+def test_the_graph_check_of_a_preset_on_a_cpu(monkeypatch):
+    found, wrong = check_graph(SMALL)
+    assert wrong == [] and found["fused off by"] <= found["tolerance"]
+    monkeypatch.setattr("inferix.bench.gpu_check.candidates.TOLERANCE", {torch.float32: -1.0})
+    (said,) = check_graph(SMALL)[1]
+    assert said.startswith("fused: the latents of block 0 are off by")
