@@ -45,9 +45,9 @@ CLOCK = (
     "interval: host's wall clock from one block's frames on the sink to the next block's: noise, all passes, commit, "
     "decoder, conversion, copy to the host, and the sink (memory: frames are in host memory; mp4: encoded as well). "
     "first frame, cold: from the start of a process to the first block on the sink, with imports, weights, text "
-    "encoder and compilation. first frame, warm: from a prompt to a running engine. control: from the call to the "
-    "first block on the sink that shows it, sent by another thread at moments spread over a block. Left out: network "
-    "and display."
+    "encoder (none for random weights) and compilation. first frame, warm: from a prompt to a running engine. "
+    "control: from the call to the first block on the sink that shows it, sent by another thread at moments spread "
+    "over a block. Left out: network and display."
 )
 
 

@@ -182,7 +182,10 @@ def described(engine: Engine, subject: Subject) -> tuple[dict[str, Any], dict[st
 
 
 def told_prompt(engine: Engine, seed: int) -> dict[str, Any]:
-    """What `Engine.open` is given: a prompt where the model can read one, else rows of no prompt in particular."""
-    if engine.parts.text is None:
+    """What `Engine.open` is given: a prompt where the model can read one, else rows of no prompt in particular.
+
+    The text encoder of random weights is a stand-in of another size, whose time would say nothing.
+    """
+    if engine.parts.text is None or engine.parts.form == "random":
         return {"prompt_embeds": random_prompt(engine, seed)}
     return {"prompt": PROMPT}

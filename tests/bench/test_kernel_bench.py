@@ -242,5 +242,6 @@ def test_tuning_needs_a_gpu_and_whole_ops():
 
 def test_the_help_of_the_command_names_what_it_compares_and_keeps():
     text = " ".join(CliRunner().invoke(app, ["bench", "kernels", "--help"]).output.split())
-    for said in ("on a CPU the references themselves are timed", "flash-attn", "kernels/OP/tuned/CARD.json", "--compile-only"):
+    told = ("on a CPU the references themselves are timed", "flash-attn", "kernels/OP/tuned/CARD.json", "--compile-only")
+    for said in told:
         assert said in text
