@@ -64,7 +64,7 @@ def kernels(
 ) -> None:
     """Time each kernel, checked first.
 
-    Each is checked against its reference before it is timed; on a CPU the references themselves are timed.
+    Each is checked against its reference before it is timed; on a CPU the references are timed.
 
     On a GPU what is installed stands beside it: torch's attention by each backend, FlexAttention, flash-attn,
     sageattention, and the plain torch sequence as it is and compiled. Each has its time as a share of the first's.

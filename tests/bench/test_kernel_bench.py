@@ -242,6 +242,5 @@ def test_tuning_needs_a_gpu_and_whole_ops():
 
 def test_the_help_of_the_command_names_what_it_compares_and_keeps():
     text = " ".join(CliRunner().invoke(app, ["bench", "kernels", "--help"]).output.split())
-    told = ("on a CPU the references themselves are timed", "flash-attn", "kernels/OP/tuned/CARD.json", "--compile-only")
-    for said in told:
+    for said in ("on a CPU the references are timed", "flash-attn", "kernels/OP/tuned/CARD.json", "--compile-only"):
         assert said in text
