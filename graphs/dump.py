@@ -134,7 +134,9 @@ def pass_from_dict(written: Mapping[str, Any], device: torch.device) -> PassGrap
         made.meta = {key: node[key] for key in DESCRIPTION if key in node} | {"val": evaluated(made)}
         found[node["name"]] = made
     graph.output(tuple(found[result] for result in written["results"]))
-    groups = [{key: tuple(v) if isinstance(v, list) else v for key, v in group.items()} for group in written["groups"]]
+    groups: list[dict[str, Any]] = [
+        {key: tuple(v) if isinstance(v, list) else v for key, v in group.items()} for group in written["groups"]
+    ]
     return PassGraph(
         name=written["name"],
         graph=graph,

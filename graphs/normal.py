@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.node import map_arg
 
 from ..errors import UsageError
@@ -80,7 +81,8 @@ class Normaliser:
 
     def copy(self, node: fx.Node) -> None:
         check_call(node)
-        args, kwargs = map_arg((node.args, node.kwargs), self.found.__getitem__)
+        mapped: Any = map_arg((node.args, node.kwargs), self.found.__getitem__)
+        args, kwargs = mapped
         if node.target in SPLITS:
             self.parts[node] = self.split(node, args[0])
         elif args and isinstance(args[0], fx.Node):
@@ -105,9 +107,10 @@ class Normaliser:
         if op is aten.select.int:
             return edit.call(op, x, args[1] % len(shape(x)), args[2] % shape(x)[args[1]])
         if op is aten.slice.Tensor:
-            dim, start, stop, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
-            bounds = slice(start, stop, step).indices(shape(x)[dim])
-            return self.sliced(x, dim % len(shape(x)), *bounds)
+            defaults: list[Any] = [0, None, None, 1]
+            dim, first, last, step = list(args[1:]) + defaults[len(args) - 1 :]
+            start, stop, step = slice(first, last, step).indices(shape(x)[dim])
+            return self.sliced(x, dim % len(shape(x)), start, stop, step)
         if op in (aten.expand.default, aten.expand_as.default):
             return x if tuple(size) == shape(x) else edit.call(aten.expand.default, x, size)
         if (op is aten.pow.Tensor_Scalar and args[1] == 2) or (op is aten.mul.Tensor and args[1] is x):
@@ -138,8 +141,9 @@ class Normaliser:
 
     def split(self, node: fx.Node, x: fx.Node) -> list[fx.Node]:
         """Each part of a split as a slice, of an unbind as a selection."""
-        given = {argument.name: value for argument, value in zip(node.target._schema.arguments, node.args)}  # type: ignore[union-attr]  # noqa: B905
-        given |= node.kwargs
+        assert isinstance(node.target, OpOverload)
+        names = [argument.name for argument in node.target._schema.arguments]
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         dim = int(given.get("dim", 0)) % len(shape(x))
         if node.target is aten.unbind.int:
             return [self.edit.call(aten.select.int, x, dim, index) for index in range(shape(x)[dim])]
@@ -157,8 +161,8 @@ class Normaliser:
 
     def permuted(self, x: fx.Node, order: list[int]) -> fx.Node:
         if x.target is aten.permute.default:
-            x, inner = x.args  # type: ignore[assignment]
-            order = [inner[dim] for dim in order]  # type: ignore[index]
+            inner: Any = x.args[1]
+            x, order = x.all_input_nodes[0], [int(inner[dim]) for dim in order]
         return x if order == sorted(order) else self.edit.call(aten.permute.default, x, order)
 
     def viewable(self, x: fx.Node, size: list[int]) -> bool:
@@ -181,7 +185,7 @@ def is_default(value: Any, argument: torch.Argument) -> bool:
 def check_call(node: fx.Node) -> None:
     """UsageError for what a graph without host code and hidden writes cannot hold."""
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         raise UsageError(f"{op} at {node.meta['line']} is no tensor op; a pass holds ATen and custom ops alone")
     if torch.Tag.data_dependent_output in op.tags or op in (aten.item.default, aten._local_scalar_dense.default):
         raise UsageError(f"{op._schema.name} at {node.meta['line']} reads a value off the device; keep it a tensor")

@@ -73,7 +73,7 @@ def trace(
             assert spec.target is not None
             literal = exported.constants.get(spec.target) if spec.kind == InputKind.CONSTANT_TENSOR else None
             values[node.name] = own_value(spec.target.removeprefix(model).lstrip("."), node, literal)
-    keys = exported.call_spec.out_spec.context  # type: ignore[union-attr]
+    keys = exported.call_spec.out_spec.context
     outputs = tuple(
         Value(key, Role.OUTPUT, shape(result), fake(result).dtype, made)
         for key, result in zip(keys, graph.output_node().args[0], strict=True)  # type: ignore[arg-type]

@@ -127,6 +127,13 @@ class PassGraph:
         return (node for node in self.graph.nodes if node.op == "call_function")
 
     @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """The nodes that make the outputs, in their order."""
+        returned = self.graph.output_node().args[0]
+        assert isinstance(returned, list | tuple)
+        return tuple(node for node in returned if isinstance(node, fx.Node))
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Names of the values it is given."""
         return tuple(value.name for value in self.inputs.values())

@@ -63,9 +63,9 @@ def validate_pass(graph: PassGraph) -> None:
                 raise GraphError(f"{graph.name}: {node.name} writes into {target.name}, the result of a call")
     if lost := set(graph.writes) - found:
         raise GraphError(f"{graph.name}: the traced pass wrote {', '.join(sorted(lost))}; the graph no longer does")
-    for value, result in zip(graph.outputs, graph.graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
-        if (shape(result), fake(result).dtype) != (value.shape, value.dtype):  # type: ignore[arg-type]
-            raise GraphError(f"{graph.name}: output {value.name} is {shape(result)}, declared {value.shape}")  # type: ignore[arg-type]
+    for value, result in zip(graph.outputs, graph.results, strict=True):
+        if (shape(result), fake(result).dtype) != (value.shape, value.dtype):
+            raise GraphError(f"{graph.name}: output {value.name} is {shape(result)}, declared {value.shape}")
 
 
 def written_state(graph: PassGraph, node: fx.Node, target: fx.Node) -> str:

@@ -59,8 +59,7 @@ class Step:
 
 def denoise_step(graph: PassGraph) -> int:
     """Put `inferix::denoise_step` in the place of each solver step of a pass."""
-    results = graph.graph.output_node().args[0]
-    assert isinstance(results, tuple)
+    results = graph.results
     if not results or not fake(results[0]).dtype.is_floating_point:
         return 0
     edit, places = Editor(graph.graph), 0
@@ -113,11 +112,11 @@ def terms_of(graph: PassGraph, value: object, velocity: fx.Node) -> Terms | None
         other = scaled(other, sign if target is aten.add.Tensor else -sign)
         return {node: one.get(node, 0.0) + other.get(node, 0.0) for node in one | other}
     if target in (aten.mul.Tensor, aten.div.Tensor):
-        one, other = args[:2]
-        by = number_of(graph, other)
+        scaled_part, factor = args[:2]
+        by = number_of(graph, factor)
         if by is None and target is aten.mul.Tensor:
-            one, by = other, number_of(graph, one)
-        terms = None if by is None else terms_of(graph, one, velocity)
+            scaled_part, by = factor, number_of(graph, scaled_part)
+        terms = None if by is None else terms_of(graph, scaled_part, velocity)
         return None if terms is None or by is None else scaled(terms, by if target is aten.mul.Tensor else 1 / by)
     return None
 
@@ -165,8 +164,7 @@ def arranged(graph: PassGraph, outputs: dict[int, Terms], velocity: fx.Node) -> 
         node for node in given if graph.inputs[whole_of(node).name].name in {graph.outputs[at].name for at in outputs}
     ]
     latents = next(iter([*clean.values(), *named, *given]))
-    results = graph.graph.output_node().args[0]
-    involved = [*given, *parts, *(results[place] for place in outputs)]  # type: ignore[index]
+    involved = [*given, *parts, *(graph.results[place] for place in outputs)]
     if any((fake(node).dtype, shape(node)) != (fake(latents).dtype, shape(latents)) for node in involved):
         return None
     history = tuple(node for node in given if node is not latents)

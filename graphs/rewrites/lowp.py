@@ -72,9 +72,9 @@ def linears(graph: PassGraph) -> list[fx.Node]:
 
 def layers_of(graph: PassGraph, node: fx.Node) -> list[str]:
     """Names of the layers whose weights a matmul has; none if they are not the model's own."""
-    weight = node.args[1]
-    parts = weight.args[0] if isinstance(weight, fx.Node) and weight.target is aten.cat.default else [weight]
-    values = [graph.inputs.get(part.name) for part in parts]  # type: ignore[union-attr]
+    weight = node.all_input_nodes[1]
+    parts = weight.all_input_nodes if weight.target is aten.cat.default else [weight]
+    values = [graph.inputs.get(part.name) for part in parts]
     own = all(value is not None and value.role == Role.WEIGHT for value in values)
     return [value.name.removesuffix(".weight") for value in values if value is not None] if own else []
 

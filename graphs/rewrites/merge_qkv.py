@@ -21,11 +21,11 @@ def merge_qkv(graph: PassGraph) -> int:
     """One linear layer on the three weights, one below the other, and a slice of its result for each."""
     edit, places = Editor(graph.graph), 0
     for append in graph.graph.find_nodes(op="call_function", target=ops.rope_append.default):
-        layers = [projection(part) for part in append.args[:3]]
+        layers = [projection(part) for part in append.args[:3] if isinstance(part, fx.Node)]
         q, k, v = layers
         if q is None or k is None or v is None or len(set(layers)) < 3:
             continue
-        same_input = len({peeled(layer.args[0]) for layer in (q, k, v)}) == 1
+        same_input = len({peeled(layer.all_input_nodes[0]) for layer in (q, k, v)}) == 1
         if not same_input or len({len(layer.args) for layer in (q, k, v)}) > 1:
             continue
         merge(edit, [q, k, v])
