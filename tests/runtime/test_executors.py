@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import numpy as np
@@ -17,7 +16,6 @@ from inferix.runtime.engine import Engine
 from inferix.runtime.executors import GraphExecutor
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.presets import PRESETS
-from inferix.runtime.session import Branch, Session
 
 OTHER = ROWS.flip(0) * 1.5
 TOLERANCE = 1e-9  # float64; no rewrite: the same ops in the same order, so in fact equal
@@ -88,31 +86,24 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
 
 def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrides: object) -> Engine:
     """An engine whose executor captures on a fake; its pages are enough for three sessions."""
-    engine = make_engine(preset, executor="fused", **overrides)
-    engine.memory.budget = 3 * engine.memory.form(SIZE).nbytes * overrides["local_attn_size"]
+    engine = make_engine(preset, executor="fused", kv_memory=1 << 24, **overrides)
     engine.executor = GraphExecutor(
         "captured", engine.parts.transformer, engine.preset, "reference", engine.dtype, engine.device, backend
     )
     return engine
 
 
-def forked(session: Session) -> Session:
-    """The same stream going on twice, on shared pages."""
-    twin = dataclasses.replace(session, timeline=copy.deepcopy(session.timeline))
-    twin.branches = [Branch(branch.text, branch.cache.fork()) for branch in session.branches]
-    return twin
-
-
-def test_one_capture_serves_fifty_blocks_prompts_a_fork_new_weights_and_another_session() -> None:
+def test_one_capture_serves_fifty_blocks_prompts_a_fork_a_rewind_new_weights_and_another_session() -> None:
     backend = FakeGraphs(idle=True)
-    engine = captured_engine(backend, local_attn_size=6)
+    engine = captured_engine(backend, local_attn_size=6, rewind_blocks=2)
     first = engine.open(prompt_embeds=ROWS, size=SIZE)
     second = engine.open(prompt_embeds=OTHER, seed=2**63, size=SIZE)
     list(first.stream(20, decode=False))
     first.prompt(embeds=OTHER)
     list(first.stream(20, decode=False))
     list(second.stream(2, decode=False))
-    fork = forked(first)
+    fork = first.fork()
+    first.rewind(38)
     for session in (fork, first, fork, second):
         list(session.stream(2, decode=False))
     with torch.no_grad():
@@ -124,7 +115,7 @@ def test_one_capture_serves_fifty_blocks_prompts_a_fork_new_weights_and_another_
     assert engine.executor.traces == 1
     for session in (first, second, fork):
         session.close()
-    engine.memory.store(SIZE).pool.check_integrity()
+    engine.check_integrity()
 
 
 def test_replays_give_what_eager_gives() -> None:
