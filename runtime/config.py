@@ -34,6 +34,7 @@ class EngineConfig:
     shared by all sessions; None is what one session needs, and more when there is need of more. kv_dtype: in which
     they are kept, a name of `KV_DTYPES`; None is the model's own. kv_offload: those of a paused session go to host
     memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
+    fast_vae: a decoder beside the model's own, as in `vae`, that overload may go over to.
     """
 
     model: str
@@ -52,6 +53,7 @@ class EngineConfig:
     kv_dtype: str | None = None
     kv_offload: bool = False
     executor: str = "eager"
+    fast_vae: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)

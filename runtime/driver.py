@@ -67,7 +67,7 @@ class Driver:
 
     def soon(self, call: Callable[[], T]) -> Future[T]:
         done: Future[T] = Future()
-        if self.owns():
+        if self.owner is threading.current_thread():
             answer(call, done)
         else:
             with self.bell:

@@ -494,6 +494,7 @@ def load(
     kv_dtype: str | None = None,
     kv_offload: bool = False,
     executor: str | None = None,
+    fast_vae: str | Path | None = None,
     limits: Limits = Limits(),  # noqa: B008
     **overrides: Any,
 ) -> Engine:
@@ -521,6 +522,7 @@ def load(
         kv_dtype=kv_dtype,
         kv_offload=kv_offload,
         executor=executor or default_executor(device, kv_dtype),
+        fast_vae=str(fast_vae) if fast_vae is not None else None,
     )
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()

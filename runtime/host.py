@@ -163,9 +163,9 @@ class Host:
         self.driver.check_owner("step()")
         self.seen = self.bell.rings
         self.pipeline.collect()
-        self.driver.answer_calls()
         for session in list(self.sessions.values()):
             self.tend(session)
+        self.driver.answer_calls()
         with self.bell:
             let_in = [self.sessions[index] for index in self.scheduler.admit_waiting()]
             relief = self.scheduler.relief()
@@ -182,7 +182,8 @@ class Host:
             ready = [session for session in self.sessions.values() if self.can_go_on(session)]
             for session in self.sessions.values():
                 session.ready_since = (session.ready_since or now) if session in ready else None
-            chosen = self.scheduler.choose([session.id for session in ready], now)
+            held = [s.id for s in self.sessions.values() if s not in ready and not s.outbox.unfinished]
+            chosen = self.scheduler.choose([session.id for session in ready], held, now)
             return None if chosen is None else self.sessions[chosen]
 
     def can_go_on(self, session: Session) -> bool:
@@ -200,8 +201,6 @@ class Host:
             self.fail(session, InferixError(f"session {session.id} ended: {said}"))
         elif session.state is State.DRAINING and not session.outbox.unfinished:
             self.end(session, State.CLOSED)
-        elif session.state is State.NEW and session.demand is not None and session.id in self.scheduler.clients:
-            session.life.move(State.RUNNING)
 
     def apply(self, session: Session, control: Control) -> None:
         """One control of a session's life; one that changes nothing, such as a second pause, is just acknowledged."""
@@ -235,6 +234,7 @@ class Host:
             session.put_away()
             with self.bell:
                 self.scheduler.rest(session.id)
+                self.bell.ring()
 
     def check_relief(self, relief: Relief) -> None:
         """UsageError for a step that could not be taken."""
@@ -258,6 +258,7 @@ class Host:
             inside = [self.sessions[index] for index in self.scheduler.clients]
             for session in inside[relief.value :]:
                 if session.life.can(State.PAUSED):
+                    session.pausing = None
                     self.pause(session)
         self.metrics.count("overload_steps")
         warnings.warn(f"blocks were late: overload step {relief.kind} {relief.value or ''}".rstrip(), stacklevel=2)
@@ -300,6 +301,8 @@ class Host:
         """A block of a session begins: what it was told from here on counts for the next one."""
         with self.bell:
             assert session.demand is not None and session.ready_since is not None
+            if session.state is State.NEW:
+                session.life.move(State.RUNNING)
             session.demand.left -= 1
             session.outbox.begin()
             session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.engine.device))
@@ -315,6 +318,7 @@ class Host:
         began = record.watch.read(record.marks["encode"][0])
         with self.bell:
             self.scheduler.measured(session.id, time.perf_counter() - began)
+        record.pages = self.pages_in_use
         if session.timeline.preset.context.needs_pixels:
             session.remember(latents, self.complete(session, record, latents, decode, keep=True))
             return
@@ -359,7 +363,6 @@ class Host:
             )
             session.unshown = [entry for entry in session.unshown if entry[1] > record.block]
             record.slack = self.scheduler.shown(session.id, now, shown / spec.fps)
-            record.pages = self.pages_in_use
             record.reliefs = tuple(relief.kind for relief in self.scheduler.reliefs)
             record.marks["emit"] = (now, now)
             session.outbox.put(Block(record.block, latents, frames, seconds, record.acks, record))

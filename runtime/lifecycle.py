@@ -11,7 +11,7 @@ from ..errors import InferixError
 
 
 class State(StrEnum):
-    NEW = "new"  # opened, and perhaps waiting for room; no block was asked for
+    NEW = "new"  # opened, and perhaps waiting for room; no block was begun
     RUNNING = "running"
     PAUSED = "paused"
     DRAINING = "draining"  # begins no block; those that are made are still decoded and handed out

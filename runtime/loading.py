@@ -68,22 +68,28 @@ def load_components(config: EngineConfig) -> Components:
     for key, place in (("base", config.base), ("text_encoder", config.text_encoder)):
         if place is not None and not Path(place).exists():
             raise UsageError(f"{key} is {place!r}: no such file or folder")
-    vae_file = choose_decoder(config.vae, places)
-    vae = load_decoder(vae_file, dtype, device)
-    strides = (vae.spec.temporal_stride, vae.spec.spatial_stride)
-    if vae.spec.z_dim != spec.out_channels or strides != spec.vae_stride:
-        raise UsageError(
-            f"{vae_file} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
-            f"{spec.out_channels} at {spec.vae_stride}: use the VAE that came with the model"
-        )
     return Components(
         transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
-        vae=vae,
+        vae=matching_decoder(config.vae, places, spec, config),
         text=text_loader([Path(config.text_encoder)] if config.text_encoder else places, spec, dtype, device),
         source=config.model,
         form=checkpoint.form,
         digest=lambda: checkpoint.digest,
+        fast_vae=matching_decoder(config.fast_vae, places, spec, config) if config.fast_vae else None,
     )
+
+
+def matching_decoder(wanted: str | None, places: list[Path], spec: ModelSpec, config: EngineConfig) -> Decoder:
+    """The decoder that `wanted` names, of the model's latents; UsageError for one of others."""
+    file = choose_decoder(wanted, places)
+    vae = load_decoder(file, DTYPES[config.dtype], config.device)
+    strides = (vae.spec.temporal_stride, vae.spec.spatial_stride)
+    if vae.spec.z_dim != spec.out_channels or strides != spec.vae_stride:
+        raise UsageError(
+            f"{file} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
+            f"{spec.out_channels} at {spec.vae_stride}: use the VAE that came with the model"
+        )
+    return vae
 
 
 def choose_decoder(wanted: str | None, places: list[Path]) -> Path:
@@ -130,8 +136,9 @@ def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
     """A named model with random weights and a small random text encoder."""
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not in this version; its transformer and checkpoints are")
-    if config.vae not in (None, "taehv"):
-        raise UsageError(f"vae is {config.vae!r}, but {spec.name} has random weights; leave it out, or use taehv")
+    for key in ("vae", "fast_vae"):
+        if (wanted := getattr(config, key)) not in (None, "taehv"):
+            raise UsageError(f"{key} is {wanted!r}, but {spec.name} has random weights; leave it out, or use taehv")
     dtype, device = DTYPES[config.dtype], config.device
     weights = random_transformer_state(spec, 0, dtype)
     checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
@@ -142,6 +149,7 @@ def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
         source=spec.name,
         form="random",
         digest=lambda: None,
+        fast_vae=random_decoder(spec, True, dtype, device) if config.fast_vae else None,
     )
 
 

@@ -65,6 +65,7 @@ def write_session(session: Session, path: Path) -> None:
     if session.change is not None:
         tensors |= {"change.old": session.change.old, "change.new": session.change.new}
         header["change"] = {"blocks": session.change.blocks, "left": session.change.left}
+    header["tensors"] = sorted(tensors)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {KEY: json.dumps(header)}
     write_atomically(check_output(path), partial(write_tensors, unshared(whole), metadata))
@@ -175,8 +176,8 @@ class Saved:
         for place, branch in enumerate(session.branches):
             fields = self.header["caches"][place]
             places = {frame: position for frame, position in fields["places"]}
-            kv, scales, sink = (self.optional(f"cache.{place}.{name}") for name in ("kv", "scales", "sink"))
-            assert kv is not None
+            kv = self.tensor(f"cache.{place}.kv")
+            scales, sink = (self.optional(f"cache.{place}.{name}") for name in ("scales", "sink"))
             branch.cache.import_pages(HeldPages(tuple(fields["frames"]), places, kv, scales, sink))
         decoder, track = self.header["decoder"], session.track
         if decoder["fast"] and self.engine.parts.fast_vae is not None:
@@ -231,11 +232,16 @@ def read_session(engine: Engine, path: Path) -> Saved:
                 raise UsageError(f"{str(path)!r} is a safetensors file, but no saved session")
             header = json.loads(text)
             check_header(header, engine, path)
-            return Saved(engine, header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            if missing := set(header["tensors"]) - set(file.keys()):
+                raise KeyError(min(missing))
+            return Saved(engine, header, {name: file.get_tensor(name) for name in header["tensors"]})
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        said = " ".join(str(error).split())
         raise InferixError(
-            f"{str(path)!r} is cut short or no saved session: {error}; save it again, or use an older copy"
+            f"{str(path)!r} is cut short or no saved session: {said}; save it again, or use an older copy"
         ) from error
+    except KeyError as error:
+        raise InferixError(f"{str(path)!r} lacks {error}; save it again, or use an older copy") from error
 
 
 def check_header(header: dict[str, Any], engine: Engine, path: Path) -> None:

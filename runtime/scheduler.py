@@ -150,7 +150,9 @@ class Scheduler:
         """
         self.check_alone(session, client)
         obstacle = self.obstacle(session, client)
-        if obstacle is None and not self.waiting:
+        if obstacle is None and self.waiting:
+            obstacle = f"session {session} comes after {len(self.waiting)} that wait for room"
+        if obstacle is None:
             self.clients[session] = client
             return True
         if self.limits.when_full == "refuse":
@@ -223,14 +225,15 @@ class Scheduler:
             )
         return None
 
-    def choose(self, ready: Collection[int], now: float) -> int | None:
+    def choose(self, ready: Collection[int], held: Collection[int], now: float) -> int | None:
         """Whose block comes next, of the sessions that could make one; None for none.
 
-        The others are held back by their own readers or are paused: a deadline that passes meanwhile is void.
+        Those held back by their own readers, or paused, cannot be late: a deadline that passes meanwhile is void.
         """
-        for session, client in self.clients.items():
-            if session not in ready and client.due is not None and client.due < now:
-                client.due, client.late = None, 0
+        for session in held:
+            client = self.clients.get(session)
+            if client is not None and client.due is not None and client.due < now:
+                client.due = None
         if not ready:
             return None
         chosen = min(ready, key=self.urgency)

@@ -107,7 +107,7 @@ class Session:
     def wants_block(self) -> bool:
         """Whether a block is asked for that there is room for."""
         wanted = self.demand is not None and self.demand.left > 0
-        return wanted and self.state is State.RUNNING and not self.outbox.full
+        return wanted and self.state in (State.NEW, State.RUNNING) and not self.outbox.full
 
     def stream(self, blocks: int | None = None, decode: bool = True) -> Iterator[Block]:
         """Yield the next `blocks` blocks, or all there will be; without `decode`, only latents.
@@ -262,7 +262,7 @@ class Session:
     def check_entered(self) -> None:
         """InferixError unless the session is open and has what it begins with."""
         self.check_open()
-        if self.entering is not None:
+        if self.id in self.engine.host.scheduler.waiting:
             raise InferixError(f"session {self.id} still waits for room; close another one first")
 
     def close(self) -> None:

@@ -14,12 +14,13 @@ from inferix.models.tinyworld import train
 from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
-from inferix.models.wan.vae import TINY_VAE, CausalVae
+from inferix.models.wan.vae import TINY_VAE, CausalVae, VaeSpec
 from inferix.runtime.cache import ContiguousCache
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
-from inferix.runtime.loading import Components
+from inferix.runtime.loading import Components, random_decoder
 from inferix.runtime.presets import make_preset
+from inferix.runtime.scheduler import Limits
 from inferix.runtime.session import Block
 
 TINY = dataclasses.replace(
@@ -88,16 +89,24 @@ TOKENS = 4
 ROWS = torch.randn(3, TINY.text_dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def make_engine(preset: str = "self-forcing", dtype: str = "float64", **overrides: object) -> Engine:
+def make_engine(
+    preset: str = "self-forcing",
+    dtype: str = "float64",
+    spec: ModelSpec = TINY,
+    vae_spec: VaeSpec = TINY_VAE,
+    limits: Limits = Limits(),  # noqa: B008
+    **overrides: object,
+) -> Engine:
     """A preset on the small test model, on the CPU; fields of `EngineConfig` may be among the overrides."""
-    wanted = ("kv_memory", "kv_dtype", "kv_offload", "executor")
-    settings = {key: overrides.pop(key) for key in wanted if key in overrides}
+    ours = ("kv_memory", "kv_dtype", "kv_offload", "executor", "fast_vae")
+    settings = {key: overrides.pop(key) for key in ours if key in overrides}
     config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference", **settings)
-    vae = CausalVae(TINY_VAE).eval().requires_grad_(False)
-    vae.load_state_dict(random_vae_state(TINY_VAE, 1, torch.float32))
+    vae = CausalVae(vae_spec).eval().requires_grad_(False)
+    vae.load_state_dict(random_vae_state(vae_spec, 1, torch.float32))
     kind = getattr(torch, dtype)
-    parts = Components(tiny_transformer(dtype=kind), vae.to(kind), None, "test", "random", lambda: None)
-    return Engine(config, make_preset(preset, **overrides), parts)
+    fast = random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
+    parts = Components(tiny_transformer(spec, kind), vae.to(kind), None, "test", "random", lambda: None, fast)
+    return Engine(config, make_preset(preset, **overrides), parts, limits)
 
 
 def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache] = ContiguousCache) -> Engine:

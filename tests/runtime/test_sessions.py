@@ -1,0 +1,702 @@
+"""Many streams on one engine: each as if alone, forked, rewound, steered from other threads, and ended alone."""
+
+import gc
+import json
+import random
+import threading
+from dataclasses import replace
+from itertools import pairwise
+
+import psutil
+import pytest
+import torch
+from oracles import ROWS, SIZE, TINY, make_engine
+
+from inferix.errors import InferixError, UsageError
+from inferix.models.wan.vae import TINY_VAE
+from inferix.runtime import host as hosting
+from inferix.runtime import mailbox
+from inferix.runtime.budget import least_pages
+from inferix.runtime.lifecycle import State
+from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.records import RecordFile
+from inferix.runtime.scheduler import Limits, Relief
+from inferix.runtime.session import Session
+
+PROMPT, OTHER = ROWS.float(), ROWS.flip(0).float() * 1.5
+NEGATIVE = {"causal-diffusion": {"negative_embeds": OTHER}}
+SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
+WAIT = 60  # seconds after which a thread that should have gone on is taken to hang
+
+
+def small_engine(preset="self-forcing", **overrides):
+    settings = {"local_attn_size": 6, "denoising_step_list": [1000], "vae_spec": SMALL_VAE} | overrides
+    return make_engine(preset, "float32", **settings)
+
+
+def opened(engine, seed=0, **extra):
+    return engine.open(prompt_embeds=PROMPT, size=SIZE, seed=seed, **extra)
+
+
+def alone(blocks, decode=False, seed=0, **overrides):
+    """The blocks of a session that has an engine of its own."""
+    with opened(small_engine(**overrides), seed) as session:
+        return list(session.stream(blocks, decode))
+
+
+def same(found, wanted):
+    """Whether blocks are equal bit for bit, pictures too where there are some."""
+    pairs = list(zip(found, wanted, strict=True))
+    assert [a.index for a, _ in pairs] == [b.index for _, b in pairs]
+    pictures = all(a.frames is None or (a.frames == b.frames).all() for a, b in pairs)
+    return pictures and all(torch.equal(a.latents, b.latents) for a, b in pairs)
+
+
+def in_thread(call, name="reader"):
+    """Call something in a thread of its own; returns what waits for its end and gives its result, or its error."""
+    found = []
+
+    def run():
+        try:
+            found.append(call())
+        except InferixError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name=name)
+    thread.start()
+
+    def wait():
+        thread.join(WAIT)
+        assert not thread.is_alive()
+        return found[0]
+
+    return wait
+
+
+SCHEMES = {  # presets in a form in which windows roll, contexts restart and prompts switch within a few blocks
+    "self-forcing": {"denoising_step_list": [1000, 500]},
+    "longlive": {"sink_size": 3},
+    "longlive-infinity": {"sink_size": 3, "sink_decay": 0.9, "kv_dtype": "int8"},
+    "krea": {"local_attn_size": -1, "blend_blocks": 3},
+    "causvid": {"local_attn_size": -1, "segment_frames": 6},
+    "longlive2": {"local_attn_size": 8, "sink_size": 2, "num_frame_per_block": 2, "num_steps": 3},
+    "rolling-forcing": {"local_attn_size": 9, "window_blocks": 2, "denoising_step_list": [1000, 500]},
+    "causal-diffusion": {"num_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_fork_rewind_and_restore_equal_a_stream_never_interrupted(name, tmp_path):
+    """Each goes on bit for bit, through a prompt that was told before; then one goes another way."""
+    steps = {} if SCHEMES[name].keys() & {"num_steps"} else {"denoising_step_list": [1000]}
+    settings = {"rewind_blocks": 2, "denoising_step_list": []} | steps | SCHEMES[name]
+    engine = small_engine(name, **settings)
+    decode = name in ("self-forcing", "causvid")
+
+    def begun():
+        session = opened(engine, **NEGATIVE.get(name, {}))
+        blocks = list(session.stream(2, decode))
+        session.prompt(embeds=OTHER)
+        return session, blocks + list(session.stream(2, decode))
+
+    whole, wanted = begun()
+    wanted += whole.stream(2, decode)
+    whole.close()
+    session, blocks = begun()
+    twin = session.fork()
+    session.save(tmp_path / "world.safetensors")
+    engine.check_integrity()
+    assert same(blocks + list(session.stream(2, decode)), wanted)
+    assert same(list(twin.stream(2, decode)), wanted[4:])
+    engine.check_integrity()
+    session.rewind(4)
+    assert same(list(session.stream(2, decode)), wanted[4:])
+    twin.rewind(5)
+    twin.prompt(embeds=PROMPT)
+    (other,) = twin.stream(1, decode)
+    assert not torch.equal(other.latents, wanted[5].latents)
+    restored = Session.restore(engine, tmp_path / "world.safetensors")
+    assert same(list(restored.stream(2, decode)), wanted[4:])
+    engine.check_integrity()
+    for each in (session, twin, restored):
+        each.close()
+        engine.check_integrity()
+    assert engine.metrics()["gauges"]["pages_in_use"] == 0
+
+
+def test_a_fork_shares_pages_and_decoder_state_until_it_goes_on():
+    """Two prompts after one past: pages of the past count once and hold the same, and each goes on as if alone."""
+    engine = small_engine(local_attn_size=12)
+    session = opened(engine)
+    blocks = list(session.stream(2))
+    cache, used = session.branches[0].cache, engine.host.pages_in_use
+    twin = session.fork()
+    assert engine.host.pages_in_use == used == 6
+    assert all(a is b for a, b in zip(*(s.track.state.history.values() for s in (session, twin)), strict=True))
+    session.prompt(embeds=OTHER)
+    twin.prompt(embeds=PROMPT * 0.5)
+    two = list(zip(session.stream(2), twin.stream(2), strict=True))
+    assert engine.host.pages_in_use == 6 + 2 * 6
+    past = [[s.branches[0].cache.table.pages[frame] for frame in range(6)] for s in (session, twin)]
+    assert past[0] == past[1]
+    assert not torch.equal(two[0][0].latents, two[0][1].latents)
+    assert torch.equal(cache.export_pages().kv[:, :, :6], twin.branches[0].cache.export_pages().kv[:, :, :6])
+    for prompt, found in ((OTHER, [a for a, _ in two]), (PROMPT * 0.5, [b for _, b in two])):
+        with opened(small_engine(local_attn_size=12)) as other:
+            assert same(list(other.stream(2)), blocks)
+            other.prompt(embeds=prompt)
+            assert same(list(other.stream(2)), found)
+    session.close()
+    engine.check_integrity()
+    assert engine.host.pages_in_use == 12
+    twin.close()
+    assert engine.host.pages_in_use == 0
+
+
+def test_rewinding_far_decodes_from_a_kept_state_on_again():
+    """Eight blocks back, over snapshots taken every eight, with blocks made ahead dropped; memory is bounded."""
+    engine = small_engine(rewind_blocks=8, num_frame_per_block=1, local_attn_size=3)
+    wanted = alone(20, decode=True, num_frame_per_block=1, local_attn_size=3)
+    with opened(engine) as session:
+        stream = session.stream(20)
+        found = [next(stream) for _ in range(12)]
+        session.rewind(5)
+        found[5:] = list(stream)  # what was dropped is made again, and the stream is as long as asked for
+        assert len(found) == 13 and same(found, wanted[:13])
+        assert same(list(session.stream(7)), wanted[13:])
+        assert len(session.kept) == 8 and len(session.track.kept) <= 2 and len(session.track.decoded) <= 16
+        for block in (19, 15, 12):
+            session.rewind(block)
+            assert session.next_block == block
+            engine.check_integrity()
+        assert same(list(session.stream(1)), wanted[12:13])
+
+
+def test_interleaved_sessions_equal_each_alone():
+    engine = small_engine()
+    sessions = [opened(engine, seed) for seed in range(3)]
+    found = list(zip(*(session.stream(3, decode=False) for session in sessions), strict=True))
+    for seed, session in enumerate(sessions):
+        assert same([row[seed] for row in found], alone(3, seed=seed))
+        session.close()
+
+
+# Threads
+
+
+def test_decoding_goes_on_beside_the_next_block(monkeypatch):
+    """The decoder of one block returns only once the next one's passes have begun; the trace shows both at a time."""
+    engine = small_engine()
+    wanted = alone(4, decode=True)
+    begun = [threading.Event() for _ in range(4)]
+    velocity, decode, decoded = engine.velocity, engine.parts.vae.decode, []
+
+    def noted(session, run, latents):
+        begun[session.record.block].set()
+        return velocity(session, run, latents)
+
+    def slow(latents, state):
+        decoded.append(threading.current_thread().name)
+        assert begun[min(len(decoded), 3)].wait(WAIT)
+        return decode(latents, state)
+
+    monkeypatch.setattr(engine, "velocity", noted)
+    monkeypatch.setattr(engine.parts.vae, "decode", slow)
+    with opened(engine) as session:
+        blocks = list(session.stream(4))
+    assert same(blocks, wanted)
+    assert all(name.startswith("inferix-decode") for name in decoded)
+    for before, after in pairwise(blocks):
+        assert before.record.spans["decode"][0] < after.record.spans["denoise"][1]
+        assert after.record.spans["denoise"][0] < before.record.spans["decode"][1]
+
+
+def test_a_context_that_waits_for_pictures_does_not_decode_beside():
+    with opened(small_engine("krea", local_attn_size=-1)) as session:
+        blocks = list(session.stream(3))
+    for before, after in pairwise(blocks):
+        assert before.record.spans["decode"][1] <= after.record.spans["prepare"][0]
+
+
+def test_a_blocked_reader_stops_its_own_session_only():
+    engine = small_engine()
+    slow, quick = opened(engine, 1), opened(engine, 2)
+    taken, go_on = threading.Event(), threading.Event()
+
+    def read_slowly():
+        blocks = []
+        for block in slow.stream(6):
+            blocks.append(block)
+            taken.set()
+            assert go_on.wait(WAIT)
+        slow.stop()
+        return blocks
+
+    def read_quickly():
+        assert taken.wait(WAIT)
+        blocks = list(quick.stream(8))
+        with engine.host.bell:
+            held = len(slow.outbox), slow.next_block
+        go_on.set()
+        quick.stop()
+        return blocks, held
+
+    waits = [in_thread(read) for read in (read_slowly, read_quickly)]
+    engine.run()
+    blocks, (held, begun) = waits[1]()
+    assert held <= 2 and begun <= 3  # one was taken, two wait
+    assert same(blocks, alone(8, decode=True, seed=2))
+    assert same(waits[0](), alone(6, decode=True, seed=1))
+    assert slow.state is quick.state is State.CLOSED and not engine.host.sessions
+
+
+def test_controls_of_other_threads_count_from_the_next_block_and_are_acknowledged():
+    """Told while block 1 is being made: the prompt shows in block 2, and so says its id."""
+    engine = small_engine("self-forcing-framewise", spec=replace(TINY, actions=("stay", "left")))
+    velocity, told = engine.velocity, []
+
+    def interrupted(session, run, latents):
+        if session.record.block == 1 and not told:
+            told.extend(in_thread(lambda: (session.prompt(embeds=OTHER), session.act("left")))())
+        return velocity(session, run, latents)
+
+    engine.velocity = interrupted
+    with opened(engine) as session:
+        blocks = list(session.stream(4, decode=False))
+    acks = [[(ack.id, ack.kind) for ack in block.acks] for block in blocks]
+    assert acks == [[], [], [(told[0], "prompt"), (told[1], "act")], []]
+    assert all(ack.block == 2 and ack.seconds > 0 and ack.refused is None for ack in blocks[2].acks)
+    with opened(small_engine("self-forcing-framewise", spec=replace(TINY, actions=("stay", "left")))) as session:
+        wanted = list(session.stream(2, decode=False))
+        session.prompt(embeds=OTHER)
+        session.act("left")
+        assert same(blocks, wanted + list(session.stream(2, decode=False)))
+
+
+def test_with_several_blocks_in_flight_an_action_shows_in_the_one_that_joins_next():
+    spec = replace(TINY, actions=("stay", "left"))
+    engine = small_engine("rolling-forcing", spec=spec, **SCHEMES["rolling-forcing"])
+    with opened(engine) as session:
+        list(session.stream(2, decode=False))
+        session.act("left")
+        session.prompt(embeds=OTHER)
+        blocks = list(session.stream(3, decode=False))
+    assert [[ack.kind for ack in block.acks] for block in blocks] == [["prompt"], ["act"], []]
+
+
+def test_a_prompt_that_the_text_encoder_refuses_changes_nothing():
+    class Picky:
+        def encode(self, prompt):
+            raise UsageError(f"knows no word of {prompt!r}")
+
+    engine = small_engine()
+    engine.parts = replace(engine.parts, text=Picky)
+    with opened(engine) as session:
+        session.prompt("qqq")
+        (block,) = session.stream(1, decode=False)
+    assert [ack.refused for ack in block.acks] == ["knows no word of 'qqq'"]
+    assert same([block], alone(1))
+
+
+def test_pause_resume_and_stop_from_another_thread():
+    engine = small_engine()
+    session, other = opened(engine, 1), opened(engine, 2)
+    paused, resumed = threading.Event(), threading.Event()
+
+    def watch(record):
+        if record.get("kind") == "pause":
+            paused.set()
+        if record.get("kind") == "resume":
+            resumed.set()
+
+    engine.observe(watch)
+
+    def read():
+        stream = session.stream()
+        blocks = [next(stream)]
+        session.pause()
+        assert paused.wait(WAIT)
+        assert session.state is State.PAUSED
+        begun = session.next_block
+        list(other.stream(3, decode=False))  # others go on
+        assert session.next_block == begun
+        session.resume()
+        assert resumed.wait(WAIT)
+        blocks += [next(stream) for _ in range(4)]
+        session.stop()
+        blocks += stream  # those that were begun
+        with other:
+            pass
+        return blocks
+
+    wait = in_thread(read)
+    engine.run()
+    blocks = wait()
+    assert session.state is State.CLOSED and other.state is State.CLOSED
+    assert 5 <= len(blocks) <= 7
+    assert same(blocks, alone(len(blocks), decode=True, seed=1))
+    acks = [ack.kind for block in blocks for ack in block.acks]
+    assert acks[:2] == ["pause", "resume"]
+    engine.check_integrity()
+
+
+def test_one_thread_drives_and_others_are_told_so(monkeypatch):
+    engine = small_engine()
+    session = opened(engine)
+    calls = {
+        "step": engine.step, "run": engine.run, "open": lambda: opened(engine), "fork": session.fork,
+        "rewind": lambda: session.rewind(0), "save": lambda: session.save("never.safetensors"), "close": session.close,
+        "restore": lambda: Session.restore(engine, "never.safetensors"), "hand_over": engine.hand_over,
+    }  # fmt: skip
+    for name, call in calls.items():
+        error = in_thread(call, "outsider")()
+        assert isinstance(error, UsageError), name
+        assert f"{name}() was called in thread 'outsider', but 'MainThread' drives this engine" in str(error)
+        engine.check_integrity()
+    monkeypatch.setattr(hosting, "DRIVER_WAIT", 0.05)
+    error = in_thread(lambda: next(session.stream(1)))()
+    assert "'MainThread', which drives the engine, makes none" in str(error)
+    engine.hand_over()
+    found = in_thread(lambda: list(session.stream(2, decode=False)))()
+    assert same(found, alone(2))
+    assert len(list(session.stream(1))) == 1  # that thread has ended, so the engine is free again
+    session.close()
+
+
+def test_the_driving_thread_opens_and_forks_for_others():
+    engine = small_engine()
+
+    def serve():
+        with engine.soon(lambda: opened(engine)).result(WAIT) as session:
+            first = list(session.stream(2, decode=False))
+            with engine.soon(session.fork).result(WAIT) as twin:
+                found = first + list(twin.stream(2, decode=False))
+        failed = engine.soon(session.fork).exception(WAIT)
+        engine.halt()
+        return found, failed
+
+    wait = in_thread(serve)
+    engine.run(keep=True)
+    found, failed = wait()
+    assert same(found, alone(4))
+    assert isinstance(failed, InferixError)
+    assert engine.soon(lambda: 3).result(WAIT) == 3
+
+
+def test_waiting_for_ever_is_an_error():
+    engine = small_engine(limits=Limits(sessions=1, when_full="queue"))
+    session = opened(engine)
+    next(session.stream(1, decode=False))
+    session.pause()
+    with pytest.raises(InferixError, match="session 1 is paused, and this thread, which drives the engine"):
+        next(session.stream(1, decode=False))
+    session.resume()
+    waiting = opened(engine, 1)
+    with pytest.raises(InferixError, match="session 2 is one too many: 1 are in, and 1 may be, and this thread"):
+        next(waiting.stream(1, decode=False))
+    with pytest.raises(InferixError, match="still waits for room"):
+        waiting.fork()
+    stream = session.stream(3, decode=False)
+    next(stream)
+    list(session.stream(1, decode=False))
+    with pytest.raises(InferixError, match="another stream of session 1 has begun"):
+        next(stream)
+    session.close()
+    assert same(list(waiting.stream(2, decode=False)), alone(2, seed=1))
+
+
+def test_controls_that_no_one_takes_are_bounded(monkeypatch):
+    monkeypatch.setattr(mailbox, "MOST_CONTROLS", 3)
+    with opened(small_engine()) as session:
+        for _ in range(3):
+            session.prompt(embeds=OTHER)
+        with pytest.raises(InferixError, match="3 controls wait"):
+            session.prompt(embeds=OTHER)
+        next(session.stream(1, decode=False))
+        session.prompt(embeds=OTHER)
+
+
+# Ends
+
+
+def not_a_number(engine, session):
+    session.noise = InjectedNoise(torch.full((9, 16, 4, 4), torch.nan))
+
+
+def out_of_memory(engine, session):
+    velocity = engine.velocity
+
+    def failing(this, run, latents):
+        if this is session and this.record.block == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return velocity(this, run, latents)
+
+    engine.velocity = failing
+
+
+def broken_decoder(engine, session):
+    decode = session.track.decode
+
+    def failing(block, latents):
+        if block == 2:
+            raise MemoryError("no memory for pictures")
+        return decode(block, latents)
+
+    session.track.decode = failing
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [(not_a_number, "block 0 is not finite"), (out_of_memory, "out of memory"), (broken_decoder, "no memory for pict")],
+)
+def test_a_session_that_fails_ends_alone(harm, said):
+    engine = small_engine(rewind_blocks=1)
+    session, other = opened(engine, 1), opened(engine, 2)
+    harm(engine, session)
+    stream, beside = session.stream(6), other.stream(6)
+    found = []
+    with pytest.raises((InferixError, MemoryError, torch.OutOfMemoryError), match=said):
+        while True:
+            found.append(next(beside))
+            next(stream)
+    found += beside
+    assert session.state is State.FAILED and session.id not in engine.host.sessions
+    assert same(found, alone(6, decode=True, seed=2))
+    engine.check_integrity()
+    with pytest.raises(InferixError, match=f"session 1 has failed: .*{said}"):
+        session.fork()
+    with pytest.raises(InferixError, match=f"session 1 has failed: .*{said}"):
+        session.act("left")
+    session.close()  # frees nothing more, and hides no reason
+    assert session.state is State.FAILED
+    other.close()
+    assert engine.host.pages_in_use == 0
+    assert engine.metrics()["counters"]["sessions_failed"] == 1
+
+
+def test_a_session_whose_reader_is_gone_ends(monkeypatch):
+    engine = small_engine(limits=Limits(consumer_timeout=5.0))
+    session, other = opened(engine, 1), opened(engine, 2)
+    stream = session.stream(9, decode=False)
+    next(stream)
+    other_stream = other.stream(9, decode=False)
+    while not session.outbox.ready:
+        next(other_stream)
+    assert session.state is State.RUNNING
+    session.outbox.touched -= 6.0
+    next(other_stream)
+    assert session.state is State.FAILED
+    next(stream)  # what was finished is not lost
+    with pytest.raises(InferixError, match=r"session 1 ended: nobody took its blocks for [67].* s"):
+        list(stream)
+    engine.check_integrity()
+
+
+def test_bad_input_leaves_everything_whole():
+    engine = small_engine(rewind_blocks=1, kv_memory=24 * 4096, spec=replace(TINY, actions=("stay", "left")))
+    session = opened(engine)
+    list(session.stream(3, decode=False))
+    closed = opened(engine, 1)
+    closed.close()
+    cases = [
+        (lambda: session.rewind(1), "cannot be rewound to block 1: the next is 3, and blocks from 2 on are kept"),
+        (lambda: session.rewind(7), "cannot be rewound to block 7"),
+        (lambda: session.rewind(-1), "cannot be rewound to block -1"),
+        (closed.fork, "session 2 is closed; open a new one"),
+        (closed.close, "session 2 is closed already"),
+        (lambda: closed.prompt(embeds=OTHER), "session 2 is closed"),
+        (lambda: closed.stream(1), "session 2 is closed"),
+        (lambda: session.act("jump"), "no action 'jump'; there are stay, left"),
+        (lambda: session.act(("left", "left")), "no action"),
+        (lambda: session.act(3), "no action 3"),
+        (lambda: session.prompt(), "give a prompt"),
+        (lambda: session.prompt("no encoder"), "has no text encoder"),
+        (lambda: session.prompt(embeds=torch.zeros(3, 5)), r"\[3, 5\]"),
+        (lambda: small_engine(local_attn_size=2), "local_attn_size 2 is smaller than a block of 3 frames"),
+        (lambda: small_engine(sink_size=9), "smaller than a block of 3 frames plus sink_size 9"),
+        (lambda: small_engine(rewind_blocks=-1), "rewind_blocks is -1"),
+        (lambda: opened(small_engine(kv_memory=4096)), "kv_memory is 4.096 kB, but one session of self-forcing needs"),
+        (lambda: opened(small_engine(limits=Limits(memory_bytes=10_000))), "more than memory_bytes 10 kB even alone"),
+        (lambda: small_engine(limits=Limits(overload=(Relief("window", 2),))), "local_attn_size 2 is smaller"),
+        (lambda: small_engine(limits=Limits(overload=(Relief("decoder"),))), "there is none; give fast_vae"),
+        (lambda: engine.open(prompt_embeds=PROMPT, size=(30, 32)), "multiple of 16"),
+    ]
+    for call, said in cases:
+        with pytest.raises(InferixError, match=said):
+            call()
+        engine.check_integrity()
+    session.stop()
+    assert engine.step() is None
+    assert session.state is State.CLOSED
+    with pytest.raises(InferixError, match="is closed"):
+        session.resume()
+    engine.check_integrity()
+
+
+def test_integrity_notices_a_page_that_no_session_holds():
+    engine = small_engine()
+    with opened(engine) as session:
+        list(session.stream(1, decode=False))
+        cache = session.branches[0].cache
+        cache.store.pool.acquire(1)
+        with pytest.raises(InferixError, match="counted and held differ"):
+            engine.check_integrity()
+
+
+# Room and time
+
+
+def test_a_queued_session_begins_with_its_video_once_there_is_room():
+    video = torch.randint(0, 256, (13, 32, 32, 3), dtype=torch.uint8).numpy()
+    engine = small_engine("self-forcing-framewise", limits=Limits(sessions=1, when_full="queue"))
+    first = opened(engine)
+    list(first.stream(1, decode=False))
+    queued = opened(engine, 1, video=video)
+    assert queued.prefix_frames is None and engine.metrics()["gauges"]["sessions_waiting"] == 1
+    first.close()
+    found = list(queued.stream(2))
+    assert len(queued.prefix_frames) == 13
+    with opened(small_engine("self-forcing-framewise"), 1, video=video) as session:
+        assert same(found, list(session.stream(2)))
+
+
+@pytest.mark.parametrize("rewind_blocks", [0, 1])
+def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks):
+    engine = small_engine(
+        kv_memory=(10 + 3 * rewind_blocks) * 4096, kv_offload=True, rewind_blocks=rewind_blocks,
+        limits=Limits(when_full="queue"),
+    )  # fmt: skip
+    resting, other = opened(engine, 1), opened(engine, 2)
+    found = list(resting.stream(3, decode=False))
+    with pytest.raises(InferixError, match=r"session 2 needs .* of pages, but .* are reserved"):
+        next(other.stream(1, decode=False))
+    resting.pause()
+    beside = list(other.stream(3, decode=False))
+    assert resting.away and engine.host.pages_in_use == len(other.caches[0].frames) + 3 * rewind_blocks
+    engine.check_integrity()
+    with pytest.raises(InferixError, match="in host memory"):
+        resting.fork()
+    resting.resume()
+    with pytest.raises(InferixError, match=r"session 1 needs .* of pages"):
+        next(resting.stream(1, decode=False))
+    beside += other.stream(1, decode=False)
+    other.close()
+    found += resting.stream(2, decode=False)
+    assert same(found, alone(5, seed=1)) and same(beside, alone(4, seed=2))
+    engine.check_integrity()
+
+
+def test_overload_takes_its_steps_and_says_so():
+    """A model whose video plays faster than it can be made: first a narrower window, then the fast decoder."""
+    spec = replace(TINY, fps=10**6)
+    steps = (Relief("window", 3), Relief("decoder"), Relief("sessions", 1))
+    limits = Limits(realtime=True, late_blocks=1, overload=steps, schedule="earliest-deadline")
+    engine = small_engine(spec=spec, fast_vae="taehv", limits=limits)
+    first, second = opened(engine, 1), opened(engine, 2)
+    with pytest.warns(UserWarning, match="blocks were late: overload step window 3"):
+        blocks = [*first.stream(2), *first.stream(1)]
+    assert blocks[1].record.slack < 0
+    assert first.timeline.preset.context.local_attn_size == second.timeline.preset.context.local_attn_size == 3
+    with pytest.warns(UserWarning, match="overload step decoder"):
+        blocks += first.stream(1)
+    assert [len(block.frames) for block in blocks] == [9, 12, 12, 12]
+    assert first.track.vae is second.track.vae is engine.parts.fast_vae
+    with pytest.warns(UserWarning, match="overload step sessions 1"):
+        blocks += first.stream(1)
+    assert blocks[-1].record.as_dict()["overload"] == ["window", "decoder", "sessions"]
+    assert second.state is State.PAUSED and first.state is State.RUNNING
+    assert len(first.branches[0].cache.frames) == 3
+    with pytest.raises(InferixError, match="session 3 is one too many: 2 are in, and 1 may be"):
+        opened(engine, 3)
+    assert engine.metrics()["counters"]["overload_steps"] == 3
+    first.close()
+    second.resume()
+    assert len(list(second.stream(1))) == 1
+    second.close()
+    engine.check_integrity()
+
+
+# Measures
+
+
+def test_records_and_metrics_are_plain_data(tmp_path):
+    engine = small_engine(limits=Limits(realtime=True))
+    with RecordFile(tmp_path / "records.jsonl") as records:
+        engine.observe(records)
+        with opened(engine) as session:
+            list(session.stream(2))
+            session.prompt(embeds=OTHER)
+            list(session.stream(1))
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    blocks = [line for line in lines if "passes" in line]
+    (control,) = [line for line in lines if "control" in line]
+    assert [line["block"] for line in blocks] == [0, 1, 2]
+    for line in blocks:
+        assert set(line["seconds"]) == {"queue", "encode", "prepare", "denoise", "commit", "decode", "emit"}
+        assert len(line["passes"]) == 2
+        assert sum(line["passes"]) <= line["seconds"]["denoise"] + line["seconds"]["commit"]
+        assert line["pages"] == min(3 * (line["block"] + 1), 6)
+    assert blocks[0]["slack"] is None and blocks[1]["slack"] is not None
+    assert control["kind"] == "prompt" and control["block"] == 2
+    assert blocks[2]["acks"][0]["id"] == control["control"]
+    metrics = json.loads(json.dumps(engine.metrics()))
+    assert metrics["counters"]["blocks"] == 3 and metrics["counters"]["frames"] == 33
+    assert metrics["histograms"]["denoise_seconds"]["count"] == 3
+    assert metrics["gauges"]["pages_in_use"] == 0
+    with pytest.raises(ZeroDivisionError), RecordFile(tmp_path / "half.jsonl") as records:
+        records({"block": 1 / 0})
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+# For long
+
+
+def test_a_soak_of_2000_blocks_over_8_sessions():
+    """Under random controls nothing is left over, memory is flat, and every block is as if its session were alone."""
+    settings = {
+        "spec": replace(TINY, num_layers=1, actions=("stay", "left")), "local_attn_size": 4, "sink_size": 1,
+        "rewind_blocks": 1, "prompt_switch": "recache",
+    }  # fmt: skip
+    engine = small_engine("self-forcing-framewise", **settings)
+    prompts = [PROMPT, OTHER, PROMPT * 0.5]
+    rng = random.Random(0)
+    sessions = [opened(engine, seed) for seed in range(8)]
+    streams = [session.stream(250, decode=False) for session in sessions]
+    told = [{} for _ in sessions]  # by block: what it is the first to follow
+    found = [[] for _ in sessions]
+    memory, process, pool = [], psutil.Process(), engine.memory.store(SIZE).pool
+    for made in range(250):
+        for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
+            chance = rng.random()
+            if chance < 0.05:
+                session.prompt(embeds=rng.choice(prompts))
+                told[place].setdefault(made, []).append(session.mailbox.waiting[-1])
+            elif chance < 0.15:
+                session.act(rng.choice(("stay", "left")))
+                told[place].setdefault(made, []).append(session.mailbox.waiting[-1])
+            elif chance < 0.17:
+                session.pause()
+                session.resume()
+            block = next(stream)
+            assert block.index == made
+            found[place].append(block.latents.sum().item())
+        assert pool.used <= 8 * least_pages(engine.preset)
+        if made in (60, 249):
+            gc.collect()
+            memory.append((pool.size, len(engine.host.sessions), len(engine.host.pipeline.jobs)))
+            memory.append(process.memory_info().rss)
+    engine.check_integrity()
+    assert memory[0] == memory[2]
+    assert memory[3] < memory[1] + 8 * 2**20
+    for session in sessions:
+        session.close()
+    engine.check_integrity()
+    assert engine.host.pages_in_use == 0 and not engine.host.scheduler.clients
+    assert engine.metrics()["counters"]["blocks"] == 2000
+    for seed in range(8):
+        with opened(small_engine("self-forcing-framewise", **settings), seed) as session:
+            for made in range(250):
+                for control in told[seed].get(made, ()):
+                    session.mailbox.put(control.kind, control.value)
+                (block,) = session.stream(1, decode=False)
+                assert block.latents.sum().item() == found[seed][made], (seed, made)
