@@ -17,13 +17,14 @@ from .types import PassGraph
 
 @dataclass(frozen=True)
 class Launch:
-    """One call: its op, what it is in the model, the shape it makes, its family and cost."""
+    """One call: its op, what it is in the model, the shape it makes, its family, its cost, and the rewrite that made it."""
 
     op: str
     what: str
     shape: tuple[int, ...]
     family: str
     cost: Cost
+    rewrite: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def layer_of(node: fx.Node) -> str:
 def launch(node: fx.Node, layer: str, cost: Cost) -> Launch:
     module = str(node.meta.get("module", "")).removeprefix(layer).strip(".")
     made = [part for part in (written(node) or (node,)) if hasattr(fake(part), "shape")]
-    return Launch(name_of(node), " ".join(filter(None, (module, details(node)))), shape(made[0]), family(node), cost)
+    what = " ".join(filter(None, (module, details(node))))
+    return Launch(name_of(node), what, shape(made[0]), family(node), cost, node.meta.get("rewrite", ""))
 
 
 def details(node: fx.Node) -> str:

@@ -103,8 +103,8 @@ def section_lines(section: Section, every: bool) -> Iterator[str]:
     for launch in section.launches if every else ():
         size = "x".join(map(str, launch.shape))
         yield (
-            f"    {launch.op:<30}{launch.what:<34}{size:<22}{in_units(launch.cost.flops, 'FLOP'):>13}"
-            f"{in_units(launch.cost.nbytes, 'B'):>10}"
+            f"    {launch.op:<30}{launch.what:<32}{size:<18}{in_units(launch.cost.flops, 'FLOP'):>13}"
+            f"{in_units(launch.cost.nbytes, 'B'):>10}  {launch.rewrite}"
         ).rstrip()
 
 

@@ -69,9 +69,11 @@ def rewritten(block: BlockGraph, names: Collection[str], precision: PrecisionMap
     found = copied(block)
     for rewrite in REWRITES.values():
         if rewrite.name in names:
-            before = counted(found)
+            before, known = counted(found), {node for graph in found.graphs for node in graph}
             found, places = lowp(precision)(found) if rewrite.name == "lowp" else rewrite.apply(found)
             after = counted(found)
+            for node in (node for graph in found.graphs for node in graph if node not in known):
+                node.meta["rewrite"] = rewrite.name
             change = Change(rewrite.name, places, before[0], after[0], before[1], after[1])
             found = replace(found, changes=(*found.changes, change))
     return found
