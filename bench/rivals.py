@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.block_attention.sdpa import pages_are_one_run
+from ..kernels.spec import indexable
 
 Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
 
@@ -58,17 +59,11 @@ def in_order(prepare: Prepare) -> Prepare:
         width = torch.arange(inputs["page_table"].shape[1], dtype=torch.int32, device=pages.device)
         scale = inputs["kv_scale"]
         return prepare(inputs | {
-            "kv": taken(inputs["kv"], pages), "page_table": starts + width,
+            "kv": indexable(inputs["kv"])[:, pages].view(inputs["kv"].dtype), "page_table": starts + width,
             "kv_scale": None if scale is None else scale[:, pages].contiguous(),
         })  # fmt: skip
 
     return prepared
-
-
-def taken(kv: Tensor, pages: Tensor) -> Tensor:
-    """Some pages of a store; torch cannot index FP8."""
-    bits = kv.view(torch.uint8) if kv.itemsize == 1 else kv
-    return bits[:, pages].view(kv.dtype)
 
 
 def in_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -178,6 +178,11 @@ def expect_one_of(op: str, what: str, got: object, allowed: tuple[object, ...]) 
         raise ValueError(f"{op}: {what} is {got}; expected one of {', '.join(map(str, allowed))}")
 
 
+def indexable(store: torch.Tensor) -> torch.Tensor:
+    """A store whose pages torch can pick and set on every device: FP8 as the bytes it is."""
+    return store.view(torch.uint8) if store.dtype == torch.float8_e4m3fn else store
+
+
 def expect_fp8(op: str, device: torch.device) -> None:
     """ValueError on a GPU that has no FP8 numbers."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):

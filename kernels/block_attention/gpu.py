@@ -58,7 +58,7 @@ def _fold(q, k, v, there, most, total, result, factor, MASKED: tl.constexpr):
     return peak, total, result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"])  # a store of one page is not a kernel of its own
 def _attend(
     q_ptr, sink_q_ptr, kv_ptr, tiles, scale_ptr, table_ptr, count_ptr, sinks_ptr, out_ptr, lse_ptr,
     tokens, pages, table_width, factor,
@@ -218,4 +218,7 @@ def variants(capability: int, configs: dict[tuple[int, int], Config]) -> dict[st
                 case = Case(variant, sizes(1, 128, 4, FRAME_480P, 2, 2, dim), option)
                 name = f"{variant} {'bf16' if dtype == torch.bfloat16 else 'fp16'} d{dim}"
                 found[name] = make_inputs(case, dtype, "cpu", 0) | {"config": configs[capability, dim]}
+    one = make_inputs(Case("one page", sizes(1, 1, 1, 1, 1, 1, 64)), torch.bfloat16, "cpu", 0)
+    alone = {"kv": one["kv"][:, 3:].contiguous(), "page_table": torch.zeros_like(one["page_table"])}
+    found["one page of one token bf16 d64"] = one | alone | {"config": configs[capability, 64]}
     return found

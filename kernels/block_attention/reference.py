@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import FRAME_480P, Case
+from ..spec import FRAME_480P, Case, indexable
 
 FP8 = torch.float8_e4m3fn
 
@@ -30,7 +30,7 @@ def block_attention(
     groups = q.shape[2] // kv.shape[3]
     for row in range(len(q)):
         pages = page_table[row, : int(page_count[row])].long()
-        k, v = kv[:, pages].to(wide)
+        k, v = indexable(kv)[:, pages].view(kv.dtype).to(wide)
         if kv_scale is not None:
             k, v = (part * by[:, None, :, None] for part, by in zip((k, v), kv_scale[:, pages].to(wide), strict=True))
         k, v = (part.flatten(0, 1).repeat_interleave(groups, dim=1).transpose(0, 1) for part in (k, v))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import FRAME_480P, Case
+from ..spec import FRAME_480P, Case, indexable
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # largest entry of a store that has scales
 
@@ -24,11 +24,11 @@ def kv_pages(
     wide = torch.float64 if torch.float64 in (source.dtype, target.dtype) else torch.float32
     from_pages, to_pages = source_pages.long(), target_pages.long()
     if source.dtype == target.dtype:
-        target[:, to_pages] = source[:, from_pages].clone()
+        indexable(target)[:, to_pages] = indexable(source)[:, from_pages].clone()
         if source_scale is not None and target_scale is not None:
             target_scale[:, to_pages] = source_scale[:, from_pages].clone()
         return
-    pages = source[:, from_pages].to(wide)
+    pages = indexable(source)[:, from_pages].view(source.dtype).to(wide)
     if source_scale is not None:
         pages = pages * source_scale[:, from_pages].to(wide)[:, :, None, :, None]
     if target_scale is not None:
@@ -38,7 +38,7 @@ def kv_pages(
         pages = (pages / scale[:, :, None, :, None]).clamp(-limit, limit)
         if target.dtype == torch.int8:
             pages = torch.floor(pages + 0.5)
-    target[:, to_pages] = pages.to(target.dtype)
+    indexable(target)[:, to_pages] = indexable(pages.to(target.dtype))
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
