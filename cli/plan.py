@@ -27,7 +27,7 @@ from ..models.wan.vae import VaeSpec
 from ..runtime import costs, forecast
 from ..runtime.budget import in_words, least_pages, parse_bytes
 from ..runtime.cards import CARDS, Card
-from ..runtime.config import DTYPES, FP8_CAPABILITY, check_choice
+from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
 from ..runtime.forecast import Ceiling, Workload
 from ..runtime.paged_store import KV_DTYPES
 from ..runtime.presets import default_preset, make_preset
@@ -53,6 +53,9 @@ def plan(
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
+    executor: str | None = typer.Option(
+        None, help="eager, fused or captured.  [default: captured, or eager where pages have their own dtype]"
+    ),
     vae: str | None = typer.Option(None, help="taehv for the tiny decoder.  [default: the model's own VAE]"),
     text_encoder: bool = typer.Option(
         True, "--text-encoder/--no-text-encoder", help="Whether prompts are text, or embeddings from a file."
@@ -81,7 +84,7 @@ def plan(
         return
     overrides = parse_settings(settings)
     check_settings(ctx, overrides)
-    load = workload(model, preset, size, sessions, dtype, kv_dtype, vae, text_encoder, overrides)
+    load = workload(model, preset, size, sessions, dtype, kv_dtype, executor, vae, text_encoder, overrides)
     card = known_card(gpu) if gpu is not None else None
     if card is not None and card.capability < FP8_CAPABILITY:
         if kv_dtype == "fp8":
@@ -104,6 +107,7 @@ def workload(
     sessions: int,
     dtype: str,
     kv_dtype: str | None,
+    executor: str | None,
     vae: str | None,
     text_encoder: bool,
     settings: dict[str, Any],
@@ -119,6 +123,7 @@ def workload(
         raise UsageError(f"streams of {spec.name} are not in this version; wan-14b has the same layers without images")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
+    check_choice("--executor", executor or "eager", EXECUTORS)
     if vae not in (None, "taehv"):
         raise UsageError(
             f"--vae is {vae!r}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
@@ -128,7 +133,9 @@ def workload(
     decoder = forecast.tiny_for(spec) if vae else own_vae(spec)
     pictures = parse_size(size) if size else spec.default_size
     text = text_parameters(spec) if text_encoder else 0
-    return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions)
+    own = kv_dtype if kv_dtype != dtype else None
+    runs = executor or default_executor("cuda", own)
+    return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
 
 
 def own_vae(spec: ModelSpec) -> VaeSpec:
@@ -189,6 +196,7 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         "size": load.size,
         "dtype": load.dtype,
         "kv_dtype": load.kv_dtype,
+        "executor": load.executor,
         "vae": "taehv" if isinstance(load.decoder, TinySpec) else "own",
         "text_encoder": load.text > 0,
         "sessions": load.sessions,
@@ -241,7 +249,10 @@ PARTS = {
     "transformer": "transformer weights",
     "vae": "VAE weights",
     "text_encoder": "text encoder weights",
-    "pass_scratch": "scratch of a pass, at most",
+    "pass_scratch": "scratch of passes, at most",
+    "packed_weights": "weights packed for graphs",
+    "static_inputs": "inputs of graphs",
+    "making": "more, while graphs are made",
     "decode_scratch": "scratch of decoding, at most",
     "page_buffer": "buffer for pages of another dtype",
     "pages": "KV pages",
@@ -259,7 +270,7 @@ def tell(load: Workload, facts: dict[str, Any]) -> None:
     vae = "TAEHV" if facts["vae"] == "taehv" else "its own VAE"
     say(
         f"{load.spec.name} with preset {load.preset.name} and {vae}: {load.size[0]}x{load.size[1]}, {load.dtype}, "
-        f"pages in {load.kv_dtype}, window of {facts['window']} latent frames"
+        f"pages in {load.kv_dtype}, executor {load.executor}, window of {facts['window']} latent frames"
     )
     console.print(memory_table(load, facts["memory"]))
     if facts["predicted"] is not None:
@@ -359,9 +370,9 @@ def markdown(rows: list[list[str]]) -> Iterator[str]:
 def table_workloads() -> Iterator[tuple[str, Workload]]:
     """Each row plain, then with the cheapest pages and decoder that its preset allows."""
     for model, preset in TABLE_ROWS:
-        plain = workload(model, preset, None, 1, "bfloat16", None, None, False, {})
+        plain = workload(model, preset, None, 1, "bfloat16", None, None, None, False, {})
         tiny = None if plain.preset.context.reencode_head else "taehv"
-        small = workload(model, preset, None, 1, "bfloat16", "fp8", tiny, False, {})
+        small = workload(model, preset, None, 1, "bfloat16", "fp8", None, tiny, False, {})
         yield "as published", plain
         yield "fp8 pages" + (", TAEHV" if tiny else ""), small
 

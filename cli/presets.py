@@ -28,7 +28,7 @@ def tell_presets(wanted: bool) -> None:
     weights = narrow("preset", "weights", "code licence")
     weights.columns[1].no_wrap = True
     for name, preset in PRESETS.items():
-        load = workload(None, name, None, 1, "bfloat16", None, None, True, {})
+        load = workload(None, name, None, 1, "bfloat16", None, None, None, True, {})
         work = forecast.steady(preset)[0]
         scheme.add_row(
             name, load.spec.name, str(preset.num_frame_per_block), str(forecast.window(preset)),

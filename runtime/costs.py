@@ -120,6 +120,27 @@ def pass_traffic(spec: ModelSpec, tokens: int, run: Pass, dtype: str, kind: str)
     return ITEMSIZE[dtype] * pass_parameters(spec) + cross_bytes(spec, dtype) + pages
 
 
+def packed_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Queries, keys and values of self-attention as one matrix a layer, which graphs have beside the separate ones."""
+    return ITEMSIZE[dtype] * spec.num_layers * 3 * linear(spec.dim, spec.dim)
+
+
+def table_bytes(spec: ModelSpec, frames: int, steps: int, commit: bool, dtype: str) -> int:
+    """Modulation of each layer and the head at each timestep of a block, which a graph of whole blocks has ready."""
+    layers, head = 6 * spec.num_layers * (steps + commit), 2 * steps
+    return ITEMSIZE[dtype] * frames * spec.dim * (layers + head)
+
+
+def arena_bytes(spec: ModelSpec, tokens: int, frames: int, dtype: str) -> int:
+    """At most what a program's arena takes: the feed-forward's wide tensor beside two, or queries, keys, values and
+    two; two more for what does not pack; and what a step of the solver needs.
+    """
+    item, dim = ITEMSIZE[dtype], spec.dim
+    wide = item * (max(spec.ffn_dim + 2 * dim, 5 * dim) + 2 * dim)
+    latents = 4 * 8 * spec.out_channels * math.prod(spec.patch)
+    return frames * (tokens * (wide + latents) + item * 14 * dim)
+
+
 def pass_scratch(spec: ModelSpec, tokens: int, frames: int, dtype: str) -> int:
     """At most what a pass of so many frames holds besides weights, pages and its input.
 

@@ -35,7 +35,7 @@ class Workload:
 
     text: parameters of the text encoder that stays loaded; 0 where prompts come as embeddings.
     dtype is of weights and activations, kv_dtype of the pages; both are names in `costs.ITEMSIZE`. narrow: the
-    kv_dtype to advise where memory is short.
+    kv_dtype to advise where memory is short. executor: how passes run, a name of `config.EXECUTORS`.
     """
 
     spec: ModelSpec
@@ -47,9 +47,15 @@ class Workload:
     kv_dtype: str
     sessions: int = 1
     narrow: str = "fp8"
+    executor: str = "eager"
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.size)
+        if self.executor != "eager" and self.kv_dtype != self.dtype:
+            raise UsageError(
+                f"executor {self.executor} has no graphs for pages in {self.kv_dtype} under dtype {self.dtype}; use "
+                "executor eager, or leave kv_dtype out"
+            )
         if self.sessions < 1:
             raise UsageError(f"sessions is {self.sessions}; expected 1 or more")
         if page_needs(self.preset).held is None:
@@ -176,7 +182,7 @@ class Memory:
 def memory(load: Workload) -> Memory:
     """What a workload needs at most; what a pass and a decode hold for themselves may be held at the same time."""
     spec, preset, item = load.spec, load.preset, ITEMSIZE[load.dtype]
-    frames, page = longest_pass(preset), costs.page_bytes(spec, load.tokens, load.kv_dtype)
+    page = costs.page_bytes(spec, load.tokens, load.kv_dtype)
     queued = Limits().queue_blocks
     session = session_need(preset, spec, load.decoder, load.size, load.dtype, page, queued)
     staged = window(preset) + page_needs(preset).scratch if load.kv_dtype != load.dtype else 0
@@ -185,8 +191,9 @@ def memory(load: Workload) -> Memory:
         "transformer": item * costs.transformer_parameters(spec),
         "vae": item * costs.decoder_parameters(load.decoder),
         "text_encoder": item * load.text,
-        "pass_scratch": costs.pass_scratch(spec, load.tokens, frames, load.dtype),
+        "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
         "decode_scratch": costs.decode_scratch(load.decoder, load.latent, preset.num_frame_per_block, load.dtype),
+        **({} if load.executor == "eager" else graph_memory(load)),
         "page_buffer": staged * costs.page_bytes(spec, load.tokens, load.dtype) // spec.num_layers,
     }
     each = {
@@ -197,6 +204,50 @@ def memory(load: Workload) -> Memory:
         "latents": session.latents + solving_bytes(load),
     }
     return Memory(once, each)
+
+
+def graph_memory(load: Workload) -> dict[str, int]:
+    """What graph executors have for passes: an arena a program, constants made of weights, and inputs that stay.
+
+    While constants are made, they are there twice; `making` is what that takes beyond the scratch of a block.
+    """
+    spec, sampler, dtype = load.spec, load.preset.sampler, load.dtype
+    whole, frames = launches_whole(load.preset), programs(load.preset)
+    constants = costs.packed_bytes(spec, dtype)
+    if whole:
+        block, commit = load.preset.num_frame_per_block, load.preset.context.commit
+        constants += costs.table_bytes(spec, block, sampler.steps, commit, dtype)
+    arenas = sum(costs.arena_bytes(spec, load.tokens, count, dtype) for count in frames)
+    decoding = costs.decode_scratch(load.decoder, load.latent, load.preset.num_frame_per_block, dtype)
+    return {
+        "pass_scratch": arenas,
+        "packed_weights": constants,
+        "static_inputs": len(frames) * costs.cross_bytes(spec, dtype),
+        "making": max(0, constants - arenas - decoding),
+    }
+
+
+def launches_whole(preset: Preset) -> bool:
+    """Whether graph executors run a block as one program."""
+    return preset.window_blocks == 1 and branches(preset) == 1
+
+
+def programs(preset: Preset) -> list[int]:
+    """Latent frames of each program of a graph executor: one for whole blocks, or one for each form of a pass; one for
+    a rebuild, and one for a new prompt once the window is full.
+    """
+    policy, block = preset.context, preset.num_frame_per_block
+    if launches_whole(preset):
+        found = [block]
+    else:
+        blocks = islice(rehearse(preset), 2)
+        forms = {tuple(len(group.frames) for group in run.groups) for work in blocks for run in work.passes}
+        found = [sum(form) for form in sorted(forms)]
+    if policy.rebuild_frames:
+        found.append(policy.rebuild_frames)
+    if policy.prompt_switch == "recache":
+        found.append(window(preset) - (0 if policy.recache_sink else policy.sink_size))
+    return found
 
 
 def longest_pass(preset: Preset) -> int:
@@ -356,8 +407,13 @@ def with_tiny_decoder(load: Workload, budget: int) -> Workload | None:
     return replace(load, decoder=tiny_for(load.spec))
 
 
+def without_graphs(load: Workload, budget: int) -> Workload | None:
+    return replace(load, executor="eager")
+
+
 def with_narrow_pages(load: Workload, budget: int) -> Workload | None:
-    return replace(load, kv_dtype=load.narrow) if ITEMSIZE[load.kv_dtype] > 1 else None
+    """These have no graphs."""
+    return replace(load, kv_dtype=load.narrow, executor="eager") if ITEMSIZE[load.kv_dtype] > 1 else None
 
 
 def with_fewer_sessions(load: Workload, budget: int) -> Workload | None:
@@ -387,6 +443,7 @@ STEPS: tuple[Step, ...] = (  # in the order of what they cost the viewer
     without_text,
     in_half_precision,
     with_fewer_sessions,
+    without_graphs,
     with_narrow_pages,
     with_tiny_decoder,
     with_shorter_window,
@@ -431,6 +488,7 @@ def change(load: Workload, other: Workload, budget: int) -> Change:
         f"--dtype {other.dtype}": load.dtype != other.dtype,
         f"--sessions {other.sessions}": load.sessions != other.sessions,
         f"--kv-dtype {other.kv_dtype}": load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype,
+        f"--executor {other.executor}": load.executor != other.executor and load.kv_dtype == other.kv_dtype,
         "--vae taehv": load.decoder != other.decoder,
         f"--set {field}={getattr(other.preset.context, field)}": load.preset != other.preset,
         f"--size {other.size[0]}x{other.size[1]}": load.size != other.size,

@@ -6,22 +6,25 @@ from itertools import islice
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, make_engine
+from oracles import ROWS, SIZE, TINY, contiguous, make_engine
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from inferix.errors import UsageError
+from inferix.graphs.lowered import lower_block
+from inferix.graphs.rewrites import chosen
+from inferix.graphs.types import Role
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TAEW21
 from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
 from inferix.runtime import forecast
 from inferix.runtime.budget import page_needs
-from inferix.runtime.cache import ContiguousCache
-from inferix.runtime.costs import page_bytes
+from inferix.runtime.costs import arena_bytes, cross_bytes, packed_bytes, page_bytes, table_bytes
 from inferix.runtime.forecast import Ceiling, Workload, changes, longest_window, memory, needed, rehearse
 from inferix.runtime.kv_memory import KVMemory
 from inferix.runtime.paged_store import KV_DTYPES
 from inferix.runtime.presets import PRESETS, make_preset
+from inferix.runtime.query_graphs import Query, QueryGraphs
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
 FEW = {"causal-diffusion": {"num_steps": 2}}
@@ -92,16 +95,9 @@ SMALL = {  # presets with a past that is soon full
 
 def countable(engine):
     """The same engine with a smaller VAE, over the plain cache, whose attention torch can count."""
-
-    def new_cache(size):
-        rope = engine.parts.transformer.precision.rope
-        moving = engine.preset.context.moving_positions
-        return ContiguousCache(engine.spec, engine.memory.form(size).grid, moving, rope, engine.dtype, engine.device)
-
-    engine.memory.new_cache = new_cache
     engine.parts = replace(engine.parts, vae=CausalVae(SMALL_VAE).eval().requires_grad_(False))
     engine.host.pipeline.submit = lambda session, latents, job: job()  # counted in the thread that counts
-    return engine
+    return contiguous(engine)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -143,6 +139,49 @@ def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
     if name == "longlive":
         wide = store.restored([0], torch.float32)
         assert told.each["moving_sink"] == wide.nbytes
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "parts", "whole"),
+    [
+        ("wan-1.3b", "longlive", ((1, 3),), True),
+        ("wan-1.3b", "longlive", ((1, 9),), False),
+        ("wan-14b", "krea", ((1, 3),), True),
+    ],
+)
+def test_the_plan_of_real_graphs(model, name, parts, whole):
+    """At full width and two layers: the arena is at most what is told, the constants just what is told."""
+    spec, preset = replace(MODELS[model], num_layers=2), make_preset(name)
+    frames, latent = parts[0][0] * parts[0][1], spec.latent_size(spec.default_size)
+    query = Query(whole, parts, (frames, spec.out_channels, *latent), sinks=False, width=16, pages=16)
+    made = QueryGraphs(spec, preset, "reference", torch.bfloat16, "cpu", tuple(chosen()))(query)
+    lowered = lower_block(made)
+    told = arena_bytes(spec, spec.tokens_per_frame(spec.default_size), frames, "bfloat16")
+    assert lowered.body.plan.size <= told <= 1.5 * lowered.body.plan.size
+    fold = lowered.fold.program
+    constants = sum(fold.buffers[ref.buffer].nbytes for ref in fold.outputs.values())
+    tables = table_bytes(spec, frames, preset.sampler.steps, preset.context.commit, "bfloat16") if whole else 0
+    literals = 2048  # the sinusoid's
+    assert 0 <= constants - packed_bytes(spec, "bfloat16") - tables <= literals
+    inputs = sum(buffer.nbytes for buffer in lowered.body.program.of(Role.INPUT) if buffer.name.startswith("prompt"))
+    assert inputs <= cross_bytes(spec, "bfloat16") <= 2 * inputs
+
+
+@pytest.mark.parametrize("name", ["longlive", "krea", "rolling-forcing"])
+def test_what_a_graph_executor_holds(name):
+    """Programs made, and constants to the byte, of a stream with a new prompt in a full window."""
+    settings = {"local_attn_size": 6} if name == "longlive" else SMALL[name]
+    engine = make_engine(name, dtype="float32", executor="fused", **settings)
+    load = replace(tiny(name, **settings), executor="fused")
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        list(session.stream(3, decode=False))
+        session.prompt(embeds=ROWS.float().flip(0))
+        list(session.stream(1, decode=False))
+    launcher, loaded = engine.executor.launcher, engine.executor.loaded
+    assert sorted(query.latent[0] for query in loaded) == sorted(forecast.programs(load.preset))
+    told = memory(load).once
+    constants = sum(tensor.nbytes for tensor in launcher.constants.values() if tensor.dtype == torch.float32)
+    assert 0 <= constants - told["packed_weights"] <= 2048
 
 
 def test_published_blocks():
