@@ -13,6 +13,7 @@ from inferix.bench.stream import Playout, Wanted, Watched, play_out, run, tenths
 from inferix.bench.subject import Subject
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
+from inferix.runtime.executors import GraphExecutor
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
 
@@ -77,3 +78,10 @@ def test_a_start_that_fails_is_told(monkeypatch):
 def test_numbers_of_the_command(change, said):
     with pytest.raises(UsageError, match=said):
         replace(Wanted(SMALL), **change)
+
+
+def test_an_executor_that_is_wrong_is_not_timed(monkeypatch):
+    right = GraphExecutor.block
+    monkeypatch.setattr(GraphExecutor, "block", lambda self, *given: 1.1 * right(self, *given))
+    with pytest.raises(InferixError, match="executor fused is refused and nothing was timed: the latents of block 0"):
+        run(Wanted(replace(SMALL, executor="fused"), starts=0, controls=0), lambda said: None)
