@@ -131,7 +131,8 @@ def roofline(result: Result, path: Path) -> Path | None:
     for name in result.facts["candidates"]:
         held = result.of(name)
         for stage, quantity in (("transformer", "transformer"), ("decoder", "decode")):
-            if quantity in held:
+            drawn = stage == "decoder" and any(point[1] == "decoder" for point in points)  # it is the same for all
+            if quantity in held and not drawn:
                 flops, moved = work[stage]["flops"], work[stage]["nbytes"]
                 points.append((name, stage, flops / moved, flops / held[quantity].median))
     if not points:

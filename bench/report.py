@@ -154,6 +154,11 @@ def circumstances(name: str, result: Result) -> str:
         f"start; torch {versions['torch']}, Python {versions['python']}"
         + (f", CUDA {versions['cuda']}, driver {around['driver'] or 'unknown'}" if result.on_gpu else ""),
     ]
+    if host["load"] is not None and host["load"] > host["cores"]:
+        lines.append(
+            f"**the machine was busy with other work** (load {host['load']} on {host['cores']} cores): times and "
+            "ceilings are worse than it can do, and vary"
+        )
     if clocks := around["clocks"]:
         lines.append(
             f"card as found: {clocks['graphics_mhz']} of {clocks['graphics_mhz_most']} MHz, {clocks['watts']} of "
@@ -168,7 +173,7 @@ def circumstances(name: str, result: Result) -> str:
         lines.append(f"{weights}, {count:.4g} M parameters, decoder {decoder}")
     roofs = result.ceilings
     lines.append(
-        f"ceilings in this run: matmul {roofs['matmul_flops'].best / 1e12:.4g} TFLOP/s, copy "
+        f"ceilings in this run: matmul {in_flops(roofs['matmul_flops'].best)}/s, copy "
         f"{roofs['copy_bytes'].best / 1e9:.4g} GB/s"
     )
     lines.append(f"clock: {result.clock}")
@@ -182,8 +187,8 @@ def block_part(result: Result) -> Iterator[str]:
     yield (
         f"A block of {block['latent_frames']} latent frames ({block['pixel_frames']} pixel frames) at a window of "
         f"{block['window_frames']}, which is full after {block['blocks_before_full']} blocks. Passes: {passes} frames. "
-        f"Transformer {work['transformer']['flops'] / 1e12:.4g} TFLOP and at least "
-        f"{work['transformer']['nbytes'] / 1e9:.3g} GB, decoder {work['decoder']['flops'] / 1e12:.4g} TFLOP."
+        f"Transformer {in_flops(work['transformer']['flops'])} and at least "
+        f"{work['transformer']['nbytes'] / 1e9:.3g} GB, decoder {in_flops(work['decoder']['flops'])}."
     )
     matmul = result.ceilings["matmul_flops"].best
     plain = result.of("plain").get("block")
@@ -217,11 +222,11 @@ def block_part(result: Result) -> Iterator[str]:
     pass_series = {name: passes_of(result, name) for name in facts["candidates"]}
     if timed := {name: series for name, series in pass_series.items() if series}:
         rows = [
-            (f"{step['kind']} over {step['context']}", f"{done['flops'] / 1e12:.4g}", f"{done['nbytes'] / 1e9:.3g}",
+            (f"{step['kind']} over {step['context']}", in_flops(done["flops"]), f"{done['nbytes'] / 1e9:.3g}",
              *(milliseconds(series[index]) for series in timed.values()))
             for index, (step, done) in enumerate(zip(block["passes"], work["passes"], strict=False))
         ]  # fmt: skip
-        yield table(("pass", "TFLOP", "GB at least", *(f"{name}, ms" for name in timed)), rows)
+        yield table(("pass", "work", "GB at least", *(f"{name}, ms" for name in timed)), rows)
     for name, told in facts["candidates"].items():
         if "profile" in told:
             yield from profile_part(name, told["profile"], work["transformer"]["flops"])
@@ -243,14 +248,14 @@ def profile_part(name: str, profile: dict[str, Any], written: int) -> Iterator[s
     total = sum(cost["seconds"] for cost in profile["families"].values())
     computed = sum(cost["flops"] for cost in profile["families"].values())
     rows = [
-        (kind, f"{cost['seconds'] * 1e3:.4g}", f"{cost['seconds'] / total:.0%}", f"{cost['flops'] / 1e9:.4g}",
+        (kind, f"{cost['seconds'] * 1e3:.4g}", f"{cost['seconds'] / total:.0%}", in_flops(cost["flops"]),
          f"{cost['bytes'] / 1e9:.4g}", f"{cost['least'] / cost['seconds']:.0%}")
         for kind, cost in profile["families"].items()
     ]  # fmt: skip
-    yield table((f"{name}: work", "ms", "share", "GFLOP", "GB", "of the ceilings"), rows)
+    yield table((f"{name}: work", "ms", "share", "FLOPs", "GB", "of the ceilings"), rows)
     passes = ", ".join(f"{run} {seconds * 1e3:.4g}" for run, seconds in profile["passes"].items())
     yield (
-        f"The graph computes {computed / 1e9:.4g} GFLOP, the passes as written {written / 1e9:.4g}. Timed once, in a "
+        f"The graph computes {in_flops(computed)}, the passes as written {in_flops(written)}. Timed once, in a "
         f"block that is watched (marks took {profile['share_of_marks']:.1%}); {profile['between_calls'] * 1e3:.3g} ms "
         f"between calls. Passes, ms: {passes}."
     )
@@ -333,6 +338,11 @@ def against(series: Series, plain: Series | None) -> str:
 def spread(series: Series, scale: float = 1e3) -> str:
     low, high = series.quantile(0.25) * scale, series.quantile(0.75) * scale
     return f"{series.median * scale:.4g} ({low:.4g} to {high:.4g}; {series.worst * scale:.4g})"
+
+
+def in_flops(count: float) -> str:
+    """FLOPs in the size of unit that suits them."""
+    return f"{count / 1e12:.4g} TFLOP" if count >= 1e12 else f"{count / 1e9:.4g} GFLOP"
 
 
 def milliseconds(series: Series | None) -> str:

@@ -215,3 +215,10 @@ def test_the_attention_goal_is_a_ratio_within_one_run():
     assert not goal.matches(replace(result, settings={"dtype": "float16"}))
     row["forms"] = {"triton": {"seconds": 3e-3}}
     assert goal.reached(result) is None
+
+
+def test_a_busy_machine_is_told():
+    busy = made({"eager/block": [0.2]})
+    busy.environment["host"]["load"] = 9.5
+    assert "busy with other work** (load 9.5 on 2 cores)" in page({"a.json": busy}, "results", "page.md", {})
+    assert "busy" not in page({"a.json": made({"eager/block": [0.2]})}, "results", "page.md", {})
