@@ -17,7 +17,7 @@ from .types import PassGraph
 
 @dataclass(frozen=True)
 class Launch:
-    """One call: its op, what it is in the model, the shape it makes, its family, its cost, and the rewrite that made it."""
+    """One call: its op, what it is in the model, the shape it makes, its family, cost, and the rewrite that made it."""
 
     op: str
     what: str

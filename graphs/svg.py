@@ -1,7 +1,8 @@
 """A block graph as a picture: passes as rows, launches as boxes by layer, and what each rewrite changed.
 
 Every box tells its op, what it is in the model, its operations and bytes, and the rewrite that made it; its bar is the
-share of operations in those of the costliest box of its row. Passes that launch the same are drawn once and then only as a strip.
+share of operations in those of the costliest box of its row. Passes that launch the same are drawn
+once, and then only as a strip.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Canvas:
             f"{escape(said)}</text>"
         )
 
-    def box(self, x: float, y: float, width: float, height: float, fill: str, line: str = "none", round: float = 0) -> None:
+    def box(
+        self, x: float, y: float, width: float, height: float, fill: str, line: str = "none", round: float = 0
+    ) -> None:
         self.parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{max(width, 0):g}" height="{height:g}" rx="{round:g}" fill="{fill}" '
             f'stroke="{line}"/>'
