@@ -100,6 +100,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "inferix.bench": ["compiled.json"],
+        **{package: ["tuned/*.json"] for package in PACKAGES if package.startswith("inferix.kernels.")},
         "inferix.models.tinyworld": ["weights/*", "weights/*/*"],
     },
     install_requires=DEPENDENCIES,

@@ -78,6 +78,8 @@ def unit_tests(op: str) -> Unit:
 def unit_code() -> Unit:
     def run(device: str, file: Path) -> None:
         ran = compile_gate.executed(device)
+        if not ran:
+            raise InferixError("the compile gate does not inspect code for this card's compute capability")
         wrong = compile_gate.not_inspected(ran, json.loads(compile_gate.TABLE.read_text("utf-8")))
         found = {"environment": environment(device), "checked": len(ran), "wrong": wrong, "sha256": ran}
         write_text(file, json.dumps(found, indent=1))

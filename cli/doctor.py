@@ -23,9 +23,9 @@ GIVES = {
     "transformers": "UMT5 text encoder: prompts as text",
     "av": "writes and reads video files",
     "ftfy": "cleans prompts as Wan's training did",
-    "triton": "the GPU kernels of inferix.kernels; the block loop does not call them yet",
+    "triton": "the GPU kernels of inferix.kernels",
     "cuda-python": "CUDA graphs and device facts; this version does not use it yet",
-    "flash-attn": "a faster attention; this version uses torch's own",
+    "flash-attn": "one more form of block attention, for comparison and where it is asked for",
     "tensorrt": "running exported engines; this version does not use it yet",
     "onnx": "exported graphs; this version does not use it yet",
     "diffusers": "the other implementation that the tests compare with",
@@ -82,13 +82,18 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dic
 
 
 def chosen_kernels(gpus: list[dict[str, Any]]) -> dict[str, str]:
-    """The form of each op that would run here, on the first GPU if there is one."""
+    """The form of each op that would run here, on the first GPU if there is one, and whether it was tuned for it."""
     import torch
 
     from ..kernels.catalog import SPECS
+    from ..kernels.tuning import table_path
 
     device = torch.device("cuda" if gpus else "cpu")
-    return {name: spec.chosen(device, spec.implementations[0].dtypes[0]) for name, spec in SPECS.items()}
+    found = {name: spec.chosen(device, spec.implementations[0].dtypes[0]) for name, spec in SPECS.items()}
+    for name in found if gpus else ():
+        if table_path(name, gpus[0]["name"]).exists():
+            found[name] += ", or what the card's table says"
+    return found
 
 
 def report() -> dict[str, Any]:
