@@ -246,6 +246,13 @@ def generate(
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
+    executor: str | None = typer.Option(
+        None, help="How passes run: eager, fused, captured.  [default: captured on a GPU, else eager]"
+    ),
+    graphs: Path | None = typer.Option(None, help="Folder of stored graphs to start from, and to add to."),
+    profile: Path | None = typer.Option(
+        None, metavar="DIR", help="Folder for a trace and a table of where each block's time went."
+    ),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Engine setting; repeatable."),
     records: Path | None = typer.Option(None, help="File for what was measured, a JSON line for each block."),
     config: Path | None = typer.Option(
@@ -280,10 +287,14 @@ def generate(
             check_output(output)
     console = Console(stderr=True)
 
+    from ..runtime.config import default_device, default_executor
     from ..runtime.engine import load
     from ..runtime.records import RecordFile
 
     parts: dict[str, Any] = {"base": base, "vae": vae, "lora": lora, "lora_scale": lora_scale}
+    if profile is not None and executor is None and default_executor(device or default_device(), None) == "eager":
+        executor = "fused"  # eager has no calls of its own to be timed
+    parts |= {"executor": executor, "graphs": graphs}
     engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
     if engine.parts.form == "random":
         said = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
@@ -307,6 +318,7 @@ def generate(
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     frame_size = wanted_size or engine.default_size
     tell_of_work(engine, frame_size, console)
+    profiled = engine.start_profile() if profile is not None else None
     with ExitStack() as stack:
         if records is not None:
             engine.observe(stack.enter_context(RecordFile(records)))
@@ -322,6 +334,9 @@ def generate(
         result, kept = record_blocks(session, count, changes, writer, advance)
 
     if result.blocks:
+        if profiled is not None:
+            assert profile is not None
+            result.outputs += map(str, profiled.write(profile))
         if latents_only:
             result.outputs.append(str(save_latents(kept, out.with_suffix(".safetensors"))))
         else:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -226,6 +227,10 @@ def play(
     seed: int = typer.Option(0, help="Seed of the noise, and so of the land."),
     seconds: float | None = typer.Option(None, help="Leave after so many seconds of video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
+    executor: str | None = typer.Option(
+        None, help="How passes run: eager, fused, captured.  [default: captured on a GPU, else eager]"
+    ),
+    graphs: Path | None = typer.Option(None, help="Folder of stored graphs to start from, and to add to."),
 ) -> None:
     """Walk through a world that is made as you go.
 
@@ -237,7 +242,7 @@ def play(
 
     from ..runtime.engine import load
 
-    engine = load(model, preset="tinyworld", device=device)
+    engine = load(model, preset="tinyworld", device=device, executor=executor, graphs=graphs)
     if not engine.spec.actions:
         raise UsageError(f"{model} follows no actions; play needs a model that does, such as tinyworld")
     controls = Controls(engine.spec.actions)

@@ -35,6 +35,7 @@ class EngineConfig:
     they are kept, a name of `KV_DTYPES`; None is the model's own. kv_offload: those of a paused session go to host
     memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
     fast_vae: a decoder beside the model's own, as in `vae`, that overload may go over to.
+    graphs: folder of stored graphs, which those that are missing there are added to.
     """
 
     model: str
@@ -54,6 +55,7 @@ class EngineConfig:
     kv_offload: bool = False
     executor: str = "eager"
     fast_vae: str | None = None
+    graphs: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -78,6 +80,8 @@ class EngineConfig:
                     f"kv_dtype is 'fp8', but {self.device} has compute capability {major}.{minor}, and FP8 needs "
                     f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; use int8"
                 )
+        if self.graphs is not None and self.executor == "eager":
+            raise UsageError(f"graphs is {self.graphs!r}, but executor eager has none; use fused, or captured on a GPU")
         if self.executor == "captured" and not self.device.startswith("cuda"):
             raise UsageError(f"executor captured needs a GPU, and device is {self.device!r}; use fused")
         if self.executor != "eager" and self.kv_dtype not in (None, self.dtype):

@@ -30,6 +30,7 @@ from .actions import ActionTrack, check_action
 from .budget import parse_bytes
 from .config import DTYPES, EngineConfig, default_device, default_dtype, default_executor
 from .executors import make_executor
+from .graph_store import card_of
 from .host import Host
 from .kv_memory import KVMemory
 from .loading import SHIPPED, Components, load_components, random_components, shipped
@@ -39,6 +40,7 @@ from .noise import Noise, PhiloxNoise
 from .paged_store import KV_DTYPES
 from .pipeline import to_frames
 from .presets import DEFAULT_MODEL, Preset, default_preset, make_preset
+from .profile import Profile, measure_ceilings
 from .sampler import Sampler, noised
 from .scheduler import Limits
 from .session import Session
@@ -59,9 +61,8 @@ class Engine:
         self.spec = parts.transformer.spec
         self.device = torch.device(config.device)
         self.dtype = DTYPES[config.dtype]
-        self.executor = make_executor(
-            config.executor, parts.transformer, preset, config.precision, self.dtype, self.device
-        )
+        self.executor = make_executor(config, preset, parts)
+        self.profile: Profile | None = None
         kept = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else self.dtype
         self.memory = KVMemory(self.spec, preset, (self.dtype, kept), self.device, config.kv_memory)
         self.host = Host(self, limits)
@@ -98,6 +99,8 @@ class Engine:
         with session.record.span("commit"):
             if self.preset.context.commit and not block.committed:
                 self.commit(session, block.span, block.latents)
+        if self.profile is not None:
+            self.profile.end_block(block.span.index, session.record.seconds, self.bytes_by_owner(session))
         self.host.finish(session, block.latents)
 
     def run(self, keep: bool = False) -> None:
@@ -126,6 +129,23 @@ class Engine:
     def check_integrity(self) -> None:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
         self.host.check_integrity()
+
+    def start_profile(self) -> Profile:
+        """Have every pass timed from now on, and return what collects it. UsageError for executor eager."""
+        config, card = self.config, card_of(self.device)
+        about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
+        profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype))
+        self.executor.start_profile(profile)
+        self.profile = profile
+        return profile
+
+    def bytes_by_owner(self, session: Session) -> dict[str, int]:
+        """Memory of the engine and of one session's decoder, by what holds it."""
+        modules = (self.parts.transformer, self.parts.vae)
+        weights = sum(tensor.nbytes for module in modules for tensor in module.parameters())
+        pages = sum(store.nbytes for store in self.memory.stores.values())
+        decoder = session.track.state.nbytes
+        return {"weights": weights, "pages": pages, "decoder state": decoder, **self.executor.bytes_by_owner()}
 
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and histograms since the engine was loaded, as plain data."""
@@ -495,6 +515,7 @@ def load(
     kv_offload: bool = False,
     executor: str | None = None,
     fast_vae: str | Path | None = None,
+    graphs: str | Path | None = None,
     limits: Limits = Limits(),  # noqa: B008
     **overrides: Any,
 ) -> Engine:
@@ -523,6 +544,7 @@ def load(
         kv_offload=kv_offload,
         executor=executor or default_executor(device, kv_dtype),
         fast_vae=str(fast_vae) if fast_vae is not None else None,
+        graphs=str(graphs) if graphs is not None else None,
     )
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import InferixError, UsageError
 from ..graphs.capture import CaptureBackend, CudaGraphs
 from ..graphs.lowered import Lowered, lower_block
 from ..graphs.paged_attention import PagedAttention
 from ..graphs.rewrites import chosen
 from ..models.wan.transformer import KeyValues, TextContext, WanTransformer
-from .launcher import Launcher, Loaded
+from .budget import page_needs
+from .config import DTYPES, EngineConfig
+from .forecast import Workload, changes, needed
+from .graph_store import GraphStore
+from .launcher import Launcher, Loaded, NotEnoughMemory
+from .loading import Components
 from .presets import Preset
+from .profile import Profile
 from .query_graphs import Query, QueryGraphs, tables
 
 
@@ -41,7 +48,6 @@ Text = TextContext | Conditioning
 class Executor(Protocol):
     """What the engine asks. whole_blocks: whether `block` can be asked."""
 
-    name: str
     whole_blocks: bool
 
     def condition(self, rows: Tensor) -> Text:
@@ -60,11 +66,17 @@ class Executor(Protocol):
         Noise between steps is that of `PhiloxNoise(seed)` for the absolute `frames`.
         """
 
+    def start_profile(self, profile: Profile) -> None:
+        """Time what runs from now on; UsageError where that cannot be."""
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        """Memory beside weights and pages."""
+
 
 class EagerExecutor:
     """The model as it is, pass by pass."""
 
-    name, whole_blocks = "eager", False
+    whole_blocks = False
 
     def __init__(self, model: WanTransformer) -> None:
         self.model = model
@@ -84,32 +96,37 @@ class EagerExecutor:
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
 
+    def start_profile(self, profile: Profile) -> None:
+        raise UsageError("executor eager cannot be profiled; use fused, or captured on a GPU")
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        return {}
+
 
 class GraphExecutor:
     """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by query.
 
-    rewrites: done to every graph; all that are on by default unless told.
+    rewrites: done to every graph; all that are on by default unless told. traces and prompts count graphs traced and
+    runs of a prompt graph.
     """
 
     def __init__(
         self,
-        name: str,
-        model: WanTransformer,
+        config: EngineConfig,
         preset: Preset,
-        precision: str,
-        dtype: torch.dtype,
-        device: torch.device,
+        parts: Components,
         backend: CaptureBackend | None = None,
         rewrites: tuple[str, ...] | None = None,
     ) -> None:
-        self.name, self.model, self.preset = name, model, preset
-        self.graph_of = QueryGraphs(
-            model.spec, preset, precision, dtype, str(device), tuple(chosen()) if rewrites is None else rewrites
-        )
+        self.config, self.preset, self.decoder = config, preset, parts.vae.spec
+        model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
+        rewrites = tuple(chosen()) if rewrites is None else rewrites
+        self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites)
         self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.loaded: dict[Query, Loaded] = {}
-        self.traces = self.prompts = 0  # graphs traced, and runs of a prompt graph
+        self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
+        self.traces = self.prompts = 0
 
     def condition(self, rows: Tensor) -> Conditioning:
         return Conditioning(rows[None])
@@ -129,6 +146,12 @@ class GraphExecutor:
             "noise_key": torch.tensor([signed(seed)]),
         }
         return self.run(Query.of(latents, paged(attention), whole=True), given, text, attention, actions)["latents"][0]
+
+    def start_profile(self, profile: Profile) -> None:
+        self.launcher.profile = profile
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        return self.launcher.bytes_by_owner()
 
     def follow_weights(self) -> None:
         """Go on with weights that were changed in place, such as by an adapter: nothing is captured again."""
@@ -160,16 +183,34 @@ class GraphExecutor:
         """The query's program, bound to the pages; bound anew if the pages have moved."""
         state = {f"kv.{layer}": kv for layer, kv in enumerate(attention.kv)}
         found = self.loaded.get(query)
-        if found is None:
-            found = self.loaded[query] = self.launcher.load(self.lowered(query), state)
-        elif any(found.state[name] is not kv for name, kv in state.items()):
-            found = self.loaded[query] = self.launcher.load(found.lowered, state)
-        return found
+        if found is not None and all(found.state[name] is kv for name, kv in state.items()):
+            return found
+        try:
+            lowered = self.lowered(query) if found is None else found.lowered
+            self.loaded[query] = self.launcher.load(lowered, state)
+        except NotEnoughMemory as error:
+            raise InferixError(f"{error}; {self.what_fits(query, error.missing)}") from error
+        return self.loaded[query]
 
     def lowered(self, query: Query) -> Lowered:
-        """The query's program, traced from a model of the same shape without memory."""
+        """The query's program: the stored one, or traced from a model of the same shape without memory, and kept."""
+        if self.store is not None and (stored := self.store.find(query)) is not None:
+            return stored
         self.traces += 1
-        return lower_block(self.graph_of(query))
+        made = lower_block(self.graph_of(query))
+        if self.store is not None:
+            self.store.keep(query, made)
+        return made
+
+    def what_fits(self, query: Query, missing: int) -> str:
+        """What to change, where so many bytes are missing."""
+        config, spec = self.config, self.graph_of.spec
+        if page_needs(self.preset).held is None:
+            return "give a window (--set local_attn_size=21)"
+        kept = config.kv_dtype or config.dtype
+        load = Workload(spec, self.preset, self.decoder, 0, query.size(spec), config.dtype, kept)
+        fitting = [" ".join(change.options) for change in changes(load, needed(load) - missing) if change.fits]
+        return f"this would fit: {', or '.join(fitting)}" if fitting else "no smaller window, size or dtype would fit"
 
 
 def paged(attention: KeyValues) -> PagedAttention:
@@ -183,11 +224,9 @@ def signed(seed: int) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
-def make_executor(
-    name: str, model: WanTransformer, preset: Preset, precision: str, dtype: torch.dtype, device: torch.device
-) -> Executor:
-    """The executor of that name, one of `EXECUTORS`."""
-    if name == "eager":
-        return EagerExecutor(model)
-    backend = CudaGraphs(device) if name == "captured" else None
-    return GraphExecutor(name, model, preset, precision, dtype, device, backend)
+def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Executor:
+    """The executor that the configuration names."""
+    if config.executor == "eager":
+        return EagerExecutor(parts.transformer)
+    backend = CudaGraphs(torch.device(config.device)) if config.executor == "captured" else None
+    return GraphExecutor(config, preset, parts, backend)

@@ -7,6 +7,7 @@ are whole or not there. On a GPU the kernels that Triton compiled lie beside the
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,37 +19,35 @@ import torch
 from ..errors import InferixError, UsageError
 from ..graphs.codec import decode_lowered, encode_lowered
 from ..graphs.lowered import Lowered, digest
-from ..models.wan.spec import ModelSpec
 from ..version import __version__
 from .media import write_atomically
-from .presets import Preset
-from .query_graphs import Query
+from .query_graphs import Query, QueryGraphs
 
 FORMAT = 1
 IDENTITY = "identity.json"
 KERNELS = "triton"
 
 
-def identity(
-    spec: ModelSpec, preset: Preset, precision: str, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    """What a stored graph is for, as plain values."""
+def identity(graphs: QueryGraphs) -> dict[str, Any]:
+    """What stored graphs are for, as plain values."""
+    device = torch.device(graphs.device)
     found = {
         "format": FORMAT,
         "inferix": __version__,
         "torch": torch.__version__,
         "triton": installed("triton") if device.type == "cuda" else None,
-        "card": card(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "precision": precision,
-        "model": asdict(spec),
-        "preset": asdict(preset),
+        "card": card_of(device),
+        "dtype": str(graphs.dtype).removeprefix("torch."),
+        "precision": graphs.precision,
+        "rewrites": list(graphs.rewrites),
+        "model": asdict(graphs.spec),
+        "preset": {key: value for key, value in asdict(graphs.preset).items() if key != "about"},
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
 
-def card(device: torch.device) -> str:
+def card_of(device: torch.device) -> str:
     """The device that graphs and kernels are for: a GPU by name and capability, else the processor's kind."""
     if device.type != "cuda":
         return f"{device.type} {platform.machine()}"
@@ -70,30 +69,27 @@ class GraphStore:
     folder: Path
 
     @classmethod
-    def open(cls, folder: Path, wanted: dict[str, Any], create: bool) -> GraphStore:
-        """The store of a folder; with `create`, one that is made where there is none.
+    def open(cls, folder: Path, graphs: QueryGraphs, create: bool) -> GraphStore:
+        """The graphs in a folder; with `create`, a folder is made where there is none.
 
-        Raises UsageError for a folder that holds no graphs, and InferixError for graphs of something else.
+        On a GPU, kernels compiled from now on are kept there too, unless TRITON_CACHE_DIR says otherwise. Raises
+        UsageError for a folder that holds no graphs, and InferixError for graphs of something else.
         """
-        path = folder / IDENTITY
+        path, wanted = folder / IDENTITY, identity(graphs)
         if not path.exists():
             if not create:
                 raise UsageError(f"{folder} holds no graphs; make some with inferix graph --save {folder}")
             folder.mkdir(parents=True, exist_ok=True)
             write(path, wanted)
-        found = read(path)
-        if differing := difference(found, wanted):
+        if differing := difference(read(path), wanted):
             what, stored, here = differing
             raise InferixError(
-                f"the graphs in {folder} are for {what} {stored!r}, and this is {here!r}; give another folder, or make "
-                f"them anew with inferix graph --save"
+                f"the graphs in {folder} are for {what} {stored!r}, and this is {here!r}; give another folder, or "
+                "delete this one to have them made anew"
             )
+        if graphs.device.startswith("cuda"):
+            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / KERNELS))
         return cls(folder)
-
-    @property
-    def kernels(self) -> Path:
-        """Where Triton keeps what it compiles."""
-        return self.folder / KERNELS
 
     def find(self, query: Query) -> Lowered | None:
         """The stored program of a query; InferixError for a file that cannot be read."""
@@ -110,7 +106,7 @@ class GraphStore:
 
 def difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
     """The first entry that differs: its name and both values."""
-    for key in sorted({*found, *wanted}, key=lambda key: (key != "format", key)):
+    for key in {**wanted, **found}:
         here, there = found.get(key), wanted.get(key)
         if isinstance(here, dict) and isinstance(there, dict):
             if inner := difference(here, there, f"{prefix}{key}."):

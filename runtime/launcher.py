@@ -7,18 +7,32 @@ a run copies what changed and launches.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..errors import InferixError
 from ..graphs.capture import CaptureBackend, CaptureFailed, Event, Replay
 from ..graphs.launch import LaunchPlan
 from ..graphs.lowered import Lowered, Planned, recipes
 from ..graphs.types import Role
+from .budget import in_words
 from .profile import Profile
+
+
+class NotEnoughMemory(InferixError):
+    """A program that does not fit; `missing` bytes."""
+
+    def __init__(self, parts: Mapping[str, int], free: int) -> None:
+        total = sum(parts.values())
+        listed = ", ".join(f"{what} {in_words(count)}" for what, count in parts.items())
+        super().__init__(f"the graph needs {in_words(total)} ({listed}), and {in_words(free)} are free")
+        self.missing = total - free
 
 
 @dataclass
@@ -71,7 +85,10 @@ class Launcher:
         self.generation = 0  # of the weights
 
     def load(self, lowered: Lowered, state: Mapping[str, Tensor]) -> Loaded:
-        """Bind a program to weights, constants and `state`."""
+        """Bind a program to weights, constants and `state`; NotEnoughMemory if what it needs is not free."""
+        needs = self.needs(lowered)
+        if (free := free_bytes(self.device)) is not None and sum(needs.values()) > free:
+            raise NotEnoughMemory(needs, free)
         given = {**self.weights, **state, **self.literals(lowered)}
         made: dict[str, str] = {}
         if lowered.fold is not None:
@@ -82,6 +99,27 @@ class Launcher:
         prompt = self.bind(lowered.prompt, given)
         prompt.replay = prompt.launches.run  # it runs once a prompt, which is not worth a capture
         return Loaded(lowered, self.bind(lowered.body, given), prompt, state, recipes(lowered.prompt.program, made))
+
+    def needs(self, lowered: Lowered) -> dict[str, int]:
+        """Bytes that a program would add: its scratch, its constants with what making them takes, its inputs."""
+        planned = [part for part in (lowered.body, lowered.prompt) if part is not None]
+        scratch = max(part.plan.size for part in planned)
+        inputs = sum(buffer.nbytes for part in planned for buffer in part.program.of(Role.INPUT))
+        fold = lowered.fold
+        made = {} if fold is None else recipes(fold.program)
+        missing = [] if fold is None else [
+            fold.program.outputs[name] for name, recipe in made.items() if recipe not in self.constants
+        ]
+        constants = sum(math.prod(ref.size) * ref.dtype.itemsize for ref in missing)
+        return {
+            "scratch": scratch if scratch > self.arena.numel() else 0,
+            "constants": constants + (fold.plan.size if fold is not None and missing else 0),
+            "inputs": inputs,
+        }
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        """What the launcher holds."""
+        return {"constants": sum(tensor.nbytes for tensor in self.constants.values()), "scratch": self.arena.numel()}
 
     def bind(self, planned: Planned, given: Mapping[str, Tensor]) -> Bound:
         inputs = {
@@ -169,3 +207,15 @@ class Launcher:
         launches = LaunchPlan(fold.program, fold.plan, arena, given)
         launches.run()
         return {name: output.clone() for name, output in launches.outputs.items()}
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated; None where nobody knows."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

@@ -206,7 +206,7 @@ class Profile:
         ]
         for block in self.blocks:
             stages = ", ".join(f"{name} {seconds * 1e3:.3g}" for name, seconds in block.timings.items())
-            lines += ["", f"block {block.index}, ms: {stages}; between calls {self.gaps(block) * 1e3:.3g}"]
+            lines += ["", f"block {block.index}, ms: {stages}; outside calls {self.gaps(block) * 1e3:.3g}"]
             lines += [f"  {name:<24}{seconds * 1e3:>10.3f} ms" for name, seconds in self.passes(block).items()]
             families = self.families(block)
             total = sum(cost.seconds for cost in families.values())

@@ -50,6 +50,10 @@ class Query:
             pages=attention.kv[0].shape[1],
         )
 
+    def size(self, spec: ModelSpec) -> tuple[int, int]:
+        """(width, height) of the pictures."""
+        return self.latent[3] * spec.vae_stride[1], self.latent[2] * spec.vae_stride[1]
+
     @property
     def layout(self) -> Layout:
         """How its tables are named."""
@@ -78,14 +82,11 @@ class QueryGraphs:
         return rewritten(self.block(query, builder, (graph,), ("velocity",)), self.rewrites)
 
     def builder(self, query: Query) -> Builder:
-        frames, _, height, width = query.latent
-        stride = self.spec.vae_stride[1]
-        preset = self.preset
+        preset, size = self.preset, query.size(self.spec)
         if query.whole:
-            preset = replace(preset, num_frame_per_block=frames, independent_first_frame=False)
+            preset = replace(preset, num_frame_per_block=query.latent[0], independent_first_frame=False)
         else:  # guidance joins the velocities of two passes, outside of them
             preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0))
-        size = (width * stride, height * stride)
         builder = Builder(self.spec, preset, size, self.dtype, self.device, self.precision, pages=query.pages)
         builder.max_pages = query.width
         return builder

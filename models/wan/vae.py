@@ -110,7 +110,7 @@ class StreamState:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.history.values())
+        return sum(tensor.nbytes for tensor in tuple(self.history.values()))
 
 
 class CausalConv3d(nn.Conv3d):

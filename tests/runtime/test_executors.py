@@ -87,9 +87,7 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
 def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrides: object) -> Engine:
     """An engine whose executor captures on a fake; its pages are enough for three sessions."""
     engine = make_engine(preset, executor="fused", kv_memory=1 << 24, **overrides)
-    engine.executor = GraphExecutor(
-        "captured", engine.parts.transformer, engine.preset, "reference", engine.dtype, engine.device, backend
-    )
+    engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend)
     return engine
 
 

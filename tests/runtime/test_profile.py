@@ -1,0 +1,105 @@
+"""A profile adds up: passes, kinds of work and calls are the same time; bytes and operations are those of the sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import ROWS, SIZE, make_engine
+from programs import traced
+from recording import FakeGraphs
+
+from inferix.errors import UsageError
+from inferix.graphs.call_cost import family, flops, nbytes
+from inferix.kernels.block_attention import block_attention
+from inferix.runtime import engine as engines
+from inferix.runtime.executors import GraphExecutor
+from inferix.runtime.profile import Ceilings, Profile
+
+PASSES = ["denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("profile")
+
+
+def profiled(folder: Path, monkeypatch: pytest.MonkeyPatch, backend: FakeGraphs | None = None) -> Profile:
+    """Two blocks, the graphs made once for all tests here."""
+    monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    engine = make_engine(executor="fused", graphs=str(folder / "graphs"))
+    engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend)
+    profile = engine.start_profile()
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        list(session.stream(2, decode=False))
+    return profile
+
+
+def test_passes_kinds_of_work_and_calls_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = profiled(folder, monkeypatch)
+    first, second = profile.blocks
+    assert list(profile.passes(first)) == ["prompt", *PASSES]  # the prompt graph runs for the first block alone
+    assert list(profile.passes(second)) == PASSES
+    for block in profile.blocks:
+        total = sum(run.seconds for run in block.runs)
+        assert sum(profile.passes(block).values()) == pytest.approx(total)
+        assert sum(cost.seconds for cost in profile.families(block).values()) == pytest.approx(total)
+        assert profile.gaps(block) >= 0
+        assert set(block.memory) == {"weights", "pages", "decoder state", "constants", "scratch"}
+        assert block.memory["pages"] > 0 and block.memory["scratch"] > 0
+    seen = [profile.families(block)["attention"].flops for block in profile.blocks]
+    assert seen[1] > seen[0]  # the second block sees twice as many pages
+    paths = profile.write(folder / "report")
+    assert [path.name for path in paths] == ["trace.json", "profile.txt"]
+    text = paths[1].read_text()
+    assert "times from the host's clock before and after each call" in text
+    assert "memory, MB: weights" in text and "denoise 3" in text
+    events = json.loads(paths[0].read_text())["traceEvents"]
+    calls = [event for event in events if event.get("tid") == 2 and event["ph"] == "X"]
+    assert len(calls) == sum(len(run.program.calls) for block in profile.blocks for run in block.runs)
+    outer = {event["name"]: event for event in events if event.get("tid") == 1 and event["ph"] == "X"}["commit"]
+    inside = [call for call in calls if call["args"]["node"].startswith("commit/")][-1]
+    assert outer["ts"] <= inside["ts"] and inside["ts"] + inside["dur"] <= outer["ts"] + outer["dur"] + 1e-3
+
+
+def test_a_captured_graph_has_events_at_its_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the fake: times of passes come from events, kinds of work from one run of the same calls, and it says so."""
+    profile = profiled(folder, monkeypatch, FakeGraphs())
+    block = profile.blocks[1]
+    (run,) = block.runs
+    assert not run.by_call
+    assert list(profile.passes(block)) == PASSES
+    assert sum(profile.passes(block).values()) == pytest.approx(run.seconds)
+    assert "attention" in profile.families(block)
+    assert "event nodes between the passes of the captured graph" in profile.text()
+
+
+def test_bytes_and_operations_of_calls() -> None:
+    def run(x, weight, bias, kernel, kv, table, count):
+        y = F.linear(x, weight, bias)
+        q = y.unflatten(-1, (2, 64))
+        seen = block_attention(q, kv, table, count)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2))
+        return seen, out, torch.bmm(y, y.mT), F.conv3d(x[:, None, None], kernel)
+
+    count = torch.tensor([3], dtype=torch.int32)
+    table = torch.tensor([[0, 2, 1, 0]], dtype=torch.int32)
+    program = traced(
+        run, torch.zeros(1, 6, 32), torch.zeros(128, 32), torch.zeros(128), torch.zeros(5, 1, 1, 2, 2),
+        torch.zeros(2, 8, 10, 2, 64), table, count,
+    )  # fmt: skip
+    cost = {call.op._schema.name: (family(call), flops(call, 3), nbytes(call, 3)) for call in program.calls}
+    assert cost["aten::addmm"] == ("matmul", 2 * 6 * 32 * 128, 4 * (6 * 32 + 32 * 128 + 128 + 6 * 128))
+    pages = 4 * 2 * 3 * 10 * 128
+    assert cost["inferix::block_attention"] == ("attention", 4 * 6 * 128 * 30, 2 * 4 * 6 * 128 + pages + 4 * 4 + 4)
+    assert cost["aten::scaled_dot_product_attention"][1] == 4 * 6 * 128 * 6
+    assert cost["aten::bmm"][1] == 2 * 6 * 6 * 128
+    assert cost["aten::convolution"][1] == 2 * (5 * 5 * 31) * 4
+
+
+def test_eager_has_no_calls_to_time() -> None:
+    with pytest.raises(UsageError, match=r"executor eager cannot be profiled; use fused, or captured on a GPU"):
+        make_engine().executor.start_profile(None)
