@@ -18,6 +18,7 @@ from ..version import __version__
 from . import bench, checkpoint, evaluate
 from .doctor import doctor
 from .generate import PromptAt, generate
+from .graph import graph
 from .plan import plan
 from .play import play
 
@@ -40,6 +41,7 @@ app.command(cls=PromptAt)(generate)
 app.command()(play)
 app.command()(plan)
 app.command()(doctor)
+app.command()(graph)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")

@@ -7,10 +7,12 @@ in seconds. Only the normal form of what came out of `torch.export` is kept.
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -60,7 +62,7 @@ def trace(
     """
     with fake_mode():
         given = {value.name: torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs}
-    with explained(name), torch.no_grad():
+    with explained(name), quiet(), torch.no_grad():
         exported = torch.export.export(module, (given,), strict=False)
     for node in exported.graph.nodes:
         node.meta |= {"line": line_of(node), "module": module_of(node).removeprefix(model).lstrip(".")}
@@ -114,6 +116,18 @@ def without_unused(graph: PassGraph) -> PassGraph:
         else:
             graph.graph.erase_node(node)
     return replace(graph, inputs=kept)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing of what `torch.export` prints when it fails: the error says it in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

@@ -14,11 +14,12 @@ def random_values(block: BlockGraph, weights: dict[str, Tensor], grid: tuple[int
     """Every weight, input and state by name; each row of a table lists pages of its own, the written ones last."""
     generator = torch.Generator().manual_seed(7)
     found = dict(weights)
+    inputs = [name for name in block.values(Role.INPUT) if name.endswith("table")]
     for graph in block.graphs:
         for value in graph.inputs.values():
             if value.name not in found and value.data is None and value.role in (Role.INPUT, Role.STATE):
                 found[value.name] = fill(value, block, grid, dim, generator)
-    for name in [name for name in found if name.endswith("table")]:
+    for name in inputs:
         pages, table = found[name.replace("table", "pages")], found[name]
         count = found[name.replace("table", "count")]
         for row, own in enumerate(pages.tolist()):

@@ -23,6 +23,7 @@ EVERY_LAYER = PrecisionMap("fp8", ("*",))
 REWRITES: dict[str, Rewrite] = {
     rewrite.name: rewrite
     for rewrite in (
+        Rewrite("fuse-commit", "a block's commit in the next one's first pass", None, default=False),
         Rewrite("dead-work", "what no later pass, result or state needs is not computed", dead_work),
         Rewrite("merge-qkv", "queries, keys and values in one matmul", on_each_graph(merge_qkv)),
         Rewrite(
@@ -68,7 +69,7 @@ def rewritten(block: BlockGraph, names: Collection[str], precision: PrecisionMap
     """
     found = copied(block)
     for rewrite in REWRITES.values():
-        if rewrite.name in names:
+        if rewrite.apply is not None and rewrite.name in names:
             before, known = counted(found), {node for graph in found.graphs for node in graph}
             found, places = lowp(precision)(found) if rewrite.name == "lowp" else rewrite.apply(found)
             after = counted(found)

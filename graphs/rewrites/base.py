@@ -22,14 +22,15 @@ Apply = Callable[[BlockGraph], tuple[BlockGraph, int]]
 
 @dataclass(frozen=True)
 class Rewrite:
-    """name: as the command line knows it. apply: gives the block after it, and in how many places it was done.
+    """name: as the command line knows it. apply: gives the block after it, and in how many places it was done; None
+    for one that is done when the passes of a block are planned, before they are traced.
 
     needs: rewrites without which this one finds nothing. default: whether it is done unless told otherwise.
     """
 
     name: str
     claim: str
-    apply: Apply
+    apply: Apply | None
     needs: tuple[str, ...] = ()
     default: bool = True
 

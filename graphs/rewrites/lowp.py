@@ -56,10 +56,10 @@ def lowp(precision: PrecisionMap) -> Callable[[BlockGraph], tuple[BlockGraph, in
     """The rewrite for a precision map; UsageError for a pattern of it that names no layer."""
 
     def apply(block: BlockGraph) -> tuple[BlockGraph, int]:
-        found = {layer for graph in block.passes for node in linears(graph) for layer in layers_of(graph, node)}
+        found = {layer for graph in block.graphs for node in linears(graph) for layer in layers_of(graph, node)}
         for pattern in (*precision.layers, *precision.keep):
             if not any(fnmatchcase(layer, pattern) for layer in found):
-                raise UsageError(f"no linear layer of the passes is called {pattern!r}; there is {sorted(found)[0]!r}")
+                raise UsageError(f"no linear layer is called {pattern!r}; there is {sorted(found)[0]!r}")
         places = sum(pack_layers(graph, precision) for graph in block.passes)
         return replaced(block, [cleaned(graph) for graph in block.graphs]), places
 

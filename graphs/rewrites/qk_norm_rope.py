@@ -20,7 +20,7 @@ from ..types import PassGraph
 from .base import ops
 from .rms_norm import NORMS
 
-ROWS, FRAMES, HEIGHT, WIDTH, PAGES, HEADS, PAIRS = 3, 5, 7, 11, 13, 17, (19, 23, 29)
+ROWS, FRAMES, HEIGHT, WIDTH, PAGES, HEADS, KV_HEADS, PAIRS = 3, 5, 7, 11, 13, 17, 31, (19, 23, 29)
 TOKENS, DIM = FRAMES * HEIGHT * WIDTH, 2 * sum(PAIRS)
 
 
@@ -32,7 +32,7 @@ def append_of(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., 
         column: Tensor, kv: Tensor, pages: Tensor, eps: float, sink_turns: Tensor | None = None,
     ) -> None:  # fmt: skip
         q, k = norm(q, q_weight, eps), norm(k, k_weight, eps)
-        q, k, v = (part.unflatten(-1, (HEADS, DIM)) for part in (q, k, v))
+        q, k, v = (part.unflatten(-1, (-1, DIM)) for part in (q, k, v))
         q_sink = None if sink_turns is None else torch.empty_like(q)
         rope_append(q, k, v, time, row, column, kv, pages, sink_turns=sink_turns, q_sink=q_sink)
 
@@ -42,10 +42,11 @@ def append_of(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., 
 @cache
 def patterns(dtype: torch.dtype, turns: torch.dtype) -> tuple[Pattern, ...]:
     """Each way of writing the norm, without and with a sink seen at another place."""
-    full, turns_shape = HEADS * DIM, (ROWS, FRAMES, PAIRS[0], 2)
-    tensors: dict[str, tuple[int, ...]] = {name: (ROWS, TOKENS, full) for name in ("q", "k", "v")}
-    tensors |= {"q_weight": (full,), "k_weight": (full,), "time": turns_shape, "row": (HEIGHT, PAIRS[1], 2)}
-    tensors |= {"column": (WIDTH, PAIRS[2], 2), "kv": (2, PAGES, HEIGHT * WIDTH, HEADS, DIM), "pages": (ROWS, FRAMES)}
+    full, narrow, turns_shape = HEADS * DIM, KV_HEADS * DIM, (ROWS, FRAMES, PAIRS[0], 2)
+    tensors: dict[str, tuple[int, ...]] = {"q": (ROWS, TOKENS, full), "q_weight": (full,), "k_weight": (narrow,)}
+    tensors |= {"k": (ROWS, TOKENS, narrow), "v": (ROWS, TOKENS, narrow), "time": turns_shape}
+    tensors |= {"row": (HEIGHT, PAIRS[1], 2), "column": (WIDTH, PAIRS[2], 2)}
+    tensors |= {"kv": (2, PAGES, HEIGHT * WIDTH, KV_HEADS, DIM), "pages": (ROWS, FRAMES)}
     dtypes = dict.fromkeys(("time", "row", "column", "sink_turns"), turns) | {"pages": torch.int32}
     return tuple(
         Pattern.of(append_of(norm), tensors | more, dtype, dtypes, states=("kv",), scalars=("eps",))
