@@ -127,7 +127,8 @@ def roofline(result: Result, path: Path) -> Path | None:
     """FLOP/s against FLOPs a byte, under the roof of the measured copy and matmul."""
     copy, matmul = result.ceilings["copy_bytes"].best, result.ceilings["matmul_flops"].best
     scale, unit = (1e12, "TFLOP/s") if matmul > 1e12 else (1e9, "GFLOP/s")
-    work, points = result.facts["work"], []
+    work = result.facts["work"]
+    points: list[tuple[str, str, float, float]] = []
     for name in result.facts["candidates"]:
         held = result.of(name)
         for stage, quantity in (("transformer", "transformer"), ("decoder", "decode")):

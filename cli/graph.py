@@ -30,7 +30,7 @@ def graph(
     lowp: str | None = typer.Option(None, help="Linear layers in fp8 or int8; the same as --with lowp."),
     layers: list[str] = typer.Option([], metavar="PATTERN", help="Layers of --lowp; repeatable.  [default: blocks.*]"),
     keep: list[str] = typer.Option([], metavar="PATTERN", help="Layers that --lowp leaves as they are; repeatable."),
-    only: str | None = typer.Option(None, "--pass", metavar="NAME", help="One pass, call by call, such as 'denoise 0'."),
+    only: str | None = typer.Option(None, "--pass", metavar="NAME", help="One pass, call by call, as 'denoise 0'."),
     svg: Path | None = typer.Option(None, metavar="FILE", help="Draw it."),
     as_json: bool = typer.Option(False, "--json", help="The whole graph as one JSON line on stdout."),
     rewrites: bool = typer.Option(False, "--rewrites", help="List the rewrites, in order, and do nothing else."),
@@ -63,7 +63,7 @@ def graph(
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **parse_settings(settings))
     spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
     if lowp is None and (layers or keep):
-        raise UsageError(f"{'--layers' if layers else '--keep'} says which layers --lowp takes; give --lowp fp8 or int8")
+        raise UsageError(f"{'--layers' if layers else '--keep'} says which layers --lowp takes; give --lowp as well")
     asked = [*with_, *(["lowp"] if lowp is not None and "lowp" not in with_ else [])]
     left_out = [name for name in REWRITES if name not in asked] if "all" in without else without
     names = chosen(asked, left_out)

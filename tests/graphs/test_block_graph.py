@@ -187,7 +187,9 @@ def test_a_broken_rewrite_is_noticed(name: str) -> None:
         assert name == "gelu"
 
 
-@pytest.mark.parametrize(("name", "values"), [("fold", ("fold.0", "fold.3")), ("hoist-prompt", ("prompt.0", "prompt.2"))])
+@pytest.mark.parametrize(
+    ("name", "values"), [("fold", ("fold.0", "fold.3")), ("hoist-prompt", ("prompt.0", "prompt.2"))]
+)
 def test_values_moved_to_the_wrong_place_are_noticed(name: str, values: tuple[str, str]) -> None:
     block = rewritten(block_of("self-forcing"), [name])
     swap_inputs(block.passes[0], *values)
@@ -199,7 +201,7 @@ def first(graph: PassGraph, op: object) -> fx.Node:
 
 
 def lose_a_write(graph: PassGraph) -> None:
-    """As dead-code removal by data flow would: queries come from elsewhere, so the call that writes pages has no use."""
+    """As dead-code removal by data flow would: queries come from elsewhere, so the call that writes pages is useless."""
     node = first(graph, ops.qk_norm_rope_append.default)
     queries = node.args[6]
     with graph.graph.inserting_before(node):

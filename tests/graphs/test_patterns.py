@@ -1,4 +1,4 @@
-"""What a pattern finds and what it leaves alone, on small functions; each rewrite's precondition that no model meets."""
+"""What a pattern finds and what it leaves alone, on small functions; preconditions that no model meets."""
 
 from __future__ import annotations
 
@@ -52,10 +52,12 @@ def rewritten(
     validate_pass(found)
     generator = torch.Generator().manual_seed(3)
     given = {
-        value.name: torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in graph.inputs.values()
+        value.name: torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        for value in graph.inputs.values()
     }
     wanted = function(**given)
-    for part, result in zip(wanted if isinstance(wanted, tuple) else (wanted,), run_pass(found, given).values(), strict=True):
+    parts = wanted if isinstance(wanted, tuple) else (wanted,)
+    for part, result in zip(parts, run_pass(found, given).values(), strict=True):
         assert (part - result).abs().max() < 1e-12
     return places, [name_of(node) for node in found]
 

@@ -78,7 +78,8 @@ def test_the_first_difference_is_named() -> None:
 
 def test_too_little_memory_says_how_much_and_what_would_fit(stored: tuple[Path, torch.Tensor], monkeypatch) -> None:
     folder, latents = stored
-    for free, said in ((-(10**9), "no smaller window, size or dtype would fit"), (1000, "this would fit: --dtype bfloat16")):
+    cases = ((-(10**9), "no smaller window, size or dtype would fit"), (1000, "this would fit: --dtype bfloat16"))
+    for free, said in cases:
         monkeypatch.setattr(launcher, "free_bytes", lambda device, free=free: free)
         engine = make_engine(executor="fused", graphs=str(folder))
         with pytest.raises(InferixError, match=rf"needs .* \(scratch .*, inputs .*\), and .* are free; {said}"):
