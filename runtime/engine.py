@@ -67,6 +67,11 @@ class Engine:
         self.memory = KVMemory(self.spec, preset, (self.dtype, kept), self.device, config.kv_memory)
         self.host = Host(self, limits)
 
+    def __repr__(self) -> str:
+        config = self.config
+        told = f"device={config.device!r}, dtype={config.dtype!r}, executor={config.executor!r}"
+        return f"<Engine {self.parts.source!r}, preset={self.preset.name!r}, {told}>"
+
     @property
     def fps(self) -> int:
         """Pixel frames per second of the model's video."""

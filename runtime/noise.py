@@ -27,8 +27,8 @@ class PhiloxNoise:
     seed: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 1 << 64:
-            raise UsageError(f"seed is {self.seed}; expected 0 to 2^64 - 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"seed is {self.seed!r}; expected a whole number of 0 to 2^64 - 1")
 
     def draw(self, block: int, frames: range, draw: int, shape: tuple[int, int, int]) -> Tensor:
         return frame_noise(self.seed, frames, draw, shape)

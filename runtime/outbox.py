@@ -28,6 +28,10 @@ class Block:
     acks: tuple[Ack, ...]
     record: BlockRecord
 
+    def __repr__(self) -> str:
+        frames = None if self.frames is None else list(self.frames.shape)
+        return f"<Block {self.index}, latents {list(self.latents.shape)}, frames {frames}>"
+
 
 class Outbox:
     """Blocks of one session from when they are begun until someone takes them, `room` at most."""

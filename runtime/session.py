@@ -84,6 +84,9 @@ class Session:
         self.ready_since: float | None = None
         self.record = BlockRecord(self.id, -1, Stopwatch(self.engine.device))
 
+    def __repr__(self) -> str:
+        return f"<Session {self.id}, {self.state.value}, {self.size[0]}x{self.size[1]}, next block {self.next_block}>"
+
     @property
     def state(self) -> State:
         return self.life.state

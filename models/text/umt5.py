@@ -40,9 +40,11 @@ TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 
 
 def clean_prompt(prompt: str) -> str:
-    """The prompt as the encoder was trained to read it; UsageError if it is empty or absurdly long."""
+    """The prompt as the encoder was trained to read it; UsageError if it is no text, empty or absurdly long."""
     import ftfy
 
+    if not isinstance(prompt, str):
+        raise UsageError(f"the prompt is a {type(prompt).__name__}; expected text")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
