@@ -201,7 +201,7 @@ def first(graph: PassGraph, op: object) -> fx.Node:
 
 
 def lose_a_write(graph: PassGraph) -> None:
-    """As dead-code removal by data flow would: queries come from elsewhere, so the call that writes pages is useless."""
+    """As dead-code removal by data flow would: queries come from elsewhere, so nothing uses the call that writes."""
     node = first(graph, ops.qk_norm_rope_append.default)
     queries = node.args[6]
     with graph.graph.inserting_before(node):
