@@ -79,119 +79,147 @@ class Taken:
 
 def run(wanted: Wanted, tell: Tell) -> Result:
     """Check, then time, every candidate. UsageError for what cannot be measured, InferixError if nothing matches."""
-    subject = wanted.subject
-    engine = open_engine(replace(subject, executor=ORACLE))
-    device = str(engine.device)
-    begun = environment(device)
-    full = blocks_until_full(engine.preset)
-    plan = nth_plan(engine, full)
-    rows = random_prompt(engine, subject.seed)
-    offered, left_out = candidates(engine, rows, subject)
-    chosen = choose(offered, left_out, wanted.executors, wanted.baselines, device)
-    for name, reason in left_out.items():
-        tell(f"{name} is left out: {reason}")
-    tell("measuring what the machine can do")
-    ceilings = measure_ceilings(device, engine.dtype)
-    tell(f"the window is full at block {full}: {plan.context} latent frames")
-
-    reference = latents_of(offered[0], full + 2)
-    tolerance = TOLERANCE[engine.dtype]
-    told: dict[str, dict[str, Any]] = {}
-    accepted = []
-    for candidate in chosen:
-        off, refused = check(candidate, reference, tolerance)
-        told[candidate.name] = {"about": candidate.about, "difference": off, "refused": refused}
-        tell(f"{candidate.name}: " + (f"refused, {refused}" if refused else f"outputs match (off by {off:.1e})"))
-        accepted += [] if refused else [candidate]
-    if not accepted:
-        raise InferixError("nothing was timed, since no candidate's outputs match those of the eager executor")
-
-    taken = {candidate.name: Taken() for candidate in accepted}
-    clocks = []
+    bench = Bench(wanted, tell)
+    bench.check_outputs()
     for turn in range(wanted.rounds):
-        for candidate in accepted[turn % len(accepted) :] + accepted[: turn % len(accepted)]:
-            if told[candidate.name]["refused"]:
-                continue
+        for candidate in bench.in_turn(turn):
             tell(f"round {turn + 1} of {wanted.rounds}: {candidate.name}")
-            made = one_round(candidate, engine, wanted.blocks, taken[candidate.name])
-            clocks += [card.state()] if (card := card_of(device)) else []
-            if wrong := mismatch(made, reference, tolerance):
-                told[candidate.name]["refused"] = f"what was timed differs: {wrong}"
-    for candidate in accepted:
-        if not told[candidate.name]["refused"]:
-            tell(f"looking inside {candidate.name}")
-            told[candidate.name] |= look_inside(candidate, engine, full, ceilings)
-
-    about, settings = described(engine, subject)
-    right = {name: one for name, one in taken.items() if not told[name]["refused"]}
-    return Result(
-        kind="block", clock=CLOCK, environment=begun, subject=about,
-        settings=settings | {"rounds": wanted.rounds, "blocks": wanted.blocks}, ceilings=ceilings,
-        series={
-            f"{name}/{quantity}": Series("J" if quantity == "energy" else "s", tuple(samples))
-            for name, one in right.items() for quantity, samples in one.series.items()
-        },
-        facts={
-            "oracle": ORACLE, "tolerance": tolerance, "candidates": told, "left_out": left_out,
-            "block": block_facts(engine, plan, full),
-            "work": work_facts(engine, plan, subject),
-            "growth": {
-                name: {str(frames): samples for frames, samples in sorted(one.growth.items())}
-                for name, one in right.items()
-            },
-            "clocks_in_between": clocks,
-        },
-    )  # fmt: skip
+            bench.take(candidate)
+    bench.look_inside()
+    return bench.result()
 
 
-def nth_plan(engine: Engine, index: int) -> BlockPlan:
-    return next(islice(plan_blocks(engine.preset), index, None))
+class Bench:
+    """One run: the engine, its candidates, what their outputs must be, and what was found so far."""
 
+    def __init__(self, wanted: Wanted, tell: Tell) -> None:
+        self.wanted, self.tell, subject = wanted, tell, wanted.subject
+        self.engine = open_engine(replace(subject, executor=ORACLE))
+        self.device = str(self.engine.device)
+        self.environment = environment(self.device)
+        self.full = blocks_until_full(self.engine.preset)
+        self.plan = next(islice(plan_blocks(self.engine.preset), self.full, None))
+        offered, self.left_out = candidates(self.engine, random_prompt(self.engine, subject.seed), subject)
+        self.chosen = choose(offered, self.left_out, wanted.executors, wanted.baselines, self.device)
+        for name, reason in self.left_out.items():
+            tell(f"{name} is left out: {reason}")
+        tell("measuring what the machine can do")
+        self.ceilings = measure_ceilings(self.device, self.engine.dtype)
+        tell(f"the window is full at block {self.full}: {self.plan.context} latent frames")
+        self.reference = latents_of(offered[0], self.full + 2)
+        self.tolerance = TOLERANCE[self.engine.dtype]
+        self.told: dict[str, dict[str, Any]] = {}
+        self.taken = {candidate.name: Taken() for candidate in self.chosen}
+        self.clocks: list[dict[str, Any]] = []
 
-def one_round(candidate: Candidate, engine: Engine, blocks: int, taken: Taken) -> list[Tensor]:
-    """One stream: filling its window, then `blocks` with the decoder, as many without it, and as many asked for at
-    once; returns the latents of the first two kinds.
-    """
-    device, plans = str(engine.device), plan_blocks(engine.preset)
-    full = nth_plan(engine, blocks_until_full(engine.preset)).context
-    card = card_of(device)
-    stream, made = candidate.open(), []
-    try:
-        joules, counted = card.energy() if card else None, 0
-        while counted < blocks:
-            plan = next(plans)
-            block, seconds = timed(stream, device, decode=True)
-            made.append(block.latents.clone())
-            if plan.context < full:
-                taken.growth.setdefault(plan.context, []).append(seconds)
+    def check_outputs(self) -> None:
+        """Refuse candidates whose outputs do not match; InferixError if none is left."""
+        for candidate in self.chosen:
+            off, refused = check(candidate, self.reference, self.tolerance)
+            self.told[candidate.name] = {"about": candidate.about, "difference": off, "refused": refused}
+            said = f"refused, {refused}" if refused else f"outputs match (off by {off:.1e})"
+            self.tell(f"{candidate.name}: {said}")
+        if not self.accepted:
+            raise InferixError("nothing was timed, since no candidate's outputs match those of the eager executor")
+
+    @property
+    def accepted(self) -> list[Candidate]:
+        return [candidate for candidate in self.chosen if not self.told[candidate.name]["refused"]]
+
+    def in_turn(self, turn: int) -> list[Candidate]:
+        """The candidates of a round, another one first each time."""
+        first = turn % max(1, len(self.accepted))
+        return self.accepted[first:] + self.accepted[:first]
+
+    def take(self, candidate: Candidate) -> None:
+        """Time one stream of a candidate; one whose outputs differ now is refused after all."""
+        stream = candidate.open()
+        try:
+            made = self.with_decoder(stream, self.taken[candidate.name])
+            made += self.without_decoder(stream, self.taken[candidate.name], len(made))
+            if isinstance(stream, EngineStream):
+                for seconds in stream.intervals(self.wanted.blocks):
+                    self.taken[candidate.name].add("interval", seconds)
+        finally:
+            stream.close()
+        if card := card_of(self.device):
+            self.clocks.append(card.state())
+        if wrong := mismatch(made, self.reference, self.tolerance):
+            self.told[candidate.name]["refused"] = f"what was timed differs: {wrong}"
+
+    def with_decoder(self, stream: Stream, taken: Taken) -> list[Tensor]:
+        """Blocks until the window is full, then those wanted, with pixels; returns all latents."""
+        card, made = card_of(self.device), list[Tensor]()
+        joules, metered, counted = None, 0, 0
+        for plan in plan_blocks(self.engine.preset):
+            if plan.context == self.plan.context and not metered:
                 joules = card.energy() if card else None
-                continue
-            counted += 1
-            taken.growth.setdefault(full, []).append(seconds)
-            taken.add("block", seconds)
-            for stage, part in block.timings.items():
-                taken.add(stage, part)
-            if len(block.passes) == len(plan.steps):
-                for index, part in enumerate(block.passes):
-                    taken.add(f"pass {index}", part)
-            if engine.preset.context.needs_pixels:  # its next block waits for the decoder, which cannot be left out
-                taken.add("transformer", seconds - block.timings["decode"])
-        if card and joules is not None and (now := card.energy()) is not None:
-            taken.add("energy", (now - joules) / counted)
-        counted = 0
-        while counted < blocks and not engine.preset.context.needs_pixels:
-            plan = next(plans)
-            block, seconds = timed(stream, device, decode=False)
+            block, seconds = timed(stream, self.device, decode=True)
             made.append(block.latents.clone())
-            if plan.context == full:
-                counted += 1
+            taken.growth.setdefault(plan.context, []).append(seconds)
+            if plan.context < self.plan.context:
+                metered = 0
+                continue
+            counted, metered = counted + 1, metered + 1
+            self.note(block, seconds, plan, taken)
+            if counted == self.wanted.blocks:
+                break
+        if card and joules is not None and (now := card.energy()) is not None:
+            taken.add("energy", (now - joules) / metered)
+        return made
+
+    def note(self, block: Made, seconds: float, plan: BlockPlan, taken: Taken) -> None:
+        """Keep the times of one block at a full window."""
+        taken.add("block", seconds)
+        for stage, part in block.timings.items():
+            taken.add(stage, part)
+        if len(block.passes) == len(plan.steps):
+            for index, part in enumerate(block.passes):
+                taken.add(f"pass {index}", part)
+        if self.engine.preset.context.needs_pixels:  # its next block waits for the decoder, which cannot be left out
+            taken.add("transformer", seconds - block.timings["decode"])
+
+    def without_decoder(self, stream: Stream, taken: Taken, done: int) -> list[Tensor]:
+        """As many more blocks of a stream, after `done`, without pixels; returns all latents."""
+        made, counted = list[Tensor](), 0
+        if self.engine.preset.context.needs_pixels:
+            return made
+        for plan in islice(plan_blocks(self.engine.preset), done, None):
+            block, seconds = timed(stream, self.device, decode=False)
+            made.append(block.latents.clone())
+            if plan.context == self.plan.context:
                 taken.add("transformer", seconds)
-        if isinstance(stream, EngineStream):
-            for seconds in stream.intervals(blocks):
-                taken.add("interval", seconds)
-    finally:
-        stream.close()
-    return made
+                counted += 1
+            if counted == self.wanted.blocks:
+                break
+        return made
+
+    def look_inside(self) -> None:
+        for candidate in self.accepted:
+            self.tell(f"looking inside {candidate.name}")
+            self.told[candidate.name] |= look_inside(candidate, self.engine, self.full, self.ceilings)
+
+    def result(self) -> Result:
+        about, settings = described(self.engine, self.wanted.subject)
+        right = {candidate.name: self.taken[candidate.name] for candidate in self.accepted}
+        return Result(
+            kind="block", clock=CLOCK, environment=self.environment, subject=about,
+            settings=settings | {"rounds": self.wanted.rounds, "blocks": self.wanted.blocks}, ceilings=self.ceilings,
+            series={
+                f"{name}/{quantity}": Series("J" if quantity == "energy" else "s", tuple(samples))
+                for name, one in right.items() for quantity, samples in one.series.items()
+            },
+            facts={
+                "oracle": ORACLE, "tolerance": self.tolerance, "candidates": self.told, "left_out": self.left_out,
+                "block": block_facts(self.engine, self.plan, self.full),
+                "work": work_facts(self.engine, self.plan, self.wanted.subject),
+                "growth": {
+                    name: {str(frames): samples for frames, samples in sorted(one.growth.items())}
+                    for name, one in right.items()
+                },
+                "clocks_in_between": self.clocks,
+            },
+        )  # fmt: skip
 
 
 def timed(stream: Stream, device: str, decode: bool) -> tuple[Made, float]:

@@ -230,12 +230,17 @@ def long_run(result: Result, path: Path) -> Path | None:
 
         times, memory = told["intervals"], told["device_memory"] or told["process_memory"]
         width = max(1, len(times) // 300)
-        middle = [median(times[at : at + width]) * 1e3 for at in range(0, len(times), width)]
         minutes = [told["minutes"] * at / len(times) for at in range(0, len(times), width)]
-        axis.plot(minutes, middle, color=COLOURS["fused"], linewidth=1.1)
-        axis.set_ylim(0, 1.35 * sorted(middle)[int(0.99 * (len(middle) - 1))])
+        highest = 0.0
+        curves = {"wall clock": (times, "fused"), "processor's time": (told["processor_seconds"], "captured")}
+        for name, (values, shade) in curves.items():
+            middle = [median(values[at : at + width]) * 1e3 for at in range(0, len(values), width)]
+            axis.plot(minutes, middle, color=COLOURS[shade], linewidth=1.1, label=name)
+            highest = max(highest, sorted(middle)[int(0.99 * (len(middle) - 1))])
+        axis.set_ylim(0, 1.35 * highest)
+        axis.legend(loc="upper left", ncols=2)
         axis.set_xlabel("minutes of video")
-        axis.set_ylabel("milliseconds a block", color=COLOURS["fused"])
+        axis.set_ylabel("milliseconds a block")
         other = axis.twinx()
         other.plot(minutes, [max(memory[at : at + width]) / 1e9 for at in range(0, len(times), width)],
                    color=COLOURS["plain"], linewidth=1.4)  # fmt: skip

@@ -305,12 +305,14 @@ def stream_part(result: Result) -> Iterator[str]:
         yield table(("sessions", "FPS in all", "FPS each", "interval p50, ms", "p95"), rows)
     if long := result.facts.get("long"):
         memory = long["device_memory_by_tenth"] or long["process_memory_by_tenth"]
-        first, last = long["interval_by_tenth"][0], long["interval_by_tenth"][-1]
-        yield (
-            f"Long run: {long['minutes']:g} minutes of video, {long['blocks']} blocks. From the first tenth at a full "
-            f"window to the last, the median interval went from {first * 1e3:.4g} to {last * 1e3:.4g} ms, memory from "
-            f"{memory[0] / 1e6:.4g} to {memory[-1] / 1e6:.4g} MB."
+        yield f"Long run: {long['minutes']:g} minutes of video, {long['blocks']} blocks, by tenths at a full window:"
+        kinds = (
+            ("interval, median, ms", [f"{value * 1e3:.4g}" for value in long["interval_by_tenth"]]),
+            ("processor's time, median, ms", [f"{value * 1e3:.4g}" for value in long["processor_seconds_by_tenth"]]),
+            ("memory, most, MB", [f"{value / 1e6:.4g}" for value in memory]),
         )
+        heads = ("", *(str(part + 1) for part in range(len(memory))))
+        yield table(heads, [(name, *values) for name, values in kinds])
 
 
 def kernels_part(result: Result) -> Iterator[str]:

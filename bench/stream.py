@@ -313,7 +313,9 @@ def several(engine: Engine, wanted: Wanted, count: int, tell: Tell) -> dict[str,
 
 
 def long_run(engine: Engine, wanted: Wanted, tell: Tell) -> dict[str, Any]:
-    """So many minutes of video: each block's interval and the memory after it, and both by tenths of the run."""
+    """So many minutes of video: each block's interval, the processor's time in it, and the memory after it, and all
+    of them by tenths of the run. Processor's time is this process's alone, whatever else the machine does.
+    """
     assert wanted.minutes is not None
     subject = wanted.subject
     size, blocks = subject.size or engine.default_size, engine.blocks_for(wanted.minutes * 60)
@@ -321,22 +323,25 @@ def long_run(engine: Engine, wanted: Wanted, tell: Tell) -> dict[str, Any]:
     if blocks - full < 2 * TENTHS:
         raise UsageError(f"--minutes {wanted.minutes:g} are {blocks} blocks; expected more than {full + 2 * TENTHS}")
     tell(f"a long run of {blocks} blocks")
-    intervals, process, device = [], [], []
+    intervals, worked, process, device = [], [], [], []
     opened = engine.open(**told_prompt(engine, subject.seed), seed=subject.seed, size=size)
     with opened as session, open_sink(wanted.sink, engine, size) as sink:
-        before = time.perf_counter()
+        before, cpu = time.perf_counter(), time.process_time()
         for block in session.stream(blocks):
             sink.add(shown(block))
-            now = time.perf_counter()
+            now, cpu_now = time.perf_counter(), time.process_time()
             intervals.append(now - before)
-            before = now
+            worked.append(cpu_now - cpu)
+            before, cpu = now, cpu_now
             process.append(process_memory() or 0)
             device.append(torch.cuda.memory_allocated(engine.device) if engine.device.type == "cuda" else 0)
     steady = slice(full, None)
     return {
         "minutes": wanted.minutes, "blocks": blocks, "blocks_before_full": full, "intervals": intervals,
+        "processor_seconds": worked,
         "process_memory": process, "device_memory": device if any(device) else None,
         "interval_by_tenth": [statistics.median(part) for part in tenths(intervals[steady])],
+        "processor_seconds_by_tenth": [statistics.median(part) for part in tenths(worked[steady])],
         "process_memory_by_tenth": [max(part) for part in tenths(process[steady])],
         "device_memory_by_tenth": [max(part) for part in tenths(device[steady])] if any(device) else None,
     }  # fmt: skip
