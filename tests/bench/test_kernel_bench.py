@@ -175,6 +175,23 @@ def test_other_attentions_get_the_same_tokens(monkeypatch):
     assert "off by" in mismatch(spec, bound(lambda **all: all["out"].zero_()), inputs, expected, torch.float32)
 
 
+def test_what_stands_beside_a_kernel_on_a_gpu(monkeypatch):
+    """By name: nothing runs. The forms that the card has come first, since ratios are to the first."""
+    pytest.importorskip("triton", reason="Triton is not installed; pip install triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def names(op, case):
+        spec = SPECS[op]
+        inputs = spec.make_inputs(spec.test_cases[case], torch.bfloat16, "cpu", 0)
+        return list(forms(spec, inputs, Wanted(device="cuda")))
+
+    assert names("block_attention", 0)[:4] == ["triton", "descriptors", "flex", "sdpa cudnn"]
+    assert names("block_attention", 2)[:4] == ["triton", "descriptors", "triton, in order", "descriptors, in order"]
+    assert names("linear_lowp", 0) == ["scaled_mm", "triton", "torch", "torch.compile"]
+    assert names("linear_lowp", 3) == ["triton", "torch", "torch.compile"]
+    assert names("adaln", 0) == ["triton", "torch", "torch.compile"]
+
+
 @dataclass(frozen=True)
 class FakeConfig:
     speed: int
