@@ -238,5 +238,3 @@ def changes(canvas: Canvas, block: BlockGraph) -> None:
         canvas.box(start, canvas.y + 2, room * after / most, 12, COLOURS["matmul"], round=2)
         canvas.text(start + room * max(before, after) / most + 8, canvas.y + 12, str(after), 12)
         canvas.y += 20
-
-
