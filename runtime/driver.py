@@ -92,3 +92,6 @@ def answer(call: Callable[[], T], done: Future[T]) -> None:
         done.set_result(call())
     except FAILURES as error:
         done.set_exception(error)
+    finally:
+        if not done.done():
+            done.cancel()

@@ -52,7 +52,7 @@ class Host:
         self.bell = Bell()
         self.driver = Driver(self.bell)
         self.scheduler = Scheduler(limits)
-        self.pipeline = DecodePipeline(engine.device)
+        self.pipeline = DecodePipeline(engine.device, self.bell)
         self.metrics = Metrics()
         self.observers: list[Callable[[dict[str, Any]], None]] = []
         self.sessions: dict[int, Session] = {}
@@ -150,11 +150,17 @@ class Host:
 
     @contextmanager
     def alone(self, session: Session) -> Iterator[None]:
-        """What fails in here ends this session and nothing else."""
+        """What fails in here ends this session and nothing else; one that is interrupted is not gone on with either."""
+        failure: Exception = InferixError("its last block was interrupted")
+        whole = False
         try:
             yield
+            whole = True
         except FAILURES as error:
-            self.fail(session, error)
+            failure = error
+        finally:
+            if not whole:
+                self.fail(session, failure)
 
     # Between blocks
 
@@ -315,9 +321,6 @@ class Host:
         """Decode a block and hand it out: beside the next block's passes, unless its context waits for pictures."""
         assert session.demand is not None
         decode, record = session.demand.decode, session.record
-        began = record.watch.read(record.marks["encode"][0])
-        with self.bell:
-            self.scheduler.measured(session.id, time.perf_counter() - began)
         record.pages = self.pages_in_use
         if session.timeline.preset.context.needs_pixels:
             session.remember(latents, self.complete(session, record, latents, decode, keep=True))
@@ -351,8 +354,9 @@ class Host:
 
     def deliver(self, session: Session, record: BlockRecord, latents: Tensor, frames: Any) -> None:
         """The block is there: say what it is the first to show, and how it stands to its deadline."""
-        seconds = record.seconds
-        spec = self.engine.spec
+        spans, seconds, spec = record.spans, record.seconds, self.engine.spec
+        made, decoded = spans["commit"][1] - spans["encode"][0], seconds.get("decode", 0.0)
+        waited = session.timeline.preset.context.needs_pixels
         shown = len(latents) * spec.vae_stride[0] if frames is None else len(frames)
         with self.bell:
             now = time.perf_counter()
@@ -362,6 +366,7 @@ class Host:
                 if block <= record.block
             )
             session.unshown = [entry for entry in session.unshown if entry[1] > record.block]
+            self.scheduler.measured(session.id, made + decoded if waited else max(made, decoded))
             record.slack = self.scheduler.shown(session.id, now, shown / spec.fps)
             record.reliefs = tuple(relief.kind for relief in self.scheduler.reliefs)
             record.marks["emit"] = (now, now)

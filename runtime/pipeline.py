@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..models.wan.vae import StreamState
 from ..models.wan.vae_checkpoint import Decoder
+from .mailbox import Bell
 
 
 class DecoderTrack:
@@ -98,8 +99,8 @@ class DecoderTrack:
 class DecodePipeline:
     """Runs jobs one after another beside the engine's thread, on a thread that ends with the pipeline."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, bell: Bell) -> None:
+        self.bell = bell
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = ThreadPoolExecutor(1, "inferix-decode")
         self.jobs: dict[int, deque[Future[None]]] = {}
@@ -118,8 +119,11 @@ class DecodePipeline:
         if self.stream is not None and launched is not None:
             self.stream.wait_event(launched)
             on_stream = torch.cuda.stream(self.stream)
-        with on_stream, torch.no_grad():
-            job()
+        try:
+            with on_stream, torch.no_grad():
+                job()
+        finally:
+            self.bell.ring()
 
     def settle(self, session: int) -> None:
         """Wait until nothing of a session is being decoded."""

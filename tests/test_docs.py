@@ -1,4 +1,4 @@
-"""The worked example of docs/models.md runs, is short, and makes a video from a file in its own format."""
+"""The examples of the docs run: that of docs/models.md makes a video from a file in its own format."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,10 @@ from inferix import load
 from inferix.export.checkpoint import write_random
 from inferix.models.wan.checkpoint import FORMATS
 from inferix.runtime.presets import PRESETS
+from inferix.runtime.scheduler import Limits
 
-DOC = (Path(__file__).parents[1] / "docs" / "models.md").read_text("utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+DOC = (DOCS / "models.md").read_text("utf-8")
 
 
 def test_the_worked_example(tmp_path):
@@ -31,6 +33,19 @@ def test_the_worked_example(tmp_path):
         for known, before in ((FORMATS, formats), (PRESETS, presets)):
             known.clear()
             known.update(before)
+
+
+def test_the_examples_about_sessions(tmp_path, monkeypatch, capsys):
+    """One after the other, as they stand there."""
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "sessions.md").read_text("utf-8")
+    shared = {}
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "docs/sessions.md", "exec"), shared)
+    said = capsys.readouterr().out
+    assert "block 2 shows it" in said
+    assert re.search(r"session 4 needs 1.248 MB \(pages .*\), but 3.7\d* MB of 4 MB are reserved for the 3", said)
+    assert all(f"`{field}`" in text for field in vars(Limits()))
 
 
 def test_every_preset_and_format_is_told():

@@ -474,6 +474,31 @@ def test_a_session_that_fails_ends_alone(harm, said):
     assert engine.metrics()["counters"]["sessions_failed"] == 1
 
 
+def test_an_interrupted_block_ends_its_session_and_a_bug_is_not_swallowed(monkeypatch):
+    """Ctrl-C while a block is made, and an error of no known kind in the decoder's thread and in a call."""
+    engine = small_engine()
+    session, other = opened(engine, 1), opened(engine, 2)
+    next(session.stream(1))
+
+    def interrupted(session, run, latents):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "velocity", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(session.stream(1))
+    with pytest.raises(InferixError, match="session 1 has failed: its last block was interrupted"):
+        session.stream(1)
+    engine.check_integrity()
+    with pytest.raises(ZeroDivisionError):
+        engine.soon(lambda: 1 / 0)
+    assert same(list(other.stream(2)), alone(2, decode=True, seed=2))
+    monkeypatch.setattr(other.track, "decode", lambda block, latents: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(other.stream(1))
+    engine.check_integrity()
+
+
 def test_a_session_whose_reader_is_gone_ends(monkeypatch):
     engine = small_engine(limits=Limits(consumer_timeout=5.0))
     session, other = opened(engine, 1), opened(engine, 2)
