@@ -76,8 +76,8 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dic
         "video files": needs("av"),
         "prompts as text": needs("transformers"),
         "prompt cleaning": needs("ftfy"),
-        "GPU kernels on their own": needs("triton"),
-        "kernels in the block loop, CUDA graphs, export": "not in this version",
+        "GPU kernels": needs("triton"),
+        "export to engines": "not in this version",
     }
 
 
