@@ -107,7 +107,7 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
     def owners(stream: EngineStream) -> dict[str, int]:
         session = stream.session
         cache = sum(branch.cache.nbytes for branch in session.branches)
-        return {"cache": cache, "decoder state": session.track.nbytes}
+        return {"cache": cache, "decoder state": session.track.nbytes, **made[0].executor.bytes_by_owner()}
 
     return Candidate(name, EXECUTOR_NOTES[name], begin, owners, made.clear)
 

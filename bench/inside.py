@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..runtime.engine import Engine
-from ..runtime.executors import GraphExecutor
 from ..runtime.profile import Ceilings, Profile
 from .candidates import EXECUTOR_NOTES, ORACLE, Candidate, EngineStream, Stream
 from .machine import process_memory, synchronize
@@ -76,9 +75,10 @@ def count_launches(names: Iterable[str]) -> dict[str, int]:
 def profiled(name: str, engine: Engine, like: Any, full: int, ceilings: Mapping[str, Series]) -> dict[str, Any]:
     """Passes and kinds of work of one block of an executor of its own, which is told before it captures anything."""
     twin = with_executor(engine, name)
-    assert isinstance(twin.executor, GraphExecutor) and isinstance(like, EngineStream)
+    assert isinstance(like, EngineStream)
     roof = Ceilings(ceilings["matmul_flops"].best, ceilings["copy_bytes"].best)
-    profile = twin.executor.launcher.profile = Profile(name, twin.device, roof)
+    profile = Profile(name, twin.device, roof)
+    twin.executor.start_profile(profile)
     stream = like.again(twin)
     try:
         for _ in range(full + 1):

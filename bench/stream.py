@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,11 +26,12 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError
+from ..runtime.config import default_device, default_executor
 from ..runtime.engine import Engine
 from ..runtime.media import VideoWriter
 from ..runtime.outbox import Block
 from ..runtime.session import Session
-from .candidates import check_executor
+from .candidates import ORACLE, check_executor
 from .machine import environment, measure_ceilings, process_memory
 from .result import Result, Series
 from .subject import Subject, described, open_engine, random_prompt, told_prompt
@@ -158,15 +159,17 @@ def run(wanted: Wanted, tell: Tell) -> Result:
 
 
 def cold_starts(wanted: Wanted, tell: Tell) -> dict[str, list[dict[str, float]]]:
-    """Marks of processes that found no compiled code, and of such that found what one before them had left."""
+    """Marks of processes that found nothing made, and of such that found what one before them had stored."""
+    executor = wanted.subject.executor or default_executor(wanted.subject.device or default_device(), None)
     found: dict[str, list[dict[str, float]]] = {"cold": [], "stored": []}
     for turn in range(wanted.starts):
         with tempfile.TemporaryDirectory() as folder:
             for name in found:
                 if name == "stored" and not any(Path(folder).iterdir()):
-                    continue  # nothing was compiled, so a second start is another cold one
+                    continue  # nothing was stored, so a second start is another cold one
                 tell(f"start {turn + 1} of {wanted.starts}, {name}")
-                found[name].append(start(wanted.subject, folder))
+                graphs = None if executor == ORACLE else f"{folder}/graphs"
+                found[name].append(start(replace(wanted.subject, graphs=graphs), folder))
     return {name: marks for name, marks in found.items() if marks}
 
 

@@ -39,7 +39,7 @@ class Subject:
     """What to measure; None leaves a choice to the model or the machine.
 
     random_weights: untrained weights of a named model's sizes. frames_in_window: the policy's window in latent
-    frames. overrides: fields of the preset.
+    frames. graphs: folder of stored graphs, for graph executors. overrides: fields of the preset.
     """
 
     model: str
@@ -52,6 +52,7 @@ class Subject:
     vae: str | None = None
     base: str | None = None
     executor: str | None = None
+    graphs: str | None = None
     seed: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -98,21 +99,21 @@ def open_engine(subject: Subject) -> Engine:
     if not (subject.is_named or subject.random_weights):
         return load(
             subject.model, preset=preset, device=device, dtype=subject.dtype, vae=subject.vae, base=subject.base,
-            executor=executor, **overrides,
+            executor=executor, graphs=subject.graphs, **overrides,
         )  # fmt: skip
     config = EngineConfig(
         model=subject.model, preset=preset, device=device, dtype=subject.dtype or default_dtype(device), base=None,
         checkpoint_format=None, vae=subject.vae, text_encoder=None, use_ema=True, precision="reference",
-        executor=executor,
+        executor=executor, graphs=subject.graphs,
     )  # fmt: skip
     return Engine(config, make_preset(preset, **overrides), random_parts(MODELS[subject.model], config, subject.seed))
 
 
 def with_executor(engine: Engine, name: str) -> Engine:
-    """An engine over the same weights with another executor."""
+    """An engine over the same weights with another executor, which stores no graphs."""
     if engine.config.executor == name:
         return engine
-    return Engine(replace(engine.config, executor=name), engine.preset, engine.parts)
+    return Engine(replace(engine.config, executor=name, graphs=None), engine.preset, engine.parts)
 
 
 def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components:

@@ -60,6 +60,14 @@ def test_a_small_run_of_every_part(tmp_path):
     assert "Long run: 0.27 minutes" in text and "| processor's time, median, ms |" in text
 
 
+def test_a_second_start_finds_what_the_first_has_stored():
+    wanted = Wanted(replace(SMALL, executor="fused"), starts=1)
+    marks = bench.cold_starts(wanted, lambda said: None)
+    assert {name: len(found) for name, found in marks.items()} == {"cold": 1, "stored": 1}
+    series = bench.start_series("stored", marks["stored"])
+    assert all(one.median > 0 for one in series.values()) and "start/first frame, stored" in series
+
+
 def test_a_start_that_fails_is_told(monkeypatch):
     monkeypatch.setattr(bench.sys, "executable", "false")
     with pytest.raises(InferixError, match="a start from nothing failed"):
