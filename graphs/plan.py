@@ -14,6 +14,7 @@ import torch
 from .program import Buffer, Call, Form, Program, Ref
 from .types import Role
 
+TOLD = 3  # buffers of a slot that are named in a report
 ALIGNMENT = 256  # bytes; what the widest loads and the matmuls of all cards ask for
 
 
@@ -29,6 +30,11 @@ class Slot:
     size: int
     first: int
     last: int
+
+    def text(self) -> str:
+        """Its first buffers."""
+        more = len(self.buffers) - TOLD
+        return ", ".join(self.buffers[:TOLD]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class BufferPlan:
         ]
         if program.calls:
             lines.append(f"  {program.calls[self.peak].op.name()} ({program.calls[self.peak].node})")
-        lines += [f"  {slot.size:>14}  {', '.join(slot.buffers)}" for slot in self.at(self.peak)]
+        lines += [f"  {slot.size:>14}  {slot.text()}" for slot in self.at(self.peak)]
         return "\n".join(lines)
 
 
@@ -122,8 +128,9 @@ def overwritten(program: Program, call: Call, name: str, lives: dict[str, tuple[
 
 
 def alike(ref: Ref, old: Buffer, new: Buffer) -> bool:
-    """Whether a reference is the whole of a buffer that covers the same bytes in the same order as `new`."""
-    return ref.covers(old) and (old.dtype, old.size, old.stride) == (new.dtype, new.size, new.stride)
+    """Whether a reference reads all of a buffer in the order in which `new` is written."""
+    read = (ref.dtype, ref.size, ref.stride, ref.offset)
+    return read == (new.dtype, new.size, new.stride, 0) and old.nbytes == new.nbytes
 
 
 def one_view(reads: Iterable[Ref], ref: Ref) -> bool:

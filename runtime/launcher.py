@@ -7,7 +7,6 @@ a run copies what changed and launches.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,9 @@ class NotEnoughMemory(InferixError):
         listed = ", ".join(f"{what} {in_words(count)}" for what, count in parts.items())
         super().__init__(f"the graph needs {in_words(total)} ({listed}), and {in_words(free)} are free")
         self.missing = total - free
+
+
+CAT = torch.ops.aten.cat.out
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Launcher:
         self, weights: Mapping[str, Tensor], device: torch.device, backend: CaptureBackend | None = None
     ) -> None:
         self.weights, self.device, self.backend = dict(weights), device, backend
+        self.bound: set[str] = set()  # weights that a program is bound to
         self.constants: dict[str, Tensor] = {}  # by recipe, literals by name
         self.folds: list[tuple[Planned, Mapping[str, Tensor]]] = []
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
@@ -107,25 +110,26 @@ class Launcher:
         inputs = sum(buffer.nbytes for part in planned for buffer in part.program.of(Role.INPUT))
         fold = lowered.fold
         made = {} if fold is None else recipes(fold.program)
-        missing = [] if fold is None else [
-            fold.program.outputs[name] for name, recipe in made.items() if recipe not in self.constants
-        ]
-        constants = sum(math.prod(ref.size) * ref.dtype.itemsize for ref in missing)
+        missing = any(recipe not in self.constants for recipe in made.values())
         return {
             "scratch": scratch if scratch > self.arena.numel() else 0,
-            "constants": constants + (fold.plan.size if fold is not None and missing else 0),
+            "constants": fold.plan.size if fold is not None and missing else 0,
             "inputs": inputs,
         }
 
     def bytes_by_owner(self) -> dict[str, int]:
-        """What the launcher holds."""
-        return {"constants": sum(tensor.nbytes for tensor in self.constants.values()), "scratch": self.arena.numel()}
+        """What the launcher holds beside weights; those that are part of a constant count as weights."""
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self.constants.values()}
+        weights = (weight for weight in self.weights.values() if weight.untyped_storage().data_ptr() in storages)
+        constants = sum(storage.nbytes() for storage in storages.values()) - sum(weight.nbytes for weight in weights)
+        return {"constants": constants, "scratch": self.arena.numel()}
 
     def bind(self, planned: Planned, given: Mapping[str, Tensor]) -> Bound:
         inputs = {
             buffer.name: torch.zeros(buffer.size, dtype=buffer.dtype, device=self.device)
             for buffer in planned.program.of(Role.INPUT)
         }
+        self.bound |= {buffer.name for buffer in planned.program.of(Role.WEIGHT)}
         arena = self.room(planned.plan.size)
         return Bound(LaunchPlan(planned.program, planned.plan, arena, {**given, **inputs}), inputs)
 
@@ -187,11 +191,29 @@ class Launcher:
 
     def folded(self, fold: Planned, made: Mapping[str, str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs of a fold program by name; one that another program has made by the same recipe is shared."""
-        if any(recipe not in self.constants for recipe in made.values()):
+        missing = {name: recipe for name, recipe in made.items() if recipe not in self.constants}
+        if missing:
             outputs = self.computed(fold, given)
-            self.constants = {made[name]: tensor for name, tensor in outputs.items()} | self.constants
+            for name, recipe in missing.items():  # all of them are the whole arena, which stays; else they leave it
+                self.constants[recipe] = outputs[name] if len(missing) == len(made) else outputs[name].clone()
             self.folds.append((fold, given))
+            self.join_weights(fold, {name: self.constants[recipe] for name, recipe in missing.items()})
         return {name: self.constants[recipe] for name, recipe in made.items()}
+
+    def join_weights(self, fold: Planned, constants: Mapping[str, Tensor]) -> None:
+        """Let weights that a constant puts one after the other be parts of it, so that they are there once.
+
+        Weights that a program is bound to already stay where they are.
+        """
+        by_buffer = {fold.program.outputs[name].buffer: tensor for name, tensor in constants.items()}
+        for call in fold.program.calls:
+            names = [ref.buffer for ref in call.reads]
+            free = all(name in self.weights and name not in self.bound for name in names)
+            if call.op is CAT and call.args[1:] in ((), (0,)) and free and call.writes[0].buffer in by_buffer:
+                whole = by_buffer[call.writes[0].buffer]
+                parts = whole.split([len(self.weights[name]) for name in names])
+                for name, part in zip(names, parts, strict=True):
+                    self.weights[name].data = part
 
     def follow_weights(self) -> None:
         """Make the constants anew, in place, after weights have changed in place. Nothing is captured again."""
@@ -206,7 +228,7 @@ class Launcher:
         arena = torch.empty(fold.plan.size, dtype=torch.uint8, device=self.device)
         launches = LaunchPlan(fold.program, fold.plan, arena, given)
         launches.run()
-        return {name: output.clone() for name, output in launches.outputs.items()}
+        return launches.outputs
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 X = torch.arange(4.0).reshape(2, 2)
 
 
-def lowered(function, *args: Tensor, roles: str = "") -> Lowered:
-    return Lowered(planned(function, *args, roles=roles), None, None, {})
+def lowered(function, *args: Tensor, **kwargs: object) -> Lowered:
+    return Lowered(planned(function, *args, **kwargs), None, None, {})
 
 
 def folding(function, weight: Tensor) -> Lowered:
@@ -110,3 +110,28 @@ def test_what_cannot_be_captured_is_launched_and_named_once() -> None:
         assert torch.equal(next(iter(results[-1].values())), 1 - X)
         assert [str(warning.message) for warning in caught] == [f"{said}; running as executor fused"]
         assert backend.captures == 0
+
+
+def test_weights_that_are_put_together_are_there_once() -> None:
+    """The constant is the weights' memory; one that a program reads as it is stays where it is."""
+    model = {name: torch.nn.Parameter(X + shift, False) for shift, name in enumerate("qkv")}
+    launcher = Launcher(model, CPU)
+    fold = planned(lambda q, k, v: torch.cat((q, k, v)), *model.values(), roles="www", names=dict(enumerate("qkv")))
+    (name,) = fold.program.outputs
+    body = planned(lambda x, c: x @ c.mT, X, torch.zeros(6, 2), roles="ic", names={1: name})
+    loaded = launcher.load(Lowered(body, fold, None, {}), {})
+    (constant,) = launcher.constants.values()
+    assert {part.untyped_storage().data_ptr() for part in model.values()} == {constant.untyped_storage().data_ptr()}
+    assert torch.equal(torch.cat(tuple(model.values())), constant)
+    model["k"].add_(5)
+    (found,) = launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X)).values()
+    assert torch.equal(found, X @ torch.cat((X, X + 6, X + 2)).mT)
+    launcher.follow_weights()
+    assert torch.equal(torch.cat(tuple(model.values())), torch.cat((X, X + 6, X + 2)))
+
+    other = {name: torch.nn.Parameter(X.clone(), False) for name in "qkv"}
+    launcher = Launcher(other, CPU)
+    launcher.load(lowered(lambda q, x: x @ q, X, X.clone(), roles="wi", names={0: "q"}), {})
+    place = other["q"].data_ptr()
+    launcher.load(Lowered(body, fold, None, {}), {})
+    assert other["q"].data_ptr() == place
