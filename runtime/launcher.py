@@ -203,12 +203,12 @@ class Launcher:
     def join_weights(self, fold: Planned, constants: Mapping[str, Tensor]) -> None:
         """Let weights that a constant puts one after the other be parts of it, so that they are there once.
 
-        Weights that a program is bound to already stay where they are.
+        Weights that a program is bound to already, or that are part of something, stay where they are.
         """
         by_buffer = {fold.program.outputs[name].buffer: tensor for name, tensor in constants.items()}
         for call in fold.program.calls:
             names = [ref.buffer for ref in call.reads]
-            free = all(name in self.weights and name not in self.bound for name in names)
+            free = all(name in self.weights and name not in self.bound and alone(self.weights[name]) for name in names)
             if call.op is CAT and call.args[1:] in ((), (0,)) and free and call.writes[0].buffer in by_buffer:
                 whole = by_buffer[call.writes[0].buffer]
                 parts = whole.split([len(self.weights[name]) for name in names])
@@ -229,6 +229,11 @@ class Launcher:
         launches = LaunchPlan(fold.program, fold.plan, arena, given)
         launches.run()
         return launches.outputs
+
+
+def alone(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds nothing else."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def free_bytes(device: torch.device) -> int | None:
