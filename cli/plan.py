@@ -250,7 +250,7 @@ PARTS = {
     "vae": "VAE weights",
     "text_encoder": "text encoder weights",
     "pass_scratch": "scratch of passes, at most",
-    "packed_weights": "weights packed for graphs",
+    "constants": "constants of graphs",
     "static_inputs": "inputs of graphs",
     "making": "more, while graphs are made",
     "decode_scratch": "scratch of decoding, at most",

@@ -120,8 +120,8 @@ def pass_traffic(spec: ModelSpec, tokens: int, run: Pass, dtype: str, kind: str)
     return ITEMSIZE[dtype] * pass_parameters(spec) + cross_bytes(spec, dtype) + pages
 
 
-def packed_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Queries, keys and values of self-attention as one matrix a layer, which graphs have beside the separate ones."""
+def merged_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Queries, keys and values of self-attention as one matrix a layer, which the separate ones become parts of."""
     return ITEMSIZE[dtype] * spec.num_layers * 3 * linear(spec.dim, spec.dim)
 
 

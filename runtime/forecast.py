@@ -209,21 +209,23 @@ def memory(load: Workload) -> Memory:
 def graph_memory(load: Workload) -> dict[str, int]:
     """What graph executors have for passes: an arena a program, constants made of weights, and inputs that stay.
 
-    While constants are made, they are there twice; `making` is what that takes beyond the scratch of a block.
+    While queries, keys and values are put together, they are there twice; `making` is what that takes beyond scratch
+    that is not there yet: all of it for a first program, and of a later one its arena.
     """
     spec, sampler, dtype = load.spec, load.preset.sampler, load.dtype
     whole, frames = launches_whole(load.preset), programs(load.preset)
-    constants = costs.packed_bytes(spec, dtype)
+    constants = 0
     if whole:
         block, commit = load.preset.num_frame_per_block, load.preset.context.commit
-        constants += costs.table_bytes(spec, block, sampler.steps, commit, dtype)
-    arenas = sum(costs.arena_bytes(spec, load.tokens, count, dtype) for count in frames)
+        constants = costs.table_bytes(spec, block, sampler.steps, commit, dtype)
+    arenas = [costs.arena_bytes(spec, load.tokens, count, dtype) for count in frames]
     decoding = costs.decode_scratch(load.decoder, load.latent, load.preset.num_frame_per_block, dtype)
+    absent = decoding + arenas[0] if len(arenas) == 1 else min(arenas)
     return {
-        "pass_scratch": arenas,
-        "packed_weights": constants,
+        "pass_scratch": sum(arenas),
+        "constants": constants,
         "static_inputs": len(frames) * costs.cross_bytes(spec, dtype),
-        "making": max(0, constants - arenas - decoding),
+        "making": max(0, costs.merged_bytes(spec, dtype) - absent),
     }
 
 
