@@ -45,6 +45,7 @@ DEFAULT_BLOCKS = 3
 DEFAULT_ACTIONS = "6R 4D 6L 4U"  # of a model that has actions, where nothing says how long: a walk back to the start
 CPU_SPEED = 1e11  # operations per second of a fast CPU, for saying beforehand that one takes long
 SLOW = 60 * CPU_SPEED  # operations of a block
+SEEN = 256  # pixels of a video's longer side, at least: smaller pictures are enlarged
 SHEET_FRAMES = 24  # frames on the contact sheet, at most, unless one block has more
 
 
@@ -325,7 +326,7 @@ def generate(
         session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, **given)))
         begun = session.timeline.next_frame
         changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
-        writer = None if latents_only else VideoWriter(out, engine.fps, frame_size)
+        writer = None if latents_only else VideoWriter(out, engine.fps, frame_size, max(1, SEEN // max(frame_size)))
         if writer:
             stack.enter_context(writer)
             if session.prefix_frames is not None:

@@ -89,12 +89,13 @@ class VideoWriter:
     """H.264 (yuv420p) video file, as a context manager.
 
     path: ends in .mp4, .mov or .mkv; its folder is made. fps: frames per second, > 0. size: even (W, H).
+    scale: how many times wider and higher than `size` the file's pictures are.
     The constructor raises UsageError for what cannot be written. On a clean exit, and on KeyboardInterrupt,
     the frames added so far become a playable `path` (none: no file); any other error leaves no file.
     A write that fails raises InferixError with the path and the reason.
     """
 
-    def __init__(self, path: str | Path, fps: float, size: tuple[int, int]) -> None:
+    def __init__(self, path: str | Path, fps: float, size: tuple[int, int], scale: int = 1) -> None:
         width, height = size
         if Path(path).suffix.lower() not in CONTAINERS:
             hint = nearest(Path(path).suffix.lower(), CONTAINERS)
@@ -105,7 +106,7 @@ class VideoWriter:
             raise UsageError(f"video size is {width}x{height}; H.264 in yuv420p needs even width and height")
         self.path = check_output(path)
         self.fps = Fraction(fps).limit_denominator(1001)  # keeps 30000/1001 exact
-        self.size = size
+        self.size, self.scale = size, scale
         self.frames = 0
         self._part = part_of(self.path)
         self._container: Any = None
@@ -120,7 +121,7 @@ class VideoWriter:
         except OSError as error:
             self._discard()
             raise write_failed(self.path, error) from error
-        self._stream.width, self._stream.height = self.size
+        self._stream.width, self._stream.height = (side * self.scale for side in self.size)
         self._stream.pix_fmt = "yuv420p"
         self._stream.options = {"crf": "18"}
         return self
@@ -138,6 +139,8 @@ class VideoWriter:
         try:
             for frame in frames:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                if self.scale > 1:
+                    picture = picture.reformat(width * self.scale, height * self.scale)
                 self._container.mux(self._stream.encode(picture))
                 self.frames += 1
         except OSError as error:
@@ -187,7 +190,7 @@ def contact_sheet(
     if columns < 1:
         raise UsageError(f"columns is {columns}; expected 1 or more")
     height, width = frames_list[0].shape[:2]
-    scale = CELL_WIDTH / width if width > CELL_WIDTH else max(1, CELL_WIDTH // 2 // width)
+    scale = CELL_WIDTH / width if width > CELL_WIDTH else max(1, CELL_WIDTH // width)
     cell = max(1, round(width * scale)), max(1, round(height * scale))
     across = min(columns, len(frames_list))
     down = -(-len(frames_list) // across)

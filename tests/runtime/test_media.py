@@ -185,10 +185,11 @@ def test_contact_sheet(tmp_path: Path) -> None:
     path = contact_sheet(list(clip(8)), tmp_path / "new" / "sheet.png", columns=3)
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
     sheet = np.asarray(Image.open(path))
-    assert sheet.shape == (3 * (48 + 14), 3 * 64, 3)
-    assert tuple(sheet[14 + 24, 32]) == (20, 0, 90)  # middle of the first frame
-    assert sheet[:14, :64].max() > 200  # its label is drawn
-    assert sheet[2 * 62 :, 128:].max() == 0  # the ninth cell is empty
+    width, height = 3 * 64, 3 * 48  # small frames are enlarged
+    assert sheet.shape == (3 * (height + 14), 3 * width, 3)
+    assert tuple(sheet[14 + height // 2, width // 2]) == (20, 0, 90)  # middle of the first frame
+    assert sheet[:14, :width].max() > 200  # its label is drawn
+    assert sheet[2 * (height + 14) :, 2 * width :].max() == 0  # the ninth cell is empty
 
 
 def test_contact_sheet_shrinks_and_takes_labels(tmp_path: Path) -> None:
@@ -208,6 +209,17 @@ def test_read_image_stretches(tmp_path: Path) -> None:
     image = read_image(tmp_path / "in.png", SIZE)
     assert image.shape == (48, 64, 3) and image.dtype == np.uint8 and image.flags.writeable
     assert (image == [200, 100, 50]).all()
+
+
+def test_small_pictures_are_written_larger(tmp_path: Path) -> None:
+    frames = np.full((3, *SIZE[::-1], 3), (30, 60, 90), np.uint8)
+    frames[:, :, : SIZE[0] // 2] = (200, 100, 50)
+    with VideoWriter(tmp_path / "out.mp4", 16, SIZE, scale=3) as writer:
+        writer.add(frames)
+    large = read_video(tmp_path / "out.mp4", (3 * SIZE[0], 3 * SIZE[1]))
+    assert np.abs(large.astype(int) - frames.repeat(3, 1).repeat(3, 2)).mean() < 8
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].width == 3 * SIZE[0]
 
 
 def test_read_video_stretches(tmp_path: Path) -> None:
