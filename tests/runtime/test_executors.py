@@ -136,6 +136,34 @@ def test_captures_are_counted_by_query_shape() -> None:
     assert backend.captures == len(shapes)
 
 
+def test_the_prompt_graph_runs_once_for_each_prompt(monkeypatch) -> None:
+    """Whatever reads it: blocks of both shapes, and passes over the past under a new prompt. Forks share what it made."""
+    backend = FakeGraphs(idle=True)
+    engine = captured_engine(backend, "longlive", local_attn_size=9, independent_first_frame=True)
+    run, launched = engine.executor.launcher.run, []
+
+    def counted(bound, given):
+        launched.extend(section.name for section in bound.launches.program.sections if section.name == "prompt")
+        return run(bound, given)
+
+    monkeypatch.setattr(engine.executor.launcher, "run", counted)
+    runs, session = [], engine.open(prompt_embeds=ROWS, size=SIZE)
+    for embeds in (None, OTHER, ROWS):
+        if embeds is not None:
+            session.prompt(embeds=embeds)
+        list(session.stream(3, decode=False))
+        runs.append(len(launched))
+    assert runs == [1, 2, 3]
+    assert len(engine.executor.loaded) > 2  # that many programs read it
+    fork, other = session.fork(), engine.open(prompt_embeds=OTHER, size=SIZE)
+    for one, after in ((fork, 3), (session, 3), (other, 4)):
+        list(one.stream(2, decode=False))
+        assert len(launched) == engine.executor.prompts == after
+    other.branches[0].text.made.clear()  # what was made is lost: the count sees that it is made again
+    list(other.stream(1, decode=False))
+    assert len(launched) == 5
+
+
 def test_pages_that_move_are_followed() -> None:
     """Without a budget the store grows for a second session; the program is bound to the new pages."""
     engine = make_engine(executor="fused", local_attn_size=6)
