@@ -14,7 +14,6 @@ import torch
 from .program import Buffer, Call, Form, Program, Ref
 from .types import Role
 
-TOLD = 3  # buffers of a slot that are named in a report
 ALIGNMENT = 256  # bytes; what the widest loads and the matmuls of all cards ask for
 
 
@@ -30,11 +29,6 @@ class Slot:
     size: int
     first: int
     last: int
-
-    def text(self) -> str:
-        """Its first buffers."""
-        more = len(self.buffers) - TOLD
-        return ", ".join(self.buffers[:TOLD]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -56,14 +50,23 @@ class BufferPlan:
         return tuple(sorted(alive, key=lambda slot: -slot.size))
 
     def text(self, program: Program) -> str:
-        """The arena's size, and what holds the peak."""
+        """The arena's size, the call at which most is alive together, and what is: bytes, shape, and what made it."""
         lines = [
             f"arena {self.size} bytes in {len(self.slots)} slots for {len(self.offsets)} buffers; "
             f"{self.live} alive together at call {self.peak}"
         ]
         if program.calls:
-            lines.append(f"  {program.calls[self.peak].op.name()} ({program.calls[self.peak].node})")
-        lines += [f"  {slot.size:>14}  {slot.text()}" for slot in self.at(self.peak)]
+            lines[0] += f", {shown(program, self.peak)}"
+        made = {ref.buffer: index for index, call in enumerate(program.calls[: self.peak + 1]) for ref in call.writes}
+        alike: dict[tuple[int, str, str], list[str]] = {}
+        for slot in self.at(self.peak):
+            name = next(name for name in reversed(slot.buffers) if name in made)
+            buffer, call = program.buffers[name], program.calls[made[name]]
+            size = f"{'x'.join(map(str, buffer.size))} {str(buffer.dtype).removeprefix('torch.')}"
+            alike.setdefault((slot.size, size, call.op.name()), []).append(shown(program, made[name]))
+        for (nbytes, size, _), calls in alike.items():
+            count = f"{len(calls)} x " if len(calls) > 1 else ""
+            lines.append(f"  {count + str(nbytes):>20}  {size:<28}  {calls[0]}{' and others' if count else ''}")
         return "\n".join(lines)
 
 
@@ -125,6 +128,12 @@ def overwritten(program: Program, call: Call, name: str, lives: dict[str, tuple[
         if same and alike(ref, program.buffers[ref.buffer], result) and one_view(call.reads, ref):
             return ref.buffer
     return None
+
+
+def shown(program: Program, index: int) -> str:
+    """A call by its op, and where it stands."""
+    call = program.calls[index]
+    return f"{call.op.name()} ({call.node})"
 
 
 def alike(ref: Ref, old: Buffer, new: Buffer) -> bool:

@@ -80,7 +80,8 @@ class Workload:
 class BlockWork:
     """One block: its passes, latent frames that it adds to the video, those decoded, and pictures encoded again.
 
-    first: it begins a stream.
+    first: it begins a stream. rebuilt: its first pass makes the context anew. switch: the pass that a new prompt
+    would set off before all of them.
     """
 
     passes: tuple[Pass, ...]
@@ -88,6 +89,8 @@ class BlockWork:
     decoded: int
     encoded: int
     first: bool
+    rebuilt: bool
+    switch: Pass | None
 
     @property
     def decoder_begins(self) -> bool:
@@ -100,7 +103,9 @@ def rehearse(preset: Preset) -> Iterator[BlockWork]:
     timeline, policy, flight = Timeline(preset), preset.context, list[tuple[range, int]]()
     while True:
         passes, decoded, encoded = [], 0, 0
-        if timeline.rebuild_due():
+        told = policy.prompt_switch == "recache"
+        switch = timeline.fork().recache_pass(policy.recache_sink) if told else None
+        if rebuilt := timeline.rebuild_due():
             passes.append(timeline.rebuild_pass())
             encoded = int(policy.reencode_head and passes[0].frames[0] > 0)
             decoded = len(passes[0].frames) if policy.restart_decoder else 0
@@ -112,7 +117,9 @@ def rehearse(preset: Preset) -> Iterator[BlockWork]:
         frames, _ = flight.pop(0)
         if policy.commit:
             passes.append(timeline.commit_pass(frames))
-        yield BlockWork(tuple(passes), len(frames), decoded + len(frames), encoded, frames.start == 0)
+        yield BlockWork(
+            tuple(passes), len(frames), decoded + len(frames), encoded, frames.start == 0, rebuilt, switch
+        )
 
 
 def steady(preset: Preset) -> list[BlockWork]:
@@ -125,12 +132,7 @@ def steady(preset: Preset) -> list[BlockWork]:
 
 def recache_pass(preset: Preset) -> Pass | None:
     """The pass over the visible past that a new prompt asks for once the window is full; None where it asks none."""
-    if preset.context.prompt_switch != "recache":
-        return None
-    timeline = Timeline(preset)
-    for _ in range(-(-2 * window(preset) // preset.num_frame_per_block)):
-        timeline.admit()
-    return timeline.recache_pass(preset.context.recache_sink)
+    return steady(preset)[0].switch
 
 
 # The window

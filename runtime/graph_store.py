@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from ..errors import InferixError, UsageError
 from ..graphs.codec import decode_lowered, encode_lowered
-from ..graphs.lowered import Lowered, digest
+from ..graphs.lowered import Lowered, digest, lower_block
 from ..version import __version__
 from .media import write_atomically
 from .query_graphs import Query, QueryGraphs
@@ -99,9 +100,31 @@ class GraphStore:
     def keep(self, query: Query, lowered: Lowered) -> None:
         write(self.path(query), {"query": asdict(query), "lowered": encode_lowered(lowered)})
 
+    def fill(self, graphs: QueryGraphs, queries: Iterable[Query]) -> int:
+        """Make and keep what is not there yet; how many that were."""
+        missing = [query for query in queries if not self.path(query).exists()]
+        for query in missing:
+            self.keep(query, lower_block(graphs(query)))
+        return len(missing)
+
+    def programs(self) -> list[tuple[Query, Lowered]]:
+        """All that is kept; InferixError for a file that cannot be read, or is of another version."""
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            if path.name != IDENTITY:
+                data = read(path)
+                found.append((query_of(data["query"]), decode_lowered(data["lowered"])))
+        return found
+
     def path(self, query: Query) -> Path:
         kind = "block" if query.whole else "pass"
         return self.folder / f"{kind}-{digest(repr(query))[:16]}.json"
+
+
+def query_of(data: dict[str, Any]) -> Query:
+    """A query from the plain values that it is kept as."""
+    parts = tuple((rows, frames) for rows, frames in data["parts"])
+    return Query(**{**data, "parts": parts, "latent": tuple(data["latent"])})
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

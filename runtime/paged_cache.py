@@ -22,7 +22,7 @@ from .moving_sink import averaged
 from .offload import Offloaded
 from .paged_store import PagedStore
 from .pages import BlockTable
-from .placement import Row, fresh_pages, parts_of, place_pass, through_slots
+from .placement import Row, fresh_pages, parts_of, place_pass, through_slots, turned
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,7 @@ class PagedCache:
 
     def _part(self, rows: list[Row]) -> PassTables:
         ints, turns = self.store.ints, self.store.turns
-        # A policy with a turned sink has it in every pass, so that the tables keep their shapes.
-        turned = (self.policy.moving_positions and self.policy.sink_size > 0) or any(row.sinks for row in rows)
+        turn = turned(self.policy, rows)
         width = max(self.table.room, *(len(row.listed) for row in rows))
         listed = [row.listed + (0,) * (width - len(row.listed)) for row in rows]
         return PassTables(
@@ -195,6 +194,6 @@ class PagedCache:
             table=ints(listed),
             count=ints([len(row.listed) for row in rows]),
             time_turns=torch.stack([turns(row.places)[0] for row in rows]),
-            sink_turns=torch.stack([turns(row.sink_places)[0] for row in rows]) if turned else None,
-            sink_count=ints([row.sinks for row in rows]) if turned else None,
+            sink_turns=torch.stack([turns(row.sink_places)[0] for row in rows]) if turn else None,
+            sink_count=ints([row.sinks for row in rows]) if turn else None,
         )

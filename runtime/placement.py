@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import InferixError, UsageError
 from ..graphs.passes import Group, Pass
+from .context import ContextPolicy
 from .pages import BlockTable
 
 
@@ -86,6 +87,13 @@ def parts_of(rows: list[Row]) -> list[list[Row]]:
         else:
             parts.append([row])
     return parts
+
+
+def turned(policy: ContextPolicy, rows: list[Row]) -> bool:
+    """Whether the tables of a part turn queries for a sink; where the policy does, in every pass, so that the tables
+    keep their shapes.
+    """
+    return (policy.moving_positions and policy.sink_size > 0) or any(row.sinks for row in rows)
 
 
 @dataclass(frozen=True)

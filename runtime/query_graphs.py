@@ -46,7 +46,7 @@ class Query:
             parts=tuple((part.rows, part.frames) for part in attention.parts),
             latent=tuple(latents.shape[-4:]),
             sinks=attention.parts[0].sink_turns is not None,
-            width=-(-listed // WIDTH_STEP) * WIDTH_STEP,
+            width=stepped(listed),
             pages=attention.kv[0].shape[1],
         )
 
@@ -58,6 +58,11 @@ class Query:
     def layout(self) -> Layout:
         """How its tables are named."""
         return Layout(self.parts, ("latents",), "block", self.sinks)
+
+
+def stepped(listed: int) -> int:
+    """Pages that a row has room for, where so many are listed."""
+    return -(-listed // WIDTH_STEP) * WIDTH_STEP
 
 
 @dataclass(frozen=True)

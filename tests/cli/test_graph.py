@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -39,6 +40,45 @@ def test_switches() -> None:
     assert "dead-work" in run("--rewrites").stdout
 
 
+def test_the_plan_of_scratch() -> None:
+    told = run("--plan").stdout
+    assert re.search(r"^block: arena \d+ bytes in .* alive together at call \d+, aten::addmm.out \(denoise ", told)
+    assert "\nprompt: arena" in told and "\nfold: arena" in told
+
+
+def test_a_run_starts_from_saved_graphs_and_others_are_refused(tmp_path: Path) -> None:
+    """With a new prompt on the way; the run adds nothing, so it traced nothing."""
+    scheme = ("--preset", "longlive", "--set", "local_attn_size=6")
+    graphs, out = tmp_path / "graphs", tmp_path / "a.mp4"
+    made = run(*scheme, "--save", str(graphs))
+    assert made.exit_code == 0, made.output
+    assert "2 graphs in" in made.stdout and "2 of them new" in made.stdout and "preset longlive, float32" in made.stdout
+    held = sorted(path.name for path in graphs.iterdir())
+    assert run(*scheme, "--load", str(graphs)).stdout.splitlines()[1:] == made.stdout.splitlines()[1:]
+    assert "0 of them new" in run(*scheme, "--save", str(graphs)).stdout
+    assert run(*scheme, "--load", str(graphs), "--plan").stdout.count("block: arena") == 2
+
+    video = ["generate", "--model", "wan-tiny", "--size", "32x32", *scheme, "--blocks", "3", "--out", str(out)]
+    given = ["--executor", "fused", "--graphs", str(graphs), "--prompt-at", "0.6", "snow"]
+    done = CliRunner().invoke(app, [*video, *given])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in graphs.iterdir()) == held
+
+    for args, said in (
+        (("--dtype", "float64"), "are for dtype 'float32', and this is 'float64'"),
+        (("--model", "tinyworld"), "are for model.name 'wan-tiny', and this is 'tinyworld'"),
+        (("--set", "sink_size=0"), "are for preset.context.sink_size 3, and this is 0"),
+    ):
+        refused = run(*scheme, *args, "--load", str(graphs))
+        assert (refused.exit_code, len(refused.stderr.splitlines())) == (1, 1) and said in refused.stderr
+    identity = json.loads((graphs / "identity.json").read_text())
+    for key, value in (("inferix", "0.0.9"), ("torch", "2.0.0"), ("card", "NVIDIA H100 sm_90")):
+        (graphs / "identity.json").write_text(json.dumps(identity | {key: value}))
+        refused = run(*scheme, "--load", str(graphs))
+        assert (refused.exit_code, len(refused.stderr.splitlines())) == (1, 1)
+        assert f"are for {key} '{value}', and this is" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -50,6 +90,12 @@ def test_switches() -> None:
         (("--lowp", "int8", "--layers", "blok.*"), "no linear layer is called 'blok.*'"),
         (("--pass", "denoise 9"), "--pass is 'denoise 9'; this block has 'fold', 'prompt', 'denoise 0'"),
         (("--preset", "krea", "--with", "fuse-commit"), "krea has no commit that could wait"),
+        (("--plan", "--json"), "--plan prints where scratch lies; leave --json out"),
+        (("--save", "a", "--load", "b"), "--save makes graphs and --load reads them; give one of them"),
+        (("--save", "a", "--without", "adaln"), "--without is for a graph that is shown, not for what an engine runs"),
+        (("--load", "/no/such/folder"), "/no/such/folder holds no graphs; make some with inferix graph --save"),
+        (("--device", "cpu"), "--device is 'cpu', which stored graphs are for; give --save or --load as well"),
+        (("--save", "a", "--set", "local_attn_size=-1"), "keeps every frame, so there is no end of graphs"),
         (("--svg", "/no/such/folder/block.svg"), "cannot write '/no/such/folder/block.svg'"),
     ],
 )

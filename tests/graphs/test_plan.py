@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,4 +113,8 @@ def test_the_peak_and_what_holds_it_are_told() -> None:
     made = plan_buffers(program)
     told = made.text(program)
     assert told.startswith(f"arena {made.size} bytes in 2 slots for 3 buffers; {made.live} alive together")
-    assert "1024  pass/matmul, pass/add" in told
+    assert ", aten::mm.out (pass/matmul_1)\n" in told
+    assert re.search(r"1024  16x16 float32 +aten::add.out \(pass/add\)\n", told)
+    alike = traced(lambda x: (x @ x) + (x @ x.T), torch.randn(16, 16))
+    told = plan_buffers(alike).text(alike)
+    assert re.search(r"2 x 1024  16x16 float32 +aten::mm.out \(pass/matmul\) and others", told)

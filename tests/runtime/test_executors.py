@@ -16,6 +16,7 @@ from inferix.runtime.engine import Engine
 from inferix.runtime.executors import GraphExecutor
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.presets import PRESETS
+from inferix.runtime.stream_queries import queries_of
 
 OTHER = ROWS.flip(0) * 1.5
 TOLERANCE = 1e-9  # float64; no rewrite: the same ops in the same order, so in fact equal
@@ -52,6 +53,7 @@ def test_fused_equals_eager(preset: str) -> None:
     assert (found - wanted).abs().max() <= TOLERANCE
     assert fused.executor.whole_blocks == (preset not in PASSWISE)
     assert any(query.whole for query in fused.executor.loaded) == (preset not in PASSWISE)
+    assert set(fused.executor.loaded) <= set(queries_of(fused.spec, fused.preset, SIZE))
 
 
 def test_a_difference_between_executors_is_seen() -> None:
@@ -82,6 +84,8 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
                 latents += [block.latents for block in session.stream(1 + wholes, decode=False)]
         assert (torch.cat(found) - torch.cat(wanted)).abs().max() <= TOLERANCE
         assert sum(query.whole for query in engine.executor.loaded) == wholes
+        if preset == "longlive2":  # the held frame and the other one are two groups; their commit is one
+            assert {query.parts for query in engine.executor.loaded if not query.whole} == {((2, 1),), ((1, 2),)}
 
 
 def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrides: object) -> Engine:
@@ -137,7 +141,7 @@ def test_captures_are_counted_by_query_shape() -> None:
 
 
 def test_the_prompt_graph_runs_once_for_each_prompt(monkeypatch) -> None:
-    """Whatever reads it: blocks of both shapes, and passes over the past under a new prompt. Forks share what it made."""
+    """Whatever reads it: blocks of both shapes, passes over the past under a new prompt. Forks share what it made."""
     backend = FakeGraphs(idle=True)
     engine = captured_engine(backend, "longlive", local_attn_size=9, independent_first_frame=True)
     run, launched = engine.executor.launcher.run, []
