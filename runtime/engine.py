@@ -27,9 +27,10 @@ from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
 from ..models.wan.vae_checkpoint import Decoder
 from .actions import ActionTrack, check_action
+from .adapter import Adapter
 from .budget import parse_bytes
 from .config import DTYPES, EngineConfig, default_device, default_dtype, default_executor
-from .executors import make_executor
+from .executors import Text, make_executor
 from .graph_store import card_of
 from .host import Host
 from .kv_memory import KVMemory
@@ -62,6 +63,7 @@ class Engine:
         self.device = torch.device(config.device)
         self.dtype = DTYPES[config.dtype]
         self.executor = make_executor(config, preset, parts)
+        self.adapter = Adapter(parts.transformer)
         self.profile: Profile | None = None
         kept = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else self.dtype
         self.memory = KVMemory(self.spec, preset, (self.dtype, kept), self.device, config.kv_memory)
@@ -130,6 +132,29 @@ class Engine:
     def observe(self, observer: Callable[[dict[str, Any]], None]) -> None:
         """Have each control's and each block's record told to `observer`, in the threads where they come about."""
         self.host.observers.append(observer)
+
+    def use_lora(self, lora: str | Path | None, scale: float = 1.0) -> None:
+        """Run all sessions with an adapter from their next blocks on, in place of the one put on before; None takes it
+        off, and the weights are what they were.
+
+        For the thread that drives the engine, between two blocks; from another, `soon(lambda: use_lora(path))`. Nothing
+        is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model.
+        """
+        if lora is None:
+            self.adapter.take_off()
+        else:
+            self.adapter.put_on(lora, scale)
+        self.follow_weights()
+
+    @torch.no_grad()
+    def follow_weights(self) -> None:
+        """Go on with weights that were changed in place: what was made of them is made anew, nothing captured again."""
+        self.executor.follow_weights()
+        renewed: dict[int, tuple[Text, Text]] = {}  # by the old one's identity, which holds while that is kept
+        for branch, rows in (told for session in self.host.sessions.values() for told in session.conditionings):
+            if id(branch.text) not in renewed:
+                renewed[id(branch.text)] = branch.text, self.executor.condition(rows)
+            branch.text = renewed[id(branch.text)][1]
 
     def check_integrity(self) -> None:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""

@@ -33,13 +33,10 @@ from .query_graphs import Query, QueryGraphs, tables
 
 @dataclass
 class Conditioning:
-    """A prompt as graphs read it: rows [1, text_len, text_dim], and what prompt graphs made of them, by recipe, with
-    the weights of one generation.
-    """
+    """A prompt as graphs read it: rows [1, text_len, text_dim], and what prompt graphs made of them, by recipe."""
 
     rows: Tensor
     made: dict[str, Tensor] = field(default_factory=dict)
-    generation: int = 0
 
 
 Text = TextContext | Conditioning
@@ -65,6 +62,9 @@ class Executor(Protocol):
 
         Noise between steps is that of `PhiloxNoise(seed)` for the absolute `frames`.
         """
+
+    def follow_weights(self) -> None:
+        """Make anew what was made of weights that have changed in place, but for what `condition` made."""
 
     def start_profile(self, profile: Profile) -> None:
         """Time what runs from now on; UsageError where that cannot be."""
@@ -95,6 +95,9 @@ class EagerExecutor:
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
+
+    def follow_weights(self) -> None:
+        """Nothing to do: the model reads its weights."""
 
     def start_profile(self, profile: Profile) -> None:
         raise UsageError("executor eager cannot be profiled; use fused, or captured on a GPU")
@@ -154,7 +157,7 @@ class GraphExecutor:
         return self.launcher.bytes_by_owner()
 
     def follow_weights(self) -> None:
-        """Go on with weights that were changed in place, such as by an adapter: nothing is captured again."""
+        """Make constants anew, where they are: nothing is captured again."""
         self.launcher.follow_weights()
 
     def run(
@@ -171,8 +174,6 @@ class GraphExecutor:
         """What the graph reads of a prompt, made by the prompt graph where nobody made it for this prompt yet."""
         if loaded.prompt is None:
             return {"text": text.rows}
-        if text.generation != self.launcher.generation:
-            text.made, text.generation = {}, self.launcher.generation
         if any(recipe not in text.made for recipe in loaded.recipes.values()):
             self.prompts += 1
             made = self.launcher.run(loaded.prompt, {"text": text.rows})

@@ -85,7 +85,6 @@ class Launcher:
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
         self.profile: Profile | None = None
         self.captures = 0
-        self.generation = 0  # of the weights
 
     def load(self, lowered: Lowered, state: Mapping[str, Tensor]) -> Loaded:
         """Bind a program to weights, constants and `state`; NotEnoughMemory if what it needs is not free."""
@@ -217,7 +216,6 @@ class Launcher:
 
     def follow_weights(self) -> None:
         """Make the constants anew, in place, after weights have changed in place. Nothing is captured again."""
-        self.generation += 1
         for fold, given in self.folds:
             made = recipes(fold.program)
             for name, tensor in self.computed(fold, given).items():

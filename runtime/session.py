@@ -102,6 +102,16 @@ class Session:
         return [branch.cache for branches in stages for branch in branches]
 
     @property
+    def conditionings(self) -> list[tuple[Branch, Tensor]]:
+        """Branches with the text encoder's rows that they follow, those kept for rewinding included."""
+        stages = [(self.branches, self.rows), *((kept.branches, kept.rows) for kept in self.kept)]
+        return [
+            (branch, rows if place == 0 or self.negative is None else self.negative)
+            for branches, rows in stages
+            for place, branch in enumerate(branches)
+        ]
+
+    @property
     def next_block(self) -> int:
         """Index of the block that is finished next."""
         return self.flight[0].span.index if self.flight else self.timeline.next_block

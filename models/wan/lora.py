@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ...errors import InferixError, UsageError
@@ -29,6 +30,10 @@ class Update:
     down: Tensor
     up: Tensor
     scale: float
+
+    def to(self, device: torch.device) -> Update:
+        """The same update there."""
+        return replace(self, down=self.down.to(device), up=self.up.to(device))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -7,10 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from oracles import ROWS, SIZE, make_engine
+from oracles import ROWS, SIZE, TINY, make_engine
 from recording import FakeGraphs
+from safetensors.torch import save_file
 
 from inferix.errors import UsageError
+from inferix.export.checkpoint import random_lora
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.executors import GraphExecutor
@@ -111,13 +113,48 @@ def test_one_capture_serves_fifty_blocks_prompts_a_fork_a_rewind_new_weights_and
     with torch.no_grad():
         for weight in engine.parts.transformer.parameters():
             weight.mul_(1.001)
-    engine.executor.follow_weights()
+    engine.follow_weights()
     list(first.stream(2, decode=False))
     assert (backend.captures, backend.replays) == (1, 52)
     assert engine.executor.traces == 1
     for session in (first, second, fork):
         session.close()
     engine.check_integrity()
+
+
+def test_an_adapter_goes_on_and_off_in_place(tmp_path) -> None:
+    """Between blocks, on layers of every kind: what follows is what eager gives, and nothing is captured again."""
+    time = {"lora_A": torch.ones(1, TINY.freq_dim) * 0.01, "lora_B": torch.ones(TINY.dim, 1)}  # in constants of graphs
+    adapter = random_lora(TINY, 3) | {f"time_embedding.0.{part}.weight": tensor for part, tensor in time.items()}
+    save_file(adapter, tmp_path / "lora.safetensors")
+    backend, found = FakeGraphs(), []
+    for engine in (make_engine(local_attn_size=6), captured_engine(backend, local_attn_size=6)):
+        weights = {name: weight.clone() for name, weight in engine.parts.transformer.named_parameters()}
+        plain = stream(engine)
+        with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+            made = [block.latents for block in session.stream(2, decode=False)]
+            engine.use_lora(tmp_path / "lora.safetensors", 4.0)
+            made += [block.latents for block in session.stream(2, decode=False)]
+            with pytest.raises(UsageError, match="no LoRA"):
+                engine.use_lora(tmp_path / "none.safetensors")
+            with engine.open(prompt_embeds=ROWS, size=SIZE) as later:
+                fresh = next(iter(later.stream(1, decode=False))).latents
+            engine.use_lora(None)
+            made += [block.latents for block in session.stream(1, decode=False)]
+            early = engine.open(prompt_embeds=ROWS, size=SIZE)  # told its prompt before the adapter comes
+            engine.use_lora(tmp_path / "lora.safetensors", 4.0)
+            assert torch.equal(next(iter(early.stream(1, decode=False))).latents, fresh)
+            engine.use_lora(None)
+            early.close()
+        assert (torch.cat(made)[:6] - plain[:6]).abs().max() == 0
+        assert all(torch.equal(weights[name], now) for name, now in engine.parts.transformer.named_parameters())
+        assert torch.equal(stream(engine), plain)
+        found.append(torch.cat(made))
+    assert (found[1] - found[0]).abs().max() <= TOLERANCE
+    with make_engine(local_attn_size=6).open(prompt_embeds=ROWS, size=SIZE) as session:
+        without = torch.cat([block.latents for block in session.stream(5, decode=False)])
+    assert (found[0] - without)[6:12].abs().max() > 1e-3
+    assert (backend.captures, engine.executor.traces, engine.executor.prompts) == (1, 1, 9)
 
 
 def test_replays_give_what_eager_gives() -> None:
