@@ -16,8 +16,11 @@ import torch
 
 from ..errors import InferixError, UsageError
 from .mailbox import Bell
+from .pages import OutOfPages
 
-FAILURES = (InferixError, MemoryError, torch.OutOfMemoryError)  # what ends one session, or one call, and no other
+SHORTAGES = (OutOfPages, MemoryError, torch.OutOfMemoryError)  # there may be memory another time
+FAILURES = (InferixError, *SHORTAGES)  # what concerns one session, or one call, and no other
+NO_HOST_MEMORY = "DefaultCPUAllocator"  # in the RuntimeError of which torch makes no class of its own
 
 T = TypeVar("T")
 
@@ -86,10 +89,22 @@ class Driver:
         self.bell.ring()
 
 
+@contextmanager
+def shortages_named() -> Iterator[None]:
+    """Raise MemoryError where the host's memory runs out in torch."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NO_HOST_MEMORY not in str(error):
+            raise
+        raise MemoryError(str(error)) from error
+
+
 def answer(call: Callable[[], T], done: Future[T]) -> None:
     """Call and keep the result, or the error that it is allowed to end in."""
     try:
-        done.set_result(call())
+        with shortages_named():
+            done.set_result(call())
     except FAILURES as error:
         done.set_exception(error)
     finally:

@@ -45,6 +45,7 @@ from .profile import Profile, measure_ceilings
 from .sampler import Sampler, noised
 from .scheduler import Limits
 from .session import Session
+from .snapshot import Beginning
 from .stream import Branch, InFlight, PromptChange
 from .timeline import Span, Timeline
 
@@ -98,6 +99,7 @@ class Engine:
         self.host.begin(session)
         with session.record.span("encode"):
             self.follow_controls(session)
+        session.beginning = Beginning.of(session)  # where a block that memory runs out for is taken back to
         with session.record.span("prepare"):
             self.follow_prompt(session)
             self.rebuild_context(session)
@@ -356,6 +358,7 @@ class Engine:
             session.branches[0].cache.clear()
         session.branches[0].cache.hold(run.groups[-1].context)
         self.forward(session, session.branches[0], run, latents)
+        session.beginning = Beginning.of(session)  # once is enough: by another time a moving sink has moved
 
     @torch.no_grad()
     def open(

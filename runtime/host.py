@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InferixError, UsageError
-from .driver import FAILURES, Driver
+from .driver import FAILURES, SHORTAGES, Driver, shortages_named
 from .lifecycle import ENDED, State
 from .mailbox import LIFE, Ack, Bell, Control
 from .needs import session_need
@@ -95,7 +95,8 @@ class Host:
         """A session that is let in begins with what it goes on from; where that fails, it is out again."""
         if session.entering is not None:
             try:
-                session.entering()
+                with shortages_named():
+                    session.entering()
             except FAILURES as error:
                 self.fail(session, error)
                 raise
@@ -150,17 +151,33 @@ class Host:
 
     @contextmanager
     def alone(self, session: Session) -> Iterator[None]:
-        """What fails in here ends this session and nothing else; one that is interrupted is not gone on with either."""
+        """What fails in here concerns this session and nothing else.
+
+        A block for which memory ran out is taken back; all else ends the session, an interruption, too.
+        """
         failure: Exception = InferixError("its last block was interrupted")
         whole = False
         try:
-            yield
+            with shortages_named():
+                yield
             whole = True
         except FAILURES as error:
             failure = error
         finally:
-            if not whole:
+            if not whole and session.beginning is not None and isinstance(failure, SHORTAGES):
+                self.take_back(session, failure)
+            elif not whole:
                 self.fail(session, failure)
+
+    def take_back(self, session: Session, error: Exception) -> None:
+        """Undo the block of a session that is being made, and tell its reader, who may ask for it again."""
+        traceback.clear_frames(error.__traceback__)
+        session.take_back()
+        with self.bell:
+            assert session.demand is not None
+            session.demand.left, session.demand.trouble = 0, error
+            session.outbox.take_back()
+        self.metrics.count("blocks_taken_back")
 
     # Between blocks
 
@@ -170,7 +187,8 @@ class Host:
         self.seen = self.bell.rings
         self.pipeline.collect()
         for session in list(self.sessions.values()):
-            self.tend(session)
+            with self.alone(session):
+                self.tend(session)
         self.driver.answer_calls()
         with self.bell:
             let_in = [self.sessions[index] for index in self.scheduler.admit_waiting()]
@@ -237,7 +255,12 @@ class Host:
         """Begin no more blocks of a session; its pages go to host memory, where that is asked for."""
         session.life.move(State.PAUSED)
         if self.engine.config.kv_offload and session.id in self.scheduler.clients:
-            session.put_away()
+            try:
+                with shortages_named():
+                    session.put_away()
+            except SHORTAGES as error:
+                warnings.warn(f"session {session.id} keeps its pages where they are: {error}", stacklevel=2)
+                return
             with self.bell:
                 self.scheduler.rest(session.id)
                 self.bell.ring()
@@ -257,15 +280,17 @@ class Host:
             for session in self.sessions.values():
                 session.timeline.preset = narrowed
         elif relief.kind == "decoder":
-            for session in self.sessions.values():
-                self.pipeline.settle(session.id)
-                session.track.change_decoder(self.engine.decoder)
+            for session in list(self.sessions.values()):
+                with self.alone(session):
+                    self.pipeline.settle(session.id)
+                    session.track.change_decoder(self.engine.decoder)
         else:
             inside = [self.sessions[index] for index in self.scheduler.clients]
             for session in inside[relief.value :]:
                 if session.life.can(State.PAUSED):
                     session.pausing = None
-                    self.pause(session)
+                    with self.alone(session):
+                        self.pause(session)
         self.metrics.count("overload_steps")
         warnings.warn(f"blocks were late: overload step {relief.kind} {relief.value or ''}".rstrip(), stacklevel=2)
 
@@ -320,6 +345,7 @@ class Host:
     def finish(self, session: Session, latents: Tensor) -> None:
         """Decode a block and hand it out: beside the next block's passes, unless its context waits for pictures."""
         assert session.demand is not None
+        session.beginning = None
         decode, record = session.demand.decode, session.record
         record.pages = self.pages_in_use
         if session.timeline.preset.context.needs_pixels:
@@ -347,7 +373,8 @@ class Host:
     def complete_beside(self, session: Session, record: BlockRecord, latents: Tensor) -> None:
         """The same on the decoder's thread: a failure waits there for the engine's."""
         try:
-            self.complete(session, record, latents, decode=True)
+            with shortages_named():
+                self.complete(session, record, latents, decode=True)
         except FAILURES as error:
             session.trouble = error
             self.bell.ring()
@@ -406,6 +433,8 @@ class Host:
                 return self.taken(block)
             if session.life.failure is not None:
                 raise session.life.failure
+            if demand.trouble is not None and not session.outbox.unfinished:
+                raise demand.trouble
             if session.state is State.CLOSED:
                 return None
             if self.driver.owns():

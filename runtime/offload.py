@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from torch import Tensor
 
@@ -46,20 +47,23 @@ class Offloaded:
         return self._lying(list(self._slots(table).values()))
 
     def prefetch(self) -> None:
-        """Take pages again and begin to fill them; OutOfPages leaves everything on the host."""
+        """Take pages again and begin to fill them; where memory runs out, everything stays on the host."""
         if self.coming:
             return
         holders = Counter(slot for _, slots in self.tables for slot in set(slots.values()))
         wanted, pool = sorted(holders), self.store.pool
         self.store.make_room(len(wanted))
         pages = dict(zip(wanted, pool.acquire(len(wanted), room=len(wanted)), strict=True))
+        with ExitStack() as failed:
+            failed.callback(pool.release, pages.values())
+            kv, scales = self._lying(wanted)
+            with self.store.transfer.beside():
+                self.store.write(list(pages.values()), kv, scales)
+            failed.pop_all()
         for slot, count in holders.items():
             pool.share([pages[slot]] * (count - 1))
         for table, slots in self.tables:
             table.pages = {frame: pages[slot] for frame, slot in slots.items()}
-        kv, scales = self._lying(wanted)
-        with self.store.transfer.beside():
-            self.store.write(list(pages.values()), kv, scales)
         self.coming = True
 
     def onload(self) -> None:

@@ -54,6 +54,12 @@ class Outbox:
         with self.bell:
             self.unfinished += 1
 
+    def take_back(self) -> None:
+        """The newest unfinished block is not going to be."""
+        with self.bell:
+            self.unfinished -= 1
+            self.bell.ring()
+
     def put(self, block: Block) -> None:
         """The oldest unfinished block is ready."""
         with self.bell:

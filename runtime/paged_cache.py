@@ -104,6 +104,10 @@ class PagedCache:
         """The pass is over; what it did not write is gone."""
         self.table.give_back()
 
+    def take_back(self, first: int) -> None:
+        """A block that began with frame `first` is not to have been: what it wrote, or was going to, is let go."""
+        self.table.drop_from(first)
+
     def fork(self) -> PagedCache:
         """The same past, in the same pages; each side gets pages of its own for what it writes from now on."""
         self._check_here()
@@ -173,13 +177,15 @@ class PagedCache:
         wide = torch.promote_types(store.form.model, torch.float32)
         kept = store.restored([table.pages[frame] for frame in frames], wide) if self.sink is None else self.sink
         gone = store.restored([table.pages[frame] for frame in leaving], wide)
-        self.sink = kept.clone()  # forks may share the old one
+        self.sink = kept  # should writing fail half-way, the average is still there
+        moved = kept.clone()  # forks may share the old one
         for frame, left in zip(leaving, gone.unbind(2), strict=True):
             at = (frame - frames[0]) % len(frames)
             (turns,), *_ = store.turns([table.places[frames[at]] - table.places[frame]])
-            self.sink[:, :, at] = averaged(self.sink[:, :, at], left, turns, self.policy.sink_decay)
+            moved[:, :, at] = averaged(moved[:, :, at], left, turns, self.policy.sink_decay)
         table.write(frames, [table.places[frame] for frame in frames])
-        store.replace([table.pages[frame] for frame in frames], self.sink)
+        store.replace([table.pages[frame] for frame in frames], moved)
+        self.sink = moved
 
     def _parts(self, rows: list[Row]) -> list[PassTables]:
         return [self._part(part) for part in parts_of(rows)]

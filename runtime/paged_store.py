@@ -89,8 +89,9 @@ class PagedStore:
         if self.grows and (missing := count - len(self.pool.free)) > 0:
             self.transfer.join()
             old, old_scales, held = self.kv, self.scales, self.pool.size
-            self.pool.grow(max(missing, held))
-            self.kv, self.scales = self._allocate(self.pool.size)
+            more = max(missing, held)
+            self.kv, self.scales = self._allocate(held + more)
+            self.pool.grow(more)
             for new, before in zip((*self.kv, *(self.scales or ())), (*old, *(old_scales or ())), strict=True):
                 new[:, :held] = before
 

@@ -183,6 +183,13 @@ class BlockTable:
         self.pool.release(self.scratch.values())
         self.scratch = {}
 
+    def drop_from(self, first: int) -> None:
+        """Let go of frames from `first` on, and of scratch pages."""
+        self.give_back()
+        self.pool.release([page for frame, page in self.pages.items() if frame >= first])
+        self.pages = {frame: page for frame, page in self.pages.items() if frame < first}
+        self.places = {frame: place for frame, place in self.places.items() if frame < first}
+
     def copy(self) -> BlockTable:
         """The same frames in the same pages, each with one more holder; scratch pages are not passed on."""
         other = BlockTable(self.pool, self.room)

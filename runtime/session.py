@@ -30,7 +30,7 @@ from .pipeline import DecoderTrack
 from .records import BlockRecord, Stopwatch
 from .sampler import Sampler
 from .savefile import read_session, write_session
-from .snapshot import Snapshot
+from .snapshot import Beginning, Snapshot
 from .stream import Branch, InFlight, PromptChange
 from .timeline import Timeline
 
@@ -40,10 +40,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Demand:
-    """What one reader wants: so many blocks more to be begun, with pictures or without."""
+    """What one reader wants: so many blocks more to be begun, with pictures or without.
+
+    trouble: why there are no more, where the session could go on.
+    """
 
     left: float
     decode: bool
+    trouble: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -76,6 +80,7 @@ class Session:
         self.outbox = Outbox(host.bell, host.limits.queue_blocks)
         self.track = DecoderTrack(self.engine.decoder, self.timeline.preset.context.rewind_blocks)
         self.kept: list[Snapshot] = []  # of the last blocks' beginnings, as many as can be rewound
+        self.beginning: Beginning | None = None  # of the block being made, until it is denoised and committed
         self.demand: Demand | None = None
         self.unshown: list[tuple[Control, int, str | None]] = []  # applied, the block that shows it, refusal
         self.away = False  # whether the pages are in host memory
@@ -127,7 +132,8 @@ class Session:
 
         Drives the engine if this thread does; otherwise waits for the one that does. While a block is decoded the
         next one, if it is asked for, is begun, and follows what was told by then. The stream ends early where the
-        session is stopped; raises what made the session fail.
+        session is stopped; raises what made the session fail. Where memory runs out, that is raised, too, but the
+        block is as if it had not been begun, and the next `stream` makes it.
         """
         if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
             raise UsageError(f"blocks is {blocks!r}; expected a whole number of 1 or more")
@@ -263,6 +269,14 @@ class Session:
             while len(self.kept) > self.track.rewind_blocks:
                 self.kept.pop(0).release()
 
+    def take_back(self) -> None:
+        """Stand where the block that was being made began, as if it had not."""
+        assert self.beginning is not None
+        self.beginning.give_to(self)
+        self.beginning = None
+        if self.kept and self.kept[-1].block == self.next_block:
+            self.kept.pop().release()
+
     def check_open(self) -> None:
         """InferixError unless the session can be told to do something."""
         if self.life.failure is not None:
@@ -289,7 +303,7 @@ class Session:
         """Let go of everything that takes memory, but for finished blocks that no one has taken."""
         for cache in self.caches:
             cache.release()
-        self.branches, self.kept, self.flight = [], [], []
+        self.branches, self.kept, self.flight, self.beginning = [], [], [], None
         self.recent = self.pixels = self.source = self.clamped = self.change = self.entering = None
         self.track.clear()
 

@@ -1,5 +1,7 @@
 """A session between two blocks: everything that its next block depends on, but for the decoder.
 
+A `Snapshot` holds pages and can be gone back to for long; a `Beginning` holds none, and is for a block that failed.
+
 Taking one copies integers and references. Tensors of a session are replaced, not written; pages are written,
 and a cache that was forked writes to pages of its own.
 """
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .actions import ActionTrack
+from .executors import Text
 from .stream import Branch, InFlight, PromptChange
 from .timeline import Timeline
 
@@ -68,3 +71,36 @@ class Snapshot:
     def release(self) -> None:
         for branch in self.branches:
             branch.cache.release()
+
+
+@dataclass
+class Beginning:
+    """What a session stands at when a block begins, for as long as it is being made.
+
+    Frames that the block let go stay away: made again, it would let them go again.
+    """
+
+    timeline: Timeline
+    rows: Tensor
+    texts: list[Text]
+    flight: list[InFlight]
+    change: PromptChange | None
+
+    @classmethod
+    def of(cls, session: Session) -> Beginning:
+        return cls(
+            session.timeline.fork(),
+            session.rows,
+            [branch.text for branch in session.branches],
+            [replace(block, solver=copy(block.solver)) for block in session.flight],
+            copy(session.change),
+        )
+
+    def give_to(self, session: Session) -> None:
+        """Have the session stand so again; pages of frames that are to be made again are free."""
+        session.timeline, session.rows = self.timeline, self.rows
+        session.flight, session.change = self.flight, self.change
+        first = self.flight[0].span.frames.start if self.flight else self.timeline.next_frame
+        for branch, text in zip(session.branches, self.texts, strict=True):
+            branch.text = text
+            branch.cache.take_back(first)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import av
 import pytest
@@ -35,6 +36,35 @@ def test_generate_writes_a_video_a_sheet_and_a_record(tmp_path):
     assert set(record["versions"]) >= {"inferix", "torch", "python"}
     assert [block["index"] for block in record["blocks"]] == [0, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.mp4", "a.png"]
+
+
+def test_records_of_a_run_hold_every_stage_and_add_up(tmp_path):
+    """A line for each block and control. Stages follow one another, and passes lie within them."""
+    done = inferix(
+        "generate", *SMALL, "--blocks", "3", "--set", "local_attn_size=6", "--prompt", "a", "--prompt-at", "0.6",
+        "snow", "--records", tmp_path / "a.jsonl", "--out", tmp_path / "a.mp4", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    blocks = [line for line in lines if "passes" in line]
+    (control,) = [line for line in lines if "control" in line]
+    assert [line["block"] for line in blocks] == [0, 1, 2] and [line["pages"] for line in blocks] == [3, 6, 6]
+    assert [ack["id"] for line in blocks for ack in line["acks"]] == [control["control"]]
+    assert blocks[control["block"]]["acks"]
+    stages = ("queue", "encode", "prepare", "denoise", "commit", "decode", "emit")
+    for line in blocks:
+        seconds, spans = line["seconds"], line["spans"]
+        assert set(seconds) == set(spans) == set(stages)
+        for before, after in pairwise(stages):
+            assert spans[before][0] <= spans[before][1] <= spans[after][0], (before, after)
+        assert all(seconds[stage] == pytest.approx(spans[stage][1] - spans[stage][0]) for stage in stages)
+        assert len(line["passes"]) == 4 + 1 and min(line["passes"]) > 0
+        assert sum(line["passes"][:4]) <= seconds["denoise"] and line["passes"][4] <= seconds["commit"]
+        assert line["slack"] is None and line["overload"] == []  # nothing is due: a file is not played
+    written = json.loads((tmp_path / "a.json").read_text())["blocks"]
+    for line, block in zip(blocks, written, strict=True):
+        assert block["timings"] == {stage: line["seconds"][stage] for stage in stages[:-1]}
+    assert blocks[-1]["spans"]["decode"][1] - blocks[0]["spans"]["queue"][0] <= json.loads(done.stdout)["seconds"]
 
 
 def test_the_same_seed_gives_the_same_file_in_two_processes(tmp_path):

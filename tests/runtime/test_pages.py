@@ -134,9 +134,13 @@ def test_a_fork_shares_pages_until_it_writes_them(name):
     assert not torch.equal(changed, plain)
 
 
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 @pytest.mark.parametrize("given", [None, "fp8"])
 @torch.no_grad()
-def test_pages_go_to_the_host_and_back(given):
+def test_pages_go_to_the_host_and_back(given, monkeypatch):
     """Bit for bit, with what forks share still shared; others use the pages meanwhile."""
     wanted = stream(make_engine("longlive", "float32", kv_dtype=given), 6)
     engine = make_engine("longlive", "float32", kv_dtype=given)
@@ -160,6 +164,11 @@ def test_pages_go_to_the_host_and_back(given):
                 cache.prefetch()
             cache.store.grows = True
             pool.release(taken)
+            with monkeypatch.context() as patch:
+                patch.setattr(cache.store, "write", out_of_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    cache.prefetch()
+                assert pool.used == 0
             cache.prefetch()
             cache.onload()
             cache.onload()
@@ -347,21 +356,23 @@ def test_memory_is_counted_before_it_is_taken():
 
 
 def test_a_fixed_budget_is_not_passed():
-    """A second session is not let in; one that finds no page all the same ends, and its pages are free."""
+    """A second session is not let in; one that finds no page all the same goes on once there is one."""
     engine = make_engine("self-forcing", "float32", local_attn_size=6, kv_memory=7 * 4096)
     one = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     with pytest.raises(InferixError, match=r"needs 24.58 kB of pages, but 24.58 kB of 28.67 kB are reserved"):
         engine.open(prompt_embeds=ROWS.float(), size=SIZE)
-    list(one.stream(1, decode=False))
+    made = list(one.stream(1, decode=False))
     pool = engine.memory.store(SIZE).pool
     assert (pool.size, pool.used) == (7, 3)
     engine.check_integrity()
     taken = pool.acquire(3)
     with pytest.raises(OutOfPages, match="3 pages of KV memory are needed, 1 of 7 are free"):
         next(one.stream(1, decode=False))
-    assert pool.used == 3
+    assert pool.used == 3 + 3
     pool.release(taken)
-    one = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
+    made += one.stream(2, decode=False)
+    wanted = stream_of(make_engine("self-forcing", "float32", local_attn_size=6), 3)
+    assert torch.equal(torch.cat([block.latents for block in made]), wanted)
     one.branches[0].cache.offload()  # its pages are free, but come back
     with pytest.raises(UsageError, match="but one session"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
@@ -372,8 +383,8 @@ def test_a_fixed_budget_is_not_passed():
     assert not engine.memory.stores
 
 
-def test_without_a_budget_there_is_room_for_more():
-    """A window without an end, and a second session, make the store grow; what is held moves with it."""
+def test_without_a_budget_there_is_room_for_more(monkeypatch):
+    """A window without an end, and a second session, make the store grow; what is held moves with it, or nothing."""
     engine = make_engine("self-forcing", local_attn_size=-1)
     assert page_needs(engine.preset).total is None
     found = stream_of(engine, 4)
@@ -382,7 +393,13 @@ def test_without_a_budget_there_is_room_for_more():
     engine = make_engine("self-forcing", local_attn_size=6)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as one, engine.open(prompt_embeds=ROWS, size=SIZE, seed=1) as other:
         made = [torch.cat([next(s.stream(1, decode=False)).latents for _ in range(3)]) for s in (one, other)]
-        assert engine.memory.store(SIZE).pool.size == 12
+        store = engine.memory.store(SIZE)
+        assert store.pool.size == 12
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_allocate", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                store.make_room(1)
+            assert store.pool.size == store.kv[0].shape[1] == 12
     for seed, latents in enumerate(made):
         assert torch.equal(latents, stream_of(make_engine("self-forcing", local_attn_size=6), 3, seed=seed))
 

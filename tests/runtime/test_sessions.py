@@ -19,6 +19,7 @@ from inferix.runtime import mailbox
 from inferix.runtime.budget import least_pages
 from inferix.runtime.lifecycle import State
 from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.pages import OutOfPages
 from inferix.runtime.records import RecordFile
 from inferix.runtime.scheduler import Limits, Relief
 from inferix.runtime.session import Session
@@ -185,30 +186,38 @@ def test_interleaved_sessions_equal_each_alone():
 
 
 def test_decoding_goes_on_beside_the_next_block(monkeypatch):
-    """The decoder of one block returns only once the next one's passes have begun; the trace shows both at a time."""
+    """A decoder that is slow enough for the next block to begin meanwhile; the records show both at a time.
+
+    Either waits for the other: block b is not denoised before the decoder is at b - 1, which goes on once b is.
+    """
     engine = small_engine()
     wanted = alone(4, decode=True)
-    begun = [threading.Event() for _ in range(4)]
-    velocity, decode, decoded = engine.velocity, engine.parts.vae.decode, []
+    denoised, decoding = ([threading.Event() for _ in range(4)] for _ in range(2))
+    velocity, decode, threads = engine.velocity, engine.parts.vae.decode, []
 
-    def noted(session, run, latents):
-        begun[session.record.block].set()
+    def denoise(session, run, latents):
+        block = session.record.block
+        denoised[block].set()
+        assert block == 0 or decoding[block - 1].wait(WAIT)
         return velocity(session, run, latents)
 
     def slow(latents, state):
-        decoded.append(threading.current_thread().name)
-        assert begun[min(len(decoded), 3)].wait(WAIT)
+        block = len(threads)
+        threads.append(threading.current_thread().name)
+        decoding[block].set()
+        assert block == 3 or denoised[block + 1].wait(WAIT)
         return decode(latents, state)
 
-    monkeypatch.setattr(engine, "velocity", noted)
+    monkeypatch.setattr(engine, "velocity", denoise)
     monkeypatch.setattr(engine.parts.vae, "decode", slow)
+    told = []
+    engine.observe(told.append)
     with opened(engine) as session:
         blocks = list(session.stream(4))
     assert same(blocks, wanted)
-    assert all(name.startswith("inferix-decode") for name in decoded)
-    for before, after in pairwise(blocks):
-        assert before.record.spans["decode"][0] < after.record.spans["denoise"][1]
-        assert after.record.spans["denoise"][0] < before.record.spans["decode"][1]
+    assert all(name.startswith("inferix-decode") for name in threads)
+    for before, after in pairwise(record["spans"] for record in told):
+        assert before["decode"][0] < after["denoise"][1] and after["denoise"][0] < before["decode"][1]
 
 
 def test_a_context_that_waits_for_pictures_does_not_decode_beside():
@@ -424,14 +433,15 @@ def not_a_number(engine, session):
 
 
 def out_of_memory(engine, session):
-    velocity = engine.velocity
+    finish = engine.host.finish
 
-    def failing(this, run, latents):
+    def failing(this, latents):
         if this is session and this.record.block == 2:
+            this.beginning = None
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return velocity(this, run, latents)
+        return finish(this, latents)
 
-    engine.velocity = failing
+    engine.host.finish = failing
 
 
 def broken_decoder(engine, session):
@@ -472,6 +482,87 @@ def test_a_session_that_fails_ends_alone(harm, said):
     other.close()
     assert engine.host.pages_in_use == 0
     assert engine.metrics()["counters"]["sessions_failed"] == 1
+
+
+PLACES = [*((name, where) for name in SCHEMES for where in ("pass", "page")), ("self-forcing", "whole block")]
+
+
+@pytest.mark.parametrize(("name", "where"), PLACES)
+def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch):
+    """Block 3 fails at its first pass, or page, then at its second, and so on: it is made as if nothing had been."""
+    settings = SCHEMES[name] | ({"executor": "fused", "denoising_step_list": [1000]} if where == "whole block" else {})
+    engine = small_engine(name, **{"rewind_blocks": 1} | settings)
+    session, other = opened(engine, 1, **NEGATIVE.get(name, {})), opened(engine, 2, **NEGATIVE.get(name, {}))
+    beside = [*session.stream(3), *other.stream(1)][3:]
+    twin = session.fork()
+    for each in (session, twin):
+        each.prompt(embeds=OTHER)
+    wanted = list(twin.stream(3))
+    twin.close()
+    pool, failed = engine.memory.store(SIZE).pool, 0
+    places = {"pass": (engine, "forward"), "page": (pool, "acquire"), "whole block": (engine.executor, "block")}
+    owner, verb = places[where]
+    plain = getattr(owner, verb)
+    while True:
+        left = failed
+
+        def failing(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0 and where == "page" and args[0]:
+                raise OutOfPages("no page is left")
+            found = plain(*args, **kwargs)
+            if left < 0 and where != "page":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, verb, failing)
+            try:
+                found = list(session.stream(1))
+                break
+            except (OutOfPages, torch.OutOfMemoryError):
+                failed += 1
+        engine.check_integrity()
+        assert session.next_block == 3 and session.state is State.RUNNING and not session.outbox.unfinished
+        assert max(session.branches[0].cache.frames, default=0) < 3 * engine.preset.num_frame_per_block
+        beside += other.stream(1)
+    assert failed > (where == "pass") and engine.metrics()["counters"]["blocks_taken_back"] == failed
+    found += session.stream(2)
+    assert same(found, wanted)
+    session.rewind(5)
+    assert same(list(session.stream(1)), wanted[-1:])
+    engine.check_integrity()
+    session.close()
+    other.close()
+    assert engine.host.pages_in_use == 0
+    with opened(engine, 2, **NEGATIVE.get(name, {})) as one:
+        assert same(beside, list(one.stream(len(beside))))
+
+
+def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeypatch):
+    """In a thread of its own; then it asks again. On a CPU torch has no class for the error."""
+    engine = small_engine()
+    session, velocity, failures = opened(engine), engine.velocity, []
+
+    def failing(session, run, latents):
+        if session.record.block == 2 and not failures:
+            failures.append(torch.empty(10**15))
+        return velocity(session, run, latents)
+
+    def read():
+        with session:
+            blocks, stream = [], session.stream(4)
+            blocks += [next(stream), next(stream)]
+            with pytest.raises(MemoryError, match="allocate memory"):
+                next(stream)
+            failures.append(len(blocks))
+            return blocks + list(session.stream(2))
+
+    monkeypatch.setattr(engine, "velocity", failing)
+    wait = in_thread(read)
+    engine.run()
+    assert same(wait(), alone(4, decode=True)) and failures == [2]
 
 
 def test_an_interrupted_block_ends_its_session_and_a_bug_is_not_swallowed(monkeypatch):
@@ -586,7 +677,7 @@ def test_a_queued_session_begins_with_its_video_once_there_is_room():
 
 
 @pytest.mark.parametrize("rewind_blocks", [0, 1])
-def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks):
+def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypatch):
     engine = small_engine(
         kv_memory=(10 + 3 * rewind_blocks) * 4096, kv_offload=True, rewind_blocks=rewind_blocks,
         limits=Limits(when_full="queue"),
@@ -595,6 +686,12 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks):
     found = list(resting.stream(3, decode=False))
     with pytest.raises(InferixError, match=r"session 2 needs .* of pages, but .* are reserved"):
         next(other.stream(1, decode=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(resting, "put_away", lambda: torch.empty(10**15))
+        resting.pause()
+        with pytest.warns(UserWarning, match="session 1 keeps its pages where they are: .*allocate memory"):
+            engine.step()
+    resting.resume()
     resting.pause()
     beside = list(other.stream(3, decode=False))
     assert resting.away and engine.host.pages_in_use == len(other.caches[0].frames) + 3 * rewind_blocks
