@@ -82,9 +82,9 @@ def profiled(name: str, engine: Engine, like: Any, full: int, ceilings: Mapping[
     stream = like.again(twin)
     try:
         for _ in range(full + 1):
-            profile.runs = []
+            profile.runs, profile.spent = [], 0.0
             block = stream.step()
-        profile.end_block(full, block.timings, {})
+        profile.end_block(full, block.timings, dict)
     finally:
         stream.close()
     (held,) = profile.blocks

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,7 +109,7 @@ class Engine:
             if self.preset.context.commit and not block.committed:
                 self.commit(session, block.span, block.latents)
         if self.profile is not None:
-            self.profile.end_block(block.span.index, session.record.seconds, self.bytes_by_owner(session))
+            self.profile.end_block(block.span.index, session.record.seconds, partial(self.bytes_by_owner, session))
         self.host.finish(session, block.latents)
 
     def run(self, keep: bool = False) -> None:
@@ -173,11 +173,15 @@ class Engine:
 
     def bytes_by_owner(self, session: Session) -> dict[str, int]:
         """Memory of the engine and of one session's decoder, by what holds it."""
-        modules = (self.parts.transformer, self.parts.vae)
-        weights = sum(tensor.nbytes for module in modules for tensor in module.parameters())
         pages = sum(store.nbytes for store in self.memory.stores.values())
-        decoder = session.track.state.nbytes
-        return {"weights": weights, "pages": pages, "decoder state": decoder, **self.executor.bytes_by_owner()}
+        owned = {"weights": self.weight_bytes, "pages": pages, "decoder state": session.track.state.nbytes}
+        return owned | self.executor.bytes_by_owner()
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of the transformer and the decoder."""
+        modules = (self.parts.transformer, self.parts.vae)
+        return sum(tensor.nbytes for module in modules for tensor in module.parameters())
 
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and histograms since the engine was loaded, as plain data."""

@@ -81,6 +81,7 @@ class Launcher:
         self.weights, self.device, self.backend = dict(weights), device, backend
         self.bound: set[str] = set()  # weights that a program is bound to
         self.constants: dict[str, Tensor] = {}  # by recipe, literals by name
+        self.constant_bytes = 0
         self.folds: list[tuple[Planned, Mapping[str, Tensor]]] = []
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
         self.profile: Profile | None = None
@@ -96,6 +97,7 @@ class Launcher:
         if lowered.fold is not None:
             made = recipes(lowered.fold.program)
             given |= self.folded(lowered.fold, made, given)
+        self.constant_bytes = self.bytes_of_constants()
         if lowered.prompt is None:
             return Loaded(lowered, self.bind(lowered.body, given), None, state, {})
         prompt = self.bind(lowered.prompt, given)
@@ -118,10 +120,12 @@ class Launcher:
 
     def bytes_by_owner(self) -> dict[str, int]:
         """What the launcher holds beside weights; those that are part of a constant count as weights."""
+        return {"constants": self.constant_bytes, "scratch": self.arena.numel()}
+
+    def bytes_of_constants(self) -> int:
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self.constants.values()}
         weights = (weight for weight in self.weights.values() if weight.untyped_storage().data_ptr() in storages)
-        constants = sum(storage.nbytes() for storage in storages.values()) - sum(weight.nbytes for weight in weights)
-        return {"constants": constants, "scratch": self.arena.numel()}
+        return sum(storage.nbytes() for storage in storages.values()) - sum(weight.nbytes for weight in weights)
 
     def bind(self, planned: Planned, given: Mapping[str, Tensor]) -> Bound:
         inputs = {

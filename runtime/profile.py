@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from ..graphs.call_cost import family, flops, listed_in, nbytes
 from ..graphs.capture import Event
 from ..graphs.launch import LaunchPlan
-from ..graphs.program import Program
+from ..graphs.program import Program, Ref
 from .media import write_atomically
 
 STAGES = ("prepare", "denoise", "commit")  # of a block's timings, those in which passes run
@@ -74,12 +76,13 @@ class Run:
 
 @dataclass
 class BlockProfile:
-    """The runs of one block, its stages in seconds, and bytes by owner."""
+    """The runs of one block, its stages in seconds, bytes by owner, and seconds that noting all this took."""
 
     index: int
     runs: list[Run]
     timings: dict[str, float]
     memory: dict[str, int]
+    spent: float
 
 
 class HostClock:
@@ -113,7 +116,7 @@ class EventClock:
 class Profile:
     """Collects runs as the launcher makes them; `end_block` closes a block, `write` leaves the report.
 
-    about: what was run and on what, for the report's first line.
+    about: what was run and on what, for the report's first line. spent: seconds of this block on notes, beside marks.
     """
 
     about: str
@@ -122,6 +125,8 @@ class Profile:
     blocks: list[BlockProfile] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     once: dict[int, Run] = field(default_factory=dict)  # fused runs of captured programs, by the program's id
+    counts: WeakKeyDictionary[LaunchPlan, PageCounts] = field(default_factory=WeakKeyDictionary)
+    spent: float = 0.0
 
     def __post_init__(self) -> None:
         self.clock: HostClock | EventClock = EventClock() if self.device.type == "cuda" else HostClock()
@@ -136,7 +141,7 @@ class Profile:
         replay()
         synchronise(self.device)
         at = tuple(section.first for section in launches.program.sections)
-        self.runs.append(Run(launches.program, begin, at, elapsed(events), pages_read(launches)))
+        self.runs.append(Run(launches.program, begin, at, elapsed(events), self.pages_read(launches)))
 
     def note_once(self, launches: LaunchPlan) -> None:
         """Time the calls of a captured program one by one, once; that leaves what a replay leaves."""
@@ -146,11 +151,24 @@ class Profile:
         marks: list[Any] = []
         launches.run_with(lambda _: marks.append(self.clock.mark()))
         seconds = self.clock.seconds(marks)
-        return Run(launches.program, begin, tuple(range(len(launches.calls))), seconds, pages_read(launches))
+        return Run(launches.program, begin, tuple(range(len(launches.calls))), seconds, self.pages_read(launches))
 
-    def end_block(self, index: int, timings: Mapping[str, float], memory: Mapping[str, int]) -> None:
-        self.blocks.append(BlockProfile(index, self.runs, dict(timings), dict(memory)))
-        self.runs = []
+    def pages_read(self, launches: LaunchPlan) -> dict[int, int]:
+        """How many pages each call that reads by table has read, from the tables as they are on the device."""
+        begin = time.perf_counter()
+        if launches not in self.counts:
+            self.counts[launches] = page_counts(launches)
+        read = ((int(counts.sum()), calls) for counts, calls in self.counts[launches])
+        found = {call: pages for pages, calls in read for call in calls}
+        self.spent += time.perf_counter() - begin
+        return found
+
+    def end_block(self, index: int, timings: Mapping[str, float], memory: Callable[[], dict[str, int]]) -> None:
+        begin = time.perf_counter()
+        held = memory()
+        self.spent += time.perf_counter() - begin
+        self.blocks.append(BlockProfile(index, self.runs, dict(timings), held, self.spent))
+        self.runs, self.spent = [], 0.0
 
     def cost_of_a_mark(self) -> float:
         """Seconds that one mark takes on the host."""
@@ -190,17 +208,18 @@ class Profile:
         return sum(block.timings.get(stage, 0.0) for stage in STAGES) - sum(run.seconds for run in block.runs)
 
     def overhead(self) -> float:
-        """The share of all runs' time that the marks took."""
+        """Time for marks and for what is noted beside them, as a share of all runs' time."""
         runs = [run for block in self.blocks for run in block.runs]
         marks = sum(len(run.marks) for run in runs)
-        return marks * self.mark_cost / max(sum(run.seconds for run in runs), 1e-12)
+        notes = sum(block.spent for block in self.blocks)
+        return (marks * self.mark_cost + notes) / max(sum(run.seconds for run in runs), 1e-12)
 
     def text(self) -> str:
         """The report: what was measured and how, then each block."""
         how = {self.clock.how if run.by_call else EVENT_NODES for block in self.blocks for run in block.runs}
         lines = [
             f"profile of {self.about}",
-            f"times from {' and '.join(sorted(how))}; marks of {self.mark_cost * 1e6:.2f} us took "
+            f"times from {' and '.join(sorted(how))}; marks of {self.mark_cost * 1e6:.2f} us and notes took "
             f"{self.overhead():.2%} of it",
             f"ceilings measured here: {self.ceilings.flops / 1e9:.4g} GFLOP/s, {self.ceilings.bytes / 1e9:.4g} GB/s",
         ]
@@ -264,16 +283,16 @@ def event(name: str, thread: int, begin: float, seconds: float, args: dict[str, 
     return {"ph": "X", "name": name, "pid": 0, "tid": thread, "ts": begin * 1e6, "dur": seconds * 1e6, "args": args}
 
 
-def pages_read(launches: LaunchPlan) -> dict[int, int]:
-    """How many pages each call that reads by table has read, from the tables as they are on the device."""
-    found: dict[int, int] = {}
-    counted: dict[str, int] = {}
+PageCounts = list[tuple[Tensor, list[int]]]
+
+
+def page_counts(launches: LaunchPlan) -> PageCounts:
+    """Each tensor that says how many pages are listed, with the calls that read it."""
+    calls: dict[Ref, list[int]] = {}
     for index, call in enumerate(launches.program.calls):
         if (counts := listed_in(call)) is not None:
-            if counts.buffer not in counted:
-                counted[counts.buffer] = int(launches.view(counts).sum())
-            found[index] = counted[counts.buffer]
-    return found
+            calls.setdefault(counts, []).append(index)
+    return [(launches.view(counts), indices) for counts, indices in calls.items()]
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
