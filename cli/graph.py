@@ -12,7 +12,7 @@ import typer
 from ..errors import UsageError, nearest
 from ..models.wan.spec import MODELS
 from ..models.wan.transformer import PRECISIONS
-from ..runtime.config import DTYPES, check_choice, check_device, default_device, default_dtype
+from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
 from ..runtime.presets import default_preset, make_preset
 from .generate import parse_settings, parse_size
 
@@ -94,17 +94,18 @@ def graph(
     asked = [*with_, *(["lowp"] if lowp is not None and "lowp" not in with_ else [])]
     left_out = [name for name in REWRITES if name not in asked] if "all" in without else without
     names = chosen(asked, left_out)
-    packed = PrecisionMap(lowp or "fp8", tuple(layers) or ("blocks.*",), tuple(keep))
+    packed = PrecisionMap(lowp or "fp8", tuple(layers) or EVERY_BLOCK, tuple(keep))
     pictures = parse_size(size) if size else None
     if stored is not None:
         check_device(device)
         shown = {"--pass": only, "--svg": svg, "--json": as_json, "--sessions": sessions > 1}
-        changed = {"--with": with_, "--without": without, "--lowp": lowp}
+        changed = {"--with": with_, "--without": without}
         if unfit := [option for option, given in (shown | changed).items() if given]:
             raise UsageError(f"{unfit[0]} is for a graph that is shown, not for what an engine runs; leave it out")
         if save is not None and load is not None:
             raise UsageError("--save makes graphs and --load reads them; give one of them")
-        graphs = QueryGraphs(spec, scheme, precision, DTYPES[dtype], device, tuple(chosen()))
+        low = packed if lowp is not None else None
+        graphs = QueryGraphs(spec, scheme, precision, DTYPES[dtype], device, tuple(names), low)
         tell_stored(graphs, pictures or spec.default_size, stored, save is not None, plan)
         return
     if plan and (only is not None or as_json):

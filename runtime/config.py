@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError, nearest
+from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.wan.checkpoint import FORMATS
 from ..models.wan.transformer import PRECISIONS
 from .paged_store import KV_DTYPES
@@ -21,6 +22,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+EVERY_BLOCK = ("blocks.*",)  # layers that low precision is for, unless told
 FP8_CAPABILITY = (8, 9)  # of GPUs whose kernels read FP8
 
 
@@ -35,7 +37,8 @@ class EngineConfig:
     they are kept, a name of `KV_DTYPES`; None is the model's own. kv_offload: those of a paused session go to host
     memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
     fast_vae: a decoder beside the model's own, as in `vae`, that overload may go over to.
-    graphs: folder of stored graphs, which those that are missing there are added to.
+    graphs: folder of stored graphs, which those that are missing there are added to. lowp: `fp8` or `int8` for linear
+    layers in graphs, those that a pattern of lowp_layers names and none of lowp_keep.
     """
 
     model: str
@@ -56,6 +59,9 @@ class EngineConfig:
     executor: str = "eager"
     fast_vae: str | None = None
     graphs: str | None = None
+    lowp: str | None = None
+    lowp_layers: tuple[str, ...] = EVERY_BLOCK
+    lowp_keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -73,13 +79,15 @@ class EngineConfig:
         if self.lora_scale != 1.0 and self.lora is None:
             raise UsageError(f"lora_scale is {self.lora_scale}, but there is no lora; give one (--lora)")
         check_device(self.device)
-        if self.kv_dtype == "fp8" and self.device.startswith("cuda"):
-            major, minor = torch.cuda.get_device_capability(self.device)
-            if (major, minor) < FP8_CAPABILITY:
-                raise UsageError(
-                    f"kv_dtype is 'fp8', but {self.device} has compute capability {major}.{minor}, and FP8 needs "
-                    f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; use int8"
-                )
+        for key in ("kv_dtype", "lowp"):
+            if getattr(self, key) == "fp8" and self.device.startswith("cuda"):
+                major, minor = torch.cuda.get_device_capability(self.device)
+                if (major, minor) < FP8_CAPABILITY:
+                    raise UsageError(
+                        f"{key} is 'fp8', but {self.device} has compute capability {major}.{minor}, and FP8 needs "
+                        f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; use int8"
+                    )
+        self.check_lowp()
         if self.graphs is not None and self.executor == "eager":
             raise UsageError(f"graphs is {self.graphs!r}, but executor eager has none; use fused, or captured on a GPU")
         if self.executor == "captured" and not self.device.startswith("cuda"):
@@ -89,6 +97,24 @@ class EngineConfig:
                 f"executor {self.executor} has no graphs for pages in {self.kv_dtype} under dtype {self.dtype}; use "
                 "executor eager, or leave kv_dtype out"
             )
+
+
+    @property
+    def precision_map(self) -> PrecisionMap | None:
+        """Which linear layers run in low precision, and in which."""
+        return None if self.lowp is None else PrecisionMap(self.lowp, self.lowp_layers, self.lowp_keep)
+
+    def check_lowp(self) -> None:
+        if self.precision_map is None:
+            if self.lowp_keep or self.lowp_layers != EVERY_BLOCK:
+                raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
+        elif self.executor == "eager":
+            raise UsageError(f"lowp is {self.lowp!r}, but executor eager has no such layers; use fused or captured")
+
+
+def patterns(given: str | Collection[str]) -> tuple[str, ...]:
+    """Names, or one, with wildcards."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def check_choice(key: str, value: str, known: Collection[str]) -> None:

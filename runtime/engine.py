@@ -29,7 +29,15 @@ from ..models.wan.vae_checkpoint import Decoder
 from .actions import ActionTrack, check_action
 from .adapter import Adapter
 from .budget import parse_bytes
-from .config import DTYPES, EngineConfig, default_device, default_dtype, default_executor
+from .config import (
+    DTYPES,
+    EVERY_BLOCK,
+    EngineConfig,
+    default_device,
+    default_dtype,
+    default_executor,
+    patterns,
+)
 from .executors import Text, make_executor
 from .graph_store import card_of
 from .host import Host
@@ -553,6 +561,9 @@ def load(
     executor: str | None = None,
     fast_vae: str | Path | None = None,
     graphs: str | Path | None = None,
+    lowp: str | None = None,
+    lowp_layers: str | Sequence[str] = EVERY_BLOCK,
+    lowp_keep: str | Sequence[str] = (),
     limits: Limits = Limits(),  # noqa: B008
     **overrides: Any,
 ) -> Engine:
@@ -582,6 +593,9 @@ def load(
         executor=executor or default_executor(device, kv_dtype),
         fast_vae=str(fast_vae) if fast_vae is not None else None,
         graphs=str(graphs) if graphs is not None else None,
+        lowp=lowp,
+        lowp_layers=patterns(lowp_layers),
+        lowp_keep=patterns(lowp_keep),
     )
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()

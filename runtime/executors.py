@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InferixError, UsageError
 from ..graphs.capture import CaptureBackend, CudaGraphs
@@ -123,8 +123,10 @@ class GraphExecutor:
     ) -> None:
         self.config, self.preset, self.decoder = config, preset, parts.vae.spec
         model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
-        rewrites = tuple(chosen()) if rewrites is None else rewrites
-        self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites)
+        lowp = config.precision_map
+        rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
+        self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp)
+        self.graph_of.check_layers([name for name, part in model.named_modules() if isinstance(part, nn.Linear)])
         self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.loaded: dict[Query, Loaded] = {}

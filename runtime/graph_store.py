@@ -41,6 +41,7 @@ def identity(graphs: QueryGraphs) -> dict[str, Any]:
         "dtype": str(graphs.dtype).removeprefix("torch."),
         "precision": graphs.precision,
         "rewrites": list(graphs.rewrites),
+        "lowp": None if graphs.lowp is None else asdict(graphs.lowp),
         "model": asdict(graphs.spec),
         "preset": {key: value for key, value in asdict(graphs.preset).items() if key != "about"},
     }

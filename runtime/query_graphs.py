@@ -5,15 +5,19 @@ What a block looks like is for `block_graph` to say; here its passes are cut to 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UsageError
 from ..graphs.compose import chained
 from ..graphs.paged_attention import PagedAttention
 from ..graphs.rewrites import rewritten
+from ..graphs.rewrites.lowp import PrecisionMap
 from ..graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
 from ..models.wan.spec import ModelSpec
 from .block_graph import TABLES, Builder, Layout
@@ -67,7 +71,10 @@ def stepped(listed: int) -> int:
 
 @dataclass(frozen=True)
 class QueryGraphs:
-    """Makes the block graph of a query, for one model and preset. rewrites: names of those that are done to it."""
+    """Makes the block graph of a query, for one model and preset.
+
+    rewrites: names of those that are done to it, and lowp after a precision map.
+    """
 
     spec: ModelSpec
     preset: Preset
@@ -75,16 +82,26 @@ class QueryGraphs:
     dtype: torch.dtype
     device: str
     rewrites: tuple[str, ...]
+    lowp: PrecisionMap | None = None
 
     def __call__(self, query: Query) -> BlockGraph:
         """A whole block: noise in, clean `latents` out. One pass: `latents` and `timesteps` in, `velocity` out."""
         builder = self.builder(query)
         if query.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
-            return rewritten(self.block(query, builder, passes, ("latents",)), self.rewrites)
+            return self.rewritten(self.block(query, builder, passes, ("latents",)))
         told = Value("timesteps", Role.INPUT, (1, query.latent[0]), torch.float32, When.PASS)
         graph = chained("pass", builder.model_pass(query.layout), None, {"timesteps": told})
-        return rewritten(self.block(query, builder, (graph,), ("velocity",)), self.rewrites)
+        return self.rewritten(self.block(query, builder, (graph,), ("velocity",)))
+
+    def rewritten(self, block: BlockGraph) -> BlockGraph:
+        return rewritten(block, self.rewrites) if self.lowp is None else rewritten(block, self.rewrites, self.lowp)
+
+    def check_layers(self, layers: Collection[str]) -> None:
+        """UsageError for a pattern of the precision map that none of these names of linear layers matches."""
+        for pattern in () if self.lowp is None else (*self.lowp.layers, *self.lowp.keep):
+            if not any(fnmatchcase(layer, pattern) for layer in layers):
+                raise UsageError(f"no linear layer is called {pattern!r}; there is {min(layers)!r}")
 
     def builder(self, query: Query) -> Builder:
         preset, size = self.preset, query.size(self.spec)

@@ -120,13 +120,16 @@ def flight_fields(block: InFlight, name: str, tensors: dict[str, Tensor]) -> dic
 
 def made_by(engine: Engine, preset: Preset) -> dict[str, Any]:
     """What must be the same for a session to go on: sizes, settings, and a look at the weights."""
-    fields = asdict(preset)
+    fields, config = asdict(preset), engine.config
     settings = {**fields.pop("sampler"), **fields.pop("context"), **fields}
     made = {
         "model": asdict(engine.spec),
         "preset": {name: value for name, value in settings.items() if name not in NO_MATTER},
         "decoder": asdict(engine.parts.vae.spec),
-        "dtype": {"dtype": engine.config.dtype, "precision": engine.config.precision, "kv": engine.config.kv_dtype},
+        "dtype": {
+            "dtype": config.dtype, "precision": config.precision, "kv": config.kv_dtype,
+            "lowp": None if config.precision_map is None else asdict(config.precision_map),
+        },
         "weights": {"transformer": fingerprint(engine.parts.transformer), "decoder": fingerprint(engine.parts.vae)},
     }
     found: dict[str, Any] = json.loads(json.dumps(made))  # as it will be read: lists for tuples

@@ -90,6 +90,29 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
             assert {query.parts for query in engine.executor.loaded if not query.whole} == {((2, 1),), ((1, 2),)}
 
 
+@pytest.fixture(scope="module")
+def plain() -> torch.Tensor:
+    """What eager gives in float32."""
+    return stream(make_engine(dtype="float32", local_attn_size=6), 3)
+
+
+@pytest.mark.parametrize(("kind", "off"), [("fp8", 0.05), ("int8", 0.015)])
+def test_linear_layers_in_low_precision(kind: str, off: float, plain: torch.Tensor) -> None:
+    """Near eager's latents, by root mean square as a share of theirs; layers that are kept come nearer."""
+
+    def share(launched: int, **settings: object) -> float:
+        engine = make_engine(dtype="float32", executor="fused", local_attn_size=6, lowp=kind, **settings)
+        found = stream(engine, 3)
+        (body,) = [loaded.lowered.body.program for loaded in engine.executor.loaded.values()]
+        assert sum("linear_lowp" in call.op.name() for call in body.calls) == launched
+        return float((found - plain).square().mean().sqrt() / plain.square().mean().sqrt())
+
+    layers, passes = TINY.num_layers, 5
+    every = share(6 * layers * passes - 5)  # q, k and v are one; the last layer of the commit has no more
+    kept = share(6 * (layers - 1) * passes - 5, lowp_keep=("blocks.0.*",))
+    assert 0 < kept < every < off
+
+
 def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrides: object) -> Engine:
     """An engine whose executor captures on a fake; its pages are enough for three sessions."""
     engine = make_engine(preset, executor="fused", kv_memory=1 << 24, **overrides)
@@ -223,5 +246,13 @@ def test_what_contradicts_is_refused() -> None:
         config(executor="captured")
     with pytest.raises(UsageError, match=r"executor is 'fuse'; did you mean 'fused'\?"):
         config(executor="fuse")
+    with pytest.raises(UsageError, match=r"low precision is 'fp4'; expected one of fp8, int8"):
+        config(executor="fused", lowp="fp4")
+    with pytest.raises(UsageError, match=r"lowp is 'int8', but executor eager has no such layers"):
+        config(lowp="int8")
+    with pytest.raises(UsageError, match=r"lowp_layers and lowp_keep say which layers lowp takes"):
+        config(executor="fused", lowp_keep=("head",))
+    with pytest.raises(UsageError, match=r"no linear layer is called 'blok\.\*'; there is 'blocks.0.cross_attn.k'"):
+        make_engine(executor="fused", lowp="int8", lowp_layers=("blok.*",))
     with pytest.raises(UsageError, match=r"executor fused has no graphs for pages in bfloat16 under dtype float32"):
         config(executor="fused", kv_dtype="bfloat16")
