@@ -142,11 +142,16 @@ class PagedCache:
         self.sink = None if held.sink is None else held.sink.to(self.store.device)
 
     def offload(self, *others: PagedCache) -> None:
-        """Move the pages to the host, with those of `others` that share them; nothing runs until `onload`."""
+        """Move the pages to the host, with those of `others` that share them; nothing runs until `onload`.
+
+        Averages of a moving sink go along, and come back when the next frame is averaged into them.
+        """
         caches = [cache for cache in (self, *others) if cache.away is None]
+        sinks = {id(cache.sink): cache.sink for cache in caches if cache.sink is not None}
+        hosted = {key: self.store.to_host(sink) for key, sink in sinks.items()}
         away = Offloaded(self.store, [cache.table for cache in caches])
         for cache in caches:
-            cache.moved = away
+            cache.moved, cache.sink = away, hosted.get(id(cache.sink))
 
     def prefetch(self) -> None:
         """Begin to bring the pages back, ahead of `onload`; OutOfPages leaves them where they are."""
@@ -175,7 +180,8 @@ class PagedCache:
         store.make_room(needed)
         store.pool.require(needed)
         wide = torch.promote_types(store.form.model, torch.float32)
-        kept = store.restored([table.pages[frame] for frame in frames], wide) if self.sink is None else self.sink
+        held = [table.pages[frame] for frame in frames]
+        kept = store.restored(held, wide) if self.sink is None else self.sink.to(store.device, non_blocking=True)
         gone = store.restored([table.pages[frame] for frame in leaving], wide)
         self.sink = kept  # should writing fail half-way, the average is still there
         moved = kept.clone()  # forks may share the old one

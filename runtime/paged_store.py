@@ -110,6 +110,14 @@ class PagedStore:
         kv = self._copied(self.kv, pages, host)
         return kv, None if self.scales is None else self._copied(self.scales, pages, host)
 
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy on the host, pinned where that helps, complete once `transfer` has been waited for."""
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
+        with self.transfer.beside():
+            out.copy_(tensor, non_blocking=True)
+        self.transfer.join()
+        return out
+
     def write(self, pages: list[int], kv: Tensor, scales: Tensor | None) -> None:
         """Put into pages what `read` gave; ValueError for pages of another shape or dtype."""
         shape = (len(self.kv), 2, len(pages), *self.form.shape)

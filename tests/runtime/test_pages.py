@@ -285,6 +285,32 @@ def test_a_moving_average_sink(positions):
             cache.store.pool.check_integrity([cache.table, there.table])
 
 
+@torch.no_grad()
+def test_averages_of_a_moving_sink_go_to_the_host_with_its_pages(monkeypatch):
+    """Once for all that share them, and a resting stream goes on bit for bit, or not if they are left out."""
+    overrides = {"sink_decay": 0.9, "rewind_blocks": 1, "kv_offload": True}
+    wanted = stream_of(make_engine("longlive", **overrides), 7)
+
+    def rested(spoil):
+        engine = make_engine("longlive", **overrides)
+        with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+            made = list(session.stream(5, decode=False))
+            here, kept = session.caches
+            kept.sink = here.sink
+            before, copies, to_host = here.sink, [], here.store.to_host
+            monkeypatch.setattr(here.store, "to_host", lambda tensor: copies.append(to_host(tensor)) or copies[-1])
+            session.pause()
+            engine.step()
+            assert here.away is not None and here.sink is kept.sink is copies[0] and len(copies) == 1
+            assert torch.equal(here.sink, before) and here.sink is not before
+            here.sink = here.sink * spoil
+            session.resume()
+            made += session.stream(2, decode=False)
+        return torch.cat([block.latents for block in made])
+
+    assert torch.equal(rested(1), wanted) and not torch.equal(rested(1.5), wanted)
+
+
 class Rounded(BoundCache):
     """Keys and values rounded as they are stored, by frame and head."""
 
