@@ -18,6 +18,15 @@ class UsageError(InferixError, ValueError):
     """Bad input: a value, name, file or combination that cannot be used."""
 
 
+def no_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch has a class of its own for that of a GPU, and none for the host's."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or no_host_memory(error)
+
+
+def no_host_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string."""
     found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

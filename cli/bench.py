@@ -52,8 +52,10 @@ def common() -> None:
 
 @app.command()
 def kernels(
-    op: list[str] = typer.Option([], help="An op by name; repeatable.  [default: all]"),
-    case: list[str] = typer.Option([], help="A case by name; repeatable.  [default: all that fit the machine]"),
+    op: list[str] = typer.Option([], metavar="OP", help="An op by name; repeatable.  [default: all]"),
+    case: list[str] = typer.Option(
+        [], metavar="CASE", help="A case by name; repeatable.  [default: all that fit the machine]"
+    ),
     shape: str | None = typer.Option(None, metavar="NAME=N,...", help="Sizes of your own, for one op."),
     dtype: str = typer.Option("bfloat16", help="bfloat16, float16 or float32."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
@@ -121,8 +123,12 @@ def block(
     preset: str | None = PRESET,
     random_weights: bool = RANDOM,
     frames_in_window: int | None = typer.Option(None, help="Window in latent frames.  [default: the preset's]"),
-    executor: list[str] = typer.Option([], help="eager, fused or captured; repeatable.  [default: all that can run]"),
-    baseline: list[str] = typer.Option([], help="plain, compiled or none; repeatable.  [default: all, on a CPU plain]"),
+    executor: list[str] = typer.Option(
+        [], metavar="NAME", help="eager, fused or captured; repeatable.  [default: all that can run]"
+    ),
+    baseline: list[str] = typer.Option(
+        [], metavar="NAME", help="plain, compiled or none; repeatable.  [default: all, on a CPU plain]"
+    ),
     rounds: int = typer.Option(3, help="Streams of each candidate, in turns."),
     blocks: int = typer.Option(5, help="Blocks timed at a full window in each round."),
     size: str | None = SIZE,

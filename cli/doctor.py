@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..version import __version__
+from .options import counted
 
 GIVES = {
     "torch": "runs the models; required",
@@ -70,13 +71,14 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dic
     def needs(name: str) -> str:
         return "works" if packages[name] else f"missing: pip install {name}"
 
+    compiles = packages["triton"] and not gpus
     return {
         "generate on the CPU": "works",
         "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
         "video files": needs("av"),
         "prompts as text": needs("transformers"),
         "prompt cleaning": needs("ftfy"),
-        "GPU kernels": needs("triton"),
+        "GPU kernels": "compile here, run where there is a GPU" if compiles else needs("triton"),
         "export to engines": "not in this version",
     }
 
@@ -127,7 +129,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON line ins
     machine = Table("part", "facts", title="Machine", title_justify="left")
     cpu = facts["cpu"]
     memory = "memory unknown" if cpu["memory_gib"] is None else f"{cpu['memory_gib']} GiB of memory"
-    machine.add_row("CPU", f"{cpu['machine']}, {cpu['cores']} cores, {memory}")
+    machine.add_row("CPU", f"{cpu['machine']}, {counted(cpu['cores'], 'core')}, {memory}")
     for gpu in facts["gpus"]:
         described = f"{gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"
         machine.add_row("GPU", described)

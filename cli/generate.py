@@ -32,7 +32,7 @@ from ..runtime.media import CONTAINERS, VideoWriter, check_output, contact_sheet
 from ..runtime.presets import DEFAULT_MODEL
 from ..runtime.storyboard import Cue, read_storyboard, schedule
 from ..version import __version__
-from .options import check_settings, parse_settings, parse_size
+from .options import check_settings, counted, parse_settings, parse_size
 from .presets import tell_presets
 
 if TYPE_CHECKING:
@@ -334,6 +334,8 @@ def generate(
         advance = stack.enter_context(progress_bar(console, count))
         result, kept = record_blocks(session, count, changes, writer, advance)
 
+    if records is not None:
+        result.outputs.append(str(records))
     if result.blocks:
         if profiled is not None:
             assert profile is not None
@@ -370,5 +372,7 @@ def tell(result: Result, count: int, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     elif result.blocks:
-        speed = f", {result.frames} frames, {result.frames / result.seconds:.2f} FPS" if result.frames else ""
-        typer.echo(f"{len(result.blocks)} blocks{speed}, {result.seconds:.1f} s: {', '.join(result.outputs)}")
+        told = [counted(len(result.blocks), "block")]
+        if result.frames:
+            told += [counted(result.frames, "frame"), f"{result.frames / result.seconds:.2f} FPS"]
+        typer.echo(f"{', '.join(told)}, {result.seconds:.1f} s: {', '.join(result.outputs)}")

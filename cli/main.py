@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InferixError, UsageError
+from ..errors import InferixError, UsageError, no_memory
 from ..version import __version__
 from . import bench, checkpoint, evaluate
 from .doctor import doctor
@@ -34,6 +34,12 @@ class Commands(TyperGroup):
                 traceback.print_exc()
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
+        except (MemoryError, RuntimeError) as error:
+            if not no_memory(error) or ctx.params.get("debug"):
+                raise
+            said = str(error).splitlines()[0]
+            typer.echo(f"error: memory ran out: {said}; inferix plan says what fits, and what needs less", err=True)
+            raise typer.Exit(1) from error
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

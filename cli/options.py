@@ -25,6 +25,11 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """`832x480` to (832, 480)."""
     width, separator, height = text.lower().partition("x")

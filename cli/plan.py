@@ -31,7 +31,7 @@ from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, de
 from ..runtime.forecast import Ceiling, Workload
 from ..runtime.paged_store import KV_DTYPES
 from ..runtime.presets import default_preset, make_preset
-from .options import check_settings, parse_settings, parse_size
+from .options import check_settings, counted, parse_settings, parse_size
 
 DEFAULT_MODEL = "wan-1.3b"
 HALF = ("bfloat16", "float16")  # what makers' figures are for
@@ -329,13 +329,16 @@ def verdict(load: Workload, facts: dict[str, Any]) -> Iterator[str]:
             "what runs is slower."
         )
         count = predicted["sessions_in_real_time"]
-        yield f"Even so, {count or 'no'} session{'s' * (count != 1)} at {load.spec.fps} FPS would be in real time."
+        yield (
+            f"Even so, {counted(count, 'session')} at {load.spec.fps} FPS would be in real time." if count
+            else f"Even so, not one session would be in real time, which is {load.spec.fps} FPS."
+        )
     if given is None:
         yield "Give --memory or --gpu to see what fits."
     elif facts["fits"]:
         count = facts["sessions_that_fit"]
         yield (
-            f"It fits: {count} session{'s' * (count != 1)} would, and for {load.sessions} there is memory for a window "
+            f"It fits: {counted(count, 'session')} would, and for {load.sessions} there is memory for a window "
             f"of {facts['longest_window']} latent frames (models are trained for theirs)."
         )
     else:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import InferixError
 
+OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began with before torch 1.6
 WEIGHTS = (".safetensors", ".pt", ".pth")
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,13 +48,30 @@ def read_tensors(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        mapped = zipfile.is_zipfile(path)
+        if not mapped and (wrong := why_no_pickle(path)):
+            raise InferixError(f"cannot read {path}: {wrong}; the file is damaged or no checkpoint")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        said = "it holds more than tensors and plain values, which is not loaded, since that can run code"
+        raise InferixError(f"cannot read {path}: {said}; the file is damaged or no checkpoint") from error
+    except (OSError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
+        said = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise InferixError(f"cannot read {path}: {said}; the file is damaged or no checkpoint") from error
     if not isinstance(content, dict):
         raise InferixError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     return content
+
+
+def why_no_pickle(path: Path) -> str | None:
+    """What is wrong with a file that is no whole archive of torch.save; None for one of before torch 1.6."""
+    with path.open("rb") as file:
+        head = file.read(len(OLD_MAGIC))
+    if head == OLD_MAGIC:
+        return None
+    if head.startswith(b"PK"):
+        return "it was cut short"
+    return "it was not written by torch.save, and its name does not end in .safetensors"
 
 
 def fill(

@@ -2,6 +2,7 @@
 
 capability: compute capability, as CUDA counts it. tflops: bfloat16 with sums in float32, without sparsity; bandwidth in
 GB/s; memory in GB as it is sold, 10^9 bytes, which leaves what a card has beyond that to the driver and the libraries.
+Where a maker gives figures with sparsity alone, they are halved. Sources stand beside the cards.
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ class Card:
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
+        # Ampere GA102 architecture whitepaper v2, appendix A
         Card("rtx-3090", (8, 6), 24, 71, 936),
+        # Ada GPU architecture whitepaper v2, appendix A: BF16 tensor with FP32 accumulate
         Card("rtx-4080", (8, 9), 16, 97.5, 717),
         Card("rtx-4090", (8, 9), 24, 165.2, 1008),
+        # RTX Blackwell GPU architecture whitepaper, appendix: BF16 tensor with FP32 accumulate
         Card("rtx-5080", (12, 0), 16, 112.6, 960),
         Card("rtx-5090", (12, 0), 32, 209.5, 1792),
+        # L4 datasheet: 242 with sparsity; L40S datasheet: 362.05, 864 GB/s
         Card("l4", (8, 9), 24, 121, 300),
         Card("l40s", (8, 9), 48, 362, 864),
+        # A100 datasheet, SXM forms
         Card("a100-40gb", (8, 0), 40, 312, 1555),
         Card("a100-80gb", (8, 0), 80, 312, 2039),
+        # H100 datasheet, SXM and PCIe: 1,979 and 1,513 with sparsity; H200 datasheet: 1,979 with sparsity
         Card("h100", (9, 0), 80, 989, 3350),
         Card("h100-pcie", (9, 0), 80, 756, 2000),
         Card("h200", (9, 0), 141, 989, 4800),
-        Card("b200", (10, 0), 180, 2250, 8000),
+        # HGX B200 datasheet, one of its eight: 4.5 PFLOPS with sparsity, 180 GB at 7.7 TB/s
+        Card("b200", (10, 0), 180, 2250, 7700),
     )
 }

@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import InferixError, UsageError
+from ..errors import InferixError, UsageError, no_host_memory
 from .mailbox import Bell
 from .pages import OutOfPages
 
 SHORTAGES = (OutOfPages, MemoryError, torch.OutOfMemoryError)  # there may be memory another time
 FAILURES = (InferixError, *SHORTAGES)  # what concerns one session, or one call, and no other
-NO_HOST_MEMORY = "DefaultCPUAllocator"  # in the RuntimeError of which torch makes no class of its own
 
 T = TypeVar("T")
 
@@ -95,7 +94,7 @@ def shortages_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if NO_HOST_MEMORY not in str(error):
+        if not no_host_memory(error):
             raise
         raise MemoryError(str(error)) from error
 

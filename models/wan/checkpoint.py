@@ -137,7 +137,7 @@ def transformer_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Any] | No
     if path.is_file():
         return (path,), read_json(path.parent / "config.json")
     if not path.is_dir():
-        known = f"{nearest(str(path), MODELS)}; names of random models are {', '.join(MODELS)}"
+        known = f"{nearest(str(path), MODELS)}; names of models are {', '.join(MODELS)}"
         raise UsageError(f"no checkpoint {str(path)!r}: no such file or folder{known}")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     config = read_json(folder / "config.json")

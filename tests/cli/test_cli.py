@@ -10,7 +10,12 @@ from itertools import pairwise
 
 import av
 import pytest
+import torch
 from oracles import write_untrained_world
+from typer.testing import CliRunner
+
+from inferix.cli import doctor
+from inferix.cli.main import app
 
 RUN = [sys.executable, "-m", "inferix"]
 SMALL = ["--model", "wan-tiny", "--size", "32x32", "--blocks", "2"]
@@ -179,6 +184,14 @@ def test_ctrl_c_keeps_the_finished_blocks_in_a_playable_file(tmp_path):
     record = json.loads((tmp_path / "a.json").read_text())
     assert count_frames(tmp_path / "a.mp4") >= record["frames"] > 0
     assert not part.exists()
+
+
+def test_memory_that_runs_out_is_told_in_a_line(monkeypatch):
+    monkeypatch.setattr(doctor, "report", lambda: torch.empty(10**15))
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 1
+    assert "error: memory ran out: " in done.output and "inferix plan says what fits" in done.output
+    assert isinstance(CliRunner().invoke(app, ["--debug", "doctor"]).exception, RuntimeError)
 
 
 def test_checkpoint_commands(tmp_path):

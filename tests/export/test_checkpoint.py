@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from inferix import load
 from inferix.errors import InferixError, UsageError
 from inferix.export.checkpoint import convert, random_lora, write_random
+from inferix.models.files import read_tensors
 from inferix.models.wan.checkpoint import FORMATS, inspect, read_checkpoint, strip_wrappers
 from inferix.models.wan.random import random_tiny_decoder_state
 from inferix.models.wan.spec import MODELS
@@ -228,10 +230,14 @@ def test_misfits_are_listed_by_name_and_shape(folders, tmp_path):
 def test_files_that_are_none(folders, tmp_path):
     whole = (folders["self-forcing"] / FORMATS["self-forcing"].file).read_bytes()
     cases = {"cut.pt": whole[: len(whole) // 2], "text.pt": b"hello", "empty.safetensors": b"", "empty.pt": b""}
+    cases |= {"pickle.pt": pickle.dumps({"a": 1}), "bytes.pt": b"\x80\x99abc"}
+    said = dict.fromkeys(cases, "not written by torch.save") | {"cut.pt": "cut short", "empty.safetensors": "header"}
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InferixError, match="damaged or no checkpoint"):
+        with pytest.raises(InferixError, match=f"{said[name]}.*; the file is damaged or no checkpoint"):
             read_checkpoint(tmp_path / name)
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert read_tensors(tmp_path / "old.pt")["a"].tolist() == [1, 1]
     save_file({"lm_head.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match=r"no Wan transformer: it holds lm_head\.weight"):
         read_checkpoint(tmp_path / "other.safetensors")
@@ -247,7 +253,7 @@ def test_pickles_do_not_run_code(tmp_path):
             return (print, ("ran",))
 
     torch.save({"generator": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InferixError, match="damaged or no checkpoint"):
+    with pytest.raises(InferixError, match="holds more than tensors"):
         read_checkpoint(tmp_path / "evil.pt")
 
 
