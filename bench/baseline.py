@@ -139,16 +139,17 @@ class PlainLoop:
                 done += 1
             else:
                 self.forward(step.run, latents)
-        pixels, timings = None, {}
+        pixels = frames = None
+        timings = {}
         if decode or self.engine.preset.context.needs_pixels:
             synchronize(str(self.engine.device))
             begun = time.perf_counter()
             pixels = self.engine.parts.vae.decode(latents, self.decoder)
+            frames = to_frames(pixels) if decode else None
             synchronize(str(self.engine.device))
             timings["decode"] = time.perf_counter() - begun
         self.past = [*self.past, latents][-self.full :]
         self.pixels = pixels
-        frames = to_frames(pixels) if decode and pixels is not None else None
         return Made(latents, frames, timings)
 
     def rebuild(self, run: Pass) -> None:

@@ -34,7 +34,7 @@ from ..runtime.media import write_atomically
 from . import block, candidates, compile_gate, kernels, stream
 from .inside import launches_of
 from .machine import environment
-from .result import write_result
+from .result import CHECK, write_result
 from .rivals import bound
 from .subject import Subject, open_engine, random_prompt, with_executor
 from .work import blocks_until_full
@@ -68,7 +68,7 @@ def unit_tests(op: str) -> Unit:
         results = check_op(SPECS[op], device)
         wrong = {name: said for name, said in results.items() if said}
         found = {"environment": environment(device), "checked": len(results), "wrong": wrong}
-        write_text(file, json.dumps(found, indent=1))
+        write_check(file, found)
         if wrong:
             raise InferixError(f"{op}: {len(wrong)} of {len(results)} cases are wrong: {wrong}")
 
@@ -82,7 +82,7 @@ def unit_code() -> Unit:
             raise InferixError("the compile gate does not inspect code for this card's compute capability")
         wrong = compile_gate.not_inspected(ran, json.loads(compile_gate.TABLE.read_text("utf-8")))
         found = {"environment": environment(device), "checked": len(ran), "wrong": wrong, "sha256": ran}
-        write_text(file, json.dumps(found, indent=1))
+        write_check(file, found)
         if wrong:
             raise InferixError(f"{len(wrong)} of {len(ran)} kernels are not those of compiled.json: {'; '.join(wrong)}")
 
@@ -154,7 +154,7 @@ def check_captures(engine: Engine, rows: torch.Tensor, subject: Subject, full: i
 def unit_graph(subject: Subject) -> Unit:
     def run(device: str, file: Path) -> None:
         found, wrong = check_graph(replace(subject, device=device))
-        write_text(file, json.dumps(found, indent=1))
+        write_check(file, found)
         if wrong:
             raise InferixError("; ".join(wrong))
 
@@ -246,6 +246,11 @@ def run_stage(stage: str, place: Place, begin: Callable[[str, float], str | None
         left.pop(0)
         first = False
     return left
+
+
+def write_check(path: Path, found: dict[str, Any]) -> None:
+    """What was right and what was wrong: no result of a benchmark, and told apart from one by a reader."""
+    write_text(path, json.dumps({CHECK: True, **found}, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:

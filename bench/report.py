@@ -19,6 +19,7 @@ from .plots import PLOTS, has_matplotlib
 from .result import Result, Series, read_folder
 
 Row = tuple[str, ...]
+WAITED = 0.1  # share by which wall time may be above the processor's before the page says so
 HOW = """\
 ## How to read this page
 
@@ -26,6 +27,8 @@ HOW = """\
   block up to the full window and beyond, and a candidate that is further off than the stated tolerance is refused.
 - A block is timed at a **full window**, reached by running the stream, not with an empty cache.
 - FPS are pixel frames out for each second of wall time, the decoder included.
+- The decoder's column is decoding and the conversion to uint8 frames. The engine does both on a thread of its own,
+  beside the next block where one is asked for (`interval`); the baselines do them in line.
 - Times are medians; quartiles and the worst are beside them, and every sample is in the result's file.
 - Shares are of a matmul and a copy timed in the same run, not of a data sheet.
 - Baselines run in the same process with the same weights. `plain` has the structure of the public reference loop;
@@ -47,7 +50,7 @@ def write_report(folder: Path, out: Path) -> list[Path]:
     pictures = out.with_suffix("")
     with tempfile.TemporaryDirectory() as made:
         drawn = draw_all(results, Path(made)) if has_matplotlib() else {}
-        text = page(results, str(folder), out.name, {name: [f"{pictures.name}/{path.name}" for path in paths]
+        text = page(results, str(folder), str(out), {name: [f"{pictures.name}/{path.name}" for path in paths]
                                                       for name, paths in drawn.items()})  # fmt: skip
         if drawn:
             shutil.rmtree(pictures, ignore_errors=True)
@@ -110,7 +113,8 @@ def gpu_part(gpu: dict[str, Result], pictures: dict[str, list[str]]) -> str:
     parts.append(table(("work", "goal", "measured", "command"), [goal_row(goal, gpu) for goal in GOALS]))
     parts.append(
         "All of them in stages of under nine minutes each, which go on where they were stopped: "
-        "`python -m inferix.bench.gpu_check --stage block --out results`."
+        "`python -m inferix.bench.gpu_check --stage STAGE --out results`, STAGE being `kernels`, `block` and `stream` "
+        "in turn, each again for as long as it exits with 3; then `inferix bench report results`."
     )
     parts += [section(name, result, pictures.get(name, [])) for name, result in gpu.items()]
     return "\n\n".join(parts)
@@ -313,6 +317,20 @@ def stream_part(result: Result) -> Iterator[str]:
         )
         heads = ("", *(str(part + 1) for part in range(len(memory))))
         yield table(heads, [(name, *values) for name, values in kinds])
+        if waited := waited_in(result, long):
+            tenths = f"{'tenths' if len(waited) > 1 else 'tenth'} {', '.join(map(str, waited))}"
+            yield (
+                f"In {tenths} the interval is more than {WAITED:.0%} above the time that the process had of a "
+                "processor: there it waited, most likely for other work on the machine."
+            )
+
+
+def waited_in(result: Result, long: dict[str, Any]) -> list[int]:
+    """Tenths of a long run, from 1, in which a process of one thread on a CPU was held up."""
+    if result.on_gpu or result.environment["host"]["threads"] != 1:
+        return []
+    pairs = zip(long["interval_by_tenth"], long["processor_seconds_by_tenth"], strict=True)
+    return [tenth for tenth, (wall, had) in enumerate(pairs, 1) if wall > (1 + WAITED) * had]
 
 
 def kernels_part(result: Result) -> Iterator[str]:

@@ -106,6 +106,7 @@ def write_result(result: Result, path: Path) -> Path:
     return write_atomically(check_output(path), lambda part: part.write_text(text, "utf-8"))
 
 
+CHECK = "check"  # a key of files of gpu_check that hold no measurement
 ENVELOPE: dict[str, type] = {
     "kind": str, "clock": str, "environment": dict, "subject": dict, "settings": dict, "ceilings": dict,
     "series": dict, "facts": dict,
@@ -141,6 +142,14 @@ def read_result(path: str | Path) -> Result:
     return Result(**content)
 
 
+def is_check(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and CHECK in content
+
+
 def read_series(value: Any, where: str) -> Series:
     if not isinstance(value, Mapping) or not isinstance(value.get("samples"), list):
         raise UsageError(f"{where} is {value!r:.60}; expected unit, samples and better: run it again")
@@ -152,10 +161,14 @@ def read_series(value: Any, where: str) -> Series:
 
 
 def read_folder(folder: Path) -> dict[str, Result]:
-    """Every result below a folder by its path from there, in the order of names; UsageError where there is none."""
+    """Every result below a folder by its path from there, in the order of names; UsageError where there is none.
+
+    Files of `gpu_check` that say what was right are passed over.
+    """
     if not folder.is_dir():
         raise UsageError(f"no folder {str(folder)!r}; expected one with results of inferix bench")
-    found = {str(path.relative_to(folder)): read_result(path) for path in sorted(folder.rglob("*.json"))}
+    paths = [path for path in sorted(folder.rglob("*.json")) if not is_check(path)]
+    found = {str(path.relative_to(folder)): read_result(path) for path in paths}
     if not found:
         made = folder / "block.json"
         raise UsageError(f"{str(folder)!r} holds no results; make one: inferix bench block --out {made}")

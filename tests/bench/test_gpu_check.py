@@ -7,7 +7,10 @@ from typer.testing import CliRunner
 
 from inferix.bench import gpu_check
 from inferix.bench.gpu_check import STAGES, Place, run_stage
+from inferix.bench.result import read_folder, write_result
 from inferix.errors import InferixError, UsageError
+
+from .made import made
 
 UNITS = list(STAGES["block"])
 
@@ -37,6 +40,15 @@ def test_a_unit_that_takes_all_the_time_there_is_has_failed(tmp_path):
 
     assert run_stage("block", Place(tmp_path), begin, 7) == UNITS[1:]
     assert Place(tmp_path).failure(UNITS[0]).read_text() == "it took longer than 7 s\n"
+
+
+def test_a_report_can_be_made_of_all_that_the_stages_leave(tmp_path):
+    (tmp_path / "tests").mkdir()
+    gpu_check.write_check(tmp_path / "tests" / "adaln.json", {"checked": 3, "wrong": {}})
+    with pytest.raises(UsageError, match="holds no results"):
+        read_folder(tmp_path)
+    write_result(made({"eager/block": [0.2]}), tmp_path / "block.json")
+    assert list(read_folder(tmp_path)) == ["block.json"]
 
 
 @pytest.mark.skipif(gpu_check.torch.cuda.is_available(), reason="there is a GPU")

@@ -174,7 +174,7 @@ def test_the_committed_page_is_made_of_the_committed_results():
             assert (ROOT / "docs" / link).is_file()
             stem = max((name.removesuffix(".json") for name in links if Path(link).name.startswith(name[:-5])), key=len)
             links[f"{stem}.json"].append(link)
-    again = page(read_folder(folder), "bench/results", "performance.md", links)
+    again = page(read_folder(folder), "bench/results", "docs/performance.md", links)
     assert held == again, "make it anew: inferix bench report bench/results --out docs/performance.md"
 
 
