@@ -37,7 +37,7 @@ class StagedAttention:
     column_turns: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rotate, quantise into the pages, and attend to those listed; all [1, T, n, c]."""
+        """Rotate, quantise into the pages, and attend to those listed; all [B, T, n, c]."""
         kv, scale = self.kv[layer], None if self.scales is None else self.scales[layer]
         queries = append(self.parts, q, k, v, self.row_turns, self.column_turns, self.staging, None)
         kv_pages(self.staging, self.written[0], kv, self.written[1], target_scale=scale)

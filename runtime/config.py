@@ -38,7 +38,8 @@ class EngineConfig:
     memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
     fast_vae: a decoder beside the model's own, as in `vae`, that overload may go over to.
     graphs: folder of stored graphs, which those that are missing there are added to. lowp: `fp8` or `int8` for linear
-    layers in graphs, those that a pattern of lowp_layers names and none of lowp_keep.
+    layers in graphs, those that a pattern of lowp_layers names and none of lowp_keep. batches: file of measured times of
+    sessions that run as one.
     """
 
     model: str
@@ -62,6 +63,7 @@ class EngineConfig:
     lowp: str | None = None
     lowp_layers: tuple[str, ...] = EVERY_BLOCK
     lowp_keep: tuple[str, ...] = ()
+    batches: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)

@@ -1,8 +1,8 @@
 """The engine: a loaded model, the sessions opened on it, and the block loop.
 
-`Engine.step` is the loop's body: whose turn it is, then that session's block: prepare, denoise, commit, finish.
-Which frames and positions a pass has is for `timeline` to say, and how sessions come, wait and end for `host`;
-tensors are here, in the caches and in the model.
+`Engine.step` is the loop's body: whose turn it is, then those sessions' blocks: prepare, denoise, commit, finish.
+Which frames and positions a pass has is for `timeline` to say, how sessions come, wait and end for `host`, and which
+run as one for `scheduler`; tensors are here, in the caches and in the model.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..models.wan.taehv import TinyDecoder
 from ..models.wan.vae_checkpoint import Decoder
 from .actions import ActionTrack, check_action
 from .adapter import Adapter
+from .batch_times import BatchTimes, read_times
 from .budget import parse_bytes
 from .config import (
     DTYPES,
@@ -38,6 +39,7 @@ from .config import (
     default_executor,
     patterns,
 )
+from .driver import FAILURES, shortages_named
 from .executors import Text, make_executor
 from .graph_store import card_of
 from .host import Host
@@ -46,6 +48,7 @@ from .loading import SHIPPED, Components, load_components, random_components, sh
 from .mailbox import STEERING
 from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
+from .paged_cache import bind_together
 from .paged_store import KV_DTYPES
 from .pipeline import to_frames
 from .presets import DEFAULT_MODEL, Preset, default_preset, make_preset
@@ -53,6 +56,7 @@ from .profile import Profile, measure_ceilings
 from .sampler import Sampler, noised
 from .scheduler import Limits
 from .session import Session
+from .side_by_side import Answer, Ask, Making, alike, side_by_side
 from .snapshot import Beginning
 from .stream import Branch, InFlight, PromptChange
 from .timeline import Span, Timeline
@@ -77,6 +81,9 @@ class Engine:
         kept = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else self.dtype
         self.memory = KVMemory(self.spec, preset, (self.dtype, kept), self.device, config.kv_memory)
         self.host = Host(self, limits)
+        if config.batches is not None:
+            for size, times in read_times(Path(config.batches), self.timed_on).items():
+                self.follow_times(size, times)
 
     def __repr__(self) -> str:
         config = self.config
@@ -94,28 +101,31 @@ class Engine:
         return self.spec.default_size
 
     @torch.no_grad()
-    def step(self) -> Session | None:
-        """Make the next block of the session whose turn it is; None where none can be made just now."""
-        session = self.host.turn()
-        if session is not None:
-            with self.host.alone(session):
-                self.make_block(session)
-        return session
+    def step(self) -> tuple[Session, ...]:
+        """Make the next block of the sessions whose turn it is; of none where none can be made just now."""
+        sessions = self.host.turn()
+        side_by_side([self.lone_block(session, len(sessions)) for session in sessions], self.velocities)
+        return sessions
 
-    def make_block(self, session: Session) -> None:
+    def lone_block(self, session: Session, batch: int) -> Making[None]:
+        """One block of `batch` that are made side by side; what fails in it ends its session and no other."""
+        with self.host.alone(session):
+            self.host.begin(session, batch)
+            yield from self.make_block(session)
+
+    def make_block(self, session: Session) -> Making[None]:
         """One block, from what was told until now to its decoding, which goes on beside the next block."""
-        self.host.begin(session)
         with session.record.span("encode"):
             self.follow_controls(session)
         session.beginning = Beginning.of(session)  # where a block that memory runs out for is taken back to
         with session.record.span("prepare"):
-            self.follow_prompt(session)
-            self.rebuild_context(session)
+            yield from self.follow_prompt(session)
+            yield from self.rebuild_context(session)
         with session.record.span("denoise"):
-            block = self.whole_block(session) if self.launches_whole(session) else self.denoise(session)
+            block = self.whole_block(session) if self.launches_whole(session) else (yield from self.denoise(session))
         with session.record.span("commit"):
             if self.preset.context.commit and not block.committed:
-                self.commit(session, block.span, block.latents)
+                yield from self.commit(session, block.span, block.latents)
         if self.profile is not None:
             self.profile.end_block(block.span.index, session.record.seconds, partial(self.bytes_by_owner, session))
         self.host.finish(session, block.latents)
@@ -195,6 +205,18 @@ class Engine:
         """Counters, gauges and histograms since the engine was loaded, as plain data."""
         return self.host.metrics.as_dict(self.host.gauges())
 
+    def follow_times(self, size: tuple[int, int], times: BatchTimes) -> None:
+        """Have blocks of sessions of `size` (width, height) run as one where these measured times say so."""
+        self.host.scheduler.batch_times[size] = times
+
+    @property
+    def timed_on(self) -> dict[str, Any]:
+        """What block times depend on beside the size of pictures, as plain values."""
+        config, preset = self.config, {key: value for key, value in asdict(self.preset).items() if key != "about"}
+        chosen = {key: getattr(config, key) for key in ("dtype", "kv_dtype", "executor", "precision")}
+        threads = torch.get_num_threads() if self.device.type == "cpu" else None
+        return {"model": asdict(self.spec), "preset": preset, "card": card_of(self.device), "threads": threads} | chosen
+
     def launches_whole(self, session: Session) -> bool:
         """Whether the next block can be one launch: its noise is a function of the seed, and no frame is held."""
         held = session.clamped is not None and session.timeline.next_frame == 0
@@ -216,7 +238,7 @@ class Engine:
         block.committed = self.preset.context.commit
         return block
 
-    def denoise(self, session: Session) -> InFlight:
+    def denoise(self, session: Session) -> Making[InFlight]:
         """Passes over the blocks in flight until the first of them is clean; one more joins at each pass."""
         flight, levels = session.flight, session.sampler.timesteps
         while True:
@@ -226,7 +248,7 @@ class Engine:
             clean = frozenset({0} if session.clamped is not None else ())
             run = timeline.joint_pass([(block.span.frames, levels[block.step]) for block in flight], clean)
             self.hold(session, run)
-            velocity = self.velocity(session, run, torch.cat([block.latents for block in flight]))
+            velocity = yield from self.velocity(session, run, torch.cat([block.latents for block in flight]))
             for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
                 self.advance(session, block, part)
             if flight[0].step == len(levels):
@@ -263,11 +285,11 @@ class Engine:
         if session.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((session.clamped, block.latents[len(session.clamped) :]))
 
-    def commit(self, session: Session, span: Span, latents: Tensor) -> None:
+    def commit(self, session: Session, span: Span, latents: Tensor) -> Making[None]:
         """One pass over the clean latents, for the keys and values it leaves in the cache."""
         run = session.timeline.commit_pass(span.frames)
         self.hold(session, run)
-        self.velocity(session, run, latents)
+        yield from self.velocity(session, run, latents)
 
     def hold(self, session: Session, run: Pass) -> None:
         """Roll the caches to what a pass that writes is going to see; others see what is held."""
@@ -277,22 +299,56 @@ class Engine:
                 branch.cache.hold(group.context)
             session.timeline.forget(group.context)
 
-    def velocity(self, session: Session, run: Pass, latents: Tensor) -> Tensor:
-        """One pass of the network over latents [F, C, H, W]; returns the velocity, guided where there are two."""
+    def velocity(self, session: Session, run: Pass, latents: Tensor) -> Making[Tensor]:
+        """One pass of the network over latents [F, C, H, W]; makes the velocity, guided where there are two."""
+        actions, velocities = self.actions_of(session, run), []
         with session.record.one_pass():
-            velocities = [self.forward(session, branch, run, latents) for branch in session.branches]
+            for branch in session.branches:
+                velocities.append((yield Ask(branch, run, latents, actions)))
         if len(velocities) == 1:
             return velocities[0]
         prompted, plain = velocities
         return plain + self.preset.sampler.guidance_scale * (prompted - plain)
 
-    def forward(self, session: Session, branch: Branch, run: Pass, latents: Tensor) -> Tensor:
-        """The network's velocity for one conditioning."""
-        timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.device)
-        bound, actions = branch.cache.bind(run), self.actions_of(session, run)
-        velocity = self.executor.forward(latents[None], timesteps, branch.text, bound, actions)[0]
-        branch.cache.settle()
-        return velocity
+    def velocities(self, asked: Sequence[Ask]) -> list[Answer]:
+        """Answers to passes that blocks ask for; those that match are one run."""
+        answers = {ask: answer for asks in alike(asked) for ask, answer in zip(asks, self.answers(asks), strict=True)}
+        return [answers[ask] for ask in asked]
+
+    def answers(self, asks: Sequence[Ask]) -> Sequence[Answer]:
+        """Velocities by one run of passes that match; where that fails, each by itself, so that one fails alone."""
+        try:
+            with shortages_named():
+                return self.forward(asks)
+        except FAILURES as error:
+            if len(asks) == 1:
+                return [error]
+            said = str(error)  # and not where it came from, which holds memory
+        answers = [answer for ask in asks for answer in self.answers([ask])]
+        if not any(isinstance(answer, Exception) for answer in answers):
+            self.host.batch_failed(len(asks), said)
+        return answers
+
+    def forward(self, asks: Sequence[Ask]) -> list[Tensor]:
+        """The network's velocity for each of some passes that match, in one run."""
+        caches, told = [ask.branch.cache for ask in asks], [ask.run.timesteps for ask in asks]
+        latents = torch.stack([ask.latents for ask in asks])
+        timesteps = torch.tensor(told, dtype=torch.float32, device=self.device)
+        text = self.executor.join([ask.branch.text for ask in asks])
+        actions = [ask.actions for ask in asks if ask.actions is not None]
+        try:
+            bound = bind_together(caches, [ask.run for ask in asks])
+            velocity = self.executor.forward(latents, timesteps, text, bound, torch.cat(actions) if actions else None)
+        finally:
+            for cache in caches:
+                cache.settle()
+        return list(velocity)
+
+    @torch.no_grad()
+    def at_once(self, block: Making[T]) -> T:
+        """Take what asks for passes to its end by itself; returns what it makes, raises what ends it."""
+        (made,) = side_by_side([block], self.velocities)
+        return made
 
     def actions_of(self, session: Session, run: Pass) -> Tensor | None:
         """What each frame of a pass is told to do, [1, F, action_dim]; None for a model that follows text alone."""
@@ -305,7 +361,7 @@ class Engine:
         shape = (self.spec.out_channels, *self.spec.latent_size(session.size))
         return session.noise.draw(span.index, span.frames, draw, shape).to(self.device, self.dtype)
 
-    def rebuild_context(self, session: Session) -> None:
+    def rebuild_context(self, session: Session) -> Making[None]:
         """Make the context anew from the last clean latents, where the policy asks for it."""
         timeline, policy = session.timeline, self.preset.context
         if not timeline.rebuild_due():
@@ -318,7 +374,7 @@ class Engine:
         for branch in session.branches:
             branch.cache.clear()
         self.hold(session, run)
-        self.velocity(session, run, latents)
+        yield from self.velocity(session, run, latents)
         if policy.restart_decoder:
             self.host.settle(session)
             session.track.restart(session.next_block, latents)
@@ -346,8 +402,7 @@ class Engine:
         blocks = policy.blend_blocks if policy.prompt_switch == "blend" else 1
         session.change = PromptChange(session.rows, new, blocks, blocks)
 
-    @torch.no_grad()
-    def follow_prompt(self, session: Session) -> None:
+    def follow_prompt(self, session: Session) -> Making[None]:
         """Move the conditioning towards a prompt that was asked for."""
         change, policy = session.change, self.preset.context
         if change is None:
@@ -358,9 +413,9 @@ class Engine:
         if change.left == 0:
             session.change = None
         if policy.prompt_switch == "recache":
-            self.recache(session)
+            yield from self.recache(session)
 
-    def recache(self, session: Session) -> None:
+    def recache(self, session: Session) -> Making[None]:
         """Pass the visible past through the network under the prompt in force."""
         run = session.timeline.recache_pass(self.preset.context.recache_sink)
         if run is None:
@@ -369,7 +424,7 @@ class Engine:
         if self.preset.context.recache_sink:
             session.branches[0].cache.clear()
         session.branches[0].cache.hold(run.groups[-1].context)
-        self.forward(session, session.branches[0], run, latents)
+        yield Ask(session.branches[0], run, latents, self.actions_of(session, run))
         session.beginning = Beginning.of(session)  # once is enough: by another time a moving sink has moved
 
     @torch.no_grad()
@@ -503,7 +558,7 @@ class Engine:
         while session.timeline.next_frame < len(latents):
             span = session.timeline.admit(given=True)
             part = latents[span.frames.start : span.frames.stop]
-            self.commit(session, span, part)
+            self.at_once(self.commit(session, span, part))
             pixels = session.track.vae.decode(part, session.track.state)
             session.remember(part, pixels)
             frames.append(to_frames(pixels))
@@ -564,6 +619,7 @@ def load(
     lowp: str | None = None,
     lowp_layers: str | Sequence[str] = EVERY_BLOCK,
     lowp_keep: str | Sequence[str] = (),
+    batches: str | Path | None = None,
     limits: Limits = Limits(),  # noqa: B008
     **overrides: Any,
 ) -> Engine:
@@ -596,6 +652,7 @@ def load(
         lowp=lowp,
         lowp_layers=patterns(lowp_layers),
         lowp_keep=patterns(lowp_keep),
+        batches=str(batches) if batches is not None else None,
     )
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()

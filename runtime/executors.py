@@ -6,7 +6,7 @@ the same; `eager` is what the others are held against.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -43,17 +43,23 @@ Text = TextContext | Conditioning
 
 
 class Executor(Protocol):
-    """What the engine asks. whole_blocks: whether `block` can be asked."""
+    """What the engine asks. whole_blocks: whether `block` can be asked. batches: whether passes of several sessions can
+    be run as one.
+    """
 
     whole_blocks: bool
+    batches: bool
 
     def condition(self, rows: Tensor) -> Text:
         """What passes read of a prompt, from the text encoder's rows [text_len, text_dim]."""
 
+    def join(self, texts: Sequence[Text]) -> Text:
+        """What a pass over several sessions reads of their prompts."""
+
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
-        """One pass of the network: the arguments and result of the model's own forward, one session."""
+        """One pass of the network: the arguments and result of the model's own forward."""
 
     def block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
@@ -77,12 +83,17 @@ class EagerExecutor:
     """The model as it is, pass by pass."""
 
     whole_blocks = False
+    batches = True
 
     def __init__(self, model: WanTransformer) -> None:
         self.model = model
 
     def condition(self, rows: Tensor) -> TextContext:
         return self.model.embed_text(rows[None])
+
+    def join(self, texts: Sequence[Text]) -> TextContext:
+        contexts = [text for text in texts if isinstance(text, TextContext)]
+        return contexts[0] if len(contexts) == 1 else joined(contexts)
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
@@ -113,6 +124,8 @@ class GraphExecutor:
     runs of a prompt graph.
     """
 
+    batches = False
+
     def __init__(
         self,
         config: EngineConfig,
@@ -135,6 +148,10 @@ class GraphExecutor:
 
     def condition(self, rows: Tensor) -> Conditioning:
         return Conditioning(rows[None])
+
+    def join(self, texts: Sequence[Text]) -> Text:
+        (text,) = texts
+        return text
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
@@ -214,6 +231,18 @@ class GraphExecutor:
         load = Workload(spec, self.preset, self.decoder, 0, query.size(spec), config.dtype, kept)
         fitting = [" ".join(change.options) for change in changes(load, needed(load) - missing) if change.fits]
         return f"this would fit: {', or '.join(fitting)}" if fitting else "no smaller window, size or dtype would fit"
+
+
+def joined(contexts: Sequence[TextContext]) -> TextContext:
+    """Contexts of one model side by side, along B."""
+    text = tuple(beside(layer) for layer in zip(*(context.text for context in contexts), strict=True))
+    images = [context.image for context in contexts if context.image is not None]
+    return TextContext(text, tuple(beside(layer) for layer in zip(*images, strict=True)) if images else None)
+
+
+def beside(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    keys, values = zip(*pairs, strict=True)
+    return torch.cat(keys), torch.cat(values)
 
 
 def paged(attention: KeyValues) -> PagedAttention:

@@ -67,7 +67,7 @@ class Host:
         self.driver.halted = False
         with self.driver.looping():
             while not self.driver.halted and (keep or self.sessions or self.driver.calls):
-                if self.engine.step() is None:
+                if not self.engine.step():
                     self.bell.wait_after(self.seen, self.limits.consumer_timeout)
 
     # Coming and going
@@ -181,8 +181,8 @@ class Host:
 
     # Between blocks
 
-    def turn(self) -> Session | None:
-        """Do what was asked for since the last block; then say whose block comes next, if any can be made."""
+    def turn(self) -> tuple[Session, ...]:
+        """Do what was asked for since the last block; then say whose blocks come next, if any can be made."""
         self.driver.check_owner("step()")
         self.seen = self.bell.rings
         self.pipeline.collect()
@@ -200,7 +200,7 @@ class Host:
             self.relieve(relief)
         return self.choose()
 
-    def choose(self) -> Session | None:
+    def choose(self) -> tuple[Session, ...]:
         with self.bell:
             now = time.perf_counter()
             ready = [session for session in self.sessions.values() if self.can_go_on(session)]
@@ -208,7 +208,22 @@ class Host:
                 session.ready_since = (session.ready_since or now) if session in ready else None
             held = [s.id for s in self.sessions.values() if s not in ready and not s.outbox.unfinished]
             chosen = self.scheduler.choose([session.id for session in ready], held, now)
-            return None if chosen is None else self.sessions[chosen]
+            if chosen is None:
+                return ()
+            beside = self.beside(self.sessions[chosen], ready)
+            return tuple(self.sessions[index] for index in self.scheduler.together(chosen, beside, now))
+
+    def beside(self, chosen: Session, ready: list[Session]) -> list[int]:
+        """Sessions whose next blocks can be run as one with that of the chosen one."""
+        if not self.engine.executor.batches or not self.engine.memory.batches(chosen.size):
+            return []
+        return [s.id for s in ready if s is not chosen and s.likeness == chosen.likeness]
+
+    def batch_failed(self, count: int, said: str) -> None:
+        """So many sessions, each of which can run, could not as one: from now on fewer do."""
+        self.metrics.count("batches_split")
+        self.scheduler.batch_room = count - 1
+        warnings.warn(f"{count} sessions could not be run as one ({said}); from now on fewer are", stacklevel=2)
 
     def can_go_on(self, session: Session) -> bool:
         return session.wants_block and session.id in self.scheduler.clients
@@ -328,15 +343,15 @@ class Host:
 
     # A block
 
-    def begin(self, session: Session) -> None:
-        """A block of a session begins: what it was told from here on counts for the next one."""
+    def begin(self, session: Session, batch: int) -> None:
+        """A block of a session begins, as one of `batch`: what it was told from here on counts for the next one."""
         with self.bell:
             assert session.demand is not None and session.ready_since is not None
             if session.state is State.NEW:
                 session.life.move(State.RUNNING)
             session.demand.left -= 1
             session.outbox.begin()
-            session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.engine.device))
+            session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.engine.device), batch)
             session.record.marks["queue"] = (session.ready_since, time.perf_counter())
             session.ready_since = None
         session.bring_back()
@@ -393,7 +408,8 @@ class Host:
                 if block <= record.block
             )
             session.unshown = [entry for entry in session.unshown if entry[1] > record.block]
-            self.scheduler.measured(session.id, made + decoded if waited else max(made, decoded))
+            share = made / record.batch
+            self.scheduler.measured(session.id, share + decoded if waited else max(share, decoded))
             record.slack = self.scheduler.shown(session.id, now, shown / spec.fps)
             record.reliefs = tuple(relief.kind for relief in self.scheduler.reliefs)
             record.marks["emit"] = (now, now)
@@ -402,6 +418,7 @@ class Host:
 
     def measure(self, record: BlockRecord, seconds: dict[str, float], frames: int) -> None:
         self.metrics.count("blocks")
+        self.metrics.count("blocks_in_batches", int(record.batch > 1))
         self.metrics.count("frames", frames)
         for stage, value in seconds.items():
             self.metrics.observe(f"{stage}_seconds", value)
@@ -439,7 +456,7 @@ class Host:
                 return None
             if self.driver.owns():
                 with self.driver.looping():
-                    if self.engine.step() is None:
+                    if not self.engine.step():
                         self.rest(session)
             elif not self.bell.wait_after(seen, DRIVER_WAIT) and not self.driver.loops:
                 raise InferixError(

@@ -47,6 +47,10 @@ class KVMemory:
             self.stores[form.grid] = PagedStore(form, pages, slots, self.device, grows=self.budget is None)
         return self.stores[form.grid]
 
+    def batches(self, size: tuple[int, int]) -> bool:
+        """Whether passes of several sessions can be bound at a time: not where pages go through a buffer for one."""
+        return not (self.form(size).staged and self.budget is not None)
+
     def form(self, size: tuple[int, int]) -> PageForm:
         """What a page is for pictures of `size`."""
         height, width = self.spec.latent_size(size)

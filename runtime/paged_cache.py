@@ -6,6 +6,7 @@ pages can be away in host memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from .moving_sink import averaged
 from .offload import Offloaded
 from .paged_store import PagedStore
 from .pages import BlockTable
-from .placement import Row, fresh_pages, parts_of, place_pass, through_slots, turned
+from .placement import Row, fresh_pages, interleaved, parts_of, place_pass, through_slots, turned
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,7 @@ class PagedCache:
 
     def bind(self, run: Pass) -> KeyValues:
         """The pages as the attention of one pass; the scratch ones among them last until `settle`."""
-        store = self.store
-        if not store.form.staged:
-            return PagedAttention(self.tables(run), store.kv, store.row_turns, store.column_turns)
-        rows = self._place(run)
-        own = [page for row in rows for page in row.pages]
-        through = through_slots(rows, store.form.read_in_place)
-        staging = store.slots(through.slots)
-        return StagedAttention(
-            self._parts(through.rows), store.kv, store.scales, staging,
-            written=(store.ints(list(range(len(own)))), store.ints(own)),
-            seen=None if through.seen is None else (store.ints(through.seen), store.ints(list(range(through.slots)))),
-            row_turns=store.row_turns, column_turns=store.column_turns,
-        )  # fmt: skip
-
-    def tables(self, run: Pass) -> list[PassTables]:
-        """What the kernels of a pass over pages in the model's dtype read, part by part; then `settle`."""
-        return self._parts(self._place(run))
+        return self._attention(self._place(run))
 
     def settle(self) -> None:
         """The pass is over; what it did not write is gone."""
@@ -172,6 +157,20 @@ class PagedCache:
         self.store.make_room(fresh_pages(run, self.table))
         return place_pass(run, self.table, self.policy.moving_positions)
 
+    def _attention(self, rows: list[Row]) -> KeyValues:
+        store = self.store
+        if not store.form.staged:
+            return PagedAttention(self._parts(rows), store.kv, store.row_turns, store.column_turns)
+        own = [page for row in rows for page in row.pages]
+        through = through_slots(rows, store.form.read_in_place)
+        staging = store.slots(through.slots)
+        return StagedAttention(
+            self._parts(through.rows), store.kv, store.scales, staging,
+            written=(store.ints(list(range(len(own)))), store.ints(own)),
+            seen=None if through.seen is None else (store.ints(through.seen), store.ints(list(range(through.slots)))),
+            row_turns=store.row_turns, column_turns=store.column_turns,
+        )  # fmt: skip
+
     def _average(self, leaving: list[int], wanted: int) -> None:
         """Let frames on their way out go into the sink, whose pages are written anew; `wanted` pages follow."""
         frames = self.frames[: self.policy.sink_size]
@@ -209,3 +208,14 @@ class PagedCache:
             sink_turns=torch.stack([turns(row.sink_places)[0] for row in rows]) if turn else None,
             sink_count=ints([row.sinks for row in rows]) if turn else None,
         )
+
+
+def bind_together(caches: Sequence[PagedCache], passes: Sequence[Pass]) -> KeyValues:
+    """Passes with groups of the same sizes, each over its own cache, as the attention of one; then `settle` each.
+
+    The caches, whose pages are of one store, take part in the order of the tokens' first dim.
+    """
+    first, *others = caches
+    if not others:
+        return first.bind(passes[0])
+    return first._attention(interleaved([cache._place(run) for cache, run in zip(caches, passes, strict=True)]))

@@ -6,6 +6,7 @@ the difference instead, once for the frames that stand as its own do and once mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import InferixError, UsageError
@@ -87,6 +88,11 @@ def parts_of(rows: list[Row]) -> list[list[Row]]:
         else:
             parts.append([row])
     return parts
+
+
+def interleaved(passes: Sequence[list[Row]]) -> list[Row]:
+    """Rows of passes that have the same parts as those of one pass: in each part, one pass after the other."""
+    return [row for parts in zip(*map(parts_of, passes), strict=True) for part in parts for row in part]
 
 
 def turned(policy: ContextPolicy, rows: list[Row]) -> bool:

@@ -55,6 +55,7 @@ class Stopwatch:
 class BlockRecord:
     """How a block came about: (begin, end) of each stage, and what stood around it.
 
+    batch: sessions whose blocks were made along, itself included; stages of the network are then those of all.
     passes: of each pass of the network, in order. pages: in use by all sessions when the block was done.
     slack: seconds between the block's being ready and its being due; None where nothing is. reliefs: steps that
     overload has taken so far.
@@ -63,6 +64,7 @@ class BlockRecord:
     session: int
     block: int
     watch: Stopwatch
+    batch: int = 1
     marks: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     pass_marks: list[tuple[Any, Any]] = field(default_factory=list)
     pages: int = 0
@@ -98,6 +100,7 @@ class BlockRecord:
         return {
             "session": self.session,
             "block": self.block,
+            "batch": self.batch,
             "seconds": self.seconds,
             "passes": self.passes,
             "spans": self.spans,

@@ -10,6 +10,7 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 
 from ..errors import InferixError, UsageError, nearest
+from .batch_times import BatchTimes
 from .budget import in_words
 
 SCHEDULES = ("round-robin", "earliest-deadline")
@@ -50,6 +51,8 @@ class Limits:
     `overload`; without steps nothing gives way.
     queue_blocks: finished and unfinished blocks a session may have that no one has taken yet.
     consumer_timeout: seconds after which a session whose blocks no one takes is ended; None for never.
+    batch: sessions whose blocks may run as one, where measured times say that it is faster; 1 for turns only, None
+    for as many as were measured.
     """
 
     schedule: str = "round-robin"
@@ -61,13 +64,14 @@ class Limits:
     overload: tuple[Relief, ...] = ()
     queue_blocks: int = 2
     consumer_timeout: float | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         for key, known in (("schedule", SCHEDULES), ("when_full", WHEN_FULL)):
             value = getattr(self, key)
             if value not in known:
                 raise UsageError(f"{key} is {value!r}{nearest(str(value), known)}; expected {', '.join(known)}")
-        for key in ("sessions", "memory_bytes", "late_blocks", "queue_blocks"):
+        for key in ("sessions", "memory_bytes", "late_blocks", "queue_blocks", "batch"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UsageError(f"{key} is {value}; expected 1 or more")
@@ -119,6 +123,8 @@ class Scheduler:
     waiting: dict[int, Client] = field(default_factory=dict)
     resting: dict[int, Client] = field(default_factory=dict)  # their pages are away; they may be waiting, too
     block_seconds: dict[Hashable, float] = field(default_factory=dict)  # measured, by kind
+    batch_times: dict[Hashable, BatchTimes] = field(default_factory=dict)  # measured, by kind
+    batch_room: float = math.inf  # sessions that have memory to run as one
     turns: int = 0
     reliefs: list[Relief] = field(default_factory=list)  # taken so far
 
@@ -241,6 +247,23 @@ class Scheduler:
         self.clients[chosen].turn = self.turns
         return chosen
 
+    def together(self, chosen: int, alike: Collection[int], now: float) -> list[int]:
+        """The chosen session, and those of `alike` whose blocks run as one with its: as many as measured times say.
+
+        Without a measurement it is alone, and so it is where a batch would make it late that is in time alone.
+        """
+        client = self.clients[chosen]
+        if not alike or client.kind not in self.batch_times:
+            return [chosen]
+        most = min(len(alike) + 1, self.limits.batch or math.inf, self.batch_room)
+        left = math.inf if client.due is None else client.due - now
+        count = self.batch_times[client.kind].best(int(most), left)
+        others = sorted(alike, key=self.urgency)[: count - 1]
+        for session in others:
+            self.turns += 1
+            self.clients[session].turn = self.turns
+        return [chosen, *others]
+
     def urgency(self, session: int) -> tuple[float, int]:
         """Smaller is sooner; in a stream that has not begun to play, a block is wanted now."""
         client = self.clients[session]
@@ -249,7 +272,7 @@ class Scheduler:
         return due, client.turn
 
     def measured(self, session: int, seconds: float) -> None:
-        """A block of a session took so long."""
+        """A block of a session took so long; one of a batch, its share of that."""
         if client := self.clients.get(session):
             before = self.block_seconds.get(client.kind, seconds)
             self.block_seconds[client.kind] = before + SMOOTHING * (seconds - before)

@@ -7,7 +7,7 @@ from any thread, and so may a stream be read; all else belongs to the thread tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,6 +120,15 @@ class Session:
     def next_block(self) -> int:
         """Index of the block that is finished next."""
         return self.flight[0].span.index if self.flight else self.timeline.next_block
+
+    @property
+    def likeness(self) -> Hashable:
+        """What sessions have in common whose next blocks take the same passes over equally many frames."""
+        timeline = self.timeline
+        first = self.flight[0].span.frames.start if self.flight else timeline.next_frame
+        held = self.clamped is not None and first == 0
+        steps = tuple(block.step for block in self.flight)
+        return self.size, timeline.preset.block_size(timeline.next_frame), steps, timeline.rebuild_due(), held
 
     @property
     def wants_block(self) -> bool:

@@ -98,7 +98,8 @@ def make_engine(
     **overrides: object,
 ) -> Engine:
     """A preset on the small test model, on the CPU; fields of `EngineConfig` may be among the overrides."""
-    ours = ("kv_memory", "kv_dtype", "kv_offload", "executor", "fast_vae", "graphs", "lowp", "lowp_layers", "lowp_keep")
+    lowp = ("lowp", "lowp_layers", "lowp_keep")
+    ours = ("kv_memory", "kv_dtype", "kv_offload", "executor", "fast_vae", "graphs", "batches", *lowp)
     settings = {key: overrides.pop(key) for key in ours if key in overrides}
     config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference", **settings)
     vae = CausalVae(vae_spec).eval().requires_grad_(False)

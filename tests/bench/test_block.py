@@ -177,9 +177,9 @@ def test_planned_passes_are_those_that_run(preset, monkeypatch):
     ran = []
     forward = Engine.forward
 
-    def recorded(self, session, branch, run, latents):
-        ran.append(run)
-        return torch.zeros_like(latents)
+    def recorded(self, asks):
+        ran.extend(ask.run for ask in asks)
+        return [torch.zeros_like(ask.latents) for ask in asks]
 
     assert forward is not recorded
     monkeypatch.setattr(Engine, "forward", recorded)

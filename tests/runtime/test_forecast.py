@@ -56,6 +56,7 @@ def test_the_rehearsal_is_what_the_engine_does(name, monkeypatch):
 
     def run(session, this, latents):
         done.append(("pass", shape(this)))
+        yield from ()
         return torch.zeros_like(latents)
 
     def decode(latents, state):

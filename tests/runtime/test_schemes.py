@@ -161,7 +161,7 @@ def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
         old = held(cache)
         session.prompt(embeds=OTHER)
         engine.follow_controls(session)
-        engine.follow_prompt(session)
+        engine.at_once(engine.follow_prompt(session))
         end = before * 3
         latents = torch.cat([block.latents for block in blocks])
         window = list(range(max(0, end - 12), end))
@@ -209,7 +209,7 @@ def test_a_cut_changes_the_text_and_nothing_else():
         keys = session.branches[0].cache.export_pages().kv
         session.prompt(embeds=OTHER)
         engine.follow_controls(session)
-        engine.follow_prompt(session)
+        engine.at_once(engine.follow_prompt(session))
         assert torch.equal(keys, session.branches[0].cache.export_pages().kv)
         (after,) = session.stream(1, decode=False)
     model = engine.parts.transformer
@@ -339,10 +339,10 @@ def test_guidance_equals_two_separate_runs():
                 for session in (prompted, negative):
                     this = session.timeline.joint_pass([(span.frames, timestep)], frozenset())
                     plain.hold(session, this)
-                    told.append(plain.velocity(session, this, x))
+                    told.append(plain.at_once(plain.velocity(session, this, x)))
                 x = solver.advance(x, told[1] + 4.0 * (told[0] - told[1]), step, lambda x=x: x)
             for session in (prompted, negative):
-                plain.commit(session, span, x)
+                plain.at_once(plain.commit(session, span, x))
             assert (block.latents - x).abs().max() <= 1e-10
     with pytest.raises(UsageError, match="negative prompt"):
         guided.open(prompt_embeds=ROWS, size=SIZE)

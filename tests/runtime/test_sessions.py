@@ -642,7 +642,7 @@ def test_bad_input_leaves_everything_whole():
             call()
         engine.check_integrity()
     session.stop()
-    assert engine.step() is None
+    assert not engine.step()
     assert session.state is State.CLOSED
     with pytest.raises(InferixError, match="is closed"):
         session.resume()

@@ -1,0 +1,419 @@
+"""Sessions whose blocks run as one: each as if alone, each ended alone, and only where measured times say so."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import ROWS, SIZE, TINY, make_engine
+
+from inferix.errors import InferixError, UsageError
+from inferix.models.wan.vae import TINY_VAE
+from inferix.runtime.batch_times import BatchTimes, keep_times, read_times
+from inferix.runtime.lifecycle import State
+from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.scheduler import Client, Limits, Need, Scheduler
+from inferix.runtime.session import Demand
+
+PROMPTS = [ROWS, ROWS.flip(0) * 1.5, ROWS * 0.5]
+SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
+FASTER = BatchTimes({1: 1.0, 2: 1.5, 3: 2.0, 4: 2.5, 8: 4.0})
+SLOWER = BatchTimes({1: 1.0, 2: 2.2, 3: 3.3})
+
+
+def engine_of(preset="self-forcing", times=FASTER, **overrides):
+    settings = {"local_attn_size": 6, "denoising_step_list": [1000, 500], "vae_spec": SMALL_VAE} | overrides
+    engine = make_engine(preset, **settings)
+    if times is not None:
+        engine.follow_times(SIZE, times)
+    return engine
+
+
+def opened(engine, seed, **extra):
+    return engine.open(prompt_embeds=PROMPTS[seed % 3].to(engine.dtype), size=SIZE, seed=seed, **extra)
+
+
+SCHEMES = {  # presets whose windows roll, contexts restart and prompts switch within a few blocks
+    "self-forcing": {},
+    "longlive": {"sink_size": 3},
+    "longlive-infinity": {"sink_size": 3, "sink_decay": 0.9},
+    "krea": {"local_attn_size": -1, "blend_blocks": 3},
+    "causvid": {"local_attn_size": -1, "segment_frames": 6},
+    "longlive2": {"local_attn_size": 8, "sink_size": 2, "num_frame_per_block": 2, "num_steps": 2},
+    "rolling-forcing": {"local_attn_size": 9, "window_blocks": 2},
+    "causal-diffusion": {"num_steps": 2},
+}
+NEGATIVE = {"causal-diffusion": {"negative_embeds": PROMPTS[1]}}
+
+
+def settings_of(name):
+    return SCHEMES[name] | ({"denoising_step_list": []} if "num_steps" in SCHEMES[name] else {})
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_sessions_of_a_batch_equal_each_alone(name):
+    """Three prompts and seeds, the first session two blocks ahead of the others; one is given another prompt midway."""
+    engine, extra = engine_of(name, **settings_of(name)), NEGATIVE.get(name, {})
+    decode = name in ("self-forcing", "causvid")
+    sessions = [opened(engine, seed, **extra) for seed in range(3)]
+    found = [list(sessions[0].stream(2, decode)), [], []]
+    streams = [session.stream(4, decode) for session in sessions]
+    for made in range(4):
+        for blocks, stream in zip(found, streams, strict=True):
+            blocks.append(next(stream))
+        if made == 1:
+            shown = sessions[1].next_block
+            sessions[1].prompt(embeds=PROMPTS[2])
+    engine.check_integrity()
+    sizes = [block.record.batch for blocks in found for block in blocks]
+    assert sizes[:2] == [1, 1] and sizes.count(3) >= (1 if decode else 6)  # one that is full of pictures stays out
+    for session in sessions:
+        session.close()
+    engine.check_integrity()
+    lone = engine_of(name, times=None, **settings_of(name))
+    for seed, blocks in enumerate(found):
+        with opened(lone, seed, **extra) as session:
+            for block in blocks:
+                if seed == 1 and block.index == shown:
+                    session.prompt(embeds=PROMPTS[2])
+                (wanted,) = session.stream(1, decode)
+                assert wanted.index == block.index and wanted.record.batch == 1
+                assert (block.latents - wanted.latents).abs().max() <= 1e-9
+                assert not decode or abs(block.frames.astype(int) - wanted.frames).max() <= 1
+    assert engine.metrics()["counters"]["blocks_in_batches"] == sum(size > 1 for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        ({"kv_dtype": "int8", "dtype": "float32"}, 1e-2),
+        ({"kv_dtype": "float16", "dtype": "float32"}, 1e-2),
+        ({"dtype": "float32"}, 1e-5),
+        ({"spec": replace(TINY, actions=("stay", "left"))}, 1e-9),
+    ],
+)
+def test_pages_of_fewer_bits_float32_and_actions(settings, bound):
+    """Relative to the largest latent; a key that is rounded the other way in a page of few bits is seen again."""
+    engine, lone = engine_of(**settings), engine_of(times=None, **settings)
+    sessions = [opened(engine, seed) for seed in range(2)]
+    if engine.spec.actions:
+        sessions[1].act("left")
+    found = list(zip(*(session.stream(4, decode=False) for session in sessions), strict=True))
+    assert sum(block.record.batch == 2 for row in found for block in row) >= 6
+    for seed in range(2):
+        with opened(lone, seed) as session:
+            if seed and engine.spec.actions:
+                session.act("left")
+            for row, wanted in zip(found, session.stream(4, decode=False), strict=True):
+                off = (row[seed].latents - wanted.latents).abs().max() / wanted.latents.abs().max()
+                assert off <= bound
+
+
+def test_forked_and_rewound_sessions_go_on_in_a_batch():
+    """Two that share a past go apart in one batch; then one is taken back and comes the same way again."""
+    engine = engine_of(rewind_blocks=1)
+    session = opened(engine, 0)
+    past = list(session.stream(2, decode=False))
+    twin = session.fork()
+    twin.prompt(embeds=PROMPTS[1])
+    found = list(zip(session.stream(3, decode=False), twin.stream(3, decode=False), strict=True))
+    assert [row[0].record.batch for row in found] == [1, 2, 2]
+    engine.check_integrity()
+    twin.rewind(4)
+    (again,) = twin.stream(1, decode=False)
+    assert (again.latents - found[2][1].latents).abs().max() <= 1e-9
+    engine.check_integrity()
+    lone = engine_of(times=None)
+    for column, prompt in enumerate((None, PROMPTS[1])):
+        with opened(lone, 0) as other:
+            assert all(torch.equal(a.latents, b.latents) for a, b in zip(past, other.stream(2, False), strict=True))
+            if prompt is not None:
+                other.prompt(embeds=prompt)
+            for row, wanted in zip(found, other.stream(3, decode=False), strict=True):
+                assert (row[column].latents - wanted.latents).abs().max() <= 1e-9
+
+
+# Ends
+
+
+def not_a_number(engine, session):
+    session.noise = InjectedNoise(torch.full((30, 16, 4, 4), torch.nan), torch.full((9, 1, 3, 16, 4, 4), torch.nan))
+
+
+def no_pages(engine, session):
+    hold = session.branches[0].cache.hold
+
+    def failing(frames):
+        if frames[-1] > 8:
+            raise InferixError("5 pages of KV memory are needed, 3 of 9 are free")
+        hold(frames)
+
+    session.branches[0].cache.hold = failing
+
+
+def no_table(engine, session):
+    place = session.branches[0].cache._place
+
+    def failing(run):
+        if run.frames[-1] > 8:
+            raise MemoryError("no memory for a table")
+        return place(run)
+
+    session.branches[0].cache._place = failing
+
+
+def reader_is_gone(engine, session):
+    session.outbox.touched -= 1e6
+
+
+@pytest.mark.filterwarnings("ignore:.*do not fit into one batch")
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (not_a_number, "is not finite"),
+        (no_pages, "pages of KV memory are needed"),
+        (no_table, "no memory for a table"),
+        (reader_is_gone, "nobody took its blocks"),
+    ],
+)
+def test_a_session_that_fails_in_a_batch_ends_alone(harm, said):
+    """The other two go on, within 1e-9 of each alone, and every page that the third had is free again."""
+    engine = engine_of(limits=Limits(consumer_timeout=1e5))
+    sessions = [opened(engine, seed) for seed in range(3)]
+    streams = [session.stream(5, decode=False) for session in sessions]
+    found = [[next(stream) for stream in streams] for _ in range(2)]
+    harm(engine, sessions[1])
+    with pytest.raises((InferixError, MemoryError), match=said):
+        while True:
+            found.append([next(streams[0]), None, next(streams[2])])
+            next(streams[1])
+    found += ([a, None, b] for a, b in zip(streams[0], streams[2], strict=True))
+    assert sessions[1].state is State.FAILED and sessions[0].state is sessions[2].state is State.RUNNING
+    engine.check_integrity()
+    assert {block.record.batch for row in found for block in row if block} >= {2, 3}
+    lone = engine_of(times=None)
+    for seed in (0, 2):
+        with opened(lone, seed) as session:
+            for row, wanted in zip(found, session.stream(5, decode=False), strict=True):
+                assert (row[seed].latents - wanted.latents).abs().max() <= 1e-9
+    for session in sessions:
+        session.close()
+    assert engine.host.pages_in_use == 0 and engine.metrics()["counters"]["sessions_failed"] == 1
+
+
+def test_a_batch_that_does_not_fit_is_run_in_turns_and_not_tried_again():
+    engine = engine_of()
+    forward, sizes = engine.executor.forward, []
+
+    def failing(latents, *rest):
+        sizes.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(latents, *rest)
+
+    engine.executor.forward = failing
+    streams = [opened(engine, seed).stream(4, decode=False) for seed in range(3)]
+    with pytest.warns(UserWarning, match="3 sessions do not fit into one batch .CUDA out of memory.; fewer are tried"):
+        found = [[next(stream) for stream in streams] for _ in range(2)]
+    tried = len(sizes)
+    found += [[next(stream) for stream in streams] for _ in range(2)]
+    assert 3 in sizes[:tried] and 2 in sizes[tried:] and max(sizes[tried:]) == 2
+    assert engine.metrics()["counters"]["batches_split"] >= 1
+    engine.check_integrity()
+    lone = engine_of(times=None)
+    for seed in range(3):
+        with opened(lone, seed) as session:
+            for row, wanted in zip(found, session.stream(4, decode=False), strict=True):
+                assert (row[seed].latents - wanted.latents).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupted_batch_ends_all_that_are_in_it(error):
+    engine = engine_of()
+    sessions = [opened(engine, seed) for seed in range(3)]
+    streams = [session.stream(3, decode=False) for session in sessions[:2]]
+    for stream in streams:
+        next(stream)
+    forward = engine.executor.forward
+
+    def interrupted(*given):
+        raise error
+
+    engine.executor.forward = interrupted
+    with pytest.raises(error):
+        [next(stream) for _ in range(2) for stream in streams]
+    engine.executor.forward = forward
+    assert [session.state for session in sessions] == [State.FAILED, State.FAILED, State.NEW]
+    engine.check_integrity()
+    with pytest.raises(InferixError, match="its last block was interrupted"):
+        sessions[0].stream(1)
+    assert len(list(sessions[2].stream(2, decode=False))) == 2
+    sessions[2].close()
+    assert engine.host.pages_in_use == 0
+
+
+# Which run as one
+
+
+@pytest.mark.parametrize(
+    "given", [{"times": SLOWER}, {"times": None}, {"limits": Limits(batch=1)}], ids=["slower", "unmeasured", "off"]
+)
+def test_sessions_take_turns_where_a_batch_is_not_faster(given):
+    """And then they are, bit for bit, as each alone."""
+    engine, lone = engine_of(**given), engine_of(times=None)
+    found = list(zip(*(opened(engine, seed).stream(3, decode=False) for seed in range(3)), strict=True))
+    assert {block.record.batch for row in found for block in row} == {1}
+    assert engine.metrics()["counters"]["blocks_in_batches"] == 0
+    for seed in range(3):
+        with opened(lone, seed) as session:
+            for row, wanted in zip(found, session.stream(3, decode=False), strict=True):
+                assert torch.equal(row[seed].latents, wanted.latents)
+
+
+def test_only_blocks_that_match_run_as_one():
+    """Pictures of another size, and an image that is held as the first frame, stay out."""
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
+    engine = engine_of("longlive2", **settings_of("longlive2"))
+    engine.follow_times((32, 48), FASTER)
+    sessions = [
+        opened(engine, 0), opened(engine, 1), opened(engine, 2, image=image),
+        *(engine.open(prompt_embeds=ROWS, size=(32, 48), seed=seed) for seed in range(2)),
+    ]  # fmt: skip
+    for session in sessions:
+        engine.host.ask(session, Demand(2, decode=False))
+    turns = [sorted(session.id for session in engine.step()) for _ in range(6)]
+    assert turns[:3] == [[1, 2], [3], [4, 5]]
+    assert turns[3:] == [[1, 2, 3], [4, 5], []]
+    engine.check_integrity()
+
+
+def test_int8_pages_of_a_budget_are_not_bound_at_a_time():
+    """Their staging buffer is sized for one session."""
+    for budget, sizes in ((None, {1, 2}), (10**6, {1})):
+        engine = engine_of(dtype="float32", kv_dtype="int8", kv_memory=budget)
+        found = list(zip(*(opened(engine, seed).stream(3, decode=False) for seed in range(2)), strict=True))
+        assert {block.record.batch for row in found for block in row} == sizes
+
+
+def scheduler(clients, times=FASTER, **limits):
+    found = Scheduler(Limits(**limits), batch_times={"small": times})
+    for session in range(1, clients + 1):
+        found.join(session, Client(Need(), "small", 1.0))
+    return found
+
+
+def test_as_many_as_measured_times_say_and_the_most_urgent_first():
+    found = scheduler(6)
+    assert found.choose([1, 2, 3, 4, 5, 6], [], 0.0) == 1
+    assert found.together(1, [2, 3, 4, 5, 6], 0.0) == [1, 2, 3, 4]
+    assert found.choose([1, 2, 3, 4, 5, 6], [], 0.0) == 5
+    assert found.together(5, [1, 2, 3, 4, 6], 0.0) == [5, 6, 1, 2]
+    assert found.together(3, [], 0.0) == [3]
+    assert scheduler(3, SLOWER).together(1, [2, 3], 0.0) == [1]
+    assert scheduler(3, BatchTimes({1: 1.0, 2: 2.0})).together(1, [2, 3], 0.0) == [1]
+    assert scheduler(5, BatchTimes({1: 1.0, 4: 2.0})).together(1, [2, 3], 0.0) == [1]
+    assert scheduler(6, batch=2).together(1, [2, 3, 4], 0.0) == [1, 2]
+    found.batch_room = 3
+    assert found.together(1, [2, 3, 4, 5, 6], 0.0) == [1, 3, 4]
+
+
+def test_a_batch_makes_no_session_late_that_is_in_time_alone():
+    found = scheduler(4, realtime=True)
+    found.clients[1].due = 11.7
+    assert found.together(1, [2, 3, 4], 10.0) == [1, 2]
+    assert found.together(1, [2, 3, 4], 10.5) == [1]
+    assert found.together(1, [2, 3, 4], 11.0) == [1, 3, 4, 2]  # it is late in any case
+
+
+def test_a_batch_counts_for_its_share_of_real_time():
+    engine = engine_of(limits=Limits(realtime=True))
+    streams = [opened(engine, seed).stream(6, decode=False) for seed in range(3)]
+    blocks = [next(stream) for _ in range(4) for stream in streams]
+    spans = [block.record.spans for block in blocks if block.record.batch == 3]
+    shares = [(span["commit"][1] - span["encode"][0]) / 3 for span in spans]
+    (measured,) = engine.host.scheduler.block_seconds.values()
+    assert measured < 3 * max(shares)
+
+
+# The measurement
+
+
+def test_times_are_kept_for_what_they_were_made_on(tmp_path):
+    path = tmp_path / "batches.json"
+    engine = engine_of()
+    about = engine.timed_on
+    keep_times(path, about, (32, 32), SLOWER)
+    keep_times(path, about, (64, 32), FASTER)
+    keep_times(path, about | {"dtype": "bfloat16"}, (32, 32), SLOWER)
+    keep_times(path, about, (32, 32), FASTER)
+    assert read_times(path, about) == {(32, 32): FASTER, (64, 32): FASTER}
+    assert read_times(path, about | {"card": "another"}) == {}
+    assert read_times(path, engine_of(local_attn_size=9).timed_on) == {}
+    assert len(json.loads(path.read_text())) == 3
+    assert engine_of(times=None, batches=str(path)).host.scheduler.batch_times == {
+        (32, 32): FASTER, (64, 32): FASTER
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", [None, "no json", "{}", '[{"about": 1}]', '[{"about": %s, "size": 3, "seconds": {"1": 4}}]']
+)
+def test_a_file_that_holds_no_times_is_refused(content, tmp_path):
+    path, about = tmp_path / "batches.json", engine_of(times=None).timed_on
+    if content is not None:
+        path.write_text(content.replace("%s", json.dumps(about)))
+    with pytest.raises(InferixError, match=str(path)):
+        read_times(path, about)
+
+
+def test_bad_settings():
+    for seconds in ({}, {2: 1.0}, {1: 0.0}, {1: 1.0, 0: 1.0}, {1: 1.0, 2.5: 1.0}):
+        with pytest.raises(UsageError, match="expected seconds above 0 by number of sessions, 1 among them"):
+            BatchTimes(seconds)
+    with pytest.raises(UsageError, match="batch is 0; expected 1 or more"):
+        Limits(batch=0)
+
+
+# For long
+
+
+def test_a_soak_of_300_blocks_in_batches():
+    """Under random controls, pauses and ends nothing is left over, and blocks are as if each session were alone."""
+    settings = {
+        "spec": replace(TINY, num_layers=1, actions=("stay", "left")), "local_attn_size": 4, "sink_size": 1,
+        "prompt_switch": "recache", "denoising_step_list": [1000],
+    }  # fmt: skip
+    engine, rng = engine_of("self-forcing-framewise", **settings), random.Random(1)
+    sessions = [opened(engine, seed) for seed in range(6)]
+    streams = [session.stream(50, decode=False) for session in sessions]
+    told = [{} for _ in sessions]
+    found = [[] for _ in sessions]
+    for made in range(50):
+        for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
+            if rng.random() < 0.1:
+                session.prompt(embeds=rng.choice(PROMPTS))
+                told[place].setdefault(session.next_block, []).append(session.mailbox.waiting[-1])
+            elif rng.random() < 0.1:
+                session.act(rng.choice(("stay", "left")))
+                told[place].setdefault(session.next_block, []).append(session.mailbox.waiting[-1])
+            elif rng.random() < 0.05:
+                session.pause()
+                session.resume()
+            found[place].append(next(stream))
+        if made % 10 == 0:
+            engine.check_integrity()
+    sizes = [block.record.batch for blocks in found for block in blocks]
+    assert len(sizes) == 300 and set(sizes) > {1, 2, 3}
+    for session in sessions:
+        session.close()
+    engine.check_integrity()
+    assert engine.host.pages_in_use == 0 and not engine.host.scheduler.clients
+    lone = engine_of("self-forcing-framewise", times=None, **settings)
+    for seed, blocks in enumerate(found):
+        with opened(lone, seed) as session:
+            for block in blocks:
+                for control in told[seed].get(block.index, ()):
+                    session.mailbox.put(control.kind, control.value)
+                (wanted,) = session.stream(1, decode=False)
+                assert (block.latents - wanted.latents).abs().max() <= 1e-9, (seed, block.index)
