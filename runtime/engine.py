@@ -125,7 +125,7 @@ class Engine:
             block = self.whole_block(session) if self.launches_whole(session) else (yield from self.denoise(session))
         with session.record.span("commit"):
             if self.preset.context.commit and not block.committed:
-                yield from self.commit(session, block.span, block.latents)
+                yield from self.commit_pass(session, block.span, block.latents)
         if self.profile is not None:
             self.profile.end_block(block.span.index, session.record.seconds, partial(self.bytes_by_owner, session))
         self.host.finish(session, block.latents)
@@ -248,7 +248,7 @@ class Engine:
             clean = frozenset({0} if session.clamped is not None else ())
             run = timeline.joint_pass([(block.span.frames, levels[block.step]) for block in flight], clean)
             self.hold(session, run)
-            velocity = yield from self.velocity(session, run, torch.cat([block.latents for block in flight]))
+            velocity = yield from self.network_pass(session, run, torch.cat([block.latents for block in flight]))
             for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
                 self.advance(session, block, part)
             if flight[0].step == len(levels):
@@ -285,11 +285,11 @@ class Engine:
         if session.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((session.clamped, block.latents[len(session.clamped) :]))
 
-    def commit(self, session: Session, span: Span, latents: Tensor) -> Making[None]:
+    def commit_pass(self, session: Session, span: Span, latents: Tensor) -> Making[None]:
         """One pass over the clean latents, for the keys and values it leaves in the cache."""
         run = session.timeline.commit_pass(span.frames)
         self.hold(session, run)
-        yield from self.velocity(session, run, latents)
+        yield from self.network_pass(session, run, latents)
 
     def hold(self, session: Session, run: Pass) -> None:
         """Roll the caches to what a pass that writes is going to see; others see what is held."""
@@ -299,7 +299,7 @@ class Engine:
                 branch.cache.hold(group.context)
             session.timeline.forget(group.context)
 
-    def velocity(self, session: Session, run: Pass, latents: Tensor) -> Making[Tensor]:
+    def network_pass(self, session: Session, run: Pass, latents: Tensor) -> Making[Tensor]:
         """One pass of the network over latents [F, C, H, W]; makes the velocity, guided where there are two."""
         actions, velocities = self.actions_of(session, run), []
         with session.record.one_pass():
@@ -344,6 +344,14 @@ class Engine:
                 cache.settle()
         return list(velocity)
 
+    def velocity(self, session: Session, run: Pass, latents: Tensor) -> Tensor:
+        """One pass outside of a block."""
+        return self.at_once(self.network_pass(session, run, latents))
+
+    def commit(self, session: Session, span: Span, latents: Tensor) -> None:
+        """Leave keys and values of clean latents in the cache, outside of a block."""
+        self.at_once(self.commit_pass(session, span, latents))
+
     @torch.no_grad()
     def at_once(self, block: Making[T]) -> T:
         """Take what asks for passes to its end by itself; returns what it makes, raises what ends it."""
@@ -374,7 +382,7 @@ class Engine:
         for branch in session.branches:
             branch.cache.clear()
         self.hold(session, run)
-        yield from self.velocity(session, run, latents)
+        yield from self.network_pass(session, run, latents)
         if policy.restart_decoder:
             self.host.settle(session)
             session.track.restart(session.next_block, latents)
@@ -558,7 +566,7 @@ class Engine:
         while session.timeline.next_frame < len(latents):
             span = session.timeline.admit(given=True)
             part = latents[span.frames.start : span.frames.stop]
-            self.at_once(self.commit(session, span, part))
+            self.commit(session, span, part)
             pixels = session.track.vae.decode(part, session.track.state)
             session.remember(part, pixels)
             frames.append(to_frames(pixels))

@@ -142,9 +142,9 @@ def test_training_sees_what_a_cache_with_window_and_sink_sees():
             for copy in (frame, frames + frame):
                 run = session.timeline.joint_pass([(span.frames, float(sigmas[0, copy]) * 1000)], frozenset())
                 engine.hold(session, run)
-                velocity = engine.at_once(engine.velocity(session, run, noisy[0, copy : copy + 1]))
+                velocity = engine.velocity(session, run, noisy[0, copy : copy + 1])
                 assert (velocity[0] - want[copy]).abs().max() <= 1e-10, copy
-            engine.at_once(engine.commit(session, span, clean[0, frame : frame + 1]))
+            engine.commit(session, span, clean[0, frame : frame + 1])
 
 
 def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path, capsys):

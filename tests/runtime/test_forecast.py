@@ -67,7 +67,7 @@ def test_the_rehearsal_is_what_the_engine_does(name, monkeypatch):
         done.append(("encode", len(pixels)))
         return torch.zeros(1, engine.spec.out_channels, *engine.spec.latent_size(SIZE))
 
-    monkeypatch.setattr(engine, "velocity", run)
+    monkeypatch.setattr(engine, "network_pass", run)
     monkeypatch.setattr(engine.parts.vae, "decode", decode)
     monkeypatch.setattr(engine.parts.vae, "encode", encode)
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:

@@ -15,10 +15,6 @@ from inferix.runtime.sampler import Sampler, noised
 from inferix.runtime.timeline import Span, Timeline
 
 
-def velocity(engine, session, run, latents):
-    return engine.at_once(engine.velocity(session, run, latents))
-
-
 def dense_velocity(engine, latents, timesteps, contexts, positions):
     """One call over all frames, each row of frames under its own context."""
     model = engine.parts.transformer
@@ -38,8 +34,8 @@ def dense_block(engine, past, index, contexts):
         if step:
             x = noised(x, draws[step], sigma)
         timesteps = [0.0] * len(past) + [timestep] * 3
-        told = dense_velocity(engine, torch.cat((past, x)), timesteps, contexts, range(len(past) + 3))
-        x = x - sigma * told[len(past) :]
+        velocity = dense_velocity(engine, torch.cat((past, x)), timesteps, contexts, range(len(past) + 3))
+        x = x - sigma * velocity[len(past) :]
     return x
 
 
@@ -93,11 +89,11 @@ def test_groups_in_one_pass_equal_passes_one_by_one(positions):
     second = Group((3, 4, 5), 1000.0, tuple(range(6)), tuple(range(6)))
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         session.branches[0].cache.hold(tuple(range(6)))
-        together = velocity(engine, session, Pass((first, second)), torch.cat((clean, noisy)))
+        together = engine.velocity(session, Pass((first, second)), torch.cat((clean, noisy)))
         keys = session.branches[0].cache.export_pages().kv
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         session.branches[0].cache.hold(tuple(range(6)))
-        apart = [velocity(engine, session, Pass((group,)), x) for group, x in ((first, clean), (second, noisy))]
+        apart = [engine.velocity(session, Pass((group,)), x) for group, x in ((first, clean), (second, noisy))]
         assert (torch.cat(apart) - together).abs().max() <= 1e-10
         assert (session.branches[0].cache.export_pages().kv - keys).abs().max() <= 1e-10
 
@@ -108,11 +104,11 @@ def test_a_group_that_does_not_write_leaves_the_cache_as_it_was():
     x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         session.branches[0].cache.hold(tuple(range(3)))
-        written = velocity(engine, session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2)),)), x)
+        written = engine.velocity(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2)),)), x)
         before = session.branches[0].cache.export_pages().kv
-        read = velocity(engine, session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2), write=False),)), x)
+        read = engine.velocity(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2), write=False),)), x)
         mixed = Pass((Group((0, 1), 700.0, (0, 1), (0, 1)), Group((2,), 500.0, (2,), (2,), write=False)))
-        other = velocity(engine, session, mixed, x)
+        other = engine.velocity(session, mixed, x)
         assert torch.equal(written, read)
         assert not torch.equal(other, read)
         after = session.branches[0].cache.export_pages().kv

@@ -52,13 +52,13 @@ def block_causal(past, block, step=3):
 
 def record(engine, monkeypatch):
     """Passes of each block as they run; the list is filled by streaming."""
-    passes, plain = [], engine.velocity
+    passes, plain = [], engine.network_pass
 
     def run_and_note(session, this, latents):
         passes.append(this)
         return plain(session, this, latents)
 
-    monkeypatch.setattr(engine, "velocity", run_and_note)
+    monkeypatch.setattr(engine, "network_pass", run_and_note)
     return passes
 
 
@@ -339,10 +339,10 @@ def test_guidance_equals_two_separate_runs():
                 for session in (prompted, negative):
                     this = session.timeline.joint_pass([(span.frames, timestep)], frozenset())
                     plain.hold(session, this)
-                    told.append(plain.at_once(plain.velocity(session, this, x)))
+                    told.append(plain.velocity(session, this, x))
                 x = solver.advance(x, told[1] + 4.0 * (told[0] - told[1]), step, lambda x=x: x)
             for session in (prompted, negative):
-                plain.at_once(plain.commit(session, span, x))
+                plain.commit(session, span, x)
             assert (block.latents - x).abs().max() <= 1e-10
     with pytest.raises(UsageError, match="negative prompt"):
         guided.open(prompt_embeds=ROWS, size=SIZE)

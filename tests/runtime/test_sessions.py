@@ -193,7 +193,7 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
     engine = small_engine()
     wanted = alone(4, decode=True)
     denoised, decoding = ([threading.Event() for _ in range(4)] for _ in range(2))
-    velocity, decode, threads = engine.velocity, engine.parts.vae.decode, []
+    velocity, decode, threads = engine.network_pass, engine.parts.vae.decode, []
 
     def denoise(session, run, latents):
         block = session.record.block
@@ -208,7 +208,7 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
         assert block == 3 or denoised[block + 1].wait(WAIT)
         return decode(latents, state)
 
-    monkeypatch.setattr(engine, "velocity", denoise)
+    monkeypatch.setattr(engine, "network_pass", denoise)
     monkeypatch.setattr(engine.parts.vae, "decode", slow)
     told = []
     engine.observe(told.append)
@@ -262,14 +262,14 @@ def test_a_blocked_reader_stops_its_own_session_only():
 def test_controls_of_other_threads_count_from_the_next_block_and_are_acknowledged():
     """Told while block 1 is being made: the prompt shows in block 2, and so says its id."""
     engine = small_engine("self-forcing-framewise", spec=replace(TINY, actions=("stay", "left")))
-    velocity, told = engine.velocity, []
+    velocity, told = engine.network_pass, []
 
     def interrupted(session, run, latents):
         if session.record.block == 1 and not told:
             told.extend(in_thread(lambda: (session.prompt(embeds=OTHER), session.act("left")))())
         return velocity(session, run, latents)
 
-    engine.velocity = interrupted
+    engine.network_pass = interrupted
     with opened(engine) as session:
         blocks = list(session.stream(4, decode=False))
     acks = [[(ack.id, ack.kind) for ack in block.acks] for block in blocks]
@@ -543,7 +543,7 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
 def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeypatch):
     """In a thread of its own; then it asks again. On a CPU torch has no class for the error."""
     engine = small_engine()
-    session, velocity, failures = opened(engine), engine.velocity, []
+    session, velocity, failures = opened(engine), engine.network_pass, []
 
     def failing(session, run, latents):
         if session.record.block == 2 and not failures:
@@ -559,7 +559,7 @@ def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeyp
             failures.append(len(blocks))
             return blocks + list(session.stream(2))
 
-    monkeypatch.setattr(engine, "velocity", failing)
+    monkeypatch.setattr(engine, "network_pass", failing)
     wait = in_thread(read)
     engine.run()
     assert same(wait(), alone(4, decode=True)) and failures == [2]
@@ -575,7 +575,7 @@ def test_an_interrupted_block_ends_its_session_and_a_bug_is_not_swallowed(monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "velocity", interrupted)
+        patch.setattr(engine, "network_pass", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(session.stream(1))
     with pytest.raises(InferixError, match="session 1 has failed: its last block was interrupted"):
