@@ -7,6 +7,7 @@ way to pixels, one to N sessions, and a long run that must be as fast and as lar
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError
+from ..runtime.batch_times import BatchTimes, keep_times
 from ..runtime.config import default_device, default_executor
 from ..runtime.engine import Engine
 from ..runtime.media import VideoWriter
@@ -56,7 +58,8 @@ CLOCK = (
 class Wanted:
     """blocks: counted at a full window. starts: cold processes. controls: prompts sent at different moments.
 
-    sessions: the curve goes from one to so many. minutes: of video in the long run; None for none.
+    sessions: the curve goes from one to so many. minutes: of video in the long run; None for none. batches: file to
+    keep times of sessions that run as one in; None where they only take turns.
     """
 
     subject: Subject
@@ -66,6 +69,7 @@ class Wanted:
     sessions: int = 1
     minutes: float | None = None
     sink: str = "memory"
+    batches: Path | None = None
 
     def __post_init__(self) -> None:
         for key, least in (("blocks", 2), ("starts", 0), ("controls", 0), ("sessions", 1)):
@@ -73,6 +77,8 @@ class Wanted:
                 raise UsageError(f"--{key} is {getattr(self, key)}; expected {least} or more")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
             raise UsageError(f"--minutes is {self.minutes}; expected a number above 0")
+        if self.batches is not None and self.sessions < 2:
+            raise UsageError(f"--batches keeps times of several sessions, and --sessions is {self.sessions}; give more")
         if self.sink not in SINKS:
             raise UsageError(f"--sink is {self.sink!r}; expected {' or '.join(SINKS)}")
 
@@ -148,6 +154,8 @@ def run(wanted: Wanted, tell: Tell) -> Result:
     if wanted.controls:
         series[f"{executor}/control to pixel"] = Series("s", tuple(controls(engine, wanted, tell)))
     facts["sessions"] = [several(engine, wanted, count, tell) for count in range(1, wanted.sessions + 1)]
+    if wanted.batches is not None:
+        facts["batches"] = batches(engine, wanted, tell)
     if wanted.minutes is not None:
         facts["long"] = long_run(engine, wanted, tell)
     about, settings = described(engine, subject)
@@ -313,6 +321,47 @@ def several(engine: Engine, wanted: Wanted, count: int, tell: Tell) -> dict[str,
     seconds = max(times[-1] for times in arrivals) - max(times[0] for times in arrivals)
     intervals = [later - earlier for times in arrivals for earlier, later in pairwise(times)]
     return {"sessions": count, "fps": frames / seconds, "intervals": intervals}
+
+
+def batches(engine: Engine, wanted: Wanted, tell: Tell) -> list[dict[str, Any]]:
+    """Seconds in which 1 to N sessions get a block each, in turns and as one batch, and frames a second of the batch.
+
+    The seconds are of the network, without pictures, and are kept in the file. UsageError for an executor that has no
+    batches.
+    """
+    assert wanted.batches is not None
+    if not engine.executor.batches:
+        executor = engine.config.executor
+        raise UsageError(f"executor {executor} runs no batches; use --executor eager, or leave --batches out")
+    size = wanted.subject.size or engine.default_size
+    found, seconds = [], dict[int, float]()
+    for count in range(1, wanted.sessions + 1):
+        engine.follow_times(size, BatchTimes({1: math.inf, count: 1.0}))  # all of them, or each by itself
+        seconds[count] = batch_seconds(engine, wanted, count, tell)
+        fps = several(engine, wanted, count, tell)["fps"]
+        found.append({"sessions": count, "turns": count * seconds[1], "batch": seconds[count], "fps": fps})
+    times = BatchTimes(seconds)
+    engine.follow_times(size, times)
+    keep_times(wanted.batches, engine.timed_on, size, times)
+    return found
+
+
+def batch_seconds(engine: Engine, wanted: Wanted, count: int, tell: Tell) -> float:
+    """Median seconds from the beginning of a batch of `count` blocks to the end of its passes, at full windows."""
+    subject = wanted.subject
+    size, full = subject.size or engine.default_size, blocks_until_full(engine.preset)
+    tell(f"a batch of {count}, without pictures")
+    prompt = told_prompt(engine, subject.seed)
+    rounds = []
+    with ExitStack() as stack:
+        opened = [engine.open(**prompt, seed=subject.seed + index, size=size) for index in range(count)]
+        turns = full + wanted.blocks + engine.host.limits.queue_blocks  # until all have made equally many
+        streams = [stack.enter_context(session).stream(turns, decode=False) for session in opened]
+        for turn in range(turns):
+            spans = [block.record.spans for block in map(next, streams) if block.record.batch == count]
+            if turn >= full and len(spans) == count:
+                rounds.append(max(span["commit"][1] for span in spans) - min(span["encode"][0] for span in spans))
+    return statistics.median(rounds)
 
 
 def long_run(engine: Engine, wanted: Wanted, tell: Tell) -> dict[str, Any]:

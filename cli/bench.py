@@ -171,6 +171,9 @@ def stream(
     starts: int = typer.Option(3, help="Cold starts, each a process of its own; 0 for none."),
     controls: int = typer.Option(8, help="Controls sent while it streams; 0 for none."),
     sessions: int = typer.Option(1, help="Measure 1 to N sessions at a time."),
+    batches: Path | None = typer.Option(
+        None, metavar="FILE", help="Run the sessions as one batch, too, and keep the times for load(batches=FILE)."
+    ),
     executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured on a GPU]"),
     minutes: float | None = typer.Option(None, help="Add a long run of so many minutes of video."),
     sink: str = typer.Option("memory", help="memory, or mp4 to encode the video as well."),
@@ -192,6 +195,8 @@ def stream(
 
     Example: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
 
+    Example: inferix bench stream --random-weights --sessions 4 --batches batches.json --executor eager
+
     Example: inferix bench stream --model tinyworld --minutes 10 --starts 0 --out results/long.json
     """
     from ..bench import stream as bench
@@ -200,7 +205,7 @@ def stream(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
     subject = replace(subject, executor=executor)
-    wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink)
+    wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_stream)
 
 
@@ -362,6 +367,9 @@ def tell_stream(result: Result) -> None:
     )
     for point in result.facts["sessions"][1:]:
         told.print(f"{point['sessions']} sessions: {point['fps']:.3g} FPS in all")
+    for point in result.facts.get("batches", [])[1:]:
+        batch, turns = (in_unit(point[key], "s") for key in ("batch", "turns"))
+        told.print(f"{point['sessions']} sessions: a block each in {batch} as one batch, in {turns} in turns")
     if long := result.facts.get("long"):
         first, last = long["interval_by_tenth"][0], long["interval_by_tenth"][-1]
         told.print(

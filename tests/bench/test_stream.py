@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,9 +11,11 @@ from inferix.bench import stream as bench
 from inferix.bench.report import page
 from inferix.bench.result import read_result
 from inferix.bench.stream import Playout, Wanted, Watched, play_out, run, tenths
-from inferix.bench.subject import Subject
+from inferix.bench.subject import Subject, open_engine
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
+from inferix.runtime.batch_times import BatchTimes
+from inferix.runtime.engine import load
 from inferix.runtime.executors import GraphExecutor
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
@@ -37,11 +40,11 @@ def test_tenths_are_even_and_lose_nothing():
 
 
 def test_a_small_run_of_every_part(tmp_path):
-    out = tmp_path / "stream.json"
+    out, times = tmp_path / "stream.json", tmp_path / "batches.json"
     done = CliRunner().invoke(
         app, ["bench", "stream", "--size", "32x32", "--frames-in-window", "6", "--device", "cpu", "--starts", "1",
               "--blocks", "2", "--controls", "2", "--sessions", "2", "--minutes", "0.27", "--sink", "mp4", "--json",
-              "--out", str(out)]
+              "--batches", str(times), "--out", str(out)]
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     result = read_result(out)
@@ -53,10 +56,15 @@ def test_a_small_run_of_every_part(tmp_path):
     assert sum(series.median for name, series in starts.items() if "cold:" in name) <= whole
     assert [point["sessions"] for point in result.facts["sessions"]] == [1, 2]
     assert [len(point["intervals"]) for point in result.facts["sessions"]] == [2, 4]
+    alone, pair = result.facts["batches"]
+    assert (alone["sessions"], pair["sessions"]) == (1, 2) and pair["turns"] == 2 * alone["turns"] == 2 * alone["batch"]
+    (entry,) = json.loads(times.read_text())
+    assert entry["size"] == [32, 32] and entry["seconds"] == {"1": alone["batch"], "2": pair["batch"]}
     long = result.facts["long"]
     assert len(long["intervals"]) == len(long["process_memory"]) == long["blocks"] == 22
     assert len(long["interval_by_tenth"]) == 10 and long["device_memory"] is None
     text = page({"stream.json": result}, "results", "page.md", {})
+    assert "| a block each in turns, ms |" in text
     assert "Long run: 0.27 minutes" in text and "| processor's time, median, ms |" in text
 
 
@@ -81,11 +89,23 @@ def test_a_start_that_fails_is_told(monkeypatch):
         ({"sessions": 0}, "--sessions is 0"),
         ({"minutes": 0.0}, "--minutes is 0.0"),
         ({"sink": "screen"}, "--sink is 'screen'"),
+        ({"batches": Path("times.json")}, "--batches keeps times of several sessions, and --sessions is 1"),
     ],
 )
 def test_numbers_of_the_command(change, said):
     with pytest.raises(UsageError, match=said):
         replace(Wanted(SMALL), **change)
+
+
+def test_measured_times_are_those_that_an_engine_goes_by(tmp_path):
+    """What is kept is found by an engine of the same kind; executors without batches have nothing to keep."""
+    path, engine = tmp_path / "times.json", open_engine(SMALL)
+    found = bench.batches(engine, Wanted(SMALL, blocks=2, sessions=2, batches=path), lambda said: None)
+    times = load("wan-tiny", device="cpu", batches=path, local_attn_size=6).host.scheduler.batch_times
+    assert times == {SMALL.size: BatchTimes({point["sessions"]: point["batch"] for point in found})}
+    fused = replace(SMALL, executor="fused")
+    with pytest.raises(UsageError, match="executor fused runs no batches"):
+        bench.batches(open_engine(fused), Wanted(fused, sessions=2, batches=path), lambda said: None)
 
 
 def test_an_executor_that_is_wrong_is_not_timed(monkeypatch):
