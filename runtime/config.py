@@ -38,8 +38,8 @@ class EngineConfig:
     memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
     fast_vae: a decoder beside the model's own, as in `vae`, that overload may go over to.
     graphs: folder of stored graphs, which those that are missing there are added to. lowp: `fp8` or `int8` for linear
-    layers in graphs, those that a pattern of lowp_layers names and none of lowp_keep. batches: file of measured times of
-    sessions that run as one.
+    layers in graphs, those that a pattern of lowp_layers names and none of lowp_keep. batches: file of measured times
+    of sessions that run as one.
     """
 
     model: str
