@@ -168,7 +168,7 @@ def run(wanted: Wanted, tell: Tell) -> Result:
 
 def cold_starts(wanted: Wanted, tell: Tell) -> dict[str, list[dict[str, float]]]:
     """Marks of processes that found nothing made, and of such that found what one before them had stored."""
-    executor = wanted.subject.executor or default_executor(wanted.subject.device or default_device(), None)
+    executor = wanted.subject.executor or default_executor(wanted.subject.device or default_device())
     found: dict[str, list[dict[str, float]]] = {"cold": [], "stored": []}
     for turn in range(wanted.starts):
         with tempfile.TemporaryDirectory() as folder:

@@ -95,7 +95,7 @@ def open_engine(subject: Subject) -> Engine:
     subject.check()
     device = subject.device or default_device()
     preset = subject.preset or default_preset(subject.model)
-    overrides, executor = subject.settings(), subject.executor or default_executor(device, None)
+    overrides, executor = subject.settings(), subject.executor or default_executor(device)
     if not (subject.is_named or subject.random_weights):
         return load(
             subject.model, preset=preset, device=device, dtype=subject.dtype, vae=subject.vae, base=subject.base,

@@ -293,7 +293,7 @@ def generate(
     from ..runtime.records import RecordFile
 
     parts: dict[str, Any] = {"base": base, "vae": vae, "lora": lora, "lora_scale": lora_scale}
-    if profile is not None and executor is None and default_executor(device or default_device(), None) == "eager":
+    if profile is not None and executor is None and default_executor(device or default_device()) == "eager":
         executor = "fused"  # eager has no calls of its own to be timed
     parts |= {"executor": executor, "graphs": graphs}
     engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)

@@ -13,6 +13,7 @@ from ..errors import UsageError, nearest
 from ..models.wan.spec import MODELS
 from ..models.wan.transformer import PRECISIONS
 from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
+from ..runtime.paged_store import KV_DTYPES
 from ..runtime.presets import default_preset, make_preset
 from .generate import parse_settings, parse_size
 
@@ -30,6 +31,7 @@ def graph(
     dtype: str | None = typer.Option(
         None, help="Of weights and activations.  [default: bfloat16; with --save and --load what suits --device]"
     ),
+    kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
     precision: str = typer.Option("reference", help=f"Where a pass computes in more: {', '.join(PRECISIONS)}."),
     sessions: int = typer.Option(1, min=1, help="Streams side by side in one pass."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Setting of the preset; repeatable."),
@@ -86,7 +88,9 @@ def graph(
     device = device or default_device()
     dtype = dtype or (default_dtype(device) if stored else "bfloat16")
     check_choice("--dtype", dtype, DTYPES)
+    check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
     check_choice("--precision", precision, PRECISIONS)
+    kept = None if kv_dtype in (None, dtype) else KV_DTYPES[kv_dtype]
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **parse_settings(settings))
     spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
     if lowp is None and (layers or keep):
@@ -105,13 +109,14 @@ def graph(
         if save is not None and load is not None:
             raise UsageError("--save makes graphs and --load reads them; give one of them")
         low = packed if lowp is not None else None
-        graphs = QueryGraphs(spec, scheme, precision, DTYPES[dtype], device, tuple(names), low)
+        graphs = QueryGraphs(spec, scheme, precision, DTYPES[dtype], device, tuple(names), low, kept)
         tell_stored(graphs, pictures or spec.default_size, stored, save is not None, plan)
         return
     if plan and (only is not None or as_json):
         raise UsageError(f"--plan prints where scratch lies; leave {'--json' if as_json else '--pass'} out")
     fuse = "fuse-commit" in names
-    traced = build_block_graph(spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse)
+    told = (spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions)
+    traced = build_block_graph(*told, fuse_commit=fuse, kept=kept)
     block = rewritten(traced, names, packed)
     validate(block)
     if only is not None and only not in {found.name for found in block.graphs}:
@@ -140,7 +145,7 @@ def tell_stored(graphs: QueryGraphs, size: tuple[int, int], folder: Path, make: 
     from ..runtime.graph_store import GraphStore, card_of
     from ..runtime.stream_queries import queries_of
 
-    wanted = queries_of(graphs.spec, graphs.preset, size) if make else []
+    wanted = queries_of(graphs.spec, graphs.preset, size, graphs.kept is not None) if make else []
     store = GraphStore.open(folder, graphs, create=make)
     made = store.fill(graphs, wanted)
     programs = store.programs()

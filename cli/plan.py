@@ -53,9 +53,7 @@ def plan(
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
-    executor: str | None = typer.Option(
-        None, help="eager, fused or captured.  [default: captured, or eager where pages have their own dtype]"
-    ),
+    executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured]"),
     vae: str | None = typer.Option(None, help="taehv for the tiny decoder.  [default: the model's own VAE]"),
     text_encoder: bool = typer.Option(
         True, "--text-encoder/--no-text-encoder", help="Whether prompts are text, or embeddings from a file."
@@ -133,8 +131,7 @@ def workload(
     decoder = forecast.tiny_for(spec) if vae else own_vae(spec)
     pictures = parse_size(size) if size else spec.default_size
     text = text_parameters(spec) if text_encoder else 0
-    own = kv_dtype if kv_dtype != dtype else None
-    runs = executor or default_executor("cuda", own)
+    runs = executor or default_executor("cuda")
     return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
 
 

@@ -40,6 +40,10 @@ def nbytes(call: Call, listed: int = 0) -> int:
     if isinstance(kv := given.get("kv"), Ref):
         pages = listed if listed_in(call) is not None else math.prod(given["pages"].size)
         found[kv.buffer] = found[kv.buffer] // kv.size[1] * pages
+    for store, listing in (("source", "source_pages"), ("target", "target_pages")):
+        if listing in given:
+            pages = given[store]
+            found[pages.buffer] = found[pages.buffer] // pages.size[1] * math.prod(given[listing].size)
     return sum(found.values())
 
 

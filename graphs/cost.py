@@ -96,10 +96,10 @@ class Costs:
         return total
 
     def _pages(self, node: fx.Node, kv: fx.Node) -> int:
-        page = size_of(kv) // shape(kv)[1]
-        listed = node.args[2] if name_of(node) == "block_attention" else node.args[8]
+        page, name = size_of(kv) // shape(kv)[1], name_of(node)
+        listed = node.args[{"block_attention": 2, "kv_pages": 1}.get(name, 8)]  # as many pages go in as come out
         assert isinstance(listed, fx.Node)
-        return page * (self.listed(listed) if name_of(node) == "block_attention" else prod(shape(listed)))
+        return page * (self.listed(listed) if name == "block_attention" else prod(shape(listed)))
 
     def listed(self, table: fx.Node) -> int:
         """Pages that all rows of a table list; as many as it has room for, where the pass has no groups."""

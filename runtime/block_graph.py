@@ -15,18 +15,22 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..graphs.compose import chained
 from ..graphs.paged_attention import PagedAttention
+from ..graphs.staged_attention import StagedAttention
 from ..graphs.tables import PassTables
 from ..graphs.trace import fake_model, trace
 from ..graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
 from ..kernels.frame_noise import frame_noise
 from ..kernels.rope import axis_angles
 from ..models.wan.spec import ModelSpec
-from ..models.wan.transformer import WanTransformer
+from ..models.wan.transformer import KeyValues, WanTransformer
 from .block_plan import Planned, latent_names, plan_block
+from .paged_store import PageForm
 from .presets import Preset
 from .sampler import Sampler, UniPCSolver
 
 TABLES = ("pages", "table", "count", "time_turns", "sink_turns", "sink_count")
+WRITTEN = ("written_slots", "written_pages")  # of a pass whose pages are kept in another dtype
+SEEN = ("seen_pages", "seen_slots")  # and are not read as they lie
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,15 @@ class Layout:
     """What the trace of a model's pass depends on: one is traced for all passes that agree in it.
 
     parts: (groups, frames of each). latents: names of what it runs over, in order. tables: name before those of its
-    tables. sinks: whether queries are turned once more for the sink.
+    tables. sinks: whether queries are turned once more for the sink. slots: of the buffer before pages of another
+    dtype than the model's, else 0.
     """
 
     parts: tuple[tuple[int, int], ...]
     latents: tuple[str, ...]
     tables: str
     sinks: bool
+    slots: int = 0
 
     @property
     def frames(self) -> int:
@@ -68,7 +74,14 @@ class ModelPass(nn.Module):
             for part in range(len(layout.parts))
         ]
         kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
-        attention = PagedAttention(parts, kv, values["row_turns"], values["column_turns"])
+        turns = values["row_turns"], values["column_turns"]
+        attention: KeyValues = PagedAttention(parts, kv, *turns)
+        if layout.slots:
+            slots, pages = (values[f"{layout.tables}.{what}"] for what in WRITTEN)
+            seen = [values[name] for what in SEEN if (name := f"{layout.tables}.{what}") in values]
+            scales = [values[f"scale.{index}"] for index in range(spec.num_layers)] if "scale.0" in values else None
+            written, through = (slots, pages), (seen[0], seen[1]) if seen else None
+            attention = StagedAttention(parts, kv, scales, values["staging"], written, through, *turns)
         latents = [values[name] for name in layout.latents]
         x = latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
         guided = self.guidance != 1
@@ -139,6 +152,8 @@ class Builder:
         sessions: int = 1,
         pages: int | None = None,
         fuse_commit: bool = False,
+        kept: torch.dtype | None = None,
+        slots: int | None = None,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
         self.guidance = preset.sampler.guidance_scale
@@ -150,6 +165,8 @@ class Builder:
         self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
         frames = max(len(planned.run.frames) for planned in self.planned)
         self.pages = pages if pages is not None else self.rows * (self.max_pages + frames)
+        self.form = PageForm(spec, self.grid, dtype, kept or dtype)
+        self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
         self.model = fake_model(lambda: WanTransformer(spec, precision), dtype, device)
         self.traced: dict[Layout, PassGraph] = {}
 
@@ -197,7 +214,7 @@ class Builder:
     def layout(self, planned: Planned) -> Layout:
         policy = self.preset.context
         turned = policy.moving_positions and policy.sink_size > 0  # in every pass, as the cache's tables are made
-        return Layout(planned.parts, planned.latents, planned.tables, turned)
+        return Layout(planned.parts, planned.latents, planned.tables, turned, self.slots)
 
     def inputs(self, layout: Layout) -> list[Value]:
         """All that the model's pass is given."""
@@ -235,9 +252,23 @@ class Builder:
             ]
         for name, size in (("row_turns", row), ("column_turns", column)):
             values.append(given(name, When.LOAD, (*size, 2), turns))
-        store = (2, self.pages, height * width, spec.num_heads, spec.head_dim)
-        return values + [
-            Value(f"kv.{index}", Role.STATE, store, self.dtype, When.PASS) for index in range(spec.num_layers)
+        return values + self.pages_of(layout)
+
+    def pages_of(self, layout: Layout) -> list[Value]:
+        """The stores of all layers; where they are staged, the buffer before them, and what goes through it."""
+        form, layers = self.form, range(self.spec.num_layers)
+        stores: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        stores += [(f"kv.{index}", (2, self.pages, *form.shape), form.kept) for index in layers]
+        if form.scaled:
+            stores += [(f"scale.{index}", (2, self.pages, self.spec.num_heads), torch.float32) for index in layers]
+        told: list[tuple[str, int]] = []
+        if layout.slots:
+            stores.append(("staging", (2, layout.slots, *form.shape), self.dtype))
+            told += [(what, self.rows * layout.frames) for what in WRITTEN]
+            told += [(what, layout.slots) for what in SEEN if not form.read_in_place]
+        return [Value(name, Role.STATE, size, dtype, When.PASS) for name, size, dtype in stores] + [
+            Value(f"{layout.tables}.{what}", Role.INPUT, (count,), torch.int32, When.BLOCK, owned=True)
+            for what, count in told
         ]
 
     def step(self, planned: Planned) -> PassGraph:
@@ -272,16 +303,18 @@ def build_block_graph(
     sessions: int = 1,
     pages: int | None = None,
     fuse_commit: bool = False,
+    kept: torch.dtype | None = None,
 ) -> BlockGraph:
     """The graph of a block, before any rewrite.
 
     size: (width, height) of the pictures, the model's own unless told. sessions: that run side by side. pages: of
     the pool; enough for one block of each session unless told. fuse_commit: whether a block's first pass takes the
-    commit of the one before along. Raises UsageError for what has no graph.
+    commit of the one before along. kept: dtype of the pages, that of the model unless told. Raises UsageError for what
+    has no graph.
     """
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
     if preset.window_blocks > 1 and preset.sampler.solver != "renoise":
         raise UsageError(f"window_blocks is {preset.window_blocks} with solver unipc; that has no graph, use renoise")
     size = size or spec.default_size
-    return Builder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit).build()
+    return Builder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kept).build()

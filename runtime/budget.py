@@ -74,6 +74,12 @@ def least_pages(preset: Preset) -> int:
     return branches(preset) * (page_needs(preset).total or preset.num_frame_per_block)
 
 
+def staging_slots(preset: Preset) -> int:
+    """Frames that the buffer before pages of another dtype has room for."""
+    needs = page_needs(preset)
+    return (needs.held or preset.num_frame_per_block) + needs.scratch
+
+
 def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset) -> int:
     """Pages that fit into `budget` bytes beside `fixed` ones; UsageError where a session of the preset needs more."""
     least = least_pages(preset)

@@ -94,11 +94,6 @@ class EngineConfig:
             raise UsageError(f"graphs is {self.graphs!r}, but executor eager has none; use fused, or captured on a GPU")
         if self.executor == "captured" and not self.device.startswith("cuda"):
             raise UsageError(f"executor captured needs a GPU, and device is {self.device!r}; use fused")
-        if self.executor != "eager" and self.kv_dtype not in (None, self.dtype):
-            raise UsageError(
-                f"executor {self.executor} has no graphs for pages in {self.kv_dtype} under dtype {self.dtype}; use "
-                "executor eager, or leave kv_dtype out"
-            )
 
 
     @property
@@ -136,9 +131,9 @@ def check_device(name: str) -> None:
         raise UsageError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
 
 
-def default_executor(device: str, kv_dtype: str | None) -> str:
-    """captured on a GPU, unless pages are kept in a dtype of their own; elsewhere eager."""
-    return "captured" if device.startswith("cuda") and kv_dtype is None else "eager"
+def default_executor(device: str) -> str:
+    """captured on a GPU, elsewhere eager."""
+    return "captured" if device.startswith("cuda") else "eager"
 
 
 def default_device() -> str:

@@ -654,7 +654,7 @@ def load(
         kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
         kv_dtype=kv_dtype,
         kv_offload=kv_offload,
-        executor=executor or default_executor(device, kv_dtype),
+        executor=executor or default_executor(device),
         fast_vae=str(fast_vae) if fast_vae is not None else None,
         graphs=str(graphs) if graphs is not None else None,
         lowp=lowp,

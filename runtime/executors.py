@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..errors import InferixError, UsageError
 from ..graphs.capture import CaptureBackend, CudaGraphs
 from ..graphs.lowered import Lowered, lower_block
-from ..graphs.paged_attention import PagedAttention
 from ..graphs.rewrites import chosen
 from ..models.wan.transformer import KeyValues, TextContext, WanTransformer
 from .budget import page_needs
@@ -26,9 +25,10 @@ from .forecast import Workload, changes, needed
 from .graph_store import GraphStore
 from .launcher import Launcher, Loaded, NotEnoughMemory
 from .loading import Components
+from .paged_store import KV_DTYPES
 from .presets import Preset
 from .profile import Profile
-from .query_graphs import Query, QueryGraphs, tables
+from .query_graphs import OnPages, Query, QueryGraphs, stores, tables
 
 
 @dataclass
@@ -138,7 +138,8 @@ class GraphExecutor:
         model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
         lowp = config.precision_map
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
-        self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp)
+        kept = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
+        self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
         self.graph_of.check_layers([name for name, part in model.named_modules() if isinstance(part, nn.Linear)])
         self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
@@ -182,7 +183,7 @@ class GraphExecutor:
     def run(
         self, query: Query, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
     ) -> dict[str, Tensor]:
-        assert isinstance(text, Conditioning) and isinstance(attention, PagedAttention)
+        assert isinstance(text, Conditioning) and isinstance(attention, OnPages)
         loaded = self.load(query, attention)
         inputs = {**given, **tables(query, attention), **self.told(loaded, text)}
         if actions is not None:
@@ -199,9 +200,9 @@ class GraphExecutor:
             text.made |= {loaded.recipes[name]: tensor for name, tensor in made.items()}
         return {name: text.made[recipe] for name, recipe in loaded.recipes.items()}
 
-    def load(self, query: Query, attention: PagedAttention) -> Loaded:
+    def load(self, query: Query, attention: OnPages) -> Loaded:
         """The query's program, bound to the pages; bound anew if the pages have moved."""
-        state = {f"kv.{layer}": kv for layer, kv in enumerate(attention.kv)}
+        state = stores(attention)
         found = self.loaded.get(query)
         if found is not None and all(found.state[name] is kv for name, kv in state.items()):
             return found
@@ -245,8 +246,8 @@ def beside(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(keys), torch.cat(values)
 
 
-def paged(attention: KeyValues) -> PagedAttention:
-    if not isinstance(attention, PagedAttention):
+def paged(attention: KeyValues) -> OnPages:
+    if not isinstance(attention, OnPages):
         raise UsageError(f"graphs read pages, and {type(attention).__name__} has none; use executor eager")
     return attention
 

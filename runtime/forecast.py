@@ -51,11 +51,6 @@ class Workload:
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.size)
-        if self.executor != "eager" and self.kv_dtype != self.dtype:
-            raise UsageError(
-                f"executor {self.executor} has no graphs for pages in {self.kv_dtype} under dtype {self.dtype}; use "
-                "executor eager, or leave kv_dtype out"
-            )
         if self.sessions < 1:
             raise UsageError(f"sessions is {self.sessions}; expected 1 or more")
         if page_needs(self.preset).held is None:
@@ -416,8 +411,7 @@ def without_graphs(load: Workload, budget: int) -> Workload | None:
 
 
 def with_narrow_pages(load: Workload, budget: int) -> Workload | None:
-    """These have no graphs."""
-    return replace(load, kv_dtype=load.narrow, executor="eager") if ITEMSIZE[load.kv_dtype] > 1 else None
+    return replace(load, kv_dtype=load.narrow) if ITEMSIZE[load.kv_dtype] > 1 else None
 
 
 def with_fewer_sessions(load: Workload, budget: int) -> Workload | None:
@@ -492,7 +486,7 @@ def change(load: Workload, other: Workload, budget: int) -> Change:
         f"--dtype {other.dtype}": load.dtype != other.dtype,
         f"--sessions {other.sessions}": load.sessions != other.sessions,
         f"--kv-dtype {other.kv_dtype}": load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype,
-        f"--executor {other.executor}": load.executor != other.executor and load.kv_dtype == other.kv_dtype,
+        f"--executor {other.executor}": load.executor != other.executor,
         "--vae taehv": load.decoder != other.decoder,
         f"--set {field}={getattr(other.preset.context, field)}": load.preset != other.preset,
         f"--size {other.size[0]}x{other.size[1]}": load.size != other.size,

@@ -39,6 +39,7 @@ def identity(graphs: QueryGraphs) -> dict[str, Any]:
         "triton": installed("triton") if device.type == "cuda" else None,
         "card": card_of(device),
         "dtype": str(graphs.dtype).removeprefix("torch."),
+        "kv_dtype": None if graphs.kept is None else str(graphs.kept).removeprefix("torch."),
         "precision": graphs.precision,
         "rewrites": list(graphs.rewrites),
         "lowp": None if graphs.lowp is None else asdict(graphs.lowp),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..models.wan.spec import ModelSpec
-from .budget import least_pages, page_needs, pages_in
+from .budget import least_pages, page_needs, pages_in, staging_slots
 from .paged_cache import PagedCache
 from .paged_store import PagedStore, PageForm
 from .pages import BlockTable
@@ -38,8 +38,7 @@ class KVMemory:
         form = self.form(size)
         if form.grid not in self.stores:
             self.stores = {grid: store for grid, store in self.stores.items() if store.users}
-            needs, pages = page_needs(self.preset), least_pages(self.preset)
-            slots = (needs.held or self.preset.num_frame_per_block) + needs.scratch
+            slots, pages = staging_slots(self.preset), least_pages(self.preset)
             if self.budget is not None:
                 taken = sum(store.nbytes for store in self.stores.values())
                 staging = slots * form.slot_bytes(form.model) if form.staged else 0

@@ -18,12 +18,14 @@ from ..graphs.compose import chained
 from ..graphs.paged_attention import PagedAttention
 from ..graphs.rewrites import rewritten
 from ..graphs.rewrites.lowp import PrecisionMap
+from ..graphs.staged_attention import StagedAttention
 from ..graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
 from ..models.wan.spec import ModelSpec
-from .block_graph import TABLES, Builder, Layout
+from .block_graph import SEEN, TABLES, WRITTEN, Builder, Layout
 from .presets import Preset
 
 WIDTH_STEP = 16  # pages
+OnPages = PagedAttention | StagedAttention
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Query:
 
     whole: a block with its solver steps and commit, or one pass. parts: (rows, frames of each) of the tables.
     latent: [F, C, H, W]. width: pages that a row can list, in steps, so that a window without end seldom makes a new
-    one. pages: of the store.
+    one. pages: of the store. slots: of the buffer before a store of another dtype; 0 for one of the model's.
     """
 
     whole: bool
@@ -41,9 +43,10 @@ class Query:
     sinks: bool
     width: int
     pages: int
+    slots: int = 0
 
     @classmethod
-    def of(cls, latents: Tensor, attention: PagedAttention, whole: bool) -> Query:
+    def of(cls, latents: Tensor, attention: OnPages, whole: bool) -> Query:
         listed = max(part.table.shape[1] for part in attention.parts)
         return cls(
             whole=whole,
@@ -52,6 +55,7 @@ class Query:
             sinks=attention.parts[0].sink_turns is not None,
             width=stepped(listed),
             pages=attention.kv[0].shape[1],
+            slots=attention.staging.shape[1] if isinstance(attention, StagedAttention) else 0,
         )
 
     def size(self, spec: ModelSpec) -> tuple[int, int]:
@@ -61,7 +65,7 @@ class Query:
     @property
     def layout(self) -> Layout:
         """How its tables are named."""
-        return Layout(self.parts, ("latents",), "block", self.sinks)
+        return Layout(self.parts, ("latents",), "block", self.sinks, self.slots)
 
 
 def stepped(listed: int) -> int:
@@ -73,7 +77,8 @@ def stepped(listed: int) -> int:
 class QueryGraphs:
     """Makes the block graph of a query, for one model and preset.
 
-    rewrites: names of those that are done to it, and lowp after a precision map.
+    rewrites: names of those that are done to it, and lowp after a precision map. kept: dtype of pages, where it is
+    another than the model's.
     """
 
     spec: ModelSpec
@@ -83,6 +88,7 @@ class QueryGraphs:
     device: str
     rewrites: tuple[str, ...]
     lowp: PrecisionMap | None = None
+    kept: torch.dtype | None = None
 
     def __call__(self, query: Query) -> BlockGraph:
         """A whole block: noise in, clean `latents` out. One pass: `latents` and `timesteps` in, `velocity` out."""
@@ -109,7 +115,10 @@ class QueryGraphs:
             preset = replace(preset, num_frame_per_block=query.latent[0], independent_first_frame=False)
         else:  # guidance joins the velocities of two passes, outside of them
             preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0))
-        builder = Builder(self.spec, preset, size, self.dtype, self.device, self.precision, pages=query.pages)
+        builder = Builder(
+            self.spec, preset, size, self.dtype, self.device, self.precision, pages=query.pages, kept=self.kept,
+            slots=query.slots,
+        )  # fmt: skip
         builder.max_pages = query.width
         return builder
 
@@ -133,7 +142,14 @@ class QueryGraphs:
         )
 
 
-def tables(query: Query, attention: PagedAttention) -> dict[str, Tensor]:
+def stores(attention: OnPages) -> dict[str, Tensor]:
+    """The tensors behind the pages, by the names that graphs have for them."""
+    found = {f"kv.{layer}": kv for layer, kv in enumerate(attention.kv)}
+    found |= {f"scale.{layer}": scale for layer, scale in enumerate(attention.scales or ())}
+    return found | ({"staging": attention.staging} if isinstance(attention, StagedAttention) else {})
+
+
+def tables(query: Query, attention: OnPages) -> dict[str, Tensor]:
     """The tables of a pass by the names that its graph has for them."""
     found = {"row_turns": attention.row_turns, "column_turns": attention.column_turns}
     for index, part in enumerate(attention.parts):
@@ -142,4 +158,11 @@ def tables(query: Query, attention: PagedAttention) -> dict[str, Tensor]:
                 found[query.layout.table(index, what)] = tensor
         name = query.layout.table(index, "table")
         found[name] = F.pad(found[name], (0, query.width - found[name].shape[1]))
+    if isinstance(attention, StagedAttention):
+        told = dict(zip(WRITTEN, attention.written, strict=True))
+        if attention.seen is not None:  # slots that nothing is read through take any page
+            pages, slots = attention.seen
+            every = torch.arange(query.slots, dtype=slots.dtype, device=slots.device)
+            told |= dict(zip(SEEN, (F.pad(pages, (0, query.slots - len(pages))), every), strict=True))
+        found |= {f"{query.layout.tables}.{what}": tensor for what, tensor in told.items()}
     return found

@@ -11,7 +11,7 @@ from itertools import islice
 from ..errors import UsageError
 from ..graphs.passes import Pass
 from ..models.wan.spec import ModelSpec
-from .budget import least_pages, page_needs
+from .budget import least_pages, page_needs, staging_slots
 from .forecast import launches_whole, rehearse, steady, window
 from .pages import BlockTable, PagePool
 from .placement import parts_of, place_pass, turned
@@ -22,9 +22,10 @@ from .query_graphs import Query, stepped
 class Rehearsal:
     """Collects the queries of one stream, each once, in the order in which they come up."""
 
-    def __init__(self, spec: ModelSpec, preset: Preset, size: tuple[int, int]) -> None:
+    def __init__(self, spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool) -> None:
         self.policy, self.pages = preset.context, least_pages(preset)
         self.channels, self.latent = spec.out_channels, spec.latent_size(size)
+        self.slots = staging_slots(preset) if staged else 0
         held = window(preset)
         self.table = BlockTable(PagePool(4 * self.pages + held), held)
         self.found: dict[Query, None] = {}
@@ -42,22 +43,23 @@ class Rehearsal:
             sinks=any(turned(self.policy, part) for part in parts_of(rows)),
             width=stepped(listed),
             pages=self.pages,
+            slots=self.slots,
         )
         self.found[query] = None
 
 
-def queries_of(spec: ModelSpec, preset: Preset, size: tuple[int, int]) -> list[Query]:
+def queries_of(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool = False) -> list[Query]:
     """What a stream of pictures of `size` (width, height) asks for on an engine without a budget of pages.
 
-    Its first blocks, those of a full window, and passes that a rebuild or a new prompt sets off. UsageError where the
-    window has no end.
+    Its first blocks, those of a full window, and passes that a rebuild or a new prompt sets off. staged: whether pages
+    are kept in another dtype than the model's. UsageError where the window has no end.
     """
     if page_needs(preset).held is None:
         raise UsageError(
             f"{preset.name} with local_attn_size -1 keeps every frame, so there is no end of graphs; give a window "
             "(--set local_attn_size=21)"
         )
-    whole, table = launches_whole(preset), (rehearsal := Rehearsal(spec, preset, size)).table
+    whole, table = launches_whole(preset), (rehearsal := Rehearsal(spec, preset, size, staged)).table
     full = -(-2 * window(preset) // preset.num_frame_per_block) + preset.window_blocks
     for work in islice(rehearse(preset), full + len(steady(preset))):
         if work.switch is not None:

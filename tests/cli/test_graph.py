@@ -37,6 +37,8 @@ def test_switches() -> None:
     assert "rms-norm" in fewer.stdout and "qk-norm-rope" not in fewer.stdout and "fold (" not in fewer.stdout
     more = run("--with", "fuse-commit", "--lowp", "fp8", "--keep", "blocks.0.*", "--pass", "commit + denoise 0")
     assert more.stdout.count("inferix::linear_lowp") == 6 and "literal [0.0, 0.0, 0.0, 1000.0" not in more.stdout
+    narrow = run("--kv-dtype", "int8", "--pass", "commit").stdout
+    assert narrow.count("inferix::kv_pages") == 2 * 2  # of each layer into its pages, and what is seen out of them
     assert "dead-work" in run("--rewrites").stdout
 
 
@@ -90,6 +92,7 @@ def test_a_run_starts_from_saved_graphs_and_others_are_refused(tmp_path: Path) -
         (("--lowp", "int8", "--layers", "blok.*"), "no linear layer is called 'blok.*'"),
         (("--pass", "denoise 9"), "--pass is 'denoise 9'; this block has 'fold', 'prompt', 'denoise 0'"),
         (("--preset", "krea", "--with", "fuse-commit"), "krea has no commit that could wait"),
+        (("--kv-dtype", "fp4"), "--kv-dtype is 'fp4'; did you mean 'fp8'?"),
         (("--plan", "--json"), "--plan prints where scratch lies; leave --json out"),
         (("--save", "a", "--load", "b"), "--save makes graphs and --load reads them; give one of them"),
         (("--save", "a", "--without", "adaln"), "--without is for a graph that is shown, not for what an engine runs"),

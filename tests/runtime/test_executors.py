@@ -58,6 +58,24 @@ def test_fused_equals_eager(preset: str) -> None:
     assert set(fused.executor.loaded) <= set(queries_of(fused.spec, fused.preset, SIZE))
 
 
+@pytest.mark.parametrize(
+    ("preset", "kind"), [("self-forcing", "fp8"), ("longlive-infinity", "int8"), ("rolling-forcing", "bfloat16")]
+)
+def test_graphs_over_pages_in_fewer_bits(preset: str, kind: str) -> None:
+    """Read as they lie, or through the buffer, a sink turned; pass by pass too. Not what pages of all bits give."""
+    backend = FakeGraphs()
+    settings = {**SMALL[preset], "kv_dtype": kind} | ({"local_attn_size": 6} if preset == "self-forcing" else {})
+    wanted, engine = stream(make_engine(preset, **settings)), captured_engine(backend, preset, **settings)
+    assert (stream(engine) - wanted).abs().max() <= TOLERANCE
+    assert backend.captures == len(engine.executor.loaded)
+    settings.pop("kv_dtype")
+    assert (stream(make_engine(preset, **settings)) - wanted).abs().max() > 1e-4
+    asked = queries_of(engine.spec, engine.preset, SIZE, staged=True)
+    assert {dataclasses.replace(query, pages=0) for query in engine.executor.loaded} <= {
+        dataclasses.replace(query, pages=0) for query in asked
+    }
+
+
 def test_a_difference_between_executors_is_seen() -> None:
     fused = make_engine(executor="fused", local_attn_size=6)
     wanted = stream(make_engine(local_attn_size=6))
@@ -254,5 +272,3 @@ def test_what_contradicts_is_refused() -> None:
         config(executor="fused", lowp_keep=("head",))
     with pytest.raises(UsageError, match=r"no linear layer is called 'blok\.\*'; there is 'blocks.0.cross_attn.k'"):
         make_engine(executor="fused", lowp="int8", lowp_layers=("blok.*",))
-    with pytest.raises(UsageError, match=r"executor fused has no graphs for pages in bfloat16 under dtype float32"):
-        config(executor="fused", kv_dtype="bfloat16")
