@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InferixError
+from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
 from ..kernels.spec import ARCHITECTURES, has_triton
 
@@ -37,14 +37,17 @@ WITH_MATRIX = ("block_attention", "linear_lowp")  # ops that must use them
 STACK = {"denoise_step": 64}  # bytes an op may keep on the stack: the float64 cosine's digits of pi, for huge angles
 
 
-def compile_all() -> dict[str, dict[str, Any]]:
-    """A row for every op, variant and architecture: "op, variant, sm_90" -> what it compiled to."""
+def compile_all(ops: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """A row for every variant and architecture of these ops, or of all: "op, variant, sm_90" -> what it compiled to."""
+    for op in ops:
+        if op not in SPECS:
+            raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; there are {', '.join(SPECS)}")
     if not has_triton():
         raise InferixError("Triton is not installed, so nothing can be compiled; pip install triton")
     env = {**os.environ, "TRITON_DISABLE_LINE_INFO": "1", "TRITON_INTERPRET": "0"}
 
     def compile_apart(capability: int) -> dict[str, dict[str, Any]]:
-        command = [sys.executable, "-m", "inferix.bench.compile_gate", str(capability)]
+        command = [sys.executable, "-m", "inferix.bench.compile_gate", str(capability), *ops]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise InferixError(f"compiling for sm_{capability} failed: {done.stderr.strip()[-1500:]}")
@@ -99,9 +102,9 @@ class StandInDriver:
         return True
 
 
-def cases_for(capability: int) -> Iterator[tuple[str, Callable[..., None], dict[str, Any]]]:
-    """Name, form and arguments of every call that the table has a row for on an architecture."""
-    for spec in SPECS.values():
+def cases_for(capability: int, ops: Sequence[str] = ()) -> Iterator[tuple[str, Callable[..., None], dict[str, Any]]]:
+    """Name, form and arguments of every call of these ops, or of all, that has a row in the table."""
+    for spec in [SPECS[op] for op in ops] or SPECS.values():
         for form in spec.implementations:
             if capability not in form.architectures or not hasattr(form.module(), "compile_cases"):
                 continue
@@ -129,13 +132,13 @@ def launches(**options: Any) -> Iterator[list[Any]]:
         triton.runtime.jit.JITFunction.run = launch
 
 
-def compile_for(capability: int) -> dict[str, dict[str, Any]]:
-    """All variants of all ops for one architecture, through their own launch functions."""
+def compile_for(capability: int, ops: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """All variants of these ops, or of all, for one architecture, through their own launch functions."""
     import triton
 
     triton.runtime.driver.set_active(StandInDriver(capability))
     found = {}
-    for name, run, inputs in cases_for(capability):
+    for name, run, inputs in cases_for(capability, ops):
         with launches(warmup=True) as compiled:
             run(**inputs)
         (kernel,) = compiled
@@ -195,4 +198,4 @@ def tool(name: str, *args: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_for(int(sys.argv[1]))))
+    print(json.dumps(compile_for(int(sys.argv[1]), sys.argv[2:])))

@@ -80,7 +80,9 @@ def kernels(
     if compile_only:
         if tune:
             raise UsageError("--compile-only compiles and --tune times; give one of them")
-        return tell_compiled(as_json)
+        if case or shape or out:
+            raise UsageError("--compile-only has cases and a table of its own; leave out --case, --shape and --out")
+        return tell_compiled(op, as_json)
 
     from ..bench.kernels import Wanted, draw, run, shown
     from ..bench.result import write_result
@@ -408,11 +410,11 @@ def tell_tuned(wanted: Wanted, as_json: bool) -> None:
             typer.echo(f"{op}: {path}")
 
 
-def tell_compiled(as_json: bool) -> None:
+def tell_compiled(ops: list[str], as_json: bool) -> None:
     """The compile gate's table; InferixError if something in it is wrong."""
     from ..bench.compile_gate import compile_all, problems
 
-    found = compile_all()
+    found = compile_all(ops)
     if as_json:
         typer.echo(json.dumps(found))
     else:

@@ -251,8 +251,13 @@ def test_tuning_needs_a_gpu_and_whole_ops():
         tune_here(SMALL, lambda said: None)
     with pytest.raises(UsageError, match="leave --case and --shape out"):
         tune_here(replace(SMALL, device="cuda"), lambda said: None)
-    for options, said in ((("--device", "cpu"), "--tune times kernels on a GPU"), (("--compile-only",), "give one of")):
-        done = CliRunner().invoke(app, ["bench", "kernels", "--tune", *options])
+    for options, said in (
+        (("--tune", "--device", "cpu"), "--tune times kernels on a GPU"),
+        (("--tune", "--compile-only"), "give one of"),
+        (("--compile-only", "--case", "small world"), "leave out --case"),
+        (("--compile-only", "--op", "adalm"), "no op 'adalm'; did you mean 'adaln'?"),
+    ):
+        done = CliRunner().invoke(app, ["bench", "kernels", *options])
         assert done.exit_code == 2
         assert said in " ".join(done.output.split())
 
