@@ -71,14 +71,14 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dic
     def needs(name: str) -> str:
         return "works" if packages[name] else f"missing: pip install {name}"
 
-    compiles = packages["triton"] and not gpus
+    without = "compile here" if packages["triton"] else "compile where triton is (pip install triton)"
     return {
         "generate on the CPU": "works",
         "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
         "video files": needs("av"),
         "prompts as text": needs("transformers"),
         "prompt cleaning": needs("ftfy"),
-        "GPU kernels": "compile here, run where there is a GPU" if compiles else needs("triton"),
+        "GPU kernels": needs("triton") if gpus else f"{without}, run where there is a GPU",
         "export to engines": "not in this version",
     }
 
