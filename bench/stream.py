@@ -324,7 +324,7 @@ def several(engine: Engine, wanted: Wanted, count: int, tell: Tell) -> dict[str,
 
 
 def batches(engine: Engine, wanted: Wanted, tell: Tell) -> list[dict[str, Any]]:
-    """Seconds in which 1 to N sessions get a block each, in turns and as one batch, and frames a second of the batch.
+    """Seconds in which 1 to N sessions get a block each, in turns and as one batch.
 
     The seconds are of the network, without pictures, and are kept in the file. UsageError for an executor that has no
     batches.
@@ -338,8 +338,7 @@ def batches(engine: Engine, wanted: Wanted, tell: Tell) -> list[dict[str, Any]]:
     for count in range(1, wanted.sessions + 1):
         engine.follow_times(size, BatchTimes({1: math.inf, count: 1.0}))  # all of them, or each by itself
         seconds[count] = batch_seconds(engine, wanted, count, tell)
-        fps = several(engine, wanted, count, tell)["fps"]
-        found.append({"sessions": count, "turns": count * seconds[1], "batch": seconds[count], "fps": fps})
+        found.append({"sessions": count, "turns": count * seconds[1], "batch": seconds[count]})
     times = BatchTimes(seconds)
     engine.follow_times(size, times)
     keep_times(wanted.batches, engine.timed_on, size, times)
@@ -347,21 +346,21 @@ def batches(engine: Engine, wanted: Wanted, tell: Tell) -> list[dict[str, Any]]:
 
 
 def batch_seconds(engine: Engine, wanted: Wanted, count: int, tell: Tell) -> float:
-    """Median seconds from the beginning of a batch of `count` blocks to the end of its passes, at full windows."""
+    """Median seconds from a block's beginning to the end of its passes, at full windows, in a batch of `count`."""
     subject = wanted.subject
     size, full = subject.size or engine.default_size, blocks_until_full(engine.preset)
     tell(f"a batch of {count}, without pictures")
     prompt = told_prompt(engine, subject.seed)
-    rounds = []
+    taken = []
     with ExitStack() as stack:
         opened = [engine.open(**prompt, seed=subject.seed + index, size=size) for index in range(count)]
-        turns = full + wanted.blocks + engine.host.limits.queue_blocks  # until all have made equally many
+        turns = full + wanted.blocks
         streams = [stack.enter_context(session).stream(turns, decode=False) for session in opened]
         for turn in range(turns):
-            spans = [block.record.spans for block in map(next, streams) if block.record.batch == count]
-            if turn >= full and len(spans) == count:
-                rounds.append(max(span["commit"][1] for span in spans) - min(span["encode"][0] for span in spans))
-    return statistics.median(rounds)
+            records = [next(stream).record for stream in streams]
+            spans = [record.spans for record in records if record.batch == count and turn >= full]
+            taken += [span["commit"][1] - span["encode"][0] for span in spans]
+    return statistics.median(taken)
 
 
 def long_run(engine: Engine, wanted: Wanted, tell: Tell) -> dict[str, Any]:

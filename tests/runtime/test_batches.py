@@ -273,10 +273,10 @@ def test_an_interrupted_batch_ends_all_that_are_in_it(error):
         raise error
 
     engine.executor.forward = interrupted
-    with pytest.raises(error):
+    with pytest.raises(error) as held:
         [next(stream) for _ in range(2) for stream in streams]
     engine.executor.forward = forward
-    assert [session.state for session in sessions] == [State.FAILED, State.FAILED, State.NEW]
+    assert [session.state for session in sessions] == [State.FAILED, State.FAILED, State.NEW], held.value
     engine.check_integrity()
     with pytest.raises(InferixError, match="its last block was interrupted"):
         sessions[0].stream(1)
@@ -318,6 +318,21 @@ def test_only_blocks_that_match_run_as_one():
     assert turns[:3] == [[1, 2], [3], [4, 5]]
     assert turns[3:] == [[1, 2, 3], [4, 5], []]
     engine.check_integrity()
+
+
+def test_images_held_as_the_first_frame_make_passes_of_two_parts():
+    """One frame told that it is clean, and two that are not; each part has a row for each session."""
+    settings = settings_of("longlive2") | {"num_frame_per_block": 3, "local_attn_size": 6, "sink_size": 3}
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8).numpy()
+    engine, lone = engine_of("longlive2", **settings), engine_of("longlive2", times=None, **settings)
+    sessions = [opened(engine, seed, image=images[seed]) for seed in range(2)]
+    for session in sessions:
+        engine.host.ask(session, Demand(2, decode=False))
+    assert [len(engine.step()) for _ in range(3)] == [2, 2, 0]
+    for seed, session in enumerate(sessions):
+        with opened(lone, seed, image=images[seed]) as other:
+            for wanted in other.stream(2, decode=False):
+                assert (session.outbox.take().latents - wanted.latents).abs().max() <= 1e-9
 
 
 def test_int8_pages_of_a_budget_are_not_bound_at_a_time():
