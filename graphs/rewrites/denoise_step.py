@@ -193,7 +193,8 @@ def is_clean(terms: Terms, latents: fx.Node, parts: list[fx.Node]) -> bool:
 def fuse(graph: PassGraph, edit: Editor, match: Match, step: Step) -> None:
     """Emit the kernel at the end of the graph, and hand on what it writes."""
     output = graph.graph.output_node()
-    rows, frames, channels, _, patch_height, _, patch_width = shape(match.results[0])
+    rows, frames, channels, *places = shape(match.results[0])
+    patch_height, patch_width = places[1::2] if len(places) == 4 else (1, 1)  # axes of one entry are left out
     with edit.before(output):
         x = edit.dense(step.latents)
         size, like = shape(x), fake(x)
