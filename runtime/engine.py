@@ -186,6 +186,7 @@ class Engine:
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype))
         self.executor.start_profile(profile)
+        self.observe(profile.note_decoding)
         self.profile = profile
         return profile
 

@@ -117,6 +117,7 @@ class Profile:
     """Collects runs as the launcher makes them; `end_block` closes a block, `write` leaves the report.
 
     about: what was run and on what, for the report's first line. spent: seconds of this block on notes, beside marks.
+    decodes: block, begin and end of what was decoded meanwhile, on the clock of runs.
     """
 
     about: str
@@ -127,6 +128,7 @@ class Profile:
     once: dict[int, Run] = field(default_factory=dict)  # fused runs of captured programs, by the program's id
     counts: WeakKeyDictionary[LaunchPlan, PageCounts] = field(default_factory=WeakKeyDictionary)
     spent: float = 0.0
+    decodes: list[tuple[int, float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clock: HostClock | EventClock = EventClock() if self.device.type == "cuda" else HostClock()
@@ -169,6 +171,11 @@ class Profile:
         self.spent += time.perf_counter() - begin
         self.blocks.append(BlockProfile(index, self.runs, dict(timings), held, self.spent))
         self.runs, self.spent = [], 0.0
+
+    def note_decoding(self, record: Mapping[str, Any]) -> None:
+        """Keep when a block was decoded, from its record."""
+        if (span := record.get("spans", {}).get("decode")) is not None:  # controls have records, too
+            self.decodes.append((record["block"], *span))
 
     def cost_of_a_mark(self) -> float:
         """Seconds that one mark takes on the host."""
@@ -240,10 +247,10 @@ class Profile:
         return "\n".join(lines) + "\n"
 
     def trace(self) -> dict[str, Any]:
-        """Chrome's trace format: stages are not on the clock of runs, so passes and calls alone are shown."""
+        """Chrome's trace format: blocks, their passes and calls, and what the decoder did beside them."""
         events: list[dict[str, Any]] = [
             {"ph": "M", "name": "thread_name", "pid": 0, "tid": thread, "args": {"name": name}}
-            for thread, name in enumerate(("blocks", "passes", "calls"))
+            for thread, name in enumerate(("blocks", "passes", "calls", "decoder"))
         ]
         for block in self.blocks:
             if block.runs:
@@ -258,6 +265,7 @@ class Profile:
                     call, cost = run.program.calls[index], self.cost_of(run, index, end - start)
                     told = {"node": call.node, "kind": family(call), "bytes": cost.bytes, "flops": cost.flops}
                     events.append(event(call.op.name(), 2, run.begin + start, end - start, told))
+        events += [event(f"decode {block}", 3, begin, end - begin, {}) for block, begin, end in self.decodes]
         return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": {"about": self.about}}
 
     def write(self, folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,34 @@ def test_passes_kinds_of_work_and_calls_add_up(folder: Path, monkeypatch: pytest
     outer = {event["name"]: event for event in events if event.get("tid") == 1 and event["ph"] == "X"}["commit"]
     inside = [call for call in calls if call["args"]["node"].startswith("commit/")][-1]
     assert outer["ts"] <= inside["ts"] and inside["ts"] + inside["dur"] <= outer["ts"] + outer["dur"] + 1e-3
+
+
+def test_a_trace_shows_decoding_beside_the_next_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that goes on once the next block's passes have begun."""
+    monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    engine = make_engine(executor="fused", graphs=str(folder / "graphs"))
+    profile = engine.start_profile()
+    launch, decode, begun, decoded = profile.launch, engine.parts.vae.decode, [threading.Event() for _ in range(3)], []
+
+    def note_and_launch(*arguments):
+        begun[len(profile.blocks)].set()
+        launch(*arguments)
+
+    def slow(latents, state):
+        decoded.append(len(decoded))
+        assert decoded[-1] == 2 or begun[decoded[-1] + 1].wait(60)
+        return decode(latents, state)
+
+    monkeypatch.setattr(profile, "launch", note_and_launch)
+    monkeypatch.setattr(engine.parts.vae, "decode", slow)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        list(session.stream(3))
+    shown = {event["name"]: event for event in profile.trace()["traceEvents"] if event["ph"] == "X"}
+    for block in range(2):
+        decoding, following = shown[f"decode {block}"], shown[f"block {block + 1}"]
+        assert decoding["ts"] < following["ts"] + following["dur"]
+        assert following["ts"] < decoding["ts"] + decoding["dur"]
+        assert decoding["ts"] >= shown[f"block {block}"]["ts"]
 
 
 def test_a_captured_graph_has_events_at_its_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
