@@ -176,7 +176,7 @@ class PlainLoop:
             self.angles = rope_angles(positions, *self.grid, self.spec.head_dim, self.engine.device)
         model = self.transformer
         model.text_embedding(self.rows[None])
-        x = model.patch_embedding(latents[None].transpose(1, 2)).flatten(2).transpose(1, 2)
+        x = model.embed_latents(latents[None])
         timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.engine.device)
         e, modulation = model.time_embedding(timesteps, self.rest(len(run.frames)))
         # What is compiled is compiled for the full window alone: every other size would be compiled anew.

@@ -55,6 +55,8 @@ def pass_parameters(spec: ModelSpec) -> int:
     total += linear(spec.freq_dim, dim) + linear(dim, dim) + linear(dim, 6 * dim)
     if spec.action_dim is not None:
         total += linear(spec.action_dim, dim) + linear(dim, dim)
+    if spec.grid is not None:
+        total += math.prod(spec.grid) * dim
     layer = 6 * dim + 6 * linear(dim, dim) + 3 * dim + 2 * dim + linear(dim, spec.ffn_dim) + linear(spec.ffn_dim, dim)
     return total + spec.num_layers * layer
 

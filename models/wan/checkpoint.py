@@ -209,9 +209,10 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
     image_tokens = None if position is None else position.shape[1]
     action = tensors.get("action_embedding.linear_1.weight")
     action_dim = None if action is None else action.shape[1]
+    placed = "position_embedding" in tensors
     for spec in MODELS.values():
         same = all(getattr(spec, key) == sizes[key] for key in SIZES)
-        if same and (spec.image_dim, spec.action_dim) == (image_dim, action_dim):
+        if same and (spec.image_dim, spec.action_dim, spec.grid is not None) == (image_dim, action_dim, placed):
             return spec
     if action_dim is not None:
         names = ", ".join(spec.name for spec in MODELS.values() if spec.actions)
@@ -220,7 +221,8 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
     return ModelSpec(
         name="custom", **sizes, freq_dim=freq_dim, text_len=config.get("text_len", FAMILY["text_len"]),
         patch=(patch.shape[3], patch.shape[4]), eps=config.get("eps", FAMILY["eps"]), image_dim=image_dim,
-        image_tokens=image_tokens, vae_stride=like.vae_stride, fps=like.fps, default_size=like.default_size, actions=(),
+        image_tokens=image_tokens, vae_stride=like.vae_stride, fps=like.fps, default_size=like.default_size, grid=None,
+        actions=(),
     )  # fmt: skip
 
 

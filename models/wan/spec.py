@@ -32,6 +32,7 @@ class ModelSpec:
     vae_stride: tuple[int, int]  # time, space
     fps: int
     default_size: tuple[int, int]  # width, height in pixels
+    grid: tuple[int, int] | None  # rows and columns of a learned embedding of places in the picture, None without one
     actions: tuple[str, ...]  # what a latent frame can be told to do; none for models that follow text alone
 
     def __post_init__(self) -> None:
@@ -58,14 +59,20 @@ class ModelSpec:
                 f"size {size[0]}x{size[1]} is not possible: width must be a multiple of {steps[0]} and height "
                 f"of {steps[1]}; the nearest are {near}"
             )
-        return size[1] // self.vae_stride[1], size[0] // self.vae_stride[1]
+        height, width = size[1] // self.vae_stride[1], size[0] // self.vae_stride[1]
+        if self.grid is not None and (height > self.grid[0] * self.patch[0] or width > self.grid[1] * self.patch[1]):
+            most = f"{self.grid[1] * steps[0]}x{self.grid[0] * steps[1]}"
+            raise UsageError(f"size {size[0]}x{size[1]} is too large for {self.name}: it knows places up to {most}")
+        return height, width
 
     def tokens_per_frame(self, size: tuple[int, int]) -> int:
         height, width = self.latent_size(size)
         return (height // self.patch[0]) * (width // self.patch[1])
 
 
-FAMILY: dict[str, Any] = {"freq_dim": 256, "text_len": 512, "patch": (2, 2), "eps": 1e-6, "actions": ()}
+FAMILY: dict[str, Any] = {
+    "freq_dim": 256, "text_len": 512, "patch": (2, 2), "eps": 1e-6, "actions": (), "grid": None,
+}  # fmt: skip
 WAN21: dict[str, Any] = FAMILY | {
     "text_dim": 4096, "vae_stride": (4, 8), "fps": 16, "default_size": (832, 480), "out_channels": 16,
 }  # fmt: skip
@@ -95,9 +102,10 @@ MODELS: dict[str, ModelSpec] = {
             default_size=(256, 256), **FAMILY,
         ),
         ModelSpec(
-            name="tinyworld", dim=256, ffn_dim=768, num_heads=4, num_layers=4, in_channels=48, out_channels=48,
+            name="tinyworld", dim=256, ffn_dim=768, num_heads=4, num_layers=4, in_channels=20, out_channels=20,
             freq_dim=256, text_dim=64, text_len=8, patch=(1, 1), eps=1e-6, image_dim=None, image_tokens=None,
-            vae_stride=(4, 8), fps=8, default_size=(64, 64), actions=("stay", "up", "down", "left", "right"),
+            vae_stride=(4, 8), fps=8, default_size=(64, 64), grid=(8, 8),
+            actions=("stay", "up", "down", "left", "right"),
         ),
     )
 }  # fmt: skip

@@ -228,6 +228,8 @@ class WanTransformer(nn.Module):
         self.patch_embedding = nn.Conv3d(spec.in_channels, spec.dim, (1, *spec.patch), (1, *spec.patch))
         self.text_embedding = TextEmbedding(spec)
         self.time_embedding = TimeEmbedding(spec, self.precision)
+        if spec.grid is not None:
+            self.position_embedding = nn.Parameter(torch.zeros(*spec.grid, spec.dim))
         if spec.action_dim is not None:
             self.action_embedding = ActionEmbedding(spec.dim, spec.action_dim)
         if spec.image_dim is not None:
@@ -266,11 +268,20 @@ class WanTransformer(nn.Module):
         if (actions is None) != (self.spec.action_dim is None):
             raise ValueError(f"{self.spec.name}: actions are {'missing' if actions is None else 'not used'}")
         height, width = latents.shape[-2:]
-        x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
+        x = self.embed_latents(latents)
         e, modulation = self.time_embedding(timesteps, None if actions is None else self.action_embedding(actions))
         for block in self.blocks:
             x = block(x, modulation, context, kv)
         return self.unpatchify(self.head(x, e), height, width)
+
+    def embed_latents(self, latents: Tensor) -> Tensor:
+        """Tokens [B, T, d] of latents [B, F, C, H, W]; a smaller picture is the middle of the grid of places."""
+        x = self.patch_embedding(latents.transpose(1, 2))
+        if self.spec.grid is not None:
+            top, left = ((most - size) // 2 for most, size in zip(self.spec.grid, x.shape[3:], strict=True))
+            places = self.position_embedding[top : top + x.shape[3], left : left + x.shape[4]]
+            x = x + places.permute(2, 0, 1)[:, None]
+        return x.flatten(2).transpose(1, 2)
 
     def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """[B, T, ph*pw*C] with channels fastest to [B, F, C, H, W]."""
