@@ -32,6 +32,7 @@ from ..models.tinyworld.world import (
     landmarks_near,
     lit,
     scenes,
+    soft,
     stride_at,
 )
 from ..runtime.engine import Engine, to_frames
@@ -250,7 +251,7 @@ def hero_is(scene: Scene, action: str, facing: str, picture: Picture) -> bool:
     )  # what takes the hero's colour
     seen = picture[body] / 255.0
     wrong = {
-        name: float(np.square(np.clip(lit(canvas, scene.light), 0, 1)[body] - seen).mean())
+        name: float(np.square(np.clip(lit(soft(canvas), scene.light), 0, 1)[body] - seen).mean())
         for name, canvas in (*drawn.items(), ("none", bare))
     }
     return min(wrong, key=lambda name: wrong[name]) == scene.colour
@@ -355,7 +356,5 @@ def evaluate(
         **minute,
         **long_run(engine, seeds, minutes, tell),
     }
-    passed = {
-        name: found[name] >= bar if sign == ">=" else found[name] <= bar for name, (sign, bar) in BARS.items()
-    }
+    passed = {name: found[name] >= bar if sign == ">=" else found[name] <= bar for name, (sign, bar) in BARS.items()}
     return found | {"passed": passed}, sheet

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .world import ACTIONS, Scene, World, scenes
+from .world import ACTIONS, STEP, Scene, World, scenes
 
 HELD_OUT = 1 << 20  # seeds from here on are never trained on
 
@@ -31,13 +31,17 @@ def random_walk(rng: random.Random, length: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Clip:
-    """A walk: its scene, from action `change` on another one, and its pictures uint8 [1 + 4 * actions, H, W, 3]."""
+    """A walk: its scene, from action `change` on another one, and its pictures uint8 [1 + 4 * actions, H, W, 3].
+
+    places: where the camera stands at first and after each action, in pixels.
+    """
 
     before: Scene
     after: Scene
     change: int
     actions: list[str]
     pictures: np.ndarray
+    places: list[tuple[int, int]]
 
 
 def random_clip(rng: random.Random, length: int, first_seed: int = 0, change_share: float = 0.0) -> Clip:
@@ -46,24 +50,29 @@ def random_clip(rng: random.Random, length: int, first_seed: int = 0, change_sha
     world = World(seed, scene)
     world.walk(random_walk(rng, rng.randint(0, 40)))
     actions = random_walk(rng, length)
-    change = rng.randrange(1, length) if rng.random() < change_share else length
-    pictures = [world.rollout(actions[:change])]
-    after = scene
-    if change < length:
-        after = rng.choice(scenes())
-        world.become(after)
-        pictures += [world.step(action) for action in actions[change:]]
-    return Clip(scene, after, change, actions, np.concatenate(pictures))
+    change = rng.randrange(1, length) if length > 1 and rng.random() < change_share else length
+    after = rng.choice(scenes()) if change < length else scene
+    pictures, places = [world.first()], [(world.x, world.y)]
+    for index, action in enumerate(actions):
+        if index == change:
+            world.become(after)
+        pictures.append(world.step(action))
+        places.append((world.x, world.y))
+    return Clip(scene, after, change, actions, np.concatenate(pictures), places)
 
 
-class Clips(IterableDataset[Tensor]):
-    """Endless clips float [3, 1 + 4 * length, H, W] in [-1, 1], other ones for each worker."""
+class Clips(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
+    """Endless clips, other ones for each worker: pixels float [3, 1 + 4 * length, H, W] in [-1, 1], how far each
+    action moves the camera [length, 2] (right and down, in steps), and whether the scene stays the same [length]."""
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
+    def __init__(self, length: int, seed: int, change_share: float) -> None:
+        self.length, self.seed, self.change_share = length, seed, change_share
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         worker = get_worker_info()
         rng = random.Random(self.seed * 1000 + (worker.id if worker else 0))
         while True:
-            yield torch.from_numpy(random_clip(rng, self.length).pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
+            clip = random_clip(rng, self.length, change_share=self.change_share)
+            pixels = torch.from_numpy(clip.pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
+            same = torch.tensor([index != clip.change for index in range(self.length)])
+            yield pixels, torch.tensor(clip.places).diff(dim=0) // STEP, same

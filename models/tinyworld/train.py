@@ -2,9 +2,9 @@
 
     python -m inferix.models.tinyworld.train --out runs/tinyworld
 
-Every stage saves as it goes and picks up where it was stopped. The transformer learns each frame from noise
-beside the clean frames before it (teacher forcing), which are blurred by noise, and later by its own
-predictions, so that its own mistakes do not grow.
+Every stage saves as it goes and picks up where it was stopped. The autoencoder learns that land seen again is
+the same latents, moved. The transformer learns each frame from noise beside the clean frames before it (teacher
+forcing), which are blurred by noise, and later by its own predictions, so that its own mistakes do not grow.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, cast
 
@@ -27,14 +28,23 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from ...kernels.rope import rope_angles, rotate
+from ...kernels.rope import axis_angles, rope_angles, rotate
 from ..files import write_json
 from ..wan.checkpoint import SHARD
 from ..wan.configs import diffusers_config, diffusers_vae_config
 from ..wan.names import to_format
 from ..wan.spec import MODELS
-from ..wan.transformer import WanTransformer
-from ..wan.vae import CausalVae, VaeSpec, from_patches, to_patches
+from ..wan.transformer import Block, SelfAttention, WanTransformer
+from ..wan.vae import (
+    CausalConv3d,
+    CausalVae,
+    Downsample,
+    ShortcutUpBlock,
+    Upsample,
+    VaeSpec,
+    from_patches,
+    to_patches,
+)
 from .data import HELD_OUT, Clips, random_clip
 from .words import FILE as WORDS_FILE
 from .words import WordEncoder, known_words, word_numbers
@@ -42,6 +52,7 @@ from .world import ACTIONS, FRAMES, Scene
 
 SPEC = MODELS["tinyworld"]
 Model = TypeVar("Model", bound=nn.Module)
+Examples = Iterator[tuple[Tensor, Tensor, Tensor]]
 VAE = VaeSpec(
     z_dim=SPEC.out_channels, base_channels=32, decoder_channels=32, multipliers=(1, 2, 2), num_res_blocks=1,
     temporal_down=(True, True), patch=2, shortcuts=True, mean=(0.0,) * SPEC.out_channels,
@@ -53,15 +64,22 @@ VAE = VaeSpec(
 class Recipe:
     """Every number of the training; actions are the unit of length."""
 
-    vae_steps: int = 6400  # encoder and decoder together
-    decoder_steps: int = 1000  # the decoder alone, while the encoder holds still
-    vae_batch: int = 2
+    stills_steps: int = 600  # encoder and decoder on single pictures
+    stills_batch: int = 24
+    stills_rate: float = 2e-3
+    vae_steps: int = 1600  # encoder and decoder on short clips, several: the pictures of one are much alike
+    vae_batch: int = 4
     vae_length: int = 3
-    decoder_length: int = 12  # as long as the decoder remembers, and longer
-    vae_rate: float = 2e-3
-    decoder_rate: float = 8e-4
+    vae_rate: float = 1e-3
+    change_share: float = 0.3  # clips in which the scene changes on the way
+    land_weight: float = 0.05
+    free_channels: int = 4  # of the latents, for what does not stay with the land
     kl_weight: float = 3e-4
-    bank_clips: int = 3000
+    decoder_steps: int = 500  # the decoder alone, on latents that are a little off
+    decoder_batch: int = 3
+    decoder_length: int = 4
+    decoder_rate: float = 5e-4
+    bank_clips: int = 2000
     bank_length: int = 24
     bank_firsts: int = 6000  # first pictures of walks, alone
     window: int = 6  # latent frames a frame sees, the first of the clip always among them
@@ -69,10 +87,9 @@ class Recipe:
     batch: int = 3
     copies: int = 2  # noisy ones of each clip, beside one clean
     firsts: int = 6  # first pictures in a batch
-    pure: float = 0.15  # share of frames learnt from noise alone; the others at uniform levels
-    levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)  # the noise levels the sampler visits
-    steps: int = 8000
-    own_steps: int = 1500  # with its own predictions as the past
+    levels: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)  # of noise: those that the sampler visits
+    steps: int = 3000
+    own_steps: int = 650  # with its own predictions as the past
     rate: float = 1.5e-3
     own_rate: float = 8e-4
     blur: float = 0.3  # most noise in the past that the network takes for clean
@@ -80,39 +97,54 @@ class Recipe:
 
 
 SHORT = Recipe(
-    vae_steps=8, decoder_steps=4, vae_batch=1, vae_length=1, decoder_length=1, bank_clips=4, bank_length=6,
-    bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8, own_steps=4,
+    stills_steps=4, stills_batch=2, vae_steps=8, vae_batch=1, vae_length=1, decoder_steps=4, decoder_batch=1,
+    decoder_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8,
+    own_steps=4,
 )  # fmt: skip
 
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
-    """The autoencoder: reconstruction and a little pull of the latents towards a normal distribution."""
+    """The autoencoder, first on single pictures, then on clips."""
     vae = new_vae()
-    run = Run(folder / "vae", vae, optimisers(vae, recipe.vae_rate), recipe.vae_steps, recipe.save_every)
+    stills = partial(training_clips, 0, recipe.stills_batch, 0.0, seed=5)
+    vae = train_both(folder, "stills", vae, stills, recipe, recipe.stills_steps, recipe.stills_rate)
+    clips = partial(training_clips, recipe.vae_length, recipe.vae_batch, recipe.change_share, seed=1)
+    return train_both(folder, "vae", vae, clips, recipe, recipe.vae_steps, recipe.vae_rate)
+
+
+def train_both(
+    folder: Path, name: str, vae: CausalVae, clips: Callable[[], Examples], recipe: Recipe, steps: int, rate: float
+) -> CausalVae:
+    """Encoder and decoder: pictures, land that stays as it is, and a little pull towards a normal distribution."""
+    shorten_memory(vae)
+    run = Run(folder / name, vae, optimisers(vae, rate), steps, recipe.save_every)
     if run.step < run.steps:
-        clips = training_clips(recipe.vae_length, recipe.vae_batch, seed=1)
+        examples = clips()
 
         def loss() -> tuple[Tensor, dict[str, float]]:
-            pixels = next(clips)
+            pixels, moves, same = next(examples)
             mean, log_var = encode_clips(vae, pixels).chunk(2, dim=1)
             kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
+            land = land_error(mean[:, : -recipe.free_channels], moves, same)
             total, psnr = picture_loss(vae, mean + torch.randn_like(mean) * torch.exp(0.5 * log_var), pixels)
-            return total + recipe.kl_weight * kl, {"psnr": psnr, "kl": float(kl.detach())}
+            told = {"psnr": psnr, "kl": float(kl.detach()), "land": float(land.detach())}
+            return total + recipe.kl_weight * kl + recipe.land_weight * land, told
 
-        run.go(loss, lambda: vae_sheet(run.average, folder / "vae.png"))
+        run.go(loss, lambda: vae_sheet(run.average, folder / f"{name}.png"))
     return run.average
 
 
 def train_decoder(folder: Path, vae: CausalVae, recipe: Recipe) -> CausalVae:
-    """The decoder alone, on clips long enough that no start is in sight, from latents that are a little off."""
+    """The decoder alone, from latents that are a little off, as those of a transformer are."""
+    shorten_memory(vae)
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
     run = Run(folder / "decoder", vae, optimisers(vae, recipe.decoder_rate), recipe.decoder_steps, recipe.save_every)
     if run.step < run.steps:
-        clips = training_clips(recipe.decoder_length, 1, seed=4)
+        clips = training_clips(recipe.decoder_length, recipe.decoder_batch, recipe.change_share, seed=4)
 
         def loss() -> tuple[Tensor, dict[str, float]]:
-            pixels = next(clips)
+            pixels, _, _ = next(clips)
             with torch.no_grad():
                 mean = encode_clips(vae, pixels).chunk(2, dim=1)[0]
             off = 0.1 * torch.rand(len(mean), 1, 1, 1, 1) * mean.std()
@@ -123,9 +155,31 @@ def train_decoder(folder: Path, vae: CausalVae, recipe: Recipe) -> CausalVae:
     return run.average
 
 
-def training_clips(length: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of clips [batch, 3, 1 + 4 * length, H, W] in [-1, 1]."""
-    return iter(DataLoader(Clips(length, seed), batch_size=batch, num_workers=1))
+def training_clips(length: int, batch: int, change_share: float, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Endless batches of `Clips`: pixels [batch, 3, 1 + 4 * length, H, W], moves [batch, length, 2], same scene."""
+    return iter(DataLoader(Clips(length, seed, change_share), batch_size=batch, num_workers=1))
+
+
+def land_error(latents: Tensor, moves: Tensor, same: Tensor) -> Tensor:
+    """How far latents [B, C, F, h, w] are from those of the frame before, moved as the camera was: 1 is no likeness.
+
+    Land that is seen again is then seen as the same latents, which a transformer can copy. The hero's surroundings
+    and changes of scene are left out. moves [B, F - 1, 2] in latent pixels, same [B, F - 1].
+    """
+    height, width = latents.shape[-2:]
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+    away = ((rows - height // 2).abs() > 2) | ((columns - width // 2).abs() > 2)
+    wrong, count = latents.new_zeros(latents.shape[1]), 0
+    for clip, frame in same.nonzero().tolist():
+        dx, dy = moves[clip, frame].tolist()
+        now = latents[clip, :, frame + 1, max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+        before = latents[clip, :, frame, max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)]
+        here = away[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+        there = away[max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)]
+        part = (now - before)[:, here & there]
+        wrong = wrong + part.square().sum(1)
+        count += part.shape[1]
+    return (wrong / max(1, count) / latents.var((0, 2, 3, 4)) / 2).mean()
 
 
 def picture_loss(vae: CausalVae, latents: Tensor, pixels: Tensor) -> tuple[Tensor, float]:
@@ -140,16 +194,52 @@ def picture_loss(vae: CausalVae, latents: Tensor, pixels: Tensor) -> tuple[Tenso
 
 
 def new_vae() -> CausalVae:
-    """An autoencoder before training: signals that keep their size, latents with hardly any noise."""
+    """An autoencoder before training: signals that keep their size, latents with hardly any noise.
+
+    What is learnt from single pictures is to hold for clips, and what from short clips for long ones. So
+    convolutions over time begin with nearly all weight on the newest frame, and those that change the rate, which
+    single pictures skip, begin as that frame.
+    """
     vae = CausalVae(VAE)
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 module.weight.mul_(1.7)
+            if isinstance(module, nn.Conv3d):
+                past = module.weight.shape[2] - 1
+                module.weight[:, :, :past] *= 0.2
+                module.weight[:, :, past:] *= math.sqrt(past + 1)
+            if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+                begin_as_newest(module.time_conv)
         vae.quant_conv.weight[VAE.z_dim :].zero_()
         assert vae.quant_conv.bias is not None
         vae.quant_conv.bias[VAE.z_dim :].fill_(-6.0)
     return vae
+
+
+def begin_as_newest(conv: nn.Conv3d) -> None:
+    """Each output, or each half of them, is the newest frame as it is."""
+    assert conv.bias is not None
+    conv.weight.zero_()
+    conv.bias.zero_()
+    channels = conv.weight.shape[1]
+    conv.weight[:, :, -1, 0, 0] = torch.eye(channels).repeat(len(conv.weight) // channels, 1)
+
+
+@torch.no_grad()
+def shorten_memory(vae: CausalVae) -> None:
+    """Convolutions at the latents' rate see the newest frame alone, now and after training: their past reaches far,
+    and short clips would teach nothing about it."""
+    encoder, decoder = vae.encoder, vae.decoder
+    slow: list[nn.Module] = [encoder.down_blocks[-1], encoder.mid_block, encoder.conv_out]
+    slow += [decoder.conv_in, decoder.mid_block, cast(ShortcutUpBlock, decoder.up_blocks[0]).resnets]
+    for part in slow:
+        for module in part.modules():
+            if isinstance(module, CausalConv3d):
+                newest = torch.zeros(module.weight.shape[2], 1, 1)
+                newest[-1] = 1
+                module.weight.mul_(newest)
+                module.weight.register_hook(partial(torch.mul, newest))
 
 
 def encode_clips(vae: CausalVae, pixels: Tensor) -> Tensor:
@@ -210,9 +300,9 @@ def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
     """Random walks through the autoencoder, once, so that the transformer never sees a pixel."""
     walks, firsts = folder / "bank.safetensors", folder / "firsts.safetensors"
     if not walks.exists():
-        encode_walks(walks, vae, recipe.bank_clips, recipe.bank_length, seed=2)
+        encode_walks(walks, vae, recipe.bank_clips, recipe.bank_length, recipe.change_share, seed=2)
     if not firsts.exists():
-        encode_walks(firsts, vae, recipe.bank_firsts, 0, seed=3)
+        encode_walks(firsts, vae, recipe.bank_firsts, 0, 0.0, seed=3)
     held, alone = load_file(walks), load_file(firsts)
     raw = held["latents"].float()
     mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
@@ -224,12 +314,11 @@ def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
 
 
 @torch.no_grad()
-def encode_walks(file: Path, vae: CausalVae, count: int, length: int, seed: int) -> None:
+def encode_walks(file: Path, vae: CausalVae, count: int, length: int, change_share: float, seed: int) -> None:
     """Latents, actions and words of `count` random walks of `length` actions, in one file."""
-    rng = random.Random(seed)
     latents, actions, words, change = [], [], [], []
     for index in range(count):
-        clip = random_clip(rng, length, change_share=0.3 if length else 0.0)
+        clip = random_clip(random.Random(seed * 1_000_000 + index), length, change_share=change_share)
         pixels = torch.from_numpy(clip.pictures).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.autocast("cpu", dtype=torch.bfloat16):
             moments = encode_clips(vae, pixels)
@@ -314,20 +403,17 @@ class ClipAttention:
         self.mask = seen.repeat_interleave(self.tokens, 1).repeat_interleave(self.tokens, 2)[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide = torch.promote_types(v.dtype, torch.float32)  # small heads are slower in bfloat16
-        q, k, v = (part.to(wide) for part in (q, k, v))
+        wide = torch.promote_types(v.dtype, torch.float32)
         q, turned = (rotate(part, self.angles, wide) for part in (q, k))
         first = rotate(k[:, : self.tokens].repeat(1, self.frames, 1, 1), self.sinks, wide)
         keys = self._slots(turned, first.unflatten(1, (-1, self.tokens)))
         values = self._slots(v, v[:, None, : self.tokens].expand(-1, self.frames, -1, -1, -1))
         queries = self._copies(q).transpose(1, 2)  # a frame's copies together
-        with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(
-                queries.flatten(2, 3).flatten(0, 1).transpose(1, 2),
-                keys.flatten(2, 3).flatten(0, 1).transpose(1, 2),
-                values.flatten(2, 3).flatten(0, 1).transpose(1, 2),
-                attn_mask=self.mask.repeat(len(q), 1, 1, 1),
-            )
+        queries, keys, values = (part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for part in (queries, keys, values))
+        # Two matrix products, which autocast does in bfloat16, are twice as fast here as one fused attention.
+        scores = queries @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+        unseen = scores.new_zeros(self.mask.shape).masked_fill(~self.mask, -math.inf)
+        out = (scores + unseen.repeat(len(q), 1, 1, 1)).softmax(-1).to(values.dtype) @ values
         out = out.transpose(1, 2).unflatten(0, (len(q), -1)).unflatten(2, (-1, self.tokens))
         return out.transpose(1, 2).flatten(1, 3)
 
@@ -344,6 +430,32 @@ class ClipAttention:
         return tensor.unflatten(1, (-1, self.frames, self.tokens))
 
 
+# Where the four heads of a layer look before training: frames, rows and columns from each token.
+NEAR = (((-1, -1, 0), (-1, 1, 0), (-1, 0, -1), (-1, 0, 1)), ((-1, 0, 0), (-2, 0, 0), (0, 0, 0), (0, 0, 0)))
+
+
+@torch.no_grad()
+def look(attention: SelfAttention, places: Sequence[tuple[int, int, int]]) -> None:
+    """Biases with which each head attends near one place beside a token, before it has learnt anything.
+
+    Land goes on one latent pixel beside where it was; attention finds that by itself, but in thousands of steps.
+    """
+    size = len(attention.q.bias) // attention.heads
+    for projection in (attention.q, attention.k):
+        projection.weight.mul_(0.5)
+    for head, place in enumerate(places):
+        rows = slice(head * size, (head + 1) * size)
+        axes = (
+            axis_angles([place[0]], 1, 1, size)[0][0],
+            *(offset * axis_angles([0], 2, 2, size)[axis][1] for axis, offset in ((1, place[1]), (2, place[2]))),
+        )
+        key = torch.cat([torch.tensor([1.0, 1.0] + [0.0] * (len(angles) - 2)) for angles in axes])
+        turned = torch.cat(axes)
+        strength = 2.3  # three quarters of a query's square
+        attention.k.bias[rows] = strength * torch.stack((key, 0 * key), dim=-1).flatten()
+        attention.q.bias[rows] = strength * torch.stack((key * turned.cos(), key * turned.sin()), dim=-1).flatten()
+
+
 class TinyWorld(nn.Module):
     """The transformer and the words it is told, trained together."""
 
@@ -356,6 +468,8 @@ class TinyWorld(nn.Module):
                 nn.init.normal_(weight, std=0.02)
             if "self_attn.norm" in name:  # sharp enough to copy from one token, which the land does at every step
                 nn.init.constant_(weight, 2.0)
+        for index, block in enumerate(self.transformer.blocks):
+            look(cast(Block, block).self_attn, NEAR[index % len(NEAR)])
         nn.init.zeros_(self.transformer.head.linear.weight)
         nn.init.zeros_(self.transformer.time_embedding.projection.weight)
         nn.init.normal_(self.words.rows.weight)
@@ -400,8 +514,8 @@ def train_stage(
 def world_loss(
     world: TinyWorld, batch: Batch, firsts: Batch, recipe: Recipe, own: bool
 ) -> tuple[Tensor, dict[str, float]]:
-    """Velocity error of frames at any noise level, beside a past that is not quite clean."""
-    past = own_past(world, batch) if own else batch.latents
+    """Velocity error of noisy frames beside a past that is not quite clean."""
+    past = own_past(world, batch, recipe.levels[1:]) if own else batch.latents
     error, sigmas = velocity_error(world, batch, past, recipe, recipe.copies)
     first, first_sigmas = velocity_error(world, firsts, firsts.latents, recipe, 1)
     counts = batch.counts.repeat(1, recipe.copies)
@@ -413,24 +527,24 @@ def world_loss(
 
 
 def velocity_error(world: TinyWorld, batch: Batch, past: Tensor, recipe: Recipe, copies: int) -> tuple[Tensor, Tensor]:
-    """Mean square per frame [B, copies*F], and the noise levels, drawn for each copy."""
+    """Mean square per frame [B, copies*F], and the noise levels, drawn for each frame of each copy."""
     blur = torch.rand(batch.counts.shape) * recipe.blur * (torch.rand(batch.counts.shape) < 0.5)
     true = batch.latents.repeat(1, copies, 1, 1, 1)
-    sigmas = torch.where(torch.rand(true.shape[:2]) < recipe.pure, 1.0, torch.rand(true.shape[:2]))
+    sigmas = torch.tensor(recipe.levels)[torch.randint(len(recipe.levels), true.shape[:2])]
     noise = torch.randn_like(true)
     velocity = world(mixed(past, blur), torch.lerp(true, noise, per_frame(sigmas)), sigmas, batch.actions, batch.words)
     return (velocity - (noise - true)).square().mean((2, 3, 4)), sigmas
 
 
 @torch.no_grad()
-def own_past(world: TinyWorld, batch: Batch) -> Tensor:
+def own_past(world: TinyWorld, batch: Batch, levels: tuple[float, ...]) -> Tensor:
     """What the network draws of each frame from a noisy one, a few times in a row: the past to learn beside.
 
     The noisy frame fixes what is not determined, so that the true frames stay the right answer.
     """
     past = batch.latents
     for _ in range(random.randint(1, 3)):
-        sigmas = torch.rand(batch.counts.shape) * 0.7 + 0.25
+        sigmas = torch.tensor(levels)[torch.randint(len(levels), batch.counts.shape)]
         noisy = mixed(batch.latents, sigmas)
         drawn = noisy - per_frame(sigmas) * world(past, noisy, sigmas, batch.actions, batch.words)
         past = torch.where(per_frame(torch.rand(sigmas.shape) < 0.2), batch.latents, drawn)
@@ -462,7 +576,7 @@ def world_sheet(world: TinyWorld, vae: CausalVae, bank: Bank, recipe: Recipe, pa
             sigmas = torch.full(actions.shape[:2], level)
             velocity = world(drawn[:, : frame + 1], noisy[:, : frame + 1], sigmas[:, : frame + 1],
                              actions[:, : frame + 1], words)[:, frame]  # fmt: skip
-            x = torch.lerp(x - level * velocity, torch.randn_like(x), following)
+            x = x - (level - following) * velocity
         drawn[:, frame] = x
     mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
     decoded = [decode_clips(vae, (part * std + mean).transpose(1, 2)).clamp(-1, 1) for part in (true, drawn)]
@@ -505,8 +619,8 @@ class MatrixMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for view, weight in zip(self.views, self.weights, strict=True):
-            assert view.data_ptr() == weight.data_ptr() and weight.grad is not None
-            view.grad = weight.grad.reshape_as(view)
+            assert view.data_ptr() == weight.data_ptr()
+            view.grad = None if weight.grad is None else weight.grad.reshape_as(view)
             weight.grad = None
         return super().step(closure)
 

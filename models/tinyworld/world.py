@@ -26,7 +26,12 @@ COLOURS = {
     "purple": (0.62, 0.28, 0.80), "white": (0.95, 0.95, 0.97), "orange": (0.96, 0.52, 0.14),
 }  # fmt: skip
 HEROES = ("robot", "fox", "ghost", "wizard")
-LIGHTS = ("by day", "at night", "at sunset", "in fog")
+LIGHTS = {  # what a light takes of each colour, and what it adds
+    "by day": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
+    "at night": ((0.42, 0.46, 0.68), (0.0, 0.0, 0.03)),
+    "at sunset": ((1.0, 0.74, 0.56), (0.03, 0.0, 0.04)),
+    "in fog": ((0.52, 0.52, 0.52), (0.38, 0.40, 0.42)),
+}
 
 MASK = (1 << 64) - 1
 ROUNDS = ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1))
@@ -303,23 +308,18 @@ def draw_creature(canvas: Canvas, seed: int, biome: Biome, x: int, y: int, time:
             disc(canvas, px, py, 0.7, 1.7, (0.08, 0.07, 0.08))
 
 
-@lru_cache(maxsize=8)
-def _from_hero() -> Canvas:
-    """Distance of each pixel from the picture's middle, [SIZE, SIZE, 1]."""
-    line = np.arange(SIZE, dtype=np.float32) + 0.5 - SIZE / 2
-    return np.sqrt(line[None] ** 2 + line[:, None] ** 2)[..., None]
-
-
 def lit(canvas: Canvas, light: str) -> Canvas:
-    """The picture under a light."""
-    if light == "at night":
-        glow = np.exp(-((_from_hero() / 19) ** 2))
-        return canvas * (np.array((0.26, 0.30, 0.48), dtype=np.float32) + glow * np.array((0.72, 0.60, 0.32)))
-    if light == "at sunset":
-        return canvas * np.array((1.0, 0.74, 0.56), dtype=np.float32) + np.array((0.03, 0.0, 0.04), dtype=np.float32)
-    if light == "in fog":
-        thick = np.clip((_from_hero() - 9) / 27, 0, 0.86)
-        return canvas + thick * (np.array((0.80, 0.83, 0.86), dtype=np.float32) - canvas)
+    """The picture under a light, the same everywhere: what is seen twice looks the same twice."""
+    share, added = (np.array(part, dtype=np.float32) for part in LIGHTS[light])
+    return canvas * share + added
+
+
+def soft(canvas: Canvas) -> Canvas:
+    """As a lens sees it: each pixel over its neighbours, 1 2 1 both ways. Fine edges are what a VAE is worst at."""
+    for axis in (0, 1):
+        wide = np.pad(canvas, [(1, 1) if index == axis else (0, 0) for index in range(3)], mode="edge")
+        before, middle, after = (np.take(wide, range(start, start + SIZE), axis) for start in range(3))
+        canvas = (before + 2 * middle + after) / 4
     return canvas
 
 
@@ -387,15 +387,15 @@ class World:
     def _finished(self, canvas: Canvas, left: int, top: int, stride: float) -> Frames:
         draw_hero(canvas, self.scene, self.facing, stride)
         draw_creature(canvas, self.seed, self.biome, left, top, self.time)
-        return (np.clip(lit(canvas, self.scene.light), 0, 1) * 255 + 0.5).astype(np.uint8)
+        return (np.clip(lit(soft(canvas), self.scene.light), 0, 1) * 255 + 0.5).astype(np.uint8)
 
     def _land(self, left: int, top: int) -> Canvas:
-        """The land of a picture, cut from a larger piece that is drawn once."""
+        """The land of a picture, from the second one on cut from a larger piece that is drawn once."""
         if self._map is not None:
             x, y, canvas = self._map
             if 0 <= left - x <= canvas.shape[1] - SIZE and 0 <= top - y <= canvas.shape[0] - SIZE:
                 return canvas[top - y : top - y + SIZE, left - x : left - x + SIZE]
-        margin = SIZE
+        margin = 0 if self._map is None else SIZE
         size = SIZE + 2 * margin
         canvas = draw_land(self.seed, self.biome, left - margin, top - margin, size, size)
         self._map = (left - margin, top - margin, canvas)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inferix.errors import UsageError
+from inferix.kernels.rope import rope_angles, rotate
 from inferix.models.tinyworld import train
 from inferix.models.tinyworld.data import Clips, random_clip, random_walk
 from inferix.models.tinyworld.words import WordEncoder, known_words
@@ -21,6 +22,7 @@ from inferix.runtime.loading import Components
 from inferix.runtime.presets import make_preset
 
 SCENE = Scene("red", "robot", "snowy forest", "by day")
+SPEC = MODELS["tinyworld"]
 
 
 def free_walk(action: str, steps: int) -> World:
@@ -108,13 +110,53 @@ def test_words_become_rows_and_the_rest_is_zero():
 
 
 def test_clips_have_other_worlds_for_other_seeds_and_scenes_that_change():
-    first, again = (next(iter(Clips(1, seed=4))) for _ in range(2))
-    assert first.shape == (3, 5, 64, 64)
-    assert (first == again).all()
-    assert (first != next(iter(Clips(1, seed=5)))).any()
+    first, again = (next(iter(Clips(2, 4, 0.0))) for _ in range(2))
+    assert first[0].shape == (3, 9, 64, 64)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert (first[0] != next(iter(Clips(2, 5, 0.0)))[0]).any()
+    assert first[2].tolist() == [True, True]
+    assert next(iter(Clips(2, 4, 1.0)))[2].tolist() == [True, False]
     clip = random_clip(random.Random(2), 4, change_share=1.0)
     assert clip.pictures.shape == (17, 64, 64, 3)
     assert 1 <= clip.change < 4
+
+
+def test_latents_that_go_with_the_land_are_told_from_those_that_do_not():
+    torch.manual_seed(0)
+    land = torch.randn(2, 5, 20, 20)
+    path = [(6, 6), (7, 6), (7, 5), (7, 5)]  # right, up, stay: the camera's corner in the land
+    frames = torch.stack([land[:, :, y : y + 8, x : x + 8] for x, y in path], dim=2)
+    moves = torch.tensor([[[1, 0], [0, -1], [0, 0]]] * 2)
+    same = torch.ones(2, 3, dtype=torch.bool)
+    assert train.land_error(frames, moves, same) == 0
+    assert train.land_error(frames, -moves, same) > 0.4
+    assert 0.8 < train.land_error(torch.randn(2, 5, 4, 8, 8), moves, same) < 1.2
+    frames[:, :, :2] += 3  # another scene, from the third frame on
+    assert train.land_error(frames, moves, same) > 0.1
+    same[:, 1] = False
+    assert train.land_error(frames, moves, same) == 0
+    frames[:, :, :, 3:6, 3:6] = torch.randn(2, 5, 4, 3, 3)  # the hero
+    assert train.land_error(frames, moves, same) == 0
+
+
+@torch.no_grad()
+def test_before_training_heads_look_beside_where_they_are():
+    torch.manual_seed(0)
+    world = train.TinyWorld(4)
+    angles = rope_angles(range(3), 8, 8, SPEC.head_dim)
+    for layer, places in enumerate(train.NEAR):
+        attention = world.transformer.blocks[layer].self_attn
+        x = torch.randn(1, 3 * 64, SPEC.dim)
+        q, k = (
+            rotate(part.unflatten(-1, (SPEC.num_heads, -1)), angles)[0].transpose(0, 1)
+            for part in (attention.norm_q(attention.q(x)), attention.norm_k(attention.k(x)))
+        )
+        seen = (q @ k.transpose(1, 2) / SPEC.head_dim**0.5).softmax(-1).unflatten(2, (3, 8, 8)).unflatten(1, (3, 8, 8))
+        for head, (frame, row, column) in enumerate(places):
+            there = [
+                float(seen[head, 2, y, x, 2 + frame, y + row, x + column]) for y in range(1, 7) for x in range(1, 7)
+            ]
+            assert sum(there) / len(there) > 0.2, (layer, head)  # of 192 tokens
 
 
 @torch.no_grad()
@@ -149,11 +191,11 @@ def test_training_sees_what_a_cache_with_window_and_sink_sees():
 
 def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path, capsys):
     torch.manual_seed(0)
-    recipe = replace(train.SHORT, vae_steps=64, batch=1, crop=4, steps=24)
+    recipe = replace(train.SHORT, stills_steps=40, batch=1, crop=4, steps=24)
     vae = train.train_vae(tmp_path, recipe)
     bank = train.load_bank(tmp_path, vae, recipe)
     world = train.train_transformer(tmp_path, bank, vae, recipe)
-    pixels = next(iter(Clips(1, seed=9)))[None]
+    pixels = next(iter(Clips(1, 9, 0.0)))[0][None]
     batch, firsts = train.random_batch(bank, recipe), train.random_firsts(bank, 8)
     with torch.no_grad():
         untrained = train.new_vae()
@@ -167,7 +209,7 @@ def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path,
             losses.append(train.world_loss(model, batch, firsts, recipe, own=False)[0])
     assert errors[1] < 0.8 * errors[0]
     assert losses[1] < 0.95 * losses[0]
-    assert {path.name for path in tmp_path.glob("*.png")} == {"vae.png", "world.png", "own.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"stills.png", "vae.png", "world.png", "own.png"}
     capsys.readouterr()
     encoder = [weight.clone() for weight in vae.encoder.parameters()]
     decoder = [weight.clone() for weight in vae.decoder.parameters()]
