@@ -17,7 +17,7 @@ test lint: export PYTHONSAFEPATH := 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    install, then write outputs/demo.mp4 with a tiny random-weight model"
+	@echo "make demo    install, then write outputs/demo.mp4, a walk through the small world"
 	@echo "make test    install with [dev], then lint and run the tests"
 	@echo "make lint    ruff, and mypy on an installed copy"
 	@echo "make clean   remove .venv, outputs and build leftovers"

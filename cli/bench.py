@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest
-from ..runtime.presets import DEFAULT_MODEL
+from ..runtime.presets import UNTRAINED
 from .options import parse_settings, parse_size
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..bench.result import Result
     from ..bench.subject import Subject
 
-MODEL = typer.Option(DEFAULT_MODEL, help="Checkpoint file or folder, or a name: tinyworld, wan-tiny, wan-1.3b, ...")
+MODEL = typer.Option(UNTRAINED, help="Checkpoint file or folder, or a name: tinyworld, wan-1.3b, ...")
 PRESET = typer.Option(None, help="Sampler and context settings.  [default: the model's own, or self-forcing]")
 RANDOM = typer.Option(False, "--random-weights", help="Untrained weights of a named model, made on the device.")
 SIZE = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480.  [default: the model's]")

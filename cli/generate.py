@@ -29,7 +29,7 @@ from typer.core import TyperCommand
 from ..errors import UsageError, nearest
 from ..runtime.actions import read_actions
 from ..runtime.media import CONTAINERS, VideoWriter, check_output, contact_sheet, write_atomically
-from ..runtime.presets import DEFAULT_MODEL
+from ..runtime.presets import UNTRAINED, default_model
 from ..runtime.storyboard import Cue, read_storyboard, schedule
 from ..version import __version__
 from .options import check_settings, counted, parse_settings, parse_size
@@ -215,7 +215,9 @@ def versions() -> dict[str, str]:
 
 def generate(
     ctx: typer.Context,
-    model: str = typer.Option(DEFAULT_MODEL, help="Checkpoint file or folder, or a name: tinyworld, wan-tiny, ..."),
+    model: str | None = typer.Option(
+        None, help=f"Checkpoint file or folder, or a name.  [default: tinyworld, or {UNTRAINED} with --preset]"
+    ),
     base: str | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
     vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
@@ -265,13 +267,14 @@ def generate(
 
     Writes OUT, a contact sheet (.png) and a record of settings and timings (.json) beside it.
 
-    Example: inferix generate --prompt "a paper boat on a canal" --blocks 3 --out boat.mp4
+    Example: inferix generate --prompt "a blue fox in a green meadow at night" --actions "8R 4U 4S" --out fox.mp4
 
     Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
 
     Example: inferix generate --preset longlive --prompt "a street" --prompt-at 2 "snow falls" --seconds 4
     """
     check_length(blocks, seconds)
+    model = model or default_model(preset)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
     suffixes = [*CONTAINERS, ".safetensors"] if latents_only else list(CONTAINERS)

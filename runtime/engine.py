@@ -51,7 +51,7 @@ from .noise import Noise, PhiloxNoise
 from .paged_cache import bind_together
 from .paged_store import KV_DTYPES
 from .pipeline import to_frames
-from .presets import DEFAULT_MODEL, Preset, default_preset, make_preset
+from .presets import Preset, default_model, default_preset, make_preset
 from .profile import Profile, measure_ceilings
 from .sampler import Sampler, noised
 from .scheduler import Limits
@@ -606,7 +606,7 @@ class Engine:
 
 
 def load(
-    model: str | Path = DEFAULT_MODEL,
+    model: str | Path | None = None,
     preset: str | None = None,
     *,
     device: str | None = None,
@@ -632,12 +632,15 @@ def load(
     limits: Limits = Limits(),  # noqa: B008
     **overrides: Any,
 ) -> Engine:
-    """An engine for a checkpoint (file or folder), for the world that is shipped, or for a named model with
-    random weights. Without a preset, the named model's own, or self-forcing.
+    """An engine for a checkpoint (file or folder), or for a named model with random weights.
+
+    Without a model, the small world in the package, or `wan-tiny` where the preset is another. Without a preset,
+    the named model's own, or self-forcing.
 
     Any field of the preset can be overridden: `local_attn_size=6, sink_size=0`. Raises UsageError for
     unknown names and bad values, InferixError for broken files.
     """
+    model = default_model(preset) if model is None else model
     preset = preset or default_preset(str(model))
     config = EngineConfig(
         model=str(model),

@@ -121,9 +121,8 @@ def shipped(name: str) -> Path:
     """The folder of a model of our own; InferixError where its weights are not there."""
     if not SHIPPED[name].is_dir():
         raise InferixError(
-            f"this version has no weights of {name}; train them "
-            f"(python -m inferix.models.{name}.train --out runs/{name}) "
-            f"and give their folder (--model runs/{name}/weights --preset {name})"
+            f"the weights of {name} are missing: {str(SHIPPED[name])!r} is no folder; reinstall inferix "
+            f"(pip install --force-reinstall --no-deps inferix, or git checkout models/{name}/weights)"
         )
     return SHIPPED[name]
 

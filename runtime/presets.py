@@ -56,7 +56,7 @@ class Preset:
         return 1 if self.independent_first_frame and start == 0 else self.num_frame_per_block
 
 
-DEFAULT_MODEL = "wan-tiny"
+UNTRAINED = "wan-tiny"  # a named model whose random weights are made in no time
 APACHE, NON_COMMERCIAL = "Apache-2.0", "CC BY-NC-SA 4.0"
 FOUR_STEPS = SamplerSpec(
     denoising_step_list=(1000, 750, 500, 250), warp_denoising_step=True, timestep_shift=5.0, context_noise=0.0
@@ -145,12 +145,12 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             name="tinyworld",
-            about=About("tinyworld", APACHE, "to be trained: inferix.models.tinyworld.train"),
+            about=About("tinyworld", APACHE, "in the package; inferix.models.tinyworld.train"),
             num_frame_per_block=1,
             independent_first_frame=False,
             sampler=SamplerSpec(
-                denoising_step_list=(1000, 750, 500, 250), warp_denoising_step=False, timestep_shift=1.0,
-                context_noise=0.0,
+                denoising_step_list=(), warp_denoising_step=False, timestep_shift=3.0, context_noise=0.0,
+                solver="unipc", num_steps=4, guidance_scale=1.0,
             ),
             context=ContextPolicy(
                 local_attn_size=6, sink_size=1, positions="window-relative", prompt_switch="recache", recache_sink=True
@@ -166,6 +166,11 @@ FIELDS: dict[str, tuple[str | None, str]] = {  # flat name -> (part of the prese
     for field in dataclasses.fields(cls)
     if field.name not in ("name", "about", "sampler", "context")
 }
+
+
+def default_model(preset: str | None) -> str:
+    """What runs where no model is named: the world in the package, or random weights for a scheme of other models."""
+    return "tinyworld" if preset in (None, "tinyworld") else UNTRAINED
 
 
 def default_preset(model: str) -> str:

@@ -319,7 +319,7 @@ def soft(canvas: Canvas) -> Canvas:
     for axis in (0, 1):
         wide = np.pad(canvas, [(1, 1) if index == axis else (0, 0) for index in range(3)], mode="edge")
         before, middle, after = (np.take(wide, range(start, start + SIZE), axis) for start in range(3))
-        canvas = (before + 2 * middle + after) / 4
+        canvas = np.asarray((before + 2 * middle + after) / 4, dtype=np.float32)
     return canvas
 
 

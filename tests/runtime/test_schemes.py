@@ -73,7 +73,7 @@ TABLE = {  # network timesteps, sigmas (None: timestep / 1000), passes of block 
     "longlive2": ((999, 937, 833, 624), (0.99980, 0.93727, 0.83306, 0.62469), (5, 5)),
     "rolling-forcing": ((1000, 952.381, 882.353, 769.2308, 555.5556), None, (6, 2)),
     "causal-diffusion": (None, None, (51, 51)),
-    "tinyworld": ((1000, 750, 500, 250), None, (5, 5)),
+    "tinyworld": ((999, 899, 749, 499), (0.9996664, 0.8996398, 0.7496248, 0.4996666), (5, 5)),
 }
 ATTENDED = {  # frames attended by block 1 and by block 8
     "self-forcing": (range(6), range(6, 27)),
