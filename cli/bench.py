@@ -152,7 +152,7 @@ def block(
 
     Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
 
-    Example: inferix bench block --model tinyworld --executor eager --baseline plain --blocks 10
+    Example: inferix bench block --model tinyworld --executor eager --executor fused --baseline none --blocks 10
     """
     from ..bench import block as bench
 
