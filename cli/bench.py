@@ -72,7 +72,7 @@ def kernels(
     sageattention, and the plain torch sequence as it is and compiled. Each has its time as a share of the first's.
     `--tune` writes kernels/OP/tuned/CARD.json, which is read from then on; nothing is searched at any other time.
 
-    Example: inferix bench kernels --op block_attention --shape q=4680,kv=32760,heads=12,dim=128
+    Example: inferix bench kernels --op block_attention --shape q=512,kv=4096,heads=8,dim=128
 
     Example: inferix bench kernels --compile-only
     """

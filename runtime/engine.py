@@ -669,7 +669,8 @@ def load(
     scheme = make_preset(preset, **overrides)
     named = str(model) in MODELS and not Path(model).exists()
     if named and str(model) in SHIPPED:
-        parts = load_components(replace(config, model=str(shipped(str(model)))))
+        found = load_components(replace(config, model=str(shipped(str(model)))))
+        parts = replace(found, source=str(model))  # its name, wherever the package lies
     else:
         parts = random_components(MODELS[str(model)], config) if named else load_components(config)
     if scheme.context.reencode_head and isinstance(parts.vae, TinyDecoder):

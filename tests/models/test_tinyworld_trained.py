@@ -29,7 +29,9 @@ def pictures(engine, scene=SCENE, actions=WALK, seed=0):
 
 
 def test_it_is_what_is_loaded_without_a_name(engine):
-    assert inferix.load(device="cpu").describe()["checkpoint"] == engine.describe()["checkpoint"]
+    checkpoint = inferix.load(device="cpu").describe()["checkpoint"]
+    assert checkpoint == engine.describe()["checkpoint"]
+    assert checkpoint["source"] == "tinyworld"  # and not where it lies
 
 
 def test_the_same_seed_makes_the_same_video_and_another_seed_another_land(engine):
