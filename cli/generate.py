@@ -228,7 +228,7 @@ def generate(
     prompt: str | None = typer.Option(None, help="What the video shows."),
     prompt_embeds: Path | None = typer.Option(None, help="File of text-encoder output, instead of a prompt."),
     seconds: float | None = typer.Option(None, help="Length in seconds, rounded up to whole blocks."),
-    blocks: int | None = typer.Option(None, help=f"Length in blocks.  [default: {DEFAULT_BLOCKS}]"),
+    blocks: int | None = typer.Option(None, help=f"Length in blocks.  [default: {DEFAULT_BLOCKS}, or by --actions]"),
     seed: int = typer.Option(0, help="Seed of the noise."),
     out: Path = typer.Option(Path("out.mp4"), help="Video to write; .json and .png go beside it."),
     image: Path | None = typer.Option(None, help="Picture to begin with."),

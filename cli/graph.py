@@ -66,7 +66,7 @@ def graph(
 
     Example: inferix graph --preset krea --lowp fp8 --keep 'blocks.0.*' --pass commit
 
-    Example: inferix graph --model wan-tiny --save graphs/ && inferix generate --executor fused --graphs graphs/
+    Example: inferix graph --model tinyworld --save graphs/ && inferix generate --executor fused --graphs graphs/
     """
     from ..graphs.lowered import lower_block
     from ..graphs.rewrites import REWRITES, chosen, rewritten
