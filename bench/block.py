@@ -1,7 +1,8 @@
 """The block benchmark: one block at a full window, stage by stage, against the plain loop, in one run.
 
 A window is filled by running the stream, and the way there gives the growing curve. A candidate whose latents differ
-from the eager executor's is refused before the clock starts; what was timed is compared once more after it.
+from the eager executor's is refused before the clock starts; what was timed is compared once more after it. Layers and
+pages in fewer bits are for our graph executors alone: the baselines and the oracle compute in full.
 Candidates take turns, so that a card that heats up slows all of them.
 """
 
@@ -18,22 +19,11 @@ from torch import Tensor
 from ..errors import InferixError, UsageError
 from ..runtime.engine import Engine
 from .baseline import Made
-from .candidates import (
-    ORACLE,
-    TOLERANCE,
-    Candidate,
-    EngineStream,
-    Stream,
-    candidates,
-    check,
-    choose,
-    latents_of,
-    mismatch,
-)
+from .candidates import Candidate, EngineStream, Stream, candidates, choose, judge_of
 from .inside import look_inside
 from .machine import card_of, environment, measure_ceilings, synchronize
 from .result import Result, Series
-from .subject import Subject, described, open_engine, random_prompt
+from .subject import ORACLE, Subject, described, open_engine, random_prompt
 from .work import BlockPlan, Work, blocks_until_full, decoder_work, pass_work, plan_blocks
 
 Tell = Callable[[str], None]
@@ -99,15 +89,17 @@ class Bench:
         self.environment = environment(self.device)
         self.full = blocks_until_full(self.engine.preset)
         self.plan = next(islice(plan_blocks(self.engine.preset), self.full, None))
-        offered, self.left_out = candidates(self.engine, random_prompt(self.engine, subject.seed), subject)
+        rows = random_prompt(self.engine, subject.seed)
+        offered, self.left_out = candidates(self.engine, rows, subject)
         self.chosen = choose(offered, self.left_out, wanted.executors, wanted.baselines, self.device)
         for name, reason in self.left_out.items():
             tell(f"{name} is left out: {reason}")
         tell("measuring what the machine can do")
-        self.ceilings = measure_ceilings(self.device, self.engine.dtype)
+        self.ceilings = measure_ceilings(self.device, self.engine.dtype, self.engine.config.lowp)
         tell(f"the window is full at block {self.full}: {self.plan.context} latent frames")
-        self.reference = latents_of(offered[0], self.full + 2)
-        self.tolerance = TOLERANCE[self.engine.dtype]
+        self.judge = judge_of(self.engine, rows, subject, self.full + 2)
+        if self.judge.bits_off is not None:
+            tell(f"in these bits the plain executor is off by {self.judge.bits_off:.1e}")
         self.told: dict[str, dict[str, Any]] = {}
         self.taken = {candidate.name: Taken() for candidate in self.chosen}
         self.clocks: list[dict[str, Any]] = []
@@ -115,8 +107,11 @@ class Bench:
     def check_outputs(self) -> None:
         """Refuse candidates whose outputs do not match; InferixError if none is left."""
         for candidate in self.chosen:
-            off, refused = check(candidate, self.reference, self.tolerance)
-            self.told[candidate.name] = {"about": candidate.about, "difference": off, "refused": refused}
+            off, refused = self.judge.check(candidate)
+            self.told[candidate.name] = {
+                "about": candidate.about, "difference": off, "allowed": self.judge.allowed(candidate),
+                "refused": refused,
+            }  # fmt: skip
             said = f"refused, {refused}" if refused else f"outputs match (off by {off:.1e})"
             self.tell(f"{candidate.name}: {said}")
         if not self.accepted:
@@ -144,7 +139,7 @@ class Bench:
             stream.close()
         if card := card_of(self.device):
             self.clocks.append(card.state())
-        if wrong := mismatch(made, self.reference, self.tolerance):
+        if wrong := self.judge.mismatch(candidate, made):
             self.told[candidate.name]["refused"] = f"what was timed differs: {wrong}"
 
     def with_decoder(self, stream: Stream, taken: Taken) -> list[Tensor]:
@@ -210,7 +205,8 @@ class Bench:
                 for name, one in right.items() for quantity, samples in one.series.items()
             },
             facts={
-                "oracle": ORACLE, "tolerance": self.tolerance, "candidates": self.told, "left_out": self.left_out,
+                "oracle": ORACLE, "tolerance": self.judge.tolerance, "bits_off": self.judge.bits_off,
+                "candidates": self.told, "left_out": self.left_out,
                 "block": block_facts(self.engine, self.plan, self.full),
                 "work": work_facts(self.engine, self.plan, self.wanted.subject),
                 "growth": {
@@ -243,13 +239,14 @@ def block_facts(engine: Engine, plan: BlockPlan, full: int) -> dict[str, Any]:
 
 def work_facts(engine: Engine, plan: BlockPlan, subject: Subject) -> dict[str, Any]:
     """FLOPs and bytes of each pass of the block and of decoding it."""
-    size, dtype = subject.size or engine.default_size, engine.config.dtype
+    config, size = engine.config, subject.size or engine.default_size
     branches = 2 if engine.preset.sampler.guidance_scale != 1 else 1
-    passes = [pass_work(engine.spec, step.run, size, dtype) for step in plan.steps for _ in range(branches)]
-    decoder = decoder_work(engine.parts.vae.spec, engine.spec.latent_size(size), len(plan.frames), dtype)
+    bits = config.dtype, config.kv_dtype, config.precision_map
+    passes = [pass_work(engine.spec, step.run, size, *bits) for step in plan.steps for _ in range(branches)]
+    decoder = decoder_work(engine.parts.vae.spec, engine.spec.latent_size(size), len(plan.frames), config.dtype)
     return {
         "passes": [asdict(work) for work in passes],
         "transformer": asdict(sum(passes, Work(0, 0))),
         "decoder": asdict(decoder),
-        "counted": "from the sizes and passes of the block; bytes are the least that must move",
+        "counted": "from the sizes and passes of the block; bytes are the least that must move, in the bits asked for",
     }

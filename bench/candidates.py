@@ -1,13 +1,13 @@
 """What is timed, and whether it may be: our executors and the baselines, over the same weights, held against `eager`.
 
-A candidate whose latents differ from the eager executor's by more than the tolerance is refused, with the reason.
+A candidate whose latents differ from the eager executor's by more than is allowed is refused, with the reason.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from ..errors import InferixError, UsageError, nearest
 from ..runtime.engine import Engine
 from .baseline import Made, PlainLoop, compiled_layer, run_layer, why_not
-from .subject import Subject, random_prompt, with_executor
+from .subject import ORACLE, Subject, in_fewer_bits, in_full, random_prompt, with_executor
 from .work import blocks_until_full
 
-ORACLE = "eager"
 NONE = "none"  # no baseline
 # Largest root mean square of the difference to the oracle's latents, relative to theirs, over all checked blocks.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 0.04}
+BITS_MARGIN = 1.1  # how much further off than the plain executor in the same bits; another error may be 0.46 of theirs
 
 
 class Stream(Protocol):
@@ -39,7 +39,7 @@ class Stream(Protocol):
 @dataclass(frozen=True)
 class Candidate:
     """What is timed: `open` begins a stream, `owners` tells the bytes a stream holds, by owner. `drop` lets go of what
-    is kept between streams.
+    is kept between streams. fewer_bits: whether layers or pages are in another precision than the oracle's.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Candidate:
     open: Callable[[], Stream]
     owners: Callable[[Any], dict[str, int]]
     drop: Callable[[], None] = lambda: None
+    fewer_bits: bool = False
 
 
 class EngineStream:
@@ -74,7 +75,7 @@ class EngineStream:
 
 
 EXECUTOR_NOTES = {
-    "eager": "the engine's plain executor, pass by pass: what all others must equal",
+    ORACLE: "the engine's plain executor, pass by pass, all in the model's dtype: what all others must equal",
     "fused": "the rewritten graph, its calls launched one by one",
     "captured": "the rewritten graph, a whole block replayed as one CUDA graph where the preset allows it",
 }
@@ -97,11 +98,13 @@ def candidates(engine: Engine, rows: Tensor, subject: Subject) -> tuple[list[Can
 
 
 def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject) -> Candidate:
-    """One of our executors; its engine is made when it is first asked for a stream, and kept."""
+    """One of our executors, the oracle in full precision and others in the engine's bits; its engine is made when it is
+    first asked for a stream, and kept.
+    """
     made: list[Engine] = []
 
     def begin() -> EngineStream:
-        made[:] = made or [with_executor(engine, name)]
+        made[:] = made or [in_full(engine) if name == ORACLE else with_executor(engine, name)]
         return EngineStream(made[0], rows, subject.seed, subject.size or engine.default_size)
 
     def owners(stream: EngineStream) -> dict[str, int]:
@@ -109,7 +112,7 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
         cache = sum(branch.cache.nbytes for branch in session.branches)
         return {"cache": cache, "decoder state": session.track.nbytes, **made[0].executor.bytes_by_owner()}
 
-    return Candidate(name, EXECUTOR_NOTES[name], begin, owners, made.clear)
+    return Candidate(name, EXECUTOR_NOTES[name], begin, owners, made.clear, name != ORACLE and in_fewer_bits(engine))
 
 
 def baseline_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject) -> Candidate:
@@ -149,22 +152,64 @@ def choose(
     return [candidate for candidate in offered if candidate.name in chosen]
 
 
-def latents_of(candidate: Candidate, blocks: int) -> list[Tensor]:
-    """The latents of a stream's first blocks."""
-    stream = candidate.open()
+@dataclass(frozen=True)
+class Judge:
+    """What latents must be, and how far from that they may be: root mean square relative to theirs, in any block.
+
+    bits_off: how far the plain executor is with layers and pages in the engine's bits; None where those are the
+    model's own. Who is further off than that, and a tenth more, has made another mistake than the bits.
+    """
+
+    reference: list[Tensor]
+    tolerance: float
+    bits_off: float | None = None
+
+    def allowed(self, candidate: Candidate) -> float:
+        if not candidate.fewer_bits:
+            return self.tolerance
+        assert self.bits_off is not None
+        return max(self.tolerance, BITS_MARGIN * self.bits_off)
+
+    def off(self, made: list[Tensor]) -> float:
+        """The furthest of some blocks from the stream's beginning."""
+        return max(map(difference, made, self.reference))
+
+    def mismatch(self, candidate: Candidate, made: list[Tensor]) -> str | None:
+        """The first block that is further off than allowed, in words; the last may be missing."""
+        allowed = self.allowed(candidate)
+        for index, (got, want) in enumerate(zip(made, self.reference, strict=False)):
+            if got.shape != want.shape:
+                return f"block {index} is {list(got.shape)}, expected {list(want.shape)}"
+            off = difference(got, want)
+            if not off <= allowed:
+                return f"the latents of block {index} are off by {off:.1e} of their size, allowed {allowed:.1e}"
+        return None
+
+    def check(self, candidate: Candidate) -> tuple[float | None, str | None]:
+        """How far a candidate's latents are off, and why it may not be timed, if so."""
+        try:
+            made = latents_of(candidate.open(), len(self.reference))
+        except (RuntimeError, InferixError) as error:
+            return None, f"cannot run: {str(error).splitlines()[0]}"
+        return self.off(made), self.mismatch(candidate, made)
+
+
+def judge_of(engine: Engine, rows: Tensor, subject: Subject, blocks: int) -> Judge:
+    """By the first blocks of a stream of the oracle."""
+    tolerance, oracle = TOLERANCE[engine.dtype], executor_candidate(engine, ORACLE, rows, subject)
+    judge = Judge(latents_of(oracle.open(), blocks), tolerance)
+    if not in_fewer_bits(engine):
+        return judge
+    plain = EngineStream(with_executor(engine, ORACLE), rows, subject.seed, subject.size or engine.default_size)
+    return replace(judge, bits_off=judge.off(latents_of(plain, blocks)))
+
+
+def latents_of(stream: Stream, blocks: int) -> list[Tensor]:
+    """The latents of a stream's first blocks; it is closed."""
     try:
         return [stream.step().latents.clone() for _ in range(blocks)]
     finally:
         stream.close()
-
-
-def check(candidate: Candidate, reference: list[Tensor], tolerance: float) -> tuple[float | None, str | None]:
-    """How far its latents are from the reference, and why it may not be timed, if so."""
-    try:
-        made = latents_of(candidate, len(reference))
-    except (RuntimeError, InferixError) as error:
-        return None, f"cannot run: {str(error).splitlines()[0]}"
-    return max(map(difference, made, reference)), mismatch(made, reference, tolerance)
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -173,26 +218,16 @@ def difference(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def mismatch(made: list[Tensor], reference: list[Tensor], tolerance: float) -> str | None:
-    """The first block that is further off than the tolerance, in words; the last may be missing."""
-    for index, (got, want) in enumerate(zip(made, reference, strict=False)):
-        if got.shape != want.shape:
-            return f"block {index} is {list(got.shape)}, expected {list(want.shape)}"
-        off = difference(got, want)
-        if not off <= tolerance:
-            return f"the latents of block {index} are off by {off:.1e} of their size, allowed {tolerance:.1e}"
-    return None
-
-
-def check_executor(engine: Engine, subject: Subject) -> tuple[float, float]:
-    """How far an engine's executor is from the oracle, and the tolerance; InferixError if that is too far."""
-    tolerance, name = TOLERANCE[engine.dtype], engine.config.executor
-    if name == ORACLE:
-        return 0.0, tolerance
-    rows = random_prompt(engine, subject.seed)
-    oracle, ours = (executor_candidate(engine, which, rows, subject) for which in (ORACLE, name))
-    off, refused = check(ours, latents_of(oracle, blocks_until_full(engine.preset) + 2), tolerance)
+def check_executor(engine: Engine, subject: Subject) -> dict[str, float | None]:
+    """How far an engine's executor is from the oracle, and what is allowed; InferixError if that is too far."""
+    name, rows = engine.config.executor, random_prompt(engine, subject.seed)
+    if name == ORACLE and not in_fewer_bits(engine):
+        return {"difference": 0.0, "tolerance": TOLERANCE[engine.dtype], "bits_off": None}
+    judge = judge_of(engine, rows, subject, blocks_until_full(engine.preset) + 2)
+    if name == ORACLE:  # what the others' bits are held against
+        return {"difference": judge.bits_off, "tolerance": judge.tolerance, "bits_off": judge.bits_off}
+    ours = executor_candidate(engine, name, rows, subject)
+    off, refused = judge.check(ours)
     if refused:
         raise InferixError(f"executor {name} is refused and nothing was timed: {refused}")
-    assert off is not None
-    return off, tolerance
+    return {"difference": off, "tolerance": judge.allowed(ours), "bits_off": judge.bits_off}

@@ -6,7 +6,6 @@ Each is for one card, size and work. The report shows a goal only beside a resul
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from .result import Result
 
@@ -21,8 +20,8 @@ class Goal:
     """At most `value` of `quantity` on `card`.
 
     quantity: a series of an executor (`block`, `interval`, `transformer`, `decode`), `graphs` launched, a start's
-    series, or `attention`: our kernel's time over that of the best of torch's in the same run. settings: fields of the
-    engine's config that a run must have had. command: None where there is nothing to run yet.
+    series, or `attention`: our kernel's time over that of the best of torch's in the same run. bits: how layers and
+    pages must have been kept, where not in the model's dtype.
     """
 
     name: str
@@ -30,14 +29,14 @@ class Goal:
     preset: str
     quantity: str
     value: float
-    command: str | None
+    command: str
     window: int | None = None
     decoder: str | None = None
     dtype: str = "bfloat16"
     size: tuple[int, int] = (832, 480)
     card: str = CARD
     unit: str = "s"
-    settings: dict[str, Any] = field(default_factory=dict)
+    bits: dict[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -46,7 +45,7 @@ class Goal:
 
     def matches(self, result: Result) -> bool:
         """Whether a result is of this work, on any GPU."""
-        if self.command is None or result.kind != self.kind or not result.on_gpu:
+        if result.kind != self.kind or not result.on_gpu:
             return False
         if self.kind == "kernels":
             return bool(result.settings["dtype"] == self.dtype)
@@ -58,7 +57,7 @@ class Goal:
             and config["dtype"] == self.dtype
             and (self.window is None or result.facts["block"]["window_frames"] == self.window)
             and (self.decoder is None or result.subject["decoder"] == self.decoder)
-            and all(config.get(key) == value for key, value in self.settings.items())
+            and all(config[key] == self.bits.get(key) for key in ("lowp", "kv_dtype"))
         )
 
     def on_its_card(self, result: Result) -> bool:
@@ -110,7 +109,8 @@ GOALS = (
     Goal("Wan VAE: streaming decode of a 3-frame block", "wan-1.3b", "self-forcing", "decode", 0.10,
          SELF_FORCING, decoder="CausalVae"),
     Goal("1.3B Self-Forcing, window 21, FP8 linears and attention: transformer", "wan-1.3b", "self-forcing",
-         "transformer", 0.21, None, window=21),
+         "transformer", 0.21, f"{SELF_FORCING} --set lowp=fp8 --set kv_dtype=fp8", window=21,
+         bits={"lowp": "fp8", "kv_dtype": "fp8"}),
     Goal("block attention, 4680 queries, 32760 keys, 12 heads of 128, against the best of torch's", "wan-1.3b",
          "self-forcing", "attention", 1.0, "inferix bench kernels --op block_attention --out results",
          unit="x its time"),

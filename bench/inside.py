@@ -12,10 +12,10 @@ import torch
 
 from ..runtime.engine import Engine
 from ..runtime.profile import Ceilings, Profile
-from .candidates import EXECUTOR_NOTES, ORACLE, Candidate, EngineStream, Stream
+from .candidates import EXECUTOR_NOTES, Candidate, EngineStream, Stream
 from .machine import process_memory, synchronize
 from .result import Series
-from .subject import with_executor
+from .subject import ORACLE, with_executor
 
 KERNELS = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 GRAPHS = ("cudaGraphLaunch", "cuGraphLaunch")
@@ -76,7 +76,8 @@ def profiled(name: str, engine: Engine, like: Any, full: int, ceilings: Mapping[
     """Passes and kinds of work of one block of an executor of its own, which is told before it captures anything."""
     twin = with_executor(engine, name)
     assert isinstance(like, EngineStream)
-    roof = Ceilings(ceilings["matmul_flops"].best, ceilings["copy_bytes"].best)
+    packed = ceilings["packed_flops"].best if "packed_flops" in ceilings else None
+    roof = Ceilings(ceilings["matmul_flops"].best, ceilings["copy_bytes"].best, packed)
     profile = Profile(name, twin.device, roof)
     twin.executor.start_profile(profile)
     stream = like.again(twin)

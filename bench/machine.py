@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.profile import packed_matmul
 from ..version import __version__
 from .nvml import Card, find_card
 from .result import Series
@@ -132,18 +133,23 @@ def stopwatch(device: str) -> Iterator[Callable[[], float]]:
     torch.cuda.synchronize(device)
 
 
-def measure_ceilings(device: str, dtype: torch.dtype) -> dict[str, Series]:
-    """Bytes a second of a large copy (read and written), and FLOPs a second of a large matmul, here and now."""
+def measure_ceilings(device: str, dtype: torch.dtype, lowp: str | None = None) -> dict[str, Series]:
+    """Bytes a second of a large copy (read and written), and FLOPs a second of a large matmul, here and now; of one of
+    FP8 or INT8 numbers too, if asked.
+    """
     kind = torch.device(device).type
     source = torch.empty(COPY_BYTES[kind], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     width = MATMUL_WIDTH[kind]
     a = torch.randn(width, width, device=device).to(dtype)
     out = torch.empty_like(a)
-    return {
+    found = {
         "copy_bytes": rate(lambda: target.copy_(source), 2 * source.nbytes, "B/s", device),
         "matmul_flops": rate(lambda: torch.mm(a, a, out=out), 2 * width**3, "FLOP/s", device),
     }
+    if lowp is not None:
+        found["packed_flops"] = rate(packed_matmul(lowp, a), 2 * width**3, "FLOP/s", device)
+    return found
 
 
 def rate(call: Callable[[], Tensor], amount: int, unit: str, device: str) -> Series:

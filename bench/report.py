@@ -128,8 +128,7 @@ def goal_row(goal: Goal, gpu: dict[str, Result]) -> Row:
             card = "" if goal.on_its_card(result) else f" on another card ({result.device_name})"
             found.append((bool(card), f"{amount(value, goal.unit)}{card}, `{name}`"))
     said = "; ".join(text for _, text in sorted(found)) or "not measured yet"
-    command = f"`{goal.command}`" if goal.command else "nothing to run yet"
-    return goal.name, f"<= {amount(goal.value, goal.unit)} ({goal.card})", said, command
+    return goal.name, f"<= {amount(goal.value, goal.unit)} ({goal.card})", said, f"`{goal.command}`"
 
 
 def section(name: str, result: Result, pictures: Iterable[str]) -> str:
@@ -144,8 +143,17 @@ def title(result: Result) -> str:
     if result.kind == "kernels":
         return f"Kernels ({where})"
     width, height = result.settings["size"]
-    preset, config = result.settings["preset"]["name"], result.settings["config"]
-    return f"{result.kind.title()}: {result.subject['model']}, {preset}, {width}x{height}, {config['dtype']} ({where})"
+    preset, dtype = result.settings["preset"]["name"], ", ".join(precision_of(result.settings["config"]))
+    return f"{result.kind.title()}: {result.subject['model']}, {preset}, {width}x{height}, {dtype} ({where})"
+
+
+def precision_of(config: dict[str, Any]) -> Iterator[str]:
+    """The model's dtype, and what layers and pages have in its place."""
+    yield config["dtype"]
+    if config["lowp"]:
+        yield f"{config['lowp']} linears"
+    if config["kv_dtype"] not in (None, config["dtype"]):
+        yield f"{config['kv_dtype']} pages"
 
 
 def circumstances(name: str, result: Result) -> str:
@@ -176,8 +184,11 @@ def circumstances(name: str, result: Result) -> str:
         count, decoder = result.subject["parameters"] / 1e6, result.subject["decoder"]
         lines.append(f"{weights}, {count:.4g} M parameters, decoder {decoder}")
     roofs = result.ceilings
+    packed = f"{result.settings['config']['lowp']} matmul {in_flops(roofs['packed_flops'].best)}/s, " if (
+        "packed_flops" in roofs
+    ) else ""  # fmt: skip
     lines.append(
-        f"ceilings in this run: matmul {in_flops(roofs['matmul_flops'].best)}/s, copy "
+        f"ceilings in this run: matmul {in_flops(roofs['matmul_flops'].best)}/s, {packed}copy "
         f"{roofs['copy_bytes'].best / 1e9:.4g} GB/s"
     )
     lines.append(f"clock: {result.clock}")
@@ -220,6 +231,14 @@ def block_part(result: Result) -> Iterator[str]:
         f"Off by: root mean square of the difference to `{facts['oracle']}`'s latents over theirs, at most "
         f"{facts['tolerance']:g}. {about}"
     )
+    if (bits := facts["bits_off"]) is not None:
+        fewer = " and ".join(list(precision_of(result.settings["config"]))[1:])
+        most = max(told["allowed"] for told in facts["candidates"].values())
+        yield (
+            f"Our graph executors have {fewer}; the others compute in full. With {fewer} the plain executor is off by "
+            f"{bits:.1e} itself, so they may be off by {most:.1e}. `transformer of matmul` is of a matmul in the "
+            "model's dtype for all candidates alike."
+        )
     if facts["left_out"]:
         yield "Left out: " + "; ".join(f"`{name}`: {reason}" for name, reason in facts["left_out"].items()) + "."
     yield memory_table(result)

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import UsageError, nearest
 from ..runtime.media import check_output, write_atomically
 
-SCHEMA = 2  # 1 was the kernel benchmark's own form
+SCHEMA = 3  # 1 was the kernel benchmark's own form, 2 knew nothing of layers and pages in fewer bits
 KINDS = ("kernels", "block", "stream")
 
 

@@ -33,10 +33,10 @@ from ..runtime.engine import Engine
 from ..runtime.media import VideoWriter
 from ..runtime.outbox import Block
 from ..runtime.session import Session
-from .candidates import ORACLE, check_executor
+from .candidates import check_executor
 from .machine import environment, measure_ceilings, process_memory
 from .result import Result, Series
-from .subject import Subject, described, open_engine, random_prompt, told_prompt
+from .subject import ORACLE, Subject, described, open_engine, random_prompt, told_prompt
 from .work import blocks_until_full
 
 Tell = Callable[[str], None]
@@ -141,11 +141,10 @@ def run(wanted: Wanted, tell: Tell) -> Result:
     engine = open_engine(subject)
     begun = environment(str(engine.device))
     tell("measuring what the machine can do")
-    ceilings = measure_ceilings(str(engine.device), engine.dtype)
+    ceilings = measure_ceilings(str(engine.device), engine.dtype, engine.config.lowp)
     executor = engine.config.executor
-    off, tolerance = check_executor(engine, subject)
-    facts["check"] = {"difference": off, "tolerance": tolerance}
-    tell(f"{executor}: outputs match (off by {off:.1e})")
+    facts["check"] = check_executor(engine, subject)
+    tell(f"{executor}: outputs match (off by {facts['check']['difference']:.1e})")
     for name, marks in cold_starts(wanted, tell).items():
         series |= start_series(name, marks)
     steady = watch(engine, wanted, wanted.blocks, tell)

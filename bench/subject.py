@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,15 @@ from ..models.wan.taehv import TAEW21, TAEW22, TinyDecoder
 from ..models.wan.transformer import WanTransformer
 from ..models.wan.vae import CausalVae
 from ..models.wan.vae_checkpoint import Decoder
-from ..runtime.config import DTYPES, EngineConfig, default_device, default_dtype, default_executor
+from ..runtime.config import (
+    DTYPES,
+    EVERY_BLOCK,
+    EngineConfig,
+    default_device,
+    default_dtype,
+    default_executor,
+    patterns,
+)
 from ..runtime.engine import Engine, load
 from ..runtime.loading import SHIPPED, Components, random_text
 from ..runtime.presets import default_preset, make_preset
@@ -32,6 +40,15 @@ Model = TypeVar("Model", bound=nn.Module)
 ATTENTION_GAIN = 3**0.5  # of queries and of keys: logits with a deviation of 3, so that a few keys have most weight
 PROMPT = "a red robot in a snowy forest by day"
 PROMPT_ROWS = 1 / 4  # of the text encoder's rows; the rest is zero, as after a prompt's end
+ORACLE = "eager"  # the executor that says what is right
+FULL = {"lowp": None, "lowp_layers": EVERY_BLOCK, "lowp_keep": (), "kv_dtype": None}  # precision: all as the model is
+
+
+class Settings(NamedTuple):
+    """Fields of the preset, and of the engine's config: how many bits layers and pages have."""
+
+    preset: dict[str, Any]
+    bits: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,8 @@ class Subject:
     """What to measure; None leaves a choice to the model or the machine.
 
     random_weights: untrained weights of a named model's sizes. frames_in_window: the policy's window in latent
-    frames. graphs: folder of stored graphs, for graph executors. overrides: fields of the preset.
+    frames. graphs: folder of stored graphs, for graph executors. overrides: fields of the preset, and the engine's
+    lowp, lowp_layers, lowp_keep and kv_dtype.
     """
 
     model: str
@@ -71,12 +89,15 @@ class Subject:
             known = f"{nearest(self.model, MODELS)}; expected a path, or one of {', '.join(MODELS)}"
             raise UsageError(f"no model {self.model!r}{known}")
 
-    def settings(self) -> dict[str, Any]:
-        """Overrides of the preset, the window among them."""
+    def settings(self) -> Settings:
+        """The overrides by what they are of, the window among the preset's."""
         preset = self.preset or default_preset(self.model)
+        ours = {key: value for key, value in self.overrides.items() if key not in FULL}
+        bits = {key: value for key, value in self.overrides.items() if key in FULL}
+        bits |= {key: patterns(bits[key]) for key in ("lowp_layers", "lowp_keep") if key in bits}
         if self.frames_in_window is None:
-            return dict(self.overrides)
-        scheme = make_preset(preset, **self.overrides)
+            return Settings(ours, bits)
+        scheme = make_preset(preset, **ours)
         window = scheme.context.local_attn_size
         bounded = scheme.context.segment_frames or not scheme.context.commit
         if bounded:
@@ -85,9 +106,9 @@ class Subject:
                 f"--frames-in-window {self.frames_in_window}: the window of {preset} follows from its rebuilds "
                 f"(full after {full} blocks); set rebuild_frames or segment_frames (--set)"
             )
-        if self.overrides.get("local_attn_size", self.frames_in_window) != self.frames_in_window:
+        if ours.get("local_attn_size", self.frames_in_window) != self.frames_in_window:
             raise UsageError(f"--frames-in-window {self.frames_in_window} and local_attn_size={window} contradict")
-        return {**self.overrides, "local_attn_size": self.frames_in_window}
+        return Settings({**ours, "local_attn_size": self.frames_in_window}, bits)
 
 
 def open_engine(subject: Subject) -> Engine:
@@ -95,25 +116,36 @@ def open_engine(subject: Subject) -> Engine:
     subject.check()
     device = subject.device or default_device()
     preset = subject.preset or default_preset(subject.model)
-    overrides, executor = subject.settings(), subject.executor or default_executor(device)
+    settings, executor = subject.settings(), subject.executor or default_executor(device)
     if not (subject.is_named or subject.random_weights):
         return load(
             subject.model, preset=preset, device=device, dtype=subject.dtype, vae=subject.vae, base=subject.base,
-            executor=executor, graphs=subject.graphs, **overrides,
+            executor=executor, graphs=subject.graphs, **settings.bits, **settings.preset,
         )  # fmt: skip
     config = EngineConfig(
         model=subject.model, preset=preset, device=device, dtype=subject.dtype or default_dtype(device), base=None,
         checkpoint_format=None, vae=subject.vae, text_encoder=None, use_ema=True, precision="reference",
-        executor=executor, graphs=subject.graphs,
+        executor=executor, graphs=subject.graphs, **settings.bits,
     )  # fmt: skip
-    return Engine(config, make_preset(preset, **overrides), random_parts(MODELS[subject.model], config, subject.seed))
+    parts = random_parts(MODELS[subject.model], config, subject.seed)
+    return Engine(config, make_preset(preset, **settings.preset), parts)
 
 
-def with_executor(engine: Engine, name: str) -> Engine:
-    """An engine over the same weights with another executor, which stores no graphs."""
-    if engine.config.executor == name:
-        return engine
-    return Engine(replace(engine.config, executor=name, graphs=None), engine.preset, engine.parts)
+def with_executor(engine: Engine, name: str, **bits: Any) -> Engine:
+    """An engine over the same weights with another executor, which stores no graphs, and as many bits unless told."""
+    config = replace(engine.config, executor=name, graphs=None, **bits)
+    same = replace(engine.config, graphs=None) == config
+    return engine if same else Engine(config, engine.preset, engine.parts)
+
+
+def in_full(engine: Engine) -> Engine:
+    """The oracle over the same weights: the plain executor, layers and pages in the model's own dtype."""
+    return with_executor(engine, ORACLE, **FULL)
+
+
+def in_fewer_bits(engine: Engine) -> bool:
+    """Whether layers or pages are in another precision than the model's own."""
+    return engine.config.lowp is not None or engine.config.kv_dtype not in (None, engine.config.dtype)
 
 
 def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components:

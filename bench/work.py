@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..graphs.passes import Pass
+from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.wan.spec import ModelSpec
 from ..runtime import costs
 from ..runtime.presets import Preset
@@ -92,10 +93,14 @@ def blocks_until_full(preset: Preset) -> int:
     return seen.index(max(seen))
 
 
-def pass_work(spec: ModelSpec, run: Pass, size: tuple[int, int], dtype: str) -> Work:
-    """One pass over pages of the model's dtype."""
+def pass_work(
+    spec: ModelSpec, run: Pass, size: tuple[int, int], dtype: str, kv_dtype: str | None = None,
+    precision: PrecisionMap | None = None,
+) -> Work:  # fmt: skip
+    """One pass, its pages in the model's dtype unless told, its layers too unless a precision map packs them."""
     tokens = spec.tokens_per_frame(size)
-    return Work(costs.pass_flops(spec, tokens, run).total, costs.pass_traffic(spec, tokens, run, dtype, dtype))
+    traffic = costs.pass_traffic(spec, tokens, run, dtype, kv_dtype or dtype, precision)
+    return Work(costs.pass_flops(spec, tokens, run).total, traffic)
 
 
 def decoder_work(spec: costs.DecoderSpec, latent: tuple[int, int], frames: int, dtype: str) -> Work:

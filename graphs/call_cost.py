@@ -10,8 +10,10 @@ from typing import Any
 
 from .program import Call, Ref
 
+PACKED = "packed matmul"  # of FP8 or INT8 numbers
 FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (  # the first that has a part of the op's name
     ("attention", ("attention",)),
+    (PACKED, ("lowp",)),
     ("matmul", ("mm", "linear", "convolution")),
     ("pages", ("append", "kv_pages")),
     ("norm and gate", ("norm", "adaln", "rms")),
@@ -21,7 +23,7 @@ FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (  # the first that has a pa
 
 
 def family(call: Call) -> str:
-    """The kind of work: attention, matmul, pages, norm and gate, solver, copy, or elementwise."""
+    """The kind of work: attention, packed matmul, matmul, pages, norm and gate, solver, copy, or elementwise."""
     name = call.op._schema.name.partition("::")[2]
     return next((kind for kind, parts in FAMILIES if any(part in name for part in parts)), "elementwise")
 
@@ -55,7 +57,7 @@ def flops(call: Call, listed: int = 0) -> int:
         return 4 * math.prod(q.size[1:]) * listed * kv.size[2]
     if name == "scaled_dot_product_attention":
         return 4 * math.prod(given["query"].size) * given["key"].size[-2]
-    if family(call) != "matmul":
+    if family(call) not in ("matmul", PACKED):
         return 0
     (out, *_) = call.writes
     if name == "convolution":

@@ -38,8 +38,8 @@ class EngineConfig:
     memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
     fast_vae: a decoder beside the model's own, as in `vae`, that overload may go over to.
     graphs: folder of stored graphs, which those that are missing there are added to. lowp: `fp8` or `int8` for linear
-    layers in graphs, those that a pattern of lowp_layers names and none of lowp_keep. batches: file of measured times
-    of sessions that run as one.
+    layers in passes, those that a pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference
+    in eager. batches: file of measured times of sessions that run as one.
     """
 
     model: str
@@ -89,24 +89,17 @@ class EngineConfig:
                         f"{key} is 'fp8', but {self.device} has compute capability {major}.{minor}, and FP8 needs "
                         f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; use int8"
                     )
-        self.check_lowp()
+        if self.precision_map is None and (self.lowp_keep or self.lowp_layers != EVERY_BLOCK):
+            raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
         if self.graphs is not None and self.executor == "eager":
             raise UsageError(f"graphs is {self.graphs!r}, but executor eager has none; use fused, or captured on a GPU")
         if self.executor == "captured" and not self.device.startswith("cuda"):
             raise UsageError(f"executor captured needs a GPU, and device is {self.device!r}; use fused")
 
-
     @property
     def precision_map(self) -> PrecisionMap | None:
         """Which linear layers run in low precision, and in which."""
         return None if self.lowp is None else PrecisionMap(self.lowp, self.lowp_layers, self.lowp_keep)
-
-    def check_lowp(self) -> None:
-        if self.precision_map is None:
-            if self.lowp_keep or self.lowp_layers != EVERY_BLOCK:
-                raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
-        elif self.executor == "eager":
-            raise UsageError(f"lowp is {self.lowp!r}, but executor eager has no such layers; use fused or captured")
 
 
 def patterns(given: str | Collection[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ..graphs.passes import Pass
+from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.text.spec import TextSpec
 from ..models.wan.spec import ModelSpec
 from ..models.wan.taehv import TinySpec
@@ -115,11 +116,31 @@ def latent_bytes(spec: ModelSpec, size: tuple[int, int], dtype: str) -> int:
     return ITEMSIZE[dtype] * spec.out_channels * math.prod(spec.latent_size(size))
 
 
-def pass_traffic(spec: ModelSpec, tokens: int, run: Pass, dtype: str, kind: str) -> int:
+def token_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+    """Name, inputs and outputs of each linear layer that a pass runs on every token."""
+    dim, ffn = spec.dim, spec.ffn_dim
+    sides = {f"self_attn.{part}": (dim, dim) for part in "qkvo"} | {f"cross_attn.{part}": (dim, dim) for part in "qo"}
+    sides |= {"ffn.up": (dim, ffn), "ffn.down": (ffn, dim)}
+    for layer in range(spec.num_layers):
+        for name, size in sides.items():
+            yield f"blocks.{layer}.{name}", *size
+    yield "head.linear", dim, math.prod(spec.patch) * spec.out_channels
+
+
+def packing_saves(spec: ModelSpec, dtype: str, precision: PrecisionMap) -> int:
+    """Bytes by which layers are smaller for being packed: an entry has one byte, an output channel a float32 scale."""
+    sizes = [(inputs, outputs) for name, inputs, outputs in token_layers(spec) if precision.has(name)]
+    return sum((ITEMSIZE[dtype] - 1) * inputs * outputs - 4 * outputs for inputs, outputs in sizes)
+
+
+def pass_traffic(
+    spec: ModelSpec, tokens: int, run: Pass, dtype: str, kind: str, precision: PrecisionMap | None = None
+) -> int:
     """Bytes that a pass cannot do without: weights and cross keys once, pages seen once, its own pages written."""
     seen = set[int]().union(*(group.context for group in run.groups))
     pages = (len(seen) + len(run.frames)) * page_bytes(spec, tokens, kind)
-    return ITEMSIZE[dtype] * pass_parameters(spec) + cross_bytes(spec, dtype) + pages
+    saved = packing_saves(spec, dtype, precision) if precision is not None else 0
+    return ITEMSIZE[dtype] * pass_parameters(spec) - saved + cross_bytes(spec, dtype) + pages
 
 
 def merged_bytes(spec: ModelSpec, dtype: str) -> int:

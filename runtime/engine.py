@@ -184,7 +184,7 @@ class Engine:
         """Have every pass timed from now on, and return what collects it. UsageError for executor eager."""
         config, card = self.config, card_of(self.device)
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
-        profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype))
+        profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))
         self.executor.start_profile(profile)
         self.observe(profile.note_decoding)
         self.profile = profile

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InferixError, UsageError
 from ..graphs.capture import CaptureBackend, CudaGraphs
@@ -25,6 +25,7 @@ from .forecast import Workload, changes, needed
 from .graph_store import GraphStore
 from .launcher import Launcher, Loaded, NotEnoughMemory
 from .loading import Components
+from .packed_layers import check_layers, with_packed_layers
 from .paged_store import KV_DTYPES
 from .presets import Preset
 from .profile import Profile
@@ -80,13 +81,13 @@ class Executor(Protocol):
 
 
 class EagerExecutor:
-    """The model as it is, pass by pass."""
+    """The model as it is, pass by pass. packed: the same with layers in low precision, for passes alone."""
 
     whole_blocks = False
     batches = True
 
-    def __init__(self, model: WanTransformer) -> None:
-        self.model = model
+    def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
+        self.model, self.passes = model, packed or model
 
     def condition(self, rows: Tensor) -> TextContext:
         return self.model.embed_text(rows[None])
@@ -99,7 +100,7 @@ class EagerExecutor:
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
         assert isinstance(text, TextContext)
-        velocity: Tensor = self.model(latents, timesteps, text, attention, actions)
+        velocity: Tensor = self.passes(latents, timesteps, text, attention, actions)
         return velocity
 
     def block(
@@ -140,7 +141,6 @@ class GraphExecutor:
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
         kept = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
-        self.graph_of.check_layers([name for name, part in model.named_modules() if isinstance(part, nn.Linear)])
         self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.loaded: dict[Query, Loaded] = {}
@@ -258,8 +258,11 @@ def signed(seed: int) -> int:
 
 
 def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Executor:
-    """The executor that the configuration names."""
+    """The executor that the configuration names. UsageError for layers that the model does not have."""
+    model, precision = parts.transformer, config.precision_map
+    if precision is not None:
+        check_layers(model, precision)
     if config.executor == "eager":
-        return EagerExecutor(parts.transformer)
+        return EagerExecutor(model, None if precision is None else with_packed_layers(model, precision))
     backend = CudaGraphs(torch.device(config.device)) if config.executor == "captured" else None
     return GraphExecutor(config, preset, parts, backend)

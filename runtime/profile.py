@@ -19,10 +19,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..graphs.call_cost import family, flops, listed_in, nbytes
+from ..graphs.call_cost import PACKED, family, flops, listed_in, nbytes
 from ..graphs.capture import Event
 from ..graphs.launch import LaunchPlan
 from ..graphs.program import Program, Ref
+from ..graphs.rewrites.lowp import KINDS
+from ..kernels.linear_lowp import pack
 from .media import write_atomically
 
 STAGES = ("prepare", "denoise", "commit")  # of a block's timings, those in which passes run
@@ -31,10 +33,20 @@ TRACE, TABLE = "trace.json", "profile.txt"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device can do at most: operations and bytes per second."""
+    """What the device can do at most: operations and bytes per second.
+
+    packed: operations of matmuls of FP8 or INT8 numbers, None where there are none. They may be widened first, so
+    that their ceiling is never below that of `flops`.
+    """
 
     flops: float
     bytes: float
+    packed: float | None = None
+
+    def least(self, kind: str, flops: int, nbytes: int) -> float:
+        """The shortest time for a kind of work."""
+        most = max(self.flops, self.packed or 0.0) if kind == PACKED else self.flops
+        return max(nbytes / self.bytes, flops / most)
 
 
 @dataclass(frozen=True)
@@ -188,7 +200,7 @@ class Profile:
         """What one call of a run took and did."""
         call, listed = run.program.calls[index], run.listed.get(index, 0)
         moved, computed = nbytes(call, listed), flops(call, listed)
-        return Cost(seconds, moved, computed, max(moved / self.ceilings.bytes, computed / self.ceilings.flops))
+        return Cost(seconds, moved, computed, self.ceilings.least(family(call), computed, moved))
 
     def passes(self, block: BlockProfile) -> dict[str, float]:
         """Seconds of each pass of a block, in order."""
@@ -228,7 +240,8 @@ class Profile:
             f"profile of {self.about}",
             f"times from {' and '.join(sorted(how))}; marks of {self.mark_cost * 1e6:.2f} us and notes took "
             f"{self.overhead():.2%} of it",
-            f"ceilings measured here: {self.ceilings.flops / 1e9:.4g} GFLOP/s, {self.ceilings.bytes / 1e9:.4g} GB/s",
+            f"ceilings measured here: {self.ceilings.flops / 1e9:.4g} GFLOP/s, {self.ceilings.bytes / 1e9:.4g} GB/s"
+            + (f", packed {self.ceilings.packed / 1e9:.4g} GFLOP/s" if self.ceilings.packed else ""),
         ]
         for block in self.blocks:
             stages = ", ".join(f"{name} {seconds * 1e3:.3g}" for name, seconds in block.timings.items())
@@ -303,14 +316,27 @@ def page_counts(launches: LaunchPlan) -> PageCounts:
     return [(launches.view(counts), indices) for counts, indices in calls.items()]
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The best of a few large matmuls and copies, in the model's dtype."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype, lowp: str | None = None) -> Ceilings:
+    """The best of a few large matmuls and copies, in the model's dtype; of packed matmuls too, if asked."""
     width, count = (8192, 1 << 28) if device.type == "cuda" else (768, 1 << 23)
     square = torch.ones(width, width, dtype=dtype, device=device)
     flat = torch.ones(count, dtype=torch.float32, device=device)
     place = torch.empty_like(flat)
-    fastest = best(lambda: square @ square, device)
-    return Ceilings(2 * width**3 / fastest, 2 * flat.nbytes / best(lambda: place.copy_(flat), device))
+    operations = 2 * width**3
+    return Ceilings(
+        operations / best(lambda: square @ square, device),
+        2 * flat.nbytes / best(lambda: place.copy_(flat), device),
+        None if lowp is None else operations / best(packed_matmul(lowp, square), device),
+    )
+
+
+def packed_matmul(lowp: str, square: Tensor) -> Callable[[], Tensor]:
+    """torch's own matmul of a matrix [N, N] with itself transposed, packed as FP8 or INT8; N a multiple of 16."""
+    packed, _ = pack(square, KINDS[lowp], per_channel=False)
+    if lowp == "int8":
+        return lambda: torch._int_mm(packed, packed.T)
+    one = torch.ones((), device=square.device)
+    return lambda: torch._scaled_mm(packed, packed.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
 def best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

@@ -5,15 +5,12 @@ What a block looks like is for `block_graph` to say; here its passes are cut to 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UsageError
 from ..graphs.compose import chained
 from ..graphs.paged_attention import PagedAttention
 from ..graphs.rewrites import rewritten
@@ -102,12 +99,6 @@ class QueryGraphs:
 
     def rewritten(self, block: BlockGraph) -> BlockGraph:
         return rewritten(block, self.rewrites) if self.lowp is None else rewritten(block, self.rewrites, self.lowp)
-
-    def check_layers(self, layers: Collection[str]) -> None:
-        """UsageError for a pattern of the precision map that none of these names of linear layers matches."""
-        for pattern in () if self.lowp is None else (*self.lowp.layers, *self.lowp.keep):
-            if not any(fnmatchcase(layer, pattern) for layer in layers):
-                raise UsageError(f"no linear layer is called {pattern!r}; there is {min(layers)!r}")
 
     def builder(self, query: Query) -> Builder:
         preset, size = self.preset, query.size(self.spec)

@@ -8,7 +8,7 @@ Claim: `inferix::linear_lowp` on packed operands; not equal to what it replaces,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -36,6 +36,7 @@ class PrecisionMap:
     """Which layers run in low precision.
 
     kind: `fp8` or `int8`. layers: patterns of names, such as `blocks.*.ffn.*`; keep: of those left as they are.
+    Embeddings always are: they have a row for a frame or a prompt, not for each token.
     """
 
     kind: str
@@ -48,18 +49,26 @@ class PrecisionMap:
 
     def has(self, layer: str) -> bool:
         """Whether a layer, by the name of its module, is to be packed."""
-        named = any(fnmatchcase(layer, pattern) for pattern in self.layers)
+        named = of_tokens(layer) and any(fnmatchcase(layer, pattern) for pattern in self.layers)
         return named and not any(fnmatchcase(layer, pattern) for pattern in self.keep)
+
+    def check(self, layers: Iterable[str]) -> None:
+        """UsageError for a pattern that none of these linear layers matches."""
+        known = sorted(filter(of_tokens, layers))
+        for pattern in (*self.layers, *self.keep):
+            if not any(fnmatchcase(layer, pattern) for layer in known):
+                raise UsageError(f"no linear layer of tokens is called {pattern!r}; there is {known[0]!r}")
+
+
+def of_tokens(layer: str) -> bool:
+    return "embedding" not in layer.partition(".")[0]
 
 
 def lowp(precision: PrecisionMap) -> Callable[[BlockGraph], tuple[BlockGraph, int]]:
     """The rewrite for a precision map; UsageError for a pattern of it that names no layer."""
 
     def apply(block: BlockGraph) -> tuple[BlockGraph, int]:
-        found = {layer for graph in block.graphs for node in linears(graph) for layer in layers_of(graph, node)}
-        for pattern in (*precision.layers, *precision.keep):
-            if not any(fnmatchcase(layer, pattern) for layer in found):
-                raise UsageError(f"no linear layer is called {pattern!r}; there is {sorted(found)[0]!r}")
+        precision.check(layer for graph in block.graphs for node in linears(graph) for layer in layers_of(graph, node))
         places = sum(pack_layers(graph, precision) for graph in block.passes)
         return replaced(block, [cleaned(graph) for graph in block.graphs]), places
 

@@ -24,7 +24,7 @@ from inferix.bench.gpu_check import check_graph
 from inferix.bench.inside import count_launches
 from inferix.bench.report import page
 from inferix.bench.result import Result, read_result
-from inferix.bench.subject import Subject, drawn, open_engine, random_prompt
+from inferix.bench.subject import Subject, drawn, in_full, open_engine, random_prompt
 from inferix.bench.work import blocks_until_full, decoder_work, pass_work, plan_blocks
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
@@ -36,6 +36,7 @@ from inferix.runtime.presets import PRESETS, make_preset
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
 WANTED = Wanted(SMALL, rounds=1, blocks=4)
+FP8 = replace(SMALL, overrides={"lowp": "fp8", "kv_dtype": "fp8"})
 
 
 class FakeTime:
@@ -113,14 +114,19 @@ class NoCommit(PlainLoop):
         return latents if run.timesteps[0] == 0 else super().forward(run, latents)
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, streams: dict[str, Callable[..., PlainLoop]]) -> None:
+def plant(
+    monkeypatch: pytest.MonkeyPatch, streams: dict[str, Callable[..., PlainLoop]], fewer_bits: bool = False
+) -> None:
     """Put these streams in place of all candidates but the oracle."""
     offer = bench.candidates
 
     def candidates(engine, rows, subject):
         found, left_out = offer(engine, rows, subject)
         more = [
-            replace(found[-1], name=name, open=lambda make=make: make(engine, rows, 0, (32, 32), run_layer))
+            replace(
+                found[-1], name=name, fewer_bits=fewer_bits,
+                open=lambda make=make: make(engine, rows, 0, (32, 32), run_layer),
+            )
             for name, make in streams.items()
         ]
         return [*found[:1], *more], {name: reason for name, reason in left_out.items() if name not in streams}
@@ -149,6 +155,48 @@ def test_what_does_not_match_is_refused_and_not_timed(monkeypatch):
     assert "refused: the latents" in page({"a.json": result}, "results", "page.md", {})
     with pytest.raises(InferixError, match="no candidate's outputs match"):
         run(replace(WANTED, executors=("fused",), baselines=("plain",)), lambda said: None)
+
+
+def test_fewer_bits_are_held_against_what_the_bits_themselves_do(monkeypatch):
+    result = run(Wanted(FP8, rounds=1, blocks=1), lambda said: None)
+    told, bits = result.facts["candidates"], result.facts["bits_off"]
+    assert told["eager"]["difference"] == 0 and told["plain"]["difference"] < 1e-5  # these stay in full
+    assert told["eager"]["allowed"] == told["plain"]["allowed"] == result.facts["tolerance"] < bits
+    assert told["fused"]["difference"] == pytest.approx(bits, rel=0.1)
+    assert told["fused"]["allowed"] == pytest.approx(1.1 * bits)
+    assert not any(one["refused"] for one in told.values())
+    families = told["fused"]["profile"]["families"]
+    assert families["packed matmul"]["flops"] > 10 * families.get("matmul", {"flops": 0})["flops"]
+    assert result.ceilings["packed_flops"].best > 0
+    assert told["fused"]["memory"]["cache"] < told["eager"]["memory"]["cache"]
+    config = result.settings["config"]
+    assert (config["lowp"], config["kv_dtype"]) == ("fp8", "fp8")
+    full = next(islice(plan_blocks(open_engine(SMALL).preset), 1, None))
+    more = sum(pass_work(MODELS["wan-tiny"], step.run, (32, 32), "float32").nbytes for step in full.steps)
+    assert result.facts["work"]["transformer"]["nbytes"] < 0.6 * more
+    text = page({"a.json": result}, "results", "page.md", {})
+    assert "float32, fp8 linears, fp8 pages (CPU" in text
+    assert f"With fp8 linears and fp8 pages the plain executor is off by {bits:.1e} itself" in text
+
+    plant(monkeypatch, {"fused": NoCommit}, fewer_bits=True)
+    found = run(Wanted(FP8, rounds=1, blocks=1), lambda said: None).facts["candidates"]["fused"]
+    assert "the latents of block 1 are off by" in found["refused"]
+    assert found["refused"].endswith(f"allowed {found['allowed']:.1e}")
+
+
+def test_settings_are_of_the_engine_or_of_the_preset():
+    given = {"lowp": "int8", "lowp_keep": "blocks.0.*", "sink_size": 3}
+    subject = replace(SMALL, executor="fused", frames_in_window=9, overrides=given)
+    engine = open_engine(subject)
+    assert (engine.config.lowp, engine.config.lowp_keep, engine.config.kv_dtype) == ("int8", ("blocks.0.*",), None)
+    assert (engine.preset.context.sink_size, engine.preset.context.local_attn_size) == (3, 9)
+    oracle = in_full(engine)
+    assert (oracle.config.executor, oracle.config.lowp, oracle.config.lowp_keep) == ("eager", None, ())
+    assert oracle.parts is engine.parts
+    with pytest.raises(UsageError, match="low precision is 'fp4'"):
+        open_engine(replace(SMALL, overrides={"lowp": "fp4"}))
+    with pytest.raises(UsageError, match="lora"):
+        open_engine(replace(SMALL, overrides={"lora": "x"}))
 
 
 @pytest.mark.parametrize("preset", ["self-forcing-framewise", "longlive", "causvid", "krea"])
@@ -257,8 +305,10 @@ def test_launches_are_calls_that_hand_over_work():
 
 
 def test_the_graph_check_of_a_preset_on_a_cpu(monkeypatch):
-    found, wrong = check_graph(SMALL)
-    assert wrong == [] and found["fused off by"] <= found["tolerance"]
+    for subject in (SMALL, FP8):
+        found, wrong = check_graph(subject)
+        assert wrong == [] and found["fused off by"] <= found["fused allowed"]
+        assert (found["bits_off"] is None) == (subject is SMALL)
     monkeypatch.setattr("inferix.bench.gpu_check.candidates.TOLERANCE", {torch.float32: -1.0})
     (said,) = check_graph(SMALL)[1]
     assert said.startswith("fused: the latents of block 0 are off by")

@@ -146,6 +146,16 @@ def test_a_goal_is_shown_beside_its_card_and_its_work_only():
     assert "not measured yet" in rows["other"]
 
 
+def test_a_goal_is_for_layers_and_pages_of_its_bits():
+    fp8 = {"dtype": "bfloat16", "lowp": "fp8", "kv_dtype": "fp8"}
+    series = {"captured/transformer": [0.1], "captured/block": [0.2]}
+    for config, reached in ((None, {None}), (fp8, {"fp8"}), (fp8 | {"kv_dtype": None}, set())):
+        result = made(series, H200, **({} if config is None else {"config": config}))
+        found = [goal for goal in GOALS if goal.quantity == "transformer" and goal.matches(result)]
+        assert {goal.bits.get("lowp") for goal in found} == reached
+    assert all(goal.command.startswith("inferix bench") for goal in GOALS)
+
+
 def test_a_report_has_pictures_and_every_result(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install matplotlib")
     series = {f"{name}/{what}": noisy(0.2 + at / 10) for at, name in enumerate(("captured", "plain"))

@@ -311,7 +311,7 @@ def test_low_precision_layers_are_those_of_the_map(kind: str, monkeypatch: pytes
     fused = run_block(dataclasses.replace(everything, passes=everything.passes[:1]), values_of("self-forcing"))
     scale = eager("self-forcing")["latents"].abs().max()
     assert (fused["latents"] - found["latents"]).abs().max() < 2e-2 * scale  # rounding goes another way at ties
-    with pytest.raises(ValueError, match=r"no linear layer is called 'blok\.\*'"):
+    with pytest.raises(ValueError, match=r"no linear layer of tokens is called 'blok\.\*'"):
         rewritten(block_of("self-forcing"), ["lowp"], PrecisionMap(kind, ("blok.*",)))
 
 

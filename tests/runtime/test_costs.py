@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from inferix.graphs.passes import Group, Pass
+from inferix.graphs.rewrites.lowp import PrecisionMap
+from inferix.kernels.linear_lowp import pack
 from inferix.models.text.spec import UMT5_XXL, tiny_text
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TAEW21, TAEW22, TinyDecoder, TinySpec
@@ -24,11 +27,13 @@ from inferix.runtime.costs import (
     decoder_parameters,
     decoder_state_bytes,
     encode_flops,
+    packing_saves,
     page_bytes,
     pass_flops,
     pass_scratch,
     prompt_flops,
     text_parameters,
+    token_layers,
     transformer_parameters,
 )
 from inferix.runtime.paged_store import KV_DTYPES, PageForm
@@ -252,3 +257,28 @@ def test_scratch_of_a_pass(name, monkeypatch):
         peaks.append(live.peak)
     most = pass_scratch(spec, tokens, frames, "bfloat16")
     assert max(peaks) <= most <= 1.1 * max(peaks)
+
+
+@pytest.mark.parametrize("name", ["wan-tiny", "tinyworld"])
+def test_layers_that_run_on_every_token_and_what_packing_them_saves(name):
+    """Those that a pass calls on as many rows as there are tokens."""
+    spec, frames, tokens = MODELS[name], 2, MODELS[name].tokens_per_frame((32, 32))
+    model = build(WanTransformer, spec, "cpu", torch.float32)
+    called = []
+    for layer, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(
+                lambda part, given, out, layer=layer: called.append((layer, given[0].shape[-2], *part.weight.T.shape))
+            )
+    values = SimpleNamespace(attend=lambda layer, q, k, v: v)
+    text = model.embed_text(torch.zeros(1, spec.text_len, spec.text_dim))
+    actions = None if spec.action_dim is None else torch.zeros(1, frames, spec.action_dim)
+    called.clear()
+    latents = torch.zeros(1, frames, spec.in_channels, *spec.latent_size((32, 32)))
+    model(latents, torch.zeros(1, frames), text, values, actions)
+    found = [(layer, *sizes) for layer, rows, *sizes in called if rows == frames * tokens]
+    assert sorted(found) == sorted(token_layers(spec))
+    precision = PrecisionMap("fp8", ("*",), keep=("blocks.0.*",))
+    kept = {layer: model.get_submodule(layer).weight for layer, *_ in found if precision.has(layer)}
+    saved = sum(weight.nbytes - sum(part.nbytes for part in pack(weight, torch.int8)) for weight in kept.values())
+    assert packing_saves(spec, "float32", precision) == saved

@@ -114,21 +114,65 @@ def plain() -> torch.Tensor:
     return stream(make_engine(dtype="float32", local_attn_size=6), 3)
 
 
-@pytest.mark.parametrize(("kind", "off"), [("fp8", 0.05), ("int8", 0.015)])
-def test_linear_layers_in_low_precision(kind: str, off: float, plain: torch.Tensor) -> None:
-    """Near eager's latents, by root mean square as a share of theirs; layers that are kept come nearer."""
+@pytest.mark.parametrize(("kind", "most"), [("fp8", 0.05), ("int8", 0.015)])
+def test_linear_layers_in_low_precision(kind: str, most: float, plain: torch.Tensor) -> None:
+    """Near eager's latents, by root mean square as a share of theirs; layers that are kept come nearer.
+
+    And as near as with packed layers in plain modules.
+    """
 
     def share(launched: int, **settings: object) -> float:
-        engine = make_engine(dtype="float32", executor="fused", local_attn_size=6, lowp=kind, **settings)
-        found = stream(engine, 3)
-        (body,) = [loaded.lowered.body.program for loaded in engine.executor.loaded.values()]
+        eager, fused = (
+            make_engine(dtype="float32", executor=name, local_attn_size=6, lowp=kind, **settings)
+            for name in ("eager", "fused")
+        )
+        found = stream(fused, 3)
+        (body,) = [loaded.lowered.body.program for loaded in fused.executor.loaded.values()]
         assert sum("linear_lowp" in call.op.name() for call in body.calls) == launched
-        return float((found - plain).square().mean().sqrt() / plain.square().mean().sqrt())
+        assert off(found, plain) == pytest.approx(off(stream(eager, 3), plain), rel=0.1)
+        return off(found, plain)
 
     layers, passes = TINY.num_layers, 5
     every = share(6 * layers * passes - 5)  # q, k and v are one; the last layer of the commit has no more
     kept = share(6 * (layers - 1) * passes - 5, lowp_keep=("blocks.0.*",))
-    assert 0 < kept < every < off
+    assert 0 < kept < every < most
+    share(6 * layers * passes - 5, kv_dtype="fp8")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_packed_layers_in_graphs_are_those_of_plain_modules(kind: str) -> None:
+    """After one pass. Longer streams part: a value at a tie that is rounded the other way turns others later."""
+    settings: dict[str, object] = {"dtype": "float32", "denoising_step_list": (1000,)}
+    full = first_block(make_engine(**settings))
+    for layers in (("blocks.*",), ("*",), ("blocks.*.self_attn.*", "*.up")):
+        wanted, found = (
+            first_block(make_engine(executor=name, lowp=kind, lowp_layers=layers, **settings))
+            for name in ("eager", "fused")
+        )
+        assert off(found, wanted) < 0.1 * off(wanted, full)
+
+
+def first_block(engine: Engine) -> torch.Tensor:
+    with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE) as session:
+        (block,) = session.stream(1, decode=False)
+    return block.latents
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+
+
+def test_packed_layers_follow_weights_and_leave_the_model_alone() -> None:
+    engine = make_engine(dtype="float32", lowp="int8", local_attn_size=6)
+    before = stream(engine, 3)
+    assert not any("PackedLinear" in type(part).__name__ for part in engine.parts.transformer.modules())
+    with torch.no_grad():
+        engine.parts.transformer.blocks[0].ffn.down.weight.mul_(-1)
+    changed = stream(engine, 3)
+    assert not torch.equal(before, changed)
+    fresh = make_engine(dtype="float32", lowp="int8", local_attn_size=6)
+    fresh.parts.transformer.load_state_dict(engine.parts.transformer.state_dict())
+    assert torch.equal(stream(fresh, 3), changed)
 
 
 def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrides: object) -> Engine:
@@ -266,9 +310,8 @@ def test_what_contradicts_is_refused() -> None:
         config(executor="fuse")
     with pytest.raises(UsageError, match=r"low precision is 'fp4'; expected one of fp8, int8"):
         config(executor="fused", lowp="fp4")
-    with pytest.raises(UsageError, match=r"lowp is 'int8', but executor eager has no such layers"):
-        config(lowp="int8")
     with pytest.raises(UsageError, match=r"lowp_layers and lowp_keep say which layers lowp takes"):
         config(executor="fused", lowp_keep=("head",))
-    with pytest.raises(UsageError, match=r"no linear layer is called 'blok\.\*'; there is 'blocks.0.cross_attn.k'"):
-        make_engine(executor="fused", lowp="int8", lowp_layers=("blok.*",))
+    for executor, name in (("fused", "blok.*"), ("eager", "blok.*"), ("eager", "time_embedding.*")):
+        with pytest.raises(UsageError, match=r"of tokens is called .*\.\*'; there is 'blocks.0.cross_attn.k'"):
+            make_engine(executor=executor, lowp="int8", lowp_layers=(name,))

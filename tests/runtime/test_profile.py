@@ -14,11 +14,11 @@ from programs import traced
 from recording import FakeGraphs
 
 from inferix.errors import UsageError
-from inferix.graphs.call_cost import family, flops, nbytes
+from inferix.graphs.call_cost import PACKED, family, flops, nbytes
 from inferix.kernels.block_attention import block_attention
 from inferix.runtime import engine as engines
 from inferix.runtime.executors import GraphExecutor
-from inferix.runtime.profile import Ceilings, Profile
+from inferix.runtime.profile import Ceilings, Profile, measure_ceilings
 
 PASSES = ["denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def profiled(folder: Path, monkeypatch: pytest.MonkeyPatch, backend: FakeGraphs | None = None) -> Profile:
     """Two blocks, the graphs made once for all tests here."""
-    monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype, lowp: Ceilings(1e9, 1e9))
     engine = make_engine(executor="fused", graphs=str(folder / "graphs"))
     engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend)
     profile = engine.start_profile()
@@ -68,7 +68,7 @@ def test_passes_kinds_of_work_and_calls_add_up(folder: Path, monkeypatch: pytest
 
 def test_a_trace_shows_decoding_beside_the_next_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder that goes on once the next block's passes have begun."""
-    monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype, lowp: Ceilings(1e9, 1e9))
     engine = make_engine(executor="fused", graphs=str(folder / "graphs"))
     profile = engine.start_profile()
     launch, decode, begun, decoded = profile.launch, engine.parts.vae.decode, [threading.Event() for _ in range(3)], []
@@ -132,3 +132,18 @@ def test_bytes_and_operations_of_calls() -> None:
 def test_eager_has_no_calls_to_time() -> None:
     with pytest.raises(UsageError, match=r"executor eager cannot be profiled; use fused, or captured on a GPU"):
         make_engine().executor.start_profile(None)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_packed_layers_have_a_ceiling_of_their_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype, lowp: Ceilings(1e9, 1e99, 2e9))
+    engine = make_engine(executor="fused", dtype="float32", lowp=kind)
+    profile = engine.start_profile()
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        list(session.stream(1, decode=False))
+    found = profile.families(profile.blocks[0])
+    assert found[PACKED].flops > 0 and found[PACKED].least == pytest.approx(found[PACKED].flops / 2e9)
+    assert found["attention"].least == pytest.approx(found["attention"].flops / 1e9)
+    assert Ceilings(1e9, 1e9, 1e8).least(PACKED, 10**9, 0) == 1.0  # numbers can always be widened
+    assert (measure_ceilings(torch.device("cpu"), torch.float32, kind).packed or 0) > 0
+    assert "packed 2 GFLOP/s" in profile.text()
