@@ -5,13 +5,15 @@ python -m inferix.bench.profile_cost 100      # pairs of blocks of wan-tiny, exe
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import ExitStack
 from statistics import median, quantiles
+from typing import Annotated
 
 import torch
+import typer
 
+from ..errors import UsageError
 from ..runtime.engine import load
 
 WARM = 8  # blocks; the window is full by then
@@ -19,8 +21,10 @@ GROUP = 10  # pairs whose medians are one sample of the overhead
 NAMES = ("without", "with")
 
 
-def main(pairs: int) -> None:
+def main(pairs: Annotated[int, typer.Argument(help="Pairs of blocks to time.")] = 100) -> None:
     """Print block times in processor seconds of the thread, and the overhead with its spread over groups of pairs."""
+    if pairs < 2 * GROUP:
+        raise UsageError(f"pairs is {pairs}; expected {2 * GROUP} or more, for two groups that can differ")
     torch.set_num_threads(1)
     engines = [load("wan-tiny", device="cpu", executor="fused") for _ in NAMES]
     engines[1].start_profile()
@@ -43,4 +47,4 @@ def main(pairs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    typer.run(main)

@@ -35,7 +35,7 @@ def lines(block: BlockGraph) -> Iterator[str]:
     each = [graph for graph in block.passes if graph.runs == Runs.BLOCK]
     total = block_cost(each)
     yield (
-        f"a block: {len(each)} passes, {total.launches} launches, {in_units(total.flops, 'FLOP')}, "
+        f"a block: {counted(len(each), 'pass')}, {counted(total.launches, 'launch')}, {in_units(total.flops, 'FLOP')}, "
         f"{in_units(total.nbytes, 'B')} read and written"
     )
     yield ""
@@ -52,6 +52,11 @@ def lines(block: BlockGraph) -> Iterator[str]:
             told.append((graph.name, sections))
             for section in sections:
                 yield from section_lines(section, graph.runs != Runs.LOAD)
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 launch`, `2 launches`."""
+    return f"{count} {noun}{'' if count == 1 else 'es'}"
 
 
 def name(dtype: object) -> str:
@@ -74,7 +79,7 @@ def summary(graph: PassGraph) -> Iterator[str]:
     """A graph's head line, what it reads and what it gives."""
     total = Costs(graph).total
     yield (
-        f"{graph.name} ({WHEN[graph.runs]}): {total.launches} launches, {in_units(total.flops, 'FLOP')}, "
+        f"{graph.name} ({WHEN[graph.runs]}): {counted(total.launches, 'launch')}, {in_units(total.flops, 'FLOP')}, "
         f"{in_units(total.nbytes, 'B')}"
     )
     for line in sees(graph):
@@ -98,7 +103,7 @@ def summary(graph: PassGraph) -> Iterator[str]:
 def section_lines(section: Section, every: bool) -> Iterator[str]:
     """A layer's cost, and each of its launches if wanted."""
     cost = section.cost
-    told = f"{cost.launches} launches, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
+    told = f"{counted(cost.launches, 'launch')}, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
     yield f"  {section.name}: {told}"
     for launch in section.launches if every else ():
         size = "x".join(map(str, launch.shape))

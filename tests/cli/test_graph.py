@@ -89,7 +89,7 @@ def test_a_run_starts_from_saved_graphs_and_others_are_refused(tmp_path: Path) -
         (("--with", "qk-norm-rope", "--without", "merge-qkv"), "qk-norm-rope needs merge-qkv, which is left out"),
         (("--with", "lowp", "--without", "all", "--lowp", "fp4"), "low precision is 'fp4'; expected one of fp8, int8"),
         (("--keep", "head"), "--keep says which layers --lowp takes"),
-        (("--lowp", "int8", "--layers", "blok.*"), "no linear layer is called 'blok.*'"),
+        (("--lowp", "int8", "--layers", "blok.*"), "no linear layer of tokens is called 'blok.*'"),
         (("--pass", "denoise 9"), "--pass is 'denoise 9'; this block has 'fold', 'prompt', 'denoise 0'"),
         (("--preset", "krea", "--with", "fuse-commit"), "krea has no commit that could wait"),
         (("--kv-dtype", "fp4"), "--kv-dtype is 'fp4'; did you mean 'fp8'?"),

@@ -13,6 +13,7 @@ from oracles import ROWS, SIZE, make_engine
 from programs import traced
 from recording import FakeGraphs
 
+from inferix.bench import profile_cost
 from inferix.errors import UsageError
 from inferix.graphs.call_cost import PACKED, family, flops, nbytes
 from inferix.kernels.block_attention import block_attention
@@ -147,3 +148,17 @@ def test_packed_layers_have_a_ceiling_of_their_own(kind: str, monkeypatch: pytes
     assert Ceilings(1e9, 1e9, 1e8).least(PACKED, 10**9, 0) == 1.0  # numbers can always be widened
     assert (measure_ceilings(torch.device("cpu"), torch.float32, kind).packed or 0) > 0
     assert "packed 2 GFLOP/s" in profile.text()
+
+
+def test_the_cost_of_profiling_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(UsageError, match="pairs is 19; expected 20 or more"):
+        profile_cost.main(19)
+    monkeypatch.setattr(profile_cost, "GROUP", 1)
+    monkeypatch.setattr(profile_cost, "WARM", 1)
+    try:
+        profile_cost.main(2)
+    finally:
+        torch.set_num_threads(threads)
+    told = capsys.readouterr().out
+    assert "without 2 blocks, median" in told and "over 2 groups of 1 pairs" in told
