@@ -98,7 +98,7 @@ class PlainLoop:
     def __init__(self, engine: Engine, rows: Tensor, seed: int, size: tuple[int, int], compiled: LayerForward) -> None:
         self.engine, self.size, self.rows = engine, size, rows
         self.transformer, self.spec = engine.parts.transformer, engine.spec
-        self.sampler, self.noise = Sampler(engine.preset.sampler), PhiloxNoise(seed)
+        self.sampler, self.noise = Sampler(engine.preset.sampler), PhiloxNoise(seed, str(engine.device))
         self.plans = plan_blocks(engine.preset)
         self.decoder = engine.parts.vae.new_state()
         height, width = self.spec.latent_size(size)

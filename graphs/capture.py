@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +71,23 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 launch()
         except RuntimeError as error:
-            torch.cuda.synchronize(self.device)
-            raise CaptureFailed(str(error).splitlines()[0]) from error
+            self.leave_capture(current)
+            raise CaptureFailed(str(first_cause(error)).splitlines()[0]) from error
         return graph.replay
+
+    def leave_capture(self, current: torch.cuda.Stream) -> None:
+        """Put right what torch leaves as it is when a capture cannot end: the thread's stream, and the allocator, which
+        would go on taking memory from the pool and refuse every later capture.
+        """
+        torch.cuda.set_stream(current)
+        with suppress(RuntimeError):  # it did end there
+            torch._C._cuda_endAllocateToPool(current.device_index, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self.device)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What went wrong while recording; the end of a recording complains of that in turn."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error

@@ -75,7 +75,7 @@ class KernelSpec:
     the tensors named by `outputs`; by the one named `like` a form is chosen. make_inputs(case, dtype, device, seed)
     gives the keyword arguments of a call.
     tolerance: largest error by dtype, relative to the largest value of the exact result. nbytes and flops tell
-    what a call must move and compute.
+    what a call must move and compute. reads_host: forms that read tensors on the host, which no recording allows.
     """
 
     name: str
@@ -89,6 +89,7 @@ class KernelSpec:
     tolerance: Mapping[torch.dtype, float]
     nbytes: Callable[[Case, torch.dtype], int]
     flops: Callable[[Case], int]
+    reads_host: tuple[str, ...] = ()
 
     def choose(self, like: torch.Tensor) -> Callable[..., None]:
         """The form for such a tensor, in the config that was found best on this card if that was ever asked."""

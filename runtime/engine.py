@@ -60,6 +60,7 @@ from .side_by_side import Answer, Ask, Making, alike, side_by_side
 from .snapshot import Beginning
 from .stream import Branch, InFlight, PromptChange
 from .timeline import Span, Timeline
+from .transfer import to_device
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
@@ -368,7 +369,7 @@ class Engine:
 
     def draw(self, session: Session, span: Span, draw: int) -> Tensor:
         shape = (self.spec.out_channels, *self.spec.latent_size(session.size))
-        return session.noise.draw(span.index, span.frames, draw, shape).to(self.device, self.dtype)
+        return to_device(session.noise.draw(span.index, span.frames, draw, shape), self.device, self.dtype)
 
     def rebuild_context(self, session: Session) -> Making[None]:
         """Make the context anew from the last clean latents, where the policy asks for it."""
@@ -483,7 +484,7 @@ class Engine:
             timeline=Timeline(self.preset),
             sampler=sampler,
             size=size,
-            noise=noise if noise is not None else PhiloxNoise(seed),
+            noise=noise if noise is not None else PhiloxNoise(seed, str(self.device)),
             rows=rows,
             branches=[self.new_branch(text, size) for text in texts],
             negative=texts[1] if len(texts) > 1 else None,

@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 
 from ..errors import InferixError
+from ..graphs.call_cost import named
 from ..graphs.capture import CaptureBackend, CaptureFailed, Event, Replay
 from ..graphs.launch import LaunchPlan
 from ..graphs.lowered import Lowered, Planned, recipes
+from ..graphs.program import Call, Ref
 from ..graphs.types import Role
+from ..kernels.catalog import SPECS
+from ..kernels.frame_noise import NAME as FRAME_NOISE
 from .budget import in_words
 from .profile import Profile
+from .transfer import sendable
 
 
 class NotEnoughMemory(InferixError):
@@ -55,7 +60,7 @@ class Bound:
                 continue
             if tensor.shape != place.shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}; the program was made for {list(place.shape)}")
-            place.copy_(tensor)
+            place.copy_(sendable(tensor, place.device), non_blocking=True)
             self.held[name] = (tensor, tensor._version)
 
 
@@ -170,9 +175,9 @@ class Launcher:
 
         try:
             for index, call in enumerate(calls):
-                if torch.Tag.cudagraph_unsafe in call.op.tags:
+                if reason := unrecordable(call, self.device):
                     at = index
-                    raise CaptureFailed("it is tagged as unsafe in a CUDA graph")
+                    raise CaptureFailed(reason)
             replay = backend.capture(lambda: launches.run_with(before))
         except CaptureFailed as error:
             call = calls[at]
@@ -231,6 +236,21 @@ class Launcher:
         launches = LaunchPlan(fold.program, fold.plan, arena, given)
         launches.run()
         return launches.outputs
+
+
+def unrecordable(call: Call, device: torch.device) -> str | None:
+    """Why a call cannot be recorded, as far as that is known beforehand: a recording that fails costs a good deal."""
+    if torch.Tag.cudagraph_unsafe in call.op.tags:
+        return "it is tagged as unsafe in a CUDA graph"
+    name = call.op._schema.name.partition("::")[2]
+    if device.type != "cuda" or name not in (FRAME_NOISE, *SPECS):
+        return None
+    if name == FRAME_NOISE:
+        return "it reads its seed on the host"
+    spec, given = SPECS[name], named(call)
+    like: Ref = given[spec.like]
+    form = spec.chosen(device, like.dtype, like.size[-1])
+    return f"its form for {str(like.dtype)[6:]}, {form}, reads tensors on the host" if form in spec.reads_host else None
 
 
 def alone(tensor: Tensor) -> bool:

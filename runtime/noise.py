@@ -22,16 +22,17 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class PhiloxNoise:
-    """Noise as a function of the seed (64 bits) and the absolute frame."""
+    """Noise as a function of the seed (64 bits) and the absolute frame, drawn on `device`."""
 
     seed: int
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise UsageError(f"seed is {self.seed!r}; expected a whole number of 0 to 2^64 - 1")
 
     def draw(self, block: int, frames: range, draw: int, shape: tuple[int, int, int]) -> Tensor:
-        return frame_noise(self.seed, frames, draw, shape)
+        return frame_noise(self.seed, frames, draw, shape, device=self.device)
 
 
 @dataclass(frozen=True)

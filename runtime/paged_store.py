@@ -17,7 +17,7 @@ from ..kernels.qk_norm_rope_append import turns_of
 from ..kernels.rope import axis_angles
 from ..models.wan.spec import ModelSpec
 from .pages import PagePool
-from .transfer import Transfer
+from .transfer import Transfer, to_device
 
 FP8 = torch.float8_e4m3fn
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": FP8, "int8": torch.int8}
@@ -147,12 +147,12 @@ class PagedStore:
         """Rotations of frames at temporal positions, of rows and of columns, [n, pairs, 2] each."""
         angles = axis_angles(places, *self.form.grid, self.form.spec.head_dim)
         dtype = torch.float64 if self.form.model == torch.float64 else torch.float32
-        time, row, column = (turns_of(axis, dtype).to(self.device) for axis in angles)
+        time, row, column = (to_device(turns_of(axis, dtype), self.device) for axis in angles)
         return time, row, column
 
     def ints(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """int32, on the store's device."""
-        return torch.tensor(values, dtype=torch.int32).to(self.device)
+        return to_device(torch.tensor(values, dtype=torch.int32), self.device)
 
     def _copied(self, layers: list[Tensor], pages: list[int], host: bool) -> Tensor:
         shape = (len(layers), 2, len(pages), *layers[0].shape[2:])

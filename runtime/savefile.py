@@ -210,7 +210,7 @@ class Saved:
     def noise(self) -> Noise:
         fields = self.header["noise"]
         if "seed" in fields:
-            return PhiloxNoise(fields["seed"])
+            return PhiloxNoise(fields["seed"], str(self.engine.device))
         return InjectedNoise(self.tensors["noise.initial"], self.tensors.get("noise.renoise"), fields["first"])
 
     def in_flight(self, place: int, sampler: Sampler) -> InFlight:

@@ -40,6 +40,7 @@ SPEC = KernelSpec(
     tolerance=reference.TOLERANCE,
     nbytes=reference.nbytes,
     flops=reference.flops,
+    reads_host=("reference", "sdpa", "flash_attn"),
 )
 
 

@@ -30,6 +30,7 @@ SPEC = KernelSpec(
     tolerance=reference.TOLERANCE,
     nbytes=reference.nbytes,
     flops=reference.flops,
+    reads_host=("reference",),
 )
 
 
