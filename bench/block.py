@@ -23,7 +23,7 @@ from .candidates import Candidate, EngineStream, Stream, candidates, choose, jud
 from .inside import look_inside
 from .machine import card_of, environment, measure_ceilings, synchronize
 from .result import Result, Series
-from .subject import ORACLE, Subject, described, open_engine, random_prompt
+from .subject import ORACLE, Subject, described, in_fewer_bits, open_engine, random_prompt
 from .work import BlockPlan, Work, blocks_until_full, decoder_work, pass_work, plan_blocks
 
 Tell = Callable[[str], None]
@@ -110,7 +110,7 @@ class Bench:
             off, refused = self.judge.check(candidate)
             self.told[candidate.name] = {
                 "about": candidate.about, "difference": off, "allowed": self.judge.allowed(candidate),
-                "refused": refused,
+                "refused": refused, "fewer_bits": candidate.fewer_bits,
             }  # fmt: skip
             said = f"refused, {refused}" if refused else f"outputs match (off by {off:.1e})"
             self.tell(f"{candidate.name}: {said}")
@@ -238,15 +238,21 @@ def block_facts(engine: Engine, plan: BlockPlan, full: int) -> dict[str, Any]:
 
 
 def work_facts(engine: Engine, plan: BlockPlan, subject: Subject) -> dict[str, Any]:
-    """FLOPs and bytes of each pass of the block and of decoding it."""
+    """FLOPs and bytes of each pass of the block and of decoding it, in the model's dtype; where layers or pages are in
+    fewer bits, also those of the passes in these.
+    """
     config, size = engine.config, subject.size or engine.default_size
     branches = 2 if engine.preset.sampler.guidance_scale != 1 else 1
-    bits = config.dtype, config.kv_dtype, config.precision_map
-    passes = [pass_work(engine.spec, step.run, size, *bits) for step in plan.steps for _ in range(branches)]
+
+    def counted(*bits: Any) -> dict[str, Any]:
+        steps = [step for step in plan.steps for _ in range(branches)]
+        passes = [pass_work(engine.spec, step.run, size, config.dtype, *bits) for step in steps]
+        return {"passes": [asdict(work) for work in passes], "transformer": asdict(sum(passes, Work(0, 0)))}
+
     decoder = decoder_work(engine.parts.vae.spec, engine.spec.latent_size(size), len(plan.frames), config.dtype)
     return {
-        "passes": [asdict(work) for work in passes],
-        "transformer": asdict(sum(passes, Work(0, 0))),
+        **counted(),
+        **({"fewer_bits": counted(config.kv_dtype, config.precision_map)} if in_fewer_bits(engine) else {}),
         "decoder": asdict(decoder),
-        "counted": "from the sizes and passes of the block; bytes are the least that must move, in the bits asked for",
+        "counted": "from the sizes and passes of the block; bytes are the least that must move",
     }

@@ -81,6 +81,7 @@ def test_a_block_is_timed_stage_by_stage_at_a_full_window(result):
     assert list(profile["passes"]) == ["denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
     written = result.facts["work"]["transformer"]["flops"]  # the graph leaves out what is constant or has no effect
     assert 0.7 * written < sum(cost["flops"] for cost in profile["families"].values()) < written
+    assert "fewer_bits" not in result.facts["work"]
     assert not result.on_gpu and result.environment["clocks"] is None
     assert "## On a CPU" in page({"a.json": result}, "results", "page.md", {})
 
@@ -173,7 +174,10 @@ def test_fewer_bits_are_held_against_what_the_bits_themselves_do(monkeypatch):
     assert (config["lowp"], config["kv_dtype"]) == ("fp8", "fp8")
     full = next(islice(plan_blocks(open_engine(SMALL).preset), 1, None))
     more = sum(pass_work(MODELS["wan-tiny"], step.run, (32, 32), "float32").nbytes for step in full.steps)
-    assert result.facts["work"]["transformer"]["nbytes"] < 0.6 * more
+    work = result.facts["work"]
+    assert work["transformer"]["nbytes"] == more > work["fewer_bits"]["transformer"]["nbytes"] / 0.6
+    assert len(work["fewer_bits"]["passes"]) == len(work["passes"])
+    assert {name for name, one in told.items() if one["fewer_bits"]} == {"fused"}
     text = page({"a.json": result}, "results", "page.md", {})
     assert "float32, fp8 linears, fp8 pages (CPU" in text
     assert f"With fp8 linears and fp8 pages the plain executor is off by {bits:.1e} itself" in text
