@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..runtime.media import check_output, write_atomically
 from .compare import interval
 from .goals import GOALS, Goal
@@ -20,6 +21,7 @@ from .result import Result, Series, read_folder
 
 Row = tuple[str, ...]
 WAITED = 0.1  # share by which wall time may be above the processor's before the page says so
+BEGINNING = "# Performance\n\nMade by `inferix bench report"  # of every page, by which an earlier one is known
 HOW = """\
 ## How to read this page
 
@@ -44,30 +46,64 @@ about a GPU, and no goal is set for them.
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
-    """Write the page and, beside it, a folder of its name with the pictures; returns what was written."""
+    """Write the page and, beside it, a folder of its name with the pictures; returns what was written.
+
+    Pictures of an earlier page in that place go; nothing else is touched. UsageError where the page or its pictures
+    would lie among other things: see `pictures_beside`.
+    """
     results = read_folder(folder)
+    pictures = pictures_beside(out, [folder / name for name in results])
     check_output(out)
-    pictures = out.with_suffix("")
+    old = {pictures / name for name in pictures_of(out)}
     with tempfile.TemporaryDirectory() as made:
         drawn = draw_all(results, Path(made)) if has_matplotlib() else {}
         text = page(results, str(folder), str(out), {name: [f"{pictures.name}/{path.name}" for path in paths]
                                                       for name, paths in drawn.items()})  # fmt: skip
-        if drawn:
-            shutil.rmtree(pictures, ignore_errors=True)
-            pictures.mkdir()
-            for path in Path(made).iterdir():
-                shutil.copy(path, pictures)
+        new = [pictures / path.name for paths in drawn.values() for path in paths]
+        for path in new:
+            pictures.mkdir(exist_ok=True)
+            shutil.copy(Path(made) / path.name, path)
     write_atomically(out, lambda part: part.write_text(text, "utf-8"))
-    return [out, *sorted(pictures.glob("*.png"))] if drawn else [out]
+    for path in old.difference(new):
+        path.unlink(missing_ok=True)
+    return [out, *sorted(new)]
+
+
+def pictures_beside(out: Path, results: Iterable[Path]) -> Path:
+    """The folder for a page's pictures; UsageError if `out` is no page, or results lie in that folder."""
+    if out.suffix != ".md":
+        raise UsageError(f"--out is {str(out)!r}; expected a Markdown page, such as {str(out.with_suffix('.md'))!r}")
+    pictures = out.with_suffix("")
+    if any(path.resolve().is_relative_to(pictures.resolve()) for path in results):
+        raise UsageError(f"its pictures would go into {str(pictures)!r}, where results are; choose another --out")
+    return pictures
+
+
+def pictures_of(out: Path) -> list[str]:
+    """Names of the pictures in a page's own folder, if `write_report` made the page."""
+    text = out.read_text("utf-8", "replace") if out.is_file() else ""
+    return re.findall(rf"\]\({re.escape(out.stem)}/([^/)]+\.png)\)", text) if text.startswith(BEGINNING) else []
 
 
 def draw_all(results: dict[str, Result], folder: Path) -> dict[str, list[Path]]:
     """Every picture of every result."""
     found: dict[str, list[Path]] = {}
-    for name, result in results.items():
-        stem = re.sub(r"[^\w.-]+", "-", name.removesuffix(".json"))
+    for (name, result), stem in zip(results.items(), stems(results), strict=True):
         paths = [plot(result, folder / f"{stem}-{plot.__name__.replace('_', '-')}.png") for plot in PLOTS[result.kind]]
         found[name] = [path for path in paths if path is not None]
+    return found
+
+
+def stems(names: Iterable[str]) -> list[str]:
+    """What the names of each result's pictures begin with; no two are the same."""
+    found: list[str] = []
+    for name in names:
+        plain = stem = re.sub(r"[^\w.-]+", "-", name.removesuffix(".json"))
+        number = 1
+        while stem in found:
+            number += 1
+            stem = f"{plain}-{number}"
+        found.append(stem)
     return found
 
 
@@ -76,8 +112,7 @@ def page(results: dict[str, Result], folder: str, out: str, pictures: dict[str, 
     gpu = {name: result for name, result in results.items() if result.on_gpu}
     cpu = {name: result for name, result in results.items() if not result.on_gpu}
     parts = [
-        "# Performance",
-        f"Made by `inferix bench report {folder} --out {out}` from {len(results)} files in `{folder}`; do not edit it.",
+        f"{BEGINNING} {folder} --out {out}` from {len(results)} files in `{folder}`; do not edit it.",
         inventory(results),
         "## On a GPU",
         gpu_part(gpu, pictures),

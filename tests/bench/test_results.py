@@ -12,7 +12,7 @@ from inferix.bench import nvml
 from inferix.bench.compare import compare
 from inferix.bench.goals import GOALS
 from inferix.bench.plots import PLOTS
-from inferix.bench.report import page, write_report
+from inferix.bench.report import page, stems, write_report
 from inferix.bench.result import SCHEMA, Series, read_folder, read_result, write_result
 from inferix.cli.main import app
 from inferix.errors import UsageError
@@ -172,6 +172,34 @@ def test_a_report_has_pictures_and_every_result(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert "refused: it is off" in text and "| 1.50 (1.4" in text
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_report_removes_pictures_of_the_page_before_and_nothing_else(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install matplotlib")
+    folder, out = tmp_path / "in", tmp_path / "page.md"
+    write_result(made({"eager/block": [0.2], "eager/transformer": [0.1]}), folder / "old.json")
+    old = write_report(folder, out)[1:]
+    mine = [tmp_path / "page" / name for name in ("mine.json", "mine.png")]
+    for path in mine:
+        path.write_text("{}")
+    (folder / "old.json").rename(folder / "new.json")
+    new = write_report(folder, out)[1:]
+    assert new and not [path for path in old if path.exists()]
+    assert sorted((tmp_path / "page").iterdir()) == sorted([*mine, *new])
+
+
+def test_a_report_does_not_go_where_results_are(tmp_path):
+    kept = [write_result(made({"eager/block": [0.2]}), tmp_path / "in" / name) for name in ("a.json", "block/b.json")]
+    for out in (tmp_path / "in.md", tmp_path / "in" / "block.md"):
+        with pytest.raises(UsageError, match="where results are; choose another --out"):
+            write_report(tmp_path / "in", out)
+    with pytest.raises(UsageError, match=r"expected a Markdown page, such as .*a.md"):
+        write_report(tmp_path / "in", kept[0])
+    assert all(read_result(path) for path in kept)
+
+
+def test_pictures_of_names_that_look_alike_are_not_the_same():
+    assert stems(["a b.json", "a-b.json", "a/b.json", "a.json"]) == ["a-b", "a-b-2", "a-b-3", "a"]
 
 
 def test_the_committed_page_is_made_of_the_committed_results():
