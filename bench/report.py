@@ -159,11 +159,19 @@ def goal_row(goal: Goal, gpu: dict[str, Result]) -> Row:
     """What results have reached it, those of its card first."""
     found = []
     for name, result in gpu.items():
-        if goal.matches(result) and (value := goal.reached(result)) is not None:
-            card = "" if goal.on_its_card(result) else f" on another card ({result.device_name})"
-            found.append((bool(card), f"{amount(value, goal.unit)}{card}, `{name}`"))
-    said = "; ".join(text for _, text in sorted(found)) or "not measured yet"
-    return goal.name, f"<= {amount(goal.value, goal.unit)} ({goal.card})", said, f"`{goal.command}`"
+        if not goal.matches(result):
+            continue
+        if (reached := goal.reached(result)) is None:
+            found.append((2, f"no figure in `{name}`"))
+            continue
+        ours = goal.on_its_card(result)
+        verdict = "met" if goal.met_by(reached.value) else "missed"
+        where = verdict if ours else f"on another card: {result.device_name}"
+        said = ", ".join(filter(None, (amount(reached.value, goal.unit), reached.by, where)))
+        found.append((0 if ours else 1, f"{said} (`{name}`)"))
+    aim = f"{'=' if goal.exact else '<='} {amount(goal.value, goal.unit)} ({goal.card})"
+    told = "; ".join(text for _, text in sorted(found)) or "not measured yet"
+    return goal.name, aim, told, f"`{goal.command}`"
 
 
 def section(name: str, result: Result, pictures: Iterable[str]) -> str:

@@ -100,6 +100,11 @@ class Result:
         return re.sub(r"\[[-+.,\d\seE]+\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
+def as_in_a_file(value: Any) -> Any:
+    """A value as it comes back from a file: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
 def write_result(result: Result, path: Path) -> Path:
     """Write a result's file, whole or not at all."""
     text = result.text()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from inferix.bench.result import Result, Series
+from inferix.bench.result import Result, Series, as_in_a_file
+from inferix.runtime.presets import PRESETS
 
 CPU = {"type": "cpu", "name": "Some Processor"}
+FULL = {
+    "executor": "captured", "dtype": "bfloat16", "lowp": None, "kv_dtype": None, "lowp_layers": ["blocks.*"],
+    "lowp_keep": [],
+}  # fmt: skip
 H200 = {"type": "cuda", "name": "NVIDIA H200", "capability": "9.0", "memory": 1, "multiprocessors": 1}
 
 
@@ -30,8 +36,7 @@ def made(
             "parameters": 10, "decoder": "CausalVae",
         },
         settings={
-            "size": [832, 480], "config": {"dtype": "bfloat16", "lowp": None, "kv_dtype": None},
-            "preset": {"name": "self-forcing"}, **settings,
+            "size": [832, 480], "config": FULL, "preset": as_in_a_file(asdict(PRESETS["self-forcing"])), **settings,
         },
         ceilings={
             "copy_bytes": Series("B/s", (2e12, 1e12), "more"), "matmul_flops": Series("FLOP/s", (5e14,), "more"),

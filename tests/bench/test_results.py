@@ -17,7 +17,7 @@ from inferix.bench.result import SCHEMA, Series, read_folder, read_result, write
 from inferix.cli.main import app
 from inferix.errors import UsageError
 
-from .made import CPU, H200, made
+from .made import CPU, FULL, H200, made
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def test_a_result_comes_back_from_its_file(tmp_path):
     path = write_result(result, tmp_path / "deep" / "block.json")
     assert read_result(path) == result
     assert read_folder(tmp_path) == {"deep/block.json": result}
-    assert len(path.read_text().splitlines()) < 150  # samples of a series stand in one line
+    assert len(path.read_text().splitlines()) < 200  # samples of a series stand in one line
 
 
 @pytest.mark.parametrize(
@@ -141,16 +141,71 @@ def test_a_goal_is_shown_beside_its_card_and_its_work_only():
     for name, result in (("h200", on_h200), ("h100", on_h100), ("other", other)):
         text = page({f"{name}.json": result}, "results", "page.md", {})
         rows[name] = next(line for line in text.splitlines() if "window 21: transformer" in line)
-    assert "0.432 s, `h200.json`" in rows["h200"]  # of the executor, not of the faster baseline
-    assert "on another card (NVIDIA H100)" in rows["h100"]
+    assert "0.432 s, eager, missed (`h200.json`)" in rows["h200"]  # of the executor, not of the faster baseline
+    assert "0.432 s, eager, on another card: NVIDIA H100 (`h100.json`)" in rows["h100"]
     assert "not measured yet" in rows["other"]
 
 
+PRESET = made({"eager/block": [0.2]}).settings["preset"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preset": PRESET | {"num_frame_per_block": 1}},
+        {"preset": PRESET | {"sampler": PRESET["sampler"] | {"denoising_step_list": [1000]}}},
+        {"preset": PRESET | {"context": PRESET["context"] | {"commit": False}}},
+        {"preset": PRESET | {"context": PRESET["context"] | {"sink_size": 3}}},
+        {"config": FULL | {"lowp": "fp8"}},
+        {"config": FULL | {"dtype": "float16"}},
+    ],
+)
+def test_no_goal_is_reached_by_other_work(change):
+    series = {"captured/transformer": [0.1], "captured/block": [0.2], "captured/interval": [0.2]}
+    assert [goal for goal in GOALS if goal.matches(made(series, H200))]
+    assert not [goal for goal in GOALS if goal.matches(made(series, H200, **change))]
+
+
+def test_no_goal_is_reached_by_trained_weights_or_a_part_of_the_card():
+    result = made({"captured/transformer": [0.1]}, H200)
+    trained = replace(result, subject=result.subject | {"random_weights": False})
+    assert not [goal for goal in GOALS if goal.matches(trained)]
+    part = made({"captured/transformer": [0.1]}, H200 | {"name": "NVIDIA H200 MIG 1g.18gb"})
+    assert GOALS[0].on_its_card(result) and not GOALS[0].on_its_card(part)
+
+
+def test_a_block_that_was_not_captured_misses_the_goal_of_one_graph():
+    (goal,) = [goal for goal in GOALS if goal.quantity == "graphs"]
+    result = made({"captured/block": [0.2]}, H200)
+    for launches, said in (
+        ({"graphs": 1, "kernels": 9}, "1 graph, captured, 9 kernels beside, met"),
+        ({"graphs": 0, "kernels": 9000}, "0 graph, captured, 9000 kernels beside, missed"),
+    ):
+        result.facts["candidates"]["captured"]["launches"] = launches
+        assert said in page({"a.json": result}, "results", "page.md", {})
+    result.facts["candidates"]["captured"]["refused"] = "it ran as fused"
+    assert goal.reached(result) is None
+    assert "no figure in `a.json`" in page({"a.json": result}, "results", "page.md", {})
+
+
+def test_a_goal_of_fewer_bits_is_not_reached_in_full():
+    (goal,) = [goal for goal in GOALS if goal.bits]
+    series = {"captured/transformer": [0.1], "eager/transformer": [0.2]}
+    result = made(series, H200, config=FULL | goal.bits)
+    assert goal.matches(result) and goal.reached(result) is None
+    told = result.facts["candidates"]
+    told["captured"]["fewer_bits"], told["eager"]["fewer_bits"] = True, False
+    assert goal.reached(result) == (0.1, "captured")
+    told["captured"]["refused"] = "it is off"
+    assert goal.reached(result) is None
+
+
 def test_a_goal_is_for_layers_and_pages_of_its_bits():
-    fp8 = {"dtype": "bfloat16", "lowp": "fp8", "kv_dtype": "fp8"}
+    fp8 = FULL | {"lowp": "fp8", "kv_dtype": "fp8"}
     series = {"captured/transformer": [0.1], "captured/block": [0.2]}
-    for config, reached in ((None, {None}), (fp8, {"fp8"}), (fp8 | {"kv_dtype": None}, set())):
-        result = made(series, H200, **({} if config is None else {"config": config}))
+    others = fp8 | {"kv_dtype": None}, fp8 | {"lowp_keep": ["*.v"]}
+    for config, reached in ((FULL, {None}), (fp8, {"fp8"}), *((other, set()) for other in others)):
+        result = made(series, H200, config=config)
         found = [goal for goal in GOALS if goal.quantity == "transformer" and goal.matches(result)]
         assert {goal.bits.get("lowp") for goal in found} == reached
     assert all(goal.command.startswith("inferix bench") for goal in GOALS)
@@ -249,7 +304,7 @@ def test_the_attention_goal_is_a_ratio_within_one_run():
     row = {"op": "block_attention", "case": "1.3B, full window", "forms": forms | {"flex": {"refused": "off"}}}
     (goal,) = [goal for goal in GOALS if goal.kind == "kernels"]
     result = replace(made({}, H200, dtype="bfloat16"), kind="kernels", facts={"rows": [row]})
-    assert goal.matches(result) and goal.reached(result) == pytest.approx(1.5)
+    assert goal.matches(result) and goal.reached(result) == (pytest.approx(1.5), "")
     assert not goal.matches(replace(result, settings={"dtype": "float16"}))
     row["forms"] = {"triton": {"seconds": 3e-3}}
     assert goal.reached(result) is None
