@@ -2,7 +2,7 @@
 
 The statistic is the ratio of the medians of B's and A's samples with its 95 % bootstrap interval: both sets are drawn
 anew, with replacement, 4000 times from a fixed seed. A change counts when the whole interval lies beyond the
-threshold; `unsure` is an interval wider than the threshold on both sides, which more samples would narrow.
+threshold, and is none when all of it lies within. Else it is `unsure`, which more samples would settle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DRAWS = 4000
 CONFIDENCE = 0.95
 FEWEST = 4  # samples on each side, below which no statement is made
 STATISTIC = f"ratio of medians B / A, with its {CONFIDENCE:.0%} interval from {DRAWS} bootstrap draws"
-SAME = ("date", "command", "clocks", "host", "commit")  # of the environment; may differ without a word
+UNLIKE = ("date", "command", "clocks", "load")  # of any two runs, and so not worth a word
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def change(name: str, a: Series, b: Series, threshold: float) -> Change:
     if grew or shrank:
         verdict = "slower" if grew == (a.better == "less") else "faster"
     else:
-        wide = low < 1 / (1 + threshold) and high > 1 + threshold
-        verdict = "unsure" if wide else "same"
+        verdict = "same" if low >= 1 / (1 + threshold) and high <= 1 + threshold else "unsure"
     return Change(name, a, b, ratio, low, high, verdict)
 
 
@@ -104,20 +103,17 @@ def interval(a: Series, b: Series) -> tuple[float, float]:
 
 def differences(a: Result, b: Result) -> Iterator[str]:
     """Settings and surroundings that differ, one line each."""
-    sides: dict[str, tuple[Any, Any]] = {
-        "settings": (a.settings, b.settings), "subject": (a.subject, b.subject), "clock": (a.clock, b.clock),
-    }  # fmt: skip
-    for key in a.environment.keys() | b.environment.keys():
-        if key not in SAME:
-            sides[key] = a.environment.get(key), b.environment.get(key)
-    for key, (one, other) in sorted(sides.items()):
-        yield from uneven(key, one, other)
+    one, other = (
+        {**result.environment, "settings": result.settings, "subject": result.subject, "clock": result.clock}
+        for result in (a, b)
+    )
+    yield from uneven("", one, other)
 
 
 def uneven(where: str, one: Any, other: Any) -> Iterator[str]:
     if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted(one.keys() | other.keys()):
-            yield from uneven(f"{where}.{key}", one.get(key), other.get(key))
+        for key in sorted((one.keys() | other.keys()).difference(UNLIKE)):
+            yield from uneven(f"{where}.{key}".lstrip("."), one.get(key), other.get(key))
     elif one != other:
         yield f"{where}: {short(one)} in A, {short(other)} in B"
 

@@ -249,8 +249,9 @@ def compare(
 ) -> None:
     """Say what got faster or slower from A to B.
 
-    A change counts when the whole 95 % bootstrap interval of the ratio of medians lies beyond the threshold. The two
-    must be of one kind, model and type of device; whatever else differs is listed.
+    A change counts when the whole 95 % bootstrap interval of the ratio of medians lies beyond the threshold, and is
+    none when all of it lies within; else the verdict is `unsure`. The two must be of one kind, model and type of
+    device; whatever else differs is listed.
 
     Example: inferix bench compare results/before.json results/after.json --fail-on-slower
     """

@@ -91,6 +91,14 @@ def test_a_planted_slowdown_is_found_and_noise_is_not():
     assert unsure.verdict == "unsure"
 
 
+def test_a_difference_that_cannot_be_ruled_out_is_not_the_same():
+    before = made({"eager/block": [0.1] * 5})
+    (slower,) = compare(before, made({"eager/block": [0.15, 0.15, 0.15, 0.1, 0.1]})).changes
+    assert slower.ratio == pytest.approx(1.5) and slower.verdict == "unsure"
+    (within,) = compare(before, before, threshold=0.7).changes
+    assert within.verdict == "same"
+
+
 def test_only_what_belongs_together_is_compared():
     result = made({"eager/block": noisy(0.2)})
     for other, said in (
@@ -105,6 +113,13 @@ def test_only_what_belongs_together_is_compared():
     assert found.new == ("fused/block",)
     assert found.differences == (
         "device.name: Some Processor in A, Another in B", "settings.rounds: None in A, 2 in B",
+    )  # fmt: skip
+    other = made({"eager/block": noisy(0.2)})
+    other.environment["host"] |= {"processor": "q", "threads": 2, "system": "t", "load": 3.0}
+    other.environment.update(commit="def", date="2026-02-02", command="another")
+    assert compare(result, other).differences == (
+        "commit: abc in A, def in B", "host.processor: p in A, q in B", "host.system: s in A, t in B",
+        "host.threads: 1 in A, 2 in B",
     )  # fmt: skip
 
 
