@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .lowering import lower
 from .plan import BufferPlan, plan_buffers
-from .program import Program, Ref
+from .program import Buffer, Program, Ref
 from .types import BlockGraph, PassGraph, Role, Runs, Value
+
+STORES = ("kv.", "scale.")  # buffers of pages, a layer each
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,35 @@ def planned(graphs: Sequence[PassGraph], results: Sequence[str] | None = None) -
     """Graphs lowered and planned; results: all that the last one hands on, unless told."""
     program = lower(graphs, results if results is not None else [value.name for value in graphs[-1].outputs])
     return Planned(program, plan_buffers(program))
+
+
+def with_pages(lowered: Lowered, pages: int) -> Lowered:
+    """The same for stores of another number of pages, on which nothing but their own size depends."""
+    programs = (lowered.body, lowered.fold, lowered.prompt)
+    body, fold, prompt = (part and replace(part, program=resized(part.program, pages)) for part in programs)
+    assert body is not None
+    return replace(lowered, body=body, fold=fold, prompt=prompt)
+
+
+def resized(program: Program, pages: int) -> Program:
+    """A program over stores [2, pages, ...]; it refers to them as a whole."""
+    stores = {name: of_pages(buffer, pages) for name, buffer in program.buffers.items() if name.startswith(STORES)}
+
+    def anew(argument: Any) -> Any:
+        if isinstance(argument, Ref) and argument.buffer in stores:
+            assert argument.covers(program.buffers[argument.buffer]), f"a part of {argument.buffer} is read"
+            return replace(argument, size=stores[argument.buffer].size, stride=stores[argument.buffer].stride)
+        return tuple(map(anew, argument)) if isinstance(argument, tuple) else argument
+
+    calls = tuple(
+        replace(call, args=anew(call.args), kwargs=anew(call.kwargs), outs=anew(call.outs)) for call in program.calls
+    )
+    return replace(program, buffers={**program.buffers, **stores}, calls=calls)
+
+
+def of_pages(buffer: Buffer, pages: int) -> Buffer:
+    size = (buffer.size[0], pages, *buffer.size[2:])
+    return replace(buffer, size=size, stride=(pages * buffer.stride[1], *buffer.stride[1:]))
 
 
 def recipes(program: Program, made: Mapping[str, str] | None = None) -> dict[str, str]:

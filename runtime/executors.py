@@ -7,7 +7,7 @@ the same; `eager` is what the others are held against.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..errors import InferixError, UsageError
 from ..graphs.capture import CaptureBackend, CudaGraphs
-from ..graphs.lowered import Lowered, lower_block
+from ..graphs.lowered import Lowered, lower_block, with_pages
 from ..graphs.rewrites import chosen
 from ..models.wan.transformer import KeyValues, TextContext, WanTransformer
-from .budget import page_needs
+from .budget import least_pages, page_needs
 from .config import DTYPES, EngineConfig
 from .forecast import Workload, changes, needed
 from .graph_store import GraphStore
@@ -143,6 +143,7 @@ class GraphExecutor:
         self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
         self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
+        self.programs: dict[Query, Lowered] = {}
         self.loaded: dict[Query, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
         self.traces = self.prompts = 0
@@ -206,15 +207,30 @@ class GraphExecutor:
         found = self.loaded.get(query)
         if found is not None and all(found.state[name] is kv for name, kv in state.items()):
             return found
+        self.drop_outgrown(query, state)
         try:
-            lowered = self.lowered(query) if found is None else found.lowered
-            self.loaded[query] = self.launcher.load(lowered, state)
+            self.loaded[query] = self.launcher.load(self.lowered(query), state)
         except NotEnoughMemory as error:
             raise InferixError(f"{error}; {self.what_fits(query, error.missing)}") from error
         return self.loaded[query]
 
+    def drop_outgrown(self, query: Query, state: Mapping[str, Tensor]) -> None:
+        """Let go of what is bound to pages that pictures of this size have left, and of those pages."""
+        self.loaded = {
+            other: loaded for other, loaded in self.loaded.items()
+            if other.latent[2:] != query.latent[2:]
+            or all(state.get(name, kv) is kv for name, kv in loaded.state.items() if name != "staging")
+        }  # fmt: skip
+
     def lowered(self, query: Query) -> Lowered:
-        """The query's program: the stored one, or traced from a model of the same shape without memory, and kept."""
+        """The query's program, made for as few pages as one session needs, and then for as many as there are."""
+        least = replace(query, pages=least_pages(self.preset))
+        if least not in self.programs:
+            self.programs[least] = self.stored_or_traced(least)
+        return with_pages(self.programs[least], query.pages)
+
+    def stored_or_traced(self, query: Query) -> Lowered:
+        """The stored program, or one traced from a model of the same shape without memory, and kept."""
         if self.store is not None and (stored := self.store.find(query)) is not None:
             return stored
         self.traces += 1

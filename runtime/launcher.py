@@ -77,7 +77,7 @@ class Loaded:
 
 class Launcher:
     """Binds and runs programs. Without a backend every call is launched by itself; with one, a program is captured at
-    its first run and replayed afterwards.
+    its first run and replayed afterwards, or, if that cannot be, launched after all.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class Launcher:
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
         self.profile: Profile | None = None
         self.captures = 0
+        self.fallbacks: list[str] = []  # why programs are launched call by call that were to be captured
 
     def load(self, lowered: Lowered, state: Mapping[str, Tensor]) -> Loaded:
         """Bind a program to weights, constants and `state`; NotEnoughMemory if what it needs is not free."""
@@ -182,6 +183,7 @@ class Launcher:
         except CaptureFailed as error:
             call = calls[at]
             said = f"{call.op.name()} ({call.node}) cannot be captured: {error}; running as executor fused"
+            self.fallbacks.append(said)
             warnings.warn(said, stacklevel=2)
             return launches.run
         self.captures += 1
@@ -204,7 +206,7 @@ class Launcher:
             outputs = self.computed(fold, given)
             for name, recipe in missing.items():  # all of them are the whole arena, which stays; else they leave it
                 self.constants[recipe] = outputs[name] if len(missing) == len(made) else outputs[name].clone()
-            self.folds.append((fold, given))
+            self.folds.append((fold, {name: given[name] for name in fold.program.buffers if name in given}))
             self.join_weights(fold, {name: self.constants[recipe] for name, recipe in missing.items()})
         return {name: self.constants[recipe] for name, recipe in made.items()}
 

@@ -64,10 +64,16 @@ def denoise_step(graph: PassGraph) -> int:
         return 0
     edit, places = Editor(graph.graph), 0
     for match in pattern(fake(results[0]).dtype).matches(graph.graph):
-        for step in steps(graph, results, match.results[0]):
+        for step in steps(graph, results, match.results[0]) if shows_patch(match) else []:
             fuse(graph, edit, match, step)
             places += 1
     return places
+
+
+def shows_patch(match: Match) -> bool:
+    """Whether the patch is to be seen in the shape: not in a picture that is one patch high or wide."""
+    tokens, (channels, *places) = shape(match.given["tokens"]), shape(match.results[0])[2:]
+    return len(places) == 4 or len(tokens) != 3 or tokens[-1] == channels
 
 
 def steps(graph: PassGraph, results: tuple[fx.Node, ...], velocity: fx.Node) -> list[Step]:

@@ -3,12 +3,16 @@
 import subprocess
 
 import pytest
+from recording import FakeGraphs
 from typer.testing import CliRunner
 
 from inferix.bench import gpu_check
-from inferix.bench.gpu_check import STAGES, Place, run_stage
+from inferix.bench.gpu_check import STAGES, Place, check_captures, room_for_two, run_stage
 from inferix.bench.result import read_folder, write_result
+from inferix.bench.subject import Subject, open_engine, random_prompt, with_executor
+from inferix.bench.work import blocks_until_full
 from inferix.errors import InferixError, UsageError
+from inferix.runtime.executors import GraphExecutor
 
 from .made import made
 
@@ -65,3 +69,32 @@ def test_its_help_says_how_to_go_on():
     app = gpu_check.typer.Typer()
     app.command()(gpu_check.main)
     assert "units whose results are there are left out" in CliRunner().invoke(app, ["--help"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("self-forcing", {"local_attn_size": 6, "kv_dtype": "fp8"}),
+        ("longlive", {"local_attn_size": 9}),
+        ("krea", {}),
+        ("causvid", {"segment_frames": 6}),
+    ],
+)
+def test_a_good_executor_passes_the_graph_check(preset, settings, monkeypatch):
+    """On a stand-in for CUDA graphs; and one that captures for each session anew does not."""
+    subject = Subject("wan-tiny", preset, size=(32, 32), device="cpu", executor="fused", overrides=settings)
+    engine = open_engine(subject)
+    full, backend = blocks_until_full(engine.preset), FakeGraphs(idle=True)
+
+    def launches(stream, device):
+        before = backend.replays
+        stream.step(decode=False)
+        return {"graphs": backend.replays - before, "kernels": 0}
+
+    monkeypatch.setattr(gpu_check, "launches_of", launches)
+    for room, said in ((room_for_two(engine, subject), []), (None, ["captured: a second session and a new prompt"])):
+        twin = with_executor(engine, "fused", kv_memory=room)
+        twin.executor = GraphExecutor(twin.config, twin.preset, twin.parts, backend)
+        told, wrong = check_captures(twin, random_prompt(twin, 0), subject, full)
+        assert [line.partition(" captured")[0] for line in wrong] == said
+        assert told["captures"] > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from inferix.errors import UsageError
 from inferix.export.checkpoint import random_lora
+from inferix.graphs.lowered import lower_block, with_pages
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.executors import GraphExecutor
@@ -108,6 +111,14 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
             assert {query.parts for query in engine.executor.loaded if not query.whole} == {((2, 1),), ((1, 2),)}
 
 
+@pytest.mark.parametrize("size", [(16, 16), (16, 48), (32, 16)])
+def test_pictures_one_patch_wide_or_high(size: tuple[int, int]) -> None:
+    wanted, found = (
+        first_block(make_engine(executor=name, dtype="float32"), size) for name in ("eager", "fused")
+    )
+    assert (found - wanted).abs().max() <= 1e-4
+
+
 @pytest.fixture(scope="module")
 def plain() -> torch.Tensor:
     """What eager gives in float32."""
@@ -152,8 +163,8 @@ def test_packed_layers_in_graphs_are_those_of_plain_modules(kind: str) -> None:
         assert off(found, wanted) < 0.1 * off(wanted, full)
 
 
-def first_block(engine: Engine) -> torch.Tensor:
-    with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE) as session:
+def first_block(engine: Engine, size: tuple[int, int] = SIZE) -> torch.Tensor:
+    with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=size) as session:
         (block,) = session.stream(1, decode=False)
     return block.latents
 
@@ -180,6 +191,37 @@ def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrid
     engine = make_engine(preset, executor="fused", kv_memory=1 << 24, **overrides)
     engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend)
     return engine
+
+
+@pytest.mark.parametrize("kept", [None, "fp8"])
+def test_pages_that_grow_are_followed_without_a_trace_and_the_old_ones_are_let_go(kept: str | None) -> None:
+    engine = make_engine(dtype="float32", executor="fused", local_attn_size=6, kv_dtype=kept)
+    engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend := FakeGraphs())
+    first = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
+    found = [block.latents for block in first.stream(2, decode=False)]
+    (store,) = engine.memory.stores.values()
+    pages, old = store.kv[0].shape[1], [weakref.ref(kv) for kv in store.kv]
+    second = engine.open(prompt_embeds=OTHER.float(), size=SIZE)
+    list(second.stream(1, decode=False))
+    found += [block.latents for block in first.stream(2, decode=False)]
+    assert store.kv[0].shape[1] > pages and (engine.executor.traces, backend.captures) == (1, 2)
+    assert {query.pages for query in engine.executor.loaded} == {store.kv[0].shape[1]}
+    gc.collect()
+    assert not any(kv() is not None for kv in old)
+    plain = make_engine(dtype="float32", local_attn_size=6, kv_dtype=kept)
+    with plain.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
+        wanted = torch.cat([block.latents for block in session.stream(4, decode=False)])
+    assert off(torch.cat(found), wanted) < 1e-3
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_dtype": "fp8"}, {"preset": "longlive-infinity"}])
+def test_a_program_for_more_pages_is_what_lowering_gives(settings: dict[str, str]) -> None:
+    engine = make_engine(executor="fused", dtype="float32", local_attn_size=6, **settings)
+    for query in queries_of(engine.spec, engine.preset, SIZE, staged="kv_dtype" in settings):
+        more = dataclasses.replace(query, pages=query.pages + 5)
+        assert with_pages(lower_block(engine.executor.graph_of(query)), more.pages) == lower_block(
+            engine.executor.graph_of(more)
+        )
 
 
 def test_one_capture_serves_fifty_blocks_prompts_a_fork_a_rewind_new_weights_and_another_session() -> None:
