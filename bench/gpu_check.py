@@ -36,7 +36,7 @@ from ..runtime.media import write_atomically
 from . import block, candidates, compile_gate, kernels, stream
 from .inside import launches_of
 from .machine import environment
-from .result import CHECK, write_result
+from .result import CHECK, FAILED, read_failures, write_result
 from .rivals import bound
 from .subject import ORACLE, Subject, open_engine, random_prompt, with_executor
 from .work import blocks_until_full, plan_blocks
@@ -236,7 +236,7 @@ class Place:
         return self.folder / f"{unit}.json"
 
     def failure(self, unit: str) -> Path:
-        return self.folder / f"{unit}.failed.txt"
+        return self.folder / f"{unit}{FAILED}"
 
 
 def run_stage(stage: str, place: Place, begin: Callable[[str, float], str | None], budget: float) -> list[str]:
@@ -307,7 +307,7 @@ def main(
         STAGES[stage][unit](device, place.file(unit))
         return
     left = run_stage(stage, place, begin_apart(stage, out, device), budget)
-    failed = sorted(path.name.partition(".")[0] for path in place.folder.glob("*.failed.txt"))
+    failed = read_failures(place.folder)
     print(f"{stage}: {len(STAGES[stage]) - len(left)} of {len(STAGES[stage])} units done", flush=True)
     if failed:
         print(f"{stage}: failed: {', '.join(failed)}", flush=True)
@@ -318,4 +318,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)  # plain tracebacks end with the reason, which the report shows
+    app.command()(main)
+    app()

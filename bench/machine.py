@@ -39,7 +39,7 @@ def environment(device: str) -> dict[str, Any]:
     card = card_of(device)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "inferix"), *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "device": device_facts(device),
         "host": {
@@ -51,6 +51,13 @@ def environment(device: str) -> dict[str, Any]:
         "clocks": card.state() if card else None,
         "versions": versions(),
     }  # fmt: skip
+
+
+def command() -> str:
+    """What started this process, so that it can be typed again; a module by `python -m`."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    name = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name.removesuffix(".__main__")]
+    return shlex.join([*name, *sys.argv[1:]])
 
 
 def device_facts(device: str) -> dict[str, Any]:

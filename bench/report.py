@@ -17,10 +17,11 @@ from ..runtime.media import check_output, write_atomically
 from .compare import interval
 from .goals import GOALS, Goal
 from .plots import PLOTS, has_matplotlib
-from .result import Result, Series, read_folder
+from .result import FAILED, Result, Series, read_failures, read_folder
 
 Row = tuple[str, ...]
 WAITED = 0.1  # share by which wall time may be above the processor's before the page says so
+LINE = 300  # characters of an error, at most
 BEGINNING = "# Performance\n\nMade by `inferix bench report"  # of every page, by which an earlier one is known
 HOW = """\
 ## How to read this page
@@ -57,8 +58,8 @@ def write_report(folder: Path, out: Path) -> list[Path]:
     old = {pictures / name for name in pictures_of(out)}
     with tempfile.TemporaryDirectory() as made:
         drawn = draw_all(results, Path(made)) if has_matplotlib() else {}
-        text = page(results, str(folder), str(out), {name: [f"{pictures.name}/{path.name}" for path in paths]
-                                                      for name, paths in drawn.items()})  # fmt: skip
+        links = {name: [f"{pictures.name}/{path.name}" for path in paths] for name, paths in drawn.items()}
+        text = page(results, str(folder), str(out), links, read_failures(folder))
         new = [pictures / path.name for paths in drawn.values() for path in paths]
         for path in new:
             pictures.mkdir(exist_ok=True)
@@ -107,15 +108,21 @@ def stems(names: Iterable[str]) -> list[str]:
     return found
 
 
-def page(results: dict[str, Result], folder: str, out: str, pictures: dict[str, list[str]]) -> str:
-    """The whole page. pictures: links by the result's name."""
+def page(
+    results: dict[str, Result],
+    folder: str,
+    out: str,
+    pictures: dict[str, list[str]],
+    failures: dict[str, str] | None = None,
+) -> str:
+    """The whole page. pictures: links by the result's name. failures: why units of `gpu_check` have no result."""
     gpu = {name: result for name, result in results.items() if result.on_gpu}
     cpu = {name: result for name, result in results.items() if not result.on_gpu}
     parts = [
         f"{BEGINNING} {folder} --out {out}` from {len(results)} files in `{folder}`; do not edit it.",
         inventory(results),
         "## On a GPU",
-        gpu_part(gpu, pictures),
+        gpu_part(gpu, pictures, failures or {}),
         "## On a CPU",
         CPU_NOTE if cpu else "No result of a CPU is in the folder.",
         *(section(name, result, pictures.get(name, [])) for name, result in cpu.items()),
@@ -136,8 +143,8 @@ def inventory(results: dict[str, Result]) -> str:
     return table(("file", "kind", "where", "model", "when", "commit"), rows)
 
 
-def gpu_part(gpu: dict[str, Result], pictures: dict[str, list[str]]) -> str:
-    """Goals with what reached them, then the results."""
+def gpu_part(gpu: dict[str, Result], pictures: dict[str, list[str]], failures: dict[str, str]) -> str:
+    """Goals with what reached them, what was tried and failed, then the results."""
     parts = []
     if not gpu:
         parts.append("**No result of a GPU has been recorded yet**: there is no figure of a GPU on this page.")
@@ -151,6 +158,9 @@ def gpu_part(gpu: dict[str, Result], pictures: dict[str, list[str]]) -> str:
         "`python -m inferix.bench.gpu_check --stage STAGE --out results`, STAGE being `kernels`, `block` and `stream` "
         "in turn, each again for as long as it exits with 3; then `inferix bench report results`."
     )
+    if failures:
+        parts.append("**Tried, and failed.** These units have no result; one whose file is removed is tried again:")
+        parts.append(table(("file", "why"), [(f"`{unit}{FAILED}`", short(why)) for unit, why in failures.items()]))
     parts += [section(name, result, pictures.get(name, [])) for name, result in gpu.items()]
     return "\n\n".join(parts)
 
@@ -430,6 +440,10 @@ def spread(series: Series, scale: float = 1e3) -> str:
 def in_flops(count: float) -> str:
     """FLOPs in the size of unit that suits them."""
     return f"{count / 1e12:.4g} TFLOP" if count >= 1e12 else f"{count / 1e9:.4g} GFLOP"
+
+
+def short(text: str) -> str:
+    return text if len(text) <= LINE else f"{text[:LINE]}..."
 
 
 def milliseconds(series: Series | None) -> str:

@@ -112,6 +112,7 @@ def write_result(result: Result, path: Path) -> Path:
 
 
 CHECK = "check"  # a key of files of gpu_check that hold no measurement
+FAILED = ".failed.txt"  # what a unit of gpu_check leaves in place of a result
 ENVELOPE: dict[str, type] = {
     "kind": str, "clock": str, "environment": dict, "subject": dict, "settings": dict, "ceilings": dict,
     "series": dict, "facts": dict,
@@ -179,3 +180,13 @@ def read_folder(folder: Path) -> dict[str, Result]:
         raise UsageError(f"{str(folder)!r} holds no results; make one: inferix bench block --out {made}")
     return found
 
+
+
+def read_failures(folder: Path) -> dict[str, str]:
+    """Units of `gpu_check` that were tried and failed, by their path below a folder, and the last line each left."""
+    found = {}
+    for path in sorted(folder.rglob(f"*{FAILED}")):
+        lines = path.read_text("utf-8", "replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        found[str(path.relative_to(folder)).removesuffix(FAILED)] = said[-1] if said else "nothing was said"
+    return found

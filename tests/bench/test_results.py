@@ -4,11 +4,12 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from inferix.bench import nvml
+from inferix.bench import machine, nvml
 from inferix.bench.compare import compare
 from inferix.bench.goals import GOALS
 from inferix.bench.plots import PLOTS
@@ -323,6 +324,14 @@ def test_the_attention_goal_is_a_ratio_within_one_run():
     assert not goal.matches(replace(result, settings={"dtype": "float16"}))
     row["forms"] = {"triton": {"seconds": 3e-3}}
     assert goal.reached(result) is None
+
+
+def test_a_command_can_be_typed_again(monkeypatch):
+    monkeypatch.setattr(machine.sys, "argv", ["/somewhere/bench/gpu_check.py", "--unit", "a b"])
+    for module, said in (("inferix.bench.gpu_check", "python -m inferix.bench.gpu_check"), (None, "gpu_check.py")):
+        spec = module and SimpleNamespace(name=module)
+        monkeypatch.setattr(machine.sys.modules["__main__"], "__spec__", spec)
+        assert machine.command() == f"{said} --unit 'a b'"
 
 
 def test_a_busy_machine_is_told():
