@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..runtime.media import write_atomically
 from .compare import interval
@@ -19,7 +19,6 @@ COLOURS = {
     "captured": "#0b7a75", "fused": "#2f6fbb", "eager": "#8a5fbf", "plain": "#b7791f", "compiled": "#b0413e",
 }  # fmt: skip
 SPARE = ("#3d5a80", "#98a33b", "#c06c84", "#5c6f7b")
-MARKS = {"denoise": "o", "commit": "s", "rebuild": "D", "decoder": "^"}
 
 
 def has_matplotlib() -> bool:
@@ -61,9 +60,9 @@ def picture(path: Path, result: Result, title: str, paint: Callable[[Any], None]
     return path
 
 
-def ratio_bars(result: Result, path: Path, quantity: str = "block") -> Path | None:
-    """Median seconds of each candidate as bars, quartiles as whiskers, the ratio to the plain loop beside them."""
-    held = {name: result.of(name).get(quantity) for name in result.facts["candidates"]}
+def ratio_bars(result: Result, path: Path) -> Path | None:
+    """Median seconds of each candidate's block as bars, quartiles as whiskers, the ratio to the plain loop beside."""
+    held = {name: result.of(name).get("block") for name in result.facts["candidates"]}
     timed = {name: series for name, series in held.items() if series is not None}
     if len(timed) < 2:
         return None
@@ -88,8 +87,7 @@ def ratio_bars(result: Result, path: Path, quantity: str = "block") -> Path | No
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("milliseconds a block; bar: median, whisker: quartiles; in brackets: 95 % interval")
 
-    what = {"block": "with the decoder", "transformer": "transformer and commit alone"}[quantity]
-    return picture(path, result, f"One block at a full window, {what}", paint, 1.3 + 0.42 * len(timed))
+    return picture(path, result, "One block at a full window, with the decoder", paint, 1.3 + 0.42 * len(timed))
 
 
 def growth(result: Result, path: Path) -> Path | None:
@@ -123,41 +121,64 @@ def growth(result: Result, path: Path) -> Path | None:
     return picture(path, result, "Block time while the window fills; line: median, band: best to worst", paint)
 
 
+class Point(NamedTuple):
+    """One stage of a candidate: FLOPs for each byte that must move, FLOP/s, and the FLOP/s of its kind of matmul."""
+
+    name: str
+    stage: str
+    intensity: float
+    reached: float
+    most: float
+
+
+def points(result: Result) -> list[Point]:
+    """The transformer of each candidate, in its own bits, and the decoder once: it is the same for all."""
+    matmul = result.ceilings["matmul_flops"].best
+    packed = result.ceilings["packed_flops"].best if "packed_flops" in result.ceilings else matmul
+    found: list[Point] = []
+    for name, told in result.facts["candidates"].items():
+        held, work, roof = result.of(name), result.work_of(name), packed if told.get("fewer_bits") else matmul
+        for stage, quantity, most in (("transformer", "transformer", roof), ("decoder", "decode", matmul)):
+            drawn = stage == "decoder" and any(point.stage == "decoder" for point in found)
+            if quantity in held and not drawn:
+                flops = work[stage]["flops"]
+                intensity = flops / work[stage]["nbytes"]
+                found.append(Point(name, stage, intensity, flops / held[quantity].median, most))
+    return found
+
+
 def roofline(result: Result, path: Path) -> Path | None:
-    """FLOP/s against FLOPs a byte, under the roof of the measured copy and matmul."""
+    """FLOP/s against FLOPs a byte, under the roof of the measured copy and matmul; of packed layers, under theirs."""
     copy, matmul = result.ceilings["copy_bytes"].best, result.ceilings["matmul_flops"].best
     scale, unit = (1e12, "TFLOP/s") if matmul > 1e12 else (1e9, "GFLOP/s")
-    work = result.facts["work"]
-    points: list[tuple[str, str, float, float]] = []
-    for name in result.facts["candidates"]:
-        held = result.of(name)
-        for stage, quantity in (("transformer", "transformer"), ("decoder", "decode")):
-            drawn = stage == "decoder" and any(point[1] == "decoder" for point in points)  # it is the same for all
-            if quantity in held and not drawn:
-                flops, moved = work[stage]["flops"], work[stage]["nbytes"]
-                points.append((name, stage, flops / moved, flops / held[quantity].median))
-    if not points:
+    shown = points(result)
+    if not shown:
         return None
+    roofs = {matmul: "matmul"} | {
+        point.most: f"{result.settings['config']['lowp']} matmul" for point in shown if point.most != matmul
+    }
 
     def paint(axis: Any) -> None:
-        ridge = matmul / copy
-        xs = [point[2] for point in points]
-        left, right = min(*xs, ridge) / 4, max(*xs, ridge) * 4
-        axis.plot([left, ridge, right], [left * copy / scale, matmul / scale, matmul / scale], color=INK, linewidth=1.6)
-        axis.annotate(f"copy {copy / 1e9:.3g} GB/s", (left, left * copy / scale), (14, 4), textcoords="offset points",
+        places = [point.intensity for point in shown] + [most / copy for most in roofs]
+        left, right = min(places) / 4, max(places) * 4
+        for most, name in roofs.items():
+            line = "-" if most == matmul else "--"
+            axis.plot([left, most / copy, right], [left * copy / scale, most / scale, most / scale], line,
+                      color=INK, linewidth=1.6)  # fmt: skip
+            axis.annotate(f"{name} {most / scale:.4g} {unit}", (right, most / scale), (0, -11), ha="right",
+                          textcoords="offset points", fontsize=8, color=SOFT)  # fmt: skip
+        axis.annotate(f"copy {copy / 1e9:.4g} GB/s", (left, left * copy / scale), (14, 4), textcoords="offset points",
                       fontsize=8, color=SOFT)  # fmt: skip
-        axis.annotate(f"matmul {matmul / scale:.3g} {unit}", (right, matmul / scale), (0, -11), ha="right",
-                      textcoords="offset points", fontsize=8, color=SOFT)  # fmt: skip
-        for name, stage, intensity, reached in points:
-            roof = min(intensity * copy, matmul)
+        for name, stage, intensity, reached, most in shown:
+            roof = min(intensity * copy, most)
             axis.scatter(
                 intensity, reached / scale, s=42, marker="o" if stage == "transformer" else "^", color=colour(name),
                 label=f"{name}, {stage}: {reached / roof:.0%} of the roof", zorder=3, edgecolor="white", linewidth=0.6,
             )  # fmt: skip
         axis.set_xscale("log")
         axis.set_yscale("log")
-        lowest = min(point[3] for point in points)
-        axis.set_ylim(min(lowest / 2, left * copy) / scale, matmul / scale * 2)
+        lowest = min(point.reached for point in shown)
+        axis.set_ylim(min(lowest / 2, left * copy) / scale, max(roofs) / scale * 2)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter("")

@@ -251,12 +251,14 @@ def circumstances(name: str, result: Result) -> str:
 def block_part(result: Result) -> Iterator[str]:
     facts = result.facts
     block, work = facts["block"], facts["work"]
+    packed = [name for name, told in facts["candidates"].items() if told.get("fewer_bits")]
+    in_bits = f" ({result.work_of(packed[0])['transformer']['nbytes'] / 1e9:.3g} in fewer bits)" if packed else ""
     passes = ", ".join(grouped(f"{step['kind']} over {step['context']}" for step in block["passes"]))
     yield (
         f"A block of {block['latent_frames']} latent frames ({block['pixel_frames']} pixel frames) at a window of "
         f"{block['window_frames']}, which is full after {block['blocks_before_full']} blocks. Passes: {passes} frames. "
         f"Transformer {in_flops(work['transformer']['flops'])} and at least "
-        f"{work['transformer']['nbytes'] / 1e9:.3g} GB, decoder {in_flops(work['decoder']['flops'])}."
+        f"{work['transformer']['nbytes'] / 1e9:.3g} GB{in_bits}, decoder {in_flops(work['decoder']['flops'])}."
     )
     matmul = result.ceilings["matmul_flops"].best
     plain = result.of("plain").get("block")
@@ -297,12 +299,15 @@ def block_part(result: Result) -> Iterator[str]:
     yield memory_table(result)
     pass_series = {name: passes_of(result, name) for name in facts["candidates"]}
     if timed := {name: series for name, series in pass_series.items() if series}:
+        works = {name in packed: result.work_of(name)["passes"] for name in timed}
         rows = [
-            (f"{step['kind']} over {step['context']}", in_flops(done["flops"]), f"{done['nbytes'] / 1e9:.3g}",
+            (f"{step['kind']} over {step['context']}", in_flops(work["passes"][index]["flops"]),
+             *(f"{passes[index]['nbytes'] / 1e9:.3g}" for passes in works.values()),
              *(milliseconds(series[index]) for series in timed.values()))
-            for index, (step, done) in enumerate(zip(block["passes"], work["passes"], strict=False))
+            for index, step in enumerate(block["passes"])
         ]  # fmt: skip
-        yield table(("pass", "work", "GB at least", *(f"{name}, ms" for name in timed)), rows)
+        least = ("GB at least, fewer bits" if fewer else "GB at least" for fewer in works)
+        yield table(("pass", "work", *least, *(f"{name}, ms" for name in timed)), rows)
     for name, told in facts["candidates"].items():
         if "profile" in told:
             yield from profile_part(name, told["profile"], work["transformer"]["flops"])

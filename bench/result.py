@@ -56,11 +56,6 @@ class Series:
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
-    @property
-    def spread(self) -> float:
-        """The distance between the quartiles as a share of the median."""
-        return (self.quantile(0.75) - self.quantile(0.25)) / self.median if self.median else 0.0
-
 
 @dataclass(frozen=True)
 class Result:
@@ -93,6 +88,12 @@ class Result:
         """The series of one candidate by quantity."""
         start = candidate + "/"
         return {name.removeprefix(start): series for name, series in self.series.items() if name.startswith(start)}
+
+    def work_of(self, candidate: str) -> dict[str, Any]:
+        """What a candidate of a block has to do, bytes in its own bits: `facts["work"]`, or its part for fewer bits."""
+        work: dict[str, Any] = self.facts["work"]
+        packed = self.facts["candidates"][candidate].get("fewer_bits", False)
+        return work | work.get("fewer_bits", {}) if packed else work
 
     def text(self) -> str:
         """The file's content: indented, with every list of numbers in one line."""

@@ -6,9 +6,8 @@ import pytest
 from recording import FakeGraphs
 from typer.testing import CliRunner
 
-from inferix.bench import gpu_check
+from inferix.bench import gpu_check, report
 from inferix.bench.gpu_check import STAGES, Place, check_captures, room_for_two, run_stage
-from inferix.bench.report import write_report
 from inferix.bench.result import read_failures, read_folder, write_result
 from inferix.bench.subject import Subject, open_engine, random_prompt, with_executor
 from inferix.bench.work import blocks_until_full
@@ -56,11 +55,12 @@ def test_a_report_can_be_made_of_all_that_the_stages_leave(tmp_path):
     assert list(read_folder(tmp_path)) == ["block.json"]
 
 
-def test_a_report_tells_what_was_tried_and_failed(tmp_path):
+def test_a_report_tells_what_was_tried_and_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "has_matplotlib", lambda: False)
     write_result(made({"eager/block": [0.2]}), tmp_path / "block" / "krea.json")
     place = Place(tmp_path / "block")
     gpu_check.write_text(place.failure("longlive"), "Traceback:\n  raise\nInferixError: no | kernel for it\n")
-    write_report(tmp_path, tmp_path / "page.md")
+    report.write_report(tmp_path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text().partition("## On a CPU")[0]
     assert "| `block/longlive.failed.txt` | InferixError: no \\| kernel for it |" in text
     place.failure("longlive").unlink()

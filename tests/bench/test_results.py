@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from inferix.bench import machine, nvml
 from inferix.bench.compare import compare
 from inferix.bench.goals import GOALS
-from inferix.bench.plots import PLOTS
+from inferix.bench.plots import PLOTS, points
 from inferix.bench.report import page, stems, write_report
 from inferix.bench.result import SCHEMA, Series, read_folder, read_result, write_result
 from inferix.cli.main import app
@@ -243,6 +243,24 @@ def test_a_report_has_pictures_and_every_result(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert "refused: it is off" in text and "| 1.50 (1.4" in text
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_packed_candidates_are_held_against_work_in_their_bits():
+    series = {f"{name}/{what}": [0.1] for name in ("captured", "eager")
+              for what in ("block", "transformer", "decode", "pass 0")}  # fmt: skip
+    result = made(series, H200, config=FULL | {"lowp": "fp8"})
+    result.ceilings["packed_flops"] = Series("FLOP/s", (9e14,), "more")
+    half = {"flops": 10**12, "nbytes": 5 * 10**8}
+    result.facts["work"]["fewer_bits"] = {"passes": [half], "transformer": half}
+    result.facts["candidates"]["captured"]["fewer_bits"] = True
+    assert [(point.name, point.stage, point.intensity, point.most) for point in points(result)] == [
+        ("captured", "transformer", 2000, 9e14), ("captured", "decoder", 1000, 5e14),
+        ("eager", "transformer", 1000, 5e14),
+    ]  # fmt: skip
+    text = page({"a.json": result}, "results", "page.md", {})
+    assert "| pass | work | GB at least, fewer bits | GB at least | captured, ms | eager, ms |" in text
+    assert "| denoise over 21 | 1 TFLOP | 0.5 | 1 | 100 | 100 |" in text
+    assert "at least 1 GB (0.5 in fewer bits)" in text
 
 
 def test_a_report_removes_pictures_of_the_page_before_and_nothing_else(tmp_path):
