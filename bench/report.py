@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..runtime.config import EVERY_BLOCK
 from ..runtime.media import check_output, write_atomically
 from .compare import interval
 from .goals import GOALS, Goal
@@ -204,7 +205,9 @@ def precision_of(config: dict[str, Any]) -> Iterator[str]:
     """The model's dtype, and what layers and pages have in its place."""
     yield config["dtype"]
     if config["lowp"]:
-        yield f"{config['lowp']} linears"
+        layers, kept = list(config["lowp_layers"]), list(config["lowp_keep"])
+        only = f" in {' '.join(layers)}" if layers != list(EVERY_BLOCK) else ""
+        yield f"{config['lowp']} linears{only}" + (f" but {' '.join(kept)}" if kept else "")
     if config["kv_dtype"] not in (None, config["dtype"]):
         yield f"{config['kv_dtype']} pages"
 
@@ -286,13 +289,13 @@ def block_part(result: Result) -> Iterator[str]:
         f"Off by: root mean square of the difference to `{facts['oracle']}`'s latents over theirs, at most "
         f"{facts['tolerance']:g}. {about}"
     )
-    if (bits := facts["bits_off"]) is not None:
+    if packed:
         fewer = " and ".join(list(precision_of(result.settings["config"]))[1:])
-        most = max(told["allowed"] for told in facts["candidates"].values())
+        most = max(facts["candidates"][name]["allowed"] for name in packed)
         yield (
-            f"Our graph executors have {fewer}; the others compute in full. With {fewer} the plain executor is off by "
-            f"{bits:.1e} itself, so they may be off by {most:.1e}. `transformer of matmul` is of a matmul in the "
-            "model's dtype for all candidates alike."
+            f"{', '.join(f'`{name}`' for name in packed)}: with {fewer}; the others compute in full. With {fewer} the "
+            f"plain executor is off by {facts['bits_off']:.1e} itself, so these may be off by {most:.1e}. `transformer "
+            "of matmul` is of a matmul in the model's dtype for all candidates alike."
         )
     if facts["left_out"]:
         yield "Left out: " + "; ".join(f"`{name}`: {reason}" for name, reason in facts["left_out"].items()) + "."

@@ -362,8 +362,9 @@ def tell_block(result: Result) -> None:
         f"{place(result)}; {block['pixel_frames']} pixel frames a block, window of {block['window_frames']} latent "
         f"frames; matmul here {matmul / 1e9:.4g} GFLOP/s"
     )
-    if (bits := result.facts["bits_off"]) is not None:
-        console.print(f"eager is in the model's dtype here; in the bits of fused and captured it is off by {bits:.1e}")
+    if packed := [name for name, told in result.facts["candidates"].items() if told["fewer_bits"]]:
+        bits = result.facts["bits_off"]
+        console.print(f"{', '.join(packed)}: in fewer bits; eager is in full, and in these bits off by {bits:.1e}")
 
 
 def tell_stream(result: Result) -> None:

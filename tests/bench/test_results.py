@@ -253,6 +253,7 @@ def test_packed_candidates_are_held_against_work_in_their_bits():
     half = {"flops": 10**12, "nbytes": 5 * 10**8}
     result.facts["work"]["fewer_bits"] = {"passes": [half], "transformer": half}
     result.facts["candidates"]["captured"]["fewer_bits"] = True
+    result.facts["bits_off"] = 0.07
     assert [(point.name, point.stage, point.intensity, point.most) for point in points(result)] == [
         ("captured", "transformer", 2000, 9e14), ("captured", "decoder", 1000, 5e14),
         ("eager", "transformer", 1000, 5e14),
@@ -261,6 +262,12 @@ def test_packed_candidates_are_held_against_work_in_their_bits():
     assert "| pass | work | GB at least, fewer bits | GB at least | captured, ms | eager, ms |" in text
     assert "| denoise over 21 | 1 TFLOP | 0.5 | 1 | 100 | 100 |" in text
     assert "at least 1 GB (0.5 in fewer bits)" in text
+    assert "`captured`: with fp8 linears; the others compute in full. With fp8 linears the plain executor" in text
+    config = FULL | {"lowp": "fp8", "lowp_layers": ["blocks.0.*"], "lowp_keep": ["*.v"]}
+    full = made({"eager/block": [0.1]}, H200, config=config)
+    full.facts["bits_off"] = 0.07
+    text = page({"a.json": full}, "results", "page.md", {})
+    assert "bfloat16, fp8 linears in blocks.0.* but *.v (GPU" in text and "compute in full" not in text
 
 
 def test_a_report_removes_pictures_of_the_page_before_and_nothing_else(tmp_path):
