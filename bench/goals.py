@@ -96,9 +96,9 @@ class Goal:
             if told is None or told["refused"] or (self.bits and not told.get("fewer_bits")):
                 continue
             if self.quantity == "graphs":
-                launches = told["launches"]
-                beside = f"captured, {launches['kernels']} kernels beside"
-                return Reached(float(launches["graphs"]), beside) if name == "captured" else None
+                if name != "captured" or not (launches := told.get("launches")):
+                    return None
+                return Reached(launches["graphs"], f"captured, {launches['kernels']} kernels beside")
             if series := result.of(name).get(self.quantity):
                 return Reached(series.median, name)
         return None

@@ -12,6 +12,10 @@ from typing import Any
 
 GRAPHICS, MEMORY = 0, 2  # kinds of clock
 TEMPERATURE_OF_GPU = 0
+SLOWED_BY = {  # bits of nvmlDeviceGetCurrentClocksThrottleReasons; an idle card and clocks that were set are left out
+    0x4: "the power limit", 0x8: "a hardware limit", 0x10: "other cards in step", 0x20: "its temperature",
+    0x40: "its temperature, in hardware", 0x80: "the power supply", 0x100: "the display's clock",
+}  # fmt: skip
 LIBRARIES = ("libnvidia-ml.so.1", "nvml.dll")
 
 
@@ -54,6 +58,11 @@ class Card:
         text = ctypes.create_string_buffer(96)
         failed = self.library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text)))
         return None if failed else text.value.decode()
+
+
+def slowed_by(bits: int | None) -> list[str]:
+    """What held a card's clocks down, in words."""
+    return [reason for bit, reason in SLOWED_BY.items() if (bits or 0) & bit]
 
 
 def find_card(uuid: str) -> Card | None:

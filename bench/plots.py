@@ -227,8 +227,10 @@ def intervals(result: Result, path: Path) -> Path | None:
             ordered = sorted(sample * 1e3 for sample in series.samples)
             shares = [index / (len(ordered) - 1) * 100 for index in range(len(ordered))]
             axis.plot(ordered, shares, color=colour(name), linewidth=1.6, label=name)
-            for share in (0.5, 0.95):
-                at = series.quantile(share) * 1e3
+            for share, value in ((0.5, series.median), (0.95, series.tail(0.95))):
+                if value is None:
+                    continue
+                at = value * 1e3
                 axis.plot([at], [share * 100], marker="o", markersize=4, color=colour(name))
                 axis.annotate(f"p{share * 100:.0f}: {at:.4g} ms", (at, share * 100), (-7, 3), fontsize=8,
                               textcoords="offset points", ha="right")  # fmt: skip
@@ -241,7 +243,7 @@ def intervals(result: Result, path: Path) -> Path | None:
 
 
 def long_run(result: Result, path: Path) -> Path | None:
-    """Interval and memory along a long run."""
+    """Interval and memory along a long run, and where its slowest block was."""
     told = result.facts.get("long")
     if not told:
         return None
@@ -258,8 +260,13 @@ def long_run(result: Result, path: Path) -> Path | None:
             middle = [median(values[at : at + width]) * 1e3 for at in range(0, len(values), width)]
             axis.plot(minutes, middle, color=COLOURS[shade], linewidth=1.1, label=name)
             highest = max(highest, sorted(middle)[int(0.99 * (len(middle) - 1))])
-        axis.set_ylim(0, 1.35 * highest)
-        axis.legend(loc="upper left", ncols=2)
+        top, full = 1.35 * highest, told["blocks_before_full"]
+        worst = max(range(full, len(times)), key=times.__getitem__)
+        place = told["minutes"] * worst / len(times), min(times[worst] * 1e3, top)
+        axis.plot(*place, "^", color=COLOURS["compiled"], clip_on=False, zorder=4,
+                  label=f"slowest block, {times[worst] * 1e3:.4g} ms")  # fmt: skip
+        axis.set_ylim(0, top)
+        axis.legend(loc="upper left", ncols=3)
         axis.set_xlabel("minutes of video")
         axis.set_ylabel("milliseconds a block")
         other = axis.twinx()

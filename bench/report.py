@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from ..runtime.config import EVERY_BLOCK
 from ..runtime.media import check_output, write_atomically
 from .compare import interval
 from .goals import GOALS, Goal
+from .nvml import slowed_by
 from .plots import PLOTS, has_matplotlib
 from .result import FAILED, Result, Series, read_failures, read_folder
+from .stream import Playout, play_out
 
 Row = tuple[str, ...]
 WAITED = 0.1  # share by which wall time may be above the processor's before the page says so
+SPARE = 1.1  # work by cores, above which the machine is busy: something always runs a little
 LINE = 300  # characters of an error, at most
 BEGINNING = "# Performance\n\nMade by `inferix bench report"  # of every page, by which an earlier one is known
 HOW = """\
@@ -222,16 +226,15 @@ def circumstances(name: str, result: Result) -> str:
         f"start; torch {versions['torch']}, Python {versions['python']}"
         + (f", CUDA {versions['cuda']}, driver {around['driver'] or 'unknown'}" if result.on_gpu else ""),
     ]
-    if host["load"] is not None and host["load"] > host["cores"]:
+    if is_busy(result):
         lines.append(
-            f"**the machine was busy with other work** (load {host['load']} on {host['cores']} cores): times and "
-            "ceilings are worse than it can do, and vary"
+            f"**the machine had other work in the minute before** (load {host['load']} on {host['cores']} cores): "
+            "times and ceilings may be worse than it can do, and vary"
         )
     if clocks := around["clocks"]:
-        lines.append(
-            f"card as found: {clocks['graphics_mhz']} of {clocks['graphics_mhz_most']} MHz, {clocks['watts']} of "
-            f"{clocks['watts_most']} W, {clocks['celsius']} °C"
-        )
+        lines.append(f"card as found: {', '.join(readings(clocks)) or 'it tells nothing'}")
+    if states := result.facts.get("clocks_in_between"):
+        lines.append(in_between(states))
     if result.kind != "kernels":
         checkpoint = result.subject["checkpoint"]
         weights = "random weights" if result.subject["random_weights"] else (
@@ -249,6 +252,40 @@ def circumstances(name: str, result: Result) -> str:
     )
     lines.append(f"clock: {result.clock}")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def is_busy(result: Result) -> bool:
+    """Whether other work left the run fewer cores than it has threads; one is enough to drive a GPU."""
+    host = result.environment["host"]
+    return host["load"] is not None and host["load"] + (1 if result.on_gpu else host["threads"]) > SPARE * host["cores"]
+
+
+def readings(clocks: dict[str, Any]) -> Iterator[str]:
+    """A card's clock, power and temperature, and what slows it, as far as it tells."""
+    for key, unit in (("graphics_mhz", "MHz"), ("watts", "W"), ("celsius", "°C")):
+        value, most = clocks.get(key), clocks.get(f"{key}_most")
+        if value is not None:
+            yield f"{value:g} {unit}" if most is None else f"{value:g} of {most:g} {unit}"
+    if reasons := slowed_by(clocks.get("slowed_by")):
+        yield f"**slowed by {' and '.join(reasons)}**"
+
+
+def in_between(states: list[dict[str, Any]]) -> str:
+    """The card after each stream: from where to where, and by what it was slowed how often, and whom that met."""
+    said = []
+    for key, unit in (("graphics_mhz", "MHz"), ("celsius", "°C")):
+        if values := [state[key] for state in states if state.get(key) is not None]:
+            said.append(f"{min(values):g} to {max(values):g} {unit}")
+    slowed: dict[str, list[str]] = {}
+    for state in states:
+        for reason in slowed_by(state.get("slowed_by")):
+            slowed.setdefault(reason, []).append(state.get("candidate", ""))
+    for reason, met in slowed.items():
+        names = ", ".join(dict.fromkeys(filter(None, met)))
+        said.append(f"**slowed by {reason}** in {len(met)} of them" + (f" ({names})" if names else ""))
+    if not slowed and any(state.get("slowed_by") is not None for state in states):
+        said.append("never slowed")
+    return f"card in {len(states)} readings between the timings: {', '.join(said) or 'it tells nothing'}"
 
 
 def block_part(result: Result) -> Iterator[str]:
@@ -348,12 +385,12 @@ def profile_part(name: str, profile: dict[str, Any], written: int) -> Iterator[s
 def memory_table(result: Result) -> str:
     told = {name: one["memory"] for name, one in result.facts["candidates"].items() if one.get("memory")}
     owners = list(dict.fromkeys(owner for memory in told.values() for owner in memory))
-    launches = {name: result.facts["candidates"][name]["launches"] for name in told}
+    launches = {name: result.facts["candidates"][name].get("launches") for name in told}
     rows = [
         (name, *(megabytes(memory.get(owner)) for owner in owners), in_words(launches[name]))
         for name, memory in told.items()
     ]
-    return table(("candidate", *(f"{owner}, MB" for owner in owners), "launched in a block"), rows)
+    return table(("candidate", *(f"{owner}, MB" for owner in owners), "launched in a block, decoder apart"), rows)
 
 
 def in_words(launches: dict[str, int] | None) -> str:
@@ -362,6 +399,9 @@ def in_words(launches: dict[str, int] | None) -> str:
 
 def stream_part(result: Result) -> Iterator[str]:
     told = result.facts["stream"]
+    if check := result.facts.get("check"):
+        bits = f"; in these bits the plain executor is off by {check['bits_off']:.1e}" if check["bits_off"] else ""
+        yield f"Outputs match: off by {check['difference']:.1e}, allowed {check['tolerance']:.1e}{bits}."
     starts = [(name.partition("/")[2], spread(series, 1), str(len(series.samples)))
               for name, series in result.series.items() if name.startswith("start/")]  # fmt: skip
     if starts:
@@ -370,22 +410,21 @@ def stream_part(result: Result) -> Iterator[str]:
     for name, series in result.series.items():
         who, _, what = name.partition("/")
         if who != "start":
-            rows.append((who, what, *(f"{value * 1e3:.4g}" for value in (
-                series.median, series.quantile(0.95), series.quantile(0.99), series.worst)), str(len(series.samples))))
+            rows.append((who, what, *(in_ms(value) for value in (
+                series.median, series.tail(0.95), series.tail(0.99), series.worst)), str(len(series.samples))))
     yield table(("executor", "quantity", "p50, ms", "p95", "p99", "worst", "times"), rows)
     yield (
         f"{told['fps']:.4g} FPS at a full window ({told['frames']} frames, sink: {result.facts['sink']}), "
         f"{told['real_time_factor']:.3g} times the video's {told['video_fps']} FPS; jitter (standard deviation of "
-        f"intervals) {told['jitter'] * 1e3:.3g} ms. A viewer who starts with the first block waits at "
-        f"{told['late_blocks']} of {told['blocks']} blocks, {told['waited']:.3g} s in all, "
-        f"{told['longest_wait']:.3g} s at most."
+        f"intervals) {told['jitter'] * 1e3:.3g} ms. "
+        + viewer(Playout(told["late_blocks"], told["waited"], told["longest_wait"]), told["blocks"])
     )
     if len(result.facts["sessions"]) > 1:
         rows = []
         for point in result.facts["sessions"]:
             series = Series("s", tuple(point["intervals"]))
             rows.append((str(point["sessions"]), f"{point['fps']:.4g}", f"{point['fps'] / point['sessions']:.4g}",
-                         f"{series.median * 1e3:.4g}", f"{series.quantile(0.95) * 1e3:.4g}"))  # fmt: skip
+                         in_ms(series.median), in_ms(series.tail(0.95))))  # fmt: skip
         yield table(("sessions", "FPS in all", "FPS each", "interval p50, ms", "p95"), rows)
     if batches := result.facts.get("batches"):
         rows = [(str(point["sessions"]), f"{point['turns'] * 1e3:.4g}", f"{point['batch'] * 1e3:.4g}",
@@ -394,20 +433,40 @@ def stream_part(result: Result) -> Iterator[str]:
         yield table(titles, rows)
     if long := result.facts.get("long"):
         memory = long["device_memory_by_tenth"] or long["process_memory_by_tenth"]
-        yield f"Long run: {long['minutes']:g} minutes of video, {long['blocks']} blocks, by tenths at a full window:"
+        yield (
+            f"Long run: {long['minutes']:g} minutes of video, {long['blocks']} blocks, made in "
+            f"{sum(long['intervals']):.4g} s of wall time; by tenths at a full window:"
+        )
         kinds = (
-            ("interval, median, ms", [f"{value * 1e3:.4g}" for value in long["interval_by_tenth"]]),
-            ("processor's time, median, ms", [f"{value * 1e3:.4g}" for value in long["processor_seconds_by_tenth"]]),
+            ("interval, median, ms", [in_ms(value) for value in long["interval_by_tenth"]]),
+            ("processor's time, median, ms", [in_ms(value) for value in long["processor_seconds_by_tenth"]]),
             ("memory, most, MB", [f"{value / 1e6:.4g}" for value in memory]),
         )
         heads = ("", *(str(part + 1) for part in range(len(memory))))
         yield table(heads, [(name, *values) for name, values in kinds])
+        yield stalls(long, told["frames"] / told["blocks"] / told["video_fps"])
         if waited := waited_in(result, long):
             tenths = f"{'tenths' if len(waited) > 1 else 'tenth'} {', '.join(map(str, waited))}"
             yield (
                 f"In {tenths} the interval is more than {WAITED:.0%} above the time that the process had of a "
                 "processor: there it waited, most likely for other work on the machine."
             )
+
+
+def stalls(long: dict[str, Any], shown: float) -> str:
+    """The slow blocks of a long run, which medians hide. shown: seconds that a block's frames are shown."""
+    times = long["intervals"]
+    steady = Series("s", tuple(times[long["blocks_before_full"] :]))
+    tail = f"p99 {in_ms(p99)} ms, " if (p99 := steady.tail(0.99)) else ""
+    watched = viewer(play_out(list(accumulate(times)), [shown] * len(times)), len(times) - 1)
+    return f"Interval at a full window: {tail}worst {in_ms(steady.worst)} ms. {watched}"
+
+
+def viewer(playout: Playout, blocks: int) -> str:
+    return (
+        f"A viewer who starts with the first block waits at {playout.late} of {blocks} blocks, {playout.waited:.3g} s "
+        f"in all, {playout.longest:.3g} s at most."
+    )
 
 
 def waited_in(result: Result, long: dict[str, Any]) -> list[int]:
@@ -454,8 +513,12 @@ def short(text: str) -> str:
     return text if len(text) <= LINE else f"{text[:LINE]}..."
 
 
+def in_ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.4g}"
+
+
 def milliseconds(series: Series | None) -> str:
-    return "" if series is None else f"{series.median * 1e3:.4g}"
+    return in_ms(None if series is None else series.median)
 
 
 def amount(value: float, unit: str) -> str:

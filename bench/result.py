@@ -56,6 +56,10 @@ class Series:
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
+    def tail(self, share: float) -> float | None:
+        """A high quantile; None with so few samples that it would be made of the worst one alone."""
+        return self.quantile(share) if round(len(self.samples) * (1 - share), 6) >= 1 else None
+
 
 @dataclass(frozen=True)
 class Result:

@@ -370,8 +370,9 @@ def tell_block(result: Result) -> None:
 def tell_stream(result: Result) -> None:
     table = Table("quantity", "p50", "p95", "p99", "worst", "times")
     for name, one in result.series.items():
-        cells = (one.median, one.quantile(0.95), one.quantile(0.99), one.worst)
-        table.add_row(name, *(in_unit(value, one.unit) for value in cells), str(len(one.samples)))
+        cells = (one.median, one.tail(0.95), one.tail(0.99), one.worst)
+        shown = ("" if value is None else in_unit(value, one.unit) for value in cells)
+        table.add_row(name, *shown, str(len(one.samples)))
     told, facts = plain_console(), result.facts["stream"]
     told.print(table)
     told.print(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from inferix.bench import machine, nvml
 from inferix.bench.compare import compare
 from inferix.bench.goals import GOALS
-from inferix.bench.plots import PLOTS, points
+from inferix.bench.plots import PLOTS, has_matplotlib, long_run, points
 from inferix.bench.report import page, stems, write_report
 from inferix.bench.result import SCHEMA, Series, read_folder, read_result, write_result
 from inferix.cli.main import app
@@ -360,7 +360,53 @@ def test_a_command_can_be_typed_again(monkeypatch):
 
 
 def test_a_busy_machine_is_told():
-    busy = made({"eager/block": [0.2]})
-    busy.environment["host"]["load"] = 9.5
-    assert "busy with other work** (load 9.5 on 2 cores)" in page({"a.json": busy}, "results", "page.md", {})
-    assert "busy" not in page({"a.json": made({"eager/block": [0.2]})}, "results", "page.md", {})
+    for load, threads, device, busy in ((0.1, 2, CPU, False), (0.5, 2, CPU, True), (0.5, 1, CPU, False),
+                                        (1.0, 2, H200, False), (9.5, 1, CPU, True)):  # fmt: skip
+        result = made({"eager/block": [0.2]}, device)
+        result.environment["host"].update(load=load, threads=threads)
+        told = f"other work in the minute before** (load {load} on 2 cores)"
+        assert (told in page({"a.json": result}, "results", "page.md", {})) == busy
+
+
+def test_what_slows_a_card_is_told_and_what_it_does_not_tell_is_left_out():
+    result = made({"captured/block": [0.2]}, H200)
+    dumb = dict.fromkeys(nvml.Card(FakeLibrary(), None).state())
+    result.environment["clocks"] = dumb
+    text = page({"a.json": result}, "results", "page.md", {})
+    assert "card as found: it tells nothing" in text and "None of" not in text
+    state = dumb | {"graphics_mhz": 1980, "graphics_mhz_most": 1980, "celsius": 50, "slowed_by": 0x1}
+    slow = state | {"graphics_mhz": 1500, "slowed_by": 0x4 | 0x20, "candidate": "captured"}
+    result.environment["clocks"] = slow
+    result.facts["clocks_in_between"] = [state, slow, slow]
+    text = page({"a.json": result}, "results", "page.md", {})
+    assert "1500 of 1980 MHz, 50 °C, **slowed by the power limit and its temperature**" in text
+    assert "3 readings between the timings: 1500 to 1980 MHz, 50 to 50 °C, **slowed by the power limit** in 2" in text
+    assert "**slowed by its temperature** in 2 of them (captured)" in text
+    result.facts["clocks_in_between"] = [state]
+    assert "50 to 50 °C, never slowed" in page({"a.json": result}, "results", "page.md", {})
+
+
+def test_high_quantiles_need_samples():
+    assert Series("s", (1.0,) * 19).tail(0.95) is None and Series("s", (1.0,) * 20).tail(0.95) == 1
+    assert Series("s", (1.0,) * 99).tail(0.99) is None and Series("s", (1.0,) * 100).tail(0.99) == 1
+
+
+def test_a_stream_tells_its_check_and_the_stalls_of_a_long_run(tmp_path):
+    times = [0.5] * 5 + [0.5] * 195
+    times[100] = 4.0  # shown for 0.75 s each, 95 blocks after a full window have saved 23.75 s: no viewer waits
+    times[6] = 6.0  # here one waits
+    stream = {"fps": 24.0, "frames": 240, "blocks": 20, "video_fps": 16, "real_time_factor": 1.5, "jitter": 0.0,
+              "late_blocks": 0, "waited": 0.0, "longest_wait": 0.0}  # fmt: skip
+    tenths = {f"{key}_by_tenth": [0.5] * 10 for key in ("interval", "processor_seconds", "process_memory")}
+    long = {"minutes": 2.5, "blocks": 200, "blocks_before_full": 5, "intervals": times, "processor_seconds": times,
+            "process_memory": [1] * 200, "device_memory": None, "device_memory_by_tenth": None, **tenths}  # fmt: skip
+    check = {"difference": 0.015, "tolerance": 0.077, "bits_off": 0.07}
+    facts = {"sink": "memory", "check": check, "stream": stream, "sessions": [], "long": long}
+    result = replace(made({"fused/interval": [0.5] * 20}), kind="stream", facts=facts)
+    text = page({"a.json": result}, "results", "page.md", {})
+    assert "off by 1.5e-02, allowed 7.7e-02; in these bits the plain executor is off by 7.0e-02." in text
+    assert "| fused | interval | 500 | 500 |  | 500 | 20 |" in text  # too few for p99
+    assert "200 blocks, made in 109 s of wall time" in text
+    assert "p99 710 ms, worst 6000 ms. A viewer who starts with the first block waits at 1 of 199 blocks" in text
+    if has_matplotlib():
+        assert long_run(result, tmp_path / "long.png")
