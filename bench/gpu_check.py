@@ -33,6 +33,7 @@ from ..runtime.budget import least_pages, staging_slots
 from ..runtime.engine import Engine
 from ..runtime.executors import GraphExecutor
 from ..runtime.media import write_atomically
+from ..runtime.transfer import make_current
 from . import block, candidates, compile_gate, kernels, stream
 from .inside import launches_of
 from .machine import environment
@@ -301,6 +302,7 @@ def main(
         raise InferixError("there is no GPU here; these stages need one")
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # or the code's hash would hold the folder's name
     import_module("triton")  # says itself what is missing
+    make_current(torch.device(device))
     place = Place(out / stage)
     place.folder.mkdir(parents=True, exist_ok=True)
     if unit is not None:

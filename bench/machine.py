@@ -31,6 +31,7 @@ from .result import Series
 LIBRARIES = ("torch", "triton", "numpy", "transformers", "safetensors", "flash-attn", "sageattention")
 COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 MATMUL_WIDTH = {"cpu": 1024, "cuda": 8192}
+HEAD_START = 10**6  # clocks of a GPU, about half a millisecond: longer than the host takes for a few launches
 CEILING_REPEATS = {"cpu": 7, "cuda": 30}
 
 
@@ -125,7 +126,10 @@ def synchronize(device: str) -> None:
 
 @contextmanager
 def stopwatch(device: str) -> Iterator[Callable[[], float]]:
-    """Yields what tells the seconds the block took, on the device's own clock."""
+    """Yields what tells the seconds the block took, on the device's own clock.
+
+    A GPU is given something to do first: else it would wait for the host to launch the block, and that be timed.
+    """
     if torch.device(device).type == "cpu":
         begun = time.perf_counter()
         ended = begun
@@ -134,6 +138,7 @@ def stopwatch(device: str) -> Iterator[Callable[[], float]]:
         return
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    torch.cuda._sleep(HEAD_START)
     start.record()
     yield lambda: start.elapsed_time(end) / 1000
     end.record()

@@ -17,6 +17,7 @@ import torch
 from ..errors import InferixError, UsageError, no_host_memory
 from .mailbox import Bell
 from .pages import OutOfPages
+from .transfer import make_current
 
 SHORTAGES = (OutOfPages, MemoryError, torch.OutOfMemoryError)  # there may be memory another time
 FAILURES = (InferixError, *SHORTAGES)  # what concerns one session, or one call, and no other
@@ -27,8 +28,8 @@ T = TypeVar("T")
 class Driver:
     """Owns the claim to an engine, and the calls that wait for its thread."""
 
-    def __init__(self, bell: Bell) -> None:
-        self.bell = bell
+    def __init__(self, bell: Bell, device: torch.device) -> None:
+        self.bell, self.device = bell, device
         self.owner: threading.Thread | None = None
         self.calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self.loops = 0  # that make blocks, one within the other
@@ -39,6 +40,7 @@ class Driver:
         with self.bell:
             if self.owner is None or not self.owner.is_alive():
                 self.owner = threading.current_thread()
+                make_current(self.device)
             return self.owner is threading.current_thread()
 
     def check_owner(self, what: str) -> None:

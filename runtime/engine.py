@@ -60,7 +60,7 @@ from .side_by_side import Answer, Ask, Making, alike, side_by_side
 from .snapshot import Beginning
 from .stream import Branch, InFlight, PromptChange
 from .timeline import Span, Timeline
-from .transfer import to_device
+from .transfer import make_current, to_device
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
@@ -75,6 +75,7 @@ class Engine:
         self.config, self.preset, self.parts = config, preset, parts
         self.spec = parts.transformer.spec
         self.device = torch.device(config.device)
+        make_current(self.device)
         self.dtype = DTYPES[config.dtype]
         self.executor = make_executor(config, preset, parts)
         self.adapter = Adapter(parts.transformer)

@@ -50,7 +50,7 @@ class Host:
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.engine, self.limits = engine, limits
         self.bell = Bell()
-        self.driver = Driver(self.bell)
+        self.driver = Driver(self.bell, engine.device)
         self.scheduler = Scheduler(limits)
         self.pipeline = DecodePipeline(engine.device, self.bell)
         self.metrics = Metrics()
@@ -368,7 +368,7 @@ class Host:
             return
         session.remember(latents, None)
         if decode:
-            self.pipeline.submit(session.id, latents, partial(self.complete_beside, session, record, latents))
+            self.pipeline.submit(session.id, partial(self.complete_beside, session, record, latents))
         else:
             self.pipeline.settle(session.id)
             self.complete(session, record, latents, decode=False)

@@ -189,7 +189,6 @@ class Launcher:
         self.captures += 1
         if self.profile is not None:
             bound.events = [events[index] for index in marks]
-            self.profile.note_once(launches)
         return replay
 
     def literals(self, lowered: Lowered) -> dict[str, Tensor]:

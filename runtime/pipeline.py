@@ -1,7 +1,7 @@
 """Decoding beside denoising: one thread, on a GPU with a stream of its own, decodes blocks in the order they come.
 
 A `DecoderTrack` is how far one session's decoder has come. It is the pipeline's from `submit` until `settle`
-has returned, and the engine's otherwise.
+has returned, and the engine's otherwise; since these are two streams, each claims what it reads of the other's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..models.wan.vae import StreamState
 from ..models.wan.vae_checkpoint import Decoder
 from .mailbox import Bell
+from .transfer import claim, make_current
 
 
 class DecoderTrack:
@@ -37,6 +38,7 @@ class DecoderTrack:
 
     def decode(self, block: int, latents: Tensor) -> Tensor:
         """Latents [F, C, h, w] of a block to pixels [T, 3, H, W]."""
+        claim((latents, *self.state.history.values()))
         if self.rewind_blocks:
             if not self.kept or self.kept[-1][0] <= block - self.rewind_blocks:
                 self.kept.append((block, self.state.clone()))
@@ -60,6 +62,7 @@ class DecoderTrack:
         if not self.decoded or self.decoded[-1][0] < block:
             return
         start, state = next(((at, state) for at, state in reversed(self.kept) if at <= block), self.kept[0])
+        claim((*state.history.values(), *(latents for _, latents in self.decoded)))
         self.state = state.clone()
         for index, latents in self.decoded:
             if start <= index < block:
@@ -102,16 +105,15 @@ class DecodePipeline:
     def __init__(self, device: torch.device, bell: Bell) -> None:
         self.bell = bell
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = ThreadPoolExecutor(1, "inferix-decode")
+        self.pool = ThreadPoolExecutor(1, "inferix-decode", make_current, (device,))
         self.jobs: dict[int, deque[Future[None]]] = {}
 
-    def submit(self, session: int, latents: Tensor, job: Callable[[], None]) -> None:
-        """Run `job`, which reads `latents`, once what was launched so far has run."""
+    def submit(self, session: int, job: Callable[[], None]) -> None:
+        """Run `job` once what was launched so far has run."""
         launched = None
         if self.stream is not None:
             launched = torch.cuda.Event()
             launched.record()
-            latents.record_stream(self.stream)
         self.jobs.setdefault(session, deque()).append(self.pool.submit(self._run, launched, job))
 
     def _run(self, launched: torch.cuda.Event | None, job: Callable[[], None]) -> None:

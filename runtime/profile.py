@@ -1,8 +1,8 @@
 """Where a block's time goes: a table per block, and a trace that Chrome and Perfetto open.
 
 `fused` is timed call by call: by the host's clock on a CPU, by events on a GPU. `captured` has an event node at each
-pass of the graph; its kinds of work are those of one fused run of the same calls. The report says which it was, what
-the timing itself costs, and what share of the machine's measured ceilings was reached.
+pass of the graph; its kinds of work are those of a fused run of the same calls over as many pages. The report says
+which it was, what the timing itself costs, and what share of the machine's measured ceilings was reached.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from .media import write_atomically
 
 STAGES = ("prepare", "denoise", "commit")  # of a block's timings, those in which passes run
 TRACE, TABLE = "trace.json", "profile.txt"
+HEAD_START = 2 * 10**8  # clocks of a GPU, about a tenth of a second: as long as launching a block one by one takes
+
+Seen = tuple[int, tuple[tuple[int, int], ...]]  # a program's id, and (call, pages that it reads)
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,25 @@ class Run:
     def by_call(self) -> bool:
         return len(self.at) == len(self.program.calls)
 
+    @property
+    def seen(self) -> Seen:
+        """The program, and how many pages its calls read."""
+        return id(self.program), tuple(sorted(self.listed.items()))
+
 
 @dataclass
 class BlockProfile:
-    """The runs of one block, its stages in seconds, bytes by owner, and seconds that noting all this took."""
+    """The runs of one block, its stages in seconds, bytes by owner, and seconds that noting all this took.
+
+    apart: seconds of its stages in which its calls ran once more to be timed.
+    """
 
     index: int
     runs: list[Run]
     timings: dict[str, float]
     memory: dict[str, int]
     spent: float
+    apart: float
 
 
 class HostClock:
@@ -128,7 +140,8 @@ class EventClock:
 class Profile:
     """Collects runs as the launcher makes them; `end_block` closes a block, `write` leaves the report.
 
-    about: what was run and on what, for the report's first line. spent: seconds of this block on notes, beside marks.
+    about: what was run and on what, for the report's first line. spent: seconds of this block on notes, beside marks;
+    apart: on runs that are no part of it.
     decodes: block, begin and end of what was decoded meanwhile, on the clock of runs.
     """
 
@@ -137,9 +150,10 @@ class Profile:
     ceilings: Ceilings
     blocks: list[BlockProfile] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
-    once: dict[int, Run] = field(default_factory=dict)  # fused runs of captured programs, by the program's id
+    once: dict[Seen, Run] = field(default_factory=dict)  # fused runs of captured programs
     counts: WeakKeyDictionary[LaunchPlan, PageCounts] = field(default_factory=WeakKeyDictionary)
     spent: float = 0.0
+    apart: float = 0.0
     decodes: list[tuple[int, float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -156,10 +170,20 @@ class Profile:
         synchronise(self.device)
         at = tuple(section.first for section in launches.program.sections)
         self.runs.append(Run(launches.program, begin, at, elapsed(events), self.pages_read(launches)))
+        if self.runs[-1].seen not in self.once:
+            self.note_once(launches)
 
     def note_once(self, launches: LaunchPlan) -> None:
-        """Time the calls of a captured program one by one, once; that leaves what a replay leaves."""
-        self.once[id(launches.program)] = self.timed(launches, time.perf_counter())
+        """Time the calls of a captured program one by one; that leaves what a replay leaves.
+
+        The GPU is kept busy first, so that its times are not those of a host that cannot keep up.
+        """
+        begin = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda._sleep(HEAD_START)
+        run = self.timed(launches, begin)
+        self.once[run.seen] = run
+        self.apart += time.perf_counter() - begin
 
     def timed(self, launches: LaunchPlan, begin: float) -> Run:
         marks: list[Any] = []
@@ -181,8 +205,12 @@ class Profile:
         begin = time.perf_counter()
         held = memory()
         self.spent += time.perf_counter() - begin
-        self.blocks.append(BlockProfile(index, self.runs, dict(timings), held, self.spent))
-        self.runs, self.spent = [], 0.0
+        self.blocks.append(BlockProfile(index, self.runs, dict(timings), held, self.spent, self.apart))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was noted since the last block's end."""
+        self.runs, self.spent, self.apart = [], 0.0, 0.0
 
     def note_decoding(self, record: Mapping[str, Any]) -> None:
         """Keep when a block was decoded, from its record."""
@@ -215,7 +243,7 @@ class Profile:
         """What each kind of work took and did, the longest first."""
         found: dict[str, Cost] = {}
         for run in block.runs:
-            timed = run if run.by_call else self.once.get(id(run.program))
+            timed = run if run.by_call else self.once.get(run.seen)
             if timed is not None:
                 for index, (start, end) in enumerate(pairwise(timed.marks)):
                     kind = family(run.program.calls[index])
@@ -224,7 +252,8 @@ class Profile:
 
     def gaps(self, block: BlockProfile) -> float:
         """Seconds of the stages that run passes in which no call ran."""
-        return sum(block.timings.get(stage, 0.0) for stage in STAGES) - sum(run.seconds for run in block.runs)
+        staged = sum(block.timings.get(stage, 0.0) for stage in STAGES)
+        return staged - sum(run.seconds for run in block.runs) - block.apart
 
     def overhead(self) -> float:
         """Time for marks and for what is noted beside them, as a share of all runs' time."""
@@ -291,7 +320,7 @@ class Profile:
         ]
 
 
-EVENT_NODES = "event nodes between the passes of the captured graph, kinds of work from one fused run of its calls"
+EVENT_NODES = "event nodes between the passes of the captured graph, kinds of work from a fused run of its calls"
 
 
 def elapsed(events: Sequence[Event]) -> tuple[float, ...]:

@@ -1,8 +1,8 @@
-"""Copies between a device and the host, beside what the device computes."""
+"""Copies between a device and the host, beside what the device computes, and which device and stream that is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,21 @@ def sendable(tensor: Tensor, device: torch.device) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A copy there, in the order of the current stream; the host does not wait."""
     return sendable(tensor, device).to(device, dtype, non_blocking=True)
+
+
+def make_current(device: torch.device) -> None:
+    """Have this thread launch on a GPU: kernels, and events that name no stream, take the current one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def claim(tensors: Iterable[Tensor]) -> None:
+    """Keep the memory of tensors from going to others before this thread's stream has done with it, whoever made them
+    and lets them go.
+    """
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Transfer:

@@ -97,7 +97,7 @@ SMALL = {  # presets with a past that is soon full
 def countable(engine):
     """The same engine with a smaller VAE, over the plain cache, whose attention torch can count."""
     engine.parts = replace(engine.parts, vae=CausalVae(SMALL_VAE).eval().requires_grad_(False))
-    engine.host.pipeline.submit = lambda session, latents, job: job()  # counted in the thread that counts
+    engine.host.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
     return contiguous(engine)
 
 

@@ -97,13 +97,15 @@ def test_a_trace_shows_decoding_beside_the_next_block(folder: Path, monkeypatch:
 
 def test_a_captured_graph_has_events_at_its_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the fake: times of passes come from events, kinds of work from one run of the same calls, and it says so."""
-    profile = profiled(folder, monkeypatch, FakeGraphs())
+    profile, plain = profiled(folder, monkeypatch, FakeGraphs()), profiled(folder, monkeypatch)
     block = profile.blocks[1]
     (run,) = block.runs
     assert not run.by_call
     assert list(profile.passes(block)) == PASSES
     assert sum(profile.passes(block).values()) == pytest.approx(run.seconds)
-    assert "attention" in profile.families(block)
+    seen = [profile.families(block)["attention"].flops for block in profile.blocks]
+    assert seen == [profile.families(block)["attention"].flops for block in plain.blocks] and seen[0] < seen[1]
+    assert len(profile.once) == 2 and profile.gaps(block) >= 0
     assert "event nodes between the passes of the captured graph" in profile.text()
 
 
