@@ -1,8 +1,8 @@
 """The block benchmark: one block at a full window, stage by stage, against the plain loop, in one run.
 
-A window is filled by running the stream, and the way there gives the growing curve. A candidate whose latents differ
-from the eager executor's is refused before the clock starts; what was timed is compared once more after it. Layers and
-pages in fewer bits are for our graph executors alone: the baselines and the oracle compute in full.
+A window is filled by running the stream, and the way there gives the growing curve. A candidate whose outputs differ
+from the eager executor's is refused before the clock starts; then all that was timed is held against a stream of that
+executor that is as long. Layers and pages in fewer bits are for our graph executors alone: the others compute in full.
 Candidates take turns, so that a card that heats up slows all of them.
 """
 
@@ -14,26 +14,33 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import InferixError, UsageError
 from ..runtime.engine import Engine
 from .baseline import Made
-from .candidates import Candidate, EngineStream, Stream, candidates, choose, judge_of
+from .candidates import Candidate, EngineStream, Stream, candidates, choose, failures, judge_of, kept, trouble
 from .inside import look_inside
 from .machine import card_of, environment, measure_ceilings, synchronize
 from .result import Result, Series
 from .subject import ORACLE, Subject, described, in_fewer_bits, open_engine, random_prompt
-from .work import BlockPlan, Work, blocks_until_full, decoder_work, pass_work, plan_blocks
+from .work import (
+    BlockPlan,
+    Work,
+    blocks_until_full,
+    decoder_work,
+    pass_work,
+    plan_blocks,
+    stays_full,
+    until_seen,
+)
 
 Tell = Callable[[str], None]
 CLOCK = (
     "block: host's wall clock from asking for a block until its uint8 frames lie in host memory and the device is "
     "idle: noise, prompt and context work, all denoising passes, the commit, the decoder, conversion and copy. "
-    "transformer: the same without decoder and frames. interval: from one block to the next where several are asked "
-    "for at once, so that one is decoded while the next is made. Left out: loading, text encoder, compilation (a "
-    "whole stream runs before), video encoding, network. Where the next block needs the last one's pixels, "
-    "transformer is block less the decoder."
+    "transformer: the same without decoder and frames. interval: from one block to the next in a stream without an "
+    "end, so that each is decoded while the next is made; taken where all later blocks see a full window. Left out: "
+    "loading, text encoder, compilation (a whole stream runs before), video encoding, network. Where the next block "
+    "needs the last one's pixels, transformer is block less the decoder."
 )
 
 
@@ -74,7 +81,7 @@ def run(wanted: Wanted, tell: Tell) -> Result:
     for turn in range(wanted.rounds):
         for candidate in bench.in_turn(turn):
             tell(f"round {turn + 1} of {wanted.rounds}: {candidate.name}")
-            bench.take(candidate)
+            bench.take(candidate, turn)
     bench.look_inside()
     return bench.result()
 
@@ -87,8 +94,9 @@ class Bench:
         self.engine = open_engine(replace(subject, executor=ORACLE))
         self.device = str(self.engine.device)
         self.environment = environment(self.device)
-        self.full = blocks_until_full(self.engine.preset)
-        self.plan = next(islice(plan_blocks(self.engine.preset), self.full, None))
+        preset = self.engine.preset
+        self.full = blocks_until_full(preset)
+        self.plan = next(islice(plan_blocks(preset), self.full, None))
         rows = random_prompt(self.engine, subject.seed)
         offered, self.left_out = candidates(self.engine, rows, subject)
         self.chosen = choose(offered, self.left_out, wanted.executors, wanted.baselines, self.device)
@@ -97,7 +105,13 @@ class Bench:
         tell("measuring what the machine can do")
         self.ceilings = measure_ceilings(self.device, self.engine.dtype, self.engine.config.lowp)
         tell(f"the window is full at block {self.full}: {self.plan.context} latent frames")
-        self.judge = judge_of(self.engine, rows, subject, self.full + 2)
+        plans, window, needs_pixels = plan_blocks(preset), self.plan.context, preset.context.needs_pixels
+        self.shown = until_seen(plans, window, wanted.blocks)  # first with pictures, then without, if that can be
+        self.bare = [] if needs_pixels else until_seen(plans, window, wanted.blocks)
+        self.steady = stays_full(preset)
+        lasting = wanted.blocks + 1 if self.steady else 0
+        decoded = [True] * len(self.shown) + [False] * len(self.bare) + [True] * lasting
+        self.judge = judge_of(self.engine, rows, subject, decoded)
         if self.judge.bits_off is not None:
             tell(f"in these bits the plain executor is off by {self.judge.bits_off:.1e}")
         self.told: dict[str, dict[str, Any]] = {}
@@ -107,58 +121,71 @@ class Bench:
     def check_outputs(self) -> None:
         """Refuse candidates whose outputs do not match; InferixError if none is left."""
         for candidate in self.chosen:
-            off, refused = self.judge.check(candidate)
+            off, refused = self.judge.check(candidate, self.full + 2)
             self.told[candidate.name] = {
                 "about": candidate.about, "difference": off, "allowed": self.judge.allowed(candidate),
                 "refused": refused, "fewer_bits": candidate.fewer_bits,
             }  # fmt: skip
             said = f"refused, {refused}" if refused else f"outputs match (off by {off:.1e})"
             self.tell(f"{candidate.name}: {said}")
-        if not self.accepted:
-            raise InferixError("nothing was timed, since no candidate's outputs match those of the eager executor")
 
     @property
     def accepted(self) -> list[Candidate]:
-        return [candidate for candidate in self.chosen if not self.told[candidate.name]["refused"]]
+        """Candidates that have not been refused; InferixError if there is none."""
+        found = [candidate for candidate in self.chosen if not self.told[candidate.name]["refused"]]
+        if not found:
+            reasons = "; ".join(f"{name}: {one['refused']}" for name, one in self.told.items())
+            raise InferixError(f"nothing was timed, since no candidate's outputs match those of {ORACLE}: {reasons}")
+        return found
 
     def in_turn(self, turn: int) -> list[Candidate]:
         """The candidates of a round, another one first each time."""
-        first = turn % max(1, len(self.accepted))
-        return self.accepted[first:] + self.accepted[:first]
+        accepted = self.accepted
+        first = turn % len(accepted)
+        return accepted[first:] + accepted[:first]
 
-    def take(self, candidate: Candidate) -> None:
-        """Time one stream of a candidate; one whose outputs differ now is refused after all."""
-        stream = candidate.open()
+    def take(self, candidate: Candidate, turn: int) -> None:
+        """Time one stream of a candidate; one that fails, or whose outputs differ now, is refused after all."""
         try:
-            made = self.with_decoder(stream, self.taken[candidate.name])
-            made += self.without_decoder(stream, self.taken[candidate.name], len(made))
-            if isinstance(stream, EngineStream):
-                for seconds in stream.intervals(self.wanted.blocks):
-                    self.taken[candidate.name].add("interval", seconds)
+            wrong = self.judge.refusal(candidate, self.time_stream(candidate, turn))
+        except failures() as error:
+            wrong = trouble(error)
+        if wrong:
+            self.told[candidate.name]["refused"] = f"in round {turn + 1}: {wrong}"
+            self.tell(f"{candidate.name}: refused in round {turn + 1}, {wrong}")
+
+    def time_stream(self, candidate: Candidate, turn: int) -> list[Made]:
+        """Take the times of one stream; returns all its blocks."""
+        stream, taken = candidate.open(), self.taken[candidate.name]
+        try:
+            made = self.with_decoder(stream, taken)
+            made += self.without_decoder(stream, taken)
+            if isinstance(stream, EngineStream) and self.steady:
+                more, intervals = stream.run(self.wanted.blocks)
+                made += more
+                for seconds in intervals:
+                    taken.add("interval", seconds)
+            if card := card_of(self.device):
+                self.clocks.append({"round": turn + 1, "candidate": candidate.name, **card.state()})
         finally:
             stream.close()
-        if card := card_of(self.device):
-            self.clocks.append(card.state())
-        if wrong := self.judge.mismatch(candidate, made):
-            self.told[candidate.name]["refused"] = f"what was timed differs: {wrong}"
+        return made
 
-    def with_decoder(self, stream: Stream, taken: Taken) -> list[Tensor]:
-        """Blocks until the window is full, then those wanted, with pixels; returns all latents."""
-        card, made = card_of(self.device), list[Tensor]()
-        joules, metered, counted = None, 0, 0
-        for plan in plan_blocks(self.engine.preset):
+    def with_decoder(self, stream: Stream, taken: Taken) -> list[Made]:
+        """Blocks until the window is full, then those wanted, with pixels; returns all."""
+        card, made = card_of(self.device), list[Made]()
+        joules, metered = None, 0
+        for plan in self.shown:
             if plan.context == self.plan.context and not metered:
                 joules = card.energy() if card else None
             block, seconds = timed(stream, self.device, decode=True)
-            made.append(block.latents.clone())
+            made.append(kept(block))
             taken.growth.setdefault(plan.context, []).append(seconds)
             if plan.context < self.plan.context:
                 metered = 0
                 continue
-            counted, metered = counted + 1, metered + 1
+            metered += 1
             self.note(block, seconds, plan, taken)
-            if counted == self.wanted.blocks:
-                break
         if card and joules is not None and (now := card.energy()) is not None:
             taken.add("energy", (now - joules) / metered)
         return made
@@ -174,24 +201,22 @@ class Bench:
         if self.engine.preset.context.needs_pixels:  # its next block waits for the decoder, which cannot be left out
             taken.add("transformer", seconds - block.timings["decode"])
 
-    def without_decoder(self, stream: Stream, taken: Taken, done: int) -> list[Tensor]:
-        """As many more blocks of a stream, after `done`, without pixels; returns all latents."""
-        made, counted = list[Tensor](), 0
-        if self.engine.preset.context.needs_pixels:
-            return made
-        for plan in islice(plan_blocks(self.engine.preset), done, None):
+    def without_decoder(self, stream: Stream, taken: Taken) -> list[Made]:
+        """The blocks after them, without pixels; returns all."""
+        made = []
+        for plan in self.bare:
             block, seconds = timed(stream, self.device, decode=False)
-            made.append(block.latents.clone())
+            made.append(kept(block))
             if plan.context == self.plan.context:
                 taken.add("transformer", seconds)
-                counted += 1
-            if counted == self.wanted.blocks:
-                break
         return made
 
     def look_inside(self) -> None:
+        """With one candidate's engine there at a time, or one's memory would be counted with another's."""
         for candidate in self.accepted:
             self.tell(f"looking inside {candidate.name}")
+            for one in self.chosen:
+                one.drop()
             self.told[candidate.name] |= look_inside(candidate, self.engine, self.full, self.ceilings)
 
     def result(self) -> Result:

@@ -1,29 +1,36 @@
 """What is timed, and whether it may be: our executors and the baselines, over the same weights, held against `eager`.
 
-A candidate whose latents differ from the eager executor's by more than is allowed is refused, with the reason.
+A candidate whose latents or frames differ from the eager executor's by more than is allowed is refused, with the
+reason; so is one that fails, or whose programs were to be captured and are not.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest
-from ..runtime.engine import Engine
+from ..runtime.engine import Engine, Pixels
+from ..runtime.executors import GraphExecutor
+from ..runtime.outbox import Block
 from .baseline import Made, PlainLoop, compiled_layer, run_layer, why_not
-from .subject import ORACLE, Subject, in_fewer_bits, in_full, random_prompt, with_executor
-from .work import blocks_until_full
+from .kernels import cannot_run
+from .subject import ORACLE, Subject, in_fewer_bits, in_full, with_executor
 
 NONE = "none"  # no baseline
 # Largest root mean square of the difference to the oracle's latents, relative to theirs, over all checked blocks.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 0.04}
-BITS_MARGIN = 1.1  # how much further off than the plain executor in the same bits; another error may be 0.46 of theirs
+BITS_MARGIN = 1.1  # how much further off than the plain executor in the same bits, where that is above the tolerance
+LEVELS = 2.0  # of 255, that pixels may be off beside what their latents are: decoders hand that on about as it is
 
 
 class Stream(Protocol):
@@ -40,6 +47,7 @@ class Stream(Protocol):
 class Candidate:
     """What is timed: `open` begins a stream, `owners` tells the bytes a stream holds, by owner. `drop` lets go of what
     is kept between streams. fewer_bits: whether layers or pages are in another precision than the oracle's.
+    `fallbacks` says what could not be captured so far.
     """
 
     name: str
@@ -48,30 +56,36 @@ class Candidate:
     owners: Callable[[Any], dict[str, int]]
     drop: Callable[[], None] = lambda: None
     fewer_bits: bool = False
+    fallbacks: Callable[[], list[str]] = list
 
 
 class EngineStream:
     """A session as a stream."""
 
     def __init__(self, engine: Engine, rows: Tensor, seed: int, size: tuple[int, int]) -> None:
-        self.begun_with = (rows, seed, size)
         self.session = engine.open(prompt_embeds=rows, seed=seed, size=size)
-
-    def again(self, engine: Engine) -> EngineStream:
-        """The same stream from its beginning, on another engine."""
-        return EngineStream(engine, *self.begun_with)
 
     def step(self, decode: bool = True) -> Made:
         (block,) = self.session.stream(1, decode)
-        return Made(block.latents, block.frames, dict(block.timings), tuple(block.record.passes))
+        return made_of(block)
 
-    def intervals(self, blocks: int) -> list[float]:
-        """Seconds between so many blocks that are asked for at once, so that decoding is beside the next block."""
-        arrivals = [time.perf_counter() for _ in self.session.stream(blocks + 1)]
-        return [after - before for before, after in pairwise(arrivals)]
+    def run(self, blocks: int) -> tuple[list[Made], list[float]]:
+        """So many more blocks and one before them, and the seconds between them, of a stream without an end: decoding
+        is beside the next block, and the clock stops while another one is being made. The stream ends there.
+        """
+        taken, arrivals = [], []
+        with closing(self.session.stream()) as stream:
+            for block in islice(stream, blocks + 1):
+                arrivals.append(time.perf_counter())
+                taken.append(block)
+        return [made_of(block) for block in taken], [after - before for before, after in pairwise(arrivals)]
 
     def close(self) -> None:
         self.session.close()
+
+
+def made_of(block: Block) -> Made:
+    return Made(block.latents, block.frames, dict(block.timings), tuple(block.record.passes))
 
 
 EXECUTOR_NOTES = {
@@ -112,7 +126,12 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
         cache = sum(branch.cache.nbytes for branch in session.branches)
         return {"cache": cache, "decoder state": session.track.nbytes, **made[0].executor.bytes_by_owner()}
 
-    return Candidate(name, EXECUTOR_NOTES[name], begin, owners, made.clear, name != ORACLE and in_fewer_bits(engine))
+    def fallbacks() -> list[str]:
+        executors = [one.executor for one in made]
+        return [said for one in executors if isinstance(one, GraphExecutor) for said in one.launcher.fallbacks]
+
+    fewer_bits = name != ORACLE and in_fewer_bits(engine)
+    return Candidate(name, EXECUTOR_NOTES[name], begin, owners, made.clear, fewer_bits, fallbacks)
 
 
 def baseline_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject) -> Candidate:
@@ -154,15 +173,23 @@ def choose(
 
 @dataclass(frozen=True)
 class Judge:
-    """What latents must be, and how far from that they may be: root mean square relative to theirs, in any block.
+    """What a stream's blocks must be, and how far from that they may be: root mean square relative to theirs, in any
+    block; of frames as much of their contrast, and `LEVELS` more.
 
-    bits_off: how far the plain executor is with layers and pages in the engine's bits; None where those are the
-    model's own. Who is further off than that, and a tenth more, has made another mistake than the bits.
+    reference: on the host, as long as the longest stream that is held against it, with frames where that has any.
+    bits_off: how far the latents of the plain executor are with layers and pages in the engine's bits; None where those
+    are the model's own. Who is further off than that, and a tenth more, has made another mistake than the bits, unless
+    it is within the tolerance.
     """
 
-    reference: list[Tensor]
+    reference: list[Made]
     tolerance: float
     bits_off: float | None = None
+
+    @property
+    def decoded(self) -> list[bool]:
+        """Which blocks have frames."""
+        return [block.frames is not None for block in self.reference]
 
     def allowed(self, candidate: Candidate) -> float:
         if not candidate.fewer_bits:
@@ -170,64 +197,96 @@ class Judge:
         assert self.bits_off is not None
         return max(self.tolerance, BITS_MARGIN * self.bits_off)
 
-    def off(self, made: list[Tensor]) -> float:
-        """The furthest of some blocks from the stream's beginning."""
-        return max(map(difference, made, self.reference))
+    def off(self, made: Sequence[Made]) -> float | None:
+        """The furthest of the latents of a stream's first blocks; None where any is no number, or of another size."""
+        pairs = [(got.latents, want.latents) for got, want in zip(made, self.reference, strict=False)]
+        found = [difference(got, want) if got.shape == want.shape else math.nan for got, want in pairs]
+        return max(found) if all(map(math.isfinite, found)) else None
 
-    def mismatch(self, candidate: Candidate, made: list[Tensor]) -> str | None:
-        """The first block that is further off than allowed, in words; the last may be missing."""
+    def mismatch(self, candidate: Candidate, made: Sequence[Made]) -> str | None:
+        """The first of a stream's blocks that is further off than allowed, in words; there may be fewer of them than
+        the reference has.
+        """
         allowed = self.allowed(candidate)
-        for index, (got, want) in enumerate(zip(made, self.reference, strict=False)):
-            if got.shape != want.shape:
-                return f"block {index} is {list(got.shape)}, expected {list(want.shape)}"
-            off = difference(got, want)
+        for index, (got, want) in enumerate(zip(made, self.reference[: len(made)], strict=True)):
+            if got.latents.shape != want.latents.shape:
+                return f"block {index} is {list(got.latents.shape)}, expected {list(want.latents.shape)}"
+            off = difference(got.latents, want.latents)
             if not off <= allowed:
                 return f"the latents of block {index} are off by {off:.1e} of their size, allowed {allowed:.1e}"
+            if want.frames is None:
+                continue
+            if got.frames is None or got.frames.shape != want.frames.shape:
+                found = None if got.frames is None else list(got.frames.shape)
+                return f"the frames of block {index} are {found}, expected {list(want.frames.shape)}"
+            levels, most = levels_off(got.frames, want.frames), LEVELS + allowed * levels_off(want.frames, 127.5)
+            if levels > most:
+                return f"the frames of block {index} are off by {levels:.1f} levels, allowed {most:.1f}"
         return None
 
-    def check(self, candidate: Candidate) -> tuple[float | None, str | None]:
-        """How far a candidate's latents are off, and why it may not be timed, if so."""
+    def refusal(self, candidate: Candidate, made: Sequence[Made]) -> str | None:
+        """Why what a candidate has made must not count; None if it may."""
+        if fallen := candidate.fallbacks():
+            return f"not captured: {fallen[0]}"
+        return self.mismatch(candidate, made)
+
+    def check(self, candidate: Candidate, blocks: int) -> tuple[float | None, str | None]:
+        """How far a candidate's first blocks are off, and why it may not be timed, if so."""
         try:
-            made = latents_of(candidate.open(), len(self.reference))
-        except (RuntimeError, InferixError) as error:
-            return None, f"cannot run: {str(error).splitlines()[0]}"
-        return self.off(made), self.mismatch(candidate, made)
+            made = outputs_of(candidate.open(), self.decoded[:blocks])
+        except failures() as error:
+            return None, trouble(error)
+        return self.off(made), self.refusal(candidate, made)
 
 
-def judge_of(engine: Engine, rows: Tensor, subject: Subject, blocks: int) -> Judge:
-    """By the first blocks of a stream of the oracle."""
+def judge_of(engine: Engine, rows: Tensor, subject: Subject, decoded: Sequence[bool]) -> Judge:
+    """By so many blocks of a stream of the oracle, each with frames or without."""
     tolerance, oracle = TOLERANCE[engine.dtype], executor_candidate(engine, ORACLE, rows, subject)
-    judge = Judge(latents_of(oracle.open(), blocks), tolerance)
+    made = outputs_of(oracle.open(), decoded)
+    judge = Judge([replace(block, latents=block.latents.cpu()) for block in made], tolerance)
     if not in_fewer_bits(engine):
         return judge
     plain = EngineStream(with_executor(engine, ORACLE), rows, subject.seed, subject.size or engine.default_size)
-    return replace(judge, bits_off=judge.off(latents_of(plain, blocks)))
+    return replace(judge, bits_off=judge.off(outputs_of(plain, decoded)))
 
 
-def latents_of(stream: Stream, blocks: int) -> list[Tensor]:
-    """The latents of a stream's first blocks; it is closed."""
+def outputs_of(stream: Stream, decoded: Sequence[bool]) -> list[Made]:
+    """A stream's first blocks, with frames or without; it is closed."""
     try:
-        return [stream.step().latents.clone() for _ in range(blocks)]
+        return [kept(stream.step(decode)) for decode in decoded]
     finally:
         stream.close()
 
 
+def kept(block: Made) -> Made:
+    """A block whose latents nobody else writes to."""
+    return replace(block, latents=block.latents.clone())
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a candidate raises that cannot run here, and that the others go on after."""
+    return (*cannot_run(), MemoryError)
+
+
+def trouble(error: Exception) -> str:
+    """An error in one line, also where it says nothing."""
+    return f"cannot run: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
 def difference(got: Tensor, want: Tensor) -> float:
     """Root mean square of got - want, relative to that of want."""
-    want = want.double()
+    want = want.to(got.device).double()
     return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def check_executor(engine: Engine, subject: Subject) -> dict[str, float | None]:
-    """How far an engine's executor is from the oracle, and what is allowed; InferixError if that is too far."""
-    name, rows = engine.config.executor, random_prompt(engine, subject.seed)
-    if name == ORACLE and not in_fewer_bits(engine):
-        return {"difference": 0.0, "tolerance": TOLERANCE[engine.dtype], "bits_off": None}
-    judge = judge_of(engine, rows, subject, blocks_until_full(engine.preset) + 2)
-    if name == ORACLE:  # what the others' bits are held against
-        return {"difference": judge.bits_off, "tolerance": judge.tolerance, "bits_off": judge.bits_off}
-    ours = executor_candidate(engine, name, rows, subject)
-    off, refused = judge.check(ours)
+def levels_off(got: Pixels, want: Pixels | float) -> float:
+    """Root mean square of got - want in levels of 255."""
+    return float(np.sqrt(np.square(np.subtract(got, want, dtype=np.float32)).mean()))
+
+
+def check_executor(judge: Judge, candidate: Candidate) -> dict[str, float | None]:
+    """How far a candidate's stream is from the oracle's, and what is allowed; InferixError if it is refused."""
+    off, refused = judge.check(candidate, len(judge.reference))
     if refused:
-        raise InferixError(f"executor {name} is refused and nothing was timed: {refused}")
-    return {"difference": off, "tolerance": judge.allowed(ours), "bits_off": judge.bits_off}
+        raise InferixError(f"executor {candidate.name} is refused and nothing was timed: {refused}")
+    return {"difference": off, "tolerance": judge.allowed(candidate), "bits_off": judge.bits_off}

@@ -108,17 +108,18 @@ def check_graph(subject: Subject) -> tuple[dict[str, Any], list[str]]:
     engine = open_engine(replace(subject, executor=ORACLE))
     rows, full = random_prompt(engine, subject.seed), blocks_until_full(engine.preset)
     names = ["fused", "captured"] if engine.device.type == "cuda" else ["fused"]
-    judge = candidates.judge_of(engine, rows, subject, full + 2)
+    judge = candidates.judge_of(engine, rows, subject, [True] * (full + 2))
     found: dict[str, Any] = {"environment": environment(str(engine.device)), "bits_off": judge.bits_off}
     wrong, made = [], {}
     for candidate in (candidates.executor_candidate(engine, name, rows, subject) for name in names):
-        made[candidate.name] = candidates.latents_of(candidate.open(), full + 2)
+        made[candidate.name] = candidates.outputs_of(candidate.open(), judge.decoded)
         found[f"{candidate.name} off by"] = judge.off(made[candidate.name])
         found[f"{candidate.name} allowed"] = judge.allowed(candidate)
         if said := judge.mismatch(candidate, made[candidate.name]):
             wrong.append(f"{candidate.name}: {said}")
     if "captured" in made:
-        equal = all(map(torch.equal, made["captured"], made["fused"]))
+        pairs = zip(made["captured"], made["fused"], strict=True)
+        equal = all(torch.equal(captured.latents, fused.latents) for captured, fused in pairs)
         wrong += [] if equal else ["captured: its latents are not those of fused bit for bit"]
         captured = with_executor(engine, "captured", kv_memory=room_for_two(engine, subject))
         told, more = check_captures(captured, rows, subject, full)

@@ -4,6 +4,7 @@ against other candidates, since looking slows a block down.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -12,41 +13,66 @@ import torch
 
 from ..runtime.engine import Engine
 from ..runtime.profile import Ceilings, Profile
-from .candidates import EXECUTOR_NOTES, Candidate, EngineStream, Stream
-from .machine import process_memory, synchronize
+from .candidates import EXECUTOR_NOTES, Candidate, EngineStream, Stream, failures, trouble
+from .machine import synchronize
 from .result import Series
-from .subject import ORACLE, with_executor
+from .subject import ORACLE
 
 KERNELS = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 GRAPHS = ("cudaGraphLaunch", "cuGraphLaunch")
 
 
 def look_inside(candidate: Candidate, engine: Engine, full: int, ceilings: Mapping[str, Series]) -> dict[str, Any]:
-    """Memory and launches of the block after `full` others; for graph executors, its profile too."""
+    """Memory and launches of the block after `full` others; for graph executors, its profile too. What cannot be seen
+    is left out, and `not_seen` says why. No engine of a candidate may be there.
+    """
+    found: dict[str, Any] = {"memory": {}, "launches": None}
+    try:
+        found |= held_and_launched(candidate, engine, full)
+        candidate.drop()
+        if candidate.name in EXECUTOR_NOTES and candidate.name != ORACLE:
+            found["profile"] = profiled(candidate, full, ceilings)
+    except failures() as error:
+        found["not_seen"] = trouble(error)
+    finally:
+        candidate.drop()
+    return found
+
+
+def held_and_launched(candidate: Candidate, engine: Engine, full: int) -> dict[str, Any]:
+    """Bytes by owner, and on a GPU the most that were held at once, and what was launched."""
     device = str(engine.device)
+    part_weights(engine)
+    elsewhere = -sum(weights(engine).values())  # what is there and not the candidate's, such as the oracle's pages
+    if engine.device.type != "cpu":
+        elsewhere += torch.cuda.memory_allocated(device)
     stream = candidate.open()
     try:
         for _ in range(full):
             stream.step()
-        memory: dict[str, int | None] = {**weights(engine), **candidate.owners(stream)}
+        memory = {**weights(engine), **candidate.owners(stream)}
         if engine.device.type == "cpu":
-            stream.step()
-            found: dict[str, Any] = {"memory": memory | {"process": process_memory()}, "launches": None}
-        else:
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            stream.step()
-            memory |= {
-                "scratch": torch.cuda.max_memory_allocated(device) - before,
-                "peak": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.memory_reserved(device),
-            }  # fmt: skip
-            found = {"memory": memory, "launches": launches_of(stream, device)}
+            return {"memory": memory}
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        stream.step()
+        most = torch.cuda.max_memory_allocated(device)
+        return {
+            "memory": memory | {"passing": most - before, "peak": most - elsewhere},
+            "launches": launches_of(stream, device),
+        }
     finally:
         stream.close()
-        candidate.drop()
-    if candidate.name in EXECUTOR_NOTES and candidate.name != ORACLE:
-        found["profile"] = profiled(candidate.name, engine, stream, full, ceilings)
-    return found
+
+
+def part_weights(engine: Engine) -> None:
+    """Give weights that an engine has put one after another, and that is gone, memory of their own again: the next one
+    would hold a copy of its own beside them.
+    """
+    gc.collect()  # engines and their sessions point at each other
+    for weight in engine.parts.transformer.parameters():
+        if weight.untyped_storage().nbytes() > weight.nbytes:
+            weight.data = weight.data.clone()
 
 
 def weights(engine: Engine) -> dict[str, int]:
@@ -72,16 +98,15 @@ def count_launches(names: Iterable[str]) -> dict[str, int]:
     return {"graphs": sum(name in GRAPHS for name in held), "kernels": sum(name in KERNELS for name in held)}
 
 
-def profiled(name: str, engine: Engine, like: Any, full: int, ceilings: Mapping[str, Series]) -> dict[str, Any]:
-    """Passes and kinds of work of one block of an executor of its own, which is told before it captures anything."""
-    twin = with_executor(engine, name)
-    assert isinstance(like, EngineStream)
+def profiled(candidate: Candidate, full: int, ceilings: Mapping[str, Series]) -> dict[str, Any]:
+    """Passes and kinds of work of one block of an executor that is told before it captures anything."""
     packed = ceilings["packed_flops"].best if "packed_flops" in ceilings else None
     roof = Ceilings(ceilings["matmul_flops"].best, ceilings["copy_bytes"].best, packed)
-    profile = Profile(name, twin.device, roof)
-    twin.executor.start_profile(profile)
-    stream = like.again(twin)
+    stream = candidate.open()
     try:
+        assert isinstance(stream, EngineStream)
+        profile = Profile(candidate.name, stream.session.engine.device, roof)
+        stream.session.engine.executor.start_profile(profile)
         for _ in range(full + 1):
             profile.drop()
             block = stream.step()

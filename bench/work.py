@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from ..errors import UsageError
 from ..graphs.passes import Pass
@@ -91,6 +92,20 @@ def blocks_until_full(preset: Preset) -> int:
     blocks = plan_blocks(preset)
     seen = [next(blocks).context for _ in range(HORIZON + bound // preset.num_frame_per_block)]
     return seen.index(max(seen))
+
+
+def stays_full(preset: Preset) -> bool:
+    """Whether all blocks after the window is full see as much; those of a preset that begins segments anew do not."""
+    full = blocks_until_full(preset)
+    return len({plan.context for plan in islice(plan_blocks(preset), full, full + HORIZON)}) == 1
+
+
+def until_seen(plans: Iterator[BlockPlan], window: int, blocks: int) -> list[BlockPlan]:
+    """The next plans, until so many of them see the whole window."""
+    found: list[BlockPlan] = []
+    while sum(plan.context == window for plan in found) < blocks:
+        found.append(next(plans))
+    return found
 
 
 def pass_work(

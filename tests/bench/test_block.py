@@ -6,32 +6,38 @@ Its clock is replaced by one that only moves when it is read or slept on, so no 
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from inferix import load
 from inferix.bench import block as bench
-from inferix.bench.baseline import PlainLoop, run_layer, why_not
+from inferix.bench import inside
+from inferix.bench.baseline import Made, PlainLoop, run_layer, why_not
 from inferix.bench.block import Wanted, run
-from inferix.bench.candidates import difference
+from inferix.bench.candidates import EngineStream, Judge, difference, executor_candidate, outputs_of
 from inferix.bench.compare import compare
 from inferix.bench.gpu_check import check_graph
 from inferix.bench.inside import count_launches
 from inferix.bench.report import page
 from inferix.bench.result import Result, read_result
 from inferix.bench.subject import Subject, drawn, in_full, open_engine, random_prompt
-from inferix.bench.work import blocks_until_full, decoder_work, pass_work, plan_blocks
+from inferix.bench.work import blocks_until_full, decoder_work, pass_work, plan_blocks, stays_full
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import WAN21_VAE
 from inferix.runtime.engine import Engine
+from inferix.runtime.launcher import alone
+from inferix.runtime.pipeline import DecoderTrack
 from inferix.runtime.presets import PRESETS, make_preset
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
@@ -151,11 +157,112 @@ def test_what_does_not_match_is_refused_and_not_timed(monkeypatch):
     assert "the latents of block 1 are off by" in told["fused"]["refused"]
     assert told["captured"]["refused"] == "cannot run: no kernel image is available"
     assert "the latents of block 2 are off by" in told["plain"]["refused"]
-    assert "what was timed differs: the latents of block 1" in told["compiled"]["refused"]
+    assert "in round 1: the latents of block 1" in told["compiled"]["refused"]
     assert {name.partition("/")[0] for name in result.series} == {"eager"}
     assert "refused: the latents" in page({"a.json": result}, "results", "page.md", {})
     with pytest.raises(InferixError, match="no candidate's outputs match"):
         run(replace(WANTED, executors=("fused",), baselines=("plain",)), lambda said: None)
+
+
+class Black(PlainLoop):
+    """Right latents, and no picture."""
+
+    def step(self, decode=True):
+        made = super().step(decode)
+        return replace(made, frames=None if made.frames is None else np.zeros_like(made.frames))
+
+
+class Stuck(PlainLoop):
+    """Right past the first block at a full window, then it hands out the same block again and again, in no time."""
+
+    def step(self, decode=True):
+        if self.frames[-1:] < (8,):
+            self.last = super().step(decode)
+        return self.last
+
+
+def test_all_that_is_timed_is_compared_and_pictures_too(monkeypatch):
+    opened = []
+
+    def fails_later(*args):
+        opened.append(args)
+        if len(opened) > 1:
+            raise ValueError
+        return PlainLoop(*args)
+
+    def no_memory(*args):
+        raise MemoryError
+
+    plant(monkeypatch, {"fused": PlainLoop, "captured": Black, "plain": Stuck, "compiled": fails_later})
+    monkeypatch.setattr(inside, "profiled", no_memory)
+    result = run(replace(WANTED, blocks=2, baselines=("plain", "compiled")), lambda said: None)
+    told = result.facts["candidates"]
+    assert told["fused"]["refused"] is None and told["fused"]["not_seen"] == "cannot run: MemoryError"
+    assert told["fused"]["memory"]["cache"] > 0 and "profile" not in told["fused"]
+    assert told["captured"]["refused"].startswith("the frames of block 0 are off by")
+    assert told["plain"]["refused"].startswith("in round 1: the latents of block 3 are off by")
+    assert told["compiled"]["refused"] == "in round 1: cannot run: ValueError"
+    assert {name.partition("/")[0] for name in result.series} == {"eager", "fused"}
+
+
+def test_what_is_no_number_or_of_another_size_is_refused_with_a_reason():
+    engine = open_engine(SMALL)
+    fused = executor_candidate(engine, "fused", random_prompt(engine, 0), SMALL)
+    good, frames = torch.ones(3, 2, 4, 4), np.full((2, 8, 8, 3), 100, np.uint8)
+    judge = Judge([Made(good, frames, {})], 1e-3)
+    for made, said in (
+        (Made(good * torch.nan, frames, {}), "the latents of block 0 are off by nan"),
+        (Made(good[1:], frames, {}), r"block 0 is \[2, 2, 4, 4\], expected \[3"),
+        (Made(good, frames[1:], {}), r"the frames of block 0 are \[1, 8, 8, 3\], expected"),
+        (Made(good, frames + 3, {}), "the frames of block 0 are off by 3.0 levels, allowed 2.0"),
+    ):
+        assert re.match(said, judge.refusal(fused, [made]))
+    assert judge.off([Made(good * torch.nan, frames, {})]) is judge.off([Made(good[1:], frames, {})]) is None
+    assert judge.refusal(fused, [Made(good, frames + 1, {})]) is None
+    stream = fused.open()
+    stream.session.engine.executor.launcher.fallbacks.append("aten::x cannot be captured")
+    assert judge.refusal(fused, [Made(good, frames, {})]) == "not captured: aten::x cannot be captured"
+    stream.close()
+
+
+def test_the_clock_stops_while_the_next_block_is_made(monkeypatch):
+    begun, denoise, decode = [], Engine.denoise, DecoderTrack.decode
+
+    def counted(self, session):
+        begun.append(session)
+        return denoise(self, session)
+
+    def slow(*args):
+        time.sleep(0.02)  # far longer than the host takes to begin another block
+        return decode(*args)
+
+    monkeypatch.setattr(Engine, "denoise", counted)
+    monkeypatch.setattr(DecoderTrack, "decode", slow)
+    engine = open_engine(SMALL)
+    stream = EngineStream(engine, random_prompt(engine, 0), 0, (32, 32))
+    made, intervals = stream.run(2)
+    stream.close()
+    assert (len(made), len(intervals)) == (3, 2) and len(begun) > 3
+
+
+def test_weights_that_a_gone_engine_has_joined_have_memory_of_their_own_again():
+    engine = open_engine(SMALL)
+    fused = executor_candidate(engine, "fused", random_prompt(engine, 0), SMALL)
+    made = outputs_of(fused.open(), [True])
+    weights = list(engine.parts.transformer.parameters())
+    assert not all(map(alone, weights))
+    fused.drop()
+    inside.part_weights(engine)
+    assert all(map(alone, weights))
+    assert torch.equal(outputs_of(fused.open(), [True])[0].latents, made[0].latents)
+
+
+def test_intervals_are_only_of_presets_whose_window_stays_full():
+    causvid = Subject("wan-tiny", "causvid", size=(16, 16), device="cpu", overrides={"segment_frames": 9})
+    result = run(Wanted(causvid, 1, 2, ("eager",), ("none",)), lambda said: None)
+    assert len(result.of("eager")["block"].samples) == 2 and "interval" not in result.of("eager")
+    steady = ("self-forcing", "longlive", "krea", "causvid")
+    assert [stays_full(PRESETS[name]) for name in steady] == [True, True, True, False]
 
 
 def test_fewer_bits_are_held_against_what_the_bits_themselves_do(monkeypatch):
