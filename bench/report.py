@@ -31,8 +31,9 @@ BEGINNING = "# Performance\n\nMade by `inferix bench report"  # of every page, b
 HOW = """\
 ## How to read this page
 
-- Nothing is timed that has not just matched: a candidate's latents are held against the eager executor's, block by
-  block up to the full window and beyond, and a candidate that is further off than the stated tolerance is refused.
+- Nothing is timed that has not just matched: a candidate's latents and frames are held against the eager executor's,
+  block by block up to the full window and beyond. One that is further off than the stated tolerance is refused.
+- What was timed is compared as well: of `block` all of it, of `stream` the first blocks of the one that FPS are of.
 - A block is timed at a **full window**, reached by running the stream, not with an empty cache.
 - FPS are pixel frames out for each second of wall time, the decoder included.
 - The decoder's column is decoding and the conversion to uint8 frames. The engine does both on a thread of its own,
@@ -336,7 +337,7 @@ def block_part(result: Result) -> Iterator[str]:
         )
     if facts["left_out"]:
         yield "Left out: " + "; ".join(f"`{name}`: {reason}" for name, reason in facts["left_out"].items()) + "."
-    yield memory_table(result)
+    yield from memory_part(result)
     pass_series = {name: passes_of(result, name) for name in facts["candidates"]}
     if timed := {name: series for name, series in pass_series.items() if series}:
         works = {name in packed: result.work_of(name)["passes"] for name in timed}
@@ -382,7 +383,8 @@ def profile_part(name: str, profile: dict[str, Any], written: int) -> Iterator[s
     )
 
 
-def memory_table(result: Result) -> str:
+def memory_part(result: Result) -> Iterator[str]:
+    """Memory by owner and launches of each candidate, and why some could not be looked into."""
     told = {name: one["memory"] for name, one in result.facts["candidates"].items() if one.get("memory")}
     owners = list(dict.fromkeys(owner for memory in told.values() for owner in memory))
     launches = {name: result.facts["candidates"][name].get("launches") for name in told}
@@ -390,7 +392,11 @@ def memory_table(result: Result) -> str:
         (name, *(megabytes(memory.get(owner)) for owner in owners), in_words(launches[name]))
         for name, memory in told.items()
     ]
-    return table(("candidate", *(f"{owner}, MB" for owner in owners), "launched in a block, decoder apart"), rows)
+    if rows:
+        yield table(("candidate", *(f"{owner}, MB" for owner in owners), "launched in a block, decoder apart"), rows)
+    unseen = {name: one["not_seen"] for name, one in result.facts["candidates"].items() if "not_seen" in one}
+    if unseen:
+        yield "Not looked into: " + "; ".join(f"`{name}`: {short(why)}" for name, why in unseen.items()) + "."
 
 
 def in_words(launches: dict[str, int] | None) -> str:

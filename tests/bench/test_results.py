@@ -270,6 +270,13 @@ def test_packed_candidates_are_held_against_work_in_their_bits():
     assert "bfloat16, fp8 linears in blocks.0.* but *.v (GPU" in text and "compute in full" not in text
 
 
+def test_a_candidate_that_could_not_be_looked_into_says_why():
+    result = made({"captured/block": [0.2]}, H200)
+    result.facts["candidates"]["captured"] |= {"memory": {}, "launches": None, "not_seen": "cannot run: no memory"}
+    text = page({"a.json": result}, "results", "page.md", {})
+    assert "Not looked into: `captured`: cannot run: no memory." in text and "decoder apart" not in text
+
+
 def test_a_report_removes_pictures_of_the_page_before_and_nothing_else(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install matplotlib")
     folder, out = tmp_path / "in", tmp_path / "page.md"
