@@ -9,7 +9,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from .goals import GOALS, Goal
 from .nvml import slowed_by
 from .plots import PLOTS, has_matplotlib
 from .result import FAILED, Result, Series, read_failures, read_folder
-from .stream import Playout, play_out
 
 Row = tuple[str, ...]
 WAITED = 0.1  # share by which wall time may be above the processor's before the page says so
@@ -423,15 +421,17 @@ def stream_part(result: Result) -> Iterator[str]:
         f"{told['fps']:.4g} FPS at a full window ({told['frames']} frames, sink: {result.facts['sink']}), "
         f"{told['real_time_factor']:.3g} times the video's {told['video_fps']} FPS; jitter (standard deviation of "
         f"intervals) {told['jitter'] * 1e3:.3g} ms. "
-        + viewer(Playout(told["late_blocks"], told["waited"], told["longest_wait"]), told["blocks"])
+        + viewers(told, told["blocks"])
     )
-    if len(result.facts["sessions"]) > 1:
+    if len(curve := result.facts["sessions"]) > 1:
         rows = []
-        for point in result.facts["sessions"]:
+        for point in curve:
             series = Series("s", tuple(point["intervals"]))
+            late = (f"{point['late_blocks']} of {len(series.samples)}",) if "late_blocks" in point else ()
             rows.append((str(point["sessions"]), f"{point['fps']:.4g}", f"{point['fps'] / point['sessions']:.4g}",
-                         in_ms(series.median), in_ms(series.tail(0.95))))  # fmt: skip
-        yield table(("sessions", "FPS in all", "FPS each", "interval p50, ms", "p95"), rows)
+                         in_ms(series.median), in_ms(series.tail(0.95)), *late))  # fmt: skip
+        heads = ("sessions", "FPS in all", "FPS each", "interval p50, ms", "p95", "late blocks")
+        yield table(heads[: len(rows[0])], rows)
     if batches := result.facts.get("batches"):
         rows = [(str(point["sessions"]), f"{point['turns'] * 1e3:.4g}", f"{point['batch'] * 1e3:.4g}",
                  f"{point['turns'] / point['batch']:.3g}") for point in batches]  # fmt: skip
@@ -450,7 +450,7 @@ def stream_part(result: Result) -> Iterator[str]:
         )
         heads = ("", *(str(part + 1) for part in range(len(memory))))
         yield table(heads, [(name, *values) for name, values in kinds])
-        yield stalls(long, told["frames"] / told["blocks"] / told["video_fps"])
+        yield stalls(long)
         if waited := waited_in(result, long):
             tenths = f"{'tenths' if len(waited) > 1 else 'tenth'} {', '.join(map(str, waited))}"
             yield (
@@ -459,19 +459,18 @@ def stream_part(result: Result) -> Iterator[str]:
             )
 
 
-def stalls(long: dict[str, Any], shown: float) -> str:
-    """The slow blocks of a long run, which medians hide. shown: seconds that a block's frames are shown."""
-    times = long["intervals"]
-    steady = Series("s", tuple(times[long["blocks_before_full"] :]))
+def stalls(long: dict[str, Any]) -> str:
+    """The slow blocks of a long run, which medians hide."""
+    steady = Series("s", tuple(long["intervals"][long["blocks_before_full"] :]))
     tail = f"p99 {in_ms(p99)} ms, " if (p99 := steady.tail(0.99)) else ""
-    watched = viewer(play_out(list(accumulate(times)), [shown] * len(times)), len(times) - 1)
-    return f"Interval at a full window: {tail}worst {in_ms(steady.worst)} ms. {watched}"
+    watched = " " + viewers(long, long["blocks"]) if "late_blocks" in long else ""
+    return f"Interval at a full window: {tail}worst {in_ms(steady.worst)} ms.{watched}"
 
 
-def viewer(playout: Playout, blocks: int) -> str:
+def viewers(told: dict[str, Any], blocks: int) -> str:
     return (
-        f"A viewer who starts with the first block waits at {playout.late} of {blocks} blocks, {playout.waited:.3g} s "
-        f"in all, {playout.longest:.3g} s at most."
+        f"A viewer who starts with the first block waits at {told['late_blocks']} of {blocks} blocks, "
+        f"{told['waited']:.3g} s in all, {told['longest_wait']:.3g} s at most."
     )
 
 

@@ -399,21 +399,23 @@ def test_high_quantiles_need_samples():
 
 
 def test_a_stream_tells_its_check_and_the_stalls_of_a_long_run(tmp_path):
-    times = [0.5] * 5 + [0.5] * 195
-    times[100] = 4.0  # shown for 0.75 s each, 95 blocks after a full window have saved 23.75 s: no viewer waits
-    times[6] = 6.0  # here one waits
+    times, waits = [0.5] * 200, {"late_blocks": 1, "waited": 2.5, "longest_wait": 2.5}
+    times[100], times[6] = 4.0, 6.0
     stream = {"fps": 24.0, "frames": 240, "blocks": 20, "video_fps": 16, "real_time_factor": 1.5, "jitter": 0.0,
-              "late_blocks": 0, "waited": 0.0, "longest_wait": 0.0}  # fmt: skip
+              **waits}  # fmt: skip
     tenths = {f"{key}_by_tenth": [0.5] * 10 for key in ("interval", "processor_seconds", "process_memory")}
     long = {"minutes": 2.5, "blocks": 200, "blocks_before_full": 5, "intervals": times, "processor_seconds": times,
-            "process_memory": [1] * 200, "device_memory": None, "device_memory_by_tenth": None, **tenths}  # fmt: skip
+            "process_memory": [1] * 200, "device_memory": None, "device_memory_by_tenth": None, **tenths,
+            **waits}  # fmt: skip
+    one = {"sessions": 1, "fps": 24.0, "intervals": [0.5] * 20, **waits}
     check = {"difference": 0.015, "tolerance": 0.077, "bits_off": 0.07}
-    facts = {"sink": "memory", "check": check, "stream": stream, "sessions": [], "long": long}
+    facts = {"sink": "memory", "check": check, "stream": stream, "sessions": [one, one | {"sessions": 2}], "long": long}
     result = replace(made({"fused/interval": [0.5] * 20}), kind="stream", facts=facts)
     text = page({"a.json": result}, "results", "page.md", {})
     assert "off by 1.5e-02, allowed 7.7e-02; in these bits the plain executor is off by 7.0e-02." in text
     assert "| fused | interval | 500 | 500 |  | 500 | 20 |" in text  # too few for p99
     assert "200 blocks, made in 109 s of wall time" in text
-    assert "p99 710 ms, worst 6000 ms. A viewer who starts with the first block waits at 1 of 199 blocks" in text
+    assert "p99 710 ms, worst 6000 ms. A viewer who starts with the first block waits at 1 of 200 blocks" in text
+    assert "| 2 | 24 | 12 | 500 | 500 | 1 of 20 |" in text
     if has_matplotlib():
         assert long_run(result, tmp_path / "long.png")
