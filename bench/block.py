@@ -277,7 +277,7 @@ def work_facts(engine: Engine, plan: BlockPlan, subject: Subject) -> dict[str, A
     decoder = decoder_work(engine.parts.vae.spec, engine.spec.latent_size(size), len(plan.frames), config.dtype)
     return {
         **counted(),
-        **({"fewer_bits": counted(config.kv_dtype, config.precision_map)} if in_fewer_bits(engine) else {}),
+        **({"fewer_bits": counted(config.kv_dtype, config.precision_map)} if in_fewer_bits(engine.config) else {}),
         "decoder": asdict(decoder),
         "counted": "from the sizes and passes of the block; bytes are the least that must move",
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any, Protocol
@@ -71,13 +70,12 @@ class EngineStream:
 
     def run(self, blocks: int) -> tuple[list[Made], list[float]]:
         """So many more blocks and one before them, and the seconds between them, of a stream without an end: decoding
-        is beside the next block, and the clock stops while another one is being made. The stream ends there.
+        is beside the next block, and the clock stops while another one is being made. Nothing can follow.
         """
         taken, arrivals = [], []
-        with closing(self.session.stream()) as stream:
-            for block in islice(stream, blocks + 1):
-                arrivals.append(time.perf_counter())
-                taken.append(block)
+        for block in islice(self.session.stream(), blocks + 1):
+            arrivals.append(time.perf_counter())
+            taken.append(block)
         return [made_of(block) for block in taken], [after - before for before, after in pairwise(arrivals)]
 
     def close(self) -> None:
@@ -130,7 +128,7 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
         executors = [one.executor for one in made]
         return [said for one in executors if isinstance(one, GraphExecutor) for said in one.launcher.fallbacks]
 
-    fewer_bits = name != ORACLE and in_fewer_bits(engine)
+    fewer_bits = name != ORACLE and in_fewer_bits(engine.config)
     return Candidate(name, EXECUTOR_NOTES[name], begin, owners, made.clear, fewer_bits, fallbacks)
 
 
@@ -244,7 +242,7 @@ def judge_of(engine: Engine, rows: Tensor, subject: Subject, decoded: Sequence[b
     tolerance, oracle = TOLERANCE[engine.dtype], executor_candidate(engine, ORACLE, rows, subject)
     made = outputs_of(oracle.open(), decoded)
     judge = Judge([replace(block, latents=block.latents.cpu()) for block in made], tolerance)
-    if not in_fewer_bits(engine):
+    if not in_fewer_bits(engine.config):
         return judge
     plain = EngineStream(with_executor(engine, ORACLE), rows, subject.seed, subject.size or engine.default_size)
     return replace(judge, bits_off=judge.off(outputs_of(plain, decoded)))

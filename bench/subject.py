@@ -33,7 +33,7 @@ from ..runtime.config import (
 )
 from ..runtime.engine import Engine, load
 from ..runtime.loading import SHIPPED, Components, random_text
-from ..runtime.presets import default_preset, make_preset
+from ..runtime.presets import Preset, default_preset, make_preset
 from .work import blocks_until_full
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -111,24 +111,30 @@ class Subject:
         return Settings({**ours, "local_attn_size": self.frames_in_window}, bits)
 
 
-def open_engine(subject: Subject) -> Engine:
-    """An engine for it. UsageError for what cannot be measured."""
+def planned(subject: Subject) -> tuple[EngineConfig, Preset]:
+    """What an engine for it is made with, before anything is loaded. UsageError for what cannot be measured."""
     subject.check()
     device = subject.device or default_device()
-    preset = subject.preset or default_preset(subject.model)
+    name = subject.preset or default_preset(subject.model)
     settings, executor = subject.settings(), subject.executor or default_executor(device)
-    if not (subject.is_named or subject.random_weights):
-        return load(
-            subject.model, preset=preset, device=device, dtype=subject.dtype, vae=subject.vae, base=subject.base,
-            executor=executor, graphs=subject.graphs, **settings.bits, **settings.preset,
-        )  # fmt: skip
     config = EngineConfig(
-        model=subject.model, preset=preset, device=device, dtype=subject.dtype or default_dtype(device), base=None,
-        checkpoint_format=None, vae=subject.vae, text_encoder=None, use_ema=True, precision="reference",
-        executor=executor, graphs=subject.graphs, **settings.bits,
+        model=subject.model, preset=name, device=device, dtype=subject.dtype or default_dtype(device),
+        base=subject.base, checkpoint_format=None, vae=subject.vae, text_encoder=None, use_ema=True,
+        precision="reference", executor=executor, graphs=subject.graphs, **settings.bits,
     )  # fmt: skip
-    parts = random_parts(MODELS[subject.model], config, subject.seed)
-    return Engine(config, make_preset(preset, **settings.preset), parts)
+    return config, make_preset(name, **settings.preset)
+
+
+def open_engine(subject: Subject) -> Engine:
+    """An engine for it. UsageError for what cannot be measured."""
+    config, preset = planned(subject)
+    if subject.is_named or subject.random_weights:
+        return Engine(config, preset, random_parts(MODELS[subject.model], config, subject.seed))
+    settings = subject.settings()
+    return load(
+        subject.model, preset=config.preset, device=config.device, dtype=subject.dtype, vae=subject.vae,
+        base=subject.base, executor=config.executor, graphs=subject.graphs, **settings.bits, **settings.preset,
+    )  # fmt: skip
 
 
 def with_executor(engine: Engine, name: str, **bits: Any) -> Engine:
@@ -143,9 +149,9 @@ def in_full(engine: Engine) -> Engine:
     return with_executor(engine, ORACLE, **FULL)
 
 
-def in_fewer_bits(engine: Engine) -> bool:
+def in_fewer_bits(config: EngineConfig) -> bool:
     """Whether layers or pages are in another precision than the model's own."""
-    return engine.config.lowp is not None or engine.config.kv_dtype not in (None, engine.config.dtype)
+    return config.lowp is not None or config.kv_dtype not in (None, config.dtype)
 
 
 def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components:
@@ -222,3 +228,9 @@ def told_prompt(engine: Engine, seed: int) -> dict[str, Any]:
     if engine.parts.text is None or engine.parts.form == "random":
         return {"prompt_embeds": random_prompt(engine, seed)}
     return {"prompt": PROMPT}
+
+
+def told_rows(engine: Engine, seed: int) -> Tensor:
+    """The text encoder's rows of the same."""
+    told = told_prompt(engine, seed)
+    return engine.prompt_rows(told.get("prompt"), told.get("prompt_embeds"))

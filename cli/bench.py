@@ -167,6 +167,7 @@ def block(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
     wanted = bench.Wanted(subject, rounds, blocks, tuple(executor), tuple(baseline))
+    check_out(out)
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_block)
 
 
@@ -215,6 +216,7 @@ def stream(
     )
     subject = replace(subject, executor=executor)
     wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink, batches)
+    check_out(out)
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_stream)
 
 
@@ -323,6 +325,14 @@ def teller(subject: Subject) -> Callable[[str], None]:
     if subject.is_named or subject.random_weights:
         tell(f"{subject.model} has random, untrained weights")
     return tell
+
+
+def check_out(out: Path | None) -> None:
+    """UsageError for a place that no file can be written to, before anything is measured."""
+    from ..runtime.media import check_output
+
+    if out is not None:
+        check_output(out)
 
 
 def finish(result: Result, out: Path | None, as_json: bool, show: Callable[[Result], None]) -> None:
