@@ -430,8 +430,8 @@ def stream_part(result: Result) -> Iterator[str]:
             late = (f"{point['late_blocks']} of {len(series.samples)}",) if "late_blocks" in point else ()
             rows.append((str(point["sessions"]), f"{point['fps']:.4g}", f"{point['fps'] / point['sessions']:.4g}",
                          in_ms(series.median), in_ms(series.tail(0.95)), *late))  # fmt: skip
-        heads = ("sessions", "FPS in all", "FPS each", "interval p50, ms", "p95", "late blocks")
-        yield table(heads[: len(rows[0])], rows)
+        titles: Row = ("sessions", "FPS in all", "FPS each", "interval p50, ms", "p95", "late blocks")
+        yield table(titles[: len(rows[0])], rows)
     if batches := result.facts.get("batches"):
         rows = [(str(point["sessions"]), f"{point['turns'] * 1e3:.4g}", f"{point['batch'] * 1e3:.4g}",
                  f"{point['turns'] / point['batch']:.3g}") for point in batches]  # fmt: skip
