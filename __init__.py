@@ -44,3 +44,7 @@ def __getattr__(name: str) -> Any:
     if name not in LAZY:
         raise AttributeError(f"module 'inferix' has no attribute {name!r}")
     return getattr(import_module(f".runtime.{LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,7 +7,9 @@ Every message carries the bad value, what was expected, and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InferixError(Exception):
@@ -16,6 +18,16 @@ class InferixError(Exception):
 
 class UsageError(InferixError, ValueError):
     """Bad input: a value, name, file or combination that cannot be used."""
+
+
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """End a program with one line on stderr where its user or its run is at fault: exit code 2 or 1."""
+    try:
+        yield
+    except InferixError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from error
 
 
 def no_memory(error: Exception) -> bool:

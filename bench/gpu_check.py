@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, told_in_a_line
 from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec, architecture
 from ..runtime.budget import least_pages, staging_slots
@@ -323,4 +323,5 @@ def main(
 if __name__ == "__main__":
     app = typer.Typer(pretty_exceptions_enable=False)  # plain tracebacks end with the reason, which the report shows
     app.command()(main)
-    app()
+    with told_in_a_line():
+        app()

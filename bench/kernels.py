@@ -101,7 +101,7 @@ def run(wanted: Wanted, tell: Tell) -> Result:
     tell("measuring what the machine can do")
     begun, measured = environment(wanted.device), measure_ceilings(wanted.device, wanted.dtype)
     ceilings = {name: series.best for name, series in measured.items()}
-    rows = []
+    rows, left_out = [], list[str]()
     for spec in specs:
         cases = [parse_shape(spec, wanted.shape)] if wanted.shape else spec.bench_cases
         for case in cases:
@@ -110,10 +110,12 @@ def run(wanted: Wanted, tell: Tell) -> Result:
             asked = bool(wanted.cases or wanted.shape)
             large = spec.flops(case) > CPU_FLOPS or spec.nbytes(case, wanted.dtype) > CPU_BYTES
             if wanted.device == "cpu" and large and not asked:
-                tell(f"{spec.name}, {case.name}: left out, too large for a CPU; name it with --case to run it")
+                left_out.append(case.name)
                 continue
             rows.append(run_case(spec, case, wanted, ceilings))
             tell(summary(rows[-1]))
+    if left_out:
+        tell(f"left out, too large for a CPU: {len(left_out)} cases, such as {left_out[0]!r}; --case NAME runs one")
     return Result(
         kind="kernels", clock=CLOCK, environment=begun, subject={"model": None},
         settings={"dtype": str(wanted.dtype)[6:], "ops": wanted.ops, "cases": wanted.cases, "shape": wanted.shape},

@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, told_in_a_line
 from ..runtime.engine import load
 
 WARM = 8  # blocks; the window is full by then
@@ -47,4 +47,5 @@ def main(pairs: Annotated[int, typer.Argument(help="Pairs of blocks to time.")] 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with told_in_a_line():
+        typer.run(main)

@@ -106,8 +106,8 @@ class PromptAt(TyperCommand):
             joined.append(word)
             if word == "--prompt-at":
                 two = list(islice(rest, 2))
-                if len(two) < 2:
-                    raise UsageError('--prompt-at has too few values; expected SECONDS "PROMPT"')
+                if len(two) < 2 or two[1].startswith("--"):
+                    raise UsageError('--prompt-at has too few values; expected --prompt-at SECONDS "PROMPT"')
                 joined.append(" ".join(two))
         return super().parse_args(ctx, joined)
 
@@ -228,12 +228,14 @@ def generate(
     prompt: str | None = typer.Option(None, help="What the video shows."),
     prompt_embeds: Path | None = typer.Option(None, help="File of text-encoder output, instead of a prompt."),
     seconds: float | None = typer.Option(None, help="Length in seconds, rounded up to whole blocks."),
-    blocks: int | None = typer.Option(None, help=f"Length in blocks.  [default: {DEFAULT_BLOCKS}, or by --actions]"),
+    blocks: int | None = typer.Option(None, help=f"Length in blocks.  [default: {DEFAULT_BLOCKS}, or as --actions]"),
     seed: int = typer.Option(0, help="Seed of the noise."),
     out: Path = typer.Option(Path("out.mp4"), help="Video to write; .json and .png go beside it."),
     image: Path | None = typer.Option(None, help="Picture to begin with."),
     video: Path | None = typer.Option(None, help="Video to continue."),
-    strength: float | None = typer.Option(None, help="Make it from --video: 0.1 stays near it, 1 leaves it."),
+    strength: float | None = typer.Option(
+        None, help="Make it from --video: 0.1 stays near it, 1 leaves it; for presets whose solver is not unipc."
+    ),
     negative_prompt: str | None = typer.Option(None, help="What to keep away from, for presets with guidance."),
     prompt_at: list[str] = typer.Option(
         [], metavar='SECONDS "PROMPT"', help="Change the prompt at a time; repeatable."
@@ -243,7 +245,10 @@ def generate(
         False, "--list-presets", callback=tell_presets, is_eager=True, help="Tell of each preset and its weights."
     ),
     actions: str | None = typer.Option(
-        None, metavar='"8R 8U ..."', help="What the hero does, an action per latent frame, or a JSON list of them."
+        None,
+        metavar='"8R 8U ..."',
+        help="What the hero does, an action per latent frame: 8R, 4U, stay; or a .json file with a list of names.  "
+        f"[default for the small world: {DEFAULT_ACTIONS}, unless a length is given]",
     ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),

@@ -58,13 +58,13 @@ def graph(
 
     --save makes all graphs that a stream asks for, from its first block to a full window and a new prompt, and stores
     them in a folder, which is for one model, preset, precision, card and set of versions: a run with --graphs DIR then
-    traces nothing. --load reads them back and refuses those of anything else.
+    traces nothing. --load reads them back, and refuses them if they are for another model or preset than those named.
 
     Example: inferix graph --model wan-1.3b --preset self-forcing --svg block.svg
 
     Example: inferix graph --preset longlive --without adaln --without gelu
 
-    Example: inferix graph --preset krea --lowp fp8 --keep 'blocks.0.*' --pass commit
+    Example: inferix graph --preset krea --lowp fp8 --keep 'blocks.0.*' --pass recompute
 
     Example: inferix graph --model tinyworld --save graphs/ && inferix generate --executor fused --graphs graphs/
     """
@@ -73,6 +73,7 @@ def graph(
     from ..graphs.rewrites.lowp import PrecisionMap
     from ..graphs.validate import validate
     from ..runtime.block_graph import build_block_graph
+    from ..runtime.graph_store import stored_for
     from ..runtime.query_graphs import QueryGraphs
 
     if rewrites:
@@ -86,6 +87,8 @@ def graph(
     if device is not None and stored is None:
         raise UsageError(f"--device is {device!r}, which stored graphs are for; give --save or --load as well")
     device = device or default_device()
+    if load is not None and model is None and preset is None:  # whatever the folder is for
+        model, preset = stored_for(load)
     dtype = dtype or (default_dtype(device) if stored else "bfloat16")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))

@@ -68,8 +68,8 @@ def common(
 ) -> None:
     """Block-diffusion video models, run block by block.
 
-    To begin: generate makes a video with a tiny random model, doctor says what works here, plan what a real model
-    needs.
+    To begin: generate makes a video of the small world in this package, play walks it, doctor says what works here,
+    plan what a real model needs.
 
     Example: inferix generate --out video.mp4
     """

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest
-from ..models.files import write_json
+from ..models.files import write_json, write_tensors
 from ..models.text.tiny import write_tiny_text_encoder
 from ..models.text.umt5 import ORIGINAL_FILE, ORIGINAL_TOKENIZER, find_text
 from ..models.wan.checkpoint import FORMATS, SHARD, merging, read_checkpoint
@@ -63,7 +62,7 @@ def write_random_transformer(folder: Path, spec: ModelSpec, form: str, seed: int
         return
     named = {f"model.{to_format(layout.names, name)}": tensor for name, tensor in state.items()}
     if layout.file.endswith(".safetensors"):
-        save_file(fused(named), folder / layout.file)
+        write_tensors(fused(named), folder / layout.file)
     elif "generator_ema" in layout.weights and not layout.lora:
         other = random_transformer_state(spec, seed + 2, dtype)
         training = {f"model.{to_format(layout.names, name)}": tensor for name, tensor in other.items()}
@@ -188,7 +187,7 @@ def write_transformer(
         for name in names:
             tensor = tensors[name]
             part[to_format(form, name)] = change(name, tensor).to(dtype or tensor.dtype).contiguous()
-        save_file(part, folder / file, metadata={"format": "pt"})
+        write_tensors(part, folder / file, {"format": "pt"})
         places |= dict.fromkeys(part, file)
         tell(file)
     if len(shards) > 1:
@@ -200,7 +199,7 @@ def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor
     """A VAE where the readers of a format look for it."""
     if form == "diffusers":
         write_json(folder / "vae" / "config.json", diffusers_vae_config(spec))
-        save_file(dict(state), folder / "vae" / SHARD, metadata={"format": "pt"})
+        write_tensors(state, folder / "vae" / SHARD, {"format": "pt"})
     else:
         torch.save({to_original(name, spec): tensor for name, tensor in state.items()}, folder / vae_file(spec))
 

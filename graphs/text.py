@@ -38,6 +38,9 @@ def lines(block: BlockGraph) -> Iterator[str]:
         f"a block: {counted(len(each), 'pass')}, {counted(total.launches, 'launch')}, {in_units(total.flops, 'FLOP')}, "
         f"{in_units(total.nbytes, 'B')} read and written"
     )
+    for graph in block.passes:
+        if graph.runs != Runs.BLOCK:
+            yield f"beside it, {graph.name} ({WHEN[graph.runs]}): {counted(Costs(graph).total.launches, 'launch')}"
     yield ""
     yield from changes(block)
     told: list[tuple[str, list[Section]]] = []

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InferixError
@@ -40,6 +41,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, readable by whom the user's new files are; the library makes its own for the owner alone."""
+    path.open("wb").close()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, dict(metadata or {}) or None)
+    path.chmod(mode)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

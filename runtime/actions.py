@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError
 
 
 class ActionTrack:
@@ -53,7 +53,7 @@ def check_action(name: str, names: Sequence[str]) -> str:
     if not names:
         raise UsageError(f"action {name!r}: this model follows no actions, only its prompt")
     if name not in names:
-        raise UsageError(f"no action {name!r}{nearest(str(name), names)}; there are {', '.join(names)}")
+        raise UsageError(f"no action {name!r}; there are {', '.join(names)}")
     return name
 
 
@@ -74,10 +74,17 @@ def read_actions(text: str, names: Sequence[str]) -> list[str]:
     for word in text.split():
         parts = re.fullmatch(r"(\d*)([A-Za-z_]+)", word)
         if parts is None:
-            raise UsageError(f"actions hold {word!r}; expected words such as 8R: a number, then {', '.join(names)}")
+            raise UsageError(f"actions hold {word!r}; expected words such as {shorthand(names)}")
         name = parts[2].lower()
         full = next((known for known in names if known[0] == name), name)
+        if names and full not in names:
+            raise UsageError(f"actions hold {word!r}; expected words such as {shorthand(names)}")
         found += [check_action(full, names)] * int(parts[1] or 1)
     if not found:
-        raise UsageError("actions are empty; expected words such as 8R")
+        raise UsageError(f"actions are empty; expected words such as {shorthand(names)}")
     return found
+
+
+def shorthand(names: Sequence[str]) -> str:
+    """How actions are told in short: `8R (right), 8U (up)`."""
+    return ", ".join(f"8{name[0].upper()} ({name})" for name in names) or "8R"

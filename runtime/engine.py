@@ -51,7 +51,7 @@ from .noise import Noise, PhiloxNoise
 from .paged_cache import bind_together
 from .paged_store import KV_DTYPES
 from .pipeline import to_frames
-from .presets import Preset, default_model, default_preset, make_preset
+from .presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
 from .profile import Profile, measure_ceilings
 from .sampler import Sampler, noised
 from .scheduler import Limits
@@ -509,12 +509,21 @@ class Engine:
             return rows.to(self.device, self.dtype)
         if embeds is not None or prompt is None:
             raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
+        self.check_prompt(prompt)
+        assert self.parts.text is not None
+        return self.parts.text().encode(prompt).to(self.device, self.dtype)
+
+    def check_prompt(self, prompt: object) -> None:
+        """UsageError for a prompt that no text encoder could take, or where there is none."""
+        if not isinstance(prompt, str):
+            raise UsageError(f"the prompt is {prompt!r}; expected text")
+        if not prompt.strip():
+            raise UsageError("the prompt is empty; say what the video shows")
         if self.parts.text is None:
             raise UsageError(
                 f"{self.parts.source} has no text encoder; give base= (--base), a folder that has one, "
                 "or prompt_embeds (--prompt-embeds)"
             )
-        return self.parts.text().encode(prompt).to(self.device, self.dtype)
 
     def negative_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
         if prompt is None and embeds is None:
@@ -642,6 +651,8 @@ def load(
     Any field of the preset can be overridden: `local_attn_size=6, sink_size=0`. Raises UsageError for
     unknown names and bad values, InferixError for broken files.
     """
+    for key in overrides.keys() - FIELDS.keys():
+        raise no_setting(key, {*FIELDS, *(load.__kwdefaults__ or ()), "model", "preset"})
     model = default_model(preset) if model is None else model
     preset = preset or default_preset(str(model))
     config = EngineConfig(

@@ -65,6 +65,18 @@ def installed(package: str) -> str | None:
         return None
 
 
+def stored_for(folder: Path) -> tuple[str, str]:
+    """Names of the model and the preset that a folder's graphs are for; UsageError for a folder that holds none."""
+    if not (folder / IDENTITY).exists():
+        raise no_graphs(folder)
+    told = read(folder / IDENTITY)
+    return told["model"]["name"], told["preset"]["name"]
+
+
+def no_graphs(folder: Path) -> UsageError:
+    return UsageError(f"{folder} holds no graphs; make some with inferix graph --save {folder}")
+
+
 @dataclass(frozen=True)
 class GraphStore:
     """The graphs in `folder`; made by `open`."""
@@ -81,7 +93,7 @@ class GraphStore:
         path, wanted = folder / IDENTITY, identity(graphs)
         if not path.exists():
             if not create:
-                raise UsageError(f"{folder} holds no graphs; make some with inferix graph --save {folder}")
+                raise no_graphs(folder)
             folder.mkdir(parents=True, exist_ok=True)
             write(path, wanted)
         if differing := difference(read(path), wanted):

@@ -7,6 +7,7 @@ papers and repositories named in each entry; `about` is what `inferix generate -
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +186,7 @@ def make_preset(name: str, **overrides: Any) -> Preset:
     changes: dict[str | None, dict[str, Any]] = {None: {}, "sampler": {}, "context": {}}
     for key, value in overrides.items():
         if key not in FIELDS:
-            raise UsageError(f"no setting {key!r}{nearest(key, FIELDS)}; there are {', '.join(sorted(FIELDS))}")
+            raise no_setting(key, FIELDS)
         part, kind = FIELDS[key]
         changes[part][key] = _checked(key, value, kind)
     base = PRESETS[name]
@@ -195,6 +196,10 @@ def make_preset(name: str, **overrides: Any) -> Preset:
         context=dataclasses.replace(base.context, **changes["context"]),
         **changes[None],
     )
+
+
+def no_setting(key: str, known: Collection[str]) -> UsageError:
+    return UsageError(f"no setting {key!r}{nearest(key, known)}; there are {', '.join(sorted(known))}")
 
 
 def _checked(key: str, value: Any, kind: str) -> Any:

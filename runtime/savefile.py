@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InferixError, UsageError
+from ..models.files import write_tensors
 from ..models.wan.vae import StreamState
 from .actions import ActionTrack
 from .media import check_output, write_atomically
@@ -68,12 +68,12 @@ def write_session(session: Session, path: Path) -> None:
     header["tensors"] = sorted(tensors)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {KEY: json.dumps(header)}
-    write_atomically(check_output(path), partial(write_tensors, unshared(whole), metadata))
+    write_atomically(check_output(path), partial(write_whole, unshared(whole), metadata))
 
 
-def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+def write_whole(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     try:
-        save_file(tensors, path, metadata)
+        write_tensors(tensors, path, metadata)
     except SafetensorError as error:  # how the library tells of a full disk
         raise OSError(str(error)) from error
 

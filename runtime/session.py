@@ -162,7 +162,8 @@ class Session:
     def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> int:
         """Change the prompt from the next block that begins, in the way of the preset's `prompt_switch`.
 
-        Returns the control's id. What the text encoder refuses is told in the block's `acks`.
+        Returns the control's id. UsageError for what is no text, or empty; what the text encoder refuses later is told
+        in the block's `acks`.
         """
         self.check_open()
         spec = self.engine.spec
@@ -170,8 +171,8 @@ class Session:
             raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
         if embeds is not None:
             embeds = load_prompt_embeds(embeds, spec.text_len, spec.text_dim)
-        elif self.engine.parts.text is None:
-            self.engine.prompt_rows(text, None)  # says what is missing
+        else:
+            self.engine.check_prompt(text)
         return self.mailbox.put("prompt", (text, embeds))
 
     def act(self, action: str) -> int:

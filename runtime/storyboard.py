@@ -59,6 +59,8 @@ def schedule(cues: list[Cue], preset: Preset, blocks: int, fps: int, stride: int
     found: dict[int, str] = {}
     before = 0.0
     for cue in cues:
+        if cue.at == before == 0.0:
+            raise UsageError("a prompt at 0 s is the first one: give it as --prompt, and those after it here")
         if not cue.at > before:
             raise UsageError(f"the prompt at {cue.at:g} s comes after one at {before:g} s; put them in order, above 0")
         block = next((index for index, begins in enumerate(starts) if begins >= cue.at), None)

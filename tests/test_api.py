@@ -31,3 +31,14 @@ def test_a_prompt_is_text():
 
 def test_every_public_name_is_there():
     assert all(hasattr(inferix, name) for name in inferix.__all__)
+
+
+def test_public_names_are_what_completion_offers():
+    assert {"load", "Session", "Engine"} <= set(dir(inferix)) and "import_module" not in dir(inferix)
+
+
+def test_wrong_names_of_settings_are_told_with_the_nearest():
+    with pytest.raises(inferix.UsageError, match="no setting 'kv_memry'; did you mean 'kv_memory'"):
+        inferix.load("wan-tiny", device="cpu", kv_memry="4GB")
+    with pytest.raises(inferix.UsageError, match="did you mean 'preset'"):
+        inferix.load("wan-tiny", device="cpu", presett="longlive")

@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 import typer
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from ...errors import told_in_a_line
 from ...kernels.rope import axis_angles, rope_angles, rotate
-from ..files import write_json
+from ..files import write_json, write_tensors
 from ..wan.checkpoint import SHARD
 from ..wan.configs import diffusers_config, diffusers_vae_config
 from ..wan.names import to_format
@@ -328,7 +329,7 @@ def encode_walks(file: Path, vae: CausalVae, count: int, length: int, change_sha
         change.append(clip.change + 1)
         if index % 100 == 99:
             print(f"{file.stem} {index + 1}/{count}", flush=True)
-    save_file(
+    write_tensors(
         {"latents": torch.stack(latents), "actions": torch.stack(actions), "words": torch.stack(words),
          "change": torch.tensor(change)}, file,
     )  # fmt: skip
@@ -598,7 +599,7 @@ def export(folder: Path, vae: CausalVae, world: TinyWorld, bank: Bank) -> None:
         (folder / "vae" / SHARD, vae.state_dict()),
         (folder / WORDS_FILE, world.words.state_dict()),
     ):
-        save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
+        write_tensors({name: tensor.half().contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
     print(f"wrote {folder}, {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
 
@@ -735,4 +736,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with told_in_a_line():
+        typer.run(main)

@@ -72,17 +72,20 @@ def word_numbers(words: list[str], text_len: int) -> list[int]:
 
 def known_words(prompt: str) -> list[str]:
     """The known words of a prompt in order, nearest ones in place of others where there are any."""
-    found = []
+    found, unknown = [], []
     for word in re.findall(r"[a-z]+", clean_prompt(prompt).lower()):
         if word in SKIPPED:
             continue
         near = difflib.get_close_matches(word, WORDS, n=1, cutoff=0.6)
         if not near:
-            warnings.warn(f"the small world does not know {word!r}; left out. It knows: {GRAMMAR}", stacklevel=2)
+            unknown.append(word)
             continue
         if near[0] != word:
             warnings.warn(f"the small world does not know {word!r}; taken for {near[0]!r}", stacklevel=2)
         found.append(near[0])
     if not found:
         raise UsageError(f"the small world knows no word of {prompt!r}; say for example {GRAMMAR}")
+    if unknown:
+        listed = ", ".join(map(repr, unknown))
+        warnings.warn(f"the small world does not know {listed}; left out. It knows: {GRAMMAR}", stacklevel=2)
     return found

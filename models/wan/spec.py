@@ -54,6 +54,8 @@ class ModelSpec:
         if any(value < step or value % step for value, step in zip(size, steps, strict=True)):
             below = [max(value // step, 1) * step for value, step in zip(size, steps, strict=True)]
             above = [max(-(-value // step), 1) * step for value, step in zip(size, steps, strict=True)]
+            if self.grid is not None and (above[0] > self.grid[1] * steps[0] or above[1] > self.grid[0] * steps[1]):
+                above = below
             near = " or ".join(dict.fromkeys(f"{width}x{height}" for width, height in (below, above)))
             raise UsageError(
                 f"size {size[0]}x{size[1]} is not possible: width must be a multiple of {steps[0]} and height "

@@ -90,7 +90,7 @@ def test_a_world_follows_actions(tmp_path):
     assert record["opened_with"]["actions"] == "['right', 'right', 'up']"
     for arguments, said in (
         ((*world, "--prompt", "a fox", "--actions", "3R", "--blocks", "9"), "3 actions, for 4 latent frames"),
-        ((*world, "--prompt", "a fox", "--actions", "3Q"), "no action 'q'"),
+        ((*world, "--prompt", "a fox", "--actions", "3Q"), "actions hold '3Q'; expected words such as 8S (stay)"),
         ((*world, "--prompt", "qqq"), "knows no word of 'qqq'"),
         (("--model", "wan-tiny", "--actions", "3R"), "follows no actions"),
     ):

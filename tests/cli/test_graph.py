@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from inferix.cli.main import app
 from inferix.graphs.dump import from_dict, to_dict
+from inferix.runtime.graph_store import stored_for
 
 
 def run(*args: str) -> Result:
@@ -58,6 +59,8 @@ def test_a_run_starts_from_saved_graphs_and_others_are_refused(tmp_path: Path) -
     held = sorted(path.name for path in graphs.iterdir())
     assert run(*scheme, "--load", str(graphs)).stdout.splitlines()[1:] == made.stdout.splitlines()[1:]
     assert "0 of them new" in run(*scheme, "--save", str(graphs)).stdout
+    unnamed = ["graph", "--set", "local_attn_size=6", "--size", "32x32", "--load", str(graphs)]
+    assert CliRunner().invoke(app, unnamed).stdout.startswith("2 graphs in") and stored_for(graphs)[0] == "wan-tiny"
     assert run(*scheme, "--load", str(graphs), "--plan").stdout.count("block: arena") == 2
 
     video = ["generate", "--model", "wan-tiny", "--size", "32x32", *scheme, "--blocks", "3", "--out", str(out)]

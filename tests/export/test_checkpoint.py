@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from inferix import load
 from inferix.errors import InferixError, UsageError
 from inferix.export.checkpoint import convert, random_lora, write_random
-from inferix.models.files import read_tensors
+from inferix.models.files import read_tensors, write_tensors
 from inferix.models.wan.checkpoint import FORMATS, inspect, read_checkpoint, strip_wrappers
 from inferix.models.wan.random import random_tiny_decoder_state
 from inferix.models.wan.spec import MODELS
@@ -300,3 +300,11 @@ def test_peak_memory_stays_under_the_checkpoint_and_a_fifth(tmp_path, form, monk
     weights = file.stat().st_size / (2 if form == "self-forcing" else 1)
     done = subprocess.run([sys.executable, "-c", PEAK, str(file)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1.2 * weights
+
+
+def test_files_are_readable_by_whom_new_files_are(tmp_path):
+    plain, ours = tmp_path / "plain", tmp_path / "ours.safetensors"
+    plain.touch()
+    write_tensors({"x": torch.zeros(2)}, ours, {"format": "pt"})
+    assert ours.stat().st_mode == plain.stat().st_mode
+    assert load_file(ours)["x"].tolist() == [0, 0]

@@ -36,11 +36,11 @@ def test_actions_are_read_from_words_and_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("3X", "no action 'x'; there are stay, up"),
+        ("3X", "actions hold '3X'; expected words such as 8S"),
         ("3-R", "hold '3-R'"),
         ("  ", "actions are empty"),
         ("missing.json", "cannot read actions 'missing.json'"),
-        ("jump", "no action 'jump'"),
+        ("jump", "actions hold 'jump'"),
     ],
 )
 def test_bad_actions_are_named(text, said):

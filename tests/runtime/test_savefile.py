@@ -56,7 +56,7 @@ engine = here.make_engine("longlive", "float32", **here.SETTINGS)
 session = here.Session.restore(engine, sys.argv[1])
 blocks = list(session.stream(2))
 print([block.index for block in blocks], here.hash_of(blocks), flush=True)
-write = savefile.save_file
+write = savefile.write_tensors
 
 def stuck(tensors, path, metadata):
     write(tensors, path, metadata)
@@ -65,7 +65,7 @@ def stuck(tensors, path, metadata):
     print("half", flush=True)
     time.sleep(600)
 
-savefile.save_file = stuck
+savefile.write_tensors = stuck
 session.save(sys.argv[1])
 """
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracles import ROWS, SIZE, TINY, make_engine
 
+from inferix import load
 from inferix.errors import InferixError, UsageError
 from inferix.models.wan.vae import TINY_VAE
 from inferix.runtime import host as hosting
@@ -822,3 +823,13 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
                     session.mailbox.put(control.kind, control.value)
                 (block,) = session.stream(1, decode=False)
                 assert block.latents.sum().item() == found[seed][made], (seed, made)
+
+
+def test_a_prompt_that_is_no_text_or_empty_is_refused_at_once():
+    engine = load("wan-tiny", device="cpu", dtype="float32", local_attn_size=6)
+    with engine.open(prompt="a boat", size=(32, 32)) as session:
+        for prompt, said in ((5, "the prompt is 5; expected text"), (" ", "the prompt is empty")):
+            with pytest.raises(UsageError, match=said):
+                session.prompt(prompt)
+            with pytest.raises(UsageError, match=said):
+                engine.open(prompt=prompt, size=(32, 32))

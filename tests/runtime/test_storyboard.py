@@ -23,7 +23,7 @@ def test_a_prompt_waits_for_the_next_block():
     ("cues", "said"),
     [
         ([(1.0, "a"), (0.9, "b")], "in order"),
-        ([(0.0, "a")], "above 0"),
+        ([(0.0, "a")], "a prompt at 0 s is the first one"),
         ([(float("nan"), "a")], "in order"),
         ([(2.1, "a")], "beyond the last block"),
         ([(0.1, "a"), (0.2, "b")], "two prompts"),
