@@ -119,7 +119,7 @@ class Bench:
         self.clocks: list[dict[str, Any]] = []
 
     def check_outputs(self) -> None:
-        """Refuse candidates whose outputs do not match; InferixError if none is left."""
+        """Refuse candidates whose outputs do not match."""
         for candidate in self.chosen:
             off, refused = self.judge.check(candidate, self.full + 2)
             self.told[candidate.name] = {
