@@ -59,7 +59,7 @@ class ModelSpec:
             near = " or ".join(dict.fromkeys(f"{width}x{height}" for width, height in (below, above)))
             raise UsageError(
                 f"size {size[0]}x{size[1]} is not possible: width must be a multiple of {steps[0]} and height "
-                f"of {steps[1]}; the nearest are {near}"
+                f"of {steps[1]}; nearest: {near}"
             )
         height, width = size[1] // self.vae_stride[1], size[0] // self.vae_stride[1]
         if self.grid is not None and (height > self.grid[0] * self.patch[0] or width > self.grid[1] * self.patch[1]):
