@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import InferixError, UsageError
 from ..runtime.engine import Engine
+from ..runtime.forecast import long_on_cpu
 from .baseline import Made
 from .candidates import Candidate, EngineStream, Stream, candidates, choose, failures, judge_of, kept, trouble
 from .inside import look_inside
@@ -95,6 +96,10 @@ class Bench:
         self.device = str(self.engine.device)
         self.environment = environment(self.device)
         preset = self.engine.preset
+        size = subject.size or self.engine.default_size
+        said = long_on_cpu(self.engine.spec, preset, self.engine.parts.vae.spec, size)
+        if self.engine.device.type == "cpu" and said:
+            tell(said)
         self.full = blocks_until_full(preset)
         self.plan = next(islice(plan_blocks(preset), self.full, None))
         rows = random_prompt(self.engine, subject.seed)

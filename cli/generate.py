@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models only; untrained ones cannot follow it
 DEFAULT_BLOCKS = 3
 DEFAULT_ACTIONS = "6R 4D 6L 4U"  # of a model that has actions, where nothing says how long: a walk back to the start
-CPU_SPEED = 1e11  # operations per second of a fast CPU, for saying beforehand that one takes long
-SLOW = 60 * CPU_SPEED  # operations of a block
 SEEN = 256  # pixels of a video's longer side, at least: smaller pictures are enlarged
 SHEET_FRAMES = 24  # frames on the contact sheet, at most, unless one block has more
 
@@ -114,16 +112,11 @@ class PromptAt(TyperCommand):
 
 def tell_of_work(engine: Engine, size: tuple[int, int], console: Console) -> None:
     """Say beforehand that a CPU will take long, where it will."""
-    from ..runtime.forecast import operations
+    from ..runtime.forecast import long_on_cpu
 
-    count = operations(engine.spec, engine.preset, engine.parts.vae.spec, size)
-    if engine.device.type == "cpu" and count > SLOW:
-        minutes = count / CPU_SPEED / 60
-        console.print(
-            f"the first block alone is {count / 1e12:.3g} TFLOP: at 0.1 TFLOP/s that is {minutes:.0f} minutes on this "
-            "CPU; a smaller --size, --model wan-tiny or a GPU takes less",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    said = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
+    if engine.device.type == "cpu" and said:
+        console.print(said, highlight=False, soft_wrap=True)
 
 
 def check_length(blocks: int | None, seconds: float | None) -> None:

@@ -27,6 +27,8 @@ from .scheduler import Limits
 from .timeline import Timeline
 
 LONGEST = 4096  # frames; the kernels' longest page table
+CPU_SPEED = 1e11  # operations per second of a fast CPU, for saying beforehand that one takes long
+SLOW = 60 * CPU_SPEED  # operations of a block
 
 
 @dataclass(frozen=True)
@@ -361,6 +363,17 @@ def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tupl
     passes = sum(costs.pass_flops(spec, tokens, run).total for run in work.passes)
     decoding = costs.decode_flops(decoder, latent, first=True)
     return branches(preset) * passes + decoding + (work.decoded - 1) * costs.decode_flops(decoder, latent)
+
+
+def long_on_cpu(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> str | None:
+    """What to say beforehand of a stream that a CPU takes minutes for; None where it does not."""
+    count = operations(spec, preset, decoder, size)
+    if count <= SLOW:
+        return None
+    return (
+        f"the first block alone is {count / 1e12:.3g} TFLOP: at {CPU_SPEED / 1e12:g} TFLOP/s that is "
+        f"{count / CPU_SPEED / 60:.0f} minutes on this CPU; a smaller --size, --model wan-tiny or a GPU takes less"
+    )
 
 
 def first_speed(load: Workload, ceiling: Ceiling) -> Speed:
