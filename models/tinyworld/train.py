@@ -80,7 +80,9 @@ class Recipe:
     decoder_batch: int = 3
     decoder_length: int = 4
     decoder_rate: float = 5e-4
-    bank_clips: int = 2000
+    bank_clips: int = 4000
+    errand_share: float = 0.3  # of them, that lead away and back
+    along_share: float = 0.2  # that go into what blocks the way
     bank_length: int = 24
     bank_firsts: int = 6000  # first pictures of walks, alone
     window: int = 6  # latent frames a frame sees, the first of the clip always among them
@@ -90,9 +92,10 @@ class Recipe:
     firsts: int = 6  # first pictures in a batch
     levels: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)  # of noise: those that the sampler visits
     steps: int = 3000
-    own_steps: int = 650  # with its own predictions as the past
+    own_steps: int = 5000  # in a share of which its own predictions are the past
+    own_share: float = 0.4
     rate: float = 1.5e-3
-    own_rate: float = 8e-4
+    own_rate: float = 1.1e-3
     blur: float = 0.3  # most noise in the past that the network takes for clean
     save_every: float = 400.0  # seconds
 
@@ -301,9 +304,10 @@ def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
     """Random walks through the autoencoder, once, so that the transformer never sees a pixel."""
     walks, firsts = folder / "bank.safetensors", folder / "firsts.safetensors"
     if not walks.exists():
-        encode_walks(walks, vae, recipe.bank_clips, recipe.bank_length, recipe.change_share, seed=2)
+        shares = recipe.change_share, recipe.errand_share, recipe.along_share
+        encode_walks(walks, vae, recipe.bank_clips, recipe.bank_length, shares, seed=2)
     if not firsts.exists():
-        encode_walks(firsts, vae, recipe.bank_firsts, 0, 0.0, seed=3)
+        encode_walks(firsts, vae, recipe.bank_firsts, 0, (0.0, 0.0, 0.0), seed=3)
     held, alone = load_file(walks), load_file(firsts)
     raw = held["latents"].float()
     mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
@@ -315,11 +319,13 @@ def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
 
 
 @torch.no_grad()
-def encode_walks(file: Path, vae: CausalVae, count: int, length: int, change_share: float, seed: int) -> None:
-    """Latents, actions and words of `count` random walks of `length` actions, in one file."""
+def encode_walks(
+    file: Path, vae: CausalVae, count: int, length: int, shares: tuple[float, float, float], seed: int
+) -> None:
+    """Latents, actions and words of `count` walks of `length` actions, in one file; shares as of `random_clip`."""
     latents, actions, words, change = [], [], [], []
     for index in range(count):
-        clip = random_clip(random.Random(seed * 1_000_000 + index), length, change_share=change_share)
+        clip = random_clip(random.Random(seed * 1_000_000 + index), length, 0, *shares)
         pixels = torch.from_numpy(clip.pictures).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.autocast("cpu", dtype=torch.bfloat16):
             moments = encode_clips(vae, pixels)
@@ -505,7 +511,8 @@ def train_stage(
     if run.step < run.steps:
         run.go(
             lambda: world_loss(
-                world, random_batch(bank, recipe), random_firsts(bank, recipe.firsts), recipe, own=name == "own"
+                world, random_batch(bank, recipe), random_firsts(bank, recipe.firsts), recipe,
+                own=name == "own" and random.random() < recipe.own_share,
             ),
             lambda: world_sheet(run.average, vae, bank, recipe, folder / f"{name}.png"),
         )
