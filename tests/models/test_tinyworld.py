@@ -11,7 +11,7 @@ import torch
 from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles, rotate
 from inferix.models.tinyworld import train
-from inferix.models.tinyworld.data import Clips, random_clip, random_walk
+from inferix.models.tinyworld.data import Clips, along_things, errands, random_clip, random_walk
 from inferix.models.tinyworld.words import WordEncoder, known_words
 from inferix.models.tinyworld.world import ACTIONS, MOVES, STEP, Scene, World, draw_number, mix, scenes
 from inferix.models.wan.spec import MODELS
@@ -119,6 +119,28 @@ def test_clips_have_other_worlds_for_other_seeds_and_scenes_that_change():
     clip = random_clip(random.Random(2), 4, change_share=1.0)
     assert clip.pictures.shape == (17, 64, 64, 3)
     assert 1 <= clip.change < 4
+
+
+def test_errands_come_back_and_walks_along_things_run_into_them():
+    rng, back, blocked, total = random.Random(3), 0, {random_walk: 0, along_things: 0}, 0
+    for seed in range(40):
+        x, y, places = 0, 0, [(0, 0)]
+        for action in errands(rng, 24):
+            x, y = x + MOVES[action][0], y + MOVES[action][1]
+            places.append((x, y))
+        back += sum(place in places[max(0, at - 6) : at - 1] for at, place in enumerate(places))
+        for walk in blocked:
+            world = World(seed, scenes()[0])
+            for action in walk(rng, 24, *([world] if walk is along_things else [])):
+                before = world.x, world.y
+                world.walk([action])
+                blocked[walk] += action != "stay" and before == (world.x, world.y)
+        total += 24
+    assert back / total > 0.4
+    assert blocked[along_things] > 1.5 * blocked[random_walk] > 0
+    clip = random_clip(random.Random(2), 6, errand_share=1.0)
+    assert len(clip.actions) == 6 and clip.actions == random_clip(random.Random(2), 6, errand_share=1.0).actions
+    assert random_clip(random.Random(2), 6, along_share=1.0).actions != clip.actions
 
 
 def test_latents_that_go_with_the_land_are_told_from_those_that_do_not():
