@@ -265,7 +265,7 @@ def generate(
 
     Writes OUT, a contact sheet (.png) and a record of settings and timings (.json) beside it.
 
-    Example: inferix generate --prompt "a blue fox in a green meadow at night" --actions "8R 4U 4S" --out fox.mp4
+    Example: inferix generate --prompt "a purple wizard in a sandy desert by day" --actions "8R 4U 4S" --out wizard.mp4
 
     Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
 

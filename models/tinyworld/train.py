@@ -92,7 +92,7 @@ class Recipe:
     firsts: int = 6  # first pictures in a batch
     levels: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)  # of noise: those that the sampler visits
     steps: int = 3000
-    own_steps: int = 5000  # in a share of which its own predictions are the past
+    own_steps: int = 3200  # in a share of which its own predictions are the past
     own_share: float = 0.4
     rate: float = 1.5e-3
     own_rate: float = 1.1e-3
