@@ -20,14 +20,23 @@ class UsageError(InferixError, ValueError):
     """Bad input: a value, name, file or combination that cannot be used."""
 
 
+def in_a_line(error: Exception) -> str:
+    """What a program says on stderr before it ends."""
+    return f"error: {' '.join(str(error).split())}"
+
+
+def exit_code(error: InferixError) -> int:
+    return 2 if isinstance(error, UsageError) else 1
+
+
 @contextmanager
 def told_in_a_line() -> Iterator[None]:
-    """End a program with one line on stderr where its user or its run is at fault: exit code 2 or 1."""
+    """End a program with one line on stderr where its user or its run is at fault."""
     try:
         yield
     except InferixError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from error
+        print(in_a_line(error), file=sys.stderr)
+        raise SystemExit(exit_code(error)) from error
 
 
 def no_memory(error: Exception) -> bool:

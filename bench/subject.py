@@ -137,9 +137,11 @@ def open_engine(subject: Subject) -> Engine:
     )  # fmt: skip
 
 
-def with_executor(engine: Engine, name: str, **bits: Any) -> Engine:
-    """An engine over the same weights with another executor, which stores no graphs, and as many bits unless told."""
-    config = replace(engine.config, executor=name, graphs=None, **bits)
+def with_executor(engine: Engine, name: str, **settings: Any) -> Engine:
+    """An engine over the same weights with another executor, which stores no graphs; all else is as it was unless
+    told.
+    """
+    config = replace(engine.config, executor=name, graphs=None, **settings)
     same = replace(engine.config, graphs=None) == config
     return engine if same else Engine(config, engine.preset, engine.parts)
 

@@ -651,8 +651,9 @@ def load(
     Any field of the preset can be overridden: `local_attn_size=6, sink_size=0`. Raises UsageError for
     unknown names and bad values, InferixError for broken files.
     """
-    for key in overrides.keys() - FIELDS.keys():
-        raise no_setting(key, {*FIELDS, *(load.__kwdefaults__ or ()), "model", "preset"})
+    for key in overrides:
+        if key not in FIELDS:
+            raise no_setting(key, {*FIELDS, *(load.__kwdefaults__ or ()), "model", "preset"})
     model = default_model(preset) if model is None else model
     preset = preset or default_preset(str(model))
     config = EngineConfig(

@@ -219,7 +219,7 @@ class GraphExecutor:
         self.loaded = {
             other: loaded for other, loaded in self.loaded.items()
             if other.latent[2:] != query.latent[2:]
-            or all(state.get(name, kv) is kv for name, kv in loaded.state.items() if name != "staging")
+            or all(state.get(name, kv) is kv for name, kv in loaded.state.items())
         }  # fmt: skip
 
     def lowered(self, query: Query) -> Lowered:
