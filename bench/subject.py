@@ -33,7 +33,7 @@ from ..runtime.config import (
 )
 from ..runtime.engine import Engine, load
 from ..runtime.loading import SHIPPED, Components, random_text
-from ..runtime.presets import Preset, default_preset, make_preset
+from ..runtime.presets import FIELDS, Preset, default_preset, make_preset, no_setting
 from .work import blocks_until_full
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -92,6 +92,9 @@ class Subject:
     def settings(self) -> Settings:
         """The overrides by what they are of, the window among the preset's."""
         preset = self.preset or default_preset(self.model)
+        for key in self.overrides:
+            if key not in (known := {*FIELDS, *FULL}):
+                raise no_setting(key, known)
         ours = {key: value for key, value in self.overrides.items() if key not in FULL}
         bits = {key: value for key, value in self.overrides.items() if key in FULL}
         bits |= {key: patterns(bits[key]) for key in ("lowp_layers", "lowp_keep") if key in bits}

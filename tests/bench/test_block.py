@@ -306,8 +306,9 @@ def test_settings_are_of_the_engine_or_of_the_preset():
     assert oracle.parts is engine.parts
     with pytest.raises(UsageError, match="low precision is 'fp4'"):
         open_engine(replace(SMALL, overrides={"lowp": "fp4"}))
-    with pytest.raises(UsageError, match="lora"):
-        open_engine(replace(SMALL, overrides={"lora": "x"}))
+    for key, said in (("lora", "no setting 'lora'"), ("lowpp", "did you mean 'lowp'")):
+        with pytest.raises(UsageError, match=said):
+            open_engine(replace(SMALL, overrides={key: "x"}))
 
 
 @pytest.mark.parametrize("preset", ["self-forcing-framewise", "longlive", "causvid", "krea"])
