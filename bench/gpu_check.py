@@ -31,9 +31,9 @@ from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec, architecture
 from ..runtime.budget import least_pages, staging_slots
 from ..runtime.engine import Engine
-from ..runtime.executors import GraphExecutor
+from ..runtime.execution.executors import GraphExecutor
 from ..runtime.media import write_atomically
-from ..runtime.transfer import make_current
+from ..runtime.streams import make_current
 from . import block, candidates, compile_gate, kernels, stream
 from .inside import launches_of
 from .machine import environment

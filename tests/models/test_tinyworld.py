@@ -18,8 +18,8 @@ from inferix.models.wan.spec import MODELS
 from inferix.models.wan.vae import CausalVae
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
-from inferix.runtime.loading import Components
-from inferix.runtime.presets import make_preset
+from inferix.runtime.execution.loading import Components
+from inferix.schemes.presets import make_preset
 
 SCENE = Scene("red", "robot", "snowy forest", "by day")
 SPEC = MODELS["tinyworld"]

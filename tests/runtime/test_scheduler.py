@@ -3,8 +3,8 @@
 import pytest
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.lifecycle import MOVES, Lifecycle, State
-from inferix.runtime.scheduler import Client, Limits, Need, Relief, Scheduler
+from inferix.runtime.sessions.lifecycle import MOVES, Lifecycle, State
+from inferix.runtime.sessions.scheduler import Client, Limits, Need, Relief, Scheduler
 
 MB = 10**6
 
