@@ -329,7 +329,7 @@ def teller(subject: Subject) -> Callable[[str], None]:
 
 def check_out(out: Path | None) -> None:
     """UsageError for a place that no file can be written to, before anything is measured."""
-    from ..runtime.media import check_output
+    from ..runtime.files import check_output
 
     if out is not None:
         check_output(out)

@@ -27,7 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 
 from ..errors import UsageError, nearest
-from ..runtime.media import CONTAINERS, VideoWriter, check_output, contact_sheet, write_atomically
+from ..runtime.files import check_output, write_atomically
+from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
 from ..schemes.actions import read_actions
 from ..schemes.presets import UNTRAINED, default_model
 from ..schemes.storyboard import Cue, read_storyboard, schedule

@@ -24,13 +24,14 @@ from ..models.wan.random import vae_for
 from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.taehv import TinySpec
 from ..models.wan.vae import VaeSpec
-from ..runtime.budget import in_words, least_pages, parse_bytes
+from ..runtime.byte_sizes import in_words, parse_bytes
 from ..runtime.capacity import costs
 from ..runtime.capacity import planner as forecast
 from ..runtime.capacity.gpus import CARDS, Card
 from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
 from ..runtime.kv.page_store import KV_DTYPES
+from ..schemes.page_needs import least_pages
 from ..schemes.presets import default_preset, make_preset
 from .options import check_settings, counted, parse_settings, parse_size
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.budget import in_words
+from ..runtime.byte_sizes import in_words
 from ..runtime.capacity import planner as forecast
 from ..schemes.presets import PRESETS
 from .plan import workload

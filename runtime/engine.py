@@ -29,7 +29,7 @@ from ..models.wan.vae_checkpoint import Decoder
 from ..schemes.actions import ActionTrack, check_action
 from ..schemes.presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
 from ..schemes.timeline import Span, Timeline
-from .budget import parse_bytes
+from .byte_sizes import parse_bytes
 from .config import (
     DTYPES,
     EVERY_BLOCK,
@@ -46,6 +46,7 @@ from .execution.lora_adapter import Adapter
 from .kv.kv_manager import KVMemory
 from .kv.page_store import KV_DTYPES
 from .kv.paged_cache import bind_together
+from .limits import Limits
 from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
 from .programs.graph_store import card_of
@@ -55,7 +56,6 @@ from .sessions.branch import Branch, InFlight, PromptChange
 from .sessions.control_queue import STEERING
 from .sessions.engine_thread import FAILURES, shortages_named
 from .sessions.lockstep import Answer, Ask, Making, alike, side_by_side
-from .sessions.scheduler import Limits
 from .sessions.session import Session
 from .sessions.session_manager import Host
 from .sessions.session_state import Beginning

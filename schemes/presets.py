@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError, nearest
-from ..runtime.sampler import SamplerSpec
 from .context import ContextPolicy
+from .sampler_spec import SamplerSpec
 
 
 @dataclass(frozen=True)

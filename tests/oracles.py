@@ -19,7 +19,7 @@ from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.loading import Components, random_decoder
 from inferix.runtime.kv.contiguous_cache import ContiguousCache
-from inferix.runtime.sessions.scheduler import Limits
+from inferix.runtime.limits import Limits
 from inferix.runtime.sessions.session import Block
 from inferix.schemes.presets import make_preset
 

@@ -8,7 +8,7 @@ import torch
 from inferix import load
 from inferix.export.checkpoint import write_random
 from inferix.models.wan.checkpoint import FORMATS
-from inferix.runtime.sessions.scheduler import Limits
+from inferix.runtime.limits import Limits
 from inferix.schemes.presets import PRESETS
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ...models.wan.spec import ModelSpec
+from ...schemes.page_needs import least_pages
 from ...schemes.presets import Preset
-from ..budget import least_pages
-from ..sessions.scheduler import Need
+from ..byte_sizes import in_words
 from .costs import DecoderSpec, decoder_state_bytes, latent_bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a session may come to need."""
+
+    pages: int = 0
+    decoder: int = 0
+    latents: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.pages + self.decoder + self.latents
+
+    def __str__(self) -> str:
+        pages, decoder, latents = map(in_words, (self.pages, self.decoder, self.latents))
+        return f"{in_words(self.total)} (pages {pages}, decoder state {decoder}, latents {latents})"
 
 
 def session_need(

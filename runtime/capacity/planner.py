@@ -18,10 +18,10 @@ from ...graphs.passes import Pass
 from ...models.wan.spec import ModelSpec
 from ...models.wan.taehv import TAEW21, TAEW22, TinySpec
 from ...models.wan.vae import VaeSpec
+from ...schemes.page_needs import branches, page_needs
 from ...schemes.presets import Preset
 from ...schemes.timeline import Timeline
-from ..budget import branches, page_needs
-from ..sessions.scheduler import Limits
+from ..limits import Limits
 from . import costs
 from .costs import ITEMSIZE, DecoderSpec
 from .memory_need import session_need

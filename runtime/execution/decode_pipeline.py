@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...models.wan.vae import StreamState
 from ...models.wan.vae_checkpoint import Decoder
-from ..sessions.control_queue import Bell
+from ..engine_condition import Bell
 from ..streams import claim, make_current
 
 

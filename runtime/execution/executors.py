@@ -19,8 +19,8 @@ from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
 from ...models.wan.transformer import KeyValues, TextContext, WanTransformer
+from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
-from ..budget import least_pages, page_needs
 from ..capacity.planner import Workload, changes, needed
 from ..config import DTYPES, EngineConfig
 from ..kv.page_store import KV_DTYPES

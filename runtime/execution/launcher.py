@@ -24,7 +24,7 @@ from ...graphs.program import Call, Ref
 from ...graphs.types import Role
 from ...kernels.catalog import SPECS
 from ...kernels.frame_noise import NAME as FRAME_NOISE
-from ..budget import in_words
+from ..byte_sizes import in_words
 from ..streams import sendable
 from ..telemetry.profile import Profile
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ...errors import UsageError
 from ...models.wan.spec import ModelSpec
+from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
-from ..budget import least_pages, page_needs, pages_in, staging_slots
+from ..byte_sizes import in_words
 from .page_store import PagedStore, PageForm
 from .paged_cache import PagedCache
 from .pages import BlockTable
@@ -54,3 +56,17 @@ class KVMemory:
         """What a page is for pictures of `size`."""
         height, width = self.spec.latent_size(size)
         return PageForm(self.spec, (height // self.spec.patch[0], width // self.spec.patch[1]), *self.dtypes)
+
+
+def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset) -> int:
+    """Pages that fit into `budget` bytes beside `fixed` ones; UsageError where a session of the preset needs more."""
+    least = least_pages(preset)
+    pages = (budget - fixed) // page_bytes
+    if pages < least:
+        raise UsageError(
+            f"kv_memory is {in_words(budget)}, but one session of {preset.name} needs "
+            f"{in_words(least * page_bytes + fixed)}: {least} latent frames of {in_words(page_bytes)}. Give at least "
+            "that much, or ask for a smaller window (local_attn_size), smaller pictures (size) or fewer bytes a number "
+            "(kv_dtype)"
+        )
+    return pages

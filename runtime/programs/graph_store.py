@@ -21,7 +21,7 @@ from ...errors import InferixError, UsageError
 from ...graphs.codec import decode_lowered, encode_lowered
 from ...graphs.lowered import Lowered, digest, lower_block
 from ...version import __version__
-from ..media import write_atomically
+from ..files import write_atomically
 from .graph_builder import Query, QueryGraphs
 
 FORMAT = 1

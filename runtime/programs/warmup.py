@@ -11,8 +11,8 @@ from itertools import islice
 from ...errors import UsageError
 from ...graphs.passes import Pass
 from ...models.wan.spec import ModelSpec
+from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
-from ..budget import least_pages, page_needs, staging_slots
 from ..capacity.planner import launches_whole, rehearse, steady, window
 from ..kv.page_layout import parts_of, place_pass, turned
 from ..kv.pages import BlockTable, PagePool

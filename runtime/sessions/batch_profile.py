@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InferixError, UsageError
-from ..media import write_atomically
+from ..files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -13,28 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InferixError
+from ..engine_condition import Bell
 
 LIFE = frozenset({"pause", "resume", "stop"})  # taken as soon as no block of the session is being made
 STEERING = frozenset({"prompt", "act"})  # taken when a block of the session begins
 MOST_CONTROLS = 1024  # that may wait; a session that makes no blocks takes none
-
-
-class Bell(threading.Condition):
-    """One lock for an engine. `rings` says how often something has changed, so that no change is slept through."""
-
-    def __init__(self) -> None:
-        super().__init__(threading.RLock())
-        self.rings = 0
-
-    def ring(self) -> None:
-        with self:
-            self.rings += 1
-            self.notify_all()
-
-    def wait_after(self, seen: int, timeout: float | None = None) -> bool:
-        """Wait until it has rung more than `seen` times; False if that took too long."""
-        with self:
-            return self.wait_for(lambda: self.rings != seen, timeout)
 
 
 @dataclass(frozen=True)
@@ -46,21 +29,6 @@ class Control:
     value: Any
     asked: float
     thread: int
-
-
-@dataclass(frozen=True)
-class Ack:
-    """What became of a control.
-
-    block: index of the first block that shows it. seconds: from the control to that block's first pixel (to its
-    latents where nothing is decoded). refused: why it had no effect; None where it had.
-    """
-
-    id: int
-    kind: str
-    block: int
-    seconds: float
-    refused: str | None = None
 
 
 class Mailbox:

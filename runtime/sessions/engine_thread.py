@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 
 from ...errors import InferixError, UsageError, no_host_memory
+from ..engine_condition import Bell
 from ..kv.pages import OutOfPages
 from ..streams import make_current
-from .control_queue import Bell
 
 SHORTAGES = (OutOfPages, MemoryError, torch.OutOfMemoryError)  # there may be memory another time
 FAILURES = (InferixError, *SHORTAGES)  # what concerns one session, or one call, and no other

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..telemetry.records import BlockRecord
-from .control_queue import Ack, Bell
+from ..engine_condition import Bell
+from ..telemetry.records import Ack, BlockRecord
 
 
 @dataclass(frozen=True)

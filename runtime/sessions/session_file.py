@@ -22,8 +22,8 @@ from ...models.wan.vae import StreamState
 from ...schemes.actions import ActionTrack
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
+from ..files import check_output, write_atomically
 from ..kv.paged_cache import HeldPages
-from ..media import check_output, write_atomically
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..sampler import Sampler, UniPCSolver
 from .branch import InFlight, PromptChange

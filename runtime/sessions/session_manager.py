@@ -22,13 +22,15 @@ from torch import Tensor
 from ...errors import InferixError, UsageError
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
+from ..engine_condition import Bell
 from ..execution.decode_pipeline import DecodePipeline, to_frames
-from ..telemetry.records import BlockRecord, Metrics, Stopwatch
-from .control_queue import LIFE, Ack, Bell, Control
+from ..limits import Limits, Relief
+from ..telemetry.records import Ack, BlockRecord, Metrics, Stopwatch
+from .control_queue import LIFE, Control
 from .engine_thread import FAILURES, SHORTAGES, Driver, shortages_named
 from .lifecycle import ENDED, State
 from .output_queue import Block
-from .scheduler import Client, Limits, Relief, Scheduler
+from .scheduler import Client, Scheduler
 from .session import Demand, Session
 from .session_state import Snapshot
 

@@ -25,7 +25,7 @@ from ...graphs.launch import LaunchPlan
 from ...graphs.program import Program, Ref
 from ...graphs.rewrites.lowp import KINDS
 from ...kernels.linear_lowp import pack
-from ..media import write_atomically
+from ..files import write_atomically
 
 STAGES = ("prepare", "denoise", "commit")  # of a block's timings, those in which passes run
 TRACE, TABLE = "trace.json", "profile.txt"

@@ -20,10 +20,24 @@ from typing import Any, Self, TextIO
 
 import torch
 
-from ..media import check_output, part_of, write_failed
-from ..sessions.control_queue import Ack
+from ..files import check_output, part_of, write_failed
 
 BOUNDS = tuple(2.0**power for power in range(-10, 7))  # upper ends of a histogram's bins in seconds; one more above
+
+
+@dataclass(frozen=True)
+class Ack:
+    """What became of a control.
+
+    block: index of the first block that shows it. seconds: from the control to that block's first pixel (to its
+    latents where nothing is decoded). refused: why it had no effect; None where it had.
+    """
+
+    id: int
+    kind: str
+    block: int
+    seconds: float
+    refused: str | None = None
 
 
 class Stopwatch:

@@ -10,11 +10,13 @@ from oracles import ROWS, SIZE, TINY, make_engine
 
 from inferix.errors import InferixError, UsageError
 from inferix.models.wan.vae import TINY_VAE
+from inferix.runtime.capacity.memory_need import Need
 from inferix.runtime.kv.pages import OutOfPages
+from inferix.runtime.limits import Limits
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sessions.batch_profile import BatchTimes, keep_times, read_times
 from inferix.runtime.sessions.lifecycle import State
-from inferix.runtime.sessions.scheduler import Client, Limits, Need, Scheduler
+from inferix.runtime.sessions.scheduler import Client, Scheduler
 from inferix.runtime.sessions.session import Demand
 
 PROMPTS = [ROWS, ROWS.flip(0) * 1.5, ROWS * 0.5]

@@ -9,11 +9,12 @@ import torch
 from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.budget import in_words, page_needs, parse_bytes
+from inferix.runtime.byte_sizes import in_words, parse_bytes
 from inferix.runtime.kv.contiguous_cache import BoundCache, ContiguousCache
 from inferix.runtime.kv.page_layout import place_pass as PLACE_PASS
 from inferix.runtime.kv.pages import OutOfPages, PagePool
 from inferix.schemes.context import ContextPolicy
+from inferix.schemes.page_needs import page_needs
 from inferix.schemes.presets import PRESETS
 
 OTHER = ROWS.flip(0) * 1.5

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from inferix.errors import InferixError, UsageError
+from inferix.runtime.limits import Limits
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sessions.lifecycle import State
-from inferix.runtime.sessions.scheduler import Limits
 from inferix.runtime.sessions.session import Session
 from inferix.runtime.sessions.session_file import KEY
 

@@ -1,34 +1,10 @@
-"""How much KV memory a session of a preset needs, and how many pages a budget holds: arithmetic on sizes only."""
+"""How many pages a session of a preset needs: arithmetic on a preset's sizes."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from ..errors import UsageError
-from ..schemes.presets import Preset
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(given: int | str) -> int:
-    """Bytes of 6000000000, "6GB" or "5.5 GiB"; UsageError for what is none or not above 0."""
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", str(given).strip())
-    if isinstance(given, bool) or found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
-        raise UsageError(f"memory is {given!r}; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
-    count = int(float(found[1]) * UNITS[found[2].upper()]) if found[1] != "." else 0
-    if count < 1:
-        raise UsageError(f"memory is {given!r}; expected more than 0 bytes")
-    return count
-
-
-def in_words(count: int) -> str:
-    """Bytes for people."""
-    for unit in ("GB", "MB", "kB"):
-        scale = UNITS[unit.upper()]
-        if count >= scale:
-            return f"{count / scale:.4g} {unit}"
-    return f"{count} bytes"
+from .presets import Preset
 
 
 @dataclass(frozen=True)
@@ -78,17 +54,3 @@ def staging_slots(preset: Preset) -> int:
     """Frames that the buffer before pages of another dtype has room for."""
     needs = page_needs(preset)
     return (needs.held or preset.num_frame_per_block) + needs.scratch
-
-
-def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset) -> int:
-    """Pages that fit into `budget` bytes beside `fixed` ones; UsageError where a session of the preset needs more."""
-    least = least_pages(preset)
-    pages = (budget - fixed) // page_bytes
-    if pages < least:
-        raise UsageError(
-            f"kv_memory is {in_words(budget)}, but one session of {preset.name} needs "
-            f"{in_words(least * page_bytes + fixed)}: {least} latent frames of {in_words(page_bytes)}. Give at least "
-            "that much, or ask for a smaller window (local_attn_size), smaller pictures (size) or fewer bytes a number "
-            "(kv_dtype)"
-        )
-    return pages
