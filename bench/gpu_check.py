@@ -160,7 +160,7 @@ def check_captures(
     later, wrong = executor.launcher.captures - before, list(executor.launcher.fallbacks)
     plan = next(islice(plan_blocks(engine.preset), full + 1, None))
     expected = 1 + sum(step.kind == "rebuild" for step in plan.steps)
-    if executor.whole_blocks and launches["graphs"] != expected:
+    if executor.supports_whole_block and launches["graphs"] != expected:
         wrong.append(f"captured: a block at a full window launches {launches['graphs']} graphs, expected {expected}")
     if later:
         wrong.append(f"captured: a second session and a new prompt captured {later} times more")

@@ -51,13 +51,13 @@ from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
 from .programs.graph_store import card_of
 from .sampler import Sampler, noised
-from .sessions.batch_profile import BatchTimes, read_times
+from .sessions.batch_profile import BatchProfile, read_profiles
 from .sessions.branch import Branch, InFlight, PromptChange
-from .sessions.control_queue import STEERING
+from .sessions.control_queue import BLOCK_CONTROLS
 from .sessions.engine_thread import FAILURES, shortages_named
-from .sessions.lockstep import Answer, Ask, Making, alike, side_by_side
+from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session import Session
-from .sessions.session_manager import Host
+from .sessions.session_manager import SessionManager
 from .sessions.session_state import Beginning
 from .streams import make_current, to_device
 from .telemetry.profile import Profile, measure_ceilings
@@ -82,9 +82,9 @@ class Engine:
         self.profile: Profile | None = None
         kept = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else self.dtype
         self.memory = KVMemory(self.spec, preset, (self.dtype, kept), self.device, config.kv_memory)
-        self.host = Host(self, limits)
+        self.manager = SessionManager(self, limits)
         if config.batches is not None:
-            for size, times in read_times(Path(config.batches), self.timed_on).items():
+            for size, times in read_profiles(Path(config.batches), self.timed_on).items():
                 self.follow_times(size, times)
 
     def __repr__(self) -> str:
@@ -105,17 +105,17 @@ class Engine:
     @torch.no_grad()
     def step(self) -> tuple[Session, ...]:
         """Make the next block of the sessions whose turn it is; of none where none can be made just now."""
-        sessions = self.host.turn()
-        side_by_side([self.lone_block(session, len(sessions)) for session in sessions], self.velocities)
+        sessions = self.manager.prepare_step()
+        run_lockstep([self.lone_block(session, len(sessions)) for session in sessions], self.velocities)
         return sessions
 
-    def lone_block(self, session: Session, batch: int) -> Making[None]:
+    def lone_block(self, session: Session, batch: int) -> BlockSteps[None]:
         """One block of `batch` that are made side by side; what fails in it ends its session and no other."""
-        with self.host.alone(session):
-            self.host.begin(session, batch)
+        with self.manager.isolate_failures(session):
+            self.manager.begin(session, batch)
             yield from self.make_block(session)
 
-    def make_block(self, session: Session) -> Making[None]:
+    def make_block(self, session: Session) -> BlockSteps[None]:
         """One block, from what was told until now to its decoding, which goes on beside the next block."""
         with session.record.span("encode"):
             self.follow_controls(session)
@@ -130,30 +130,30 @@ class Engine:
                 yield from self.commit_pass(session, block.span, block.latents)
         if self.profile is not None:
             self.profile.end_block(block.span.index, session.record.seconds, partial(self.bytes_by_owner, session))
-        self.host.finish(session, block.latents)
+        self.manager.finish(session, block.latents)
 
     def run(self, keep: bool = False) -> None:
         """Make blocks of all sessions that are asked for some until every session has ended.
 
         Streams are read in other threads meanwhile. With `keep`, go on until `halt()`, for sessions still to come.
         """
-        self.host.drive(keep)
+        self.manager.drive(keep)
 
     def halt(self) -> None:
         """Have `run` return after the block that it is at; free to any thread."""
-        self.host.driver.halt()
+        self.manager.thread.halt()
 
     def soon(self, call: Callable[[], T]) -> Future[T]:
         """Have the thread that drives the engine call something between two blocks; free to any thread."""
-        return self.host.driver.soon(call)
+        return self.manager.thread.call_soon(call)
 
     def hand_over(self) -> None:
         """Let another thread drive the engine: the next that calls it."""
-        self.host.driver.hand_over()
+        self.manager.thread.release_ownership()
 
     def observe(self, observer: Callable[[dict[str, Any]], None]) -> None:
         """Have each control's and each block's record told to `observer`, in the threads where they come about."""
-        self.host.observers.append(observer)
+        self.manager.observers.append(observer)
 
     def use_lora(self, lora: str | Path | None, scale: float = 1.0) -> None:
         """Run all sessions with an adapter from their next blocks on, in place of the one put on before; None takes it
@@ -163,24 +163,24 @@ class Engine:
         is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model.
         """
         if lora is None:
-            self.adapter.take_off()
+            self.adapter.remove()
         else:
-            self.adapter.put_on(lora, scale)
-        self.follow_weights()
+            self.adapter.apply(lora, scale)
+        self.refresh_derived_weights()
 
     @torch.no_grad()
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Go on with weights that were changed in place: what was made of them is made anew, nothing captured again."""
-        self.executor.follow_weights()
+        self.executor.refresh_derived_weights()
         renewed: dict[int, tuple[Text, Text]] = {}  # by the old one's identity, which holds while that is kept
-        for branch, rows in (told for session in self.host.sessions.values() for told in session.conditionings):
+        for branch, rows in (told for session in self.manager.sessions.values() for told in session.conditionings):
             if id(branch.text) not in renewed:
                 renewed[id(branch.text)] = branch.text, self.executor.condition(rows)
             branch.text = renewed[id(branch.text)][1]
 
     def check_integrity(self) -> None:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
-        self.host.check_integrity()
+        self.manager.check_integrity()
 
     def start_profile(self) -> Profile:
         """Have every pass timed from now on, and return what collects it. UsageError for executor eager."""
@@ -206,11 +206,11 @@ class Engine:
 
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and histograms since the engine was loaded, as plain data."""
-        return self.host.metrics.as_dict(self.host.gauges())
+        return self.manager.metrics.as_dict(self.manager.gauges())
 
-    def follow_times(self, size: tuple[int, int], times: BatchTimes) -> None:
+    def follow_times(self, size: tuple[int, int], times: BatchProfile) -> None:
         """Have blocks of sessions of `size` (width, height) run as one where these measured times say so."""
-        self.host.scheduler.batch_times[size] = times
+        self.manager.scheduler.batch_profiles[size] = times
 
     @property
     def timed_on(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Engine:
         """Whether the next block can be one launch: its noise is a function of the seed, and no frame is held."""
         held = session.clamped is not None and session.timeline.next_frame == 0
         plain = isinstance(session.noise, PhiloxNoise) and session.sampler.strength == 1
-        return self.executor.whole_blocks and plain and not held
+        return self.executor.supports_whole_block and plain and not held
 
     def whole_block(self, session: Session) -> InFlight:
         """All steps and the commit of a block that is alone in flight, in one launch."""
@@ -235,13 +235,13 @@ class Engine:
         self.hold(session, run)
         bound, actions = branch.cache.bind(run), self.actions_of(session, run)
         with session.record.one_pass():
-            block.latents = self.executor.block(block.latents, branch.text, bound, frames, seed, actions)
+            block.latents = self.executor.run_block(block.latents, branch.text, bound, frames, seed, actions)
         branch.cache.settle()
         self.check_finite(block)
         block.committed = self.preset.context.commit
         return block
 
-    def denoise(self, session: Session) -> Making[InFlight]:
+    def denoise(self, session: Session) -> BlockSteps[InFlight]:
         """Passes over the blocks in flight until the first of them is clean; one more joins at each pass."""
         flight, levels = session.flight, session.sampler.timesteps
         while True:
@@ -288,7 +288,7 @@ class Engine:
         if session.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((session.clamped, block.latents[len(session.clamped) :]))
 
-    def commit_pass(self, session: Session, span: Span, latents: Tensor) -> Making[None]:
+    def commit_pass(self, session: Session, span: Span, latents: Tensor) -> BlockSteps[None]:
         """One pass over the clean latents, for the keys and values it leaves in the cache."""
         run = session.timeline.commit_pass(span.frames)
         self.hold(session, run)
@@ -302,23 +302,24 @@ class Engine:
                 branch.cache.hold(group.context)
             session.timeline.forget(group.context)
 
-    def network_pass(self, session: Session, run: Pass, latents: Tensor) -> Making[Tensor]:
+    def network_pass(self, session: Session, run: Pass, latents: Tensor) -> BlockSteps[Tensor]:
         """One pass of the network over latents [F, C, H, W]; makes the velocity, guided where there are two."""
         actions, velocities = self.actions_of(session, run), []
         with session.record.one_pass():
             for branch in session.branches:
-                velocities.append((yield Ask(branch, run, latents, actions)))
+                velocities.append((yield ForwardRequest(branch, run, latents, actions)))
         if len(velocities) == 1:
             return velocities[0]
         prompted, plain = velocities
         return plain + self.preset.sampler.guidance_scale * (prompted - plain)
 
-    def velocities(self, asked: Sequence[Ask]) -> list[Answer]:
+    def velocities(self, asked: Sequence[ForwardRequest]) -> list[ForwardResult]:
         """Answers to passes that blocks ask for; those that match are one run."""
-        answers = {ask: answer for asks in alike(asked) for ask, answer in zip(asks, self.answers(asks), strict=True)}
+        groups = [(asks, self.answers(asks)) for asks in group_compatible(asked)]
+        answers = {ask: answer for asks, results in groups for ask, answer in zip(asks, results, strict=True)}
         return [answers[ask] for ask in asked]
 
-    def answers(self, asks: Sequence[Ask]) -> Sequence[Answer]:
+    def answers(self, asks: Sequence[ForwardRequest]) -> Sequence[ForwardResult]:
         """Velocities by one run of passes that match; where that fails, each by itself, so that one fails alone."""
         try:
             with shortages_named():
@@ -329,10 +330,10 @@ class Engine:
             said = str(error)  # and not where it came from, which holds memory
         answers = [answer for ask in asks for answer in self.answers([ask])]
         if not any(isinstance(answer, Exception) for answer in answers):
-            self.host.batch_failed(len(asks), said)
+            self.manager.batch_failed(len(asks), said)
         return answers
 
-    def forward(self, asks: Sequence[Ask]) -> list[Tensor]:
+    def forward(self, asks: Sequence[ForwardRequest]) -> list[Tensor]:
         """The network's velocity for each of some passes that match, in one run."""
         caches, told = [ask.branch.cache for ask in asks], [ask.run.timesteps for ask in asks]
         latents = torch.stack([ask.latents for ask in asks])
@@ -356,9 +357,9 @@ class Engine:
         self.at_once(self.commit_pass(session, span, latents))
 
     @torch.no_grad()
-    def at_once(self, block: Making[T]) -> T:
+    def at_once(self, block: BlockSteps[T]) -> T:
         """Take what asks for passes to its end by itself; returns what it makes, raises what ends it."""
-        (made,) = side_by_side([block], self.velocities)
+        (made,) = run_lockstep([block], self.velocities)
         return made
 
     def actions_of(self, session: Session, run: Pass) -> Tensor | None:
@@ -372,7 +373,7 @@ class Engine:
         shape = (self.spec.out_channels, *self.spec.latent_size(session.size))
         return to_device(session.noise.draw(span.index, span.frames, draw, shape), self.device, self.dtype)
 
-    def rebuild_context(self, session: Session) -> Making[None]:
+    def rebuild_context(self, session: Session) -> BlockSteps[None]:
         """Make the context anew from the last clean latents, where the policy asks for it."""
         timeline, policy = session.timeline, self.preset.context
         if not timeline.rebuild_due():
@@ -387,12 +388,12 @@ class Engine:
         self.hold(session, run)
         yield from self.network_pass(session, run, latents)
         if policy.restart_decoder:
-            self.host.settle(session)
+            self.manager.settle(session)
             session.track.restart(session.next_block, latents)
 
     def follow_controls(self, session: Session) -> None:
         """Take in what the session was told since its last block began."""
-        for control in session.mailbox.take(STEERING):
+        for control in session.controls.take(BLOCK_CONTROLS):
             refused = None
             if control.kind == "act":
                 session.actions.tell(session.timeline.next_frame, control.value)
@@ -402,7 +403,7 @@ class Engine:
                 except UsageError as error:
                     refused = str(error)
             shown = session.timeline.next_block if control.kind == "act" else session.next_block
-            self.host.applied(session, control, shown, refused)
+            self.manager.applied(session, control, shown, refused)
 
     def change_prompt(self, session: Session, text: str | None, embeds: Tensor | str | Path | None) -> None:
         """Take note of a new prompt; the next block follows it."""
@@ -413,7 +414,7 @@ class Engine:
         blocks = policy.blend_blocks if policy.prompt_switch == "blend" else 1
         session.change = PromptChange(session.rows, new, blocks, blocks)
 
-    def follow_prompt(self, session: Session) -> Making[None]:
+    def follow_prompt(self, session: Session) -> BlockSteps[None]:
         """Move the conditioning towards a prompt that was asked for."""
         change, policy = session.change, self.preset.context
         if change is None:
@@ -426,7 +427,7 @@ class Engine:
         if policy.prompt_switch == "recache":
             yield from self.recache(session)
 
-    def recache(self, session: Session) -> Making[None]:
+    def recache(self, session: Session) -> BlockSteps[None]:
         """Pass the visible past through the network under the prompt in force."""
         run = session.timeline.recache_pass(self.preset.context.recache_sink)
         if run is None:
@@ -435,7 +436,7 @@ class Engine:
         if self.preset.context.recache_sink:
             session.branches[0].cache.clear()
         session.branches[0].cache.hold(run.groups[-1].context)
-        yield Ask(session.branches[0], run, latents, self.actions_of(session, run))
+        yield ForwardRequest(session.branches[0], run, latents, self.actions_of(session, run))
         session.beginning = Beginning.of(session)  # once is enough: by another time a moving sink has moved
 
     @torch.no_grad()
@@ -495,7 +496,7 @@ class Engine:
         )
         if prefix is not None:
             session.entering = partial(self.cache_prefix, session, prefix)
-        self.host.join(session)
+        self.manager.join(session)
         return session
 
     def new_branch(self, rows: Tensor, size: tuple[int, int]) -> Branch:
@@ -588,7 +589,7 @@ class Engine:
     def decoder(self) -> Decoder:
         """What new pictures are made with."""
         fast = self.parts.fast_vae
-        return fast if fast is not None and self.host.scheduler.took("decoder") else self.parts.vae
+        return fast if fast is not None and self.manager.scheduler.took("decoder") else self.parts.vae
 
     def blocks_for(self, seconds: float) -> int:
         """How many blocks make at least that many seconds of video from the start."""

@@ -44,11 +44,11 @@ Text = TextContext | Conditioning
 
 
 class Executor(Protocol):
-    """What the engine asks. whole_blocks: whether `block` can be asked. batches: whether passes of several sessions can
-    be run as one.
+    """What the engine asks. supports_whole_block: whether `run_block` can be called. batches: whether passes
+    of several sessions can be run as one.
     """
 
-    whole_blocks: bool
+    supports_whole_block: bool
     batches: bool
 
     def condition(self, rows: Tensor) -> Text:
@@ -62,7 +62,7 @@ class Executor(Protocol):
     ) -> Tensor:
         """One pass of the network: the arguments and result of the model's own forward."""
 
-    def block(
+    def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
     ) -> Tensor:
         """A block from noise [F, C, H, W] to clean latents, its keys and values left in its pages.
@@ -70,7 +70,7 @@ class Executor(Protocol):
         Noise between steps is that of `PhiloxNoise(seed)` for the absolute `frames`.
         """
 
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Make anew what was made of weights that have changed in place, but for what `condition` made."""
 
     def start_profile(self, profile: Profile) -> None:
@@ -83,7 +83,7 @@ class Executor(Protocol):
 class EagerExecutor:
     """The model as it is, pass by pass. packed: the same with layers in low precision, for passes alone."""
 
-    whole_blocks = False
+    supports_whole_block = False
     batches = True
 
     def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
@@ -103,12 +103,12 @@ class EagerExecutor:
         velocity: Tensor = self.passes(latents, timesteps, text, attention, actions)
         return velocity
 
-    def block(
+    def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
 
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Nothing to do: the model reads its weights."""
 
     def start_profile(self, profile: Profile) -> None:
@@ -141,7 +141,7 @@ class GraphExecutor:
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
         kept = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
-        self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
+        self.supports_whole_block = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.programs: dict[Query, Lowered] = {}
         self.loaded: dict[Query, Loaded] = {}
@@ -161,7 +161,7 @@ class GraphExecutor:
         given = {"latents": latents, "timesteps": timesteps}
         return self.run(Query.of(latents, paged(attention), whole=False), given, text, attention, actions)["velocity"]
 
-    def block(
+    def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
     ) -> Tensor:
         given = {
@@ -177,9 +177,9 @@ class GraphExecutor:
     def bytes_by_owner(self) -> dict[str, int]:
         return self.launcher.bytes_by_owner()
 
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Make constants anew, where they are: nothing is captured again."""
-        self.launcher.follow_weights()
+        self.launcher.refresh_derived_weights()
 
     def run(
         self, query: Query, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None

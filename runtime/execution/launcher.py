@@ -224,7 +224,7 @@ class Launcher:
                 for name, part in zip(names, parts, strict=True):
                     self.weights[name].data = part
 
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Make the constants anew, in place, after weights have changed in place. Nothing is captured again."""
         for fold, given in self.folds:
             made = recipes(fold.program)

@@ -89,7 +89,7 @@ class PagedCache:
         """The pass is over; what it did not write is gone."""
         self.table.give_back()
 
-    def take_back(self, first: int) -> None:
+    def rollback(self, first: int) -> None:
         """A block that began with frame `first` is not to have been: what it wrote, or was going to, is let go."""
         self.table.drop_from(first)
 

@@ -17,7 +17,7 @@ from ..files import write_atomically
 
 
 @dataclass(frozen=True)
-class BatchTimes:
+class BatchProfile:
     """seconds: by number of sessions, how long it takes to give each a block; 1 is a session that runs alone."""
 
     seconds: Mapping[int, float]
@@ -39,12 +39,12 @@ class BatchTimes:
         return min(counts, key=lambda count: (self.seconds[count] / count, count))
 
 
-def read_times(path: Path, about: Mapping[str, Any]) -> dict[tuple[int, int], BatchTimes]:
+def read_profiles(path: Path, about: Mapping[str, Any]) -> dict[tuple[int, int], BatchProfile]:
     """What was measured on the like of `about`, by size of pictures; InferixError for a file that cannot be read."""
-    return {size_of(entry): times_of(entry) for entry in entries(path) if entry["about"] == plain(about)}
+    return {size_of(entry): profile_of(entry) for entry in entries(path) if entry["about"] == plain(about)}
 
 
-def keep_times(path: Path, about: Mapping[str, Any], size: tuple[int, int], times: BatchTimes) -> None:
+def save_profile(path: Path, about: Mapping[str, Any], size: tuple[int, int], times: BatchProfile) -> None:
     """Add a measurement to a file, which is made where there is none; one of the same is replaced."""
     new = {"about": plain(about), "size": list(size), "seconds": {str(n): s for n, s in times.seconds.items()}}
     found = entries(path) if path.exists() else []
@@ -65,7 +65,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
 
 def is_entry(found: Any) -> bool:
     try:
-        _ = found["about"], size_of(found), times_of(found)
+        _ = found["about"], size_of(found), profile_of(found)
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
     return True
@@ -76,8 +76,8 @@ def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def times_of(entry: Mapping[str, Any]) -> BatchTimes:
-    return BatchTimes({int(count): float(seconds) for count, seconds in entry["seconds"].items()})
+def profile_of(entry: Mapping[str, Any]) -> BatchProfile:
+    return BatchProfile({int(count): float(seconds) for count, seconds in entry["seconds"].items()})
 
 
 def plain(about: Mapping[str, Any]) -> dict[str, Any]:

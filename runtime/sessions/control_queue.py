@@ -1,6 +1,6 @@
 """Controls on their way into a session, from any thread to the one that drives the engine.
 
-The bell is shared by everything of an engine that crosses threads: it is the one lock, and rings when anything changed.
+All queues of one engine share its condition: one lock, signalled on every change.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InferixError
-from ..engine_condition import Bell
+from ..engine_condition import EngineCondition
 
-LIFE = frozenset({"pause", "resume", "stop"})  # taken as soon as no block of the session is being made
-STEERING = frozenset({"prompt", "act"})  # taken when a block of the session begins
+LIFECYCLE_CONTROLS = frozenset({"pause", "resume", "stop"})  # taken as soon as no block of the session is being made
+BLOCK_CONTROLS = frozenset({"prompt", "act"})  # taken when a block of the session begins
 MOST_CONTROLS = 1024  # that may wait; a session that makes no blocks takes none
 
 
@@ -31,29 +31,29 @@ class Control:
     thread: int
 
 
-class Mailbox:
+class ControlQueue:
     """Controls for one session; anyone puts, the thread that drives the engine takes."""
 
-    def __init__(self, bell: Bell) -> None:
-        self.bell = bell
+    def __init__(self, condition: EngineCondition) -> None:
+        self.condition = condition
         self.waiting: deque[Control] = deque()
         self.last = 0
 
     def put(self, kind: str, value: Any = None) -> int:
         """Leave a control; returns its id. InferixError if too many wait."""
-        with self.bell:
+        with self.condition:
             if len(self.waiting) >= MOST_CONTROLS:
                 raise InferixError(
                     f"{len(self.waiting)} controls wait for a session that takes none; is it paused, or read by no one?"
                 )
             self.last += 1
             self.waiting.append(Control(self.last, kind, value, time.perf_counter(), threading.get_ident()))
-            self.bell.ring()
+            self.condition.signal()
             return self.last
 
     def take(self, kinds: Collection[str]) -> list[Control]:
         """The waiting controls of some kinds, in order."""
-        with self.bell:
+        with self.condition:
             found = [control for control in self.waiting if control.kind in kinds]
             if found:
                 self.waiting = deque(control for control in self.waiting if control.kind not in kinds)

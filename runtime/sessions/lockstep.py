@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
+class ForwardRequest:
     """One pass of one conditioning that a block asks for: latents [F, C, H, W], actions [1, F, action_dim] or None."""
 
     branch: Branch
@@ -29,7 +29,7 @@ class Ask:
     actions: Tensor | None
 
     @property
-    def form(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         """What passes have in common that one run can answer: pages, latents and how frames are grouped.
 
         Timesteps, positions and frames seen may differ.
@@ -38,43 +38,46 @@ class Ask:
         return id(self.branch.cache.store), tuple(self.latents.shape), groups
 
 
-Answer = Tensor | Exception  # a velocity [F, C, H, W], or why there is none
-Making = Generator[Ask, Tensor, T]
+ForwardResult = Tensor | Exception  # a velocity [F, C, H, W], or why there is none
+BlockSteps = Generator[ForwardRequest, Tensor, T]
 
 
-def side_by_side(blocks: Sequence[Making[T]], answer: Callable[[list[Ask]], Sequence[Answer]]) -> list[T]:
+Forward = Callable[[list[ForwardRequest]], Sequence[ForwardResult]]
+
+
+def run_lockstep(blocks: Sequence[BlockSteps[T]], answer: Forward) -> list[T]:
     """Take blocks to their ends in step, and return what they make; what one raises is raised, and closes the others.
 
     At each step `answer` is given what is asked for; an answer that is an exception is raised where it was asked.
     """
     made: dict[int, T] = {}
-    told: list[tuple[int, Answer | None]] = [(index, None) for index in range(len(blocks))]
+    told: list[tuple[int, ForwardResult | None]] = [(index, None) for index in range(len(blocks))]
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(closing(block))
         while told:
-            asked: dict[int, Ask] = {}
+            asked: dict[int, ForwardRequest] = {}
             for index, said in told:
                 try:
-                    asked[index] = go_on(blocks[index], said)
+                    asked[index] = resume(blocks[index], said)
                 except StopIteration as end:
                     made[index] = end.value
             told = list(zip(asked, answer(list(asked.values())), strict=True))
     return [made[index] for index in range(len(blocks))]
 
 
-def go_on(block: Making[T], told: Answer | None) -> Ask:
+def resume(block: BlockSteps[T], told: ForwardResult | None) -> ForwardRequest:
     """What a block asks for next, once it is told what it asked for last; StopIteration at its end."""
     if told is None:
         return next(block)
     return block.throw(told) if isinstance(told, Exception) else block.send(told)
 
 
-def alike(asked: Sequence[Ask]) -> list[list[Ask]]:
+def group_compatible(asked: Sequence[ForwardRequest]) -> list[list[ForwardRequest]]:
     """Passes of one form together, in order."""
     if len(asked) == 1:
         return [list(asked)]
-    found: dict[Hashable, list[Ask]] = {}
+    found: dict[Hashable, list[ForwardRequest]] = {}
     for ask in asked:
-        found.setdefault(ask.form, []).append(ask)
+        found.setdefault(ask.batch_key, []).append(ask)
     return list(found.values())

@@ -28,9 +28,9 @@ from ..noise import Noise
 from ..sampler import Sampler
 from ..telemetry.records import BlockRecord, Stopwatch
 from .branch import Branch, InFlight, PromptChange
-from .control_queue import Control, Mailbox
+from .control_queue import Control, ControlQueue
 from .lifecycle import ENDED, Lifecycle, State
-from .output_queue import Block, Outbox
+from .output_queue import Block, OutputQueue
 from .session_file import read_session, write_session
 from .session_state import Beginning, Snapshot
 
@@ -73,11 +73,11 @@ class Session:
     prefix_frames: NDArray[np.uint8] | None = None  # what the stream goes on from, as the decoder shows it
 
     def __post_init__(self) -> None:
-        host = self.engine.host
-        self.id = host.new_id()
+        manager = self.engine.manager
+        self.id = manager.new_id()
         self.life = Lifecycle()
-        self.mailbox = Mailbox(host.bell)
-        self.outbox = Outbox(host.bell, host.limits.queue_blocks)
+        self.controls = ControlQueue(manager.condition)
+        self.output = OutputQueue(manager.condition, manager.limits.queue_blocks)
         self.track = DecoderTrack(self.engine.decoder, self.timeline.preset.context.rewind_blocks)
         self.kept: list[Snapshot] = []  # of the last blocks' beginnings, as many as can be rewound
         self.beginning: Beginning | None = None  # of the block being made, until it is denoised and committed
@@ -122,7 +122,7 @@ class Session:
         return self.flight[0].span.index if self.flight else self.timeline.next_block
 
     @property
-    def likeness(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         """What sessions have in common whose next blocks take the same passes over equally many frames."""
         timeline = self.timeline
         first = self.flight[0].span.frames.start if self.flight else timeline.next_frame
@@ -134,7 +134,7 @@ class Session:
     def wants_block(self) -> bool:
         """Whether a block is asked for that there is room for."""
         wanted = self.demand is not None and self.demand.left > 0
-        return wanted and self.state in (State.NEW, State.RUNNING) and not self.outbox.full
+        return wanted and self.state in (State.NEW, State.RUNNING) and not self.output.full
 
     def stream(self, blocks: int | None = None, decode: bool = True) -> Iterator[Block]:
         """Yield the next `blocks` blocks, or all there will be; without `decode`, only latents.
@@ -150,14 +150,14 @@ class Session:
         return self._blocks(math.inf if blocks is None else blocks, decode)
 
     def _blocks(self, blocks: float, decode: bool) -> Iterator[Block]:
-        host, left = self.engine.host, blocks
-        demand = host.ask(self, Demand(blocks - len(self.outbox), decode))
+        manager, left = self.engine.manager, blocks
+        demand = manager.ask(self, Demand(blocks - len(self.output), decode))
         try:
-            while left > 0 and (block := host.next_block(self, demand)) is not None:
+            while left > 0 and (block := manager.next_block(self, demand)) is not None:
                 left -= 1
                 yield block
         finally:
-            host.withdraw(self, demand)
+            manager.withdraw(self, demand)
 
     def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> int:
         """Change the prompt from the next block that begins, in the way of the preset's `prompt_switch`.
@@ -173,52 +173,52 @@ class Session:
             embeds = load_prompt_embeds(embeds, spec.text_len, spec.text_dim)
         else:
             self.engine.check_prompt(text)
-        return self.mailbox.put("prompt", (text, embeds))
+        return self.controls.put("prompt", (text, embeds))
 
     def act(self, action: str) -> int:
         """Do `action` from the next block that begins, until told otherwise; UsageError for one the model does not
         have. Returns the control's id."""
         self.check_open()
-        return self.mailbox.put("act", check_action(action, self.actions.names))
+        return self.controls.put("act", check_action(action, self.actions.names))
 
     def pause(self) -> int:
         """Begin no more blocks until `resume`; returns the control's id."""
         self.check_open()
-        return self.mailbox.put("pause")
+        return self.controls.put("pause")
 
     def resume(self) -> int:
         """Go on after `pause`; returns the control's id."""
         self.check_open()
-        return self.mailbox.put("resume")
+        return self.controls.put("resume")
 
     def stop(self) -> int:
         """Begin no more blocks; those begun are finished, then the session is closed. Returns the control's id."""
         self.check_open()
-        return self.mailbox.put("stop")
+        return self.controls.put("stop")
 
     def fork(self) -> Session:
         """A session that goes on from here by itself: it shares pages and decoder state until either writes.
 
         It stands after the last block that was begun, and has no demand on it until it is streamed.
         """
-        self.engine.host.driver.check_owner("fork()")
+        self.engine.manager.thread.check_owner("fork()")
         self.check_entered()
-        return self.engine.host.fork(self)
+        return self.engine.manager.fork(self)
 
     def rewind(self, block: int) -> None:
         """Go back to where `block`, one of the last `rewind_blocks`, began; what was made since is forgotten.
 
         Prompt and actions are again as they were then. UsageError for a block that cannot be gone back to.
         """
-        self.engine.host.driver.check_owner("rewind()")
+        self.engine.manager.thread.check_owner("rewind()")
         self.check_open()
-        self.engine.host.rewind(self, block)
+        self.engine.manager.rewind(self, block)
 
     def save(self, path: str | Path) -> None:
         """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all."""
-        self.engine.host.driver.check_owner("save()")
+        self.engine.manager.thread.check_owner("save()")
         self.check_entered()
-        self.engine.host.settle(self)
+        self.engine.manager.settle(self)
         write_session(self, Path(path))
 
     @classmethod
@@ -227,11 +227,11 @@ class Session:
 
         Raises UsageError for a file of another model, preset or version, InferixError for a broken one.
         """
-        engine.host.driver.check_owner("restore()")
+        engine.manager.thread.check_owner("restore()")
         saved = read_session(engine, Path(path))
         session = cls(**saved.fields())
         session.entering = partial(saved.fill, session)
-        engine.host.join(session)
+        engine.manager.join(session)
         return session
 
     def remember(self, latents: Tensor, pixels: Tensor | None) -> None:
@@ -253,19 +253,19 @@ class Session:
         first = self.timeline.next_frame - len(self.recent)
         return self.recent[[frame - first for frame in frames]]
 
-    def put_away(self) -> None:
+    def offload(self) -> None:
         """Move all pages to host memory, what is kept for rewinding included."""
         first, *others = self.caches
         first.offload(*others)
         self.away = True
 
-    def fetch(self) -> None:
+    def prefetch(self) -> None:
         """Have pages that are away on their way back, while others run."""
         if self.away:
             for cache in self.caches:
                 cache.prefetch()
 
-    def bring_back(self) -> None:
+    def onload(self) -> None:
         """Have the pages where they can be read."""
         if self.away:
             for cache in self.caches:
@@ -279,7 +279,7 @@ class Session:
             while len(self.kept) > self.track.rewind_blocks:
                 self.kept.pop(0).release()
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Stand where the block that was being made began, as if it had not."""
         assert self.beginning is not None
         self.beginning.give_to(self)
@@ -299,15 +299,15 @@ class Session:
     def check_entered(self) -> None:
         """InferixError unless the session is open and has what it begins with."""
         self.check_open()
-        if self.id in self.engine.host.scheduler.waiting:
+        if self.id in self.engine.manager.scheduler.waiting:
             raise InferixError(f"session {self.id} still waits for room; close another one first")
 
     def close(self) -> None:
         """Free pages, latents and decoder state; InferixError for a session that was closed before."""
-        self.engine.host.driver.check_owner("close()")
+        self.engine.manager.thread.check_owner("close()")
         if self.closed:
             raise InferixError(f"session {self.id} is closed already")
-        self.engine.host.close(self)
+        self.engine.manager.close(self)
 
     def free(self) -> None:
         """Let go of everything that takes memory, but for finished blocks that no one has taken."""
@@ -324,7 +324,7 @@ class Session:
         """Close the session, or, in a thread that does not drive the engine, stop it."""
         if self.state in ENDED:
             return
-        if self.engine.host.driver.owns():
+        if self.engine.manager.thread.is_owner():
             self.close()
         elif self.state is not State.DRAINING:
             self.stop()

@@ -1,7 +1,7 @@
 """The sessions of one engine: who is in, whose turn it is, and how each ends, alone.
 
 One thread drives; it is the owner of everything but mailboxes, outboxes and the decoder's thread. What crosses
-threads is guarded by the bell. Heavy work is never done while the bell is held.
+threads is guarded by the condition. Heavy work is never done while the condition is held.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from torch import Tensor
 from ...errors import InferixError, UsageError
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
-from ..engine_condition import Bell
+from ..engine_condition import EngineCondition
 from ..execution.decode_pipeline import DecodePipeline, to_frames
-from ..limits import Limits, Relief
+from ..limits import DegradationStep, Limits
 from ..telemetry.records import Ack, BlockRecord, Metrics, Stopwatch
-from .control_queue import LIFE, Control
-from .engine_thread import FAILURES, SHORTAGES, Driver, shortages_named
+from .control_queue import LIFECYCLE_CONTROLS, Control
+from .engine_thread import FAILURES, SHORTAGES, EngineThread, shortages_named
 from .lifecycle import ENDED, State
 from .output_queue import Block
-from .scheduler import Client, Scheduler
+from .scheduler import Scheduler, SchedulerEntry
 from .session import Demand, Session
 from .session_state import Snapshot
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
-DRIVER_WAIT = 10.0  # seconds that a reader waits for some thread to drive the engine
+OWNER_WAIT = 10.0  # seconds that a reader waits for some thread to drive the engine
 
 def narrower(preset: Preset, frames: int) -> Preset:
     """A preset with a window of so many frames; UsageError if a block does not fit into it."""
@@ -46,45 +46,45 @@ def narrower(preset: Preset, frames: int) -> Preset:
     return replace(preset, context=replace(preset.context, local_attn_size=window))
 
 
-class Host:
+class SessionManager:
     """Owns the open sessions, the scheduler, the decoder's thread and the metrics of one engine."""
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.engine, self.limits = engine, limits
-        self.bell = Bell()
-        self.driver = Driver(self.bell, engine.device)
+        self.condition = EngineCondition()
+        self.thread = EngineThread(self.condition, engine.device)
         self.scheduler = Scheduler(limits)
-        self.pipeline = DecodePipeline(engine.device, self.bell)
+        self.pipeline = DecodePipeline(engine.device, self.condition)
         self.metrics = Metrics()
         self.observers: list[Callable[[dict[str, Any]], None]] = []
         self.sessions: dict[int, Session] = {}
-        for relief in limits.overload:
-            self.check_relief(relief)
+        for step in limits.overload:
+            self.check_degradation(step)
         self.seen = 0  # rings when the last turn was chosen
         self.ids = 0
 
     def drive(self, keep: bool) -> None:
         """Make blocks until all sessions have ended, or until `halt`."""
-        self.driver.check_owner("run()")
-        self.driver.halted = False
-        with self.driver.looping():
-            while not self.driver.halted and (keep or self.sessions or self.driver.calls):
+        self.thread.check_owner("run()")
+        self.thread.halted = False
+        with self.thread.looping():
+            while not self.thread.halted and (keep or self.sessions or self.thread.calls):
                 if not self.engine.step():
-                    self.bell.wait_after(self.seen, self.limits.consumer_timeout)
+                    self.condition.wait_after(self.seen, self.limits.consumer_timeout)
 
     # Coming and going
 
     def new_id(self) -> int:
-        with self.bell:
+        with self.condition:
             self.ids += 1
             return self.ids
 
     def join(self, session: Session) -> None:
         """Let a session in or have it wait; one that is refused holds nothing, and that is raised."""
-        self.driver.check_owner("open()")
+        self.thread.check_owner("open()")
         self.metrics.count("sessions_opened")
         try:
-            inside = self.scheduler.join(session.id, self.client(session))
+            inside = self.scheduler.join(session.id, self.entry(session))
         except InferixError:
             session.free()
             self.metrics.count("sessions_refused")
@@ -103,9 +103,9 @@ class Host:
                 self.fail(session, error)
                 raise
             session.entering = None
-        session.fetch()
+        session.prefetch()
 
-    def client(self, session: Session) -> Client:
+    def entry(self, session: Session) -> SchedulerEntry:
         """What the scheduler has to know of a session."""
         engine, preset = self.engine, session.timeline.preset
         form, period = engine.memory.form(session.size), engine.spec.vae_stride[0] * preset.num_frame_per_block
@@ -115,7 +115,7 @@ class Host:
         )  # fmt: skip
         store = engine.memory.stores.get(form.grid)
         room = None if store is None or store.grows else store.pool.size * form.nbytes
-        return Client(need, session.size, period / engine.spec.fps, room)
+        return SchedulerEntry(need, session.size, period / engine.spec.fps, room)
 
     def fork(self, session: Session) -> Session:
         self.settle(session)
@@ -143,16 +143,16 @@ class Host:
         self.end(session, State.FAILED, error)
 
     def end(self, session: Session, state: State, failure: Exception | None = None) -> None:
-        with self.bell:
+        with self.condition:
             session.life.move(state, failure)
             self.sessions.pop(session.id, None)
             self.scheduler.leave(session.id)
-            self.bell.ring()
+            self.condition.signal()
         session.free()
         self.metrics.count(f"sessions_{state}")
 
     @contextmanager
-    def alone(self, session: Session) -> Iterator[None]:
+    def isolate_failures(self, session: Session) -> Iterator[None]:
         """What fails in here concerns this session and nothing else.
 
         A block for which memory ran out is taken back; all else ends the session, an interruption, too.
@@ -167,59 +167,59 @@ class Host:
             failure = error
         finally:
             if not whole and session.beginning is not None and isinstance(failure, SHORTAGES):
-                self.take_back(session, failure)
+                self.rollback(session, failure)
             elif not whole:
                 self.fail(session, failure)
 
-    def take_back(self, session: Session, error: Exception) -> None:
+    def rollback(self, session: Session, error: Exception) -> None:
         """Undo the block of a session that is being made, and tell its reader, who may ask for it again."""
         traceback.clear_frames(error.__traceback__)
-        session.take_back()
-        with self.bell:
+        session.rollback()
+        with self.condition:
             assert session.demand is not None
             session.demand.left, session.demand.trouble = 0, error
-            session.outbox.take_back()
-        self.metrics.count("blocks_taken_back")
+            session.output.cancel()
+        self.metrics.count("blocks_rolled_back")
 
     # Between blocks
 
-    def turn(self) -> tuple[Session, ...]:
+    def prepare_step(self) -> tuple[Session, ...]:
         """Do what was asked for since the last block; then say whose blocks come next, if any can be made."""
-        self.driver.check_owner("step()")
-        self.seen = self.bell.rings
+        self.thread.check_owner("step()")
+        self.seen = self.condition.changes
         self.pipeline.collect()
         for session in list(self.sessions.values()):
-            with self.alone(session):
+            with self.isolate_failures(session):
                 self.tend(session)
-        self.driver.answer_calls()
-        with self.bell:
+        self.thread.answer_calls()
+        with self.condition:
             let_in = [self.sessions[index] for index in self.scheduler.admit_waiting()]
-            relief = self.scheduler.relief()
+            step = self.scheduler.next_degradation()
         for session in let_in:
             with suppress(*FAILURES):  # it has failed, alone
                 self.enter(session)
-        if relief is not None:
-            self.relieve(relief)
-        return self.choose()
+        if step is not None:
+            self.degrade(step)
+        return self._pick()
 
-    def choose(self) -> tuple[Session, ...]:
-        with self.bell:
+    def _pick(self) -> tuple[Session, ...]:
+        with self.condition:
             now = time.perf_counter()
             ready = [session for session in self.sessions.values() if self.can_go_on(session)]
             for session in self.sessions.values():
                 session.ready_since = (session.ready_since or now) if session in ready else None
-            held = [s.id for s in self.sessions.values() if s not in ready and not s.outbox.unfinished]
-            chosen = self.scheduler.choose([session.id for session in ready], held, now)
+            held = [s.id for s in self.sessions.values() if s not in ready and not s.output.unfinished]
+            chosen = self.scheduler.pick([session.id for session in ready], held, now)
             if chosen is None:
                 return ()
-            beside = self.beside(self.sessions[chosen], ready)
-            return tuple(self.sessions[index] for index in self.scheduler.together(chosen, beside, now))
+            others = self.compatible_with(self.sessions[chosen], ready)
+            return tuple(self.sessions[index] for index in self.scheduler.pick_batch(chosen, others, now))
 
-    def beside(self, chosen: Session, ready: list[Session]) -> list[int]:
+    def compatible_with(self, chosen: Session, ready: list[Session]) -> list[int]:
         """Sessions whose next blocks can be run as one with that of the chosen one."""
         if not self.engine.executor.batches or not self.engine.memory.batches(chosen.size):
             return []
-        return [s.id for s in ready if s is not chosen and s.likeness == chosen.likeness]
+        return [s.id for s in ready if s is not chosen and s.batch_key == chosen.batch_key]
 
     def batch_failed(self, count: int, said: str) -> None:
         """So many sessions, each of which can run, could not as one: from now on fewer do."""
@@ -228,19 +228,19 @@ class Host:
         warnings.warn(f"{count} sessions could not be run as one ({said}); from now on fewer are", stacklevel=2)
 
     def can_go_on(self, session: Session) -> bool:
-        return session.wants_block and session.id in self.scheduler.clients
+        return session.wants_block and session.id in self.scheduler.admitted
 
     def tend(self, session: Session) -> None:
         """Controls of a session's life, and whether it is to end."""
-        for control in session.mailbox.take(LIFE):
+        for control in session.controls.take(LIFECYCLE_CONTROLS):
             self.apply(session, control)
-        timeout, idle = self.limits.consumer_timeout, time.perf_counter() - session.outbox.touched
+        timeout, idle = self.limits.consumer_timeout, time.perf_counter() - session.output.touched
         if session.trouble is not None:
             self.fail(session, session.trouble)
-        elif timeout is not None and session.outbox.ready and idle > timeout:
+        elif timeout is not None and session.output.ready and idle > timeout:
             said = f"nobody took its blocks for {idle:.1f} s (consumer_timeout is {timeout:g})"
             self.fail(session, InferixError(f"session {session.id} ended: {said}"))
-        elif session.state is State.DRAINING and not session.outbox.unfinished:
+        elif session.state is State.DRAINING and not session.output.unfinished:
             self.end(session, State.CLOSED)
 
     def apply(self, session: Session, control: Control) -> None:
@@ -250,7 +250,7 @@ class Host:
             self.pause(session)
         elif control.kind == "resume" and session.state is State.PAUSED:
             session.life.move(State.RUNNING)
-            with self.bell:
+            with self.condition:
                 self.scheduler.wake(session.id)
         elif control.kind == "stop" and session.life.can(State.DRAINING):
             session.life.move(State.DRAINING)
@@ -259,7 +259,7 @@ class Host:
     def applied(self, session: Session, control: Control, block: int, refused: str | None = None) -> None:
         """Take note that a control is in force, or refused, and which block will be the first to show it."""
         waited = time.perf_counter() - control.asked
-        with self.bell:
+        with self.condition:
             session.unshown.append((control, block, refused))
         self.metrics.count("controls")
         self.metrics.observe("control_wait_seconds", waited)
@@ -271,45 +271,45 @@ class Host:
     def pause(self, session: Session) -> None:
         """Begin no more blocks of a session; its pages go to host memory, where that is asked for."""
         session.life.move(State.PAUSED)
-        if self.engine.config.kv_offload and session.id in self.scheduler.clients:
+        if self.engine.config.kv_offload and session.id in self.scheduler.admitted:
             try:
                 with shortages_named():
-                    session.put_away()
+                    session.offload()
             except SHORTAGES as error:
                 warnings.warn(f"session {session.id} keeps its pages where they are: {error}", stacklevel=2)
                 return
-            with self.bell:
+            with self.condition:
                 self.scheduler.rest(session.id)
-                self.bell.ring()
+                self.condition.signal()
 
-    def check_relief(self, relief: Relief) -> None:
+    def check_degradation(self, step: DegradationStep) -> None:
         """UsageError for a step that could not be taken."""
-        if relief.kind == "window":
-            narrower(self.engine.preset, relief.value)
-        if relief.kind == "decoder" and self.engine.parts.fast_vae is None:
+        if step.kind == "window":
+            narrower(self.engine.preset, step.value)
+        if step.kind == "decoder" and self.engine.parts.fast_vae is None:
             raise UsageError("overload may go over to the fast decoder, but there is none; give fast_vae")
 
-    def relieve(self, relief: Relief) -> None:
+    def degrade(self, step: DegradationStep) -> None:
         """Take one declared step against overload, and say so."""
-        if relief.kind == "window":
-            narrowed = narrower(self.engine.preset, relief.value)
+        if step.kind == "window":
+            narrowed = narrower(self.engine.preset, step.value)
             self.engine.preset = narrowed
             for session in self.sessions.values():
                 session.timeline.preset = narrowed
-        elif relief.kind == "decoder":
+        elif step.kind == "decoder":
             for session in list(self.sessions.values()):
-                with self.alone(session):
+                with self.isolate_failures(session):
                     self.pipeline.settle(session.id)
                     session.track.change_decoder(self.engine.decoder)
         else:
-            inside = [self.sessions[index] for index in self.scheduler.clients]
-            for session in inside[relief.value :]:
+            inside = [self.sessions[index] for index in self.scheduler.admitted]
+            for session in inside[step.value :]:
                 if session.life.can(State.PAUSED):
                     session.pausing = None
-                    with self.alone(session):
+                    with self.isolate_failures(session):
                         self.pause(session)
         self.metrics.count("overload_steps")
-        warnings.warn(f"blocks were late: overload step {relief.kind} {relief.value or ''}".rstrip(), stacklevel=2)
+        warnings.warn(f"blocks were late: overload step {step.kind} {step.value or ''}".rstrip(), stacklevel=2)
 
     def settle(self, session: Session) -> None:
         """Wait for what is being decoded; a failure there ends the session, and is raised."""
@@ -337,8 +337,8 @@ class Host:
         moment, session.kept = session.kept[place], session.kept[:place]
         moment.give_to(session)
         session.track.rewind(block)
-        with self.bell:
-            dropped = session.outbox.drop_from(block)
+        with self.condition:
+            dropped = session.output.drop_from(block)
             if session.demand is not None:
                 session.demand.left += dropped
         self.metrics.count("rewinds")
@@ -347,16 +347,16 @@ class Host:
 
     def begin(self, session: Session, batch: int) -> None:
         """A block of a session begins, as one of `batch`: what it was told from here on counts for the next one."""
-        with self.bell:
+        with self.condition:
             assert session.demand is not None and session.ready_since is not None
             if session.state is State.NEW:
                 session.life.move(State.RUNNING)
             session.demand.left -= 1
-            session.outbox.begin()
+            session.output.begin()
             session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.engine.device), batch)
             session.record.marks["queue"] = (session.ready_since, time.perf_counter())
             session.ready_since = None
-        session.bring_back()
+        session.onload()
         session.keep_beginning()
 
     def finish(self, session: Session, latents: Tensor) -> None:
@@ -378,7 +378,7 @@ class Host:
     def complete(
         self, session: Session, record: BlockRecord, latents: Tensor, decode: bool, keep: bool = False
     ) -> Tensor | None:
-        """Decode, where that is wanted, and put the block into its outbox; returns the pixels."""
+        """Decode, where that is wanted, and put the block into its output; returns the pixels."""
         pixels = frames = None
         if decode or keep:
             with record.span("decode"):
@@ -394,7 +394,7 @@ class Host:
                 self.complete(session, record, latents, decode=True)
         except FAILURES as error:
             session.trouble = error
-            self.bell.ring()
+            self.condition.signal()
 
     def deliver(self, session: Session, record: BlockRecord, latents: Tensor, frames: Any) -> None:
         """The block is there: say what it is the first to show, and how it stands to its deadline."""
@@ -402,7 +402,7 @@ class Host:
         made, decoded = spans["commit"][1] - spans["encode"][0], seconds.get("decode", 0.0)
         waited = session.timeline.preset.context.needs_pixels
         shown = len(latents) * spec.vae_stride[0] if frames is None else len(frames)
-        with self.bell:
+        with self.condition:
             now = time.perf_counter()
             record.acks = tuple(
                 Ack(control.id, control.kind, record.block, now - control.asked, refused)
@@ -413,9 +413,9 @@ class Host:
             share = made / record.batch
             self.scheduler.measured(session.id, share + decoded if waited else max(share, decoded))
             record.slack = self.scheduler.shown(session.id, now, shown / spec.fps)
-            record.reliefs = tuple(relief.kind for relief in self.scheduler.reliefs)
+            record.degradations = tuple(step.kind for step in self.scheduler.degradations)
             record.marks["emit"] = (now, now)
-            session.outbox.put(Block(record.block, latents, frames, seconds, record.acks, record))
+            session.output.put(Block(record.block, latents, frames, seconds, record.acks, record))
         self.measure(record, seconds, shown)
 
     def measure(self, record: BlockRecord, seconds: dict[str, float], frames: int) -> None:
@@ -433,44 +433,44 @@ class Host:
     # Readers
 
     def ask(self, session: Session, demand: Demand) -> Demand:
-        with self.bell:
+        with self.condition:
             session.demand = demand
-            self.bell.ring()
+            self.condition.signal()
         return demand
 
     def withdraw(self, session: Session, demand: Demand) -> None:
-        with self.bell:
+        with self.condition:
             demand.left = 0
 
     def next_block(self, session: Session, demand: Demand) -> Block | None:
         """The session's next block, made here or waited for; None where there will be none."""
         while True:
-            seen = self.bell.rings
+            seen = self.condition.changes
             if session.demand is not demand:
                 raise InferixError(f"another stream of session {session.id} has begun; read that one")
-            if (block := session.outbox.take()) is not None:
+            if (block := session.output.take()) is not None:
                 return self.taken(block)
             if session.life.failure is not None:
                 raise session.life.failure
-            if demand.trouble is not None and not session.outbox.unfinished:
+            if demand.trouble is not None and not session.output.unfinished:
                 raise demand.trouble
             if session.state is State.CLOSED:
                 return None
-            if self.driver.owns():
-                with self.driver.looping():
+            if self.thread.is_owner():
+                with self.thread.looping():
                     if not self.engine.step():
                         self.rest(session)
-            elif not self.bell.wait_after(seen, DRIVER_WAIT) and not self.driver.loops:
+            elif not self.condition.wait_after(seen, OWNER_WAIT) and not self.thread.loops:
                 raise InferixError(
-                    f"session {session.id} waits for a block, but thread {self.driver.name!r}, which drives the "
+                    f"session {session.id} waits for a block, but thread {self.thread.name!r}, which drives the "
                     "engine, makes none; call engine.run() there, or engine.hand_over()"
                 )
 
     def rest(self, session: Session) -> None:
         """Nothing can be made just now: wait for the decoder or another thread, unless that would be for ever."""
         said = None
-        with self.bell:
-            if session.outbox.unfinished or self.bell.rings != self.seen:
+        with self.condition:
+            if session.output.unfinished or self.condition.changes != self.seen:
                 pass
             elif session.id in self.scheduler.waiting:
                 said = self.scheduler.obstacle(session.id, self.scheduler.waiting[session.id])
@@ -478,7 +478,7 @@ class Host:
                 said = f"session {session.id} is paused"
         if said is not None:
             raise InferixError(f"{said}, and this thread, which drives the engine, would wait for ever")
-        self.bell.wait_after(self.seen)
+        self.condition.wait_after(self.seen)
 
     def taken(self, block: Block) -> Block:
         begin, _ = block.record.marks["emit"]
@@ -504,13 +504,13 @@ class Host:
 
     def gauges(self) -> dict[str, float]:
         """How things stand now: sessions by state, blocks and controls that wait, bytes and load."""
-        with self.bell:
+        with self.condition:
             found: dict[str, float] = {f"sessions_{state}": 0 for state in State if state not in ENDED}
             for session in self.sessions.values():
                 found[f"sessions_{session.state}"] += 1
             found["sessions_waiting"] = len(self.scheduler.waiting)
-            found["blocks_waiting"] = sum(len(session.outbox) for session in self.sessions.values())
-            found["controls_waiting"] = sum(len(session.mailbox.waiting) for session in self.sessions.values())
+            found["blocks_waiting"] = sum(len(session.output) for session in self.sessions.values())
+            found["controls_waiting"] = sum(len(session.controls.waiting) for session in self.sessions.values())
             found["reserved_bytes"] = self.scheduler.reserved
             found["load"] = self.scheduler.load()
             found["pages_in_use"] = self.pages_in_use

@@ -103,4 +103,4 @@ class Beginning:
         first = self.flight[0].span.frames.start if self.flight else self.timeline.next_frame
         for branch, text in zip(session.branches, self.texts, strict=True):
             branch.text = text
-            branch.cache.take_back(first)
+            branch.cache.rollback(first)

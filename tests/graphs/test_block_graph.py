@@ -23,7 +23,7 @@ from inferix.graphs.types import BlockGraph, PassGraph, Role, Runs
 from inferix.graphs.validate import GraphError, validate
 from inferix.kernels.linear_lowp import linear_lowp, pack
 from inferix.models.wan.transformer import WanTransformer
-from inferix.runtime import costs
+from inferix.runtime.capacity import costs
 from inferix.runtime.programs.block_graph import Builder, ModelPass, SolverStep
 from inferix.runtime.programs.block_plan import plan_block
 from inferix.schemes.presets import PRESETS, make_preset

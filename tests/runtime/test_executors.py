@@ -56,7 +56,7 @@ def test_fused_equals_eager(preset: str) -> None:
     eager, fused = (make_engine(preset, executor=name, **SMALL[preset]) for name in ("eager", "fused"))
     wanted, found = stream(eager), stream(fused)
     assert (found - wanted).abs().max() <= TOLERANCE
-    assert fused.executor.whole_blocks == (preset not in PASSWISE)
+    assert fused.executor.supports_whole_block == (preset not in PASSWISE)
     assert any(query.whole for query in fused.executor.loaded) == (preset not in PASSWISE)
     assert set(fused.executor.loaded) <= set(queries_of(fused.spec, fused.preset, SIZE))
 
@@ -240,7 +240,7 @@ def test_one_capture_serves_fifty_blocks_prompts_a_fork_a_rewind_new_weights_and
     with torch.no_grad():
         for weight in engine.parts.transformer.parameters():
             weight.mul_(1.001)
-    engine.follow_weights()
+    engine.refresh_derived_weights()
     list(first.stream(2, decode=False))
     assert (backend.captures, backend.replays) == (1, 52)
     assert engine.executor.traces == 1

@@ -17,7 +17,7 @@ from inferix.graphs.types import Role
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TAEW21
 from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
-from inferix.runtime import forecast
+from inferix.runtime.capacity import planner as forecast
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
 from inferix.runtime.capacity.planner import Ceiling, Workload, changes, longest_window, memory, needed, rehearse
 from inferix.runtime.kv.kv_manager import KVMemory
@@ -97,7 +97,7 @@ SMALL = {  # presets with a past that is soon full
 def countable(engine):
     """The same engine with a smaller VAE, over the plain cache, whose attention torch can count."""
     engine.parts = replace(engine.parts, vae=CausalVae(SMALL_VAE).eval().requires_grad_(False))
-    engine.host.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
+    engine.manager.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
     return contiguous(engine)
 
 

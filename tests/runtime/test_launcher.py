@@ -70,7 +70,7 @@ def test_constants_of_one_recipe_are_shared_and_follow_the_weights_in_place() ->
     assert torch.equal(torch.stack(results()), torch.stack((X + 2 * X, X + 2 * X, X + 3 * X)))
     places = [constant.data_ptr() for constant in launcher.constants.values()]
     weight.add_(1)
-    launcher.follow_weights()
+    launcher.refresh_derived_weights()
     assert torch.equal(torch.stack(results()), X + torch.stack((2 * weight, 2 * weight, 3 * weight)))
     assert [constant.data_ptr() for constant in launcher.constants.values()] == places
 
@@ -126,7 +126,7 @@ def test_weights_that_are_put_together_are_there_once() -> None:
     model["k"].add_(5)
     (found,) = launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X)).values()
     assert torch.equal(found, X @ torch.cat((X, X + 6, X + 2)).mT)
-    launcher.follow_weights()
+    launcher.refresh_derived_weights()
     assert torch.equal(torch.cat(tuple(model.values())), torch.cat((X, X + 6, X + 2)))
 
     other = {name: torch.nn.Parameter(X.clone(), False) for name in "qkv"}

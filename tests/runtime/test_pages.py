@@ -213,7 +213,7 @@ def test_a_paused_session_lends_its_pages_to_others():
         engine.step()
         assert one.branches[0].cache.away is not None and pool.used == 6  # no room for both: it waits
         assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), alone[6:9])
-        engine.host.check_integrity()
+        engine.manager.check_integrity()
     made += [block.latents for block in one.stream(1, decode=False)]
     assert one.branches[0].cache.away is None
     one.pause()
@@ -224,7 +224,7 @@ def test_a_paused_session_lends_its_pages_to_others():
     assert torch.equal(torch.cat(made), alone)
     one.pause()
     engine.step()
-    engine.host.check_integrity()
+    engine.manager.check_integrity()
     one.close()
     assert pool.used == 0 and engine.memory.store(SIZE).users == 0
     with pytest.raises(UsageError, match="kv_offload is 1"):

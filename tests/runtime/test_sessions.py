@@ -15,11 +15,10 @@ from oracles import ROWS, SIZE, TINY, make_engine
 from inferix import load
 from inferix.errors import InferixError, UsageError
 from inferix.models.wan.vae import TINY_VAE
-from inferix.runtime import host as hosting
-from inferix.runtime import mailbox
 from inferix.runtime.kv.pages import OutOfPages
-from inferix.runtime.limits import Limits, Relief
+from inferix.runtime.limits import DegradationStep, Limits
 from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.sessions import control_queue, session_manager
 from inferix.runtime.sessions.lifecycle import State
 from inferix.runtime.sessions.session import Session
 from inferix.runtime.telemetry.records import RecordFile
@@ -131,14 +130,14 @@ def test_a_fork_shares_pages_and_decoder_state_until_it_goes_on():
     engine = small_engine(local_attn_size=12)
     session = opened(engine)
     blocks = list(session.stream(2))
-    cache, used = session.branches[0].cache, engine.host.pages_in_use
+    cache, used = session.branches[0].cache, engine.manager.pages_in_use
     twin = session.fork()
-    assert engine.host.pages_in_use == used == 6
+    assert engine.manager.pages_in_use == used == 6
     assert all(a is b for a, b in zip(*(s.track.state.history.values() for s in (session, twin)), strict=True))
     session.prompt(embeds=OTHER)
     twin.prompt(embeds=PROMPT * 0.5)
     two = list(zip(session.stream(2), twin.stream(2), strict=True))
-    assert engine.host.pages_in_use == 6 + 2 * 6
+    assert engine.manager.pages_in_use == 6 + 2 * 6
     past = [[s.branches[0].cache.table.pages[frame] for frame in range(6)] for s in (session, twin)]
     assert past[0] == past[1]
     assert not torch.equal(two[0][0].latents, two[0][1].latents)
@@ -150,9 +149,9 @@ def test_a_fork_shares_pages_and_decoder_state_until_it_goes_on():
             assert same(list(other.stream(2)), found)
     session.close()
     engine.check_integrity()
-    assert engine.host.pages_in_use == 12
+    assert engine.manager.pages_in_use == 12
     twin.close()
-    assert engine.host.pages_in_use == 0
+    assert engine.manager.pages_in_use == 0
 
 
 def test_rewinding_far_decodes_from_a_kept_state_on_again():
@@ -245,8 +244,8 @@ def test_a_blocked_reader_stops_its_own_session_only():
     def read_quickly():
         assert taken.wait(WAIT)
         blocks = list(quick.stream(8))
-        with engine.host.bell:
-            held = len(slow.outbox), slow.next_block
+        with engine.manager.condition:
+            held = len(slow.output), slow.next_block
         go_on.set()
         quick.stop()
         return blocks, held
@@ -257,7 +256,7 @@ def test_a_blocked_reader_stops_its_own_session_only():
     assert held <= 2 and begun <= 3  # one was taken, two wait
     assert same(blocks, alone(8, decode=True, seed=2))
     assert same(waits[0](), alone(6, decode=True, seed=1))
-    assert slow.state is quick.state is State.CLOSED and not engine.host.sessions
+    assert slow.state is quick.state is State.CLOSED and not engine.manager.sessions
 
 
 def test_controls_of_other_threads_count_from_the_next_block_and_are_acknowledged():
@@ -363,7 +362,7 @@ def test_one_thread_drives_and_others_are_told_so(monkeypatch):
         assert isinstance(error, UsageError), name
         assert f"{name}() was called in thread 'outsider', but 'MainThread' drives this engine" in str(error)
         engine.check_integrity()
-    monkeypatch.setattr(hosting, "DRIVER_WAIT", 0.05)
+    monkeypatch.setattr(session_manager, "OWNER_WAIT", 0.05)
     error = in_thread(lambda: next(session.stream(1)))()
     assert "'MainThread', which drives the engine, makes none" in str(error)
     engine.hand_over()
@@ -416,7 +415,7 @@ def test_waiting_for_ever_is_an_error():
 
 
 def test_controls_that_no_one_takes_are_bounded(monkeypatch):
-    monkeypatch.setattr(mailbox, "MOST_CONTROLS", 3)
+    monkeypatch.setattr(control_queue, "MOST_CONTROLS", 3)
     with opened(small_engine()) as session:
         for _ in range(3):
             session.prompt(embeds=OTHER)
@@ -434,7 +433,7 @@ def not_a_number(engine, session):
 
 
 def out_of_memory(engine, session):
-    finish = engine.host.finish
+    finish = engine.manager.finish
 
     def failing(this, latents):
         if this is session and this.record.block == 2:
@@ -442,7 +441,7 @@ def out_of_memory(engine, session):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return finish(this, latents)
 
-    engine.host.finish = failing
+    engine.manager.finish = failing
 
 
 def broken_decoder(engine, session):
@@ -471,7 +470,7 @@ def test_a_session_that_fails_ends_alone(harm, said):
             found.append(next(beside))
             next(stream)
     found += beside
-    assert session.state is State.FAILED and session.id not in engine.host.sessions
+    assert session.state is State.FAILED and session.id not in engine.manager.sessions
     assert same(found, alone(6, decode=True, seed=2))
     engine.check_integrity()
     with pytest.raises(InferixError, match=f"session 1 has failed: .*{said}"):
@@ -481,7 +480,7 @@ def test_a_session_that_fails_ends_alone(harm, said):
     session.close()  # frees nothing more, and hides no reason
     assert session.state is State.FAILED
     other.close()
-    assert engine.host.pages_in_use == 0
+    assert engine.manager.pages_in_use == 0
     assert engine.metrics()["counters"]["sessions_failed"] == 1
 
 
@@ -501,7 +500,7 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
     wanted = list(twin.stream(3))
     twin.close()
     pool, failed = engine.memory.store(SIZE).pool, 0
-    places = {"pass": (engine, "forward"), "page": (pool, "acquire"), "whole block": (engine.executor, "block")}
+    places = {"pass": (engine, "forward"), "page": (pool, "acquire"), "whole block": (engine.executor, "run_block")}
     owner, verb = places[where]
     plain = getattr(owner, verb)
     while True:
@@ -525,10 +524,10 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
             except (OutOfPages, torch.OutOfMemoryError):
                 failed += 1
         engine.check_integrity()
-        assert session.next_block == 3 and session.state is State.RUNNING and not session.outbox.unfinished
+        assert session.next_block == 3 and session.state is State.RUNNING and not session.output.unfinished
         assert max(session.branches[0].cache.frames, default=0) < 3 * engine.preset.num_frame_per_block
         beside += other.stream(1)
-    assert failed > (where == "pass") and engine.metrics()["counters"]["blocks_taken_back"] == failed
+    assert failed > (where == "pass") and engine.metrics()["counters"]["blocks_rolled_back"] == failed
     found += session.stream(2)
     assert same(found, wanted)
     session.rewind(5)
@@ -536,7 +535,7 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
     engine.check_integrity()
     session.close()
     other.close()
-    assert engine.host.pages_in_use == 0
+    assert engine.manager.pages_in_use == 0
     with opened(engine, 2, **NEGATIVE.get(name, {})) as one:
         assert same(beside, list(one.stream(len(beside))))
 
@@ -597,10 +596,10 @@ def test_a_session_whose_reader_is_gone_ends(monkeypatch):
     stream = session.stream(9, decode=False)
     next(stream)
     other_stream = other.stream(9, decode=False)
-    while not session.outbox.ready:
+    while not session.output.ready:
         next(other_stream)
     assert session.state is State.RUNNING
-    session.outbox.touched -= 6.0
+    session.output.touched -= 6.0
     next(other_stream)
     assert session.state is State.FAILED
     next(stream)  # what was finished is not lost
@@ -634,8 +633,8 @@ def test_bad_input_leaves_everything_whole():
         (lambda: small_engine(rewind_blocks=-1), "rewind_blocks is -1"),
         (lambda: opened(small_engine(kv_memory=4096)), "kv_memory is 4.096 kB, but one session of self-forcing needs"),
         (lambda: opened(small_engine(limits=Limits(memory_bytes=10_000))), "more than memory_bytes 10 kB even alone"),
-        (lambda: small_engine(limits=Limits(overload=(Relief("window", 2),))), "local_attn_size 2 is smaller"),
-        (lambda: small_engine(limits=Limits(overload=(Relief("decoder"),))), "there is none; give fast_vae"),
+        (lambda: small_engine(limits=Limits(overload=(DegradationStep("window", 2),))), "local_attn_size 2 is smaller"),
+        (lambda: small_engine(limits=Limits(overload=(DegradationStep("decoder"),))), "there is none; give fast_vae"),
         (lambda: engine.open(prompt_embeds=PROMPT, size=(30, 32)), "multiple of 16"),
     ]
     for call, said in cases:
@@ -688,14 +687,14 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypa
     with pytest.raises(InferixError, match=r"session 2 needs .* of pages, but .* are reserved"):
         next(other.stream(1, decode=False))
     with monkeypatch.context() as patch:
-        patch.setattr(resting, "put_away", lambda: torch.empty(10**15))
+        patch.setattr(resting, "offload", lambda: torch.empty(10**15))
         resting.pause()
         with pytest.warns(UserWarning, match="session 1 keeps its pages where they are: .*allocate memory"):
             engine.step()
     resting.resume()
     resting.pause()
     beside = list(other.stream(3, decode=False))
-    assert resting.away and engine.host.pages_in_use == len(other.caches[0].frames) + 3 * rewind_blocks
+    assert resting.away and engine.manager.pages_in_use == len(other.caches[0].frames) + 3 * rewind_blocks
     engine.check_integrity()
     with pytest.raises(InferixError, match="in host memory"):
         resting.fork()
@@ -712,7 +711,7 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypa
 def test_overload_takes_its_steps_and_says_so():
     """A model whose video plays faster than it can be made: first a narrower window, then the fast decoder."""
     spec = replace(TINY, fps=10**6)
-    steps = (Relief("window", 3), Relief("decoder"), Relief("sessions", 1))
+    steps = (DegradationStep("window", 3), DegradationStep("decoder"), DegradationStep("sessions", 1))
     limits = Limits(realtime=True, late_blocks=1, overload=steps, schedule="earliest-deadline")
     engine = small_engine(spec=spec, fast_vae="taehv", limits=limits)
     first, second = opened(engine, 1), opened(engine, 2)
@@ -793,10 +792,10 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
             chance = rng.random()
             if chance < 0.05:
                 session.prompt(embeds=rng.choice(prompts))
-                told[place].setdefault(made, []).append(session.mailbox.waiting[-1])
+                told[place].setdefault(made, []).append(session.controls.waiting[-1])
             elif chance < 0.15:
                 session.act(rng.choice(("stay", "left")))
-                told[place].setdefault(made, []).append(session.mailbox.waiting[-1])
+                told[place].setdefault(made, []).append(session.controls.waiting[-1])
             elif chance < 0.17:
                 session.pause()
                 session.resume()
@@ -806,7 +805,7 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
         assert pool.used <= 8 * least_pages(engine.preset)
         if made in (60, 249):
             gc.collect()
-            memory.append((pool.size, len(engine.host.sessions), len(engine.host.pipeline.jobs)))
+            memory.append((pool.size, len(engine.manager.sessions), len(engine.manager.pipeline.jobs)))
             memory.append(process.memory_info().rss)
     engine.check_integrity()
     assert memory[0] == memory[2]
@@ -814,13 +813,13 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
     for session in sessions:
         session.close()
     engine.check_integrity()
-    assert engine.host.pages_in_use == 0 and not engine.host.scheduler.clients
+    assert engine.manager.pages_in_use == 0 and not engine.manager.scheduler.admitted
     assert engine.metrics()["counters"]["blocks"] == 2000
     for seed in range(8):
         with opened(small_engine("self-forcing-framewise", **settings), seed) as session:
             for made in range(250):
                 for control in told[seed].get(made, ()):
-                    session.mailbox.put(control.kind, control.value)
+                    session.controls.put(control.kind, control.value)
                 (block,) = session.stream(1, decode=False)
                 assert block.latents.sum().item() == found[seed][made], (seed, made)
 
