@@ -49,13 +49,13 @@ class OutputQueue:
     def full(self) -> bool:
         return len(self) >= self.room
 
-    def begin(self) -> None:
-        """Room for one block is taken from now on."""
+    def reserve(self) -> None:
+        """Take room for one block that begins."""
         with self.condition:
             self.unfinished += 1
 
     def cancel(self) -> None:
-        """The newest unfinished block is not going to be."""
+        """Free the room of the newest unfinished block, which was rolled back."""
         with self.condition:
             self.unfinished -= 1
             self.condition.signal()

@@ -16,8 +16,9 @@ from inferix.bench.stream import Playout, Wanted, Watched, play_out, run, tenths
 from inferix.bench.subject import Subject, open_engine
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.engine import Engine, load
+from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
+from inferix.runtime.load import load
 from inferix.runtime.sessions.batch_profile import BatchProfile
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")

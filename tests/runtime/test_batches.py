@@ -141,29 +141,30 @@ def test_forked_and_rewound_sessions_go_on_in_a_batch():
 
 
 def not_a_number(engine, session):
-    session.noise = InjectedNoise(torch.full((30, 16, 4, 4), torch.nan), torch.full((9, 1, 3, 16, 4, 4), torch.nan))
+    initial, renoise = (torch.full(shape, torch.nan) for shape in ((30, 16, 4, 4), (9, 1, 3, 16, 4, 4)))
+    session.current.noise = InjectedNoise(initial, renoise)
 
 
 def no_pages(engine, session):
-    hold = session.branches[0].cache.hold
+    hold = session.current.branches[0].cache.hold
 
     def failing(frames):
         if frames[-1] > 8:
             raise InferixError("5 pages of KV memory are needed, 3 of 9 are free")
         hold(frames)
 
-    session.branches[0].cache.hold = failing
+    session.current.branches[0].cache.hold = failing
 
 
 def no_table(engine, session):
-    place = session.branches[0].cache._place
+    place = session.current.branches[0].cache._place
 
     def failing(run):
         if run.frames[-1] > 8:
             raise InferixError("frames [3] are attended to, but nothing has written them")
         return place(run)
 
-    session.branches[0].cache._place = failing
+    session.current.branches[0].cache._place = failing
 
 
 def reader_is_gone(engine, session):
@@ -315,7 +316,7 @@ def test_only_blocks_that_match_run_as_one():
         *(engine.open(prompt_embeds=ROWS, size=(32, 48), seed=seed) for seed in range(2)),
     ]  # fmt: skip
     for session in sessions:
-        engine.manager.ask(session, Demand(2, decode=False))
+        engine.manager.submit_demand(session, Demand(2, decode=False))
     turns = [sorted(session.id for session in engine.step()) for _ in range(6)]
     assert turns[:3] == [[1, 2], [3], [4, 5]]
     assert turns[3:] == [[1, 2, 3], [4, 5], []]
@@ -329,7 +330,7 @@ def test_images_held_as_the_first_frame_make_passes_of_two_parts():
     engine, lone = engine_of("longlive2", **settings), engine_of("longlive2", times=None, **settings)
     sessions = [opened(engine, seed, image=images[seed]) for seed in range(2)]
     for session in sessions:
-        engine.manager.ask(session, Demand(2, decode=False))
+        engine.manager.submit_demand(session, Demand(2, decode=False))
     assert [len(engine.step()) for _ in range(3)] == [2, 2, 0]
     for seed, session in enumerate(sessions):
         with opened(lone, seed, image=images[seed]) as other:

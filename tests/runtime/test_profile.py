@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import ROWS, SIZE, make_engine
+from oracles import ROWS, SIZE, make_engine, remade
 from programs import traced
 from recording import FakeGraphs
 
@@ -33,7 +33,7 @@ def profiled(folder: Path, monkeypatch: pytest.MonkeyPatch, backend: FakeGraphs 
     """Two blocks, the graphs made once for all tests here."""
     monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype, lowp: Ceilings(1e9, 1e9))
     engine = make_engine(executor="fused", graphs=str(folder / "graphs"))
-    engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend)
+    engine = remade(engine, GraphExecutor(engine.config, engine.preset, engine.parts, backend))
     profile = engine.start_profile()
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(2, decode=False))

@@ -157,6 +157,14 @@ def test_states_move_as_the_table_says_and_no_other_way():
     assert not MOVES[State.CLOSED] and not MOVES[State.FAILED]
 
 
+def test_pages_of_other_sizes_take_no_room():
+    """Each size of picture has a store of its own."""
+    found = Scheduler(Limits())
+    wide, small = (SchedulerEntry(MemoryNeed(pages=6 * MB), kind, 1.0, page_room=10 * MB) for kind in ("wide", "small"))
+    assert found.join(1, wide) and found.join(2, small)
+    assert "6 MB of 10 MB" in found.obstacle(3, small)
+
+
 def test_a_resting_session_lends_the_room_of_its_pages():
     found = Scheduler(Limits(memory_bytes=10 * MB))
     whole = SchedulerEntry(MemoryNeed(pages=6 * MB, decoder=2 * MB), "small", 1.0)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import psutil
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, make_engine
+from oracles import ROWS, SIZE, TINY, make_engine, remade
 
 from inferix import load
 from inferix.errors import InferixError, UsageError
@@ -130,18 +130,19 @@ def test_a_fork_shares_pages_and_decoder_state_until_it_goes_on():
     engine = small_engine(local_attn_size=12)
     session = opened(engine)
     blocks = list(session.stream(2))
-    cache, used = session.branches[0].cache, engine.manager.pages_in_use
+    cache, used = session.current.branches[0].cache, engine.manager.pages_in_use
     twin = session.fork()
     assert engine.manager.pages_in_use == used == 6
-    assert all(a is b for a, b in zip(*(s.track.state.history.values() for s in (session, twin)), strict=True))
+    decoders = [each.current.decoder.state.history.values() for each in (session, twin)]
+    assert all(a is b for a, b in zip(*decoders, strict=True))
     session.prompt(embeds=OTHER)
     twin.prompt(embeds=PROMPT * 0.5)
     two = list(zip(session.stream(2), twin.stream(2), strict=True))
     assert engine.manager.pages_in_use == 6 + 2 * 6
-    past = [[s.branches[0].cache.table.pages[frame] for frame in range(6)] for s in (session, twin)]
+    past = [[s.current.branches[0].cache.table.pages[frame] for frame in range(6)] for s in (session, twin)]
     assert past[0] == past[1]
     assert not torch.equal(two[0][0].latents, two[0][1].latents)
-    assert torch.equal(cache.export_pages().kv[:, :, :6], twin.branches[0].cache.export_pages().kv[:, :, :6])
+    assert torch.equal(cache.export_pages().kv[:, :, :6], twin.current.branches[0].cache.export_pages().kv[:, :, :6])
     for prompt, found in ((OTHER, [a for a, _ in two]), (PROMPT * 0.5, [b for _, b in two])):
         with opened(small_engine(local_attn_size=12)) as other:
             assert same(list(other.stream(2)), blocks)
@@ -165,7 +166,8 @@ def test_rewinding_far_decodes_from_a_kept_state_on_again():
         found[5:] = list(stream)  # what was dropped is made again, and the stream is as long as asked for
         assert len(found) == 13 and same(found, wanted[:13])
         assert same(list(session.stream(7)), wanted[13:])
-        assert len(session.kept) == 8 and len(session.track.kept) <= 2 and len(session.track.decoded) <= 16
+        decoder = session.current.decoder
+        assert len(session.rewind_points) == 8 and len(decoder.kept) <= 2 and len(decoder.decoded) <= 16
         for block in (19, 15, 12):
             session.rewind(block)
             assert session.next_block == block
@@ -193,13 +195,13 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
     engine = small_engine()
     wanted = alone(4, decode=True)
     denoised, decoding = ([threading.Event() for _ in range(4)] for _ in range(2))
-    velocity, decode, threads = engine.network_pass, engine.parts.vae.decode, []
+    velocity, decode, threads = engine.loop.network_pass, engine.parts.vae.decode, []
 
-    def denoise(session, run, latents):
-        block = session.record.block
+    def denoise(state, run, latents, record):
+        block = record.block
         denoised[block].set()
         assert block == 0 or decoding[block - 1].wait(WAIT)
-        return velocity(session, run, latents)
+        return velocity(state, run, latents, record)
 
     def slow(latents, state):
         block = len(threads)
@@ -208,7 +210,7 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
         assert block == 3 or denoised[block + 1].wait(WAIT)
         return decode(latents, state)
 
-    monkeypatch.setattr(engine, "network_pass", denoise)
+    monkeypatch.setattr(engine.loop, "network_pass", denoise)
     monkeypatch.setattr(engine.parts.vae, "decode", slow)
     told = []
     engine.observe(told.append)
@@ -262,14 +264,14 @@ def test_a_blocked_reader_stops_its_own_session_only():
 def test_controls_of_other_threads_count_from_the_next_block_and_are_acknowledged():
     """Told while block 1 is being made: the prompt shows in block 2, and so says its id."""
     engine = small_engine("self-forcing-framewise", spec=replace(TINY, actions=("stay", "left")))
-    velocity, told = engine.network_pass, []
+    velocity, told = engine.loop.network_pass, []
 
-    def interrupted(session, run, latents):
-        if session.record.block == 1 and not told:
+    def interrupted(state, run, latents, record):
+        if record.block == 1 and not told:
             told.extend(in_thread(lambda: (session.prompt(embeds=OTHER), session.act("left")))())
-        return velocity(session, run, latents)
+        return velocity(state, run, latents, record)
 
-    engine.network_pass = interrupted
+    engine.loop.network_pass = interrupted
     with opened(engine) as session:
         blocks = list(session.stream(4, decode=False))
     acks = [[(ack.id, ack.kind) for ack in block.acks] for block in blocks]
@@ -298,8 +300,7 @@ def test_a_prompt_that_the_text_encoder_refuses_changes_nothing():
         def encode(self, prompt):
             raise UsageError(f"knows no word of {prompt!r}")
 
-    engine = small_engine()
-    engine.parts = replace(engine.parts, text=Picky)
+    engine = remade(small_engine(), text=Picky)
     with opened(engine) as session:
         session.prompt("qqq")
         (block,) = session.stream(1, decode=False)
@@ -429,30 +430,30 @@ def test_controls_that_no_one_takes_are_bounded(monkeypatch):
 
 
 def not_a_number(engine, session):
-    session.noise = InjectedNoise(torch.full((9, 16, 4, 4), torch.nan))
+    session.current.noise = InjectedNoise(torch.full((9, 16, 4, 4), torch.nan))
 
 
 def out_of_memory(engine, session):
-    finish = engine.manager.finish
+    finish = engine.manager.finish_block
 
     def failing(this, latents):
         if this is session and this.record.block == 2:
-            this.beginning = None
+            this.rollback_point = None
             raise torch.OutOfMemoryError("CUDA out of memory")
         return finish(this, latents)
 
-    engine.manager.finish = failing
+    engine.manager.finish_block = failing
 
 
 def broken_decoder(engine, session):
-    decode = session.track.decode
+    decode = session.current.decoder.decode
 
     def failing(block, latents):
         if block == 2:
             raise MemoryError("no memory for pictures")
         return decode(block, latents)
 
-    session.track.decode = failing
+    session.current.decoder.decode = failing
 
 
 @pytest.mark.parametrize(
@@ -500,7 +501,8 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
     wanted = list(twin.stream(3))
     twin.close()
     pool, failed = engine.memory.store(SIZE).pool, 0
-    places = {"pass": (engine, "forward"), "page": (pool, "acquire"), "whole block": (engine.executor, "run_block")}
+    whole = (engine.executor, "run_block")
+    places = {"pass": (engine.loop, "forward"), "page": (pool, "acquire"), "whole block": whole}
     owner, verb = places[where]
     plain = getattr(owner, verb)
     while True:
@@ -525,7 +527,7 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
                 failed += 1
         engine.check_integrity()
         assert session.next_block == 3 and session.state is State.RUNNING and not session.output.unfinished
-        assert max(session.branches[0].cache.frames, default=0) < 3 * engine.preset.num_frame_per_block
+        assert max(session.current.branches[0].cache.frames, default=0) < 3 * engine.preset.num_frame_per_block
         beside += other.stream(1)
     assert failed > (where == "pass") and engine.metrics()["counters"]["blocks_rolled_back"] == failed
     found += session.stream(2)
@@ -543,12 +545,12 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
 def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeypatch):
     """In a thread of its own; then it asks again. On a CPU torch has no class for the error."""
     engine = small_engine()
-    session, velocity, failures = opened(engine), engine.network_pass, []
+    session, velocity, failures = opened(engine), engine.loop.network_pass, []
 
-    def failing(session, run, latents):
-        if session.record.block == 2 and not failures:
+    def failing(state, run, latents, record):
+        if record.block == 2 and not failures:
             failures.append(torch.empty(10**15))
-        return velocity(session, run, latents)
+        return velocity(state, run, latents, record)
 
     def read():
         with session:
@@ -559,7 +561,7 @@ def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeyp
             failures.append(len(blocks))
             return blocks + list(session.stream(2))
 
-    monkeypatch.setattr(engine, "network_pass", failing)
+    monkeypatch.setattr(engine.loop, "network_pass", failing)
     wait = in_thread(read)
     engine.run()
     assert same(wait(), alone(4, decode=True)) and failures == [2]
@@ -571,11 +573,11 @@ def test_an_interrupted_block_ends_its_session_and_a_bug_is_not_swallowed(monkey
     session, other = opened(engine, 1), opened(engine, 2)
     next(session.stream(1))
 
-    def interrupted(session, run, latents):
+    def interrupted(state, run, latents, record):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "network_pass", interrupted)
+        patch.setattr(engine.loop, "network_pass", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(session.stream(1))
     with pytest.raises(InferixError, match="session 1 has failed: its last block was interrupted"):
@@ -584,7 +586,7 @@ def test_an_interrupted_block_ends_its_session_and_a_bug_is_not_swallowed(monkey
     with pytest.raises(ZeroDivisionError):
         engine.soon(lambda: 1 / 0)
     assert same(list(other.stream(2)), alone(2, decode=True, seed=2))
-    monkeypatch.setattr(other.track, "decode", lambda block, latents: 1 / 0)
+    monkeypatch.setattr(other.current.decoder, "decode", lambda block, latents: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(other.stream(1))
     engine.check_integrity()
@@ -653,7 +655,7 @@ def test_integrity_notices_a_page_that_no_session_holds():
     engine = small_engine()
     with opened(engine) as session:
         list(session.stream(1, decode=False))
-        cache = session.branches[0].cache
+        cache = session.current.branches[0].cache
         cache.store.pool.acquire(1)
         with pytest.raises(InferixError, match="counted and held differ"):
             engine.check_integrity()
@@ -718,16 +720,16 @@ def test_overload_takes_its_steps_and_says_so():
     with pytest.warns(UserWarning, match="blocks were late: overload step window 3"):
         blocks = [*first.stream(2), *first.stream(1)]
     assert blocks[1].record.slack < 0
-    assert first.timeline.preset.context.local_attn_size == second.timeline.preset.context.local_attn_size == 3
+    assert engine.preset.context.local_attn_size == first.current.preset.context.local_attn_size == 3
     with pytest.warns(UserWarning, match="overload step decoder"):
         blocks += first.stream(1)
     assert [len(block.frames) for block in blocks] == [9, 12, 12, 12]
-    assert first.track.vae is second.track.vae is engine.parts.fast_vae
+    assert first.current.decoder.vae is second.current.decoder.vae is engine.parts.fast_vae
     with pytest.warns(UserWarning, match="overload step sessions 1"):
         blocks += first.stream(1)
     assert blocks[-1].record.as_dict()["overload"] == ["window", "decoder", "sessions"]
     assert second.state is State.PAUSED and first.state is State.RUNNING
-    assert len(first.branches[0].cache.frames) == 3
+    assert len(first.current.branches[0].cache.frames) == 3
     with pytest.raises(InferixError, match="session 3 is one too many: 2 are in, and 1 may be"):
         opened(engine, 3)
     assert engine.metrics()["counters"]["overload_steps"] == 3
