@@ -121,6 +121,8 @@ class EagerExecutor:
 class GraphExecutor:
     """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by query.
 
+    preset: as loaded, for block sizes and graph names; which window a pass sees is in its page tables.
+
     rewrites: done to every graph; all that are on by default unless told. traces and prompts count graphs traced and
     runs of a prompt graph.
     """

@@ -1,4 +1,4 @@
-"""An adapter on the weights of a model that runs: put on and taken off in place, between two blocks.
+"""A LoRA on the weights of a running model, applied and removed in place between two blocks.
 
 Weights are written where they lie, so graphs that read them stay as they are. What was there before is kept on the
 host, of the layers that an adapter changes, so that it comes off without rounding.

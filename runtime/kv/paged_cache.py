@@ -90,7 +90,7 @@ class PagedCache:
         self.table.give_back()
 
     def rollback(self, first: int) -> None:
-        """A block that began with frame `first` is not to have been: what it wrote, or was going to, is let go."""
+        """Roll back to before frame `first`: free its pages and all later ones."""
         self.table.drop_from(first)
 
     def fork(self) -> PagedCache:

@@ -30,9 +30,9 @@ class BatchProfile:
             )
 
     def best(self, most: int, within: float = math.inf) -> int:
-        """With how many sessions, `most` at the most, each has its block soonest; 1 where turns are as fast.
+        """The batch size <= `most` with the least measured time per block.
 
-        Where a session alone would be done `within` so many seconds, so is the batch.
+        Sizes that would miss a deadline of `within` seconds are skipped if size 1 meets it.
         """
         in_time = [count for count, seconds in self.seconds.items() if count <= most and seconds <= within]
         counts = in_time or [count for count in self.seconds if count <= most]
@@ -40,7 +40,7 @@ class BatchProfile:
 
 
 def read_profiles(path: Path, about: Mapping[str, Any]) -> dict[tuple[int, int], BatchProfile]:
-    """What was measured on the like of `about`, by size of pictures; InferixError for a file that cannot be read."""
+    """Measured profiles for configuration `about`, by (width, height); InferixError for a file that cannot be read."""
     return {size_of(entry): profile_of(entry) for entry in entries(path) if entry["about"] == plain(about)}
 
 

@@ -1,7 +1,7 @@
-"""Which thread drives an engine, what others may ask of it, and the loop that it runs.
+"""The thread that drives an engine, and the calls that other threads have it make.
 
-The driving thread owns everything but mailboxes, outboxes and what is being decoded. It is the first that calls the
-engine; another one can take over once that has handed over, or has ended.
+It owns everything but control queues, output queues and what is being decoded. It is the first thread that calls the
+engine; another takes over once that one has released the engine or has ended.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ T = TypeVar("T")
 
 
 class EngineThread:
-    """Owns the claim to an engine, and the calls that wait for its thread."""
+    """Owns the claim to an engine and the calls that wait for its thread."""
 
     def __init__(self, condition: EngineCondition, device: torch.device) -> None:
         self.condition, self.device = condition, device
         self.owner: threading.Thread | None = None
         self.calls: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self.loops = 0  # that make blocks, one within the other
+        self.loops = 0  # loops that make blocks, nested
         self.halted = False
 
     def is_owner(self) -> bool:
-        """Whether this thread drives the engine; one that no living thread drives becomes this thread's."""
+        """True in the thread that drives the engine; one that no living thread drives becomes this thread's."""
         with self.condition:
             if self.owner is None or not self.owner.is_alive():
                 self.owner = threading.current_thread()
@@ -57,12 +57,13 @@ class EngineThread:
         return self.owner.name if self.owner is not None else "no thread"
 
     def release_ownership(self) -> None:
+        """Leave the engine to the next thread that calls it; UsageError in a thread that does not own it."""
         self.check_owner("hand_over()")
         self.owner = None
 
     @contextmanager
     def looping(self) -> Iterator[None]:
-        """While blocks are being made, readers in other threads have something to wait for."""
+        """Mark that blocks are being made, so that readers in other threads wait for them."""
         self.loops += 1
         try:
             yield
@@ -70,6 +71,7 @@ class EngineThread:
             self.loops -= 1
 
     def call_soon(self, call: Callable[[], T]) -> Future[T]:
+        """Call between two blocks in the owning thread, at once if this is it; free to any thread."""
         done: Future[T] = Future()
         if self.owner is threading.current_thread():
             answer(call, done)
@@ -102,7 +104,7 @@ def shortages_named() -> Iterator[None]:
 
 
 def answer(call: Callable[[], T], done: Future[T]) -> None:
-    """Call and keep the result, or the error that it is allowed to end in."""
+    """Call and set the result, or an error of `FAILURES`; any other error is raised here."""
     try:
         with shortages_named():
             done.set_result(call())

@@ -140,9 +140,9 @@ class Session:
         """Yield the next `blocks` blocks, or all there will be; without `decode`, only latents.
 
         Drives the engine if this thread does; otherwise waits for the one that does. While a block is decoded the
-        next one, if it is asked for, is begun, and follows what was told by then. The stream ends early where the
-        session is stopped; raises what made the session fail. Where memory runs out, that is raised, too, but the
-        block is as if it had not been begun, and the next `stream` makes it.
+        next one, if it is requested, is begun, and follows the controls that arrived by then. The stream ends early if
+        the session is stopped, and raises the error that made the session fail. If memory runs out, that is raised,
+        too, but the block is rolled back, and the next `stream` makes it.
         """
         if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
             raise UsageError(f"blocks is {blocks!r}; expected a whole number of 1 or more")
@@ -161,8 +161,8 @@ class Session:
     def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> int:
         """Change the prompt from the next block that begins, in the way of the preset's `prompt_switch`.
 
-        Returns the control's id. UsageError for what is no text, or empty; what the text encoder refuses later is told
-        in the block's `acks`.
+        Returns the control's id. UsageError for an empty prompt or one that is no text; a refusal by the text encoder
+        comes later, in the block's `acks`.
         """
         self.check_open()
         spec = self.manager.resources.spec
@@ -175,8 +175,10 @@ class Session:
         return self.controls.put("prompt", (text, embeds))
 
     def act(self, action: str) -> int:
-        """Do `action` from the next block that begins, until told otherwise; UsageError for one the model does not
-        have. Returns the control's id."""
+        """Use `action` from the next block that begins, until another one; returns the control's id.
+
+        UsageError for an action that the model does not have.
+        """
         self.check_open()
         return self.controls.put("act", check_action(action, self.current.actions.names))
 
@@ -196,18 +198,18 @@ class Session:
         return self.controls.put("stop")
 
     def fork(self) -> Session:
-        """A session that goes on from here by itself: it shares pages and decoder state until either writes.
+        """Open a session that continues from here on its own, sharing pages and decoder state until either writes.
 
-        It stands after the last block that was begun, and has no demand on it until it is streamed.
+        It continues after the last block that was begun, and makes none until it is streamed.
         """
         self.manager.check_owner("fork()")
         self.check_entered()
         return self.manager.fork(self)
 
     def rewind(self, block: int) -> None:
-        """Go back to where `block`, one of the last `rewind_blocks`, began; what was made since is forgotten.
+        """Return to the start of `block`, one of the last `rewind_blocks`, and drop what was made since.
 
-        Prompt and actions are again as they were then. UsageError for a block that cannot be gone back to.
+        Prompt and actions return, too. UsageError for a block that is not kept.
         """
         self.manager.check_owner("rewind()")
         self.check_open()

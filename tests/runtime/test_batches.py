@@ -210,7 +210,7 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
     sessions = [opened(engine, seed) for seed in range(3)]
     streams = [session.stream(5, decode=False) for session in sessions]
     found = [[next(stream)] for stream in streams]
-    place, failed = sessions[1].branches[0].cache._place, []
+    place, failed = sessions[1].current.branches[0].cache._place, []
 
     def failing(run):
         if run.frames[-1] > 8 and len(failed) < 2:  # in the batch, and by itself
@@ -218,7 +218,7 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
             raise OutOfPages("5 pages of KV memory are needed, 3 of 9 are free")
         return place(run)
 
-    sessions[1].branches[0].cache._place = failing
+    sessions[1].current.branches[0].cache._place = failing
     with pytest.raises(OutOfPages):
         for _ in range(4):
             for blocks, stream in zip(found, streams, strict=True):

@@ -420,7 +420,7 @@ def test_controls_that_no_one_takes_are_bounded(monkeypatch):
     with opened(small_engine()) as session:
         for _ in range(3):
             session.prompt(embeds=OTHER)
-        with pytest.raises(InferixError, match="3 controls wait"):
+        with pytest.raises(InferixError, match="3 pending controls"):
             session.prompt(embeds=OTHER)
         next(session.stream(1, decode=False))
         session.prompt(embeds=OTHER)
