@@ -31,7 +31,7 @@ from ..runtime.capacity.gpus import CARDS, Card
 from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
 from ..runtime.kv.page_store import KV_DTYPES
-from ..schemes.page_needs import least_pages
+from ..schemes.page_needs import least_pages, window
 from ..schemes.presets import default_preset, make_preset
 from .options import check_settings, counted, parse_settings, parse_size
 
@@ -199,7 +199,7 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         "vae": "taehv" if isinstance(load.decoder, TinySpec) else "own",
         "text_encoder": load.text > 0,
         "sessions": load.sessions,
-        "window": forecast.window(load.preset),
+        "window": window(load.preset),
         "pages": least_pages(load.preset),
         "memory": {
             "once": split.once,

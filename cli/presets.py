@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..runtime.byte_sizes import in_words
 from ..runtime.capacity import planner as forecast
+from ..schemes.page_needs import window
 from ..schemes.presets import PRESETS
 from .plan import workload
 
@@ -29,10 +30,10 @@ def tell_presets(wanted: bool) -> None:
     weights.columns[1].no_wrap = True
     for name, preset in PRESETS.items():
         load = workload(None, name, None, 1, "bfloat16", None, None, None, True, {})
-        work = forecast.steady(preset)[0]
+        steady = forecast.steady_blocks(preset)[0]
         scheme.add_row(
-            name, load.spec.name, str(preset.num_frame_per_block), str(forecast.window(preset)),
-            str(preset.context.sink_size), str(preset.sampler.steps), str(len(work.passes)),
+            name, load.spec.name, str(preset.num_frame_per_block), str(window(preset)),
+            str(preset.context.sink_size), str(preset.sampler.steps), str(len(steady.passes)),
             in_words(forecast.needed(load)),
         )  # fmt: skip
         weights.add_row(name, preset.about.weights, preset.about.licence)

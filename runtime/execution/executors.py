@@ -19,6 +19,7 @@ from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
 from ...models.wan.transformer import KeyValues, TextContext, WanTransformer
+from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, changes, needed
@@ -141,7 +142,7 @@ class GraphExecutor:
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
         kept = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
-        self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
+        self.whole_blocks = supports_whole_block(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.programs: dict[Query, Lowered] = {}
         self.loaded: dict[Query, Loaded] = {}

@@ -17,12 +17,13 @@ from inferix.graphs.types import Role
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TAEW21
 from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
-from inferix.runtime import forecast
+from inferix.runtime.capacity import planner as forecast
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
-from inferix.runtime.capacity.planner import Ceiling, Workload, changes, longest_window, memory, needed, rehearse
+from inferix.runtime.capacity.planner import Ceiling, Workload, changes, longest_window, memory, needed
 from inferix.runtime.kv.kv_manager import KVMemory
 from inferix.runtime.kv.page_store import KV_DTYPES
 from inferix.runtime.programs.graph_builder import Query, QueryGraphs
+from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.page_needs import page_needs
 from inferix.schemes.presets import PRESETS, make_preset
 
@@ -45,7 +46,7 @@ def shape(run):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_rehearsal_is_what_the_engine_does(name, monkeypatch):
+def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     """Passes, decoded frames and pictures encoded again of ten blocks, and no pass is longer than told.
 
     Nothing is computed: the network says zeros, and so do decoder and encoder.
@@ -71,17 +72,17 @@ def test_the_rehearsal_is_what_the_engine_does(name, monkeypatch):
     monkeypatch.setattr(engine.parts.vae, "decode", decode)
     monkeypatch.setattr(engine.parts.vae, "encode", encode)
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
-        for told in islice(rehearse(engine.preset), 10):
+        for told in islice(scheduled_blocks(engine.preset), 10):
             (block,) = session.stream(1)
-            assert [found for kind, found in done if kind == "pass"] == [shape(run) for run in told.passes]
+            assert [found for kind, found in done if kind == "pass"] == [shape(scheduled.run) for scheduled in told.passes]
             assert sum(count for kind, count in done if kind == "decode") == told.decoded
             assert sum(count for kind, count in done if kind == "encode") == told.encoded
-            assert len(block.latents) == told.frames
+            assert len(block.latents) == len(told.span.frames)
             done.clear()
-    passes = [run for work in islice(rehearse(engine.preset), 12) for run in work.passes]
-    if switch := forecast.recache_pass(engine.preset):
-        passes.append(switch)
-    assert max(len(run.frames) for run in passes) == forecast.longest_pass(engine.preset)
+    passes = [scheduled for block in islice(scheduled_blocks(engine.preset), 12) for scheduled in block.passes]
+    if recache := forecast.steady_blocks(engine.preset)[0].recache:
+        passes.append(recache)
+    assert max(len(scheduled.run.frames) for scheduled in passes) == forecast.longest_pass(engine.preset)
 
 
 SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
@@ -111,10 +112,10 @@ def test_a_real_session(name):
     load = replace(tiny(name, **SMALL[name]), decoder=SMALL_VAE, size=size)
     rows = {"prompt_embeds": ROWS.float(), **NEGATIVE.get(name, {})}
     with engine.open(size=size, **rows) as session, sdpa_kernel(SDPBackend.MATH):
-        for work in islice(rehearse(load.preset), 3):
+        for block in islice(scheduled_blocks(load.preset), 3):
             with FlopCounterMode(display=False) as counter:
                 next(iter(session.stream(1)))
-            told = forecast.speed(load, work, TOP)
+            told = forecast.speed(load, block, TOP)
             assert counter.get_total_flops() == told.transformer_flops + told.decoder_flops
         held = memory(load).each
         keys = [tensor.nbytes for branch in session.branches for pair in branch.text.text for tensor in pair]
@@ -198,7 +199,8 @@ def test_published_blocks():
     assert forecast.steady_speed(full("longlive", decoder=TAEW21), TOP).decoder_flops / 1e12 == pytest.approx(
         1.63, abs=0.01
     )
-    clip = [forecast.speed(full("self-forcing"), work, TOP) for work in islice(rehearse(PRESETS["self-forcing"]), 7)]
+    blocks = islice(scheduled_blocks(PRESETS["self-forcing"]), 7)
+    clip = [forecast.speed(full("self-forcing"), block, TOP) for block in blocks]
     assert sum(block.transformer_flops for block in clip) / 1e15 == pytest.approx(0.99, abs=0.005)
     assert memory(full("self-forcing")).each["pages"] / 2**30 == pytest.approx(5.62, abs=0.01)
 
