@@ -74,7 +74,8 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
         for told in islice(scheduled_blocks(engine.preset), 10):
             (block,) = session.stream(1)
-            assert [found for kind, found in done if kind == "pass"] == [shape(scheduled.run) for scheduled in told.passes]
+            ran = [found for kind, found in done if kind == "pass"]
+            assert ran == [shape(scheduled.run) for scheduled in told.passes]
             assert sum(count for kind, count in done if kind == "decode") == told.decoded
             assert sum(count for kind, count in done if kind == "encode") == told.encoded
             assert len(block.latents) == len(told.span.frames)
