@@ -36,7 +36,7 @@ lint: .venv/.dev
 	rm -rf build .venv/mypy-copy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--target .venv/mypy-copy .
-	$(BIN)/mypy .venv/mypy-copy/inferix
+	MYPYPATH=.venv/mypy-copy $(BIN)/mypy .venv/mypy-copy/inferix tools
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
