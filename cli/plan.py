@@ -25,7 +25,7 @@ from ..models.wan.random import vae_for
 from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.taehv import TinySpec
 from ..models.wan.vae import VaeSpec
-from ..runtime.byte_sizes import in_words, parse_bytes
+from ..runtime.byte_sizes import format_bytes, parse_bytes
 from ..runtime.capacity import costs
 from ..runtime.capacity import planner as forecast
 from ..runtime.capacity.gpus import CARDS, Card
@@ -220,7 +220,7 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         facts["sessions_that_fit"] = forecast.most_sessions(load, budget)
         facts["longest_window"] = forecast.longest_window(load, budget)
     if fits is False and budget is not None:
-        facts["changes"] = [asdict(change) for change in forecast.changes(load, budget)]
+        facts["changes"] = [asdict(suggestion) for suggestion in forecast.suggestions(load, budget)]
     if top is not None:
         facts["predicted"] = {
             "kind": "floor: every operation at the ceiling; a prediction, not a measurement",
@@ -338,13 +338,13 @@ def verdict(load: Workload, facts: dict[str, Any]) -> Iterator[str]:
             f"of {facts['longest_window']} latent frames (models are trained for theirs)."
         )
     else:
-        yield f"It does not fit: {in_words(facts['memory']['needed'] - given)} too much. What would change that:"
+        yield f"It does not fit: {format_bytes(facts['memory']['needed'] - given)} too much. What would change that:"
         for change in facts["changes"]:
-            end = "fits" if change["fits"] else f"still {in_words(change['needed'] - given)} too much"
-            yield f"  {' '.join(change['options'])}: {in_words(change['needed'])}, {end}"
+            end = "fits" if change["fits"] else f"still {format_bytes(change['needed'] - given)} too much"
+            yield f"  {' '.join(change['options'])}: {format_bytes(change['needed'])}, {end}"
         if not any(change["fits"] for change in facts["changes"]):
             least = min((change["needed"] for change in facts["changes"]), default=facts["memory"]["needed"])
-            yield f"  None of it is enough: {in_words(least)} need {larger_cards(least)}."
+            yield f"  None of it is enough: {format_bytes(least)} need {larger_cards(least)}."
 
 
 def larger_cards(needed: int) -> str:

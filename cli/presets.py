@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.byte_sizes import in_words
+from ..runtime.byte_sizes import format_bytes
 from ..runtime.capacity import planner as forecast
 from ..schemes.page_needs import window
 from ..schemes.presets import PRESETS
@@ -34,7 +34,7 @@ def tell_presets(wanted: bool) -> None:
         scheme.add_row(
             name, load.spec.name, str(preset.num_frame_per_block), str(window(preset)),
             str(preset.context.sink_size), str(preset.sampler.steps), str(len(steady.passes)),
-            in_words(forecast.needed(load)),
+            format_bytes(forecast.needed(load)),
         )  # fmt: skip
         weights.add_row(name, preset.about.weights, preset.about.licence)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

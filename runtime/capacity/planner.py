@@ -337,7 +337,7 @@ def prompt_seconds(load: Workload, ceiling: Ceiling) -> float:
     return seconds
 
 
-# What to change
+# Suggestions
 
 
 def without_text(load: Workload, budget: int) -> Workload | None:
@@ -387,8 +387,8 @@ def with_smaller_pictures(load: Workload, budget: int) -> Workload | None:
     return None
 
 
-Step = Callable[[Workload, int], Workload | None]
-STEPS: tuple[Step, ...] = (  # in the order of what they cost the viewer
+Saving = Callable[[Workload, int], Workload | None]
+SAVINGS: tuple[Saving, ...] = (  # in the order of what they cost the viewer
     without_text,
     in_half_precision,
     with_fewer_sessions,
@@ -401,7 +401,7 @@ STEPS: tuple[Step, ...] = (  # in the order of what they cost the viewer
 
 
 @dataclass(frozen=True)
-class Change:
+class Suggestion:
     """A workload that needs less, as options of the command, and the bytes that it needs."""
 
     options: tuple[str, ...]
@@ -409,28 +409,28 @@ class Change:
     fits: bool
 
 
-def changes(load: Workload, budget: int) -> list[Change]:
-    """What to change about a workload that does not fit: each step alone, then as few of them in turn as are enough."""
-    alone = [other for step in STEPS if (other := stepped(load, step, budget)) != load]
-    found = [change(load, other, budget) for other in alone]
-    if not any(one.fits for one in found):
+def suggestions(load: Workload, budget: int) -> list[Suggestion]:
+    """Smaller workloads for one that does not fit: each saving alone, then as few of them in turn as are enough."""
+    alone = [other for saving in SAVINGS if (other := applied(load, saving, budget)) != load]
+    listed = [suggestion(load, other, budget) for other in alone]
+    if not any(one.fits for one in listed):
         together = load
-        for step in STEPS:
-            together = stepped(together, step, budget)
+        for saving in SAVINGS:
+            together = applied(together, saving, budget)
             if needed(together) <= budget:
                 break
         if together not in (load, *alone):
-            found.append(change(load, together, budget))
-    return found
+            listed.append(suggestion(load, together, budget))
+    return listed
 
 
-def stepped(load: Workload, step: Step, budget: int) -> Workload:
-    """A workload after a step; the same one where the step does nothing for it, or nothing good."""
-    other = step(load, budget)
+def applied(load: Workload, saving: Saving, budget: int) -> Workload:
+    """The workload with a saving; the same one where that needs no less."""
+    other = saving(load, budget)
     return other if other is not None and needed(other) < needed(load) else load
 
 
-def change(load: Workload, other: Workload, budget: int) -> Change:
+def suggestion(load: Workload, other: Workload, budget: int) -> Suggestion:
     field = window_field(load.preset)
     options = {
         "--no-text-encoder": load.text != other.text,
@@ -443,7 +443,7 @@ def change(load: Workload, other: Workload, budget: int) -> Change:
         f"--size {other.size[0]}x{other.size[1]}": load.size != other.size,
     }
     total = needed(other)
-    return Change(tuple(option for option, differs in options.items() if differs), total, total <= budget)
+    return Suggestion(tuple(option for option, differs in options.items() if differs), total, total <= budget)
 
 
 def tiny_for(spec: ModelSpec) -> TinySpec:

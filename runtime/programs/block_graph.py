@@ -138,7 +138,7 @@ def resume(solver: UniPCSolver, step: int, values: dict[str, Tensor]) -> None:
         solver.order = min(2, len(solver.sigmas) - step + 1, len(solver.predictions))
 
 
-class Builder:
+class BlockGraphBuilder:
     """The block graph of one model, preset and picture size, for so many sessions side by side."""
 
     def __init__(
@@ -317,4 +317,4 @@ def build_block_graph(
     if preset.window_blocks > 1 and preset.sampler.solver != "renoise":
         raise UsageError(f"window_blocks is {preset.window_blocks} with solver unipc; that has no graph, use renoise")
     size = size or spec.default_size
-    return Builder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kept).build()
+    return BlockGraphBuilder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kept).build()

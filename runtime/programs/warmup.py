@@ -21,11 +21,11 @@ from ...schemes.presets import Preset
 from ..kv.page_layout import parts_of, place_pass, turned
 from ..kv.pages import BlockTable, PagePool
 from ..sampler import scheduled_blocks
-from .graph_builder import Query, stepped
+from .graph_builder import GraphKey, padded_width
 
 
 class KeyCollector:
-    """Collects the queries of one stream, each once, in the order in which they come up."""
+    """Collects the graph keys of one stream, each once, in the order in which they come up."""
 
     def __init__(self, spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool) -> None:
         self.policy, self.pages = preset.context, least_pages(preset)
@@ -33,7 +33,7 @@ class KeyCollector:
         self.slots = staging_slots(preset) if staged else 0
         held = window(preset)
         self.table = BlockTable(PagePool(4 * self.pages + held), held)
-        self.found: dict[Query, None] = {}
+        self.found: dict[GraphKey, None] = {}
 
     def add(self, table: BlockTable, scheduled: ScheduledPass, whole: bool) -> None:
         """Add the key of a pass over the pages of a table, or of the block whose passes have its tables."""
@@ -44,23 +44,23 @@ class KeyCollector:
             table.hold(frames)
         rows = place_pass(run, table, self.policy.moving_positions)
         listed = max(table.room, *(len(row.listed) for row in rows))
-        query = Query(
+        key = GraphKey(
             whole=whole,
             parts=tuple((len(part), len(part[0].pages)) for part in parts_of(rows)),
             latent=(len(run.frames), self.channels, *self.latent),
             sinks=any(turned(self.policy, part) for part in parts_of(rows)),
-            width=stepped(listed),
+            width=padded_width(listed),
             pages=self.pages,
             slots=self.slots,
         )
-        self.found[query] = None
+        self.found[key] = None
 
 
-def queries_of(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool = False) -> list[Query]:
-    """What a stream of pictures of `size` (width, height) asks for on an engine without a budget of pages.
+def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool = False) -> list[GraphKey]:
+    """Keys of all graphs that a stream of pictures of `size` (width, height) runs, on an engine without a page budget.
 
-    Its first blocks, those of a full window, and passes that a rebuild or a new prompt sets off. staged: whether pages
-    are kept in another dtype than the model's. UsageError where the window has no end.
+    They are those of its first blocks, of blocks with a full window, and of passes that a rebuild or a new prompt adds.
+    staged: whether pages are kept in another dtype than the model's. Raises UsageError where the window has no end.
     """
     if page_needs(preset).held is None:
         raise UsageError(

@@ -19,10 +19,10 @@ from inferix.models.wan.taehv import TAEW21
 from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
 from inferix.runtime.capacity import planner as forecast
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
-from inferix.runtime.capacity.planner import Ceiling, Workload, changes, longest_window, memory, needed
+from inferix.runtime.capacity.planner import Ceiling, Workload, longest_window, memory, needed, suggestions
 from inferix.runtime.kv.kv_manager import KVMemory
 from inferix.runtime.kv.page_store import KV_DTYPES
-from inferix.runtime.programs.graph_builder import Query, QueryGraphs
+from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.page_needs import page_needs
 from inferix.schemes.presets import PRESETS, make_preset
@@ -156,8 +156,8 @@ def test_the_plan_of_real_graphs(model, name, parts, whole):
     """At full width and two layers: the arena is at most what is told, the constants just what is told."""
     spec, preset = replace(MODELS[model], num_layers=2), make_preset(name)
     frames, latent = parts[0][0] * parts[0][1], spec.latent_size(spec.default_size)
-    query = Query(whole, parts, (frames, spec.out_channels, *latent), sinks=False, width=16, pages=16)
-    made = QueryGraphs(spec, preset, "reference", torch.bfloat16, "cpu", tuple(chosen()))(query)
+    key = GraphKey(whole, parts, (frames, spec.out_channels, *latent), sinks=False, width=16, pages=16)
+    made = GraphBuilder(spec, preset, "reference", torch.bfloat16, "cpu", tuple(chosen()))(key)
     lowered = lower_block(made)
     told = arena_bytes(spec, spec.tokens_per_frame(spec.default_size), frames, "bfloat16")
     assert lowered.body.plan.size <= told <= 1.5 * lowered.body.plan.size
@@ -181,7 +181,7 @@ def test_what_a_graph_executor_holds(name):
         session.prompt(embeds=ROWS.float().flip(0))
         list(session.stream(1, decode=False))
     loaded = engine.executor.loaded
-    assert sorted(query.latent[0] for query in loaded) == sorted(forecast.programs(load.preset))
+    assert sorted(key.latent[0] for key in loaded) == sorted(forecast.programs(load.preset))
     told, gaps = memory(load).once, 8192  # between constants, and what making them took
     assert 0 <= engine.executor.bytes_by_owner()["constants"] - told["constants"] <= gaps
     attention = engine.parts.transformer.blocks[0].self_attn
@@ -244,16 +244,16 @@ def test_sessions_share_what_is_there_once():
     assert forecast.most_sessions(load, 10**9) == 0
 
 
-def test_changes_say_what_would_fit():
+def test_suggestions_say_what_would_fit():
     load = full("self-forcing", text=5_000_000_000, sessions=2, dtype="float32", kv_dtype="float32")
-    found = changes(load, 24 * 10**9)
+    found = suggestions(load, 24 * 10**9)
     alone, together = found[:-1], found[-1]
     assert not any(change.fits for change in alone) and together.fits
     assert together.options[:2] == ("--no-text-encoder", "--dtype bfloat16")
     assert all(change.needed < needed(load) for change in found)
     load = full("krea", "wan-14b")
-    assert not any("taehv" in option for change in changes(load, 10**9) for option in change.options)
-    assert not any(change.fits for change in changes(load, 10**9))
+    assert not any("taehv" in option for change in suggestions(load, 10**9) for option in change.options)
+    assert not any(change.fits for change in suggestions(load, 10**9))
 
 
 def test_endless_windows_and_no_sessions_are_refused():
