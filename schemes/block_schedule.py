@@ -24,7 +24,7 @@ class ScheduledPass:
     """One pass of a stream.
 
     blocks: those it denoises or commits, in token order. steps: for each block it denoises, the sampler step it takes.
-    clears_cache: the cache is emptied before the pass, which leaves keys and values for all that is seen next.
+    clears_cache: the cache is emptied before the pass, which writes keys and values of all frames seen from then on.
     """
 
     kind: Kind
@@ -43,9 +43,9 @@ class ScheduledPass:
 class ScheduledBlock:
     """The passes of one block of a stream, in the order in which they run.
 
-    span: the block that is clean afterwards. recache: the pass that a new prompt would add before them. decoded: latent
-    frames the decoder runs over: the block's, and those a restarted decoder begins with. encoded: pictures that are
-    encoded again for a rebuild.
+    span: the block that they finish. recache: the pass that a new prompt would add before them, or None. decoded:
+    latent frames the decoder runs over: the block's own, and those that a restarted decoder begins with. encoded:
+    pictures encoded again for a rebuild.
     """
 
     span: Span
@@ -66,12 +66,12 @@ class ScheduledBlock:
 
     @property
     def first(self) -> bool:
-        """Whether the block begins the stream."""
+        """True for the block that begins the stream."""
         return self.span.frames.start == 0
 
     @property
     def decoder_begins(self) -> bool:
-        """Whether the decoder has no state: in a stream's first block, and after a restart."""
+        """True where the decoder has no state yet: in a stream's first block, and after a restart."""
         return self.first or self.decoded > len(self.span.frames)
 
 
@@ -94,7 +94,7 @@ B = TypeVar("B", bound=InFlight)
 
 
 def supports_whole_block(preset: Preset) -> bool:
-    """Whether all steps and the commit of a block can be one program: one block in flight, no guidance."""
+    """True where all steps and the commit of a block can be one program: one block in flight, no guidance."""
     return preset.window_blocks == 1 and branches(preset) == 1
 
 
@@ -123,12 +123,12 @@ def rebuild_pass(timeline: Timeline) -> ScheduledPass | None:
 
 
 def reencodes_head(preset: Preset, rebuild: Pass) -> bool:
-    """Whether the first frame of a rebuild is encoded again from its picture; a stream's first frame is kept."""
+    """True where a rebuild encodes its first frame again from its picture; it keeps a stream's first frame as it is."""
     return preset.context.reencode_head and rebuild.frames[0] > 0
 
 
 def joins(preset: Preset, flight: Sequence[InFlight]) -> bool:
-    """Whether a new block joins those in flight before the next denoising pass."""
+    """True where a new block joins before the next denoising pass: once the newest has taken its share of the steps."""
     steps_between = preset.sampler.steps // preset.window_blocks
     return not flight or (len(flight) < preset.window_blocks and flight[-1].step >= steps_between)
 
@@ -138,9 +138,7 @@ def denoise_pass(
 ) -> ScheduledPass:
     """One sampler step of all blocks in flight. timesteps: of each step; frames in `clean` get timestep 0."""
     run = timeline.joint_pass([(block.span.frames, timesteps[block.step]) for block in flight], clean)
-    return ScheduledPass(
-        "denoise", run, tuple(block.span for block in flight), tuple(block.step for block in flight)
-    )
+    return ScheduledPass("denoise", run, tuple(block.span for block in flight), tuple(block.step for block in flight))
 
 
 def denoise_passes(
