@@ -332,25 +332,6 @@ def test_presets_that_the_plain_loop_cannot_run_are_told():
     assert "guidance" in why_not(PRESETS["causal-diffusion"])
 
 
-@pytest.mark.parametrize("preset", ["self-forcing", "longlive", "causvid", "krea", "rolling-forcing"])
-def test_planned_passes_are_those_that_run(preset, monkeypatch):
-    engine = load("wan-tiny", preset=preset, device="cpu", dtype="float32")
-    ran = []
-    forward = Engine.forward
-
-    def recorded(self, asks):
-        ran.extend(ask.run for ask in asks)
-        return [torch.zeros_like(ask.latents) for ask in asks]
-
-    assert forward is not recorded
-    monkeypatch.setattr(Engine, "forward", recorded)
-    with engine.open(prompt_embeds=random_prompt(engine, 0), size=(16, 16)) as session:
-        for _ in session.stream(9, decode=False):
-            pass
-    planned = [scheduled.run for plan in islice(scheduled_blocks(engine.preset), 9) for scheduled in plan.passes]
-    assert ran == planned
-
-
 def test_full_windows_and_their_work():
     found = {name: blocks_until_full(PRESETS[name]) for name in ("self-forcing", "longlive", "krea", "causvid")}
     assert found == {"self-forcing": 6, "longlive": 3, "krea": 1, "causvid": 6}
