@@ -77,7 +77,9 @@ def test_the_engine_runs_the_schedule(name: str, overrides: dict, monkeypatch: p
     expected: list[Pass] = []
     for block in range(10):
         recache = recache_pass(timeline) if block == 6 else None
-        expected += [recache.run] if recache is not None else []
+        if recache is not None:
+            assert recache.clears_cache == preset.context.recache_sink
+            expected.append(recache.run)
         assert (recache is not None) == (block == 6 and preset.context.prompt_switch == "recache")
         expected += [scheduled.run for scheduled in next_block(timeline, flight, timesteps).passes]
     assert once(ran, preset) == expected
