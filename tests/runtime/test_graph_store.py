@@ -10,8 +10,9 @@ import torch
 from oracles import ROWS, SIZE, make_engine
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime import graph_store, launcher
 from inferix.runtime.engine import Engine
+from inferix.runtime.execution import launcher
+from inferix.runtime.programs import graph_store
 from inferix.runtime.programs.graph_store import GraphStore, difference
 
 
