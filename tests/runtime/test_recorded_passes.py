@@ -9,7 +9,7 @@ integers and timesteps, so it is the same on every machine. To record again, aft
 import hashlib
 import json
 import os
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,8 @@ FEW_STEPS = {"causal-diffusion": {"num_steps": 2}}
 
 def ranges(numbers):
     """(0, 1, 2, 6) as `0-2,6`."""
-    runs = [list(run) for _, run in groupby(numbers, key=lambda number, index=count(): number - next(index))]
+    offsets = groupby(enumerate(numbers), key=lambda numbered: numbered[1] - numbered[0])
+    runs = [[number for _, number in run] for _, run in offsets]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
