@@ -16,7 +16,10 @@ import pytest
 from oracles import ROWS, make_engine
 
 from inferix.runtime.kv import paged_cache
-from inferix.schemes.presets import PRESETS
+from inferix.runtime.sampler import Sampler
+from inferix.schemes.block_schedule import next_block, recache_pass
+from inferix.schemes.presets import PRESETS, make_preset
+from inferix.schemes.timeline import Timeline
 
 FILE = Path(__file__).with_name("recorded_passes.json")
 RECORD = bool(os.environ.get("INFERIX_RECORD_PASSES"))
@@ -86,6 +89,25 @@ def test_a_stream_runs_the_recorded_passes(name, monkeypatch):
     recorded = json.loads(FILE.read_text("utf-8"))[name]
     assert {index: blocks[int(index)] for index in recorded["blocks"]} == recorded["blocks"]
     assert digests(blocks) == recorded["sha256"]
+
+
+def scheduled_passes(name):
+    """Passes of each block by the block schedule alone."""
+    preset = make_preset(name, **FEW_STEPS.get(name, {}))
+    timeline, timesteps = Timeline(preset), Sampler(preset.sampler).timesteps
+    flight, blocks = [], []
+    for index in range(LONGER.get(name, BLOCKS)):
+        recache = recache_pass(timeline) if index == PROMPT_AT else None
+        if index == CUT_AT:
+            timeline.cut_shot()
+        passes = next_block(timeline, flight, timesteps).passes
+        blocks.append([line(scheduled.run) for scheduled in (recache, *passes) if scheduled is not None])
+    return blocks
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_block_schedule_lists_the_recorded_passes(name):
+    assert digests(scheduled_passes(name)) == json.loads(FILE.read_text("utf-8"))[name]["sha256"]
 
 
 def test_the_recording_rejects_a_sink_that_is_left_out(monkeypatch):
