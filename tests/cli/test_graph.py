@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from inferix.cli.main import app
 from inferix.graphs.dump import from_dict, to_dict
-from inferix.runtime.graph_store import stored_for
+from inferix.runtime.programs.graph_store import stored_for
 
 
 def run(*args: str) -> Result:
