@@ -61,7 +61,7 @@ class CpuCausalConv3d(CpuConv3d, CausalConv3d):
             history = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
         layout = torch.channels_last_3d
         x = torch.cat((history.contiguous(memory_format=layout), x.contiguous(memory_format=layout)), dim=2)
-        state.history[self.slot] = x[:, :, -past:].contiguous(memory_format=layout)
+        state.history[self.slot] = x[:, :, -past:].clone(memory_format=layout)  # no view, which would keep all of x
         return self(x)
 
 
