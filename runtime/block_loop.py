@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +19,15 @@ from torch import Tensor
 
 from ..errors import InferixError
 from ..graphs.passes import Pass
+from ..schemes.block_schedule import (
+    commit_pass,
+    denoise_pass,
+    denoise_passes,
+    rebuild_pass,
+    recache_pass,
+    reencodes_head,
+    window_of,
+)
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
 from .kv.paged_cache import bind_together
@@ -65,7 +75,7 @@ class BlockLoop:
                 block = yield from self.denoise(state, record)
         with record.span("commit"):
             if state.preset.context.commit and not block.committed:
-                yield from self.commit_pass(state, block.span, block.latents, record)
+                yield from self.commit(state, block.span, block.latents, record)
         return block
 
     def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool) -> None:
@@ -77,7 +87,7 @@ class BlockLoop:
         state.change = PromptChange(state.rows, rows, blocks, blocks)
 
     def follow_prompt(self, state: SessionState, mark_rollback: Callable[[], None]) -> BlockSteps[None]:
-        """Move the conditioning one block further towards a new prompt; recache where the policy asks for it."""
+        """Move the conditioning one block further towards a new prompt, and recache."""
         change = state.change
         if change is None:
             return
@@ -86,17 +96,17 @@ class BlockLoop:
         state.branches[0].text = self.resources.executor.condition(state.rows)
         if change.left == 0:
             state.change = None
-        if state.preset.context.prompt_switch == "recache" and (yield from self.recache(state)):
+        if (yield from self.recache(state)):
             mark_rollback()  # recaching twice would move a moving sink twice
 
     def recache(self, state: SessionState) -> BlockSteps[bool]:
-        """Pass the visible past through the network under the prompt in force; False where there is none."""
-        anew, (branch, *_) = state.preset.context.recache_sink, state.branches
-        run = state.timeline.recache_pass(anew)
-        if run is None:
+        """Pass the visible past through the network under the prompt in force; False where the policy asks for none."""
+        scheduled, branch = recache_pass(state.timeline), state.branches[0]
+        if scheduled is None:
             return False
+        run = scheduled.run
         latents = state.recent_frames(run.frames)
-        if anew:
+        if scheduled.clears_cache:
             branch.cache.clear()
         branch.cache.hold(run.groups[-1].context)
         yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
@@ -106,9 +116,10 @@ class BlockLoop:
         self, state: SessionState, record: BlockRecord, settle_decoder: Callable[[], None]
     ) -> BlockSteps[None]:
         """Rebuild the context from the last clean latents, where the policy asks for it."""
-        if not state.timeline.rebuild_due():
+        scheduled = rebuild_pass(state.timeline)
+        if scheduled is None:
             return
-        run = state.timeline.rebuild_pass()
+        run = scheduled.run
         latents = self.rebuild_latents(state, run)
         for branch in state.branches:
             branch.cache.clear()
@@ -121,32 +132,29 @@ class BlockLoop:
     def rebuild_latents(self, state: SessionState, run: Pass) -> Tensor:
         """Clean latents of a rebuild's frames, the first encoded again from pixels where the policy asks for it."""
         latents = state.recent_frames(run.frames)
-        if state.preset.context.reencode_head and run.frames[0] > 0 and state.pixels is not None:
+        if reencodes_head(state.preset, run) and state.pixels is not None:
             vae = self.resources.parts.vae
             head = vae.encode(state.pixels[:1], vae.new_state())
             latents = torch.cat((head, latents[1:]))
         return latents
 
     def denoise(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
-        """Run passes over the blocks in flight until the first of them is clean; one more joins at each pass."""
-        flight, levels = state.flight, state.sampler.timesteps
-        while True:
-            if len(flight) < state.preset.window_blocks:
-                flight.append(self.admit(state))
-            clean = frozenset({0} if state.clamped is not None else ())
-            run = state.timeline.joint_pass([(block.span.frames, levels[block.step]) for block in flight], clean)
-            self.roll_caches(state, run)
-            velocity = yield from self.network_pass(state, run, torch.cat([block.latents for block in flight]), record)
+        """Run passes over the blocks in flight until the first is clean; others join as the schedule says."""
+        flight, timesteps = state.flight, state.sampler.timesteps
+        clean = frozenset({0} if state.clamped is not None else ())
+        for scheduled in denoise_passes(state.timeline, flight, timesteps, partial(self.admit, state), clean):
+            self.roll_caches(state, scheduled.run)
+            latents = torch.cat([block.latents for block in flight])
+            velocity = yield from self.network_pass(state, scheduled.run, latents, record)
             for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
                 self.advance(state, block, part)
-            if flight[0].step == len(levels):
-                return flight.pop(0)
+        return flight.pop(0)
 
-    def commit_pass(
+    def commit(
         self, state: SessionState, span: Span, latents: Tensor, record: BlockRecord | None = None
     ) -> BlockSteps[None]:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
-        run = state.timeline.commit_pass(span.frames)
+        run = commit_pass(state.timeline, span).run
         self.roll_caches(state, run)
         yield from self.network_pass(state, run, latents, record)
 
@@ -161,7 +169,7 @@ class BlockLoop:
         block, (branch,) = self.admit(state), state.branches
         assert isinstance(state.noise, PhiloxNoise)
         frames, seed = block.span.frames, state.noise.seed
-        run = state.timeline.joint_pass([(frames, state.sampler.timesteps[0])], frozenset())
+        run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
         self.roll_caches(state, run)
         bound, actions = branch.cache.bind(run), self.actions_of(state, run)
         with record.one_pass():
@@ -209,11 +217,11 @@ class BlockLoop:
 
     def roll_caches(self, state: SessionState, run: Pass) -> None:
         """Roll the caches to the context of a pass that writes; one that does not write sees what they hold."""
-        group = run.groups[-1]
-        if group.write:
+        window = window_of(run)
+        if window is not None:
             for branch in state.branches:
-                branch.cache.hold(group.context)
-            state.timeline.forget(group.context)
+                branch.cache.hold(window)
+            state.timeline.forget(window)
 
     def actions_of(self, state: SessionState, run: Pass) -> Tensor | None:
         """Action of each frame of a pass, one-hot [1, F, action_dim]; None for a model that follows text alone."""
@@ -301,7 +309,7 @@ class BlockLoop:
         while state.timeline.next_frame < len(latents):
             span = state.timeline.admit(given=True)
             part = latents[span.frames.start : span.frames.stop]
-            self.run_alone(self.commit_pass(state, span, part))
+            self.run_alone(self.commit(state, span, part))
             pixels = state.decoder.vae.decode(part, state.decoder.state)
             state.remember(part, pixels, self.resources.spec.vae_stride[0])
             frames.append(to_frames(pixels))

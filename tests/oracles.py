@@ -6,15 +6,16 @@ import dataclasses
 from pathlib import Path
 
 import torch
+import train_tinyworld as train
 from torch import Tensor, nn
 
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
-from inferix.models.tinyworld import train
 from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import TINY_VAE, CausalVae, VaeSpec
+from inferix.models.wan.vae_cpu import use_cpu_layers
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import Executor
@@ -107,7 +108,8 @@ def make_engine(
     vae.load_state_dict(random_vae_state(vae_spec, 1, torch.float32))
     kind = getattr(torch, dtype)
     fast = random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
-    parts = Components(tiny_transformer(spec, kind), vae.to(kind), None, "test", "random", lambda: None, fast)
+    vae = use_cpu_layers(vae.to(kind))
+    parts = Components(tiny_transformer(spec, kind), vae, None, "test", "random", lambda: None, fast)
     return Engine(config, make_preset(preset, **overrides), parts, limits)
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import train_tinyworld as train
 
 from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles, rotate
-from inferix.models.tinyworld import train
 from inferix.models.tinyworld.data import Clips, along_things, errands, random_clip, random_walk
 from inferix.models.tinyworld.words import WordEncoder, known_words
 from inferix.models.tinyworld.world import ACTIONS, MOVES, STEP, Scene, World, draw_number, mix, scenes
@@ -208,7 +208,7 @@ def test_training_sees_what_a_cache_with_window_and_sink_sees():
                 engine.loop.roll_caches(session.current, run)
                 velocity = engine.loop.velocity(session.current, run, noisy[0, copy : copy + 1])
                 assert (velocity[0] - want[copy]).abs().max() <= 1e-10, copy
-            engine.loop.run_alone(engine.loop.commit_pass(session.current, span, clean[0, frame : frame + 1]))
+            engine.loop.run_alone(engine.loop.commit(session.current, span, clean[0, frame : frame + 1]))
 
 
 def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path, capsys):

@@ -342,7 +342,7 @@ def test_guidance_equals_two_separate_runs():
                     told.append(plain.loop.velocity(session.current, this, x))
                 x = solver.advance(x, told[1] + 4.0 * (told[0] - told[1]), step, lambda x=x: x)
             for session in (prompted, negative):
-                plain.loop.run_alone(plain.loop.commit_pass(session.current, span, x))
+                plain.loop.run_alone(plain.loop.commit(session.current, span, x))
             assert (block.latents - x).abs().max() <= 1e-10
     with pytest.raises(UsageError, match="negative prompt"):
         guided.open(prompt_embeds=ROWS, size=SIZE)
