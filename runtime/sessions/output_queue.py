@@ -1,4 +1,4 @@
-"""Blocks of one session on their way out, from when they are begun until a reader takes them: a bounded queue."""
+"""A bounded queue of one session's blocks, from their start until a reader takes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block:
 
 
 class OutputQueue:
-    """Blocks of one session from when they are begun until someone takes them, `room` at most."""
+    """At most `room` blocks of one session, unfinished ones included."""
 
     def __init__(self, condition: EngineCondition, room: int) -> None:
         self.condition, self.room = condition, room
@@ -61,7 +61,7 @@ class OutputQueue:
             self.condition.signal()
 
     def put(self, block: Block) -> None:
-        """The oldest unfinished block is ready."""
+        """Add the oldest unfinished block, now finished."""
         with self.condition:
             if not self.ready:
                 self.touched = time.perf_counter()
@@ -79,9 +79,8 @@ class OutputQueue:
             return self.ready.popleft()
 
     def drop_from(self, index: int) -> int:
-        """Forget ready blocks from `index` on; returns how many they were."""
+        """Drop finished blocks from `index` on; returns their number."""
         with self.condition:
-            kept = deque(block for block in self.ready if block.index < index)
-            dropped = len(self.ready) - len(kept)
-            self.ready = kept
-            return dropped
+            before = len(self.ready)
+            self.ready = deque(block for block in self.ready if block.index < index)
+            return before - len(self.ready)

@@ -1,6 +1,6 @@
-"""Whose block runs next, who is let in, and what gives way under overload: numbers only, no tensors, no threads.
+"""Scheduling, admission and overload: numbers only, no tensors, no threads.
 
-Times are seconds on one clock that the caller reads. Every choice that a user makes is in `Limits`.
+Times are seconds on one clock that the caller reads. All choices of the user are in `Limits`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SMOOTHING = 0.25  # weight of the newest block in a measured block time
 
 @dataclass
 class SchedulerEntry:
-    """What is known of one session.
+    """One session as the scheduler sees it.
 
     kind: sessions of one kind take the same time, and share pages. period: seconds of video in a block.
     page_room: bytes of pages that there are for its kind; None where there can be more.
@@ -62,7 +62,7 @@ class Scheduler:
 
     @property
     def reserved(self) -> int:
-        """Bytes that the sessions that are in may come to need, and that those without their pages have."""
+        """Bytes that admitted sessions may need at most, and that resting ones have besides their pages."""
         inside = sum(entry.need.total for entry in self.admitted.values())
         return inside + sum(entry.need.total - entry.need.pages for entry in self.resting.values())
 
@@ -72,7 +72,7 @@ class Scheduler:
         return sum(self.block_seconds.get(entry.kind, 0.0) / entry.period for entry in admitted)
 
     def join(self, session: int, entry: SchedulerEntry) -> bool:
-        """Let a session in, or have it wait; False where it waits.
+        """Admit a session, or have it wait; returns False if it waits.
 
         Raises UsageError for one that can never fit, InferixError for one that is refused.
         """
@@ -89,27 +89,27 @@ class Scheduler:
         return False
 
     def rest(self, session: int) -> None:
-        """The pages of a session are away: others may have their room."""
+        """Lend the room of a session's pages, which are in host memory, to others."""
         self.waiting.pop(session, None)
         if session in self.admitted:
             self.resting[session] = self.admitted.pop(session)
 
     def wake(self, session: int) -> None:
-        """Have a session that rests wait for its room again."""
+        """Have a resting session wait for room again."""
         if session in self.resting:
             self.waiting[session] = self.resting[session]
 
     def admit_waiting(self) -> list[int]:
-        """Let in those who wait, in order, as far as there is room."""
-        let_in = []
+        """Admit waiting sessions in order, as far as there is room; returns them."""
+        admitted = []
         while self.waiting:
             session, entry = next(iter(self.waiting.items()))
             if self.obstacle(session, entry) is not None:
                 break
             self.admitted[session] = self.waiting.pop(session)
             self.resting.pop(session, None)
-            let_in.append(session)
-        return let_in
+            admitted.append(session)
+        return admitted
 
     def leave(self, session: int) -> None:
         self.admitted.pop(session, None)
@@ -126,7 +126,7 @@ class Scheduler:
             )
 
     def obstacle(self, session: int, entry: SchedulerEntry) -> str | None:
-        """Why a session cannot be let in now, with the numbers; None where it can."""
+        """The reason, with numbers, why a session cannot be admitted now; None if it can."""
         most, budget, inside = self.most_sessions, self.limits.memory_bytes, len(self.admitted)
         if most is not None and inside >= most:
             return f"session {session} is one too many: {inside} are in, and {most} may be"
@@ -153,12 +153,12 @@ class Scheduler:
             )
         return None
 
-    def pick(self, ready: Collection[int], held: Collection[int], now: float) -> int | None:
-        """Whose block comes next, of the sessions that could make one; None for none.
+    def pick(self, ready: Collection[int], blocked: Collection[int], now: float) -> int | None:
+        """Pick the session whose block comes next from `ready`; None if that is empty.
 
-        Those held back by their own readers, or paused, cannot be late: a deadline that passes meanwhile is void.
+        `blocked` sessions wait for their readers or are paused, so they cannot be late: a passed deadline is void.
         """
-        for session in held:
+        for session in blocked:
             entry = self.admitted.get(session)
             if entry is not None and entry.due is not None and entry.due < now:
                 entry.due = None
@@ -187,20 +187,20 @@ class Scheduler:
         return [chosen, *others]
 
     def urgency(self, session: int) -> tuple[float, int]:
-        """Smaller is sooner; in a stream that has not begun to play, a block is wanted now."""
+        """Sort key: smaller is sooner. A stream that has not begun to play has a deadline in the past."""
         entry = self.admitted[session]
         by_deadline = self.limits.schedule == "earliest-deadline"
         due = (-math.inf if entry.due is None else entry.due) if by_deadline else 0.0
         return due, entry.turn
 
     def measured(self, session: int, seconds: float) -> None:
-        """A block of a session took so long; one of a batch, its share of that."""
+        """Update a session's measured block time with `seconds`; a batch counts its share per session."""
         if entry := self.admitted.get(session):
             before = self.block_seconds.get(entry.kind, seconds)
             self.block_seconds[entry.kind] = before + SMOOTHING * (seconds - before)
 
     def shown(self, session: int, now: float, seconds: float) -> float | None:
-        """A block with so many seconds of video is ready; returns how much too early, None for the first."""
+        """Move the deadline on by a finished block's `seconds` of video; returns its slack (s), None for the first."""
         entry = self.admitted.get(session)
         if entry is None or not self.limits.realtime:
             return None
@@ -211,12 +211,12 @@ class Scheduler:
         return slack
 
     def next_degradation(self) -> DegradationStep | None:
-        """The next declared step, where a session has been late for too long and there is one left."""
+        """Take the next declared step if a session has been late too often and there is one left."""
         left = self.limits.overload[len(self.degradations) :]
         if not left or all(entry.late < self.limits.late_blocks for entry in self.admitted.values()):
             return None
         for entry in self.admitted.values():
             entry.late = 0
-        self.block_seconds.clear()  # what follows is measured anew
+        self.block_seconds.clear()  # they no longer hold
         self.degradations.append(left[0])
         return left[0]

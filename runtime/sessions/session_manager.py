@@ -251,9 +251,9 @@ class SessionManager:
                 self._tend(session)
         self.thread.answer_calls()
         with self.condition:
-            let_in = [self.sessions[index] for index in self.scheduler.admit_waiting()]
+            admitted = [self.sessions[index] for index in self.scheduler.admit_waiting()]
             degradation = self.scheduler.next_degradation()
-        for session in let_in:
+        for session in admitted:
             with suppress(*FAILURES):  # the session has failed
                 self._enter(session)
         if degradation is not None:
@@ -266,8 +266,8 @@ class SessionManager:
             ready = [session for session in self.sessions.values() if self._can_run(session)]
             for session in self.sessions.values():
                 session.ready_since = (session.ready_since or now) if session in ready else None
-            held = [s.id for s in self.sessions.values() if s not in ready and not s.output.unfinished]
-            chosen = self.scheduler.pick([session.id for session in ready], held, now)
+            blocked = [s.id for s in self.sessions.values() if s not in ready and not s.output.unfinished]
+            chosen = self.scheduler.pick([session.id for session in ready], blocked, now)
             if chosen is None:
                 return ()
             others = self._compatible_with(self.sessions[chosen], ready)
