@@ -286,7 +286,7 @@ def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
         file.write(b"".join(codes))
         file.flush()
         listing = tool("nvdisasm", "--binary", f"SM{capability}", file.name)
-    instruction = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+\W*(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+    instruction = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+{?\s*(?:@\S+\s+)?([A-Z][\w.]*)", re.MULTILINE)
     opcodes = {int(at, 16) // INSTRUCTION: opcode for at, opcode in instruction.findall(listing)}
     assert opcodes.keys() == set(range(sum(map(len, codes)) // INSTRUCTION)), "nvdisasm left instructions out"
     each = iter(opcodes[at] for at in sorted(opcodes))
