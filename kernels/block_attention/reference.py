@@ -1,4 +1,4 @@
-"""Attention over listed pages in plain torch: the definition of the op, its cases, and what a call costs."""
+"""Attention over listed pages in plain torch: the definition of the op and its cases."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import FRAME_480P, Case, indexable
-
-FP8 = torch.float8_e4m3fn
+from ..spec import FP8, FRAME_480P, Case, indexable
 
 
 def block_attention(
@@ -139,16 +137,3 @@ BENCH_CASES = (
     Case("small world", sizes(1, 64, 10, 64, 4, 4, 64), {"order": "one"}),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """Queries and results once, listed pages once."""
-    page = 1 if case.options.get("fp8") else dtype.itemsize
-    tokens = case["rows"] * case["tokens"] * case["heads"] * case["dim"] * dtype.itemsize
-    listed = sum(max(1, case["pages"] - row) for row in range(case["rows"]))
-    return 2 * tokens + 2 * listed * case["page_tokens"] * case["kv_heads"] * case["dim"] * page
-
-
-def flops(case: Case) -> int:
-    listed = sum(max(1, case["pages"] - row) for row in range(case["rows"]))
-    return 4 * case["tokens"] * listed * case["page_tokens"] * case["heads"] * case["dim"]

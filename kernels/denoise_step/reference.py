@@ -1,4 +1,4 @@
-"""One solver step over a block in plain torch: the definition of the op, its cases and its cost."""
+"""One solver step over a block in plain torch: the definition of the op and its cases."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def denoise_step(
 
 
 def noise_of(x: Tensor, frames: Tensor, key: Tensor, draw: int, stream: int) -> Tensor:
-    """Normals [R, F, C, H, W] of each row's key and absolute frames, as `philox.frame_noise` defines them."""
+    """Normals [R, F, C, H, W] of each row's key and absolute frames, as `philox.philox_normals` defines them."""
     elements = x[0, 0].numel()
     quads = torch.arange((elements + 3) // 4, device=x.device)
     found = torch.empty(x.shape, device=x.device)
@@ -120,15 +120,3 @@ BENCH_CASES = (
     Case("four sessions", sizes(4, 3, 16, 60, 104)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """Velocity and latents read, latents written, and the solver's memory."""
-    elements = case["rows"] * case["frames"] * case["channels"] * case["height"] * case["width"]
-    kept = case.options.get("history", 0)
-    return elements * dtype.itemsize * (3 + kept + (2 if kept else 0))
-
-
-def flops(case: Case) -> int:
-    elements = case["rows"] * case["frames"] * case["channels"] * case["height"] * case["width"]
-    return elements * (8 + 2 * case.options.get("history", 0))

@@ -104,13 +104,13 @@ def qk_norm_rope_append(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    time_turns: Tensor,
-    row_turns: Tensor,
-    column_turns: Tensor,
+    rope_time: Tensor,
+    rope_rows: Tensor,
+    rope_columns: Tensor,
     q: Tensor,
     kv: Tensor,
     pages: Tensor,
-    sink_turns: Tensor | None,
+    rope_sink: Tensor | None,
     q_sink: Tensor | None,
     kv_scale: Tensor | None,
     eps: float,
@@ -125,12 +125,12 @@ def qk_norm_rope_append(
     q_rows, k_rows = (triton.next_power_of_2(count) for count in (heads, kv.shape[3]))
     config = config or next(config for width, config in CONFIGS if q_rows * dim <= width)
     _append[(rows * tokens, 3)](
-        qkv, q_weight, k_weight, time_turns, row_turns, column_turns, q, kv, pages,
-        time_turns if sink_turns is None else sink_turns, q if q_sink is None else q_sink,
-        time_turns if kv_scale is None else kv_scale,
-        tokens, len(column_turns), kv.shape[2], kv.shape[1], pages.shape[1], eps,
-        HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, TIME=time_turns.shape[2], ROW=row_turns.shape[1],
-        COLUMN=column_turns.shape[1], Q_ROWS=q_rows, K_ROWS=k_rows, TURNED=q_sink is not None,
+        qkv, q_weight, k_weight, rope_time, rope_rows, rope_columns, q, kv, pages,
+        rope_time if rope_sink is None else rope_sink, q if q_sink is None else q_sink,
+        rope_time if kv_scale is None else kv_scale,
+        tokens, len(rope_columns), kv.shape[2], kv.shape[1], pages.shape[1], eps,
+        HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, TIME=rope_time.shape[2], ROW=rope_rows.shape[1],
+        COLUMN=rope_columns.shape[1], Q_ROWS=q_rows, K_ROWS=k_rows, TURNED=q_sink is not None,
         SCALED=kv_scale is not None, num_warps=config.warps,
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import gpu as denoise_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
-from inferix.kernels.philox import frame_noise, philox4x32
+from inferix.kernels.philox import philox4x32, philox_normals
 from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
 from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
@@ -198,7 +198,7 @@ def test_normals_in_the_kernel_equal_the_reference():
     out = torch.empty(4096)
     for key, frame, draw, stream in ((5, 0, 0, 0), (2**40 + 3, 4999, 3, 1)):
         _draw[(1,)](out, key, frame, draw, stream, 1024)
-        want = frame_noise(key, range(frame, frame + 1), draw, (1, 64, 64), stream).flatten()
+        want = philox_normals(key, range(frame, frame + 1), draw, (1, 64, 64), stream).flatten()
         assert (out - want).abs().max() <= 4e-6
         assert want.abs().max() > 3  # tails included
 
