@@ -26,15 +26,13 @@ import torch
 
 from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
-from ..kernels.spec import ARCHITECTURES, has_triton
+from ..kernels.spec import ARCHITECTURES, KernelSpec, has_triton
 
 TABLE = Path(__file__).with_name("compiled.json")
 SHARED_LIMIT = {80: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have; 80 has 163, but 86 runs its code
 MATRIX = {  # instructions of the tensor cores: float16 and bfloat16, FP8, INT8
     80: "HMMA|IMMA", 89: "HMMA|QMMA|IMMA", 90: "HGMMA|QGMMA|IGMMA", 100: "UTCHMMA|UTCQMMA|IMMA", 120: "HMMA|QMMA|IMMA"
 }  # fmt: skip
-WITH_MATRIX = ("block_attention", "linear_lowp")  # ops that must use them
-STACK = {"denoise_step": 64}  # bytes an op may keep on the stack: the float64 cosine's digits of pi, for huge angles
 
 
 def compile_all(ops: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -62,17 +60,22 @@ def problems(table: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong with compiled kernels, one line each."""
     wrong = []
     for name, row in table.items():
-        capability = row["architecture"]
+        capability, spec = row["architecture"], spec_of(name)
         if row["shared"] > SHARED_LIMIT[capability] * 1024:
             limit = SHARED_LIMIT[capability]
             wrong.append(f"{name}: {row['shared'] / 1024:.0f} KiB of shared memory; sm_{capability} has {limit}")
-        if row["stack"] > STACK.get(name.partition(",")[0], 0):
+        if row["stack"] > spec.stack:
             wrong.append(f"{name}: {row['stack']} bytes on the stack: registers are spilled")
-        if name.startswith(WITH_MATRIX) and not row["matrix"]:
+        if spec.tensor_cores and not row["matrix"]:
             wrong.append(f"{name}: no {MATRIX[capability]} instruction, so no tensor core is used")
         if row["tf32"]:
             wrong.append(f"{name}: float32 products run as TF32")
     return wrong
+
+
+def spec_of(row: str) -> KernelSpec:
+    """The op of a row: `linear_lowp, ...`, or `block_attention by descriptors, ...`."""
+    return SPECS[row.partition(",")[0].partition(" by ")[0]]
 
 
 class StandInDriver:

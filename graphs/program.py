@@ -53,6 +53,11 @@ class Ref:
     stride: tuple[int, ...]
     offset: int = 0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size, by the name that tensors have for it."""
+        return self.size
+
     def covers(self, buffer: Buffer) -> bool:
         """Whether it is all of a buffer, laid out as it is."""
         return (self.dtype, self.size, self.stride, self.offset) == (buffer.dtype, buffer.size, buffer.stride, 0)
@@ -72,6 +77,12 @@ class Call:
     outs: tuple[Ref | None, ...]
     form: Form
     node: str
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Arguments by the names of the op's schema."""
+        names = (argument.name for argument in self.op._schema.arguments)
+        return dict(zip(names, self.args, strict=False)) | dict(self.kwargs)
 
     @property
     def allocates(self) -> bool:

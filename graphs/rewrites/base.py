@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from ...kernels import catalog, frame_noise, linear_gelu, rope_append  # noqa: F401  (they register ops)
+from ...kernels import catalog  # noqa: F401  (registers the ops)
 from ..edit import fake, fake_mode, shape
 from ..effects import drop_dead, is_scratch, is_view
 from ..match import peeled

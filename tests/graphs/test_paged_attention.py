@@ -8,7 +8,7 @@ import torch
 from inferix.graphs.paged_attention import PagedAttention
 from inferix.graphs.tables import PassTables
 from inferix.kernels.attention import attention
-from inferix.kernels.qk_norm_rope_append import turns_of
+from inferix.kernels.qk_norm_rope_append import rope_cos_sin
 from inferix.kernels.rope import axis_angles, rope_angles, rotate
 from inferix.kernels.rope_append import rope_append
 
@@ -21,7 +21,7 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
 
 
 def turns(positions: list[int]) -> list[torch.Tensor]:
-    return [turns_of(angles, torch.float64) for angles in axis_angles(positions, HEIGHT, WIDTH, DIM)]
+    return [rope_cos_sin(angles, torch.float64) for angles in axis_angles(positions, HEIGHT, WIDTH, DIM)]
 
 
 def ints(*rows: list[int]) -> torch.Tensor:
