@@ -1,8 +1,8 @@
 """What each call of a lowered program computes and moves; a pass is lowered first, then its calls are counted.
 
 A multiply and an add are 2 operations; an elementwise call or a norm of torch counts one for each entry of its largest
-tensor, a copy none. Bytes are those of every tensor read and written once, as if nothing stayed in a cache; of a store of
-pages only the pages that are read or written. Costs of `inferix::` ops come from their specs. An op that is known
+tensor, a copy none. Bytes are those of every tensor read and written once, as if nothing stayed in a cache; of a store
+of pages only the pages that are read or written. Costs of `inferix::` ops come from their specs. An op that is known
 neither there nor here is refused.
 """
 
@@ -23,18 +23,20 @@ from .program import Call, Ref
 from .types import PassGraph
 
 PACKED = "packed matmul"  # of FP8 or INT8 numbers
-ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; those that torch tags as pointwise are elementwise
+ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise ones are known by their tag
     "matmul": ("mm", "addmm", "bmm", "baddbmm", "convolution"),
     PACKED: ("_int_mm", "_scaled_mm"),
     "attention": ("scaled_dot_product_attention",),
     "norm and gate": ("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     "elementwise": (
-        "gelu", "rsub", "mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "var", "var_mean", "std",
-        "linalg_vector_norm", "_softmax", "_log_softmax", "softmax", "logsumexp", "cumsum", "any", "all", "sort", "topk",
+        "gelu", "rsub", "mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "var", "var_mean",
+        "std", "linalg_vector_norm", "_softmax", "_log_softmax", "softmax", "logsumexp", "cumsum", "any", "all", "sort",
+        "topk",
     ),
     "copy": (
-        "copy_", "clone", "cat", "stack", "arange", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "fill",
-        "fill_", "zero_", "flip", "roll", "repeat", "index", "index_select", "index_put", "index_copy", "gather",
+        "copy_", "clone", "cat", "stack", "arange", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like",
+        "fill", "fill_", "zero_", "flip", "roll", "repeat", "index", "index_select", "index_put", "index_copy",
+        "gather",
         "scatter", "embedding", "constant_pad_nd", "eye", "tril", "triu", "upsample_nearest2d", "upsample_nearest3d",
         "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "linspace", "scalar_tensor",
     ),
@@ -62,13 +64,13 @@ def family(call: Call) -> str:
         if torch.Tag.pointwise in call.op.tags:
             return "elementwise"
     raise InferixError(
-        f"no cost is known for op {call.op.name()} ({call.node}); add its KernelSpec to kernels/catalog.py, or an op of "
-        "torch to graphs/cost.py"
+        f"no cost is known for op {call.op.name()} ({call.node}); add its KernelSpec to kernels/catalog.py, or an op "
+        "of torch to graphs/cost.py"
     )
 
 
 def call_cost(call: Call, listed: int | None = None) -> Cost:
-    """Cost of one call. listed: pages that all rows of an attention read together; by default all that its table holds."""
+    """Cost of one call. listed: pages that all rows of an attention read together, by default its whole table."""
     kind = family(call)
     if (spec := spec_of(call.op)) is not None:
         return spec.cost(call.named, listed, memory=lambda ref: ref.buffer)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """An op as data: reference, arguments with named dims, cost, picture label, fast forms, cases and tolerance.
 
-Tests, the microbenchmark, the compile gate, the cost model, the printers and `inferix doctor` all read the same spec. An
+Tests, the microbenchmark, the compile gate, the cost model, the printers and `inferix doctor` read the same spec. An
 implementation is named by module and function and imported when it is first chosen, so nothing here needs Triton.
 """
 
@@ -65,8 +65,8 @@ class Arg:
     dims: one entry per dim, separated by spaces. A name is bound to the first size it meets and must be that size
     everywhere; a number or an expression of names must equal the size; `a|b` allows either. Names include the op's int
     arguments, and `has_<argument>` for an optional argument (1 where it is given, else 0).
-    dtypes: those allowed, empty for any; the name of an argument stands for its dtype. Where the op computes in float64,
-    float64 is allowed in the place of float32.
+    dtypes: those allowed, empty for any; the name of an argument stands for its dtype. Where the op computes in
+    float64, float64 is allowed in the place of float32.
     listed_by: for a store of pages, [2, pages, ...]: the argument that lists the pages which a call touches.
     """
 
@@ -124,15 +124,15 @@ class OpSpec:
     """An op that graphs know, with or without a kernel of its own.
 
     reference: plain torch; its parameters are the op's schema. It writes into the tensors named by `outputs`.
-    args: the tensor arguments that are checked. dense: they must be contiguous.
+    args: the tensor arguments. dense: they must be contiguous.
     rules: expressions of dims that must hold, such as `heads % kv_heads == 0`; one with an unbound name is skipped.
-    needs: optional arguments that are given only with another one. scaled: tensors in FP8 or INT8, by the argument that
-    has their scales: given exactly where the tensor has such a dtype. defaults: dims of arguments that are left out.
+    needs: optional arguments that are given only with another one. scaled: tensors that may be FP8 or INT8, with the
+    argument of their scales, given exactly where the dtype is such. defaults: dims of arguments that are left out.
     family: the kind of work, one of FAMILIES; pictures colour by it. label: a short name in pictures.
     flops: an expression of dims; `listed` is the number of pages read. counted_by: the argument, int32 [rows], that
-    says how many pages of its table each row reads. check_values: checks page lists and scales, which lie on the device,
-    of arguments by name; run under INFERIX_DEBUG=1 only. detail: from the names of the given arguments, which variant of
-    the op a call is, in words. reads_host: implementations that read tensors on the host, which cannot be captured.
+    says how many pages of its table each row reads. check_values: checks page lists and scales, which lie on the
+    device; it gets the arguments by name, under INFERIX_DEBUG=1 only. detail: words for the variant of a call, from the
+    names of the arguments that are given. reads_host: implementations that read tensors on the host, which cannot be captured.
     """
 
     name: str
@@ -168,7 +168,7 @@ class OpSpec:
         return "reference"
 
     def check(self, *args: Any) -> None:
-        """Raise UsageError, naming the argument, its value and what was expected, unless the arguments fit each other."""
+        """Raise UsageError, with argument, value and expectation, unless the arguments fit each other."""
         given = dict(zip(self.names, args, strict=True))
         tensors = {name: given[name] for name in self.args if given[name] is not None}
         for name, tensor in tensors.items():

@@ -24,7 +24,7 @@ SCHEMA = 1
 
 
 def choose(spec: KernelSpec, like: torch.Tensor) -> Callable[..., None]:
-    """Return the form for such a tensor: the one `using` asks for, else the card's tuned one, else the first declared."""
+    """Return the form for such a tensor: the one of `using`, else the card's tuned one, else the first declared."""
     if wanted := (CHOSEN.get() or {}).get(spec.name):
         return spec.named(wanted, like.device)
     if like.device.type == "cuda" and (best := tuned(spec, like)):

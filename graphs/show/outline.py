@@ -22,7 +22,7 @@ LABELS = {"scaled_dot_product_attention": "sdpa", "_to_copy": "cast"}  # of torc
 
 @dataclass(frozen=True)
 class Launch:
-    """One call: op, short label, place in the model and variant, result shape, family, cost, and rewrite that made it."""
+    """One call: op, short label, place in the model and variant, result shape, family, cost, and its rewrite."""
 
     op: str
     label: str
@@ -58,7 +58,8 @@ def outline(costs: PassCost) -> list[Section]:
     """The launches of a pass in order, by layer."""
     calls_of = Counter(costs.nodes)
     sections: list[Section] = []
-    for layer, part in groupby(zip(costs.calls, costs.nodes, costs.costs, strict=True), key=lambda one: layer_of(one[1])):
+    calls = zip(costs.calls, costs.nodes, costs.costs, strict=True)
+    for layer, part in groupby(calls, key=lambda one: layer_of(one[1])):
         launches = tuple(launch(call, node, cost, layer, calls_of[node] == 1) for call, node, cost in part)
         if sections and sections[-1].launches == launches:
             sections[-1] = Section((*sections[-1].layers, layer), launches)

@@ -92,8 +92,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[
         "lse": None,
     }
     if sinks:
-        turned = torch.randn(q.shape, generator=generator)
-        inputs["q_sink"] = turned.to(device, dtype)
+        inputs["q_sink"] = torch.randn(q.shape, generator=generator).to(device, dtype)
         inputs["sink_count"] = torch.tensor([min(row % (sinks + 1) + 1, count) for row in range(rows)]).int().to(device)
     if fp8:
         scales = torch.rand(2, kv.shape[1], kv_heads, generator=generator) * 0.1 + 0.02
@@ -118,7 +117,7 @@ TEST_CASES = (
     Case("one page, one tile", sizes(1, 32, 1, 64, 1, 1, 64), {"order": "one"}),
     Case("tails everywhere", sizes(1, 37, 5, 23, 2, 2, 64), {"lse": True}),
     Case("runs, grouped heads", sizes(2, 16, 6, 16, 6, 2, 64), {"order": "runs"}),
-    Case("unequal rows, sinks turned", sizes(3, 20, 5, 12, 2, 1, 64), {"sinks": 2, "lse": True}),
+    Case("unequal rows, sinks rotated", sizes(3, 20, 5, 12, 2, 1, 64), {"sinks": 2, "lse": True}),
     Case("head of 128", sizes(1, 24, 3, 40, 2, 2, 128), {"sinks": 1}),
     Case("fp8 pages", sizes(2, 18, 4, 20, 2, 1, 64), {"fp8": True, "sinks": 1}),
     Case("fp8 pages in runs", sizes(1, 17, 6, 20, 1, 1, 64), {"fp8": True, "order": "one", "alike": 4, "lse": True}),
@@ -128,7 +127,7 @@ BENCH_CASES = (
     Case("1.3B, full window", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "one"}),
     Case("1.3B, full window, three runs", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "runs"}),
     Case("1.3B, full window, scattered", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "shuffled"}),
-    Case("1.3B, window 12, sink turned", sizes(1, THREE, 12, FRAME_480P, 12, 12, 128), {"order": "runs", "sinks": 3}),
+    Case("1.3B, window 12, sink rotated", sizes(1, THREE, 12, FRAME_480P, 12, 12, 128), {"order": "runs", "sinks": 3}),
     Case("1.3B, block of one", sizes(1, FRAME_480P, 21, FRAME_480P, 12, 12, 128), {"order": "one"}),
     Case("1.3B, four sessions", sizes(4, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "runs"}),
     Case("1.3B, fp8 pages", sizes(1, THREE, 21, FRAME_480P, 12, 12, 128), {"order": "one", "fp8": True, "alike": 64}),

@@ -14,7 +14,6 @@ from ..spec import ANY_FLOAT, ARCHITECTURES, FLOATS, LIMITS, Arg, Implementation
 from . import reference
 
 
-
 def check_values(given: Mapping[str, Any]) -> None:
     """UsageError for a page that a store does not have, or that is written twice."""
     expect_pages(SPEC.name, "source_pages", given["source_pages"], given["source"].shape[1])

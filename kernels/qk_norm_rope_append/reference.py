@@ -55,7 +55,7 @@ def write_pages(keys: Tensor, values: Tensor, kv: Tensor, pages: Tensor, kv_scal
 
 
 def token_cos_sin(time: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Cosines and sines [R, F*H*W, D/2, 2] of all tokens from those of each axis: [R, F, a, 2], [H, b, 2], [W, c, 2]."""
+    """Cosines and sines [R, F*H*W, D/2, 2] of all tokens from each axis: [R, F, a, 2], [H, b, 2], [W, c, 2]."""
     rows, frames = time.shape[:2]
     grid = (rows, frames, len(row), len(column), -1, 2)
     return torch.cat(
@@ -129,7 +129,7 @@ TEST_CASES = (
 )
 BENCH_CASES = (
     Case("1.3B, three frames", sizes(1, 3, *GRID_480P, 12, 12, 128)),
-    Case("1.3B, sink turned", sizes(1, 3, *GRID_480P, 12, 12, 128), {"sinks": True}),
+    Case("1.3B, sink rotated", sizes(1, 3, *GRID_480P, 12, 12, 128), {"sinks": True}),
     Case("1.3B, fp8 pages", sizes(1, 3, *GRID_480P, 12, 12, 128), {"fp8": True}),
     Case("1.3B, 12 frames", sizes(1, 12, *GRID_480P, 12, 12, 128)),
     Case("14B, six frames", sizes(1, 6, *GRID_480P, 40, 40, 128)),

@@ -23,7 +23,8 @@ def test_text_picture_and_json_of_one_run(tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     block = json.loads(said.stdout)
     assert block["preset"] == "longlive-infinity" and all(graph["flops"] > 0 for graph in block["passes"])
-    assert [graph["name"] for graph in block["passes"]] == ["recache", *(f"denoise {step}" for step in range(4)), "commit"]
+    names = [graph["name"] for graph in block["passes"]]
+    assert names == ["recache", *(f"denoise {step}" for step in range(4)), "commit"]
     picture = ElementTree.parse(tmp_path / "block.svg").getroot()
     words = "".join(picture.itertext())
     assert all(wanted in words for wanted in ("preset longlive-infinity", "launches as denoise 0", "hoist-prompt"))

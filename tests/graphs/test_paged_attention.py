@@ -87,5 +87,5 @@ def test_the_op_tells_what_it_writes_and_refuses_what_does_not_fit() -> None:
     torch.library.opcheck(torch.ops.inferix.rope_append, args)
     with pytest.raises(ValueError, match=r"rope_append: shape of k is .*; expected"):
         rope_append(q, q[:, 1:], q, time[None], row, column, kv, ints([1]))
-    with pytest.raises(ValueError, match="pairs of the three tables"):
+    with pytest.raises(ValueError, match="time_pairs is 11, row_pairs is 10"):
         rope_append(q, q, q, time[None, :, 1:], row, column, kv, ints([1]))

@@ -323,7 +323,7 @@ MISTAKES = [
     (kv_pages, {"source_scale": torch.ones(2, 3, 2)}, "dtype of source is torch.bfloat16; expected no source_scale"),
     (kv_pages, {"source_pages": numbers(0, 3)}, "source_pages lists page 3; expected 0..2"),
     (kv_pages, {"target_pages": numbers(2, 2)}, "target_pages lists page 2 2 times; expected once"),
-    (kv_pages, {"source_pages": numbers(), "target_pages": numbers()}, "source_pages is [0]; expected 1 or more of each"),
+    (kv_pages, {"source_pages": numbers(), "target_pages": numbers()}, "source_pages is [0]; expected 1 or more"),
     (rms_silu, {"gamma": halves(8)}, "shape of gamma is (8,); expected (16,)"),
     (rms_silu, {"x": halves(0, 16)}, "expected 1 or more of each"),
     (rms_silu, {"x": halves(16, 5).T}, "strides of x is"),

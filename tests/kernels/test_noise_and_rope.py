@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inferix.kernels.philox import normals, philox_normals, philox4x32
+from inferix.kernels.philox import normals, philox4x32, philox_normals
 from inferix.kernels.rope import rope_angles, rotate
 
 # kat_vectors of Random123, philox4x32-10
@@ -50,7 +50,8 @@ def test_noise_of_other_blocks_steps_seeds_and_streams_is_independent():
         "seed 5 + 2^32": philox_normals(5 + (1 << 32), range(9), 0, shape),
         "step 1": philox_normals(5, range(9), 1, shape), "step 2": philox_normals(5, range(9), 2, shape),
         "stream 1": philox_normals(5, range(9), 0, shape, stream=1),
-        "next block": philox_normals(5, range(9, 18), 0, shape), "frames shifted": philox_normals(5, range(1, 10), 0, shape),
+        "next block": philox_normals(5, range(9, 18), 0, shape),
+        "frames shifted": philox_normals(5, range(1, 10), 0, shape),
     }  # fmt: skip
     x = torch.stack([noise.flatten().double() for noise in draws.values()])
     chance = x.shape[1] ** -0.5
