@@ -26,9 +26,7 @@ class Op:
             form(*args)
 
         schema = torch.library.infer_schema(spec.reference, mutates_args=spec.outputs)
-        registered = torch.library.custom_op(
-            f"inferix::{spec.name}", run, mutates_args=spec.outputs, schema=schema
-        )
+        registered = torch.library.custom_op(f"inferix::{spec.name}", run, mutates_args=spec.outputs, schema=schema)
         registered.register_fake(lambda *args, **kwargs: None)
         self.overload: torch._ops.OpOverload = getattr(torch.ops.inferix, spec.name).default
 

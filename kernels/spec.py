@@ -132,7 +132,7 @@ class OpSpec:
     flops: an expression of dims; `listed` is the number of pages read. counted_by: the argument, int32 [rows], that
     says how many pages of its table each row reads. check_values: checks page lists and scales, which lie on the
     device; it gets the arguments by name, under INFERIX_DEBUG=1 only. detail: words for the variant of a call, from the
-    names of the arguments that are given. reads_host: implementations that read tensors on the host, which cannot be captured.
+    names of the arguments that are given. reads_host: forms that read tensors on the host, which cannot be captured.
     """
 
     name: str
@@ -240,7 +240,7 @@ class OpSpec:
         for name, tensor in tensors.items():
             wanted = self.args[name].dtypes
             allowed = [given[part].dtype if isinstance(part, str) else part for part in wanted]
-            allowed += [torch.float64] if wide and torch.float32 in allowed else []
+            allowed += [torch.float64] if wide and name != self.like and torch.float32 in allowed else []
             if wanted and tensor.dtype not in allowed:
                 self._refuse(f"dtype of {name}", tensor.dtype, " or ".join(map(str, dict.fromkeys(allowed))))
         for name, scale in self.scaled.items():
