@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from .runtime.config import EngineConfig
     from .runtime.engine import Engine, load
     from .runtime.noise import InjectedNoise
-    from .runtime.session import Block, Session
+    from .runtime.sessions.session import Block, Session
 
 LAZY = {
-    "Block": "session",
+    "Block": "sessions.output_queue",
     "Engine": "engine",
     "EngineConfig": "config",
     "InjectedNoise": "noise",
-    "Session": "session",
+    "Session": "sessions.session",
     "load": "engine",
 }
 

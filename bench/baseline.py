@@ -21,10 +21,10 @@ from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
 from ..models.wan.transformer import TextContext
 from ..runtime.engine import Engine, Pixels
+from ..runtime.execution.decode_pipeline import to_frames
 from ..runtime.noise import PhiloxNoise
-from ..runtime.pipeline import to_frames
-from ..runtime.presets import Preset
 from ..runtime.sampler import Sampler
+from ..schemes.presets import Preset
 from .machine import synchronize
 from .work import BlockPlan, Step, blocks_until_full, plan_blocks
 

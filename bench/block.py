@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any
 
 from ..errors import InferixError, UsageError
+from ..runtime.capacity.planner import long_on_cpu
 from ..runtime.engine import Engine
-from ..runtime.forecast import long_on_cpu
 from .baseline import Made
 from .candidates import Candidate, EngineStream, Stream, candidates, choose, failures, judge_of, kept, trouble
 from .inside import look_inside

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest
 from ..runtime.engine import Engine, Pixels
-from ..runtime.executors import GraphExecutor
-from ..runtime.outbox import Block
+from ..runtime.execution.executors import GraphExecutor
+from ..runtime.sessions.output_queue import Block
 from .baseline import Made, PlainLoop, compiled_layer, run_layer, why_not
 from .kernels import cannot_run
 from .subject import ORACLE, Subject, in_fewer_bits, in_full, with_executor

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from ..runtime.config import EVERY_BLOCK
-from ..runtime.presets import PRESETS
+from ..schemes.presets import PRESETS
 from .result import Result, as_in_a_file
 
 CARD = "NVIDIA H200"

@@ -29,11 +29,11 @@ import typer
 from ..errors import InferixError, UsageError, nearest, told_in_a_line
 from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec, architecture
-from ..runtime.budget import least_pages, staging_slots
 from ..runtime.engine import Engine
-from ..runtime.executors import GraphExecutor
-from ..runtime.media import write_atomically
-from ..runtime.transfer import make_current
+from ..runtime.execution.executors import GraphExecutor
+from ..runtime.files import write_atomically
+from ..runtime.streams import make_current
+from ..schemes.page_needs import least_pages, staging_slots
 from . import block, candidates, compile_gate, kernels, stream
 from .inside import launches_of
 from .machine import environment

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..runtime.engine import Engine
-from ..runtime.profile import Ceilings, Profile
+from ..runtime.telemetry.profile import Ceilings, Profile
 from .candidates import EXECUTOR_NOTES, Candidate, EngineStream, Stream, failures, trouble
 from .machine import synchronize
 from .result import Series

@@ -21,8 +21,8 @@ from torch._subclasses import FakeTensorMode
 from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
 from ..kernels.spec import Case, KernelSpec, architecture, has_triton
-from ..runtime.media import write_atomically
-from ..runtime.transfer import make_current
+from ..runtime.files import write_atomically
+from ..runtime.streams import make_current
 from .machine import environment, measure_ceilings, stopwatch
 from .result import Result, Series
 from .rivals import Prepare, attention_baselines, bound

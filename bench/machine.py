@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.profile import packed_matmul
+from ..runtime.telemetry.profile import packed_matmul
 from ..version import __version__
 from .nvml import Card, find_card
 from .result import Series

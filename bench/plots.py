@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..runtime.media import write_atomically
+from ..runtime.files import write_atomically
 from .compare import interval
 from .result import Result
 

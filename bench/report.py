@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..runtime.config import EVERY_BLOCK
-from ..runtime.media import check_output, write_atomically
+from ..runtime.files import check_output, write_atomically
 from .compare import interval
 from .goals import GOALS, Goal
 from .nvml import slowed_by

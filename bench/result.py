@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, nearest
-from ..runtime.media import check_output, write_atomically
+from ..runtime.files import check_output, write_atomically
 
 SCHEMA = 3  # 1 was the kernel benchmark's own form, 2 knew nothing of layers and pages in fewer bits
 KINDS = ("kernels", "block", "stream")

@@ -28,13 +28,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError
-from ..runtime.batch_times import BatchTimes, keep_times
 from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
-from ..runtime.executors import EagerExecutor, GraphExecutor
+from ..runtime.execution.executors import EagerExecutor, GraphExecutor
 from ..runtime.media import VideoWriter
-from ..runtime.outbox import Block
-from ..runtime.session import Session
+from ..runtime.sessions.batch_profile import BatchTimes, keep_times
+from ..runtime.sessions.output_queue import Block
+from ..runtime.sessions.session import Session
 from .baseline import Made
 from .candidates import check_executor, executor_candidate, judge_of, made_of
 from .machine import environment, measure_ceilings, process_memory

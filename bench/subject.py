@@ -32,8 +32,8 @@ from ..runtime.config import (
     patterns,
 )
 from ..runtime.engine import Engine, load
-from ..runtime.loading import SHIPPED, Components, random_text
-from ..runtime.presets import FIELDS, Preset, default_preset, make_preset, no_setting
+from ..runtime.execution.loading import SHIPPED, Components, random_text
+from ..schemes.presets import FIELDS, Preset, default_preset, make_preset, no_setting
 from .work import blocks_until_full
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -20,7 +20,7 @@ import torch
 from ..errors import UsageError
 from ..kernels.spec import KernelSpec, architecture
 from ..kernels.tuning import SCHEMA, candidates, described, sort_of, table_path
-from ..runtime.media import write_atomically
+from ..runtime.files import write_atomically
 from .kernels import Tell, Wanted, copied, mismatch, select, timed
 from .machine import environment
 from .rivals import Prepare, bound

@@ -14,10 +14,10 @@ from ..errors import UsageError
 from ..graphs.passes import Pass
 from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.wan.spec import ModelSpec
-from ..runtime import costs
-from ..runtime.presets import Preset
+from ..runtime.capacity import costs
 from ..runtime.sampler import Sampler
-from ..runtime.timeline import Timeline
+from ..schemes.presets import Preset
+from ..schemes.timeline import Timeline
 
 HORIZON = 64  # blocks within which a bounded window must have filled
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest
-from ..runtime.presets import UNTRAINED
+from ..schemes.presets import UNTRAINED
 from .options import parse_settings, parse_size
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def teller(subject: Subject) -> Callable[[str], None]:
 
 def check_out(out: Path | None) -> None:
     """UsageError for a place that no file can be written to, before anything is measured."""
-    from ..runtime.media import check_output
+    from ..runtime.files import check_output
 
     if out is not None:
         check_output(out)

@@ -27,10 +27,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 
 from ..errors import UsageError, nearest
-from ..runtime.actions import read_actions
-from ..runtime.media import CONTAINERS, VideoWriter, check_output, contact_sheet, write_atomically
-from ..runtime.presets import UNTRAINED, default_model
-from ..runtime.storyboard import Cue, read_storyboard, schedule
+from ..runtime.files import check_output, write_atomically
+from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
+from ..schemes.actions import read_actions
+from ..schemes.presets import UNTRAINED, default_model
+from ..schemes.storyboard import Cue, read_storyboard, schedule
 from ..version import __version__
 from .options import check_settings, counted, parse_settings, parse_size
 from .presets import tell_presets
@@ -112,7 +113,7 @@ class PromptAt(TyperCommand):
 
 def tell_of_work(engine: Engine, size: tuple[int, int], console: Console) -> None:
     """Say beforehand that a CPU will take long, where it will."""
-    from ..runtime.forecast import long_on_cpu
+    from ..runtime.capacity.planner import long_on_cpu
 
     said = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
     if engine.device.type == "cpu" and said:
@@ -291,7 +292,7 @@ def generate(
 
     from ..runtime.config import default_device, default_executor
     from ..runtime.engine import load
-    from ..runtime.records import RecordFile
+    from ..runtime.telemetry.records import RecordFile
 
     parts: dict[str, Any] = {"base": base, "vae": vae, "lora": lora, "lora_scale": lora_scale}
     if profile is not None and executor is None and default_executor(device or default_device()) == "eager":

@@ -13,13 +13,13 @@ from ..errors import UsageError, nearest
 from ..models.wan.spec import MODELS
 from ..models.wan.transformer import PRECISIONS
 from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
-from ..runtime.paged_store import KV_DTYPES
-from ..runtime.presets import default_preset, make_preset
+from ..runtime.kv.page_store import KV_DTYPES
+from ..schemes.presets import default_preset, make_preset
 from .generate import parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..graphs.lowered import Lowered
-    from ..runtime.query_graphs import Query, QueryGraphs
+    from ..runtime.programs.graph_builder import Query, QueryGraphs
 
 DEFAULT_MODEL = "wan-1.3b"
 
@@ -72,9 +72,9 @@ def graph(
     from ..graphs.rewrites import REWRITES, chosen, rewritten
     from ..graphs.rewrites.lowp import PrecisionMap
     from ..graphs.validate import validate
-    from ..runtime.block_graph import build_block_graph
-    from ..runtime.graph_store import stored_for
-    from ..runtime.query_graphs import QueryGraphs
+    from ..runtime.programs.block_graph import build_block_graph
+    from ..runtime.programs.graph_builder import QueryGraphs
+    from ..runtime.programs.graph_store import stored_for
 
     if rewrites:
         for rewrite in REWRITES.values():
@@ -145,8 +145,8 @@ def tell_stored(graphs: QueryGraphs, size: tuple[int, int], folder: Path, make: 
     """Fill a folder with the graphs of a stream, or only open it, and say what is there."""
     import torch
 
-    from ..runtime.graph_store import GraphStore, card_of
-    from ..runtime.stream_queries import queries_of
+    from ..runtime.programs.graph_store import GraphStore, card_of
+    from ..runtime.programs.warmup import queries_of
 
     wanted = queries_of(graphs.spec, graphs.preset, size, graphs.kept is not None) if make else []
     store = GraphStore.open(folder, graphs, create=make)

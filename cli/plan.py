@@ -1,7 +1,7 @@
 """`inferix plan`: whether streams fit into a memory, and how fast they can be at best, before anything is loaded.
 
-Everything is computed from sizes (`runtime/forecast.py`). Every time is a floor and is called one: no figure here
-was measured, and none should be quoted as if it had been.
+Everything is computed from sizes (`runtime/capacity/planner.py`). Every time is a floor and is called one: no figure
+here was measured, and none should be quoted as if it had been.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from rich.table import Table
 
 from ..errors import UsageError, nearest
 from ..models.text.spec import UMT5_XXL, tiny_text
+from ..models.tinyworld.spec import VAE as TINYWORLD_VAE
 from ..models.tinyworld.words import WORDS
 from ..models.wan.random import vae_for
 from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.taehv import TinySpec
 from ..models.wan.vae import VaeSpec
-from ..runtime import costs, forecast
-from ..runtime.budget import in_words, least_pages, parse_bytes
-from ..runtime.cards import CARDS, Card
+from ..runtime.byte_sizes import in_words, parse_bytes
+from ..runtime.capacity import costs
+from ..runtime.capacity import planner as forecast
+from ..runtime.capacity.gpus import CARDS, Card
+from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
-from ..runtime.forecast import Ceiling, Workload
-from ..runtime.paged_store import KV_DTYPES
-from ..runtime.presets import default_preset, make_preset
+from ..runtime.kv.page_store import KV_DTYPES
+from ..schemes.page_needs import least_pages
+from ..schemes.presets import default_preset, make_preset
 from .options import check_settings, counted, parse_settings, parse_size
 
 DEFAULT_MODEL = "wan-1.3b"
@@ -137,11 +140,7 @@ def workload(
 
 def own_vae(spec: ModelSpec) -> VaeSpec:
     """The VAE that goes with a model."""
-    if spec.name == "tinyworld":
-        from ..models.tinyworld.train import VAE  # the training's own imports are for this model alone
-
-        return VAE
-    return vae_for(spec)
+    return TINYWORLD_VAE if spec.name == "tinyworld" else vae_for(spec)
 
 
 def text_parameters(spec: ModelSpec) -> int:

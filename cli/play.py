@@ -29,8 +29,8 @@ from ..errors import InferixError, UsageError
 from .generate import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
-    from ..runtime.outbox import Block
-    from ..runtime.session import Session
+    from ..runtime.sessions.output_queue import Block
+    from ..runtime.sessions.session import Session
 
 ARROWS = {"\x1b[A": "up", "\x1b[B": "down", "\x1b[D": "left", "\x1b[C": "right"}
 ARROWS |= {key.replace("[", "O"): action for key, action in ARROWS.items()}  # terminals in application mode

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime import forecast
-from ..runtime.budget import in_words
-from ..runtime.presets import PRESETS
+from ..runtime.byte_sizes import in_words
+from ..runtime.capacity import planner as forecast
+from ..schemes.presets import PRESETS
 from .plan import workload
 
 WIDTH = 100  # columns where the output is no terminal

@@ -94,8 +94,8 @@ class Editor:
             order = [dim, *(other for other in range(len(shape(node))) if other != dim)]
             with self.before(after(node)):
                 self.origin = node
-                turned = self.call(aten.permute.default, node, order) if dim else node
-                self._copies[node, dim] = self.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
+                permuted = self.call(aten.permute.default, node, order) if dim else node
+                self._copies[node, dim] = self.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
         return self._copies[node, dim]
 
 

@@ -12,7 +12,7 @@ from ..errors import UsageError, nearest
 from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.wan.checkpoint import FORMATS
 from ..models.wan.transformer import PRECISIONS
-from .paged_store import KV_DTYPES
+from .kv.page_store import KV_DTYPES
 
 EXECUTORS = ("eager", "fused", "captured")
 DTYPES = {

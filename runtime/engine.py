@@ -26,10 +26,10 @@ from ..models.text.umt5 import load_prompt_embeds
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
 from ..models.wan.vae_checkpoint import Decoder
-from .actions import ActionTrack, check_action
-from .adapter import Adapter
-from .batch_times import BatchTimes, read_times
-from .budget import parse_bytes
+from ..schemes.actions import ActionTrack, check_action
+from ..schemes.presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
+from ..schemes.timeline import Span, Timeline
+from .byte_sizes import parse_bytes
 from .config import (
     DTYPES,
     EVERY_BLOCK,
@@ -39,28 +39,28 @@ from .config import (
     default_executor,
     patterns,
 )
-from .driver import FAILURES, shortages_named
-from .executors import Text, make_executor
-from .graph_store import card_of
-from .host import Host
-from .kv_memory import KVMemory
-from .loading import SHIPPED, Components, load_components, random_components, shipped
-from .mailbox import STEERING
+from .execution.decode_pipeline import to_frames
+from .execution.executors import Text, make_executor
+from .execution.loading import SHIPPED, Components, load_components, random_components, shipped
+from .execution.lora_adapter import Adapter
+from .kv.kv_manager import KVMemory
+from .kv.page_store import KV_DTYPES
+from .kv.paged_cache import bind_together
+from .limits import Limits
 from .media import read_image, read_video
 from .noise import Noise, PhiloxNoise
-from .paged_cache import bind_together
-from .paged_store import KV_DTYPES
-from .pipeline import to_frames
-from .presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
-from .profile import Profile, measure_ceilings
+from .programs.graph_store import card_of
 from .sampler import Sampler, noised
-from .scheduler import Limits
-from .session import Session
-from .side_by_side import Answer, Ask, Making, alike, side_by_side
-from .snapshot import Beginning
-from .stream import Branch, InFlight, PromptChange
-from .timeline import Span, Timeline
-from .transfer import make_current, to_device
+from .sessions.batch_profile import BatchTimes, read_times
+from .sessions.branch import Branch, InFlight, PromptChange
+from .sessions.control_queue import STEERING
+from .sessions.engine_thread import FAILURES, shortages_named
+from .sessions.lockstep import Answer, Ask, Making, alike, side_by_side
+from .sessions.session import Session
+from .sessions.session_manager import Host
+from .sessions.session_state import Beginning
+from .streams import make_current, to_device
+from .telemetry.profile import Profile, measure_ceilings
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")

@@ -7,8 +7,7 @@ playable. PyAV and Pillow are imported where they are used: running a model need
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import UsageError, nearest
+from .files import check_output, part_of, write_atomically, write_failed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,61 +28,6 @@ CELL_WIDTH = 240  # widest thumbnail of a contact sheet, in pixels
 LABEL_HEIGHT = 14  # room for one line of Pillow's built-in font, in pixels
 
 Frames = NDArray[np.uint8]
-
-
-def check_output(path: str | Path) -> Path:
-    """Make the folder of `path` and prove that a file can be written there; UsageError if not."""
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"output {str(path)!r} is a folder; expected a file name such as {path / 'out.mp4'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):  # access bits do not tell about read-only file systems
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"cannot write to folder {str(path.parent)!r}: {reason}; choose another") from error
-    return path
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Call `write` with `<path>.part`, then move that to `path`; OSError becomes InferixError.
-
-    `path` is what it was, or complete, whenever the process or the machine stops.
-    """
-    path = Path(path)
-    part = part_of(path)
-    try:
-        write(part)
-        settle_on_disk(part)
-        os.replace(part, path)
-        settle_on_disk(path.parent)
-    except OSError as error:
-        raise write_failed(path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def settle_on_disk(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on the disk; on systems where that can be asked for so."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def part_of(path: Path) -> Path:
-    """The name under which `path` is written until it is complete."""
-    return path.with_name(path.name + ".part")
-
-
-def write_failed(path: Path, error: OSError) -> InferixError:
-    reason = error.strerror or error
-    return InferixError(f"writing {str(path)!r} failed: {reason}; free some space or choose another place")
 
 
 class VideoWriter:

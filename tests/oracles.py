@@ -6,22 +6,22 @@ import dataclasses
 from pathlib import Path
 
 import torch
+import train_tinyworld as train
 from torch import Tensor, nn
 
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
-from inferix.models.tinyworld import train
 from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import TINY_VAE, CausalVae, VaeSpec
-from inferix.runtime.cache import ContiguousCache
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
-from inferix.runtime.loading import Components, random_decoder
-from inferix.runtime.presets import make_preset
-from inferix.runtime.scheduler import Limits
-from inferix.runtime.session import Block
+from inferix.runtime.execution.loading import Components, random_decoder
+from inferix.runtime.kv.contiguous_cache import ContiguousCache
+from inferix.runtime.limits import Limits
+from inferix.runtime.sessions.session import Block
+from inferix.schemes.presets import make_preset
 
 TINY = dataclasses.replace(
     MODELS["wan-tiny"], name="test", dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12

@@ -8,8 +8,8 @@ import torch
 from inferix import load
 from inferix.export.checkpoint import write_random
 from inferix.models.wan.checkpoint import FORMATS
-from inferix.runtime.presets import PRESETS
-from inferix.runtime.scheduler import Limits
+from inferix.runtime.limits import Limits
+from inferix.schemes.presets import PRESETS
 
 DOCS = Path(__file__).parents[1] / "docs"
 DOC = (DOCS / "models.md").read_text("utf-8")

@@ -36,9 +36,9 @@ from inferix.models.wan.spec import MODELS
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import WAN21_VAE
 from inferix.runtime.engine import Engine
-from inferix.runtime.launcher import alone
-from inferix.runtime.pipeline import DecoderTrack
-from inferix.runtime.presets import PRESETS, make_preset
+from inferix.runtime.execution.decode_pipeline import DecoderTrack
+from inferix.runtime.execution.launcher import alone
+from inferix.schemes.presets import PRESETS, make_preset
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
 WANTED = Wanted(SMALL, rounds=1, blocks=4)

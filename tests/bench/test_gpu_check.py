@@ -12,7 +12,7 @@ from inferix.bench.result import read_failures, read_folder, write_result
 from inferix.bench.subject import Subject, open_engine, random_prompt, with_executor
 from inferix.bench.work import blocks_until_full
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.executors import GraphExecutor
+from inferix.runtime.execution.executors import GraphExecutor
 
 from .made import made
 

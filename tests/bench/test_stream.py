@@ -16,9 +16,9 @@ from inferix.bench.stream import Playout, Wanted, Watched, play_out, run, tenths
 from inferix.bench.subject import Subject, open_engine
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.batch_times import BatchTimes
 from inferix.runtime.engine import Engine, load
-from inferix.runtime.executors import GraphExecutor
+from inferix.runtime.execution.executors import GraphExecutor
+from inferix.runtime.sessions.batch_profile import BatchTimes
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
 

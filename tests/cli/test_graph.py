@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from inferix.cli.main import app
-from inferix.runtime.graph_store import stored_for
+from inferix.runtime.programs.graph_store import stored_for
 
 
 def run(*args: str) -> Result:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from inferix.cli.main import app
-from inferix.runtime.cards import CARDS
+from inferix.runtime.capacity.gpus import CARDS
 
 DOC = Path(__file__).parents[2] / "docs" / "plan.md"
 

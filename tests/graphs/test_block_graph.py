@@ -24,9 +24,9 @@ from inferix.graphs.validate import GraphError, validate
 from inferix.kernels.linear_lowp import linear_lowp, pack
 from inferix.models.wan.transformer import WanTransformer
 from inferix.runtime import costs
-from inferix.runtime.block_graph import Builder, ModelPass, SolverStep
-from inferix.runtime.block_plan import plan_block
-from inferix.runtime.presets import PRESETS, make_preset
+from inferix.runtime.programs.block_graph import Builder, ModelPass, SolverStep
+from inferix.runtime.programs.block_plan import plan_block
+from inferix.schemes.presets import PRESETS, make_preset
 
 SPEC = dataclasses.replace(TINY, dim=128, actions=())
 SIZE = (48, 32)

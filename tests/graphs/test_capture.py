@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inferix.graphs.capture import CaptureFailed, CudaGraphs
-from inferix.runtime.transfer import claim
+from inferix.runtime.streams import claim
 
 
 class Stream(SimpleNamespace):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import train_tinyworld as train
 
 from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles, rotate
-from inferix.models.tinyworld import train
 from inferix.models.tinyworld.data import Clips, along_things, errands, random_clip, random_walk
 from inferix.models.tinyworld.words import WordEncoder, known_words
 from inferix.models.tinyworld.world import ACTIONS, MOVES, STEP, Scene, World, draw_number, mix, scenes
@@ -18,8 +18,8 @@ from inferix.models.wan.spec import MODELS
 from inferix.models.wan.vae import CausalVae
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
-from inferix.runtime.loading import Components
-from inferix.runtime.presets import make_preset
+from inferix.runtime.execution.loading import Components
+from inferix.schemes.presets import make_preset
 
 SCENE = Scene("red", "robot", "snowy forest", "by day")
 SPEC = MODELS["tinyworld"]

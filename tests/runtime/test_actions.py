@@ -5,7 +5,7 @@ import torch
 from oracles import make_engine
 
 from inferix.errors import UsageError
-from inferix.runtime.actions import ActionTrack, read_actions
+from inferix.schemes.actions import ActionTrack, read_actions
 
 NAMES = ("stay", "up", "down", "left", "right")
 

@@ -10,12 +10,14 @@ from oracles import ROWS, SIZE, TINY, make_engine
 
 from inferix.errors import InferixError, UsageError
 from inferix.models.wan.vae import TINY_VAE
-from inferix.runtime.batch_times import BatchTimes, keep_times, read_times
-from inferix.runtime.lifecycle import State
+from inferix.runtime.capacity.memory_need import Need
+from inferix.runtime.kv.pages import OutOfPages
+from inferix.runtime.limits import Limits
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.pages import OutOfPages
-from inferix.runtime.scheduler import Client, Limits, Need, Scheduler
-from inferix.runtime.session import Demand
+from inferix.runtime.sessions.batch_profile import BatchTimes, keep_times, read_times
+from inferix.runtime.sessions.lifecycle import State
+from inferix.runtime.sessions.scheduler import Client, Scheduler
+from inferix.runtime.sessions.session import Demand
 
 PROMPTS = [ROWS, ROWS.flip(0) * 1.5, ROWS * 0.5]
 SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)

@@ -19,8 +19,7 @@ from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TAEW21, TAEW22, TinyDecoder, TinySpec
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae
-from inferix.runtime.cache import ContiguousCache
-from inferix.runtime.costs import (
+from inferix.runtime.capacity.costs import (
     cross_bytes,
     decode_flops,
     decode_scratch,
@@ -36,7 +35,8 @@ from inferix.runtime.costs import (
     token_layers,
     transformer_parameters,
 )
-from inferix.runtime.paged_store import KV_DTYPES, PageForm
+from inferix.runtime.kv.contiguous_cache import ContiguousCache
+from inferix.runtime.kv.page_store import KV_DTYPES, PageForm
 
 DECODERS = {
     "2.1": WAN21_VAE, "2.2": WAN22_VAE, "tiny-2.1": TINY_VAE, "tiny-2.2": TINY_VAE22, "taehv-2.1": TAEW21,
@@ -236,7 +236,7 @@ class Opaque:
 def test_scratch_of_a_pass(name, monkeypatch):
     """Never less than what a pass takes, with the rotation in float64 and without any."""
     monkeypatch.setattr("inferix.models.wan.transformer.attention", lambda q, k, v: torch.empty_like(q))
-    monkeypatch.setattr("inferix.runtime.cache.attention", lambda q, k, v: torch.empty_like(q))
+    monkeypatch.setattr("inferix.runtime.kv.contiguous_cache.attention", lambda q, k, v: torch.empty_like(q))
     spec = MODELS[name]
     height, width = spec.latent_size(spec.default_size)
     tokens, frames = spec.tokens_per_frame(spec.default_size), 3

@@ -18,10 +18,10 @@ from inferix.export.checkpoint import random_lora
 from inferix.graphs.lowered import lower_block, with_pages
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
-from inferix.runtime.executors import GraphExecutor
+from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.presets import PRESETS
-from inferix.runtime.stream_queries import queries_of
+from inferix.runtime.programs.warmup import queries_of
+from inferix.schemes.presets import PRESETS
 
 OTHER = ROWS.flip(0) * 1.5
 TOLERANCE = 1e-9  # float64; no rewrite: the same ops in the same order, so in fact equal

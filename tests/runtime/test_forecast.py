@@ -18,13 +18,13 @@ from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TAEW21
 from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
 from inferix.runtime import forecast
-from inferix.runtime.budget import page_needs
-from inferix.runtime.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
-from inferix.runtime.forecast import Ceiling, Workload, changes, longest_window, memory, needed, rehearse
-from inferix.runtime.kv_memory import KVMemory
-from inferix.runtime.paged_store import KV_DTYPES
-from inferix.runtime.presets import PRESETS, make_preset
-from inferix.runtime.query_graphs import Query, QueryGraphs
+from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
+from inferix.runtime.capacity.planner import Ceiling, Workload, changes, longest_window, memory, needed, rehearse
+from inferix.runtime.kv.kv_manager import KVMemory
+from inferix.runtime.kv.page_store import KV_DTYPES
+from inferix.runtime.programs.graph_builder import Query, QueryGraphs
+from inferix.schemes.page_needs import page_needs
+from inferix.schemes.presets import PRESETS, make_preset
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
 FEW = {"causal-diffusion": {"num_steps": 2}}

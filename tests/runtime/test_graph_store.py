@@ -12,7 +12,7 @@ from oracles import ROWS, SIZE, make_engine
 from inferix.errors import InferixError, UsageError
 from inferix.runtime import graph_store, launcher
 from inferix.runtime.engine import Engine
-from inferix.runtime.graph_store import GraphStore, difference
+from inferix.runtime.programs.graph_store import GraphStore, difference
 
 
 def first_block(engine: Engine) -> torch.Tensor:

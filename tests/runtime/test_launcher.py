@@ -9,7 +9,7 @@ from recording import FakeGraphs
 from torch import Tensor
 
 from inferix.graphs.lowered import Lowered
-from inferix.runtime.launcher import Launcher
+from inferix.runtime.execution.launcher import Launcher
 
 CPU = torch.device("cpu")
 X = torch.arange(4.0).reshape(2, 2)

@@ -10,9 +10,9 @@ from inferix.errors import InferixError, UsageError
 from inferix.graphs.passes import Group, Pass
 from inferix.kernels.rope import rope_angles
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.presets import make_preset
 from inferix.runtime.sampler import Sampler, noised
-from inferix.runtime.timeline import Span, Timeline
+from inferix.schemes.presets import make_preset
+from inferix.schemes.timeline import Span, Timeline
 
 
 def dense_velocity(engine, latents, timesteps, contexts, positions):

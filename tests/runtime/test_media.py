@@ -13,14 +13,8 @@ import pytest
 from PIL import Image
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.media import (
-    VideoWriter,
-    check_output,
-    contact_sheet,
-    read_image,
-    read_video,
-    write_atomically,
-)
+from inferix.runtime.files import check_output, write_atomically
+from inferix.runtime.media import VideoWriter, contact_sheet, read_image, read_video
 
 SIZE = (64, 48)
 

@@ -7,10 +7,10 @@ import torch
 
 from inferix.errors import InferixError
 from inferix.graphs.passes import Group, Pass
-from inferix.runtime.offload import Offloaded
-from inferix.runtime.pages import BlockTable, OutOfPages, PagePool
-from inferix.runtime.placement import Row, fresh_pages, parts_of, place_pass, through_slots
-from inferix.runtime.transfer import Transfer
+from inferix.runtime.kv.offload import Offloaded
+from inferix.runtime.kv.page_layout import Row, fresh_pages, parts_of, place_pass, through_slots
+from inferix.runtime.kv.pages import BlockTable, OutOfPages, PagePool
+from inferix.runtime.streams import Transfer
 
 PAGES = 60
 

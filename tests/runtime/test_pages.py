@@ -9,12 +9,13 @@ import torch
 from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.budget import in_words, page_needs, parse_bytes
-from inferix.runtime.cache import BoundCache, ContiguousCache
-from inferix.runtime.context import ContextPolicy
-from inferix.runtime.pages import OutOfPages, PagePool
-from inferix.runtime.placement import place_pass as PLACE_PASS
-from inferix.runtime.presets import PRESETS
+from inferix.runtime.byte_sizes import in_words, parse_bytes
+from inferix.runtime.kv.contiguous_cache import BoundCache, ContiguousCache
+from inferix.runtime.kv.page_layout import place_pass as PLACE_PASS
+from inferix.runtime.kv.pages import OutOfPages, PagePool
+from inferix.schemes.context import ContextPolicy
+from inferix.schemes.page_needs import page_needs
+from inferix.schemes.presets import PRESETS
 
 OTHER = ROWS.flip(0) * 1.5
 BLOCKS = {  # (blocks, overrides that make the window roll or the context restart within them)
@@ -70,7 +71,7 @@ def test_pages_equal_the_contiguous_cache(name, monkeypatch):
     blocks, overrides = BLOCKS[name]
     wanted = stream(contiguous(make_engine(name, **overrides)), blocks)
     assert (stream(make_engine(name, **overrides), blocks) - wanted).abs().max() <= 1e-10
-    monkeypatch.setattr("inferix.runtime.paged_store.PagePool", Scattered)
+    monkeypatch.setattr("inferix.runtime.kv.page_store.PagePool", Scattered)
     assert (stream(make_engine(name, **overrides), blocks) - wanted).abs().max() <= 1e-10
 
 
@@ -80,12 +81,12 @@ def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
     wanted = stream(contiguous(make_engine("longlive-infinity")), 7)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "inferix.runtime.paged_cache.place_pass",
+            "inferix.runtime.kv.paged_cache.place_pass",
             lambda *args: [dataclasses.replace(row, sink_places=row.places) for row in PLACE_PASS(*args)],
         )
         assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
     monkeypatch.setattr(
-        "inferix.runtime.paged_cache.place_pass",
+        "inferix.runtime.kv.paged_cache.place_pass",
         lambda *args: [dataclasses.replace(row, listed=row.listed[1:] + row.listed[-1:]) for row in PLACE_PASS(*args)],
     )
     assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6

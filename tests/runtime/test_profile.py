@@ -18,8 +18,8 @@ from inferix.errors import UsageError
 from inferix.graphs.cost import PACKED, call_cost, family
 from inferix.kernels.block_attention import block_attention
 from inferix.runtime import engine as engines
-from inferix.runtime.executors import GraphExecutor
-from inferix.runtime.profile import Ceilings, Profile, measure_ceilings
+from inferix.runtime.execution.executors import GraphExecutor
+from inferix.runtime.telemetry.profile import Ceilings, Profile, measure_ceilings
 
 PASSES = ["denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
 

@@ -5,7 +5,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from inferix.errors import UsageError
-from inferix.runtime.sampler import Sampler, SamplerSpec, noised
+from inferix.runtime.sampler import Sampler, noised
+from inferix.schemes.sampler_spec import SamplerSpec
 
 
 def sampler(steps, warp=True, shift=5.0):

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.lifecycle import State
+from inferix.runtime.limits import Limits
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.savefile import KEY
-from inferix.runtime.scheduler import Limits
-from inferix.runtime.session import Session
+from inferix.runtime.sessions.lifecycle import State
+from inferix.runtime.sessions.session import Session
+from inferix.runtime.sessions.session_file import KEY
 
 TESTS = Path(__file__).parents[1]
 SETTINGS = {"local_attn_size": 6, "sink_size": 3, "denoising_step_list": [1000, 500]}

@@ -3,8 +3,10 @@
 import pytest
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.lifecycle import MOVES, Lifecycle, State
-from inferix.runtime.scheduler import Client, Limits, Need, Relief, Scheduler
+from inferix.runtime.capacity.memory_need import Need
+from inferix.runtime.limits import Limits, Relief
+from inferix.runtime.sessions.lifecycle import MOVES, Lifecycle, State
+from inferix.runtime.sessions.scheduler import Client, Scheduler
 
 MB = 10**6
 

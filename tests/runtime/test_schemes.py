@@ -9,9 +9,9 @@ import torch
 from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.presets import PRESETS
 from inferix.runtime.sampler import Sampler
-from inferix.runtime.timeline import Span, Timeline
+from inferix.schemes.presets import PRESETS
+from inferix.schemes.timeline import Span, Timeline
 
 OTHER = ROWS.flip(0) * 1.5
 GRID = (2, 2)

@@ -17,13 +17,13 @@ from inferix.errors import InferixError, UsageError
 from inferix.models.wan.vae import TINY_VAE
 from inferix.runtime import host as hosting
 from inferix.runtime import mailbox
-from inferix.runtime.budget import least_pages
-from inferix.runtime.lifecycle import State
+from inferix.runtime.kv.pages import OutOfPages
+from inferix.runtime.limits import Limits, Relief
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.pages import OutOfPages
-from inferix.runtime.records import RecordFile
-from inferix.runtime.scheduler import Limits, Relief
-from inferix.runtime.session import Session
+from inferix.runtime.sessions.lifecycle import State
+from inferix.runtime.sessions.session import Session
+from inferix.runtime.telemetry.records import RecordFile
+from inferix.schemes.page_needs import least_pages
 
 PROMPT, OTHER = ROWS.float(), ROWS.flip(0).float() * 1.5
 NEGATIVE = {"causal-diffusion": {"negative_embeds": OTHER}}

@@ -3,8 +3,8 @@
 import pytest
 
 from inferix.errors import UsageError
-from inferix.runtime.presets import PRESETS
-from inferix.runtime.storyboard import Cue, read_storyboard, schedule
+from inferix.schemes.presets import PRESETS
+from inferix.schemes.storyboard import Cue, read_storyboard, schedule
 
 PRESET = PRESETS["self-forcing"]  # blocks begin at frames 0, 9, 21, 33, ...
 

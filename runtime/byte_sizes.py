@@ -1,0 +1,29 @@
+"""Numbers of bytes as people write them: parsed from "6GB", and formatted."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import UsageError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(given: int | str) -> int:
+    """Bytes of 6000000000, "6GB" or "5.5 GiB"; UsageError for what is none or not above 0."""
+    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", str(given).strip())
+    if isinstance(given, bool) or found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
+        raise UsageError(f"memory is {given!r}; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+    count = int(float(found[1]) * UNITS[found[2].upper()]) if found[1] != "." else 0
+    if count < 1:
+        raise UsageError(f"memory is {given!r}; expected more than 0 bytes")
+    return count
+
+
+def in_words(count: int) -> str:
+    """Bytes for people."""
+    for unit in ("GB", "MB", "kB"):
+        scale = UNITS[unit.upper()]
+        if count >= scale:
+            return f"{count / scale:.4g} {unit}"
+    return f"{count} bytes"

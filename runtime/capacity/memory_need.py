@@ -1,0 +1,51 @@
+"""What one session may come to need, in bytes, from its preset and picture size: arithmetic on sizes only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...models.wan.spec import ModelSpec
+from ...schemes.page_needs import least_pages
+from ...schemes.presets import Preset
+from ..byte_sizes import in_words
+from .costs import DecoderSpec, decoder_state_bytes, latent_bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a session may come to need."""
+
+    pages: int = 0
+    decoder: int = 0
+    latents: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.pages + self.decoder + self.latents
+
+    def __str__(self) -> str:
+        pages, decoder, latents = map(in_words, (self.pages, self.decoder, self.latents))
+        return f"{in_words(self.total)} (pages {pages}, decoder state {decoder}, latents {latents})"
+
+
+def session_need(
+    preset: Preset,
+    spec: ModelSpec,
+    decoder: DecoderSpec,
+    size: tuple[int, int],
+    dtype: str,
+    page_bytes: int,
+    queued: int,
+) -> Need:
+    """Pages of `page_bytes` each, decoder states, and latents of `queued` blocks beside those that the loop holds."""
+    policy, block = preset.context, preset.num_frame_per_block
+    states = 1 + min(2, policy.rewind_blocks)  # the newest, and those that rewinding starts from
+    remembered = policy.rebuild_frames
+    if policy.prompt_switch == "recache":
+        remembered = max(remembered, policy.local_attn_size)
+    frames = remembered + block * (preset.window_blocks + queued + 2 * policy.rewind_blocks)
+    return Need(
+        pages=least_pages(preset) * page_bytes,
+        decoder=states * decoder_state_bytes(decoder, spec.latent_size(size), dtype),
+        latents=frames * latent_bytes(spec, size, dtype),
+    )

@@ -1,0 +1,513 @@
+"""What streams need and how fast they can be at best, before anything is loaded.
+
+The stream's own `Timeline` is rehearsed for its passes, `costs` says what each takes, and a ceiling turns that into
+time. Times are floors: every operation at the ceiling, nothing waiting. What runs is slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from ...errors import UsageError
+from ...graphs.passes import Pass
+from ...models.wan.spec import ModelSpec
+from ...models.wan.taehv import TAEW21, TAEW22, TinySpec
+from ...models.wan.vae import VaeSpec
+from ...schemes.page_needs import branches, page_needs
+from ...schemes.presets import Preset
+from ...schemes.timeline import Timeline
+from ..limits import Limits
+from . import costs
+from .costs import ITEMSIZE, DecoderSpec
+from .memory_need import session_need
+
+LONGEST = 4096  # frames; the kernels' longest page table
+CPU_SPEED = 1e11  # operations per second of a fast CPU, for saying beforehand that one takes long
+SLOW = 60 * CPU_SPEED  # operations of a block
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Streams to be planned for: `sessions` of them, pictures of `size` (width, height).
+
+    text: parameters of the text encoder that stays loaded; 0 where prompts come as embeddings.
+    dtype is of weights and activations, kv_dtype of the pages; both are names in `costs.ITEMSIZE`. narrow: the
+    kv_dtype to advise where memory is short. executor: how passes run, a name of `config.EXECUTORS`.
+    """
+
+    spec: ModelSpec
+    preset: Preset
+    decoder: DecoderSpec
+    text: int
+    size: tuple[int, int]
+    dtype: str
+    kv_dtype: str
+    sessions: int = 1
+    narrow: str = "fp8"
+    executor: str = "eager"
+
+    def __post_init__(self) -> None:
+        self.spec.latent_size(self.size)
+        if self.sessions < 1:
+            raise UsageError(f"sessions is {self.sessions}; expected 1 or more")
+        if page_needs(self.preset).held is None:
+            raise UsageError(
+                f"{self.preset.name} with local_attn_size -1 keeps every frame, so its memory grows without end; "
+                "plan for a window (--set local_attn_size=21)"
+            )
+
+    @property
+    def tokens(self) -> int:
+        return self.spec.tokens_per_frame(self.size)
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        return self.spec.latent_size(self.size)
+
+
+# Passes
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """One block: its passes, latent frames that it adds to the video, those decoded, and pictures encoded again.
+
+    first: it begins a stream. rebuilt: its first pass makes the context anew. switch: the pass that a new prompt
+    would set off before all of them.
+    """
+
+    passes: tuple[Pass, ...]
+    frames: int
+    decoded: int
+    encoded: int
+    first: bool
+    rebuilt: bool
+    switch: Pass | None
+
+    @property
+    def decoder_begins(self) -> bool:
+        """Whether the decoder has no memory of frames before, in a stream's first block or after a restart."""
+        return self.first or self.decoded > self.frames
+
+
+def rehearse(preset: Preset) -> Iterator[BlockWork]:
+    """The work of blocks 0, 1, ... of a stream, as `Engine.step` would do it."""
+    timeline, policy, flight = Timeline(preset), preset.context, list[tuple[range, int]]()
+    while True:
+        passes, decoded, encoded = [], 0, 0
+        told = policy.prompt_switch == "recache"
+        switch = timeline.fork().recache_pass(policy.recache_sink) if told else None
+        if rebuilt := timeline.rebuild_due():
+            passes.append(timeline.rebuild_pass())
+            encoded = int(policy.reencode_head and passes[0].frames[0] > 0)
+            decoded = len(passes[0].frames) if policy.restart_decoder else 0
+        while not flight or flight[0][1] < preset.sampler.steps:
+            if len(flight) < preset.window_blocks:
+                flight.append((timeline.admit().frames, 0))
+            passes.append(timeline.joint_pass([(frames, 0.0) for frames, _ in flight], frozenset()))
+            flight = [(frames, step + 1) for frames, step in flight]
+        frames, _ = flight.pop(0)
+        if policy.commit:
+            passes.append(timeline.commit_pass(frames))
+        yield BlockWork(
+            tuple(passes), len(frames), decoded + len(frames), encoded, frames.start == 0, rebuilt, switch
+        )
+
+
+def steady(preset: Preset) -> list[BlockWork]:
+    """Blocks that repeat for ever once the window is full."""
+    policy, block = preset.context, preset.num_frame_per_block
+    period = (policy.segment_frames - policy.rebuild_frames) // block if policy.segment_frames else 1
+    full = -(-2 * window(preset) // block) + preset.window_blocks
+    return list(islice(rehearse(preset), full, full + period))
+
+
+def recache_pass(preset: Preset) -> Pass | None:
+    """The pass over the visible past that a new prompt asks for once the window is full; None where it asks none."""
+    return steady(preset)[0].switch
+
+
+# The window
+
+
+def window(preset: Preset) -> int:
+    """Latent frames that a block sees at most, itself included."""
+    held = page_needs(preset).held
+    assert held is not None
+    return held
+
+
+def window_field(preset: Preset) -> str:
+    """The setting that makes the window longer or shorter."""
+    if preset.context.segment_frames:
+        return "segment_frames"
+    return "local_attn_size" if preset.context.commit else "rebuild_frames"
+
+
+def with_window(preset: Preset, frames: int) -> Preset:
+    """The preset with a window of so many frames; UsageError where a block does not fit into it."""
+    field = window_field(preset)
+    value = frames - preset.num_frame_per_block if field == "rebuild_frames" else frames
+    changed: dict[str, Any] = {field: value}
+    return replace(preset, context=replace(preset.context, **changed))
+
+
+def shortest_window(preset: Preset) -> int:
+    policy, block = preset.context, preset.num_frame_per_block
+    if window_field(preset) == "local_attn_size":
+        return block * preset.window_blocks + policy.sink_size
+    return block + (policy.rebuild_frames if policy.segment_frames else 1)
+
+
+# Memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they are for: those that are there once, and those that each session adds."""
+
+    once: dict[str, int]
+    each: dict[str, int]
+
+    def needed(self, sessions: int) -> int:
+        return sum(self.once.values()) + sessions * sum(self.each.values())
+
+
+def memory(load: Workload) -> Memory:
+    """What a workload needs at most; what a pass and a decode hold for themselves may be held at the same time."""
+    spec, preset, item = load.spec, load.preset, ITEMSIZE[load.dtype]
+    page = costs.page_bytes(spec, load.tokens, load.kv_dtype)
+    queued = Limits().queue_blocks
+    session = session_need(preset, spec, load.decoder, load.size, load.dtype, page, queued)
+    staged = window(preset) + page_needs(preset).scratch if load.kv_dtype != load.dtype else 0
+    averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0
+    once = {
+        "transformer": item * costs.transformer_parameters(spec),
+        "vae": item * costs.decoder_parameters(load.decoder),
+        "text_encoder": item * load.text,
+        "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
+        "decode_scratch": costs.decode_scratch(load.decoder, load.latent, preset.num_frame_per_block, load.dtype),
+        **({} if load.executor == "eager" else graph_memory(load)),
+        "page_buffer": staged * costs.page_bytes(spec, load.tokens, load.dtype) // spec.num_layers,
+    }
+    each = {
+        "pages": session.pages,
+        "moving_sink": branches(preset) * averaged * costs.page_bytes(spec, load.tokens, "float32"),
+        "cross_keys": branches(preset) * costs.cross_bytes(spec, load.dtype),
+        "decoder_state": session.decoder,
+        "latents": session.latents + solving_bytes(load),
+    }
+    return Memory(once, each)
+
+
+def graph_memory(load: Workload) -> dict[str, int]:
+    """What graph executors have for passes: an arena a program, constants made of weights, and inputs that stay.
+
+    While queries, keys and values are put together, they are there twice; `making` is what that takes beyond scratch
+    that is not there yet: all of it for a first program, and of a later one its arena.
+    """
+    spec, sampler, dtype = load.spec, load.preset.sampler, load.dtype
+    whole, frames = launches_whole(load.preset), programs(load.preset)
+    constants = 0
+    if whole:
+        block, commit = load.preset.num_frame_per_block, load.preset.context.commit
+        constants = costs.table_bytes(spec, block, sampler.steps, commit, dtype)
+    arenas = [costs.arena_bytes(spec, load.tokens, count, dtype) for count in frames]
+    decoding = costs.decode_scratch(load.decoder, load.latent, load.preset.num_frame_per_block, dtype)
+    absent = decoding + arenas[0] if len(arenas) == 1 else min(arenas)
+    return {
+        "pass_scratch": sum(arenas),
+        "constants": constants,
+        "static_inputs": len(frames) * costs.cross_bytes(spec, dtype),
+        "making": max(0, costs.merged_bytes(spec, dtype) - absent),
+    }
+
+
+def launches_whole(preset: Preset) -> bool:
+    """Whether graph executors run a block as one program."""
+    return preset.window_blocks == 1 and branches(preset) == 1
+
+
+def programs(preset: Preset) -> list[int]:
+    """Latent frames of each program of a graph executor: one for whole blocks, or one for each form of a pass; one for
+    a rebuild, and one for a new prompt once the window is full.
+    """
+    policy, block = preset.context, preset.num_frame_per_block
+    if launches_whole(preset):
+        found = [block]
+    else:
+        blocks = islice(rehearse(preset), 2)
+        forms = {tuple(len(group.frames) for group in run.groups) for work in blocks for run in work.passes}
+        found = [sum(form) for form in sorted(forms)]
+    if policy.rebuild_frames:
+        found.append(policy.rebuild_frames)
+    if policy.prompt_switch == "recache":
+        found.append(window(preset) - (0 if policy.recache_sink else policy.sink_size))
+    return found
+
+
+def longest_pass(preset: Preset) -> int:
+    """Latent frames of the longest pass: of blocks in flight, of a rebuild, or of the past under a new prompt."""
+    policy = preset.context
+    recached = 0
+    if policy.prompt_switch == "recache":
+        recached = window(preset) - (0 if policy.recache_sink else policy.sink_size)
+    return max(preset.num_frame_per_block * preset.window_blocks, policy.rebuild_frames, recached)
+
+
+def solving_bytes(load: Workload) -> int:
+    """What a step of the solver adds to the latents, and pictures that are kept to be encoded again."""
+    preset, policy = load.preset, load.preset.context
+    frame = costs.latent_bytes(load.spec, load.size, load.dtype)
+    wide = costs.latent_bytes(load.spec, load.size, "float64")
+    flight = preset.num_frame_per_block * preset.window_blocks
+    pictures = 0
+    if policy.needs_pixels:
+        shown = (policy.rebuild_frames - 1) * load.spec.vae_stride[0] + 1
+        pictures = shown * 3 * math.prod(load.size) * ITEMSIZE[load.dtype]
+    return flight * ((1 + branches(preset)) * frame + 3 * wide) + pictures
+
+
+def needed(load: Workload) -> int:
+    """Bytes for all sessions of a workload."""
+    return memory(load).needed(load.sessions)
+
+
+def most_sessions(load: Workload, budget: int) -> int:
+    """How many sessions fit; 0 where not even one does."""
+    split = memory(load)
+    return max(0, (budget - split.needed(0)) // sum(split.each.values()))
+
+
+def longest_window(load: Workload, budget: int) -> int | None:
+    """The longest window with which all sessions fit; None where none does."""
+    low, high = shortest_window(load.preset), LONGEST
+    if not fits_with(load, low, budget):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits_with(load, middle, budget) else (low, middle - 1)
+    return low
+
+
+def fits_with(load: Workload, frames: int, budget: int) -> bool:
+    return needed(replace(load, preset=with_window(load.preset, frames))) <= budget
+
+
+# Time
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The most a machine can do: TFLOP/s, GB/s, and where the figures are from."""
+
+    tflops: float
+    bandwidth: float
+    source: str
+
+    def seconds(self, flops: int, nbytes: int) -> float:
+        """The shortest time for both."""
+        return max(flops / (self.tflops * 1e12), nbytes / (self.bandwidth * 1e9))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One block at a ceiling: operations, and seconds, of the transformer and of the decoder."""
+
+    transformer_flops: float
+    decoder_flops: float
+    transformer_seconds: float
+    decoder_seconds: float
+    frames: float  # of pixels, that it adds to the video
+
+    @property
+    def seconds(self) -> float:
+        """One after the other: on one card, work side by side takes as long."""
+        return self.transformer_seconds + self.decoder_seconds
+
+    @property
+    def fps(self) -> float:
+        return self.frames / self.seconds
+
+
+def speed(load: Workload, work: BlockWork, ceiling: Ceiling) -> Speed:
+    """The floor of one block."""
+    spec, tokens, times = load.spec, load.tokens, branches(load.preset)
+    flops, seconds = 0, 0.0
+    for run in work.passes:
+        one = costs.pass_flops(spec, tokens, run).total
+        flops += one
+        seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, run, load.dtype, load.kv_dtype))
+    decoding = [
+        costs.decode_flops(load.decoder, load.latent, first=work.decoder_begins and frame == 0)
+        for frame in range(work.decoded)
+    ]
+    traffic = costs.decode_traffic(load.decoder, load.latent, load.dtype)
+    decoder_seconds = sum(ceiling.seconds(one, traffic) for one in decoding)
+    if work.encoded and isinstance(load.decoder, VaeSpec):
+        encoding = work.encoded * costs.encode_flops(load.decoder, load.latent)
+        decoding.append(encoding)
+        decoder_seconds += ceiling.seconds(encoding, 0)
+    shown = work.frames * spec.vae_stride[0] - (spec.vae_stride[0] - 1) * work.first
+    return Speed(times * flops, sum(decoding), times * seconds, decoder_seconds, shown)
+
+
+def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> int:
+    """Operations of a stream's first block, decoder included."""
+    work, tokens, latent = next(rehearse(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
+    passes = sum(costs.pass_flops(spec, tokens, run).total for run in work.passes)
+    decoding = costs.decode_flops(decoder, latent, first=True)
+    return branches(preset) * passes + decoding + (work.decoded - 1) * costs.decode_flops(decoder, latent)
+
+
+def long_on_cpu(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> str | None:
+    """What to say beforehand of a stream that a CPU takes minutes for; None where it does not."""
+    count = operations(spec, preset, decoder, size)
+    if count <= SLOW:
+        return None
+    return (
+        f"the first block alone is {count / 1e12:.3g} TFLOP: at {CPU_SPEED / 1e12:g} TFLOP/s that is "
+        f"{count / CPU_SPEED / 60:.0f} minutes on this CPU; a smaller --size, --model wan-tiny or a GPU takes less"
+    )
+
+
+def first_speed(load: Workload, ceiling: Ceiling) -> Speed:
+    """The floor of a stream's first block."""
+    return speed(load, next(rehearse(load.preset)), ceiling)
+
+
+def steady_speed(load: Workload, ceiling: Ceiling) -> Speed:
+    """The floor of a block once the window is full, on average over blocks that repeat."""
+    blocks = [speed(load, work, ceiling) for work in steady(load.preset)]
+    fields = [field.name for field in dataclasses.fields(Speed)]
+    return Speed(*(sum(getattr(block, name) for block in blocks) / len(blocks) for name in fields))
+
+
+def prompt_seconds(load: Workload, ceiling: Ceiling) -> float:
+    """The floor of following a new prompt once the window is full: its cross keys, and the past passed again."""
+    spec = load.spec
+    nbytes = ITEMSIZE[load.dtype] * costs.prompt_parameters(spec) + costs.cross_bytes(spec, load.dtype)
+    seconds = ceiling.seconds(costs.prompt_flops(spec), nbytes)
+    if run := recache_pass(load.preset):
+        traffic = costs.pass_traffic(spec, load.tokens, run, load.dtype, load.kv_dtype)
+        seconds += ceiling.seconds(costs.pass_flops(spec, load.tokens, run).total, traffic)
+    return seconds
+
+
+# What to change
+
+
+def without_text(load: Workload, budget: int) -> Workload | None:
+    return replace(load, text=0) if load.text else None
+
+
+def in_half_precision(load: Workload, budget: int) -> Workload | None:
+    if ITEMSIZE[load.dtype] <= 2:
+        return None
+    narrower = min(load.kv_dtype, "bfloat16", key=ITEMSIZE.__getitem__)
+    return replace(load, dtype="bfloat16", kv_dtype=narrower)
+
+
+def with_tiny_decoder(load: Workload, budget: int) -> Workload | None:
+    if isinstance(load.decoder, TinySpec) or load.preset.context.reencode_head:
+        return None
+    return replace(load, decoder=tiny_for(load.spec))
+
+
+def without_graphs(load: Workload, budget: int) -> Workload | None:
+    return replace(load, executor="eager")
+
+
+def with_narrow_pages(load: Workload, budget: int) -> Workload | None:
+    return replace(load, kv_dtype=load.narrow) if ITEMSIZE[load.kv_dtype] > 1 else None
+
+
+def with_fewer_sessions(load: Workload, budget: int) -> Workload | None:
+    if load.sessions == 1:
+        return None
+    return replace(load, sessions=max(1, most_sessions(load, budget)))
+
+
+def with_shorter_window(load: Workload, budget: int) -> Workload | None:
+    frames = longest_window(load, budget) or shortest_window(load.preset)
+    return replace(load, preset=with_window(load.preset, frames)) if frames < window(load.preset) else None
+
+
+def with_smaller_pictures(load: Workload, budget: int) -> Workload | None:
+    """The largest pictures of nearly the same shape that fit; None where none do."""
+    stride, (down, across) = load.spec.vae_stride[1], load.spec.patch
+    columns, rows = load.size[0] // (stride * across), load.size[1] // (stride * down)
+    for fewer in range(columns - 1, 0, -1):
+        size = (fewer * stride * across, max(1, round(rows * fewer / columns)) * stride * down)
+        if needed(other := replace(load, size=size)) <= budget:
+            return other
+    return None
+
+
+Step = Callable[[Workload, int], Workload | None]
+STEPS: tuple[Step, ...] = (  # in the order of what they cost the viewer
+    without_text,
+    in_half_precision,
+    with_fewer_sessions,
+    without_graphs,
+    with_narrow_pages,
+    with_tiny_decoder,
+    with_shorter_window,
+    with_smaller_pictures,
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A workload that needs less, as options of the command, and the bytes that it needs."""
+
+    options: tuple[str, ...]
+    needed: int
+    fits: bool
+
+
+def changes(load: Workload, budget: int) -> list[Change]:
+    """What to change about a workload that does not fit: each step alone, then as few of them in turn as are enough."""
+    alone = [other for step in STEPS if (other := stepped(load, step, budget)) != load]
+    found = [change(load, other, budget) for other in alone]
+    if not any(one.fits for one in found):
+        together = load
+        for step in STEPS:
+            together = stepped(together, step, budget)
+            if needed(together) <= budget:
+                break
+        if together not in (load, *alone):
+            found.append(change(load, together, budget))
+    return found
+
+
+def stepped(load: Workload, step: Step, budget: int) -> Workload:
+    """A workload after a step; the same one where the step does nothing for it, or nothing good."""
+    other = step(load, budget)
+    return other if other is not None and needed(other) < needed(load) else load
+
+
+def change(load: Workload, other: Workload, budget: int) -> Change:
+    field = window_field(load.preset)
+    options = {
+        "--no-text-encoder": load.text != other.text,
+        f"--dtype {other.dtype}": load.dtype != other.dtype,
+        f"--sessions {other.sessions}": load.sessions != other.sessions,
+        f"--kv-dtype {other.kv_dtype}": load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype,
+        f"--executor {other.executor}": load.executor != other.executor,
+        "--vae taehv": load.decoder != other.decoder,
+        f"--set {field}={getattr(other.preset.context, field)}": load.preset != other.preset,
+        f"--size {other.size[0]}x{other.size[1]}": load.size != other.size,
+    }
+    total = needed(other)
+    return Change(tuple(option for option, differs in options.items() if differs), total, total <= budget)
+
+
+def tiny_for(spec: ModelSpec) -> TinySpec:
+    """The tiny decoder for the latents of a model."""
+    return TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21

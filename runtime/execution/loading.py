@@ -1,0 +1,173 @@
+"""From an `EngineConfig` to a model ready to run: a published checkpoint with its parts, or random weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import InferixError, UsageError
+from ...models import tinyworld
+from ...models.files import fill
+from ...models.text.tiny import write_tiny_text_encoder
+from ...models.text.umt5 import find_text, load_text
+from ...models.tinyworld.words import WordEncoder, find_words
+from ...models.wan.checkpoint import Checkpoint, build_transformer, read_checkpoint
+from ...models.wan.random import (
+    random_tiny_decoder_state,
+    random_transformer_state,
+    random_vae_state,
+    vae_for,
+)
+from ...models.wan.spec import ModelSpec
+from ...models.wan.taehv import TinyDecoder, tiny_spec_from_shapes
+from ...models.wan.transformer import WanTransformer
+from ...models.wan.vae_checkpoint import TINY_DECODERS, Decoder, build_vae, find_tiny_decoder, find_vae, load_decoder
+from ..config import DTYPES, EngineConfig
+
+SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # where a model of our own has its weights
+
+
+class PromptEncoder(Protocol):
+    """What turns a prompt into the rows that the transformer is told."""
+
+    def encode(self, prompt: str) -> Tensor:
+        """Rows [text_len, text_dim], zero after the prompt's end."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """A model ready to run. `text` loads the encoder when it is first called; None where there is none."""
+
+    transformer: WanTransformer
+    vae: Decoder
+    text: Callable[[], PromptEncoder] | None
+    source: str
+    form: str
+    digest: Callable[[], str | None]
+    fast_vae: Decoder | None = None  # a decoder to go over to under overload
+
+
+def load_components(config: EngineConfig) -> Components:
+    """The model's checkpoint and, beside it or in `base`, its VAE and text encoder."""
+    checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema)
+    spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
+    if spec.in_channels != spec.out_channels:
+        raise UsageError(
+            f"{config.model} takes {spec.in_channels} channels with image conditioning; streams of such models "
+            "are not in this version"
+        )
+    places = [Path(config.base)] if config.base else []
+    places.append(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent)
+    for key, place in (("base", config.base), ("text_encoder", config.text_encoder)):
+        if place is not None and not Path(place).exists():
+            raise UsageError(f"{key} is {place!r}: no such file or folder")
+    return Components(
+        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
+        vae=matching_decoder(config.vae, places, spec, config),
+        text=text_loader([Path(config.text_encoder)] if config.text_encoder else places, spec, dtype, device),
+        source=config.model,
+        form=checkpoint.form,
+        digest=lambda: checkpoint.digest,
+        fast_vae=matching_decoder(config.fast_vae, places, spec, config) if config.fast_vae else None,
+    )
+
+
+def matching_decoder(wanted: str | None, places: list[Path], spec: ModelSpec, config: EngineConfig) -> Decoder:
+    """The decoder that `wanted` names, of the model's latents; UsageError for one of others."""
+    file = choose_decoder(wanted, places)
+    vae = load_decoder(file, DTYPES[config.dtype], config.device)
+    strides = (vae.spec.temporal_stride, vae.spec.spatial_stride)
+    if vae.spec.z_dim != spec.out_channels or strides != spec.vae_stride:
+        raise UsageError(
+            f"{file} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
+            f"{spec.out_channels} at {spec.vae_stride}: use the VAE that came with the model"
+        )
+    return vae
+
+
+def choose_decoder(wanted: str | None, places: list[Path]) -> Path:
+    """The file of a decoder: the VAE in `places`, the tiny decoder there (`taehv`), or the one at a path."""
+    where = " or ".join(map(str, places))
+    if wanted == "taehv":
+        if found := find_tiny_decoder(places):
+            return found
+        raise UsageError(f"no tiny decoder in {where}; put {TINY_DECODERS[0]} there, or give its path")
+    if wanted is not None and not Path(wanted).exists():
+        raise UsageError(f"vae is {wanted!r}: no such file or folder; expected a path, or taehv")
+    if found := find_vae([Path(wanted)] if wanted else places):
+        return found
+    raise UsageError(f"no VAE in {wanted or where}; give base= (--base), a folder that has one")
+
+
+def text_loader(
+    places: list[Path], spec: ModelSpec, dtype: torch.dtype, device: str
+) -> Callable[[], PromptEncoder] | None:
+    """What loads the text encoder in `places` when it is first asked for; None where there is none."""
+    if words := find_words(places):
+        return cache(lambda: WordEncoder.from_file(words, spec.text_len, dtype, device))
+    if text := find_text(places):
+        return cache(lambda: load_text(text, spec.text_len, dtype, device))
+    return None
+
+
+def shipped(name: str) -> Path:
+    """The folder of a model of our own; InferixError where its weights are not there."""
+    if not SHIPPED[name].is_dir():
+        raise InferixError(
+            f"the weights of {name} are missing: {str(SHIPPED[name])!r} is no folder; reinstall inferix "
+            f"(pip install --force-reinstall --no-deps inferix, or git checkout models/{name}/weights)"
+        )
+    return SHIPPED[name]
+
+
+def loras(config: EngineConfig) -> list[tuple[str, float]]:
+    return [(config.lora, config.lora_scale)] if config.lora else []
+
+
+def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
+    """A named model with random weights and a small random text encoder."""
+    if spec.in_channels != spec.out_channels:
+        raise UsageError(f"streams of {spec.name} are not in this version; its transformer and checkpoints are")
+    for key in ("vae", "fast_vae"):
+        if (wanted := getattr(config, key)) not in (None, "taehv"):
+            raise UsageError(f"{key} is {wanted!r}, but {spec.name} has random weights; leave it out, or use taehv")
+    dtype, device = DTYPES[config.dtype], config.device
+    weights = random_transformer_state(spec, 0, dtype)
+    checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
+    return Components(
+        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
+        vae=random_decoder(spec, config.vae == "taehv", dtype, device),
+        text=random_text(spec, dtype, device),
+        source=spec.name,
+        form="random",
+        digest=lambda: None,
+        fast_vae=random_decoder(spec, True, dtype, device) if config.fast_vae else None,
+    )
+
+
+def random_decoder(spec: ModelSpec, tiny: bool, dtype: torch.dtype, device: str) -> Decoder:
+    if not tiny:
+        return build_vae(vae_for(spec), random_vae_state(vae_for(spec), 1, dtype), dtype, device, spec.name)
+    weights = random_tiny_decoder_state(spec, 1, dtype)
+    with torch.device("meta"):
+        module = TinyDecoder(tiny_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}))
+    return fill(module, weights, dtype, device, spec.name)
+
+
+def random_text(spec: ModelSpec, dtype: torch.dtype, device: str) -> Callable[[], PromptEncoder]:
+    @cache
+    def load() -> PromptEncoder:
+        with tempfile.TemporaryDirectory() as name:
+            write_tiny_text_encoder(Path(name), "original", spec.text_dim, 3, torch.float32)
+            found = find_text([Path(name)])
+            assert found is not None
+            return load_text(found, spec.text_len, dtype, device)
+
+    return load

@@ -1,0 +1,320 @@
+"""The block of a model and a preset as a graph: which passes, traced over pages, with the solver's step in each.
+
+Fake weights do, so a graph of any size takes seconds. What a pass computes is the model's own forward and the sampler's
+own step; which frames it sees is what the timeline says of a block whose window is full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UsageError
+from ...graphs.compose import chained
+from ...graphs.paged_attention import PagedAttention
+from ...graphs.staged_attention import StagedAttention
+from ...graphs.tables import PassTables
+from ...graphs.trace import fake_model, trace
+from ...graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
+from ...kernels.frame_noise import frame_noise
+from ...kernels.rope import axis_angles
+from ...models.wan.spec import ModelSpec
+from ...models.wan.transformer import KeyValues, WanTransformer
+from ...schemes.presets import Preset
+from ..kv.page_store import PageForm
+from ..sampler import Sampler, UniPCSolver
+from .block_plan import Planned, latent_names, plan_block
+
+TABLES = ("pages", "table", "count", "rope_time", "rope_sink", "sink_count")
+WRITTEN = ("written_slots", "written_pages")  # of a pass whose pages are kept in another dtype
+SEEN = ("seen_pages", "seen_slots")  # and are not read as they lie
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the trace of a model's pass depends on: one is traced for all passes that agree in it.
+
+    parts: (groups, frames of each). latents: names of what it runs over, in order. tables: name before those of its
+    tables. sinks: whether queries are turned once more for the sink. slots: of the buffer before pages of another
+    dtype than the model's, else 0.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+    latents: tuple[str, ...]
+    tables: str
+    sinks: bool
+    slots: int = 0
+
+    @property
+    def frames(self) -> int:
+        return sum(groups * frames for groups, frames in self.parts)
+
+    def table(self, part: int, what: str) -> str:
+        """The block-wide name of a table of one part."""
+        return ".".join([self.tables, *([str(part)] if len(self.parts) > 1 else []), what])
+
+
+class ModelPass(nn.Module):
+    """The network over pages, named tensors in and the velocity [B, F, C, H, W] of B sessions out.
+
+    With guidance each session has two rows, the prompted ones first, and the velocity is the guided one.
+    """
+
+    def __init__(self, model: WanTransformer, layout: Layout, guidance: float) -> None:
+        super().__init__()
+        self.model, self.layout, self.guidance = model, layout, guidance
+
+    def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        layout, spec = self.layout, self.model.spec
+        parts = [
+            PassTables(**{what: values.get(layout.table(part, what)) for what in TABLES})  # type: ignore[arg-type]
+            for part in range(len(layout.parts))
+        ]
+        kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
+        turns = values["rope_rows"], values["rope_columns"]
+        attention: KeyValues = PagedAttention(parts, kv, *turns)
+        if layout.slots:
+            slots, pages = (values[f"{layout.tables}.{what}"] for what in WRITTEN)
+            seen = [values[name] for what in SEEN if (name := f"{layout.tables}.{what}") in values]
+            scales = [values[f"scale.{index}"] for index in range(spec.num_layers)] if "scale.0" in values else None
+            written, through = (slots, pages), (seen[0], seen[1]) if seen else None
+            attention = StagedAttention(parts, kv, scales, values["staging"], written, through, *turns)
+        latents = [values[name] for name in layout.latents]
+        x = latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
+        guided = self.guidance != 1
+        rows = torch.cat((x, x)) if guided else x
+        timesteps = values["timesteps"].expand(len(rows), -1)
+        actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
+        velocity = self.model(rows, timesteps, self.model.embed_text(values["text"]), attention, actions)
+        if guided:
+            prompted, plain = velocity.split(len(x))
+            velocity = plain + self.guidance * (prompted - plain)
+        return {"velocity": velocity}
+
+
+class SolverStep(nn.Module):
+    """The sampler's own step over each block in flight: the velocity in, the latents of the next level out.
+
+    One block alone keeps its name; of several each moves up by one, and the first, now clean, is `clean`. What a
+    multistep solver remembers is named after the step that made it.
+    """
+
+    def __init__(self, sampler: Sampler, steps: tuple[int, ...], frames: int, lead: int = 0) -> None:
+        super().__init__()
+        self.sampler, self.steps, self.frames, self.lead = sampler, steps, frames, lead
+        assert sampler.sigmas  # computed here, so that the trace does not hold how
+
+    def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        found, names = dict[str, Tensor](), latent_names(len(self.steps))
+        after = names if len(names) == 1 else ("clean", *names)
+        for slot, step in enumerate(self.steps):
+            rows = slice(slot * self.frames, (slot + 1) * self.frames)
+            latents = values[names[slot]]
+            draw = partial(self.draw, values, latents, rows, step + 1)
+            solver = self.sampler.begin()
+            if isinstance(solver, UniPCSolver):
+                resume(solver, step, values)
+            velocity = values["velocity"][:, self.lead + rows.start : self.lead + rows.stop]
+            found[after[slot]] = solver.advance(latents, velocity, step, draw)
+            if isinstance(solver, UniPCSolver) and solver.before is not None:
+                found |= {f"x0@{step}": solver.predictions[-1], f"corrected@{step}": solver.before}
+        return found
+
+    def draw(self, values: dict[str, Tensor], latents: Tensor, rows: slice, draw: int) -> Tensor:
+        """Noise of the frames in `rows`, as the session would draw it."""
+        _, _, channels, height, width = latents.shape
+        noise = frame_noise(values["frames"][:, rows], values["noise_key"], (channels, height, width), draw=draw)
+        return noise.to(latents.dtype)
+
+
+def resume(solver: UniPCSolver, step: int, values: dict[str, Tensor]) -> None:
+    """Put the solver where it stands before a step."""
+    if step > 0:
+        solver.predictions = [values[f"x0@{earlier}"] for earlier in range(max(0, step - 2), step)]
+        solver.before = values[f"corrected@{step - 1}"]
+        solver.order = min(2, len(solver.sigmas) - step + 1, len(solver.predictions))
+
+
+class Builder:
+    """The block graph of one model, preset and picture size, for so many sessions side by side."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        preset: Preset,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+        device: str = "cpu",
+        precision: str = "reference",
+        sessions: int = 1,
+        pages: int | None = None,
+        fuse_commit: bool = False,
+        kept: torch.dtype | None = None,
+        slots: int | None = None,
+    ) -> None:
+        self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
+        self.guidance = preset.sampler.guidance_scale
+        self.rows = sessions * (1 if self.guidance == 1 else 2)
+        self.sampler = Sampler(preset.sampler)
+        self.planned = plan_block(preset, fuse_commit)
+        self.latent = (spec.out_channels, *spec.latent_size(size))
+        self.grid = (self.latent[1] // spec.patch[0], self.latent[2] // spec.patch[1])
+        self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
+        frames = max(len(planned.run.frames) for planned in self.planned)
+        self.pages = pages if pages is not None else self.rows * (self.max_pages + frames)
+        self.form = PageForm(spec, self.grid, dtype, kept or dtype)
+        self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
+        self.model = fake_model(lambda: WanTransformer(spec, precision), dtype, device)
+        self.traced: dict[Layout, PassGraph] = {}
+
+    def build(self) -> BlockGraph:
+        passes = [self.one(planned) for planned in self.planned]
+        flight = self.preset.window_blocks
+        frames = self.preset.num_frame_per_block
+        results = latent_names(1) if flight == 1 else ("clean", *latent_names(flight)[:-1])
+        return BlockGraph(
+            model=self.spec.name,
+            preset=self.preset.name,
+            dtype=self.dtype,
+            device=self.device,
+            shape=QueryShape(
+                self.rows, frames * flight, self.latent, self.grid[0] * self.grid[1], self.pages, self.max_pages
+            ),
+            timesteps=self.sampler.timesteps,
+            sigmas=self.sampler.sigmas,
+            passes=tuple(passes),
+            prompt=None,
+            fold=None,
+            results=results,
+        )
+
+    def one(self, planned: Planned) -> PassGraph:
+        """One pass of the plan: the model's trace with the pass's timesteps, then the solver's step."""
+        model = self.model_pass(self.layout(planned))
+        frames = planned.run.timesteps
+        told = {"timesteps": Value.of_literal(frames, (1, len(frames)), torch.float32)}
+        step = self.step(planned) if planned.steps else None
+        graph = chained(planned.name, model, step, told)
+        if step is None:  # passes that are run for what they write: their velocity is nobody's input
+            graph = replace(graph, outputs=(replace(graph.outputs[0], name=f"{planned.name}.velocity"),))
+        return replace(graph, groups=planned.run.groups, runs=planned.runs)
+
+    def model_pass(self, layout: Layout) -> PassGraph:
+        """The model's pass of a layout, traced once."""
+        if layout not in self.traced:
+            module = ModelPass(self.model, layout, self.guidance)
+            self.traced[layout] = trace(
+                "the model's pass", module, self.inputs(layout), model="model", device=self.device
+            )
+        return self.traced[layout]
+
+    def layout(self, planned: Planned) -> Layout:
+        policy = self.preset.context
+        turned = policy.moving_positions and policy.sink_size > 0  # in every pass, as the cache's tables are made
+        return Layout(planned.parts, planned.latents, planned.tables, turned, self.slots)
+
+    def inputs(self, layout: Layout) -> list[Value]:
+        """All that the model's pass is given."""
+        spec, frames, (height, width) = self.spec, layout.frames, self.grid
+        turns = torch.promote_types(self.dtype, torch.float32)
+        time, row, column = (angles.shape for angles in axis_angles([0], height, width, spec.head_dim))
+
+        def given(name: str, when: When, size: tuple[int, ...], dtype: torch.dtype, owned: bool = False) -> Value:
+            return Value(name, Role.INPUT, size, dtype, when, owned=owned)
+
+        each = frames // len(layout.latents)
+        values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
+        text = (self.rows, spec.text_len, spec.text_dim)
+        values += [
+            given("timesteps", When.LOAD, (1, frames), torch.float32),
+            given("text", When.PROMPT, text, self.dtype),
+        ]
+        if spec.action_dim is not None:
+            told = (self.rows, frames, spec.action_dim)
+            values.append(given(f"{layout.tables}.actions", When.BLOCK, told, self.dtype))
+        for part, (groups, part_frames) in enumerate(layout.parts):
+            rows = self.rows * groups
+            shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+                "pages": ((rows, part_frames), torch.int32),
+                "table": ((rows, self.max_pages), torch.int32),
+                "count": ((rows,), torch.int32),
+                "rope_time": ((rows, part_frames, time[1], 2), turns),
+            }
+            if layout.sinks:
+                shapes["rope_sink"] = shapes["rope_time"]
+                shapes["sink_count"] = shapes["count"]
+            values += [
+                given(layout.table(part, what), When.BLOCK, size, dtype, owned=what == "pages")
+                for what, (size, dtype) in shapes.items()
+            ]
+        for name, size in (("rope_rows", row), ("rope_columns", column)):
+            values.append(given(name, When.LOAD, (*size, 2), turns))
+        return values + self.pages_of(layout)
+
+    def pages_of(self, layout: Layout) -> list[Value]:
+        """The stores of all layers; where they are staged, the buffer before them, and what goes through it."""
+        form, layers = self.form, range(self.spec.num_layers)
+        stores: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        stores += [(f"kv.{index}", (2, self.pages, *form.shape), form.kept) for index in layers]
+        if form.scaled:
+            stores += [(f"scale.{index}", (2, self.pages, self.spec.num_heads), torch.float32) for index in layers]
+        told: list[tuple[str, int]] = []
+        if layout.slots:
+            stores.append(("staging", (2, layout.slots, *form.shape), self.dtype))
+            told += [(what, self.rows * layout.frames) for what in WRITTEN]
+            told += [(what, layout.slots) for what in SEEN if not form.read_in_place]
+        return [Value(name, Role.STATE, size, dtype, When.PASS) for name, size, dtype in stores] + [
+            Value(f"{layout.tables}.{what}", Role.INPUT, (count,), torch.int32, When.BLOCK, owned=True)
+            for what, count in told
+        ]
+
+    def step(self, planned: Planned) -> PassGraph:
+        """The solver's step of a denoising pass."""
+        frames = self.preset.num_frame_per_block
+        total = frames * len(planned.steps)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        names = latent_names(len(planned.steps))
+        values = [
+            Value("velocity", Role.INPUT, (self.sessions, planned.lead + total, *self.latent), self.dtype, When.PASS),
+            Value("frames", Role.INPUT, (self.sessions, total), torch.int32, When.BLOCK),
+            Value("noise_key", Role.INPUT, (self.sessions,), torch.int64, When.BLOCK),
+        ]
+        latents = (self.sessions, frames, *self.latent)
+        values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
+        if self.preset.sampler.solver == "unipc":
+            step = planned.steps[0]
+            kept = [f"x0@{earlier}" for earlier in range(max(0, step - 2), step)]
+            kept += [f"corrected@{step - 1}"] if step else []
+            values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in kept]
+        module = SolverStep(self.sampler, planned.steps, frames, planned.lead)
+        return trace("the solver's step", module, values, device=self.device)
+
+
+def build_block_graph(
+    spec: ModelSpec,
+    preset: Preset,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    precision: str = "reference",
+    sessions: int = 1,
+    pages: int | None = None,
+    fuse_commit: bool = False,
+    kept: torch.dtype | None = None,
+) -> BlockGraph:
+    """The graph of a block, before any rewrite.
+
+    size: (width, height) of the pictures, the model's own unless told. sessions: that run side by side. pages: of
+    the pool; enough for one block of each session unless told. fuse_commit: whether a block's first pass takes the
+    commit of the one before along. kept: dtype of the pages, that of the model unless told. Raises UsageError for what
+    has no graph.
+    """
+    if spec.in_channels != spec.out_channels:
+        raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
+    if preset.window_blocks > 1 and preset.sampler.solver != "renoise":
+        raise UsageError(f"window_blocks is {preset.window_blocks} with solver unipc; that has no graph, use renoise")
+    size = size or spec.default_size
+    return Builder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kept).build()

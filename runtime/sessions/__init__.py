@@ -1,0 +1,1 @@
+"""Sessions: their state, controls, output, scheduling, and the thread that drives the engine."""

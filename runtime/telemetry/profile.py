@@ -1,0 +1,386 @@
+"""Where a block's time goes: a table per block, and a trace that Chrome and Perfetto open.
+
+`fused` is timed call by call: by the host's clock on a CPU, by events on a GPU. `captured` has an event node at each
+pass of the graph; its kinds of work are those of a fused run of the same calls over as many pages. The report says
+which it was, what the timing itself costs, and what share of the machine's measured ceilings was reached.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ...graphs.capture import Event
+from ...graphs.cost import PACKED, call_cost, counts_of, family
+from ...graphs.launch import LaunchPlan
+from ...graphs.program import Program, Ref
+from ...graphs.rewrites.lowp import KINDS
+from ...kernels.linear_lowp import pack
+from ..files import write_atomically
+
+STAGES = ("prepare", "denoise", "commit")  # of a block's timings, those in which passes run
+TRACE, TABLE = "trace.json", "profile.txt"
+HEAD_START = 2 * 10**8  # clocks of a GPU, about a tenth of a second: as long as launching a block one by one takes
+
+Seen = tuple[int, tuple[tuple[int, int], ...]]  # a program's id, and (call, pages that it reads)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device can do at most: operations and bytes per second.
+
+    packed: operations of matmuls of FP8 or INT8 numbers, None where there are none. They may be widened first, so
+    that their ceiling is never below that of `flops`.
+    """
+
+    flops: float
+    bytes: float
+    packed: float | None = None
+
+    def least(self, kind: str, flops: int, nbytes: int) -> float:
+        """The shortest time for a kind of work."""
+        most = max(self.flops, self.packed or 0.0) if kind == PACKED else self.flops
+        return max(nbytes / self.bytes, flops / most)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of some calls, what they moved and computed, and the least time that takes at the ceilings."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+    flops: int = 0
+    least: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.seconds + other.seconds, self.bytes + other.bytes, self.flops + other.flops, self.least + other.least
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a program. begin: host clock; marks: seconds since then, before each of `at` and after the last.
+
+    listed: pages that calls read through tables, by call.
+    """
+
+    program: Program
+    begin: float
+    at: tuple[int, ...]
+    marks: tuple[float, ...]
+    listed: Mapping[int, int]
+
+    @property
+    def seconds(self) -> float:
+        return self.marks[-1] - self.marks[0]
+
+    @property
+    def by_call(self) -> bool:
+        return len(self.at) == len(self.program.calls)
+
+    @property
+    def seen(self) -> Seen:
+        """The program, and how many pages its calls read."""
+        return id(self.program), tuple(sorted(self.listed.items()))
+
+
+@dataclass
+class BlockProfile:
+    """The runs of one block, its stages in seconds, bytes by owner, and seconds that noting all this took.
+
+    apart: seconds of its stages in which its calls ran once more to be timed.
+    """
+
+    index: int
+    runs: list[Run]
+    timings: dict[str, float]
+    memory: dict[str, int]
+    spent: float
+    apart: float
+
+
+class HostClock:
+    """For calls that have ended when they return."""
+
+    how = "the host's clock before and after each call"
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, marks: Sequence[float]) -> tuple[float, ...]:
+        return tuple(mark - marks[0] for mark in marks)
+
+
+class EventClock:
+    """For calls that run on a GPU's current stream."""
+
+    how = "events on the stream before and after each call"
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, marks: Sequence[torch.cuda.Event]) -> tuple[float, ...]:
+        marks[-1].synchronize()
+        return elapsed(marks)
+
+
+@dataclass
+class Profile:
+    """Collects runs as the launcher makes them; `end_block` closes a block, `write` leaves the report.
+
+    about: what was run and on what, for the report's first line. spent: seconds of this block on notes, beside marks;
+    apart: on runs that are no part of it.
+    decodes: block, begin and end of what was decoded meanwhile, on the clock of runs.
+    """
+
+    about: str
+    device: torch.device
+    ceilings: Ceilings
+    blocks: list[BlockProfile] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    once: dict[Seen, Run] = field(default_factory=dict)  # fused runs of captured programs
+    counts: WeakKeyDictionary[LaunchPlan, PageCounts] = field(default_factory=WeakKeyDictionary)
+    spent: float = 0.0
+    apart: float = 0.0
+    decodes: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.clock: HostClock | EventClock = EventClock() if self.device.type == "cuda" else HostClock()
+        self.mark_cost = self.cost_of_a_mark()
+
+    def launch(self, launches: LaunchPlan, replay: Callable[[], object], events: Sequence[Event] | None) -> None:
+        """Run a program and note its times: by events of a captured graph, else call by call."""
+        begin = time.perf_counter()
+        if events is None:
+            self.runs.append(self.timed(launches, begin))
+            return
+        replay()
+        synchronise(self.device)
+        at = tuple(section.first for section in launches.program.sections)
+        self.runs.append(Run(launches.program, begin, at, elapsed(events), self.pages_read(launches)))
+        if self.runs[-1].seen not in self.once:
+            self.note_once(launches)
+
+    def note_once(self, launches: LaunchPlan) -> None:
+        """Time the calls of a captured program one by one; that leaves what a replay leaves.
+
+        The GPU is kept busy first, so that its times are not those of a host that cannot keep up.
+        """
+        begin = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda._sleep(HEAD_START)
+        run = self.timed(launches, begin)
+        self.once[run.seen] = run
+        self.apart += time.perf_counter() - begin
+
+    def timed(self, launches: LaunchPlan, begin: float) -> Run:
+        marks: list[Any] = []
+        launches.run_with(lambda _: marks.append(self.clock.mark()))
+        seconds = self.clock.seconds(marks)
+        return Run(launches.program, begin, tuple(range(len(launches.calls))), seconds, self.pages_read(launches))
+
+    def pages_read(self, launches: LaunchPlan) -> dict[int, int]:
+        """How many pages each call that reads by table has read, from the tables as they are on the device."""
+        begin = time.perf_counter()
+        if launches not in self.counts:
+            self.counts[launches] = page_counts(launches)
+        read = ((int(counts.sum()), calls) for counts, calls in self.counts[launches])
+        found = {call: pages for pages, calls in read for call in calls}
+        self.spent += time.perf_counter() - begin
+        return found
+
+    def end_block(self, index: int, timings: Mapping[str, float], memory: Callable[[], dict[str, int]]) -> None:
+        begin = time.perf_counter()
+        held = memory()
+        self.spent += time.perf_counter() - begin
+        self.blocks.append(BlockProfile(index, self.runs, dict(timings), held, self.spent, self.apart))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was noted since the last block's end."""
+        self.runs, self.spent, self.apart = [], 0.0, 0.0
+
+    def note_decoding(self, record: Mapping[str, Any]) -> None:
+        """Keep when a block was decoded, from its record."""
+        if (span := record.get("spans", {}).get("decode")) is not None:  # controls have records, too
+            self.decodes.append((record["block"], *span))
+
+    def cost_of_a_mark(self) -> float:
+        """Seconds that one mark takes on the host."""
+        begin = time.perf_counter()
+        for _ in range(1000):
+            self.clock.mark()
+        return (time.perf_counter() - begin) / 1000
+
+    def cost_of(self, run: Run, index: int, seconds: float) -> Cost:
+        """What one call of a run took and did."""
+        call = run.program.calls[index]
+        cost = call_cost(call, run.listed.get(index, 0))
+        return Cost(seconds, cost.nbytes, cost.flops, self.ceilings.least(family(call), cost.flops, cost.nbytes))
+
+    def passes(self, block: BlockProfile) -> dict[str, float]:
+        """Seconds of each pass of a block, in order."""
+        found: dict[str, float] = {}
+        for run in block.runs:
+            marks = dict(zip((*run.at, len(run.program.calls)), run.marks, strict=True))
+            for section in run.program.sections:
+                found[section.name] = found.get(section.name, 0.0) + marks[section.stop] - marks[section.first]
+        return found
+
+    def families(self, block: BlockProfile) -> dict[str, Cost]:
+        """What each kind of work took and did, the longest first."""
+        found: dict[str, Cost] = {}
+        for run in block.runs:
+            timed = run if run.by_call else self.once.get(run.seen)
+            if timed is not None:
+                for index, (start, end) in enumerate(pairwise(timed.marks)):
+                    kind = family(run.program.calls[index])
+                    found[kind] = found.get(kind, Cost()) + self.cost_of(timed, index, end - start)
+        return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
+
+    def gaps(self, block: BlockProfile) -> float:
+        """Seconds of the stages that run passes in which no call ran."""
+        staged = sum(block.timings.get(stage, 0.0) for stage in STAGES)
+        return staged - sum(run.seconds for run in block.runs) - block.apart
+
+    def overhead(self) -> float:
+        """Time for marks and for what is noted beside them, as a share of all runs' time."""
+        runs = [run for block in self.blocks for run in block.runs]
+        marks = sum(len(run.marks) for run in runs)
+        notes = sum(block.spent for block in self.blocks)
+        return (marks * self.mark_cost + notes) / max(sum(run.seconds for run in runs), 1e-12)
+
+    def text(self) -> str:
+        """The report: what was measured and how, then each block."""
+        how = {self.clock.how if run.by_call else EVENT_NODES for block in self.blocks for run in block.runs}
+        lines = [
+            f"profile of {self.about}",
+            f"times from {' and '.join(sorted(how))}; marks of {self.mark_cost * 1e6:.2f} us and notes took "
+            f"{self.overhead():.2%} of it",
+            f"ceilings measured here: {self.ceilings.flops / 1e9:.4g} GFLOP/s, {self.ceilings.bytes / 1e9:.4g} GB/s"
+            + (f", packed {self.ceilings.packed / 1e9:.4g} GFLOP/s" if self.ceilings.packed else ""),
+        ]
+        for block in self.blocks:
+            stages = ", ".join(f"{name} {seconds * 1e3:.3g}" for name, seconds in block.timings.items())
+            lines += ["", f"block {block.index}, ms: {stages}; outside calls {self.gaps(block) * 1e3:.3g}"]
+            lines += [f"  {name:<24}{seconds * 1e3:>10.3f} ms" for name, seconds in self.passes(block).items()]
+            families = self.families(block)
+            total = sum(cost.seconds for cost in families.values())
+            lines.append(f"  {'work':<16}{'ms':>10}{'share':>8}{'GB':>10}{'GFLOP':>10}{'of ceiling':>12}")
+            lines += [
+                f"  {kind:<16}{cost.seconds * 1e3:>10.3f}{cost.seconds / total:>8.1%}{cost.bytes / 1e9:>10.4f}"
+                f"{cost.flops / 1e9:>10.3f}{cost.least / cost.seconds:>12.1%}"
+                for kind, cost in families.items()
+            ]
+            owned = ", ".join(f"{owner} {count / 1e6:.4g}" for owner, count in block.memory.items())
+            lines.append(f"  memory, MB: {owned}")
+        return "\n".join(lines) + "\n"
+
+    def trace(self) -> dict[str, Any]:
+        """Chrome's trace format: blocks, their passes and calls, and what the decoder did beside them."""
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 0, "tid": thread, "args": {"name": name}}
+            for thread, name in enumerate(("blocks", "passes", "calls", "decoder"))
+        ]
+        for block in self.blocks:
+            if block.runs:
+                first, last = block.runs[0].begin, block.runs[-1].begin + block.runs[-1].seconds
+                events.append(event(f"block {block.index}", 0, first, last - first, {"timings": block.timings}))
+            for run in block.runs:
+                marks = dict(zip((*run.at, len(run.program.calls)), run.marks, strict=True))
+                for section in run.program.sections:
+                    start, end = marks[section.first], marks[section.stop]
+                    events.append(event(section.name, 1, run.begin + start, end - start, {}))
+                for index, (start, end) in enumerate(pairwise(run.marks) if run.by_call else ()):
+                    call, cost = run.program.calls[index], self.cost_of(run, index, end - start)
+                    told = {"node": call.node, "kind": family(call), "bytes": cost.bytes, "flops": cost.flops}
+                    events.append(event(call.op.name(), 2, run.begin + start, end - start, told))
+        events += [event(f"decode {block}", 3, begin, end - begin, {}) for block, begin, end in self.decodes]
+        return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": {"about": self.about}}
+
+    def write(self, folder: Path) -> list[Path]:
+        """The trace and the table, as files in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        trace, table = json.dumps(self.trace()), self.text()
+        return [
+            write_atomically(folder / TRACE, lambda part: part.write_text(trace, "utf-8")),
+            write_atomically(folder / TABLE, lambda part: part.write_text(table, "utf-8")),
+        ]
+
+
+EVENT_NODES = "event nodes between the passes of the captured graph, kinds of work from a fused run of its calls"
+
+
+def elapsed(events: Sequence[Event]) -> tuple[float, ...]:
+    """Seconds from the first event to each, once all have happened."""
+    return tuple(events[0].elapsed_time(event) / 1e3 for event in events)
+
+
+def event(name: str, thread: int, begin: float, seconds: float, args: dict[str, Any]) -> dict[str, Any]:
+    """A complete event, in microseconds."""
+    return {"ph": "X", "name": name, "pid": 0, "tid": thread, "ts": begin * 1e6, "dur": seconds * 1e6, "args": args}
+
+
+PageCounts = list[tuple[Tensor, list[int]]]
+
+
+def page_counts(launches: LaunchPlan) -> PageCounts:
+    """Each tensor that says how many pages are listed, with the calls that read it."""
+    calls: dict[Ref, list[int]] = {}
+    for index, call in enumerate(launches.program.calls):
+        if (counts := counts_of(call)) is not None:
+            calls.setdefault(counts, []).append(index)
+    return [(launches.view(counts), indices) for counts, indices in calls.items()]
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, lowp: str | None = None) -> Ceilings:
+    """The best of a few large matmuls and copies, in the model's dtype; of packed matmuls too, if asked."""
+    width, count = (8192, 1 << 28) if device.type == "cuda" else (768, 1 << 23)
+    square = torch.ones(width, width, dtype=dtype, device=device)
+    flat = torch.ones(count, dtype=torch.float32, device=device)
+    place = torch.empty_like(flat)
+    operations = 2 * width**3
+    return Ceilings(
+        operations / best(lambda: square @ square, device),
+        2 * flat.nbytes / best(lambda: place.copy_(flat), device),
+        None if lowp is None else operations / best(packed_matmul(lowp, square), device),
+    )
+
+
+def packed_matmul(lowp: str, square: Tensor) -> Callable[[], Tensor]:
+    """torch's own matmul of a matrix [N, N] with itself transposed, packed as FP8 or INT8; N a multiple of 16."""
+    packed, _ = pack(square, KINDS[lowp], per_channel=False)
+    if lowp == "int8":
+        return lambda: torch._int_mm(packed, packed.T)
+    one = torch.ones((), device=square.device)
+    return lambda: torch._scaled_mm(packed, packed.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Seconds of the fastest of some runs, after one that does not count."""
+    run()
+    taken = []
+    for _ in range(repeats):
+        synchronise(device)
+        begin = time.perf_counter()
+        run()
+        synchronise(device)
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,56 @@
+"""How many pages a session of a preset needs: arithmetic on a preset's sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .presets import Preset
+
+
+@dataclass(frozen=True)
+class PageNeeds:
+    """Pages of one branch of a session: held, lent to a pass as scratch, and kept back for rewinding.
+
+    held is None where the window has no end.
+    """
+
+    held: int | None
+    scratch: int
+    kept_back: int
+
+    @property
+    def total(self) -> int | None:
+        return None if self.held is None else self.held + self.scratch + self.kept_back
+
+
+def page_needs(preset: Preset) -> PageNeeds:
+    """What the policy can ask for at most."""
+    policy, block = preset.context, preset.num_frame_per_block
+    limits = [policy.local_attn_size] if policy.local_attn_size != -1 else []
+    if policy.segment_frames:
+        limits.append(policy.segment_frames)
+    if not policy.commit:
+        limits.append(policy.rebuild_frames + block)
+    held = min(limits, default=None)
+    kept_back = policy.rewind_blocks * (block if policy.commit else block + policy.rebuild_frames)
+    if policy.rewind_blocks and policy.segment_frames:
+        kept_back += policy.rebuild_frames
+    if policy.rewind_blocks and policy.prompt_switch == "recache":
+        kept_back += held or 0
+    return PageNeeds(held, preset.window_blocks * block if preset.window_blocks > 1 else 0, kept_back)
+
+
+def branches(preset: Preset) -> int:
+    """Pasts that a session keeps: guidance has one for each of its two conditionings."""
+    return 1 if preset.sampler.guidance_scale == 1 else 2
+
+
+def least_pages(preset: Preset) -> int:
+    """Pages that one session needs; where the window has no end, those of its first block."""
+    return branches(preset) * (page_needs(preset).total or preset.num_frame_per_block)
+
+
+def staging_slots(preset: Preset) -> int:
+    """Frames that the buffer before pages of another dtype has room for."""
+    needs = page_needs(preset)
+    return (needs.held or preset.num_frame_per_block) + needs.scratch

@@ -1,0 +1,740 @@
+"""From nothing to the shipped weights: the autoencoder, a bank of encoded walks, the transformer.
+
+    python tools/train_tinyworld.py --out runs/tinyworld
+
+Every stage saves as it goes and picks up where it was stopped. The autoencoder learns that land seen again is
+the same latents, moved. The transformer learns each frame from noise beside the clean frames before it (teacher
+forcing), which are blurred by noise, and later by its own predictions, so that its own mistakes do not grow.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from inferix.errors import told_in_a_line
+from inferix.kernels.rope import axis_angles, rope_angles, rotate
+from inferix.models.files import write_json, write_tensors
+from inferix.models.tinyworld.data import HELD_OUT, Clips, random_clip
+from inferix.models.tinyworld.spec import SPEC, VAE
+from inferix.models.tinyworld.words import FILE as WORDS_FILE
+from inferix.models.tinyworld.words import WordEncoder, known_words, word_numbers
+from inferix.models.tinyworld.world import ACTIONS, FRAMES, Scene
+from inferix.models.wan.checkpoint import SHARD
+from inferix.models.wan.configs import diffusers_config, diffusers_vae_config
+from inferix.models.wan.names import to_format
+from inferix.models.wan.transformer import Block, SelfAttention, WanTransformer
+from inferix.models.wan.vae import (
+    CausalConv3d,
+    CausalVae,
+    Downsample,
+    ShortcutUpBlock,
+    Upsample,
+    from_patches,
+    to_patches,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+Examples = Iterator[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the training; actions are the unit of length."""
+
+    stills_steps: int = 600  # encoder and decoder on single pictures
+    stills_batch: int = 24
+    stills_rate: float = 2e-3
+    vae_steps: int = 1600  # encoder and decoder on short clips, several: the pictures of one are much alike
+    vae_batch: int = 4
+    vae_length: int = 3
+    vae_rate: float = 1e-3
+    change_share: float = 0.3  # clips in which the scene changes on the way
+    land_weight: float = 0.05
+    free_channels: int = 4  # of the latents, for what does not stay with the land
+    kl_weight: float = 3e-4
+    decoder_steps: int = 500  # the decoder alone, on latents that are a little off
+    decoder_batch: int = 3
+    decoder_length: int = 4
+    decoder_rate: float = 5e-4
+    bank_clips: int = 4000
+    errand_share: float = 0.3  # of them, that lead away and back
+    along_share: float = 0.2  # that go into what blocks the way
+    bank_length: int = 24
+    bank_firsts: int = 6000  # first pictures of walks, alone
+    window: int = 6  # latent frames a frame sees, the first of the clip always among them
+    crop: int = 9  # latent frames of a clip in a batch
+    batch: int = 3
+    copies: int = 2  # noisy ones of each clip, beside one clean
+    firsts: int = 6  # first pictures in a batch
+    levels: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)  # of noise: those that the sampler visits
+    steps: int = 3000
+    own_steps: int = 3200  # in a share of which its own predictions are the past
+    own_share: float = 0.4
+    rate: float = 1.5e-3
+    own_rate: float = 1.1e-3
+    blur: float = 0.3  # most noise in the past that the network takes for clean
+    save_every: float = 400.0  # seconds
+
+
+SHORT = Recipe(
+    stills_steps=4, stills_batch=2, vae_steps=8, vae_batch=1, vae_length=1, decoder_steps=4, decoder_batch=1,
+    decoder_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8,
+    own_steps=4,
+)  # fmt: skip
+
+
+def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
+    """The autoencoder, first on single pictures, then on clips."""
+    vae = new_vae()
+    stills = partial(training_clips, 0, recipe.stills_batch, 0.0, seed=5)
+    vae = train_both(folder, "stills", vae, stills, recipe, recipe.stills_steps, recipe.stills_rate)
+    clips = partial(training_clips, recipe.vae_length, recipe.vae_batch, recipe.change_share, seed=1)
+    return train_both(folder, "vae", vae, clips, recipe, recipe.vae_steps, recipe.vae_rate)
+
+
+def train_both(
+    folder: Path, name: str, vae: CausalVae, clips: Callable[[], Examples], recipe: Recipe, steps: int, rate: float
+) -> CausalVae:
+    """Encoder and decoder: pictures, land that stays as it is, and a little pull towards a normal distribution."""
+    shorten_memory(vae)
+    run = Run(folder / name, vae, optimisers(vae, rate), steps, recipe.save_every)
+    if run.step < run.steps:
+        examples = clips()
+
+        def loss() -> tuple[Tensor, dict[str, float]]:
+            pixels, moves, same = next(examples)
+            mean, log_var = encode_clips(vae, pixels).chunk(2, dim=1)
+            kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
+            land = land_error(mean[:, : -recipe.free_channels], moves, same)
+            total, psnr = picture_loss(vae, mean + torch.randn_like(mean) * torch.exp(0.5 * log_var), pixels)
+            told = {"psnr": psnr, "kl": float(kl.detach()), "land": float(land.detach())}
+            return total + recipe.kl_weight * kl + recipe.land_weight * land, told
+
+        run.go(loss, lambda: vae_sheet(run.average, folder / f"{name}.png"))
+    return run.average
+
+
+def train_decoder(folder: Path, vae: CausalVae, recipe: Recipe) -> CausalVae:
+    """The decoder alone, from latents that are a little off, as those of a transformer are."""
+    shorten_memory(vae)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    run = Run(folder / "decoder", vae, optimisers(vae, recipe.decoder_rate), recipe.decoder_steps, recipe.save_every)
+    if run.step < run.steps:
+        clips = training_clips(recipe.decoder_length, recipe.decoder_batch, recipe.change_share, seed=4)
+
+        def loss() -> tuple[Tensor, dict[str, float]]:
+            pixels, _, _ = next(clips)
+            with torch.no_grad():
+                mean = encode_clips(vae, pixels).chunk(2, dim=1)[0]
+            off = 0.1 * torch.rand(len(mean), 1, 1, 1, 1) * mean.std()
+            total, psnr = picture_loss(vae, mean + torch.randn_like(mean) * off, pixels)
+            return total, {"psnr": psnr}
+
+        run.go(loss, lambda: vae_sheet(run.average, folder / "decoder.png"))
+    return run.average
+
+
+def training_clips(length: int, batch: int, change_share: float, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Endless batches of `Clips`: pixels [batch, 3, 1 + 4 * length, H, W], moves [batch, length, 2], same scene."""
+    return iter(DataLoader(Clips(length, seed, change_share), batch_size=batch, num_workers=1))
+
+
+def land_error(latents: Tensor, moves: Tensor, same: Tensor) -> Tensor:
+    """How far latents [B, C, F, h, w] are from those of the frame before, moved as the camera was: 1 is no likeness.
+
+    Land that is seen again is then seen as the same latents, which a transformer can copy. The hero's surroundings
+    and changes of scene are left out. moves [B, F - 1, 2] in latent pixels, same [B, F - 1].
+    """
+    height, width = latents.shape[-2:]
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+    away = ((rows - height // 2).abs() > 2) | ((columns - width // 2).abs() > 2)
+    wrong, count = latents.new_zeros(latents.shape[1]), 0
+    for clip, frame in same.nonzero().tolist():
+        dx, dy = moves[clip, frame].tolist()
+        now = latents[clip, :, frame + 1, max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+        before = latents[clip, :, frame, max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)]
+        here = away[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+        there = away[max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)]
+        part = (now - before)[:, here & there]
+        wrong = wrong + part.square().sum(1)
+        count += part.shape[1]
+    return (wrong / max(1, count) / latents.var((0, 2, 3, 4)) / 2).mean()
+
+
+def picture_loss(vae: CausalVae, latents: Tensor, pixels: Tensor) -> tuple[Tensor, float]:
+    """Squared error of decoded pictures and of their slopes, kinder to the largest; and the pictures' PSNR.
+
+    Slopes give edges the weight that smooth ground would have alone, so they are learnt as early.
+    """
+    wrong = decode_clips(vae, latents) - pixels
+    psnr = -10 * math.log10(float(wrong.detach().square().mean()) / 4)
+    parts = (wrong, wrong.diff(dim=-1), wrong.diff(dim=-2))
+    return sum((torch.sqrt(part.square() + 0.1**2).mean() for part in parts), torch.zeros(())), psnr
+
+
+def new_vae() -> CausalVae:
+    """An autoencoder before training: signals that keep their size, latents with hardly any noise.
+
+    What is learnt from single pictures is to hold for clips, and what from short clips for long ones. So
+    convolutions over time begin with nearly all weight on the newest frame, and those that change the rate, which
+    single pictures skip, begin as that frame.
+    """
+    vae = CausalVae(VAE)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.weight.mul_(1.7)
+            if isinstance(module, nn.Conv3d):
+                past = module.weight.shape[2] - 1
+                module.weight[:, :, :past] *= 0.2
+                module.weight[:, :, past:] *= math.sqrt(past + 1)
+            if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+                begin_as_newest(module.time_conv)
+        vae.quant_conv.weight[VAE.z_dim :].zero_()
+        assert vae.quant_conv.bias is not None
+        vae.quant_conv.bias[VAE.z_dim :].fill_(-6.0)
+    return vae
+
+
+def begin_as_newest(conv: nn.Conv3d) -> None:
+    """Each output, or each half of them, is the newest frame as it is."""
+    assert conv.bias is not None
+    conv.weight.zero_()
+    conv.bias.zero_()
+    channels = conv.weight.shape[1]
+    conv.weight[:, :, -1, 0, 0] = torch.eye(channels).repeat(len(conv.weight) // channels, 1)
+
+
+@torch.no_grad()
+def shorten_memory(vae: CausalVae) -> None:
+    """Convolutions at the latents' rate see the newest frame alone, now and after training: their past reaches far,
+    and short clips would teach nothing about it."""
+    encoder, decoder = vae.encoder, vae.decoder
+    slow: list[nn.Module] = [encoder.down_blocks[-1], encoder.mid_block, encoder.conv_out]
+    slow += [decoder.conv_in, decoder.mid_block, cast(ShortcutUpBlock, decoder.up_blocks[0]).resnets]
+    for part in slow:
+        for module in part.modules():
+            if isinstance(module, CausalConv3d):
+                newest = torch.zeros(module.weight.shape[2], 1, 1)
+                newest[-1] = 1
+                module.weight.mul_(newest)
+                module.weight.register_hook(partial(torch.mul, newest))
+
+
+def encode_clips(vae: CausalVae, pixels: Tensor) -> Tensor:
+    """Clips [B, 3, T, H, W] in [-1, 1] to means and log variances [B, 2z, F, h, w], before normalisation."""
+    state = vae.new_state()
+    frames = to_patches(pixels.transpose(1, 2).flatten(0, 1), vae.spec.patch)
+    x = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2)
+    first = vae.encoder(x[:, :, :1], state)
+    state.frames = 1
+    rest = [vae.encoder(x[:, :, 1:], state)] if x.shape[2] > 1 else []
+    moments: Tensor = vae.quant_conv(torch.cat([first, *rest], dim=2)).float()
+    mean, log_var = moments.chunk(2, dim=1)
+    return torch.cat((mean, log_var.clamp(-20, 10)), dim=1)
+
+
+def decode_clips(vae: CausalVae, latents: Tensor) -> Tensor:
+    """Latents [B, z, F, h, w], not normalised, to clips [B, 3, T, H, W]."""
+    state = vae.new_state()
+    x = vae.post_quant_conv(latents)
+    parts = [vae.decoder(x[:, :, :1], state)]
+    state.frames = 1
+    parts += [vae.decoder(x[:, :, 1:], state)] if x.shape[2] > 1 else []
+    pixels = torch.cat(parts, dim=2)
+    frames = from_patches(pixels.transpose(1, 2).flatten(0, 1), vae.spec.patch)
+    return frames.unflatten(0, (len(latents), -1)).transpose(1, 2).float()
+
+
+@torch.no_grad()
+def vae_sheet(vae: CausalVae, path: Path) -> str:
+    """True pictures above decoded ones, of clips never trained on; returns their PSNR."""
+    rng = random.Random(7)
+    clips = np.stack([random_clip(rng, 15, HELD_OUT).pictures for _ in range(6)])
+    pixels = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    decoded = decode_clips(vae, encode_clips(vae, pixels).chunk(2, dim=1)[0]).clamp(-1, 1)
+    rows = torch.stack((pixels, decoded), dim=1)[:, :, :, [0, 4, 14, 29, 44, 60]]  # clip, kind, rgb, time
+    save_sheet(rows.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2), path)
+    return f"held out {-10 * math.log10(float((decoded - pixels).square().mean()) / 4):.2f} dB"
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Encoded walks: latents [N, F, z, h, w] normalised, actions [N, F], words of both scenes [N, 2, text_len].
+
+    `firsts` [M, 1, z, h, w] and `first_words` [M, text_len] are the beginnings of more walks, which cost little.
+    """
+
+    latents: Tensor
+    actions: Tensor
+    words: Tensor
+    change: Tensor  # [N], the first latent frame of the second scene
+    firsts: Tensor
+    first_words: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
+    """Random walks through the autoencoder, once, so that the transformer never sees a pixel."""
+    walks, firsts = folder / "bank.safetensors", folder / "firsts.safetensors"
+    if not walks.exists():
+        shares = recipe.change_share, recipe.errand_share, recipe.along_share
+        encode_walks(walks, vae, recipe.bank_clips, recipe.bank_length, shares, seed=2)
+    if not firsts.exists():
+        encode_walks(firsts, vae, recipe.bank_firsts, 0, (0.0, 0.0, 0.0), seed=3)
+    held, alone = load_file(walks), load_file(firsts)
+    raw = held["latents"].float()
+    mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
+    raw, first = ((part - mean[:, None, None]) / std[:, None, None] for part in (raw, alone["latents"].float()))
+    return Bank(
+        raw, held["actions"], held["words"], held["change"], first, alone["words"][:, 0],
+        tuple(mean.tolist()), tuple(std.tolist()),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_walks(
+    file: Path, vae: CausalVae, count: int, length: int, shares: tuple[float, float, float], seed: int
+) -> None:
+    """Latents, actions and words of `count` walks of `length` actions, in one file; shares as of `random_clip`."""
+    latents, actions, words, change = [], [], [], []
+    for index in range(count):
+        clip = random_clip(random.Random(seed * 1_000_000 + index), length, 0, *shares)
+        pixels = torch.from_numpy(clip.pictures).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            moments = encode_clips(vae, pixels)
+        latents.append(moments.chunk(2, dim=1)[0][0].transpose(0, 1).half())
+        actions.append(torch.tensor([ACTIONS.index(action) for action in ("stay", *clip.actions)]))
+        words.append(torch.tensor([scene_words(clip.before), scene_words(clip.after)]))
+        change.append(clip.change + 1)
+        if index % 100 == 99:
+            print(f"{file.stem} {index + 1}/{count}", flush=True)
+    write_tensors(
+        {"latents": torch.stack(latents), "actions": torch.stack(actions), "words": torch.stack(words),
+         "change": torch.tensor(change)}, file,
+    )  # fmt: skip
+
+
+def scene_words(scene: Scene) -> list[int]:
+    return word_numbers(known_words(scene.prompt), SPEC.text_len)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Walks to learn from: latents [B, F, C, h, w], actions [B, F, d], words [B, text_len], and what counts [B, F]."""
+
+    latents: Tensor
+    actions: Tensor
+    words: Tensor
+    counts: Tensor
+
+
+def random_batch(bank: Bank, recipe: Recipe) -> Batch:
+    """Crops of walks; where one holds a change of scene, the new one is told and only its frames count.
+
+    Three kinds: from a walk's beginning, from its middle, and its middle after its first frame, the sink. A
+    first frame counts only where it is a walk's: one picture, unlike all others. After a sink from long ago
+    frames count once they see a whole window, since only then can such a sink be.
+    """
+    size, last = recipe.batch, bank.latents.shape[1] - recipe.crop
+    clips, kinds = torch.randint(len(bank.latents), (size,)), torch.rand(size)
+    middle, jump = kinds > 0.4, kinds > 0.7
+    starts = torch.randint(1, last + 1, (size,)) * middle
+    frames = starts[:, None] + torch.arange(recipe.crop)
+    shown = torch.where(jump[:, None] & (torch.arange(recipe.crop) == 0), 0, frames)
+    latents, actions = bank.latents[clips[:, None], shown], bank.actions[clips[:, None], frames]
+    actions[:, 0] = ACTIONS.index("stay")
+    changed = starts + recipe.crop > bank.change[clips]
+    words = vague(bank.words[clips, changed.long()])
+    counts = ~changed[:, None] | (frames >= bank.change[clips][:, None])
+    counts[:, 0] &= ~middle
+    counts[:, : recipe.window] &= ~jump[:, None]
+    return Batch(latents, F.one_hot(actions, len(ACTIONS)).float(), words, counts)
+
+
+def random_firsts(bank: Bank, count: int) -> Batch:
+    """Beginnings of walks, [count, 1, ...]."""
+    chosen = torch.randint(len(bank.firsts), (count,))
+    actions = F.one_hot(torch.full((count, 1), ACTIONS.index("stay")), len(ACTIONS)).float()
+    counts = torch.ones(count, 1, dtype=torch.bool)
+    return Batch(bank.firsts[chosen], actions, vague(bank.first_words[chosen]), counts)
+
+
+def vague(words: Tensor) -> Tensor:
+    """Prompts may leave something open."""
+    return torch.where(torch.rand(words.shape) < 0.03, -1, words)
+
+
+class ClipAttention:
+    """Self-attention while training: clean frames, then noisy copies of them, each over the clean ones before it.
+
+    A frame sees itself, the clean frames of its window and the clip's first frame, which stands just before
+    the window: what a cache of `window` frames with a sink of one does, for all frames at once.
+    """
+
+    def __init__(self, frames: int, copies: int, window: int, grid: tuple[int, int], head_dim: int) -> None:
+        self.frames, self.window, self.tokens = frames, window, grid[0] * grid[1]
+        self.angles = rope_angles(list(range(frames)) * (1 + copies), *grid, head_dim)
+        self.sinks = rope_angles([max(0, frame - window + 1) for frame in range(frames)], *grid, head_dim)
+        past = torch.tensor([[frame + slot >= 1 for slot in (0, *range(2 - window, 0))] for frame in range(frames)])
+        itself = torch.eye(1 + copies, dtype=torch.bool)
+        seen = torch.cat(
+            (past[:, None].expand(-1, 1 + copies, -1), itself.expand(frames, -1, -1)), dim=2
+        )  # frame, copy, slot
+        self.mask = seen.repeat_interleave(self.tokens, 1).repeat_interleave(self.tokens, 2)[:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        wide = torch.promote_types(v.dtype, torch.float32)
+        q, turned = (rotate(part, self.angles, wide) for part in (q, k))
+        first = rotate(k[:, : self.tokens].repeat(1, self.frames, 1, 1), self.sinks, wide)
+        keys = self._slots(turned, first.unflatten(1, (-1, self.tokens)))
+        values = self._slots(v, v[:, None, : self.tokens].expand(-1, self.frames, -1, -1, -1))
+        queries = self._copies(q).transpose(1, 2)  # a frame's copies together
+        queries, keys, values = (part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for part in (queries, keys, values))
+        # Two matrix products, which autocast does in bfloat16, are twice as fast here as one fused attention.
+        scores = queries @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+        unseen = scores.new_zeros(self.mask.shape).masked_fill(~self.mask, -math.inf)
+        out = (scores + unseen.repeat(len(q), 1, 1, 1)).softmax(-1).to(values.dtype) @ values
+        out = out.transpose(1, 2).unflatten(0, (len(q), -1)).unflatten(2, (-1, self.tokens))
+        return out.transpose(1, 2).flatten(1, 3)
+
+    def _slots(self, tensor: Tensor, sinks: Tensor) -> Tensor:
+        """What each frame may see, [B, F, window - 1 + copies, P, n, c]: the first frame, the past, and its own."""
+        own = self._copies(tensor)
+        clean = own[:, 0]
+        padded = torch.cat((torch.zeros_like(clean[:, :1]).expand(-1, self.window - 2, -1, -1, -1), clean), dim=1)
+        past = [padded[:, slot : slot + self.frames] for slot in range(self.window - 2)]
+        return torch.cat((torch.stack((sinks, *past), dim=2), own.transpose(1, 2)), dim=2)
+
+    def _copies(self, tensor: Tensor) -> Tensor:
+        """[B, copies*F*P, n, c] to [B, copies, F, P, n, c], the clean one first."""
+        return tensor.unflatten(1, (-1, self.frames, self.tokens))
+
+
+# Where the four heads of a layer look before training: frames, rows and columns from each token.
+NEAR = (((-1, -1, 0), (-1, 1, 0), (-1, 0, -1), (-1, 0, 1)), ((-1, 0, 0), (-2, 0, 0), (0, 0, 0), (0, 0, 0)))
+
+
+@torch.no_grad()
+def look(attention: SelfAttention, places: Sequence[tuple[int, int, int]]) -> None:
+    """Biases with which each head attends near one place beside a token, before it has learnt anything.
+
+    Land goes on one latent pixel beside where it was; attention finds that by itself, but in thousands of steps.
+    """
+    size = len(attention.q.bias) // attention.heads
+    for projection in (attention.q, attention.k):
+        projection.weight.mul_(0.5)
+    for head, place in enumerate(places):
+        rows = slice(head * size, (head + 1) * size)
+        axes = (
+            axis_angles([place[0]], 1, 1, size)[0][0],
+            *(offset * axis_angles([0], 2, 2, size)[axis][1] for axis, offset in ((1, place[1]), (2, place[2]))),
+        )
+        key = torch.cat([torch.tensor([1.0, 1.0] + [0.0] * (len(angles) - 2)) for angles in axes])
+        turned = torch.cat(axes)
+        strength = 2.3  # three quarters of a query's square
+        attention.k.bias[rows] = strength * torch.stack((key, 0 * key), dim=-1).flatten()
+        attention.q.bias[rows] = strength * torch.stack((key * turned.cos(), key * turned.sin()), dim=-1).flatten()
+
+
+class TinyWorld(nn.Module):
+    """The transformer and the words it is told, trained together."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.transformer, self.words = WanTransformer(SPEC), WordEncoder(SPEC.text_dim, SPEC.text_len)
+        for name, weight in self.named_parameters():
+            if name.endswith("modulation"):
+                nn.init.normal_(weight, std=0.02)
+            if "self_attn.norm" in name:  # sharp enough to copy from one token, which the land does at every step
+                nn.init.constant_(weight, 2.0)
+        for index, block in enumerate(self.transformer.blocks):
+            look(cast(Block, block).self_attn, NEAR[index % len(NEAR)])
+        nn.init.zeros_(self.transformer.head.linear.weight)
+        nn.init.zeros_(self.transformer.time_embedding.projection.weight)
+        nn.init.normal_(self.words.rows.weight)
+
+    def forward(self, clean: Tensor, noisy: Tensor, sigmas: Tensor, actions: Tensor, words: Tensor) -> Tensor:
+        """Velocities [B, N*F, C, h, w] of noisy frames, each beside the clean frames before it.
+
+        clean [B, F, C, h, w]; noisy, N copies one after the other, and their noise levels [B, N*F].
+        """
+        frames = clean.shape[1]
+        copies = noisy.shape[1] // frames
+        grid = clean.shape[3] // SPEC.patch[0], clean.shape[4] // SPEC.patch[1]
+        attention = ClipAttention(frames, copies, self.window, grid, SPEC.head_dim)
+        timesteps = torch.cat((torch.zeros_like(sigmas[:, :frames]), sigmas * 1000), dim=1)
+        context = self.transformer.embed_text(self.words(words))
+        told = actions.repeat(1, 1 + copies, 1)
+        out = self.transformer(torch.cat((clean, noisy), dim=1), timesteps, context, attention, told)
+        return out[:, frames:].to(clean.dtype)
+
+
+def train_transformer(folder: Path, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
+    """First with true pasts, blurred by noise; then with pasts that the network itself has drawn."""
+    world = TinyWorld(recipe.window)
+    world = train_stage(folder, "world", world, bank, vae, recipe, recipe.steps, recipe.rate)
+    return train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
+
+
+def train_stage(
+    folder: Path, name: str, world: TinyWorld, bank: Bank, vae: CausalVae, recipe: Recipe, steps: int, rate: float
+) -> TinyWorld:
+    run = Run(folder / name, world, optimisers(world, rate), steps, recipe.save_every)
+    if run.step < run.steps:
+        run.go(
+            lambda: world_loss(
+                world, random_batch(bank, recipe), random_firsts(bank, recipe.firsts), recipe,
+                own=name == "own" and random.random() < recipe.own_share,
+            ),
+            lambda: world_sheet(run.average, vae, bank, recipe, folder / f"{name}.png"),
+        )
+    return run.average
+
+
+def world_loss(
+    world: TinyWorld, batch: Batch, firsts: Batch, recipe: Recipe, own: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """Velocity error of noisy frames beside a past that is not quite clean."""
+    past = own_past(world, batch, recipe.levels[1:]) if own else batch.latents
+    error, sigmas = velocity_error(world, batch, past, recipe, recipe.copies)
+    first, first_sigmas = velocity_error(world, firsts, firsts.latents, recipe, 1)
+    counts = batch.counts.repeat(1, recipe.copies)
+    counted = torch.cat((error[counts], first.flatten()))
+    far, first_far = (sigmas == 1) & counts, first_sigmas == 1
+    far[:, :: recipe.crop] = False
+    told = {"next": error[far], "first": first[first_far]}
+    return counted.mean(), {name: float(part.detach().mean()) for name, part in told.items() if len(part)}
+
+
+def velocity_error(world: TinyWorld, batch: Batch, past: Tensor, recipe: Recipe, copies: int) -> tuple[Tensor, Tensor]:
+    """Mean square per frame [B, copies*F], and the noise levels, drawn for each frame of each copy."""
+    blur = torch.rand(batch.counts.shape) * recipe.blur * (torch.rand(batch.counts.shape) < 0.5)
+    true = batch.latents.repeat(1, copies, 1, 1, 1)
+    sigmas = torch.tensor(recipe.levels)[torch.randint(len(recipe.levels), true.shape[:2])]
+    noise = torch.randn_like(true)
+    velocity = world(mixed(past, blur), torch.lerp(true, noise, per_frame(sigmas)), sigmas, batch.actions, batch.words)
+    return (velocity - (noise - true)).square().mean((2, 3, 4)), sigmas
+
+
+@torch.no_grad()
+def own_past(world: TinyWorld, batch: Batch, levels: tuple[float, ...]) -> Tensor:
+    """What the network draws of each frame from a noisy one, a few times in a row: the past to learn beside.
+
+    The noisy frame fixes what is not determined, so that the true frames stay the right answer.
+    """
+    past = batch.latents
+    for _ in range(random.randint(1, 3)):
+        sigmas = torch.tensor(levels)[torch.randint(len(levels), batch.counts.shape)]
+        noisy = mixed(batch.latents, sigmas)
+        drawn = noisy - per_frame(sigmas) * world(past, noisy, sigmas, batch.actions, batch.words)
+        past = torch.where(per_frame(torch.rand(sigmas.shape) < 0.2), batch.latents, drawn)
+    return past
+
+
+def mixed(latents: Tensor, sigmas: Tensor) -> Tensor:
+    """Latents [B, F, C, h, w] with noise of level sigmas [B, F]."""
+    return torch.lerp(latents, torch.randn_like(latents), per_frame(sigmas))
+
+
+def per_frame(values: Tensor) -> Tensor:
+    return values[:, :, None, None, None]
+
+
+@torch.no_grad()
+def world_sheet(world: TinyWorld, vae: CausalVae, bank: Bank, recipe: Recipe, path: Path) -> str:
+    """True walks above what the network makes of their first frames and actions; returns how near it comes."""
+    frames, clips = recipe.crop, slice(0, 4)
+    words, actions = bank.words[clips, 0], F.one_hot(bank.actions[clips, :frames], len(ACTIONS)).float()
+    true = bank.latents[clips, :frames]
+    drawn = true.clone()
+    drawn[:, 1:] = 0
+    for frame in range(1, frames):
+        x = torch.randn_like(true[:, frame])
+        for level, following in zip(recipe.levels, (*recipe.levels[1:], 0.0), strict=True):
+            noisy = drawn.clone()
+            noisy[:, frame] = x
+            sigmas = torch.full(actions.shape[:2], level)
+            velocity = world(drawn[:, : frame + 1], noisy[:, : frame + 1], sigmas[:, : frame + 1],
+                             actions[:, : frame + 1], words)[:, frame]  # fmt: skip
+            x = x - (level - following) * velocity
+        drawn[:, frame] = x
+    mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
+    decoded = [decode_clips(vae, (part * std + mean).transpose(1, 2)).clamp(-1, 1) for part in (true, drawn)]
+    rows = torch.stack(decoded, dim=1)[:, :, :, ::FRAMES]
+    save_sheet(rows.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2), path)
+    error = (decoded[0] - decoded[1]).square().mean((0, 1, 3, 4))[1:].unflatten(0, (-1, FRAMES)).mean(1) / 4
+    return "rollout dB " + " ".join(f"{-10 * math.log10(float(value)):.1f}" for value in error)
+
+
+def export(folder: Path, vae: CausalVae, world: TinyWorld, bank: Bank) -> None:
+    """The files that are shipped, half precision, in the layout of a diffusers checkpoint."""
+    spec = replace(vae.spec, mean=bank.mean, std=bank.std)
+    named = {to_format("diffusers", name): tensor for name, tensor in world.transformer.state_dict().items()}
+    write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
+    write_json(folder / "transformer" / "config.json", diffusers_config(SPEC))
+    write_json(folder / "vae" / "config.json", diffusers_vae_config(spec))
+    for file, state in (
+        (folder / "transformer" / SHARD, named),
+        (folder / "vae" / SHARD, vae.state_dict()),
+        (folder / WORDS_FILE, world.words.state_dict()),
+    ):
+        write_tensors({name: tensor.half().contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
+    print(f"wrote {folder}, {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
+
+
+def save_sheet(rows: Tensor, path: Path) -> None:
+    """Rows of pixels in [-1, 1], [H, W, 3], as a picture twice the size."""
+    picture = ((rows.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    Image.fromarray(picture).resize((picture.shape[1] * 2, picture.shape[0] * 2), Image.Resampling.NEAREST).save(path)
+
+
+class MatrixMuon(torch.optim.Muon):
+    """Muon, with a convolution's weight taken as the matrix [out, everything else]."""
+
+    def __init__(self, weights: list[nn.Parameter], rate: float) -> None:
+        self.weights = weights
+        self.views = [nn.Parameter(weight.data.view(len(weight), -1)) for weight in weights]
+        super().__init__(self.views, rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for view, weight in zip(self.views, self.weights, strict=True):
+            assert view.data_ptr() == weight.data_ptr()
+            view.grad = None if weight.grad is None else weight.grad.reshape_as(view)
+            weight.grad = None
+        return super().step(closure)
+
+
+def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and kernels inside the network, AdamW for what is left."""
+    inner = (".blocks.", "encoder.", "decoder.")
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    matrices = [
+        weight
+        for name, weight in weights.items()
+        if any(part in name for part in inner) and weight.ndim > 1 and "modulation" not in name and "norm" not in name
+    ]
+    held = {id(weight) for weight in matrices}
+    others = [weight for weight in weights.values() if id(weight) not in held]
+    return [MatrixMuon(matrices, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def moving_average(average: Tensor, weight: Tensor, count: Tensor | int) -> Tensor:
+    """Over the last few hundred steps, fewer at the start."""
+    return average.lerp(weight, 1 - min(0.997, (1 + int(count)) / (10 + int(count))))
+
+
+class Run(Generic[Model]):
+    """A training loop that can be stopped: model, its moving average, optimisers and step in one file."""
+
+    def __init__(
+        self, folder: Path, model: Model, optimisers: list[torch.optim.Optimizer], steps: int, save_every: float
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.model, self.optimisers = folder / "run.pt", model, optimisers
+        self.steps, self.save_every = steps, save_every
+        self.averaged = AveragedModel(model, avg_fn=moving_average)
+        self.step = 0
+        self.rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+        if self.file.exists():
+            saved = torch.load(self.file, weights_only=True)
+            model.load_state_dict(saved["model"])
+            self.averaged.load_state_dict(saved["average"])
+            for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+                optimiser.load_state_dict(state)
+            self.step = saved["step"]
+
+    @property
+    def average(self) -> Model:
+        return cast(Model, self.averaged.module)
+
+    def go(self, loss: Callable[[], tuple[Tensor, dict[str, float]]], sheet: Callable[[], str]) -> None:
+        """Train to the last step; `loss` gives the loss of a batch and figures to tell, `sheet` draws samples."""
+        said: dict[str, float] = {}
+        saved = told = time.monotonic()
+        began = self.step
+        while self.step < self.steps:
+            self.set_rates()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                total, figures = loss()
+            total.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimiser in self.optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+            self.averaged.update_parameters(self.model)
+            self.step += 1
+            for name, value in (figures | {"loss": float(total.detach())}).items():
+                said[name] = value if name not in said else 0.95 * said[name] + 0.05 * value
+            now = time.monotonic()
+            if self.step % 20 == 0 or self.step == self.steps:
+                pace = (now - told) / min(20, self.step - began)
+                told = now
+                values = "  ".join(f"{name} {value:.4f}" for name, value in said.items())
+                print(f"{self.file.parent.name} {self.step}/{self.steps}  {pace:.2f} s/step  {values}", flush=True)
+            if now - saved > self.save_every or self.step == self.steps:
+                self.save()
+                print(f"saved; {sheet()}", flush=True)
+                saved = told = time.monotonic()
+                began = self.step
+
+    def set_rates(self) -> None:
+        """Up over the first steps, then down along a cosine."""
+        up = min(1.0, (self.step + 1) / min(60, 1 + self.steps // 10))
+        factor = up * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+        for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+
+    def save(self) -> None:
+        part = self.file.with_suffix(".part")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "average": self.averaged.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+                "step": self.step,
+            },
+            part,
+        )
+        part.replace(self.file)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on.")],
+    short: Annotated[bool, typer.Option(help="A few steps of each stage, to see that all of it works.")] = False,
+) -> None:
+    """Train the small world from nothing to the files that are shipped."""
+    torch.manual_seed(0)
+    recipe = SHORT if short else Recipe()
+    vae = train_vae(out, recipe)
+    bank = load_bank(out, vae, recipe)
+    world = train_transformer(out, bank, vae, recipe)
+    vae = train_decoder(out, vae, recipe)
+    export(out / "weights", vae, world, bank)
+
+
+if __name__ == "__main__":
+    with told_in_a_line():
+        typer.run(main)
