@@ -1,4 +1,4 @@
-"""What each call of a lowered program computes and moves; a pass is lowered first, then its calls are counted.
+"""Operations and bytes of each call of a lowered program: a pass is lowered first, then its calls are counted.
 
 A multiply and an add are 2 operations; an elementwise call or a norm of torch counts one for each entry of its largest
 tensor, a copy none. Bytes are those of every tensor read and written once, as if nothing stayed in a cache; of a store

@@ -18,7 +18,7 @@ from .types import Role
 
 
 class Form(StrEnum):
-    """How a call reaches its place: an `out=` form, an op that writes its arguments, or a result that is copied."""
+    """Way in which a call's result reaches its place: an `out=` form, an op that writes its arguments, or a result that is copied."""
 
     OUT = "out"
     WRITES = "writes"
@@ -59,7 +59,7 @@ class Ref:
         return self.size
 
     def covers(self, buffer: Buffer) -> bool:
-        """Whether it is all of a buffer, laid out as it is."""
+        """Return True for all of a buffer, laid out as it is."""
         return (self.dtype, self.size, self.stride, self.offset) == (buffer.dtype, buffer.size, buffer.stride, 0)
 
 
@@ -86,7 +86,7 @@ class Call:
 
     @property
     def allocates(self) -> bool:
-        """Whether torch makes room on the way: there is no `out=` form, or one that copies from a fresh tensor."""
+        """Return True if torch allocates in the call: there is no `out=` form, or one that copies from a fresh tensor."""
         return self.form is Form.COPIED or torch.Tag.generated in self.op.tags
 
     @property

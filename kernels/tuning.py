@@ -50,14 +50,14 @@ def table_path(op: str, card: str) -> Path:
 
 @cache
 def choices(spec: KernelSpec, card: str, capability: int) -> Mapping[str, Callable[..., None]]:
-    """What to run by `sort_of`, from the card's table; empty without one. UsageError for one that cannot be used."""
+    """Forms by `sort_of` from the card's table, empty without one; UsageError for a table that cannot be used."""
     path = table_path(spec.name, card)
     if not path.exists():
         return {}
     try:
         return read(spec, json.loads(path.read_text("utf-8")), capability)
     except ValueError as error:
-        wrong = f"{path}: {error}; write it anew with inferix bench kernels --op {spec.name} --tune, or delete it"
+        wrong = f"{path}: {error}; write it again with inferix bench kernels --op {spec.name} --tune, or delete it"
         raise UsageError(wrong) from None
 
 

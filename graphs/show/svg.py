@@ -1,6 +1,6 @@
 """A block graph as a picture: passes as rows, launches as boxes by layer, and what each rewrite changed.
 
-Every box tells its op, what it is in the model, its operations and bytes, and the rewrite that made it; its bar is the
+Every box has its op, its place in the model, its operations and bytes, and the rewrite that made it; its bar is the
 share of operations in those of the costliest box of its row. Passes that launch the same are drawn
 once, and then only as a strip.
 """
@@ -32,22 +32,22 @@ INK, SOFT, FAINT, PAPER = "#1c2430", "#5b6675", "#e4e8ee", "#ffffff"
 
 @dataclass
 class Canvas:
-    """What has been drawn, and how far down."""
+    """The parts drawn so far, and the y at which the next begins."""
 
     y: float = MARGIN
     parts: list[str] = field(default_factory=list)
 
     def text(
-        self, x: float, y: float, said: str, size: float = 11, colour: str = INK, bold: bool = False, room: float = 0,
+        self, x: float, y: float, words: str, size: float = 11, colour: str = INK, bold: bool = False, room: float = 0,
         anchor: str = "start",
     ) -> None:  # fmt: skip
         """One line, in smaller letters where there is less room than it would take."""
         weight = ' font-weight="600"' if bold else ""
-        if 0 < room < width_of(said, size, bold):
-            size = round(size * room / width_of(said, size, bold), 1)
+        if 0 < room < width_of(words, size, bold):
+            size = round(size * room / width_of(words, size, bold), 1)
         self.parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{colour}" text-anchor="{anchor}"{weight}>'
-            f"{escape(said)}</text>"
+            f"{escape(words)}</text>"
         )
 
     def box(
@@ -68,9 +68,9 @@ class Canvas:
         )
 
 
-def width_of(said: str, size: float, bold: bool = False) -> float:
+def width_of(words: str, size: float, bold: bool = False) -> float:
     """About how wide a line is."""
-    return len(said) * size * (0.62 if bold else 0.57)
+    return len(words) * size * (0.62 if bold else 0.57)
 
 
 def tint(colour: str) -> str:
@@ -110,8 +110,8 @@ def title(canvas: Canvas, block: BlockGraph, each: list[PassCost]) -> None:
         canvas.box(x, canvas.y + 54, 12, 12, colour, round=2)
         canvas.text(x + 18, canvas.y + 64, kind, 12)
         x += 36 + width_of(kind, 12)
-    said = "bar: operations, against the costliest box of the row; in colour: the rewrite that made the box"
-    canvas.text(x + 6, canvas.y + 64, said, 12, SOFT)
+    words = "bar: operations, against the costliest box of the row; in colour: the rewrite that made the box"
+    canvas.text(x + 6, canvas.y + 64, words, 12, SOFT)
     canvas.y += 84
 
 
@@ -171,8 +171,8 @@ def layers(canvas: Canvas, sections: list[Section], top: float) -> float:
         canvas.text(x + FRAME, y + 14, section.name, 11, bold=True, room=width - 2 * FRAME)
         if len(section.launches) > 3:
             cost = section.cost
-            told = f"{cost.launches} launches, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
-            canvas.text(x + width - FRAME, y + 14, told, 11, SOFT, anchor="end")
+            total = f"{cost.launches} launches, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
+            canvas.text(x + width - FRAME, y + 14, total, 11, SOFT, anchor="end")
         for index, launch in enumerate(section.launches):
             across_at, down_at = index % across, index // across
             draw_launch(
@@ -196,10 +196,10 @@ def draw_launch(canvas: Canvas, launch: Launch, x: float, y: float, most: int) -
     canvas.box(x + 5, y + BOX_HEIGHT - 6, max(1.0, room * launch.cost.flops / most), 3, colour, round=1.5)
 
 
-def strip(canvas: Canvas, sections: list[Section], top: float, said: str) -> float:
+def strip(canvas: Canvas, sections: list[Section], top: float, words: str) -> float:
     """All launches as thin marks, by the operations in them."""
     start, room = MARGIN + LABELS, WIDTH - 2 * MARGIN - LABELS
-    canvas.text(start, top + 12, said, 11, SOFT)
+    canvas.text(start, top + 12, words, 11, SOFT)
     marks = [launch for section in sections for _ in section.layers for launch in section.launches]
     each = room / len(marks)
     for index, launch in enumerate(marks):
@@ -209,13 +209,13 @@ def strip(canvas: Canvas, sections: list[Section], top: float, said: str) -> flo
 
 def bands(canvas: Canvas, sections: list[Section], top: float) -> float:
     """A graph of many small calls: one line for each layer or run of layers, equal ones counted."""
-    start, y, told = MARGIN + LABELS, top, dict[str, int]()
+    start, y, counts = MARGIN + LABELS, top, dict[str, int]()
     for section in sections:
         cost = section.cost
         kinds = ", ".join(dict.fromkeys(launch.label for launch in section.launches))
         line = f"{section.name}: {cost.launches} launches, {in_units(cost.nbytes, 'B')} ({kinds})"
-        told[line] = told.get(line, 0) + 1
-    for line, count in told.items():
+        counts[line] = counts.get(line, 0) + 1
+    for line, count in counts.items():
         canvas.text(start, y + 12, f"{line}{f', {count} times' if count > 1 else ''}", 11, room=0)
         y += 16
     return y
