@@ -78,7 +78,8 @@ def resized(program: Program, pages: int) -> Program:
         return tuple(map(with_store, argument)) if isinstance(argument, tuple) else argument
 
     calls = tuple(
-        replace(call, args=with_store(call.args), kwargs=with_store(call.kwargs), outs=with_store(call.outs)) for call in program.calls
+        replace(call, args=with_store(call.args), kwargs=with_store(call.kwargs), outs=with_store(call.outs))
+        for call in program.calls
     )
     return replace(program, buffers={**program.buffers, **stores}, calls=calls)
 
@@ -91,8 +92,8 @@ def of_pages(buffer: Buffer, pages: int) -> Buffer:
 def recipes(program: Program, made: Mapping[str, str] | None = None) -> dict[str, str]:
     """A digest of how each output is made: outputs of two programs with one recipe hold the same numbers.
 
-    The contents of a buffer are described by the calls that wrote it, down to weights and literals by name; `made` has the
-    recipes of constants.
+    The contents of a buffer are described by the calls that wrote it, down to weights and literals by name; `made` has
+    the recipes of constants.
     """
     held = {name: "fresh" for name, buffer in program.buffers.items() if buffer.role is Role.SCRATCH}
     held |= made or {}

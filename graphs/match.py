@@ -220,8 +220,11 @@ class Match:
         return type(wanted) is type(found) and wanted == found
 
     def _shapes(self, base: fx.Node, args: Any, here: fx.Node) -> bool:
-        """Return True if shapes agree where they matter: over the last dimension they do not, and elementwise calls only need
-        to spread the same operands over the same dimensions."""
+        """Return True if shapes agree where they matter.
+
+        They do not over the last dimension; elementwise calls only need to spread the same operands over the same
+        dimensions.
+        """
         if base.target in LAST_DIM or is_scratch(base):
             return True
         ours, found = ([shape(arg) for arg in part if isinstance(arg, fx.Node)] for part in (args, here.args))

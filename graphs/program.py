@@ -18,7 +18,7 @@ from .types import Role
 
 
 class Form(StrEnum):
-    """Way in which a call's result reaches its place: an `out=` form, an op that writes its arguments, or a result that is copied."""
+    """The way a result reaches its place: by an `out=` form, by an op that writes its arguments, or by a copy."""
 
     OUT = "out"
     WRITES = "writes"
@@ -86,7 +86,7 @@ class Call:
 
     @property
     def allocates(self) -> bool:
-        """Return True if torch allocates in the call: there is no `out=` form, or one that copies from a fresh tensor."""
+        """Return True if torch allocates in the call: without an `out=` form, or with one that copies a new tensor."""
         return self.form is Form.COPIED or torch.Tag.generated in self.op.tags
 
     @property

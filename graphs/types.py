@@ -50,8 +50,8 @@ class Runs(StrEnum):
     """Events that make a graph run.
 
     LOAD: weights have come or changed. PROMPT: a session has a new prompt. SWITCH: the prompt changed in the middle
-    of a stream, before its next block. REBUILD: the context is encoded again, between blocks. FLUSH: where the commit of a
-    block cannot wait for the next one's first pass. BLOCK: every block.
+    of a stream, before its next block. REBUILD: the context is encoded again, between blocks. FLUSH: where the commit
+    of a block cannot wait for the next one's first pass. BLOCK: every block.
     """
 
     LOAD = "load"

@@ -69,7 +69,7 @@ def validate_pass(graph: PassGraph) -> None:
 
 
 def written_state(graph: PassGraph, node: fx.Node, target: fx.Node) -> str:
-    """The name of the state that a node writes; GraphError if it is none, or if the node gets no pages of the pass's own."""
+    """The name of the state that a node writes; GraphError for other values, or without a page that the pass owns."""
     value = graph.inputs[target.name]
     if value.role != Role.STATE:
         raise GraphError(f"{graph.name}: {node.name} writes into {value.role} {value.name}")

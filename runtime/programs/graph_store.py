@@ -24,7 +24,7 @@ from ...version import __version__
 from ..files import write_atomically
 from .graph_builder import Query, QueryGraphs
 
-FORMAT = 1
+FORMAT = 2
 IDENTITY = "identity.json"
 KERNELS = "triton"
 
