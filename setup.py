@@ -27,6 +27,7 @@ PACKAGES = [
     "inferix.kernels.rms_silu",
     "inferix.graphs",
     "inferix.graphs.rewrites",
+    "inferix.graphs.show",
     "inferix.schemes",
     "inferix.models",
     "inferix.models.wan",

@@ -50,8 +50,6 @@ MATRIX = {  # instructions of the tensor cores: float16 and bfloat16, FP8, INT8
     100: "UTCHMMA|UTCQMMA|UTCIMMA|IMMA",  # Triton 3.6 has no UTCIMMA
     120: "HMMA|QMMA|IMMA",
 }
-WITH_MATRIX = ("block_attention", "linear_lowp")  # ops that must use them
-STACK = {"denoise_step": 64}  # bytes an op may keep on the stack: the float64 cosine's digits of pi, for huge angles
 
 
 def compile_all(ops: Sequence[str] = (), cache: Path | None = None) -> dict[str, Row]:
@@ -144,13 +142,13 @@ def problems(table: Mapping[str, Row]) -> list[str]:
     """Check compiled kernels, or a table of them, against the limits of their architectures: a line for each fault."""
     wrong = []
     for name, row in table.items():
-        capability = row["architecture"]
+        capability, spec = row["architecture"], SPECS[op_of(name)]
         if row["shared"] > SHARED_LIMIT[capability] * 1024:
             limit = SHARED_LIMIT[capability]
             wrong.append(f"{name}: {row['shared'] / 1024:.0f} KiB of shared memory; sm_{capability} has {limit}")
-        if row["stack"] > STACK.get(op_of(name), 0):
+        if row["stack"] > spec.stack:
             wrong.append(f"{name}: {row['stack']} bytes on the stack: registers are spilled")
-        if name.startswith(WITH_MATRIX) and not row["matrix"]:
+        if spec.tensor_cores and not row["matrix"]:
             wrong.append(f"{name}: no {MATRIX[capability]} instruction, so no tensor core is used")
         if row["tf32"]:
             wrong.append(f"{name}: float32 products run as TF32")

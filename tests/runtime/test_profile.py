@@ -15,7 +15,7 @@ from recording import FakeGraphs
 
 from inferix.bench import profile_cost
 from inferix.errors import UsageError
-from inferix.graphs.call_cost import PACKED, family, flops, nbytes
+from inferix.graphs.cost import PACKED, call_cost, family
 from inferix.kernels.block_attention import block_attention
 from inferix.runtime import engine as engines
 from inferix.runtime.execution.executors import GraphExecutor
@@ -123,7 +123,8 @@ def test_bytes_and_operations_of_calls() -> None:
         run, torch.zeros(1, 6, 32), torch.zeros(128, 32), torch.zeros(128), torch.zeros(5, 1, 1, 2, 2),
         torch.zeros(2, 8, 10, 2, 64), table, count,
     )  # fmt: skip
-    cost = {call.op._schema.name: (family(call), flops(call, 3), nbytes(call, 3)) for call in program.calls}
+    costs = {call.op._schema.name: (family(call), call_cost(call, 3)) for call in program.calls}
+    cost = {name: (kind, one.flops, one.nbytes) for name, (kind, one) in costs.items()}
     assert cost["aten::addmm"] == ("matmul", 2 * 6 * 32 * 128, 4 * (6 * 32 + 32 * 128 + 128 + 6 * 128))
     pages = 4 * 2 * 3 * 10 * 128
     assert cost["inferix::block_attention"] == ("attention", 4 * 6 * 128 * 30, 2 * 4 * 6 * 128 + pages + 4 * 4 + 4)
