@@ -6,7 +6,11 @@ is complete.
 
 from __future__ import annotations
 
+import glob
+import os
+import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InferixError, UsageError, nearest
-from ..models.files import write_json, write_tensors
+from ..errors import InferixError, UsageError, nearest, quoted
+from ..models.files import finite, reason, save_pickle, write_json, write_tensors
 from ..models.text.tiny import write_tiny_text_encoder
-from ..models.text.umt5 import ORIGINAL_FILE, ORIGINAL_TOKENIZER, find_text
+from ..models.text.umt5_checkpoint import ORIGINAL_FILE, ORIGINAL_TOKENIZER, find_text
 from ..models.wan.checkpoint import FORMATS, SHARD, merging, read_checkpoint
 from ..models.wan.configs import diffusers_config, diffusers_vae_config, original_config
 from ..models.wan.names import to_format
@@ -56,7 +60,7 @@ def write_random_transformer(folder: Path, spec: ModelSpec, form: str, seed: int
         adapter = random_lora(spec, seed + 4)
         # The adapter is taken off the weights, so that merging it gives those of every other format.
         state = {name: state[name] - adapter_change(name, state[name], adapter) for name in state}
-        torch.save({"generator_lora": adapter}, folder / layout.lora)
+        save_pickle({"generator_lora": adapter}, folder / layout.lora)
     if layout.file == SHARD:
         write_transformer(folder, spec, form, state, MAX_SHARD)
         return
@@ -66,9 +70,9 @@ def write_random_transformer(folder: Path, spec: ModelSpec, form: str, seed: int
     elif "generator_ema" in layout.weights and not layout.lora:
         other = random_transformer_state(spec, seed + 2, dtype)
         training = {f"model.{to_format(layout.names, name)}": tensor for name, tensor in other.items()}
-        torch.save({"generator": training, "generator_ema": named}, folder / layout.file)
+        save_pickle({"generator": training, "generator_ema": named}, folder / layout.file)
     else:
-        torch.save({"generator": named}, folder / layout.file)
+        save_pickle({"generator": named}, folder / layout.file)
 
 
 def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,22 +117,25 @@ def convert(
     lora_scale: float = 1.0,
     max_shard: int = MAX_SHARD,
     tell: Callable[[str], None] = lambda said: None,
+    lora_partial: bool = False,
 ) -> Path:
     """Write any readable checkpoint as safetensors with a config, adapters merged, parts beside it taken along.
 
     form: one of `CONVERTED`; dtype: of transformer and VAE, None keeps it. The text encoder is copied as it is.
-    `tell` hears of each file. Raises UsageError for bad choices, InferixError for broken files or a full disk.
+    `tell` is called with the name of each file. lora_partial: merge an adapter of which only a part fits.
+    Raises UsageError for bad choices, InferixError for broken files or a full disk.
     """
     if form not in CONVERTED:
         raise UsageError(f"format is {form!r}{nearest(form, CONVERTED)}; expected one of {', '.join(CONVERTED)}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
-    if max_shard < 1:
+    if isinstance(max_shard, bool) or not isinstance(max_shard, int) or max_shard < 1:
         raise UsageError(f"max_shard is {max_shard}; expected bytes, 1 or more")
     checkpoint = read_checkpoint(source)
-    change = merging(checkpoint, [(lora, lora_scale)] if lora else [])
+    change = merging(checkpoint, [(lora, lora_scale)] if lora else [], lora_partial)
     kind = DTYPES[dtype] if dtype else None
-    place = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    place = checkpoint.folder
+    refuse_inside(destination, checkpoint.path, *([lora] if lora else []))
     with new_folder(destination) as folder:
         write_transformer(folder, checkpoint.spec, form, checkpoint.tensors, max_shard, kind, change, tell)
         if found := find_vae([place]):
@@ -186,7 +193,8 @@ def write_transformer(
         part = {}
         for name in names:
             tensor = tensors[name]
-            part[to_format(form, name)] = change(name, tensor).to(dtype or tensor.dtype).contiguous()
+            written = finite(file, name, change(name, tensor).to(dtype or tensor.dtype))
+            part[to_format(form, name)] = written.contiguous()
         write_tensors(part, folder / file, {"format": "pt"})
         places |= dict.fromkeys(part, file)
         tell(file)
@@ -201,24 +209,60 @@ def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor
         write_json(folder / "vae" / "config.json", diffusers_vae_config(spec))
         write_tensors(state, folder / "vae" / SHARD, {"format": "pt"})
     else:
-        torch.save({to_original(name, spec): tensor for name, tensor in state.items()}, folder / vae_file(spec))
+        save_pickle({to_original(name, spec): tensor for name, tensor in state.items()}, folder / vae_file(spec))
+
+
+def refuse_inside(destination: str | Path, *sources: str | Path) -> None:
+    """UsageError for an output at, in or above an input: it would change what the input's folder holds."""
+    target = Path(destination).resolve()
+    for source in sources:
+        origin = Path(source).resolve()
+        folder = origin if origin.is_dir() else origin.parent
+        if target == origin or target in origin.parents or (origin.is_dir() and folder in target.parents):
+            raise UsageError(f"destination {quoted(str(destination))} lies in or above {quoted(str(source))}, which is "
+                             "read; name a folder elsewhere")
 
 
 @contextmanager
 def new_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder to fill that is moved to its place at the end, or removed if that end is not reached."""
+    """A folder to fill that is moved to its place at the end, or removed if that end is not reached.
+
+    UsageError if there is something at `destination`; InferixError if it cannot be written. Warns of what an earlier
+    run that was killed has left.
+    """
     destination = Path(destination)
-    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise UsageError(f"{str(destination)!r} is there already; name a new folder")
-    part = destination.with_name(f"{destination.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        if os.path.lexists(destination) and (not destination.is_dir() or any(destination.iterdir())):
+            raise UsageError(f"{quoted(str(destination))} is there already; name a new folder")
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        for left in destination.parent.glob(f"{glob.escape(destination.name)}.*.part"):
+            warnings.warn(f"{left} was left by a run that was stopped; remove it", stacklevel=4)
+        part = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}.part")
+        part.mkdir()
+    except (OSError, ValueError) as error:
+        raise InferixError(f"cannot write {destination}: {reason(error)}; choose another place") from error
+    try:
         yield part
-        if destination.exists():
+        for file in part.rglob("*"):
+            settle_on_disk(file)
+        if destination.is_dir():
             destination.rmdir()
         part.rename(destination)
+        settle_on_disk(destination.parent)
     except OSError as error:
-        raise InferixError(f"cannot write {destination}: {error.strerror or error}") from error
+        raise InferixError(
+            f"writing {quoted(str(destination))} failed: {reason(error)}; free some space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def settle_on_disk(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk; on systems where that can be asked for so."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -155,17 +155,18 @@ class Engine:
         """Have each control's and each block's record told to `observer`, in the threads where they come about."""
         self.host.observers.append(observer)
 
-    def use_lora(self, lora: str | Path | None, scale: float = 1.0) -> None:
+    def use_lora(self, lora: str | Path | None, scale: float = 1.0, partial: bool = False) -> None:
         """Run all sessions with an adapter from their next blocks on, in place of the one put on before; None takes it
         off, and the weights are what they were.
 
         For the thread that drives the engine, between two blocks; from another, `soon(lambda: use_lora(path))`. Nothing
-        is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model.
+        is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model, or of
+        which only a part fits, unless `partial`.
         """
         if lora is None:
             self.adapter.take_off()
         else:
-            self.adapter.put_on(lora, scale)
+            self.adapter.put_on(lora, scale, partial)
         self.follow_weights()
 
     @torch.no_grad()
@@ -630,6 +631,7 @@ def load(
     precision: str = "reference",
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
+    lora_partial: bool = False,
     kv_memory: int | str | None = None,
     kv_dtype: str | None = None,
     kv_offload: bool = False,
@@ -669,6 +671,7 @@ def load(
         precision=precision,
         lora=str(lora) if lora is not None else None,
         lora_scale=lora_scale,
+        lora_partial=lora_partial,
         kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
         kv_dtype=kv_dtype,
         kv_offload=kv_offload,
