@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_PACKAGES = {"tests", "build", "dist", "outputs"}
-BELOW_ROOT = ["kernels", "graphs", "models", "export", "runtime", "evaluate", "bench"]
+NO_PACKAGES = {"tests", "tools", "build", "dist", "outputs"}
+BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "evaluate", "bench"]
 AT_ROOT = ["cli", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 FOR_EVERYONE = {"errors", "version"}
@@ -128,7 +128,8 @@ def test_imports_run_downwards() -> None:
         ("inferix.kernels.__init__", "from ..graphs import types"),
         ("inferix.graphs.trace", "import inferix.models"),
         ("inferix.models.wan.vae", "def f():\n    from ...runtime.engine import Engine"),
-        ("inferix.export.pack", "from inferix.runtime import engine"),
+        ("inferix.runtime.pack", "from inferix.export import checkpoint"),
+        ("inferix.schemes.timeline", "from ..models.wan import spec"),
         ("inferix.runtime.engine", "from ..cli.main import main"),
         ("inferix.runtime.engine", "from .. import load"),
         ("inferix.runtime.engine", "import inferix"),
@@ -145,7 +146,8 @@ def test_planted_wrong_imports_are_found(module: str, source: str) -> None:
     [
         ("inferix.kernels.attention", "import torch\nfrom ..errors import UsageError\nfrom . import rope"),
         ("inferix.models.wan.transformer", "from ...kernels import rope\nfrom . import spec"),
-        ("inferix.runtime.engine", "from .. import errors, version\nfrom ..export import pack"),
+        ("inferix.runtime.engine", "from .. import errors, version\nfrom ..schemes import presets"),
+        ("inferix.export.pack", "from ..runtime import engine"),
         ("inferix.cli.main", "from .. import load\nfrom ..runtime.engine import Engine"),
         ("inferix.__init__", "from .runtime.engine import Engine\nfrom .cli import main"),
     ],
