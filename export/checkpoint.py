@@ -6,6 +6,7 @@ is complete.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
@@ -30,6 +31,7 @@ from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.vae import VaeSpec
 from ..models.wan.vae_checkpoint import find_vae, load_vae, vae_file
 from ..models.wan.vae_names import to_original
+from ..runtime.files import settle_on_disk
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVERTED = ("original", "diffusers")
@@ -37,9 +39,7 @@ MAX_SHARD = 5_000_000_000  # bytes
 LORA_RANK = 4  # of random adapters
 
 
-def write_random(
-    spec_name: str, form: str, destination: str | Path, seed: int = 0, dtype: str = "float32"
-) -> Path:
+def write_random(spec_name: str, form: str, destination: str | Path, seed: int = 0, dtype: str = "float32") -> Path:
     """Write random weights of a named model as a folder in a format; UsageError for unknown names."""
     for what, name, known in (("model", spec_name, MODELS), ("format", form, FORMATS), ("dtype", dtype, DTYPES)):
         if name not in known:
@@ -219,8 +219,10 @@ def refuse_inside(destination: str | Path, *sources: str | Path) -> None:
         origin = Path(source).resolve()
         folder = origin if origin.is_dir() else origin.parent
         if target == origin or target in origin.parents or (origin.is_dir() and folder in target.parents):
-            raise UsageError(f"destination {quoted(str(destination))} lies in or above {quoted(str(source))}, which is "
-                             "read; name a folder elsewhere")
+            raise UsageError(
+                f"destination {quoted(str(destination))} lies in or above {quoted(str(source))}, which is "
+                "read; name a folder elsewhere"
+            )
 
 
 @contextmanager
@@ -232,15 +234,16 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
     """
     destination = Path(destination)
     try:
-        if os.path.lexists(destination) and (not destination.is_dir() or any(destination.iterdir())):
-            raise UsageError(f"{quoted(str(destination))} is there already; name a new folder")
+        taken = os.path.lexists(destination) and (not destination.is_dir() or any(destination.iterdir()))
+        if taken:
+            raise FileExistsError(errno.EEXIST, "it is there already")
         destination.parent.mkdir(parents=True, exist_ok=True)
         for left in destination.parent.glob(f"{glob.escape(destination.name)}.*.part"):
             warnings.warn(f"{left} was left by a run that was stopped; remove it", stacklevel=4)
         part = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}.part")
         part.mkdir()
     except (OSError, ValueError) as error:
-        raise InferixError(f"cannot write {destination}: {reason(error)}; choose another place") from error
+        raise UsageError(f"cannot write to {quoted(str(destination))}: {reason(error)}; name a new folder") from error
     try:
         yield part
         for file in part.rglob("*"):
@@ -255,14 +258,3 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def settle_on_disk(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on the disk; on systems where that can be asked for so."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

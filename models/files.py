@@ -158,6 +158,8 @@ def file_kind(path: Path) -> str:
     if head.startswith(b"GGUF"):
         raise UsageError(f"{quoted(str(path))} is a GGUF file; quantised weights are not read, use the bfloat16 file")
     if archive:
+        if path.suffix == ".safetensors":
+            raise UsageError(f"{quoted(str(path))} was written by torch.save, in spite of its name; rename it to .pt")
         check_archive(path)
         return "zip"
     if path.suffix.lower() == ".json" or head.lstrip()[:1] in (b"{", b"["):

@@ -31,6 +31,7 @@ OTHER_PARTS = {
 }  # fmt: skip
 EXPERTS = ("transformer_2", "high_noise_model", "low_noise_model")  # of models that change transformers by noise level
 AVERAGE = re.compile(r"(^|_)ema(_|$)")
+AVERAGE_COUNTERS = ("decay", "num_updates", "initted", "step")  # tensors that trackers of averages keep beside them
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 SCALES = re.compile(
     r"(^|\.)(scale_weight|weight_scale(_inv|_2)?|scale_input|input_scale|scaled_fp8|comfy_quant|absmax|quant_map|"
@@ -128,7 +129,9 @@ def choose_state_dict(
     if len(chosen) > 1 and not ordered:
         raise UsageError(f"{path} holds several: {', '.join(sorted(map(str, chosen)))}; save the one to use alone")
     place = (ordered or chosen)[0]
-    tensors = fit[place] | strays(path, place, fit, groups)
+    counters = AVERAGE_COUNTERS if place.averaged else ()
+    own = {name: tensor for name, tensor in fit[place].items() if name not in counters}
+    tensors = own | strays(path, place, fit, groups)
     refuse_quantised(path, tensors)
     return place, tensors
 
@@ -249,7 +252,7 @@ def read_weight_files(source: WeightFiles) -> dict[str, Any]:
             if name in content:
                 raise InferixError(f"{quoted(name)} stands in {file.name} and in another shard; download them again")
             if source.index is not None and source.index.get(name) != file.name:
-                raise InferixError(f"{file} holds {quoted(name)}, which its index does not list there; fetch both again")
+                raise InferixError(f"{file} holds {quoted(name)}, which its index does not list; fetch both again")
             content[name] = value
     if source.index is not None and (missing := [name for name in source.index if name not in content]):
         raise InferixError(f"the index names {quoted(missing[0])}, which no shard holds; download the shards again")

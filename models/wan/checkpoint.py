@@ -289,8 +289,10 @@ def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:
     for number in range(len(layers)):
         if str(number) not in layers:
             some = ", ".join(sorted(layers, key=len)[-3:])[:200]
-            raise InferixError(f"{path} has {len(layers)} layers, but none called blocks.{number} (it has {some}); "
-                               "the file is not complete")
+            raise InferixError(
+                f"{path} has {len(layers)} layers, but none called blocks.{number} (it has {some}); "
+                "the file is not complete"
+            )
     return len(layers)
 
 
@@ -327,7 +329,10 @@ def read_config(
         given["num_heads"] = config["num_attention_heads"]
         width = config.get("attention_head_dim", HEAD_DIM)
         if not is_count(width) or not is_count(given["num_heads"]) or width * given["num_heads"] != dim:
-            wrong.append(f"attention_head_dim is {quoted(width)} of {quoted(given['num_heads'])} heads, expected {dim}")
+            count = quoted(given["num_heads"])
+            wrong.append(
+                f"num_attention_heads is {count} and attention_head_dim {quoted(width)}, the tensors have {dim}"
+            )
     for key, value in given.items():
         if like and value != values[key]:
             wrong.append(f"{key} is {quoted(value)}; {like.name}, which has these sizes, has {values[key]}")

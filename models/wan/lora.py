@@ -137,30 +137,29 @@ def read_lora(path: str | Path) -> Lora:
             if mark in name:
                 raise UsageError(f"{path} is a {method} adapter ({quoted(name)}), not in this version; use a LoRA")
         part = PART.match(name)
-        module = our_lora_module(part["module"]) if part else None
-        kind = "" if part is None else part_kind(part)
-        if part is None or module is None or not kind:
+        module, kind = module_and_kind(part) if part else ("", "")
+        if part is None or not kind or our_lora_module(module) is None:
             unknown.append(name)
             continue
         check_values(path, name, tensor, kind)
         if part["adapter"]:
             adapters.add(part["adapter"])
-        halves = parts.setdefault(part["module"], {})
+        halves = parts.setdefault(module, {})
         if kind in halves:
-            raise UsageError(f"{path} gives {kind} of {quoted(part['module'])} twice; expected one adapter")
+            raise UsageError(f"{path} gives {kind} of {quoted(module)} twice; expected one adapter")
         halves[kind] = tensor
     if len(adapters) > 1:
         names = ", ".join(sorted(adapters))[:200]
         raise UsageError(f"{path} holds several adapters ({names}); save the one to use alone")
     if not any(halves.keys() - {"alpha"} for halves in parts.values()):
-        some = ", ".join(quoted(name, 80) for name in unknown[:4]) or "no tensors"
+        some = ", ".join(quoted(name, 80) for name in (*unknown, *parts)[:4]) or "no tensors"
         raise UsageError(f"{path} is no LoRA: it holds {some}; expected names that end in .lora_A.weight")
     scales = strengths(given, path, parts)
     updates: dict[str, Update] = {}
     for name, halves in parts.items():
-        module = our_lora_module(name)
-        assert module is not None
-        for parameter, update in module_updates(path, name, module, halves, scales.get(name, 1.0)):
+        ours = our_lora_module(name)
+        assert ours is not None
+        for parameter, update in module_updates(path, name, ours, halves, scales.get(name, 1.0)):
             if parameter in updates:
                 raise UsageError(f"{path} changes {parameter} twice; expected one update of each weight")
             updates[parameter] = update
@@ -215,14 +214,20 @@ def our_lora_module(name: str) -> str | None:
     return our_module(bare_name(name)[1])
 
 
-def part_kind(part: re.Match[str]) -> str:
-    """down, up, bias, alpha, diff, diff_b or diff_m; empty for what no adapter has."""
-    if part["other"]:
-        return str(part["other"])
+def module_and_kind(part: re.Match[str]) -> tuple[str, str]:
+    """(module in the file's names, kind): down, up, bias, alpha, diff or diff_b; an empty one for what no adapter has.
+
+    `diff_m` of a layer is a difference of its modulation.
+    """
+    module, other = str(part["module"]), part["other"]
+    if other == "diff_m":
+        return f"{module}.modulation", "diff"
+    if other:
+        return module, str(other)
     side = SIDES[part["side"]]
     if part["leaf"] == "bias":
-        return "bias" if side == "up" else ""
-    return side
+        return module, "bias" if side == "up" else ""
+    return module, side
 
 
 def check_values(path: Path, name: str, tensor: Tensor, kind: str) -> None:
@@ -258,8 +263,6 @@ def module_updates(
         yield weight, Difference(halves["diff"])
     if "diff_b" in halves:
         yield f"{module}.bias", Difference(halves["diff_b"])
-    if "diff_m" in halves:
-        yield f"{module}.modulation", Difference(halves["diff_m"])
 
 
 def fits_together(down: Tensor, up: Tensor) -> bool:

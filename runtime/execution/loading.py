@@ -71,9 +71,7 @@ def load_components(config: EngineConfig) -> Components:
     if config.base and not Path(config.base).is_dir():
         raise UsageError(f"base is {quoted(config.base)}, a file; expected the folder of a VAE and a text encoder")
     return Components(
-        transformer=build_transformer(
-            checkpoint, config.precision, dtype, device, loras(config), config.lora_partial
-        ),
+        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
         vae=matching_decoder(config.vae, places, spec, config),
         text=text_loader(config.text_encoder, places, spec, dtype, device),
         source=config.model,
@@ -125,8 +123,10 @@ def text_loader(
     if text := find_text(given, places):
         return cache(lambda: load_text(text, spec.text_len, dtype, device))
     if wanted:
-        raise UsageError(f"text_encoder is {quoted(wanted)}, which has no text encoder; expected a file such as "
-                         f"{TEXT_FILES[0]}, or a folder with one or with a folder text_encoder")
+        raise UsageError(
+            f"text_encoder is {quoted(wanted)}, which has no text encoder; expected a file such as "
+            f"{TEXT_FILES[0]}, or a folder with one or with a folder text_encoder"
+        )
     return None
 
 
@@ -155,9 +155,7 @@ def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
     weights = random_transformer_state(spec, 0, dtype)
     checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
     return Components(
-        transformer=build_transformer(
-            checkpoint, config.precision, dtype, device, loras(config), config.lora_partial
-        ),
+        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
         vae=random_decoder(spec, config.vae == "taehv", dtype, device),
         text=random_text(spec, dtype, device),
         source=spec.name,
