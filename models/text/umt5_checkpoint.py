@@ -73,9 +73,9 @@ def find_encoder(place: Path) -> Path | None:
     """A file of weights, or the folder of an encoder in the layout of transformers."""
     if not place.is_dir():
         return place if place.exists() else None
-    for folder in FOLDERS:
-        if found := next((path for name in TEXT_FILES if (path := place / folder / name).exists()), None):
-            return found
+    files = [place / folder / name for folder in FOLDERS for name in TEXT_FILES]
+    if found := next((path for path in files if path.exists()), None):
+        return found
     for folder in (place / "text_encoder", place):
         kind = (read_json(folder / "config.json") or {}).get("model_type")
         if (folder / "config.json").exists() and (folder.name == "text_encoder" or kind == "umt5"):
@@ -164,7 +164,7 @@ def to_original(name: str) -> str:
     return renamed.replace("*", layer[1]) if layer else renamed
 
 
-def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
+def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The sizes of an encoder by its tensors' shapes; InferixError if they do not tell them."""
     block = "encoder.block.0.layer"
     try:
@@ -185,7 +185,7 @@ def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """InferixError for a config of another kind, or one that contradicts the tensors."""
     expected = {"model_type": "umt5", **sizes, **CONSTANTS}
     wrong = [
