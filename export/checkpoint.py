@@ -239,7 +239,7 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
             raise FileExistsError(errno.EEXIST, "it is there already")
         destination.parent.mkdir(parents=True, exist_ok=True)
         for left in destination.parent.glob(f"{glob.escape(destination.name)}.*.part"):
-            warnings.warn(f"{left} is of a run that was stopped, or that still writes; remove it if none does", stacklevel=4)
+            warnings.warn(f"{left} is of a run that was stopped or still writes; remove it if none does", stacklevel=4)
         part = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}.part")
         part.mkdir()
     except (OSError, ValueError) as error:

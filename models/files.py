@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import stat
+import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -135,7 +136,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise InferixError(f"cannot read {path}: {why}; the file is damaged or no checkpoint") from error
     except (
         OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError,
-        ArithmeticError, SafetensorError,
+        ArithmeticError, struct.error, SafetensorError,
     ) as error:  # fmt: skip
         raise InferixError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
     if not isinstance(content, dict):

@@ -108,6 +108,9 @@ def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> CausalVae:
         spec = vae_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise InferixError(f"{path} is no Wan VAE: the tensors that tell its sizes are not in it ({error})") from error
+    sizes = (spec.z_dim, spec.base_channels, spec.decoder_channels, spec.num_res_blocks, spec.patch, *spec.multipliers)
+    if min(sizes) < 1 or len(spec.temporal_down) != len(spec.multipliers) - 1:
+        raise InferixError(f"{path} is no Wan VAE: {len(spec.multipliers)} levels of sizes {sizes}")
     spec = with_statistics(path, spec)
     if "conv2.weight" in tensors:
         with torch.device("meta"):

@@ -110,8 +110,13 @@ def test_tiny_decoders(tmp_path):
             load_decoder(file, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"a": torch.ones(1)}, {"conv2.weight": torch.ones(2)},
-                                     {"conv2.weight": torch.ones(16, 16, 1, 1, 1)}])  # fmt: skip
+@pytest.mark.parametrize("content", [
+    {}, {"state_dict": {}}, {"a": torch.ones(1)}, {"conv2.weight": torch.ones(2)},
+    {"conv2.weight": torch.ones(16, 16, 1, 1, 1)},
+    {name: tensor for name, tensor in VAE.items() if "resample" not in name},
+    {name: tensor for name, tensor in VAE.items() if ".resnets.0." not in name},
+    VAE | {"encoder.conv_in.weight": torch.ones(16, 0, 3, 3, 3)}, VAE | {"post_quant_conv.weight": torch.ones(0, 1)},
+])  # fmt: skip
 def test_files_that_are_no_decoder(tmp_path, content):
     with pytest.raises(InferixError, match=r"x\.pth"):
         load_decoder(save(content, tmp_path / "x.pth"), torch.float32, "cpu")
