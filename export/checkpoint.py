@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import InferixError, UsageError, nearest, quoted
 from ..models.files import finite, reason, save_pickle, write_json, write_tensors
 from ..models.text.tiny import write_tiny_text_encoder
-from ..models.text.umt5_checkpoint import ORIGINAL_FILE, ORIGINAL_TOKENIZER, find_text
+from ..models.text.umt5_checkpoint import ORIGINAL_TOKENIZER, find_text
 from ..models.wan.checkpoint import FORMATS, SHARD, merging, read_checkpoint
 from ..models.wan.configs import diffusers_config, diffusers_vae_config, original_config
 from ..models.wan.names import to_format
@@ -151,12 +151,12 @@ def convert(
 def copy_text(text: tuple[Path, Path], folder: Path) -> None:
     """The text encoder and its tokenizer, under the names that readers look for."""
     encoder, tokenizer = text
-    if encoder.is_file():
-        shutil.copyfile(encoder, folder / ORIGINAL_FILE)
-        shutil.copytree(tokenizer, folder / ORIGINAL_TOKENIZER)
-    else:
+    if encoder.is_dir():
         shutil.copytree(encoder, folder / "text_encoder")
-        shutil.copytree(tokenizer, folder / "tokenizer")
+    else:
+        shutil.copyfile(encoder, folder / encoder.name)
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, folder / ("tokenizer" if encoder.is_dir() else ORIGINAL_TOKENIZER))
 
 
 def write_transformer(

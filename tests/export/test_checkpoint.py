@@ -310,6 +310,37 @@ def test_files_are_readable_by_whom_new_files_are(tmp_path):
     assert load_file(ours)["x"].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("target", ["original", "diffusers"])
+def test_single_files_of_other_tools_are_taken_along(folders, tmp_path, target):
+    models, source = tmp_path / "models", folders["original"]
+    for name in ("unet", "vae", "text_encoders"):
+        (models / name).mkdir(parents=True)
+    shutil.copyfile(source / "diffusion_pytorch_model.safetensors", models / "unet" / "wan.safetensors")
+    vae = torch.load(source / "Wan2.1_VAE.pth", weights_only=True)
+    save_file({name: tensor.clone() for name, tensor in vae.items()}, models / "vae" / "wan_2.1_vae.safetensors")
+    text = torch.load(source / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    save_file(text, models / "text_encoders" / "umt5-xxl-enc-bf16.safetensors")
+    shutil.copytree(source / "google", models / "google")
+    wanted = first_block(source)
+    for model in (models, convert(models, tmp_path / "out", target)):
+        found = first_block(model)
+        assert torch.equal(found.latents, wanted.latents) and (found.frames == wanted.frames).all()
+
+
+def test_a_text_encoder_is_given_by_its_path(folders, tmp_path):
+    file = tmp_path / "encoder.pth"
+    shutil.copyfile(folders["original"] / "models_t5_umt5-xxl-enc-bf16.pth", file)
+    model = tmp_path / "model.safetensors"
+    shutil.copyfile(folders["original"] / "diffusion_pytorch_model.safetensors", model)
+    found = first_block(model, base=folders["original"], text_encoder=file)
+    assert torch.equal(found.latents, first_block(folders["original"]).latents)
+    for place in (tmp_path / "none", folders["original"] / "google"):
+        with pytest.raises(UsageError, match="text_encoder is"):
+            load(model, base=folders["original"], text_encoder=place)
+    with pytest.raises(UsageError, match="base is"):
+        load(model, base=file)
+
+
 # where checkpoints are written
 
 

@@ -9,8 +9,9 @@ import torch
 from small_checkpoint import OURS, SPEC, UP, Q, published, save, save_json, weights
 
 from inferix.errors import InferixError, UsageError
-from inferix.models.wan.checkpoint import merging, read_checkpoint
+from inferix.models.wan.checkpoint import build_transformer, merging, read_checkpoint
 from inferix.models.wan.names import TABLES, to_format
+from inferix.runtime.execution.lora_adapter import Adapter
 
 
 def pair(rank, wide, high, seed):
@@ -395,3 +396,31 @@ def test_only_the_published_pair_is_merged_unasked_and_once(tmp_path):
     save(FORMS["peft"], tmp_path / "lora.pt")
     assert read_checkpoint(tmp_path / "longlive_base.pt").lora is None
     assert SPEC.num_layers == 2
+
+
+def test_an_adapter_on_a_running_model_comes_off_exactly(checkpoint, tmp_path):
+    module = build_transformer(checkpoint, "reference", torch.float32, "cpu")
+    before = {name: tensor.clone() for name, tensor in module.named_parameters()}
+    adapter = Adapter(module)
+    lora = save(named(), tmp_path / "lora.safetensors")
+    adapter.put_on(lora, 0.5)
+    adapter.put_on(lora, 2.0)  # in place of the other
+    assert (adapter.weights[f"{Q}.weight"] - before[f"{Q}.weight"] - 2 * PRODUCT).abs().max() <= 1e-4
+    on = {name: tensor.clone() for name, tensor in adapter.weights.items()}
+    other = save(named() | {"x.lora_A.weight": DOWN}, tmp_path / "other.safetensors")
+    for file, scale in (
+        (other, 1.0),
+        (lora, math.nan),
+        (lora, "1"),
+        (lora, True),
+        (lora, 1e38),
+        (tmp_path / "none", 1.0),
+    ):
+        with pytest.raises(InferixError):
+            adapter.put_on(file, scale)
+        assert all(torch.equal(adapter.weights[name], on[name]) for name in on)
+    with pytest.warns(UserWarning, match=r"x\.lora_A"):
+        adapter.put_on(other, 1.0, partial=True)
+    assert (adapter.weights[f"{Q}.weight"] - before[f"{Q}.weight"] - PRODUCT).abs().max() <= 1e-4
+    adapter.take_off()
+    assert all(torch.equal(adapter.weights[name], before[name]) for name in before)
