@@ -15,12 +15,14 @@ from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import TINY_VAE, CausalVae, VaeSpec
+from inferix.models.wan.vae_cpu import use_cpu_layers
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
+from inferix.runtime.execution.executors import Executor
 from inferix.runtime.execution.loading import Components, random_decoder
 from inferix.runtime.kv.contiguous_cache import ContiguousCache
 from inferix.runtime.limits import Limits
-from inferix.runtime.sessions.session import Block
+from inferix.runtime.sessions.output_queue import Block
 from inferix.schemes.presets import make_preset
 
 TINY = dataclasses.replace(
@@ -106,8 +108,15 @@ def make_engine(
     vae.load_state_dict(random_vae_state(vae_spec, 1, torch.float32))
     kind = getattr(torch, dtype)
     fast = random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
-    parts = Components(tiny_transformer(spec, kind), vae.to(kind), None, "test", "random", lambda: None, fast)
+    vae = use_cpu_layers(vae.to(kind))
+    parts = Components(tiny_transformer(spec, kind), vae, None, "test", "random", lambda: None, fast)
     return Engine(config, make_preset(preset, **overrides), parts, limits)
+
+
+def remade(engine: Engine, executor: Executor | None = None, **parts: object) -> Engine:
+    """A new engine with the same settings and weights, but another executor or other parts."""
+    components = dataclasses.replace(engine.parts, **parts)
+    return Engine(engine.config, engine.preset, components, engine.manager.limits, executor)
 
 
 def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache] = ContiguousCache) -> Engine:

@@ -1,4 +1,4 @@
-"""An adapter on the weights of a model that runs: put on and taken off in place, between two blocks.
+"""A LoRA on the weights of a running model, applied and removed in place between two blocks.
 
 Weights are written where they lie, so graphs that read them stay as they are. What was there before is kept on the
 host, of the layers that an adapter changes, so that it comes off without rounding.
@@ -25,7 +25,7 @@ class Adapter:
         self.before: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def put_on(self, lora: str | Path, scale: float, partial: bool = False) -> None:
+    def apply(self, lora: str | Path, scale: float, partial: bool = False) -> None:
         """Weights with a LoRA merged in, `scale` times, in place of the one that is on.
 
         UsageError for what is none or is for another model (if `partial`, only if nothing of it fits), InferixError for
@@ -38,14 +38,14 @@ class Adapter:
         for name in updates:
             weight = self.weights[name]
             finite(lora, name, merged(name, self.before.get(name, weight).to(weight.device), updates, scale))
-        self.take_off()
+        self.remove()
         for name in updates:
             weight = self.weights[name]
             self.before[name] = weight.to("cpu", copy=True)
             weight.copy_(merged(name, weight, updates, scale))
 
     @torch.no_grad()
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Weights as they were; nothing to do where none is on."""
         for name, tensor in self.before.items():
             self.weights[name].copy_(tensor)

@@ -403,8 +403,8 @@ def test_an_adapter_on_a_running_model_comes_off_exactly(checkpoint, tmp_path):
     before = {name: tensor.clone() for name, tensor in module.named_parameters()}
     adapter = Adapter(module)
     lora = save(named(), tmp_path / "lora.safetensors")
-    adapter.put_on(lora, 0.5)
-    adapter.put_on(lora, 2.0)  # in place of the other
+    adapter.apply(lora, 0.5)
+    adapter.apply(lora, 2.0)  # in place of the other
     assert (adapter.weights[f"{Q}.weight"] - before[f"{Q}.weight"] - 2 * PRODUCT).abs().max() <= 1e-4
     on = {name: tensor.clone() for name, tensor in adapter.weights.items()}
     other = save(named() | {"x.lora_A.weight": DOWN}, tmp_path / "other.safetensors")
@@ -417,10 +417,10 @@ def test_an_adapter_on_a_running_model_comes_off_exactly(checkpoint, tmp_path):
         (tmp_path / "none", 1.0),
     ):
         with pytest.raises(InferixError):
-            adapter.put_on(file, scale)
+            adapter.apply(file, scale)
         assert all(torch.equal(adapter.weights[name], on[name]) for name in on)
     with pytest.warns(UserWarning, match=r"x\.lora_A"):
-        adapter.put_on(other, 1.0, partial=True)
+        adapter.apply(other, 1.0, partial=True)
     assert (adapter.weights[f"{Q}.weight"] - before[f"{Q}.weight"] - PRODUCT).abs().max() <= 1e-4
-    adapter.take_off()
+    adapter.remove()
     assert all(torch.equal(adapter.weights[name], before[name]) for name in before)
