@@ -132,18 +132,21 @@ class RecordFile:
         self.path = check_output(path)
         self.lock = threading.Lock()
         self.file: TextIO | None = None
+        self.failure: OSError | None = None
 
     def __enter__(self) -> Self:
         self.file = part_of(self.path).open("w", encoding="utf-8")
         return self
 
     def __call__(self, record: dict[str, Any]) -> None:
+        """Add a record. The blocks go on where that fails; the context manager raises it at its end."""
         assert self.file is not None
-        try:
-            with self.lock:
-                self.file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise write_failed(self.path, error) from error
+        with self.lock:
+            if self.failure is None:
+                try:
+                    self.file.write(json.dumps(record) + "\n")
+                except OSError as error:
+                    self.failure = error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -152,6 +155,8 @@ class RecordFile:
         try:
             self.file.close()
             if kind is None or issubclass(kind, KeyboardInterrupt):
+                if self.failure is not None:
+                    raise self.failure
                 os.replace(part_of(self.path), self.path)
         except OSError as failed:
             raise write_failed(self.path, failed) from failed
