@@ -166,7 +166,7 @@ def block(
     subject = the_subject(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
-    wanted = bench.Wanted(subject, rounds, blocks, tuple(executor), tuple(baseline))
+    wanted = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out)
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_block)
 
@@ -215,7 +215,7 @@ def stream(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
     subject = replace(subject, executor=executor)
-    wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink, batches)
+    wanted = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     check_out(out)
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_stream)
 
