@@ -32,7 +32,7 @@ from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.execution.executors import EagerExecutor, GraphExecutor
 from ..runtime.media import VideoWriter
-from ..runtime.sessions.batch_profile import BatchTimes, keep_times
+from ..runtime.sessions.batch_profile import BatchProfile, save_profile
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
 from .baseline import BlockOutput
@@ -393,16 +393,16 @@ def time_batches(engine: Engine, options: Options, log: Log) -> list[dict[str, A
     size = options.subject.size or engine.default_size
     points, seconds = [], dict[int, float]()
     for count in range(1, options.sessions + 1):
-        engine.follow_times(size, BatchTimes({1: math.inf, count: 1.0}))  # all of them, or each by itself
+        engine.follow_times(size, BatchProfile({1: math.inf, count: 1.0}))  # all of them, or each by itself
         measured = batch_seconds(engine, options, count, log)
         if engine.metrics()["counters"].get("batches_split"):
             log(f"{count} sessions did not fit as one batch; its time is left out")
             break
         seconds[count] = measured
         points.append({"sessions": count, "turns": count * seconds[1], "batch": seconds[count]})
-    times = BatchTimes(seconds)
+    times = BatchProfile(seconds)
     engine.follow_times(size, times)
-    keep_times(options.batches, engine.timed_on, size, times)
+    save_profile(options.batches, engine.timed_on, size, times)
     return points
 
 

@@ -31,8 +31,9 @@ from ..runtime.config import (
     default_executor,
     patterns,
 )
-from ..runtime.engine import Engine, load
+from ..runtime.engine import Engine
 from ..runtime.execution.loading import SHIPPED, Components, random_text
+from ..runtime.load import load
 from ..schemes.presets import FIELDS, Preset, default_preset, make_preset, no_setting
 from .work import blocks_until_full
 
@@ -240,4 +241,4 @@ def prompt_arguments(engine: Engine, seed: int) -> dict[str, Any]:
 def prompt_rows(engine: Engine, seed: int) -> Tensor:
     """Text-encoder rows of the prompt in `prompt_arguments`."""
     arguments = prompt_arguments(engine, seed)
-    return engine.prompt_rows(arguments.get("prompt"), arguments.get("prompt_embeds"))
+    return engine.inputs.prompt_rows(arguments.get("prompt"), arguments.get("prompt_embeds"))

@@ -12,6 +12,7 @@ from inferix.bench.result import read_failures, read_folder, write_result
 from inferix.bench.subject import Subject, open_engine, random_prompt, with_executor
 from inferix.bench.work import blocks_until_full
 from inferix.errors import InferixError, UsageError
+from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
 
 from .example_results import block_result
@@ -106,6 +107,7 @@ def test_a_good_executor_passes_the_graph_check(preset, settings, monkeypatch):
     monkeypatch.setattr(gpu_check, "launches_of", launches)
     for room, faults in ((room_for_two(engine, subject), 0), (None, 1)):
         twin = with_executor(engine, "fused", kv_memory=room)
-        twin.executor = GraphExecutor(twin.config, twin.preset, twin.parts, backend)
+        executor = GraphExecutor(twin.config, twin.preset, twin.parts, backend)
+        twin = Engine(twin.config, twin.preset, twin.parts, executor=executor)
         facts, wrong = check_captures(twin, random_prompt(twin, 0), subject, full)
         assert len(wrong) == faults and facts["captures"] > 0 and bool(facts["captures later"]) == bool(faults)

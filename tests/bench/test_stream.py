@@ -16,9 +16,10 @@ from inferix.bench.stream import Options, Playout, TimedStream, play_out, run, t
 from inferix.bench.subject import Subject, open_engine
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.engine import Engine, load
+from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
-from inferix.runtime.sessions.batch_profile import BatchTimes
+from inferix.runtime.load import load
+from inferix.runtime.sessions.batch_profile import BatchProfile
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
 
@@ -105,13 +106,13 @@ def test_an_engine_reads_the_measured_batch_times(tmp_path):
     """An engine of the same configuration reads the file."""
     path, engine = tmp_path / "times.json", open_engine(SMALL)
     points = bench.time_batches(engine, Options(SMALL, blocks=2, sessions=2, batches=path), lambda message: None)
-    times = load("wan-tiny", device="cpu", batches=path, local_attn_size=6).host.scheduler.batch_times
-    assert times == {SMALL.size: BatchTimes({point["sessions"]: point["batch"] for point in points})}
+    times = load("wan-tiny", device="cpu", batches=path, local_attn_size=6).manager.scheduler.batch_profiles
+    assert times == {SMALL.size: BatchProfile({point["sessions"]: point["batch"] for point in points})}
 
 
 def test_a_batch_that_was_split_has_no_time(tmp_path, monkeypatch):
     def split(engine, options, count, log):
-        engine.host.metrics.count("batches_split", count - 1)
+        engine.manager.metrics.count("batches_split", count - 1)
         return 0.5
 
     monkeypatch.setattr(bench, "batch_seconds", split)

@@ -133,6 +133,6 @@ def test_window_and_sink_hold_over_a_long_walk(engine):
     policy = engine.preset.context
     with engine.open(prompt="a white wizard in an autumn wood at sunset", actions=["up"] * 39) as session:
         for block in session.stream(40, decode=False):
-            cached = session.branches[0].cache.frames
+            cached = session.current.branches[0].cache.frames
             assert len(cached) == min(block.index + 1, policy.local_attn_size)
             assert (cached[0], cached[-1]) == (0, block.index)
