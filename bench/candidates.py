@@ -23,7 +23,7 @@ from ..runtime.execution.executors import GraphExecutor
 from ..runtime.inputs import Pixels
 from ..runtime.sessions.output_queue import Block
 from .baseline import BlockOutput, PlainLoop, compiled_layer, run_layer, unsupported_reason
-from .kernels import cannot_run
+from .kernels import launch_errors
 from .subject import ORACLE, Subject, full_precision_engine, uses_fewer_bits, with_executor
 
 NONE = "none"  # no baseline
@@ -275,7 +275,7 @@ def cloned(block: BlockOutput) -> BlockOutput:
 
 def candidate_errors() -> tuple[type[Exception], ...]:
     """Error types of a candidate that cannot run; the benchmark continues with the others."""
-    return (*cannot_run(), MemoryError)
+    return (*launch_errors(), MemoryError)
 
 
 def failure_reason(error: Exception) -> str:

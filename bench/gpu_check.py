@@ -59,7 +59,7 @@ def check_op(spec: KernelSpec, device: str) -> dict[str, Any]:
             serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
             if not serving:
                 continue
-            expected = kernels.copied(inputs)
+            expected = kernels.clone_inputs(inputs)
             spec.reference(**expected)
             for form in serving:
                 wrong = kernels.mismatch(spec, bound(form.load()), inputs, expected, dtype)
@@ -87,8 +87,7 @@ def unit_code() -> Unit:
         table = compile_gate.read_table(version)
         inspected = {name: row for name, row in table.items() if row["architecture"] == capability}
         wrong = compile_gate.differences(ran, inspected)
-        found = {"environment": environment(device), "checked": len(ran), "wrong": wrong, "rows": ran}
-        write_check(file, found)
+        write_check(file, {"environment": environment(device), "checked": len(ran), "wrong": wrong, "rows": ran})
         if wrong:
             raise InferixError(f"what ran is not what was inspected with Triton {version}: {'; '.join(wrong)}")
 
