@@ -131,7 +131,7 @@ def run(options: Options, log: Log) -> Result:
 
 
 def too_large(spec: KernelSpec, case: Case, dtype: torch.dtype) -> bool:
-    """Return True for a case that takes a CPU long; from shapes alone, with nothing allocated."""
+    """Return True for a case that takes a CPU long; from shapes only, without allocation."""
     with FakeTensorMode():
         cost = spec.cost(spec.make_inputs(case, dtype, "cpu", 0))
     return cost.flops > CPU_FLOPS or cost.nbytes > CPU_BYTES

@@ -154,12 +154,14 @@ def block_line(result: Result, packed: Sequence[Candidate]) -> str:
 
 def memory_part(rows: Sequence[Candidate]) -> Iterator[str]:
     """Memory by owner and launches of each candidate, and the reasons for missing values."""
-    owners = dict.fromkeys(owner for row in rows for owner in row.memory)
-    columns = [Column("candidate", lambda row: row.name)]
-    columns += [Column(f"{owner}, MB", lambda row, owner=owner: megabytes(row.memory.get(owner))) for owner in owners]
-    columns.append(Column("launches per block, without decoder", lambda row: launch_counts(row.facts.get("launches"))))
-    if inspected := [row for row in rows if row.memory]:
-        yield table(columns, inspected)
+    owners = list(dict.fromkeys(owner for row in rows for owner in row.memory))
+    heads = ("candidate", *(f"{owner}, MB" for owner in owners), "launches per block, without decoder")
+    cells = [
+        (row.name, *(megabytes(row.memory.get(owner)) for owner in owners), launch_counts(row.facts.get("launches")))
+        for row in rows if row.memory
+    ]  # fmt: skip
+    if cells:
+        yield cells_table(heads, cells)
     if reasons := {row.name: row.facts["not_seen"] for row in rows if "not_seen" in row.facts}:
         yield "Not inspected: " + "; ".join(f"`{name}`: {cut(why)}" for name, why in reasons.items()) + "."
 
@@ -171,20 +173,20 @@ def launch_counts(launches: dict[str, int] | None) -> str:
 def passes_part(result: Result, rows: Sequence[Candidate]) -> Iterator[str]:
     """Table of the passes of candidates that run them one by one."""
     timed = [row for row in rows if row.passes()]
-    steps, passes = result.facts["block"]["passes"], result.facts["work"]["passes"]
+    if not timed:
+        return
     works = {row.is_packed: result.work_of(row.name)["passes"] for row in timed}
-    columns = [
-        Column("pass", lambda index: f"{steps[index]['kind']} over {steps[index]['context']}"),
-        Column("work", lambda index: in_flops(passes[index]["flops"])),
-    ]
-    for is_packed, work in works.items():
-        head = "GB at least, low precision" if is_packed else "GB at least"
-        columns.append(Column(head, lambda index, work=work: f"{work[index]['nbytes'] / 1e9:.3g}"))
-    for row in timed:
-        series = row.passes()
-        columns.append(Column(f"{row.name}, ms", lambda index, series=series: milliseconds(series[index])))
-    if timed:
-        yield table(columns, range(len(steps)))
+    least = ("GB at least, low precision" if is_packed else "GB at least" for is_packed in works)
+    heads = ("pass", "work", *least, *(f"{row.name}, ms" for row in timed))
+    cells = [
+        (
+            f"{step['kind']} over {step['context']}", in_flops(result.facts["work"]["passes"][index]["flops"]),
+            *(f"{passes[index]['nbytes'] / 1e9:.3g}" for passes in works.values()),
+            *(milliseconds(row.passes()[index]) for row in timed),
+        )
+        for index, step in enumerate(result.facts["block"]["passes"])
+    ]  # fmt: skip
+    yield cells_table(heads, cells)
 
 
 def profile_part(name: str, profile: dict[str, Any], written: int) -> Iterator[str]:

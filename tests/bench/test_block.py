@@ -34,7 +34,7 @@ from inferix.errors import InferixError, UsageError
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import WAN21_VAE
-from inferix.runtime.engine import Engine
+from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.execution.decode_pipeline import DecoderTrack
 from inferix.runtime.execution.launcher import alone
 from inferix.runtime.sampler import scheduled_blocks
@@ -95,13 +95,13 @@ def test_a_block_is_timed_stage_by_stage_at_a_full_window(result):
 def test_a_planted_slowdown_is_found_by_comparing_two_runs(clock, monkeypatch):
     options = replace(OPTIONS, executors=("eager",))
     before = run(options, lambda message: None)
-    denoise = Engine.denoise
+    denoise = BlockLoop.denoise
 
-    def slower(self, session):
+    def slower(self, state, record):
         clock.sleep(0.05)
-        return denoise(self, session)
+        return denoise(self, state, record)
 
-    monkeypatch.setattr(Engine, "denoise", slower)
+    monkeypatch.setattr(BlockLoop, "denoise", slower)
     after = run(options, lambda message: None)
     verdicts = {change.name: change.verdict for change in compare(before, after).changes}
     assert verdicts["eager/block"] == verdicts["eager/transformer"] == "slower"
@@ -229,17 +229,17 @@ def test_what_is_no_number_or_of_another_size_is_refused_with_a_reason():
 
 
 def test_the_clock_stops_while_the_next_block_is_made(monkeypatch):
-    started, denoise, decode = [], Engine.denoise, DecoderTrack.decode
+    started, denoise, decode = [], BlockLoop.denoise, DecoderTrack.decode
 
-    def counted(self, session):
-        started.append(session)
-        return denoise(self, session)
+    def counted(self, state, record):
+        started.append(state)
+        return denoise(self, state, record)
 
     def slow(*args):
         time.sleep(0.02)  # far longer than the host takes to start another block
         return decode(*args)
 
-    monkeypatch.setattr(Engine, "denoise", counted)
+    monkeypatch.setattr(BlockLoop, "denoise", counted)
     monkeypatch.setattr(DecoderTrack, "decode", slow)
     engine = open_engine(SMALL)
     stream = EngineStream(engine, random_prompt(engine, 0), 0, (32, 32))
@@ -359,7 +359,7 @@ def test_random_weights_are_drawn_in_place():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model": "wan-1.3"}, "'wan-1\.3'.*'wan-1\.3b'"),
+        ({"model": "wan-1.3"}, r"'wan-1\.3'.*'wan-1\.3b'"),
         ({"model": "some.pt", "random_weights": True}, "random_weights.*'some.pt'"),
         ({"preset": "krea"}, "frames_in_window is 6.*krea"),
         ({"overrides": {"local_attn_size": 9}}, "frames_in_window is 6.*local_attn_size is 9"),

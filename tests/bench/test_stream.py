@@ -16,7 +16,7 @@ from inferix.bench.stream import Options, Playout, TimedStream, play_out, run, t
 from inferix.bench.subject import Subject, open_engine
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.engine import Engine
+from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.load import load
 from inferix.runtime.sessions.batch_profile import BatchProfile
@@ -161,19 +161,19 @@ def test_starts_come_before_the_engine(monkeypatch):
 def test_each_block_is_read_while_the_next_is_computed(part, monkeypatch):
     """No block's passes end before the block before it was read, so a clock that waits for them is detected."""
     read, in_time, last = defaultdict(threading.Event), {}, []
-    denoise, frames_of = Engine.denoise, bench.frames_of
+    denoise, frames_of = BlockLoop.denoise, bench.frames_of
 
-    def waiting(self, session):
-        block = session.next_block
+    def waiting(self, state, record):
+        block = state.next_block
         in_time[block] = block == 0 or read[block - 1].wait(1)
-        return denoise(self, session)
+        return denoise(self, state, record)
 
     def seen(block):
         read[block.index].set()
         last[:] = [block.index]
         return frames_of(block)
 
-    monkeypatch.setattr(Engine, "denoise", waiting)
+    monkeypatch.setattr(BlockLoop, "denoise", waiting)
     monkeypatch.setattr(bench, "frames_of", seen)
     options = Options(SMALL, blocks=2, controls=1, minutes=0.01)
     argument = (1,) if part == "time_streams" else (lambda message: None,)
