@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InferixError, UsageError
+from ..errors import InferixError, UsageError, quoted
 from ..graphs.passes import Pass
-from ..models.text.umt5 import load_prompt_embeds
+from ..models.text.umt5 import clean_prompt, load_prompt_embeds
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
 from ..models.wan.vae_checkpoint import Decoder
@@ -47,7 +47,7 @@ from .kv.kv_manager import KVMemory
 from .kv.page_store import KV_DTYPES
 from .kv.paged_cache import bind_together
 from .limits import Limits
-from .media import read_image, read_video
+from .media_input import read_image, read_video
 from .noise import Noise, PhiloxNoise
 from .programs.graph_store import card_of
 from .sampler import Sampler, noised
@@ -452,6 +452,7 @@ class Engine:
         noise: Noise | None = None,
         size: tuple[int, int] | None = None,
         actions: Sequence[str] = (),
+        fit: str = "crop",
     ) -> Session:
         """Begin a stream of pictures of `size` (width, height).
 
@@ -459,7 +460,8 @@ class Engine:
         [H, W, 3], [T, H, W, 3], or a file) is what the stream goes on from; with `strength` in (0, 1] the video
         is what it is made from, the more freely the higher. The negative prompt is for presets with guidance.
         `noise` replaces the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
-        Raises UsageError for input that cannot be used.
+        `fit` (crop, pad, stretch) is how files of other proportions are brought to `size`; a video file is sampled at
+        the model's rate. Raises UsageError for input that cannot be used.
         """
         size = size or self.default_size
         if strength is not None and video is None:
@@ -475,11 +477,11 @@ class Engine:
             raise UsageError(f"{self.preset.name} uses no guidance, so a negative prompt would do nothing; drop it")
         source = clamped = prefix = None
         if video is not None and strength is not None:
-            source = self.encoded(self.pixels_of(video, size, still=False), keep_end=False)
+            source = self.encoded(self.pixels_of(video, size, False, fit), keep_end=False)
         elif image is not None and self.preset.context.image == "clamp" and video is None:
-            clamped = self.encoded(self.pixels_of(image, size, still=True), keep_end=False, whole_blocks=False)
+            clamped = self.encoded(self.pixels_of(image, size, True, fit), keep_end=False, whole_blocks=False)
         elif image is not None or video is not None:
-            prefix = self.prefix_latents(image, video, size)
+            prefix = self.prefix_latents(image, video, size, fit)
         session = Session(
             engine=self,
             timeline=Timeline(self.preset),
@@ -502,23 +504,22 @@ class Engine:
         """One conditioning without a past, from the text encoder's rows."""
         return Branch(self.executor.condition(rows), self.memory.new_cache(size))
 
-    def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
-        """The text encoder's rows [text_len, text_dim] of a prompt, or those given."""
+    def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None, empty: bool = False) -> Tensor:
+        """The text encoder's rows [text_len, text_dim] of a prompt, which may be empty if `empty`, or those given."""
         if embeds is not None and prompt is None:
             rows = load_prompt_embeds(embeds, self.spec.text_len, self.spec.text_dim)
             return rows.to(self.device, self.dtype)
         if embeds is not None or prompt is None:
             raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
-        self.check_prompt(prompt)
+        self.check_prompt(prompt, empty)
         assert self.parts.text is not None
         return self.parts.text().encode(prompt).to(self.device, self.dtype)
 
-    def check_prompt(self, prompt: object) -> None:
-        """UsageError for a prompt that no text encoder could take, or where there is none."""
+    def check_prompt(self, prompt: object, empty: bool = False) -> None:
+        """UsageError for a prompt that no text encoder could take, or where there is none; an empty one if not `empty`."""
         if not isinstance(prompt, str):
-            raise UsageError(f"the prompt is {prompt!r}; expected text")
-        if not prompt.strip():
-            raise UsageError("the prompt is empty; say what the video shows")
+            raise UsageError(f"the prompt is {quoted(prompt)}; expected text")
+        clean_prompt(prompt, empty)
         if self.parts.text is None:
             raise UsageError(
                 f"{self.parts.source} has no text encoder; give base= (--base), a folder that has one, "
@@ -531,12 +532,12 @@ class Engine:
                 f"{self.preset.name} guides away from a negative prompt; give negative_prompt "
                 "(--negative-prompt), or set guidance_scale=1"
             )
-        return self.prompt_rows(prompt, embeds)
+        return self.prompt_rows(prompt, embeds, empty=True)
 
-    def pixels_of(self, given: Any, size: tuple[int, int], still: bool) -> Pixels:
+    def pixels_of(self, given: Any, size: tuple[int, int], still: bool, fit: str = "crop") -> Pixels:
         """Frames uint8 [T, H, W, 3] of an image or video, from a file or an array; UsageError if they do not fit."""
         if isinstance(given, str | Path):
-            pixels = read_image(given, size)[None] if still else read_video(given, size)
+            pixels = read_image(given, size, fit)[None] if still else read_video(given, size, self.fps, fit)
         else:
             pixels = given[None] if given.ndim == 3 else given
         if pixels.ndim != 4 or pixels.shape[1:] != (size[1], size[0], 3) or pixels.dtype != np.uint8:
@@ -546,12 +547,12 @@ class Engine:
             )
         return pixels
 
-    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int]) -> Tensor:
+    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int], fit: str = "crop") -> Tensor:
         """What the stream goes on from, as latents of whole blocks, the end of a video kept."""
         if image is not None and video is not None:
             raise UsageError("image and video both begin the stream; give one of them")
         still = image is not None
-        return self.encoded(self.pixels_of(image if still else video, size, still), keep_end=True)
+        return self.encoded(self.pixels_of(image if still else video, size, still, fit), keep_end=True)
 
     def encoded(self, pixels: Pixels, keep_end: bool, whole_blocks: bool = True) -> Tensor:
         """Latents of uint8 frames, cut to whole blocks at the start or the end; UsageError if too few."""
@@ -568,8 +569,12 @@ class Engine:
             frames = first + (frames - first) // step * step
         kept = (frames - 1) * stride + 1
         pixels = pixels[len(pixels) - kept :] if keep_end else pixels[:kept]
-        scaled = torch.from_numpy(pixels.copy()).to(self.device, self.dtype).permute(0, 3, 1, 2) / 127.5 - 1
-        return self.parts.vae.encode(scaled, self.parts.vae.new_state())
+        state = self.parts.vae.new_state()
+        latents = []
+        for part in np.split(pixels, range(1, kept, stride)):  # a long video is never there in floating point
+            scaled = torch.from_numpy(part.copy()).to(self.device, self.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+            latents.append(self.parts.vae.encode(scaled, state))
+        return torch.cat(latents)
 
     @torch.no_grad()
     def cache_prefix(self, session: Session, latents: Tensor) -> None:

@@ -21,7 +21,7 @@ NO_PACKAGES = {"tests", "build", "dist", "outputs"}
 BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "evaluate", "bench"]
 AT_ROOT = ["cli", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
-FOR_EVERYONE = {"errors", "version"}
+FOR_EVERYONE = {"errors", "user_files", "version"}
 
 
 def packages(root: Path) -> set[str]:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from inferix.errors import InferixError, UsageError
 from inferix.runtime.files import check_output, write_atomically
-from inferix.runtime.media import VideoWriter, contact_sheet, read_image, read_video
+from inferix.runtime.media import VideoWriter, contact_sheet
+from inferix.runtime.media_input import read_image, read_video
 
 SIZE = (64, 48)
 
