@@ -82,14 +82,14 @@ def parse_yaml(text: str, where: str) -> Any:
         depth = values = 0
         for event in yaml.parse(text, Loader=Loader):  # without recursion, unlike building the value
             if isinstance(event, yaml.AliasEvent):
-                raise UsageError(f"{where} has the alias *{cut(event.anchor)}; write its value in its place")
+                raise UsageError(f"{where} has the alias *{cut(str(event.anchor))}; write its value in its place")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             values += isinstance(event, yaml.NodeEvent)
             if depth > DEEPEST:
                 raise UsageError(f"{where} has lists or mappings more than {DEEPEST} deep; expected fewer levels")
             if values > MOST_VALUES:
                 raise UsageError(f"{where} has more than {MOST_VALUES} values; expected fewer")
-        return yaml.load(text, Loader=Loader)  # noqa: S506 - a subclass of the safe loader
+        return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, ValueError, KeyError, IndexError) as error:  # all but the first: `!!int x`, `!!bool x`
         if isinstance(error, UsageError):
             raise

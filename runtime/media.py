@@ -69,7 +69,8 @@ class VideoWriter:
     def __enter__(self) -> Self:
         try:
             self._part = PartFile(self.path)
-            self._container = open_output(self._part.part, self._format, {} if self._format == "matroska" else FRAGMENTED)
+            options = {} if self._format == "matroska" else FRAGMENTED
+            self._container = open_output(self._part.part, self._format, options)
             self._stream = self._container.add_stream("libx264", rate=self.fps)
         except OSError as error:
             self._discard()
@@ -166,7 +167,7 @@ class VideoWriter:
         finally:
             if whole is not None:
                 whole.discard()
-        warnings.warn(f"no room to put the index of {quoted(str(self.path))} in front; it is in fragments", stacklevel=2)
+        warnings.warn(f"no room for the index of {quoted(str(self.path))} in front; it is in fragments", stacklevel=2)
         return False
 
     def _save_fragments(self) -> None:
@@ -207,7 +208,8 @@ def copy_packets(source: Path, target: Path, form: str) -> None:
     """Write the encoded pictures of a video into another file, its index in front."""
     import av
 
-    with source.open("rb") as file, av.open(file) as read, open_output(target, form, {"movflags": "faststart"}) as out:
+    front = {"movflags": "faststart"}
+    with source.open("rb") as file, av.open(file, "r") as read, open_output(target, form, front) as out:
         stream = out.add_stream_from_template(read.streams.video[0])
         for packet in read.demux(read.streams.video[0]):
             if packet.size:  # the last one only says that this is the end
@@ -220,7 +222,7 @@ def count_packets(path: Path) -> int:
     import av
 
     try:
-        with path.open("rb") as file, av.open(file) as container:
+        with path.open("rb") as file, av.open(file, "r") as container:
             return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
     except av.error.FFmpegError:
         return 0

@@ -96,7 +96,7 @@ def with_eight_bits(image: Image) -> Image:
         values = np.asarray(image)
         top = 1 if image.mode == "F" else 65535
         low, high = values.min(), values.max()
-        if not (0 <= low and high <= top):  # not for NaN either
+        if not (low >= 0 and high <= top):  # not for NaN either
             raise UsageError(f"the image has values from {low} to {high}; expected 0 to {top}, which is white")
         eight = np.round(values * 255) if image.mode == "F" else values >> 8
         grey = images.fromarray(eight.astype(np.uint8))
@@ -145,8 +145,8 @@ def check_fit(fit: str) -> None:
 def check_pixels(kind: str, path: Path, width: int, height: int) -> None:
     if not 0 < width * height <= LARGEST_PICTURE:
         raise UsageError(
-            f"{kind} {quoted(str(path))} is {width}x{height}, {width * height} pixels; expected 1 to {LARGEST_PICTURE}: "
-            "make it smaller"
+            f"{kind} {quoted(str(path))} is {width}x{height}, {width * height} pixels; "
+            f"expected 1 to {LARGEST_PICTURE}: make it smaller"
         )
 
 
@@ -170,7 +170,7 @@ def fitted(image: Image, size: tuple[int, int], fit: str, aspect: float = 1.0) -
     scale = min(across, down)
     inner = (max(1, round(width * aspect * scale)), max(1, round(height * scale)))
     small = image.resize(inner)
-    black = {"CMYK": (0, 0, 0, 255), "RGBA": (0, 0, 0, 255), "RGB": (0, 0, 0), "L": 0}[image.mode]
+    black: Any = {"CMYK": (0, 0, 0, 255), "RGBA": (0, 0, 0, 255), "RGB": (0, 0, 0), "L": 0}[image.mode]
     whole = images.new(image.mode, size, black)
     whole.paste(small, ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2))
     return whole
@@ -234,7 +234,7 @@ def video_frames(
             yield picture_pixels(picture, size, fit, stream)
 
 
-class opened_video:  # noqa: N801 - used like a function
+class opened_video:
     """A container and its first video stream, as a context manager; errors of FFmpeg's become UsageError."""
 
     def __init__(self, path: str | Path) -> None:
@@ -274,7 +274,8 @@ class opened_video:  # noqa: N801 - used like a function
         if isinstance(error, OSError | av.error.FFmpegError):
             reason = cut(str(error.strerror or error))
             raise UsageError(
-                f"cannot read video {quoted(str(self.path))}: {reason}; expected mp4, mov, mkv, webm, avi, ts, ogg or gif"
+                f"cannot read video {quoted(str(self.path))}: {reason}; "
+                "expected mp4, mov, mkv, webm, avi, ts, ogg or gif"
             ) from error
 
 
@@ -340,7 +341,7 @@ def picture_pixels(picture: Any, size: tuple[int, int], fit: str, stream: Any) -
 
 
 def untagged_matrix(width: int, height: int) -> int:
-    """The colour matrix of a video that has no tag for it, as players take it: BT.709 from 1280x720 on, else BT.601."""
+    """The colour matrix of a video without a tag for it: BT.709 from 1280 across or 720 lines on, else BT.601."""
     from av.video.reformatter import Colorspace
 
     high = width >= HIGH_DEFINITION[0] or height >= HIGH_DEFINITION[1]

@@ -70,7 +70,7 @@ def read_actions(text: str, names: Sequence[str]) -> list[str]:
             raise UsageError(f"actions {quoted(text)} must hold a list of names, such as {example}")
         check_script_length(len(listed))
         return [check_action(name, names) for name in listed]
-    found = []
+    found: list[str] = []
     for word in text.split():
         parts = re.fullmatch(r"([0-9]*)([A-Za-z_]+)", word)
         if parts is None:

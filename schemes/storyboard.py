@@ -25,10 +25,10 @@ class Cue:
 
 def read_storyboard(path: str | Path) -> list[Cue]:
     """Cues of a YAML file; UsageError if it cannot be read or an entry is not `at` and `prompt`."""
-    entries = read_yaml(path, "storyboard")
+    entries, where = read_yaml(path, "storyboard"), f"storyboard {quoted(str(path))}"
     if not isinstance(entries, list) or not entries:
-        raise UsageError(f"storyboard {quoted(str(path))} is no list; expected entries of 'at: SECONDS' and 'prompt: TEXT'")
-    return [read_cue(entry, f"storyboard {quoted(str(path))}, entry {index + 1}") for index, entry in enumerate(entries)]
+        raise UsageError(f"{where} is no list; expected entries of 'at: SECONDS' and 'prompt: TEXT'")
+    return [read_cue(entry, f"{where}, entry {index + 1}") for index, entry in enumerate(entries)]
 
 
 def read_cue(entry: Any, where: str) -> Cue:

@@ -67,7 +67,7 @@ def find_words(places: Iterable[Path]) -> Path | None:
 def word_numbers(words: list[str], text_len: int) -> list[int]:
     """Numbers of the first `text_len` words, then -1; warns of words beyond."""
     if len(words) > text_len:
-        warnings.warn(f"the prompt has {len(words)} known words, of which only the first {text_len} count", stacklevel=2)
+        warnings.warn(f"the prompt has {len(words)} known words; only the first {text_len} count", stacklevel=2)
     numbers = [WORDS.index(word) for word in words[:text_len]]
     return numbers + [-1] * (text_len - len(numbers))
 
