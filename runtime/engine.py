@@ -516,7 +516,7 @@ class Engine:
         return self.parts.text().encode(prompt).to(self.device, self.dtype)
 
     def check_prompt(self, prompt: object, empty: bool = False) -> None:
-        """UsageError for a prompt that no text encoder could take; for an empty one, unless `empty`; or without encoder."""
+        """UsageError for a prompt that no text encoder could take, or where there is none; see `clean_prompt`."""
         if not isinstance(prompt, str):
             raise UsageError(f"the prompt is {quoted(prompt)}; expected text")
         clean_prompt(prompt, empty)

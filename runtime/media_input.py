@@ -38,7 +38,7 @@ HIGH_DEFINITION = (1280, 720)  # from this width or height on, videos without a 
 HDR_CURVES = {16: "PQ", 18: "HLG"}  # numbers of H.273
 BROKEN_IMAGE = (  # what Pillow raises for damaged files
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError,
-    OverflowError, NotImplementedError, struct.error, zlib.error,
+    OverflowError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
 Frames = NDArray[np.uint8]
@@ -254,6 +254,8 @@ class opened_video:
             if not streams:
                 raise UsageError(f"video {quoted(str(self.path))} holds no frame; expected a file with a video stream")
             stream = streams[0]
+            if stream.codec_context is None:
+                raise UsageError(f"video {quoted(str(self.path))} is in a codec that is not known; expected H.264 or so")
             check_pixels("video", Path(self.path), stream.width, stream.height)
             stream.codec_context.options = {"max_pixels": str(LARGEST_PICTURE)}
             stream.thread_type = "AUTO"
@@ -349,7 +351,7 @@ def untagged_matrix(width: int, height: int) -> int:
 
 
 def display_turn(picture: Any) -> Any:
-    """How Pillow turns a decoded picture by its display matrix, in steps of 90 degrees; None if it lies as it should."""
+    """How Pillow turns a decoded picture by its display matrix, in steps of 90 degrees; None for none."""
     from PIL.Image import Transpose
 
     matrix = next((data for data in picture.side_data if data.type.name == "DISPLAYMATRIX"), None)

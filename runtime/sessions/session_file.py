@@ -22,7 +22,7 @@ from ...models.wan.vae import StreamState
 from ...schemes.actions import ActionTrack
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
-from ..files import check_output, write_atomically
+from ..files import check_output, check_paths, write_atomically
 from ..kv.paged_cache import HeldPages
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..sampler import Sampler, UniPCSolver
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 KEY = "inferix-session"  # of the header's JSON
 VERSION = 1
+MODEL_PATHS = ("model", "base", "vae", "lora", "text_encoder", "fast_vae")  # settings that name files read
 OPTIONAL = ("negative", "source", "clamped", "recent", "pixels")  # tensors that a session may have
 SAMPLED = 64  # values of each weight that a fingerprint looks at
 NO_MATTER = ("name", "about", "rewind_blocks")  # settings of a preset that change no block
@@ -68,6 +69,8 @@ def write_session(session: Session, path: Path) -> None:
     header["tensors"] = sorted(tensors)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {KEY: json.dumps(header)}
+    config = session.engine.config
+    check_paths({name: getattr(config, name) for name in MODEL_PATHS}, {"path": path})
     write_atomically(check_output(path), partial(write_whole, unshared(whole), metadata))
 
 
