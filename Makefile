@@ -9,17 +9,20 @@ INPUTS := setup.py version.py constraints/cpu.txt
 
 # One thread per process keeps sums in one order; the safe path keeps the root's folders (kernels, ...)
 # from shadowing public packages of the same name.
-test lint: export OMP_NUM_THREADS := 1
-test lint: export OPENBLAS_NUM_THREADS := 1
-test lint: export PYTHONSAFEPATH := 1
+test quick lint: export OMP_NUM_THREADS := 1
+test quick lint: export OPENBLAS_NUM_THREADS := 1
+test quick lint: export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test quick lint docs copy sizes clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then write outputs/demo.mp4, a walk through the small world"
 	@echo "make test    install with [dev], then lint and run the tests"
+	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
 	@echo "make lint    ruff, and mypy on an installed copy"
+	@echo "make docs    the documentation as pages, outputs/docs/index.html"
+	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
 	@echo "variables:   PYTHON=$(PYTHON)  PIP_ARGS=\"$(PIP_ARGS)\""
 
@@ -30,13 +33,26 @@ demo: .venv/.base
 test: lint
 	$(BIN)/pytest tests
 
-# mypy does not see an editable install, so it reads a copy; a stale build/ would put deleted files into it.
-lint: .venv/.dev
+quick: .venv/.dev
+	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/runtime/test_page_pool.py \
+		tests/runtime/test_scheduler.py
+
+sizes:
+	@$(PYTHON) tools/sizes.py
+
+lint: copy
 	$(BIN)/ruff check .
-	rm -rf build .venv/mypy-copy
+	MYPYPATH=.venv/copy $(BIN)/mypy .venv/copy/inferix tools
+
+docs: copy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "outputs/docs/index.html"
+
+# mypy and the docs do not see an editable install, so they read a copy; a stale build/ would put deleted files into it.
+copy: .venv/.dev
+	rm -rf build .venv/copy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-		--target .venv/mypy-copy .
-	$(BIN)/mypy .venv/mypy-copy/inferix
+		--target .venv/copy .
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

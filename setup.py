@@ -60,6 +60,7 @@ DEPENDENCIES = [
 EXTRAS = {
     "dev": [
         "pytest",
+        "pytest-xdist",
         "ruff",
         "mypy",
         "diffusers==0.42.*",
@@ -73,6 +74,8 @@ EXTRAS = {
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "ml_dtypes",
         "matplotlib",
+        "mkdocs-material",
+        "mkdocstrings[python]",
     ],
     "bench": ["matplotlib"],
     "gpu": ["triton", "cuda-python"],

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ..errors import UsageError, nearest
 from ..models.text.spec import UMT5_XXL, tiny_text
+from ..models.tinyworld.spec import VAE as TINYWORLD_VAE
 from ..models.tinyworld.words import WORDS
 from ..models.wan.random import vae_for
 from ..models.wan.spec import MODELS, ModelSpec
@@ -139,11 +140,7 @@ def workload(
 
 def own_vae(spec: ModelSpec) -> VaeSpec:
     """The VAE that goes with a model."""
-    if spec.name == "tinyworld":
-        from ..models.tinyworld.train import VAE  # the training's own imports are for this model alone
-
-        return VAE
-    return vae_for(spec)
+    return TINYWORLD_VAE if spec.name == "tinyworld" else vae_for(spec)
 
 
 def text_parameters(spec: ModelSpec) -> int:

@@ -146,7 +146,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             name="tinyworld",
-            about=About("tinyworld", APACHE, "in the package; inferix.models.tinyworld.train"),
+            about=About("tinyworld", APACHE, "in the package; tools/train_tinyworld.py"),
             num_frame_per_block=1,
             independent_first_frame=False,
             sampler=SamplerSpec(

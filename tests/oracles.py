@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import torch
+import train_tinyworld as train
 from torch import Tensor, nn
 
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
-from inferix.models.tinyworld import train
 from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_PACKAGES = {"tests", "build", "dist", "outputs"}
+NO_PACKAGES = {"tests", "tools", "build", "dist", "outputs"}
 BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "evaluate", "bench"]
 AT_ROOT = ["cli", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import train_tinyworld as train
 
 from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles, rotate
-from inferix.models.tinyworld import train
 from inferix.models.tinyworld.data import Clips, along_things, errands, random_clip, random_walk
 from inferix.models.tinyworld.words import WordEncoder, known_words
 from inferix.models.tinyworld.world import ACTIONS, MOVES, STEP, Scene, World, draw_number, mix, scenes

@@ -1,6 +1,6 @@
 """From nothing to the shipped weights: the autoencoder, a bank of encoded walks, the transformer.
 
-    python -m inferix.models.tinyworld.train --out runs/tinyworld
+    python tools/train_tinyworld.py --out runs/tinyworld
 
 Every stage saves as it goes and picks up where it was stopped. The autoencoder learns that land seen again is
 the same latents, moved. The transformer learns each frame from noise beside the clean frames before it (teacher
@@ -28,37 +28,30 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from ...errors import told_in_a_line
-from ...kernels.rope import axis_angles, rope_angles, rotate
-from ..files import write_json, write_tensors
-from ..wan.checkpoint import SHARD
-from ..wan.configs import diffusers_config, diffusers_vae_config
-from ..wan.names import to_format
-from ..wan.spec import MODELS
-from ..wan.transformer import Block, SelfAttention, WanTransformer
-from ..wan.vae import (
+from inferix.errors import told_in_a_line
+from inferix.kernels.rope import axis_angles, rope_angles, rotate
+from inferix.models.files import write_json, write_tensors
+from inferix.models.tinyworld.data import HELD_OUT, Clips, random_clip
+from inferix.models.tinyworld.spec import SPEC, VAE
+from inferix.models.tinyworld.words import FILE as WORDS_FILE
+from inferix.models.tinyworld.words import WordEncoder, known_words, word_numbers
+from inferix.models.tinyworld.world import ACTIONS, FRAMES, Scene
+from inferix.models.wan.checkpoint import SHARD
+from inferix.models.wan.configs import diffusers_config, diffusers_vae_config
+from inferix.models.wan.names import to_format
+from inferix.models.wan.transformer import Block, SelfAttention, WanTransformer
+from inferix.models.wan.vae import (
     CausalConv3d,
     CausalVae,
     Downsample,
     ShortcutUpBlock,
     Upsample,
-    VaeSpec,
     from_patches,
     to_patches,
 )
-from .data import HELD_OUT, Clips, random_clip
-from .words import FILE as WORDS_FILE
-from .words import WordEncoder, known_words, word_numbers
-from .world import ACTIONS, FRAMES, Scene
 
-SPEC = MODELS["tinyworld"]
 Model = TypeVar("Model", bound=nn.Module)
 Examples = Iterator[tuple[Tensor, Tensor, Tensor]]
-VAE = VaeSpec(
-    z_dim=SPEC.out_channels, base_channels=32, decoder_channels=32, multipliers=(1, 2, 2), num_res_blocks=1,
-    temporal_down=(True, True), patch=2, shortcuts=True, mean=(0.0,) * SPEC.out_channels,
-    std=(1.0,) * SPEC.out_channels,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
