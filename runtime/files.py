@@ -33,13 +33,14 @@ def check_output(path: str | Path) -> Path:
     Warns of part files that a stopped run left.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(
-            f"output {quoted(str(path))} is a folder; expected a file name such as {quoted(str(path / 'out.mp4'))}"
-        )
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"output {quoted(str(path))} is a device or FIFO; expected the name of a file")
+        with suppress(FileNotFoundError):
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                example = quoted(str(path / "out.mp4"))
+                raise UsageError(f"output {quoted(str(path))} is a folder; expected a file name such as {example}")
+            if not stat.S_ISREG(mode):
+                raise UsageError(f"output {quoted(str(path))} is a device or FIFO; expected the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):  # access bits do not tell about read-only file systems
             pass

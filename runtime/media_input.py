@@ -78,7 +78,8 @@ def upright_pixels(image: Image, size: tuple[int, int], fit: str) -> Frames:
         2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
     }  # fmt: skip
-    orientation = image.getexif().get(0x0112, 1)  # a tag that EXIF and TIFF share
+    image.load()  # Pillow turns TIFF files itself, here
+    orientation = image.getexif().get(0x0112, 1)
     target = size if orientation not in (5, 6, 7, 8) else (size[1], size[0])
     profile = image.info.get("icc_profile")
     small = fitted(with_eight_bits(image), target, fit)
