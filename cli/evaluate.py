@@ -61,7 +61,8 @@ def tinyworld(
         text = json.dumps(found, indent=2) + "\n"
         write_atomically(places["figures"], lambda part: part.write_text(text, "utf-8"))
         times = [f"{6 * tenth} s" for tenth in range(sheet.shape[1])]
-        contact_sheet(list(sheet.reshape(-1, *sheet.shape[2:])), places["contact sheet"], len(times), times * len(sheet))
+        frames = list(sheet.reshape(-1, *sheet.shape[2:]))
+        contact_sheet(frames, places["contact sheet"], len(times), times * len(sheet))
     if as_json:
         typer.echo(json.dumps(found, default=str))
         return

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..runtime.engine import Engine
+    from ..runtime.telemetry.profile import Profile
 
 DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models only; untrained ones cannot follow it
 DEFAULT_BLOCKS = 3
@@ -427,17 +428,42 @@ def generate(
         finally:  # whatever it ended by, the finished blocks are kept
             if records is not None and records.exists():
                 result.outputs.append(str(records))
+            shown = {name: str(value) for name, value in given.items()} | ({"video": str(video)} if video else {})
+            about = {"seed": seed, "size": frame_size, "requested_blocks": count, "opened_with": shown, "fit": fit}
+            about |= {"prompts_at_blocks": changes, "engine": engine.describe()}
+            lost = []
+            if writer is not None:
+                result.frames = min(result.frames, writer.frames)  # fewer where the disk was full
             if result.blocks:
-                if profiled is not None:
-                    assert profile is not None
-                    result.outputs += map(str, profiled.write(profile))
-                write_kept(result, kept, outputs, writer)
-                shown = {name: str(value) for name, value in given.items()} | ({"video": str(video)} if video else {})
-                about = {"seed": seed, "size": frame_size, "requested_blocks": count, "opened_with": shown, "fit": fit}
-                write_record(result, about | {"prompts_at_blocks": changes, "engine": engine.describe()}, outputs)
+                lost = failures(
+                    lambda: write_profile(result, profiled, profile),
+                    lambda: write_kept(result, kept, outputs, writer),
+                    lambda: write_record(result, about, outputs),
+                )
+            for failure in lost:
+                result.failed = result.failed or in_a_line(failure)
+                typer.echo(in_a_line(failure), err=True)
             tell(result, count, as_json)
     if result.interrupted:
         raise typer.Exit(128 + (came[0] if came else signal.SIGINT))
+    if lost:
+        raise typer.Exit(1)
+
+
+def failures(*writes: Callable[[], object]) -> list[InferixError]:
+    """Make each call; what those raise that fail, which keeps none of the others back."""
+    found = []
+    for write in writes:
+        try:
+            write()
+        except InferixError as error:
+            found.append(error)
+    return found
+
+
+def write_profile(result: Result, profiled: Profile | None, folder: Path | None) -> None:
+    if profiled is not None and folder is not None:
+        result.outputs += map(str, profiled.write(folder))
 
 
 def write_kept(result: Result, kept: list[Any], outputs: dict[str, Path], writer: VideoWriter | None) -> None:
@@ -452,10 +478,10 @@ def write_kept(result: Result, kept: list[Any], outputs: dict[str, Path], writer
 
 def write_record(result: Result, about: dict[str, Any], outputs: dict[str, Path]) -> None:
     """Write how the finished blocks were made."""
-    result.outputs.append(str(outputs["record"]))
     record = asdict(result) | about | {"versions": versions(), "command": shlex.join(sys.argv)}
+    record["outputs"] = [*result.outputs, str(outputs["record"])]
     text = json.dumps(record, indent=2, default=str) + "\n"
-    write_atomically(outputs["record"], lambda part: part.write_text(text, "utf-8"))
+    result.outputs.append(str(write_atomically(outputs["record"], lambda part: part.write_text(text, "utf-8"))))
 
 
 def output_paths(out: Path, latents_only: bool, records: Path | None, profile: Path | None) -> dict[str, Path]:

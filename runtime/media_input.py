@@ -256,7 +256,7 @@ class opened_video:
                 raise UsageError(f"video {quoted(str(self.path))} holds no frame; expected a file with a video stream")
             stream = streams[0]
             if stream.codec_context is None:
-                raise UsageError(f"video {quoted(str(self.path))} is in a codec that is not known; expected H.264 or so")
+                raise UsageError(f"video {quoted(str(self.path))} is in an unknown codec; expected one of FFmpeg's")
             check_pixels("video", Path(self.path), stream.width, stream.height)
             stream.codec_context.options = {"max_pixels": str(LARGEST_PICTURE)}
             stream.thread_type = "AUTO"

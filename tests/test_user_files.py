@@ -39,8 +39,9 @@ def test_yaml_of_plain_values() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        ALIASES, "&a [*a]", "- " + "[" * 100_000, "{a: " * 50_000, "- " * 50_000, "? " * 50_000, "[%s]" % ("1," * 20_000),
-        "a: 1\na: 2", "!!int x", "!!int ''", "!!int 0b", "!!bool x", "!!float x", "!!timestamp 2001-99-99", "!!binary x",
+        ALIASES, "&a [*a]", "- " + "[" * 100_000, "{a: " * 50_000, "- " * 50_000, "? " * 50_000,
+        "[%s]" % ("1," * 20_000), "a: 1\na: 2", "!!int x", "!!int ''", "!!int 0b", "!!bool x", "!!float x",
+        "!!timestamp 2001-99-99", "!!binary x",
         "!!python/object/apply:os.system [ls]", "!!map x", "? [a]\n: b", "\x00", "\ud800", "a: b: c", "--- a\n--- b",
         "k: " + "9" * 5000, "k: 0x" + "f" * 500_000, "k: 1" + ":59" * 100_000, "a" * (LARGEST_TEXT + 1),
     ],
@@ -77,7 +78,9 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
         read_text(path, "config")
 
 
-@pytest.mark.parametrize("name", ["folder", "fifo", "missing", "a\0b", "x" * 5000, "/dev/zero", "http://host/x"], ids=range(7))
+@pytest.mark.parametrize(
+    "name", ["folder", "fifo", "missing", "a\0b", "x" * 5000, "/dev/zero", "http://host/x"], ids=range(7)
+)
 def test_only_regular_files(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")

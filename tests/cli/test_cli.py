@@ -284,7 +284,8 @@ def test_a_full_disk_keeps_what_was_made(tmp_path, monkeypatch):
         done = run_here(*SMALL[:4], "--blocks", "12", "--out", tmp_path / "a.mp4")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert done.exit_code == 1 and "a.mp4' failed" in done.output and "of 12 blocks" in done.output, done.output
+    assert done.exit_code == 1 and "a.mp4" in done.output and "of 12 blocks" in done.output, done.output
+    assert json.loads((tmp_path / "a.json").read_text())["failed"]
     assert 0 < count_frames(tmp_path / "a.mp4") < 141
     assert not list(tmp_path.glob("*.part"))
 
@@ -309,7 +310,8 @@ def test_a_video_that_is_too_short_is_told_before_the_first_block(cats):
 
 
 def test_fit_is_chosen_by_name(cats):
-    common = (*SMALL[:4], "--preset", "self-forcing-framewise", "--blocks", "1", "--image", "cat.png", "--out", "out.mp4")
+    common = (*SMALL[:4], "--preset", "self-forcing-framewise", "--blocks", "1", "--out", "out.mp4")
+    common += ("--image", "cat.png")
     first = {}
     for fit in ("crop", "pad"):
         done = run_here(*common, "--fit", fit)

@@ -19,7 +19,8 @@ def folder(tmp_path: Path) -> Path:
     os.link(tmp_path / "cat.png", tmp_path / "hard.png")
     (tmp_path / "sub").mkdir()
     (tmp_path / "model" / "vae").mkdir(parents=True)
-    for name in ("model.safetensors", "config.json", "vae/config.json", "vae/weights.pth", "model.safetensors.index.json"):
+    names = ("model.safetensors", "config.json", "vae/config.json", "vae/weights.pth", "model.safetensors.index.json")
+    for name in names:
         (tmp_path / "model" / name).write_bytes(name.encode())
     return tmp_path
 
@@ -58,7 +59,7 @@ def test_two_outputs_of_one_name(folder: Path) -> None:
 def test_outputs_beside_inputs_are_fine(folder: Path) -> None:
     (folder / "model" / "out.mp4").touch()
     (folder / "model" / "out.json").touch()
-    inputs = {"--model": folder / "model", "--image": folder / "cat.png", "--base": "no such", "--vae": "taehv", "--x": None}
+    inputs = {"--model": folder / "model", "--image": folder / "cat.png", "--base": "no such", "--vae": "taehv"}
     check_paths(inputs, {"--out": folder / "model" / "out.mp4", "record": folder / "model" / "out.json"})
     check_paths({"--model": folder / "model/model.safetensors"}, {"record": folder / "model" / "out.json"})
     check_paths({"--image": "a\0b"}, {"--out": folder / "new.mp4"})
@@ -117,7 +118,9 @@ def test_a_part_left_by_a_killed_run_is_told_of_and_one_in_use_is_not(tmp_path: 
     assert left.read_text() == "left"
 
 
-@pytest.mark.parametrize("name", ["10:30.txt", "-x", "file:a", "é ü", "a b", "x" * 255, "é" * 127, "%d*[a]?"], ids=range(8))
+@pytest.mark.parametrize(
+    "name", ["10:30.txt", "-x", "file:a", "é ü", "a b", "x" * 255, "é" * 127, "%d*[a]?"], ids=range(8)
+)
 def test_names(tmp_path: Path, name: str) -> None:
     path = write_atomically(check_output(tmp_path / name), lambda part: part.write_text("x"))
     assert path.read_text() == "x" and list(tmp_path.iterdir()) == [path]
@@ -127,7 +130,7 @@ def test_names(tmp_path: Path, name: str) -> None:
 def test_places_that_are_no_file(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="output|cannot write"):
+    with pytest.raises(UsageError, match=r"output|cannot write"):
         check_output(tmp_path / name)
     with pytest.raises(UsageError):
         check_output("/dev/null")

@@ -201,7 +201,9 @@ def test_colours_are_tagged_and_are_those_that_a_player_shows(
     assert np.abs(back[0, size[1] // 2, size[0] // 12 :: size[0] // 6][:6].astype(int) - colours).max() <= 6
 
 
-@pytest.mark.parametrize("name", ["10:30.mp4", "file:a.mp4", "-out.mp4", "http:x é.mp4", "a b%d.mkv", "é" * 120 + ".mov"])
+@pytest.mark.parametrize(
+    "name", ["10:30.mp4", "file:a.mp4", "-out.mp4", "http:x é.mp4", "a b%d.mkv", "é" * 120 + ".mov"]
+)
 def test_names_of_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     with VideoWriter(name, 16, SIZE) as writer:

@@ -149,8 +149,10 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: 
     """A PNG file of raw rows, each with its filter's byte."""
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), *chunks]
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    chunk = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk)
+    whole = b"\x89PNG\r\n\x1a\n"
+    for kind, data in parts:
+        whole += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return whole
 
 
 @pytest.mark.parametrize("channels", [3, 4, 2])
@@ -160,7 +162,8 @@ def test_colour_of_16_bits_keeps_its_upper_8(tmp_path: Path, channels: int) -> N
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     (tmp_path / "in.png").write_bytes(png(8, 8, 16, {3: 2, 4: 6, 2: 4}[channels], rows))
     found = read_image(tmp_path / "in.png", (8, 8))
-    assert near(found[0, :, 0], np.arange(8) * 32, 1) and (found[..., 1] == (found[..., 0] if channels == 2 else 255)).all()
+    assert near(found[0, :, 0], np.arange(8) * 32, 1)
+    assert (found[..., 1] == (found[..., 0] if channels == 2 else 255)).all()
 
 
 def test_grey_of_16_bits_with_a_transparent_value(tmp_path: Path) -> None:
@@ -184,7 +187,9 @@ def test_floating_point_from_0_to_1(tmp_path: Path) -> None:
         read_image(tmp_path / "in.tiff", (64, 64))
 
 
-@pytest.mark.parametrize("kind", ["RGBA.png", "RGBA.webp", "RGBA.tiff", "LA.png", "P.png", "P.gif", "L+.png", "RGB+.png"])
+@pytest.mark.parametrize(
+    "kind", ["RGBA.png", "RGBA.webp", "RGBA.tiff", "LA.png", "P.png", "P.gif", "L+.png", "RGB+.png"]
+)
 def test_transparent_pixels_lie_over_the_backdrop(tmp_path: Path, kind: str) -> None:
     """Left is transparent with green or 150 under it, right is opaque red or 76."""
     pixels = np.zeros((64, 64, 4), np.uint8)
@@ -315,7 +320,7 @@ def test_a_long_video_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatc
     monkeypatch.setattr(media_input, "LARGEST_CLIP", 100 * 32 * 32 * 3)
     decoded: list[int] = []
     monkeypatch.setattr(media_input, "timed", lambda *rest: decoded.append(1))
-    with pytest.raises(UsageError, match="200 frames.*at most 100"):
+    with pytest.raises(UsageError, match=r"200 frames.*at most 100"):
         read_video(path, (32, 32), 16)
     assert not decoded
     monkeypatch.undo()
@@ -355,7 +360,9 @@ def test_what_is_no_picture(tmp_path: Path, content: bytes | None) -> None:
             read(tmp_path / "in.bin", (32, 32))
 
 
-@pytest.mark.parametrize("name", ["fifo", "folder", "/dev/zero", "http://127.0.0.1:1/a.mp4", "lavfi:testsrc", "data:,x"])
+@pytest.mark.parametrize(
+    "name", ["fifo", "folder", "/dev/zero", "http://127.0.0.1:1/a.mp4", "lavfi:testsrc", "data:,x"]
+)
 def test_only_local_regular_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
