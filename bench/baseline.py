@@ -2,7 +2,8 @@
 
 One contiguous cache of the window's size per layer, rolled by copying; text, time and patch embedding in every pass,
 cross-attention keys once a prompt; torch's own attention. Left out is what only slows the public code down: reads of
-device values by the host, and rotation in float64. Optionally each layer runs through `torch.compile`.
+device values by the host, and rotation in float64. Optionally each layer runs through `torch.compile`. Its block loop
+is its own: it checks the block schedule that the engine and the planners share.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +25,19 @@ from ..models.wan.transformer import TextContext
 from ..runtime.engine import Engine, Pixels
 from ..runtime.execution.decode_pipeline import to_frames
 from ..runtime.noise import PhiloxNoise
-from ..runtime.sampler import Sampler
+from ..runtime.sampler import Sampler, scheduled_blocks
+from ..schemes.block_schedule import ScheduledPass
 from ..schemes.presets import Preset
+from ..schemes.timeline import Span, Timeline
 from .machine import synchronize
-from .work import BlockPlan, Step, blocks_until_full, plan_blocks
+from .work import blocks_until_full
 
 LayerForward = Callable[..., Tensor]
 
 
 def why_not(preset: Preset) -> str | None:
     """Why the plain loop cannot run a preset; None where it can."""
-    if preset.window_blocks > 1 or any(len(step.run.groups) > 1 for step in next_plans(preset)):
+    if preset.window_blocks > 1 or any(len(scheduled.run.groups) > 1 for scheduled in passes_until_full(preset)):
         return "it has passes over frames at several noise levels"
     if preset.context.positions != "absolute":
         return "positions move with its window"
@@ -42,10 +46,10 @@ def why_not(preset: Preset) -> str | None:
     return None
 
 
-def next_plans(preset: Preset) -> list[Step]:
+def passes_until_full(preset: Preset) -> list[ScheduledPass]:
     """The passes of a stream's blocks until its window is full, and of the one after."""
-    blocks = plan_blocks(preset)
-    return [step for _ in range(blocks_until_full(preset) + 2) for step in next(blocks).steps]
+    blocks = islice(scheduled_blocks(preset), blocks_until_full(preset) + 2)
+    return [scheduled for block in blocks for scheduled in block.passes]
 
 
 @dataclass
@@ -99,12 +103,12 @@ class PlainLoop:
         self.engine, self.size, self.rows = engine, size, rows
         self.transformer, self.spec = engine.parts.transformer, engine.spec
         self.sampler, self.noise = Sampler(engine.preset.sampler), PhiloxNoise(seed, str(engine.device))
-        self.plans = plan_blocks(engine.preset)
+        self.timeline = Timeline(engine.preset)
         self.decoder = engine.parts.vae.new_state()
         height, width = self.spec.latent_size(size)
         self.grid = (height // self.spec.patch[0], width // self.spec.patch[1])
         self.tokens = self.grid[0] * self.grid[1]
-        self.full = max(step.context for step in next_plans(engine.preset))
+        self.full = max(scheduled.context for scheduled in passes_until_full(engine.preset))
         self.frames: tuple[int, ...] = ()
         self.positions: list[int] = []
         self.angles = Angles(torch.empty(0), torch.empty(0))
@@ -127,18 +131,17 @@ class PlainLoop:
     @torch.no_grad()
     def step(self, decode: bool = True) -> Made:
         """The next block, as the engine makes it; of its timings only the decoder's is taken."""
-        plan = next(self.plans)
-        solver, done = self.sampler.begin(), 0
-        latents = self.draw(plan, 0)
-        for step in plan.steps:
-            if step.kind == "rebuild":
-                self.rebuild(step.run)
-            elif step.kind == "denoise":
-                velocity = self.forward(step.run, latents)
-                latents = solver.advance(latents, velocity, done, partial(self.draw, plan, done + 1))
-                done += 1
-            else:
-                self.forward(step.run, latents)
+        timeline, solver = self.timeline, self.sampler.begin()
+        if timeline.rebuild_due():
+            self.rebuild(timeline.rebuild_pass())
+        span = timeline.admit()
+        latents = self.draw(span, 0)
+        for step, timestep in enumerate(self.sampler.timesteps):
+            velocity = self.forward(timeline.joint_pass([(span.frames, timestep)], frozenset()), latents)
+            latents = solver.advance(latents, velocity, step, partial(self.draw, span, step + 1))
+        if self.engine.preset.context.commit:
+            self.forward(timeline.commit_pass(span.frames), latents)
+        timeline.forget(self.frames)
         pixels = frames = None
         timings = {}
         if decode or self.engine.preset.context.needs_pixels:
@@ -207,9 +210,9 @@ class PlainLoop:
         added: Tensor = self.transformer.action_embedding(F.one_hot(told, self.spec.action_dim).to(self.engine.dtype))
         return added
 
-    def draw(self, plan: BlockPlan, draw: int) -> Tensor:
+    def draw(self, span: Span, draw: int) -> Tensor:
         shape = (self.spec.out_channels, *self.spec.latent_size(self.size))
-        return self.noise.draw(plan.index, plan.frames, draw, shape).to(self.engine.device, self.engine.dtype)
+        return self.noise.draw(span.index, span.frames, draw, shape).to(self.engine.device, self.engine.dtype)
 
     @property
     def cache_bytes(self) -> int:

@@ -17,6 +17,8 @@ from typing import Any
 from ..errors import InferixError, UsageError
 from ..runtime.capacity.planner import long_on_cpu
 from ..runtime.engine import Engine
+from ..runtime.sampler import scheduled_blocks
+from ..schemes.block_schedule import ScheduledBlock
 from .baseline import Made
 from .candidates import Candidate, EngineStream, Stream, candidates, choose, failures, judge_of, kept, trouble
 from .inside import look_inside
@@ -24,12 +26,10 @@ from .machine import card_of, environment, measure_ceilings, synchronize
 from .result import Result, Series
 from .subject import ORACLE, Subject, described, in_fewer_bits, open_engine, random_prompt
 from .work import (
-    BlockPlan,
     Work,
     blocks_until_full,
     decoder_work,
     pass_work,
-    plan_blocks,
     stays_full,
     until_seen,
 )
@@ -101,7 +101,7 @@ class Bench:
         if self.engine.device.type == "cpu" and said:
             tell(said)
         self.full = blocks_until_full(preset)
-        self.plan = next(islice(plan_blocks(preset), self.full, None))
+        self.plan = next(islice(scheduled_blocks(preset), self.full, None))
         rows = random_prompt(self.engine, subject.seed)
         offered, self.left_out = candidates(self.engine, rows, subject)
         self.chosen = choose(offered, self.left_out, wanted.executors, wanted.baselines, self.device)
@@ -110,7 +110,7 @@ class Bench:
         tell("measuring what the machine can do")
         self.ceilings = measure_ceilings(self.device, self.engine.dtype, self.engine.config.lowp)
         tell(f"the window is full at block {self.full}: {self.plan.context} latent frames")
-        plans, window, needs_pixels = plan_blocks(preset), self.plan.context, preset.context.needs_pixels
+        plans, window, needs_pixels = scheduled_blocks(preset), self.plan.context, preset.context.needs_pixels
         self.shown = until_seen(plans, window, wanted.blocks)  # first with pictures, then without, if that can be
         self.bare = [] if needs_pixels else until_seen(plans, window, wanted.blocks)
         self.steady = stays_full(preset)
@@ -195,12 +195,12 @@ class Bench:
             taken.add("energy", (now - joules) / metered)
         return made
 
-    def note(self, block: Made, seconds: float, plan: BlockPlan, taken: Taken) -> None:
+    def note(self, block: Made, seconds: float, plan: ScheduledBlock, taken: Taken) -> None:
         """Keep the times of one block at a full window."""
         taken.add("block", seconds)
         for stage, part in block.timings.items():
             taken.add(stage, part)
-        if len(block.passes) == len(plan.steps):
+        if len(block.passes) == len(plan.passes):
             for index, part in enumerate(block.passes):
                 taken.add(f"pass {index}", part)
         if self.engine.preset.context.needs_pixels:  # its next block waits for the decoder, which cannot be left out
@@ -257,17 +257,18 @@ def timed(stream: Stream, device: str, decode: bool) -> tuple[Made, float]:
     return block, time.perf_counter() - begun
 
 
-def block_facts(engine: Engine, plan: BlockPlan, full: int) -> dict[str, Any]:
+def block_facts(engine: Engine, plan: ScheduledBlock, full: int) -> dict[str, Any]:
     return {
-        "latent_frames": len(plan.frames), "pixel_frames": len(plan.frames) * engine.spec.vae_stride[0],
+        "latent_frames": len(plan.span.frames), "pixel_frames": len(plan.span.frames) * engine.spec.vae_stride[0],
         "window_frames": plan.context, "blocks_before_full": full, "fps": engine.fps,
         "passes": [
-            {"kind": step.kind, "frames": len(step.run.frames), "context": step.context} for step in plan.steps
+            {"kind": scheduled.kind, "frames": len(scheduled.run.frames), "context": scheduled.context}
+            for scheduled in plan.passes
         ],
     }  # fmt: skip
 
 
-def work_facts(engine: Engine, plan: BlockPlan, subject: Subject) -> dict[str, Any]:
+def work_facts(engine: Engine, plan: ScheduledBlock, subject: Subject) -> dict[str, Any]:
     """FLOPs and bytes of each pass of the block and of decoding it, in the model's dtype; where layers or pages are in
     fewer bits, also those of the passes in these.
     """
@@ -275,11 +276,11 @@ def work_facts(engine: Engine, plan: BlockPlan, subject: Subject) -> dict[str, A
     branches = 2 if engine.preset.sampler.guidance_scale != 1 else 1
 
     def counted(*bits: Any) -> dict[str, Any]:
-        steps = [step for step in plan.steps for _ in range(branches)]
-        passes = [pass_work(engine.spec, step.run, size, config.dtype, *bits) for step in steps]
+        runs = [scheduled.run for scheduled in plan.passes for _ in range(branches)]
+        passes = [pass_work(engine.spec, run, size, config.dtype, *bits) for run in runs]
         return {"passes": [asdict(work) for work in passes], "transformer": asdict(sum(passes, Work(0, 0)))}
 
-    decoder = decoder_work(engine.parts.vae.spec, engine.spec.latent_size(size), len(plan.frames), config.dtype)
+    decoder = decoder_work(engine.parts.vae.spec, engine.spec.latent_size(size), len(plan.span.frames), config.dtype)
     return {
         **counted(),
         **({"fewer_bits": counted(config.kv_dtype, config.precision_map)} if in_fewer_bits(engine.config) else {}),

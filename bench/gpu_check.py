@@ -32,6 +32,7 @@ from ..kernels.spec import HALF, KernelSpec, architecture
 from ..runtime.engine import Engine
 from ..runtime.execution.executors import GraphExecutor
 from ..runtime.files import write_atomically
+from ..runtime.sampler import scheduled_blocks
 from ..runtime.streams import make_current
 from ..schemes.page_needs import least_pages, staging_slots
 from . import block, candidates, compile_gate, kernels, stream
@@ -40,7 +41,7 @@ from .machine import environment
 from .result import CHECK, FAILED, read_failures, write_result
 from .rivals import bound
 from .subject import ORACLE, Subject, open_engine, random_prompt, with_executor
-from .work import blocks_until_full, plan_blocks
+from .work import blocks_until_full
 
 BUDGET = 500  # seconds of one call
 MORE_TO_DO = 3  # exit code
@@ -158,8 +159,8 @@ def check_captures(
     first.close()
     second.close()
     later, wrong = executor.launcher.captures - before, list(executor.launcher.fallbacks)
-    plan = next(islice(plan_blocks(engine.preset), full + 1, None))
-    expected = 1 + sum(step.kind == "rebuild" for step in plan.steps)
+    plan = next(islice(scheduled_blocks(engine.preset), full + 1, None))
+    expected = 1 + sum(scheduled.kind == "rebuild" for scheduled in plan.passes)
     if executor.whole_blocks and launches["graphs"] != expected:
         wrong.append(f"captured: a block at a full window launches {launches['graphs']} graphs, expected {expected}")
     if later:

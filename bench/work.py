@@ -15,9 +15,9 @@ from ..graphs.passes import Pass
 from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.wan.spec import ModelSpec
 from ..runtime.capacity import costs
-from ..runtime.sampler import Sampler
+from ..runtime.sampler import scheduled_blocks
+from ..schemes.block_schedule import ScheduledBlock
 from ..schemes.presets import Preset
-from ..schemes.timeline import Timeline
 
 HORIZON = 64  # blocks within which a bounded window must have filled
 
@@ -31,56 +31,6 @@ class Work:
         return Work(self.flops + other.flops, self.nbytes + other.nbytes)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One pass of a block: `rebuild`, `denoise` or `commit`."""
-
-    kind: str
-    run: Pass
-
-    @property
-    def context(self) -> int:
-        """Frames that its last group sees, itself included."""
-        return len(self.run.groups[-1].context)
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """The passes of one block of a stream, in order; frames: the block's own."""
-
-    index: int
-    frames: range
-    steps: tuple[Step, ...]
-
-    @property
-    def context(self) -> int:
-        """Frames that the block's denoising sees."""
-        return max(step.context for step in self.steps if step.kind == "denoise")
-
-
-def plan_blocks(preset: Preset) -> Iterator[BlockPlan]:
-    """The blocks of an endless stream, as the engine makes them; host integers only."""
-    timeline, levels = Timeline(preset), Sampler(preset.sampler).timesteps
-    flight: list[tuple[range, int]] = []  # frames, and steps done
-    index = 0
-    while True:
-        steps = [Step("rebuild", timeline.rebuild_pass())] if timeline.rebuild_due() else []
-        while not (flight and flight[0][1] == len(levels)):
-            if len(flight) < preset.window_blocks:
-                flight.append((timeline.admit().frames, 0))
-            run = timeline.joint_pass([(frames, levels[done]) for frames, done in flight], frozenset())
-            steps.append(Step("denoise", run))
-            if run.groups[-1].write:
-                timeline.forget(run.groups[-1].context)
-            flight = [(frames, done + 1) for frames, done in flight]
-        frames, _ = flight.pop(0)
-        if preset.context.commit:
-            steps.append(Step("commit", timeline.commit_pass(frames)))
-            timeline.forget(steps[-1].run.groups[-1].context)
-        yield BlockPlan(index, frames, tuple(steps))
-        index += 1
-
-
 def blocks_until_full(preset: Preset) -> int:
     """How many blocks come before the first that sees as much as any ever will; UsageError if that grows for ever."""
     context = preset.context
@@ -89,7 +39,7 @@ def blocks_until_full(preset: Preset) -> int:
             f"{preset.name} keeps all frames, so its window is never full; give --frames-in-window, such as 21"
         )
     bound = max(context.local_attn_size, context.segment_frames, context.rebuild_frames)
-    blocks = plan_blocks(preset)
+    blocks = scheduled_blocks(preset)
     seen = [next(blocks).context for _ in range(HORIZON + bound // preset.num_frame_per_block)]
     return seen.index(max(seen))
 
@@ -97,12 +47,12 @@ def blocks_until_full(preset: Preset) -> int:
 def stays_full(preset: Preset) -> bool:
     """Whether all blocks after the window is full see as much; those of a preset that begins segments anew do not."""
     full = blocks_until_full(preset)
-    return len({plan.context for plan in islice(plan_blocks(preset), full, full + HORIZON)}) == 1
+    return len({plan.context for plan in islice(scheduled_blocks(preset), full, full + HORIZON)}) == 1
 
 
-def until_seen(plans: Iterator[BlockPlan], window: int, blocks: int) -> list[BlockPlan]:
+def until_seen(plans: Iterator[ScheduledBlock], window: int, blocks: int) -> list[ScheduledBlock]:
     """The next plans, until so many of them see the whole window."""
-    found: list[BlockPlan] = []
+    found: list[ScheduledBlock] = []
     while sum(plan.context == window for plan in found) < blocks:
         found.append(next(plans))
     return found

@@ -20,7 +20,7 @@ from .generate import parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..graphs.lowered import Lowered
-    from ..runtime.programs.graph_builder import Query, QueryGraphs
+    from ..runtime.programs.graph_builder import GraphBuilder, GraphKey
 
 DEFAULT_MODEL = "wan-1.3b"
 
@@ -74,7 +74,7 @@ def graph(
     from ..graphs.rewrites.lowp import PrecisionMap
     from ..graphs.validate import validate
     from ..runtime.programs.block_graph import build_block_graph
-    from ..runtime.programs.graph_builder import QueryGraphs
+    from ..runtime.programs.graph_builder import GraphBuilder
     from ..runtime.programs.graph_store import stored_for
 
     if rewrites:
@@ -118,7 +118,7 @@ def graph(
         if save is not None and load is not None:
             raise UsageError("--save makes graphs and --load reads them; give one of them")
         low = packed if lowp is not None else None
-        graphs = QueryGraphs(spec, scheme, precision, DTYPES[dtype], device, tuple(names), low, kept)
+        graphs = GraphBuilder(spec, scheme, precision, DTYPES[dtype], device, tuple(names), low, kept)
         tell_stored(graphs, pictures or spec.default_size, stored, save is not None, plan)
         return
     if plan and (only is not None or as_json):
@@ -148,14 +148,14 @@ def graph(
         typer.echo(text(block, only))
 
 
-def tell_stored(graphs: QueryGraphs, size: tuple[int, int], folder: Path, make: bool, plan: bool) -> None:
+def tell_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make: bool, plan: bool) -> None:
     """Fill a folder with the graphs of a stream, or only open it, and say what is there."""
     import torch
 
     from ..runtime.programs.graph_store import GraphStore, card_of
-    from ..runtime.programs.warmup import queries_of
+    from ..runtime.programs.warmup import graph_keys
 
-    wanted = queries_of(graphs.spec, graphs.preset, size, graphs.kept is not None) if make else []
+    wanted = graph_keys(graphs.spec, graphs.preset, size, graphs.kept is not None) if make else []
     store = GraphStore.open(folder, graphs, create=make)
     made = store.fill(graphs, wanted)
     programs = store.programs()
@@ -165,18 +165,18 @@ def tell_stored(graphs: QueryGraphs, size: tuple[int, int], folder: Path, make: 
         f"{count} in {folder}{f', {made} of them new' if make else ''}: {graphs.spec.name}, preset "
         f"{graphs.preset.name}, {dtype}, for {card}"
     )
-    for query, lowered in programs:
-        typer.echo(f"  {told_query(query)}: {len(lowered.body.program.calls)} calls")
+    for key, lowered in programs:
+        typer.echo(f"  {describe_key(key)}: {len(lowered.body.program.calls)} calls")
         if plan:
             typer.echo(textwrap.indent("\n".join(told_plan(lowered)), "    "))
 
 
-def told_query(query: Query) -> str:
+def describe_key(key: GraphKey) -> str:
     """What a stored graph is for."""
-    channels, height, width = query.latent[1:]
-    groups = " + ".join(f"{rows} x {each}" if rows > 1 else f"{each}" for rows, each in query.parts)
-    kind = "block" if query.whole else "pass"
-    return f"{kind} of {groups} frames of {channels}x{height}x{width}, {query.pages} pages in the store"
+    channels, height, width = key.latent[1:]
+    groups = " + ".join(f"{rows} x {each}" if rows > 1 else f"{each}" for rows, each in key.parts)
+    kind = "block" if key.whole else "pass"
+    return f"{kind} of {groups} frames of {channels}x{height}x{width}, {key.pages} pages in the store"
 
 
 def told_plan(lowered: Lowered) -> list[str]:

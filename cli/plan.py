@@ -25,14 +25,13 @@ from ..models.wan.random import vae_for
 from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.taehv import TinySpec
 from ..models.wan.vae import VaeSpec
-from ..runtime.byte_sizes import in_words, parse_bytes
-from ..runtime.capacity import costs
-from ..runtime.capacity import planner as forecast
+from ..runtime.byte_sizes import format_bytes, parse_bytes
+from ..runtime.capacity import costs, planner
 from ..runtime.capacity.gpus import CARDS, Card
 from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
 from ..runtime.kv.page_store import KV_DTYPES
-from ..schemes.page_needs import least_pages
+from ..schemes.page_needs import least_pages, window
 from ..schemes.presets import default_preset, make_preset
 from .options import check_settings, counted, parse_settings, parse_size
 
@@ -131,7 +130,7 @@ def workload(
         )
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
-    decoder = forecast.tiny_for(spec) if vae else own_vae(spec)
+    decoder = planner.tiny_for(spec) if vae else own_vae(spec)
     pictures = parse_size(size) if size else spec.default_size
     text = text_parameters(spec) if text_encoder else 0
     runs = executor or default_executor("cuda")
@@ -181,11 +180,11 @@ def ceiling(card: Card | None, tflops: float | None, bandwidth: float | None, dt
 
 def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[str, Any]:
     """The whole plan as plain values; bytes and seconds."""
-    split = forecast.memory(load)
+    split = planner.memory(load)
     total = split.needed(load.sessions)
     fits = None if budget is None else total <= budget
     limit = top or Ceiling(float("inf"), float("inf"), "none")
-    blocks = {"first": forecast.first_speed(load, limit), "steady": forecast.steady_speed(load, limit)}
+    blocks = {"first": planner.first_speed(load, limit), "steady": planner.steady_speed(load, limit)}
     facts: dict[str, Any] = {
         "model": load.spec.name,
         "preset": load.preset.name,
@@ -196,7 +195,7 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         "vae": "taehv" if isinstance(load.decoder, TinySpec) else "own",
         "text_encoder": load.text > 0,
         "sessions": load.sessions,
-        "window": forecast.window(load.preset),
+        "window": window(load.preset),
         "pages": least_pages(load.preset),
         "memory": {
             "once": split.once,
@@ -217,10 +216,10 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         "changes": [],
     }
     if budget is not None:
-        facts["sessions_that_fit"] = forecast.most_sessions(load, budget)
-        facts["longest_window"] = forecast.longest_window(load, budget)
+        facts["sessions_that_fit"] = planner.most_sessions(load, budget)
+        facts["longest_window"] = planner.longest_window(load, budget)
     if fits is False and budget is not None:
-        facts["changes"] = [asdict(change) for change in forecast.changes(load, budget)]
+        facts["changes"] = [asdict(suggestion) for suggestion in planner.suggestions(load, budget)]
     if top is not None:
         facts["predicted"] = {
             "kind": "floor: every operation at the ceiling; a prediction, not a measurement",
@@ -235,7 +234,7 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
                 }
                 for name, one in blocks.items()
             },
-            "new_prompt_seconds": forecast.prompt_seconds(load, top),
+            "new_prompt_seconds": planner.prompt_seconds(load, top),
             "sessions_in_real_time": int(blocks["steady"].fps // load.spec.fps),
         }
     return facts
@@ -338,13 +337,13 @@ def verdict(load: Workload, facts: dict[str, Any]) -> Iterator[str]:
             f"of {facts['longest_window']} latent frames (models are trained for theirs)."
         )
     else:
-        yield f"It does not fit: {in_words(facts['memory']['needed'] - given)} too much. What would change that:"
+        yield f"It does not fit: {format_bytes(facts['memory']['needed'] - given)} too much. What would change that:"
         for change in facts["changes"]:
-            end = "fits" if change["fits"] else f"still {in_words(change['needed'] - given)} too much"
-            yield f"  {' '.join(change['options'])}: {in_words(change['needed'])}, {end}"
+            end = "fits" if change["fits"] else f"still {format_bytes(change['needed'] - given)} too much"
+            yield f"  {' '.join(change['options'])}: {format_bytes(change['needed'])}, {end}"
         if not any(change["fits"] for change in facts["changes"]):
             least = min((change["needed"] for change in facts["changes"]), default=facts["memory"]["needed"])
-            yield f"  None of it is enough: {in_words(least)} need {larger_cards(least)}."
+            yield f"  None of it is enough: {format_bytes(least)} need {larger_cards(least)}."
 
 
 def larger_cards(needed: int) -> str:
@@ -382,10 +381,10 @@ def memory_rows() -> list[list[str]]:
         cells = []
         for memory in TABLE_MEMORIES:
             count, longest = (
-                found(load, memory * 10**9) for found in (forecast.most_sessions, forecast.longest_window)
+                found(load, memory * 10**9) for found in (planner.most_sessions, planner.longest_window)
             )
             cells.append(f"{count}; {longest}" if count else "no")
-        needs = f"{forecast.needed(load) / 1e9:.1f} GB"
+        needs = f"{planner.needed(load) / 1e9:.1f} GB"
         rows.append([load.spec.name, f"`{load.preset.name}`", form, needs, *cells])
     return rows
 
@@ -395,7 +394,7 @@ def floor_rows() -> list[list[str]]:
     for form, load in table_workloads():
         cells = []
         for name in TABLE_CARDS:
-            steady = forecast.steady_speed(load, Ceiling(CARDS[name].tflops, CARDS[name].bandwidth, name))
+            steady = planner.steady_speed(load, Ceiling(CARDS[name].tflops, CARDS[name].bandwidth, name))
             cells.append(f"{steady.seconds:.3f}, {steady.fps:.1f}")
         total = f"{(steady.transformer_flops + steady.decoder_flops) / 1e12:.0f}"
         rows.append([load.spec.name, f"`{load.preset.name}`", form, total, *cells])

@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.byte_sizes import in_words
-from ..runtime.capacity import planner as forecast
+from ..runtime.byte_sizes import format_bytes
+from ..runtime.capacity import planner
+from ..schemes.page_needs import window
 from ..schemes.presets import PRESETS
 from .plan import workload
 
@@ -29,11 +30,11 @@ def tell_presets(wanted: bool) -> None:
     weights.columns[1].no_wrap = True
     for name, preset in PRESETS.items():
         load = workload(None, name, None, 1, "bfloat16", None, None, None, True, {})
-        work = forecast.steady(preset)[0]
+        steady = planner.steady_blocks(preset)[0]
         scheme.add_row(
-            name, load.spec.name, str(preset.num_frame_per_block), str(forecast.window(preset)),
-            str(preset.context.sink_size), str(preset.sampler.steps), str(len(work.passes)),
-            in_words(forecast.needed(load)),
+            name, load.spec.name, str(preset.num_frame_per_block), str(window(preset)),
+            str(preset.context.sink_size), str(preset.sampler.steps), str(len(steady.passes)),
+            format_bytes(planner.needed(load)),
         )  # fmt: skip
         weights.add_row(name, preset.about.weights, preset.about.licence)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

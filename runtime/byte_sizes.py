@@ -20,7 +20,7 @@ def parse_bytes(given: int | str) -> int:
     return count
 
 
-def in_words(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes for people."""
     for unit in ("GB", "MB", "kB"):
         scale = UNITS[unit.upper()]

@@ -27,6 +27,15 @@ from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
 from ..models.wan.vae_checkpoint import Decoder
 from ..schemes.actions import ActionTrack, check_action
+from ..schemes.block_schedule import (
+    commit_pass,
+    denoise_pass,
+    denoise_passes,
+    rebuild_pass,
+    recache_pass,
+    reencodes_head,
+    window_of,
+)
 from ..schemes.presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
 from ..schemes.timeline import Span, Timeline
 from .byte_sizes import parse_bytes
@@ -231,7 +240,7 @@ class Engine:
         block, (branch,) = self.admit(session), session.branches
         assert isinstance(session.noise, PhiloxNoise)
         frames, seed = block.span.frames, session.noise.seed
-        run = session.timeline.joint_pass([(frames, session.sampler.timesteps[0])], frozenset())
+        run = denoise_pass(session.timeline, [block], session.sampler.timesteps).run
         self.hold(session, run)
         bound, actions = branch.cache.bind(run), self.actions_of(session, run)
         with session.record.one_pass():
@@ -242,20 +251,16 @@ class Engine:
         return block
 
     def denoise(self, session: Session) -> Making[InFlight]:
-        """Passes over the blocks in flight until the first of them is clean; one more joins at each pass."""
-        flight, levels = session.flight, session.sampler.timesteps
-        while True:
-            if len(flight) < self.preset.window_blocks:
-                flight.append(self.admit(session))
-            timeline = session.timeline
-            clean = frozenset({0} if session.clamped is not None else ())
-            run = timeline.joint_pass([(block.span.frames, levels[block.step]) for block in flight], clean)
-            self.hold(session, run)
-            velocity = yield from self.network_pass(session, run, torch.cat([block.latents for block in flight]))
+        """Passes over the blocks in flight until the first of them is clean; others join as the schedule says."""
+        flight, timesteps = session.flight, session.sampler.timesteps
+        clean = frozenset({0} if session.clamped is not None else ())
+        for scheduled in denoise_passes(session.timeline, flight, timesteps, partial(self.admit, session), clean):
+            self.hold(session, scheduled.run)
+            latents = torch.cat([block.latents for block in flight])
+            velocity = yield from self.network_pass(session, scheduled.run, latents)
             for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
                 self.advance(session, block, part)
-            if flight[0].step == len(levels):
-                return flight.pop(0)
+        return flight.pop(0)
 
     def admit(self, session: Session) -> InFlight:
         """The next block, as noise, or as a given video that noise is added to."""
@@ -290,17 +295,17 @@ class Engine:
 
     def commit_pass(self, session: Session, span: Span, latents: Tensor) -> Making[None]:
         """One pass over the clean latents, for the keys and values it leaves in the cache."""
-        run = session.timeline.commit_pass(span.frames)
+        run = commit_pass(session.timeline, span).run
         self.hold(session, run)
         yield from self.network_pass(session, run, latents)
 
     def hold(self, session: Session, run: Pass) -> None:
         """Roll the caches to what a pass that writes is going to see; others see what is held."""
-        group = run.groups[-1]
-        if group.write:
+        window = window_of(run)
+        if window is not None:
             for branch in session.branches:
-                branch.cache.hold(group.context)
-            session.timeline.forget(group.context)
+                branch.cache.hold(window)
+            session.timeline.forget(window)
 
     def network_pass(self, session: Session, run: Pass, latents: Tensor) -> Making[Tensor]:
         """One pass of the network over latents [F, C, H, W]; makes the velocity, guided where there are two."""
@@ -374,19 +379,19 @@ class Engine:
 
     def rebuild_context(self, session: Session) -> Making[None]:
         """Make the context anew from the last clean latents, where the policy asks for it."""
-        timeline, policy = session.timeline, self.preset.context
-        if not timeline.rebuild_due():
+        scheduled = rebuild_pass(session.timeline)
+        if scheduled is None:
             return
-        run = timeline.rebuild_pass()
+        run = scheduled.run
         latents = session.recent_frames(run.frames)
-        if policy.reencode_head and run.frames[0] > 0 and session.pixels is not None:
+        if reencodes_head(self.preset, run) and session.pixels is not None:
             head = self.parts.vae.encode(session.pixels[:1], self.parts.vae.new_state())
             latents = torch.cat((head, latents[1:]))
         for branch in session.branches:
             branch.cache.clear()
         self.hold(session, run)
         yield from self.network_pass(session, run, latents)
-        if policy.restart_decoder:
+        if self.preset.context.restart_decoder:
             self.host.settle(session)
             session.track.restart(session.next_block, latents)
 
@@ -415,7 +420,7 @@ class Engine:
 
     def follow_prompt(self, session: Session) -> Making[None]:
         """Move the conditioning towards a prompt that was asked for."""
-        change, policy = session.change, self.preset.context
+        change = session.change
         if change is None:
             return
         change.left -= 1
@@ -423,16 +428,16 @@ class Engine:
         session.branches[0].text = self.executor.condition(session.rows)
         if change.left == 0:
             session.change = None
-        if policy.prompt_switch == "recache":
-            yield from self.recache(session)
+        yield from self.recache(session)
 
     def recache(self, session: Session) -> Making[None]:
-        """Pass the visible past through the network under the prompt in force."""
-        run = session.timeline.recache_pass(self.preset.context.recache_sink)
-        if run is None:
+        """Pass the visible past through the network under the prompt in force, where the policy asks for it."""
+        scheduled = recache_pass(session.timeline)
+        if scheduled is None:
             return
+        run = scheduled.run
         latents = session.recent_frames(run.frames)
-        if self.preset.context.recache_sink:
+        if scheduled.clears_cache:
             session.branches[0].cache.clear()
         session.branches[0].cache.hold(run.groups[-1].context)
         yield Ask(session.branches[0], run, latents, self.actions_of(session, run))

@@ -7,7 +7,7 @@ Source: Self-Forcing (arXiv 2506.08009); UniPC (arXiv 2302.04867); the flow-matc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..schemes.block_schedule import ScheduledBlock, stream_blocks
+from ..schemes.presets import Preset
 from ..schemes.sampler_spec import TRAIN_TIMESTEPS, SamplerSpec
 
 
@@ -66,6 +68,11 @@ class Sampler:
     def sigma_at(self, timestep: float) -> float:
         nearest = (self.table_sigmas * TRAIN_TIMESTEPS - timestep).abs().argmin()
         return float(self.table_sigmas[nearest])
+
+
+def scheduled_blocks(preset: Preset) -> Iterator[ScheduledBlock]:
+    """Blocks 0, 1, ... of an endless stream of a preset under one prompt, as the engine makes them."""
+    return stream_blocks(preset, Sampler(preset.sampler).timesteps)
 
 
 def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:

@@ -40,6 +40,13 @@ def page_needs(preset: Preset) -> PageNeeds:
     return PageNeeds(held, preset.window_blocks * block if preset.window_blocks > 1 else 0, kept_back)
 
 
+def window(preset: Preset) -> int:
+    """Latent frames that a block sees at most, itself included, for a preset whose window has an end."""
+    held = page_needs(preset).held
+    assert held is not None, preset.name
+    return held
+
+
 def branches(preset: Preset) -> int:
     """Pasts that a session keeps: guidance has one for each of its two conditionings."""
     return 1 if preset.sampler.guidance_scale == 1 else 2

@@ -15,6 +15,7 @@ from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import TINY_VAE, CausalVae, VaeSpec
+from inferix.models.wan.vae_cpu import use_cpu_layers
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.loading import Components, random_decoder
@@ -106,7 +107,8 @@ def make_engine(
     vae.load_state_dict(random_vae_state(vae_spec, 1, torch.float32))
     kind = getattr(torch, dtype)
     fast = random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
-    parts = Components(tiny_transformer(spec, kind), vae.to(kind), None, "test", "random", lambda: None, fast)
+    vae = use_cpu_layers(vae.to(kind))
+    parts = Components(tiny_transformer(spec, kind), vae, None, "test", "random", lambda: None, fast)
     return Engine(config, make_preset(preset, **overrides), parts, limits)
 
 

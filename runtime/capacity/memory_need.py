@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...models.wan.spec import ModelSpec
 from ...schemes.page_needs import least_pages
 from ...schemes.presets import Preset
-from ..byte_sizes import in_words
+from ..byte_sizes import format_bytes
 from .costs import DecoderSpec, decoder_state_bytes, latent_bytes
 
 
@@ -24,8 +24,8 @@ class Need:
         return self.pages + self.decoder + self.latents
 
     def __str__(self) -> str:
-        pages, decoder, latents = map(in_words, (self.pages, self.decoder, self.latents))
-        return f"{in_words(self.total)} (pages {pages}, decoder state {decoder}, latents {latents})"
+        pages, decoder, latents = map(format_bytes, (self.pages, self.decoder, self.latents))
+        return f"{format_bytes(self.total)} (pages {pages}, decoder state {decoder}, latents {latents})"
 
 
 def session_need(

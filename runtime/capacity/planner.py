@@ -1,27 +1,32 @@
 """What streams need and how fast they can be at best, before anything is loaded.
 
-The stream's own `Timeline` is rehearsed for its passes, `costs` says what each takes, and a ceiling turns that into
-time. Times are floors: every operation at the ceiling, nothing waiting. What runs is slower.
+The block schedule lists the passes, `costs` counts what each takes, and a ceiling turns that into time. Times are
+floors: every operation at the ceiling, nothing waiting. What runs is slower.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from ...errors import UsageError
-from ...graphs.passes import Pass
 from ...models.wan.spec import ModelSpec
 from ...models.wan.taehv import TAEW21, TAEW22, TinySpec
 from ...models.wan.vae import VaeSpec
-from ...schemes.page_needs import branches, page_needs
+from ...schemes.block_schedule import (
+    ScheduledBlock,
+    blocks_before_repeat,
+    repeat_period,
+    supports_whole_block,
+)
+from ...schemes.page_needs import branches, page_needs, window
 from ...schemes.presets import Preset
-from ...schemes.timeline import Timeline
 from ..limits import Limits
+from ..sampler import scheduled_blocks
 from . import costs
 from .costs import ITEMSIZE, DecoderSpec
 from .memory_need import session_need
@@ -73,73 +78,13 @@ class Workload:
 # Passes
 
 
-@dataclass(frozen=True)
-class BlockWork:
-    """One block: its passes, latent frames that it adds to the video, those decoded, and pictures encoded again.
-
-    first: it begins a stream. rebuilt: its first pass makes the context anew. switch: the pass that a new prompt
-    would set off before all of them.
-    """
-
-    passes: tuple[Pass, ...]
-    frames: int
-    decoded: int
-    encoded: int
-    first: bool
-    rebuilt: bool
-    switch: Pass | None
-
-    @property
-    def decoder_begins(self) -> bool:
-        """Whether the decoder has no memory of frames before, in a stream's first block or after a restart."""
-        return self.first or self.decoded > self.frames
-
-
-def rehearse(preset: Preset) -> Iterator[BlockWork]:
-    """The work of blocks 0, 1, ... of a stream, as `Engine.step` would do it."""
-    timeline, policy, flight = Timeline(preset), preset.context, list[tuple[range, int]]()
-    while True:
-        passes, decoded, encoded = [], 0, 0
-        told = policy.prompt_switch == "recache"
-        switch = timeline.fork().recache_pass(policy.recache_sink) if told else None
-        if rebuilt := timeline.rebuild_due():
-            passes.append(timeline.rebuild_pass())
-            encoded = int(policy.reencode_head and passes[0].frames[0] > 0)
-            decoded = len(passes[0].frames) if policy.restart_decoder else 0
-        while not flight or flight[0][1] < preset.sampler.steps:
-            if len(flight) < preset.window_blocks:
-                flight.append((timeline.admit().frames, 0))
-            passes.append(timeline.joint_pass([(frames, 0.0) for frames, _ in flight], frozenset()))
-            flight = [(frames, step + 1) for frames, step in flight]
-        frames, _ = flight.pop(0)
-        if policy.commit:
-            passes.append(timeline.commit_pass(frames))
-        yield BlockWork(
-            tuple(passes), len(frames), decoded + len(frames), encoded, frames.start == 0, rebuilt, switch
-        )
-
-
-def steady(preset: Preset) -> list[BlockWork]:
+def steady_blocks(preset: Preset) -> list[ScheduledBlock]:
     """Blocks that repeat for ever once the window is full."""
-    policy, block = preset.context, preset.num_frame_per_block
-    period = (policy.segment_frames - policy.rebuild_frames) // block if policy.segment_frames else 1
-    full = -(-2 * window(preset) // block) + preset.window_blocks
-    return list(islice(rehearse(preset), full, full + period))
-
-
-def recache_pass(preset: Preset) -> Pass | None:
-    """The pass over the visible past that a new prompt asks for once the window is full; None where it asks none."""
-    return steady(preset)[0].switch
+    full = blocks_before_repeat(preset)
+    return list(islice(scheduled_blocks(preset), full, full + repeat_period(preset)))
 
 
 # The window
-
-
-def window(preset: Preset) -> int:
-    """Latent frames that a block sees at most, itself included."""
-    held = page_needs(preset).held
-    assert held is not None
-    return held
 
 
 def window_field(preset: Preset) -> str:
@@ -212,7 +157,7 @@ def graph_memory(load: Workload) -> dict[str, int]:
     that is not there yet: all of it for a first program, and of a later one its arena.
     """
     spec, sampler, dtype = load.spec, load.preset.sampler, load.dtype
-    whole, frames = launches_whole(load.preset), programs(load.preset)
+    whole, frames = supports_whole_block(load.preset), programs(load.preset)
     constants = 0
     if whole:
         block, commit = load.preset.num_frame_per_block, load.preset.context.commit
@@ -228,36 +173,29 @@ def graph_memory(load: Workload) -> dict[str, int]:
     }
 
 
-def launches_whole(preset: Preset) -> bool:
-    """Whether graph executors run a block as one program."""
-    return preset.window_blocks == 1 and branches(preset) == 1
-
-
 def programs(preset: Preset) -> list[int]:
     """Latent frames of each program of a graph executor: one for whole blocks, or one for each form of a pass; one for
     a rebuild, and one for a new prompt once the window is full.
     """
-    policy, block = preset.context, preset.num_frame_per_block
-    if launches_whole(preset):
-        found = [block]
+    if supports_whole_block(preset):
+        frames = [preset.num_frame_per_block]
     else:
-        blocks = islice(rehearse(preset), 2)
-        forms = {tuple(len(group.frames) for group in run.groups) for work in blocks for run in work.passes}
-        found = [sum(form) for form in sorted(forms)]
-    if policy.rebuild_frames:
-        found.append(policy.rebuild_frames)
-    if policy.prompt_switch == "recache":
-        found.append(window(preset) - (0 if policy.recache_sink else policy.sink_size))
-    return found
+        runs = [scheduled.run for block in islice(scheduled_blocks(preset), 2) for scheduled in block.passes]
+        forms = {tuple(len(group.frames) for group in run.groups) for run in runs}
+        frames = [sum(form) for form in sorted(forms)]
+    return frames + [count for count in (preset.context.rebuild_frames, recached_frames(preset)) if count]
+
+
+def recached_frames(preset: Preset) -> int:
+    """Latent frames that pass through the network again under a new prompt once the window is full; 0 for none."""
+    policy = preset.context
+    return window(preset) - (0 if policy.recache_sink else policy.sink_size) if policy.prompt_switch == "recache" else 0
 
 
 def longest_pass(preset: Preset) -> int:
     """Latent frames of the longest pass: of blocks in flight, of a rebuild, or of the past under a new prompt."""
-    policy = preset.context
-    recached = 0
-    if policy.prompt_switch == "recache":
-        recached = window(preset) - (0 if policy.recache_sink else policy.sink_size)
-    return max(preset.num_frame_per_block * preset.window_blocks, policy.rebuild_frames, recached)
+    in_flight = preset.num_frame_per_block * preset.window_blocks
+    return max(in_flight, preset.context.rebuild_frames, recached_frames(preset))
 
 
 def solving_bytes(load: Workload) -> int:
@@ -335,34 +273,34 @@ class Speed:
         return self.frames / self.seconds
 
 
-def speed(load: Workload, work: BlockWork, ceiling: Ceiling) -> Speed:
+def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
     """The floor of one block."""
     spec, tokens, times = load.spec, load.tokens, branches(load.preset)
     flops, seconds = 0, 0.0
-    for run in work.passes:
-        one = costs.pass_flops(spec, tokens, run).total
+    for scheduled in block.passes:
+        one = costs.pass_flops(spec, tokens, scheduled.run).total
         flops += one
-        seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, run, load.dtype, load.kv_dtype))
+        seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, scheduled.run, load.dtype, load.kv_dtype))
     decoding = [
-        costs.decode_flops(load.decoder, load.latent, first=work.decoder_begins and frame == 0)
-        for frame in range(work.decoded)
+        costs.decode_flops(load.decoder, load.latent, first=block.decoder_begins and frame == 0)
+        for frame in range(block.decoded)
     ]
     traffic = costs.decode_traffic(load.decoder, load.latent, load.dtype)
     decoder_seconds = sum(ceiling.seconds(one, traffic) for one in decoding)
-    if work.encoded and isinstance(load.decoder, VaeSpec):
-        encoding = work.encoded * costs.encode_flops(load.decoder, load.latent)
+    if block.encoded and isinstance(load.decoder, VaeSpec):
+        encoding = block.encoded * costs.encode_flops(load.decoder, load.latent)
         decoding.append(encoding)
         decoder_seconds += ceiling.seconds(encoding, 0)
-    shown = work.frames * spec.vae_stride[0] - (spec.vae_stride[0] - 1) * work.first
+    shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - 1) * block.first
     return Speed(times * flops, sum(decoding), times * seconds, decoder_seconds, shown)
 
 
 def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> int:
     """Operations of a stream's first block, decoder included."""
-    work, tokens, latent = next(rehearse(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
-    passes = sum(costs.pass_flops(spec, tokens, run).total for run in work.passes)
+    block, tokens, latent = next(scheduled_blocks(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
+    passes = sum(costs.pass_flops(spec, tokens, scheduled.run).total for scheduled in block.passes)
     decoding = costs.decode_flops(decoder, latent, first=True)
-    return branches(preset) * passes + decoding + (work.decoded - 1) * costs.decode_flops(decoder, latent)
+    return branches(preset) * passes + decoding + (block.decoded - 1) * costs.decode_flops(decoder, latent)
 
 
 def long_on_cpu(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> str | None:
@@ -378,12 +316,12 @@ def long_on_cpu(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tup
 
 def first_speed(load: Workload, ceiling: Ceiling) -> Speed:
     """The floor of a stream's first block."""
-    return speed(load, next(rehearse(load.preset)), ceiling)
+    return speed(load, next(scheduled_blocks(load.preset)), ceiling)
 
 
 def steady_speed(load: Workload, ceiling: Ceiling) -> Speed:
     """The floor of a block once the window is full, on average over blocks that repeat."""
-    blocks = [speed(load, work, ceiling) for work in steady(load.preset)]
+    blocks = [speed(load, block, ceiling) for block in steady_blocks(load.preset)]
     fields = [field.name for field in dataclasses.fields(Speed)]
     return Speed(*(sum(getattr(block, name) for block in blocks) / len(blocks) for name in fields))
 
@@ -393,13 +331,13 @@ def prompt_seconds(load: Workload, ceiling: Ceiling) -> float:
     spec = load.spec
     nbytes = ITEMSIZE[load.dtype] * costs.prompt_parameters(spec) + costs.cross_bytes(spec, load.dtype)
     seconds = ceiling.seconds(costs.prompt_flops(spec), nbytes)
-    if run := recache_pass(load.preset):
-        traffic = costs.pass_traffic(spec, load.tokens, run, load.dtype, load.kv_dtype)
-        seconds += ceiling.seconds(costs.pass_flops(spec, load.tokens, run).total, traffic)
+    if recache := steady_blocks(load.preset)[0].recache:
+        traffic = costs.pass_traffic(spec, load.tokens, recache.run, load.dtype, load.kv_dtype)
+        seconds += ceiling.seconds(costs.pass_flops(spec, load.tokens, recache.run).total, traffic)
     return seconds
 
 
-# What to change
+# Suggestions
 
 
 def without_text(load: Workload, budget: int) -> Workload | None:
@@ -449,8 +387,8 @@ def with_smaller_pictures(load: Workload, budget: int) -> Workload | None:
     return None
 
 
-Step = Callable[[Workload, int], Workload | None]
-STEPS: tuple[Step, ...] = (  # in the order of what they cost the viewer
+Saving = Callable[[Workload, int], Workload | None]
+SAVINGS: tuple[Saving, ...] = (  # in the order of what they cost the viewer
     without_text,
     in_half_precision,
     with_fewer_sessions,
@@ -463,7 +401,7 @@ STEPS: tuple[Step, ...] = (  # in the order of what they cost the viewer
 
 
 @dataclass(frozen=True)
-class Change:
+class Suggestion:
     """A workload that needs less, as options of the command, and the bytes that it needs."""
 
     options: tuple[str, ...]
@@ -471,28 +409,28 @@ class Change:
     fits: bool
 
 
-def changes(load: Workload, budget: int) -> list[Change]:
-    """What to change about a workload that does not fit: each step alone, then as few of them in turn as are enough."""
-    alone = [other for step in STEPS if (other := stepped(load, step, budget)) != load]
-    found = [change(load, other, budget) for other in alone]
-    if not any(one.fits for one in found):
+def suggestions(load: Workload, budget: int) -> list[Suggestion]:
+    """Smaller workloads for one that does not fit: each saving alone, then as few of them in turn as are enough."""
+    alone = [other for saving in SAVINGS if (other := applied(load, saving, budget)) != load]
+    listed = [suggestion(load, other, budget) for other in alone]
+    if not any(one.fits for one in listed):
         together = load
-        for step in STEPS:
-            together = stepped(together, step, budget)
+        for saving in SAVINGS:
+            together = applied(together, saving, budget)
             if needed(together) <= budget:
                 break
         if together not in (load, *alone):
-            found.append(change(load, together, budget))
-    return found
+            listed.append(suggestion(load, together, budget))
+    return listed
 
 
-def stepped(load: Workload, step: Step, budget: int) -> Workload:
-    """A workload after a step; the same one where the step does nothing for it, or nothing good."""
-    other = step(load, budget)
+def applied(load: Workload, saving: Saving, budget: int) -> Workload:
+    """The workload with a saving; the same one where that needs no less."""
+    other = saving(load, budget)
     return other if other is not None and needed(other) < needed(load) else load
 
 
-def change(load: Workload, other: Workload, budget: int) -> Change:
+def suggestion(load: Workload, other: Workload, budget: int) -> Suggestion:
     field = window_field(load.preset)
     options = {
         "--no-text-encoder": load.text != other.text,
@@ -505,7 +443,7 @@ def change(load: Workload, other: Workload, budget: int) -> Change:
         f"--size {other.size[0]}x{other.size[1]}": load.size != other.size,
     }
     total = needed(other)
-    return Change(tuple(option for option, differs in options.items() if differs), total, total <= budget)
+    return Suggestion(tuple(option for option, differs in options.items() if differs), total, total <= budget)
 
 
 def tiny_for(spec: ModelSpec) -> TinySpec:

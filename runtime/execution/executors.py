@@ -19,12 +19,13 @@ from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
 from ...models.wan.transformer import KeyValues, TextContext, WanTransformer
+from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
-from ..capacity.planner import Workload, changes, needed
+from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
 from ..kv.page_store import KV_DTYPES
-from ..programs.graph_builder import OnPages, Query, QueryGraphs, stores, tables
+from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, stores, tables
 from ..programs.graph_store import GraphStore
 from ..telemetry.profile import Profile
 from .launcher import Launcher, Loaded, NotEnoughMemory
@@ -119,7 +120,7 @@ class EagerExecutor:
 
 
 class GraphExecutor:
-    """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by query.
+    """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by graph key.
 
     rewrites: done to every graph; all that are on by default unless told. traces and prompts count graphs traced and
     runs of a prompt graph.
@@ -140,11 +141,11 @@ class GraphExecutor:
         lowp = config.precision_map
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
         kept = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
-        self.graph_of = QueryGraphs(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
-        self.whole_blocks = preset.window_blocks == 1 and preset.sampler.guidance_scale == 1
+        self.graph_of = GraphBuilder(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
+        self.whole_blocks = supports_whole_block(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
-        self.programs: dict[Query, Lowered] = {}
-        self.loaded: dict[Query, Loaded] = {}
+        self.programs: dict[GraphKey, Lowered] = {}
+        self.loaded: dict[GraphKey, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
         self.traces = self.prompts = 0
 
@@ -159,7 +160,8 @@ class GraphExecutor:
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
         given = {"latents": latents, "timesteps": timesteps}
-        return self.run(Query.of(latents, paged(attention), whole=False), given, text, attention, actions)["velocity"]
+        key = GraphKey.of(latents, paged(attention), whole=False)
+        return self.run(key, given, text, attention, actions)["velocity"]
 
     def block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
@@ -169,7 +171,8 @@ class GraphExecutor:
             "frames": torch.tensor([list(frames)], dtype=torch.int32),
             "noise_key": torch.tensor([signed(seed)]),
         }
-        return self.run(Query.of(latents, paged(attention), whole=True), given, text, attention, actions)["latents"][0]
+        key = GraphKey.of(latents, paged(attention), whole=True)
+        return self.run(key, given, text, attention, actions)["latents"][0]
 
     def start_profile(self, profile: Profile) -> None:
         self.launcher.profile = profile
@@ -182,11 +185,11 @@ class GraphExecutor:
         self.launcher.follow_weights()
 
     def run(
-        self, query: Query, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
+        self, key: GraphKey, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
     ) -> dict[str, Tensor]:
         assert isinstance(text, Conditioning) and isinstance(attention, OnPages)
-        loaded = self.load(query, attention)
-        inputs = {**given, **tables(query, attention), **self.told(loaded, text)}
+        loaded = self.load(key, attention)
+        inputs = {**given, **tables(key, attention), **self.told(loaded, text)}
         if actions is not None:
             inputs["block.actions"] = actions
         return self.launcher.run(loaded.body, inputs)
@@ -201,52 +204,53 @@ class GraphExecutor:
             text.made |= {loaded.recipes[name]: tensor for name, tensor in made.items()}
         return {name: text.made[recipe] for name, recipe in loaded.recipes.items()}
 
-    def load(self, query: Query, attention: OnPages) -> Loaded:
-        """The query's program, bound to the pages; bound anew if the pages have moved."""
+    def load(self, key: GraphKey, attention: OnPages) -> Loaded:
+        """The program of a key, bound to the pages; bound again if the pages have moved."""
         state = stores(attention)
-        found = self.loaded.get(query)
+        found = self.loaded.get(key)
         if found is not None and all(found.state[name] is kv for name, kv in state.items()):
             return found
-        self.drop_outgrown(query, state)
+        self.drop_outgrown(key, state)
         try:
-            self.loaded[query] = self.launcher.load(self.lowered(query), state)
+            self.loaded[key] = self.launcher.load(self.lowered(key), state)
         except NotEnoughMemory as error:
-            raise InferixError(f"{error}; {self.what_fits(query, error.missing)}") from error
-        return self.loaded[query]
+            raise InferixError(f"{error}; {self.what_fits(key, error.missing)}") from error
+        return self.loaded[key]
 
-    def drop_outgrown(self, query: Query, state: Mapping[str, Tensor]) -> None:
+    def drop_outgrown(self, key: GraphKey, state: Mapping[str, Tensor]) -> None:
         """Let go of what is bound to pages that pictures of this size have left, and of those pages."""
         self.loaded = {
             other: loaded for other, loaded in self.loaded.items()
-            if other.latent[2:] != query.latent[2:]
+            if other.latent[2:] != key.latent[2:]
             or all(state.get(name, kv) is kv for name, kv in loaded.state.items())
         }  # fmt: skip
 
-    def lowered(self, query: Query) -> Lowered:
-        """The query's program, made for as few pages as one session needs, and then for as many as there are."""
-        least = replace(query, pages=least_pages(self.preset))
+    def lowered(self, key: GraphKey) -> Lowered:
+        """The program of a key: made for as few pages as one session needs, then adapted to as many as there are."""
+        least = replace(key, pages=least_pages(self.preset))
         if least not in self.programs:
             self.programs[least] = self.stored_or_traced(least)
-        return with_pages(self.programs[least], query.pages)
+        return with_pages(self.programs[least], key.pages)
 
-    def stored_or_traced(self, query: Query) -> Lowered:
+    def stored_or_traced(self, key: GraphKey) -> Lowered:
         """The stored program, or one traced from a model of the same shape without memory, and kept."""
-        if self.store is not None and (stored := self.store.find(query)) is not None:
+        if self.store is not None and (stored := self.store.find(key)) is not None:
             return stored
         self.traces += 1
-        made = lower_block(self.graph_of(query))
+        made = lower_block(self.graph_of(key))
         if self.store is not None:
-            self.store.keep(query, made)
+            self.store.keep(key, made)
         return made
 
-    def what_fits(self, query: Query, missing: int) -> str:
+    def what_fits(self, key: GraphKey, missing: int) -> str:
         """What to change, where so many bytes are missing."""
         config, spec = self.config, self.graph_of.spec
         if page_needs(self.preset).held is None:
             return "give a window (--set local_attn_size=21)"
         kept = config.kv_dtype or config.dtype
-        load = Workload(spec, self.preset, self.decoder, 0, query.size(spec), config.dtype, kept)
-        fitting = [" ".join(change.options) for change in changes(load, needed(load) - missing) if change.fits]
+        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kept)
+        smaller = suggestions(load, needed(load) - missing)
+        fitting = [" ".join(suggestion.options) for suggestion in smaller if suggestion.fits]
         return f"this would fit: {', or '.join(fitting)}" if fitting else "no smaller window, size or dtype would fit"
 
 

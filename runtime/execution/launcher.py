@@ -24,7 +24,7 @@ from ...graphs.program import Call, Ref
 from ...graphs.types import Role
 from ...kernels.catalog import SPECS
 from ...kernels.frame_noise import NAME as FRAME_NOISE
-from ..byte_sizes import in_words
+from ..byte_sizes import format_bytes
 from ..streams import sendable
 from ..telemetry.profile import Profile
 
@@ -34,8 +34,8 @@ class NotEnoughMemory(InferixError):
 
     def __init__(self, parts: Mapping[str, int], free: int) -> None:
         total = sum(parts.values())
-        listed = ", ".join(f"{what} {in_words(count)}" for what, count in parts.items())
-        super().__init__(f"the graph needs {in_words(total)} ({listed}), and {in_words(free)} are free")
+        listed = ", ".join(f"{what} {format_bytes(count)}" for what, count in parts.items())
+        super().__init__(f"the graph needs {format_bytes(total)} ({listed}), and {format_bytes(free)} are free")
         self.missing = total - free
 
 

@@ -29,6 +29,7 @@ from ...models.wan.spec import ModelSpec
 from ...models.wan.taehv import TinyDecoder, tiny_spec_from_shapes
 from ...models.wan.transformer import WanTransformer
 from ...models.wan.vae_checkpoint import TINY_DECODERS, Decoder, build_vae, find_tiny_decoder, find_vae, load_decoder
+from ...models.wan.vae_cpu import use_cpu_layers
 from ..config import DTYPES, EngineConfig
 
 SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # where a model of our own has its weights
@@ -89,7 +90,7 @@ def matching_decoder(wanted: str | None, places: list[Path], spec: ModelSpec, co
             f"{file} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
             f"{spec.out_channels} at {spec.vae_stride}: use the VAE that came with the model"
         )
-    return vae
+    return use_cpu_layers(vae)
 
 
 def choose_decoder(wanted: str | None, places: list[Path]) -> Path:
@@ -154,11 +155,12 @@ def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
 
 def random_decoder(spec: ModelSpec, tiny: bool, dtype: torch.dtype, device: str) -> Decoder:
     if not tiny:
-        return build_vae(vae_for(spec), random_vae_state(vae_for(spec), 1, dtype), dtype, device, spec.name)
+        state = random_vae_state(vae_for(spec), 1, dtype)
+        return use_cpu_layers(build_vae(vae_for(spec), state, dtype, device, spec.name))
     weights = random_tiny_decoder_state(spec, 1, dtype)
     with torch.device("meta"):
         module = TinyDecoder(tiny_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}))
-    return fill(module, weights, dtype, device, spec.name)
+    return use_cpu_layers(fill(module, weights, dtype, device, spec.name))
 
 
 def random_text(spec: ModelSpec, dtype: torch.dtype, device: str) -> Callable[[], PromptEncoder]:

@@ -8,7 +8,7 @@ from ...errors import UsageError
 from ...models.wan.spec import ModelSpec
 from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
-from ..byte_sizes import in_words
+from ..byte_sizes import format_bytes
 from .page_store import PagedStore, PageForm
 from .paged_cache import PagedCache
 from .pages import BlockTable
@@ -64,9 +64,9 @@ def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset) -> int:
     pages = (budget - fixed) // page_bytes
     if pages < least:
         raise UsageError(
-            f"kv_memory is {in_words(budget)}, but one session of {preset.name} needs "
-            f"{in_words(least * page_bytes + fixed)}: {least} latent frames of {in_words(page_bytes)}. Give at least "
-            "that much, or ask for a smaller window (local_attn_size), smaller pictures (size) or fewer bytes a number "
-            "(kv_dtype)"
+            f"kv_memory is {format_bytes(budget)}, but one session of {preset.name} needs "
+            f"{format_bytes(least * page_bytes + fixed)}: {least} latent frames of {format_bytes(page_bytes)}. Give at "
+            "least that much, or ask for a smaller window (local_attn_size), smaller pictures (size) or fewer bytes a "
+            "number (kv_dtype)"
         )
     return pages

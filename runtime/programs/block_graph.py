@@ -26,7 +26,7 @@ from ...models.wan.transformer import KeyValues, WanTransformer
 from ...schemes.presets import Preset
 from ..kv.page_store import PageForm
 from ..sampler import Sampler, UniPCSolver
-from .block_plan import Planned, latent_names, plan_block
+from .block_plan import PlannedPass, latent_names, plan_block
 
 TABLES = ("pages", "table", "count", "time_turns", "sink_turns", "sink_count")
 WRITTEN = ("written_slots", "written_pages")  # of a pass whose pages are kept in another dtype
@@ -138,7 +138,7 @@ def resume(solver: UniPCSolver, step: int, values: dict[str, Tensor]) -> None:
         solver.order = min(2, len(solver.sigmas) - step + 1, len(solver.predictions))
 
 
-class Builder:
+class BlockGraphBuilder:
     """The block graph of one model, preset and picture size, for so many sessions side by side."""
 
     def __init__(
@@ -191,7 +191,7 @@ class Builder:
             results=results,
         )
 
-    def one(self, planned: Planned) -> PassGraph:
+    def one(self, planned: PlannedPass) -> PassGraph:
         """One pass of the plan: the model's trace with the pass's timesteps, then the solver's step."""
         model = self.model_pass(self.layout(planned))
         frames = planned.run.timesteps
@@ -211,7 +211,7 @@ class Builder:
             )
         return self.traced[layout]
 
-    def layout(self, planned: Planned) -> Layout:
+    def layout(self, planned: PlannedPass) -> Layout:
         policy = self.preset.context
         turned = policy.moving_positions and policy.sink_size > 0  # in every pass, as the cache's tables are made
         return Layout(planned.parts, planned.latents, planned.tables, turned, self.slots)
@@ -271,7 +271,7 @@ class Builder:
             for what, count in told
         ]
 
-    def step(self, planned: Planned) -> PassGraph:
+    def step(self, planned: PlannedPass) -> PassGraph:
         """The solver's step of a denoising pass."""
         frames = self.preset.num_frame_per_block
         total = frames * len(planned.steps)
@@ -317,4 +317,4 @@ def build_block_graph(
     if preset.window_blocks > 1 and preset.sampler.solver != "renoise":
         raise UsageError(f"window_blocks is {preset.window_blocks} with solver unipc; that has no graph, use renoise")
     size = size or spec.default_size
-    return Builder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kept).build()
+    return BlockGraphBuilder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kept).build()

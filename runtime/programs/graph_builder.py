@@ -1,6 +1,6 @@
-"""The graphs that an engine asks for: a whole block where one launch can hold it, and single passes of any groups.
+"""The graphs that an engine runs: a whole block where one launch can hold it, and single passes of any groups.
 
-What a block looks like is for `block_graph` to say; here its passes are cut to the tables that the pages give.
+`block_graph` builds the passes; here they are cut to the tables that the pages give.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ...graphs.staged_attention import StagedAttention
 from ...graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
 from ...models.wan.spec import ModelSpec
 from ...schemes.presets import Preset
-from .block_graph import SEEN, TABLES, WRITTEN, Builder, Layout
+from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 
 WIDTH_STEP = 16  # pages
 OnPages = PagedAttention | StagedAttention
 
 
 @dataclass(frozen=True)
-class Query:
-    """What a lowered graph is made for: one is kept, and captured, for each.
+class GraphKey:
+    """The shape that a lowered graph is made for; one graph is kept, and captured, for each.
 
     whole: a block with its solver steps and commit, or one pass. parts: (rows, frames of each) of the tables.
     latent: [F, C, H, W]. width: pages that a row can list, in steps, so that a window without end seldom makes a new
@@ -43,14 +43,14 @@ class Query:
     slots: int = 0
 
     @classmethod
-    def of(cls, latents: Tensor, attention: OnPages, whole: bool) -> Query:
+    def of(cls, latents: Tensor, attention: OnPages, whole: bool) -> GraphKey:
         listed = max(part.table.shape[1] for part in attention.parts)
         return cls(
             whole=whole,
             parts=tuple((part.rows, part.frames) for part in attention.parts),
             latent=tuple(latents.shape[-4:]),
             sinks=attention.parts[0].sink_turns is not None,
-            width=stepped(listed),
+            width=padded_width(listed),
             pages=attention.kv[0].shape[1],
             slots=attention.staging.shape[1] if isinstance(attention, StagedAttention) else 0,
         )
@@ -65,14 +65,14 @@ class Query:
         return Layout(self.parts, ("latents",), "block", self.sinks, self.slots)
 
 
-def stepped(listed: int) -> int:
-    """Pages that a row has room for, where so many are listed."""
+def padded_width(listed: int) -> int:
+    """Pages that a row of a table has room for when it lists `listed`."""
     return -(-listed // WIDTH_STEP) * WIDTH_STEP
 
 
 @dataclass(frozen=True)
-class QueryGraphs:
-    """Makes the block graph of a query, for one model and preset.
+class GraphBuilder:
+    """Makes the block graph of a key, for one model and preset.
 
     rewrites: names of those that are done to it, and lowp after a precision map. kept: dtype of pages, where it is
     another than the model's.
@@ -87,45 +87,45 @@ class QueryGraphs:
     lowp: PrecisionMap | None = None
     kept: torch.dtype | None = None
 
-    def __call__(self, query: Query) -> BlockGraph:
+    def __call__(self, key: GraphKey) -> BlockGraph:
         """A whole block: noise in, clean `latents` out. One pass: `latents` and `timesteps` in, `velocity` out."""
-        builder = self.builder(query)
-        if query.whole:
+        builder = self.builder(key)
+        if key.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
-            return self.rewritten(self.block(query, builder, passes, ("latents",)))
-        told = Value("timesteps", Role.INPUT, (1, query.latent[0]), torch.float32, When.PASS)
-        graph = chained("pass", builder.model_pass(query.layout), None, {"timesteps": told})
-        return self.rewritten(self.block(query, builder, (graph,), ("velocity",)))
+            return self.rewritten(self.block(key, builder, passes, ("latents",)))
+        told = Value("timesteps", Role.INPUT, (1, key.latent[0]), torch.float32, When.PASS)
+        graph = chained("pass", builder.model_pass(key.layout), None, {"timesteps": told})
+        return self.rewritten(self.block(key, builder, (graph,), ("velocity",)))
 
     def rewritten(self, block: BlockGraph) -> BlockGraph:
         return rewritten(block, self.rewrites) if self.lowp is None else rewritten(block, self.rewrites, self.lowp)
 
-    def builder(self, query: Query) -> Builder:
-        preset, size = self.preset, query.size(self.spec)
-        if query.whole:
-            preset = replace(preset, num_frame_per_block=query.latent[0], independent_first_frame=False)
+    def builder(self, key: GraphKey) -> BlockGraphBuilder:
+        preset, size = self.preset, key.size(self.spec)
+        if key.whole:
+            preset = replace(preset, num_frame_per_block=key.latent[0], independent_first_frame=False)
         else:  # guidance joins the velocities of two passes, outside of them
             preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0))
-        builder = Builder(
-            self.spec, preset, size, self.dtype, self.device, self.precision, pages=query.pages, kept=self.kept,
-            slots=query.slots,
+        builder = BlockGraphBuilder(
+            self.spec, preset, size, self.dtype, self.device, self.precision, pages=key.pages, kept=self.kept,
+            slots=key.slots,
         )  # fmt: skip
-        builder.max_pages = query.width
+        builder.max_pages = key.width
         return builder
 
     def block(
-        self, query: Query, builder: Builder, passes: tuple[PassGraph, ...], results: tuple[str, ...]
+        self, key: GraphKey, builder: BlockGraphBuilder, passes: tuple[PassGraph, ...], results: tuple[str, ...]
     ) -> BlockGraph:
-        frames, channels, height, width = query.latent
+        frames, channels, height, width = key.latent
         tokens = builder.grid[0] * builder.grid[1]
         return BlockGraph(
             model=self.spec.name,
             preset=self.preset.name,
             dtype=self.dtype,
             device=self.device,
-            shape=QueryShape(1, frames, (channels, height, width), tokens, query.pages, query.width),
-            timesteps=builder.sampler.timesteps if query.whole else (),
-            sigmas=builder.sampler.sigmas if query.whole else (),
+            shape=QueryShape(1, frames, (channels, height, width), tokens, key.pages, key.width),
+            timesteps=builder.sampler.timesteps if key.whole else (),
+            sigmas=builder.sampler.sigmas if key.whole else (),
             passes=passes,
             prompt=None,
             fold=None,
@@ -140,20 +140,20 @@ def stores(attention: OnPages) -> dict[str, Tensor]:
     return found | ({"staging": attention.staging} if isinstance(attention, StagedAttention) else {})
 
 
-def tables(query: Query, attention: OnPages) -> dict[str, Tensor]:
+def tables(key: GraphKey, attention: OnPages) -> dict[str, Tensor]:
     """The tables of a pass by the names that its graph has for them."""
     found = {"row_turns": attention.row_turns, "column_turns": attention.column_turns}
     for index, part in enumerate(attention.parts):
         for what in TABLES:
             if (tensor := getattr(part, what)) is not None:
-                found[query.layout.table(index, what)] = tensor
-        name = query.layout.table(index, "table")
-        found[name] = F.pad(found[name], (0, query.width - found[name].shape[1]))
+                found[key.layout.table(index, what)] = tensor
+        name = key.layout.table(index, "table")
+        found[name] = F.pad(found[name], (0, key.width - found[name].shape[1]))
     if isinstance(attention, StagedAttention):
         told = dict(zip(WRITTEN, attention.written, strict=True))
         if attention.seen is not None:  # slots that nothing is read through take any page
             pages, slots = attention.seen
-            every = torch.arange(query.slots, dtype=slots.dtype, device=slots.device)
-            told |= dict(zip(SEEN, (F.pad(pages, (0, query.slots - len(pages))), every), strict=True))
-        found |= {f"{query.layout.tables}.{what}": tensor for what, tensor in told.items()}
+            every = torch.arange(key.slots, dtype=slots.dtype, device=slots.device)
+            told |= dict(zip(SEEN, (F.pad(pages, (0, key.slots - len(pages))), every), strict=True))
+        found |= {f"{key.layout.tables}.{what}": tensor for what, tensor in told.items()}
     return found

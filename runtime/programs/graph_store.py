@@ -1,4 +1,4 @@
-"""Lowered graphs kept in a folder, so that a second start traces nothing: one file per query, and what they are for.
+"""Lowered graphs kept in a folder, so that a second start traces nothing: one file a graph key, and what they are for.
 
 A folder is for one model, preset, precision, card and set of versions; a difference in any is one clear error. Files
 are whole or not there. On a GPU the kernels that Triton compiled lie beside them.
@@ -22,14 +22,14 @@ from ...graphs.codec import decode_lowered, encode_lowered
 from ...graphs.lowered import Lowered, digest, lower_block
 from ...version import __version__
 from ..files import write_atomically
-from .graph_builder import Query, QueryGraphs
+from .graph_builder import GraphBuilder, GraphKey
 
-FORMAT = 1
+FORMAT = 2
 IDENTITY = "identity.json"
 KERNELS = "triton"
 
 
-def identity(graphs: QueryGraphs) -> dict[str, Any]:
+def identity(graphs: GraphBuilder) -> dict[str, Any]:
     """What stored graphs are for, as plain values."""
     device = torch.device(graphs.device)
     found = {
@@ -84,7 +84,7 @@ class GraphStore:
     folder: Path
 
     @classmethod
-    def open(cls, folder: Path, graphs: QueryGraphs, create: bool) -> GraphStore:
+    def open(cls, folder: Path, graphs: GraphBuilder, create: bool) -> GraphStore:
         """The graphs in a folder; with `create`, a folder is made where there is none.
 
         On a GPU, kernels compiled from now on are kept there too, unless TRITON_CACHE_DIR says otherwise. Raises
@@ -106,39 +106,39 @@ class GraphStore:
             os.environ.setdefault("TRITON_CACHE_DIR", str(folder / KERNELS))
         return cls(folder)
 
-    def find(self, query: Query) -> Lowered | None:
-        """The stored program of a query; InferixError for a file that cannot be read."""
-        path = self.path(query)
+    def find(self, key: GraphKey) -> Lowered | None:
+        """The stored program of a key; InferixError for a file that cannot be read."""
+        path = self.path(key)
         return decode_lowered(read(path)["lowered"]) if path.exists() else None
 
-    def keep(self, query: Query, lowered: Lowered) -> None:
-        write(self.path(query), {"query": asdict(query), "lowered": encode_lowered(lowered)})
+    def keep(self, key: GraphKey, lowered: Lowered) -> None:
+        write(self.path(key), {"key": asdict(key), "lowered": encode_lowered(lowered)})
 
-    def fill(self, graphs: QueryGraphs, queries: Iterable[Query]) -> int:
-        """Make and keep what is not there yet; how many that were."""
-        missing = [query for query in queries if not self.path(query).exists()]
-        for query in missing:
-            self.keep(query, lower_block(graphs(query)))
+    def fill(self, graphs: GraphBuilder, keys: Iterable[GraphKey]) -> int:
+        """Build and store the graphs of keys that have none; returns how many."""
+        missing = [key for key in keys if not self.path(key).exists()]
+        for key in missing:
+            self.keep(key, lower_block(graphs(key)))
         return len(missing)
 
-    def programs(self) -> list[tuple[Query, Lowered]]:
+    def programs(self) -> list[tuple[GraphKey, Lowered]]:
         """All that is kept; InferixError for a file that cannot be read, or is of another version."""
         found = []
         for path in sorted(self.folder.glob("*.json")):
             if path.name != IDENTITY:
                 data = read(path)
-                found.append((query_of(data["query"]), decode_lowered(data["lowered"])))
+                found.append((key_of(data["key"]), decode_lowered(data["lowered"])))
         return found
 
-    def path(self, query: Query) -> Path:
-        kind = "block" if query.whole else "pass"
-        return self.folder / f"{kind}-{digest(repr(query))[:16]}.json"
+    def path(self, key: GraphKey) -> Path:
+        kind = "block" if key.whole else "pass"
+        return self.folder / f"{kind}-{digest(repr(key))[:16]}.json"
 
 
-def query_of(data: dict[str, Any]) -> Query:
-    """A query from the plain values that it is kept as."""
+def key_of(data: dict[str, Any]) -> GraphKey:
+    """A graph key from the plain values of its file."""
     parts = tuple((rows, frames) for rows, frames in data["parts"])
-    return Query(**{**data, "parts": parts, "latent": tuple(data["latent"])})
+    return GraphKey(**{**data, "parts": parts, "latent": tuple(data["latent"])})
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

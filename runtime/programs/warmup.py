@@ -1,7 +1,6 @@
-"""Which graphs a stream asks for, told before anything is loaded.
+"""The graphs that a stream needs, found before anything is loaded, to fill a folder of graphs without weights.
 
-Its passes are rehearsed over a block table, as the engine makes them over pages, so that a folder of graphs can be
-filled without weights.
+The passes of the block schedule are laid out over a page table, as the engine lays them out over pages.
 """
 
 from __future__ import annotations
@@ -9,18 +8,24 @@ from __future__ import annotations
 from itertools import islice
 
 from ...errors import UsageError
-from ...graphs.passes import Pass
 from ...models.wan.spec import ModelSpec
-from ...schemes.page_needs import least_pages, page_needs, staging_slots
+from ...schemes.block_schedule import (
+    ScheduledPass,
+    blocks_before_repeat,
+    repeat_period,
+    supports_whole_block,
+    window_of,
+)
+from ...schemes.page_needs import least_pages, page_needs, staging_slots, window
 from ...schemes.presets import Preset
-from ..capacity.planner import launches_whole, rehearse, steady, window
 from ..kv.page_layout import parts_of, place_pass, turned
 from ..kv.pages import BlockTable, PagePool
-from .graph_builder import Query, stepped
+from ..sampler import scheduled_blocks
+from .graph_builder import GraphKey, padded_width
 
 
-class Rehearsal:
-    """Collects the queries of one stream, each once, in the order in which they come up."""
+class KeyCollector:
+    """Collects the graph keys of one stream, each once, in the order in which they come up."""
 
     def __init__(self, spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool) -> None:
         self.policy, self.pages = preset.context, least_pages(preset)
@@ -28,50 +33,49 @@ class Rehearsal:
         self.slots = staging_slots(preset) if staged else 0
         held = window(preset)
         self.table = BlockTable(PagePool(4 * self.pages + held), held)
-        self.found: dict[Query, None] = {}
+        self.found: dict[GraphKey, None] = {}
 
-    def ask(self, table: BlockTable, run: Pass, whole: bool) -> None:
-        """The query of a pass over the pages of a table, or of the block whose passes have its tables."""
-        if run.groups[-1].write:
-            table.hold(run.groups[-1].context)
+    def add(self, table: BlockTable, scheduled: ScheduledPass, whole: bool) -> None:
+        """Add the key of a pass over the pages of a table, or of the block whose passes have its tables."""
+        run = scheduled.run
+        if scheduled.clears_cache:
+            table.hold(())
+        if (frames := window_of(run)) is not None:
+            table.hold(frames)
         rows = place_pass(run, table, self.policy.moving_positions)
         listed = max(table.room, *(len(row.listed) for row in rows))
-        query = Query(
+        key = GraphKey(
             whole=whole,
             parts=tuple((len(part), len(part[0].pages)) for part in parts_of(rows)),
             latent=(len(run.frames), self.channels, *self.latent),
             sinks=any(turned(self.policy, part) for part in parts_of(rows)),
-            width=stepped(listed),
+            width=padded_width(listed),
             pages=self.pages,
             slots=self.slots,
         )
-        self.found[query] = None
+        self.found[key] = None
 
 
-def queries_of(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool = False) -> list[Query]:
-    """What a stream of pictures of `size` (width, height) asks for on an engine without a budget of pages.
+def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool = False) -> list[GraphKey]:
+    """Keys of all graphs that a stream of pictures of `size` (width, height) runs, on an engine without a page budget.
 
-    Its first blocks, those of a full window, and passes that a rebuild or a new prompt sets off. staged: whether pages
-    are kept in another dtype than the model's. UsageError where the window has no end.
+    They are those of its first blocks, of blocks with a full window, and of passes that a rebuild or a new prompt adds.
+    staged: whether pages are kept in another dtype than the model's. Raises UsageError where the window has no end.
     """
     if page_needs(preset).held is None:
         raise UsageError(
             f"{preset.name} with local_attn_size -1 keeps every frame, so there is no end of graphs; give a window "
             "(--set local_attn_size=21)"
         )
-    whole, table = launches_whole(preset), (rehearsal := Rehearsal(spec, preset, size, staged)).table
-    full = -(-2 * window(preset) // preset.num_frame_per_block) + preset.window_blocks
-    for work in islice(rehearse(preset), full + len(steady(preset))):
-        if work.switch is not None:
-            seen = table.copy()
-            if preset.context.recache_sink:
-                seen.hold(())
-            rehearsal.ask(seen, work.switch, whole=False)
-            seen.release()
-        passes = list(work.passes)
-        if work.rebuilt:
-            table.hold(())
-            rehearsal.ask(table, passes.pop(0), whole=False)
-        for run in passes[:1] if whole else passes:
-            rehearsal.ask(table, run, whole)
-    return list(rehearsal.found)
+    whole, keys = supports_whole_block(preset), KeyCollector(spec, preset, size, staged)
+    for block in islice(scheduled_blocks(preset), blocks_before_repeat(preset) + repeat_period(preset)):
+        if block.recache is not None:
+            forked = keys.table.copy()
+            keys.add(forked, block.recache, whole=False)
+            forked.release()
+        if block.rebuild is not None:
+            keys.add(keys.table, block.rebuild, whole=False)
+        passes = [scheduled for scheduled in block.passes if scheduled.kind != "rebuild"]
+        for scheduled in passes[:1] if whole else passes:
+            keys.add(keys.table, scheduled, whole)
+    return list(keys.found)

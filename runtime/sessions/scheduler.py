@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 
 from ...errors import InferixError, UsageError
-from ..byte_sizes import in_words
+from ..byte_sizes import format_bytes
 from ..capacity.memory_need import Need
 from ..limits import Limits, Relief
 from .batch_profile import BatchTimes
@@ -121,7 +121,7 @@ class Scheduler:
         budget = self.limits.memory_bytes
         if budget is not None and client.need.total > budget:
             raise UsageError(
-                f"session {session} needs {client.need}, more than memory_bytes {in_words(budget)} even alone; "
+                f"session {session} needs {client.need}, more than memory_bytes {format_bytes(budget)} even alone; "
                 "give more, or choose a smaller size, local_attn_size or rewind_blocks"
             )
 
@@ -135,14 +135,14 @@ class Scheduler:
             reserved -= client.need.total - client.need.pages
         if budget is not None and reserved + client.need.total > budget:
             return (
-                f"session {session} needs {client.need}, but {in_words(reserved)} of {in_words(budget)} are "
+                f"session {session} needs {client.need}, but {format_bytes(reserved)} of {format_bytes(budget)} are "
                 f"reserved for the {inside} that are in"
             )
         pages = sum(other.need.pages for other in self.clients.values() if other.kind == client.kind)
         if client.page_room is not None and pages + client.need.pages > client.page_room:
             return (
-                f"session {session} needs {in_words(client.need.pages)} of pages, but {in_words(pages)} of "
-                f"{in_words(client.page_room)} are reserved for those that are in"
+                f"session {session} needs {format_bytes(client.need.pages)} of pages, but {format_bytes(pages)} of "
+                f"{format_bytes(client.page_room)} are reserved for those that are in"
             )
         seconds = self.block_seconds.get(client.kind)
         if self.limits.realtime and seconds is not None and self.clients and self.load(client) > 1:

@@ -29,7 +29,7 @@ from inferix.bench.inside import count_launches
 from inferix.bench.report import page
 from inferix.bench.result import Result, read_result
 from inferix.bench.subject import Subject, drawn, in_full, open_engine, random_prompt
-from inferix.bench.work import blocks_until_full, decoder_work, pass_work, plan_blocks, stays_full
+from inferix.bench.work import blocks_until_full, decoder_work, pass_work, stays_full
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
 from inferix.models.wan.spec import MODELS
@@ -38,6 +38,7 @@ from inferix.models.wan.vae import WAN21_VAE
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.decode_pipeline import DecoderTrack
 from inferix.runtime.execution.launcher import alone
+from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.presets import PRESETS, make_preset
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
@@ -279,8 +280,8 @@ def test_fewer_bits_are_held_against_what_the_bits_themselves_do(monkeypatch):
     assert told["fused"]["memory"]["cache"] < told["eager"]["memory"]["cache"]
     config = result.settings["config"]
     assert (config["lowp"], config["kv_dtype"]) == ("fp8", "fp8")
-    full = next(islice(plan_blocks(open_engine(SMALL).preset), 1, None))
-    more = sum(pass_work(MODELS["wan-tiny"], step.run, (32, 32), "float32").nbytes for step in full.steps)
+    full = next(islice(scheduled_blocks(open_engine(SMALL).preset), 1, None))
+    more = sum(pass_work(MODELS["wan-tiny"], scheduled.run, (32, 32), "float32").nbytes for scheduled in full.passes)
     work = result.facts["work"]
     assert work["transformer"]["nbytes"] == more > work["fewer_bits"]["transformer"]["nbytes"] / 0.6
     assert len(work["fewer_bits"]["passes"]) == len(work["passes"])
@@ -331,31 +332,12 @@ def test_presets_that_the_plain_loop_cannot_run_are_told():
     assert "guidance" in why_not(PRESETS["causal-diffusion"])
 
 
-@pytest.mark.parametrize("preset", ["self-forcing", "longlive", "causvid", "krea", "rolling-forcing"])
-def test_planned_passes_are_those_that_run(preset, monkeypatch):
-    engine = load("wan-tiny", preset=preset, device="cpu", dtype="float32")
-    ran = []
-    forward = Engine.forward
-
-    def recorded(self, asks):
-        ran.extend(ask.run for ask in asks)
-        return [torch.zeros_like(ask.latents) for ask in asks]
-
-    assert forward is not recorded
-    monkeypatch.setattr(Engine, "forward", recorded)
-    with engine.open(prompt_embeds=random_prompt(engine, 0), size=(16, 16)) as session:
-        for _ in session.stream(9, decode=False):
-            pass
-    planned = [step.run for plan in islice(plan_blocks(engine.preset), 9) for step in plan.steps]
-    assert ran == planned
-
-
 def test_full_windows_and_their_work():
     found = {name: blocks_until_full(PRESETS[name]) for name in ("self-forcing", "longlive", "krea", "causvid")}
     assert found == {"self-forcing": 6, "longlive": 3, "krea": 1, "causvid": 6}
     spec = MODELS["wan-1.3b"]
-    plan = next(islice(plan_blocks(PRESETS["self-forcing"]), 6, None))
-    work = [pass_work(spec, step.run, spec.default_size, "bfloat16") for step in plan.steps]
+    plan = next(islice(scheduled_blocks(PRESETS["self-forcing"]), 6, None))
+    work = [pass_work(spec, scheduled.run, spec.default_size, "bfloat16") for scheduled in plan.passes]
     assert sum(one.flops for one in work) == pytest.approx(202e12, rel=0.01)
     decoder = decoder_work(WAN21_VAE, spec.latent_size(spec.default_size), 3, "bfloat16")
     assert decoder.flops == pytest.approx(40.7e12, rel=0.01)

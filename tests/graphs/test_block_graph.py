@@ -23,8 +23,8 @@ from inferix.graphs.types import BlockGraph, PassGraph, Role, Runs
 from inferix.graphs.validate import GraphError, validate
 from inferix.kernels.linear_lowp import linear_lowp, pack
 from inferix.models.wan.transformer import WanTransformer
-from inferix.runtime import costs
-from inferix.runtime.programs.block_graph import Builder, ModelPass, SolverStep
+from inferix.runtime.capacity import costs
+from inferix.runtime.programs.block_graph import BlockGraphBuilder, ModelPass, SolverStep
 from inferix.runtime.programs.block_plan import plan_block
 from inferix.schemes.presets import PRESETS, make_preset
 
@@ -50,9 +50,9 @@ def spec_for(preset: str):
 
 
 @cache
-def built(preset: str, fuse_commit: bool = False) -> Builder:
+def built(preset: str, fuse_commit: bool = False) -> BlockGraphBuilder:
     scheme = make_preset(preset, **STEPS.get(preset, {}))
-    return Builder(spec_for(preset), scheme, SIZE, torch.float64, fuse_commit=fuse_commit)
+    return BlockGraphBuilder(spec_for(preset), scheme, SIZE, torch.float64, fuse_commit=fuse_commit)
 
 
 @cache

@@ -7,6 +7,7 @@ from oracles import randomise
 
 from inferix.errors import UsageError
 from inferix.models.wan.taehv import TAEW21, TAEW22, Grow, MemoryBlock, TinyDecoder, TinySpec, tiny_spec_from_shapes
+from inferix.models.wan.vae_cpu import use_cpu_layers
 
 SMALL = [TinySpec(16, (12, 8, 8, 4), (1, 2, 2), 1), TinySpec(48, (12, 8, 8, 4), (1, 2, 2), 2)]
 
@@ -29,14 +30,17 @@ def whole_clip(model, latents):
     return F.pixel_shuffle(x, model.spec.patch).clamp(0, 1)[3:] * 2 - 1
 
 
+@pytest.mark.parametrize("layers", [lambda model: model, use_cpu_layers], ids=["plain", "cpu"])
 @pytest.mark.parametrize("spec", SMALL, ids=["2.1", "2.2"])
 @pytest.mark.parametrize("splits", [[7], [3, 3, 1], [1] * 7, [1, 6]])
-def test_streaming_equals_the_whole_clip(spec, splits):
+def test_streaming_equals_the_whole_clip(spec, splits, layers):
     model = make(spec)
     latents = torch.randn(7, spec.z_dim, 4, 6, generator=torch.Generator().manual_seed(1))
+    want = whole_clip(model, latents)
+    model = layers(model)
     state = model.new_state()
     parts = [model.decode(part, state) for part in latents.split(splits)]
-    want = whole_clip(model, latents)
+    assert torch.equal(torch.cat(parts), model.decode(latents, model.new_state()))
     assert want.std() > 1e-3
     got = torch.cat(parts)
     assert got.shape == want.shape == (25, 3, 4 * spec.spatial_stride, 6 * spec.spatial_stride)

@@ -11,7 +11,7 @@ import inferix
 from inferix.errors import InferixError
 from inferix.evaluate.tinyworld import facing_after, hero_is, shift_between
 from inferix.models.tinyworld.world import FRAMES, MOVES, Scene
-from inferix.runtime import loading
+from inferix.runtime.execution import loading
 
 SCENE = Scene("red", "robot", "green meadow", "by day")
 WALK = ["right"] * 3 + ["down"] * 3

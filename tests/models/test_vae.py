@@ -1,5 +1,6 @@
-"""The VAE against diffusers' AutoencoderKLWan, and streams in any split against the whole clip."""
+"""The VAE against diffusers' AutoencoderKLWan, streams in any split against the whole clip, and a CPU's layers."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from oracles import randomise
 
-from inferix.models.wan.vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae, VaeSpec
+from inferix.models.wan import vae_cpu
+from inferix.models.wan.vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae, StreamState, VaeSpec
+from inferix.models.wan.vae_cpu import use_cpu_layers
 from inferix.models.wan.vae_names import to_original, vae_spec_from_shapes
 
 SMALL = dataclasses.replace(WAN21_VAE, base_channels=8, decoder_channels=8)
@@ -16,6 +19,14 @@ SMALL22 = dataclasses.replace(WAN22_VAE, base_channels=8, decoder_channels=16)
 
 def make(spec: VaeSpec = SMALL) -> CausalVae:
     return randomise(CausalVae(spec), scale=0.15).eval().requires_grad_(False)
+
+
+def as_is(vae: CausalVae) -> CausalVae:
+    return vae
+
+
+both_layers = pytest.mark.parametrize("layers", [as_is, use_cpu_layers], ids=["plain", "cpu"])
+SPECS = pytest.mark.parametrize("spec", [SMALL, SMALL22], ids=["2.1", "2.2"])
 
 
 def diffusers_vae(spec: VaeSpec) -> AutoencoderKLWan:
@@ -32,10 +43,11 @@ def channels(values):
     return torch.tensor(values)[None, :, None, None, None]
 
 
+@both_layers
 @pytest.mark.parametrize("spec", [SMALL, TINY_VAE, SMALL22, TINY_VAE22], ids=["2.1", "tiny", "2.2", "tiny-2.2"])
 @torch.no_grad()
-def test_equals_diffusers(spec):
-    ours, theirs = make(spec), diffusers_vae(spec)
+def test_equals_diffusers(spec, layers):
+    ours, theirs = layers(make(spec)), diffusers_vae(spec)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     torch.manual_seed(0)
@@ -54,11 +66,12 @@ def test_equals_diffusers(spec):
     assert (got - want).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("spec", [SMALL, SMALL22], ids=["2.1", "2.2"])
+@both_layers
+@SPECS
 @pytest.mark.parametrize("splits", [[1] * 6, [3, 3], [2, 1, 3], [5, 1]])
 @torch.no_grad()
-def test_decoding_in_any_split_equals_the_whole_clip(spec, splits):
-    vae = make(spec)
+def test_decoding_in_any_split_equals_the_whole_clip(spec, splits, layers):
+    vae = layers(make(spec))
     latents = torch.randn(6, spec.z_dim, 4, 4)
     whole = vae.decode(latents, vae.new_state())
     state = vae.new_state()
@@ -66,15 +79,117 @@ def test_decoding_in_any_split_equals_the_whole_clip(spec, splits):
     assert torch.equal(parts, whole)
 
 
-@pytest.mark.parametrize("spec", [SMALL, SMALL22], ids=["2.1", "2.2"])
+@both_layers
+@SPECS
 @pytest.mark.parametrize("splits", [[1, 4, 4, 4], [5, 8], [9, 4]])
 @torch.no_grad()
-def test_encoding_in_any_split_equals_the_whole_clip(spec, splits):
-    vae = make(spec)
+def test_encoding_in_any_split_equals_the_whole_clip(spec, splits, layers):
+    vae = layers(make(spec))
     pixels = torch.rand(13, 3, 32, 32) * 2 - 1
     whole = vae.encode(pixels, vae.new_state())
     state = vae.new_state()
     assert torch.equal(torch.cat([vae.encode(part, state) for part in pixels.split(splits)]), whole)
+
+
+def plain_and_cpu(spec: VaeSpec, dtype: torch.dtype) -> tuple[CausalVae, CausalVae]:
+    plain = make(spec).to(dtype)
+    return plain, use_cpu_layers(copy.deepcopy(plain))
+
+
+@SPECS
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
+@torch.no_grad()
+def test_cpu_layers_equal_the_plain_ones(spec, dtype, tolerance):
+    plain, fast = plain_and_cpu(spec, dtype)
+    pixels, latents = torch.rand(9, 3, 32, 64, dtype=dtype) * 2 - 1, torch.randn(3, spec.z_dim, 4, 3, dtype=dtype)
+    codes = [vae.encode(pixels, vae.new_state()) for vae in (plain, fast)]
+    pictures = [vae.decode(latents, vae.new_state()) for vae in (plain, fast)]
+    assert codes[0].std() > 0.05 and pictures[0].std() > 0.01
+    assert (codes[1] - codes[0]).abs().max() <= tolerance
+    assert (pictures[1] - pictures[0]).abs().max() <= tolerance
+    levels = [((picture * 0.5 + 0.5) * 255).round() for picture in pictures]
+    assert (levels[1] - levels[0]).abs().max() <= 1
+
+
+@SPECS
+@torch.no_grad()
+def test_cpu_layers_in_bfloat16_are_as_near_to_float32_as_the_plain_ones(spec):
+    exact = make(spec)
+    latents = torch.randn(2, spec.z_dim, 4, 3).bfloat16()
+    want = exact.decode(latents.float(), exact.new_state())
+    errors = []
+    for vae in plain_and_cpu(spec, torch.bfloat16):
+        state = vae.new_state()
+        got = vae.decode(latents, state)
+        assert got.dtype is torch.bfloat16
+        assert all(history.dtype is torch.bfloat16 for history in state.history.values())
+        errors.append((got.float() - want).square().mean().sqrt())
+    assert 0 < errors[1] <= 1.1 * errors[0]
+
+
+@SPECS
+@torch.no_grad()
+def test_states_of_plain_and_cpu_layers_are_exchanged(spec):
+    """Slots, shapes and values; a history from a file is contiguous, and gives the same bits."""
+    plain, fast = plain_and_cpu(spec, torch.float64)
+    latents, rest = torch.randn(2, 2, spec.z_dim, 4, 4, dtype=torch.float64)
+    states = [vae.new_state() for vae in (plain, fast)]
+    for vae, state in zip((plain, fast), states, strict=True):
+        vae.decode(latents, state)
+    assert states[0].history.keys() == states[1].history.keys()
+    for slot, history in states[0].history.items():
+        assert states[1].history[slot].shape == history.shape
+        assert (states[1].history[slot] - history).abs().max() <= 1e-10
+        assert states[1].history[slot].untyped_storage().nbytes() == history.nbytes  # no view of a larger tensor
+    saved = StreamState({slot: tensor.contiguous() for slot, tensor in states[1].history.items()}, states[1].frames)
+    want = fast.decode(rest, states[1].clone())
+    assert torch.equal(fast.decode(rest, saved), want)
+    assert (fast.decode(rest, states[0].clone()) - want).abs().max() <= 1e-10
+    assert (plain.decode(rest, states[1]) - want).abs().max() <= 1e-10
+
+
+@SPECS
+@torch.no_grad()
+def test_frames_convolved_one_by_one_equal_those_of_one_stack(spec, monkeypatch):
+    vae = use_cpu_layers(make(spec).double())
+    pixels, latents = torch.rand(5, 3, 32, 32).double(), torch.randn(3, spec.z_dim, 4, 4).double()
+    want = vae.encode(pixels, vae.new_state()), vae.decode(latents, vae.new_state())
+    monkeypatch.setattr(vae_cpu, "STACK_BYTES", 1)
+    assert (vae.encode(pixels, vae.new_state()) - want[0]).abs().max() <= 1e-10
+    assert (vae.decode(latents, vae.new_state()) - want[1]).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("spec", [SMALL], ids=["2.1"])
+def test_gradients_of_cpu_layers_equal_the_plain_ones(spec):
+    gradients = []
+    latents = torch.randn(2, spec.z_dim, 4, 4, dtype=torch.float64)
+    for vae in plain_and_cpu(spec, torch.float64):
+        vae.requires_grad_(True).decode(latents, vae.new_state()).square().sum().backward()
+        gradients.append({name: weight.grad for name, weight in vae.named_parameters() if weight.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max() <= 1e-10 * max(1, gradient.abs().max()), name
+
+
+def test_cpu_layers_keep_names_values_and_other_devices():
+    vae = make(SMALL)
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    after = use_cpu_layers(vae).state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    with torch.device("meta"):
+        elsewhere = CausalVae(SMALL)
+    classes = [type(layer) for layer in elsewhere.modules()]
+    assert [type(layer) for layer in use_cpu_layers(elsewhere).modules()] == classes
+
+
+@torch.no_grad()
+def test_float64_is_not_narrowed():
+    """Upsampling repeats values, so that a decoder in float64 is one throughout."""
+    vae = make(SMALL).double()
+    frames = torch.rand(1, 4, 2, 2, dtype=torch.float64)
+    enlarged = next(layer for layer in vae.modules() if hasattr(layer, "enlarged")).enlarged(frames)
+    assert torch.equal(enlarged[..., ::2, ::2], frames)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from inferix.graphs.lowered import Lowered, lower_block
 from inferix.graphs.rewrites import chosen
 from inferix.models.wan.spec import MODELS
-from inferix.runtime.programs.graph_builder import Query, QueryGraphs
+from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
 from inferix.schemes.presets import make_preset
 
 LAYERS = 3  # scratch is that of one layer, so it does not grow with their number
@@ -23,8 +23,8 @@ HIDDEN = FRAMES * SPEC.tokens_per_frame(SPEC.default_size) * SPEC.ffn_dim * torc
 
 @pytest.fixture(scope="module")
 def lowered() -> Lowered:
-    graphs = QueryGraphs(SPEC, make_preset("self-forcing"), "reference", torch.bfloat16, "cpu", tuple(chosen()))
-    return lower_block(graphs(Query(True, ((1, FRAMES),), LATENT, False, width=32, pages=24)))
+    graphs = GraphBuilder(SPEC, make_preset("self-forcing"), "reference", torch.bfloat16, "cpu", tuple(chosen()))
+    return lower_block(graphs(GraphKey(True, ((1, FRAMES),), LATENT, False, width=32, pages=24)))
 
 
 def test_scratch_is_at_most_1_3_times_what_is_alive_together(lowered: Lowered) -> None:

@@ -20,7 +20,7 @@ from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.programs.warmup import queries_of
+from inferix.runtime.programs.warmup import graph_keys
 from inferix.schemes.presets import PRESETS
 
 OTHER = ROWS.flip(0) * 1.5
@@ -57,8 +57,8 @@ def test_fused_equals_eager(preset: str) -> None:
     wanted, found = stream(eager), stream(fused)
     assert (found - wanted).abs().max() <= TOLERANCE
     assert fused.executor.whole_blocks == (preset not in PASSWISE)
-    assert any(query.whole for query in fused.executor.loaded) == (preset not in PASSWISE)
-    assert set(fused.executor.loaded) <= set(queries_of(fused.spec, fused.preset, SIZE))
+    assert any(key.whole for key in fused.executor.loaded) == (preset not in PASSWISE)
+    assert set(fused.executor.loaded) <= set(graph_keys(fused.spec, fused.preset, SIZE))
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_graphs_over_pages_in_fewer_bits(preset: str, kind: str) -> None:
     assert backend.captures == len(engine.executor.loaded)
     settings.pop("kv_dtype")
     assert (stream(make_engine(preset, **settings)) - wanted).abs().max() > 1e-4
-    asked = queries_of(engine.spec, engine.preset, SIZE, staged=True)
-    assert {dataclasses.replace(query, pages=0) for query in engine.executor.loaded} <= {
-        dataclasses.replace(query, pages=0) for query in asked
+    asked = graph_keys(engine.spec, engine.preset, SIZE, staged=True)
+    assert {dataclasses.replace(key, pages=0) for key in engine.executor.loaded} <= {
+        dataclasses.replace(key, pages=0) for key in asked
     }
 
 
@@ -106,9 +106,9 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
             with engine.open(prompt_embeds=ROWS, size=SIZE, **given) as session:
                 latents += [block.latents for block in session.stream(1 + wholes, decode=False)]
         assert (torch.cat(found) - torch.cat(wanted)).abs().max() <= TOLERANCE
-        assert sum(query.whole for query in engine.executor.loaded) == wholes
+        assert sum(key.whole for key in engine.executor.loaded) == wholes
         if preset == "longlive2":  # the held frame and the other one are two groups; their commit is one
-            assert {query.parts for query in engine.executor.loaded if not query.whole} == {((2, 1),), ((1, 2),)}
+            assert {key.parts for key in engine.executor.loaded if not key.whole} == {((2, 1),), ((1, 2),)}
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 48), (32, 16)])
@@ -205,7 +205,7 @@ def test_pages_that_grow_are_followed_without_a_trace_and_the_old_ones_are_let_g
     list(second.stream(1, decode=False))
     found += [block.latents for block in first.stream(2, decode=False)]
     assert store.kv[0].shape[1] > pages and (engine.executor.traces, backend.captures) == (1, 2)
-    assert {query.pages for query in engine.executor.loaded} == {store.kv[0].shape[1]}
+    assert {key.pages for key in engine.executor.loaded} == {store.kv[0].shape[1]}
     gc.collect()
     assert not any(kv() is not None for kv in old)
     plain = make_engine(dtype="float32", local_attn_size=6, kv_dtype=kept)
@@ -217,9 +217,9 @@ def test_pages_that_grow_are_followed_without_a_trace_and_the_old_ones_are_let_g
 @pytest.mark.parametrize("settings", [{}, {"kv_dtype": "fp8"}, {"preset": "longlive-infinity"}])
 def test_a_program_for_more_pages_is_what_lowering_gives(settings: dict[str, str]) -> None:
     engine = make_engine(executor="fused", dtype="float32", local_attn_size=6, **settings)
-    for query in queries_of(engine.spec, engine.preset, SIZE, staged="kv_dtype" in settings):
-        more = dataclasses.replace(query, pages=query.pages + 5)
-        assert with_pages(lower_block(engine.executor.graph_of(query)), more.pages) == lower_block(
+    for key in graph_keys(engine.spec, engine.preset, SIZE, staged="kv_dtype" in settings):
+        more = dataclasses.replace(key, pages=key.pages + 5)
+        assert with_pages(lower_block(engine.executor.graph_of(key)), more.pages) == lower_block(
             engine.executor.graph_of(more)
         )
 
@@ -299,7 +299,7 @@ def test_captures_are_counted_by_query_shape() -> None:
         for _ in range(8):
             list(session.stream(1, decode=False))
             session.prompt(embeds=OTHER)
-    shapes = {(query.whole, query.latent[0]) for query in engine.executor.loaded}
+    shapes = {(key.whole, key.latent[0]) for key in engine.executor.loaded}
     assert shapes == {(True, 1), (True, 3), (False, 1), (False, 4), (False, 6)}
     assert backend.captures == len(shapes)
 

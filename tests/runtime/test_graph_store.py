@@ -10,8 +10,9 @@ import torch
 from oracles import ROWS, SIZE, make_engine
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime import graph_store, launcher
 from inferix.runtime.engine import Engine
+from inferix.runtime.execution import launcher
+from inferix.runtime.programs import graph_store
 from inferix.runtime.programs.graph_store import GraphStore, difference
 
 
@@ -48,8 +49,9 @@ def test_graphs_of_something_else_are_refused(stored: tuple[Path, torch.Tensor],
     monkeypatch.setattr(graph_store, "card_of", lambda device: "NVIDIA H100 sm_90")
     with pytest.raises(InferixError, match=r"are for card 'cpu .*', and this is 'NVIDIA H100 sm_90'"):
         make_engine(executor="fused", graphs=str(folder))
+    current = graph_store.FORMAT
     monkeypatch.setattr(graph_store, "FORMAT", 99)
-    with pytest.raises(InferixError, match=r"are for format 1, and this is 99"):
+    with pytest.raises(InferixError, match=f"are for format {current}, and this is 99"):
         make_engine(executor="fused", graphs=str(folder))
 
 

@@ -9,7 +9,7 @@ import torch
 from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.byte_sizes import in_words, parse_bytes
+from inferix.runtime.byte_sizes import format_bytes, parse_bytes
 from inferix.runtime.kv.contiguous_cache import BoundCache, ContiguousCache
 from inferix.runtime.kv.page_layout import place_pass as PLACE_PASS
 from inferix.runtime.kv.pages import OutOfPages, PagePool
@@ -372,7 +372,7 @@ def test_memory_is_counted_before_it_is_taken():
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         assert session.branches[0].cache.store.nbytes == 12 * page
     small = make_engine("longlive", "float32", kv_memory=12 * page - 1)
-    said = f"kv_memory is {in_words(12 * page - 1)}, but one session of longlive needs .*: 12 latent frames"
+    said = f"kv_memory is {format_bytes(12 * page - 1)}, but one session of longlive needs .*: 12 latent frames"
     with pytest.raises(UsageError, match=said):
         small.open(prompt_embeds=ROWS.float(), size=SIZE)
     fewer = make_engine("longlive", "float32", kv_memory=12 * page - 1, kv_dtype="int8")
@@ -454,7 +454,7 @@ def test_page_needs(name, overrides, held, scratch, kept_back):
 
 def test_words_for_bytes_and_back():
     assert [parse_bytes(text) for text in (4096, "6GB", "1.5 GiB", "512 kib")] == [4096, 6 * 10**9, 3 * 2**29, 2**19]
-    assert [in_words(count) for count in (6 * 10**9, 28672, 12)] == ["6 GB", "28.67 kB", "12 bytes"]
+    assert [format_bytes(count) for count in (6 * 10**9, 28672, 12)] == ["6 GB", "28.67 kB", "12 bytes"]
     for bad in ("six", "6 TBx", "-1", 0, "1.2.3GB", ".", True):
         with pytest.raises(UsageError, match="memory is"):
             parse_bytes(bad)

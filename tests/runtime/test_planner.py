@@ -1,4 +1,4 @@
-"""The forecast against what streams do: their passes, what they hold, what torch counts, and the published figures."""
+"""The planner against what streams do: their passes, what they hold, what torch counts, and the published figures."""
 
 import math
 from dataclasses import replace
@@ -17,12 +17,13 @@ from inferix.graphs.types import Role
 from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TAEW21
 from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
-from inferix.runtime import forecast
+from inferix.runtime.capacity import planner
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
-from inferix.runtime.capacity.planner import Ceiling, Workload, changes, longest_window, memory, needed, rehearse
+from inferix.runtime.capacity.planner import Ceiling, Workload, longest_window, memory, needed, suggestions
 from inferix.runtime.kv.kv_manager import KVMemory
 from inferix.runtime.kv.page_store import KV_DTYPES
-from inferix.runtime.programs.graph_builder import Query, QueryGraphs
+from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
+from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.page_needs import page_needs
 from inferix.schemes.presets import PRESETS, make_preset
 
@@ -45,7 +46,7 @@ def shape(run):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_rehearsal_is_what_the_engine_does(name, monkeypatch):
+def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     """Passes, decoded frames and pictures encoded again of ten blocks, and no pass is longer than told.
 
     Nothing is computed: the network says zeros, and so do decoder and encoder.
@@ -71,17 +72,18 @@ def test_the_rehearsal_is_what_the_engine_does(name, monkeypatch):
     monkeypatch.setattr(engine.parts.vae, "decode", decode)
     monkeypatch.setattr(engine.parts.vae, "encode", encode)
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
-        for told in islice(rehearse(engine.preset), 10):
+        for told in islice(scheduled_blocks(engine.preset), 10):
             (block,) = session.stream(1)
-            assert [found for kind, found in done if kind == "pass"] == [shape(run) for run in told.passes]
+            ran = [found for kind, found in done if kind == "pass"]
+            assert ran == [shape(scheduled.run) for scheduled in told.passes]
             assert sum(count for kind, count in done if kind == "decode") == told.decoded
             assert sum(count for kind, count in done if kind == "encode") == told.encoded
-            assert len(block.latents) == told.frames
+            assert len(block.latents) == len(told.span.frames)
             done.clear()
-    passes = [run for work in islice(rehearse(engine.preset), 12) for run in work.passes]
-    if switch := forecast.recache_pass(engine.preset):
-        passes.append(switch)
-    assert max(len(run.frames) for run in passes) == forecast.longest_pass(engine.preset)
+    passes = [scheduled for block in islice(scheduled_blocks(engine.preset), 12) for scheduled in block.passes]
+    if recache := planner.steady_blocks(engine.preset)[0].recache:
+        passes.append(recache)
+    assert max(len(scheduled.run.frames) for scheduled in passes) == planner.longest_pass(engine.preset)
 
 
 SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
@@ -111,10 +113,10 @@ def test_a_real_session(name):
     load = replace(tiny(name, **SMALL[name]), decoder=SMALL_VAE, size=size)
     rows = {"prompt_embeds": ROWS.float(), **NEGATIVE.get(name, {})}
     with engine.open(size=size, **rows) as session, sdpa_kernel(SDPBackend.MATH):
-        for work in islice(rehearse(load.preset), 3):
+        for block in islice(scheduled_blocks(load.preset), 3):
             with FlopCounterMode(display=False) as counter:
                 next(iter(session.stream(1)))
-            told = forecast.speed(load, work, TOP)
+            told = planner.speed(load, block, TOP)
             assert counter.get_total_flops() == told.transformer_flops + told.decoder_flops
         held = memory(load).each
         keys = [tensor.nbytes for branch in session.branches for pair in branch.text.text for tensor in pair]
@@ -154,8 +156,8 @@ def test_the_plan_of_real_graphs(model, name, parts, whole):
     """At full width and two layers: the arena is at most what is told, the constants just what is told."""
     spec, preset = replace(MODELS[model], num_layers=2), make_preset(name)
     frames, latent = parts[0][0] * parts[0][1], spec.latent_size(spec.default_size)
-    query = Query(whole, parts, (frames, spec.out_channels, *latent), sinks=False, width=16, pages=16)
-    made = QueryGraphs(spec, preset, "reference", torch.bfloat16, "cpu", tuple(chosen()))(query)
+    key = GraphKey(whole, parts, (frames, spec.out_channels, *latent), sinks=False, width=16, pages=16)
+    made = GraphBuilder(spec, preset, "reference", torch.bfloat16, "cpu", tuple(chosen()))(key)
     lowered = lower_block(made)
     told = arena_bytes(spec, spec.tokens_per_frame(spec.default_size), frames, "bfloat16")
     assert lowered.body.plan.size <= told <= 1.5 * lowered.body.plan.size
@@ -179,7 +181,7 @@ def test_what_a_graph_executor_holds(name):
         session.prompt(embeds=ROWS.float().flip(0))
         list(session.stream(1, decode=False))
     loaded = engine.executor.loaded
-    assert sorted(query.latent[0] for query in loaded) == sorted(forecast.programs(load.preset))
+    assert sorted(key.latent[0] for key in loaded) == sorted(planner.programs(load.preset))
     told, gaps = memory(load).once, 8192  # between constants, and what making them took
     assert 0 <= engine.executor.bytes_by_owner()["constants"] - told["constants"] <= gaps
     attention = engine.parts.transformer.blocks[0].self_attn
@@ -193,64 +195,65 @@ def test_published_blocks():
         (full("longlive"), 141.5),
         (full("krea", "wan-14b"), 730.8),
     ):
-        assert forecast.steady_speed(load, TOP).transformer_flops / 1e12 == pytest.approx(told, abs=0.1)
-    assert forecast.steady_speed(full("longlive"), TOP).decoder_flops / 1e12 == pytest.approx(40.65, abs=0.01)
-    assert forecast.steady_speed(full("longlive", decoder=TAEW21), TOP).decoder_flops / 1e12 == pytest.approx(
+        assert planner.steady_speed(load, TOP).transformer_flops / 1e12 == pytest.approx(told, abs=0.1)
+    assert planner.steady_speed(full("longlive"), TOP).decoder_flops / 1e12 == pytest.approx(40.65, abs=0.01)
+    assert planner.steady_speed(full("longlive", decoder=TAEW21), TOP).decoder_flops / 1e12 == pytest.approx(
         1.63, abs=0.01
     )
-    clip = [forecast.speed(full("self-forcing"), work, TOP) for work in islice(rehearse(PRESETS["self-forcing"]), 7)]
+    blocks = islice(scheduled_blocks(PRESETS["self-forcing"]), 7)
+    clip = [planner.speed(full("self-forcing"), block, TOP) for block in blocks]
     assert sum(block.transformer_flops for block in clip) / 1e15 == pytest.approx(0.99, abs=0.005)
     assert memory(full("self-forcing")).each["pages"] / 2**30 == pytest.approx(5.62, abs=0.01)
 
 
 def test_floors_take_the_slower_of_operations_and_bytes():
     load = full("longlive")
-    compute = forecast.steady_speed(load, Ceiling(500, math.inf, "given"))
+    compute = planner.steady_speed(load, Ceiling(500, math.inf, "given"))
     both = compute.transformer_flops + compute.decoder_flops
     assert compute.seconds == pytest.approx(both / 500e12)
     assert compute.fps == pytest.approx(12 / compute.seconds)
-    traffic = forecast.steady_speed(load, Ceiling(math.inf, 1000, "given"))
+    traffic = planner.steady_speed(load, Ceiling(math.inf, 1000, "given"))
     # Five passes read the weights, twelve pages and write three; three frames read and write the decoder's state.
     least = 5 * (2 * 1.3e9 + 15 * memory(load).each["pages"] / 12) + 6 * memory(load).each["decoder_state"]
     assert least / 1e12 < traffic.seconds < 1.1 * least / 1e12
     slow = Ceiling(500, 100, "given")
-    assert max(compute.seconds, 10 * traffic.seconds) <= forecast.steady_speed(load, slow).seconds
-    first = forecast.first_speed(load, Ceiling(500, math.inf, "given"))
+    assert max(compute.seconds, 10 * traffic.seconds) <= planner.steady_speed(load, slow).seconds
+    first = planner.first_speed(load, Ceiling(500, math.inf, "given"))
     assert first.frames == 9 and first.seconds < compute.seconds
-    assert forecast.prompt_seconds(load, slow) > forecast.prompt_seconds(full("self-forcing"), slow) > 0
+    assert planner.prompt_seconds(load, slow) > planner.prompt_seconds(full("self-forcing"), slow) > 0
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_longest_window_is_the_longest(name):
     load = tiny(name)
-    shortest = forecast.shortest_window(load.preset)
+    shortest = planner.shortest_window(load.preset)
     for frames in (shortest, shortest + 4):
-        budget = needed(replace(load, preset=forecast.with_window(load.preset, frames)))
+        budget = needed(replace(load, preset=planner.with_window(load.preset, frames)))
         assert longest_window(load, budget) == frames
         assert longest_window(load, budget - 1) == (None if frames == shortest else frames - 1)
     with pytest.raises(UsageError):
-        forecast.with_window(load.preset, shortest - 1)
+        planner.with_window(load.preset, shortest - 1)
 
 
 def test_sessions_share_what_is_there_once():
     load = full("longlive")
     for count in (1, 3):
         budget = needed(replace(load, sessions=count))
-        assert forecast.most_sessions(load, budget) == count
-        assert forecast.most_sessions(load, budget - 1) == count - 1
-    assert forecast.most_sessions(load, 10**9) == 0
+        assert planner.most_sessions(load, budget) == count
+        assert planner.most_sessions(load, budget - 1) == count - 1
+    assert planner.most_sessions(load, 10**9) == 0
 
 
-def test_changes_say_what_would_fit():
+def test_suggestions_say_what_would_fit():
     load = full("self-forcing", text=5_000_000_000, sessions=2, dtype="float32", kv_dtype="float32")
-    found = changes(load, 24 * 10**9)
+    found = suggestions(load, 24 * 10**9)
     alone, together = found[:-1], found[-1]
     assert not any(change.fits for change in alone) and together.fits
     assert together.options[:2] == ("--no-text-encoder", "--dtype bfloat16")
     assert all(change.needed < needed(load) for change in found)
     load = full("krea", "wan-14b")
-    assert not any("taehv" in option for change in changes(load, 10**9) for option in change.options)
-    assert not any(change.fits for change in changes(load, 10**9))
+    assert not any("taehv" in option for change in suggestions(load, 10**9) for option in change.options)
+    assert not any(change.fits for change in suggestions(load, 10**9))
 
 
 def test_endless_windows_and_no_sessions_are_refused():

@@ -1,0 +1,211 @@
+"""The block schedule: which passes a stream makes, over which frames, seeing and writing which, at which sampler steps.
+
+A stream's state is its `Timeline` and its blocks in flight. `recache_pass`, `rebuild_pass`, `denoise_passes` and
+`commit_pass` choose the next pass from that state, in this order within a block. The engine runs each pass before it
+asks for the next; `stream_blocks` lists the same passes for planners and runs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+from ..graphs.passes import Pass
+from .page_needs import branches, window
+from .presets import Preset
+from .timeline import Span, Timeline
+
+Kind = Literal["recache", "rebuild", "denoise", "commit"]
+
+
+@dataclass(frozen=True)
+class ScheduledPass:
+    """One pass of a stream.
+
+    blocks: those it denoises or commits, in token order. steps: for each block it denoises, the sampler step it takes.
+    clears_cache: the cache is emptied before the pass, which writes keys and values of all frames seen from then on.
+    """
+
+    kind: Kind
+    run: Pass
+    blocks: tuple[Span, ...] = ()
+    steps: tuple[int, ...] = ()
+    clears_cache: bool = False
+
+    @property
+    def context(self) -> int:
+        """Latent frames that its last group sees, itself included."""
+        return len(self.run.groups[-1].context)
+
+
+@dataclass(frozen=True)
+class ScheduledBlock:
+    """The passes of one block of a stream, in the order in which they run.
+
+    span: the block that they finish. recache: the pass that a new prompt would add before them, or None. decoded:
+    latent frames the decoder runs over: the block's own, and those that a restarted decoder begins with. encoded:
+    pictures encoded again for a rebuild.
+    """
+
+    span: Span
+    passes: tuple[ScheduledPass, ...]
+    recache: ScheduledPass | None
+    decoded: int
+    encoded: int
+
+    @property
+    def context(self) -> int:
+        """Most latent frames that a denoising pass sees."""
+        return max(scheduled.context for scheduled in self.passes if scheduled.kind == "denoise")
+
+    @property
+    def rebuild(self) -> ScheduledPass | None:
+        """The pass that rebuilds the context before the block is denoised."""
+        return next((scheduled for scheduled in self.passes if scheduled.kind == "rebuild"), None)
+
+    @property
+    def first(self) -> bool:
+        """True for the block that begins the stream."""
+        return self.span.frames.start == 0
+
+    @property
+    def decoder_begins(self) -> bool:
+        """True where the decoder has no state yet: in a stream's first block, and after a restart."""
+        return self.first or self.decoded > len(self.span.frames)
+
+
+class InFlight(Protocol):
+    """A block being denoised; step: sampler steps it has taken."""
+
+    span: Span
+    step: int
+
+
+@dataclass
+class BlockProgress:
+    """A block in flight of a stream that is only planned."""
+
+    span: Span
+    step: int = 0
+
+
+B = TypeVar("B", bound=InFlight)
+
+
+def supports_whole_block(preset: Preset) -> bool:
+    """True where all steps and the commit of a block can be one program: one block in flight, no guidance."""
+    return preset.window_blocks == 1 and branches(preset) == 1
+
+
+def window_of(run: Pass) -> tuple[int, ...] | None:
+    """Frames that the cache holds for a pass, ascending; None for a pass that writes nothing and changes no page.
+
+    They are all that its groups see, except frames of groups that do not write: those have pages for this pass only.
+    """
+    scratch = {frame for group in run.groups if not group.write for frame in group.frames}
+    if scratch.issuperset(run.frames):
+        return None
+    return tuple(sorted({frame for group in run.groups for frame in group.context} - scratch))
+
+
+def recache_pass(timeline: Timeline) -> ScheduledPass | None:
+    """The pass over the visible past under a new prompt; None where the policy or an empty past asks for none."""
+    policy = timeline.preset.context
+    if policy.prompt_switch != "recache" or (run := timeline.recache_pass(policy.recache_sink)) is None:
+        return None
+    return ScheduledPass("recache", run, clears_cache=policy.recache_sink)
+
+
+def rebuild_pass(timeline: Timeline) -> ScheduledPass | None:
+    """The pass over the last clean frames that begins a segment; None where the next block needs none."""
+    return ScheduledPass("rebuild", timeline.rebuild_pass(), clears_cache=True) if timeline.rebuild_due() else None
+
+
+def reencodes_head(preset: Preset, rebuild: Pass) -> bool:
+    """True where a rebuild encodes its first frame again from its picture; it keeps a stream's first frame as it is."""
+    return preset.context.reencode_head and rebuild.frames[0] > 0
+
+
+def joins(preset: Preset, flight: Sequence[InFlight]) -> bool:
+    """True where a new block joins before the next denoising pass: once the newest has taken its share of the steps."""
+    steps_between = preset.sampler.steps // preset.window_blocks
+    return not flight or (len(flight) < preset.window_blocks and flight[-1].step >= steps_between)
+
+
+def denoise_pass(
+    timeline: Timeline, flight: Sequence[InFlight], timesteps: Sequence[float], clean: frozenset[int] = frozenset()
+) -> ScheduledPass:
+    """One sampler step of all blocks in flight. timesteps: of each step; frames in `clean` get timestep 0."""
+    run = timeline.joint_pass([(block.span.frames, timesteps[block.step]) for block in flight], clean)
+    return ScheduledPass("denoise", run, tuple(block.span for block in flight), tuple(block.step for block in flight))
+
+
+def denoise_passes(
+    timeline: Timeline,
+    flight: list[B],
+    timesteps: Sequence[float],
+    admit: Callable[[], B],
+    clean: frozenset[int] = frozenset(),
+) -> Iterator[ScheduledPass]:
+    """Yield denoising passes until the first block in flight has taken all steps; it then is `flight[0]`.
+
+    admit makes the next block of the timeline, which is appended to `flight` when it joins. The caller runs each pass
+    and advances `step` of every block in flight before it resumes the iterator.
+    """
+    while not flight or flight[0].step < len(timesteps):
+        if joins(timeline.preset, flight):
+            flight.append(admit())
+        yield denoise_pass(timeline, flight, timesteps, clean)
+
+
+def commit_pass(timeline: Timeline, span: Span) -> ScheduledPass:
+    """The pass over a clean block that leaves its keys and values in the cache."""
+    return ScheduledPass("commit", timeline.commit_pass(span.frames), (span,))
+
+
+def next_block(
+    timeline: Timeline,
+    flight: list[BlockProgress],
+    timesteps: Sequence[float],
+    clean: frozenset[int] = frozenset(),
+) -> ScheduledBlock:
+    """Plan the next block, and move the timeline and the blocks in flight past it."""
+    policy = timeline.preset.context
+    recache, rebuild = recache_pass(timeline.fork()), rebuild_pass(timeline)
+    passes = [rebuild] if rebuild is not None else []
+    for scheduled in denoise_passes(timeline, flight, timesteps, lambda: BlockProgress(timeline.admit()), clean):
+        passes.append(scheduled)
+        for block in flight:
+            block.step += 1
+    span = flight.pop(0).span
+    if policy.commit:
+        passes.append(commit_pass(timeline, span))
+    if (held := window_of(passes[-1].run)) is not None:
+        timeline.forget(held)
+    restarted = len(rebuild.run.frames) if rebuild is not None and policy.restart_decoder else 0
+    encoded = int(rebuild is not None and reencodes_head(timeline.preset, rebuild.run))
+    return ScheduledBlock(span, tuple(passes), recache, restarted + len(span.frames), encoded)
+
+
+def stream_blocks(
+    preset: Preset, timesteps: Sequence[float], clean: frozenset[int] = frozenset()
+) -> Iterator[ScheduledBlock]:
+    """Blocks 0, 1, ... of an endless stream under one prompt.
+
+    timesteps: of each sampler step (`Sampler.timesteps`). clean: frames that are given, as in a clamped image.
+    """
+    timeline, flight = Timeline(preset), list[BlockProgress]()
+    while True:
+        yield next_block(timeline, flight, timesteps, clean)
+
+
+def blocks_before_repeat(preset: Preset) -> int:
+    """Blocks after which a stream surely repeats itself, its window full; a preset without a window has none."""
+    return -(-2 * window(preset) // preset.num_frame_per_block) + preset.window_blocks
+
+
+def repeat_period(preset: Preset) -> int:
+    """Blocks of a stream that repeat for ever once its window is full: those of a segment, else one."""
+    policy = preset.context
+    return (policy.segment_frames - policy.rebuild_frames) // preset.num_frame_per_block if policy.segment_frames else 1
