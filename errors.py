@@ -64,17 +64,14 @@ class ShortRepr(reprlib.Repr):
         return repr(x) if bits < 256 else f"<integer of {bits} bits>"
 
 
-def quoted(value: object) -> str:
-    """A user's value for a message: its repr, at most 200 characters of it, in bounded time for any value."""
-    if isinstance(value, str):
-        shown = repr(value if len(value) <= LONGEST_QUOTE else value[:LONGEST_QUOTE])
-        return shown if len(value) <= LONGEST_QUOTE else cut(shown)
-    return cut(ShortRepr().repr(value))
+def quoted(value: object, limit: int = LONGEST_QUOTE) -> str:
+    """A user's value for a message: its repr, at most `limit` characters of it, in bounded time for any value."""
+    return cut(repr(value[: limit + 1]) if isinstance(value, str) else ShortRepr().repr(value), limit)
 
 
-def cut(text: str) -> str:
-    """The first 200 characters of a text, the cut marked."""
-    return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 3]}..."
+def cut(text: str, limit: int = LONGEST_QUOTE) -> str:
+    """The first `limit` characters of a text, the cut marked."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
