@@ -34,6 +34,7 @@ VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,ogg,gif"  # FFmpeg's names
 LARGEST_PICTURE = 1 << 26  # pixels of a picture or of a frame
 LARGEST_IMAGE_FILE = 1 << 29  # bytes
 LARGEST_CLIP = 1 << 30  # bytes of frames kept of a video
+MOST_FRAMES = 1 << 16  # an hour at 16 a second; a picture that a damaged file shows for days is repeated
 HIGH_DEFINITION = (1280, 720)  # from this width or height on, videos without a tag have the matrix of BT.709
 HDR_CURVES = {16: "PQ", 18: "HLG"}  # numbers of H.273
 BROKEN_IMAGE = (  # what Pillow raises for damaged files
@@ -182,10 +183,10 @@ def read_video(
 ) -> Frames:
     """Frames of the video at `path`, as uint8 RGB [T, H, W, 3]; see `video_frames`.
 
-    first: how many are read, all if None. Raises UsageError if they are more than 2^30 bytes.
+    first: how many are read, all if None. Raises UsageError if they are more than 2^16, or 2^30 bytes.
     """
     width, height = size
-    most = LARGEST_CLIP // (width * height * 3)
+    most = min(LARGEST_CLIP // (width * height * 3), MOST_FRAMES)
     frames = bytearray()  # grows in place, unlike a list that is stacked
     if first is None or first > most:
         check_duration(path, size, fps, most)
@@ -207,8 +208,7 @@ def check_duration(path: str | Path, size: tuple[int, int], fps: float | None, m
 
 def too_long(path: str | Path, length: str, size: tuple[int, int], most: int) -> UsageError:
     return UsageError(
-        f"video {quoted(str(path))} has {length}; expected at most {most} of {size[0]}x{size[1]}, "
-        f"{LARGEST_CLIP >> 20} MiB: cut it"
+        f"video {quoted(str(path))} has {length}; expected at most {most} of {size[0]}x{size[1]}: cut it"
     )
 
 
@@ -230,9 +230,12 @@ def video_frames(
             raise UsageError(f"video {quoted(str(path))} holds no frame; expected a file with a video stream")
         if first[1].color_trc in HDR_CURVES:
             warnings.warn(f"video {quoted(str(path))} is HDR; its colours are taken without tone mapping", stacklevel=2)
+        last, pixels = None, np.empty((0, 0, 3), np.uint8)
         for picture in sampled(first, pictures, stream, fps):
-            check_pixels("video", Path(path), picture.width, picture.height)
-            yield picture_pixels(picture, size, fit, stream)
+            if picture is not last:  # one that is repeated is converted once
+                check_pixels("video", Path(path), picture.width, picture.height)
+                last, pixels = picture, picture_pixels(picture, size, fit, stream)
+            yield pixels.copy()
 
 
 class opened_video:

@@ -295,11 +295,14 @@ def test_a_variable_rate(tmp_path: Path) -> None:
     assert set(found[25:31]) == {200}
 
 
-def test_times_that_begin_late_jump_or_go_back(tmp_path: Path) -> None:
+def test_times_that_begin_late_or_jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "late.mkv", greys(range(0, 160, 10)), 16, [5000 + place * 1000 // 16 for place in range(16)])
     assert [round(level / 10) for level in levels(path, 16)] == list(range(16))
     jump = save(tmp_path / "jump.mkv", greys([0, 50]), 16, [0, 3_000_000_000])
-    assert len(read_video(jump, (32, 32), 16, first=40)) == 40
+    converted: list[int] = []
+    whole = media_input.picture_pixels
+    monkeypatch.setattr(media_input, "picture_pixels", lambda *rest: converted.append(1) or whole(*rest))
+    assert len(read_video(jump, (32, 32), 16, first=40)) == 40 and len(converted) == 1
     with pytest.raises(UsageError, match=r"jump\.mkv"):
         read_video(jump, (832, 480), 16)
 
