@@ -44,8 +44,8 @@ def tinyworld(
         raise UsageError(f"--minutes is {minutes:g}; expected 1 or more, since drift is measured over 60 s")
 
     from ..evaluate.tinyworld import BARS, evaluate
-    from ..runtime.engine import load
     from ..runtime.files import check_output, check_paths, write_atomically
+    from ..runtime.load import load
     from ..runtime.media import contact_sheet
 
     if out is not None:

@@ -51,13 +51,13 @@ sys.path.insert(0, {str(TESTS / "runtime")!r})
 sys.path.insert(0, {str(TESTS)!r})
 sys.path.insert(0, {str(TESTS.parent / "tools")!r})
 import test_savefile as here
-from inferix.runtime.sessions import session_file
+from inferix.runtime.sessions import session_file as savefile
 
 engine = here.make_engine("longlive", "float32", **here.SETTINGS)
 session = here.Session.restore(engine, sys.argv[1])
 blocks = list(session.stream(2))
 print([block.index for block in blocks], here.hash_of(blocks), flush=True)
-write = session_file.write_tensors
+write = savefile.write_tensors
 
 def stuck(tensors, path, metadata):
     write(tensors, path, metadata)
@@ -66,7 +66,7 @@ def stuck(tensors, path, metadata):
     print("half", flush=True)
     time.sleep(600)
 
-session_file.write_tensors = stuck
+savefile.write_tensors = stuck
 session.save(sys.argv[1])
 """
 
@@ -123,7 +123,7 @@ def test_cut_and_foreign_files_are_refused_in_one_line(saved, tmp_path):
             Session.restore(by, path)
         assert "\n" not in str(caught.value)
         by.check_integrity()
-        assert not by.host.sessions
+        assert not by.manager.sessions
 
     refused("no saved session", kind=UsageError)
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
@@ -167,7 +167,7 @@ def test_a_restored_session_needs_room_like_any_other(saved):
     queued = Session.restore(engine, path)
     with pytest.raises(InferixError, match="still waits for room"):
         queued.save(path)
-    assert queued.state is State.NEW and engine.host.pages_in_use == 0
+    assert queued.state is State.NEW and engine.manager.pages_in_use == 0
     first.close()
     assert hash_of(queued.stream(2)) == wanted
     with pytest.raises(UsageError, match="cannot be rewound to block 3"):
