@@ -32,14 +32,14 @@ class EngineConfig:
 
     base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
     one of them alone. use_ema: the averaged weights of a training file. precision: a name of `PRECISIONS`.
-    lora: adapter file or folder, merged into the weights `lora_scale` times. kv_memory: bytes for keys and values,
-    shared by all sessions; None is what one session needs, and more when there is need of more. kv_dtype: in which
-    they are kept, a name of `KV_DTYPES`; None is the model's own. kv_offload: those of a paused session go to host
-    memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
-    fast_vae: a decoder beside the model's own, as in `vae`, that overload may go over to.
-    graphs: folder of stored graphs, which those that are missing there are added to. lowp: `fp8` or `int8` for linear
-    layers in passes, those that a pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference
-    in eager. batches: file of measured times of sessions that run as one.
+    lora: adapter file or folder, merged into the weights `lora_scale` times; lora_partial: also one of which only a
+    part fits. kv_memory: bytes for keys and values, shared by all sessions; None is what one session needs, and more
+    when there is need of more. kv_dtype: in which they are kept, a name of `KV_DTYPES`; None is the model's own.
+    kv_offload: those of a paused session go to host memory, and others may have their room until it is resumed.
+    executor: how passes run, a name of `EXECUTORS`. fast_vae: a decoder beside the model's own, as in `vae`, that
+    overload may go over to. graphs: folder of stored graphs, which those that are missing there are added to.
+    lowp: `fp8` or `int8` for linear layers in passes, those that a pattern of lowp_layers names and none of lowp_keep;
+    fast in graphs, a plain reference in eager. batches: file of measured times of sessions that run as one.
     """
 
     model: str
@@ -54,6 +54,7 @@ class EngineConfig:
     precision: str
     lora: str | None = None
     lora_scale: float = 1.0
+    lora_partial: bool = False
     kv_memory: int | None = None
     kv_dtype: str | None = None
     kv_offload: bool = False
@@ -73,13 +74,15 @@ class EngineConfig:
             check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.checkpoint_format is not None:
             check_choice("checkpoint_format", self.checkpoint_format, FORMATS)
-        for key in ("use_ema", "kv_offload"):
+        for key in ("use_ema", "kv_offload", "lora_partial"):
             if not isinstance(value := getattr(self, key), bool):
                 raise UsageError(f"{key} is {value!r}; expected true or false")
         if not math.isfinite(self.lora_scale):
             raise UsageError(f"lora_scale is {self.lora_scale}; expected a number, 1 for the adapter as it is")
         if self.lora_scale != 1.0 and self.lora is None:
             raise UsageError(f"lora_scale is {self.lora_scale}, but there is no lora; give one (--lora)")
+        if self.lora_partial and self.lora is None:
+            raise UsageError("lora_partial is True, but there is no lora; give one (--lora)")
         check_device(self.device)
         for key in ("kv_dtype", "lowp"):
             if getattr(self, key) == "fp8" and self.device.startswith("cuda"):
