@@ -223,7 +223,7 @@ def test_what_is_no_number_or_of_another_size_is_refused_with_a_reason():
         assert checker.largest_difference([BlockOutput(latents, frames, {})]) is None
     assert checker.refusal(fused, [BlockOutput(good, frames + 1, {})]) is None
     stream = fused.open()
-    stream.session.engine.executor.launcher.fallbacks.append("aten::x cannot be captured")
+    stream.session.manager.resources.executor.launcher.fallbacks.append("aten::x cannot be captured")
     assert "aten::x cannot be captured" in checker.refusal(fused, [BlockOutput(good, frames, {})])
     stream.close()
 
