@@ -11,7 +11,7 @@ from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
 from .page_store import PagedStore, PageForm
 from .paged_cache import PagedCache
-from .pages import BlockTable
+from .pages import PageTable
 
 
 class KVMemory:
@@ -34,7 +34,7 @@ class KVMemory:
     def new_cache(self, size: tuple[int, int]) -> PagedCache:
         """An empty past for pictures of `size` (width, height), in the pages that all sessions of that size share."""
         store = self.store(size)
-        return PagedCache(store, BlockTable(store.pool, page_needs(self.preset).held or 0), self.preset.context)
+        return PagedCache(store, PageTable(store.pool, page_needs(self.preset).held or 0), self.preset.context)
 
     def store(self, size: tuple[int, int]) -> PagedStore:
         """The pages for pictures of `size`; UsageError where the budget is too small for one session."""

@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from torch import Tensor
 
 from .page_store import PagedStore
-from .pages import BlockTable
+from .pages import PageTable
 
 
 class Offloaded:
     """The pages of `tables`, on the host; the tables hold none until `onload`."""
 
-    def __init__(self, store: PagedStore, tables: Sequence[BlockTable]) -> None:
+    def __init__(self, store: PagedStore, tables: Sequence[PageTable]) -> None:
         self.store = store
         for table in tables:
             table.give_back()
@@ -38,10 +38,10 @@ class Offloaded:
     def nbytes(self) -> int:
         return self.kv.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
-    def frames(self, table: BlockTable) -> tuple[int, ...]:
+    def frames(self, table: PageTable) -> tuple[int, ...]:
         return tuple(self._slots(table))
 
-    def read(self, table: BlockTable) -> tuple[Tensor, Tensor | None]:
+    def read(self, table: PageTable) -> tuple[Tensor, Tensor | None]:
         """What `PagedStore.read` gave for the pages of a table, once it is there."""
         self.store.transfer.wait()
         return self._lying(list(self._slots(table).values()))
@@ -73,7 +73,7 @@ class Offloaded:
         self.back = True
         del self.kv, self.scales
 
-    def leave_out(self, table: BlockTable) -> None:
+    def leave_out(self, table: PageTable) -> None:
         """This table is closed and does not come back."""
         if self.coming:
             self.store.transfer.join()  # its pages are free for others only after the copy
@@ -86,5 +86,5 @@ class Offloaded:
         self.store.transfer.wait()
         return self.kv[:, :, slots], None if self.scales is None else self.scales[:, :, slots]
 
-    def _slots(self, table: BlockTable) -> dict[int, int]:
+    def _slots(self, table: PageTable) -> dict[int, int]:
         return next(slots for other, slots in self.tables if other is table)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ...errors import InferixError, UsageError
 from ...graphs.passes import Group, Pass
 from ...schemes.context import ContextPolicy
-from .pages import BlockTable
+from .pages import PageTable
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Row:
     sink_places: tuple[int, ...]
 
 
-def fresh_pages(run: Pass, table: BlockTable) -> int:
+def fresh_pages(run: Pass, table: PageTable) -> int:
     """Free pages that a pass needs: for frames that it writes but shares, and for those that it does not keep."""
     written = sum(table.shared(group.frames) for group in run.groups if group.write)
     return written + sum(len(group.frames) for group in run.groups if not group.write) - len(table.scratch)
 
 
-def place_pass(run: Pass, table: BlockTable, moving: bool) -> list[Row]:
+def place_pass(run: Pass, table: PageTable, moving: bool) -> list[Row]:
     """Rows of a pass, one for each group; the table takes note of what is written and borrows scratch pages.
 
     Keys are stored at the group's positions, or where those move, at the frames' own numbers.

@@ -1,6 +1,6 @@
 """One branch's keys and values in pages of a store that it shares: what `ContiguousCache` keeps in one piece.
 
-Nothing is rolled or copied: eviction is an edit of the block table, a fork a copy of it. While a session rests, its
+Nothing is rolled or copied: eviction is an edit of the page table, a fork a copy of it. While a session rests, its
 pages can be away in host memory.
 """
 
@@ -22,7 +22,7 @@ from ...schemes.context import ContextPolicy
 from .offload import Offloaded
 from .page_layout import Row, fresh_pages, interleaved, parts_of, place_pass, through_slots, turned
 from .page_store import PagedStore
-from .pages import BlockTable
+from .pages import PageTable
 from .sink_average import averaged
 
 
@@ -43,9 +43,9 @@ class HeldPages:
 
 
 class PagedCache:
-    """A view of `store` through a block table, under a policy."""
+    """A view of `store` through a page table, under a policy."""
 
-    def __init__(self, store: PagedStore, table: BlockTable, policy: ContextPolicy) -> None:
+    def __init__(self, store: PagedStore, table: PageTable, policy: ContextPolicy) -> None:
         self.store, self.table, self.policy = store, table, policy
         self.sink: Tensor | None = None  # averages [layers, 2, sink_size, page_tokens, heads, head_dim]
         self.moved: Offloaded | None = None

@@ -1,6 +1,6 @@
 """Pages of KV memory as host integers: which are free, who holds which. One page is one latent frame in all layers.
 
-`PagePool` counts references; `BlockTable` is one branch of a session: the page of each frame it holds. No tensors.
+`PagePool` counts references; `PageTable` is one branch of a session: the page of each frame it holds. No tensors.
 A fork is a copy of the table; a frame that is going to be written gets a page of its own first.
 """
 
@@ -86,7 +86,7 @@ class PagePool:
         starts = [page for page in sorted(self.free) if page - 1 not in self.free]
         return [self._run_from(start) for start in starts]
 
-    def check_integrity(self, holders: Iterable[BlockTable] | None = None) -> None:
+    def check_integrity(self, holders: Iterable[PageTable] | None = None) -> None:
         """InferixError unless free pages are just those without references, and `holders`, if given, hold the rest."""
         unheld = {page for page, count in enumerate(self.references) if count == 0}
         if unheld != self.free or min(self.references, default=0) < 0:
@@ -112,7 +112,7 @@ class PagePool:
             taken.append(page)
 
 
-class BlockTable:
+class PageTable:
     """Holds the pages of one branch: of frames it keeps, and scratch ones that last for a pass.
 
     places: temporal position that the keys of a frame were stored at; absent until the frame is written.
@@ -190,9 +190,9 @@ class BlockTable:
         self.pages = {frame: page for frame, page in self.pages.items() if frame < first}
         self.places = {frame: place for frame, place in self.places.items() if frame < first}
 
-    def copy(self) -> BlockTable:
+    def copy(self) -> PageTable:
         """The same frames in the same pages, each with one more holder; scratch pages are not passed on."""
-        other = BlockTable(self.pool, self.room)
+        other = PageTable(self.pool, self.room)
         self.pool.share(self.pages.values())
         other.pages, other.places = dict(self.pages), dict(self.places)
         return other

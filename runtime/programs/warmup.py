@@ -19,7 +19,7 @@ from ...schemes.block_schedule import (
 from ...schemes.page_needs import least_pages, page_needs, staging_slots, window
 from ...schemes.presets import Preset
 from ..kv.page_layout import parts_of, place_pass, turned
-from ..kv.pages import BlockTable, PagePool
+from ..kv.pages import PageTable, PagePool
 from ..sampler import scheduled_blocks
 from .graph_builder import GraphKey, padded_width
 
@@ -32,10 +32,10 @@ class KeyCollector:
         self.channels, self.latent = spec.out_channels, spec.latent_size(size)
         self.slots = staging_slots(preset) if staged else 0
         held = window(preset)
-        self.table = BlockTable(PagePool(4 * self.pages + held), held)
+        self.table = PageTable(PagePool(4 * self.pages + held), held)
         self.found: dict[GraphKey, None] = {}
 
-    def add(self, table: BlockTable, scheduled: ScheduledPass, whole: bool) -> None:
+    def add(self, table: PageTable, scheduled: ScheduledPass, whole: bool) -> None:
         """Add the key of a pass over the pages of a table, or of the block whose passes have its tables."""
         run = scheduled.run
         if scheduled.clears_cache:

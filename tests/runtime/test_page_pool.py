@@ -1,4 +1,4 @@
-"""Page pool and block tables against a model of sets, in thousands of random operations; a page is one number."""
+"""Page pool and page table against a model of sets, in thousands of random operations; a page is one number."""
 
 import random
 
@@ -9,13 +9,13 @@ from inferix.errors import InferixError
 from inferix.graphs.passes import Group, Pass
 from inferix.runtime.kv.offload import Offloaded
 from inferix.runtime.kv.page_layout import Row, fresh_pages, parts_of, place_pass, through_slots
-from inferix.runtime.kv.pages import BlockTable, OutOfPages, PagePool
+from inferix.runtime.kv.pages import PageTable, OutOfPages, PagePool
 from inferix.runtime.streams import Transfer
 
 PAGES = 60
 
 
-Branch = tuple[BlockTable, dict[int, int]]
+Branch = tuple[PageTable, dict[int, int]]
 
 
 class Numbers:
@@ -37,7 +37,7 @@ class Numbers:
 class Model:
     """Branches as sets of (frame, what was written last)."""
 
-    def __init__(self, seed: int, pool: PagePool, kind: type[BlockTable] = BlockTable) -> None:
+    def __init__(self, seed: int, pool: PagePool, kind: type[PageTable] = PageTable) -> None:
         self.random, self.pool, self.kind = random.Random(seed), pool, kind
         self.tables: list[Branch] = []
         self.kept: list[Branch] = []  # for rewinding
@@ -141,7 +141,7 @@ class Model:
                 branch[0].release()
                 branches.remove(branch)
 
-    def copy(self, table: BlockTable) -> BlockTable:
+    def copy(self, table: PageTable) -> PageTable:
         other = table.copy()
         other.__class__ = self.kind
         return other
@@ -174,14 +174,14 @@ def test_thousands_of_random_operations(seed):
     assert pool.used == 0 and pool.free_runs() == [range(PAGES)]
 
 
-class Careless(BlockTable):
+class Careless(PageTable):
     """Writes into pages that others hold."""
 
     def write(self, frames, places):
         self.places |= dict(zip(frames, places, strict=True))
 
 
-class Leaky(BlockTable):
+class Leaky(PageTable):
     """Forgets evicted pages instead of releasing them."""
 
     def hold(self, frames):
@@ -190,7 +190,7 @@ class Leaky(BlockTable):
         super().hold(frames)
 
 
-class OnePlace(BlockTable):
+class OnePlace(PageTable):
     """Forks share the positions of their frames."""
 
     def copy(self):
@@ -210,7 +210,7 @@ def test_the_model_finds_planted_errors(wrong):
 def test_a_steady_window_stays_in_its_own_run():
     """Two sessions take turns; each keeps to its own half of the pool, and evicted slots are taken again."""
     pool = PagePool(18)
-    one, other = BlockTable(pool, room=9), BlockTable(pool, room=9)
+    one, other = PageTable(pool, room=9), PageTable(pool, room=9)
     for block in range(7):
         end = 3 * block + 3
         for table in (one, other):
@@ -234,7 +234,7 @@ def test_pages_come_from_evicted_slots_then_neighbours_then_the_longest_run():
 
 def test_misuse_is_refused_and_integrity_is_checked():
     pool = PagePool(4)
-    table = BlockTable(pool)
+    table = PageTable(pool)
     table.hold((0, 1, 2))
     with pytest.raises(ValueError, match="some of"):
         table.hold((2, 1))
@@ -259,7 +259,7 @@ def window_relative(frames, end, size, sink):
 
 
 def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
-    table = BlockTable(PagePool(20))
+    table = PageTable(PagePool(20))
     table.hold(tuple(range(9)))
     table.write(range(9), range(9))
     table.hold((0, 1, 6, 7, 8, 9))
@@ -269,7 +269,7 @@ def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
     three = Group((9,), 0.0, (0, 1, 6, 7, 8, 9), (0, 1, 4, 9, 10, 11))
     with pytest.raises(Exception, match="one shift for a block with its window and one for its sink"):
         place_pass(Pass((three,)), table, moving=True)
-    unwritten = BlockTable(table.pool)
+    unwritten = PageTable(table.pool)
     unwritten.hold((0, 1))
     with pytest.raises(InferixError, match=r"\[0\] are attended to, but nothing has written"):
         place_pass(Pass((Group((1,), 0.0, (0, 1), (0, 1)),)), unwritten, moving=False)
@@ -277,7 +277,7 @@ def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
 
 def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_given_back():
     pool = PagePool(12)
-    table = BlockTable(pool)
+    table = PageTable(pool)
     table.hold((0, 1, 2))
     table.write((0, 1, 2), (0, 1, 2))
     fork = table.copy()
