@@ -108,7 +108,7 @@ class BlockLoop:
         latents = state.recent_frames(run.frames)
         if scheduled.clears_cache:
             branch.cache.clear()
-        branch.cache.hold(run.groups[-1].context)
+        branch.cache.set_window(run.groups[-1].context)
         yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
         return True
 
@@ -220,7 +220,7 @@ class BlockLoop:
         window = window_of(run)
         if window is not None:
             for branch in state.branches:
-                branch.cache.hold(window)
+                branch.cache.set_window(window)
             state.timeline.forget(window)
 
     def actions_of(self, state: SessionState, run: Pass) -> Tensor | None:

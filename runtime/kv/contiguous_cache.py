@@ -30,7 +30,7 @@ class Cache(Protocol):
     def nbytes(self) -> int:
         """Bytes that the frames take."""
 
-    def hold(self, frames: tuple[int, ...]) -> None:
+    def set_window(self, frames: tuple[int, ...]) -> None:
         """Hold just `frames`, ascending: keep those that are here, drop others, make room for new ones."""
 
     def clear(self) -> None:
@@ -74,7 +74,7 @@ class ContiguousCache:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def hold(self, frames: tuple[int, ...]) -> None:
+    def set_window(self, frames: tuple[int, ...]) -> None:
         """Hold just `frames`, ascending: keep those that are here, drop others, make room (zeros) for new ones."""
         kept = [slot for slot, frame in enumerate(self.frames) if frame in frames]
         if tuple(self.frames[slot] for slot in kept) != frames[: len(kept)]:
@@ -88,7 +88,7 @@ class ContiguousCache:
 
     def clear(self) -> None:
         """Forget all frames."""
-        self.hold(())
+        self.set_window(())
 
     def bind(self, run: Pass) -> BoundCache:
         """The cache as the attention of one pass."""

@@ -32,7 +32,7 @@ class Row:
 
 def fresh_pages(run: Pass, table: PageTable) -> int:
     """Free pages that a pass needs: for frames that it writes but shares, and for those that it does not keep."""
-    written = sum(table.shared(group.frames) for group in run.groups if group.write)
+    written = sum(table.count_shared(group.frames) for group in run.groups if group.write)
     return written + sum(len(group.frames) for group in run.groups if not group.write) - len(table.scratch)
 
 

@@ -66,20 +66,20 @@ class PagedCache:
         """Bytes of the pages held, shared ones too."""
         return len(self.table.pages) * self.store.form.nbytes
 
-    def hold(self, frames: tuple[int, ...]) -> None:
+    def set_window(self, frames: tuple[int, ...]) -> None:
         """Hold just `frames`, ascending: keep those that are here, drop others, take pages for new ones."""
         self._check_here()
-        leaving = self.table.dropped(frames)
+        leaving = self.table.frames_leaving(frames)
         if self.policy.sink_decay < 1 and leaving:
-            self._average(leaving, self.table.wanted(frames))
-        self.store.make_room(self.table.wanted(frames))
-        self.table.hold(frames)
+            self._average(leaving, self.table.pages_needed(frames))
+        self.store.make_room(self.table.pages_needed(frames))
+        self.table.set_window(frames)
 
     def clear(self) -> None:
         """Forget all frames."""
         self._check_here()
         self.sink = None
-        self.table.hold(())
+        self.table.set_window(())
 
     def bind(self, run: Pass) -> KeyValues:
         """The pages as the attention of one pass; the scratch ones among them last until `settle`."""
@@ -121,7 +121,7 @@ class PagedCache:
     def import_pages(self, held: HeldPages) -> None:
         """Hold just what `export_pages` gave, of this cache or of one like it, in fresh pages."""
         self.clear()
-        self.hold(held.frames)
+        self.set_window(held.frames)
         self.table.places |= held.places
         self.store.write(list(self.table.pages.values()), held.kv, held.scales)
         self.sink = None if held.sink is None else held.sink.to(self.store.device)
@@ -175,7 +175,7 @@ class PagedCache:
         """Let frames on their way out go into the sink, whose pages are written anew; `wanted` pages follow."""
         frames = self.frames[: self.policy.sink_size]
         table, store = self.table, self.store
-        needed = max(0, wanted) + table.shared(frames)
+        needed = max(0, wanted) + table.count_shared(frames)
         store.make_room(needed)
         store.pool.require(needed)
         wide = torch.promote_types(store.form.model, torch.float32)

@@ -133,42 +133,42 @@ class PageTable:
     def all_pages(self) -> list[int]:
         return [*self.pages.values(), *self.scratch.values()]
 
-    def dropped(self, frames: tuple[int, ...]) -> list[int]:
-        """Frames that `hold(frames)` would let go; ValueError unless `frames` are some of those held, then new ones."""
+    def frames_leaving(self, frames: tuple[int, ...]) -> list[int]:
+        """Frames that `set_window(frames)` would let go; ValueError unless `frames` are some of those held, then new ones."""
         kept = [frame for frame in self.pages if frame in frames]
         if tuple(kept) != frames[: len(kept)]:
             raise ValueError(f"frames {frames} to hold must be some of {self.frames}, then new ones")
         return [frame for frame in self.pages if frame not in frames]
 
-    def wanted(self, frames: tuple[int, ...]) -> int:
-        """Pages that must be free in the pool for `hold(frames)`."""
-        own = sum(self.alone(frame) for frame in self.dropped(frames))
+    def pages_needed(self, frames: tuple[int, ...]) -> int:
+        """Pages that must be free in the pool for `set_window(frames)`."""
+        own = sum(self.is_sole_owner(frame) for frame in self.frames_leaving(frames))
         return len(set(frames) - set(self.pages)) - own
 
-    def hold(self, frames: tuple[int, ...]) -> None:
+    def set_window(self, frames: tuple[int, ...]) -> None:
         """Hold just `frames`: keep those that are here, let others go, take pages for new ones.
 
         OutOfPages leaves everything as it was.
         """
-        dropped = self.dropped(frames)
-        self.pool.require(self.wanted(frames))
+        dropped = self.frames_leaving(frames)
+        self.pool.require(self.pages_needed(frames))
         evicted = [self.pages.pop(frame) for frame in dropped]
         self.pool.release(evicted)
         self.places = {frame: place for frame, place in self.places.items() if frame in self.pages}
         new = [frame for frame in frames if frame not in self.pages]
         self.pages |= dict(zip(new, self._acquire(len(new), evicted), strict=True))
 
-    def alone(self, frame: int) -> bool:
+    def is_sole_owner(self, frame: int) -> bool:
         """Whether nobody else holds the page of a frame."""
         return self.pool.references[self.pages[frame]] == 1
 
-    def shared(self, frames: Sequence[int]) -> int:
+    def count_shared(self, frames: Sequence[int]) -> int:
         """How many of these held frames somebody else holds as well."""
-        return sum(not self.alone(frame) for frame in frames)
+        return sum(not self.is_sole_owner(frame) for frame in frames)
 
     def write(self, frames: Sequence[int], places: Sequence[int]) -> None:
         """These held frames are written anew, whole, with keys at `places`: shared pages are replaced by fresh ones."""
-        shared = [frame for frame in frames if not self.alone(frame)]
+        shared = [frame for frame in frames if not self.is_sole_owner(frame)]
         fresh = self._acquire(len(shared))
         self.pool.release(self.pages[frame] for frame in shared)
         self.pages |= dict(zip(shared, fresh, strict=True))

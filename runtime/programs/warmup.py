@@ -39,9 +39,9 @@ class KeyCollector:
         """Add the key of a pass over the pages of a table, or of the block whose passes have its tables."""
         run = scheduled.run
         if scheduled.clears_cache:
-            table.hold(())
+            table.set_window(())
         if (frames := window_of(run)) is not None:
-            table.hold(frames)
+            table.set_window(frames)
         rows = place_pass(run, table, self.policy.moving_positions)
         listed = max(table.room, *(len(row.listed) for row in rows))
         key = GraphKey(

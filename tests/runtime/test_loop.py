@@ -88,11 +88,11 @@ def test_groups_in_one_pass_equal_passes_one_by_one(positions):
     first = Group((0, 1, 2), 0.0, (0, 1, 2), (0, 1, 2))
     second = Group((3, 4, 5), 1000.0, tuple(range(6)), tuple(range(6)))
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.current.branches[0].cache.hold(tuple(range(6)))
+        session.current.branches[0].cache.set_window(tuple(range(6)))
         together = engine.loop.velocity(session.current, Pass((first, second)), torch.cat((clean, noisy)))
         keys = session.current.branches[0].cache.export_pages().kv
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.current.branches[0].cache.hold(tuple(range(6)))
+        session.current.branches[0].cache.set_window(tuple(range(6)))
         pairs = ((first, clean), (second, noisy))
         apart = [engine.loop.velocity(session.current, Pass((group,)), x) for group, x in pairs]
         assert (torch.cat(apart) - together).abs().max() <= 1e-10
@@ -104,7 +104,7 @@ def test_a_group_that_does_not_write_leaves_the_cache_as_it_was():
     engine = make_engine()
     x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.current.branches[0].cache.hold(tuple(range(3)))
+        session.current.branches[0].cache.set_window(tuple(range(3)))
         written = engine.loop.velocity(session.current, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2)),)), x)
         before = session.current.branches[0].cache.export_pages().kv
         reading = Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2), write=False),))

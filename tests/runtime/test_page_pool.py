@@ -57,7 +57,7 @@ class Model:
 
     def write(self, branch: Branch, frames: list[int]) -> None:
         table, expected = branch
-        self.pool.require(table.shared(frames))
+        self.pool.require(table.count_shared(frames))
         positions = [frame + self.random.randrange(3) for frame in frames]  # a scene cut moves them
         table.write(frames, positions)
         for frame, position in zip(frames, positions, strict=True):
@@ -76,7 +76,7 @@ class Model:
             end = max(table.pages, default=-1) + 4
             kept = {*table.frames[:2], *[frame for frame in table.frames if frame >= end - 9]}
             frames = tuple(sorted(kept | set(range(end - 3, end))))
-            table.hold(frames)
+            table.set_window(frames)
             for frame in set(expected) - set(frames):
                 del expected[frame]
             self.write(branch, list(range(end - 3, end)))
@@ -184,10 +184,10 @@ class Careless(PageTable):
 class Leaky(PageTable):
     """Forgets evicted pages instead of releasing them."""
 
-    def hold(self, frames):
-        for frame in self.dropped(frames):
+    def set_window(self, frames):
+        for frame in self.frames_leaving(frames):
             del self.pages[frame]
-        super().hold(frames)
+        super().set_window(frames)
 
 
 class OnePlace(PageTable):
@@ -214,7 +214,7 @@ def test_a_steady_window_stays_in_its_own_run():
     for block in range(7):
         end = 3 * block + 3
         for table in (one, other):
-            table.hold(tuple(range(max(0, end - 9), end)))
+            table.set_window(tuple(range(max(0, end - 9), end)))
     assert sorted(one.pages.values()) == list(range(9, 18))
     assert sorted(other.pages.values()) == list(range(9))
     assert [one.pages[frame] for frame in range(18, 21)] == [9, 10, 11]
@@ -235,11 +235,11 @@ def test_pages_come_from_evicted_slots_then_neighbours_then_the_longest_run():
 def test_misuse_is_refused_and_integrity_is_checked():
     pool = PagePool(4)
     table = PageTable(pool)
-    table.hold((0, 1, 2))
+    table.set_window((0, 1, 2))
     with pytest.raises(ValueError, match="some of"):
-        table.hold((2, 1))
+        table.set_window((2, 1))
     with pytest.raises(OutOfPages):
-        table.hold((1, 2, 3, 4, 5))
+        table.set_window((1, 2, 3, 4, 5))
     assert table.frames == (0, 1, 2) and pool.used == 3  # as it was
     free = min(pool.free)
     for misuse in (pool.release, pool.share):
@@ -260,9 +260,9 @@ def window_relative(frames, end, size, sink):
 
 def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
     table = PageTable(PagePool(20))
-    table.hold(tuple(range(9)))
+    table.set_window(tuple(range(9)))
     table.write(range(9), range(9))
-    table.hold((0, 1, 6, 7, 8, 9))
+    table.set_window((0, 1, 6, 7, 8, 9))
     (row,) = place_pass(Pass((window_relative([9], 10, 6, 2),)), table, moving=True)
     pages = [table.pages[frame] for frame in (0, 1, 6, 7, 8, 9)]
     assert row == Row((pages[5],), (9,), tuple(pages), 2, (5,))  # at position 5 of its window, stored at 9
@@ -270,7 +270,7 @@ def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
     with pytest.raises(Exception, match="one shift for a block with its window and one for its sink"):
         place_pass(Pass((three,)), table, moving=True)
     unwritten = PageTable(table.pool)
-    unwritten.hold((0, 1))
+    unwritten.set_window((0, 1))
     with pytest.raises(InferixError, match=r"\[0\] are attended to, but nothing has written"):
         place_pass(Pass((Group((1,), 0.0, (0, 1), (0, 1)),)), unwritten, moving=False)
 
@@ -278,7 +278,7 @@ def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
 def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_given_back():
     pool = PagePool(12)
     table = PageTable(pool)
-    table.hold((0, 1, 2))
+    table.set_window((0, 1, 2))
     table.write((0, 1, 2), (0, 1, 2))
     fork = table.copy()
     old = dict(table.pages)

@@ -146,7 +146,7 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
             assert pool.used == 0 and cache.frames == before.frames and cache.nbytes == 0
             assert torch.equal(raw(cache.export_pages().kv), raw(before.kv))
             with pytest.raises(InferixError, match="in host memory"):
-                cache.hold(cache.frames)
+                cache.set_window(cache.frames)
             taken = pool.acquire(pool.size)
             for tensor in cache.store.kv:
                 tensor.view(torch.uint8).fill_(77)
@@ -248,14 +248,14 @@ class AveragedSink(ContiguousCache):
 
     decay, sinks = 0.8, 3
 
-    def hold(self, frames):
+    def set_window(self, frames):
         for frame in [frame for frame in self.frames if frame not in frames] if frames else []:
             at, gone = (self.frames[(frame - self.frames[0]) % self.sinks], frame)
             for tensor in (*self.keys, *self.values):
                 by_frame = tensor.unflatten(1, (-1, self.tokens))
                 sink = by_frame[:, self.frames.index(at)]
                 sink.copy_(self.decay * sink + (1 - self.decay) * by_frame[:, self.frames.index(gone)])
-        super().hold(frames)
+        super().set_window(frames)
 
 
 @pytest.mark.parametrize("positions", ["absolute", "window-relative"])
