@@ -175,7 +175,7 @@ class BlockLoop:
         with record.one_pass():
             executor = self.resources.executor
             block.latents = executor.run_block(block.latents, branch.text, bound, frames, seed, actions)
-        branch.cache.settle()
+        branch.cache.end_pass()
         self.check_finite(block)
         block.committed = state.preset.context.commit
         return block
@@ -287,7 +287,7 @@ class BlockLoop:
             velocity = executor.forward(latents, timesteps, text, bound, torch.cat(actions) if actions else None)
         finally:
             for cache in caches:
-                cache.settle()
+                cache.end_pass()
         return list(velocity)
 
     # Outside of a block

@@ -39,7 +39,7 @@ class Cache(Protocol):
     def bind(self, run: Pass) -> KeyValues:
         """The cache as the attention of one pass."""
 
-    def settle(self) -> None:
+    def end_pass(self) -> None:
         """The pass is over; what it did not write is gone."""
 
     def release(self) -> None:
@@ -94,7 +94,7 @@ class ContiguousCache:
         """The cache as the attention of one pass."""
         return BoundCache(self, run)
 
-    def settle(self) -> None:
+    def end_pass(self) -> None:
         """Nothing: what a pass does not write is kept nowhere."""
 
     def release(self) -> None:

@@ -22,7 +22,7 @@ class Offloaded:
     def __init__(self, store: PagedStore, tables: Sequence[PageTable]) -> None:
         self.store = store
         for table in tables:
-            table.give_back()
+            table.free_scratch()
         pages = sorted({page for table in tables for page in table.pages.values()})
         with store.transfer.beside():
             self.kv, self.scales = store.read(pages, host=True)

@@ -41,7 +41,7 @@ def place_pass(run: Pass, table: PageTable, moving: bool) -> list[Row]:
 
     Keys are stored at the group's positions, or where those move, at the frames' own numbers.
     """
-    table.give_back()
+    table.free_scratch()
     table.pool.require(fresh_pages(run, table))
     places = dict(table.places)
     for group in run.groups:
@@ -49,7 +49,7 @@ def place_pass(run: Pass, table: PageTable, moving: bool) -> list[Row]:
         if group.write:
             table.write(group.frames, stored)
         places |= dict(zip(group.frames, stored, strict=True))
-    table.borrow([frame for group in run.groups if not group.write for frame in group.frames])
+    table.alloc_scratch([frame for group in run.groups if not group.write for frame in group.frames])
     pages = table.pages | table.scratch
     return [_row(group, pages, places) for group in run.groups]
 

@@ -82,12 +82,12 @@ class PagedCache:
         self.table.set_window(())
 
     def bind(self, run: Pass) -> KeyValues:
-        """The pages as the attention of one pass; the scratch ones among them last until `settle`."""
+        """The pages as the attention of one pass; the scratch ones among them last until `end_pass`."""
         return self._attention(self._place(run))
 
-    def settle(self) -> None:
+    def end_pass(self) -> None:
         """The pass is over; what it did not write is gone."""
-        self.table.give_back()
+        self.table.free_scratch()
 
     def rollback(self, first: int) -> None:
         """Roll back to before frame `first`: free its pages and all later ones."""
@@ -211,7 +211,7 @@ class PagedCache:
 
 
 def bind_together(caches: Sequence[PagedCache], passes: Sequence[Pass]) -> KeyValues:
-    """Passes with groups of the same sizes, each over its own cache, as the attention of one; then `settle` each.
+    """Passes with groups of the same sizes, each over its own cache, as the attention of one; then `end_pass` each.
 
     The caches, whose pages are of one store, take part in the order of the tokens' first dim.
     """

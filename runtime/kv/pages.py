@@ -174,18 +174,18 @@ class PageTable:
         self.pages |= dict(zip(shared, fresh, strict=True))
         self.places |= dict(zip(frames, places, strict=True))
 
-    def borrow(self, frames: Sequence[int]) -> None:
+    def alloc_scratch(self, frames: Sequence[int]) -> None:
         """Scratch pages for frames that a pass makes and does not keep."""
         self.scratch |= dict(zip(frames, self._acquire(len(frames)), strict=True))
 
-    def give_back(self) -> None:
+    def free_scratch(self) -> None:
         """The pass is over: release its scratch pages."""
         self.pool.release(self.scratch.values())
         self.scratch = {}
 
     def drop_from(self, first: int) -> None:
         """Let go of frames from `first` on, and of scratch pages."""
-        self.give_back()
+        self.free_scratch()
         self.pool.release([page for frame, page in self.pages.items() if frame >= first])
         self.pages = {frame: page for frame, page in self.pages.items() if frame < first}
         self.places = {frame: place for frame, place in self.places.items() if frame < first}
@@ -199,7 +199,7 @@ class PageTable:
 
     def release(self) -> None:
         """Let everything go; a second call does nothing."""
-        self.give_back()
+        self.free_scratch()
         self.pool.release(self.pages.values())
         self.pages, self.places = {}, {}
 

@@ -146,14 +146,14 @@ def not_a_number(engine, session):
 
 
 def no_pages(engine, session):
-    hold = session.current.branches[0].cache.hold
+    set_window = session.current.branches[0].cache.set_window
 
     def failing(frames):
         if frames[-1] > 8:
             raise InferixError("5 pages of KV memory are needed, 3 of 9 are free")
-        hold(frames)
+        set_window(frames)
 
-    session.current.branches[0].cache.hold = failing
+    session.current.branches[0].cache.set_window = failing
 
 
 def no_table(engine, session):

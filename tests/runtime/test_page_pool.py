@@ -111,12 +111,12 @@ class Model:
 
     def scratch(self) -> None:
         for table, _ in self.some(self.tables):
-            table.give_back()
-            table.borrow([-1, -2])
+            table.free_scratch()
+            table.alloc_scratch([-1, -2])
             for page in table.scratch.values():
                 self.content[page] = 0
             if self.random.random() < 0.8:
-                table.give_back()
+                table.free_scratch()
 
     def offload(self) -> None:
         chosen = self.random.sample(self.tables, min(len(self.tables), 2))
@@ -300,5 +300,5 @@ def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_give
     assert through_slots(rows, read_in_place=True).rows[1].listed == rows[1].listed
     pool.check_integrity([table, fork])
     assert pool.used == 6
-    table.give_back()
+    table.free_scratch()
     assert pool.used == 5
