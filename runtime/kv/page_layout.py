@@ -19,15 +19,15 @@ from .pages import PageTable
 class Row:
     """One group of a pass over pages.
 
-    pages and places: of its own frames, where keys are written and at which temporal position they are stored.
-    listed: pages it sees, the first `sinks` of them with its queries at `sink_places`, the rest at `places`.
+    pages and positions: of its own frames, where keys are written and at which temporal position they are stored.
+    listed: pages it sees, the first `sinks` of them with its queries at `sink_positions`, the rest at `positions`.
     """
 
     pages: tuple[int, ...]
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     listed: tuple[int, ...]
     sinks: int
-    sink_places: tuple[int, ...]
+    sink_positions: tuple[int, ...]
 
 
 def fresh_pages(run: Pass, table: PageTable) -> int:
@@ -43,21 +43,21 @@ def place_pass(run: Pass, table: PageTable, moving: bool) -> list[Row]:
     """
     table.free_scratch()
     table.pool.require(fresh_pages(run, table))
-    places = dict(table.places)
+    positions = dict(table.positions)
     for group in run.groups:
         stored = group.frames if moving else tuple(map(group.position_of, group.frames))
         if group.write:
             table.write(group.frames, stored)
-        places |= dict(zip(group.frames, stored, strict=True))
+        positions |= dict(zip(group.frames, stored, strict=True))
     table.alloc_scratch([frame for group in run.groups if not group.write for frame in group.frames])
     pages = table.pages | table.scratch
-    return [_row(group, pages, places) for group in run.groups]
+    return [_row(group, pages, positions) for group in run.groups]
 
 
-def _row(group: Group, pages: dict[int, int], places: dict[int, int]) -> Row:
-    if unwritten := [frame for frame in group.context if frame not in places]:
+def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> Row:
+    if unwritten := [frame for frame in group.context if frame not in positions]:
         raise InferixError(f"frames {unwritten} are attended to, but nothing has written their keys and values")
-    shifts = {frame: places[frame] - at for frame, at in zip(group.context, group.positions, strict=True)}
+    shifts = {frame: positions[frame] - at for frame, at in zip(group.context, group.positions, strict=True)}
     own = shifts[group.frames[0]]
     others = sorted({shift for shift in shifts.values() if shift != own})
     if len(others) > 1 or any(shifts[frame] != own for frame in group.frames):
@@ -72,10 +72,10 @@ def _row(group: Group, pages: dict[int, int], places: dict[int, int]) -> Row:
     at = [group.position_of(frame) for frame in group.frames]
     return Row(
         pages=tuple(pages[frame] for frame in group.frames),
-        places=tuple(places[frame] for frame in group.frames),
+        positions=tuple(positions[frame] for frame in group.frames),
         listed=tuple(pages[frame] for frame in sinks + window),
         sinks=len(sinks),
-        sink_places=tuple(position + turn for position in at),
+        sink_positions=tuple(position + turn for position in at),
     )
 
 

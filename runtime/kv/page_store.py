@@ -143,9 +143,9 @@ class PagedStore:
             scale = None if self.scales is None else self.scales[layer]
             kv_pages(source, there, self.kv[layer], here, target_scale=scale)
 
-    def turns(self, places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def turns(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotations of frames at temporal positions, of rows and of columns, [n, pairs, 2] each."""
-        angles = axis_angles(places, *self.form.grid, self.form.spec.head_dim)
+        angles = axis_angles(positions, *self.form.grid, self.form.spec.head_dim)
         dtype = torch.float64 if self.form.model == torch.float64 else torch.float32
         time, row, column = (to_device(rope_cos_sin(axis, dtype), self.device) for axis in angles)
         return time, row, column

@@ -30,13 +30,13 @@ from .sink_average import averaged
 class HeldPages:
     """What a branch holds, out of the store.
 
-    frames: in the order of their pages. places: temporal positions at which keys are stored, of frames written.
+    frames: in the order of their pages. positions: temporal positions at which keys are stored, of frames written.
     kv: [layers, 2, frames, page_tokens, heads, head_dim] as kept; scales: float32 [layers, 2, frames, heads], if
     the dtype has them. sink: averages of a moving sink, [layers, 2, sink frames, ...], once there are some.
     """
 
     frames: tuple[int, ...]
-    places: dict[int, int]
+    positions: dict[int, int]
     kv: Tensor
     scales: Tensor | None
     sink: Tensor | None
@@ -116,13 +116,13 @@ class PagedCache:
             kv, scales = self.away.read(self.table)
         else:
             kv, scales = self.store.read(list(self.table.pages.values()))
-        return HeldPages(self.frames, dict(self.table.places), kv, scales, self.sink)
+        return HeldPages(self.frames, dict(self.table.positions), kv, scales, self.sink)
 
     def import_pages(self, held: HeldPages) -> None:
         """Hold just what `export_pages` gave, of this cache or of one like it, in fresh pages."""
         self.clear()
         self.set_window(held.frames)
-        self.table.places |= held.places
+        self.table.positions |= held.positions
         self.store.write(list(self.table.pages.values()), held.kv, held.scales)
         self.sink = None if held.sink is None else held.sink.to(self.store.device)
 
@@ -186,9 +186,9 @@ class PagedCache:
         moved = kept.clone()  # forks may share the old one
         for frame, left in zip(leaving, gone.unbind(2), strict=True):
             at = (frame - frames[0]) % len(frames)
-            (turns,), *_ = store.turns([table.places[frames[at]] - table.places[frame]])
+            (turns,), *_ = store.turns([table.positions[frames[at]] - table.positions[frame]])
             moved[:, :, at] = averaged(moved[:, :, at], left, turns, self.policy.sink_decay)
-        table.write(frames, [table.places[frame] for frame in frames])
+        table.write(frames, [table.positions[frame] for frame in frames])
         store.replace([table.pages[frame] for frame in frames], moved)
         self.sink = moved
 
@@ -204,8 +204,8 @@ class PagedCache:
             pages=ints([row.pages for row in rows]),
             table=ints(listed),
             count=ints([len(row.listed) for row in rows]),
-            rope_time=torch.stack([turns(row.places)[0] for row in rows]),
-            rope_sink=torch.stack([turns(row.sink_places)[0] for row in rows]) if turn else None,
+            rope_time=torch.stack([turns(row.positions)[0] for row in rows]),
+            rope_sink=torch.stack([turns(row.sink_positions)[0] for row in rows]) if turn else None,
             sink_count=ints([row.sinks for row in rows]) if turn else None,
         )
 

@@ -115,14 +115,14 @@ class PagePool:
 class PageTable:
     """Holds the pages of one branch: of frames it keeps, and scratch ones that last for a pass.
 
-    places: temporal position that the keys of a frame were stored at; absent until the frame is written.
+    positions: temporal position that the keys of a frame were stored at; absent until the frame is written.
     room: pages it will hold in the end, for where in the pool to begin.
     """
 
     def __init__(self, pool: PagePool, room: int = 0) -> None:
         self.pool, self.room = pool, room
         self.pages: dict[int, int] = {}
-        self.places: dict[int, int] = {}
+        self.positions: dict[int, int] = {}
         self.scratch: dict[int, int] = {}
 
     @property
@@ -154,7 +154,7 @@ class PageTable:
         self.pool.require(self.pages_needed(frames))
         evicted = [self.pages.pop(frame) for frame in dropped]
         self.pool.release(evicted)
-        self.places = {frame: place for frame, place in self.places.items() if frame in self.pages}
+        self.positions = {frame: position for frame, position in self.positions.items() if frame in self.pages}
         new = [frame for frame in frames if frame not in self.pages]
         self.pages |= dict(zip(new, self._acquire(len(new), evicted), strict=True))
 
@@ -166,13 +166,13 @@ class PageTable:
         """How many of these held frames somebody else holds as well."""
         return sum(not self.is_sole_owner(frame) for frame in frames)
 
-    def write(self, frames: Sequence[int], places: Sequence[int]) -> None:
-        """These held frames are written anew, whole, with keys at `places`: shared pages are replaced by fresh ones."""
+    def write(self, frames: Sequence[int], positions: Sequence[int]) -> None:
+        """These held frames are written anew, whole, with keys at `positions`: shared pages are replaced by fresh ones."""
         shared = [frame for frame in frames if not self.is_sole_owner(frame)]
         fresh = self._acquire(len(shared))
         self.pool.release(self.pages[frame] for frame in shared)
         self.pages |= dict(zip(shared, fresh, strict=True))
-        self.places |= dict(zip(frames, places, strict=True))
+        self.positions |= dict(zip(frames, positions, strict=True))
 
     def alloc_scratch(self, frames: Sequence[int]) -> None:
         """Scratch pages for frames that a pass makes and does not keep."""
@@ -188,20 +188,20 @@ class PageTable:
         self.free_scratch()
         self.pool.release([page for frame, page in self.pages.items() if frame >= first])
         self.pages = {frame: page for frame, page in self.pages.items() if frame < first}
-        self.places = {frame: place for frame, place in self.places.items() if frame < first}
+        self.positions = {frame: position for frame, position in self.positions.items() if frame < first}
 
     def copy(self) -> PageTable:
         """The same frames in the same pages, each with one more holder; scratch pages are not passed on."""
         other = PageTable(self.pool, self.room)
         self.pool.share(self.pages.values())
-        other.pages, other.places = dict(self.pages), dict(self.places)
+        other.pages, other.positions = dict(self.pages), dict(self.positions)
         return other
 
     def release(self) -> None:
         """Let everything go; a second call does nothing."""
         self.free_scratch()
         self.pool.release(self.pages.values())
-        self.pages, self.places = {}, {}
+        self.pages, self.positions = {}, {}
 
     def _acquire(self, count: int, reuse: Sequence[int] = ()) -> list[int]:
         last = max(self.pages, default=None)

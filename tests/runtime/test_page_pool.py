@@ -155,7 +155,7 @@ class Model:
         assert not any(table.pages for table in away)
         self.pool.check_integrity([table for table, _ in here])
         for table, expected in here:
-            contents = {frame: (self.content[page], table.places[frame]) for frame, page in table.pages.items()}
+            contents = {frame: (self.content[page], table.positions[frame]) for frame, page in table.pages.items()}
             assert contents == expected
         self.content |= dict.fromkeys(self.pool.free, -1)  # nobody may count on what is free
         pages = {page for table, _ in here for page in table.all_pages()}
@@ -177,8 +177,8 @@ def test_thousands_of_random_operations(seed):
 class Careless(PageTable):
     """Writes into pages that others hold."""
 
-    def write(self, frames, places):
-        self.places |= dict(zip(frames, places, strict=True))
+    def write(self, frames, positions):
+        self.positions |= dict(zip(frames, positions, strict=True))
 
 
 class Leaky(PageTable):
@@ -195,7 +195,7 @@ class OnePlace(PageTable):
 
     def copy(self):
         other = super().copy()
-        other.places = self.places
+        other.positions = self.positions
         return other
 
 
@@ -282,8 +282,8 @@ def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_give
     table.write((0, 1, 2), (0, 1, 2))
     fork = table.copy()
     old = dict(table.pages)
-    fork.places[0] = 7
-    assert table.places == {0: 0, 1: 1, 2: 2}
+    fork.positions[0] = 7
+    assert table.positions == {0: 0, 1: 1, 2: 2}
     again = Group((1, 2), 0.0, (0, 1, 2), (0, 1, 2))
     aside = Group((3,), 500.0, (0, 1, 2, 3), (0, 1, 2, 3), write=False)
     run = Pass((again, aside))

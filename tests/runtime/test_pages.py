@@ -82,7 +82,7 @@ def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             "inferix.runtime.kv.paged_cache.place_pass",
-            lambda *args: [dataclasses.replace(row, sink_places=row.places) for row in PLACE_PASS(*args)],
+            lambda *args: [dataclasses.replace(row, sink_positions=row.positions) for row in PLACE_PASS(*args)],
         )
         assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
     monkeypatch.setattr(
