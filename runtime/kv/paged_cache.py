@@ -27,7 +27,7 @@ from .sink_average import averaged
 
 
 @dataclass(frozen=True)
-class HeldPages:
+class ExportedPages:
     """What a branch holds, out of the store.
 
     frames: in the order of their pages. positions: temporal positions at which keys are stored, of frames written.
@@ -110,15 +110,15 @@ class PagedCache:
             self.open = False
             self.store.users -= 1
 
-    def export_pages(self) -> HeldPages:
+    def export_pages(self) -> ExportedPages:
         """A copy of everything that is held, on the store's device, or on the host if it is away."""
         if self.away is not None:
             kv, scales = self.away.read(self.table)
         else:
             kv, scales = self.store.read(list(self.table.pages.values()))
-        return HeldPages(self.frames, dict(self.table.positions), kv, scales, self.sink)
+        return ExportedPages(self.frames, dict(self.table.positions), kv, scales, self.sink)
 
-    def import_pages(self, held: HeldPages) -> None:
+    def import_pages(self, held: ExportedPages) -> None:
         """Hold just what `export_pages` gave, of this cache or of one like it, in fresh pages."""
         self.clear()
         self.set_window(held.frames)

@@ -28,7 +28,7 @@ from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
 from ..execution.executors import Text
-from ..kv.paged_cache import HeldPages, PagedCache
+from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
 from ..sampler import Sampler, Solver, UniPCSolver
@@ -203,7 +203,7 @@ class BranchesForm(SaveForm):
             positions = {frame: position for frame, position in header["places"]}
             kv = file.tensor(f"cache.{index}.kv")
             scales, sink = (file.optional(f"cache.{index}.{name}") for name in ("scales", "sink"))
-            branch.cache.import_pages(HeldPages(tuple(header["frames"]), positions, kv, scales, sink))
+            branch.cache.import_pages(ExportedPages(tuple(header["frames"]), positions, kv, scales, sink))
 
 
 class ActionsForm(SaveForm):
