@@ -16,7 +16,7 @@ from .pages import PageTable
 
 
 @dataclass(frozen=True)
-class Row:
+class GroupPages:
     """One group of a pass over pages.
 
     pages and positions: of its own frames, where keys are written and at which temporal position they are stored.
@@ -36,7 +36,7 @@ def fresh_pages(run: Pass, table: PageTable) -> int:
     return written + sum(len(group.frames) for group in run.groups if not group.write) - len(table.scratch)
 
 
-def place_pass(run: Pass, table: PageTable, moving: bool) -> list[Row]:
+def place_pass(run: Pass, table: PageTable, moving: bool) -> list[GroupPages]:
     """Rows of a pass, one for each group; the table takes note of what is written and borrows scratch pages.
 
     Keys are stored at the group's positions, or where those move, at the frames' own numbers.
@@ -54,7 +54,7 @@ def place_pass(run: Pass, table: PageTable, moving: bool) -> list[Row]:
     return [_row(group, pages, positions) for group in run.groups]
 
 
-def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> Row:
+def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> GroupPages:
     if unwritten := [frame for frame in group.context if frame not in positions]:
         raise InferixError(f"frames {unwritten} are attended to, but nothing has written their keys and values")
     shifts = {frame: positions[frame] - at for frame, at in zip(group.context, group.positions, strict=True)}
@@ -70,7 +70,7 @@ def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> Row:
     window = [frame for frame in group.context if shifts[frame] == own]
     turn = others[0] if others else own
     at = [group.position_of(frame) for frame in group.frames]
-    return Row(
+    return GroupPages(
         pages=tuple(pages[frame] for frame in group.frames),
         positions=tuple(positions[frame] for frame in group.frames),
         listed=tuple(pages[frame] for frame in sinks + window),
@@ -79,9 +79,9 @@ def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> Row:
     )
 
 
-def parts_of(rows: list[Row]) -> list[list[Row]]:
+def parts_of(rows: list[GroupPages]) -> list[list[GroupPages]]:
     """Neighbouring rows with equally many frames together: each list is one launch."""
-    parts: list[list[Row]] = []
+    parts: list[list[GroupPages]] = []
     for row in rows:
         if parts and len(parts[-1][0].pages) == len(row.pages):
             parts[-1].append(row)
@@ -90,12 +90,12 @@ def parts_of(rows: list[Row]) -> list[list[Row]]:
     return parts
 
 
-def interleaved(passes: Sequence[list[Row]]) -> list[Row]:
+def interleaved(passes: Sequence[list[GroupPages]]) -> list[GroupPages]:
     """Rows of passes that have the same parts as those of one pass: in each part, one pass after the other."""
     return [row for parts in zip(*map(parts_of, passes), strict=True) for part in parts for row in part]
 
 
-def turned(policy: ContextPolicy, rows: list[Row]) -> bool:
+def turned(policy: ContextPolicy, rows: list[GroupPages]) -> bool:
     """Whether the tables of a part turn queries for a sink; where the policy does, in every pass, so that the tables
     keep their shapes.
     """
@@ -109,18 +109,18 @@ class ThroughSlots:
     seen: pages that are read through the buffer, by slot; None where rows list the pages themselves.
     """
 
-    rows: list[Row]
+    rows: list[GroupPages]
     slots: int
     seen: list[int] | None
 
 
-def through_slots(rows: list[Row], read_in_place: bool) -> ThroughSlots:
+def through_slots(rows: list[GroupPages], read_in_place: bool) -> ThroughSlots:
     """The same pass, written through a buffer, and read through it unless pages can be read in place."""
     own = [page for row in rows for page in row.pages]
     seen = list(dict.fromkeys([*own, *(page for row in rows for page in row.listed)]))
     slot = {page: index for index, page in enumerate(seen)}
 
-    def moved(row: Row) -> Row:
+    def moved(row: GroupPages) -> GroupPages:
         pages = tuple(slot[page] for page in row.pages)
         return replace(row, pages=pages, listed=row.listed if read_in_place else tuple(slot[p] for p in row.listed))
 

@@ -20,7 +20,7 @@ from ...graphs.tables import PassTables
 from ...models.wan.transformer import KeyValues
 from ...schemes.context import ContextPolicy
 from .offload import Offloaded
-from .page_layout import Row, fresh_pages, interleaved, parts_of, place_pass, through_slots, turned
+from .page_layout import GroupPages, fresh_pages, interleaved, parts_of, place_pass, through_slots, turned
 from .page_store import PagedStore
 from .pages import PageTable
 from .sink_average import averaged
@@ -152,12 +152,12 @@ class PagedCache:
         if self.away is not None:
             raise InferixError("the pages of this session are in host memory; resume it first")
 
-    def _place(self, run: Pass) -> list[Row]:
+    def _place(self, run: Pass) -> list[GroupPages]:
         self._check_here()
         self.store.make_room(fresh_pages(run, self.table))
         return place_pass(run, self.table, self.policy.moving_positions)
 
-    def _attention(self, rows: list[Row]) -> KeyValues:
+    def _attention(self, rows: list[GroupPages]) -> KeyValues:
         store = self.store
         if not store.form.staged:
             return PagedAttention(self._parts(rows), store.kv, store.rope_rows, store.rope_columns)
@@ -192,10 +192,10 @@ class PagedCache:
         store.replace([table.pages[frame] for frame in frames], moved)
         self.sink = moved
 
-    def _parts(self, rows: list[Row]) -> list[PassTables]:
+    def _parts(self, rows: list[GroupPages]) -> list[PassTables]:
         return [self._part(part) for part in parts_of(rows)]
 
-    def _part(self, rows: list[Row]) -> PassTables:
+    def _part(self, rows: list[GroupPages]) -> PassTables:
         ints, turns = self.store.ints, self.store.turns
         turn = turned(self.policy, rows)
         width = max(self.table.room, *(len(row.listed) for row in rows))

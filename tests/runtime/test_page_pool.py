@@ -8,7 +8,7 @@ import torch
 from inferix.errors import InferixError
 from inferix.graphs.passes import Group, Pass
 from inferix.runtime.kv.offload import Offloaded
-from inferix.runtime.kv.page_layout import Row, fresh_pages, parts_of, place_pass, through_slots
+from inferix.runtime.kv.page_layout import GroupPages, fresh_pages, parts_of, place_pass, through_slots
 from inferix.runtime.kv.pages import PageTable, OutOfPages, PagePool
 from inferix.runtime.streams import Transfer
 
@@ -265,7 +265,7 @@ def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
     table.set_window((0, 1, 6, 7, 8, 9))
     (row,) = place_pass(Pass((window_relative([9], 10, 6, 2),)), table, moving=True)
     pages = [table.pages[frame] for frame in (0, 1, 6, 7, 8, 9)]
-    assert row == Row((pages[5],), (9,), tuple(pages), 2, (5,))  # at position 5 of its window, stored at 9
+    assert row == GroupPages((pages[5],), (9,), tuple(pages), 2, (5,))  # at position 5 of its window, stored at 9
     three = Group((9,), 0.0, (0, 1, 6, 7, 8, 9), (0, 1, 4, 9, 10, 11))
     with pytest.raises(Exception, match="one shift for a block with its window and one for its sink"):
         place_pass(Pass((three,)), table, moving=True)
