@@ -28,7 +28,7 @@ from .execution.executors import Executor, Text
 from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .inputs import Inputs, Pixels
-from .kv.kv_manager import KVMemory
+from .kv.kv_manager import KVManager
 from .limits import Limits
 from .noise import Noise, PhiloxNoise
 from .programs.graph_store import card_of
@@ -301,7 +301,7 @@ class Engine:
         return self.resources.executor
 
     @property
-    def memory(self) -> KVMemory:
+    def memory(self) -> KVManager:
         return self.resources.memory
 
     @property

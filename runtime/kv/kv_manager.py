@@ -14,7 +14,7 @@ from .paged_cache import PagedCache
 from .pages import PageTable
 
 
-class KVMemory:
+class KVManager:
     """Owns the stores. preset: as loaded; a window that overload narrows needs no more. budget: bytes, which are
     allocated once and never move; None is what one session needs, and more where more sessions, or a window without an
     end, ask for it.
