@@ -18,7 +18,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
-from ...graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
+from ...graphs.types import BlockGraph, PassGraph, GraphShape, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...kernels.rope import axis_angles
 from ...models.wan.spec import ModelSpec
@@ -180,7 +180,7 @@ class BlockGraphBuilder:
             preset=self.preset.name,
             dtype=self.dtype,
             device=self.device,
-            shape=QueryShape(
+            shape=GraphShape(
                 self.rows, frames * flight, self.latent, self.grid[0] * self.grid[1], self.pages, self.max_pages
             ),
             timesteps=self.sampler.timesteps,

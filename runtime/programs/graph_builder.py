@@ -16,7 +16,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.staged_attention import StagedAttention
-from ...graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
+from ...graphs.types import BlockGraph, PassGraph, GraphShape, Role, Value, When
 from ...models.wan.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
@@ -123,7 +123,7 @@ class GraphBuilder:
             preset=self.preset.name,
             dtype=self.dtype,
             device=self.device,
-            shape=QueryShape(1, frames, (channels, height, width), tokens, key.pages, key.width),
+            shape=GraphShape(1, frames, (channels, height, width), tokens, key.pages, key.width),
             timesteps=builder.sampler.timesteps if key.whole else (),
             sigmas=builder.sampler.sigmas if key.whole else (),
             passes=passes,

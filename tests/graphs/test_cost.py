@@ -17,7 +17,7 @@ from inferix.graphs.rewrites import chosen, rewritten
 from inferix.graphs.show.outline import outline
 from inferix.graphs.show.svg import COLOURS, svg
 from inferix.graphs.trace import trace
-from inferix.graphs.types import BlockGraph, QueryShape, Role, Value, When
+from inferix.graphs.types import BlockGraph, GraphShape, Role, Value, When
 from inferix.kernels import catalog
 from inferix.kernels.op import Op
 from inferix.kernels.spec import FAMILIES, Arg, Case, Cost, Implementation, KernelSpec
@@ -80,7 +80,7 @@ def block_of_toy() -> BlockGraph:
         Value("factor", Role.INPUT, (6,), torch.float32, When.PASS),
     ]
     graph = trace("denoise 0", Model(), inputs)
-    shape = QueryShape(1, 1, (1, 2, 3), 6, 0, 0)
+    shape = GraphShape(1, 1, (1, 2, 3), 6, 0, 0)
     return BlockGraph("toy", "none", torch.float32, "cpu", shape, (), (), (graph,), None, None)
 
 

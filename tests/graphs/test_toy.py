@@ -11,7 +11,7 @@ from toy import CHANNELS, DIM, KV_HEADS, LAYERS, TEXT, Toy
 from inferix.graphs.interpret import run_block
 from inferix.graphs.rewrites import chosen, rewritten
 from inferix.graphs.trace import trace
-from inferix.graphs.types import BlockGraph, QueryShape, Role, Value, When
+from inferix.graphs.types import BlockGraph, GraphShape, Role, Value, When
 from inferix.graphs.validate import validate
 
 GRID, FRAMES, PAGES, SEEN = (2, 3), 2, 9, 5
@@ -45,7 +45,7 @@ def toy_block() -> tuple[BlockGraph, Toy]:
     model.double().requires_grad_(False)
     names = {inputs[1].name: "timesteps"}
     graph = trace("denoise 0", Named(model, names), inputs, model="model")
-    shape = QueryShape(1, FRAMES, latents, GRID[0] * GRID[1], PAGES, SEEN)
+    shape = GraphShape(1, FRAMES, latents, GRID[0] * GRID[1], PAGES, SEEN)
     return BlockGraph("toy", "toy", FLOAT, "cpu", shape, (700.0,), (0.8,), (graph,), None, None), model
 
 
