@@ -202,8 +202,8 @@ class PagedCache:
         listed = [row.listed + (0,) * (width - len(row.listed)) for row in rows]
         return PassTables(
             pages=ints([row.pages for row in rows]),
-            table=ints(listed),
-            count=ints([len(row.listed) for row in rows]),
+            page_table=ints(listed),
+            page_count=ints([len(row.listed) for row in rows]),
             rope_time=torch.stack([turns(row.positions)[0] for row in rows]),
             rope_sink=torch.stack([turns(row.sink_positions)[0] for row in rows]) if turn else None,
             sink_count=ints([row.sinks for row in rows]) if turn else None,

@@ -18,7 +18,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
-from ...graphs.types import BlockGraph, PassGraph, GraphShape, Role, Value, When
+from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...kernels.rope import axis_angles
 from ...models.wan.spec import ModelSpec
@@ -28,7 +28,7 @@ from ..kv.page_store import PageForm
 from ..sampler import Sampler, UniPCSolver
 from .block_plan import PlannedPass, latent_names, plan_block
 
-TABLES = ("pages", "table", "count", "rope_time", "rope_sink", "sink_count")
+TABLES = ("pages", "page_table", "page_count", "rope_time", "rope_sink", "sink_count")
 WRITTEN = ("written_slots", "written_pages")  # of a pass whose pages are kept in another dtype
 SEEN = ("seen_pages", "seen_slots")  # and are not read as they lie
 
@@ -239,13 +239,13 @@ class BlockGraphBuilder:
             rows = self.rows * groups
             shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 "pages": ((rows, part_frames), torch.int32),
-                "table": ((rows, self.max_pages), torch.int32),
-                "count": ((rows,), torch.int32),
+                "page_table": ((rows, self.max_pages), torch.int32),
+                "page_count": ((rows,), torch.int32),
                 "rope_time": ((rows, part_frames, time[1], 2), turns),
             }
             if layout.sinks:
                 shapes["rope_sink"] = shapes["rope_time"]
-                shapes["sink_count"] = shapes["count"]
+                shapes["sink_count"] = shapes["page_count"]
             values += [
                 given(layout.table(part, what), When.BLOCK, size, dtype, owned=what == "pages")
                 for what, (size, dtype) in shapes.items()

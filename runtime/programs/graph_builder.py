@@ -16,7 +16,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.staged_attention import StagedAttention
-from ...graphs.types import BlockGraph, PassGraph, GraphShape, Role, Value, When
+from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...models.wan.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
@@ -44,7 +44,7 @@ class GraphKey:
 
     @classmethod
     def of(cls, latents: Tensor, attention: OnPages, whole: bool) -> GraphKey:
-        listed = max(part.table.shape[1] for part in attention.parts)
+        listed = max(part.page_table.shape[1] for part in attention.parts)
         return cls(
             whole=whole,
             parts=tuple((part.rows, part.frames) for part in attention.parts),
@@ -147,7 +147,7 @@ def tables(key: GraphKey, attention: OnPages) -> dict[str, Tensor]:
         for what in TABLES:
             if (tensor := getattr(part, what)) is not None:
                 found[key.layout.table(index, what)] = tensor
-        name = key.layout.table(index, "table")
+        name = key.layout.table(index, "page_table")
         found[name] = F.pad(found[name], (0, key.width - found[name].shape[1]))
     if isinstance(attention, StagedAttention):
         told = dict(zip(WRITTEN, attention.written, strict=True))

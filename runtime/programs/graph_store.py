@@ -24,7 +24,7 @@ from ...version import __version__
 from ..files import write_atomically
 from .graph_builder import GraphBuilder, GraphKey
 
-FORMAT = 2
+FORMAT = 3
 IDENTITY = "identity.json"
 KERNELS = "triton"
 

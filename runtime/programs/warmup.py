@@ -19,7 +19,7 @@ from ...schemes.block_schedule import (
 from ...schemes.page_needs import least_pages, page_needs, staging_slots, window
 from ...schemes.presets import Preset
 from ..kv.page_layout import parts_of, place_pass, turned
-from ..kv.pages import PageTable, PagePool
+from ..kv.pages import PagePool, PageTable
 from ..sampler import scheduled_blocks
 from .graph_builder import GraphKey, padded_width
 

@@ -265,11 +265,11 @@ def test_a_commit_in_the_next_blocks_first_pass_equals_one_after_the_other() -> 
     pages = values["both.pages"].tolist()
     rest = [page for page in range(block_of("self-forcing", True).shape.pages) if page not in pages[0] + pages[1]]
     for row, seen in enumerate((rest[:15] + pages[0], rest[3:18] + pages[0] + pages[1])):
-        values["both.table"][row, : len(seen)] = torch.tensor(seen)
-        values["both.count"][row] = len(seen)
+        values["both.page_table"][row, : len(seen)] = torch.tensor(seen)
+        values["both.page_count"][row] = len(seen)
     plain = {name: tensor.clone() for name, tensor in values.items()}
     for row, latents, name in ((0, "before", "commit"), (1, "latents", "denoise 0")):
-        for what in ("pages", "table", "count", "rope_time"):
+        for what in ("pages", "page_table", "page_count", "rope_time"):
             plain[f"block.{what}"] = values[f"both.{what}"][row : row + 1]
         plain |= run_plainly("self-forcing", plain | {"latents": values[latents]}, (name,))
     for block in (block_of("self-forcing", True), rewritten(block_of("self-forcing", True), chosen())):

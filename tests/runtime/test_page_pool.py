@@ -9,7 +9,7 @@ from inferix.errors import InferixError
 from inferix.graphs.passes import Group, Pass
 from inferix.runtime.kv.offload import Offloaded
 from inferix.runtime.kv.page_layout import GroupPages, fresh_pages, parts_of, place_pass, through_slots
-from inferix.runtime.kv.pages import PageTable, OutOfPages, PagePool
+from inferix.runtime.kv.pages import OutOfPages, PagePool, PageTable
 from inferix.runtime.streams import Transfer
 
 PAGES = 60
