@@ -36,7 +36,7 @@ def fresh_pages(run: Pass, table: PageTable) -> int:
     return written + sum(len(group.frames) for group in run.groups if not group.write) - len(table.scratch)
 
 
-def place_pass(run: Pass, table: PageTable, moving: bool) -> list[GroupPages]:
+def layout_pass(run: Pass, table: PageTable, moving: bool) -> list[GroupPages]:
     """Rows of a pass, one for each group; the table takes note of what is written and borrows scratch pages.
 
     Keys are stored at the group's positions, or where those move, at the frames' own numbers.
@@ -95,7 +95,7 @@ def interleaved(passes: Sequence[list[GroupPages]]) -> list[GroupPages]:
     return [row for parts in zip(*map(parts_of, passes), strict=True) for part in parts for row in part]
 
 
-def turned(policy: ContextPolicy, rows: list[GroupPages]) -> bool:
+def rotates_for_sink(policy: ContextPolicy, rows: list[GroupPages]) -> bool:
     """Whether the tables of a part turn queries for a sink; where the policy does, in every pass, so that the tables
     keep their shapes.
     """

@@ -77,7 +77,7 @@ class PagedStore:
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)
         self.staging = self._stage(slots) if form.staged else None
-        _, self.rope_rows, self.rope_columns = self.turns([0])
+        _, self.rope_rows, self.rope_columns = self.rope_cos_sin([0])
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +143,7 @@ class PagedStore:
             scale = None if self.scales is None else self.scales[layer]
             kv_pages(source, there, self.kv[layer], here, target_scale=scale)
 
-    def turns(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def rope_cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotations of frames at temporal positions, of rows and of columns, [n, pairs, 2] each."""
         angles = axis_angles(positions, *self.form.grid, self.form.spec.head_dim)
         dtype = torch.float64 if self.form.model == torch.float64 else torch.float32

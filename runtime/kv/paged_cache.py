@@ -20,7 +20,7 @@ from ...graphs.tables import PassTables
 from ...models.wan.transformer import KeyValues
 from ...schemes.context import ContextPolicy
 from .offload import Offloaded
-from .page_layout import GroupPages, fresh_pages, interleaved, parts_of, place_pass, through_slots, turned
+from .page_layout import GroupPages, fresh_pages, interleaved, layout_pass, parts_of, rotates_for_sink, through_slots
 from .page_store import PagedStore
 from .pages import PageTable
 from .sink_average import averaged
@@ -83,7 +83,7 @@ class PagedCache:
 
     def bind(self, run: Pass) -> KeyValues:
         """The pages as the attention of one pass; the scratch ones among them last until `end_pass`."""
-        return self._attention(self._place(run))
+        return self._attention(self._layout(run))
 
     def end_pass(self) -> None:
         """The pass is over; what it did not write is gone."""
@@ -152,10 +152,10 @@ class PagedCache:
         if self.away is not None:
             raise InferixError("the pages of this session are in host memory; resume it first")
 
-    def _place(self, run: Pass) -> list[GroupPages]:
+    def _layout(self, run: Pass) -> list[GroupPages]:
         self._check_here()
         self.store.make_room(fresh_pages(run, self.table))
-        return place_pass(run, self.table, self.policy.moving_positions)
+        return layout_pass(run, self.table, self.policy.moving_positions)
 
     def _attention(self, rows: list[GroupPages]) -> KeyValues:
         store = self.store
@@ -186,7 +186,7 @@ class PagedCache:
         moved = kept.clone()  # forks may share the old one
         for frame, left in zip(leaving, gone.unbind(2), strict=True):
             at = (frame - frames[0]) % len(frames)
-            (turns,), *_ = store.turns([table.positions[frames[at]] - table.positions[frame]])
+            (turns,), *_ = store.rope_cos_sin([table.positions[frames[at]] - table.positions[frame]])
             moved[:, :, at] = averaged(moved[:, :, at], left, turns, self.policy.sink_decay)
         table.write(frames, [table.positions[frame] for frame in frames])
         store.replace([table.pages[frame] for frame in frames], moved)
@@ -196,17 +196,17 @@ class PagedCache:
         return [self._part(part) for part in parts_of(rows)]
 
     def _part(self, rows: list[GroupPages]) -> PassTables:
-        ints, turns = self.store.ints, self.store.turns
-        turn = turned(self.policy, rows)
+        ints, rope_cos_sin = self.store.ints, self.store.rope_cos_sin
+        sinks = rotates_for_sink(self.policy, rows)
         width = max(self.table.room, *(len(row.listed) for row in rows))
         listed = [row.listed + (0,) * (width - len(row.listed)) for row in rows]
         return PassTables(
             pages=ints([row.pages for row in rows]),
             page_table=ints(listed),
             page_count=ints([len(row.listed) for row in rows]),
-            rope_time=torch.stack([turns(row.positions)[0] for row in rows]),
-            rope_sink=torch.stack([turns(row.sink_positions)[0] for row in rows]) if turn else None,
-            sink_count=ints([row.sinks for row in rows]) if turn else None,
+            rope_time=torch.stack([rope_cos_sin(row.positions)[0] for row in rows]),
+            rope_sink=torch.stack([rope_cos_sin(row.sink_positions)[0] for row in rows]) if sinks else None,
+            sink_count=ints([row.sinks for row in rows]) if sinks else None,
         )
 
 
@@ -218,4 +218,4 @@ def bind_together(caches: Sequence[PagedCache], passes: Sequence[Pass]) -> KeyVa
     first, *others = caches
     if not others:
         return first.bind(passes[0])
-    return first._attention(interleaved([cache._place(run) for cache, run in zip(caches, passes, strict=True)]))
+    return first._attention(interleaved([cache._layout(run) for cache, run in zip(caches, passes, strict=True)]))

@@ -18,7 +18,7 @@ from ...schemes.block_schedule import (
 )
 from ...schemes.page_needs import least_pages, page_needs, staging_slots, window
 from ...schemes.presets import Preset
-from ..kv.page_layout import parts_of, place_pass, turned
+from ..kv.page_layout import layout_pass, parts_of, rotates_for_sink
 from ..kv.pages import PagePool, PageTable
 from ..sampler import scheduled_blocks
 from .graph_builder import GraphKey, padded_width
@@ -42,13 +42,13 @@ class KeyCollector:
             table.set_window(())
         if (frames := window_of(run)) is not None:
             table.set_window(frames)
-        rows = place_pass(run, table, self.policy.moving_positions)
+        rows = layout_pass(run, table, self.policy.moving_positions)
         listed = max(table.room, *(len(row.listed) for row in rows))
         key = GraphKey(
             whole=whole,
             parts=tuple((len(part), len(part[0].pages)) for part in parts_of(rows)),
             latent=(len(run.frames), self.channels, *self.latent),
-            sinks=any(turned(self.policy, part) for part in parts_of(rows)),
+            sinks=any(rotates_for_sink(self.policy, part) for part in parts_of(rows)),
             width=padded_width(listed),
             pages=self.pages,
             slots=self.slots,

@@ -8,7 +8,7 @@ import torch
 from inferix.errors import InferixError
 from inferix.graphs.passes import Group, Pass
 from inferix.runtime.kv.offload import Offloaded
-from inferix.runtime.kv.page_layout import GroupPages, fresh_pages, parts_of, place_pass, through_slots
+from inferix.runtime.kv.page_layout import GroupPages, fresh_pages, layout_pass, parts_of, through_slots
 from inferix.runtime.kv.pages import OutOfPages, PagePool, PageTable
 from inferix.runtime.streams import Transfer
 
@@ -263,16 +263,16 @@ def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
     table.set_window(tuple(range(9)))
     table.write(range(9), range(9))
     table.set_window((0, 1, 6, 7, 8, 9))
-    (row,) = place_pass(Pass((window_relative([9], 10, 6, 2),)), table, moving=True)
+    (row,) = layout_pass(Pass((window_relative([9], 10, 6, 2),)), table, moving=True)
     pages = [table.pages[frame] for frame in (0, 1, 6, 7, 8, 9)]
     assert row == GroupPages((pages[5],), (9,), tuple(pages), 2, (5,))  # at position 5 of its window, stored at 9
     three = Group((9,), 0.0, (0, 1, 6, 7, 8, 9), (0, 1, 4, 9, 10, 11))
     with pytest.raises(Exception, match="one shift for a block with its window and one for its sink"):
-        place_pass(Pass((three,)), table, moving=True)
+        layout_pass(Pass((three,)), table, moving=True)
     unwritten = PageTable(table.pool)
     unwritten.set_window((0, 1))
     with pytest.raises(InferixError, match=r"\[0\] are attended to, but nothing has written"):
-        place_pass(Pass((Group((1,), 0.0, (0, 1), (0, 1)),)), unwritten, moving=False)
+        layout_pass(Pass((Group((1,), 0.0, (0, 1), (0, 1)),)), unwritten, moving=False)
 
 
 def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_given_back():
@@ -288,7 +288,7 @@ def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_give
     aside = Group((3,), 500.0, (0, 1, 2, 3), (0, 1, 2, 3), write=False)
     run = Pass((again, aside))
     assert fresh_pages(run, table) == 3
-    rows = place_pass(run, table, moving=False)
+    rows = layout_pass(run, table, moving=False)
     assert fork.pages == old and table.pages[0] == old[0]
     assert not {table.pages[1], table.pages[2]} & set(old.values())
     assert rows[1].listed == (old[0], table.pages[1], table.pages[2], table.scratch[3])

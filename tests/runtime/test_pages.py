@@ -11,7 +11,7 @@ from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
 from inferix.errors import InferixError, UsageError
 from inferix.runtime.byte_sizes import format_bytes, parse_bytes
 from inferix.runtime.kv.contiguous_cache import BoundCache, ContiguousCache
-from inferix.runtime.kv.page_layout import place_pass as PLACE_PASS
+from inferix.runtime.kv.page_layout import layout_pass as LAYOUT_PASS
 from inferix.runtime.kv.pages import OutOfPages, PagePool
 from inferix.schemes.context import ContextPolicy
 from inferix.schemes.page_needs import page_needs
@@ -81,13 +81,13 @@ def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
     wanted = stream(contiguous(make_engine("longlive-infinity")), 7)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "inferix.runtime.kv.paged_cache.place_pass",
-            lambda *args: [dataclasses.replace(row, sink_positions=row.positions) for row in PLACE_PASS(*args)],
+            "inferix.runtime.kv.paged_cache.layout_pass",
+            lambda *args: [dataclasses.replace(row, sink_positions=row.positions) for row in LAYOUT_PASS(*args)],
         )
         assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
     monkeypatch.setattr(
-        "inferix.runtime.kv.paged_cache.place_pass",
-        lambda *args: [dataclasses.replace(row, listed=row.listed[1:] + row.listed[-1:]) for row in PLACE_PASS(*args)],
+        "inferix.runtime.kv.paged_cache.layout_pass",
+        lambda *args: [dataclasses.replace(row, listed=row.listed[1:] + row.listed[-1:]) for row in LAYOUT_PASS(*args)],
     )
     assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
 
