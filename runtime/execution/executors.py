@@ -142,8 +142,10 @@ class GraphExecutor:
         model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
         lowp = config.precision_map
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
-        kept = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
-        self.graph_of = GraphBuilder(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
+        kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
+        self.graph_of = GraphBuilder(
+            model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype
+        )
         self.supports_whole_block = supports_whole_block(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.programs: dict[GraphKey, Lowered] = {}
@@ -249,8 +251,8 @@ class GraphExecutor:
         config, spec = self.config, self.graph_of.spec
         if page_needs(self.preset).held is None:
             return "give a window (--set local_attn_size=21)"
-        kept = config.kv_dtype or config.dtype
-        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kept)
+        kv_dtype = config.kv_dtype or config.dtype
+        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype)
         smaller = suggestions(load, needed(load) - missing)
         fitting = [" ".join(suggestion.options) for suggestion in smaller if suggestion.fits]
         return f"this would fit: {', or '.join(fitting)}" if fitting else "no smaller window, size or dtype would fit"

@@ -74,7 +74,7 @@ def padded_width(listed: int) -> int:
 class GraphBuilder:
     """Makes the block graph of a key, for one model and preset.
 
-    rewrites: names of those that are done to it, and lowp after a precision map. kept: dtype of pages, where it is
+    rewrites: names of those that are done to it, and lowp after a precision map. kv_dtype: dtype of pages, where it is
     another than the model's.
     """
 
@@ -85,7 +85,7 @@ class GraphBuilder:
     device: str
     rewrites: tuple[str, ...]
     lowp: PrecisionMap | None = None
-    kept: torch.dtype | None = None
+    kv_dtype: torch.dtype | None = None
 
     def __call__(self, key: GraphKey) -> BlockGraph:
         """A whole block: noise in, clean `latents` out. One pass: `latents` and `timesteps` in, `velocity` out."""
@@ -107,7 +107,7 @@ class GraphBuilder:
         else:  # guidance joins the velocities of two passes, outside of them
             preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0))
         builder = BlockGraphBuilder(
-            self.spec, preset, size, self.dtype, self.device, self.precision, pages=key.pages, kept=self.kept,
+            self.spec, preset, size, self.dtype, self.device, self.precision, pages=key.pages, kv_dtype=self.kv_dtype,
             slots=key.slots,
         )  # fmt: skip
         builder.max_pages = key.width

@@ -39,7 +39,7 @@ def identity(graphs: GraphBuilder) -> dict[str, Any]:
         "triton": installed("triton") if device.type == "cuda" else None,
         "card": card_of(device),
         "dtype": str(graphs.dtype).removeprefix("torch."),
-        "kv_dtype": None if graphs.kept is None else str(graphs.kept).removeprefix("torch."),
+        "kv_dtype": None if graphs.kv_dtype is None else str(graphs.kv_dtype).removeprefix("torch."),
         "precision": graphs.precision,
         "rewrites": list(graphs.rewrites),
         "lowp": None if graphs.lowp is None else asdict(graphs.lowp),

@@ -137,7 +137,7 @@ class Model:
     def abandon(self) -> None:
         for away, branches in self.some(self.resting):
             for branch in self.some(branches):
-                away.leave_out(branch[0])
+                away.discard(branch[0])
                 branch[0].release()
                 branches.remove(branch)
 
@@ -150,8 +150,8 @@ class Model:
         return [self.random.choice(branches)] if branches else []
 
     def check(self) -> None:
-        here = [*self.tables, *self.kept, *(b for away, branches in self.resting if away.coming for b in branches)]
-        away = [table for away, branches in self.resting if not away.coming for table, _ in branches]
+        here = [*self.tables, *self.kept, *(b for away, branches in self.resting if away.prefetched for b in branches)]
+        away = [table for away, branches in self.resting if not away.prefetched for table, _ in branches]
         assert not any(table.pages for table in away)
         self.pool.check_integrity([table for table, _ in here])
         for table, expected in here:

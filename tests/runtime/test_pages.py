@@ -163,7 +163,7 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
             cache.prefetch()
             cache.onload()
             cache.onload()
-            assert pool.used == used and there.away is None and there.frames == cache.frames
+            assert pool.used == used and there.offloaded is None and there.frames == cache.frames
             pool.check_integrity([cache.table, there.table])
             assert torch.equal(raw(there.export_pages().kv), raw(before.kv))
         session.prompt(embeds=OTHER.float())
@@ -201,11 +201,11 @@ def test_a_paused_session_lends_its_pages_to_others():
         list(other.stream(2, decode=False))
         one.resume()
         engine.step()
-        assert one.current.branches[0].cache.away is not None and pool.used == 6  # no room for both: it waits
+        assert one.current.branches[0].cache.offloaded is not None and pool.used == 6  # no room for both: it waits
         assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), alone[6:9])
         engine.manager.check_integrity()
     made += [block.latents for block in one.stream(1, decode=False)]
-    assert one.current.branches[0].cache.away is None
+    assert one.current.branches[0].cache.offloaded is None
     one.pause()
     engine.step()
     one.rewind(3)  # to before the last block, while both are away
@@ -293,7 +293,7 @@ def test_averages_of_a_moving_sink_go_to_the_host_with_its_pages(monkeypatch):
             monkeypatch.setattr(here.store, "to_host", lambda tensor: copies.append(to_host(tensor)) or copies[-1])
             session.pause()
             engine.step()
-            assert here.away is not None and here.sink is kept.sink is copies[0] and len(copies) == 1
+            assert here.offloaded is not None and here.sink is kept.sink is copies[0] and len(copies) == 1
             assert torch.equal(here.sink, before) and here.sink is not before
             here.sink = here.sink * spoil
             session.resume()
