@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NO_PACKAGES = {"tests", "tools", "build", "dist", "outputs"}
 BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "evaluate", "bench"]
-AT_ROOT = ["cli", "__init__", "__main__"]
+AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 FOR_EVERYONE = {"errors", "version"}
 BASE = ("byte_sizes", "engine_condition", "files", "limits", "media", "noise", "sampler", "streams")
