@@ -226,31 +226,31 @@ def test_bad_block_counts(blocks):
 def test_a_closed_session_says_so():
     session = make_engine().open(prompt_embeds=ROWS, size=SIZE)
     session.close()
-    with pytest.raises(InferixError, match="closed already"):
+    with pytest.raises(InferixError, match="closed"):
         session.close()
     with pytest.raises(InferixError, match="closed"):
         next(session.stream(1))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "named"),
     [
-        ({"local_atn_size": 6}, "did you mean 'local_attn_size'"),
-        ({"local_attn_size": 2}, "smaller than a block"),
-        ({"sink_size": 20}, "smaller than a block"),
-        ({"num_frame_per_block": 1.5}, "whole number"),
-        ({"num_frame_per_block": 0}, "1 or more"),
-        ({"independent_first_frame": 1}, "true or false"),
+        ({"local_atn_size": 6}, "'local_attn_size'"),
+        ({"local_attn_size": 2}, "local_attn_size 2 "),
+        ({"sink_size": 20}, "sink_size"),
+        ({"num_frame_per_block": 1.5}, "num_frame_per_block.*1.5"),
+        ({"num_frame_per_block": 0}, "num_frame_per_block.*0"),
+        ({"independent_first_frame": 1}, "independent_first_frame.*1"),
         ({"positions": "relativ"}, "window-relative"),
-        ({"denoising_step_list": "1000"}, "list of numbers"),
-        ({"timestep_shift": 0}, "above 0"),
+        ({"denoising_step_list": "1000"}, "denoising_step_list"),
+        ({"timestep_shift": 0}, "timestep_shift"),
     ],
 )
-def test_bad_settings(overrides, said):
-    with pytest.raises(UsageError, match=said):
+def test_bad_settings(overrides, named):
+    with pytest.raises(UsageError, match=named):
         make_preset("self-forcing", **overrides)
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(UsageError, match="did you mean 'self-forcing'"):
+    with pytest.raises(UsageError, match="'self-forcing'"):
         make_preset("selfforcing")

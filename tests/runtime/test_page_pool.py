@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from inferix.errors import InferixError
+from inferix.errors import InferixError, UsageError
 from inferix.graphs.passes import Group, Pass
 from inferix.runtime.kv.offload import Offloaded
 from inferix.runtime.kv.page_layout import GroupPages, fresh_pages, layout_pass, parts_of, through_slots
@@ -228,7 +228,7 @@ def test_pages_come_from_evicted_slots_then_neighbours_then_the_longest_run():
     assert pool.acquire(2, after=6) == [7, 8]
     assert pool.acquire(3, reuse=[5, 0, 1]) == [5, 1, 4]
     assert pool.acquire(1) == [9]
-    with pytest.raises(OutOfPages, match=r"1 pages .* 0 of 10 are free; .*kv_memory"):
+    with pytest.raises(OutOfPages, match=r"1 pages.*0 of 10.*kv_memory"):
         pool.acquire(1)
 
 
@@ -236,20 +236,20 @@ def test_misuse_is_refused_and_integrity_is_checked():
     pool = PagePool(4)
     table = PageTable(pool)
     table.set_window((0, 1, 2))
-    with pytest.raises(ValueError, match="some of"):
+    with pytest.raises(ValueError, match=r"frames is \(2, 1\)"):
         table.set_window((2, 1))
     with pytest.raises(OutOfPages):
         table.set_window((1, 2, 3, 4, 5))
     assert table.frames == (0, 1, 2) and pool.used == 3  # as it was
     free = min(pool.free)
     for misuse in (pool.release, pool.share):
-        with pytest.raises(ValueError, match=f"page {free} is free"):
+        with pytest.raises(ValueError, match=f"page {free} "):
             misuse([free])
     pool.check_integrity([table])
-    with pytest.raises(InferixError, match="counted and held differ"):
+    with pytest.raises(InferixError, match=r"\{1: \(1, 0\)"):
         pool.check_integrity([])
     pool.free.add(table.pages[0])
-    with pytest.raises(InferixError, match="disagree"):
+    with pytest.raises(InferixError, match=rf"\[{table.pages[0]}\]"):
         pool.check_integrity()
 
 
@@ -267,11 +267,11 @@ def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
     pages = [table.pages[frame] for frame in (0, 1, 6, 7, 8, 9)]
     assert row == GroupPages((pages[5],), (9,), tuple(pages), 2, (5,))  # at position 5 of its window, stored at 9
     three = Group((9,), 0.0, (0, 1, 6, 7, 8, 9), (0, 1, 4, 9, 10, 11))
-    with pytest.raises(Exception, match="one shift for a block with its window and one for its sink"):
+    with pytest.raises(UsageError, match=r"\[0, 4, 5\].*shot_offset"):
         layout_pass(Pass((three,)), table, moving=True)
     unwritten = PageTable(table.pool)
     unwritten.set_window((0, 1))
-    with pytest.raises(InferixError, match=r"\[0\] are attended to, but nothing has written"):
+    with pytest.raises(InferixError, match=r"\[0\]"):
         layout_pass(Pass((Group((1,), 0.0, (0, 1), (0, 1)),)), unwritten, moving=False)
 
 

@@ -195,7 +195,7 @@ def test_a_paused_session_lends_its_pages_to_others():
     engine.step()
     pool = engine.memory.store(SIZE).pool
     assert pool.used == 0
-    with pytest.raises(InferixError, match="in host memory; resume it first"):
+    with pytest.raises(InferixError, match="resume"):
         one.fork()
     with engine.open(**kwargs) as other:
         list(other.stream(2, decode=False))
@@ -363,8 +363,7 @@ def test_memory_is_counted_before_it_is_taken():
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         assert session.current.branches[0].cache.store.nbytes == 12 * page
     small = make_engine("longlive", "float32", kv_memory=12 * page - 1)
-    said = f"kv_memory is {format_bytes(12 * page - 1)}, but one session of longlive needs .*: 12 latent frames"
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=f"kv_memory is {format_bytes(12 * page - 1)}.*longlive.*: 12 "):
         small.open(prompt_embeds=ROWS.float(), size=SIZE)
     fewer = make_engine("longlive", "float32", kv_memory=12 * page - 1, kv_dtype="int8")
     fewer.open(prompt_embeds=ROWS.float(), size=SIZE)
@@ -377,14 +376,14 @@ def test_a_fixed_budget_is_not_passed():
     """A second session is not let in; one that finds no page all the same goes on once there is one."""
     engine = make_engine("self-forcing", "float32", local_attn_size=6, kv_memory=7 * 4096)
     one = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
-    with pytest.raises(InferixError, match=r"needs 24.58 kB of pages, but 24.58 kB of 28.67 kB are reserved"):
+    with pytest.raises(InferixError, match=r"24.58 kB.*24.58 kB of 28.67 kB"):
         engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     made = list(one.stream(1, decode=False))
     pool = engine.memory.store(SIZE).pool
     assert (pool.size, pool.used) == (7, 3)
     engine.check_integrity()
     taken = pool.acquire(3)
-    with pytest.raises(OutOfPages, match="3 pages of KV memory are needed, 1 of 7 are free"):
+    with pytest.raises(OutOfPages, match=r"3 pages.*1 of 7"):
         next(one.stream(1, decode=False))
     assert pool.used == 3 + 3
     pool.release(taken)
@@ -392,11 +391,11 @@ def test_a_fixed_budget_is_not_passed():
     wanted = stream_of(make_engine("self-forcing", "float32", local_attn_size=6), 3)
     assert torch.equal(torch.cat([block.latents for block in made]), wanted)
     one.current.branches[0].cache.offload()  # its pages are free, but come back
-    with pytest.raises(UsageError, match="but one session"):
+    with pytest.raises(UsageError, match="kv_memory"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
     assert list(engine.memory.stores) == [(2, 2)]
     one.close()
-    with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB, but one session of self-forcing needs 49.15 kB: 6"):
+    with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB.*49.15 kB: 6"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
     assert not engine.memory.stores
 
@@ -456,24 +455,24 @@ def test_words_for_bytes_and_back():
 def test_fp8_asks_for_a_gpu_that_has_it(monkeypatch):
     config = make_engine("longlive", "float32").config
     monkeypatch.setattr("inferix.runtime.config.check_device", lambda name: None)
-    for capability, said in (((8, 0), "compute capability 8.0, and FP8 needs 8.9"), ((8, 9), None)):
+    for capability, named in (((8, 0), "8.0.*8.9"), ((8, 9), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        if said is None:
+        if named is None:
             dataclasses.replace(config, kv_dtype="fp8", device="cuda")
         else:
-            with pytest.raises(UsageError, match=said):
+            with pytest.raises(UsageError, match=named):
                 dataclasses.replace(config, kv_dtype="fp8", device="cuda")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "named"),
     [
         ({"sink_decay": 0.0}, "sink_decay is 0.0"),
-        ({"sink_decay": 0.9, "sink_size": 0}, "there is no sink"),
-        ({"positions": "window-relative", "shot_offset": 8}, "three distances"),
+        ({"sink_decay": 0.9, "sink_size": 0}, "sink_decay.*sink_size"),
+        ({"positions": "window-relative", "shot_offset": 8}, "window-relative.*shot_offset"),
         ({"rewind_blocks": -1}, "rewind_blocks is -1"),
     ],
 )
-def test_policies_that_pages_cannot_follow(changes, said):
-    with pytest.raises(UsageError, match=said):
+def test_policies_that_pages_cannot_follow(changes, named):
+    with pytest.raises(UsageError, match=named):
         ContextPolicy(**{"local_attn_size": 12, "sink_size": 3, "positions": "absolute"} | changes)

@@ -257,7 +257,7 @@ def test_suggestions_say_what_would_fit():
 
 
 def test_endless_windows_and_no_sessions_are_refused():
-    with pytest.raises(UsageError, match="grows without end"):
+    with pytest.raises(UsageError, match="local_attn_size"):
         replace(full("longlive"), preset=make_preset("longlive", local_attn_size=-1))
     with pytest.raises(UsageError, match="sessions is 0"):
         full("longlive", sessions=0)
