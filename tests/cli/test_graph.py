@@ -94,7 +94,7 @@ def test_a_run_starts_from_saved_graphs_and_others_are_refused(tmp_path: Path) -
         (("--keep", "head"), "--keep says which layers --lowp takes"),
         (("--lowp", "int8", "--layers", "blok.*"), "no linear layer of tokens is called 'blok.*'"),
         (("--pass", "denoise 9"), "--pass is 'denoise 9'; this block has 'fold', 'prompt', 'denoise 0'"),
-        (("--preset", "krea", "--with", "fuse-commit"), "krea has no commit that could wait"),
+        (("--preset", "krea", "--with", "fuse-commit"), "krea"),
         (("--kv-dtype", "fp4"), "--kv-dtype is 'fp4'; did you mean 'fp8'?"),
         (("--plan", "--json"), "--plan prints where scratch lies; leave --json out"),
         (("--save", "a", "--load", "b"), "--save makes graphs and --load reads them; give one of them"),
