@@ -1,4 +1,4 @@
-"""What an engine has loaded: read by the block loop and by the sessions, changed by neither."""
+"""Resources of an engine: what it has loaded. The block loop and the sessions read them and change none."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .streams import make_current
 class Resources:
     """Settings, weights, page memory and executor of one engine.
 
-    preset: as loaded. Page memory and graphs are sized for it, so `memory` and `executor` have it too. Overload can
-    narrow the window that sessions use: `SessionManager.preset` is that narrower preset.
+    preset: as loaded; page memory and graphs are sized for it. An overloaded engine can narrow the window of sessions:
+    `SessionManager.preset` is that narrower preset.
     """
 
     config: EngineConfig
