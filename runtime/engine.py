@@ -152,8 +152,8 @@ class Engine:
             with record.span("encode"):
                 self._apply_controls(session)
             session.mark_rollback()
-            settle_decoder = partial(manager.settle, session)
-            block = yield from self.loop.make_block(state, record, session.mark_rollback, settle_decoder)
+            wait_for_decoder = partial(manager.settle, session)
+            block = yield from self.loop.make_block(state, record, session.mark_rollback, wait_for_decoder)
             if self.profile is not None:
                 self.profile.end_block(block.span.index, record.seconds, partial(self._bytes_by_owner, state))
             manager.finish_block(session, block.latents)
