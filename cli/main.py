@@ -37,7 +37,7 @@ class Commands(TyperGroup):
         except (MemoryError, RuntimeError) as error:
             if not no_memory(error) or ctx.params.get("debug"):
                 raise
-            said = str(error).splitlines()[0]
+            said = next(iter(str(error).splitlines()), type(error).__name__)
             typer.echo(f"error: memory ran out: {said}; inferix plan says what fits, and what needs less", err=True)
             raise typer.Exit(1) from error
 
