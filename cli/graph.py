@@ -125,7 +125,7 @@ def graph(
         raise UsageError(f"--plan prints where scratch lies; leave {'--json' if as_json else '--pass'} out")
     fuse = "fuse-commit" in names
     told = (spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions)
-    traced = build_block_graph(*told, fuse_commit=fuse, kept=kept)
+    traced = build_block_graph(*told, fuse_commit=fuse, kv_dtype=kept)
     block = rewritten(traced, names, packed)
     validate(block)
     if only is not None and only not in {found.name for found in block.graphs}:
@@ -155,7 +155,7 @@ def tell_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make:
     from ..runtime.programs.graph_store import GraphStore, card_of
     from ..runtime.programs.warmup import graph_keys
 
-    wanted = graph_keys(graphs.spec, graphs.preset, size, graphs.kept is not None) if make else []
+    wanted = graph_keys(graphs.spec, graphs.preset, size, graphs.kv_dtype is not None) if make else []
     store = GraphStore.open(folder, graphs, create=make)
     made = store.fill(graphs, wanted)
     programs = store.programs()
