@@ -66,7 +66,7 @@ def test_fused_equals_eager(preset: str) -> None:
     ("preset", "kind"), [("self-forcing", "fp8"), ("longlive-infinity", "int8"), ("rolling-forcing", "bfloat16")]
 )
 def test_graphs_over_pages_in_fewer_bits(preset: str, kind: str) -> None:
-    """Read as they lie, or through the buffer, a sink turned; pass by pass too. Not what pages of all bits give."""
+    """Read as they lie, or through the buffer, a rotated sink; pass by pass too. Not what pages of all bits give."""
     backend = FakeGraphs()
     settings = {**SMALL[preset], "kv_dtype": kind} | ({"local_attn_size": 6} if preset == "self-forcing" else {})
     wanted, engine = stream(make_engine(preset, **settings)), captured_engine(backend, preset, **settings)

@@ -95,10 +95,10 @@ def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
 @pytest.mark.parametrize("name", ["longlive", "longlive-infinity"])
 @torch.no_grad()
 def test_a_fork_shares_pages_until_it_writes_them(name):
-    """One goes on under a new prompt, which rewrites what both see, the other as if nothing were; both as if alone."""
+    """One fork recaches shared frames under a new prompt; both continue as a session without forks does."""
     blocks = 4
 
-    def alone(switch):
+    def single(switch):
         with make_engine(name).open(prompt_embeds=ROWS, size=SIZE) as session:
             list(session.stream(blocks, decode=False))
             if switch:
@@ -121,7 +121,7 @@ def test_a_fork_shares_pages_until_it_writes_them(name):
             assert len(own & shared) == 3 and pool.used == len(own | shared)  # the sink is shared still
             plain = torch.cat([block.latents for block in session.stream(3, decode=False)])
         assert pool.used == len(table.pages)
-    assert torch.equal(changed, alone(True)) and torch.equal(plain, alone(False))
+    assert torch.equal(changed, single(True)) and torch.equal(plain, single(False))
     assert not torch.equal(changed, plain)
 
 
@@ -181,9 +181,9 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
 
 @torch.no_grad()
 def test_a_paused_session_lends_its_pages_to_others():
-    """With memory for one session, two take turns in it, each as if alone; one is rewound while it is away."""
+    """Two sessions alternate in memory for one, each bit-equal to a single session; one is rewound while offloaded."""
     settings = {"rewind_blocks": 1, "denoising_step_list": [1000, 500], "local_attn_size": 6, "sink_size": 0}
-    alone = stream_of(make_engine("self-forcing", "float32", **settings), 6)
+    single = stream_of(make_engine("self-forcing", "float32", **settings), 6)
     pages = page_needs(make_engine("self-forcing", "float32", **settings).preset).total
     engine = make_engine("self-forcing", "float32", kv_memory=pages * 4096, kv_offload=True, **settings)
     kwargs = {"prompt_embeds": ROWS.float(), "size": SIZE}
@@ -202,7 +202,7 @@ def test_a_paused_session_lends_its_pages_to_others():
         one.resume()
         engine.step()
         assert one.current.branches[0].cache.offloaded is not None and pool.used == 6  # no room for both: it waits
-        assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), alone[6:9])
+        assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), single[6:9])
         engine.manager.check_integrity()
     made += [block.latents for block in one.stream(1, decode=False)]
     assert one.current.branches[0].cache.offloaded is None
@@ -211,7 +211,7 @@ def test_a_paused_session_lends_its_pages_to_others():
     one.rewind(3)  # to before the last block, while both are away
     one.resume()
     made[3:] = [block.latents for block in one.stream(3, decode=False)]
-    assert torch.equal(torch.cat(made), alone)
+    assert torch.equal(torch.cat(made), single)
     one.pause()
     engine.step()
     engine.manager.check_integrity()
@@ -244,7 +244,7 @@ def test_exported_pages_continue_in_another_engine(given):
 
 
 class AveragedSink(ContiguousCache):
-    """Keys as they come; a frame that leaves is averaged into the sink frame of its phase. Nothing is turned."""
+    """Keys as they come; a frame that leaves is averaged into the sink frame of its phase. Nothing is rotated."""
 
     decay, sinks = 0.8, 3
 
@@ -390,7 +390,7 @@ def test_a_fixed_budget_is_not_passed():
     made += one.stream(2, decode=False)
     wanted = stream_of(make_engine("self-forcing", "float32", local_attn_size=6), 3)
     assert torch.equal(torch.cat([block.latents for block in made]), wanted)
-    one.current.branches[0].cache.offload()  # its pages are free, but come back
+    one.current.branches[0].cache.offload()  # its pages are free until `onload`
     with pytest.raises(UsageError, match="kv_memory"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
     assert list(engine.memory.stores) == [(2, 2)]
