@@ -1,4 +1,4 @@
-"""What paged attention promises, as checks of any form of the op: see test_kernels.py and interpreted.py."""
+"""Claims about paged attention, as checks of any implementation of the op: see test_kernels.py and interpreted.py."""
 
 from __future__ import annotations
 

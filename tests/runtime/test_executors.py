@@ -122,7 +122,7 @@ def test_pictures_one_patch_wide_or_high(size: tuple[int, int]) -> None:
 
 @pytest.fixture(scope="module")
 def plain() -> torch.Tensor:
-    """What eager gives in float32."""
+    """Output of executor eager in float32."""
     return stream(make_engine(dtype="float32", local_attn_size=6), 3)
 
 
