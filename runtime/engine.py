@@ -249,7 +249,7 @@ class Engine:
 
     def _bytes_by_owner(self, state: SessionState) -> dict[str, int]:
         """Bytes of the engine and of one session's decoder, by owner."""
-        pages = sum(store.nbytes for store in self.memory.stores.values())
+        pages = sum(store.nbytes for store in self.kv_manager.stores.values())
         owned = {"weights": self._weight_bytes, "pages": pages, "decoder state": state.decoder.state.nbytes}
         return owned | self.executor.bytes_by_owner()
 
@@ -303,8 +303,8 @@ class Engine:
         return self.resources.executor
 
     @property
-    def memory(self) -> KVManager:
-        return self.resources.memory
+    def kv_manager(self) -> KVManager:
+        return self.resources.kv_manager
 
     @property
     def fps(self) -> int:

@@ -184,12 +184,12 @@ class SessionManager:
     def _entry(self, session: Session) -> SchedulerEntry:
         """The session as the scheduler sees it."""
         resources, preset = self.resources, session.current.preset
-        page, spec = resources.memory.form(session.size), resources.spec
+        page, spec = resources.kv_manager.form(session.size), resources.spec
         need = session_need(
             preset, spec, resources.parts.vae.spec, session.size, resources.config.dtype, page.nbytes,
             queued=self.limits.queue_blocks,
         )  # fmt: skip
-        store = resources.memory.stores.get(page.grid)
+        store = resources.kv_manager.stores.get(page.grid)
         room = None if store is None or store.grows else store.pool.size * page.nbytes
         period = spec.vae_stride[0] * preset.num_frame_per_block / spec.fps
         return SchedulerEntry(need, session.size, period, room)
@@ -275,7 +275,7 @@ class SessionManager:
 
     def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[int]:
         """Sessions whose next blocks can be batched with the chosen one's."""
-        if not self.resources.executor.batches or not self.resources.memory.batches(chosen.size):
+        if not self.resources.executor.batches or not self.resources.kv_manager.batches(chosen.size):
             return []
         key = chosen.current.batch_key
         return [session.id for session in ready if session is not chosen and session.current.batch_key == key]
@@ -555,12 +555,12 @@ class SessionManager:
     @property
     def pages_in_use(self) -> int:
         """Pages that any session holds; one that several hold counts once."""
-        return sum(store.pool.used for store in self.resources.memory.stores.values())
+        return sum(store.pool.used for store in self.resources.kv_manager.stores.values())
 
     def check_integrity(self) -> None:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
         caches = [cache for session in self.sessions.values() for cache in session.caches]
-        for store in self.resources.memory.stores.values():
+        for store in self.resources.kv_manager.stores.values():
             store.pool.check_integrity([cache.table for cache in caches if cache.store is store])
 
     def gauges(self) -> dict[str, float]:

@@ -44,7 +44,7 @@ class Branch:
     @classmethod
     def new(cls, resources: Resources, rows: Tensor, size: tuple[int, int]) -> Branch:
         """A conditioning from the text encoder's rows [text_len, text_dim], with an empty cache."""
-        return cls(resources.executor.condition(rows), resources.memory.new_cache(size))
+        return cls(resources.executor.condition(rows), resources.kv_manager.new_cache(size))
 
     def fork(self) -> Branch:
         """The same conditioning; the fork's cache shares pages until either side writes."""

@@ -1,4 +1,4 @@
-"""Stored graphs: a second start traces nothing and gives the same; graphs of something else are refused."""
+"""Stored graphs: a second start traces nothing and gives the same; graphs of another configuration are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def first_block(engine: Engine) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A folder of graphs, and what the engine that made them gave."""
+    """A folder of stored graphs, and the latents of the engine that stored them."""
     folder = tmp_path_factory.mktemp("stored") / "graphs"
     engine = make_engine(executor="fused", graphs=str(folder))
     latents = first_block(engine)
@@ -40,7 +40,7 @@ def test_a_second_start_traces_nothing_and_gives_the_same(stored: tuple[Path, to
     assert {path.name[:6] for path in folder.iterdir()} == {"identi", "block-"}
 
 
-def test_graphs_of_something_else_are_refused(stored: tuple[Path, torch.Tensor], monkeypatch) -> None:
+def test_graphs_of_another_configuration_are_refused(stored: tuple[Path, torch.Tensor], monkeypatch) -> None:
     folder, _ = stored
     with pytest.raises(InferixError, match=r"dtype 'float64'.*'float32'"):
         make_engine(dtype="float32", executor="fused", graphs=str(folder))
