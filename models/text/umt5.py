@@ -1,6 +1,6 @@
-"""The UMT5 encoder through `transformers`, with the prompt cleaning and zero rows that Wan was trained with.
+"""The UMT5 encoder of `transformers`, with the prompt cleaning and zero rows that Wan was trained with.
 
-Prompts become exactly `text_len` rows; those after the prompt are zero, and the transformer attends to them.
+A prompt becomes exactly `text_len` rows. Rows after its end are zero, and the transformer attends to them.
 Source: Wan 2.1 (arXiv 2503.20314); UMT5 (arXiv 2304.09151).
 """
 
@@ -44,7 +44,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """A tokenizer and an encoder; `encode` gives the rows of one prompt."""
+    """A tokenizer and an encoder; `encode` returns the rows of one prompt."""
 
     def __init__(self, tokenizer: Any, model: Any, text_len: int) -> None:
         self.tokenizer, self.model, self.text_len = tokenizer, model, text_len
@@ -66,7 +66,11 @@ class TextEncoder:
 
 
 def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int) -> Tensor:
-    """Rows [text_len, text_dim] from [L, D] or [1, L, D], a tensor or `prompt_embeds` of a safetensors file."""
+    """Pad prompt embeddings [L, text_dim] or [1, L, text_dim] with zero rows to [text_len, text_dim].
+
+    source: a tensor, or a safetensors file with a tensor `prompt_embeds`. Raises UsageError for other shapes, values
+    that are not finite, or an unreadable file.
+    """
     where = "prompt_embeds" if isinstance(source, Tensor) else repr(str(source))
     rows = source if isinstance(source, Tensor) else read_embeds(Path(source))
     if rows.ndim == 3 and len(rows) == 1:
