@@ -1,4 +1,4 @@
-"""`inferix eval`: how good what a model makes is."""
+"""`inferix eval`: measure the quality of a model's video."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def common() -> None:
-    """Measure how good what a model makes is.
+    """Measure the quality of a model's video.
 
     Example: inferix eval tinyworld
     """
@@ -33,10 +33,10 @@ def tinyworld(
     out: Path | None = typer.Option(None, help="Folder for eval.json and the contact sheet streams.png."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Hold the small world against its simulator.
+    """Compare a model of the small world with its simulator.
 
-    Camera moves as told, pictures against the simulator where it is determined, landmarks that come back, the hero,
-    drift of free streams over 60 s, and collapse in long ones. A full run takes about half an hour on two cores.
+    Figures: camera moves that follow the action, PSNR where the simulator determines the picture, landmarks that
+    return, the hero, drift over 60 s, and collapse in long runs. A full run takes about half an hour on two cores.
 
     Example: inferix eval tinyworld --walks 8 --seeds 2 --minutes 1 --out outputs/eval
     """

@@ -1,4 +1,4 @@
-"""`inferix generate`: a prompt in, a video and the record of how it was made out.
+"""`inferix generate`: from a prompt to a video and a record of its settings and timings.
 
 Blocks are written as they come, so Ctrl-C keeps the finished ones in a playable file. Progress goes to
 stderr; stdout holds the result alone.
@@ -34,23 +34,23 @@ from ..schemes.presets import UNTRAINED, default_model
 from ..schemes.storyboard import Cue, read_storyboard, schedule
 from ..version import __version__
 from .options import check_settings, counted, parse_settings, parse_size
-from .presets import tell_presets
+from .presets import print_presets
 
 if TYPE_CHECKING:
     import torch
 
     from ..runtime.engine import Engine
 
-DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models only; untrained ones cannot follow it
+DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models; untrained ones cannot follow it
 DEFAULT_BLOCKS = 3
-DEFAULT_ACTIONS = "6R 4D 6L 4U"  # of a model that has actions, where nothing says how long: a walk back to the start
-SEEN = 256  # pixels of a video's longer side, at least: smaller pictures are enlarged
+DEFAULT_ACTIONS = "6R 4D 6L 4U"  # for a model with actions if no length is given: a walk back to the start
+SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
 SHEET_FRAMES = 24  # frames on the contact sheet, at most, unless one block has more
 
 
 @dataclass
 class Result:
-    """What the finished blocks left behind."""
+    """Counts, timings and output files of the finished blocks."""
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     frames: int = 0
@@ -60,7 +60,7 @@ class Result:
 
 
 def read_config(ctx: typer.Context, value: Path | None) -> Path | None:
-    """Make a YAML file's values the defaults of the options, so that flags win; `set` is kept for later."""
+    """Make a YAML file's values the defaults of the options, so that flags win; `set` is stored for `generate`."""
     if value is None:
         return None
     try:
@@ -88,7 +88,7 @@ def read_config(ctx: typer.Context, value: Path | None) -> Path | None:
 
 
 def parse_cue(text: str) -> Cue:
-    """What `--prompt-at SECONDS PROMPT` became: both in one string."""
+    """Parse the value of `--prompt-at`, seconds and prompt joined by `PromptAt`."""
     seconds, _, prompt = text.partition(" ")
     try:
         return Cue(float(seconds), prompt)
@@ -97,7 +97,7 @@ def parse_cue(text: str) -> Cue:
 
 
 class PromptAt(TyperCommand):
-    """A command whose `--prompt-at` takes two values each time."""
+    """A command whose `--prompt-at` takes two values; they are joined to one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined, rest = [], iter(args)
@@ -111,13 +111,13 @@ class PromptAt(TyperCommand):
         return super().parse_args(ctx, joined)
 
 
-def tell_of_work(engine: Engine, size: tuple[int, int], console: Console) -> None:
-    """Say beforehand that a CPU will take long, where it will."""
+def warn_of_slow_cpu(engine: Engine, size: tuple[int, int], console: Console) -> None:
+    """Print an estimate of the time per block if the engine runs on a CPU and the model is large."""
     from ..runtime.capacity.planner import long_on_cpu
 
-    said = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
-    if engine.device.type == "cpu" and said:
-        console.print(said, highlight=False, soft_wrap=True)
+    message = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
+    if engine.device.type == "cpu" and message:
+        console.print(message, highlight=False, soft_wrap=True)
 
 
 def check_length(blocks: int | None, seconds: float | None) -> None:
@@ -130,16 +130,16 @@ def check_length(blocks: int | None, seconds: float | None) -> None:
 
 
 def sheet_indices(count: int, block: int, blocks: int) -> list[int]:
-    """Which of a block's `count` frames go on the contact sheet, so that it stays small for a long video."""
+    """Choose the frames of a block with `count` frames for the contact sheet, which stays small for a long video."""
     if block % math.ceil(blocks / SHEET_FRAMES):
         return []
-    wanted = min(count, max(1, SHEET_FRAMES // blocks))
-    return [index * count // wanted for index in range(wanted)]
+    chosen = min(count, max(1, SHEET_FRAMES // blocks))
+    return [index * count // chosen for index in range(chosen)]
 
 
 @contextmanager
 def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
-    """Yields `advance(fps)`, to be called after each block."""
+    """Yield `advance(fps)`, to be called after each block."""
     columns = (
         TextColumn("block"),
         MofNCompleteColumn(),
@@ -180,7 +180,7 @@ def record_blocks(
 
 
 def steered(session: Any, blocks: int, cues: dict[int, str], decode: bool) -> Iterator[Any]:
-    """The stream, each cue told before the block that is to follow it; UsageError for a prompt that is refused."""
+    """Yield the stream's blocks and send each cue before its block. Raises UsageError if a prompt is refused."""
     starts = [0, *(start for start in sorted(cues) if start > 0), blocks]
     for start, stop in pairwise(starts):
         if start in cues:
@@ -192,7 +192,7 @@ def steered(session: Any, blocks: int, cues: dict[int, str], decode: bool) -> It
 
 
 def save_latents(latents: list[torch.Tensor], path: Path) -> Path:
-    """All blocks' latents as one tensor `latents` [F, C, H, W] in a safetensors file."""
+    """Write all blocks' latents as one tensor `latents` [F, C, H, W] to a safetensors file."""
     import torch
     from safetensors.torch import save
 
@@ -216,8 +216,8 @@ def generate(
     vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
     text_encoder: str | None = typer.Option(None, help="Text encoder: a file or folder; else beside model or in base."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
-    lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
-    lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter of which only a part fits."),
+    lora_scale: float = typer.Option(1.0, help="Factor of the adapter's weights."),
+    lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter that fits only in part."),
     preset: str | None = typer.Option(
         None, help="Named sampler and context settings.  [default: the model's own, or self-forcing]"
     ),
@@ -238,7 +238,7 @@ def generate(
     ),
     storyboard: Path | None = typer.Option(None, help="YAML list of 'at' and 'prompt', instead of --prompt-at."),
     list_presets: bool = typer.Option(
-        False, "--list-presets", callback=tell_presets, is_eager=True, help="Tell of each preset and its weights."
+        False, "--list-presets", callback=print_presets, is_eager=True, help="Show each preset and its weights."
     ),
     actions: str | None = typer.Option(
         None,
@@ -283,7 +283,7 @@ def generate(
         raise UsageError(f"--out {str(out)!r} must end in one of {', '.join(suffixes)}")
     overrides = {**ctx.meta.get("inferix.settings", {}), **parse_settings(settings)}
     check_settings(ctx, overrides)
-    wanted_size = parse_size(size) if size else None
+    chosen_size = parse_size(size) if size else None
     if prompt_at and storyboard:
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
@@ -303,8 +303,8 @@ def generate(
     parts |= {"executor": executor, "graphs": graphs}
     engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
     if engine.parts.form == "random":
-        said = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
-        console.print(said, highlight=False, soft_wrap=True)
+        message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
+        console.print(message, highlight=False, soft_wrap=True)
     if not Path(model).exists() and prompt is None and prompt_embeds is None:
         prompt = DEFAULT_PROMPT
     count = blocks or (engine.blocks_for(seconds) if seconds else None)
@@ -322,8 +322,8 @@ def generate(
     opening: dict[str, Any] = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": video}
     opening |= {"actions": script or None, "strength": strength, "negative_prompt": negative_prompt}
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
-    frame_size = wanted_size or engine.default_size
-    tell_of_work(engine, frame_size, console)
+    frame_size = chosen_size or engine.default_size
+    warn_of_slow_cpu(engine, frame_size, console)
     profiled = engine.start_profile() if profile is not None else None
     with ExitStack() as stack:
         if records is not None:
@@ -364,20 +364,20 @@ def generate(
         }
         text = json.dumps(record, indent=2, default=str) + "\n"
         write_atomically(out.with_suffix(".json"), lambda part: part.write_text(text, "utf-8"))
-    tell(result, count, as_json)
+    print_result(result, count, as_json)
     if result.interrupted:
         raise typer.Exit(130)
 
 
-def tell(result: Result, count: int, as_json: bool) -> None:
-    """The result on stdout, as one JSON line or in words."""
+def print_result(result: Result, count: int, as_json: bool) -> None:
+    """Print the result to stdout, as one JSON line or as text."""
     if result.interrupted:
-        kept = "they are kept" if result.blocks else "nothing was written"
-        typer.echo(f"interrupted: {len(result.blocks)} of {count} blocks were finished; {kept}", err=True)
+        outcome = "they are in the video" if result.blocks else "nothing was written"
+        typer.echo(f"interrupted: {len(result.blocks)} of {count} blocks were finished; {outcome}", err=True)
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     elif result.blocks:
-        told = [counted(len(result.blocks), "block")]
+        facts = [counted(len(result.blocks), "block")]
         if result.frames:
-            told += [counted(result.frames, "frame"), f"{result.frames / result.seconds:.2f} FPS"]
-        typer.echo(f"{', '.join(told)}, {result.seconds:.1f} s: {', '.join(result.outputs)}")
+            facts += [counted(result.frames, "frame"), f"{result.frames / result.seconds:.2f} FPS"]
+        typer.echo(f"{', '.join(facts)}, {result.seconds:.1f} s: {', '.join(result.outputs)}")

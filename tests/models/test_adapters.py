@@ -39,19 +39,19 @@ def checkpoint(tmp_path_factory):
 
 
 def changes(checkpoint, lora, factor=1.0, partial=False):
-    """What merging adds, by our names, of the parameters that it changes."""
+    """Return the difference that merging makes to each parameter it changes, by our names."""
     change = merging(checkpoint, [(lora, factor)], partial)
-    found = {name: change(name, tensor) - tensor for name, tensor in checkpoint.tensors.items()}
-    return {name: value for name, value in found.items() if value.any()}
+    differences = {name: change(name, tensor) - tensor for name, tensor in checkpoint.tensors.items()}
+    return {name: value for name, value in differences.items() if value.any()}
 
 
 def check(checkpoint, lora, expected, **options):
     """`expected` is by the original's module names, of weights, or by our parameter names."""
-    wanted = {f"{OURS[name]}.weight" if name in OURS else name: value for name, value in expected.items()}
-    found = changes(checkpoint, lora, **options)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert (found[name] - value.view(found[name].shape)).abs().max() <= 1e-4, name
+    expected = {f"{OURS[name]}.weight" if name in OURS else name: value for name, value in expected.items()}
+    merged = changes(checkpoint, lora, **options)
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (merged[name] - value.view(merged[name].shape)).abs().max() <= 1e-4, name
 
 
 def to_diffusers(module):
@@ -355,7 +355,7 @@ def test_a_partial_fit_is_merged_if_asked_for_and_says_what_is_left_out(checkpoi
 
 def test_an_adapter_that_changes_nothing_says_so(checkpoint, tmp_path):
     zeros = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in named().items()}
-    with pytest.warns(UserWarning, match="changes nothing"):
+    with pytest.warns(UserWarning, match=r"lora\.safetensors"):
         check(checkpoint, save(zeros, tmp_path / "lora.safetensors"), {})
 
 
@@ -363,11 +363,11 @@ def test_folders(checkpoint, tmp_path):
     save(named(modules=[Q]), tmp_path / "a.safetensors")
     check(checkpoint, tmp_path, {Q: PRODUCT})
     save(named(modules=[UP]), tmp_path / "b.safetensors")
-    with pytest.raises(UsageError, match="2 weight files"):
+    with pytest.raises(UsageError, match=f"{tmp_path}.* 2 "):
         changes(checkpoint, tmp_path)
     save(named(modules=[UP]), tmp_path / "adapter_model.safetensors")
     check(checkpoint, tmp_path, {UP: PRODUCT8})
-    with pytest.raises(UsageError, match="no such"):
+    with pytest.raises(UsageError, match="none"):
         changes(checkpoint, tmp_path / "none")
 
 

@@ -90,10 +90,10 @@ def test_a_vaes_config_must_agree(tmp_path, key, value):
 def test_quantised_decoders_are_refused(tmp_path, tensors, dtype):
     name = next(name for name in tensors if name.startswith("decoder.") and name.endswith("weight"))
     file = save(tensors | {name: tensors[name].to(getattr(torch, dtype))}, tmp_path / "vae.safetensors")
-    with pytest.raises(UsageError, match=f"{name} in {dtype}"):
+    with pytest.raises(UsageError, match=f"{name}.*{dtype}"):
         load_decoder(file, torch.float32, "cpu")
     scaled = save(tensors | {name.replace("weight", "scale_weight"): torch.ones(1)}, tmp_path / "b.safetensors")
-    with pytest.raises(UsageError, match="quantised"):
+    with pytest.raises(UsageError, match="scale_weight"):
         load_decoder(scaled, torch.float32, "cpu")
 
 
@@ -194,7 +194,7 @@ def test_quantised_encoders_are_refused(encoders, tmp_path, layout, dtype):
     tensors = tensors_of(encoders, layout)
     name = next(name for name in tensors if ".q." in name)
     file = save(tensors | {name: tensors[name].to(getattr(torch, dtype))}, tmp_path / "model.safetensors")
-    with pytest.raises(UsageError, match=f"{name} in {dtype}"):
+    with pytest.raises(UsageError, match=f"{name}.*{dtype}"):
         rows(find_text([file], [encoders[0] / "diffusers"]))
     save_json(
         json.loads((encoders[0] / "diffusers" / "text_encoder" / "config.json").read_text()), tmp_path / "config.json"
@@ -202,7 +202,7 @@ def test_quantised_encoders_are_refused(encoders, tmp_path, layout, dtype):
     with pytest.raises(UsageError, match=dtype):
         rows(find_text([tmp_path], [encoders[0] / "diffusers"]))
     scaled = save(tensors | {name.replace("weight", "scale_weight"): torch.ones(1)}, tmp_path / "scaled.safetensors")
-    with pytest.raises(UsageError, match="quantised"):
+    with pytest.raises(UsageError, match="scale_weight"):
         rows(find_text([scaled], [encoders[0] / "diffusers"]))
 
 
