@@ -167,7 +167,7 @@ def block(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
     wanted = bench.Wanted(subject, rounds, blocks, tuple(executor), tuple(baseline))
-    check_out(out)
+    check_out(out, {"--model": model, "--vae": vae, "--base": base})
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_block)
 
 
@@ -216,7 +216,7 @@ def stream(
     )
     subject = replace(subject, executor=executor)
     wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink, batches)
-    check_out(out)
+    check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_stream)
 
 
@@ -327,11 +327,12 @@ def teller(subject: Subject) -> Callable[[str], None]:
     return tell
 
 
-def check_out(out: Path | None) -> None:
-    """UsageError for a place that no file can be written to, before anything is measured."""
-    from ..runtime.files import check_output
+def check_out(out: Path | None, inputs: dict[str, str | Path | None]) -> None:
+    """UsageError for a place that no file can be written to, or that is read, before anything is measured."""
+    from ..runtime.files import check_output, check_paths
 
     if out is not None:
+        check_paths(inputs, {"--out": out})
         check_output(out)
 
 

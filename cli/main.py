@@ -38,7 +38,7 @@ class Commands(TyperGroup):
         except (MemoryError, RuntimeError) as error:
             if not no_memory(error) or ctx.params.get("debug"):
                 raise
-            message = str(error).splitlines()[0]
+            message = next(iter(str(error).splitlines()), type(error).__name__)
             typer.echo(f"error: out of memory: {message}; inferix plan shows what fits and what needs less", err=True)
             raise typer.Exit(1) from error
 

@@ -90,6 +90,7 @@ class Engine:
         noise: Noise | None = None,
         size: tuple[int, int] | None = None,
         actions: Sequence[str] = (),
+        fit: str = "crop",
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
@@ -97,7 +98,8 @@ class Engine:
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
         it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
         the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
-        Raises UsageError for input that cannot be used.
+        `fit` (crop, pad, stretch) brings files of other proportions to `size`; a video file is sampled at the model's
+        rate. Raises UsageError for input that cannot be used.
         """
         size, preset, inputs = size or self.default_size, self.preset, self.inputs
         if strength is not None and video is None:
@@ -109,11 +111,11 @@ class Engine:
         negative = inputs.negative_rows(negative_prompt, negative_embeds)
         source = clamped = prefix = None
         if video is not None and strength is not None:
-            source = inputs.source_latents(video, size)
+            source = inputs.source_latents(video, size, fit)
         elif image is not None and preset.context.image == "clamp" and video is None:
-            clamped = inputs.clamped_latents(image, size)
+            clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
-            prefix = inputs.prefix_latents(image, video, size)
+            prefix = inputs.prefix_latents(image, video, size, fit)
         texts = [rows] if negative is None else [rows, negative]
         state = SessionState(
             size=size,

@@ -5,6 +5,7 @@ All of it is plain data. Times are seconds of `time.perf_counter`; on a GPU a st
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -14,13 +15,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import torch
 
-from ..files import check_output, part_of, write_failed
+from ..files import PartFile, check_output, write_failed
 
 BOUNDS = tuple(2.0**power for power in range(-10, 7))  # upper ends of a histogram's bins in seconds; one more above
 
@@ -126,37 +128,47 @@ class BlockRecord:
 
 
 class RecordFile:
-    """Records as JSON lines, as a context manager; the file has its name once it is complete, or interrupted."""
+    """Records as JSON lines, as a context manager; at its end, also by an error, what was recorded has its name."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = check_output(path)
+        self.part: PartFile | None = None
         self.lock = threading.Lock()
-        self.file: TextIO | None = None
+        self.file: FileIO | None = None
+        self.written = 0  # bytes of whole lines
 
     def __enter__(self) -> Self:
-        self.file = part_of(self.path).open("w", encoding="utf-8")
+        try:
+            self.part = PartFile(self.path)
+            self.file = self.part.part.open("wb", buffering=0)
+        except OSError as error:
+            raise write_failed(self.path, error) from error
         return self
 
     def __call__(self, record: dict[str, Any]) -> None:
         assert self.file is not None
         try:
             with self.lock:
-                self.file.write(json.dumps(record) + "\n")
+                line = (json.dumps(record) + "\n").encode()
+                if self.file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.written += len(line)
         except OSError as error:
             raise write_failed(self.path, error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self.file is not None
+        assert self.file is not None and self.part is not None
         try:
+            self.file.truncate(self.written)
             self.file.close()
-            if kind is None or issubclass(kind, KeyboardInterrupt):
-                os.replace(part_of(self.path), self.path)
+            if kind is None or self.written:
+                self.part.keep()
         except OSError as failed:
             raise write_failed(self.path, failed) from failed
         finally:
-            part_of(self.path).unlink(missing_ok=True)
+            self.part.discard()
 
 
 @dataclass
