@@ -117,7 +117,7 @@ def choose_state_dict(
         if expert := next((word for word in place.words if word in EXPERTS), None):
             refuse_two_experts(path, expert)
         if any(".lora_" in name for name in group) and not fit:
-            raise UsageError(f"{path} is a LoRA adapter; give the {kind} it belongs to, and the adapter as lora=")
+            raise UsageError(f"{path} is a LoRA adapter; give the {kind} it belongs to, and the adapter as lora")
     if not fit:
         some = ", ".join(sorted(str(name)[:80] for name in listed_names(content, groups))[:4]) or "nothing"
         raise UsageError(f"{path} is no {kind}: it holds {some}")

@@ -203,8 +203,8 @@ def read_tokenizer(path: Path) -> Any:
 
     if not path.is_dir():
         raise UsageError(
-            f"no tokenizer folder {quoted(str(path))}; expected the one that came with the text encoder, "
-            f"as {' or '.join(TOKENIZERS)} beside it or in base="
+            f"no tokenizer folder {quoted(str(path))}; put {' or '.join(TOKENIZERS)} beside the text encoder, "
+            "or give base, a folder that has it"
         )
     for file in path.iterdir():
         if not file.is_dir():

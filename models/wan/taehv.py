@@ -91,7 +91,7 @@ class TinyDecoder(nn.Module):
     def encode(self, pixels: Tensor, state: StreamState) -> NoReturn:
         raise UsageError(
             "the tiny decoder cannot encode, but this stream starts from a picture or its preset encodes one again; "
-            "leave vae= out to use the model's own VAE"
+            "leave vae out to use the model's own VAE"
         )
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:

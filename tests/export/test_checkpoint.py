@@ -76,7 +76,7 @@ def test_a_decoder_is_chosen_and_must_fit(folders, tmp_path):
         with engine.open(prompt="a cat", size=SIZE) as session:
             blocks.append(next(session.stream(1)))
     assert (blocks[0].frames == blocks[1].frames).all() and len(blocks[0].frames) == 9
-    with pytest.raises(UsageError, match="vae="):
+    with pytest.raises(UsageError, match="vae"):
         found.open(prompt="a", size=SIZE, video=blocks[0].frames)
     with pytest.raises(UsageError, match=r"causvid.*vae"):
         load("wan-tiny", preset="causvid", vae="taehv")
