@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
-from inferix import load
+import inferix
+from inferix import checkpoint, load, media
 from inferix.export.checkpoint import write_random
 from inferix.models.wan.checkpoint import FORMATS
 from inferix.runtime.limits import Limits
 from inferix.schemes.presets import PRESETS
 
+PARTS = (checkpoint, media)
 DOCS = Path(__file__).parents[1] / "docs"
 DOC = (DOCS / "models.md").read_text("utf-8")
 
@@ -51,3 +53,11 @@ def test_the_examples_about_sessions(tmp_path, monkeypatch, capsys):
 def test_every_preset_and_format_is_documented():
     for name in (*PRESETS, *(form for form in FORMATS if form not in ("original", "diffusers"))):
         assert f"`{name}`" in DOC
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "api.md").read_text("utf-8")
+    names = [*inferix.__all__, *(f"{part.__name__.split('.')[1]}.{name}" for part in PARTS for name in part.__all__)]
+    missing = [name for name in names if f"inferix.{name}" not in text]
+    assert not missing
+    assert text.count("::: ") == len(set(re.findall(r"::: (\S+)", text)))
