@@ -21,8 +21,8 @@ class UsageError(InferixError, ValueError):
     """Bad input: a value, name, file or combination that cannot be used."""
 
 
-def in_a_line(error: Exception) -> str:
-    """What a program says on stderr before it ends."""
+def one_line(error: Exception) -> str:
+    """Format an error as one line for stderr."""
     return f"error: {' '.join(str(error).split())}"
 
 
@@ -31,17 +31,17 @@ def exit_code(error: InferixError) -> int:
 
 
 @contextmanager
-def told_in_a_line() -> Iterator[None]:
-    """End a program with one line on stderr where its user or its run is at fault."""
+def one_line_errors() -> Iterator[None]:
+    """Print an InferixError as one line on stderr and exit with its `exit_code`."""
     try:
         yield
     except InferixError as error:
-        print(in_a_line(error), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         raise SystemExit(exit_code(error)) from error
 
 
 def no_memory(error: Exception) -> bool:
-    """Whether memory ran out; torch has a class of its own for that of a GPU, and none for the host's."""
+    """Return True for an out-of-memory error of the GPU (torch has a class for it) or of the host (it has none)."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or no_host_memory(error)
 
 

@@ -18,7 +18,7 @@ from ..schemes.presets import UNTRAINED
 from .options import parse_settings, parse_size
 
 if TYPE_CHECKING:
-    from ..bench.kernels import Wanted
+    from ..bench.kernels import Options
     from ..bench.result import Result
     from ..bench.subject import Subject
 
@@ -86,7 +86,7 @@ def kernels(
             raise UsageError("--compile-only has its own cases and table; leave out --case, --shape and --out")
         return print_compiled(op, as_json)
 
-    from ..bench.kernels import Wanted, draw, run, shown
+    from ..bench.kernels import Options, draw, run, shown
     from ..bench.result import write_result
     from ..runtime.config import DTYPES, check_device, default_device
 
@@ -95,11 +95,11 @@ def kernels(
     device = device or default_device()
     check_device(device)
     if tune:
-        return print_tuned(Wanted(tuple(op), tuple(case), shape, DTYPES[dtype], device), as_json)
+        return print_tuned(Options(tuple(op), tuple(case), shape, DTYPES[dtype], device), as_json)
     if device == "cpu":
         console.print("no GPU is used: these are times of the reference implementations on a CPU", highlight=False)
-    wanted = Wanted(tuple(op), tuple(case), shape, DTYPES[dtype], device)
-    result = run(wanted, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    options = Options(tuple(op), tuple(case), shape, DTYPES[dtype], device)
+    result = run(options, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if out is not None:
         write_result(result, out / "kernels.json")
         if draw(result, out / "kernels.png") is None:
@@ -166,9 +166,9 @@ def block(
     subject = the_subject(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
-    wanted = bench.Wanted(subject, rounds, blocks, tuple(executor), tuple(baseline))
+    options = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out, {"--model": model, "--vae": vae, "--base": base})
-    finish(bench.run(wanted, progress_printer(subject)), out, as_json, print_block)
+    finish(bench.run(options, progress_printer(subject)), out, as_json, print_block)
 
 
 @app.command()
@@ -215,9 +215,9 @@ def stream(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
     )
     subject = replace(subject, executor=executor)
-    wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink, batches)
+    options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
-    finish(bench.run(wanted, progress_printer(subject)), out, as_json, print_stream)
+    finish(bench.run(options, progress_printer(subject)), out, as_json, print_stream)
 
 
 @app.command()
@@ -420,12 +420,12 @@ def in_unit(value: float, unit: str) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.4g} ms"
 
 
-def print_tuned(wanted: Wanted, as_json: bool) -> None:
+def print_tuned(options: Options, as_json: bool) -> None:
     """Tune the ops and print the paths of their tables."""
     from ..bench.tune import tune_here
 
     console = Console(stderr=True)
-    written = tune_here(wanted, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    written = tune_here(options, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if as_json:
         typer.echo(json.dumps({op: str(path) for op, path in written.items()}))
     else:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
-from ..errors import InferixError, UsageError, in_a_line, nearest, quoted
+from ..errors import InferixError, UsageError, nearest, one_line, quoted
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
 from ..runtime.media_input import check_fit, read_video
@@ -431,7 +431,7 @@ def generate(
         except KeyboardInterrupt:
             result.interrupted = True
         except (InferixError, RuntimeError, MemoryError) as error:
-            result.failed = in_a_line(error)
+            result.failed = one_line(error)
             raise
         finally:  # the finished blocks are written in every case
             if records is not None and records.exists():
@@ -449,8 +449,8 @@ def generate(
                     lambda: write_record(result, about, outputs),
                 )
             for failure in lost:
-                result.failed = result.failed or in_a_line(failure)
-                typer.echo(in_a_line(failure), err=True)
+                result.failed = result.failed or one_line(failure)
+                typer.echo(one_line(failure), err=True)
             print_result(result, count, as_json)
     if result.interrupted:
         raise typer.Exit(128 + (came[0] if came else signal.SIGINT))

@@ -125,7 +125,7 @@ def graph(
         raise UsageError(f"--plan prints the buffer plan; leave {'--json' if as_json else '--pass'} out")
     fuse = "fuse-commit" in names
     traced = build_block_graph(
-        spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kept=page_dtype
+        spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kv_dtype=page_dtype
     )
     block = rewritten(traced, names, packed)
     validate(block)
@@ -156,7 +156,7 @@ def print_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make
     from ..runtime.programs.graph_store import GraphStore, card_of
     from ..runtime.programs.warmup import graph_keys
 
-    keys = graph_keys(graphs.spec, graphs.preset, size, graphs.kept is not None) if make else []
+    keys = graph_keys(graphs.spec, graphs.preset, size, graphs.kv_dtype is not None) if make else []
     store = GraphStore.open(folder, graphs, create=make)
     made = store.fill(graphs, keys)
     programs = store.programs()

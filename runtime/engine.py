@@ -28,7 +28,7 @@ from .execution.executors import Executor, Text
 from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .inputs import Inputs, Pixels
-from .kv.kv_manager import KVMemory
+from .kv.kv_manager import KVManager
 from .limits import Limits
 from .noise import Noise, PhiloxNoise
 from .programs.graph_store import card_of
@@ -154,8 +154,8 @@ class Engine:
             with record.span("encode"):
                 self._apply_controls(session)
             session.mark_rollback()
-            settle_decoder = partial(manager.settle, session)
-            block = yield from self.loop.make_block(state, record, session.mark_rollback, settle_decoder)
+            wait_for_decoder = partial(manager.settle, session)
+            block = yield from self.loop.make_block(state, record, session.mark_rollback, wait_for_decoder)
             if self.profile is not None:
                 self.profile.end_block(block.span.index, record.seconds, partial(self._bytes_by_owner, state))
             manager.finish_block(session, block.latents)
@@ -303,7 +303,7 @@ class Engine:
         return self.resources.executor
 
     @property
-    def memory(self) -> KVMemory:
+    def memory(self) -> KVManager:
         return self.resources.memory
 
     @property
