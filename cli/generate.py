@@ -1,7 +1,7 @@
 """`inferix generate`: from a prompt to a video and a record of its settings and timings.
 
 Blocks are written as they come, so Ctrl-C, SIGTERM and an error keep the finished ones in a playable file. Progress
-goes to stderr; stdout holds the result alone.
+goes to stderr; stdout has only the result.
 """
 
 from __future__ import annotations
@@ -284,28 +284,28 @@ def generate(
     ),
     base: str | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
     vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
-    text_encoder: str | None = typer.Option(None, help="Text encoder: a file or folder; else beside model or in base."),
+    text_encoder: str | None = typer.Option(None, help="Text encoder file or folder, if not with model or base."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
     lora_scale: float = typer.Option(1.0, help="Factor of the adapter's weights."),
     lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter that fits only in part."),
     preset: str | None = typer.Option(
         None, help="Named sampler and context settings.  [default: the model's own, or self-forcing]"
     ),
-    prompt: str | None = typer.Option(None, help="What the video shows."),
+    prompt: str | None = typer.Option(None, help="Content of the video, as text."),
     prompt_embeds: Path | None = typer.Option(None, help="File of text-encoder output, instead of a prompt."),
     seconds: float | None = typer.Option(None, help="Length in seconds, rounded up to whole blocks."),
     blocks: int | None = typer.Option(None, help=f"Length in blocks.  [default: {DEFAULT_BLOCKS}, or as --actions]"),
     seed: int = typer.Option(0, help="Seed of the noise."),
     out: Path = typer.Option(Path("out.mp4"), help="Video to write; .json and .png go beside it."),
-    image: Path | None = typer.Option(None, help="Picture to begin with."),
+    image: Path | None = typer.Option(None, help="First picture of the video."),
     video: Path | None = typer.Option(None, help="Video to continue."),
     fit: str = typer.Option(
-        "crop", help="How --image and --video fill the picture: crop, pad with black, or stretch."
+        "crop", help="Fit of --image and --video to the picture: crop, pad with black, or stretch."
     ),
     strength: float | None = typer.Option(
-        None, help="Make it from --video: 0.1 stays near it, 1 leaves it; for presets whose solver is not unipc."
+        None, help="Video to video with --video: 0.1 stays close, 1 ignores it; not for presets with solver unipc."
     ),
-    negative_prompt: str | None = typer.Option(None, help="What to keep away from, for presets with guidance."),
+    negative_prompt: str | None = typer.Option(None, help="Content to avoid, for presets with guidance."),
     prompt_at: list[str] = typer.Option(
         [], metavar='SECONDS "PROMPT"', help="Change the prompt at a time; repeatable."
     ),
@@ -316,7 +316,7 @@ def generate(
     actions: str | None = typer.Option(
         None,
         metavar='"8R 8U ..."',
-        help="What the hero does, an action per latent frame: 8R, 4U, stay; or a .json file with a list of names.  "
+        help="Actions of the hero, one per latent frame: 8R, 4U, stay; or a .json file with a list of names.  "
         f"[default for the small world: {DEFAULT_ACTIONS}, unless a length is given]",
     ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
@@ -324,23 +324,23 @@ def generate(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = typer.Option(
-        None, help="How passes run: eager, fused, captured.  [default: captured on a GPU, else eager]"
+        None, help="Executor of passes: eager, fused, captured.  [default: captured on a GPU, else eager]"
     ),
-    graphs: Path | None = typer.Option(None, help="Folder of stored graphs to start from, and to add to."),
+    graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     profile: Path | None = typer.Option(
-        None, metavar="DIR", help="Folder for a trace and a table of where each block's time went."
+        None, metavar="DIR", help="Folder for a trace and a table of each block's time by call."
     ),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Engine setting; repeatable."),
-    records: Path | None = typer.Option(None, help="File for what was measured, a JSON line for each block."),
+    records: Path | None = typer.Option(None, help="File for measurements, a JSON line per block and control."),
     config: Path | None = typer.Option(
         None, callback=read_config, is_eager=True, help="YAML file of options, settings in 'set'; flags win."
     ),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Make a video block by block; Ctrl-C, SIGTERM and an error keep the finished blocks.
+    """Make a video block by block; after Ctrl-C, SIGTERM or an error the finished blocks are in the file.
 
-    Writes OUT, a contact sheet (.png) and a record of settings and timings (.json) beside it; never over a file that it
-    reads. A video given with --video is sampled at the model's rate.
+    Writes OUT, and beside it a contact sheet (.png) and a record of settings and timings (.json); never overwrites an
+    input. A video of --video is sampled at the model's frame rate.
 
     Example: inferix generate --prompt "a purple wizard in a sandy desert by day" --actions "8R 4U 4S" --out wizard.mp4
 

@@ -228,12 +228,12 @@ def read_keys(controls: Controls, file: int, until: float, decode: Any) -> None:
 
 def play(
     model: str = typer.Option("tinyworld", help="Checkpoint folder of a model that follows actions."),
-    prompt: str = typer.Option(DEFAULT_PROMPT, help="What the world shows."),
+    prompt: str = typer.Option(DEFAULT_PROMPT, help="Content of the world, as text."),
     seed: int = typer.Option(0, help="Seed of the noise, which determines the land."),
     seconds: float | None = typer.Option(None, help="Quit after this many seconds of video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     executor: str | None = typer.Option(
-        None, help="How passes run: eager, fused, captured.  [default: captured on a GPU, else eager]"
+        None, help="Executor of passes: eager, fused, captured.  [default: captured on a GPU, else eager]"
     ),
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
 ) -> None:

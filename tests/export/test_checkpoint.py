@@ -68,16 +68,16 @@ def test_a_decoder_is_chosen_and_must_fit(folders, tmp_path):
     spec = MODELS["wan-tiny"]
     tiny = random_tiny_decoder_state(spec, 0, torch.float32) | {"encoder.0.weight": torch.zeros(1)}
     torch.save(tiny, tmp_path / "taew2_1.pth")
-    found = load(folders["original"], vae="taehv", base=tmp_path)
-    given = load(folders["diffusers"], vae=tmp_path / "taew2_1.pth")
+    searched = load(folders["original"], vae="taehv", base=tmp_path)
+    by_path = load(folders["diffusers"], vae=tmp_path / "taew2_1.pth")
     blocks = []
-    for engine in (found, given):
+    for engine in (searched, by_path):
         assert isinstance(engine.parts.vae, TinyDecoder)
         with engine.open(prompt="a cat", size=SIZE) as session:
             blocks.append(next(session.stream(1)))
     assert (blocks[0].frames == blocks[1].frames).all() and len(blocks[0].frames) == 9
     with pytest.raises(UsageError, match="vae"):
-        found.open(prompt="a", size=SIZE, video=blocks[0].frames)
+        searched.open(prompt="a", size=SIZE, video=blocks[0].frames)
     with pytest.raises(UsageError, match=r"causvid.*vae"):
         load("wan-tiny", preset="causvid", vae="taehv")
     with pytest.raises(UsageError, match="tae"):

@@ -1,4 +1,4 @@
-"""An adapter is merged as its file says, in every published form of names and strength, or refused by a reason."""
+"""An adapter is merged at the strength its file states, in every published form, or refused with a reason."""
 
 import json
 import math
@@ -158,8 +158,8 @@ def test_strength_by_a_config(checkpoint, tmp_path, case, place):
     config, scale, scale8 = CONFIGS[case]
     expected = {Q: scale * PRODUCT, UP: scale8 * PRODUCT8}
     if place == "metadata":
-        told = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
-        lora = save(named("transformer."), tmp_path / "lora.safetensors", told)
+        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+        lora = save(named("transformer."), tmp_path / "lora.safetensors", metadata)
     else:
         lora = save(FORMS["peft"], tmp_path / "adapter_model.safetensors")
         save_json(config, tmp_path / "adapter_config.json")
@@ -174,10 +174,10 @@ def test_plain_metadata(checkpoint, tmp_path):
 
 def test_metadata_of_a_trainer_whose_alpha_is_in_the_weights(checkpoint, tmp_path):
     """Files that musubi's tools convert keep ss_network_alpha, which their weights have taken in already."""
-    told = {"ss_network_alpha": "2", "ss_network_dim": "4"}
-    check(checkpoint, save(named("diffusion_model."), tmp_path / "a.safetensors", told), {Q: PRODUCT, UP: PRODUCT8})
+    metadata = {"ss_network_alpha": "2", "ss_network_dim": "4"}
+    check(checkpoint, save(named("diffusion_model."), tmp_path / "a.safetensors", metadata), {Q: PRODUCT, UP: PRODUCT8})
     with pytest.raises(UsageError, match="ss_network_alpha"):
-        changes(checkpoint, save(FORMS["kohya"], tmp_path / "b.safetensors", told))
+        changes(checkpoint, save(FORMS["kohya"], tmp_path / "b.safetensors", metadata))
 
 
 def test_a_config_beside_a_file_of_another_name_counts_if_it_agrees(checkpoint, tmp_path):
@@ -198,8 +198,8 @@ def test_a_config_beside_a_file_of_another_name_counts_if_it_agrees(checkpoint, 
 @pytest.mark.parametrize("conflict", ["tensor", "metadata"])
 def test_strength_that_is_stated_twice_must_agree(checkpoint, tmp_path, conflict):
     parts = named(modules=[Q]) | ({f"{Q}.alpha": torch.tensor(2.0)} if conflict == "tensor" else {})
-    told = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
-    save(parts, tmp_path / "adapter_model.safetensors", told if conflict == "metadata" else None)
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    save(parts, tmp_path / "adapter_model.safetensors", metadata if conflict == "metadata" else None)
     save_json({"r": 4, "lora_alpha": 2}, tmp_path / "adapter_config.json")
     check(checkpoint, tmp_path, {Q: 0.5 * PRODUCT})
     save_json({"r": 4, "lora_alpha": 8}, tmp_path / "adapter_config.json")
@@ -226,8 +226,8 @@ BAD_CONFIGS = [
 @pytest.mark.parametrize("config", BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
 @pytest.mark.parametrize("place", ["folder", "metadata"])
 def test_bad_configs_are_refused(checkpoint, tmp_path, config, place):
-    told = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
-    save(named("transformer."), tmp_path / "adapter_model.safetensors", told if place == "metadata" else None)
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    save(named("transformer."), tmp_path / "adapter_model.safetensors", metadata if place == "metadata" else None)
     if place == "folder":
         save_json(config, tmp_path / "adapter_config.json")
     with pytest.raises(UsageError, match="adapter_config" if place == "folder" else "lora_adapter_metadata"):

@@ -1,4 +1,4 @@
-"""VAEs, tiny decoders and text encoders as others ship them: found, read in either's names, or refused by a reason."""
+"""VAEs, tiny decoders and text encoders as published: found and read, or refused with a reason."""
 
 import json
 import os
@@ -32,8 +32,8 @@ TAEHV = random_tiny_decoder_state(MODELS["wan-tiny"], 0, torch.float32)
 
 
 def is_vae(path):
-    found = load_vae(path, None, "cpu")
-    return found.spec == TINY_VAE and all(torch.equal(tensor, VAE[name]) for name, tensor in found.state_dict().items())
+    vae = load_vae(path, None, "cpu")
+    return vae.spec == TINY_VAE and all(torch.equal(tensor, VAE[name]) for name, tensor in vae.state_dict().items())
 
 
 def prefixed(prefix, tensors):
@@ -134,9 +134,9 @@ def encoders(tmp_path_factory):
     return folder, rows(find_text([folder / "original"]))
 
 
-def rows(found):
-    assert found is not None
-    return load_text(found, 12, torch.float32, "cpu").encode("a cat")
+def rows(paths):
+    assert paths is not None
+    return load_text(paths, 12, torch.float32, "cpu").encode("a cat")
 
 
 def tensors_of(encoders, layout):
@@ -158,9 +158,9 @@ def tensors_of(encoders, layout):
 )
 def test_one_file_in_either_names(encoders, tmp_path, layout, file, wrap):
     file = save(wrap(tensors_of(encoders, layout)), tmp_path / file)
-    found = find_text([file], [encoders[0] / "diffusers"])
-    assert found == (file, encoders[0] / "diffusers" / "tokenizer")
-    assert torch.equal(rows(found), encoders[1])
+    paths = find_text([file], [encoders[0] / "diffusers"])
+    assert paths == (file, encoders[0] / "diffusers" / "tokenizer")
+    assert torch.equal(rows(paths), encoders[1])
 
 
 @pytest.mark.parametrize("name", [*TEXT_FILES, *(f"text_encoders/{name}" for name in TEXT_FILES)])

@@ -88,12 +88,12 @@ def test_padding_does_not_reach_the_prompt(diffusers_dir):
 
 def test_long_prompt_is_cut_and_keeps_the_end_token(diffusers_dir):
     encoder = from_diffusers(diffusers_dir)
-    with pytest.warns(UserWarning, match=r"800 tokens.*512") as told:
+    with pytest.warns(UserWarning, match=r"800 tokens.*512") as caught:
         got = encoder.encode("cat " * 200)
     assert got.shape == (512, 64) and (got.abs().amax(1) > 0).all()
     with pytest.warns(UserWarning, match=r"515 tokens.*512"):
         assert torch.equal(got, encoder.encode(("cat " * 200)[:511] + "dog"))
-    assert len(str(told[0].message)) < 400
+    assert len(str(caught[0].message)) < 400
 
 
 @pytest.mark.parametrize("length", [0, 511])
