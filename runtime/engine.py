@@ -103,7 +103,7 @@ class Engine:
         """
         size, preset, inputs = size or self.default_size, self.preset, self.inputs
         if strength is not None and video is None:
-            raise UsageError(f"strength is {strength}, but there is no video to start from; give one (--video)")
+            raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:
             check_action(action, self.spec.actions)
         sampler = Sampler(preset.sampler, 1.0 if strength is None else strength)
