@@ -1,6 +1,6 @@
-"""The UMT5 encoder through `transformers`, with the prompt cleaning and zero rows that Wan was trained with.
+"""The UMT5 encoder of `transformers`, with the prompt cleaning and zero rows that Wan was trained with.
 
-Prompts become exactly `text_len` rows; those after the prompt are zero, and the transformer attends to them.
+A prompt becomes exactly `text_len` rows. Rows after its end are zero, and the transformer attends to them.
 Source: Wan 2.1 (arXiv 2503.20314); UMT5 (arXiv 2304.09151).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import UsageError
+from ...errors import UsageError, quoted
 from ..files import check_file
 
 LONGEST_PROMPT = 20_000  # characters; far beyond what 512 tokens hold
 
 
-def clean_prompt(prompt: str) -> str:
-    """The prompt as the encoder was trained to read it; UsageError if it is no text, empty or absurdly long."""
+def clean_prompt(prompt: str, empty: bool = False) -> str:
+    """Clean a prompt as in the encoder's training: ftfy, HTML entities, white space.
+
+    Raises UsageError if it is no text, longer than `LONGEST_PROMPT`, or empty after cleaning, unless `empty`.
+    """
     import ftfy
 
     if not isinstance(prompt, str):
@@ -38,22 +42,29 @@ def clean_prompt(prompt: str) -> str:
         )
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     text = re.sub(r"\s+", " ", text).strip()
-    if not text:
+    if not text and not empty:
         raise UsageError("the prompt is empty; say what the video shows")
     return text
 
 
 class TextEncoder:
-    """A tokenizer and an encoder; `encode` gives the rows of one prompt."""
+    """A tokenizer and an encoder; `encode` returns the rows of one prompt."""
 
     def __init__(self, tokenizer: Any, model: Any, text_len: int) -> None:
         self.tokenizer, self.model, self.text_len = tokenizer, model, text_len
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """Rows [text_len, d] of a prompt, zero from its end on."""
+        """Encode a prompt, which may be empty, to rows [text_len, d], zero after its end. Warns of a truncated one."""
+        text = clean_prompt(prompt, empty=True)
+        if (length := self.count_tokens(text)) > self.text_len:
+            warnings.warn(
+                f"the prompt has {length} tokens, of which only the first {self.text_len} count: "
+                f"{quoted(prompt)} is cut; make it shorter",
+                stacklevel=2,
+            )
         tokens = self.tokenizer(
-            clean_prompt(prompt),
+            text,
             max_length=self.text_len,
             padding="max_length",
             padding_side="right",
@@ -64,9 +75,17 @@ class TextEncoder:
         rows = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return rows[0].masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
 
+    def count_tokens(self, text: str) -> int:
+        """Count the tokens of a cleaned prompt, its end token included, without truncation."""
+        return len(self.tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids)
+
 
 def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int) -> Tensor:
-    """Rows [text_len, text_dim] from [L, D] or [1, L, D], a tensor or `prompt_embeds` of a safetensors file."""
+    """Pad prompt embeddings [L, text_dim] or [1, L, text_dim] with zero rows to [text_len, text_dim].
+
+    source: a tensor, or a safetensors file with a tensor `prompt_embeds`. Raises UsageError for other shapes, values
+    that are not finite, or an unreadable file.
+    """
     where = "prompt_embeds" if isinstance(source, Tensor) else repr(str(source))
     rows = source if isinstance(source, Tensor) else read_embeds(Path(source))
     if rows.ndim == 3 and len(rows) == 1:

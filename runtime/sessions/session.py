@@ -168,7 +168,7 @@ class Session:
         self.check_open()
         spec = self.manager.resources.spec
         if (text is None) == (embeds is None):
-            raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
+            raise UsageError("give a prompt or prompt_embeds, and not both")
         if embeds is not None:
             embeds = load_prompt_embeds(embeds, spec.text_len, spec.text_dim)
         else:

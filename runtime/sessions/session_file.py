@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ...errors import InferixError, UsageError, quoted
 from ...models.files import check_file, parse_json, reason, write_tensors
 from ...schemes.presets import Preset
-from ..files import check_output, write_atomically
+from ..files import check_output, check_paths, write_atomically
 from ..resources import Resources
 from .saved_values import InvalidField, fields_of, invalid, list_of
 from .session_state import SavedFields, SessionState
 
 KEY = "inferix-session"  # of the header's JSON
 VERSION = 2
+MODEL_PATHS = ("model", "base", "vae", "lora", "text_encoder", "fast_vae")  # settings that name files read
 SAMPLED = 64  # values of each weight that go into a fingerprint
 COMMON = ("version", "made_by", "tensors", "checksum")  # in the header, besides the fields
 IRRELEVANT = ("name", "about", "rewind_blocks")  # settings of a preset that change no block
@@ -39,6 +40,7 @@ def write_session(state: SessionState, resources: Resources, preset: Preset, pat
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in file.tensors.items()}
     header = json.loads(json.dumps(file.header))
     metadata = {KEY: json.dumps(header | {"checksum": checksum(header, on_host)})}
+    check_paths({name: getattr(resources.config, name) for name in MODEL_PATHS}, {"path": path})
     write_atomically(check_output(path), lambda part: write_tensors(unshared(on_host), part, metadata))
 
 

@@ -152,7 +152,7 @@ class SessionManager:
 
     def close(self, session: Session) -> None:
         """End a session once its last block is decoded; finished blocks may still be taken."""
-        self.pipeline.settle(session.id)
+        self.pipeline.wait(session.id)
         if session.state is not State.FAILED:
             self._end(session, State.CLOSED)
 
@@ -190,19 +190,19 @@ class SessionManager:
     def _entry(self, session: Session) -> SchedulerEntry:
         """The session as the scheduler sees it."""
         resources, preset = self.resources, session.current.preset
-        page, spec = resources.memory.form(session.size), resources.spec
+        page, spec = resources.kv_manager.form(session.size), resources.spec
         need = session_need(
             preset, spec, resources.parts.vae.spec, session.size, resources.config.dtype, page.nbytes,
             queued=self.limits.queue_blocks,
         )  # fmt: skip
-        store = resources.memory.stores.get(page.grid)
+        store = resources.kv_manager.stores.get(page.grid)
         room = None if store is None or store.grows else store.pool.size * page.nbytes
         period = spec.vae_stride[0] * preset.num_frame_per_block / spec.fps
         return SchedulerEntry(need, session.size, period, room)
 
     def _fail(self, session: Session, error: Exception) -> None:
         """End a session with an error, unless it has ended. The traceback loses its frames' local variables."""
-        self.pipeline.settle(session.id)
+        self.pipeline.wait(session.id)
         traceback.clear_frames(error.__traceback__)
         if session.state in ENDED:
             return
@@ -288,7 +288,7 @@ class SessionManager:
 
     def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[int]:
         """Sessions whose next blocks can be batched with the chosen one's."""
-        if not self.resources.executor.batches or not self.resources.memory.batches(chosen.size):
+        if not self.resources.executor.batches or not self.resources.kv_manager.batches(chosen.size):
             return []
         key = chosen.current.batch_key
         return [session.id for session in ready if session is not chosen and session.current.batch_key == key]
@@ -369,7 +369,7 @@ class SessionManager:
         if step.kind == "decoder":
             for session in list(self.sessions.values()):
                 with self.isolate_failures(session):
-                    self.pipeline.settle(session.id)
+                    self.pipeline.wait(session.id)
                     session.current.decoder.change_decoder(self.decoder)
         elif step.kind == "sessions":
             admitted = [self.sessions[index] for index in self.scheduler.admitted]
@@ -385,7 +385,7 @@ class SessionManager:
 
     def settle(self, session: Session) -> None:
         """Wait for the decoder. A failure there ends the session and is raised."""
-        self.pipeline.settle(session.id)
+        self.pipeline.wait(session.id)
         if session.decode_error is not None:
             self._fail(session, session.decode_error)
             session.check_open()
@@ -587,12 +587,12 @@ class SessionManager:
     @property
     def pages_in_use(self) -> int:
         """Pages that any session holds; one that several hold counts once."""
-        return sum(store.pool.used for store in self.resources.memory.stores.values())
+        return sum(store.pool.used for store in self.resources.kv_manager.stores.values())
 
     def check_integrity(self) -> None:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
         caches = [cache for session in self.sessions.values() for cache in session.caches]
-        for store in self.resources.memory.stores.values():
+        for store in self.resources.kv_manager.stores.values():
             store.pool.check_integrity([cache.table for cache in caches if cache.store is store])
 
     def after_fork(self) -> None:

@@ -28,7 +28,7 @@ from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
 from ..execution.executors import Text
-from ..kv.paged_cache import HeldPages, PagedCache
+from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
 from ..sampler import Sampler, Solver, UniPCSolver
@@ -57,7 +57,7 @@ class Branch:
     @classmethod
     def new(cls, resources: Resources, rows: Tensor, size: tuple[int, int]) -> Branch:
         """A conditioning from the text encoder's rows [text_len, text_dim], with an empty cache."""
-        return cls(resources.executor.condition(rows), resources.memory.new_cache(size))
+        return cls(resources.executor.condition(rows), resources.kv_manager.new_cache(size))
 
     def fork(self) -> Branch:
         """The same conditioning; the fork's cache shares pages until either side writes."""
@@ -289,13 +289,13 @@ class BranchesForm(SaveForm):
             pages = branch.cache.export_pages()
             for name in ("kv", "scales", "sink"):
                 file.put(f"cache.{index}.{name}", getattr(pages, name))
-            file.header["caches"].append({"frames": pages.frames, "places": list(pages.places.items())})
+            file.header["caches"].append({"frames": pages.frames, "places": list(pages.positions.items())})
 
     def check(self, file: SavedFields) -> None:
         stop, caches = file.header["timeline"]["next_frame"], list_of("caches", file.header["caches"])
         if len(caches) != file.branches:
             raise invalid("caches", len(caches), f"{file.branches}, one for each conditioning")
-        form, policy = file.resources.memory.form(SizeForm().read(file)), file.preset.context
+        form, policy = file.resources.kv_manager.form(SizeForm().read(file)), file.preset.context
         layers = file.resources.spec.num_layers
         for index, cache in enumerate(caches):
             name = f"caches.{index}"
@@ -320,10 +320,10 @@ class BranchesForm(SaveForm):
 
     def fill(self, value: list[Branch], file: SavedFields) -> None:
         for index, (branch, header) in enumerate(zip(value, file.header["caches"], strict=True)):
-            places = {frame: position for frame, position in header["places"]}
+            positions = {frame: position for frame, position in header["places"]}
             kv = file.tensor(f"cache.{index}.kv")
             scales, sink = (file.optional(f"cache.{index}.{name}") for name in ("scales", "sink"))
-            branch.cache.import_pages(HeldPages(tuple(header["frames"]), places, kv, scales, sink))
+            branch.cache.import_pages(ExportedPages(tuple(header["frames"]), positions, kv, scales, sink))
 
 
 class ActionsForm(SaveForm):

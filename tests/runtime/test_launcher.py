@@ -1,4 +1,4 @@
-"""Programs on a device: inputs copied once, constants shared and made anew in place, captures counted on a fake."""
+"""The launcher: inputs copied once, constants shared and recomputed in place, captures counted on a fake backend."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_input_is_copied_when_it_changes_and_a_result_is_the_callers() -> Non
     x.add_(0)
     (third,) = launcher.run(loaded.body, {name: x, other: y}).values()
     assert torch.equal(third, x @ y)
-    with pytest.raises(ValueError, match=r"is \[3, 2\]; the program was made for \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"\[3, 2\].*\[2, 2\]"):
         launcher.run(loaded.body, {name: torch.zeros(3, 2), other: y})
 
 
@@ -76,7 +76,7 @@ def test_constants_of_one_recipe_are_shared_and_follow_the_weights_in_place() ->
 
 
 def test_scratch_is_needed_only_where_the_arena_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs share the arena: the second needs memory for its input alone."""
+    """Programs share the arena: the second needs memory for its input only."""
     launcher = Launcher({}, CPU)
     program = lowered(lambda x: (x + 1) * 2, X)
     needs = launcher.needs(program)
@@ -105,16 +105,16 @@ def test_what_cannot_be_captured_is_launched_and_named_once() -> None:
         unsafe(kept)
         return kept + 1
 
-    for launched, backend, said in (
+    for launched, backend, named in (
         (
             run,
             FakeGraphs(),
-            "inferix_test::unsafe (pass/unsafe) cannot be captured: it is tagged as unsafe in a CUDA graph",
+            ("inferix_test::unsafe", "pass/unsafe"),
         ),
         (
             lambda x: 1 - x,
             FakeGraphs("operation not permitted"),
-            "aten::rsub.Scalar_out (pass/rsub) cannot be captured: operation not permitted",
+            ("aten::rsub.Scalar_out", "pass/rsub", "operation not permitted"),
         ),
     ):
         launcher = Launcher({}, CPU, backend)
@@ -122,12 +122,13 @@ def test_what_cannot_be_captured_is_launched_and_named_once() -> None:
         with pytest.warns(UserWarning) as caught:
             results = [launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X)) for _ in range(3)]
         assert torch.equal(next(iter(results[-1].values())), 1 - X)
-        assert [str(warning.message) for warning in caught] == [f"{said}; running as executor fused"]
+        (message,) = (str(warning.message) for warning in caught)
+        assert all(name in message for name in (*named, "fused"))
         assert backend.captures == 0
 
 
-def test_weights_that_are_put_together_are_there_once() -> None:
-    """The constant is the weights' memory; one that a program reads as it is stays where it is."""
+def test_merged_weights_are_stored_once() -> None:
+    """Weights become views of the constant; a weight that a program reads directly stays where it is."""
     model = {name: torch.nn.Parameter(X + shift, False) for shift, name in enumerate("qkv")}
     launcher = Launcher(model, CPU)
     fold = planned(lambda q, k, v: torch.cat((q, k, v)), *model.values(), roles="www", names=dict(enumerate("qkv")))

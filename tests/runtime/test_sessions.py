@@ -169,7 +169,7 @@ def test_rewinding_far_decodes_from_a_kept_state_on_again():
         assert len(found) == 13 and same(found, wanted[:13])
         assert same(list(session.stream(7)), wanted[13:])
         decoder = session.current.decoder
-        assert len(session.rewind_points) == 8 and len(decoder.kept) <= 2 and len(decoder.decoded) <= 16
+        assert len(session.rewind_points) == 8 and len(decoder.checkpoints) <= 2 and len(decoder.decoded) <= 16
         for block in (19, 15, 12):
             session.rewind(block)
             assert session.next_block == block
@@ -502,7 +502,7 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
         each.prompt(embeds=OTHER)
     wanted = list(twin.stream(3))
     twin.close()
-    pool, failed = engine.memory.store(SIZE).pool, 0
+    pool, failed = engine.kv_manager.store(SIZE).pool, 0
     whole = (engine.executor, "run_block")
     places = {"pass": (engine.loop, "forward"), "page": (pool, "acquire"), "whole block": whole}
     owner, verb = places[where]
@@ -963,7 +963,7 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
     streams = [session.stream(250, decode=False) for session in sessions]
     told = [{} for _ in sessions]  # by block: what it is the first to follow
     found = [[] for _ in sessions]
-    memory, process, pool = [], psutil.Process(), engine.memory.store(SIZE).pool
+    memory, process, pool = [], psutil.Process(), engine.kv_manager.store(SIZE).pool
     for made in range(250):
         for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
             chance = rng.random()
