@@ -10,6 +10,7 @@ from ..errors import UsageError
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
 from ..schemes.presets import FIELDS, default_model, default_preset, make_preset, no_setting
+from .arguments import instance, path_text, text
 from .config import SETTINGS, EngineConfig
 from .engine import Engine
 from .execution.loading import SHIPPED, Components, load_components, random_components, shipped
@@ -32,6 +33,11 @@ def load(
 
     Raises UsageError for unknown names and bad values, InferixError for broken files.
     """
+    instance(Limits)("limits", limits)
+    if preset is not None:
+        text("preset", preset)
+    if model is not None:
+        model = path_text("model", model)
     for key in settings:
         if key not in FIELDS and key not in SETTINGS:
             raise no_setting(key, {*FIELDS, *SETTINGS, "limits"})

@@ -19,6 +19,8 @@ from torch import Tensor
 from ...errors import AtCapacity, SessionEnded, UsageError
 from ...models.text.umt5 import load_prompt_embeds
 from ...schemes.actions import check_action
+from .. import arguments
+from ..arguments import embeddings, flag, integer, optional
 from ..engine_condition import EngineCondition
 from ..kv.paged_cache import PagedCache
 from ..limits import Limits
@@ -145,8 +147,7 @@ class Session:
         the session is stopped, and raises the error that made the session fail. If memory runs out, or Ctrl-C
         interrupts it, that is raised, too, but the block is rolled back, and the next `stream` makes it.
         """
-        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
-            raise UsageError(f"blocks is {blocks!r}; expected a whole number of 1 or more")
+        blocks, decode = optional(integer(1))("blocks", blocks), flag("decode", decode)
         self.check_open()
         return self._blocks(math.inf if blocks is None else blocks, decode)
 
@@ -165,6 +166,7 @@ class Session:
         Returns the control's id. UsageError for an empty prompt or one that is no text; a refusal by the text encoder
         comes later, in the block's `acks`.
         """
+        text, embeds = optional(arguments.text)("text", text), optional(embeddings)("embeds", embeds)
         self.check_open()
         spec = self.manager.resources.spec
         if (text is None) == (embeds is None):
@@ -180,6 +182,7 @@ class Session:
 
         UsageError for an action that the model does not have.
         """
+        arguments.text("action", action)
         self.check_open()
         return self.controls.put("act", check_action(action, self.current.actions.names))
 
@@ -212,15 +215,17 @@ class Session:
 
         Prompt and actions return, too. UsageError for a block that is not kept.
         """
+        block = integer()("block", block)
         self.manager.check_owner("rewind()")
         self.check_open()
         self.manager.rewind(self, block)
 
     def save(self, path: str | Path) -> None:
         """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all."""
+        target = arguments.path("path", path)
         self.manager.check_owner("save()")
         self.check_entered()
-        self.manager.save(self, Path(path))
+        self.manager.save(self, target)
 
     @classmethod
     def restore(cls, engine: HasManager, path: str | Path) -> Session:
@@ -228,8 +233,11 @@ class Session:
 
         Raises UsageError for a file of another model, preset or version, InferixError for a broken one.
         """
+        source, manager = arguments.path("path", path), getattr(engine, "manager", None)
+        if manager is None:
+            raise arguments.expected("engine", engine, "an Engine")
         engine.manager.check_owner("restore()")
-        return engine.manager.restore(Path(path))
+        return engine.manager.restore(source)
 
     def offload(self) -> None:
         """Move all pages to host memory, those of rewind points included."""

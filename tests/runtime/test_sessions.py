@@ -593,7 +593,9 @@ def test_ctrl_c_takes_the_block_back_wherever_it_comes(preset, monkeypatch):
         if place == "decode" and preset == "self-forcing":
             continue  # in a thread of its own, where no Ctrl-C arrives
 
-        def interrupted(*args, plain=getattr(owner, name), **kwargs):
+        plain = getattr(owner, name)
+
+        def interrupted(*args, plain=plain, **kwargs):
             plain(*args, **kwargs)
             raise KeyboardInterrupt
 
