@@ -1,11 +1,13 @@
 # `make demo` and `make test` work from a fresh clone: each makes .venv and installs into it first.
 # The small CPU build of torch:  make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# A machine with an NVIDIA GPU:  make demo CONSTRAINTS=constraints/gpu.txt
 
 PYTHON ?= python3
 PIP_ARGS ?=
+CONSTRAINTS ?= constraints/cpu.txt
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt $(PIP_ARGS)
-INPUTS := setup.py version.py constraints/cpu.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
+INPUTS := setup.py version.py $(CONSTRAINTS)
 
 # One thread per process keeps sums in one order; the safe path keeps the root's folders (kernels, ...)
 # from shadowing public packages of the same name.
@@ -24,7 +26,7 @@ help:
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
-	@echo "variables:   PYTHON=$(PYTHON)  PIP_ARGS=\"$(PIP_ARGS)\""
+	@echo "variables:   PYTHON=$(PYTHON)  CONSTRAINTS=$(CONSTRAINTS)  PIP_ARGS=\"$(PIP_ARGS)\""
 
 demo: .venv/.base
 	mkdir -p outputs

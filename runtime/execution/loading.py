@@ -122,8 +122,8 @@ def shipped(name: str) -> Path:
     """The folder of a model of our own; InferixError where its weights are not there."""
     if not SHIPPED[name].is_dir():
         raise InferixError(
-            f"the weights of {name} are missing: {str(SHIPPED[name])!r} is no folder; reinstall inferix "
-            f"(pip install --force-reinstall --no-deps inferix, or git checkout models/{name}/weights)"
+            f"the weights of {name} are missing: {str(SHIPPED[name])!r} is no folder; "
+            f"reinstall the package from its clone or wheel, or git checkout models/{name}/weights"
         )
     return SHIPPED[name]
 
