@@ -187,7 +187,8 @@ def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
 def test_an_unpacked_wheel_runs(built: Built) -> None:
     """From an empty folder, with the wheel before anything installed."""
     environment = dict(os.environ, PYTHONPATH=str(built.wheel))
-    script = "import inferix, sys; print(inferix.__file__); from inferix.cli.main import main; sys.argv[1:] = ['--version']"
+    script = "import inferix; print(inferix.__file__); import sys; sys.argv[1:] = ['--version']"
+    script += "; from inferix.cli.main import main"
     done = subprocess.run(
         [sys.executable, "-c", f"{script}; main()"], cwd=built.wheel, env=environment, capture_output=True, text=True
     )
