@@ -1,4 +1,4 @@
-"""Weights by name against a hub on loopback. huggingface_hub reads its settings once, so look-ups are child processes."""
+"""Weights by name against a hub on loopback, in child processes: huggingface_hub reads its settings once."""
 
 import json
 import os
