@@ -14,25 +14,32 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .runtime.config import EngineConfig
-    from .runtime.engine import Engine, load
+    from .runtime.engine import Engine
+    from .runtime.limits import DegradationStep, Limits
+    from .runtime.load import load
     from .runtime.noise import InjectedNoise
-    from .runtime.sessions.session import Block, Session
+    from .runtime.sessions.output_queue import Block
+    from .runtime.sessions.session import Session
 
 LAZY = {
     "Block": "sessions.output_queue",
+    "DegradationStep": "limits",
     "Engine": "engine",
     "EngineConfig": "config",
     "InjectedNoise": "noise",
+    "Limits": "limits",
     "Session": "sessions.session",
-    "load": "engine",
+    "load": "load",
 }
 
 __all__ = [
     "Block",
+    "DegradationStep",
     "Engine",
     "EngineConfig",
     "InferixError",
     "InjectedNoise",
+    "Limits",
     "Session",
     "UsageError",
     "__version__",

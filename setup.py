@@ -30,6 +30,7 @@ PACKAGES = [
     "inferix.kernels.rms_silu",
     "inferix.graphs",
     "inferix.graphs.rewrites",
+    "inferix.graphs.show",
     "inferix.schemes",
     "inferix.models",
     "inferix.models.wan",
@@ -74,6 +75,7 @@ EXTRAS = {
         "setuptools",
         "wheel",
         "hypothesis",
+        # both ends have a table of what the kernels compile to (bench/compiled/); between them the limits are checked
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "ml_dtypes",
         "matplotlib",
@@ -141,7 +143,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "inferix": ["py.typed"],
-        "inferix.bench": ["compiled.json"],
+        "inferix.bench": ["compiled/*.json"],
         **{package: ["tuned/*.json"] for package in PACKAGES if package.startswith("inferix.kernels.")},
         "inferix.models.tinyworld": ["README.md", "weights/*", "weights/*/*"],
     },

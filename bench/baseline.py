@@ -22,8 +22,9 @@ from ..graphs.passes import Pass
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
 from ..models.wan.transformer import TextContext
-from ..runtime.engine import Engine, Pixels
+from ..runtime.engine import Engine
 from ..runtime.execution.decode_pipeline import to_frames
+from ..runtime.inputs import Pixels
 from ..runtime.noise import PhiloxNoise
 from ..runtime.sampler import Sampler, scheduled_blocks
 from ..schemes.block_schedule import ScheduledPass

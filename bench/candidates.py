@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest
-from ..runtime.engine import Engine, Pixels
+from ..runtime.engine import Engine
 from ..runtime.execution.executors import GraphExecutor
+from ..runtime.inputs import Pixels
 from ..runtime.sessions.output_queue import Block
 from .baseline import Made, PlainLoop, compiled_layer, run_layer, why_not
 from .kernels import cannot_run
@@ -121,8 +122,8 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
 
     def owners(stream: EngineStream) -> dict[str, int]:
         session = stream.session
-        cache = sum(branch.cache.nbytes for branch in session.branches)
-        return {"cache": cache, "decoder state": session.track.nbytes, **made[0].executor.bytes_by_owner()}
+        cache = sum(branch.cache.nbytes for branch in session.current.branches)
+        return {"cache": cache, "decoder state": session.current.decoder.nbytes, **made[0].executor.bytes_by_owner()}
 
     def fallbacks() -> list[str]:
         executors = [one.executor for one in made]

@@ -1,10 +1,15 @@
-"""What the GPU kernels compile to, for every architecture they are declared for, on a machine without a GPU.
+"""Compile the GPU kernels for every architecture they are declared for, on a machine without a GPU.
 
-Each architecture is compiled in a process of its own, behind a stand-in driver that only knows its name. The
-table (registers, stack, shared memory, matrix instructions, hash of the code) is kept beside this file, so that
-a change of any of them shows. It proves that a kernel assembles, fits and uses the matrix units; not that it is
-right or fast. `executed` runs the same calls on a GPU and hashes what ran, so that the table is about that very code.
+Each architecture is compiled in a process of its own, behind a stand-in driver that only knows its name. A table for
+each supported Triton version lies in `compiled/`, so that a change of any value in it shows: registers, stack, shared
+memory, numbers of instructions, and a hash. It proves that a kernel assembles, fits and uses the tensor cores; not
+that it is right or fast. `executed` runs the same calls on a GPU and inspects what ran, so that the table is about it.
+
+A row holds only what every compile gives. ptxas assigns some registers by the addresses of its own data, which Linux
+draws at random, so that the cubin of a few kernels has another hash each time. Such a row has the hash of the PTX.
+
 Run: inferix bench kernels --compile-only
+Write a table: python -m inferix.bench.compile_gate write
 """
 
 from __future__ import annotations
@@ -13,66 +18,146 @@ import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, told_in_a_line
 from ..kernels.catalog import SPECS
 from ..kernels.spec import ARCHITECTURES, has_triton
+from ..runtime.files import write_atomically
 
-TABLE = Path(__file__).with_name("compiled.json")
+Row = dict[str, Any]
+TABLES = Path(__file__).with_name("compiled")
+HASHES = ("cubin", "ptx")  # what a row may have the hash of, the nearest to what runs first
+RUNS = 10  # compiles that a table is written from
+INSTRUCTION = 16  # bytes of an instruction on all of these architectures
 SHARED_LIMIT = {80: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have; 80 has 163, but 86 runs its code
 MATRIX = {  # instructions of the tensor cores: float16 and bfloat16, FP8, INT8
-    80: "HMMA|IMMA", 89: "HMMA|QMMA|IMMA", 90: "HGMMA|QGMMA|IGMMA", 100: "UTCHMMA|UTCQMMA|IMMA", 120: "HMMA|QMMA|IMMA"
-}  # fmt: skip
-WITH_MATRIX = ("block_attention", "linear_lowp")  # ops that must use them
-STACK = {"denoise_step": 64}  # bytes an op may keep on the stack: the float64 cosine's digits of pi, for huge angles
+    80: "HMMA|IMMA",
+    89: "HMMA|QMMA|IMMA",
+    90: "HGMMA|QGMMA|IGMMA",
+    100: "UTCHMMA|UTCQMMA|UTCIMMA|IMMA",  # Triton 3.6 has no UTCIMMA
+    120: "HMMA|QMMA|IMMA",
+}
 
 
-def compile_all(ops: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """A row for every variant and architecture of these ops, or of all: "op, variant, sm_90" -> what it compiled to."""
+def compile_all(ops: Sequence[str] = (), cache: Path | None = None) -> dict[str, Row]:
+    """Compile every variant of these ops, or of all, for every architecture: "op, variant, sm_90" -> `inspect`'s row.
+
+    cache: folder of Triton's cache, Triton's own choice if None. Raises UsageError for an op that does not exist and
+    InferixError without Triton or where a kernel does not compile.
+    """
     for op in ops:
         if op not in SPECS:
             raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; there are {', '.join(SPECS)}")
     if not has_triton():
         raise InferixError("Triton is not installed, so nothing can be compiled; pip install triton")
     env = {**os.environ, "TRITON_DISABLE_LINE_INFO": "1", "TRITON_INTERPRET": "0"}
+    if cache is not None:
+        env["TRITON_CACHE_DIR"] = str(cache)
 
-    def compile_apart(capability: int) -> dict[str, dict[str, Any]]:
-        command = [sys.executable, "-m", "inferix.bench.compile_gate", str(capability), *ops]
+    def compile_apart(capability: int) -> dict[str, Row]:
+        command = [sys.executable, "-m", "inferix.bench.compile_gate", "compile", str(capability), *ops]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise InferixError(f"compiling for sm_{capability} failed: {done.stderr.strip()[-1500:]}")
-        rows: dict[str, dict[str, Any]] = json.loads(done.stdout)
+        rows: dict[str, Row] = json.loads(done.stdout)
         return rows
 
     with ThreadPoolExecutor(os.cpu_count()) as processes:
         return {name: row for rows in processes.map(compile_apart, ARCHITECTURES) for name, row in rows.items()}
 
 
-def problems(table: dict[str, dict[str, Any]]) -> list[str]:
-    """What is wrong with compiled kernels, one line each."""
+def triton_version() -> str:
+    """Version of the installed Triton, without a build's suffix."""
+    import triton
+
+    version: str = triton.__version__
+    return version.partition("+")[0]
+
+
+def table_file(version: str) -> Path:
+    return TABLES / f"triton-{version}.json"
+
+
+def read_table(version: str) -> dict[str, Row]:
+    """Read the table of a Triton version; UsageError for one without a table."""
+    if not table_file(version).is_file():
+        known = ", ".join(sorted(file.stem.removeprefix("triton-") for file in TABLES.glob("triton-*.json")))
+        raise UsageError(
+            f"no table of compiled kernels for Triton {version}; expected one of {known}; install one of these, "
+            "or write a table: python -m inferix.bench.compile_gate write"
+        )
+    table: dict[str, Row] = json.loads(table_file(version).read_text("utf-8"))
+    return table
+
+
+def reproducible_rows(compiled: Sequence[Mapping[str, Row]]) -> dict[str, Row]:
+    """Reduce several compiles of the same kernels to a table of what is equal in all of them.
+
+    The hash is that of the first of `HASHES` that has one value. Raises InferixError for a row that has none, or of
+    which anything else differs.
+    """
+    table = {}
+    for name, first in compiled[0].items():
+        rows = [one[name] for one in compiled]
+        for key in first.keys() - {"sha256"}:
+            if any(row[key] != first[key] for row in rows):
+                values = dict(Counter(row[key] for row in rows))
+                raise InferixError(f"{name}: {key} differs between compiles, expected one value: {values}")
+        stable = [kind for kind in HASHES if len({row["sha256"][kind] for row in rows}) == 1]
+        if not stable:
+            raise InferixError(f"{name}: {' and '.join(HASHES)} differ between compiles, expected one to be stable")
+        table[name] = first | {"hash_of": stable[0], "sha256": first["sha256"][stable[0]]}
+    return table
+
+
+def differences(compiled: Mapping[str, Row], table: Mapping[str, Row]) -> list[str]:
+    """Compare compiled kernels with a table: a line for each row that is missing on either side or differs."""
+    wrong = [f"{name}: not in the table" for name in compiled.keys() - table.keys()]
+    wrong += [f"{name}: in the table, but not compiled" for name in table.keys() - compiled.keys()]
+    for name in compiled.keys() & table.keys():
+        row, known = compiled[name], table[name]
+        kind = known["hash_of"]
+        got = row | {"hash_of": kind, "sha256": row["sha256"][kind]}
+        for key in sorted(got.keys() | known.keys()):
+            if got.get(key) != known.get(key):
+                label = f"sha256 of the {kind}" if key == "sha256" else key
+                wrong.append(f"{name}: {label} is {got.get(key)}; the table has {known.get(key)}")
+    return sorted(wrong)
+
+
+def problems(table: Mapping[str, Row]) -> list[str]:
+    """Check compiled kernels, or a table of them, against the limits of their architectures: a line for each fault."""
     wrong = []
     for name, row in table.items():
-        capability = row["architecture"]
+        capability, spec = row["architecture"], SPECS[op_of(name)]
         if row["shared"] > SHARED_LIMIT[capability] * 1024:
             limit = SHARED_LIMIT[capability]
             wrong.append(f"{name}: {row['shared'] / 1024:.0f} KiB of shared memory; sm_{capability} has {limit}")
-        if row["stack"] > STACK.get(name.partition(",")[0], 0):
+        if row["stack"] > spec.stack:
             wrong.append(f"{name}: {row['stack']} bytes on the stack: registers are spilled")
-        if name.startswith(WITH_MATRIX) and not row["matrix"]:
+        if spec.tensor_cores and not row["matrix"]:
             wrong.append(f"{name}: no {MATRIX[capability]} instruction, so no tensor core is used")
         if row["tf32"]:
             wrong.append(f"{name}: float32 products run as TF32")
     return wrong
+
+
+def op_of(name: str) -> str:
+    """Op of a row: "adaln" of "adaln, affine bf16 d1536, sm_90" and of "adaln by other, ..., sm_90"."""
+    return name.partition(",")[0].partition(" by ")[0]
 
 
 class StandInDriver:
@@ -132,70 +217,136 @@ def launches(**options: Any) -> Iterator[list[Any]]:
         triton.runtime.jit.JITFunction.run = launch
 
 
-def compile_for(capability: int, ops: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """All variants of these ops, or of all, for one architecture, through their own launch functions."""
+def compile_for(capability: int, ops: Sequence[str]) -> dict[str, Row]:
+    """Compile all variants of these ops, or of all, for one architecture, through their own launch functions."""
     import triton
 
     triton.runtime.driver.set_active(StandInDriver(capability))
-    found = {}
+    kernels = {}
     for name, run, inputs in cases_for(capability, ops):
         with launches(warmup=True) as compiled:
             run(**inputs)
-        (kernel,) = compiled
-        found[name] = inspect(kernel, capability)
-    return found
+        (kernels[name],) = compiled
+    return inspect(kernels, capability)
 
 
-def executed(device: str) -> dict[str, str]:
-    """Runs the table's calls on a GPU: name -> hash of the code that ran. TRITON_DISABLE_LINE_INFO=1 must be set."""
+def executed(device: str) -> dict[str, Row]:
+    """Run the table's calls on a GPU: name -> row of the code that ran. TRITON_DISABLE_LINE_INFO=1 must be set."""
     major, minor = torch.cuda.get_device_capability(device)
-    found = {}
-    for name, run, inputs in cases_for(10 * major + minor):
+    capability, kernels = 10 * major + minor, {}
+    for name, run, inputs in cases_for(capability):
         there = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         with launches() as compiled:
             run(**there)
         torch.cuda.synchronize(device)
-        (kernel,) = compiled
-        found[name] = hashlib.sha256(kernel.asm["cubin"]).hexdigest()
-    return found
+        (kernels[name],) = compiled
+    return inspect(kernels, capability)
 
 
-def not_inspected(ran: Mapping[str, str], table: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What ran on a GPU and is not the code in the table, one line each."""
-    return [
-        f"{name}: {'other code than was inspected' if name in table else 'not in the table'}"
-        for name, code in ran.items()
-        if table.get(name, {}).get("sha256") != code
-    ]
+def inspect(kernels: Mapping[str, Any], capability: int) -> dict[str, Row]:
+    """Resources, instructions and hashes of kernels that Triton compiled for one architecture."""
+    rows = {}
+    listings = disassemble([kernel.asm["cubin"] for kernel in kernels.values()], capability)
+    for (name, kernel), opcodes in zip(kernels.items(), listings, strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        matrix = re.compile(MATRIX[capability])
+        rows[name] = {
+            "architecture": capability,
+            "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+            "stack": int(re.findall(r"STACK:(\d+)", usage)[0]),
+            "shared": kernel.metadata.shared,
+            "warps": kernel.metadata.num_warps,
+            "instructions": len(opcodes),
+            "local": sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),  # among them spilled registers
+            "matrix": sum(bool(matrix.fullmatch(opcode.partition(".")[0])) for opcode in opcodes),
+            "tf32": "tf32" in kernel.asm["ptx"],
+            "sha256": {kind: sha256(kernel.asm[kind]) for kind in HASHES},
+        }
+    return rows
 
 
-def inspect(kernel: Any, capability: int) -> dict[str, Any]:
-    """Resources and instructions of one compiled kernel."""
-    code: bytes = kernel.asm["cubin"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
+def sha256(artefact: str | bytes) -> str:
+    return hashlib.sha256(artefact.encode() if isinstance(artefact, str) else artefact).hexdigest()
+
+
+def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
+    """Opcodes of each cubin's instructions, padding included.
+
+    All cubins go to nvdisasm at once, since it takes longer to start than to work.
+    """
+    if not cubins:
+        return []
+    codes = [code_of(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
         file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        listing = tool("nvdisasm", file.name)
-    return {
-        "architecture": capability,
-        "registers": int(found[1]) if (found := re.search(r"REG:(\d+)", usage)) else 0,
-        "stack": int(found[1]) if (found := re.search(r"STACK:(\d+)", usage)) else 0,
-        "shared": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps,
-        "matrix": len(re.findall(rf"\b(?:{MATRIX[capability]})\b", listing)),
-        "tf32": "tf32" in kernel.asm["ptx"],
-        "sha256": hashlib.sha256(code).hexdigest(),
-    }
+        listing = tool("nvdisasm", "--binary", f"SM{capability}", file.name)
+    instruction = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+{?\s*(?:@\S+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+    opcodes = {int(at, 16) // INSTRUCTION: opcode for at, opcode in instruction.findall(listing)}
+    assert opcodes.keys() == set(range(sum(map(len, codes)) // INSTRUCTION)), "nvdisasm left instructions out"
+    each = iter(opcodes[at] for at in sorted(opcodes))
+    return [[next(each) for _ in range(len(code) // INSTRUCTION)] for code in codes]
+
+
+def code_of(cubin: bytes) -> bytes:
+    """The instructions of a cubin's only kernel: its .text section, as ELF-64 lays it out."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + size * at) for at in range(count)]
+    names = sections[names_index][4]
+    (code,) = [section for section in sections if cubin.startswith(b".text.", names + section[0])]
+    _, _, _, _, start, length = code
+    return cubin[start : start + length]
 
 
 def tool(name: str, *args: str) -> str:
-    """What one of the binaries that come with Triton prints."""
+    """Output of one of the binaries that come with Triton."""
     import triton
 
     place = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(place), *args], capture_output=True, text=True, check=True).stdout
 
 
+app = typer.Typer(help="The compile gate's parts; `inferix bench kernels --compile-only` shows what it finds.")
+
+
+@app.command("compile")
+def print_compiled(
+    capability: Annotated[int, typer.Argument(help="Compute capability times ten, as in 90.")],
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to compile; all without any.")] = None,
+) -> None:
+    """Compile for one architecture and print the rows as JSON."""
+    print(json.dumps(compile_for(capability, ops or [])))
+
+
+@app.command("write")
+def write_table(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops whose rows to write; all without any.")] = None,
+    runs: Annotated[int, typer.Option(help="Compiles to compare, each with an empty cache.", min=2)] = RUNS,
+) -> None:
+    """Compile several times and write the rows into the table of the installed Triton version.
+
+    What differs from compile to compile does not go into the table. Nothing is written if a row breaks a rule.
+    """
+    compiled = []
+    for run in range(runs):
+        print(f"compile {run + 1} of {runs}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as cache:
+            compiled.append(compile_all(ops or (), Path(cache)))
+    rows = reproducible_rows(compiled)
+    if wrong := problems(rows):
+        raise InferixError("; ".join(wrong))
+    file = table_file(triton_version())
+    kept = read_table(triton_version()) if ops and file.is_file() else {}
+    kept = {name: row for name, row in kept.items() if op_of(name) not in (ops or ())}
+    text = json.dumps(kept | rows, indent=1, sort_keys=True) + "\n"
+    file.parent.mkdir(exist_ok=True)
+    print(write_atomically(file, lambda part: part.write_text(text, "utf-8")))
+
+
 if __name__ == "__main__":
-    print(json.dumps(compile_for(int(sys.argv[1]), sys.argv[2:])))
+    with told_in_a_line():
+        app()

@@ -3,10 +3,10 @@
     python -m inferix.bench.gpu_check --stage tests --out results
 
 tests: every kernel against its reference on every case and dtype, and that the code which runs is the one that
-`compile_gate` inspected, by its hash. kernels: the microbenchmark. graph: executors against each other, one graph a
-block, one capture for all. block, stream: the benchmarks of real sizes. Each unit is a process of its own and leaves
-OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that one that breaks the card's context stops no other. Exit code 3: more
-to do, run it again.
+`compile_gate` inspected, by resources, instructions and hash. kernels: the microbenchmark. graph: executors against
+each other, one graph a block, one capture for all. block, stream: the benchmarks of real sizes. Each unit is a process
+of its own and leaves OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that one that breaks the card's context stops no
+other. Exit code 3: more to do, run it again.
 """
 
 from __future__ import annotations
@@ -84,11 +84,14 @@ def unit_code() -> Unit:
         ran = compile_gate.executed(device)
         if not ran:
             raise InferixError("the compile gate does not inspect code for this card's compute capability")
-        wrong = compile_gate.not_inspected(ran, json.loads(compile_gate.TABLE.read_text("utf-8")))
-        found = {"environment": environment(device), "checked": len(ran), "wrong": wrong, "sha256": ran}
+        version, capability = compile_gate.triton_version(), architecture(torch.device(device))
+        table = compile_gate.read_table(version)
+        inspected = {name: row for name, row in table.items() if row["architecture"] == capability}
+        wrong = compile_gate.differences(ran, inspected)
+        found = {"environment": environment(device), "checked": len(ran), "wrong": wrong, "rows": ran}
         write_check(file, found)
         if wrong:
-            raise InferixError(f"{len(wrong)} of {len(ran)} kernels are not those of compiled.json: {'; '.join(wrong)}")
+            raise InferixError(f"what ran is not what was inspected with Triton {version}: {'; '.join(wrong)}")
 
     return run
 
@@ -161,7 +164,7 @@ def check_captures(
     later, wrong = executor.launcher.captures - before, list(executor.launcher.fallbacks)
     plan = next(islice(scheduled_blocks(engine.preset), full + 1, None))
     expected = 1 + sum(scheduled.kind == "rebuild" for scheduled in plan.passes)
-    if executor.whole_blocks and launches["graphs"] != expected:
+    if executor.supports_whole_block and launches["graphs"] != expected:
         wrong.append(f"captured: a block at a full window launches {launches['graphs']} graphs, expected {expected}")
     if later:
         wrong.append(f"captured: a second session and a new prompt captured {later} times more")

@@ -105,8 +105,8 @@ def profiled(candidate: Candidate, full: int, ceilings: Mapping[str, Series]) ->
     stream = candidate.open()
     try:
         assert isinstance(stream, EngineStream)
-        profile = Profile(candidate.name, stream.session.engine.device, roof)
-        stream.session.engine.executor.start_profile(profile)
+        profile = Profile(candidate.name, stream.session.manager.resources.device, roof)
+        stream.session.manager.resources.executor.start_profile(profile)
         for _ in range(full + 1):
             profile.drop()
             block = stream.step()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from ..errors import InferixError, UsageError, nearest
 from ..kernels.catalog import SPECS
@@ -63,13 +64,12 @@ def parse_shape(spec: KernelSpec, text: str) -> Case:
         name, _, value = part.partition("=")
         if not value.isdecimal() or int(value) < 1:
             raise UsageError(f"--shape {text!r}: {part!r} is no size; expected name=number, such as dim=128")
-        if spec.name == "block_attention" and name == "kv":
-            page = dims["page_tokens"]
-            if int(value) % page:
-                raise UsageError(f"--shape: kv={value} is no multiple of page_tokens={page}; set page_tokens first")
-            dims["pages"] = int(value) // page
-        elif spec.name == "block_attention" and name == "q":
-            dims["tokens"] = int(value)
+        if name in spec.shape_names:
+            size, *unit = spec.shape_names[name]
+            each = dims[unit[0]] if unit else 1
+            if int(value) % each:
+                raise UsageError(f"--shape: {name}={value} is no multiple of {unit[0]}={each}; set {unit[0]} first")
+            dims[size] = int(value) // each
         elif name in dims:
             dims[name] = int(value)
             if name == "heads" and "kv_heads" in dims:
@@ -108,8 +108,7 @@ def run(wanted: Wanted, tell: Tell) -> Result:
             if wanted.cases and case.name not in wanted.cases:
                 continue
             asked = bool(wanted.cases or wanted.shape)
-            large = spec.flops(case) > CPU_FLOPS or spec.nbytes(case, wanted.dtype) > CPU_BYTES
-            if wanted.device == "cpu" and large and not asked:
+            if wanted.device == "cpu" and not asked and too_large(spec, case, wanted.dtype):
                 left_out.append(case.name)
                 continue
             rows.append(run_case(spec, case, wanted, ceilings))
@@ -128,12 +127,20 @@ def run(wanted: Wanted, tell: Tell) -> Result:
     )  # fmt: skip
 
 
+def too_large(spec: KernelSpec, case: Case, dtype: torch.dtype) -> bool:
+    """Return True for a case that takes a CPU long; from shapes alone, with nothing allocated."""
+    with FakeTensorMode():
+        cost = spec.cost(spec.make_inputs(case, dtype, "cpu", 0))
+    return cost.flops > CPU_FLOPS or cost.nbytes > CPU_BYTES
+
+
 def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, float]) -> dict[str, Any]:
     """One op at one size: our forms and the baselines, each checked first."""
     inputs = spec.make_inputs(case, wanted.dtype, wanted.device, 0)
     expected = copied(inputs)
     spec.reference(**expected)
-    flops, moved = spec.flops(case), spec.nbytes(case, wanted.dtype)
+    cost = spec.cost(inputs, int(inputs[spec.counted_by].sum()) if spec.counted_by else None)
+    flops, moved = cost.flops, cost.nbytes
     row: dict[str, Any] = {
         "op": spec.name, "case": case.name, "dims": dict(case.dims), "options": dict(case.options),
         "dtype": str(wanted.dtype)[6:], "flops": flops, "bytes": moved, "forms": {},

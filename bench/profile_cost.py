@@ -14,7 +14,7 @@ import torch
 import typer
 
 from ..errors import UsageError, told_in_a_line
-from ..runtime.engine import load
+from ..runtime.load import load
 
 WARM = 8  # blocks; the window is full by then
 GROUP = 10  # pairs whose medians are one sample of the overhead

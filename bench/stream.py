@@ -32,7 +32,7 @@ from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.execution.executors import EagerExecutor, GraphExecutor
 from ..runtime.media import VideoWriter
-from ..runtime.sessions.batch_profile import BatchTimes, keep_times
+from ..runtime.sessions.batch_profile import BatchProfile, save_profile
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
 from .baseline import Made
@@ -388,16 +388,16 @@ def batches(engine: Engine, wanted: Wanted, tell: Tell) -> list[dict[str, Any]]:
     size = wanted.subject.size or engine.default_size
     found, seconds = [], dict[int, float]()
     for count in range(1, wanted.sessions + 1):
-        engine.follow_times(size, BatchTimes({1: math.inf, count: 1.0}))  # all of them, or each by itself
+        engine.follow_times(size, BatchProfile({1: math.inf, count: 1.0}))  # all of them, or each by itself
         taken = batch_seconds(engine, wanted, count, tell)
         if engine.metrics()["counters"].get("batches_split"):
             tell(f"{count} sessions did not fit as one batch; no time of it is kept")
             break
         seconds[count] = taken
         found.append({"sessions": count, "turns": count * seconds[1], "batch": seconds[count]})
-    times = BatchTimes(seconds)
+    times = BatchProfile(seconds)
     engine.follow_times(size, times)
-    keep_times(wanted.batches, engine.timed_on, size, times)
+    save_profile(wanted.batches, engine.timed_on, size, times)
     return found
 
 

@@ -31,8 +31,9 @@ from ..runtime.config import (
     default_executor,
     patterns,
 )
-from ..runtime.engine import Engine, load
+from ..runtime.engine import Engine
 from ..runtime.execution.loading import SHIPPED, Components, random_text
+from ..runtime.load import load
 from ..schemes.presets import FIELDS, Preset, default_preset, make_preset, no_setting
 from .work import blocks_until_full
 
@@ -238,4 +239,4 @@ def told_prompt(engine: Engine, seed: int) -> dict[str, Any]:
 def told_rows(engine: Engine, seed: int) -> Tensor:
     """The text encoder's rows of the same."""
     told = told_prompt(engine, seed)
-    return engine.prompt_rows(told.get("prompt"), told.get("prompt_embeds"))
+    return engine.inputs.prompt_rows(told.get("prompt"), told.get("prompt_embeds"))

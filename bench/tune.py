@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..kernels.spec import KernelSpec, architecture, sort_of
-from ..kernels.tuning import SCHEMA, candidates, described, table_path
+from ..kernels.spec import KernelSpec, architecture
+from ..kernels.tuning import SCHEMA, candidates, described, sort_of, table_path
 from ..runtime.files import write_atomically
 from .kernels import Tell, Wanted, copied, mismatch, select, timed
 from .machine import environment

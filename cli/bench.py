@@ -440,10 +440,10 @@ def tell_compiled(ops: list[str], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        table = Table("kernel", "registers", "stack", "shared", "warps", "matrix instructions")
+        table = Table("kernel", "registers", "stack", "shared", "warps", "instructions", "of tensor cores")
         for name, row in found.items():
-            cells = (row["registers"], row["stack"], row["shared"], row["warps"], row["matrix"])
-            table.add_row(name, *map(str, cells))
+            cells = ("registers", "stack", "shared", "warps", "instructions", "matrix")
+            table.add_row(name, *(str(row[cell]) for cell in cells))
         Console(width=120).print(table)
     if wrong := problems(found):
         raise InferixError("; ".join(wrong))

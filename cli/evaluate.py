@@ -45,7 +45,7 @@ def tinyworld(
 
     from ..evaluate.tinyworld import BARS, evaluate
     from ..models.files import write_json
-    from ..runtime.engine import load
+    from ..runtime.load import load
     from ..runtime.media import contact_sheet
 
     engine = load(model, preset="tinyworld", device=device)

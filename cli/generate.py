@@ -291,7 +291,7 @@ def generate(
     console = Console(stderr=True)
 
     from ..runtime.config import default_device, default_executor
-    from ..runtime.engine import load
+    from ..runtime.load import load
     from ..runtime.telemetry.records import RecordFile
 
     parts: dict[str, Any] = {"base": base, "vae": vae, "lora": lora, "lora_scale": lora_scale}
@@ -326,7 +326,7 @@ def generate(
         if records is not None:
             engine.observe(stack.enter_context(RecordFile(records)))
         session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, **given)))
-        begun = session.timeline.next_frame
+        begun = session.current.timeline.next_frame
         changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
         writer = None if latents_only else VideoWriter(out, engine.fps, frame_size, max(1, SEEN // max(frame_size)))
         if writer:

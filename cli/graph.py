@@ -126,17 +126,17 @@ def graph(
         there = ", ".join(repr(found.name) for found in block.graphs)
         raise UsageError(f"--pass is {only!r}; this block has {there}")
     if svg is not None:
-        from ..graphs.svg import svg as drawn
+        from ..graphs.show.svg import svg as drawn
 
         write_text(svg, drawn(block))
     if as_json:
-        from ..graphs.dump import to_dict
+        from ..graphs.show.plain import to_dict
 
         typer.echo(json.dumps(to_dict(block)))
     elif plan:
         typer.echo("\n\n".join(told_plan(lower_block(block))))
     else:
-        from ..graphs.text import text
+        from ..graphs.show.text import text
 
         typer.echo(text(block, only))
 

@@ -240,7 +240,7 @@ def play(
     """
     check_terminal()
 
-    from ..runtime.engine import load
+    from ..runtime.load import load
 
     engine = load(model, preset="tinyworld", device=device, executor=executor, graphs=graphs)
     if not engine.spec.actions:

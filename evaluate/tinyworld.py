@@ -35,7 +35,8 @@ from ..models.tinyworld.world import (
     soft,
     stride_at,
 )
-from ..runtime.engine import Engine, to_frames
+from ..runtime.engine import Engine
+from ..runtime.execution.decode_pipeline import to_frames
 
 Picture = NDArray[np.uint8]
 Tell = Callable[[str], None]
@@ -334,7 +335,7 @@ def long_run(engine: Engine, seeds: int, minutes: float, tell: Tell) -> dict[str
         with engine.open(prompt=scene.prompt, seed=seed, actions=actions) as session:
             for _ in session.stream(total - eight, decode=False):
                 pass
-            session.track.clear()  # what came before was not decoded
+            session.current.decoder.clear()  # what came before was not decoded
             last = np.stack([block.frames[-1] for block in session.stream(eight) if block.frames is not None])
         ratio = signals(last)[[1, 3]] / truth[[1, 3]]
         if (ratio < 0.5).any() or (ratio > 2).any():

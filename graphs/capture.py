@@ -87,7 +87,7 @@ class CudaGraphs:
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """What went wrong while recording; the end of a recording complains of that in turn."""
+    """The first error while recording; ending a recording that failed raises another."""
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return error

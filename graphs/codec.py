@@ -122,6 +122,6 @@ def op_named(name: str) -> torch._ops.OpOverload:
     try:
         found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
     except AttributeError as error:
-        raise InferixError(f"op {name} of the stored graph is not in this installation; make the graph anew") from error
+        raise InferixError(f"op {name} of the stored graph is not in this installation; make it again") from error
     assert isinstance(found, torch._ops.OpOverload)
     return found

@@ -61,7 +61,7 @@ class Editor:
         return self.call(EMPTY, list(size), dtype=dtype, device=device, pin_memory=False)
 
     def like(self, node: fx.Node, size: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> fx.Node:
-        """Scratch of a node's shape and dtype, unless told otherwise."""
+        """Scratch, by default of a node's shape and dtype."""
         found = fake(node)
         return self.scratch(shape(node) if size is None else size, dtype or found.dtype, found.device)
 
@@ -72,7 +72,7 @@ class Editor:
         return node if tuple(size) == shape(node) else self.call(aten.view.default, node, list(size))
 
     def refresh_views(self, node: fx.Node) -> None:
-        """Fake results anew of the views of a node whose strides are others than they were."""
+        """Recompute the fake results of the views of a node whose strides have changed."""
         for user in list(node.users):
             if is_view(user):
                 user.meta["val"] = evaluated(user)
@@ -94,8 +94,8 @@ class Editor:
             order = [dim, *(other for other in range(len(shape(node))) if other != dim)]
             with self.before(after(node)):
                 self.origin = node
-                turned = self.call(aten.permute.default, node, order) if dim else node
-                self._copies[node, dim] = self.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
+                permuted = self.call(aten.permute.default, node, order) if dim else node
+                self._copies[node, dim] = self.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
         return self._copies[node, dim]
 
 

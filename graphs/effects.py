@@ -1,6 +1,6 @@
-"""What a node writes, taken from the alias annotations of its op's schema.
+"""The nodes that a node writes, taken from the alias annotations of its op's schema.
 
-Data flow does not tell it: straight after `torch.export` a write into pages is a node without users, which plain
+Data flow does not show it: straight after `torch.export` a write into pages is a node without users, which plain
 dead-code removal would drop.
 """
 
@@ -41,12 +41,12 @@ def read(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def in_place(node: fx.Node, given: fx.Node) -> bool:
-    """Whether a written argument is read too: pages are, since only some of them are written."""
+    """Return True if a written argument is read too: pages are, since only some of them are written."""
     return given.op == "placeholder"
 
 
 def is_scratch(node: fx.Node) -> bool:
-    """Whether a node is memory that another node fills."""
+    """Return True for memory that another node fills."""
     return node.op == "call_function" and node.target is EMPTY
 
 
@@ -58,7 +58,7 @@ def storage(node: fx.Node) -> fx.Node:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node only looks at its first argument's memory otherwise; told by the op's schema."""
+    """Return True for a view of the first argument's memory, by the op's schema."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False

@@ -33,7 +33,7 @@ def run_pass(graph: PassGraph, values: Mapping[str, Tensor]) -> dict[str, Tensor
 def run_block(
     block: BlockGraph, values: Mapping[str, Tensor], runs: Collection[Runs] = tuple(Runs)
 ) -> dict[str, Tensor]:
-    """All values after the graphs that `runs` names, every one unless told, have run in order.
+    """All values after the graphs that `runs` names (by default every one) have run in order.
 
     `values` holds weights, states and inputs by name; what a graph hands on is added to a copy of it.
     """

@@ -1,4 +1,4 @@
-"""What is launched for one query shape: the flat program of a block or a pass, and those of its constants and prompt.
+"""The launches for one query shape: the flat program of a block or a pass, and those of its constants and prompt.
 
 Made from a `BlockGraph` once, or read from an artefact; it holds no tensor.
 """
@@ -54,7 +54,7 @@ def lower_block(block: BlockGraph, runs: Collection[Runs] = (Runs.BLOCK,)) -> Lo
 
 
 def planned(graphs: Sequence[PassGraph], results: Sequence[str] | None = None) -> Planned:
-    """Graphs lowered and planned; results: all that the last one hands on, unless told."""
+    """Graphs lowered and planned; results: by default all outputs of the last one."""
     program = lower(graphs, results if results is not None else [value.name for value in graphs[-1].outputs])
     return Planned(program, plan_buffers(program))
 
@@ -71,14 +71,15 @@ def resized(program: Program, pages: int) -> Program:
     """A program over stores [2, pages, ...]; it refers to them as a whole."""
     stores = {name: of_pages(buffer, pages) for name, buffer in program.buffers.items() if name.startswith(STORES)}
 
-    def anew(argument: Any) -> Any:
+    def with_store(argument: Any) -> Any:
         if isinstance(argument, Ref) and argument.buffer in stores:
             assert argument.covers(program.buffers[argument.buffer]), f"a part of {argument.buffer} is read"
             return replace(argument, size=stores[argument.buffer].size, stride=stores[argument.buffer].stride)
-        return tuple(map(anew, argument)) if isinstance(argument, tuple) else argument
+        return tuple(map(with_store, argument)) if isinstance(argument, tuple) else argument
 
     calls = tuple(
-        replace(call, args=anew(call.args), kwargs=anew(call.kwargs), outs=anew(call.outs)) for call in program.calls
+        replace(call, args=with_store(call.args), kwargs=with_store(call.kwargs), outs=with_store(call.outs))
+        for call in program.calls
     )
     return replace(program, buffers={**program.buffers, **stores}, calls=calls)
 
@@ -89,24 +90,24 @@ def of_pages(buffer: Buffer, pages: int) -> Buffer:
 
 
 def recipes(program: Program, made: Mapping[str, str] | None = None) -> dict[str, str]:
-    """How each output is made, as a digest: outputs of two programs with one recipe hold the same numbers.
+    """A digest of how each output is made: outputs of two programs with one recipe hold the same numbers.
 
-    What a buffer holds is told by the calls that wrote it, down to weights and literals by name; `made` has the
-    recipes of constants.
+    The contents of a buffer are described by the calls that wrote it, down to weights and literals by name; `made` has
+    the recipes of constants.
     """
     held = {name: "fresh" for name, buffer in program.buffers.items() if buffer.role is Role.SCRATCH}
     held |= made or {}
 
-    def told(argument: Any) -> str:
+    def described(argument: Any) -> str:
         if isinstance(argument, Ref):
             content = held.get(argument.buffer, argument.buffer)
             return f"[{content} {argument.dtype} {argument.size} {argument.stride} {argument.offset}]"
-        return f"({','.join(map(told, argument))})" if isinstance(argument, tuple) else repr(argument)
+        return f"({','.join(map(described, argument))})" if isinstance(argument, tuple) else repr(argument)
 
     for call in program.calls:
-        did = f"{call.op.name()}{told(call.args)}{told(call.kwargs)}"
+        did = f"{call.op.name()}{described(call.args)}{described(call.kwargs)}"
         held |= {ref.buffer: digest(f"{did}{index}") for index, ref in enumerate(call.writes)}
-    return {name: digest(told(ref)) for name, ref in program.outputs.items()}
+    return {name: digest(described(ref)) for name, ref in program.outputs.items()}
 
 
 def digest(text: str) -> str:

@@ -26,7 +26,7 @@ SIZES = {aten.layer_norm.default: (1,), aten.rms_norm.default: (1,), aten.empty.
 
 
 def peeled(node: fx.Node) -> fx.Node:
-    """What a node is a reshape of."""
+    """The node of which this one is a reshape."""
     while node.target is aten.view.default:
         (node,) = node.all_input_nodes
     return node
@@ -62,7 +62,7 @@ class Pattern:
     ) -> Pattern:
         """`function(**tensors, **scalars)`, its tensors in `dtype` unless `dtypes` says otherwise.
 
-        Sizes that are to be told apart must differ and be neither 1 nor a product of others.
+        Sizes that must be distinguished must differ and be neither 1 nor a product of others.
         """
         odd = {name: 0.0123 + index / 1024 for index, name in enumerate(scalars)}
         values = [
@@ -76,7 +76,7 @@ class Pattern:
 
     @property
     def results(self) -> tuple[fx.Node, ...]:
-        """What the function returns, without reshapes at the end."""
+        """The nodes that the function returns, without reshapes at the end."""
         return tuple(peeled(result) for result in self.graph.graph.output_node().args[0])  # type: ignore[union-attr, arg-type]
 
     @property
@@ -132,7 +132,7 @@ class Match:
         return self.numbers[self.pattern.scalars[name]]
 
     def input(self, edit: Editor, name: str) -> fx.Node:
-        """What was found for an input, in the shape that the function takes it in, its memory in order."""
+        """The node matched for an input, in the shape that the function takes it in, its memory in order."""
         if name in self.seen:
             return edit.dense(self.seen[name])
         ours, found = map(shape, self.reshaped[name])  # the pattern added dimensions of 1
@@ -154,7 +154,7 @@ class Match:
                 node.graph.erase_node(node)
 
     def is_closed(self) -> bool:
-        """Whether nothing outside uses what is inside, and no result is used before the last call."""
+        """Return True if nothing outside uses nodes inside, and no result is used before the last call."""
         inside = set(self.nodes.values())
         for pattern_node, node in self.nodes.items():
             outside = {user for user in users(node) if user not in inside}
@@ -166,7 +166,7 @@ class Match:
         return True
 
     def value(self, wanted: fx.Node, found: fx.Node) -> bool:
-        """Whether `found` computes what `wanted` stands for, given all that was found so far."""
+        """Return True if `found` computes the same as `wanted`, given all nodes matched so far."""
         base, here = peeled(wanted), peeled(found)
         if base.op == "placeholder":
             name = self.pattern.graph.inputs[base.name].name
@@ -220,8 +220,11 @@ class Match:
         return type(wanted) is type(found) and wanted == found
 
     def _shapes(self, base: fx.Node, args: Any, here: fx.Node) -> bool:
-        """Whether shapes agree where they matter: over the last dimension they do not, and elementwise calls only need
-        to spread the same operands over the same dimensions."""
+        """Return True if shapes agree where they matter.
+
+        They do not over the last dimension; elementwise calls only need to spread the same operands over the same
+        dimensions.
+        """
         if base.target in LAST_DIM or is_scratch(base):
             return True
         ours, found = ([shape(arg) for arg in part if isinstance(arg, fx.Node)] for part in (args, here.args))
@@ -233,7 +236,7 @@ class Match:
 
     def _spread(self, ours: list[tuple[int, ...]], found: list[tuple[int, ...]]) -> bool:
         """Compare sizes of operands by dimension, the last first. Leading dimensions that are spread alike, of which a
-        model may have fewer or more, are not told apart."""
+        model may have fewer or more, are not distinguished."""
         leading = len(ours)
         while leading and spread(ours[leading - 1]) == spread(ours[-1]):
             leading -= 1

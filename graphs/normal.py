@@ -166,7 +166,7 @@ class Normaliser:
         return x if order == sorted(order) else self.edit.call(aten.permute.default, x, order)
 
     def viewable(self, x: fx.Node, size: list[int]) -> bool:
-        """Whether a reshape needs no copy."""
+        """Return True for a reshape that needs no copy."""
         with fake_mode():
             reshaped = fake(x).reshape(size)
         return reshaped.untyped_storage()._cdata == fake(x).untyped_storage()._cdata
@@ -177,7 +177,7 @@ def dense(node: fx.Node) -> bool:
 
 
 def is_default(value: Any, argument: torch.Argument) -> bool:
-    """Whether leaving the argument out says the same."""
+    """Return True if leaving the argument out means the same."""
     default = argument.default_value
     return argument.has_default_value() and type(value) is type(default) and value == default
 

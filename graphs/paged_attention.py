@@ -23,19 +23,19 @@ class PagedAttention:
 
     parts: the pass's tables, in token order; rows of a part are the sessions' groups, session by session.
     kv: per layer [2, pages, P, n, c]; scales: per layer float32 [2, pages, n] for pages of low precision, or None.
-    row_turns [H, b, 2] and column_turns [W, c, 2]: of the token grid, P = H * W.
+    rope_rows [H, b, 2] and rope_columns [W, c, 2]: of the token grid, P = H * W.
     """
 
     parts: Sequence[PassTables]
     kv: Sequence[Tensor]
-    row_turns: Tensor
-    column_turns: Tensor
+    rope_rows: Tensor
+    rope_columns: Tensor
     scales: Sequence[Tensor] | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate, write into the pages, and attend to those listed; all [B, T, n, c]."""
         kv, scale = self.kv[layer], None if self.scales is None else self.scales[layer]
-        queries = append(self.parts, q, k, v, self.row_turns, self.column_turns, kv, scale)
+        queries = append(self.parts, q, k, v, self.rope_rows, self.rope_columns, kv, scale)
         return attend_parts(self.parts, queries, q, kv, scale)
 
 
@@ -44,8 +44,8 @@ def append(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_turns: Tensor,
-    column_turns: Tensor,
+    rope_rows: Tensor,
+    rope_columns: Tensor,
     kv: Tensor,
     scale: Tensor | None,
 ) -> list[tuple[Tensor, Tensor | None]]:
@@ -53,12 +53,12 @@ def append(
     queries = []
     for part, (start, stop) in zip(parts, _ranges(parts, len(q), kv.shape[2]), strict=True):
         query, key, value = (tensor[:, start:stop].reshape(part.rows, -1, *tensor.shape[2:]) for tensor in (q, k, v))
-        q_sink = None if part.sink_turns is None else torch.empty_like(query)
-        turned = rope_append(
-            query, key, value, part.time_turns, row_turns, column_turns, kv, part.pages,
-            sink_turns=part.sink_turns, q_sink=q_sink, kv_scale=scale,
+        q_sink = None if part.rope_sink is None else torch.empty_like(query)
+        rotated = rope_append(
+            query, key, value, part.rope_time, rope_rows, rope_columns, kv, part.pages,
+            rope_sink=part.rope_sink, q_sink=q_sink, kv_scale=scale,
         )  # fmt: skip
-        queries.append((turned, q_sink))
+        queries.append((rotated, q_sink))
     return queries
 
 
@@ -69,21 +69,21 @@ def attend_parts(
     kv: Tensor,
     scale: Tensor | None,
 ) -> Tensor:
-    """What each part's queries find in the pages listed for it, in the shape of `like`, [B, T, n, c]."""
+    """Attention of each part's queries over the pages listed for it, in the shape of `like`, [B, T, n, c]."""
     out = [
         block_attention(
-            turned, kv, part.table, part.count, q_sink=q_sink, sink_count=part.sink_count, kv_scale=scale
+            rotated, kv, part.table, part.count, q_sink=q_sink, sink_count=part.sink_count, kv_scale=scale
         ).reshape(len(like), -1, *like.shape[2:])
-        for part, (turned, q_sink) in zip(parts, queries, strict=True)
+        for part, (rotated, q_sink) in zip(parts, queries, strict=True)
     ]
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
 def _ranges(parts: Sequence[PassTables], sessions: int, page_tokens: int) -> list[tuple[int, int]]:
     """Each part's first token and the one after its last, within a session."""
-    found, start = [], 0
+    ranges, start = [], 0
     for part in parts:
         stop = start + part.rows // sessions * part.frames * page_tokens
-        found.append((start, stop))
+        ranges.append((start, stop))
         start = stop
-    return found
+    return ranges

@@ -14,7 +14,7 @@ class Group:
     """Frames of a pass that share a timestep and a context.
 
     frames: absolute latent frames, in token order.
-    timestep: what the network is told, 0 (clean) to 1000 (noise).
+    timestep: the network's input, 0 (clean) to 1000 (noise).
     context: absolute latent frames attended to, ascending; those of the pass are seen as the pass has them.
     positions: temporal rotary position of each frame of `context`, as this group sees it.
     write: whether the group's keys and values replace what the cache holds for its frames.

@@ -137,7 +137,7 @@ def shown(program: Program, index: int) -> str:
 
 
 def alike(ref: Ref, old: Buffer, new: Buffer) -> bool:
-    """Whether a reference reads all of a buffer in the order in which `new` is written."""
+    """Return True if a reference reads all of a buffer in the order in which `new` is written."""
     read = (ref.dtype, ref.size, ref.stride, ref.offset)
     return read == (new.dtype, new.size, new.stride, 0) and old.nbytes == new.nbytes
 

@@ -18,7 +18,7 @@ from .types import Role
 
 
 class Form(StrEnum):
-    """How a call reaches its place: an `out=` form, an op that writes its arguments, or a result that is copied."""
+    """The way a result reaches its place: by an `out=` form, by an op that writes its arguments, or by a copy."""
 
     OUT = "out"
     WRITES = "writes"
@@ -53,8 +53,13 @@ class Ref:
     stride: tuple[int, ...]
     offset: int = 0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size, by the name that tensors have for it."""
+        return self.size
+
     def covers(self, buffer: Buffer) -> bool:
-        """Whether it is all of a buffer, laid out as it is."""
+        """Return True for all of a buffer, laid out as it is."""
         return (self.dtype, self.size, self.stride, self.offset) == (buffer.dtype, buffer.size, buffer.stride, 0)
 
 
@@ -74,8 +79,14 @@ class Call:
     node: str
 
     @property
+    def named(self) -> dict[str, Any]:
+        """Arguments by the names of the op's schema."""
+        names = (argument.name for argument in self.op._schema.arguments)
+        return dict(zip(names, self.args, strict=False)) | dict(self.kwargs)
+
+    @property
     def allocates(self) -> bool:
-        """Whether torch makes room on the way: there is no `out=` form, or one that copies from a fresh tensor."""
+        """Return True if torch allocates in the call: without an `out=` form, or with one that copies a new tensor."""
         return self.form is Form.COPIED or torch.Tag.generated in self.op.tags
 
     @property

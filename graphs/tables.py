@@ -1,4 +1,4 @@
-"""What the kernels of one pass read about pages and positions: small tensors, filled on the host before the pass.
+"""Pages and positions of one pass as the kernels read them: small tensors, filled on the host before the pass.
 
 A pass is cut into parts: neighbouring groups with equally many frames become rows of one launch. Nothing here
 decides anything; policies do, and these tensors carry what they decided.
@@ -17,21 +17,21 @@ class PassTables:
 
     pages: int32 [R, F], the page each frame's keys and values are written to.
     table: int32 [R, max_pages], pages seen, those of sink and pinned frames first; count: int32 [R], how many.
-    time_turns: [R, F, a, 2], cosines and sines of the temporal rotation at which keys are stored.
-    sink_turns and sink_count (int32 [R]): how queries are turned for the first `sink_count` listed pages, where
-    positions count within the window; both or neither.
+    rope_time: [R, F, a, 2], cosines and sines of the temporal rotation at which keys are stored.
+    rope_sink and sink_count (int32 [R]): cosines and sines of the queries for the first `sink_count` listed pages,
+    where positions count within the window; both or neither.
     """
 
     pages: Tensor
     table: Tensor
     count: Tensor
-    time_turns: Tensor
-    sink_turns: Tensor | None = None
+    rope_time: Tensor
+    rope_sink: Tensor | None = None
     sink_count: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.sink_turns is None) != (self.sink_count is None):
-            raise ValueError("sink_turns and sink_count come together")
+        if (self.rope_sink is None) != (self.sink_count is None):
+            raise ValueError("rope_sink and sink_count come together")
 
     @property
     def rows(self) -> int:

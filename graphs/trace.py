@@ -141,13 +141,13 @@ def explained(name: str) -> Iterator[None]:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not in_torch(frame.filename)]
         where = next((frame for frame in reversed(frames) if Path(frame.filename) != Path(__file__)), None)
         place = f" at {Path(where.filename).name}:{where.lineno} ({where.line})" if where else ""
-        said = " ".join(str(error).split())
-        if isinstance(error, UnsupportedOperatorException) or "fake impl" in said:
-            op = re.search(r"[a-z_0-9]+(?:::|\.)[a-z_0-9.]+", said)
+        message = " ".join(str(error).split())
+        if isinstance(error, UnsupportedOperatorException) or "fake impl" in message:
+            op = re.search(r"[a-z_0-9]+(?:::|\.)[a-z_0-9.]+", message)
             raise UsageError(
-                f"{name}: op {op[0] if op else said} has no fake kernel{place}; register one with register_fake"
+                f"{name}: op {op[0] if op else message} has no fake kernel{place}; register one with register_fake"
             ) from error
-        raise UsageError(f"{name} cannot be traced{place}: {said[:200]}") from error
+        raise UsageError(f"{name} cannot be traced{place}: {message[:200]}") from error
 
 
 def in_torch(filename: str) -> bool:

@@ -18,7 +18,7 @@ from .passes import Group
 
 
 class Role(StrEnum):
-    """What a value is to the pass that reads or makes it.
+    """The part of a value in the pass that reads or makes it.
 
     INPUT: handed over before the pass runs: latents, tables, conditioning. WEIGHT: a tensor of the model.
     CONSTANT: known before any block: a literal, or made by the fold graph. STATE: outlives blocks and is written in
@@ -34,7 +34,7 @@ class Role(StrEnum):
 
 
 class When(StrEnum):
-    """How often a value changes, rarest first."""
+    """Rate at which a value changes, rarest first."""
 
     LOAD = "load"
     PROMPT = "prompt"
@@ -47,11 +47,11 @@ class When(StrEnum):
 
 
 class Runs(StrEnum):
-    """What makes a graph run.
+    """Events that make a graph run.
 
     LOAD: weights have come or changed. PROMPT: a session has a new prompt. SWITCH: the prompt changed in the middle
-    of a stream, before its next block. REBUILD: the context is made anew, between blocks. FLUSH: where the commit of a
-    block cannot wait for the next one's first pass. BLOCK: every block.
+    of a stream, before its next block. REBUILD: the context is encoded again, between blocks. FLUSH: where the commit
+    of a block cannot wait for the next one's first pass. BLOCK: every block.
     """
 
     LOAD = "load"
@@ -145,7 +145,7 @@ class PassGraph:
 
 @dataclass(frozen=True)
 class QueryShape:
-    """What a captured graph is keyed by: rows of sessions or branches, frames of each, latents [C, H, W], tokens."""
+    """Key of a captured graph: rows of sessions or branches, frames of each, latents [C, H, W], tokens."""
 
     rows: int
     frames: int
@@ -161,7 +161,7 @@ class QueryShape:
 
 @dataclass(frozen=True)
 class Change:
-    """What one rewrite did: how many places, and nodes of all passes before and after it."""
+    """Effect of one rewrite: number of places, and nodes of all passes before and after it."""
 
     rewrite: str
     places: int

@@ -1,4 +1,4 @@
-"""What must hold of any block graph, traced or rewritten; checked from op schemas, not from data flow alone."""
+"""Checks of any block graph, traced or rewritten: from op schemas, not from data flow alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GraphError(InferixError):
 def validate(block: BlockGraph) -> None:
     """GraphError, naming graph and node, unless every graph of the block is sound.
 
-    Scratch is written once, before it is read. State is written only by ops that are told pages the pass owns, and
+    Scratch is written once, before it is read. State is written only by ops that get pages which the pass owns, and
     everything that the traced pass wrote is still written. Inputs, weights and constants are only read. Each value
     has one shape and dtype, and what a pass reads has been made: by the block's caller, the fold graph, the prompt
     graph or a pass before.
@@ -69,11 +69,11 @@ def validate_pass(graph: PassGraph) -> None:
 
 
 def written_state(graph: PassGraph, node: fx.Node, target: fx.Node) -> str:
-    """The name of the state that a node writes; GraphError if it is none, or if no pages of the pass's own are told."""
+    """The name of the state that a node writes; GraphError for other values, or without a page that the pass owns."""
     value = graph.inputs[target.name]
     if value.role != Role.STATE:
         raise GraphError(f"{graph.name}: {node.name} writes into {value.role} {value.name}")
-    told = [graph.inputs[storage(given).name] for given in node.all_input_nodes if storage(given).op == "placeholder"]
-    if not any(given.owned for given in told):
+    inputs = [graph.inputs[storage(given).name] for given in node.all_input_nodes if storage(given).op == "placeholder"]
+    if not any(given.owned for given in inputs):
         raise GraphError(f"{graph.name}: {node.name} writes pages of {value.name} that the pass does not own")
     return value.name

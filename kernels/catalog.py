@@ -1,18 +1,27 @@
-"""All ops with a `KernelSpec`, by name."""
+"""All ops of the package by name: one line each. Importing this registers them with torch."""
 
 from __future__ import annotations
 
 from .adaln import SPEC as ADALN
 from .block_attention import SPEC as BLOCK_ATTENTION
 from .denoise_step import SPEC as DENOISE_STEP
+from .frame_noise import SPEC as FRAME_NOISE
 from .kv_pages import SPEC as KV_PAGES
+from .linear_gelu import SPEC as LINEAR_GELU
 from .linear_lowp import SPEC as LINEAR_LOWP
 from .qk_norm_rope_append import SPEC as QK_NORM_ROPE_APPEND
 from .rms_norm import SPEC as RMS_NORM
 from .rms_silu import SPEC as RMS_SILU
-from .spec import KernelSpec
+from .rope_append import SPEC as ROPE_APPEND
+from .spec import KernelSpec, OpSpec
 
-SPECS: dict[str, KernelSpec] = {
+SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (BLOCK_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, LINEAR_LOWP, KV_PAGES, RMS_NORM, RMS_SILU)
 }
+PLAIN: dict[str, OpSpec] = {spec.name: spec for spec in (ROPE_APPEND, LINEAR_GELU, FRAME_NOISE)}  # torch's own ops
+
+
+def op_spec(name: str) -> OpSpec | None:
+    """The spec of `inferix::<name>`; None for an op that is not in the catalog."""
+    return SPECS.get(name) or PLAIN.get(name)

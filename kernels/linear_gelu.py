@@ -10,33 +10,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import expect
-
-NAME = "linear_gelu"
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """gelu(x @ weight^T + bias), GELU in its tanh form; x [M, K], weight [N, K], bias [N], out [M, N], in one dtype.
-
-    Raises ValueError naming the dimension that does not fit. Source: GELU (arXiv 1606.08415).
-    """
-    expect(NAME, "dims of x", x.ndim, 2)
-    expect(NAME, "inner size of weight", weight.shape[-1], x.shape[-1])
-    expect(NAME, "shape of bias", tuple(bias.shape), (len(weight),))
-    out = x.new_empty(len(x), len(weight)) if out is None else out
-    expect(NAME, "shape of out", tuple(out.shape), (len(x), len(weight)))
-    torch.ops.inferix.linear_gelu(x, weight, bias, out)
-    return out
+from .op import Op
+from .spec import Arg, OpSpec
 
 
-@torch.library.custom_op("inferix::linear_gelu", mutates_args=("out",))
-def _op(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+def reference(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """See the public function for shapes."""
     if x.is_cuda:
         torch.ops.aten._addmm_activation.out(bias, x, weight.t(), use_gelu=True, out=out)
     else:
         torch.ops.aten.gelu.out(F.linear(x, weight, bias), approximate="tanh", out=out)
 
 
-@_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    return None
+SPEC = OpSpec(
+    name="linear_gelu",
+    reference=reference,
+    outputs=("out",),
+    like="x",
+    args={
+        "x": Arg("rows inner"), "weight": Arg("width inner"), "bias": Arg("width"), "out": Arg("rows width")
+    },
+    dense=False,
+    family="matmul",
+    label="linear, gelu",
+    flops="2 * rows * inner * width",
+)  # fmt: skip
+OP = Op(SPEC)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """gelu(x @ weight^T + bias), GELU in its tanh form; x [M, K], weight [N, K], bias [N], out [M, N], in one dtype.
+
+    Raises UsageError naming the argument that does not fit. Source: GELU (arXiv 1606.08415).
+    """
+    out = x.new_empty(len(x), len(weight)) if out is None else out
+    OP(x, weight, bias, out)
+    return out

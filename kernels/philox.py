@@ -52,7 +52,7 @@ def normals(words: Tensor) -> Tensor:
     return pairs.flatten(-2).float()
 
 
-def frame_noise(
+def philox_normals(
     seed: int, frames: range, draw: int, shape: tuple[int, int, int], stream: int = 0, device: str = "cpu"
 ) -> Tensor:
     """Normals, float32 [F, C, H, W], for absolute latent frames `frames`, each of `shape` (C, H, W).

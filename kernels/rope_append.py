@@ -9,119 +9,89 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .qk_norm_rope_append.reference import token_turns, turned, write_pages
-from .spec import expect
+from .op import Op
+from .qk_norm_rope_append.reference import rotated, token_cos_sin, write_pages
+from .spec import Arg, OpSpec
 
-NAME = "rope_append"
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope_time: Tensor,
+    rope_rows: Tensor,
+    rope_columns: Tensor,
+    out: Tensor,
+    kv: Tensor,
+    pages: Tensor,
+    rope_sink: Tensor | None,
+    q_sink: Tensor | None,
+    kv_scale: Tensor | None,
+) -> None:
+    """In float32 or better; see the public function for shapes."""
+    wide = torch.promote_types(torch.promote_types(q.dtype, torch.float32), rope_time.dtype)
+    cos_sin = token_cos_sin(rope_time, rope_rows, rope_columns).to(wide)
+    out.copy_(rotated(q.to(wide), cos_sin))
+    if rope_sink is not None and q_sink is not None:
+        q_sink.copy_(rotated(q.to(wide), token_cos_sin(rope_sink, rope_rows, rope_columns).to(wide)))
+    write_pages(rotated(k.to(wide), cos_sin), v.to(wide), kv, pages, kv_scale)
+
+
+QUERIES, KEYS = "rows frames*height*width heads dim", "rows frames*height*width kv_heads dim"
+SPEC = OpSpec(
+    name="rope_append",
+    reference=reference,
+    outputs=("out", "kv", "q_sink"),
+    like="q",
+    args={
+        "q": Arg(QUERIES),
+        "k": Arg(KEYS),
+        "v": Arg(KEYS),
+        "rope_time": Arg("rows frames time_pairs 2"),
+        "rope_rows": Arg("height row_pairs 2"),
+        "rope_columns": Arg("width column_pairs 2"),
+        "out": Arg(QUERIES),
+        "kv": Arg("2 pages height*width kv_heads dim", listed_by="pages"),
+        "pages": Arg("rows frames"),
+        "rope_sink": Arg("rows frames time_pairs 2"),
+        "q_sink": Arg(QUERIES),
+        "kv_scale": Arg("2 pages kv_heads", listed_by="pages"),
+    },
+    rules=("time_pairs + row_pairs + column_pairs == dim // 2",),
+    needs=(("rope_sink", "q_sink"), ("q_sink", "rope_sink")),
+    dense=False,
+    family="pages",
+    label="rope, append",
+    flops="8 * rows * frames * height * width * (heads + kv_heads) * dim",
+)
+OP = Op(SPEC)
 
 
 def rope_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    time_turns: Tensor,
-    row_turns: Tensor,
-    column_turns: Tensor,
+    rope_time: Tensor,
+    rope_rows: Tensor,
+    rope_columns: Tensor,
     kv: Tensor,
     pages: Tensor,
     *,
-    sink_turns: Tensor | None = None,
+    rope_sink: Tensor | None = None,
     q_sink: Tensor | None = None,
     kv_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """q turned by its tokens' angles; k, turned alike, and v go to their pages.
+    """Rotate q and k by the angles of their tokens and write k and v into their pages; returns the rotated queries.
 
-    q, q_sink, out: [R, T, heads, D], T = F*H*W; k, v: [R, T, Hkv, D], normalised already. time_turns [R, F, a, 2],
-    row_turns [H, b, 2], column_turns [W, c, 2], a + b + c = D/2, float32 or float64. kv: [2, pages, H*W, Hkv, D],
-    in k's dtype, or FP8 with kv_scale float32 [2, pages, Hkv]. pages: int32 [R, F]. sink_turns with q_sink, or
-    neither: q turned otherwise. Returns the turned queries.
+    q, q_sink, out: [R, T, heads, D], T = F*H*W; k, v: [R, T, Hkv, D], normalised already. rope_time [R, F, a, 2],
+    rope_rows [H, b, 2], rope_columns [W, c, 2], a + b + c = D/2, float32 or float64. kv: [2, pages, H*W, Hkv, D],
+    in k's dtype, or FP8 with kv_scale float32 [2, pages, Hkv]. pages: int32 [R, F]. rope_sink with q_sink, or
+    neither: q rotated to the positions from which it sees the sink.
 
-    Raises ValueError naming the dimension that does not fit. Pages are read on the device and not checked.
+    Raises UsageError naming the argument that does not fit. Pages are read on the device and not checked.
     Source: Wan 2.1 (arXiv 2503.20314); RoFormer (arXiv 2104.09864).
     """
     out = torch.empty_like(q) if out is None else out
-    check(q, k, v, time_turns, row_turns, column_turns, kv, pages, sink_turns, q_sink, out)
-    torch.ops.inferix.rope_append(
-        q, k, v, time_turns, row_turns, column_turns, out, kv, pages, sink_turns, q_sink, kv_scale
-    )
+    OP(q, k, v, rope_time, rope_rows, rope_columns, out, kv, pages, rope_sink, q_sink, kv_scale)
     return out
-
-
-@torch.library.custom_op("inferix::rope_append", mutates_args=("out", "kv", "q_sink"))
-def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    time_turns: Tensor,
-    row_turns: Tensor,
-    column_turns: Tensor,
-    out: Tensor,
-    kv: Tensor,
-    pages: Tensor,
-    sink_turns: Tensor | None,
-    q_sink: Tensor | None,
-    kv_scale: Tensor | None,
-) -> None:
-    wide = torch.promote_types(torch.promote_types(q.dtype, torch.float32), time_turns.dtype)
-    turns = token_turns(time_turns, row_turns, column_turns).to(wide)
-    out.copy_(turned(q.to(wide), turns))
-    if sink_turns is not None and q_sink is not None:
-        q_sink.copy_(turned(q.to(wide), token_turns(sink_turns, row_turns, column_turns).to(wide)))
-    write_pages(turned(k.to(wide), turns), v.to(wide), kv, pages, kv_scale)
-
-
-@_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    time_turns: Tensor,
-    row_turns: Tensor,
-    column_turns: Tensor,
-    out: Tensor,
-    kv: Tensor,
-    pages: Tensor,
-    sink_turns: Tensor | None,
-    q_sink: Tensor | None,
-    kv_scale: Tensor | None,
-) -> None:
-    return None
-
-
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    time_turns: Tensor,
-    row_turns: Tensor,
-    column_turns: Tensor,
-    kv: Tensor,
-    pages: Tensor,
-    sink_turns: Tensor | None,
-    q_sink: Tensor | None,
-    out: Tensor,
-) -> None:
-    """ValueError unless the tensors fit each other."""
-    dims = {"q": (q, 4), "k": (k, 4), "kv": (kv, 5), "pages": (pages, 2), "time_turns": (time_turns, 4)}
-    for name, (tensor, count) in dims.items():
-        expect(NAME, f"dims of {name}", tensor.ndim, count)
-    rows, frames = pages.shape
-    height, width, (heads, dim) = len(row_turns), len(column_turns), q.shape[2:]
-    tokens, kv_heads = frames * height * width, kv.shape[3]
-    shapes = {
-        "q": (q, (rows, tokens, heads, dim)),
-        "k": (k, (rows, tokens, kv_heads, dim)),
-        "v": (v, (rows, tokens, kv_heads, dim)),
-        "out": (out, (rows, tokens, heads, dim)),
-        "q_sink": (q_sink, (rows, tokens, heads, dim)),
-        "time_turns": (time_turns, (rows, frames, time_turns.shape[2], 2)),
-        "sink_turns": (sink_turns, (rows, frames, time_turns.shape[2], 2)),
-        "kv": (kv, (2, kv.shape[1], height * width, kv_heads, dim)),
-    }
-    for name, (given, shape) in shapes.items():
-        if given is not None:
-            expect(NAME, f"shape of {name}", tuple(given.shape), shape)
-    pairs = time_turns.shape[2] + row_turns.shape[1] + column_turns.shape[1]
-    expect(NAME, "pairs of the three tables together", pairs, dim // 2)
-    expect(NAME, "sink_turns and q_sink are both given", sink_turns is None, q_sink is None)

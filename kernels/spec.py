@@ -1,30 +1,82 @@
-"""What an op is, as data: its reference, its fast forms and where they run, its cases, and how exact it must be.
+"""An op as data: reference, arguments with named dims, cost, picture label, fast forms, cases and tolerance.
 
-Tests, the microbenchmark, the compile gate and `inferix doctor` all read the same `KernelSpec`. An
+Tests, the microbenchmark, the compile gate, the cost model, the printers and `inferix doctor` read the same spec. An
 implementation is named by module and function and imported when it is first chosen, so nothing here needs Triton.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+from types import CodeType, ModuleType
+from typing import Any, Protocol
 
 import torch
+
+from ..errors import UsageError
 
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capabilities, times ten, that GPU code is compiled for
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32)
+ANY_FLOAT = (*FLOATS, torch.float64)
+FP8 = torch.float8_e4m3fn
+LIMITS = {FP8: 448.0, torch.int8: 127.0}  # largest entry of a tensor that has scales beside it, by its dtype
 GRID_480P = (30, 52)  # rows and columns of tokens in a latent frame of 832x480, for cases from real models
 FRAME_480P = GRID_480P[0] * GRID_480P[1]
+FAMILIES = ("matmul", "packed matmul", "attention", "norm and gate", "pages", "solver", "elementwise", "copy")
+NO_BUILTINS: dict[str, Any] = {"__builtins__": {}}  # of expressions: arithmetic of dims, no calls
 CHOSEN: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", default=None)
+
+
+class Sized(Protocol):
+    """A tensor, or a reference to one in a lowered program."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations (a multiply and an add are 2), bytes read and written, and launches."""
+
+    flops: int = 0
+    nbytes: int = 0
+    launches: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.nbytes + other.nbytes, self.launches + other.launches)
+
+
+@dataclass(frozen=True)
+class Arg:
+    """A tensor argument of an op.
+
+    dims: one entry per dim, separated by spaces. A name is bound to the first size it meets and must be that size
+    everywhere; a number or an expression of names must equal the size; `a|b` allows either. Names include the op's int
+    arguments, and `has_<argument>` for an optional argument (1 where it is given, else 0).
+    dtypes: those allowed, empty for any; the name of an argument stands for its dtype. Where the op computes in
+    float64, float64 is allowed in the place of float32.
+    listed_by: for a store of pages, [2, pages, ...]: the argument that lists the pages which a call touches.
+    """
+
+    dims: str
+    dtypes: tuple[torch.dtype | str, ...] = ()
+    listed_by: str = ""
+
+    @cached_property
+    def sizes(self) -> tuple[str, ...]:
+        return tuple(self.dims.split())
 
 
 @dataclass(frozen=True)
@@ -43,7 +95,7 @@ class Implementation:
     last_dims: tuple[int, ...] = ()
 
     def serves(self, capability: int, dtype: torch.dtype, last_dim: int | None = None) -> bool:
-        """Whether it is for such tensors on an architecture."""
+        """Return True for tensors that this form is declared for on an architecture."""
         fits = last_dim is None or not self.last_dims or last_dim in self.last_dims
         return capability in self.architectures and dtype in self.dtypes and fits
 
@@ -57,7 +109,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Case:
-    """Named sizes of one call; `options` are what else `make_inputs` wants to know."""
+    """Named sizes of one call; `options` are further arguments of `make_inputs`."""
 
     name: str
     dims: Mapping[str, int]
@@ -67,40 +119,162 @@ class Case:
         return self.dims[dim]
 
 
-@dataclass(frozen=True, eq=False)
-class KernelSpec:
-    """An op.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OpSpec:
+    """An op that graphs know, with or without a kernel of its own.
 
-    reference: plain torch, in float32 or better inside, same signature as every implementation: it writes into
-    the tensors named by `outputs`; by the one named `like` a form is chosen. make_inputs(case, dtype, device, seed)
-    gives the keyword arguments of a call.
-    tolerance: largest error by dtype, relative to the largest value of the exact result. nbytes and flops tell
-    what a call must move and compute. reads_host: forms that read tensors on the host, which no recording allows.
+    reference: plain torch; its parameters are the op's schema. It writes into the tensors named by `outputs`.
+    args: the tensor arguments. dense: they must be contiguous.
+    rules: expressions of dims that must hold, such as `heads % kv_heads == 0`; one with an unbound name is skipped.
+    needs: optional arguments that are given only with another one. scaled: tensors that may be FP8 or INT8, with the
+    argument of their scales, given exactly where the dtype is such. defaults: dims of arguments that are left out.
+    family: the kind of work, one of FAMILIES; pictures colour by it. label: a short name in pictures.
+    flops: an expression of dims; `listed` is the number of pages read. counted_by: the argument, int32 [rows], that
+    says how many pages of its table each row reads. check_values: checks page lists and scales, which lie on the
+    device; it gets the arguments by name, under INFERIX_DEBUG=1 only. detail: words for the variant of a call, from the
+    names of the arguments that are given. reads_host: forms that read tensors on the host, which cannot be captured.
     """
 
     name: str
     reference: Callable[..., None]
     outputs: tuple[str, ...]
     like: str
+    args: Mapping[str, Arg]
+    family: str
+    label: str
+    flops: str
+    rules: tuple[str, ...] = ()
+    needs: tuple[tuple[str, str], ...] = ()
+    scaled: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, int] = field(default_factory=dict)
+    dense: bool = True
+    counted_by: str = ""
+    check_values: Callable[[Mapping[str, Any]], None] | None = None
+    detail: Callable[[frozenset[str]], str] | None = None
+    reads_host: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.family in FAMILIES, f"{self.name}: family is {self.family!r}; expected one of {FAMILIES}"
+        unknown = {*self.args, *self.outputs, self.like} - set(self.names)
+        assert not unknown, f"{self.name}: {sorted(unknown)} are no parameters of its reference"
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the op's arguments, in order."""
+        return tuple(inspect.signature(self.reference).parameters)
+
+    def chosen(self, device: torch.device, dtype: torch.dtype, last_dim: int | None = None) -> str:
+        """Name of the implementation that serves such tensors; here there is only the reference."""
+        return "reference"
+
+    def check(self, *args: Any) -> None:
+        """Raise UsageError, with argument, value and expectation, unless the arguments fit each other."""
+        given = dict(zip(self.names, args, strict=True))
+        tensors = {name: given[name] for name in self.args if given[name] is not None}
+        for name, tensor in tensors.items():
+            shape, sizes = tuple(tensor.shape), self.args[name].sizes
+            if len(shape) != len(sizes):
+                self._refuse(f"shape of {name}", shape, f"{len(sizes)} dims, [{', '.join(sizes)}]")
+            if 0 in shape:
+                self._refuse(name, list(shape), "1 or more of each")
+        for name, other in self.needs:
+            if given[name] is not None and given[other] is None:
+                raise UsageError(f"{self.name}: {name} is given without {other}; give {other} too, or leave {name} out")
+        dims = self._dims(given)
+        for rule in self.rules:
+            names = compiled(rule).co_names
+            if all(name in dims for name in names) and not evaluated(rule, dims):
+                values = ", ".join(f"{name} is {dims[name]}" for name in names)
+                raise UsageError(f"{self.name}: {values}; expected {rule}")
+        for name, tensor in tensors.items():
+            shape, sizes = tuple(tensor.shape), self.args[name].sizes
+            allowed = [tuple(evaluated(part, dims) for part in size.split("|")) for size in sizes]
+            if any(size not in fitting for size, fitting in zip(shape, allowed, strict=True)):
+                expected = ", ".join(" or ".join(map(str, fitting)) for fitting in allowed)
+                comma = "," if len(allowed) == 1 else ""
+                self._refuse(f"shape of {name}", shape, f"({expected}{comma}), that is [{', '.join(sizes)}]")
+        self._check_dtypes(given, tensors)
+        device = given[self.like].device
+        for name, tensor in tensors.items():
+            if tensor.device != device:
+                self._refuse(f"device of {name}", tensor.device, device)
+            if self.dense and not tensor.is_contiguous():
+                self._refuse(f"strides of {name}", tensor.stride(), "a contiguous tensor")
+        if self.check_values is not None and debugging():
+            self.check_values(given)
+
+    def cost(
+        self, given: Mapping[str, Any], listed: int | None = None, memory: Callable[[Sized], Hashable] = id
+    ) -> Cost:
+        """Cost of one call from the shapes of its arguments.
+
+        listed: pages that all rows read together, where `counted_by` says so on the device; without it, as many as the
+        table has room for. memory: tells whether two arguments are the same memory, whose bytes count once.
+        """
+        dims, moved = self._dims(given), dict[Hashable, int]()
+        for name, value in given.items():
+            if not hasattr(value, "shape"):
+                continue
+            nbytes = math.prod(value.shape) * value.dtype.itemsize
+            if store := name in self.args and self.args[name].listed_by:
+                room = math.prod(given[store].shape)
+                dims["listed"] = room if listed is None or not self.counted_by else listed
+                nbytes = nbytes // value.shape[1] * dims["listed"]
+            key = memory(value), store
+            moved[key] = max(moved.get(key, 0), nbytes)
+        return Cost(int(evaluated(self.flops, dims)), sum(moved.values()), 1)
+
+    def _dims(self, given: Mapping[str, Any]) -> dict[str, int]:
+        """Sizes by name, as the arguments first show them."""
+        dims = {name: value for name, value in given.items() if isinstance(value, int)}
+        dims |= {f"has_{name}": int(given.get(name) is not None) for name in self.args}
+        for name, arg in self.args.items():
+            for size, actual in zip(arg.sizes, getattr(given.get(name), "shape", ()), strict=False):
+                if size.isidentifier():
+                    dims.setdefault(size, actual)
+        return dict(self.defaults) | dims
+
+    def _check_dtypes(self, given: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refuse dtypes that are not declared, and low-precision tensors without scales or the reverse."""
+        wide = tensors[self.like].dtype == torch.float64
+        for name, tensor in tensors.items():
+            wanted = self.args[name].dtypes
+            allowed = [given[part].dtype if isinstance(part, str) else part for part in wanted]
+            allowed += [torch.float64] if wide and name != self.like and torch.float32 in allowed else []
+            if wanted and tensor.dtype not in allowed:
+                self._refuse(f"dtype of {name}", tensor.dtype, " or ".join(map(str, dict.fromkeys(allowed))))
+        for name, scale in self.scaled.items():
+            dtype, has_scale = given[name].dtype, given[scale] is not None
+            if has_scale != (dtype in LIMITS):
+                wants = f"no {scale}, or {' or '.join(map(str, LIMITS))}" if has_scale else f"{scale} beside it"
+                self._refuse(f"dtype of {name}", dtype, wants)
+
+    def _refuse(self, what: str, value: object, expected: object) -> None:
+        raise UsageError(f"{self.name}: {what} is {value}; expected {expected}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KernelSpec(OpSpec):
+    """An op with fast forms: every implementation has the reference's signature.
+
+    By the tensor argument named `like` a form is chosen. make_inputs(case, dtype, device, seed) gives the keyword
+    arguments of a call. tolerance: largest error by dtype, relative to the largest value of the exact result.
+    tensor_cores: its GPU code must use them. stack: bytes that its GPU code may keep on the stack.
+    shape_names: names for sizes that `inferix bench kernels --shape` takes besides the cases' own: each is a product of
+    two dims of a case, of which the first is set (`kv` of pages and page_tokens), or one dim by another name.
+    """
+
     implementations: tuple[Implementation, ...]
     make_inputs: Callable[[Case, torch.dtype, str, int], dict[str, Any]]
     test_cases: tuple[Case, ...]
     bench_cases: tuple[Case, ...]
     tolerance: Mapping[torch.dtype, float]
-    nbytes: Callable[[Case, torch.dtype], int]
-    flops: Callable[[Case], int]
-    reads_host: tuple[str, ...] = ()
-
-    def choose(self, like: torch.Tensor) -> Callable[..., None]:
-        """The form for such a tensor, in the config that was found best on this card if that was ever asked."""
-        if wanted := (CHOSEN.get() or {}).get(self.name):
-            return self.named(wanted, like.device)
-        if like.device.type == "cuda" and (best := tuned(self, like)):
-            return best
-        return self.named(self.chosen(like.device, like.dtype, like.shape[-1]))
+    tensor_cores: bool = False
+    stack: int = 0
+    shape_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def chosen(self, device: torch.device, dtype: torch.dtype, last_dim: int | None = None) -> str:
-        """Its name: the one asked for by `using`, else the first for device, dtype and size, else the reference."""
+        """Name of the form `using` asks for, else of the first for device, dtype and size, else "reference"."""
         if wanted := (CHOSEN.get() or {}).get(self.name):
             return wanted
         if device.type == "cuda" and has_triton():
@@ -111,15 +285,15 @@ class KernelSpec:
         return "reference"
 
     def form(self, name: str) -> Implementation:
-        """An implementation by name; ValueError for one the op does not have."""
+        """Return an implementation by name; UsageError for one the op does not have."""
         for form in self.implementations:
             if form.name == name:
                 return form
         names = ", ".join(["reference", *(form.name for form in self.implementations)])
-        raise ValueError(f"{self.name}: no implementation {name!r}; there are {names}")
+        raise UsageError(f"{self.name}: no implementation {name!r}; there are {names}")
 
     def named(self, name: str, device: torch.device | None = None) -> Callable[..., None]:
-        """What runs under a name; ValueError for one that is not there, or not for the GPU `device`."""
+        """Return the function of a form; UsageError for one that is unknown, or not for the GPU `device`."""
         if name == "reference":
             return self.reference
         form = self.form(name)
@@ -127,7 +301,7 @@ class KernelSpec:
         if device is not None and device.type == "cuda" and known and architecture(device) not in known:
             has = "{}.{}".format(*torch.cuda.get_device_capability(device))
             wants = ", ".join(f"{one // 10}.{one % 10}" for one in known)
-            raise ValueError(
+            raise UsageError(
                 f"{self.name}: compute capability of {device} is {has}; {name} is for {wants}; take the reference"
             )
         return form.load()
@@ -143,19 +317,6 @@ def using(**names: str) -> Iterator[None]:
         CHOSEN.reset(token)
 
 
-def tuned(spec: KernelSpec, like: torch.Tensor) -> Callable[..., None] | None:
-    """What the card's saved table says for such a tensor; None where there is no table, or nothing about it."""
-    from .tuning import choices
-
-    card, capability = torch.cuda.get_device_name(like.device), architecture(like.device)
-    return choices(spec, card, capability).get(sort_of(like))
-
-
-def sort_of(like: torch.Tensor) -> str:
-    """What decides between configs: the dtype and last dim of the tensor by which a form is chosen."""
-    return f"{str(like.dtype)[6:]} {like.shape[-1]}"
-
-
 @cache
 def has_triton() -> bool:
     return find_spec("triton") is not None
@@ -168,58 +329,47 @@ def architecture(device: torch.device) -> int:
     return max(fitting, default=0)
 
 
-def expect(op: str, what: str, got: object, wanted: object) -> None:
-    """ValueError unless `got` is `wanted`, naming the op, the dimension and both."""
-    if got != wanted:
-        raise ValueError(f"{op}: {what} is {got}; expected {wanted}")
+@cache
+def compiled(expression: str) -> CodeType:
+    """An expression of a spec, parsed once."""
+    return compile(expression, "<spec>", "eval")
 
 
-def expect_one_of(op: str, what: str, got: object, allowed: tuple[object, ...]) -> None:
-    if got not in allowed:
-        raise ValueError(f"{op}: {what} is {got}; expected one of {', '.join(map(str, allowed))}")
+def evaluated(expression: str, dims: Mapping[str, int]) -> int:
+    """The value of an expression of a spec, all of whose names are bound."""
+    if expression in dims:
+        return dims[expression]
+    value: int = eval(compiled(expression), NO_BUILTINS, dims)
+    return value
 
 
 def indexable(store: torch.Tensor) -> torch.Tensor:
-    """A store whose pages torch can pick and set on every device: FP8 as the bytes it is."""
-    return store.view(torch.uint8) if store.dtype == torch.float8_e4m3fn else store
+    """View a store whose dtype torch cannot index (FP8) as bytes; other stores as they are."""
+    return store.view(torch.uint8) if store.dtype == FP8 else store
 
 
 def expect_fp8(op: str, device: torch.device) -> None:
-    """ValueError on a GPU that has no FP8 numbers."""
+    """UsageError on a GPU without FP8 numbers."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         has = "{}.{}".format(*torch.cuda.get_device_capability(device))
-        raise ValueError(f"{op}: compute capability of {device} is {has}; FP8 needs 8.9 or more, so take INT8 or half")
-
-
-def expect_dense(op: str, **tensors: torch.Tensor | None) -> None:
-    """ValueError for a tensor that is not contiguous."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name} has strides {tensor.stride()}; expected a contiguous tensor")
-
-
-def expect_together(op: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
-    """ValueError for a tensor that is on another device."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}; expected {device}")
+        raise UsageError(f"{op}: compute capability of {device} is {has}; FP8 needs 8.9 or more, so take INT8 or half")
 
 
 def debugging() -> bool:
-    """Whether to read page lists and scales on the host and check them before each call, at the price of a wait."""
+    """Return True under INFERIX_DEBUG=1: page lists and scales are read on the host and checked before each call."""
     return os.environ.get("INFERIX_DEBUG") == "1"
 
 
 def expect_pages(op: str, what: str, listed: torch.Tensor, pages: int, *, once: bool = False) -> None:
-    """ValueError for a page that a store does not have, or that is listed twice where it may be only `once`."""
-    held = listed.flatten().tolist()
-    if wrong := [page for page in held if not 0 <= page < pages]:
-        raise ValueError(f"{op}: {what} lists page {wrong[0]}; expected 0..{pages - 1}")
-    if once and (again := [page for page in held if held.count(page) > 1]):
-        raise ValueError(f"{op}: {what} lists page {again[0]} {held.count(again[0])} times; expected once")
+    """UsageError for a page that a store does not have, or that is listed twice where it may be only `once`."""
+    numbers = listed.flatten().tolist()
+    if wrong := [page for page in numbers if not 0 <= page < pages]:
+        raise UsageError(f"{op}: {what} lists page {wrong[0]}; expected 0..{pages - 1}")
+    if once and (again := [page for page in numbers if numbers.count(page) > 1]):
+        raise UsageError(f"{op}: {what} lists page {again[0]} {numbers.count(again[0])} times; expected once")
 
 
 def expect_scales(op: str, scale: torch.Tensor | None) -> None:
-    """ValueError for a scale that is not above 0."""
+    """UsageError for a scale that is not above 0."""
     if scale is not None and not bool((scale > 0).all()):
-        raise ValueError(f"{op}: a scale of the pages is {float(scale.min())}; expected numbers above 0")
+        raise UsageError(f"{op}: a scale of the pages is {float(scale.min())}; expected numbers above 0")

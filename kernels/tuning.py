@@ -1,4 +1,4 @@
-"""Tables of what is fastest on one card: which form of an op, in which config, by dtype and last dim.
+"""Which form of an op runs, and the tables of what is fastest on one card: form and config by dtype and last dim.
 
 `kernels/<op>/tuned/<card>.json` is written by `inferix bench kernels --tune`, on request only, and read when an op
 first runs on such a card. Where there is none, the op's first form and the configs above its kernel serve. A table
@@ -15,10 +15,32 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UsageError
-from .spec import KernelSpec
+from .spec import CHOSEN, KernelSpec, architecture
 
 SCHEMA = 1
+
+
+def choose(spec: KernelSpec, like: torch.Tensor) -> Callable[..., None]:
+    """Return the form for such a tensor: the one of `using`, else the card's tuned one, else the first declared."""
+    if wanted := (CHOSEN.get() or {}).get(spec.name):
+        return spec.named(wanted, like.device)
+    if like.device.type == "cuda" and (best := tuned(spec, like)):
+        return best
+    return spec.named(spec.chosen(like.device, like.dtype, like.shape[-1]))
+
+
+def tuned(spec: KernelSpec, like: torch.Tensor) -> Callable[..., None] | None:
+    """Return the entry of the card's table for such a tensor; None where there is no table or no entry."""
+    card, capability = torch.cuda.get_device_name(like.device), architecture(like.device)
+    return choices(spec, card, capability).get(sort_of(like))
+
+
+def sort_of(like: torch.Tensor) -> str:
+    """Key of a table: dtype and last dim of the tensor by which a form is chosen."""
+    return f"{str(like.dtype)[6:]} {like.shape[-1]}"
 
 
 def table_path(op: str, card: str) -> Path:
@@ -28,14 +50,14 @@ def table_path(op: str, card: str) -> Path:
 
 @cache
 def choices(spec: KernelSpec, card: str, capability: int) -> Mapping[str, Callable[..., None]]:
-    """What to run by `sort_of`, from the card's table; empty without one. UsageError for one that cannot be used."""
+    """Forms by `sort_of` from the card's table, empty without one; UsageError for a table that cannot be used."""
     path = table_path(spec.name, card)
     if not path.exists():
         return {}
     try:
         return read(spec, json.loads(path.read_text("utf-8")), capability)
     except ValueError as error:
-        wrong = f"{path}: {error}; write it anew with inferix bench kernels --op {spec.name} --tune, or delete it"
+        wrong = f"{path}: {error}; write it again with inferix bench kernels --op {spec.name} --tune, or delete it"
         raise UsageError(wrong) from None
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 
 
-class Bell(threading.Condition):
-    """One lock for an engine. `rings` says how often something has changed, so that no change is slept through."""
+class EngineCondition(threading.Condition):
+    """One lock for an engine. `changes` counts signals, so that a waiter misses none."""
 
     def __init__(self) -> None:
         super().__init__(threading.RLock())
-        self.rings = 0
+        self.changes = 0
 
-    def ring(self) -> None:
+    def signal(self) -> None:
+        """Wake all waiters; free to any thread."""
         with self:
-            self.rings += 1
+            self.changes += 1
             self.notify_all()
 
     def wait_after(self, seen: int, timeout: float | None = None) -> bool:
-        """Wait until it has rung more than `seen` times; False if that took too long."""
+        """Wait until `changes` differs from `seen`; False after `timeout` seconds."""
         with self:
-            return self.wait_for(lambda: self.rings != seen, timeout)
+            return self.wait_for(lambda: self.changes != seen, timeout)

@@ -8,11 +8,11 @@ from ..errors import UsageError, nearest
 
 SCHEDULES = ("round-robin", "earliest-deadline")
 WHEN_FULL = ("refuse", "queue")
-RELIEFS = ("sessions", "window", "decoder")
+DEGRADATION_KINDS = ("sessions", "window", "decoder")
 
 
 @dataclass(frozen=True)
-class Relief:
+class DegradationStep:
     """One declared step that overload may take.
 
     kind: `sessions` pauses the newest down to `value` sessions, `window` narrows local_attn_size to `value`
@@ -23,11 +23,11 @@ class Relief:
     value: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in RELIEFS:
-            hint = nearest(str(self.kind), RELIEFS)
-            raise UsageError(f"relief is {self.kind!r}{hint}; expected {', '.join(RELIEFS)}")
+        if self.kind not in DEGRADATION_KINDS:
+            hint = nearest(str(self.kind), DEGRADATION_KINDS)
+            raise UsageError(f"kind is {self.kind!r}{hint}; expected {', '.join(DEGRADATION_KINDS)}")
         if self.kind != "decoder" and self.value < 1:
-            raise UsageError(f"relief {self.kind!r} has value {self.value}; expected 1 or more")
+            raise UsageError(f"value is {self.value}; expected 1 or more for a step of kind {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Limits:
     memory_bytes: int | None = None
     realtime: bool = False
     late_blocks: int = 3
-    overload: tuple[Relief, ...] = ()
+    overload: tuple[DegradationStep, ...] = ()
     queue_blocks: int = 2
     consumer_timeout: float | None = None
     batch: int | None = None

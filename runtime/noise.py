@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..kernels.philox import frame_noise
+from ..kernels.philox import philox_normals
 
 
 class Noise(Protocol):
@@ -32,7 +32,7 @@ class PhiloxNoise:
             raise UsageError(f"seed is {self.seed!r}; expected a whole number of 0 to 2^64 - 1")
 
     def draw(self, block: int, frames: range, draw: int, shape: tuple[int, int, int]) -> Tensor:
-        return frame_noise(self.seed, frames, draw, shape, device=self.device)
+        return philox_normals(self.seed, frames, draw, shape, device=self.device)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from inferix.graphs.types import BlockGraph, Role, Value
-from inferix.kernels.qk_norm_rope_append import turns_of
+from inferix.kernels.qk_norm_rope_append import rope_cos_sin
 from inferix.kernels.rope import axis_angles
 
 
@@ -32,12 +32,12 @@ def random_values(block: BlockGraph, weights: dict[str, Tensor], grid: tuple[int
 
 def fill(value: Value, block: BlockGraph, grid: tuple[int, int], dim: int, generator: torch.Generator) -> Tensor:
     what = value.name.rpartition(".")[2]
-    if what in ("time_turns", "sink_turns"):
+    if what in ("rope_time", "rope_sink"):
         positions = torch.randint(0, 9, value.shape[:2], generator=generator)
         rows = [axis_angles(row, *grid, dim)[0] for row in positions.tolist()]
-        return turns_of(torch.stack(rows), value.dtype)
-    if what in ("row_turns", "column_turns"):
-        return turns_of(axis_angles([0], *grid, dim)[1 if what == "row_turns" else 2], value.dtype)
+        return rope_cos_sin(torch.stack(rows), value.dtype)
+    if what in ("rope_rows", "rope_columns"):
+        return rope_cos_sin(axis_angles([0], *grid, dim)[1 if what == "rope_rows" else 2], value.dtype)
     if what == "pages":
         order = torch.randperm(block.shape.pages, generator=generator)[: value.numel]
         return order.to(value.dtype).reshape(value.shape)

@@ -18,10 +18,11 @@ from inferix.models.wan.vae import TINY_VAE, CausalVae, VaeSpec
 from inferix.models.wan.vae_cpu import use_cpu_layers
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
+from inferix.runtime.execution.executors import Executor
 from inferix.runtime.execution.loading import Components, random_decoder
 from inferix.runtime.kv.contiguous_cache import ContiguousCache
 from inferix.runtime.limits import Limits
-from inferix.runtime.sessions.session import Block
+from inferix.runtime.sessions.output_queue import Block
 from inferix.schemes.presets import make_preset
 
 TINY = dataclasses.replace(
@@ -110,6 +111,12 @@ def make_engine(
     vae = use_cpu_layers(vae.to(kind))
     parts = Components(tiny_transformer(spec, kind), vae, None, "test", "random", lambda: None, fast)
     return Engine(config, make_preset(preset, **overrides), parts, limits)
+
+
+def remade(engine: Engine, executor: Executor | None = None, **parts: object) -> Engine:
+    """A new engine with the same settings and weights, but another executor or other parts."""
+    components = dataclasses.replace(engine.parts, **parts)
+    return Engine(engine.config, engine.preset, components, engine.manager.limits, executor)
 
 
 def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache] = ContiguousCache) -> Engine:

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ AT_ROOT = ["cli", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "version"}
+BASE = ("byte_sizes", "engine_condition", "files", "limits", "media", "noise", "sampler", "streams")
+ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
+              "block_loop", "engine", "load")  # fmt: skip
+RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
 
 
 def packages(root: Path) -> set[str]:
@@ -78,6 +83,46 @@ def wrong_imports(module: str, source: str) -> list[str]:
         for target in imported(module, source)
         if layer(target) not in FOR_EVERYONE and LAYERS.get(layer(target), sys.maxsize) > height
     ]
+
+
+def wrong_runtime_imports(module: str, source: str) -> list[str]:
+    """One line per import of a module of `runtime` that runs upwards inside `runtime`; base files import freely."""
+    parts = module.split(".")
+    if parts[1] != "runtime" or parts[2] == "__init__":
+        return []
+    below = [
+        target.split(".")[2]
+        for target in precisely(module, source)
+        if target.startswith("inferix.runtime.") and target.split(".")[2] != parts[2]
+    ]
+    height = RUNTIME[parts[2]]
+    return [f"{module} imports {name}" for name in below if RUNTIME[name] > height]
+
+
+def precisely(module: str, source: str) -> Iterator[str]:
+    """Dotted names that `module` imports; `from x import y` gives `x` and `x.y`, whichever of them is a file."""
+    yield from imported(module, source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            target = ".".join(part for part in (base, node.module) if part)
+            if target.startswith("inferix"):
+                yield from (f"{target}.{alias.name}" for alias in node.names)
+
+
+def import_circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in a circle, first and last the same; none where there is no circle."""
+    files = {name: name.removesuffix(".__init__") for name in sources}
+    by_import = {target: name for name, target in files.items()}
+    edges = {
+        name: {by_import[target] for target in precisely(name, source) if by_import.get(target, name) != name}
+        for name, source in sources.items()
+    }
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -171,6 +216,56 @@ def test_planted_wrong_imports_are_found(module: str, source: str) -> None:
 )
 def test_downward_imports_are_accepted(module: str, source: str) -> None:
     assert wrong_imports(module, source) == []
+
+
+def test_imports_inside_runtime_run_downwards() -> None:
+    wrong = [line for name, path in modules(ROOT) for line in wrong_runtime_imports(name, path.read_text("utf-8"))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("inferix.runtime.sessions.session", "if TYPE_CHECKING:\n    from ..engine import Engine"),
+        ("inferix.runtime.sessions.session_manager", "def f():\n    from ..block_loop import BlockLoop"),
+        ("inferix.runtime.kv.pages", "from ..config import EngineConfig"),
+        ("inferix.runtime.kv.pages", "from .. import config"),
+        ("inferix.runtime.block_loop", "from . import engine"),
+        ("inferix.runtime.files", "from .kv.pages import PagePool"),
+        ("inferix.runtime.telemetry.records", "import inferix.runtime.programs.warmup"),
+        ("inferix.runtime.engine", "from .load import load"),
+    ],
+)
+def test_planted_upward_imports_inside_runtime_are_found(module: str, source: str) -> None:
+    assert wrong_runtime_imports(module, source)
+
+
+def test_every_part_of_runtime_has_a_layer() -> None:
+    parts = {name.split(".")[2] for name, _ in modules(ROOT) if name.startswith("inferix.runtime.")}
+    assert parts - {"__init__"} == set(RUNTIME)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert import_circle({name: path.read_text("utf-8") for name, path in modules(ROOT)}) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"inferix.a.x": "from .y import f", "inferix.a.y": "from .x import g"},
+        {"inferix.a.x": "from . import y", "inferix.a.y": "def f():\n    from . import x"},
+        {"inferix.a.x": "import inferix.a.y", "inferix.a.y": "if TYPE_CHECKING:\n    from ..a.x import g"},
+        {"inferix.a": "from .b import f", "inferix.b.__init__": "from . import z", "inferix.b.z": "from .. import a"},
+    ],
+)
+def test_planted_circles_are_found(planted: dict[str, str]) -> None:
+    ring = import_circle(planted)
+    assert ring[0] == ring[-1] and set(ring) <= set(planted)
+
+
+def test_imports_without_a_circle_are_accepted() -> None:
+    sources = {"inferix.a.x": "from . import y\nfrom .z import f", "inferix.a.y": "", "inferix.a.z": ""}
+    assert import_circle(sources) == []
 
 
 def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:

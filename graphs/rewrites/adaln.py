@@ -86,10 +86,10 @@ def dtypes(graph: PassGraph) -> Iterator[torch.dtype]:
 def fuse_norm(edit: Editor, match: Match) -> None:
     with edit.before(match.anchor):
         x = match.input(edit, "x")
-        told = {name: match.input(edit, name) for name in match.given if name != "x"}
+        given = {name: match.input(edit, name) for name in match.given if name != "x"}
         residual, normed = edit.like(x), edit.like(x)
         edit.call(
-            ADALN, x, None, None, told.get("shift"), told.get("scale"), told.get("weight"), told.get("bias"),
+            ADALN, x, None, None, given.get("shift"), given.get("scale"), given.get("weight"), given.get("bias"),
             residual, normed, None, match.scalar("eps"),
         )  # fmt: skip
         match.replace(edit, normed)

@@ -1,4 +1,4 @@
-"""What a rewrite is, and helpers that several share. A rewrite works on a copy that it may change in place."""
+"""The type of a rewrite, and helpers that several share. A rewrite works on a copy that it may change in place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from ...kernels import catalog, frame_noise, linear_gelu, rope_append  # noqa: F401  (they register ops)
+from ...kernels import catalog  # noqa: F401  (registers the ops)
 from ..edit import fake, fake_mode, shape
 from ..effects import drop_dead, is_scratch, is_view
 from ..match import peeled
@@ -25,7 +25,7 @@ class Rewrite:
     """name: as the command line knows it. apply: gives the block after it, and in how many places it was done; None
     for one that is done when the passes of a block are planned, before they are traced.
 
-    needs: rewrites without which this one finds nothing. default: whether it is done unless told otherwise.
+    needs: rewrites without which this one finds nothing. default: done without being asked for.
     """
 
     name: str
@@ -46,7 +46,7 @@ def on_each_graph(change: Callable[[PassGraph], int]) -> Apply:
 
 
 def replaced(block: BlockGraph, graphs: Sequence[PassGraph]) -> BlockGraph:
-    """The block with its graphs, told apart by their names, replaced by these."""
+    """The block with its graphs replaced by these, matched by name."""
     special = {graph.name: graph for graph in graphs if graph.name in ("fold", "prompt")}
     passes = tuple(graph for graph in graphs if graph.name not in special)
     return replace(block, fold=special.get("fold"), prompt=special.get("prompt"), passes=passes)

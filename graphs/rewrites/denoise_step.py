@@ -71,7 +71,7 @@ def denoise_step(graph: PassGraph) -> int:
 
 
 def shows_patch(match: Match) -> bool:
-    """Whether the patch is to be seen in the shape: not in a picture that is one patch high or wide."""
+    """Return True if shapes show the patch, as they do unless a picture is one patch high or wide."""
     tokens, (channels, *places) = shape(match.given["tokens"]), shape(match.results[0])[2:]
     return len(places) == 4 or len(tokens) != 3 or tokens[-1] == channels
 
@@ -89,7 +89,7 @@ def steps(graph: PassGraph, results: tuple[fx.Node, ...], velocity: fx.Node) -> 
 
 
 def whole_of(node: fx.Node) -> fx.Node:
-    """What a node is some rows or frames of."""
+    """The node of which this one is some rows or frames."""
     while node.target is aten.view.default or (node.target is aten.slice.Tensor and node.args[1] in (0, 1)):
         node = node.all_input_nodes[0]
     return node
@@ -192,7 +192,7 @@ def arranged(graph: PassGraph, outputs: dict[int, Terms], velocity: fx.Node) -> 
 
 
 def is_clean(terms: Terms, latents: fx.Node, parts: list[fx.Node]) -> bool:
-    """Whether a sum is latents less some of the velocity, and nothing else."""
+    """Return True for a sum of latents and some of the velocity, and nothing else."""
     return terms.get(latents) == 1.0 and set(terms) <= {latents, *parts}
 
 
@@ -219,7 +219,7 @@ def fuse(graph: PassGraph, edit: Editor, match: Match, step: Step) -> None:
         by_frame = edit.view(edit.dense(tokens), (rows, frames, fake(tokens).numel() // (rows * frames * each), each))
         outs = [None if place is None else edit.like(x) for place in step.outputs]
         edit.call(
-            ops.denoise_step.default, told(edit, by_frame, step.velocities), x, listed, key, by, history,
+            ops.denoise_step.default, velocity_of(edit, by_frame, step.velocities), x, listed, key, by, history,
             *outs, patch_height, patch_width, draw, stream,
         )  # fmt: skip
     results = list(output.args[0])  # type: ignore[arg-type]
@@ -229,7 +229,7 @@ def fuse(graph: PassGraph, edit: Editor, match: Match, step: Step) -> None:
     output.args = (tuple(results),)
 
 
-def told(edit: Editor, by_frame: fx.Node, velocities: Mapping[fx.Node, float]) -> fx.Node:
+def velocity_of(edit: Editor, by_frame: fx.Node, velocities: Mapping[fx.Node, float]) -> fx.Node:
     """The head's tokens [R, T, k] of parts of the velocity, from [R, F, P, k]; summed with weights if there are two."""
     parts = []
     for node in velocities:

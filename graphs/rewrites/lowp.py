@@ -48,7 +48,7 @@ class PrecisionMap:
             raise UsageError(f"low precision is {self.kind!r}; expected one of {', '.join(KINDS)}")
 
     def has(self, layer: str) -> bool:
-        """Whether a layer, by the name of its module, is to be packed."""
+        """Return True for a layer, by the name of its module, that runs in low precision."""
         named = of_tokens(layer) and any(fnmatchcase(layer, pattern) for pattern in self.layers)
         return named and not any(fnmatchcase(layer, pattern) for pattern in self.keep)
 

@@ -1,4 +1,4 @@
-"""What changes less often than a pass is computed less often: the two rewrites that move calls out of passes.
+"""fold and hoist-prompt: move calls out of passes whose results change less often than a pass.
 
 `fold` takes what depends on weights, written numbers and positions of the grid alone, `hoist_prompt` what depends on
 the prompt besides. A value is moved if it is computed, not merely looked at, and something that stays reads it.
@@ -51,7 +51,7 @@ def moved(block: BlockGraph, when: When, name: str, role: Role, runs: Runs) -> t
 
 
 def ranks_of(graph: PassGraph) -> dict[fx.Node, int]:
-    """How often the result of each node changes; scratch changes with what is written into it."""
+    """Rate at which the result of each node changes; scratch changes with the values written into it."""
     found: dict[fx.Node, int] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":

@@ -29,12 +29,12 @@ def append_of(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., 
 
     def append(
         q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, time: Tensor, row: Tensor,
-        column: Tensor, kv: Tensor, pages: Tensor, eps: float, sink_turns: Tensor | None = None,
+        column: Tensor, kv: Tensor, pages: Tensor, eps: float, rope_sink: Tensor | None = None,
     ) -> None:  # fmt: skip
         q, k = norm(q, q_weight, eps), norm(k, k_weight, eps)
         q, k, v = (part.unflatten(-1, (-1, DIM)) for part in (q, k, v))
-        q_sink = None if sink_turns is None else torch.empty_like(q)
-        rope_append(q, k, v, time, row, column, kv, pages, sink_turns=sink_turns, q_sink=q_sink)
+        q_sink = None if rope_sink is None else torch.empty_like(q)
+        rope_append(q, k, v, time, row, column, kv, pages, rope_sink=rope_sink, q_sink=q_sink)
 
     return append
 
@@ -47,11 +47,11 @@ def patterns(dtype: torch.dtype, turns: torch.dtype) -> tuple[Pattern, ...]:
     tensors |= {"k": (ROWS, TOKENS, narrow), "v": (ROWS, TOKENS, narrow), "time": turns_shape}
     tensors |= {"row": (HEIGHT, PAIRS[1], 2), "column": (WIDTH, PAIRS[2], 2)}
     tensors |= {"kv": (2, PAGES, HEIGHT * WIDTH, KV_HEADS, DIM), "pages": (ROWS, FRAMES)}
-    dtypes = dict.fromkeys(("time", "row", "column", "sink_turns"), turns) | {"pages": torch.int32}
+    dtypes = dict.fromkeys(("time", "row", "column", "rope_sink"), turns) | {"pages": torch.int32}
     return tuple(
         Pattern.of(append_of(norm), tensors | more, dtype, dtypes, states=("kv",), scalars=("eps",))
         for norm in NORMS
-        for more in ({}, {"sink_turns": turns_shape})
+        for more in ({}, {"rope_sink": turns_shape})
     )
 
 
@@ -85,13 +85,13 @@ def whole(match: Match) -> fx.Node | None:
 
 def fuse(edit: Editor, match: Match, qkv: fx.Node) -> None:
     append = match.anchor
-    _, _, _, time, row, column, out, kv, pages, sink_turns, q_sink, scale = (*append.args, *(None,) * 3)[:12]
+    _, _, _, time, row, column, out, kv, pages, rope_sink, q_sink, scale = (*append.args, *(None,) * 3)[:12]
     rows, tokens = shape(append.args[0])[:2]  # type: ignore[arg-type]
     with edit.before(append):
         edit.call(
             ops.qk_norm_rope_append.default, edit.view(qkv, (rows, tokens, shape(qkv)[-1])),
             edit.dense(match.given["q_weight"]), edit.dense(match.given["k_weight"]), time, row, column, out, kv, pages,
-            sink_turns, q_sink, scale, match.scalar("eps"),
+            rope_sink, q_sink, scale, match.scalar("eps"),
         )  # fmt: skip
     edit.graph.erase_node(append)
     del match.nodes[match.pattern.anchor]

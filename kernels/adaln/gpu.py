@@ -31,31 +31,31 @@ def _adaln(
     QUANTISE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    row, at = token // tokens, tl.arange(0, BLOCK)
-    inside = at < dim
-    x = tl.load(x_ptr + token * dim + at, mask=inside, other=0.0).to(tl.float32)
+    row, offs = token // tokens, tl.arange(0, BLOCK)
+    inside = offs < dim
+    x = tl.load(x_ptr + token * dim + offs, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]: x is [rows * tokens, dim]
     if UPDATE:
-        update = tl.load(update_ptr + token * dim + at, mask=inside, other=0.0).to(tl.float32)
+        update = tl.load(update_ptr + token * dim + offs, mask=inside, other=0.0).to(tl.float32)
         if GATE:
-            frame = row * gate_frames + (token % tokens) // (tokens // gate_frames)
-            update *= tl.load(gate_ptr + frame * dim + at, mask=inside, other=0.0).to(tl.float32)
+            frame = row * gate_frames + (token % tokens) // (tokens // gate_frames)  # gate: [rows * gate_frames, dim]
+            update *= tl.load(gate_ptr + frame * dim + offs, mask=inside, other=0.0).to(tl.float32)
         x += update
-    tl.store(residual_ptr + token * dim + at, x.to(residual_ptr.dtype.element_ty), mask=inside)
+    tl.store(residual_ptr + token * dim + offs, x.to(residual_ptr.dtype.element_ty), mask=inside)
     mean = tl.sum(x, 0) / dim
     centred = tl.where(inside, x - mean, 0.0)
     y = centred / tl.sqrt(tl.sum(centred * centred, 0) / dim + eps)
     if AFFINE:
-        y = y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = y * tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     if MODULATE:
         frame = row * frames + (token % tokens) // (tokens // frames)
-        y = y * (1.0 + tl.load(scale_ptr + frame * dim + at, mask=inside, other=0.0).to(tl.float32))
-        y += tl.load(shift_ptr + frame * dim + at, mask=inside, other=0.0).to(tl.float32)
+        y = y * (1.0 + tl.load(scale_ptr + frame * dim + offs, mask=inside, other=0.0).to(tl.float32))
+        y += tl.load(shift_ptr + frame * dim + offs, mask=inside, other=0.0).to(tl.float32)
     if QUANTISE:
-        by = tl.maximum(tl.max(tl.where(inside, tl.abs(y), 0.0), 0), 1e-12) / 448.0
-        tl.store(row_scale_ptr + token, by)
-        y = y / by
-    tl.store(normed_ptr + token * dim + at, y.to(normed_ptr.dtype.element_ty), mask=inside)
+        row_scale = tl.maximum(tl.max(tl.where(inside, tl.abs(y), 0.0), 0), 1e-12) / 448.0
+        tl.store(row_scale_ptr + token, row_scale)
+        y = y / row_scale
+    tl.store(normed_ptr + token * dim + offs, y.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
 def adaln(
@@ -72,7 +72,7 @@ def adaln(
     eps: float,
     config: Config | None = None,
 ) -> None:
-    """Launch for tensors that were checked; x stands in for those that are not there."""
+    """Launch for tensors that were checked; x is passed for tensors that are not given; the kernel does not read it."""
     if row_scale is not None:
         expect_fp8("adaln", x.device)
     rows, tokens, dim = x.shape

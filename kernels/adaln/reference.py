@@ -1,4 +1,4 @@
-"""Gated residual, LayerNorm, scale and shift in plain torch: the definition of the op, its cases and its cost."""
+"""Gated residual, LayerNorm, scale and shift in plain torch: the definition of the op and its cases."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import FRAME_480P, Case
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
+from ..spec import FP8, FRAME_480P, LIMITS, Case
 
 
 def adaln(
@@ -44,7 +41,7 @@ def adaln(
     if shift is not None and scale is not None:
         result = result * (1 + tokens(scale)) + tokens(shift)
     if row_scale is not None:
-        by = result.abs().amax(-1).clamp(min=1e-12) / FP8_MAX
+        by = result.abs().amax(-1).clamp(min=1e-12) / LIMITS[FP8]
         row_scale.copy_(by.to(row_scale.dtype))
         result = result / by[..., None]
     normed.copy_(result.to(normed.dtype))
@@ -96,14 +93,3 @@ BENCH_CASES = (
     Case("5B, eight frames", sizes(1, 8, 880, 3072)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """The stream read and written, the update read, the result written."""
-    tokens = case["rows"] * case["frames"] * case["per_frame"] * case["dim"]
-    update = 0 if case.options.get("kind") == "first" else 1
-    return tokens * (dtype.itemsize * (2 + update) + (1 if case.options.get("fp8") else dtype.itemsize))
-
-
-def flops(case: Case) -> int:
-    return 12 * case["rows"] * case["frames"] * case["per_frame"] * case["dim"]

@@ -11,7 +11,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..spec import architecture
-from .gpu import ANYWHERE, Config, candidates, launch, variants
+from .gpu import ANYWHERE, Config, candidates, variants
+from .gpu import block_attention as attend
 
 # By architecture and head dim; on sm_120 the kernel spills, so it is not declared there.
 CONFIGS = {
@@ -39,7 +40,7 @@ def block_attention(
     config = config or (CONFIGS[architecture(q.device), q.shape[3]] if q.device.type == "cuda" else ANYWHERE)
     width = kv.shape[3] * kv.shape[4]
     tiles = TensorDescriptor.from_tensor(kv.view(-1, width), [config.keys, kv.shape[4]])
-    launch(q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale, config, tiles)
+    attend(q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale, config, tiles)
 
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:

@@ -44,99 +44,113 @@ ANYWHERE = Config(16, 32, 16, 4, 1)  # where there is no GPU: the interpreter
 RUN = 32  # pages of a run at most; a longer one is walked as two
 
 
+# How a program reads the pages of its row (page_count 8, sink_count 2, pages of 5 tokens, KEYS 4, TAIL 2):
+#
+#   page_table     7   8 | 9 | 2   3   4 | 12  13     a run: neighbouring pages, one after the other in memory
+#   queries        q_sink|            q               a run ends at the sink's last page: other queries follow
+#   first          0       2   3           6          position in the list at which each run begins
+#   run            2       1   3           2          pages of the run, RUN at most; with FP8, pages of one scale
+#
+#   tokens of the run 2 3 4:   |0 . . .|. . . .|. . . .|. .|.      length 15
+#                              KEYS    KEYS    KEYS    TAIL TAIL
+#                              whole tiles, no mask    masked tiles, from `whole` to `length`
+
+
 @triton.jit
-def _fold(q, k, v, there, most, total, result, factor, MASKED: tl.constexpr):
-    """A tile of keys and values taken into the running maximum, sum and result of each query."""
-    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+def _fold(q, k, v, is_key, m_i, l_i, acc, factor, MASKED: tl.constexpr):
+    """One step of online softmax: take the tile k, v [KEYS, DIM] into m_i, l_i [QUERIES] and acc [QUERIES, DIM]."""
+    qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")  # [QUERIES, KEYS]
     if MASKED:
-        scores = tl.where(there[None], scores, float("-inf"))
-    peak = tl.maximum(most, tl.max(scores, 1) * factor)
-    weights = tl.exp2(scores * factor - peak[:, None])
-    shrink = tl.exp2(most - peak)
-    total = total * shrink + tl.sum(weights, 1)
-    result = tl.dot(weights.to(q.dtype), v.to(q.dtype), result * shrink[:, None], input_precision="ieee")
-    return peak, total, result
+        qk = tl.where(is_key[None], qk, float("-inf"))
+    m_ij = tl.maximum(m_i, tl.max(qk, 1) * factor)
+    p = tl.exp2(qk * factor - m_ij[:, None])
+    alpha = tl.exp2(m_i - m_ij)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+    return m_ij, l_i, acc
 
 
 @triton.jit(do_not_specialize=["pages"])  # a store of one page is not a kernel of its own
 def _attend(
-    q_ptr, sink_q_ptr, kv_ptr, tiles, scale_ptr, table_ptr, count_ptr, sinks_ptr, out_ptr, lse_ptr,
+    q_ptr, q_sink_ptr, kv_ptr, kv_tiles, scale_ptr, table_ptr, count_ptr, sinks_ptr, out_ptr, lse_ptr,
     tokens, pages, table_width, factor,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
-    TURNED: tl.constexpr, SCALED: tl.constexpr, LSE: tl.constexpr, TILED: tl.constexpr,
+    SINK: tl.constexpr, SCALED: tl.constexpr, LSE: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     kv_head = head // (HEADS // KV_HEADS)
-    at = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    dim = tl.arange(0, DIM)
-    inside = at[:, None] < tokens
-    line = ((row * tokens + tl.program_id(0) * QUERIES) * HEADS + head) * DIM  # 64-bit; offsets in a tile are small
-    here = tl.arange(0, QUERIES)[:, None] * HEADS * DIM + dim[None]
+    offs_q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)  # [QUERIES], tokens of the row
+    offs_d = tl.arange(0, DIM)
+    is_query = offs_q[:, None] < tokens
+    # q, q_sink, out: [rows, tokens, HEADS, DIM]. The base is 64-bit; offsets within a tile are small.
+    q_base = ((row * tokens + tl.program_id(0) * QUERIES) * HEADS + head) * DIM
+    q_tile = tl.arange(0, QUERIES)[:, None] * HEADS * DIM + offs_d[None]  # [QUERIES, DIM]
     kind: tl.constexpr = tl.float16 if SCALED else q_ptr.dtype.element_ty  # FP8 is exact in float16
-    q = tl.load(q_ptr + line + here, mask=inside, other=0.0).to(kind)
+    q = tl.load(q_ptr + q_base + q_tile, mask=is_query, other=0.0).to(kind)
 
     count = tl.load(count_ptr + row)
-    sinks = tl.minimum(tl.load(sinks_ptr + row), count) if TURNED else 0
+    sinks = tl.minimum(tl.load(sinks_ptr + row), count) if SINK else 0
     table_ptr += row * table_width
-    tile = tl.arange(0, KEYS)[:, None] * KV_HEADS * DIM + dim[None]
-    rest = tl.arange(0, TAIL)[:, None] * KV_HEADS * DIM + dim[None]
-    listed = tl.arange(0, RUN)
-    most = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    result = tl.zeros([QUERIES, DIM], tl.float32)
-    by, unit = factor, 1.0
+    # kv: [2, pages, PAGE, KV_HEADS, DIM]
+    kv_tile = tl.arange(0, KEYS)[:, None] * KV_HEADS * DIM + offs_d[None]  # [KEYS, DIM]
+    tail_tile = tl.arange(0, TAIL)[:, None] * KV_HEADS * DIM + offs_d[None]  # [TAIL, DIM]
+    offs_page = tl.arange(0, RUN)
+    m_i = tl.full([QUERIES], float("-inf"), tl.float32)  # running maximum, base 2
+    l_i = tl.zeros([QUERIES], tl.float32)  # running sum of exponentials
+    acc = tl.zeros([QUERIES, DIM], tl.float32)  # running result, in units of acc_scale
+    qk_factor, acc_scale = factor, 1.0
     first = 0
     while first < count:
         # A run: the longest stretch of the list in which each page follows the one before, with one scale.
-        end = tl.where(first < sinks, sinks, count) if TURNED else count
+        end = tl.where(first < sinks, sinks, count) if SINK else count
         page = tl.load(table_ptr + first).to(tl.int64)
-        follows = tl.load(table_ptr + first + listed, mask=first + listed < end, other=-1) == page + listed
-        if SCALED:
-            k_scale = scale_ptr + page * KV_HEADS + kv_head
-            v_scale = k_scale + pages * KV_HEADS
-            k_by, v_by = tl.load(k_scale), tl.load(v_scale)
-            follows &= tl.load(k_scale + listed * KV_HEADS, mask=follows, other=0.0) == k_by
-            follows &= tl.load(v_scale + listed * KV_HEADS, mask=follows, other=0.0) == v_by
-            by = k_by * factor
-            v_by = tl.maximum(v_by, 1e-20)
-            result *= unit / v_by  # the result is kept in units of the run's scale
-            unit = v_by
-        run = tl.maximum(tl.min(tl.where(follows, RUN, listed), 0), 1)  # a scale that is NaN is not even its own like
-        if TURNED:
-            source = q_ptr
+        follows = tl.load(table_ptr + first + offs_page, mask=first + offs_page < end, other=-1) == page + offs_page
+        if SCALED:  # scales: [2, pages, KV_HEADS]
+            k_scale_ptr = scale_ptr + page * KV_HEADS + kv_head
+            v_scale_ptr = k_scale_ptr + pages * KV_HEADS
+            k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+            follows &= tl.load(k_scale_ptr + offs_page * KV_HEADS, mask=follows, other=0.0) == k_scale
+            follows &= tl.load(v_scale_ptr + offs_page * KV_HEADS, mask=follows, other=0.0) == v_scale
+            qk_factor = k_scale * factor
+            v_scale = tl.maximum(v_scale, 1e-20)
+            acc *= acc_scale / v_scale  # values are summed unscaled; the sum is in units of the run's scale
+            acc_scale = v_scale
+        run = tl.maximum(tl.min(tl.where(follows, RUN, offs_page), 0), 1)  # at least 1: a NaN scale equals nothing
+        if SINK:
+            source_ptr = q_ptr
             if first < sinks:
-                source = sink_q_ptr
-            q = tl.load(source + line + here, mask=inside, other=0.0).to(kind)
-        length = run * PAGE
+                source_ptr = q_sink_ptr
+            q = tl.load(source_ptr + q_base + q_tile, mask=is_query, other=0.0).to(kind)
+        length = run * PAGE  # tokens of the run
         whole = length // KEYS * KEYS
         k_ptr = kv_ptr + (page * PAGE * KV_HEADS + kv_head) * DIM
         v_ptr = k_ptr + pages.to(tl.int64) * PAGE * KV_HEADS * DIM
         for start in range(0, whole, KEYS):
             if TILED:
                 k_row = page.to(tl.int32) * PAGE + start
-                k = tiles.load([k_row, kv_head * DIM])
-                v = tiles.load([k_row + pages * PAGE, kv_head * DIM])
+                k = kv_tiles.load([k_row, kv_head * DIM])  # [KEYS, DIM]
+                v = kv_tiles.load([k_row + pages * PAGE, kv_head * DIM])
             else:
-                k, v = tl.load(k_ptr + tile), tl.load(v_ptr + tile)
-            most, total, result = _fold(q, k, v, True, most, total, result, by, MASKED=False)
+                k, v = tl.load(k_ptr + kv_tile), tl.load(v_ptr + kv_tile)  # [KEYS, DIM]
+            m_i, l_i, acc = _fold(q, k, v, True, m_i, l_i, acc, qk_factor, MASKED=False)
             k_ptr += KEYS * KV_HEADS * DIM
             v_ptr += KEYS * KV_HEADS * DIM
         for start in tl.range(whole, length, TAIL, num_stages=1):
-            there = start + tl.arange(0, TAIL) < length
-            k = tl.load(k_ptr + rest, mask=there[:, None], other=0.0)
-            v = tl.load(v_ptr + rest, mask=there[:, None], other=0.0)
-            most, total, result = _fold(q, k, v, there, most, total, result, by, MASKED=True)
+            is_key = start + tl.arange(0, TAIL) < length
+            k = tl.load(k_ptr + tail_tile, mask=is_key[:, None], other=0.0)  # [TAIL, DIM]
+            v = tl.load(v_ptr + tail_tile, mask=is_key[:, None], other=0.0)
+            m_i, l_i, acc = _fold(q, k, v, is_key, m_i, l_i, acc, qk_factor, MASKED=True)
             k_ptr += TAIL * KV_HEADS * DIM
             v_ptr += TAIL * KV_HEADS * DIM
         first += run
-    result *= (unit / total)[:, None]
-    left = tokens - at > 0  # what `inside` says, but found here: kept, it would take registers all through the loops
-    tl.store(out_ptr + line + here, result.to(out_ptr.dtype.element_ty), mask=left[:, None])
-    if LSE:
-        natural = (most + tl.log2(total)) * 0.6931471805599453
-        tl.store(lse_ptr + (row * HEADS + head) * tokens + at, natural, mask=left)
+    acc *= (acc_scale / l_i)[:, None]
+    stored = tokens - offs_q > 0  # is_query, computed again: kept, it would take registers all through the loops
+    tl.store(out_ptr + q_base + q_tile, acc.to(out_ptr.dtype.element_ty), mask=stored[:, None])
+    if LSE:  # [rows, HEADS, tokens]
+        lse = (m_i + tl.log2(l_i)) * 0.6931471805599453
+        tl.store(lse_ptr + (row * HEADS + head) * tokens + offs_q, lse, mask=stored)
 
 
 def block_attention(
@@ -151,39 +165,25 @@ def block_attention(
     lse: Tensor | None,
     scale: float,
     config: Config | None = None,
+    kv_tiles: Any = None,
 ) -> None:
-    """For tensors that were checked, in the tiles of a config (by architecture and head dim unless told)."""
-    config = config or (CONFIGS[architecture(q.device), q.shape[3]] if q.device.type == "cuda" else ANYWHERE)
-    launch(q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale, config, None)
+    """Launch for tensors that were checked; tensors that are not given are replaced by others that are not read.
 
-
-def launch(
-    q: Tensor,
-    kv: Tensor,
-    page_table: Tensor,
-    page_count: Tensor,
-    out: Tensor,
-    q_sink: Tensor | None,
-    sink_count: Tensor | None,
-    kv_scale: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    config: Config,
-    tiles: Any,
-) -> None:
-    """One launch; others stand in for tensors that are not there. tiles: a descriptor that loads whole tiles of kv."""
+    config: by default that of architecture and head dim. kv_tiles: a descriptor that loads whole tiles of kv.
+    """
     if kv_scale is not None:
         expect_fp8("block_attention", q.device)
     rows, tokens, heads, dim = q.shape
+    config = config or (CONFIGS[architecture(q.device), dim] if q.device.type == "cuda" else ANYWHERE)
     grid = (triton.cdiv(tokens, config.queries), heads, rows)
     _attend[grid](
-        q, q if q_sink is None else q_sink, kv, kv if tiles is None else tiles,
+        q, q if q_sink is None else q_sink, kv, kv if kv_tiles is None else kv_tiles,
         page_count if kv_scale is None else kv_scale, page_table, page_count,
         page_count if sink_count is None else sink_count, out, out if lse is None else lse,
         tokens, kv.shape[1], page_table.shape[1], scale / math.log(2),
         HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, PAGE=kv.shape[2], RUN=RUN,
         QUERIES=config.queries, KEYS=config.keys, TAIL=config.tail,
-        TURNED=q_sink is not None, SCALED=kv_scale is not None, LSE=lse is not None, TILED=tiles is not None,
+        SINK=q_sink is not None, SCALED=kv_scale is not None, LSE=lse is not None, TILED=kv_tiles is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -211,14 +211,14 @@ def variants(capability: int, configs: dict[tuple[int, int], Config]) -> dict[st
     options: dict[str, dict[str, object]] = {"plain": {}, "sink": {"sinks": 1}, "lse": {"lse": True}}
     if capability >= 89:
         options["fp8"] = {"fp8": True, "sinks": 1}
-    found: dict[str, dict[str, object]] = {}
+    calls: dict[str, dict[str, object]] = {}
     for dim in (64, 128):
         for variant, option in options.items():
             for dtype in HALF if variant == "plain" else HALF[:1]:
                 case = Case(variant, sizes(1, 128, 4, FRAME_480P, 2, 2, dim), option)
                 name = f"{variant} {'bf16' if dtype == torch.bfloat16 else 'fp16'} d{dim}"
-                found[name] = make_inputs(case, dtype, "cpu", 0) | {"config": configs[capability, dim]}
+                calls[name] = make_inputs(case, dtype, "cpu", 0) | {"config": configs[capability, dim]}
     one = make_inputs(Case("one page", sizes(1, 1, 1, 1, 1, 1, 64)), torch.bfloat16, "cpu", 0)
-    alone = {"kv": one["kv"][:, 3:].contiguous(), "page_table": torch.zeros_like(one["page_table"])}
-    found["one page of one token bf16 d64"] = one | alone | {"config": configs[capability, 64]}
-    return found
+    store = {"kv": one["kv"][:, 3:].contiguous(), "page_table": torch.zeros_like(one["page_table"])}
+    calls["one page of one token bf16 d64"] = one | store | {"config": configs[capability, 64]}
+    return calls

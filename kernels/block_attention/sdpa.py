@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import UsageError
+
 
 def pages_are_one_run(page_table: Tensor, page_count: Tensor) -> bool:
-    """Whether each row's pages follow each other; reads the tables, so never between launches of a block."""
+    """Return True if each row's pages follow each other. It reads the tables, so never call it between launches."""
     return all(
         listed[:count] == list(range(listed[0], listed[0] + count))
         for listed, count in zip(page_table.tolist(), page_count.tolist(), strict=True)
@@ -26,17 +28,17 @@ def runs_of(
     kv_scale: Tensor | None,
     lse: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [tokens, Hkv, D] of each row, as views of the pages; ValueError for what such forms cannot do."""
+    """Keys and values [tokens, Hkv, D] of each row, as views of the pages; UsageError for calls with other features."""
     for name, tensor in (("q_sink", q_sink), ("kv_scale", kv_scale), ("lse", lse)):
         if tensor is not None:
-            raise ValueError(f"block_attention: implementation {form} takes no {name}; use triton or reference")
+            raise UsageError(f"block_attention: implementation {form} takes no {name}; use triton or reference")
     if not pages_are_one_run(page_table, page_count):
-        raise ValueError(f"block_attention: implementation {form} needs pages that follow each other; use triton")
-    found = []
+        raise UsageError(f"block_attention: implementation {form} needs pages that follow each other; use triton")
+    runs = []
     for listed, count in zip(page_table.tolist(), page_count.tolist(), strict=True):
         k, v = kv[:, listed[0] : listed[0] + count].flatten(1, 2)
-        found.append((k, v))
-    return found
+        runs.append((k, v))
+    return runs
 
 
 def block_attention(
@@ -51,7 +53,7 @@ def block_attention(
     lse: Tensor | None,
     scale: float,
 ) -> None:
-    """Slices of the pages as keys and values; ValueError for what torch's attention cannot do."""
+    """Slices of the pages as keys and values; UsageError for arguments that torch's attention cannot take."""
     runs = runs_of("sdpa", kv, page_table, page_count, q_sink, kv_scale, lse)
     for row, (k, v) in enumerate(runs):
         attended = F.scaled_dot_product_attention(

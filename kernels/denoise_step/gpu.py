@@ -49,44 +49,45 @@ def _noise(key, quad, frame, draw, stream, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["draw", "stream"])  # one kernel for all steps; and a 1 would be no tensor
 def _step(
-    tokens_ptr, x_ptr, frames_ptr, key_ptr, by_ptr, history_ptr, out_ptr, x0_ptr, corrected_ptr,
+    tokens_ptr, x_ptr, frames_ptr, key_ptr, weights_ptr, history_ptr, out_ptr, x0_ptr, corrected_ptr,
     count, channels, height, width, draw, stream, history_stride,
     PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, QUADS: tl.constexpr, KEPT: tl.constexpr, X0: tl.constexpr,
     CORRECTED: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(1).to(tl.int64)  # row and frame
-    row = place // count
-    quad = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
-    element = tl.program_id(0) * QUADS * 4 + tl.arange(0, QUADS * 4)
+    frame_index = tl.program_id(1).to(tl.int64)  # of all rows
+    row = frame_index // count
+    quad = tl.program_id(0) * QUADS + tl.arange(0, QUADS)  # [QUADS], Philox counters
+    element = tl.program_id(0) * QUADS * 4 + tl.arange(0, QUADS * 4)  # [QUADS * 4], of [channels, height, width]
     size = channels * height * width
     inside = element < size
-    channel, y, column = element // (height * width), (element // width) % height, element % width
-    token = (y // PATCH_H) * (width // PATCH_W) + column // PATCH_W
-    within = ((y % PATCH_H) * PATCH_W + column % PATCH_W) * channels + channel
-    told = place * size + token * PATCH_H * PATCH_W * channels + within
-    velocity = tl.load(tokens_ptr + told, mask=inside, other=0.0)
-    at = place * size + element
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    clean = x - tl.load(by_ptr) * velocity.to(tl.float32)
-    frame = tl.load(frames_ptr + place).to(tl.uint32)
+    channel, y, x_column = element // (height * width), (element // width) % height, element % width
+    token = (y // PATCH_H) * (width // PATCH_W) + x_column // PATCH_W
+    within = ((y % PATCH_H) * PATCH_W + x_column % PATCH_W) * channels + channel
+    # tokens: [rows * count, tokens of a frame, PATCH_H * PATCH_W * channels]
+    offs_token = frame_index * size + token * PATCH_H * PATCH_W * channels + within
+    velocity = tl.load(tokens_ptr + offs_token, mask=inside, other=0.0)
+    offs = frame_index * size + element
+    x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    x0 = x - tl.load(weights_ptr) * velocity.to(tl.float32)
+    frame = tl.load(frames_ptr + frame_index).to(tl.uint32)
     noise = _noise(tl.load(key_ptr + row), quad.to(tl.uint32), frame, draw.to(tl.uint32), stream.to(tl.uint32), QUADS)
-    by_ptr += 3 + KEPT
-    result = tl.load(by_ptr) * x + tl.load(by_ptr + 1) * clean + tl.load(by_ptr + 2) * noise
-    other = result
+    weights_ptr += 3 + KEPT  # weights: [2 or 3, 3 + KEPT], of x, x0, noise and history
+    result = tl.load(weights_ptr) * x + tl.load(weights_ptr + 1) * x0 + tl.load(weights_ptr + 2) * noise
+    corrected = result
     if CORRECTED:
-        third = by_ptr + 3 + KEPT
-        other = tl.load(third) * x + tl.load(third + 1) * clean + tl.load(third + 2) * noise
+        third = weights_ptr + 3 + KEPT
+        corrected = tl.load(third) * x + tl.load(third + 1) * x0 + tl.load(third + 2) * noise
     for kept in tl.static_range(KEPT):
-        past = tl.load(history_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        past = tl.load(history_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         history_ptr += history_stride
-        result += tl.load(by_ptr + 3 + kept) * past
+        result += tl.load(weights_ptr + 3 + kept) * past
         if CORRECTED:
-            other += tl.load(by_ptr + 2 * 3 + KEPT + kept) * past
-    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=inside)
+            corrected += tl.load(weights_ptr + 2 * 3 + KEPT + kept) * past
+    tl.store(out_ptr + offs, result.to(out_ptr.dtype.element_ty), mask=inside)
     if X0:
-        tl.store(x0_ptr + at, clean.to(x0_ptr.dtype.element_ty), mask=inside)
+        tl.store(x0_ptr + offs, x0.to(x0_ptr.dtype.element_ty), mask=inside)
     if CORRECTED:
-        tl.store(corrected_ptr + at, other.to(corrected_ptr.dtype.element_ty), mask=inside)
+        tl.store(corrected_ptr + offs, corrected.to(corrected_ptr.dtype.element_ty), mask=inside)
 
 
 def denoise_step(
@@ -105,7 +106,7 @@ def denoise_step(
     stream: int,
     config: Config = CONFIG,
 ) -> None:
-    """Launch for tensors that were checked; x stands in for those that are not there."""
+    """Launch for tensors that were checked; x is passed for tensors that are not given; the kernel does not read it."""
     rows, count, channels, height, width = x.shape
     grid = (triton.cdiv(channels * height * width, 4 * config.quads), rows * count)
     _step[grid](

@@ -1,4 +1,4 @@
-"""One solver step over a block in plain torch: the definition of the op, its cases and its cost."""
+"""One solver step over a block in plain torch: the definition of the op and its cases."""
 
 from __future__ import annotations
 
@@ -34,32 +34,33 @@ def denoise_step(
     velocity = tokens.to(wide).unflatten(-1, (patch_height, patch_width, channels))
     velocity = velocity.unflatten(1, (x.shape[1], height // patch_height, width // patch_width))
     velocity = velocity.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-    by = coefficients.to(wide)
-    clean = x.to(wide) - by[0, 0] * velocity
+    weights = coefficients.to(wide)
+    clean = x.to(wide) - weights[0, 0] * velocity
     terms = [x.to(wide), clean, noise_of(x, frames, key, draw, stream).to(wide)]
     if history is not None:
         terms += list(history.to(wide))
     for row, result in enumerate((out, corrected), start=1):
         if result is not None:
-            total = sum((weight * term for weight, term in zip(by[row], terms, strict=True)), torch.zeros_like(clean))
+            parts = (weight * term for weight, term in zip(weights[row], terms, strict=True))
+            total = sum(parts, torch.zeros_like(clean))
             result.copy_(total.to(result.dtype))
     if x0 is not None:
         x0.copy_(clean.to(x0.dtype))
 
 
 def noise_of(x: Tensor, frames: Tensor, key: Tensor, draw: int, stream: int) -> Tensor:
-    """Normals [R, F, C, H, W] of each row's key and absolute frames, as `philox.frame_noise` defines them."""
+    """Normals [R, F, C, H, W] of each row's key and absolute frames, as `philox.philox_normals` defines them."""
     elements = x[0, 0].numel()
     quads = torch.arange((elements + 3) // 4, device=x.device)
-    found = torch.empty(x.shape, device=x.device)
+    noise = torch.empty(x.shape, device=x.device)
     for row, seed in enumerate(key.tolist()):
         counters = torch.zeros(x.shape[1], len(quads), 4, dtype=torch.int64, device=x.device)
         counters[..., 0] = quads
         counters[..., 1] = frames[row].long()[:, None]
         counters[..., 2], counters[..., 3] = draw, stream
         words = philox4x32(counters, (seed & MASK, (seed >> 32) & MASK))
-        found[row] = normals(words).flatten(1)[:, :elements].reshape(x.shape[1:])
-    return found
+        noise[row] = normals(words).flatten(1)[:, :elements].reshape(x.shape[1:])
+    return noise
 
 
 def renoise_coefficients(sigma: float, following: float) -> Tensor:
@@ -120,15 +121,3 @@ BENCH_CASES = (
     Case("four sessions", sizes(4, 3, 16, 60, 104)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """Velocity and latents read, latents written, and the solver's memory."""
-    elements = case["rows"] * case["frames"] * case["channels"] * case["height"] * case["width"]
-    kept = case.options.get("history", 0)
-    return elements * dtype.itemsize * (3 + kept + (2 if kept else 0))
-
-
-def flops(case: Case) -> int:
-    elements = case["rows"] * case["frames"] * case["channels"] * case["height"] * case["width"]
-    return elements * (8 + 2 * case.options.get("history", 0))

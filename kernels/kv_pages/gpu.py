@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import Case, expect_fp8
-from .reference import LIMITS
+from ..spec import LIMITS, Case, expect_fp8
 
 
 @dataclass(frozen=True)
@@ -34,40 +33,40 @@ def _move(
     DIM: tl.constexpr, TOKENS: tl.constexpr, SCALED: tl.constexpr, SCALE: tl.constexpr, COPY: tl.constexpr,
     ROUND: tl.constexpr,
 ):  # fmt: skip
-    head, half = tl.program_id(1) % heads, tl.program_id(1) // heads
-    come = (half * source_count + tl.load(source_pages_ptr + tl.program_id(0))).to(tl.int64)
-    go = (half * target_count + tl.load(target_pages_ptr + tl.program_id(0))).to(tl.int64)
+    head, half = tl.program_id(1) % heads, tl.program_id(1) // heads  # half: 0 keys, 1 values
+    source_page = (half * source_count + tl.load(source_pages_ptr + tl.program_id(0))).to(tl.int64)
+    target_page = (half * target_count + tl.load(target_pages_ptr + tl.program_id(0))).to(tl.int64)
     token, dim = tl.arange(0, TOKENS)[:, None], tl.arange(0, DIM)[None]
-    source_ptr += (come * page_tokens * heads + head) * DIM
-    target_ptr += (go * page_tokens * heads + head) * DIM
-    by = 1.0
+    source_ptr += (source_page * page_tokens * heads + head) * DIM  # stores: [2, pages, page_tokens, heads, DIM]
+    target_ptr += (target_page * page_tokens * heads + head) * DIM
+    factor = 1.0
     if SCALED:
-        by = tl.load(source_scale_ptr + come * heads + head)
+        factor = tl.load(source_scale_ptr + source_page * heads + head)  # scales: [2, pages, heads]
     begin, end = tl.program_id(2) * TOKENS, tl.minimum((tl.program_id(2) + 1) * TOKENS, page_tokens)
     if COPY:
         if SCALED:
-            tl.store(target_scale_ptr + go * heads + head, by, mask=begin == 0)
+            tl.store(target_scale_ptr + target_page * heads + head, factor, mask=begin == 0)
     elif SCALE:
         end = page_tokens
-        most = tl.zeros([TOKENS, DIM], tl.float32)
+        largest = tl.zeros([TOKENS, DIM], tl.float32)
         for start in range(0, page_tokens, TOKENS):
             inside = start + token < page_tokens
             x = tl.load(source_ptr + (start + token) * heads * DIM + dim, mask=inside, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(x))
-        scale = tl.maximum(tl.max(tl.max(most, 1), 0), 1e-12) / limit
-        tl.store(target_scale_ptr + go * heads + head, scale)
-        by = 1.0 / scale
+            largest = tl.maximum(largest, tl.abs(x))
+        scale = tl.maximum(tl.max(tl.max(largest, 1), 0), 1e-12) / limit
+        tl.store(target_scale_ptr + target_page * heads + head, scale)
+        factor = 1.0 / scale
     for start in range(begin, end, TOKENS):
         inside = start + token < page_tokens
-        at = (start + token) * heads * DIM + dim
-        x = tl.load(source_ptr + at, mask=inside, other=0.0)
+        offs = (start + token) * heads * DIM + dim  # [TOKENS, DIM]
+        x = tl.load(source_ptr + offs, mask=inside, other=0.0)
         if not COPY:
-            x = x.to(tl.float32) * by
+            x = x.to(tl.float32) * factor
             if SCALE:
                 x = tl.minimum(tl.maximum(x, -limit), limit)
             if ROUND:
                 x = tl.floor(x + 0.5)
-        tl.store(target_ptr + at, x.to(target_ptr.dtype.element_ty), mask=inside)
+        tl.store(target_ptr + offs, x.to(target_ptr.dtype.element_ty), mask=inside)
 
 
 def kv_pages(
@@ -79,7 +78,7 @@ def kv_pages(
     target_scale: Tensor | None,
     config: Config = CONFIG,
 ) -> None:
-    """Launch for tensors that were checked; page lists stand in for scales that are not there."""
+    """Launch for tensors that were checked; a page list is passed for a scale that is not given."""
     if torch.float8_e4m3fn in (source.dtype, target.dtype):
         expect_fp8("kv_pages", source.device)
     _, count, tokens, heads, dim = source.shape

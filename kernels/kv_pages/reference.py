@@ -1,4 +1,4 @@
-"""Moving pages between stores of any precision, in plain torch: the definition of the op, its cases and its cost."""
+"""Moving pages between stores of any precision, in plain torch: the definition of the op and its cases."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import FRAME_480P, Case, indexable
-
-LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # largest entry of a store that has scales
+from ..spec import FRAME_480P, LIMITS, Case, indexable
 
 
 def kv_pages(
@@ -79,13 +77,3 @@ BENCH_CASES = (
     Case("1.3B, one frame", sizes(1, FRAME_480P, 12, 128)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """Every entry read once and written once."""
-    entries = 2 * case["pages"] * case["page_tokens"] * case["heads"] * case["dim"]
-    return sum(entries * (1 if case.options.get(side) else dtype.itemsize) for side in ("source", "target"))
-
-
-def flops(case: Case) -> int:
-    return 4 * case["pages"] * case["page_tokens"] * case["heads"] * case["dim"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..spec import Case, architecture, expect_fp8
 
-GROUP = 8  # rows of tiles that are worked on together, so that they find operands in the cache
+GROUP = 8  # rows of tiles in one group of programs, which share operands in the cache
 
 
 @dataclass(frozen=True)
@@ -44,46 +44,46 @@ def _linear(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
     PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    tall, broad = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    band = tl.program_id(0) // (GROUP * broad)
-    height = tl.minimum(tall - band * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * broad)
-    row = (band * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
-    column = (within // height) * COLUMNS + tl.arange(0, COLUMNS)
-    at = tl.arange(0, INNER)
-    x_at = x_ptr + row.to(tl.int64)[:, None] * inner + at[None]
-    weight_at = weight_ptr + column.to(tl.int64)[None] * inner + at[:, None]
-    total = tl.zeros([ROWS, COLUMNS], WHOLE)
+    tile_rows, tile_columns = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    group = tl.program_id(0) // (GROUP * tile_columns)
+    group_rows = tl.minimum(tile_rows - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * tile_columns)
+    offs_m = (group * GROUP + within % group_rows) * ROWS + tl.arange(0, ROWS)
+    offs_n = (within // group_rows) * COLUMNS + tl.arange(0, COLUMNS)
+    offs_k = tl.arange(0, INNER)
+    x_tile = x_ptr + offs_m.to(tl.int64)[:, None] * inner + offs_k[None]  # [ROWS, INNER]
+    weight_tile = weight_ptr + offs_n.to(tl.int64)[None] * inner + offs_k[:, None]  # [INNER, COLUMNS]
+    acc = tl.zeros([ROWS, COLUMNS], WHOLE)
     for start in range(0, inner, INNER):
-        there = start + at < inner
-        x = tl.load(x_at, mask=(row < rows)[:, None] & there[None], other=0.0)
-        weight = tl.load(weight_at, mask=(column < columns)[None] & there[:, None], other=0.0)
-        total = tl.dot(x, weight, total, max_num_imprecise_acc=INNER, out_dtype=WHOLE)
-        x_at += INNER
-        weight_at += INNER
-    y = total.to(tl.float32)
+        inside_k = start + offs_k < inner
+        x = tl.load(x_tile, mask=(offs_m < rows)[:, None] & inside_k[None], other=0.0)
+        weight = tl.load(weight_tile, mask=(offs_n < columns)[None] & inside_k[:, None], other=0.0)
+        acc = tl.dot(x, weight, acc, max_num_imprecise_acc=INNER, out_dtype=WHOLE)
+        x_tile += INNER
+        weight_tile += INNER
+    y = acc.to(tl.float32)
     if PER_ROW:
-        y *= tl.load(x_scale_ptr + row, mask=row < rows, other=0.0)[:, None]
+        y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < rows, other=0.0)[:, None]
     else:
         y *= tl.load(x_scale_ptr)
     if PER_COLUMN:
-        y *= tl.load(weight_scale_ptr + column, mask=column < columns, other=0.0)[None]
+        y *= tl.load(weight_scale_ptr + offs_n, mask=offs_n < columns, other=0.0)[None]
     else:
         y *= tl.load(weight_scale_ptr)
     if BIAS:
-        y += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None]
+        y += tl.load(bias_ptr + offs_n, mask=offs_n < columns, other=0.0).to(tl.float32)[None]
     if GELU:
         y = y - y / (1.0 + tl.exp2(2.302208198 * (y + 0.044715 * y * y * y)))  # tanh in exponentials of base 2
-    inside = (row < rows)[:, None] & (column < columns)[None]
-    to = out_ptr + row.to(tl.int64)[:, None] * columns + column[None]
-    tl.store(to, y.to(out_ptr.dtype.element_ty), mask=inside)
+    inside = (offs_m < rows)[:, None] & (offs_n < columns)[None]
+    out_tile = out_ptr + offs_m.to(tl.int64)[:, None] * columns + offs_n[None]
+    tl.store(out_tile, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def linear_lowp(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor, gelu: bool,
     config: Config | None = None,
 ) -> None:  # fmt: skip
-    """Launch for tensors that were checked; out stands in for a bias that is not there."""
+    """Launch for tensors that were checked; out is passed for a bias that is not given."""
     if x.dtype != torch.int8:
         expect_fp8("linear_lowp", x.device)
     (rows, inner), columns = x.shape, len(weight)
@@ -119,8 +119,8 @@ def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     variants: dict[str, dict[str, object]] = {"int8 gelu": {"int8": True, "bias": True, "gelu": True}}
     if capability >= 89:
         variants |= {"fp8": {"bias": True}, "fp8 gelu": {"bias": True, "gelu": True}}
-    found: dict[str, dict[str, object]] = {}
+    calls: dict[str, dict[str, object]] = {}
     for name, options in variants.items():
         inputs = make_inputs(Case(name, sizes(128, 512, 256), options), torch.bfloat16, "cpu", 0)
-        found[f"{name} bf16"] = inputs | {"config": config_for(capability, inputs["x"].dtype)}
-    return found
+        calls[f"{name} bf16"] = inputs | {"config": config_for(capability, inputs["x"].dtype)}
+    return calls

@@ -1,4 +1,4 @@
-"""A linear layer on FP8 or INT8 numbers in plain torch: the definition of the op, its cases and its cost."""
+"""A linear layer on FP8 or INT8 numbers in plain torch: the definition of the op and its cases."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import FRAME_480P, Case
-
-LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+from ..spec import FRAME_480P, LIMITS, Case
 
 
 def linear_lowp(
@@ -72,13 +70,3 @@ BENCH_CASES = tuple(
     )
 )  # fmt: skip
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """Both operands once at a byte each, the result once."""
-    rows, inner, width = case["rows"], case["inner"], case["width"]
-    return rows * inner + width * inner + rows * width * dtype.itemsize
-
-
-def flops(case: Case) -> int:
-    return 2 * case["rows"] * case["inner"] * case["width"]

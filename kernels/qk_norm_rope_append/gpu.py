@@ -29,88 +29,89 @@ CONFIGS = ((1024, Config(2)), (2048, Config(4)), (4096, Config(8)), (1 << 30, Co
 
 
 @triton.jit
-def _turns(table_ptr, at, first, COUNT: tl.constexpr, DIM: tl.constexpr):
-    """Cosines and sines [DIM / 2, 2] of the pairs from `first` on that an axis owns, 0 elsewhere; `at` is its row."""
+def _cos_sin(table_ptr, line, first, COUNT: tl.constexpr, DIM: tl.constexpr):
+    """Cosines and sines [DIM / 2, 2] of an axis: a line of its table at pairs [first, first + COUNT), else 0."""
     pair = tl.arange(0, DIM // 2)[:, None] - first
-    place = (at * COUNT + pair) * 2 + tl.arange(0, 2)[None]
-    return tl.load(table_ptr + place, mask=(pair >= 0) & (pair < COUNT), other=0.0)
+    offs = (line * COUNT + pair) * 2 + tl.arange(0, 2)[None]
+    return tl.load(table_ptr + offs, mask=(pair >= 0) & (pair < COUNT), other=0.0)
 
 
 @triton.jit
-def _grid_turns(row_ptr, column_ptr, row_at, column_at, TIME: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
-                DIM: tl.constexpr):  # fmt: skip
-    """Those of a token's row and column, whatever its frame."""
-    return _turns(row_ptr, row_at, TIME, ROW, DIM) + _turns(column_ptr, column_at, TIME + ROW, COLUMN, DIM)
+def _grid_cos_sin(rows_ptr, columns_ptr, row, column, TIME: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+                  DIM: tl.constexpr):  # fmt: skip
+    """Cosines and sines [DIM / 2, 2] of a token's row and column in the frame; those of time are still 0."""
+    return _cos_sin(rows_ptr, row, TIME, ROW, DIM) + _cos_sin(columns_ptr, column, TIME + ROW, COLUMN, DIM)
 
 
 @triton.jit
-def _rotated(x, turns, ROWS: tl.constexpr, DIM: tl.constexpr):
-    """x [ROWS, DIM] with neighbouring entries rotated by the turns of their pair."""
-    cos, sin = tl.split(turns)
-    even, odd = tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))
-    turned = tl.join(even * cos[None] - odd * sin[None], even * sin[None] + odd * cos[None])
-    return tl.reshape(turned, [ROWS, DIM])
+def _rotated(x, cos_sin, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """x [ROWS, DIM] with neighbouring entries rotated by the angle of their pair, cos_sin [DIM / 2, 2]."""
+    cos, sin = tl.split(cos_sin)  # [DIM / 2]
+    even, odd = tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))  # [ROWS, DIM / 2]
+    rotated = tl.join(even * cos[None] - odd * sin[None], even * sin[None] + odd * cos[None])
+    return tl.reshape(rotated, [ROWS, DIM])
 
 
 @triton.jit
-def _normed(x_ptr, weight_ptr, at, inside, width, eps):
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+def _normed(x_ptr, weight_ptr, offs, inside, width, eps):
+    """RMS norm with weight over all of a tile [ROWS, DIM]."""
+    x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     x = x * (1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps))
-    return x * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return x * tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _append(
-    qkv_ptr, q_weight_ptr, k_weight_ptr, time_ptr, row_ptr, column_ptr, q_ptr, kv_ptr, pages_ptr, sink_ptr,
+    qkv_ptr, q_weight_ptr, k_weight_ptr, time_ptr, rows_ptr, columns_ptr, q_ptr, kv_ptr, pages_ptr, sink_ptr,
     q_sink_ptr, scale_ptr, tokens, grid_width, page_tokens, num_pages, frames, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, TIME: tl.constexpr, ROW: tl.constexpr,
-    COLUMN: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, TURNED: tl.constexpr, SCALED: tl.constexpr,
+    COLUMN: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, SINK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    kind = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)  # of all rows
+    kind = tl.program_id(1)  # 0 queries, 1 keys, 2 values
     row, inner = token // tokens, token % tokens
-    frame, place = inner // page_tokens, inner % page_tokens
-    time_at, row_at, column_at = row * frames + frame, place // grid_width, place % grid_width
-    line = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM
-    dim = tl.arange(0, DIM)[None]
+    frame, place = inner // page_tokens, inner % page_tokens  # place: of the token in its frame
+    time_line, grid_row, grid_column = row * frames + frame, place // grid_width, place % grid_width
+    qkv_line = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM  # qkv: [rows * tokens, (HEADS + 2 * KV_HEADS) * DIM]
+    offs_d = tl.arange(0, DIM)[None]
     if kind == 0:
         head = tl.arange(0, Q_ROWS)[:, None]
-        at, inside = head * DIM + dim, head < HEADS
-        x = _normed(line, q_weight_ptr, at, inside, HEADS * DIM, eps)
-        turns = _grid_turns(row_ptr, column_ptr, row_at, column_at, TIME, ROW, COLUMN, DIM)
-        y = _rotated(x, turns + _turns(time_ptr, time_at, 0, TIME, DIM), Q_ROWS, DIM)
-        tl.store(q_ptr + token * HEADS * DIM + at, y.to(q_ptr.dtype.element_ty), mask=inside)
-        if TURNED:
-            y = _rotated(x, turns + _turns(sink_ptr, time_at, 0, TIME, DIM), Q_ROWS, DIM)
-            tl.store(q_sink_ptr + token * HEADS * DIM + at, y.to(q_sink_ptr.dtype.element_ty), mask=inside)
+        offs, inside = head * DIM + offs_d, head < HEADS  # [Q_ROWS, DIM]
+        x = _normed(qkv_line, q_weight_ptr, offs, inside, HEADS * DIM, eps)
+        cos_sin = _grid_cos_sin(rows_ptr, columns_ptr, grid_row, grid_column, TIME, ROW, COLUMN, DIM)
+        y = _rotated(x, cos_sin + _cos_sin(time_ptr, time_line, 0, TIME, DIM), Q_ROWS, DIM)
+        tl.store(q_ptr + token * HEADS * DIM + offs, y.to(q_ptr.dtype.element_ty), mask=inside)
+        if SINK:
+            y = _rotated(x, cos_sin + _cos_sin(sink_ptr, time_line, 0, TIME, DIM), Q_ROWS, DIM)
+            tl.store(q_sink_ptr + token * HEADS * DIM + offs, y.to(q_sink_ptr.dtype.element_ty), mask=inside)
     else:
         head = tl.arange(0, K_ROWS)[:, None]
-        at, inside = head * DIM + dim, head < KV_HEADS
+        offs, inside = head * DIM + offs_d, head < KV_HEADS  # [K_ROWS, DIM]
         page = tl.load(pages_ptr + row * frames + frame).to(tl.int64) + (kind - 1) * num_pages
         if kind == 1:
-            x = _normed(line + HEADS * DIM, k_weight_ptr, at, inside, KV_HEADS * DIM, eps)
-            turns = _grid_turns(row_ptr, column_ptr, row_at, column_at, TIME, ROW, COLUMN, DIM)
-            y = _rotated(x, turns + _turns(time_ptr, time_at, 0, TIME, DIM), K_ROWS, DIM)
+            x = _normed(qkv_line + HEADS * DIM, k_weight_ptr, offs, inside, KV_HEADS * DIM, eps)
+            cos_sin = _grid_cos_sin(rows_ptr, columns_ptr, grid_row, grid_column, TIME, ROW, COLUMN, DIM)
+            y = _rotated(x, cos_sin + _cos_sin(time_ptr, time_line, 0, TIME, DIM), K_ROWS, DIM)
         else:
-            y = tl.load(line + (HEADS + KV_HEADS) * DIM + at, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(qkv_line + (HEADS + KV_HEADS) * DIM + offs, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             y = y / tl.load(scale_ptr + page * KV_HEADS + head, mask=inside, other=1.0)
             y = tl.minimum(tl.maximum(y, -448.0), 448.0)
-        to = (page * page_tokens + place) * KV_HEADS * DIM
-        tl.store(kv_ptr + to + at, y.to(kv_ptr.dtype.element_ty), mask=inside)
+        kv_line = (page * page_tokens + place) * KV_HEADS * DIM  # kv: [2, pages, page_tokens, KV_HEADS, DIM]
+        tl.store(kv_ptr + kv_line + offs, y.to(kv_ptr.dtype.element_ty), mask=inside)
 
 
 def qk_norm_rope_append(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    time_turns: Tensor,
-    row_turns: Tensor,
-    column_turns: Tensor,
+    rope_time: Tensor,
+    rope_rows: Tensor,
+    rope_columns: Tensor,
     q: Tensor,
     kv: Tensor,
     pages: Tensor,
-    sink_turns: Tensor | None,
+    rope_sink: Tensor | None,
     q_sink: Tensor | None,
     kv_scale: Tensor | None,
     eps: float,
@@ -125,12 +126,12 @@ def qk_norm_rope_append(
     q_rows, k_rows = (triton.next_power_of_2(count) for count in (heads, kv.shape[3]))
     config = config or next(config for width, config in CONFIGS if q_rows * dim <= width)
     _append[(rows * tokens, 3)](
-        qkv, q_weight, k_weight, time_turns, row_turns, column_turns, q, kv, pages,
-        time_turns if sink_turns is None else sink_turns, q if q_sink is None else q_sink,
-        time_turns if kv_scale is None else kv_scale,
-        tokens, len(column_turns), kv.shape[2], kv.shape[1], pages.shape[1], eps,
-        HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, TIME=time_turns.shape[2], ROW=row_turns.shape[1],
-        COLUMN=column_turns.shape[1], Q_ROWS=q_rows, K_ROWS=k_rows, TURNED=q_sink is not None,
+        qkv, q_weight, k_weight, rope_time, rope_rows, rope_columns, q, kv, pages,
+        rope_time if rope_sink is None else rope_sink, q if q_sink is None else q_sink,
+        rope_time if kv_scale is None else kv_scale,
+        tokens, len(rope_columns), kv.shape[2], kv.shape[1], pages.shape[1], eps,
+        HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, TIME=rope_time.shape[2], ROW=rope_rows.shape[1],
+        COLUMN=rope_columns.shape[1], Q_ROWS=q_rows, K_ROWS=k_rows, SINK=q_sink is not None,
         SCALED=kv_scale is not None, num_warps=config.warps,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Norm and rotation of queries and keys and the write into pages, in plain torch: definition, cases and cost."""
+"""Norm and rotation of queries and keys and the write into pages, in plain torch: definition and cases."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import GRID_480P, Case
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
+from ..spec import FP8, GRID_480P, LIMITS, Case
 
 
 def qk_norm_rope_append(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    time_turns: Tensor,
-    row_turns: Tensor,
-    column_turns: Tensor,
+    rope_time: Tensor,
+    rope_rows: Tensor,
+    rope_columns: Tensor,
     q: Tensor,
     kv: Tensor,
     pages: Tensor,
-    sink_turns: Tensor | None,
+    rope_sink: Tensor | None,
     q_sink: Tensor | None,
     kv_scale: Tensor | None,
     eps: float,
@@ -36,11 +33,11 @@ def qk_norm_rope_append(
         (part * torch.rsqrt(part.square().mean(-1, keepdim=True) + eps) * weight.to(wide)).unflatten(-1, (-1, dim))
         for part, weight in zip(parts[:2], (q_weight, k_weight), strict=True)
     )
-    turns = token_turns(time_turns, row_turns, column_turns).to(wide)
-    q.copy_(turned(queries, turns).to(q.dtype))
-    if q_sink is not None and sink_turns is not None:
-        q_sink.copy_(turned(queries, token_turns(sink_turns, row_turns, column_turns).to(wide)).to(q.dtype))
-    write_pages(turned(keys, turns), parts[2].unflatten(-1, (-1, dim)), kv, pages, kv_scale)
+    cos_sin = token_cos_sin(rope_time, rope_rows, rope_columns).to(wide)
+    q.copy_(rotated(queries, cos_sin).to(q.dtype))
+    if q_sink is not None and rope_sink is not None:
+        q_sink.copy_(rotated(queries, token_cos_sin(rope_sink, rope_rows, rope_columns).to(wide)).to(q.dtype))
+    write_pages(rotated(keys, cos_sin), parts[2].unflatten(-1, (-1, dim)), kv, pages, kv_scale)
 
 
 def write_pages(keys: Tensor, values: Tensor, kv: Tensor, pages: Tensor, kv_scale: Tensor | None) -> None:
@@ -50,15 +47,15 @@ def write_pages(keys: Tensor, values: Tensor, kv: Tensor, pages: Tensor, kv_scal
         by_page = part.reshape(len(listed), *kv.shape[2:])
         if kv_scale is not None:
             scale = kv_scale[index, listed].to(part.dtype)[:, None, :, None]
-            by_page = (by_page / scale).clamp(-FP8_MAX, FP8_MAX)
+            by_page = (by_page / scale).clamp(-LIMITS[FP8], LIMITS[FP8])
         store, new = kv[index], by_page.to(kv.dtype)
         if kv.dtype == FP8:  # torch cannot index FP8
             store, new = store.view(torch.uint8), new.view(torch.uint8)
         store.index_copy_(0, listed, new)
 
 
-def token_turns(time: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Turns [R, F*H*W, D/2, 2] of all tokens from those of each axis: [R, F, a, 2], [H, b, 2] and [W, c, 2]."""
+def token_cos_sin(time: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Cosines and sines [R, F*H*W, D/2, 2] of all tokens from each axis: [R, F, a, 2], [H, b, 2], [W, c, 2]."""
     rows, frames = time.shape[:2]
     grid = (rows, frames, len(row), len(column), -1, 2)
     return torch.cat(
@@ -71,14 +68,14 @@ def token_turns(time: Tensor, row: Tensor, column: Tensor) -> Tensor:
     ).flatten(1, 3)
 
 
-def turned(x: Tensor, turns: Tensor) -> Tensor:
-    """x [R, T, n, D] with its pairs (2j, 2j + 1) rotated by turns [R, T, D/2, 2], cosines and sines."""
-    cos, sin = turns[:, :, None].unbind(-1)
+def rotated(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """x [R, T, n, D] with its pairs (2j, 2j + 1) rotated by cosines and sines [R, T, D/2, 2]."""
+    cos, sin = cos_sin[:, :, None].unbind(-1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def turns_of(angles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def rope_cos_sin(angles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Cosines and sines [..., 2] of angles, computed in float64."""
     return torch.stack((angles.double().cos(), angles.double().sin()), dim=-1).to(dtype)
 
@@ -103,13 +100,13 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[
         "qkv": draw(rows, tokens, (heads + 2 * kv_heads) * dim).to(device, dtype),
         "q_weight": (1 + 0.1 * draw(heads * dim)).to(device, dtype),
         "k_weight": (1 + 0.1 * draw(kv_heads * dim)).to(device, dtype),
-        "time_turns": turns_of(time).to(device),
-        "row_turns": turns_of(torch.arange(height)[:, None] * frequencies[1]).to(device),
-        "column_turns": turns_of(torch.arange(width)[:, None] * frequencies[1]).to(device),
+        "rope_time": rope_cos_sin(time).to(device),
+        "rope_rows": rope_cos_sin(torch.arange(height)[:, None] * frequencies[1]).to(device),
+        "rope_columns": rope_cos_sin(torch.arange(width)[:, None] * frequencies[1]).to(device),
         "q": q,
         "kv": (kv * 20).to(FP8).to(device) if fp8 else kv.to(device, dtype),
         "pages": (torch.randperm(count, generator=generator)[: rows * frames].view(rows, frames)).int().to(device),
-        "sink_turns": turns_of(time * 0.5).to(device) if sinks else None,
+        "rope_sink": rope_cos_sin(time * 0.5).to(device) if sinks else None,
         "q_sink": q.clone() if sinks else None,
         "kv_scale": (torch.rand(2, count, kv_heads, generator=generator) * 0.02 + 0.01).to(device) if fp8 else None,
         "eps": 1e-6,
@@ -132,24 +129,10 @@ TEST_CASES = (
 )
 BENCH_CASES = (
     Case("1.3B, three frames", sizes(1, 3, *GRID_480P, 12, 12, 128)),
-    Case("1.3B, sink turned", sizes(1, 3, *GRID_480P, 12, 12, 128), {"sinks": True}),
+    Case("1.3B, sink rotated", sizes(1, 3, *GRID_480P, 12, 12, 128), {"sinks": True}),
     Case("1.3B, fp8 pages", sizes(1, 3, *GRID_480P, 12, 12, 128), {"fp8": True}),
     Case("1.3B, 12 frames", sizes(1, 12, *GRID_480P, 12, 12, 128)),
     Case("14B, six frames", sizes(1, 6, *GRID_480P, 40, 40, 128)),
     Case("5B, eight frames", sizes(1, 8, 22, 40, 24, 24, 128)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """The fused projection read; queries, keys and values written."""
-    tokens = case["rows"] * case["frames"] * case["height"] * case["width"] * case["dim"]
-    heads, kv_heads = case["heads"], case["kv_heads"]
-    copies = 2 if case.options.get("sinks") else 1
-    page = 1 if case.options.get("fp8") else dtype.itemsize
-    return tokens * ((heads * (1 + copies) + 2 * kv_heads) * dtype.itemsize + 2 * kv_heads * page)
-
-
-def flops(case: Case) -> int:
-    tokens = case["rows"] * case["frames"] * case["height"] * case["width"] * case["dim"]
-    return 8 * tokens * (case["heads"] + case["kv_heads"])

@@ -26,12 +26,12 @@ CONFIGS = ((1024, Config(2)), (2048, Config(4)), (4096, Config(8)), (1 << 30, Co
 @triton.jit
 def _rms_norm(x_ptr, weight_ptr, out_ptr, dim, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < dim
-    x = tl.load(x_ptr + row * dim + at, mask=inside, other=0.0).to(tl.float32)
+    offs = tl.arange(0, BLOCK)
+    inside = offs < dim
+    x = tl.load(x_ptr + row * dim + offs, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]: x is [rows, dim]
     y = x / tl.sqrt(tl.sum(x * x, 0) / dim + eps)
-    y = y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * dim + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+    y = y * tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * dim + offs, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float, config: Config | None = None) -> None:

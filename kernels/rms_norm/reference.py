@@ -1,4 +1,4 @@
-"""RMS norm over the last dimension with a weight in plain torch: the definition of the op, its cases and its cost."""
+"""RMS norm over the last dimension with a weight in plain torch: the definition of the op and its cases."""
 
 from __future__ import annotations
 
@@ -40,12 +40,3 @@ BENCH_CASES = (
     Case("14B, six frames", sizes(6 * FRAME_480P, 5120)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """Rows read and written once."""
-    return 2 * case["rows"] * case["dim"] * dtype.itemsize
-
-
-def flops(case: Case) -> int:
-    return 4 * case["rows"] * case["dim"]

@@ -27,10 +27,10 @@ CONFIG = Config(4096, 4)
 def _rms_silu(x_ptr, gamma_ptr, out_ptr, pixels, channels, root, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]
     channel = tl.arange(0, BLOCK)[None]
-    inside = (pixel < pixels) & (channel < channels)
+    inside = (pixel < pixels) & (channel < channels)  # [PIXELS, BLOCK]
     x = tl.load(x_ptr + pixel * channels + channel, mask=inside, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
-    y = x / length[:, None] * root * tl.load(gamma_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)  # [PIXELS]
+    y = x / norm[:, None] * root * tl.load(gamma_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     y = y / (1.0 + tl.exp(-y))
     tl.store(out_ptr + pixel * channels + channel, y.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -1,4 +1,4 @@
-"""Channel norm and SiLU of a VAE in plain torch: the definition of the op, its cases and its cost."""
+"""Channel norm and SiLU of a VAE in plain torch: the definition of the op and its cases."""
 
 from __future__ import annotations
 
@@ -45,12 +45,3 @@ BENCH_CASES = (
     Case("60x104, 384 channels, one frame", sizes(60 * 104, 384)),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def nbytes(case: Case, dtype: torch.dtype) -> int:
-    """Read once and written once."""
-    return 2 * case["pixels"] * case["channels"] * dtype.itemsize
-
-
-def flops(case: Case) -> int:
-    return 8 * case["pixels"] * case["channels"]

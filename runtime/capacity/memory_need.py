@@ -12,7 +12,7 @@ from .costs import DecoderSpec, decoder_state_bytes, latent_bytes
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes that a session may come to need."""
 
     pages: int = 0
@@ -36,7 +36,7 @@ def session_need(
     dtype: str,
     page_bytes: int,
     queued: int,
-) -> Need:
+) -> MemoryNeed:
     """Pages of `page_bytes` each, decoder states, and latents of `queued` blocks beside those that the loop holds."""
     policy, block = preset.context, preset.num_frame_per_block
     states = 1 + min(2, policy.rewind_blocks)  # the newest, and those that rewinding starts from
@@ -44,7 +44,7 @@ def session_need(
     if policy.prompt_switch == "recache":
         remembered = max(remembered, policy.local_attn_size)
     frames = remembered + block * (preset.window_blocks + queued + 2 * policy.rewind_blocks)
-    return Need(
+    return MemoryNeed(
         pages=least_pages(preset) * page_bytes,
         decoder=states * decoder_state_bytes(decoder, spec.latent_size(size), dtype),
         latents=frames * latent_bytes(spec, size, dtype),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...models.wan.vae import StreamState
 from ...models.wan.vae_checkpoint import Decoder
-from ..engine_condition import Bell
+from ..engine_condition import EngineCondition
 from ..streams import claim, make_current
 
 
@@ -102,8 +102,8 @@ class DecoderTrack:
 class DecodePipeline:
     """Runs jobs one after another beside the engine's thread, on a thread that ends with the pipeline."""
 
-    def __init__(self, device: torch.device, bell: Bell) -> None:
-        self.bell = bell
+    def __init__(self, device: torch.device, condition: EngineCondition) -> None:
+        self.condition = condition
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = ThreadPoolExecutor(1, "inferix-decode", make_current, (device,))
         self.jobs: dict[int, deque[Future[None]]] = {}
@@ -125,7 +125,7 @@ class DecodePipeline:
             with on_stream, torch.no_grad():
                 job()
         finally:
-            self.bell.ring()
+            self.condition.signal()
 
     def settle(self, session: int) -> None:
         """Wait until nothing of a session is being decoded."""

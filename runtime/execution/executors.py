@@ -45,11 +45,11 @@ Text = TextContext | Conditioning
 
 
 class Executor(Protocol):
-    """What the engine asks. whole_blocks: whether `block` can be asked. batches: whether passes of several sessions can
-    be run as one.
+    """What the engine asks. supports_whole_block: whether `run_block` can be called. batches: whether passes
+    of several sessions can be run as one.
     """
 
-    whole_blocks: bool
+    supports_whole_block: bool
     batches: bool
 
     def condition(self, rows: Tensor) -> Text:
@@ -63,7 +63,7 @@ class Executor(Protocol):
     ) -> Tensor:
         """One pass of the network: the arguments and result of the model's own forward."""
 
-    def block(
+    def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
     ) -> Tensor:
         """A block from noise [F, C, H, W] to clean latents, its keys and values left in its pages.
@@ -71,7 +71,7 @@ class Executor(Protocol):
         Noise between steps is that of `PhiloxNoise(seed)` for the absolute `frames`.
         """
 
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Make anew what was made of weights that have changed in place, but for what `condition` made."""
 
     def start_profile(self, profile: Profile) -> None:
@@ -84,7 +84,7 @@ class Executor(Protocol):
 class EagerExecutor:
     """The model as it is, pass by pass. packed: the same with layers in low precision, for passes alone."""
 
-    whole_blocks = False
+    supports_whole_block = False
     batches = True
 
     def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
@@ -104,12 +104,12 @@ class EagerExecutor:
         velocity: Tensor = self.passes(latents, timesteps, text, attention, actions)
         return velocity
 
-    def block(
+    def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
 
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Nothing to do: the model reads its weights."""
 
     def start_profile(self, profile: Profile) -> None:
@@ -121,6 +121,8 @@ class EagerExecutor:
 
 class GraphExecutor:
     """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by graph key.
+
+    preset: as loaded, for block sizes and graph names; which window a pass sees is in its page tables.
 
     rewrites: done to every graph; all that are on by default unless told. traces and prompts count graphs traced and
     runs of a prompt graph.
@@ -142,7 +144,7 @@ class GraphExecutor:
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
         kept = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = GraphBuilder(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
-        self.whole_blocks = supports_whole_block(preset)
+        self.supports_whole_block = supports_whole_block(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.programs: dict[GraphKey, Lowered] = {}
         self.loaded: dict[GraphKey, Loaded] = {}
@@ -163,7 +165,7 @@ class GraphExecutor:
         key = GraphKey.of(latents, paged(attention), whole=False)
         return self.run(key, given, text, attention, actions)["velocity"]
 
-    def block(
+    def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
     ) -> Tensor:
         given = {
@@ -180,9 +182,9 @@ class GraphExecutor:
     def bytes_by_owner(self) -> dict[str, int]:
         return self.launcher.bytes_by_owner()
 
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Make constants anew, where they are: nothing is captured again."""
-        self.launcher.follow_weights()
+        self.launcher.refresh_derived_weights()
 
     def run(
         self, key: GraphKey, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None

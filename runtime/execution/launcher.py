@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InferixError
-from ...graphs.call_cost import named
 from ...graphs.capture import CaptureBackend, CaptureFailed, Event, Replay
+from ...graphs.cost import spec_of
 from ...graphs.launch import LaunchPlan
 from ...graphs.lowered import Lowered, Planned, recipes
 from ...graphs.program import Call, Ref
 from ...graphs.types import Role
-from ...kernels.catalog import SPECS
-from ...kernels.frame_noise import NAME as FRAME_NOISE
 from ..byte_sizes import format_bytes
 from ..streams import sendable
 from ..telemetry.profile import Profile
@@ -224,7 +222,7 @@ class Launcher:
                 for name, part in zip(names, parts, strict=True):
                     self.weights[name].data = part
 
-    def follow_weights(self) -> None:
+    def refresh_derived_weights(self) -> None:
         """Make the constants anew, in place, after weights have changed in place. Nothing is captured again."""
         for fold, given in self.folds:
             made = recipes(fold.program)
@@ -243,13 +241,10 @@ def unrecordable(call: Call, device: torch.device) -> str | None:
     """Why a call cannot be recorded, as far as that is known beforehand: a recording that fails costs a good deal."""
     if torch.Tag.cudagraph_unsafe in call.op.tags:
         return "it is tagged as unsafe in a CUDA graph"
-    name = call.op._schema.name.partition("::")[2]
-    if device.type != "cuda" or name not in (FRAME_NOISE, *SPECS):
+    spec = spec_of(call.op)
+    if device.type != "cuda" or spec is None:
         return None
-    if name == FRAME_NOISE:
-        return "it reads its seed on the host"
-    spec, given = SPECS[name], named(call)
-    like: Ref = given[spec.like]
+    like: Ref = call.named[spec.like]
     form = spec.chosen(device, like.dtype, like.size[-1])
     return f"its form for {str(like.dtype)[6:]}, {form}, reads tensors on the host" if form in spec.reads_host else None
 

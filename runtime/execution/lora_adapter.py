@@ -1,4 +1,4 @@
-"""An adapter on the weights of a model that runs: put on and taken off in place, between two blocks.
+"""A LoRA on the weights of a running model, applied and removed in place between two blocks.
 
 Weights are written where they lie, so graphs that read them stay as they are. What was there before is kept on the
 host, of the layers that an adapter changes, so that it comes off without rounding.
@@ -23,7 +23,7 @@ class Adapter:
         self.before: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def put_on(self, lora: str | Path, scale: float) -> None:
+    def apply(self, lora: str | Path, scale: float) -> None:
         """Weights with a LoRA merged in, `scale` times, in place of the one that is on.
 
         UsageError for what is none or is for another model, InferixError for a broken file; both leave the weights.
@@ -32,7 +32,7 @@ class Adapter:
             raise UsageError(f"scale is {scale}; expected a number, 1 for the adapter as it is")
         updates = read_lora(lora)
         check_lora(lora, updates, self.weights)
-        self.take_off()
+        self.remove()
         for module, update in updates.items():
             name = f"{module}.weight"
             weight = self.weights[name]
@@ -40,7 +40,7 @@ class Adapter:
             weight.copy_(merged(name, weight, {module: update.to(weight.device)}, scale))
 
     @torch.no_grad()
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Weights as they were; nothing to do where none is on."""
         for name, tensor in self.before.items():
             self.weights[name].copy_(tensor)

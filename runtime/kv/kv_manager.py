@@ -15,8 +15,9 @@ from .pages import BlockTable
 
 
 class KVMemory:
-    """Owns the stores. budget: bytes, which are allocated once and never move; None is what one session needs, and
-    more where more sessions, or a window without an end, ask for it.
+    """Owns the stores. preset: as loaded; a window that overload narrows needs no more. budget: bytes, which are
+    allocated once and never move; None is what one session needs, and more where more sessions, or a window without an
+    end, ask for it.
     """
 
     def __init__(

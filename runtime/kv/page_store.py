@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.kv_pages import LIMITS, kv_pages
-from ...kernels.qk_norm_rope_append import turns_of
+from ...kernels.qk_norm_rope_append import rope_cos_sin
 from ...kernels.rope import axis_angles
 from ...models.wan.spec import ModelSpec
 from ..streams import Transfer, to_device
@@ -67,7 +67,7 @@ class PagedStore:
     """kv: per layer [2, pages, page_tokens, heads, head_dim], keys then values; `pool` hands their pages out.
 
     scales: per layer float32 [2, pages, heads], or None. staging: [2, slots, ...] in the model's dtype, or None.
-    row_turns and column_turns: rotations of the token grid, the same for every frame. users: caches that are open.
+    rope_rows and rope_columns: rotations of the token grid, the same for every frame. users: caches that are open.
     """
 
     def __init__(self, form: PageForm, pages: int, slots: int, device: torch.device, grows: bool) -> None:
@@ -77,7 +77,7 @@ class PagedStore:
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)
         self.staging = self._stage(slots) if form.staged else None
-        _, self.row_turns, self.column_turns = self.turns([0])
+        _, self.rope_rows, self.rope_columns = self.turns([0])
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +147,7 @@ class PagedStore:
         """Rotations of frames at temporal positions, of rows and of columns, [n, pairs, 2] each."""
         angles = axis_angles(places, *self.form.grid, self.form.spec.head_dim)
         dtype = torch.float64 if self.form.model == torch.float64 else torch.float32
-        time, row, column = (to_device(turns_of(axis, dtype), self.device) for axis in angles)
+        time, row, column = (to_device(rope_cos_sin(axis, dtype), self.device) for axis in angles)
         return time, row, column
 
     def ints(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:

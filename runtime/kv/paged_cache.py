@@ -89,8 +89,8 @@ class PagedCache:
         """The pass is over; what it did not write is gone."""
         self.table.give_back()
 
-    def take_back(self, first: int) -> None:
-        """A block that began with frame `first` is not to have been: what it wrote, or was going to, is let go."""
+    def rollback(self, first: int) -> None:
+        """Roll back to before frame `first`: free its pages and all later ones."""
         self.table.drop_from(first)
 
     def fork(self) -> PagedCache:
@@ -160,7 +160,7 @@ class PagedCache:
     def _attention(self, rows: list[Row]) -> KeyValues:
         store = self.store
         if not store.form.staged:
-            return PagedAttention(self._parts(rows), store.kv, store.row_turns, store.column_turns)
+            return PagedAttention(self._parts(rows), store.kv, store.rope_rows, store.rope_columns)
         own = [page for row in rows for page in row.pages]
         through = through_slots(rows, store.form.read_in_place)
         staging = store.slots(through.slots)
@@ -168,7 +168,7 @@ class PagedCache:
             self._parts(through.rows), store.kv, store.scales, staging,
             written=(store.ints(list(range(len(own)))), store.ints(own)),
             seen=None if through.seen is None else (store.ints(through.seen), store.ints(list(range(through.slots)))),
-            row_turns=store.row_turns, column_turns=store.column_turns,
+            rope_rows=store.rope_rows, rope_columns=store.rope_columns,
         )  # fmt: skip
 
     def _average(self, leaving: list[int], wanted: int) -> None:
@@ -204,8 +204,8 @@ class PagedCache:
             pages=ints([row.pages for row in rows]),
             table=ints(listed),
             count=ints([len(row.listed) for row in rows]),
-            time_turns=torch.stack([turns(row.places)[0] for row in rows]),
-            sink_turns=torch.stack([turns(row.sink_places)[0] for row in rows]) if turn else None,
+            rope_time=torch.stack([turns(row.places)[0] for row in rows]),
+            rope_sink=torch.stack([turns(row.sink_places)[0] for row in rows]) if turn else None,
             sink_count=ints([row.sinks for row in rows]) if turn else None,
         )
 

@@ -28,7 +28,7 @@ from ..kv.page_store import PageForm
 from ..sampler import Sampler, UniPCSolver
 from .block_plan import PlannedPass, latent_names, plan_block
 
-TABLES = ("pages", "table", "count", "time_turns", "sink_turns", "sink_count")
+TABLES = ("pages", "table", "count", "rope_time", "rope_sink", "sink_count")
 WRITTEN = ("written_slots", "written_pages")  # of a pass whose pages are kept in another dtype
 SEEN = ("seen_pages", "seen_slots")  # and are not read as they lie
 
@@ -74,7 +74,7 @@ class ModelPass(nn.Module):
             for part in range(len(layout.parts))
         ]
         kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
-        turns = values["row_turns"], values["column_turns"]
+        turns = values["rope_rows"], values["rope_columns"]
         attention: KeyValues = PagedAttention(parts, kv, *turns)
         if layout.slots:
             slots, pages = (values[f"{layout.tables}.{what}"] for what in WRITTEN)
@@ -241,16 +241,16 @@ class BlockGraphBuilder:
                 "pages": ((rows, part_frames), torch.int32),
                 "table": ((rows, self.max_pages), torch.int32),
                 "count": ((rows,), torch.int32),
-                "time_turns": ((rows, part_frames, time[1], 2), turns),
+                "rope_time": ((rows, part_frames, time[1], 2), turns),
             }
             if layout.sinks:
-                shapes["sink_turns"] = shapes["time_turns"]
+                shapes["rope_sink"] = shapes["rope_time"]
                 shapes["sink_count"] = shapes["count"]
             values += [
                 given(layout.table(part, what), When.BLOCK, size, dtype, owned=what == "pages")
                 for what, (size, dtype) in shapes.items()
             ]
-        for name, size in (("row_turns", row), ("column_turns", column)):
+        for name, size in (("rope_rows", row), ("rope_columns", column)):
             values.append(given(name, When.LOAD, (*size, 2), turns))
         return values + self.pages_of(layout)
 

@@ -49,7 +49,7 @@ class GraphKey:
             whole=whole,
             parts=tuple((part.rows, part.frames) for part in attention.parts),
             latent=tuple(latents.shape[-4:]),
-            sinks=attention.parts[0].sink_turns is not None,
+            sinks=attention.parts[0].rope_sink is not None,
             width=padded_width(listed),
             pages=attention.kv[0].shape[1],
             slots=attention.staging.shape[1] if isinstance(attention, StagedAttention) else 0,
@@ -142,7 +142,7 @@ def stores(attention: OnPages) -> dict[str, Tensor]:
 
 def tables(key: GraphKey, attention: OnPages) -> dict[str, Tensor]:
     """The tables of a pass by the names that its graph has for them."""
-    found = {"row_turns": attention.row_turns, "column_turns": attention.column_turns}
+    found = {"rope_rows": attention.rope_rows, "rope_columns": attention.rope_columns}
     for index, part in enumerate(attention.parts):
         for what in TABLES:
             if (tensor := getattr(part, what)) is not None:

@@ -1,6 +1,6 @@
-"""How long a block takes that several sessions make as one: measured seconds, and the file that keeps them.
+"""Measured times of batched blocks, and the file that stores them.
 
-A file is a list of measurements, each with what it was made on; an engine uses those that were made on its like.
+A file is a list of measurements, each with the configuration it was made on; an engine uses those of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..files import write_atomically
 
 
 @dataclass(frozen=True)
-class BatchTimes:
-    """seconds: by number of sessions, how long it takes to give each a block; 1 is a session that runs alone."""
+class BatchProfile:
+    """seconds: time to make one block of each session, by number of sessions; 1 is a session that runs alone."""
 
     seconds: Mapping[int, float]
 
@@ -30,42 +30,42 @@ class BatchTimes:
             )
 
     def best(self, most: int, within: float = math.inf) -> int:
-        """With how many sessions, `most` at the most, each has its block soonest; 1 where turns are as fast.
+        """The batch size <= `most` with the least measured time per block.
 
-        Where a session alone would be done `within` so many seconds, so is the batch.
+        Sizes that would miss a deadline of `within` seconds are skipped if size 1 meets it.
         """
         in_time = [count for count, seconds in self.seconds.items() if count <= most and seconds <= within]
         counts = in_time or [count for count in self.seconds if count <= most]
         return min(counts, key=lambda count: (self.seconds[count] / count, count))
 
 
-def read_times(path: Path, about: Mapping[str, Any]) -> dict[tuple[int, int], BatchTimes]:
-    """What was measured on the like of `about`, by size of pictures; InferixError for a file that cannot be read."""
-    return {size_of(entry): times_of(entry) for entry in entries(path) if entry["about"] == plain(about)}
+def read_profiles(path: Path, about: Mapping[str, Any]) -> dict[tuple[int, int], BatchProfile]:
+    """Measured profiles for configuration `about`, by (width, height); InferixError for a file that cannot be read."""
+    return {size_of(entry): profile_of(entry) for entry in entries(path) if entry["about"] == plain(about)}
 
 
-def keep_times(path: Path, about: Mapping[str, Any], size: tuple[int, int], times: BatchTimes) -> None:
-    """Add a measurement to a file, which is made where there is none; one of the same is replaced."""
+def save_profile(path: Path, about: Mapping[str, Any], size: tuple[int, int], times: BatchProfile) -> None:
+    """Add a measurement to a file, in place of one of the same configuration and size; create a missing file."""
     new = {"about": plain(about), "size": list(size), "seconds": {str(n): s for n, s in times.seconds.items()}}
-    found = entries(path) if path.exists() else []
-    kept = [entry for entry in found if (entry["about"], entry["size"]) != (new["about"], new["size"])]
-    write_atomically(path, lambda part: part.write_text(json.dumps([*kept, new], indent=1) + "\n", "utf-8"))
+    before = entries(path) if path.exists() else []
+    others = [entry for entry in before if (entry["about"], entry["size"]) != (new["about"], new["size"])]
+    write_atomically(path, lambda part: part.write_text(json.dumps([*others, new], indent=1) + "\n", "utf-8"))
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        measurements = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        said = f"cannot read {path}: {error}; make it with inferix bench stream --batches {path}"
-        raise InferixError(said) from error
-    if not isinstance(found, list) or not all(map(is_entry, found)):
+        message = f"cannot read {path}: {error}; make it with inferix bench stream --batches {path}"
+        raise InferixError(message) from error
+    if not isinstance(measurements, list) or not all(map(is_entry, measurements)):
         raise InferixError(f"{path} holds no measured times of batches; give another file, or delete it")
-    return found
+    return measurements
 
 
-def is_entry(found: Any) -> bool:
+def is_entry(value: Any) -> bool:
     try:
-        _ = found["about"], size_of(found), times_of(found)
+        _ = value["about"], size_of(value), profile_of(value)
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
     return True
@@ -76,11 +76,11 @@ def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def times_of(entry: Mapping[str, Any]) -> BatchTimes:
-    return BatchTimes({int(count): float(seconds) for count, seconds in entry["seconds"].items()})
+def profile_of(entry: Mapping[str, Any]) -> BatchProfile:
+    return BatchProfile({int(count): float(seconds) for count, seconds in entry["seconds"].items()})
 
 
 def plain(about: Mapping[str, Any]) -> dict[str, Any]:
-    """As it is after a way through a file."""
-    found: dict[str, Any] = json.loads(json.dumps(about))
-    return found
+    """The configuration as a file gives it back: lists for tuples."""
+    read: dict[str, Any] = json.loads(json.dumps(about))
+    return read

@@ -1,6 +1,6 @@
-"""Controls on their way into a session, from any thread to the one that drives the engine.
+"""A session's controls, from any thread to the one that drives the engine.
 
-The bell is shared by everything of an engine that crosses threads: it is the one lock, and rings when anything changed.
+All queues of one engine share its condition: one lock, signalled on every change.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InferixError
-from ..engine_condition import Bell
+from ..engine_condition import EngineCondition
 
-LIFE = frozenset({"pause", "resume", "stop"})  # taken as soon as no block of the session is being made
-STEERING = frozenset({"prompt", "act"})  # taken when a block of the session begins
-MOST_CONTROLS = 1024  # that may wait; a session that makes no blocks takes none
+LIFECYCLE_CONTROLS = frozenset({"pause", "resume", "stop"})  # applied between two blocks
+BLOCK_CONTROLS = frozenset({"prompt", "act"})  # applied when a block begins
+MOST_CONTROLS = 1024  # pending; a session that makes no blocks takes none
 
 
 @dataclass(frozen=True)
 class Control:
-    """Something a session was told: `asked` in seconds of `time.perf_counter`, by the thread `thread`."""
+    """One request to a session, made at `asked` (seconds of `time.perf_counter`) by the thread `thread`."""
 
     id: int
     kind: str
@@ -31,30 +31,31 @@ class Control:
     thread: int
 
 
-class Mailbox:
-    """Controls for one session; anyone puts, the thread that drives the engine takes."""
+class ControlQueue:
+    """Controls of one session. Any thread puts; the thread that drives the engine takes."""
 
-    def __init__(self, bell: Bell) -> None:
-        self.bell = bell
+    def __init__(self, condition: EngineCondition) -> None:
+        self.condition = condition
         self.waiting: deque[Control] = deque()
         self.last = 0
 
     def put(self, kind: str, value: Any = None) -> int:
-        """Leave a control; returns its id. InferixError if too many wait."""
-        with self.bell:
+        """Add a control and return its id. InferixError if `MOST_CONTROLS` are pending."""
+        with self.condition:
             if len(self.waiting) >= MOST_CONTROLS:
                 raise InferixError(
-                    f"{len(self.waiting)} controls wait for a session that takes none; is it paused, or read by no one?"
+                    f"session has {len(self.waiting)} pending controls and is not making blocks; resume it, or read "
+                    "its stream"
                 )
             self.last += 1
             self.waiting.append(Control(self.last, kind, value, time.perf_counter(), threading.get_ident()))
-            self.bell.ring()
+            self.condition.signal()
             return self.last
 
     def take(self, kinds: Collection[str]) -> list[Control]:
-        """The waiting controls of some kinds, in order."""
-        with self.bell:
-            found = [control for control in self.waiting if control.kind in kinds]
-            if found:
+        """Remove and return the pending controls of some kinds, in order."""
+        with self.condition:
+            taken = [control for control in self.waiting if control.kind in kinds]
+            if taken:
                 self.waiting = deque(control for control in self.waiting if control.kind not in kinds)
-            return found
+            return taken

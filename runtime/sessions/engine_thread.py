@@ -1,7 +1,7 @@
-"""Which thread drives an engine, what others may ask of it, and the loop that it runs.
+"""The thread that drives an engine, and the calls that other threads have it make.
 
-The driving thread owns everything but mailboxes, outboxes and what is being decoded. It is the first that calls the
-engine; another one can take over once that has handed over, or has ended.
+It owns everything but control queues, output queues and what is being decoded. It is the first thread that calls the
+engine; another takes over once that one has released the engine or has ended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...errors import InferixError, UsageError, no_host_memory
-from ..engine_condition import Bell
+from ..engine_condition import EngineCondition
 from ..kv.pages import OutOfPages
 from ..streams import make_current
 
@@ -25,19 +25,19 @@ FAILURES = (InferixError, *SHORTAGES)  # what concerns one session, or one call,
 T = TypeVar("T")
 
 
-class Driver:
-    """Owns the claim to an engine, and the calls that wait for its thread."""
+class EngineThread:
+    """Owns the claim to an engine and the calls that wait for its thread."""
 
-    def __init__(self, bell: Bell, device: torch.device) -> None:
-        self.bell, self.device = bell, device
+    def __init__(self, condition: EngineCondition, device: torch.device) -> None:
+        self.condition, self.device = condition, device
         self.owner: threading.Thread | None = None
         self.calls: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self.loops = 0  # that make blocks, one within the other
+        self.loops = 0  # loops that make blocks, nested
         self.halted = False
 
-    def owns(self) -> bool:
-        """Whether this thread drives the engine; one that no living thread drives becomes this thread's."""
-        with self.bell:
+    def is_owner(self) -> bool:
+        """True in the thread that drives the engine; one that no living thread drives becomes this thread's."""
+        with self.condition:
             if self.owner is None or not self.owner.is_alive():
                 self.owner = threading.current_thread()
                 make_current(self.device)
@@ -45,7 +45,7 @@ class Driver:
 
     def check_owner(self, what: str) -> None:
         """UsageError in any thread but the one that drives the engine."""
-        if not self.owns():
+        if not self.is_owner():
             raise UsageError(
                 f"{what} was called in thread {threading.current_thread().name!r}, but {self.name!r} drives this "
                 "engine; use engine.soon(), or engine.hand_over() there first. prompt, act, pause, resume, stop and "
@@ -56,38 +56,40 @@ class Driver:
     def name(self) -> str:
         return self.owner.name if self.owner is not None else "no thread"
 
-    def hand_over(self) -> None:
+    def release_ownership(self) -> None:
+        """Leave the engine to the next thread that calls it; UsageError in a thread that does not own it."""
         self.check_owner("hand_over()")
         self.owner = None
 
     @contextmanager
     def looping(self) -> Iterator[None]:
-        """While blocks are being made, readers in other threads have something to wait for."""
+        """Mark that blocks are being made, so that readers in other threads wait for them."""
         self.loops += 1
         try:
             yield
         finally:
             self.loops -= 1
 
-    def soon(self, call: Callable[[], T]) -> Future[T]:
+    def call_soon(self, call: Callable[[], T]) -> Future[T]:
+        """Call between two blocks in the owning thread, at once if this is it; free to any thread."""
         done: Future[T] = Future()
         if self.owner is threading.current_thread():
             answer(call, done)
         else:
-            with self.bell:
+            with self.condition:
                 self.calls.append((call, done))
-                self.bell.ring()
+                self.condition.signal()
         return done
 
     def answer_calls(self) -> None:
-        with self.bell:
+        with self.condition:
             calls, self.calls = self.calls, []
         for call, done in calls:
             answer(call, done)
 
     def halt(self) -> None:
         self.halted = True
-        self.bell.ring()
+        self.condition.signal()
 
 
 @contextmanager
@@ -102,7 +104,7 @@ def shortages_named() -> Iterator[None]:
 
 
 def answer(call: Callable[[], T], done: Future[T]) -> None:
-    """Call and keep the result, or the error that it is allowed to end in."""
+    """Call and set the result, or an error of `FAILURES`; any other error is raised here."""
     try:
         with shortages_named():
             done.set_result(call())

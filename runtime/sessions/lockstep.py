@@ -1,7 +1,7 @@
-"""Blocks of several sessions, made side by side.
+"""Blocks of several sessions, made in lockstep.
 
-A block in the making is a generator: it asks for passes of the network and is told their velocities. So one block
-reads as if it were alone, each fails by itself, and passes that match are answered by one run.
+The steps of a block are a generator: it yields the forward passes that it needs and is sent their velocities. So one
+block reads as if it ran alone, each fails by itself, and compatible passes share one run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TypeVar
 from torch import Tensor
 
 from ...graphs.passes import Pass
-from .branch import Branch
+from .session_state import Branch
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
-    """One pass of one conditioning that a block asks for: latents [F, C, H, W], actions [1, F, action_dim] or None."""
+class ForwardRequest:
+    """One pass of one conditioning: latents [F, C, H, W], actions [1, F, action_dim] or None."""
 
     branch: Branch
     run: Pass
@@ -29,52 +29,53 @@ class Ask:
     actions: Tensor | None
 
     @property
-    def form(self) -> Hashable:
-        """What passes have in common that one run can answer: pages, latents and how frames are grouped.
+    def batch_key(self) -> Hashable:
+        """Equal for requests that one run can answer: same page store, latent shape and group sizes.
 
-        Timesteps, positions and frames seen may differ.
+        Timesteps, positions and contexts may differ.
         """
         groups = tuple(len(group.frames) for group in self.run.groups)
         return id(self.branch.cache.store), tuple(self.latents.shape), groups
 
 
-Answer = Tensor | Exception  # a velocity [F, C, H, W], or why there is none
-Making = Generator[Ask, Tensor, T]
+ForwardResult = Tensor | Exception  # a velocity [F, C, H, W], or why there is none
+BlockSteps = Generator[ForwardRequest, Tensor, T]
+Forward = Callable[[list[ForwardRequest]], Sequence[ForwardResult]]
 
 
-def side_by_side(blocks: Sequence[Making[T]], answer: Callable[[list[Ask]], Sequence[Answer]]) -> list[T]:
-    """Take blocks to their ends in step, and return what they make; what one raises is raised, and closes the others.
+def run_lockstep(blocks: Sequence[BlockSteps[T]], forward: Forward) -> list[T]:
+    """Run blocks to their ends in lockstep and return their results. What one raises is raised, and closes the others.
 
-    At each step `answer` is given what is asked for; an answer that is an exception is raised where it was asked.
+    Each round, `forward` gets the requests of all blocks; a result that is an exception is raised in its block.
     """
-    made: dict[int, T] = {}
-    told: list[tuple[int, Answer | None]] = [(index, None) for index in range(len(blocks))]
+    finished: dict[int, T] = {}
+    results: list[tuple[int, ForwardResult | None]] = [(index, None) for index in range(len(blocks))]
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(closing(block))
-        while told:
-            asked: dict[int, Ask] = {}
-            for index, said in told:
+        while results:
+            requests: dict[int, ForwardRequest] = {}
+            for index, result in results:
                 try:
-                    asked[index] = go_on(blocks[index], said)
+                    requests[index] = resume(blocks[index], result)
                 except StopIteration as end:
-                    made[index] = end.value
-            told = list(zip(asked, answer(list(asked.values())), strict=True))
-    return [made[index] for index in range(len(blocks))]
+                    finished[index] = end.value
+            results = list(zip(requests, forward(list(requests.values())), strict=True))
+    return [finished[index] for index in range(len(blocks))]
 
 
-def go_on(block: Making[T], told: Answer | None) -> Ask:
-    """What a block asks for next, once it is told what it asked for last; StopIteration at its end."""
-    if told is None:
+def resume(block: BlockSteps[T], result: ForwardResult | None) -> ForwardRequest:
+    """Send a block the result of its last request, None at its start; returns its next. StopIteration at its end."""
+    if result is None:
         return next(block)
-    return block.throw(told) if isinstance(told, Exception) else block.send(told)
+    return block.throw(result) if isinstance(result, Exception) else block.send(result)
 
 
-def alike(asked: Sequence[Ask]) -> list[list[Ask]]:
-    """Passes of one form together, in order."""
-    if len(asked) == 1:
-        return [list(asked)]
-    found: dict[Hashable, list[Ask]] = {}
-    for ask in asked:
-        found.setdefault(ask.form, []).append(ask)
-    return list(found.values())
+def group_compatible(requests: Sequence[ForwardRequest]) -> list[list[ForwardRequest]]:
+    """Requests grouped by batch key, in order."""
+    if len(requests) == 1:
+        return [list(requests)]
+    groups: dict[Hashable, list[ForwardRequest]] = {}
+    for request in requests:
+        groups.setdefault(request.batch_key, []).append(request)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""Blocks of one session on their way out, from when they are begun until a reader takes them: a bounded queue."""
+"""A bounded queue of one session's blocks, from their start until a reader takes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine_condition import Bell
+from ..engine_condition import EngineCondition
 from ..telemetry.records import Ack, BlockRecord
 
 
@@ -33,11 +33,11 @@ class Block:
         return f"<Block {self.index}, latents {list(self.latents.shape)}, frames {frames}>"
 
 
-class Outbox:
-    """Blocks of one session from when they are begun until someone takes them, `room` at most."""
+class OutputQueue:
+    """At most `room` blocks of one session, unfinished ones included."""
 
-    def __init__(self, bell: Bell, room: int) -> None:
-        self.bell, self.room = bell, room
+    def __init__(self, condition: EngineCondition, room: int) -> None:
+        self.condition, self.room = condition, room
         self.ready: deque[Block] = deque()
         self.unfinished = 0  # begun, not ready
         self.touched = time.perf_counter()  # when a reader last took a block, or there was none to take
@@ -49,39 +49,38 @@ class Outbox:
     def full(self) -> bool:
         return len(self) >= self.room
 
-    def begin(self) -> None:
-        """Room for one block is taken from now on."""
-        with self.bell:
+    def reserve(self) -> None:
+        """Take room for one block that begins."""
+        with self.condition:
             self.unfinished += 1
 
-    def take_back(self) -> None:
-        """The newest unfinished block is not going to be."""
-        with self.bell:
+    def cancel(self) -> None:
+        """Free the room of the newest unfinished block, which was rolled back."""
+        with self.condition:
             self.unfinished -= 1
-            self.bell.ring()
+            self.condition.signal()
 
     def put(self, block: Block) -> None:
-        """The oldest unfinished block is ready."""
-        with self.bell:
+        """Add the oldest unfinished block, now finished."""
+        with self.condition:
             if not self.ready:
                 self.touched = time.perf_counter()
             self.unfinished -= 1
             self.ready.append(block)
-            self.bell.ring()
+            self.condition.signal()
 
     def take(self) -> Block | None:
         """The next block, if it is ready."""
-        with self.bell:
+        with self.condition:
             if not self.ready:
                 return None
             self.touched = time.perf_counter()
-            self.bell.ring()
+            self.condition.signal()
             return self.ready.popleft()
 
     def drop_from(self, index: int) -> int:
-        """Forget ready blocks from `index` on; returns how many they were."""
-        with self.bell:
-            kept = deque(block for block in self.ready if block.index < index)
-            dropped = len(self.ready) - len(kept)
-            self.ready = kept
-            return dropped
+        """Drop finished blocks from `index` on; returns their number."""
+        with self.condition:
+            before = len(self.ready)
+            self.ready = deque(block for block in self.ready if block.index < index)
+            return before - len(self.ready)

@@ -1,96 +1,101 @@
-"""One stream: its timeline, its conditioning, and what it keeps of the blocks it has made.
+"""`Session`: the handle of one stream. It has a state, two queues and a lifecycle; the session manager runs it.
 
-A session says what comes next; the engine runs it. `prompt`, `act`, `pause`, `resume` and `stop` may be called
-from any thread, and so may a stream be read; all else belongs to the thread that drives the engine.
+`prompt`, `act`, `pause`, `resume` and `stop` may be called from any thread, and a stream may be read in any thread. All
+else belongs to the thread that drives the engine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import InferixError, UsageError
 from ...models.text.umt5 import load_prompt_embeds
-from ...schemes.actions import ActionTrack, check_action
-from ...schemes.timeline import Timeline
-from ..execution.decode_pipeline import DecoderTrack
+from ...schemes.actions import check_action
+from ..engine_condition import EngineCondition
 from ..kv.paged_cache import PagedCache
-from ..noise import Noise
-from ..sampler import Sampler
+from ..limits import Limits
+from ..resources import Resources
 from ..telemetry.records import BlockRecord, Stopwatch
-from .branch import Branch, InFlight, PromptChange
-from .control_queue import Control, Mailbox
+from .control_queue import Control, ControlQueue
 from .lifecycle import ENDED, Lifecycle, State
-from .output_queue import Block, Outbox
-from .session_file import read_session, write_session
-from .session_state import Beginning, Snapshot
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from .output_queue import Block, OutputQueue
+from .session_state import RollbackPoint, SessionState
 
 
 @dataclass
 class Demand:
-    """What one reader wants: so many blocks more to be begun, with pictures or without.
+    """One reader's request: `left` more blocks to begin, decoded or not.
 
-    trouble: why there are no more, where the session could go on.
+    error: why there are no more, where the session itself can go on.
     """
 
     left: float
     decode: bool
-    trouble: Exception | None = None
+    error: Exception | None = None
 
 
-@dataclass(eq=False)
+class SessionServices(Protocol):
+    """The part of the session manager that sessions call."""
+
+    condition: EngineCondition
+    limits: Limits
+    resources: Resources
+
+    def is_owner(self) -> bool: ...
+    def check_owner(self, call: str) -> None: ...
+    def check_prompt(self, prompt: object) -> None: ...
+    def is_waiting(self, session: Session) -> bool: ...
+    def submit_demand(self, session: Session, demand: Demand) -> Demand: ...
+    def withdraw_demand(self, demand: Demand) -> None: ...
+    def next_block(self, session: Session, demand: Demand) -> Block | None: ...
+    def fork(self, session: Session) -> Session: ...
+    def rewind(self, session: Session, block: int) -> None: ...
+    def save(self, session: Session, path: Path) -> None: ...
+    def restore(self, path: Path) -> Session: ...
+    def close(self, session: Session) -> None: ...
+
+
+class HasManager(Protocol):
+    """An engine, as far as `Session.restore` needs one."""
+
+    @property
+    def manager(self) -> SessionServices: ...
+
+
 class Session:
-    """A video being made. Made by `Engine.open`; closed by `close()` or by leaving a `with`."""
+    """A video being made. Opened by `Engine.open`; ended by `close()` or by leaving a `with`.
 
-    engine: Engine
-    timeline: Timeline
-    sampler: Sampler
-    size: tuple[int, int]
-    noise: Noise
-    rows: Tensor  # the prompt in force, [text_len, d]
-    branches: list[Branch]
-    actions: ActionTrack
-    source: Tensor | None = None  # latents of the video that blocks start from
-    clamped: Tensor | None = None  # latents of an image held as the first frame
-    negative: Tensor | None = None  # the prompt that guidance keeps away from, [text_len, d]
-    entering: Callable[[], None] | None = None  # what is left to do once there is room for it
-    flight: list[InFlight] = field(default_factory=list)
-    change: PromptChange | None = None
-    recent: Tensor | None = None  # last clean latents, as many as a rebuild or recache may ask for
-    pixels: Tensor | None = None  # last decoded pictures, where a rebuild encodes one again
-    prefix_frames: NDArray[np.uint8] | None = None  # what the stream goes on from, as the decoder shows it
+    current: all that the next block depends on. rewind_points: the states at the start of the last blocks.
+    rollback_point: where the block in progress rolls back to until it is denoised and committed.
+    """
 
-    def __post_init__(self) -> None:
-        host = self.engine.host
-        self.id = host.new_id()
+    def __init__(self, number: int, state: SessionState, manager: SessionServices) -> None:
+        self.id, self.current, self.manager = number, state, manager
         self.life = Lifecycle()
-        self.mailbox = Mailbox(host.bell)
-        self.outbox = Outbox(host.bell, host.limits.queue_blocks)
-        self.track = DecoderTrack(self.engine.decoder, self.timeline.preset.context.rewind_blocks)
-        self.kept: list[Snapshot] = []  # of the last blocks' beginnings, as many as can be rewound
-        self.beginning: Beginning | None = None  # of the block being made, until it is denoised and committed
+        self.controls = ControlQueue(manager.condition)
+        self.output = OutputQueue(manager.condition, manager.limits.queue_blocks)
+        self.rewind_points: list[SessionState] = []
+        self.rollback_point: RollbackPoint | None = None
+        self.entering: Callable[[], None] | None = None  # run on admission
         self.demand: Demand | None = None
         self.unshown: list[tuple[Control, int, str | None]] = []  # applied, the block that shows it, refusal
-        self.away = False  # whether the pages are in host memory
-        self.pausing: int | None = None  # the thread that asked for the last pause
-        self.trouble: Exception | None = None  # what went wrong beside the engine's thread
+        self.away = False  # the pages are in host memory
+        self.paused_by: int | None = None  # the thread that asked for the last pause
+        self.decode_error: Exception | None = None  # raised in the decoder's thread
         self.ready_since: float | None = None
-        self.record = BlockRecord(self.id, -1, Stopwatch(self.engine.device))
+        self.record = BlockRecord(self.id, -1, Stopwatch(manager.resources.device))
 
     def __repr__(self) -> str:
-        return f"<Session {self.id}, {self.state.value}, {self.size[0]}x{self.size[1]}, next block {self.next_block}>"
+        width, height = self.size
+        return f"<Session {self.id}, {self.state.value}, {width}x{height}, next block {self.next_block}>"
 
     @property
     def state(self) -> State:
@@ -101,48 +106,43 @@ class Session:
         return self.life.state is State.CLOSED
 
     @property
-    def caches(self) -> list[PagedCache]:
-        """Everything that holds pages for this session, what is kept for rewinding included."""
-        stages = [self.branches, *(kept.branches for kept in self.kept)]
-        return [branch.cache for branches in stages for branch in branches]
-
-    @property
-    def conditionings(self) -> list[tuple[Branch, Tensor]]:
-        """Branches with the text encoder's rows that they follow, those kept for rewinding included."""
-        stages = [(self.branches, self.rows), *((kept.branches, kept.rows) for kept in self.kept)]
-        return [
-            (branch, rows if place == 0 or self.negative is None else self.negative)
-            for branches, rows in stages
-            for place, branch in enumerate(branches)
-        ]
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.current.size
 
     @property
     def next_block(self) -> int:
         """Index of the block that is finished next."""
-        return self.flight[0].span.index if self.flight else self.timeline.next_block
+        return self.current.next_block
 
     @property
-    def likeness(self) -> Hashable:
-        """What sessions have in common whose next blocks take the same passes over equally many frames."""
-        timeline = self.timeline
-        first = self.flight[0].span.frames.start if self.flight else timeline.next_frame
-        held = self.clamped is not None and first == 0
-        steps = tuple(block.step for block in self.flight)
-        return self.size, timeline.preset.block_size(timeline.next_frame), steps, timeline.rebuild_due(), held
+    def prefix_frames(self) -> NDArray[np.uint8] | None:
+        """The image or video that the stream continues, uint8 [T, H, W, 3], as the decoder shows it."""
+        return self.current.prefix_frames
+
+    @property
+    def states(self) -> list[SessionState]:
+        """The current state and those that can be rewound to."""
+        return [self.current, *self.rewind_points]
+
+    @property
+    def caches(self) -> list[PagedCache]:
+        """Everything that holds pages for this session."""
+        return [branch.cache for state in self.states for branch in state.branches]
 
     @property
     def wants_block(self) -> bool:
-        """Whether a block is asked for that there is room for."""
-        wanted = self.demand is not None and self.demand.left > 0
-        return wanted and self.state in (State.NEW, State.RUNNING) and not self.outbox.full
+        """True while a block is requested and the output queue has room for it."""
+        requested = self.demand is not None and self.demand.left > 0
+        return requested and self.state in (State.NEW, State.RUNNING) and not self.output.full
 
     def stream(self, blocks: int | None = None, decode: bool = True) -> Iterator[Block]:
         """Yield the next `blocks` blocks, or all there will be; without `decode`, only latents.
 
         Drives the engine if this thread does; otherwise waits for the one that does. While a block is decoded the
-        next one, if it is asked for, is begun, and follows what was told by then. The stream ends early where the
-        session is stopped; raises what made the session fail. Where memory runs out, that is raised, too, but the
-        block is as if it had not been begun, and the next `stream` makes it.
+        next one, if it is requested, is begun, and follows the controls that arrived by then. The stream ends early if
+        the session is stopped, and raises the error that made the session fail. If memory runs out, that is raised,
+        too, but the block is rolled back, and the next `stream` makes it.
         """
         if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
             raise UsageError(f"blocks is {blocks!r}; expected a whole number of 1 or more")
@@ -150,145 +150,126 @@ class Session:
         return self._blocks(math.inf if blocks is None else blocks, decode)
 
     def _blocks(self, blocks: float, decode: bool) -> Iterator[Block]:
-        host, left = self.engine.host, blocks
-        demand = host.ask(self, Demand(blocks - len(self.outbox), decode))
+        demand, left = self.manager.submit_demand(self, Demand(blocks - len(self.output), decode)), blocks
         try:
-            while left > 0 and (block := host.next_block(self, demand)) is not None:
+            while left > 0 and (block := self.manager.next_block(self, demand)) is not None:
                 left -= 1
                 yield block
         finally:
-            host.withdraw(self, demand)
+            self.manager.withdraw_demand(demand)
 
     def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> int:
         """Change the prompt from the next block that begins, in the way of the preset's `prompt_switch`.
 
-        Returns the control's id. UsageError for what is no text, or empty; what the text encoder refuses later is told
-        in the block's `acks`.
+        Returns the control's id. UsageError for an empty prompt or one that is no text; a refusal by the text encoder
+        comes later, in the block's `acks`.
         """
         self.check_open()
-        spec = self.engine.spec
+        spec = self.manager.resources.spec
         if (text is None) == (embeds is None):
             raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
         if embeds is not None:
             embeds = load_prompt_embeds(embeds, spec.text_len, spec.text_dim)
         else:
-            self.engine.check_prompt(text)
-        return self.mailbox.put("prompt", (text, embeds))
+            self.manager.check_prompt(text)
+        return self.controls.put("prompt", (text, embeds))
 
     def act(self, action: str) -> int:
-        """Do `action` from the next block that begins, until told otherwise; UsageError for one the model does not
-        have. Returns the control's id."""
+        """Use `action` from the next block that begins, until another one; returns the control's id.
+
+        UsageError for an action that the model does not have.
+        """
         self.check_open()
-        return self.mailbox.put("act", check_action(action, self.actions.names))
+        return self.controls.put("act", check_action(action, self.current.actions.names))
 
     def pause(self) -> int:
         """Begin no more blocks until `resume`; returns the control's id."""
         self.check_open()
-        return self.mailbox.put("pause")
+        return self.controls.put("pause")
 
     def resume(self) -> int:
         """Go on after `pause`; returns the control's id."""
         self.check_open()
-        return self.mailbox.put("resume")
+        return self.controls.put("resume")
 
     def stop(self) -> int:
         """Begin no more blocks; those begun are finished, then the session is closed. Returns the control's id."""
         self.check_open()
-        return self.mailbox.put("stop")
+        return self.controls.put("stop")
 
     def fork(self) -> Session:
-        """A session that goes on from here by itself: it shares pages and decoder state until either writes.
+        """Open a session that continues from here on its own, sharing pages and decoder state until either writes.
 
-        It stands after the last block that was begun, and has no demand on it until it is streamed.
+        It continues after the last block that was begun, and makes none until it is streamed.
         """
-        self.engine.host.driver.check_owner("fork()")
+        self.manager.check_owner("fork()")
         self.check_entered()
-        return self.engine.host.fork(self)
+        return self.manager.fork(self)
 
     def rewind(self, block: int) -> None:
-        """Go back to where `block`, one of the last `rewind_blocks`, began; what was made since is forgotten.
+        """Return to the start of `block`, one of the last `rewind_blocks`, and drop what was made since.
 
-        Prompt and actions are again as they were then. UsageError for a block that cannot be gone back to.
+        Prompt and actions return, too. UsageError for a block that is not kept.
         """
-        self.engine.host.driver.check_owner("rewind()")
+        self.manager.check_owner("rewind()")
         self.check_open()
-        self.engine.host.rewind(self, block)
+        self.manager.rewind(self, block)
 
     def save(self, path: str | Path) -> None:
         """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all."""
-        self.engine.host.driver.check_owner("save()")
+        self.manager.check_owner("save()")
         self.check_entered()
-        self.engine.host.settle(self)
-        write_session(self, Path(path))
+        self.manager.save(self, Path(path))
 
     @classmethod
-    def restore(cls, engine: Engine, path: str | Path) -> Session:
+    def restore(cls, engine: HasManager, path: str | Path) -> Session:
         """A session that goes on where one was saved, by an engine with the same model and preset.
 
         Raises UsageError for a file of another model, preset or version, InferixError for a broken one.
         """
-        engine.host.driver.check_owner("restore()")
-        saved = read_session(engine, Path(path))
-        session = cls(**saved.fields())
-        session.entering = partial(saved.fill, session)
-        engine.host.join(session)
-        return session
+        engine.manager.check_owner("restore()")
+        return engine.manager.restore(Path(path))
 
-    def remember(self, latents: Tensor, pixels: Tensor | None) -> None:
-        """Keep the end of what was made, as far as the context may ask for it."""
-        policy = self.timeline.preset.context
-        wanted = policy.rebuild_frames
-        if policy.prompt_switch == "recache":
-            wanted = self.timeline.next_frame if policy.local_attn_size == -1 else policy.local_attn_size
-        self.recent = latents if self.recent is None else torch.cat((self.recent, latents))
-        self.recent = self.recent[max(0, len(self.recent) - wanted) :].clone()
-        if policy.needs_pixels and pixels is not None:
-            kept = (policy.rebuild_frames - 1) * self.engine.spec.vae_stride[0] + 1
-            self.pixels = pixels if self.pixels is None else torch.cat((self.pixels, pixels))
-            self.pixels = self.pixels[max(0, len(self.pixels) - kept) :].clone()
-
-    def recent_frames(self, frames: tuple[int, ...]) -> Tensor:
-        """Clean latents of absolute frames that are still kept."""
-        assert self.recent is not None
-        first = self.timeline.next_frame - len(self.recent)
-        return self.recent[[frame - first for frame in frames]]
-
-    def put_away(self) -> None:
-        """Move all pages to host memory, what is kept for rewinding included."""
+    def offload(self) -> None:
+        """Move all pages to host memory, those of rewind points included."""
         first, *others = self.caches
         first.offload(*others)
         self.away = True
 
-    def fetch(self) -> None:
-        """Have pages that are away on their way back, while others run."""
+    def prefetch(self) -> None:
+        """Begin to bring offloaded pages back while other sessions run."""
         if self.away:
             for cache in self.caches:
                 cache.prefetch()
 
-    def bring_back(self) -> None:
-        """Have the pages where they can be read."""
+    def onload(self) -> None:
+        """Bring offloaded pages back to where passes can read them."""
         if self.away:
             for cache in self.caches:
                 cache.onload()
             self.away = False
 
-    def keep_beginning(self) -> None:
-        """Remember how things stand before a block, and let go of what can be rewound no more."""
-        if self.track.rewind_blocks:
-            self.kept.append(Snapshot.of(self))
-            while len(self.kept) > self.track.rewind_blocks:
-                self.kept.pop(0).release()
+    def keep_rewind_point(self) -> None:
+        """Keep the state before a block; release those older than `rewind_blocks` blocks."""
+        if rewind_blocks := self.current.decoder.rewind_blocks:
+            self.rewind_points.append(self.current.fork(self.current.decoder))
+            while len(self.rewind_points) > rewind_blocks:
+                self.rewind_points.pop(0).release()
 
-    def take_back(self) -> None:
-        """Stand where the block that was being made began, as if it had not."""
-        assert self.beginning is not None
-        self.beginning.give_to(self)
-        self.beginning = None
-        if self.kept and self.kept[-1].block == self.next_block:
-            self.kept.pop().release()
+    def mark_rollback(self) -> None:
+        """Have a rollback return to the state as it is now."""
+        self.rollback_point = self.current.rollback_point()
+
+    def rollback(self) -> None:
+        """Undo the block in progress."""
+        assert self.rollback_point is not None
+        self.rollback_point.restore(self.current)
+        self.rollback_point = None
+        if self.rewind_points and self.rewind_points[-1].next_block == self.next_block:
+            self.rewind_points.pop().release()
 
     def check_open(self) -> None:
-        """InferixError unless the session can be told to do something."""
+        """InferixError unless the session takes controls."""
         if self.life.failure is not None:
             raise InferixError(f"session {self.id} has failed: {self.life.failure}") from self.life.failure
         if self.state is State.CLOSED:
@@ -297,25 +278,24 @@ class Session:
             raise InferixError(f"session {self.id} was stopped and ends with its last block; open a new one")
 
     def check_entered(self) -> None:
-        """InferixError unless the session is open and has what it begins with."""
+        """InferixError unless the session is open and was admitted."""
         self.check_open()
-        if self.id in self.engine.host.scheduler.waiting:
+        if self.manager.is_waiting(self):
             raise InferixError(f"session {self.id} still waits for room; close another one first")
 
     def close(self) -> None:
         """Free pages, latents and decoder state; InferixError for a session that was closed before."""
-        self.engine.host.driver.check_owner("close()")
+        self.manager.check_owner("close()")
         if self.closed:
             raise InferixError(f"session {self.id} is closed already")
-        self.engine.host.close(self)
+        self.manager.close(self)
 
     def free(self) -> None:
-        """Let go of everything that takes memory, but for finished blocks that no one has taken."""
-        for cache in self.caches:
-            cache.release()
-        self.branches, self.kept, self.flight, self.beginning = [], [], [], None
-        self.recent = self.pixels = self.source = self.clamped = self.change = self.entering = None
-        self.track.clear()
+        """Release everything that takes memory, except finished blocks that no one has taken."""
+        for state in self.states:
+            state.release()
+        self.current.decoder.clear()
+        self.rewind_points, self.rollback_point, self.entering = [], None, None
 
     def __enter__(self) -> Session:
         return self
@@ -324,7 +304,7 @@ class Session:
         """Close the session, or, in a thread that does not drive the engine, stop it."""
         if self.state in ENDED:
             return
-        if self.engine.host.driver.owns():
+        if self.manager.is_owner():
             self.close()
         elif self.state is not State.DRAINING:
             self.stop()

@@ -1,7 +1,7 @@
-"""The sessions of one engine: who is in, whose turn it is, and how each ends, alone.
+"""The sessions of one engine: admission, turns, delivery, overload and failures.
 
-One thread drives; it is the owner of everything but mailboxes, outboxes and the decoder's thread. What crosses
-threads is guarded by the bell. Heavy work is never done while the bell is held.
+One thread drives the engine and owns everything here but control queues, output queues and the decoder's thread. What
+crosses threads is guarded by the condition. No heavy work is done while the condition is held.
 """
 
 from __future__ import annotations
@@ -10,152 +10,210 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import InferixError, UsageError
+from ...models.wan.vae_checkpoint import Decoder
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
-from ..engine_condition import Bell
+from ..engine_condition import EngineCondition
 from ..execution.decode_pipeline import DecodePipeline, to_frames
-from ..limits import Limits, Relief
+from ..limits import DegradationStep, Limits
+from ..resources import Resources
 from ..telemetry.records import Ack, BlockRecord, Metrics, Stopwatch
-from .control_queue import LIFE, Control
-from .engine_thread import FAILURES, SHORTAGES, Driver, shortages_named
+from .control_queue import LIFECYCLE_CONTROLS, Control
+from .engine_thread import FAILURES, SHORTAGES, EngineThread, shortages_named
 from .lifecycle import ENDED, State
 from .output_queue import Block
-from .scheduler import Client, Scheduler
+from .scheduler import Scheduler, SchedulerEntry
 from .session import Demand, Session
-from .session_state import Snapshot
+from .session_file import read_session, write_session
+from .session_state import SessionState
 
-if TYPE_CHECKING:
-    from ..engine import Engine
+OWNER_WAIT = 10.0  # seconds that a reader waits for some thread to drive the engine
 
-DRIVER_WAIT = 10.0  # seconds that a reader waits for some thread to drive the engine
 
 def narrower(preset: Preset, frames: int) -> Preset:
-    """A preset with a window of so many frames; UsageError if a block does not fit into it."""
+    """A preset with a window of at most `frames` latent frames; UsageError if a block does not fit into it."""
     size = preset.context.local_attn_size
     window = frames if size == -1 else min(size, frames)
     return replace(preset, context=replace(preset.context, local_attn_size=window))
 
 
-class Host:
-    """Owns the open sessions, the scheduler, the decoder's thread and the metrics of one engine."""
+class SessionManager:
+    """Owns the open sessions, the scheduler, the decoder's thread and the metrics of one engine.
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
-        self.engine, self.limits = engine, limits
-        self.bell = Bell()
-        self.driver = Driver(self.bell, engine.device)
+    step: makes the next blocks, called where a reader drives the engine. check_prompt: UsageError for a prompt that the
+    engine cannot encode.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        limits: Limits,
+        step: Callable[[], Sequence[Session]],
+        check_prompt: Callable[[object], None],
+    ) -> None:
+        self.resources, self.limits = resources, limits
+        self.step, self.check_prompt = step, check_prompt
+        self.condition = EngineCondition()
+        self.thread = EngineThread(self.condition, resources.device)
         self.scheduler = Scheduler(limits)
-        self.pipeline = DecodePipeline(engine.device, self.bell)
+        self.pipeline = DecodePipeline(resources.device, self.condition)
         self.metrics = Metrics()
         self.observers: list[Callable[[dict[str, Any]], None]] = []
         self.sessions: dict[int, Session] = {}
-        for relief in limits.overload:
-            self.check_relief(relief)
-        self.seen = 0  # rings when the last turn was chosen
+        for degradation in limits.overload:
+            self._check_degradation(degradation)
+        self.seen = 0  # changes of the condition when sessions were last picked
         self.ids = 0
 
-    def drive(self, keep: bool) -> None:
+    @property
+    def preset(self) -> Preset:
+        """The preset in force: as loaded, with the window narrowed by the degradation steps taken so far.
+
+        Overload narrows it here and nowhere else. Each session's timeline gets it when a block begins.
+        """
+        windows = [step.value for step in self.scheduler.degradations if step.kind == "window"]
+        return narrower(self.resources.preset, min(windows)) if windows else self.resources.preset
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder of new sessions: the fast one once overload has switched to it."""
+        parts = self.resources.parts
+        fast = parts.fast_vae if self.scheduler.took("decoder") else None
+        return parts.vae if fast is None else fast
+
+    def is_owner(self) -> bool:
+        """True in the thread that drives the engine; one that no living thread drives becomes this thread's."""
+        return self.thread.is_owner()
+
+    def check_owner(self, call: str) -> None:
+        """UsageError in any thread but the one that drives the engine."""
+        self.thread.check_owner(call)
+
+    def is_waiting(self, session: Session) -> bool:
+        """True until there is room for the session."""
+        return session.id in self.scheduler.waiting
+
+    def run(self, keep: bool) -> None:
         """Make blocks until all sessions have ended, or until `halt`."""
-        self.driver.check_owner("run()")
-        self.driver.halted = False
-        with self.driver.looping():
-            while not self.driver.halted and (keep or self.sessions or self.driver.calls):
-                if not self.engine.step():
-                    self.bell.wait_after(self.seen, self.limits.consumer_timeout)
+        self.check_owner("run()")
+        self.thread.halted = False
+        with self.thread.looping():
+            while not self.thread.halted and (keep or self.sessions or self.thread.calls):
+                if not self.step():
+                    self.condition.wait_after(self.seen, self.limits.consumer_timeout)
 
-    # Coming and going
+    # Admission and end
 
-    def new_id(self) -> int:
-        with self.bell:
+    def open(self, state: SessionState, entering: Callable[[], None] | None = None) -> Session:
+        """Admit a session with a state, or have it wait. `entering` is called on admission.
+
+        UsageError or InferixError for a session that is refused: it then holds nothing.
+        """
+        session = Session(self._new_id(), state, self)
+        session.entering = entering
+        self._join(session)
+        return session
+
+    def fork(self, session: Session) -> Session:
+        """Admit a copy of a session, its rewind points included."""
+        self.settle(session)
+        twin = Session(self._new_id(), session.current.fork(), self)
+        twin.rewind_points = [state.fork(twin.current.decoder) for state in session.rewind_points]
+        self._join(twin)
+        return twin
+
+    def save(self, session: Session, path: Path) -> None:
+        """Write a session to a file."""
+        self.settle(session)
+        write_session(session.current, self.resources, self.preset, path)
+
+    def restore(self, path: Path) -> Session:
+        """Admit a session that was saved."""
+        saved = read_session(path, self.resources, self.preset)
+        state = SessionState.read(saved)
+        return self.open(state, partial(state.fill, saved))
+
+    def close(self, session: Session) -> None:
+        """End a session once its last block is decoded; finished blocks may still be taken."""
+        self.pipeline.settle(session.id)
+        if session.state is not State.FAILED:
+            self._end(session, State.CLOSED)
+
+    def _new_id(self) -> int:
+        with self.condition:
             self.ids += 1
             return self.ids
 
-    def join(self, session: Session) -> None:
-        """Let a session in or have it wait; one that is refused holds nothing, and that is raised."""
-        self.driver.check_owner("open()")
+    def _join(self, session: Session) -> None:
+        self.check_owner("open()")
         self.metrics.count("sessions_opened")
         try:
-            inside = self.scheduler.join(session.id, self.client(session))
+            inside = self.scheduler.join(session.id, self._entry(session))
         except InferixError:
             session.free()
             self.metrics.count("sessions_refused")
             raise
         self.sessions[session.id] = session
         if inside:
-            self.enter(session)
+            self._enter(session)
 
-    def enter(self, session: Session) -> None:
-        """A session that is let in begins with what it goes on from; where that fails, it is out again."""
+    def _enter(self, session: Session) -> None:
+        """On admission, encode and cache the session's prefix. If that fails, end the session and raise."""
+        session.current.timeline.preset = self.preset
         if session.entering is not None:
             try:
                 with shortages_named():
                     session.entering()
             except FAILURES as error:
-                self.fail(session, error)
+                self._fail(session, error)
                 raise
             session.entering = None
-        session.fetch()
+        session.prefetch()
 
-    def client(self, session: Session) -> Client:
-        """What the scheduler has to know of a session."""
-        engine, preset = self.engine, session.timeline.preset
-        form, period = engine.memory.form(session.size), engine.spec.vae_stride[0] * preset.num_frame_per_block
+    def _entry(self, session: Session) -> SchedulerEntry:
+        """The session as the scheduler sees it."""
+        resources, preset = self.resources, session.current.preset
+        page, spec = resources.memory.form(session.size), resources.spec
         need = session_need(
-            preset, engine.spec, engine.parts.vae.spec, session.size, engine.config.dtype, form.nbytes,
+            preset, spec, resources.parts.vae.spec, session.size, resources.config.dtype, page.nbytes,
             queued=self.limits.queue_blocks,
         )  # fmt: skip
-        store = engine.memory.stores.get(form.grid)
-        room = None if store is None or store.grows else store.pool.size * form.nbytes
-        return Client(need, session.size, period / engine.spec.fps, room)
+        store = resources.memory.stores.get(page.grid)
+        room = None if store is None or store.grows else store.pool.size * page.nbytes
+        period = spec.vae_stride[0] * preset.num_frame_per_block / spec.fps
+        return SchedulerEntry(need, session.size, period, room)
 
-    def fork(self, session: Session) -> Session:
-        self.settle(session)
-        moment = Snapshot.of(session)
-        twin = Session(
-            session.engine, moment.timeline, session.sampler, session.size, session.noise, moment.rows, moment.branches,
-            moment.actions, session.source, session.clamped, session.negative, None, moment.flight, moment.change,
-            moment.recent, moment.pixels, session.prefix_frames,
-        )  # fmt: skip
-        twin.track = session.track.fork()
-        twin.kept = [kept.fork() for kept in session.kept]
-        self.join(twin)
-        return twin
-
-    def close(self, session: Session) -> None:
-        """End a session now; what is being decoded is waited for, and finished blocks may still be taken."""
-        self.pipeline.settle(session.id)
-        if session.state is not State.FAILED:
-            self.end(session, State.CLOSED)
-
-    def fail(self, session: Session, error: Exception) -> None:
-        """End a session that cannot go on. The error keeps where it came from, but not what that place held."""
+    def _fail(self, session: Session, error: Exception) -> None:
+        """End a session with an error. Its traceback is kept, without the frames' local variables."""
         self.pipeline.settle(session.id)
         traceback.clear_frames(error.__traceback__)
-        self.end(session, State.FAILED, error)
+        self._end(session, State.FAILED, error)
 
-    def end(self, session: Session, state: State, failure: Exception | None = None) -> None:
-        with self.bell:
+    def _end(self, session: Session, state: State, failure: Exception | None = None) -> None:
+        with self.condition:
             session.life.move(state, failure)
             self.sessions.pop(session.id, None)
             self.scheduler.leave(session.id)
-            self.bell.ring()
+            self.condition.signal()
         session.free()
         self.metrics.count(f"sessions_{state}")
 
     @contextmanager
-    def alone(self, session: Session) -> Iterator[None]:
-        """What fails in here concerns this session and nothing else.
+    def isolate_failures(self, session: Session) -> Iterator[None]:
+        """Keep a failure to this session: roll the block back if memory ran out, end the session otherwise.
 
-        A block for which memory ran out is taken back; all else ends the session, an interruption, too.
+        An interruption ends the session, too, and is raised.
         """
         failure: Exception = InferixError("its last block was interrupted")
         whole = False
@@ -166,243 +224,244 @@ class Host:
         except FAILURES as error:
             failure = error
         finally:
-            if not whole and session.beginning is not None and isinstance(failure, SHORTAGES):
-                self.take_back(session, failure)
+            if not whole and session.rollback_point is not None and isinstance(failure, SHORTAGES):
+                self._rollback(session, failure)
             elif not whole:
-                self.fail(session, failure)
+                self._fail(session, failure)
 
-    def take_back(self, session: Session, error: Exception) -> None:
-        """Undo the block of a session that is being made, and tell its reader, who may ask for it again."""
+    def _rollback(self, session: Session, error: Exception) -> None:
+        """Undo the block in progress. Its reader gets the error, and may request the block again."""
         traceback.clear_frames(error.__traceback__)
-        session.take_back()
-        with self.bell:
+        session.rollback()
+        with self.condition:
             assert session.demand is not None
-            session.demand.left, session.demand.trouble = 0, error
-            session.outbox.take_back()
-        self.metrics.count("blocks_taken_back")
+            session.demand.left, session.demand.error = 0, error
+            session.output.cancel()
+        self.metrics.count("blocks_rolled_back")
 
     # Between blocks
 
-    def turn(self) -> tuple[Session, ...]:
-        """Do what was asked for since the last block; then say whose blocks come next, if any can be made."""
-        self.driver.check_owner("step()")
-        self.seen = self.bell.rings
+    def prepare_step(self) -> tuple[Session, ...]:
+        """Apply lifecycle controls and calls, admit and degrade; then pick the sessions whose blocks come next."""
+        self.check_owner("step()")
+        self.seen = self.condition.changes
         self.pipeline.collect()
         for session in list(self.sessions.values()):
-            with self.alone(session):
-                self.tend(session)
-        self.driver.answer_calls()
-        with self.bell:
-            let_in = [self.sessions[index] for index in self.scheduler.admit_waiting()]
-            relief = self.scheduler.relief()
-        for session in let_in:
-            with suppress(*FAILURES):  # it has failed, alone
-                self.enter(session)
-        if relief is not None:
-            self.relieve(relief)
-        return self.choose()
+            with self.isolate_failures(session):
+                self._tend(session)
+        self.thread.answer_calls()
+        with self.condition:
+            admitted = [self.sessions[index] for index in self.scheduler.admit_waiting()]
+            degradation = self.scheduler.next_degradation()
+        for session in admitted:
+            with suppress(*FAILURES):  # the session has failed
+                self._enter(session)
+        if degradation is not None:
+            self._degrade(degradation)
+        return self._pick()
 
-    def choose(self) -> tuple[Session, ...]:
-        with self.bell:
+    def _pick(self) -> tuple[Session, ...]:
+        with self.condition:
             now = time.perf_counter()
-            ready = [session for session in self.sessions.values() if self.can_go_on(session)]
+            ready = [session for session in self.sessions.values() if self._can_run(session)]
             for session in self.sessions.values():
                 session.ready_since = (session.ready_since or now) if session in ready else None
-            held = [s.id for s in self.sessions.values() if s not in ready and not s.outbox.unfinished]
-            chosen = self.scheduler.choose([session.id for session in ready], held, now)
+            blocked = [s.id for s in self.sessions.values() if s not in ready and not s.output.unfinished]
+            chosen = self.scheduler.pick([session.id for session in ready], blocked, now)
             if chosen is None:
                 return ()
-            beside = self.beside(self.sessions[chosen], ready)
-            return tuple(self.sessions[index] for index in self.scheduler.together(chosen, beside, now))
+            others = self._compatible_with(self.sessions[chosen], ready)
+            return tuple(self.sessions[index] for index in self.scheduler.pick_batch(chosen, others, now))
 
-    def beside(self, chosen: Session, ready: list[Session]) -> list[int]:
-        """Sessions whose next blocks can be run as one with that of the chosen one."""
-        if not self.engine.executor.batches or not self.engine.memory.batches(chosen.size):
+    def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[int]:
+        """Sessions whose next blocks can be batched with the chosen one's."""
+        if not self.resources.executor.batches or not self.resources.memory.batches(chosen.size):
             return []
-        return [s.id for s in ready if s is not chosen and s.likeness == chosen.likeness]
+        key = chosen.current.batch_key
+        return [session.id for session in ready if session is not chosen and session.current.batch_key == key]
 
-    def batch_failed(self, count: int, said: str) -> None:
-        """So many sessions, each of which can run, could not as one: from now on fewer do."""
+    def split_batches(self, count: int, message: str) -> None:
+        """Batch fewer than `count` sessions from now on, since a batch of `count` failed and each alone ran."""
         self.metrics.count("batches_split")
         self.scheduler.batch_room = count - 1
-        warnings.warn(f"{count} sessions could not be run as one ({said}); from now on fewer are", stacklevel=2)
+        warnings.warn(f"{count} sessions could not be run as one ({message}); from now on fewer are", stacklevel=2)
 
-    def can_go_on(self, session: Session) -> bool:
-        return session.wants_block and session.id in self.scheduler.clients
+    def _can_run(self, session: Session) -> bool:
+        return session.wants_block and session.id in self.scheduler.admitted
 
-    def tend(self, session: Session) -> None:
-        """Controls of a session's life, and whether it is to end."""
-        for control in session.mailbox.take(LIFE):
-            self.apply(session, control)
-        timeout, idle = self.limits.consumer_timeout, time.perf_counter() - session.outbox.touched
-        if session.trouble is not None:
-            self.fail(session, session.trouble)
-        elif timeout is not None and session.outbox.ready and idle > timeout:
-            said = f"nobody took its blocks for {idle:.1f} s (consumer_timeout is {timeout:g})"
-            self.fail(session, InferixError(f"session {session.id} ended: {said}"))
-        elif session.state is State.DRAINING and not session.outbox.unfinished:
-            self.end(session, State.CLOSED)
+    def _tend(self, session: Session) -> None:
+        """Apply lifecycle controls; end the session if it failed, timed out or has drained."""
+        for control in session.controls.take(LIFECYCLE_CONTROLS):
+            self._apply(session, control)
+        timeout, idle = self.limits.consumer_timeout, time.perf_counter() - session.output.touched
+        if session.decode_error is not None:
+            self._fail(session, session.decode_error)
+        elif timeout is not None and session.output.ready and idle > timeout:
+            message = f"nobody took its blocks for {idle:.1f} s (consumer_timeout is {timeout:g})"
+            self._fail(session, InferixError(f"session {session.id} ended: {message}"))
+        elif session.state is State.DRAINING and not session.output.unfinished:
+            self._end(session, State.CLOSED)
 
-    def apply(self, session: Session, control: Control) -> None:
-        """One control of a session's life; one that changes nothing, such as a second pause, is just acknowledged."""
+    def _apply(self, session: Session, control: Control) -> None:
+        """Apply a lifecycle control; one that changes nothing, such as a second pause, is acknowledged all the same."""
         if control.kind == "pause" and session.life.can(State.PAUSED):
-            session.pausing = control.thread
-            self.pause(session)
+            session.paused_by = control.thread
+            self._pause(session)
         elif control.kind == "resume" and session.state is State.PAUSED:
             session.life.move(State.RUNNING)
-            with self.bell:
+            with self.condition:
                 self.scheduler.wake(session.id)
         elif control.kind == "stop" and session.life.can(State.DRAINING):
             session.life.move(State.DRAINING)
-        self.applied(session, control, session.next_block)
+        self.acknowledge(session, control, session.next_block)
 
-    def applied(self, session: Session, control: Control, block: int, refused: str | None = None) -> None:
-        """Take note that a control is in force, or refused, and which block will be the first to show it."""
+    def acknowledge(self, session: Session, control: Control, block: int, refused: str | None = None) -> None:
+        """Record a control that was applied, or refused, and `block`, the first that shows it."""
         waited = time.perf_counter() - control.asked
-        with self.bell:
+        with self.condition:
             session.unshown.append((control, block, refused))
         self.metrics.count("controls")
         self.metrics.observe("control_wait_seconds", waited)
-        self.tell({
+        self._notify({
             "session": session.id, "control": control.id, "kind": control.kind, "block": block, "waited": waited,
             "refused": refused,
         })  # fmt: skip
 
-    def pause(self, session: Session) -> None:
-        """Begin no more blocks of a session; its pages go to host memory, where that is asked for."""
+    def _pause(self, session: Session) -> None:
+        """Begin no more blocks of a session; with `kv_offload`, move its pages to host memory."""
         session.life.move(State.PAUSED)
-        if self.engine.config.kv_offload and session.id in self.scheduler.clients:
+        if self.resources.config.kv_offload and session.id in self.scheduler.admitted:
             try:
                 with shortages_named():
-                    session.put_away()
+                    session.offload()
             except SHORTAGES as error:
                 warnings.warn(f"session {session.id} keeps its pages where they are: {error}", stacklevel=2)
                 return
-            with self.bell:
+            with self.condition:
                 self.scheduler.rest(session.id)
-                self.bell.ring()
+                self.condition.signal()
 
-    def check_relief(self, relief: Relief) -> None:
+    # Overload
+
+    def _check_degradation(self, step: DegradationStep) -> None:
         """UsageError for a step that could not be taken."""
-        if relief.kind == "window":
-            narrower(self.engine.preset, relief.value)
-        if relief.kind == "decoder" and self.engine.parts.fast_vae is None:
-            raise UsageError("overload may go over to the fast decoder, but there is none; give fast_vae")
+        if step.kind == "window":
+            narrower(self.resources.preset, step.value)
+        if step.kind == "decoder" and self.resources.parts.fast_vae is None:
+            raise UsageError("overload may switch to the fast decoder, but there is none; give fast_vae")
 
-    def relieve(self, relief: Relief) -> None:
-        """Take one declared step against overload, and say so."""
-        if relief.kind == "window":
-            narrowed = narrower(self.engine.preset, relief.value)
-            self.engine.preset = narrowed
-            for session in self.sessions.values():
-                session.timeline.preset = narrowed
-        elif relief.kind == "decoder":
+    def _degrade(self, step: DegradationStep) -> None:
+        """Take a degradation step that the scheduler chose, and warn. `preset` follows from a narrower window."""
+        if step.kind == "decoder":
             for session in list(self.sessions.values()):
-                with self.alone(session):
+                with self.isolate_failures(session):
                     self.pipeline.settle(session.id)
-                    session.track.change_decoder(self.engine.decoder)
-        else:
-            inside = [self.sessions[index] for index in self.scheduler.clients]
-            for session in inside[relief.value :]:
+                    session.current.decoder.change_decoder(self.decoder)
+        elif step.kind == "sessions":
+            admitted = [self.sessions[index] for index in self.scheduler.admitted]
+            for session in admitted[step.value :]:
                 if session.life.can(State.PAUSED):
-                    session.pausing = None
-                    with self.alone(session):
-                        self.pause(session)
+                    session.paused_by = None
+                    with self.isolate_failures(session):
+                        self._pause(session)
         self.metrics.count("overload_steps")
-        warnings.warn(f"blocks were late: overload step {relief.kind} {relief.value or ''}".rstrip(), stacklevel=2)
+        warnings.warn(f"blocks were late: overload step {step.kind} {step.value or ''}".rstrip(), stacklevel=2)
+
+    # Rewinding
 
     def settle(self, session: Session) -> None:
-        """Wait for what is being decoded; a failure there ends the session, and is raised."""
+        """Wait for the decoder. A failure there ends the session and is raised."""
         self.pipeline.settle(session.id)
-        if session.trouble is not None:
-            self.fail(session, session.trouble)
+        if session.decode_error is not None:
+            self._fail(session, session.decode_error)
             session.check_open()
 
     @torch.no_grad()
     def rewind(self, session: Session, block: int) -> None:
+        """Return to the state before `block` and drop finished blocks from it on. UsageError without such a state."""
         self.settle(session)
         if block == session.next_block:
             return
-        place = next((place for place, kept in enumerate(session.kept) if kept.block == block), None)
-        if place is None:
-            kept = [kept.block for kept in session.kept]
-            policy = session.timeline.preset.context
+        kept = [state.next_block for state in session.rewind_points]
+        if block not in kept:
             raise UsageError(
                 f"session {session.id} cannot be rewound to block {block}: the next is {session.next_block}, and "
                 f"{f'blocks from {kept[0]} on' if kept else 'no blocks'} are kept, rewind_blocks being "
-                f"{policy.rewind_blocks}; give a larger rewind_blocks, or save the session in time"
+                f"{self.preset.context.rewind_blocks}; give a larger rewind_blocks, or save the session in time"
             )
-        for later in session.kept[place + 1 :]:
-            later.release()
-        moment, session.kept = session.kept[place], session.kept[:place]
-        moment.give_to(session)
-        session.track.rewind(block)
-        with self.bell:
-            dropped = session.outbox.drop_from(block)
+        index = kept.index(block)
+        for state in (*session.rewind_points[index + 1 :], session.current):
+            state.release()
+        session.current, session.rewind_points = session.rewind_points[index], session.rewind_points[:index]
+        session.current.decoder.rewind(block)
+        with self.condition:
+            dropped = session.output.drop_from(block)
             if session.demand is not None:
                 session.demand.left += dropped
         self.metrics.count("rewinds")
 
     # A block
 
-    def begin(self, session: Session, batch: int) -> None:
-        """A block of a session begins, as one of `batch`: what it was told from here on counts for the next one."""
-        with self.bell:
+    def begin_block(self, session: Session, batch: int) -> None:
+        """Start one block (batched with `batch` sessions). Controls that arrive from now on apply to the next block."""
+        with self.condition:
             assert session.demand is not None and session.ready_since is not None
             if session.state is State.NEW:
                 session.life.move(State.RUNNING)
             session.demand.left -= 1
-            session.outbox.begin()
-            session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.engine.device), batch)
+            session.output.reserve()
+            session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.resources.device), batch)
             session.record.marks["queue"] = (session.ready_since, time.perf_counter())
             session.ready_since = None
-        session.bring_back()
-        session.keep_beginning()
+        session.onload()
+        session.keep_rewind_point()
+        session.current.timeline.preset = self.preset
 
-    def finish(self, session: Session, latents: Tensor) -> None:
-        """Decode a block and hand it out: beside the next block's passes, unless its context waits for pictures."""
+    def finish_block(self, session: Session, latents: Tensor) -> None:
+        """Decode a block and deliver it: beside the next block's passes, unless its context needs the pixels."""
         assert session.demand is not None
-        session.beginning = None
-        decode, record = session.demand.decode, session.record
+        session.rollback_point = None
+        decode, record, state = session.demand.decode, session.record, session.current
+        stride = self.resources.spec.vae_stride[0]
         record.pages = self.pages_in_use
-        if session.timeline.preset.context.needs_pixels:
-            session.remember(latents, self.complete(session, record, latents, decode, keep=True))
+        if state.preset.context.needs_pixels:
+            state.remember(latents, self._complete(session, record, latents, decode, keep=True), stride)
             return
-        session.remember(latents, None)
+        state.remember(latents, None, stride)
         if decode:
-            self.pipeline.submit(session.id, partial(self.complete_beside, session, record, latents))
+            self.pipeline.submit(session.id, partial(self._complete_beside, session, record, latents))
         else:
             self.pipeline.settle(session.id)
-            self.complete(session, record, latents, decode=False)
+            self._complete(session, record, latents, decode=False)
 
-    def complete(
+    def _complete(
         self, session: Session, record: BlockRecord, latents: Tensor, decode: bool, keep: bool = False
     ) -> Tensor | None:
-        """Decode, where that is wanted, and put the block into its outbox; returns the pixels."""
+        """Decode if asked to, put the block into the output queue, and return the pixels [T, 3, H, W]."""
         pixels = frames = None
         if decode or keep:
             with record.span("decode"):
-                pixels = session.track.decode(record.block, latents)
+                pixels = session.current.decoder.decode(record.block, latents)
                 frames = to_frames(pixels) if decode else None
-        self.deliver(session, record, latents, frames)
+        self._deliver(session, record, latents, frames)
         return pixels
 
-    def complete_beside(self, session: Session, record: BlockRecord, latents: Tensor) -> None:
-        """The same on the decoder's thread: a failure waits there for the engine's."""
+    def _complete_beside(self, session: Session, record: BlockRecord, latents: Tensor) -> None:
+        """Complete on the decoder's thread, and leave a failure for the engine's thread."""
         try:
             with shortages_named():
-                self.complete(session, record, latents, decode=True)
+                self._complete(session, record, latents, decode=True)
         except FAILURES as error:
-            session.trouble = error
-            self.bell.ring()
+            session.decode_error = error
+            self.condition.signal()
 
-    def deliver(self, session: Session, record: BlockRecord, latents: Tensor, frames: Any) -> None:
-        """The block is there: say what it is the first to show, and how it stands to its deadline."""
-        spans, seconds, spec = record.spans, record.seconds, self.engine.spec
+    def _deliver(self, session: Session, record: BlockRecord, latents: Tensor, frames: Any) -> None:
+        """Put the finished block into the output queue with its acks and its slack to the deadline (s)."""
+        spans, seconds, spec = record.spans, record.seconds, self.resources.spec
         made, decoded = spans["commit"][1] - spans["encode"][0], seconds.get("decode", 0.0)
-        waited = session.timeline.preset.context.needs_pixels
+        waited = session.current.preset.context.needs_pixels
         shown = len(latents) * spec.vae_stride[0] if frames is None else len(frames)
-        with self.bell:
+        with self.condition:
             now = time.perf_counter()
             record.acks = tuple(
                 Ack(control.id, control.kind, record.block, now - control.asked, refused)
@@ -413,12 +472,12 @@ class Host:
             share = made / record.batch
             self.scheduler.measured(session.id, share + decoded if waited else max(share, decoded))
             record.slack = self.scheduler.shown(session.id, now, shown / spec.fps)
-            record.reliefs = tuple(relief.kind for relief in self.scheduler.reliefs)
+            record.degradations = tuple(step.kind for step in self.scheduler.degradations)
             record.marks["emit"] = (now, now)
-            session.outbox.put(Block(record.block, latents, frames, seconds, record.acks, record))
-        self.measure(record, seconds, shown)
+            session.output.put(Block(record.block, latents, frames, seconds, record.acks, record))
+        self._measure(record, seconds, shown)
 
-    def measure(self, record: BlockRecord, seconds: dict[str, float], frames: int) -> None:
+    def _measure(self, record: BlockRecord, seconds: dict[str, float], frames: int) -> None:
         self.metrics.count("blocks")
         self.metrics.count("blocks_in_batches", int(record.batch > 1))
         self.metrics.count("frames", frames)
@@ -432,86 +491,88 @@ class Host:
 
     # Readers
 
-    def ask(self, session: Session, demand: Demand) -> Demand:
-        with self.bell:
+    def submit_demand(self, session: Session, demand: Demand) -> Demand:
+        """Make `demand` the session's one request for blocks."""
+        with self.condition:
             session.demand = demand
-            self.bell.ring()
+            self.condition.signal()
         return demand
 
-    def withdraw(self, session: Session, demand: Demand) -> None:
-        with self.bell:
+    def withdraw_demand(self, demand: Demand) -> None:
+        """Begin no more blocks for a request."""
+        with self.condition:
             demand.left = 0
 
     def next_block(self, session: Session, demand: Demand) -> Block | None:
-        """The session's next block, made here or waited for; None where there will be none."""
+        """The session's next block, made in this thread or awaited; None where there will be none."""
         while True:
-            seen = self.bell.rings
+            seen = self.condition.changes
             if session.demand is not demand:
                 raise InferixError(f"another stream of session {session.id} has begun; read that one")
-            if (block := session.outbox.take()) is not None:
-                return self.taken(block)
+            if (block := session.output.take()) is not None:
+                return self._taken(block)
             if session.life.failure is not None:
                 raise session.life.failure
-            if demand.trouble is not None and not session.outbox.unfinished:
-                raise demand.trouble
+            if demand.error is not None and not session.output.unfinished:
+                raise demand.error
             if session.state is State.CLOSED:
                 return None
-            if self.driver.owns():
-                with self.driver.looping():
-                    if not self.engine.step():
-                        self.rest(session)
-            elif not self.bell.wait_after(seen, DRIVER_WAIT) and not self.driver.loops:
+            if self.is_owner():
+                with self.thread.looping():
+                    if not self.step():
+                        self._rest(session)
+            elif not self.condition.wait_after(seen, OWNER_WAIT) and not self.thread.loops:
                 raise InferixError(
-                    f"session {session.id} waits for a block, but thread {self.driver.name!r}, which drives the "
+                    f"session {session.id} waits for a block, but thread {self.thread.name!r}, which drives the "
                     "engine, makes none; call engine.run() there, or engine.hand_over()"
                 )
 
-    def rest(self, session: Session) -> None:
-        """Nothing can be made just now: wait for the decoder or another thread, unless that would be for ever."""
-        said = None
-        with self.bell:
-            if session.outbox.unfinished or self.bell.rings != self.seen:
+    def _rest(self, session: Session) -> None:
+        """Wait for the decoder or another thread. InferixError where neither can change anything."""
+        obstacle = None
+        with self.condition:
+            if session.output.unfinished or self.condition.changes != self.seen:
                 pass
-            elif session.id in self.scheduler.waiting:
-                said = self.scheduler.obstacle(session.id, self.scheduler.waiting[session.id])
-            elif session.state is State.PAUSED and session.pausing in (None, threading.get_ident()):
-                said = f"session {session.id} is paused"
-        if said is not None:
-            raise InferixError(f"{said}, and this thread, which drives the engine, would wait for ever")
-        self.bell.wait_after(self.seen)
+            elif self.is_waiting(session):
+                obstacle = self.scheduler.obstacle(session.id, self.scheduler.waiting[session.id])
+            elif session.state is State.PAUSED and session.paused_by in (None, threading.get_ident()):
+                obstacle = f"session {session.id} is paused"
+        if obstacle is not None:
+            raise InferixError(f"{obstacle}, and this thread, which drives the engine, would wait for ever")
+        self.condition.wait_after(self.seen)
 
-    def taken(self, block: Block) -> Block:
+    def _taken(self, block: Block) -> Block:
         begin, _ = block.record.marks["emit"]
         block.record.marks["emit"] = (begin, time.perf_counter())
         if self.observers:
-            self.tell(block.record.as_dict())
+            self._notify(block.record.as_dict())
         return block
 
-    def tell(self, record: dict[str, Any]) -> None:
+    def _notify(self, record: dict[str, Any]) -> None:
         for observer in self.observers:
             observer(record)
 
     @property
     def pages_in_use(self) -> int:
         """Pages that any session holds; one that several hold counts once."""
-        return sum(store.pool.used for store in self.engine.memory.stores.values())
+        return sum(store.pool.used for store in self.resources.memory.stores.values())
 
     def check_integrity(self) -> None:
-        """Hold the pools against the sessions."""
+        """InferixError unless every page in use is held by an open session, as often as it is counted."""
         caches = [cache for session in self.sessions.values() for cache in session.caches]
-        for store in self.engine.memory.stores.values():
+        for store in self.resources.memory.stores.values():
             store.pool.check_integrity([cache.table for cache in caches if cache.store is store])
 
     def gauges(self) -> dict[str, float]:
-        """How things stand now: sessions by state, blocks and controls that wait, bytes and load."""
-        with self.bell:
-            found: dict[str, float] = {f"sessions_{state}": 0 for state in State if state not in ENDED}
+        """Values now: sessions by state, waiting blocks and controls, bytes and load."""
+        with self.condition:
+            values: dict[str, float] = {f"sessions_{state}": 0 for state in State if state not in ENDED}
             for session in self.sessions.values():
-                found[f"sessions_{session.state}"] += 1
-            found["sessions_waiting"] = len(self.scheduler.waiting)
-            found["blocks_waiting"] = sum(len(session.outbox) for session in self.sessions.values())
-            found["controls_waiting"] = sum(len(session.mailbox.waiting) for session in self.sessions.values())
-            found["reserved_bytes"] = self.scheduler.reserved
-            found["load"] = self.scheduler.load()
-            found["pages_in_use"] = self.pages_in_use
-            return found
+                values[f"sessions_{session.state}"] += 1
+            values["sessions_waiting"] = len(self.scheduler.waiting)
+            values["blocks_waiting"] = sum(len(session.output) for session in self.sessions.values())
+            values["controls_waiting"] = sum(len(session.controls.waiting) for session in self.sessions.values())
+            values["reserved_bytes"] = self.scheduler.reserved
+            values["load"] = self.scheduler.load()
+            values["pages_in_use"] = self.pages_in_use
+            return values

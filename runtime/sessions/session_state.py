@@ -1,106 +1,456 @@
-"""A session between two blocks: everything that its next block depends on, but for the decoder.
+"""`SessionState`: everything that the next block of a session depends on.
 
-A `Snapshot` holds pages and can be gone back to for long; a `Beginning` holds none, and is for a block that failed.
+Each field declares beside its type how a fork copies it, whether a rollback restores it, and its form in a saved file.
+Fork, rewind, rollback, save, restore and release go through these declarations and name no field a second time, except
+for the two kinds of object that own memory: caches and the decoder's state.
 
-Taking one copies integers and references. Tensors of a session are replaced, not written; pages are written,
-and a cache that was forked writes to pages of its own.
+A copy costs integers and references. A session's tensors are replaced, never written in place; pages are, and a forked
+cache writes to pages of its own.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import Any, Self
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ...errors import UsageError
+from ...models.wan.vae import StreamState
 from ...schemes.actions import ActionTrack
-from ...schemes.timeline import Timeline
+from ...schemes.presets import Preset
+from ...schemes.timeline import Span, Timeline
+from ..execution.decode_pipeline import DecoderTrack
 from ..execution.executors import Text
-from .branch import Branch, InFlight, PromptChange
-
-if TYPE_CHECKING:
-    from .session import Session
+from ..kv.paged_cache import HeldPages, PagedCache
+from ..noise import InjectedNoise, Noise, PhiloxNoise
+from ..resources import Resources
+from ..sampler import Sampler, Solver, UniPCSolver
 
 
 @dataclass
-class Snapshot:
-    """block: the next to be finished. It holds pages until it is released, or given to a session."""
+class Branch:
+    """One conditioning with the cache of its own past; guidance has two."""
 
-    block: int
-    timeline: Timeline
-    rows: Tensor
-    branches: list[Branch]
-    actions: ActionTrack
-    flight: list[InFlight]
-    change: PromptChange | None
-    recent: Tensor | None
-    pixels: Tensor | None
+    text: Text
+    cache: PagedCache
 
     @classmethod
-    def of(cls, session: Session) -> Snapshot:
-        """How a session stands now."""
-        return cls(
-            session.next_block,
-            session.timeline.fork(),
-            session.rows,
-            [replace(branch, cache=branch.cache.fork()) for branch in session.branches],
-            session.actions.fork(),
-            [replace(block, solver=copy(block.solver)) for block in session.flight],
-            copy(session.change),
-            session.recent,
-            session.pixels,
-        )
+    def new(cls, resources: Resources, rows: Tensor, size: tuple[int, int]) -> Branch:
+        """A conditioning from the text encoder's rows [text_len, text_dim], with an empty cache."""
+        return cls(resources.executor.condition(rows), resources.memory.new_cache(size))
 
-    def give_to(self, session: Session) -> None:
-        """Make a session stand so; what it held is let go, and this is used up."""
-        for branch in session.branches:
-            branch.cache.release()
-        session.timeline, session.rows, session.branches = self.timeline, self.rows, self.branches
-        session.actions, session.flight, session.change = self.actions, self.flight, self.change
-        session.recent, session.pixels = self.recent, self.pixels
-
-    def fork(self) -> Snapshot:
-        """The same, holding the same pages once more."""
-        return replace(
-            self, timeline=self.timeline.fork(), actions=self.actions.fork(), change=copy(self.change),
-            branches=[replace(branch, cache=branch.cache.fork()) for branch in self.branches],
-            flight=[replace(block, solver=copy(block.solver)) for block in self.flight],
-        )  # fmt: skip
-
-    def release(self) -> None:
-        for branch in self.branches:
-            branch.cache.release()
+    def fork(self) -> Branch:
+        """The same conditioning; the fork's cache shares pages until either side writes."""
+        return replace(self, cache=self.cache.fork())
 
 
 @dataclass
-class Beginning:
-    """What a session stands at when a block begins, for as long as it is being made.
+class BlockInFlight:
+    """A block being denoised: latents [F, C, H, W] at noise level `step`; committed: its clean keys are cached."""
 
-    Frames that the block let go stay away: made again, it would let them go again.
+    span: Span
+    latents: Tensor
+    solver: Solver
+    step: int = 0
+    committed: bool = False
+
+    def fork(self) -> BlockInFlight:
+        return replace(self, solver=copy(self.solver))
+
+
+@dataclass
+class PromptChange:
+    """A change from rows `old` to `new`, [text_len, text_dim] each, over `blocks` blocks, of which `left` remain."""
+
+    old: Tensor
+    new: Tensor
+    blocks: int
+    left: int
+
+
+@dataclass(frozen=True)
+class SavedFields:
+    """A session's fields in their saved form: plain values in `header`, tensors on the CPU by name.
+
+    preset: the one in force where the fields are read.
     """
 
-    timeline: Timeline
-    rows: Tensor
-    texts: list[Text]
-    flight: list[InFlight]
-    change: PromptChange | None
+    resources: Resources
+    preset: Preset
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def put(self, name: str, tensor: Tensor | None) -> None:
+        """Add a tensor; None adds nothing."""
+        if tensor is not None:
+            self.tensors[name] = tensor
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor on the engine's device; KeyError for one that the file lacks."""
+        return self.tensors[name].to(self.resources.device)
+
+    def optional(self, name: str) -> Tensor | None:
+        return self.tensor(name) if name in self.tensors else None
+
+
+class SaveForm(ABC):
+    """Writes one field to a saved file and reads it back. `fill` runs on admission, when pages can be taken."""
+
+    @abstractmethod
+    def write(self, value: Any, file: SavedFields) -> None: ...
+
+    @abstractmethod
+    def read(self, file: SavedFields) -> Any: ...
+
+    def fill(self, value: Any, file: SavedFields) -> None:  # noqa: B027
+        """Load what needs memory of its own into `value`, as `read` returned it."""
+
+
+class TensorForm(SaveForm):
+    """A tensor or None."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, value: Tensor | None, file: SavedFields) -> None:
+        file.put(self.name, value)
+
+    def read(self, file: SavedFields) -> Tensor | None:
+        return file.optional(self.name)
+
+
+class SizeForm(SaveForm):
+    def write(self, value: tuple[int, int], file: SavedFields) -> None:
+        file.header["size"] = value
+
+    def read(self, file: SavedFields) -> tuple[int, int]:
+        width, height = file.header["size"]
+        return width, height
+
+
+class SamplerForm(SaveForm):
+    """The strength; all else is the preset's."""
+
+    def write(self, value: Sampler, file: SavedFields) -> None:
+        file.header["strength"] = value.strength
+
+    def read(self, file: SavedFields) -> Sampler:
+        return Sampler(file.preset.sampler, file.header["strength"])
+
+
+class TimelineForm(SaveForm):
+    """`pin_next` is true between blocks where a block that begins a shot was rolled back."""
+
+    FIELDS = ("next_block", "next_frame", "origin", "shot", "sink", "pinned", "pin_next")
+
+    def write(self, value: Timeline, file: SavedFields) -> None:
+        numbers = {name: getattr(value, name) for name in self.FIELDS}
+        file.header["timeline"] = numbers | {"places": list(value.places.items())}
+
+    def read(self, file: SavedFields) -> Timeline:
+        timeline, header = Timeline(file.preset), file.header["timeline"]
+        for name in self.FIELDS:
+            setattr(timeline, name, tuple(header[name]) if isinstance(header[name], list) else header[name])
+        timeline.places = {frame: position for frame, position in header["places"]}
+        return timeline
+
+
+class NoiseForm(SaveForm):
+    """A seed, or injected tensors. UsageError for noise of another type."""
+
+    def write(self, value: Noise, file: SavedFields) -> None:
+        if isinstance(value, PhiloxNoise):
+            file.header["noise"] = {"seed": value.seed}
+        elif isinstance(value, InjectedNoise):
+            file.header["noise"] = {"first": value.first}
+            file.put("noise.initial", value.initial)
+            file.put("noise.renoise", value.renoise)
+        else:
+            kind = type(value).__name__
+            raise UsageError(f"noise of type {kind} cannot be saved; expected a seed or InjectedNoise")
+
+    def read(self, file: SavedFields) -> Noise:
+        header = file.header["noise"]
+        if "seed" in header:
+            return PhiloxNoise(header["seed"], str(file.resources.device))
+        return InjectedNoise(file.tensors["noise.initial"], file.tensors.get("noise.renoise"), header["first"])
+
+
+class BranchesForm(SaveForm):
+    """The pages of each branch. Conditionings are computed again from the prompt's rows."""
+
+    def write(self, value: list[Branch], file: SavedFields) -> None:
+        file.header["caches"] = []
+        for index, branch in enumerate(value):
+            pages = branch.cache.export_pages()
+            for name in ("kv", "scales", "sink"):
+                file.put(f"cache.{index}.{name}", getattr(pages, name))
+            file.header["caches"].append({"frames": pages.frames, "places": list(pages.places.items())})
+
+    def read(self, file: SavedFields) -> list[Branch]:
+        texts = [file.tensor(name) for name in ("rows", "negative") if name in file.tensors]
+        return [Branch.new(file.resources, rows, SizeForm().read(file)) for rows in texts]
+
+    def fill(self, value: list[Branch], file: SavedFields) -> None:
+        for index, (branch, header) in enumerate(zip(value, file.header["caches"], strict=True)):
+            places = {frame: position for frame, position in header["places"]}
+            kv = file.tensor(f"cache.{index}.kv")
+            scales, sink = (file.optional(f"cache.{index}.{name}") for name in ("scales", "sink"))
+            branch.cache.import_pages(HeldPages(tuple(header["frames"]), places, kv, scales, sink))
+
+
+class ActionsForm(SaveForm):
+    def write(self, value: ActionTrack, file: SavedFields) -> None:
+        file.header["actions"] = {"starts": value.starts, "held": value.held}
+
+    def read(self, file: SavedFields) -> ActionTrack:
+        actions = ActionTrack(file.resources.spec.actions)
+        actions.starts, actions.held = file.header["actions"]["starts"], file.header["actions"]["held"]
+        return actions
+
+
+class FlightForm(SaveForm):
+    def write(self, value: list[BlockInFlight], file: SavedFields) -> None:
+        file.header["flight"] = []
+        for index, block in enumerate(value):
+            name, solver, frames = f"flight.{index}", block.solver, block.span.frames
+            header = {"index": block.span.index, "start": frames.start, "stop": frames.stop, "step": block.step}
+            file.put(name, block.latents)
+            if isinstance(solver, UniPCSolver):
+                header |= {"order": solver.order, "predictions": len(solver.predictions)}
+                for number, x0 in enumerate(solver.predictions):
+                    file.put(f"{name}.x0.{number}", x0)
+                file.put(f"{name}.before", solver.before)
+            file.header["flight"].append(header)
+
+    def read(self, file: SavedFields) -> list[BlockInFlight]:
+        sampler, flight = SamplerForm().read(file), []
+        for index, header in enumerate(file.header["flight"]):
+            name, solver = f"flight.{index}", sampler.begin()
+            if isinstance(solver, UniPCSolver):
+                solver.order = header["order"]
+                solver.predictions = [file.tensor(f"{name}.x0.{number}") for number in range(header["predictions"])]
+                solver.before = file.optional(f"{name}.before")
+            span = Span(header["index"], range(header["start"], header["stop"]))
+            flight.append(BlockInFlight(span, file.tensor(name), solver, header["step"]))
+        return flight
+
+
+class PromptChangeForm(SaveForm):
+    def write(self, value: PromptChange | None, file: SavedFields) -> None:
+        if value is not None:
+            file.header["change"] = {"blocks": value.blocks, "left": value.left}
+            file.put("change.old", value.old)
+            file.put("change.new", value.new)
+
+    def read(self, file: SavedFields) -> PromptChange | None:
+        header = file.header.get("change")
+        return header and PromptChange(file.tensor("change.old"), file.tensor("change.new"), **header)
+
+
+class DecoderForm(SaveForm):
+    """The state after the last decoded block, and which of the engine's two decoders it is of."""
+
+    def write(self, value: DecoderTrack, file: SavedFields) -> None:
+        fast = value.vae is not file.resources.parts.vae
+        file.header["decoder"] = {"frames": value.state.frames, "fast": fast}
+        for slot, tensor in value.state.history.items():
+            file.put(f"decoder.{slot}", tensor)
+
+    def read(self, file: SavedFields) -> DecoderTrack:
+        parts = file.resources.parts
+        vae = parts.fast_vae if file.header["decoder"]["fast"] else parts.vae
+        assert vae is not None  # the file's header is checked when it is opened
+        return DecoderTrack(vae, file.preset.context.rewind_blocks)
+
+    def fill(self, value: DecoderTrack, file: SavedFields) -> None:
+        slots = [name for name in file.tensors if name.startswith("decoder.")]
+        history = {int(name.removeprefix("decoder.")): file.tensor(name) for name in slots}
+        value.state = StreamState(history, file.header["decoder"]["frames"])
+
+
+@dataclass(frozen=True)
+class FieldRule:
+    """copy: makes a fork's value. save: the form in a file; None for a field that is not saved. rollback: restored when
+    a block is rolled back; caches and the decoder roll back by themselves. release: reset to its default at the end.
+    """
+
+    copy: Callable[[Any], Any]
+    save: SaveForm | None
+    rollback: bool = True
+    release: bool = True
+
+    @staticmethod
+    def of(declared: Field[Any]) -> FieldRule:
+        rule: FieldRule = declared.metadata["rule"]
+        return rule
+
+
+def shared(save: SaveForm | None, release: bool = True) -> dict[str, FieldRule]:
+    """Metadata of a field whose value is never changed in place: forks refer to the same object."""
+    return {"rule": FieldRule(lambda value: value, save, release=release)}
+
+
+def forked(save: SaveForm | None, copy: Callable[[Any], Any], rollback: bool = True) -> dict[str, FieldRule]:
+    """Metadata of a field whose value changes in place: each fork has a copy of its own."""
+    return {"rule": FieldRule(copy, save, rollback)}
+
+
+def fork_all(items: list[Any]) -> list[Any]:
+    return [item.fork() for item in items]
+
+
+@dataclass(eq=False, repr=False)
+class SessionState:
+    """The fields, each with its rule. Shapes: rows and negative [text_len, text_dim], latents [F, C, H, W].
+
+    size: (width, height) in pixels. rows: the prompt in force. negative: the prompt that guidance keeps away from.
+    source: latents of the video that blocks start from. clamped: latents of an image held as the first frame.
+    flight: blocks being denoised, oldest first. recent: the last clean latents, as many as a rebuild or recache reads.
+    pixels: the last decoded pictures [T, 3, H, W], where a rebuild encodes one again. prefix_frames: uint8
+    [T, H, W, 3], the image or video that the stream continues, as the decoder shows it; readable after the end.
+    """
+
+    size: tuple[int, int] = field(metadata=shared(SizeForm()))
+    timeline: Timeline = field(metadata=forked(TimelineForm(), Timeline.fork))
+    sampler: Sampler = field(metadata=shared(SamplerForm()))
+    noise: Noise = field(metadata=shared(NoiseForm()))
+    rows: Tensor = field(metadata=shared(TensorForm("rows")))
+    branches: list[Branch] = field(metadata=forked(BranchesForm(), fork_all, rollback=False))
+    actions: ActionTrack = field(metadata=forked(ActionsForm(), ActionTrack.fork))
+    decoder: DecoderTrack = field(metadata=forked(DecoderForm(), DecoderTrack.fork, rollback=False))
+    negative: Tensor | None = field(default=None, metadata=shared(TensorForm("negative")))
+    source: Tensor | None = field(default=None, metadata=shared(TensorForm("source")))
+    clamped: Tensor | None = field(default=None, metadata=shared(TensorForm("clamped")))
+    flight: list[BlockInFlight] = field(default_factory=list, metadata=forked(FlightForm(), fork_all))
+    change: PromptChange | None = field(default=None, metadata=forked(PromptChangeForm(), copy))
+    recent: Tensor | None = field(default=None, metadata=shared(TensorForm("recent")))
+    pixels: Tensor | None = field(default=None, metadata=shared(TensorForm("pixels")))
+    prefix_frames: NDArray[np.uint8] | None = field(default=None, metadata=shared(None, release=False))
+
+    @property
+    def preset(self) -> Preset:
+        """The preset that passes follow: the session manager sets it when a block begins."""
+        return self.timeline.preset
+
+    @property
+    def next_block(self) -> int:
+        """Index of the block that is finished next."""
+        return self.flight[0].span.index if self.flight else self.timeline.next_block
+
+    @property
+    def first_frame(self) -> int:
+        """First latent frame of the block that is finished next."""
+        return self.flight[0].span.frames.start if self.flight else self.timeline.next_frame
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Equal for sessions whose next blocks take the same passes over equally many frames."""
+        timeline, steps = self.timeline, tuple(block.step for block in self.flight)
+        clamped = self.clamped is not None and self.first_frame == 0
+        return self.size, timeline.preset.block_size(timeline.next_frame), steps, timeline.rebuild_due(), clamped
+
+    @property
+    def conditionings(self) -> list[tuple[Branch, Tensor]]:
+        """Each branch with the text encoder's rows that it follows."""
+        rows = [self.rows, self.rows if self.negative is None else self.negative]
+        return list(zip(self.branches, rows, strict=False))
+
+    def fork(self, decoder: DecoderTrack | None = None) -> Self:
+        """An independent copy that holds the same pages once more.
+
+        A state to rewind to passes the session's own `decoder`, which rewinds itself; others get a fork of it.
+        """
+        values = {
+            item.name: FieldRule.of(item).copy(getattr(self, item.name))
+            for item in fields(self)
+            if decoder is None or item.name != "decoder"
+        }
+        return type(self)(**(values if decoder is None else values | {"decoder": decoder}))
+
+    def rollback_point(self) -> RollbackPoint:
+        """A copy, without pages, to restore if memory runs out while a block is made."""
+        return RollbackPoint.of(self)
+
+    def release(self) -> None:
+        """Free the pages and drop the tensors. The decoder stays: states to rewind to share it."""
+        for branch in self.branches:
+            branch.cache.release()
+        self.branches = []
+        for item in fields(self):
+            if item.default is None and FieldRule.of(item).release:
+                setattr(self, item.name, None)
+            elif item.default_factory is not MISSING:
+                setattr(self, item.name, item.default_factory())
+
+    def save(self, file: SavedFields) -> None:
+        """Write every field that has a saved form."""
+        for item in fields(self):
+            if (form := FieldRule.of(item).save) is not None:
+                form.write(getattr(self, item.name), file)
 
     @classmethod
-    def of(cls, session: Session) -> Beginning:
-        return cls(
-            session.timeline.fork(),
-            session.rows,
-            [branch.text for branch in session.branches],
-            [replace(block, solver=copy(block.solver)) for block in session.flight],
-            copy(session.change),
-        )
+    def read(cls, file: SavedFields) -> Self:
+        """A saved state with empty caches and a decoder at its start; KeyError where the file lacks a field."""
+        forms = {item.name: FieldRule.of(item).save for item in fields(cls)}
+        return cls(**{name: form.read(file) for name, form in forms.items() if form is not None})
 
-    def give_to(self, session: Session) -> None:
-        """Have the session stand so again; pages of frames that are to be made again are free."""
-        session.timeline, session.rows = self.timeline, self.rows
-        session.flight, session.change = self.flight, self.change
-        first = self.flight[0].span.frames.start if self.flight else self.timeline.next_frame
-        for branch, text in zip(session.branches, self.texts, strict=True):
+    def fill(self, file: SavedFields) -> None:
+        """Load pages and decoder state, once there is room for them."""
+        for item in fields(self):
+            if (form := FieldRule.of(item).save) is not None:
+                form.fill(getattr(self, item.name), file)
+
+    def remember(self, latents: Tensor, pixels: Tensor | None, frames_per_latent: int) -> None:
+        """Keep the end of the clean latents and of the pixels, as far as the context may read them."""
+        policy = self.preset.context
+        count = policy.rebuild_frames
+        if policy.prompt_switch == "recache":
+            count = self.timeline.next_frame if policy.local_attn_size == -1 else policy.local_attn_size
+        self.recent = last_of(self.recent, latents, count)
+        if policy.needs_pixels and pixels is not None:
+            self.pixels = last_of(self.pixels, pixels, (policy.rebuild_frames - 1) * frames_per_latent + 1)
+
+    def recent_frames(self, frames: tuple[int, ...]) -> Tensor:
+        """Clean latents [F, C, H, W] of absolute frames that are still kept."""
+        assert self.recent is not None
+        first = self.timeline.next_frame - len(self.recent)
+        return self.recent[[frame - first for frame in frames]]
+
+
+def last_of(before: Tensor | None, new: Tensor, count: int) -> Tensor:
+    """The last `count` rows of `before` and `new` together, in memory of their own."""
+    joined = new if before is None else torch.cat((before, new))
+    return joined[max(0, len(joined) - count) :].clone()
+
+
+@dataclass
+class RollbackPoint:
+    """A state at the start of a block, without pages. It is used up by `restore`.
+
+    Frames that the block evicted stay evicted: the block would evict them again.
+    """
+
+    values: dict[str, Any]
+    texts: list[Text]
+
+    @classmethod
+    def of(cls, state: SessionState) -> RollbackPoint:
+        rules = {item.name: FieldRule.of(item) for item in fields(state)}
+        values = {name: rule.copy(getattr(state, name)) for name, rule in rules.items() if rule.rollback}
+        return cls(values, [branch.text for branch in state.branches])
+
+    def restore(self, state: SessionState) -> None:
+        """Put the state back, and free the pages of frames that will be made again."""
+        for name, value in self.values.items():
+            setattr(state, name, value)
+        for branch, text in zip(state.branches, self.texts, strict=True):
             branch.text = text
-            branch.cache.take_back(first)
+            branch.cache.rollback(state.first_frame)

@@ -19,8 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...graphs.call_cost import PACKED, family, flops, listed_in, nbytes
 from ...graphs.capture import Event
+from ...graphs.cost import PACKED, call_cost, counts_of, family
 from ...graphs.launch import LaunchPlan
 from ...graphs.program import Program, Ref
 from ...graphs.rewrites.lowp import KINDS
@@ -226,9 +226,9 @@ class Profile:
 
     def cost_of(self, run: Run, index: int, seconds: float) -> Cost:
         """What one call of a run took and did."""
-        call, listed = run.program.calls[index], run.listed.get(index, 0)
-        moved, computed = nbytes(call, listed), flops(call, listed)
-        return Cost(seconds, moved, computed, self.ceilings.least(family(call), computed, moved))
+        call = run.program.calls[index]
+        cost = call_cost(call, run.listed.get(index, 0))
+        return Cost(seconds, cost.nbytes, cost.flops, self.ceilings.least(family(call), cost.flops, cost.nbytes))
 
     def passes(self, block: BlockProfile) -> dict[str, float]:
         """Seconds of each pass of a block, in order."""
@@ -340,7 +340,7 @@ def page_counts(launches: LaunchPlan) -> PageCounts:
     """Each tensor that says how many pages are listed, with the calls that read it."""
     calls: dict[Ref, list[int]] = {}
     for index, call in enumerate(launches.program.calls):
-        if (counts := listed_in(call)) is not None:
+        if (counts := counts_of(call)) is not None:
             calls.setdefault(counts, []).append(index)
     return [(launches.view(counts), indices) for counts, indices in calls.items()]
 

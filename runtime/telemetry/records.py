@@ -71,7 +71,7 @@ class BlockRecord:
 
     batch: sessions whose blocks were made along, itself included; stages of the network are then those of all.
     passes: of each pass of the network, in order. pages: in use by all sessions when the block was done.
-    slack: seconds between the block's being ready and its being due; None where nothing is. reliefs: steps that
+    slack: seconds between the block's being ready and its being due; None where nothing is. degradations: steps that
     overload has taken so far.
     """
 
@@ -84,7 +84,7 @@ class BlockRecord:
     pages: int = 0
     slack: float | None = None
     acks: tuple[Ack, ...] = ()
-    reliefs: tuple[str, ...] = ()
+    degradations: tuple[str, ...] = ()
 
     @contextmanager
     def span(self, stage: str) -> Iterator[None]:
@@ -121,7 +121,7 @@ class BlockRecord:
             "pages": self.pages,
             "slack": self.slack,
             "acks": [vars(ack) for ack in self.acks],
-            "overload": list(self.reliefs),
+            "overload": list(self.degradations),
         }
 
 

@@ -12,6 +12,7 @@ from inferix.bench.result import read_failures, read_folder, write_result
 from inferix.bench.subject import Subject, open_engine, random_prompt, with_executor
 from inferix.bench.work import blocks_until_full
 from inferix.errors import InferixError, UsageError
+from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
 
 from .made import made
@@ -106,7 +107,8 @@ def test_a_good_executor_passes_the_graph_check(preset, settings, monkeypatch):
     monkeypatch.setattr(gpu_check, "launches_of", launches)
     for room, said in ((room_for_two(engine, subject), []), (None, ["captured: a second session and a new prompt"])):
         twin = with_executor(engine, "fused", kv_memory=room)
-        twin.executor = GraphExecutor(twin.config, twin.preset, twin.parts, backend)
+        executor = GraphExecutor(twin.config, twin.preset, twin.parts, backend)
+        twin = Engine(twin.config, twin.preset, twin.parts, executor=executor)
         told, wrong = check_captures(twin, random_prompt(twin, 0), subject, full)
         assert [line.partition(" captured")[0] for line in wrong] == said
         assert told["captures"] > 0

@@ -1,8 +1,10 @@
 """The compile gate and the microbenchmark: they see what is wrong, and refuse to time it."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,14 +12,29 @@ import torch
 from torch.nn.attention import SDPBackend
 from typer.testing import CliRunner
 
-from inferix.bench import kernels, rivals
-from inferix.bench.compile_gate import SHARED_LIMIT, TABLE, compile_all, not_inspected, problems
+import inferix
+from inferix.bench import compile_gate, gpu_check, kernels, rivals
+from inferix.bench.compile_gate import (
+    HASHES,
+    SHARED_LIMIT,
+    TABLES,
+    WITH_MATRIX,
+    compile_all,
+    differences,
+    op_of,
+    problems,
+    read_table,
+    reproducible_rows,
+    table_file,
+    triton_version,
+    write_table,
+)
 from inferix.bench.kernels import Wanted, copied, forms, mismatch, parse_shape, run, run_case
 from inferix.bench.result import read_result
 from inferix.bench.rivals import bound
 from inferix.bench.tune import keep, tune, tune_here
 from inferix.cli.main import app
-from inferix.errors import UsageError
+from inferix.errors import InferixError, UsageError
 from inferix.kernels import tuning
 from inferix.kernels.catalog import SPECS
 from inferix.kernels.spec import ARCHITECTURES, Implementation
@@ -25,35 +42,158 @@ from inferix.kernels.spec import ARCHITECTURES, Implementation
 SMALL = Wanted(ops=("block_attention",), cases=("small world",), dtype=torch.float32)
 
 
+TABLED = sorted(file.stem.removeprefix("triton-") for file in TABLES.glob("triton-*.json"))
+OLDEST = "3.6.0"  # of the Triton versions with a table
+ROW = "block_attention, plain bf16 d128, sm_90"
+
+
 def test_kernels_compile_for_every_architecture_as_the_table_says():
     pytest.importorskip("triton", reason="Triton is not installed; pip install triton")
-    found = compile_all()
-    assert problems(found) == []
-    held = json.loads(TABLE.read_text("utf-8"))
-    changed = {name for name in found.keys() | held.keys() if found.get(name) != held.get(name)}
-    assert not changed, f"write the table anew (inferix bench kernels --compile-only --json): {sorted(changed)}"
+    compiled = compile_all()
+    assert problems(compiled) == []
     for spec in SPECS.values():
         for form in spec.implementations:
             if hasattr(form.module(), "compile_cases"):
                 label = spec.name if form.name == "triton" else f"{spec.name} by {form.name}"
                 for capability in form.architectures:
-                    assert any(name.startswith(f"{label}, ") and name.endswith(f"sm_{capability}") for name in found)
+                    assert any(name.startswith(f"{label}, ") and name.endswith(f"sm_{capability}") for name in compiled)
+    try:
+        table = read_table(triton_version())
+    except UsageError as error:
+        pytest.skip(f"every kernel keeps the rules, but {error}")
+    assert differences(compiled, table) == [], "if it is meant: python -m inferix.bench.compile_gate write"
 
 
-def test_the_gate_rejects_what_does_not_fit_or_spills_or_misses_the_matrix_units():
-    held = json.loads(TABLE.read_text("utf-8"))
-    name = "block_attention, plain bf16 d128, sm_90"
-    good = held[name]
-    assert problems({name: good}) == []
-    for change, said in (
-        ({"shared": (SHARED_LIMIT[90] + 1) * 1024}, "228 KiB of shared memory"),
-        ({"stack": 16}, "16 bytes on the stack"),
-        ({"matrix": 0}, "no HGMMA|QGMMA|IGMMA instruction"),
-        ({"tf32": True}, "run as TF32"),
-    ):
-        (wrong,) = problems({name: good | change})
-        assert said in wrong
-    assert {row["architecture"] for row in held.values()} == set(ARCHITECTURES)
+@pytest.mark.parametrize("version", TABLED)
+def test_every_table_keeps_the_rules_and_has_every_architecture(version):
+    table = read_table(version)
+    assert problems(table) == []
+    assert table.keys() == read_table(OLDEST).keys()
+    assert {row["architecture"] for row in table.values()} == set(ARCHITECTURES)
+    assert {row["hash_of"] for row in table.values()} <= set(HASHES)
+
+
+def test_the_ends_of_the_range_of_triton_versions_have_tables():
+    if not (SETUP := Path(inferix.__file__).with_name("setup.py")).is_file():
+        pytest.skip("an installed package has no setup.py")
+    lowest, below = re.search(r"triton>=(\d+)\.(\d+),<\d+\.(\d+)", SETUP.read_text("utf-8")).groups()[1:]
+    minors = {int(version.split(".")[1]) for version in TABLED}
+    assert (min(minors), max(minors)) == (int(lowest), int(below) - 1)
+
+
+def test_a_triton_version_without_a_table_is_refused_by_name():
+    with pytest.raises(UsageError) as caught:
+        read_table("3.0.7")
+    assert "3.0.7" in str(caught.value)
+    assert OLDEST in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"shared": (SHARED_LIMIT[90] + 1) * 1024}, "228 KiB"),
+        ({"stack": 16}, "16 bytes"),
+        ({"matrix": 0}, "HGMMA"),
+        ({"tf32": True}, "TF32"),
+    ],
+)
+def test_the_gate_rejects_what_does_not_fit_or_spills_or_uses_no_tensor_core(change, word):
+    good = read_table(OLDEST)[ROW]
+    assert problems({ROW: good}) == []
+    (wrong,) = problems({ROW: good | change})
+    assert wrong.startswith(f"{ROW}: ")
+    assert word in wrong
+
+
+@pytest.mark.parametrize("op", WITH_MATRIX)
+@pytest.mark.parametrize("version", TABLED)
+def test_the_gate_rejects_any_row_that_ought_to_use_tensor_cores_and_does_not(version, op):
+    rows = {name: row | {"matrix": 0} for name, row in read_table(version).items() if op_of(name) == op}
+    assert {wrong.partition(": ")[0] for wrong in problems(rows)} == rows.keys() != set()
+
+
+def compiled_as(table):
+    """Rows as a compile gives them that agrees with a table."""
+    hashes = {kind: "0" * 64 for kind in HASHES}
+    return {
+        name: {key: value for key, value in row.items() if key != "hash_of"}
+        | {"sha256": hashes | {row["hash_of"]: row["sha256"]}}
+        for name, row in table.items()
+    }
+
+
+@pytest.mark.parametrize("kind", HASHES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("registers", 999), ("stack", 8), ("shared", 1), ("warps", 5), ("instructions", 1), ("local", 1), ("matrix", 1)],
+)
+def test_a_row_that_differs_from_the_table_is_rejected(kind, key, value):
+    table = read_table(OLDEST)
+    name = next(name for name, row in table.items() if row["hash_of"] == kind)
+    compiled = compiled_as(table)
+    assert differences(compiled, table) == []
+    compiled[name][key] = value
+    (wrong,) = differences(compiled, table)
+    assert wrong.startswith(f"{name}: {key} is {value};")
+
+
+@pytest.mark.parametrize("kind", HASHES)
+def test_another_hash_is_rejected_where_it_is_the_one_in_the_table(kind):
+    table = read_table(OLDEST)
+    name = next(name for name, row in table.items() if row["hash_of"] == kind)
+    compiled = compiled_as(table)
+    compiled[name]["sha256"] |= {other: "f" * 64 for other in HASHES if other != kind}
+    assert differences(compiled, table) == []
+    compiled[name]["sha256"][kind] = "e" * 64
+    (wrong,) = differences(compiled, table)
+    assert wrong.startswith(f"{name}: sha256 of the {kind} is {'e' * 64}")
+
+
+def test_a_row_missing_on_either_side_is_rejected():
+    table = read_table(OLDEST)
+    compiled = compiled_as(table)
+    row = compiled.pop(ROW)
+    assert differences(compiled, table) == [f"{ROW}: in the table, but not compiled"]
+    compiled = compiled_as(table) | {"new, sm_90": row}
+    assert differences(compiled, table) == ["new, sm_90: not in the table"]
+
+
+def test_a_table_is_written_from_what_every_compile_gives():
+    def row(cubin, ptx, registers=40):
+        return {"op, sm_90": {"registers": registers, "sha256": {"cubin": cubin, "ptx": ptx}}}
+
+    assert reproducible_rows([row("a", "b"), row("a", "b")])["op, sm_90"]["hash_of"] == "cubin"
+    assert reproducible_rows([row("a", "b"), row("c", "b")])["op, sm_90"] == {
+        "registers": 40, "hash_of": "ptx", "sha256": "b"
+    }  # fmt: skip
+    with pytest.raises(InferixError, match="op, sm_90: cubin and ptx differ"):
+        reproducible_rows([row("a", "b"), row("c", "d")])
+    with pytest.raises(InferixError, match="op, sm_90: registers"):
+        reproducible_rows([row("a", "b"), row("a", "b", 41)])
+
+
+def test_rows_of_some_ops_are_written_beside_the_others(monkeypatch, tmp_path):
+    table = read_table(OLDEST)
+    old = {name: row | {"registers": 1} for name, row in table.items()} | {"adaln, gone, sm_90": table[ROW]}
+    monkeypatch.setattr(compile_gate, "TABLES", tmp_path)
+    monkeypatch.setattr(compile_gate, "triton_version", lambda: OLDEST)
+    monkeypatch.setattr(
+        compile_gate,
+        "compile_all",
+        lambda ops, cache: {name: row for name, row in compiled_as(table).items() if op_of(name) in ops},
+    )
+    table_file(OLDEST).write_text(json.dumps(old))
+    write_table(["adaln"], runs=2)
+    new = read_table(OLDEST)
+    assert new.keys() == table.keys()
+    assert {op_of(name) for name, row in new.items() if row["registers"] != 1} == {"adaln"}
+    before = table_file(OLDEST).read_text()
+    monkeypatch.setattr(
+        compile_gate, "compile_all", lambda ops, cache: {ROW: compiled_as(table)[ROW] | {"matrix": 0}}
+    )
+    with pytest.raises(InferixError, match="no tensor core"):
+        write_table(["block_attention"], runs=2)
+    assert table_file(OLDEST).read_text() == before
 
 
 def test_a_small_case_runs_on_a_cpu_and_says_what_it_was():
@@ -119,14 +259,22 @@ def test_the_command_writes_json_and_a_picture(tmp_path):
     assert (tmp_path / "kernels.png").stat().st_size > 1000
 
 
-def test_code_on_a_gpu_that_was_not_inspected_is_told():
-    held = json.loads(TABLE.read_text("utf-8"))
-    name = "block_attention, plain bf16 d128, sm_90"
-    assert not_inspected({name: held[name]["sha256"]}, held) == []
-    wrong = not_inspected({name: "0" * 64, "block_attention, plain bf16 d128, sm_103": "1" * 64}, held)
-    assert wrong == [
-        f"{name}: other code than was inspected", "block_attention, plain bf16 d128, sm_103: not in the table"
-    ]  # fmt: skip
+@pytest.mark.parametrize("kind", HASHES)
+def test_a_gpu_that_runs_other_code_than_was_inspected_fails_the_check(kind, monkeypatch, tmp_path):
+    table = read_table(OLDEST)
+    capability, name = next((row["architecture"], name) for name, row in table.items() if row["hash_of"] == kind)
+    ran = compiled_as({name: row for name, row in table.items() if row["architecture"] == capability})
+    monkeypatch.setattr(compile_gate, "triton_version", lambda: OLDEST)
+    monkeypatch.setattr(compile_gate, "executed", lambda device: ran)
+    monkeypatch.setattr(gpu_check, "architecture", lambda device: capability)
+    gpu_check.unit_code()("cpu", tmp_path / "code.json")
+    assert json.loads((tmp_path / "code.json").read_text())["wrong"] == []
+    ran[name]["sha256"][kind] = "f" * 64
+    with pytest.raises(InferixError, match=f"{name}: sha256 of the {kind}"):
+        gpu_check.unit_code()("cpu", tmp_path / "code.json")
+    del ran[name]
+    with pytest.raises(InferixError, match=f"{name}: in the table, but not compiled"):
+        gpu_check.unit_code()("cpu", tmp_path / "code.json")
 
 
 def attention_case(name):

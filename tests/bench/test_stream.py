@@ -16,9 +16,10 @@ from inferix.bench.stream import Playout, Wanted, Watched, play_out, run, tenths
 from inferix.bench.subject import Subject, open_engine
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.engine import Engine, load
+from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
-from inferix.runtime.sessions.batch_profile import BatchTimes
+from inferix.runtime.load import load
+from inferix.runtime.sessions.batch_profile import BatchProfile
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
 
@@ -104,13 +105,13 @@ def test_measured_times_are_those_that_an_engine_goes_by(tmp_path):
     """What is kept is found by an engine of the same kind; executors without batches have nothing to keep."""
     path, engine = tmp_path / "times.json", open_engine(SMALL)
     found = bench.batches(engine, Wanted(SMALL, blocks=2, sessions=2, batches=path), lambda said: None)
-    times = load("wan-tiny", device="cpu", batches=path, local_attn_size=6).host.scheduler.batch_times
-    assert times == {SMALL.size: BatchTimes({point["sessions"]: point["batch"] for point in found})}
+    times = load("wan-tiny", device="cpu", batches=path, local_attn_size=6).manager.scheduler.batch_profiles
+    assert times == {SMALL.size: BatchProfile({point["sessions"]: point["batch"] for point in found})}
 
 
 def test_a_batch_that_was_split_has_no_time(tmp_path, monkeypatch):
     def split(engine, wanted, count, tell):
-        engine.host.metrics.count("batches_split", count - 1)
+        engine.manager.metrics.count("batches_split", count - 1)
         return 0.5
 
     monkeypatch.setattr(bench, "batch_seconds", split)

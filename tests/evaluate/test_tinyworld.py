@@ -133,6 +133,6 @@ def test_window_and_sink_hold_over_a_long_walk(engine):
     policy = engine.preset.context
     with engine.open(prompt="a white wizard in an autumn wood at sunset", actions=["up"] * 39) as session:
         for block in session.stream(40, decode=False):
-            held = session.branches[0].cache.frames
+            held = session.current.branches[0].cache.frames
             assert len(held) == min(block.index + 1, policy.local_attn_size)
             assert (held[0], held[-1]) == (0, block.index)

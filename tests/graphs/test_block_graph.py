@@ -14,11 +14,11 @@ from filled import random_values
 from oracles import TINY, randomise
 from torch import Tensor, fx
 
-from inferix.graphs.cost import Costs, name_of
-from inferix.graphs.dump import from_dict, to_dict
+from inferix.graphs.cost import PassCost, name_of
 from inferix.graphs.interpret import run_block
 from inferix.graphs.rewrites import chosen, copied, rewritten
 from inferix.graphs.rewrites.lowp import KINDS, PrecisionMap
+from inferix.graphs.show.plain import to_dict
 from inferix.graphs.types import BlockGraph, PassGraph, Role, Runs
 from inferix.graphs.validate import GraphError, validate
 from inferix.kernels.linear_lowp import linear_lowp, pack
@@ -137,9 +137,10 @@ def test_passes_hold_neither_time_mlp_nor_prompt_work_nor_what_follows_the_last_
         read = {value.name for value in weights if value.name.startswith(("time_", "text_"))}
         told_by_actions = {"time_embedding.projection.weight", "time_embedding.projection.bias"}
         assert read == (told_by_actions if preset == "tinyworld" else set())
-        assert not fused & {name_of(node) for node in graph}
+        assert not fused & {name_of(node.target) for node in graph}
         if not graph.outputs:  # run for its keys and values alone
-            calls = [name_of(node) for node in graph if Costs(graph)[node].launches]
+            costs_of = PassCost(graph)
+            calls = [name_of(node.target) for node in graph if costs_of[node].launches]
             assert calls[-1] == "qk_norm_rope_append" and calls.count("qk_norm_rope_append") == SPEC.num_layers
             assert calls.count("block_attention") == SPEC.num_layers - 1
             assert not any(value.name.startswith("head.") for value in weights)
@@ -268,7 +269,7 @@ def test_a_commit_in_the_next_blocks_first_pass_equals_one_after_the_other() -> 
         values["both.count"][row] = len(seen)
     plain = {name: tensor.clone() for name, tensor in values.items()}
     for row, latents, name in ((0, "before", "commit"), (1, "latents", "denoise 0")):
-        for what in ("pages", "table", "count", "time_turns"):
+        for what in ("pages", "table", "count", "rope_time"):
             plain[f"block.{what}"] = values[f"both.{what}"][row : row + 1]
         plain |= run_plainly("self-forcing", plain | {"latents": values[latents]}, (name,))
     for block in (block_of("self-forcing", True), rewritten(block_of("self-forcing", True), chosen())):
@@ -306,7 +307,7 @@ def test_low_precision_layers_are_those_of_the_map(kind: str, monkeypatch: pytes
     assert torch.equal(found["latents"], values["latents"])
     everything = rewritten(block_of("self-forcing"), chosen(["lowp"]), packed)
     validate(everything)
-    calls = [name_of(node) for node in everything.passes[0]]
+    calls = [name_of(node.target) for node in everything.passes[0]]
     assert calls.count("linear_lowp") == 6  # q, k and v are one
     fused = run_block(dataclasses.replace(everything, passes=everything.passes[:1]), values_of("self-forcing"))
     scale = eager("self-forcing")["latents"].abs().max()
@@ -320,19 +321,20 @@ def test_operations_are_those_counted_from_sizes(preset: str) -> None:
     block, spec = block_of(preset), spec_for(preset)
     for graph, planned in zip(block.passes, built(preset).planned, strict=True):
         rows = built(preset).rows
-        by_family = Costs(graph).by_family()
+        by_family = PassCost(graph).by_family()
         wanted = costs.pass_flops(spec, GRID[0] * GRID[1], planned.run)
         found = by_family["matmul"].flops + by_family["attention"].flops
         assert found == rows * (wanted.total + costs.prompt_flops(spec))
 
 
-def test_a_block_is_read_back_as_it_was_written() -> None:
-    for block in (all_done("rolling-forcing"), rewritten(block_of("tinyworld"), chosen(["lowp"]))):
-        written = json.dumps(to_dict(block))
-        again = from_dict(json.loads(written))
-        validate(again)
-        assert json.dumps(to_dict(again)) == written
-    found = run_block(from_dict(to_dict(all_done("krea"))), values_of("krea"))
-    assert (found["latents"] - eager("krea")["latents"]).abs().max() < EXACT
-    with pytest.raises(ValueError, match="in form 0; this version reads"):
-        from_dict({"form": 0})
+def test_a_block_as_plain_values_has_every_call_with_its_cost() -> None:
+    block = rewritten(block_of("tinyworld"), chosen(["lowp"]))
+    plain = json.loads(json.dumps(to_dict(block)))
+    assert [graph["name"] for graph in plain["passes"]] == [graph.name for graph in block.passes]
+    for graph, written in zip(block.passes, plain["passes"], strict=True):
+        total = PassCost(graph).total
+        assert [node["name"] for node in written["nodes"]] == [node.name for node in graph]
+        assert (written["flops"], written["bytes"], written["launches"]) == (total.flops, total.nbytes, total.launches)
+        assert sum(node.get("flops", 0) for node in written["nodes"]) == total.flops
+    literals = [value for graph in plain["passes"] for value in graph["inputs"].values() if value["data"]]
+    assert literals and all(value["role"] == "constant" for value in literals)

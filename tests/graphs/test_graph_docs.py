@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from inferix.cli.graph import told_plan
-from inferix.graphs.cost import Costs, block_cost, name_of
+from inferix.graphs.cost import PassCost, name_of
 from inferix.graphs.lowered import lower_block
-from inferix.graphs.outline import outline
 from inferix.graphs.rewrites import REWRITES, chosen, rewritten
-from inferix.graphs.svg import svg
-from inferix.graphs.text import text
+from inferix.graphs.show.outline import outline
+from inferix.graphs.show.svg import svg
+from inferix.graphs.show.text import text
 from inferix.graphs.types import BlockGraph, Role
 from inferix.models.wan.spec import MODELS
 from inferix.runtime.programs.block_graph import build_block_graph
@@ -50,20 +50,21 @@ def test_figures_of_wan() -> None:
     layer = 2 * tokens * (6 * dim**2 + 2 * dim * wide) + 4 * tokens * seen * dim + 4 * tokens * rows * dim
     block = done()
     for graph in block.passes[:4]:
-        total = Costs(graph).total.flops
+        total = PassCost(graph).total.flops
         assert abs(total / (spec.num_layers * layer) - 1) < 2e-3
         assert f"{total / 1e12:.1f}" == "40.4"
     assert block.prompt is not None and block.fold is not None
-    keys = sum(Costs(block.prompt)[node].flops for node in block.prompt if "cross_attn" in node.meta["module"])
+    prompt = PassCost(block.prompt)
+    keys = sum(prompt[node].flops for node in block.prompt if "cross_attn" in node.meta["module"])
     assert abs(keys / (spec.num_layers * 4 * rows * dim**2) - 1) < 1e-2
     commit = block.named("commit")
-    whole, last = outline(block.passes[0])[3], outline(commit)[-1]
+    whole, last = outline(PassCost(block.passes[0]))[3], outline(PassCost(commit))[-1]
     assert whole.layers == tuple(f"blocks.{layer}" for layer in range(1, 30)) and len(whole.launches) == 13
     assert [launch.op for launch in last.launches] == ["adaln", "linear", "qk_norm_rope_append"]
     assert not any(value.name.startswith("time_") for value in commit.named(Role.WEIGHT).values())
-    assert {name_of(node) for node in block.passes[0]} == {
+    assert {name_of(node.target) for node in block.passes[0]} == {
         "view", "conv3d", "permute", "clone", "empty", "select", "adaln", "linear", "linear_gelu", "rms_norm",
         "qk_norm_rope_append", "block_attention", "scaled_dot_product_attention", "denoise_step",
     }  # fmt: skip
-    before, after = (block_cost(found.passes).launches for found in (traced(), block))
+    before, after = (sum(PassCost(graph).total.launches for graph in made.passes) for made in (traced(), block))
     assert after < before / 4

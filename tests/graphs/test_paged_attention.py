@@ -8,7 +8,7 @@ import torch
 from inferix.graphs.paged_attention import PagedAttention
 from inferix.graphs.tables import PassTables
 from inferix.kernels.attention import attention
-from inferix.kernels.qk_norm_rope_append import turns_of
+from inferix.kernels.qk_norm_rope_append import rope_cos_sin
 from inferix.kernels.rope import axis_angles, rope_angles, rotate
 from inferix.kernels.rope_append import rope_append
 
@@ -21,7 +21,7 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
 
 
 def turns(positions: list[int]) -> list[torch.Tensor]:
-    return [turns_of(angles, torch.float64) for angles in axis_angles(positions, HEIGHT, WIDTH, DIM)]
+    return [rope_cos_sin(angles, torch.float64) for angles in axis_angles(positions, HEIGHT, WIDTH, DIM)]
 
 
 def ints(*rows: list[int]) -> torch.Tensor:
@@ -87,5 +87,5 @@ def test_the_op_tells_what_it_writes_and_refuses_what_does_not_fit() -> None:
     torch.library.opcheck(torch.ops.inferix.rope_append, args)
     with pytest.raises(ValueError, match=r"rope_append: shape of k is .*; expected"):
         rope_append(q, q[:, 1:], q, time[None], row, column, kv, ints([1]))
-    with pytest.raises(ValueError, match="pairs of the three tables"):
+    with pytest.raises(ValueError, match="time_pairs is 11, row_pairs is 10"):
         rope_append(q, q, q, time[None, :, 1:], row, column, kv, ints([1]))

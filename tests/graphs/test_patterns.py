@@ -59,7 +59,7 @@ def rewritten(
     parts = wanted if isinstance(wanted, tuple) else (wanted,)
     for part, result in zip(parts, run_pass(found, given).values(), strict=True):
         assert (part - result).abs().max() < 1e-12
-    return places, [name_of(node) for node in found]
+    return places, [name_of(node.target) for node in found]
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

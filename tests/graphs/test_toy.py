@@ -32,9 +32,9 @@ def toy_block() -> tuple[BlockGraph, Toy]:
         given("pages", When.BLOCK, 1, FRAMES, dtype=torch.int32, owned=True),
         given("table", When.BLOCK, 1, SEEN, dtype=torch.int32),
         given("count", When.BLOCK, 1, dtype=torch.int32),
-        given("time_turns", When.BLOCK, 1, FRAMES, PAIRS[0], 2),
-        given("row_turns", When.LOAD, GRID[0], PAIRS[1], 2),
-        given("column_turns", When.LOAD, GRID[1], PAIRS[1], 2),
+        given("rope_time", When.BLOCK, 1, FRAMES, PAIRS[0], 2),
+        given("rope_rows", When.LOAD, GRID[0], PAIRS[1], 2),
+        given("rope_columns", When.LOAD, GRID[1], PAIRS[1], 2),
         given("frames", When.BLOCK, 1, FRAMES, dtype=torch.int32),
         given("noise_key", When.BLOCK, 1, dtype=torch.int64),
     ]

@@ -48,9 +48,9 @@ class Toy(nn.Module):
         x = values["latents"]
         rows, frames, channels, height, width = x.shape
         grid = (height // PATCH, width // PATCH)
-        parts = [PassTables(*(values[name] for name in ("pages", "table", "count", "time_turns")))]
+        parts = [PassTables(*(values[name] for name in ("pages", "table", "count", "rope_time")))]
         kv = [values[f"kv.{layer}"] for layer in range(LAYERS)]
-        attention = PagedAttention(parts, kv, values["row_turns"], values["column_turns"])
+        attention = PagedAttention(parts, kv, values["rope_rows"], values["rope_columns"])
         tokens = x.reshape(rows, frames, channels, grid[0], PATCH, grid[1], PATCH).permute(0, 1, 3, 5, 4, 6, 2)
         h = self.inward(tokens.reshape(rows, -1, PATCH**2 * channels))
         told = self.time(values["timesteps"][..., None].to(h.dtype))

@@ -28,7 +28,7 @@ from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import gpu as denoise_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
-from inferix.kernels.philox import frame_noise, philox4x32
+from inferix.kernels.philox import philox4x32, philox_normals
 from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
 from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
@@ -63,7 +63,7 @@ def test_paged_attention_keeps_its_promises_in_the_kernel(form):
 
 def test_a_wrong_tile_through_a_descriptor_is_rejected(tmp_path, monkeypatch):
     wrong = changed(attention_gpu, "[k_row + pages * PAGE, ", "[k_row, ", tmp_path)
-    monkeypatch.setattr(descriptors, "launch", wrong.launch)
+    monkeypatch.setattr(descriptors, "attend", wrong.block_attention)
     spec = SPECS["block_attention"]
     with pytest.raises(AssertionError, match="is off by"):
         check(spec, descriptors.block_attention, spec.test_cases[0], torch.float16)
@@ -120,14 +120,14 @@ WRONG = {
     "the next row's pages": (attention_gpu, "table_ptr += row * table_width", "table_ptr += row"),
     "the wrong query": (attention_gpu, "            if first < sinks", "            if first > sinks"),
     "sink and window in one run": (
-        attention_gpu, "tl.where(first < sinks, sinks, count) if TURNED else count", "count"
+        attention_gpu, "tl.where(first < sinks, sinks, count) if SINK else count", "count"
     ),
-    "two scales of keys in a run": (attention_gpu, "follows &= tl.load(k_scale", "tl.load(k_scale"),
-    "two scales of values in a run": (attention_gpu, "follows &= tl.load(v_scale", "tl.load(v_scale"),
-    "no scale of keys": (attention_gpu, "by = k_by * factor", "by = factor"),
-    "no scale of values": (attention_gpu, "unit = v_by", "unit = unit"),
+    "two scales of keys in a run": (attention_gpu, "follows &= tl.load(k_scale_ptr", "tl.load(k_scale_ptr"),
+    "two scales of values in a run": (attention_gpu, "follows &= tl.load(v_scale_ptr", "tl.load(v_scale_ptr"),
+    "no scale of keys": (attention_gpu, "qk_factor = k_scale * factor", "qk_factor = factor"),
+    "no scale of values": (attention_gpu, "acc_scale = v_scale", "acc_scale = acc_scale"),
     "values of the keys' pages": (attention_gpu, "k_ptr + pages.to", "k_ptr + 0 * pages.to"),
-    "no rescaling": (attention_gpu, "result * shrink[:, None]", "result"),
+    "no rescaling": (attention_gpu, "acc * alpha[:, None]", "acc"),
     "the wrong head": (attention_gpu, "head // (HEADS // KV_HEADS)", "head % KV_HEADS"),
     "rotated the other way": (append_gpu, "[None] - odd", "[None] + odd"),
     "pairs of halves": (
@@ -138,7 +138,7 @@ WRONG = {
     "no scale of pages": (append_gpu, "y = y / tl.load(", "y = y + 0 * tl.load("),
     "norm by head": (append_gpu, "(1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps))",
                      "(1.0 / tl.sqrt(tl.sum(x * x, 1) / x.shape[1] + eps))[:, None]"),
-    "columns turned as rows": (append_gpu, "place % grid_width", "place // grid_width"),
+    "columns rotated as rows": (append_gpu, "place % grid_width", "place // grid_width"),
     "gate of the first frame": (adaln_gpu, "(tokens // gate_frames)", "(tokens * gate_frames)"),
     "mean of the padded row": (adaln_gpu, "tl.where(inside, x - mean, 0.0)", "x - mean"),
     "scale without one": (adaln_gpu, "(1.0 + tl.load(scale_ptr", "(0.0 + tl.load(scale_ptr"),
@@ -146,20 +146,20 @@ WRONG = {
     "noise of another frame": (denoise_gpu, "zero + frame", "zero + frame + 1"),
     "noise out of order": (denoise_gpu, "tl.join(one, three), tl.join(two, four)",
                            "tl.join(one, two), tl.join(three, four)"),
-    "rows of a patch for columns": (denoise_gpu, "(y % PATCH_H) * PATCH_W + column % PATCH_W",
-                                    "(column % PATCH_W) * PATCH_H + y % PATCH_H"),
+    "rows of a patch for columns": (denoise_gpu, "(y % PATCH_H) * PATCH_W + x_column % PATCH_W",
+                                    "(x_column % PATCH_W) * PATCH_H + y % PATCH_H"),
     "no GELU": (linear_gpu, "GELU=gelu", "GELU=False"),
     "scale of another column": (
-        linear_gpu, "weight_scale_ptr + column,", "weight_scale_ptr + column * 0,"
+        linear_gpu, "weight_scale_ptr + offs_n,", "weight_scale_ptr + offs_n * 0,"
     ),
     "a tile short": (linear_gpu, "range(0, inner, INNER)", "range(0, inner - INNER, INNER)"),
     "cut instead of rounded": (pages_gpu, "tl.floor(x + 0.5)", "tl.floor(x)"),
     "the page it came from": (pages_gpu, "tl.load(target_pages_ptr", "tl.load(source_pages_ptr"),
     "the first stretch of a page": (pages_gpu, "tl.minimum((tl.program_id(2) + 1) * TOKENS", "tl.minimum(TOKENS"),
-    "largest of a part": (pages_gpu, "most = tl.maximum(most, tl.abs(x))", "most = tl.abs(x)"),
+    "largest of a part": (pages_gpu, "largest = tl.maximum(largest, tl.abs(x))", "largest = tl.abs(x)"),
     "sum instead of mean": (rms_norm_gpu, "tl.sum(x * x, 0) / dim", "tl.sum(x * x, 0)"),
     "mean instead of length": (rms_silu_gpu, "tl.sqrt(tl.sum(x * x, 1))", "tl.sum(tl.abs(x), 1)"),
-    "history shifted": (denoise_gpu, "tl.load(by_ptr + 3 + kept)", "tl.load(by_ptr + 2 + kept)"),
+    "history shifted": (denoise_gpu, "tl.load(weights_ptr + 3 + kept)", "tl.load(weights_ptr + 2 + kept)"),
 }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def test_normals_in_the_kernel_equal_the_reference():
     out = torch.empty(4096)
     for key, frame, draw, stream in ((5, 0, 0, 0), (2**40 + 3, 4999, 3, 1)):
         _draw[(1,)](out, key, frame, draw, stream, 1024)
-        want = frame_noise(key, range(frame, frame + 1), draw, (1, 64, 64), stream).flatten()
+        want = philox_normals(key, range(frame, frame + 1), draw, (1, 64, 64), stream).flatten()
         assert (out - want).abs().max() <= 4e-6
         assert want.abs().max() > 3  # tails included
 

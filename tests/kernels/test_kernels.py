@@ -137,17 +137,17 @@ class Card:
 def test_a_form_is_chosen_by_card_dtype_and_size_and_refused_where_it_is_not_declared(monkeypatch):
     spec = SPECS["block_attention"]
     card = Card(monkeypatch, 9, 0)
-    assert spec.choose(card.tensor) is spec.form("triton").load()
+    assert tuning.choose(spec, card.tensor) is spec.form("triton").load()
     card.tensor.shape = (1, 8, 2, 48)
-    assert spec.choose(card.tensor) is spec.reference
+    assert tuning.choose(spec, card.tensor) is spec.reference
     card.tensor.shape, card.tensor.dtype = (1, 8, 2, 64), torch.float32
-    assert spec.choose(card.tensor) is spec.reference
+    assert tuning.choose(spec, card.tensor) is spec.reference
     card = Card(monkeypatch, 7, 5)
-    assert spec.choose(card.tensor) is spec.reference
+    assert tuning.choose(spec, card.tensor) is spec.reference
     with using(block_attention="triton"), pytest.raises(ValueError, match=r"cuda is 7\.5; triton is for 8\.0"):
-        spec.choose(card.tensor)
+        tuning.choose(spec, card.tensor)
     with using(block_attention="descriptors"), pytest.raises(ValueError, match=r"7\.5; descriptors is for 9\.0, 10\.0"):
-        spec.choose(card.tensor)
+        tuning.choose(spec, card.tensor)
     Card(monkeypatch, 8, 6)
     with pytest.raises(ValueError, match=r"adaln: compute capability of cuda is 8\.6; FP8 needs 8\.9"):
         expect_fp8("adaln", torch.device("cuda"))
@@ -167,19 +167,19 @@ def test_a_card_s_table_decides_form_and_config(monkeypatch, tmp_path):
     other = {"form": "descriptors", "config": GOOD["config"]}
     table = {"schema": 1, "op": "block_attention", "choices": {"bfloat16 64": GOOD, "bfloat16 128": other}}
     write_table(tmp_path, monkeypatch, table)
-    chosen = spec.choose(card.tensor)
+    chosen = tuning.choose(spec, card.tensor)
     assert chosen.func is spec.form("triton").load()
     assert chosen.keywords["config"] == spec.form("triton").module().Config(**GOOD["config"])
     card.tensor.shape = (1, 8, 2, 128)
-    assert spec.choose(card.tensor).func is spec.form("descriptors").load()
+    assert tuning.choose(spec, card.tensor).func is spec.form("descriptors").load()
     card.tensor.dtype = torch.float16  # nothing about it in the table
-    assert spec.choose(card.tensor) is spec.form("triton").load()
+    assert tuning.choose(spec, card.tensor) is spec.form("triton").load()
     with using(block_attention="reference"):
-        assert spec.choose(card.tensor) is spec.reference
+        assert tuning.choose(spec, card.tensor) is spec.reference
     (tmp_path / "table.json").unlink()
     tuning.choices.cache_clear()
     card.tensor.dtype = torch.bfloat16
-    assert spec.choose(card.tensor) is spec.form("triton").load()
+    assert tuning.choose(spec, card.tensor) is spec.form("triton").load()
 
 
 def test_a_table_that_does_not_fit_the_code_is_refused(monkeypatch, tmp_path):
@@ -202,7 +202,7 @@ def test_a_table_that_does_not_fit_the_code_is_refused(monkeypatch, tmp_path):
     ):
         write_table(tmp_path, monkeypatch, table)
         with pytest.raises(UsageError, match=said) as caught:
-            spec.choose(card.tensor)
+            tuning.choose(spec, card.tensor)
         assert "inferix bench kernels --op block_attention --tune, or delete it" in str(caught.value)
 
 
@@ -232,19 +232,19 @@ def test_every_default_config_is_one_that_may_be_tuned_to():
 
 
 ATTENTION_MISTAKES = {
-    "head dim of kv is 64; expected 48": {"q": torch.zeros(1, 4, 2, 48)},
-    "rows of q is 0": {"q": torch.zeros(0, 4, 2, 64)},
+    "shape of kv is (2, 3, 5, 2, 64); expected (2, 3, 5, 2, 48)": {"q": torch.zeros(1, 4, 2, 48)},
+    "q is [0, 4, 2, 64]; expected 1 or more of each": {"q": torch.zeros(0, 4, 2, 64)},
     "scale is -1.0; expected a number above 0": {"scale": -1.0},
-    "tokens of q is 0": {"q": torch.zeros(1, 0, 2, 64)},
-    "3 heads of q are no multiple of 2": {"q": torch.zeros(1, 4, 3, 64)},
+    "q is [1, 0, 2, 64]; expected 1 or more of each": {"q": torch.zeros(1, 0, 2, 64)},
+    "heads is 3, kv_heads is 2; expected heads % kv_heads == 0": {"q": torch.zeros(1, 4, 3, 64)},
     "dtype of kv is torch.float64": {"kv": torch.zeros(2, 3, 5, 2, 64, dtype=torch.float64)},
     "dtype of page_table is torch.int64; expected torch.int32": {"page_table": torch.zeros(1, 3, dtype=torch.int64)},
     "shape of page_count is (2,)": {"page_count": torch.ones(2, dtype=torch.int32)},
-    "kv_scale is given is True; expected False": {"kv_scale": torch.ones(2, 3, 2)},
-    "q_sink and sink_count are both given": {"q_sink": torch.zeros(1, 4, 2, 64)},
-    "q has strides": {"q": torch.zeros(1, 4, 64, 2).transpose(2, 3)},
+    "dtype of kv is torch.float32; expected no kv_scale": {"kv_scale": torch.ones(2, 3, 2)},
+    "q_sink is given without sink_count": {"q_sink": torch.zeros(1, 4, 2, 64)},
+    "strides of q is (512, 128, 1, 2)": {"q": torch.zeros(1, 4, 64, 2).transpose(2, 3)},
     "shape of out is (1, 5, 2, 64)": {"out": torch.zeros(1, 5, 2, 64)},
-    "page_table is [1, 0]; expected [1, 1 or more]": {"page_table": torch.zeros(1, 0, dtype=torch.int32)},
+    "page_table is [1, 0]; expected 1 or more of each": {"page_table": torch.zeros(1, 0, dtype=torch.int32)},
     "sink_count of row 0 is 4; expected 0..3": {
         "q_sink": torch.zeros(1, 4, 2, 64), "sink_count": torch.tensor([4], dtype=torch.int32)
     },
@@ -276,8 +276,8 @@ def numbers(*values):
 GOOD_CALLS = {
     qk_norm_rope_append: {
         "qkv": halves(1, 6, 4 * 64), "q_weight": halves(128), "k_weight": halves(64),
-        "time_turns": torch.zeros(1, 1, 12, 2), "row_turns": torch.zeros(2, 10, 2),
-        "column_turns": torch.zeros(3, 10, 2), "kv": halves(2, 4, 6, 1, 64), "pages": numbers([2]), "heads": 2,
+        "rope_time": torch.zeros(1, 1, 12, 2), "rope_rows": torch.zeros(2, 10, 2),
+        "rope_columns": torch.zeros(3, 10, 2), "kv": halves(2, 4, 6, 1, 64), "pages": numbers([2]), "heads": 2,
     },
     adaln: {"x": halves(1, 6, 32), "shift": halves(1, 2, 32), "scale": halves(1, 2, 32)},
     denoise_step: {
@@ -298,35 +298,35 @@ MISTAKES = [
     (qk_norm_rope_append, {"qkv": halves(1, 6, 200)}, "shape of qkv is (1, 6, 200); expected (1, 6, 256)"),
     (qk_norm_rope_append, {"qkv": halves(0, 6, 256)}, "expected 1 or more of each"),
     (qk_norm_rope_append, {"q_weight": halves(128).float()}, "dtype of q_weight is torch.float32; expected"),
-    (qk_norm_rope_append, {"kv": halves(2, 4, 5, 1, 64)}, "tokens of a page is 5; expected 6"),
-    (qk_norm_rope_append, {"row_turns": torch.zeros(2, 9, 2)}, "pairs of the three tables together is 31; expected 32"),
+    (qk_norm_rope_append, {"kv": halves(2, 4, 5, 1, 64)}, "shape of kv is (2, 4, 5, 1, 64); expected (2, 4, 6, 1, 64)"),
+    (qk_norm_rope_append, {"rope_rows": torch.zeros(2, 9, 2)}, "row_pairs is 9"),
     (qk_norm_rope_append, {"pages": numbers([4])}, "pages lists page 4; expected 0..3"),
-    (qk_norm_rope_append, {"kv": halves(2, 4, 6, 1, 128)[..., ::2]}, "kv has strides"),
+    (qk_norm_rope_append, {"kv": halves(2, 4, 6, 1, 128)[..., ::2]}, "strides of kv is"),
     (adaln, {"x": halves(1, 0, 32)}, "x is [1, 0, 32]; expected 1 or more of each"),
-    (adaln, {"shift": halves(1, 4, 32), "scale": halves(1, 4, 32)}, "6 tokens of x are no multiple of 4 frames"),
-    (adaln, {"scale": None}, "shift and scale are both given"),
-    (adaln, {"gate": halves(1, 2, 32)}, "gate is given without an update"),
+    (adaln, {"shift": halves(1, 4, 32), "scale": halves(1, 4, 32)}, "tokens is 6, frames is 4"),
+    (adaln, {"scale": None}, "shift is given without scale"),
+    (adaln, {"gate": halves(1, 2, 32)}, "gate is given without update"),
     (adaln, {"normed": halves(1, 6, 32), "row_scale": torch.zeros(1, 6)}, "dtype of normed is torch.bfloat16"),
-    (adaln, {"x": halves(1, 6, 64)[..., ::2]}, "x has strides"),
-    (adaln, {"residual": torch.zeros(1, 6, 32, device="meta").bfloat16()}, "residual is on meta; expected cpu"),
-    (denoise_step, {"patch": (3, 2)}, "height 4 of x is no multiple of the patch's 3"),
+    (adaln, {"x": halves(1, 6, 64)[..., ::2]}, "strides of x is"),
+    (adaln, {"residual": torch.zeros(1, 6, 32, device="meta").bfloat16()}, "device of residual is meta; expected cpu"),
+    (denoise_step, {"patch": (3, 2)}, "patch_height is 3, height is 4"),
     (denoise_step, {"frames": torch.zeros(1, 1).long()}, "dtype of frames is torch.int64; expected torch.int32"),
     (denoise_step, {"coefficients": torch.zeros(2, 4)}, "shape of coefficients is (2, 4); expected (2, 3)"),
     (denoise_step, {"tokens": halves(1, 4, 8)}, "shape of tokens is (1, 4, 8); expected (1, 4, 16)"),
     (denoise_step, {"x": halves(1, 0, 4, 4, 4)}, "expected 1 or more of each"),
-    (linear_lowp, {"weight": torch.zeros(8, 16).to(torch.int8)}, "inner size of weight is 16; expected 32"),
-    (linear_lowp, {"x": torch.zeros(4, 32)}, "dtype of x is torch.float32; expected one of"),
-    (linear_lowp, {"x_scale": torch.ones(3)}, "shape of x_scale is (3,); expected one of (4,), (1,)"),
+    (linear_lowp, {"weight": torch.zeros(8, 16).to(torch.int8)}, "shape of weight is (8, 16); expected (8, 32)"),
+    (linear_lowp, {"x": torch.zeros(4, 32)}, "dtype of x is torch.float32; expected torch.float8_e4m3fn or torch.int8"),
+    (linear_lowp, {"x_scale": torch.ones(3)}, "shape of x_scale is (3,); expected (4 or 1,)"),
     (linear_lowp, {"x": torch.zeros(0, 32).to(torch.int8)}, "expected 1 or more of each"),
     (linear_lowp, {"bias": torch.zeros(8)}, "dtype of bias is torch.float32; expected torch.bfloat16"),
-    (kv_pages, {"target": halves(2, 4, 6, 2, 64)}, "page of target (tokens, heads, dim) is (6, 2, 64); expected"),
-    (kv_pages, {"source_scale": torch.ones(2, 3, 2)}, "source_scale is given is True; expected False"),
+    (kv_pages, {"target": halves(2, 4, 6, 2, 64)}, "shape of target is (2, 4, 6, 2, 64); expected (2, 4, 5, 2, 64)"),
+    (kv_pages, {"source_scale": torch.ones(2, 3, 2)}, "dtype of source is torch.bfloat16; expected no source_scale"),
     (kv_pages, {"source_pages": numbers(0, 3)}, "source_pages lists page 3; expected 0..2"),
     (kv_pages, {"target_pages": numbers(2, 2)}, "target_pages lists page 2 2 times; expected once"),
-    (kv_pages, {"source_pages": numbers(), "target_pages": numbers()}, "0 pages; expected 1 or more of each"),
+    (kv_pages, {"source_pages": numbers(), "target_pages": numbers()}, "source_pages is [0]; expected 1 or more"),
     (rms_silu, {"gamma": halves(8)}, "shape of gamma is (8,); expected (16,)"),
     (rms_silu, {"x": halves(0, 16)}, "expected 1 or more of each"),
-    (rms_silu, {"x": halves(16, 5).T}, "x has strides"),
+    (rms_silu, {"x": halves(16, 5).T}, "strides of x is"),
 ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inferix.kernels.philox import frame_noise, normals, philox4x32
+from inferix.kernels.philox import normals, philox4x32, philox_normals
 from inferix.kernels.rope import rope_angles, rotate
 
 # kat_vectors of Random123, philox4x32-10
@@ -24,16 +24,16 @@ def test_words_equal_the_published_vectors(counter, key, words):
 
 
 def test_noise_depends_on_frame_draw_and_seed_alone():
-    whole = frame_noise(7, range(2, 8), 1, (3, 5, 5))
-    parts = torch.cat([frame_noise(7, range(2, 3), 1, (3, 5, 5)), frame_noise(7, range(3, 8), 1, (3, 5, 5))])
+    whole = philox_normals(7, range(2, 8), 1, (3, 5, 5))
+    parts = torch.cat([philox_normals(7, range(2, 3), 1, (3, 5, 5)), philox_normals(7, range(3, 8), 1, (3, 5, 5))])
     assert torch.equal(whole, parts)
-    for other in (frame_noise(8, range(2, 8), 1, (3, 5, 5)), frame_noise(7, range(2, 8), 2, (3, 5, 5))):
+    for other in (philox_normals(8, range(2, 8), 1, (3, 5, 5)), philox_normals(7, range(2, 8), 2, (3, 5, 5))):
         assert (whole == other).float().mean() < 0.01
-    assert not torch.equal(frame_noise(1 << 40, range(1), 0, (3, 5, 5)), frame_noise(0, range(1), 0, (3, 5, 5)))
+    assert not torch.equal(philox_normals(1 << 40, range(1), 0, (3, 5, 5)), philox_normals(0, range(1), 0, (3, 5, 5)))
 
 
 def test_normals_are_normal():
-    x = frame_noise(3, range(40), 0, (16, 32, 32)).double()
+    x = philox_normals(3, range(40), 0, (16, 32, 32)).double()
     count = x.numel()
     for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3)):
         spread = {1: 1, 2: 2, 3: 15, 4: 96}[power] ** 0.5
@@ -46,11 +46,12 @@ def test_noise_of_other_blocks_steps_seeds_and_streams_is_independent():
     """Correlations between any two draws, also of neighbouring seeds and frames, are those of chance."""
     shape = (16, 24, 24)
     draws = {
-        "seed 5": frame_noise(5, range(9), 0, shape), "seed 6": frame_noise(6, range(9), 0, shape),
-        "seed 5 + 2^32": frame_noise(5 + (1 << 32), range(9), 0, shape),
-        "step 1": frame_noise(5, range(9), 1, shape), "step 2": frame_noise(5, range(9), 2, shape),
-        "stream 1": frame_noise(5, range(9), 0, shape, stream=1),
-        "next block": frame_noise(5, range(9, 18), 0, shape), "frames shifted": frame_noise(5, range(1, 10), 0, shape),
+        "seed 5": philox_normals(5, range(9), 0, shape), "seed 6": philox_normals(6, range(9), 0, shape),
+        "seed 5 + 2^32": philox_normals(5 + (1 << 32), range(9), 0, shape),
+        "step 1": philox_normals(5, range(9), 1, shape), "step 2": philox_normals(5, range(9), 2, shape),
+        "stream 1": philox_normals(5, range(9), 0, shape, stream=1),
+        "next block": philox_normals(5, range(9, 18), 0, shape),
+        "frames shifted": philox_normals(5, range(1, 10), 0, shape),
     }  # fmt: skip
     x = torch.stack([noise.flatten().double() for noise in draws.values()])
     chance = x.shape[1] ** -0.5

@@ -202,13 +202,13 @@ def test_training_sees_what_a_cache_with_window_and_sink_sees():
     engine = Engine(config, make_preset("tinyworld", local_attn_size=window), parts)
     with engine.open(prompt_embeds=world.words(words)[0], size=(32, 32), actions=actions) as session:
         for frame in range(frames):
-            span = session.timeline.admit()
+            span = session.current.timeline.admit()
             for copy in (frame, frames + frame):
-                run = session.timeline.joint_pass([(span.frames, float(sigmas[0, copy]) * 1000)], frozenset())
-                engine.hold(session, run)
-                velocity = engine.velocity(session, run, noisy[0, copy : copy + 1])
+                run = session.current.timeline.joint_pass([(span.frames, float(sigmas[0, copy]) * 1000)], frozenset())
+                engine.loop.roll_caches(session.current, run)
+                velocity = engine.loop.velocity(session.current, run, noisy[0, copy : copy + 1])
                 assert (velocity[0] - want[copy]).abs().max() <= 1e-10, copy
-            engine.commit(session, span, clean[0, frame : frame + 1])
+            engine.loop.run_alone(engine.loop.commit(session.current, span, clean[0, frame : frame + 1]))
 
 
 def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_window_and_sink_hold_over_300_blocks(engine):
     policy = engine.preset.context
     with engine.open(prompt=SCENE.prompt, actions=(["right"] * 4 + ["up"] * 4) * 38) as session:
         for block in session.stream(299, decode=False):
-            held = session.branches[0].cache.frames
+            held = session.current.branches[0].cache.frames
             assert len(held) == min(block.index + 1, policy.local_attn_size)
             assert (held[0], held[-1]) == (0, block.index)
         session.decoder = engine.parts.vae.new_state()

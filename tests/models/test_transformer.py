@@ -12,7 +12,7 @@ from inferix.kernels.rope import rope_angles
 from inferix.models.wan.names import from_format, to_format
 from inferix.models.wan.random import random_state
 from inferix.models.wan.spec import MODELS
-from inferix.models.wan.transformer import WanTransformer
+from inferix.models.wan.transformer import PRECISIONS, WanTransformer
 
 I2V = dataclasses.replace(TINY, in_channels=36, image_dim=24)
 FLF2V = dataclasses.replace(I2V, image_tokens=10)
@@ -80,6 +80,22 @@ def test_reference_precision_keeps_bfloat16_everywhere():
     out = model(latents, torch.tensor([[625.0]]), context, DenseAttention(rope_angles([0], 2, 2, spec.head_dim)))
     e, modulation = model.time_embedding(torch.tensor([[625.0]]))
     assert {out.dtype, e.dtype, modulation.dtype} == {torch.bfloat16}
+
+
+def test_modulation_is_never_narrower_than_the_model(monkeypatch):
+    """In float64 a policy of float32 modulation computes what the model's own dtype does."""
+    own = PRECISIONS["reference"]
+    monkeypatch.setitem(PRECISIONS, "float32-modulation", dataclasses.replace(own, modulation=torch.float32))
+    wide = [tiny_transformer(TINY, torch.float64, precision=name) for name in ("diffusers", "float32-modulation")]
+    torch.manual_seed(0)
+    latents, text = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 1, 16, 4, 4), (1, 12, 16)))
+    timesteps, angles = torch.tensor([[625.0]]), rope_angles([0], 2, 2, TINY.head_dim)
+    assert wide[0].time_embedding(timesteps)[1].dtype is torch.float64
+    results = [
+        model(latents, timesteps, model.embed_text(text), DenseAttention(angles))
+        for model in (tiny_transformer(TINY, torch.float64), wide[1])
+    ]
+    assert torch.equal(*results)
 
 
 def test_sizes_name_the_nearest():

@@ -10,19 +10,19 @@ from oracles import ROWS, SIZE, TINY, make_engine
 
 from inferix.errors import InferixError, UsageError
 from inferix.models.wan.vae import TINY_VAE
-from inferix.runtime.capacity.memory_need import Need
+from inferix.runtime.capacity.memory_need import MemoryNeed
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import Limits
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.sessions.batch_profile import BatchTimes, keep_times, read_times
+from inferix.runtime.sessions.batch_profile import BatchProfile, read_profiles, save_profile
 from inferix.runtime.sessions.lifecycle import State
-from inferix.runtime.sessions.scheduler import Client, Scheduler
+from inferix.runtime.sessions.scheduler import Scheduler, SchedulerEntry
 from inferix.runtime.sessions.session import Demand
 
 PROMPTS = [ROWS, ROWS.flip(0) * 1.5, ROWS * 0.5]
 SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
-FASTER = BatchTimes({1: 1.0, 2: 1.5, 3: 2.0, 4: 2.5, 8: 4.0})
-SLOWER = BatchTimes({1: 1.0, 2: 2.2, 3: 3.3})
+FASTER = BatchProfile({1: 1.0, 2: 1.5, 3: 2.0, 4: 2.5, 8: 4.0})
+SLOWER = BatchProfile({1: 1.0, 2: 2.2, 3: 3.3})
 
 
 def engine_of(preset="self-forcing", times=FASTER, **overrides):
@@ -141,33 +141,34 @@ def test_forked_and_rewound_sessions_go_on_in_a_batch():
 
 
 def not_a_number(engine, session):
-    session.noise = InjectedNoise(torch.full((30, 16, 4, 4), torch.nan), torch.full((9, 1, 3, 16, 4, 4), torch.nan))
+    initial, renoise = (torch.full(shape, torch.nan) for shape in ((30, 16, 4, 4), (9, 1, 3, 16, 4, 4)))
+    session.current.noise = InjectedNoise(initial, renoise)
 
 
 def no_pages(engine, session):
-    hold = session.branches[0].cache.hold
+    hold = session.current.branches[0].cache.hold
 
     def failing(frames):
         if frames[-1] > 8:
             raise InferixError("5 pages of KV memory are needed, 3 of 9 are free")
         hold(frames)
 
-    session.branches[0].cache.hold = failing
+    session.current.branches[0].cache.hold = failing
 
 
 def no_table(engine, session):
-    place = session.branches[0].cache._place
+    place = session.current.branches[0].cache._place
 
     def failing(run):
         if run.frames[-1] > 8:
             raise InferixError("frames [3] are attended to, but nothing has written them")
         return place(run)
 
-    session.branches[0].cache._place = failing
+    session.current.branches[0].cache._place = failing
 
 
 def reader_is_gone(engine, session):
-    session.outbox.touched -= 1e6
+    session.output.touched -= 1e6
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_a_session_that_fails_in_a_batch_ends_alone(harm, said):
                 assert (row[seed].latents - wanted.latents).abs().max() <= 1e-9
     for session in sessions:
         session.close()
-    assert engine.host.pages_in_use == 0 and engine.metrics()["counters"]["sessions_failed"] == 1
+    assert engine.manager.pages_in_use == 0 and engine.metrics()["counters"]["sessions_failed"] == 1
 
 
 def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
@@ -209,7 +210,7 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
     sessions = [opened(engine, seed) for seed in range(3)]
     streams = [session.stream(5, decode=False) for session in sessions]
     found = [[next(stream)] for stream in streams]
-    place, failed = sessions[1].branches[0].cache._place, []
+    place, failed = sessions[1].current.branches[0].cache._place, []
 
     def failing(run):
         if run.frames[-1] > 8 and len(failed) < 2:  # in the batch, and by itself
@@ -217,7 +218,7 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
             raise OutOfPages("5 pages of KV memory are needed, 3 of 9 are free")
         return place(run)
 
-    sessions[1].branches[0].cache._place = failing
+    sessions[1].current.branches[0].cache._place = failing
     with pytest.raises(OutOfPages):
         for _ in range(4):
             for blocks, stream in zip(found, streams, strict=True):
@@ -228,7 +229,7 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
     for blocks, stream in zip(found, streams, strict=True):
         blocks.extend(stream)
     counters = engine.metrics()["counters"]
-    assert counters["blocks_taken_back"] == 1 and "batches_split" not in counters
+    assert counters["blocks_rolled_back"] == 1 and "batches_split" not in counters
     lone = engine_of(times=None)
     for seed, blocks in enumerate(found):
         with opened(lone, seed) as session:
@@ -284,7 +285,7 @@ def test_an_interrupted_batch_ends_all_that_are_in_it(error):
         sessions[0].stream(1)
     assert len(list(sessions[2].stream(2, decode=False))) == 2
     sessions[2].close()
-    assert engine.host.pages_in_use == 0
+    assert engine.manager.pages_in_use == 0
 
 
 # Which run as one
@@ -315,7 +316,7 @@ def test_only_blocks_that_match_run_as_one():
         *(engine.open(prompt_embeds=ROWS, size=(32, 48), seed=seed) for seed in range(2)),
     ]  # fmt: skip
     for session in sessions:
-        engine.host.ask(session, Demand(2, decode=False))
+        engine.manager.submit_demand(session, Demand(2, decode=False))
     turns = [sorted(session.id for session in engine.step()) for _ in range(6)]
     assert turns[:3] == [[1, 2], [3], [4, 5]]
     assert turns[3:] == [[1, 2, 3], [4, 5], []]
@@ -329,12 +330,12 @@ def test_images_held_as_the_first_frame_make_passes_of_two_parts():
     engine, lone = engine_of("longlive2", **settings), engine_of("longlive2", times=None, **settings)
     sessions = [opened(engine, seed, image=images[seed]) for seed in range(2)]
     for session in sessions:
-        engine.host.ask(session, Demand(2, decode=False))
+        engine.manager.submit_demand(session, Demand(2, decode=False))
     assert [len(engine.step()) for _ in range(3)] == [2, 2, 0]
     for seed, session in enumerate(sessions):
         with opened(lone, seed, image=images[seed]) as other:
             for wanted in other.stream(2, decode=False):
-                assert (session.outbox.take().latents - wanted.latents).abs().max() <= 1e-9
+                assert (session.output.take().latents - wanted.latents).abs().max() <= 1e-9
 
 
 def test_int8_pages_of_a_budget_are_not_bound_at_a_time():
@@ -345,34 +346,34 @@ def test_int8_pages_of_a_budget_are_not_bound_at_a_time():
         assert {block.record.batch for row in found for block in row} == sizes
 
 
-def scheduler(clients, times=FASTER, **limits):
-    found = Scheduler(Limits(**limits), batch_times={"small": times})
-    for session in range(1, clients + 1):
-        found.join(session, Client(Need(), "small", 1.0))
+def scheduler(admitted, times=FASTER, **limits):
+    found = Scheduler(Limits(**limits), batch_profiles={"small": times})
+    for session in range(1, admitted + 1):
+        found.join(session, SchedulerEntry(MemoryNeed(), "small", 1.0))
     return found
 
 
 def test_as_many_as_measured_times_say_and_the_most_urgent_first():
     found = scheduler(6)
-    assert found.choose([1, 2, 3, 4, 5, 6], [], 0.0) == 1
-    assert found.together(1, [2, 3, 4, 5, 6], 0.0) == [1, 2, 3, 4]
-    assert found.choose([1, 2, 3, 4, 5, 6], [], 0.0) == 5
-    assert found.together(5, [1, 2, 3, 4, 6], 0.0) == [5, 6, 1, 2]
-    assert found.together(3, [], 0.0) == [3]
-    assert scheduler(3, SLOWER).together(1, [2, 3], 0.0) == [1]
-    assert scheduler(3, BatchTimes({1: 1.0, 2: 2.0})).together(1, [2, 3], 0.0) == [1]
-    assert scheduler(5, BatchTimes({1: 1.0, 4: 2.0})).together(1, [2, 3], 0.0) == [1]
-    assert scheduler(6, batch=2).together(1, [2, 3, 4], 0.0) == [1, 2]
+    assert found.pick([1, 2, 3, 4, 5, 6], [], 0.0) == 1
+    assert found.pick_batch(1, [2, 3, 4, 5, 6], 0.0) == [1, 2, 3, 4]
+    assert found.pick([1, 2, 3, 4, 5, 6], [], 0.0) == 5
+    assert found.pick_batch(5, [1, 2, 3, 4, 6], 0.0) == [5, 6, 1, 2]
+    assert found.pick_batch(3, [], 0.0) == [3]
+    assert scheduler(3, SLOWER).pick_batch(1, [2, 3], 0.0) == [1]
+    assert scheduler(3, BatchProfile({1: 1.0, 2: 2.0})).pick_batch(1, [2, 3], 0.0) == [1]
+    assert scheduler(5, BatchProfile({1: 1.0, 4: 2.0})).pick_batch(1, [2, 3], 0.0) == [1]
+    assert scheduler(6, batch=2).pick_batch(1, [2, 3, 4], 0.0) == [1, 2]
     found.batch_room = 3
-    assert found.together(1, [2, 3, 4, 5, 6], 0.0) == [1, 3, 4]
+    assert found.pick_batch(1, [2, 3, 4, 5, 6], 0.0) == [1, 3, 4]
 
 
 def test_a_batch_makes_no_session_late_that_is_in_time_alone():
     found = scheduler(4, realtime=True)
-    found.clients[1].due = 11.7
-    assert found.together(1, [2, 3, 4], 10.0) == [1, 2]
-    assert found.together(1, [2, 3, 4], 10.5) == [1]
-    assert found.together(1, [2, 3, 4], 11.0) == [1, 3, 4, 2]  # it is late in any case
+    found.admitted[1].due = 11.7
+    assert found.pick_batch(1, [2, 3, 4], 10.0) == [1, 2]
+    assert found.pick_batch(1, [2, 3, 4], 10.5) == [1]
+    assert found.pick_batch(1, [2, 3, 4], 11.0) == [1, 3, 4, 2]  # it is late in any case
 
 
 def test_a_batch_counts_for_its_share_of_real_time():
@@ -381,7 +382,7 @@ def test_a_batch_counts_for_its_share_of_real_time():
     blocks = [next(stream) for _ in range(4) for stream in streams]
     spans = [block.record.spans for block in blocks if block.record.batch == 3]
     shares = [(span["commit"][1] - span["encode"][0]) / 3 for span in spans]
-    (measured,) = engine.host.scheduler.block_seconds.values()
+    (measured,) = engine.manager.scheduler.block_seconds.values()
     assert measured < 3 * max(shares)
 
 
@@ -392,15 +393,15 @@ def test_times_are_kept_for_what_they_were_made_on(tmp_path):
     path = tmp_path / "batches.json"
     engine = engine_of()
     about = engine.timed_on
-    keep_times(path, about, (32, 32), SLOWER)
-    keep_times(path, about, (64, 32), FASTER)
-    keep_times(path, about | {"dtype": "bfloat16"}, (32, 32), SLOWER)
-    keep_times(path, about, (32, 32), FASTER)
-    assert read_times(path, about) == {(32, 32): FASTER, (64, 32): FASTER}
-    assert read_times(path, about | {"card": "another"}) == {}
-    assert read_times(path, engine_of(local_attn_size=9).timed_on) == {}
+    save_profile(path, about, (32, 32), SLOWER)
+    save_profile(path, about, (64, 32), FASTER)
+    save_profile(path, about | {"dtype": "bfloat16"}, (32, 32), SLOWER)
+    save_profile(path, about, (32, 32), FASTER)
+    assert read_profiles(path, about) == {(32, 32): FASTER, (64, 32): FASTER}
+    assert read_profiles(path, about | {"card": "another"}) == {}
+    assert read_profiles(path, engine_of(local_attn_size=9).timed_on) == {}
     assert len(json.loads(path.read_text())) == 3
-    assert engine_of(times=None, batches=str(path)).host.scheduler.batch_times == {
+    assert engine_of(times=None, batches=str(path)).manager.scheduler.batch_profiles == {
         (32, 32): FASTER, (64, 32): FASTER
     }  # fmt: skip
 
@@ -413,13 +414,13 @@ def test_a_file_that_holds_no_times_is_refused(content, tmp_path):
     if content is not None:
         path.write_text(content.replace("%s", json.dumps(about)))
     with pytest.raises(InferixError, match=str(path)):
-        read_times(path, about)
+        read_profiles(path, about)
 
 
 def test_bad_settings():
     for seconds in ({}, {2: 1.0}, {1: 0.0}, {1: 1.0, 0: 1.0}, {1: 1.0, 2.5: 1.0}):
         with pytest.raises(UsageError, match="expected seconds above 0 by number of sessions, 1 among them"):
-            BatchTimes(seconds)
+            BatchProfile(seconds)
     with pytest.raises(UsageError, match="batch is 0; expected 1 or more"):
         Limits(batch=0)
 
@@ -442,10 +443,10 @@ def test_a_soak_of_300_blocks_in_batches():
         for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
             if rng.random() < 0.1:
                 session.prompt(embeds=rng.choice(PROMPTS))
-                told[place].setdefault(session.next_block, []).append(session.mailbox.waiting[-1])
+                told[place].setdefault(session.next_block, []).append(session.controls.waiting[-1])
             elif rng.random() < 0.1:
                 session.act(rng.choice(("stay", "left")))
-                told[place].setdefault(session.next_block, []).append(session.mailbox.waiting[-1])
+                told[place].setdefault(session.next_block, []).append(session.controls.waiting[-1])
             elif rng.random() < 0.05:
                 session.pause()
                 session.resume()
@@ -457,12 +458,12 @@ def test_a_soak_of_300_blocks_in_batches():
     for session in sessions:
         session.close()
     engine.check_integrity()
-    assert engine.host.pages_in_use == 0 and not engine.host.scheduler.clients
+    assert engine.manager.pages_in_use == 0 and not engine.manager.scheduler.admitted
     lone = engine_of("self-forcing-framewise", times=None, **settings)
     for seed, blocks in enumerate(found):
         with opened(lone, seed) as session:
             for block in blocks:
                 for control in told[seed].get(block.index, ()):
-                    session.mailbox.put(control.kind, control.value)
+                    session.controls.put(control.kind, control.value)
                 (wanted,) = session.stream(1, decode=False)
                 assert (block.latents - wanted.latents).abs().max() <= 1e-9, (seed, block.index)

@@ -12,7 +12,7 @@ from oracles import ROWS, SIZE, make_engine
 
 from inferix.graphs.passes import Group, Pass
 from inferix.graphs.types import Runs
-from inferix.runtime.engine import Engine
+from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.programs.block_plan import plan_block
 from inferix.runtime.sampler import Sampler, scheduled_blocks
 from inferix.schemes.block_schedule import (
@@ -50,7 +50,7 @@ def record_passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
         ran.extend(request.run for request in requests)
         return [torch.zeros_like(request.latents) for request in requests]
 
-    monkeypatch.setattr(Engine, "forward", forward)
+    monkeypatch.setattr(BlockLoop, "forward", forward)
     return ran
 
 

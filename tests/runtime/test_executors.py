@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, make_engine
+from oracles import ROWS, SIZE, TINY, make_engine, remade
 from recording import FakeGraphs
 from safetensors.torch import save_file
 
@@ -56,7 +56,7 @@ def test_fused_equals_eager(preset: str) -> None:
     eager, fused = (make_engine(preset, executor=name, **SMALL[preset]) for name in ("eager", "fused"))
     wanted, found = stream(eager), stream(fused)
     assert (found - wanted).abs().max() <= TOLERANCE
-    assert fused.executor.whole_blocks == (preset not in PASSWISE)
+    assert fused.executor.supports_whole_block == (preset not in PASSWISE)
     assert any(key.whole for key in fused.executor.loaded) == (preset not in PASSWISE)
     assert set(fused.executor.loaded) <= set(graph_keys(fused.spec, fused.preset, SIZE))
 
@@ -189,14 +189,14 @@ def test_packed_layers_follow_weights_and_leave_the_model_alone() -> None:
 def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrides: object) -> Engine:
     """An engine whose executor captures on a fake; its pages are enough for three sessions."""
     engine = make_engine(preset, executor="fused", kv_memory=1 << 24, **overrides)
-    engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend)
-    return engine
+    return remade(engine, GraphExecutor(engine.config, engine.preset, engine.parts, backend))
 
 
 @pytest.mark.parametrize("kept", [None, "fp8"])
 def test_pages_that_grow_are_followed_without_a_trace_and_the_old_ones_are_let_go(kept: str | None) -> None:
     engine = make_engine(dtype="float32", executor="fused", local_attn_size=6, kv_dtype=kept)
-    engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend := FakeGraphs())
+    backend = FakeGraphs()
+    engine = remade(engine, GraphExecutor(engine.config, engine.preset, engine.parts, backend))
     first = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     found = [block.latents for block in first.stream(2, decode=False)]
     (store,) = engine.memory.stores.values()
@@ -240,7 +240,7 @@ def test_one_capture_serves_fifty_blocks_prompts_a_fork_a_rewind_new_weights_and
     with torch.no_grad():
         for weight in engine.parts.transformer.parameters():
             weight.mul_(1.001)
-    engine.follow_weights()
+    engine.refresh_derived_weights()
     list(first.stream(2, decode=False))
     assert (backend.captures, backend.replays) == (1, 52)
     assert engine.executor.traces == 1
@@ -327,7 +327,7 @@ def test_the_prompt_graph_runs_once_for_each_prompt(monkeypatch) -> None:
     for one, after in ((fork, 3), (session, 3), (other, 4)):
         list(one.stream(2, decode=False))
         assert len(launched) == engine.executor.prompts == after
-    other.branches[0].text.made.clear()  # what was made is lost: the count sees that it is made again
+    other.current.branches[0].text.made.clear()  # what was made is lost: the count sees that it is made again
     list(other.stream(1, decode=False))
     assert len(launched) == 5
 

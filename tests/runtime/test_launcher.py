@@ -9,7 +9,7 @@ from recording import FakeGraphs
 from torch import Tensor
 
 from inferix.graphs.lowered import Lowered
-from inferix.runtime.execution.launcher import Launcher
+from inferix.runtime.execution.launcher import Launcher, NotEnoughMemory
 
 CPU = torch.device("cpu")
 X = torch.arange(4.0).reshape(2, 2)
@@ -70,9 +70,23 @@ def test_constants_of_one_recipe_are_shared_and_follow_the_weights_in_place() ->
     assert torch.equal(torch.stack(results()), torch.stack((X + 2 * X, X + 2 * X, X + 3 * X)))
     places = [constant.data_ptr() for constant in launcher.constants.values()]
     weight.add_(1)
-    launcher.follow_weights()
+    launcher.refresh_derived_weights()
     assert torch.equal(torch.stack(results()), X + torch.stack((2 * weight, 2 * weight, 3 * weight)))
     assert [constant.data_ptr() for constant in launcher.constants.values()] == places
+
+
+def test_scratch_is_needed_only_where_the_arena_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs share the arena: the second needs memory for its input alone."""
+    launcher = Launcher({}, CPU)
+    program = lowered(lambda x: (x + 1) * 2, X)
+    needs = launcher.needs(program)
+    assert needs["scratch"] == program.body.plan.size > 0
+    launcher.load(program, {})
+    assert launcher.needs(program) == {"scratch": 0, "constants": 0, "inputs": X.nbytes}
+    monkeypatch.setattr("inferix.runtime.execution.launcher.free_bytes", lambda device: X.nbytes)
+    launcher.load(program, {})
+    with pytest.raises(NotEnoughMemory):
+        Launcher({}, CPU).load(program, {})
 
 
 def test_one_capture_serves_every_run() -> None:
@@ -126,7 +140,7 @@ def test_weights_that_are_put_together_are_there_once() -> None:
     model["k"].add_(5)
     (found,) = launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X)).values()
     assert torch.equal(found, X @ torch.cat((X, X + 6, X + 2)).mT)
-    launcher.follow_weights()
+    launcher.refresh_derived_weights()
     assert torch.equal(torch.cat(tuple(model.values())), torch.cat((X, X + 6, X + 2)))
 
     other = {name: torch.nn.Parameter(X.clone(), False) for name in "qkv"}

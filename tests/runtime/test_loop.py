@@ -18,7 +18,7 @@ from inferix.schemes.timeline import Span, Timeline
 def dense_velocity(engine, latents, timesteps, contexts, positions):
     """One call over all frames, each row of frames under its own context."""
     model = engine.parts.transformer
-    text = model.embed_text(engine.prompt_rows(None, ROWS)[None])
+    text = model.embed_text(engine.inputs.prompt_rows(None, ROWS)[None])
     kv = DenseAttention(rope_angles(positions, 2, 2, TINY.head_dim), frame_mask(contexts, TOKENS))
     return model(latents[None], torch.tensor([timesteps]), text, kv)[0]
 
@@ -28,7 +28,7 @@ def dense_block(engine, past, index, contexts):
     sampler = Sampler(engine.preset.sampler)
     span = Span(index, range(len(past), len(past) + 3))
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        draws = [engine.draw(session, span, step) for step in range(len(sampler.timesteps))]
+        draws = [engine.loop.draw(session.current, span, step) for step in range(len(sampler.timesteps))]
     x = draws[0]
     for step, (timestep, sigma) in enumerate(zip(sampler.timesteps, sampler.sigmas, strict=True)):
         if step:
@@ -88,14 +88,15 @@ def test_groups_in_one_pass_equal_passes_one_by_one(positions):
     first = Group((0, 1, 2), 0.0, (0, 1, 2), (0, 1, 2))
     second = Group((3, 4, 5), 1000.0, tuple(range(6)), tuple(range(6)))
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.branches[0].cache.hold(tuple(range(6)))
-        together = engine.velocity(session, Pass((first, second)), torch.cat((clean, noisy)))
-        keys = session.branches[0].cache.export_pages().kv
+        session.current.branches[0].cache.hold(tuple(range(6)))
+        together = engine.loop.velocity(session.current, Pass((first, second)), torch.cat((clean, noisy)))
+        keys = session.current.branches[0].cache.export_pages().kv
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.branches[0].cache.hold(tuple(range(6)))
-        apart = [engine.velocity(session, Pass((group,)), x) for group, x in ((first, clean), (second, noisy))]
+        session.current.branches[0].cache.hold(tuple(range(6)))
+        pairs = ((first, clean), (second, noisy))
+        apart = [engine.loop.velocity(session.current, Pass((group,)), x) for group, x in pairs]
         assert (torch.cat(apart) - together).abs().max() <= 1e-10
-        assert (session.branches[0].cache.export_pages().kv - keys).abs().max() <= 1e-10
+        assert (session.current.branches[0].cache.export_pages().kv - keys).abs().max() <= 1e-10
 
 
 @torch.no_grad()
@@ -103,15 +104,16 @@ def test_a_group_that_does_not_write_leaves_the_cache_as_it_was():
     engine = make_engine()
     x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        session.branches[0].cache.hold(tuple(range(3)))
-        written = engine.velocity(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2)),)), x)
-        before = session.branches[0].cache.export_pages().kv
-        read = engine.velocity(session, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2), write=False),)), x)
+        session.current.branches[0].cache.hold(tuple(range(3)))
+        written = engine.loop.velocity(session.current, Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2)),)), x)
+        before = session.current.branches[0].cache.export_pages().kv
+        reading = Pass((Group((0, 1, 2), 500.0, (0, 1, 2), (0, 1, 2), write=False),))
+        read = engine.loop.velocity(session.current, reading, x)
         mixed = Pass((Group((0, 1), 700.0, (0, 1), (0, 1)), Group((2,), 500.0, (2,), (2,), write=False)))
-        other = engine.velocity(session, mixed, x)
+        other = engine.loop.velocity(session.current, mixed, x)
         assert torch.equal(written, read)
         assert not torch.equal(other, read)
-        after = session.branches[0].cache.export_pages().kv
+        after = session.current.branches[0].cache.export_pages().kv
         assert torch.equal(before[:, :, 2], after[:, :, 2]) and not torch.equal(before[:, :, :2], after[:, :, :2])
 
 
@@ -142,9 +144,9 @@ def test_350_blocks_run_past_frame_1024_in_flat_memory():
             assert block.latents.isfinite().all()
             if block.index in (20, 349):
                 gc.collect()
-                sizes.append(session.branches[0].cache.nbytes + len(session.timeline.places))
+                sizes.append(session.current.branches[0].cache.nbytes + len(session.current.timeline.places))
                 tensors.append(sum(torch.is_tensor(item) for item in gc.get_objects()))
-        assert session.timeline.next_frame == 1050
+        assert session.current.timeline.next_frame == 1050
     assert sizes[0] == sizes[1]
     assert tensors[1] <= tensors[0] + 2
 
@@ -159,9 +161,10 @@ def test_the_same_seed_gives_the_same_latents_and_another_seed_others():
 def test_injected_noise_replaces_every_draw():
     engine = make_engine()
     with engine.open(prompt_embeds=ROWS, size=SIZE, seed=4) as session:
-        spans = [session.timeline.admit(), session.timeline.admit()]
-        initial = torch.cat([engine.draw(session, span, 0) for span in spans])
-        renoise = torch.stack([torch.stack([engine.draw(session, span, s) for s in (1, 2, 3)]) for span in spans])
+        spans = [session.current.timeline.admit(), session.current.timeline.admit()]
+        draw, state = engine.loop.draw, session.current
+        initial = torch.cat([draw(state, span, 0) for span in spans])
+        renoise = torch.stack([torch.stack([draw(state, span, s) for s in (1, 2, 3)]) for span in spans])
     injected = run(engine, 2, noise=InjectedNoise(initial, renoise))
     assert torch.equal(injected[1].latents, run(engine, 2, seed=4)[1].latents)
     with pytest.raises(UsageError, match="injected noise"):
@@ -188,8 +191,8 @@ def test_a_generated_video_as_prefix_continues_like_the_stream_itself():
     engine = make_engine(local_attn_size=9)
     blocks = run(engine, 4)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        engine.cache_prefix(session, torch.cat([block.latents for block in blocks[:3]]))
-        session.timeline.next_block = 3
+        engine.loop.cache_prefix(session.current, torch.cat([block.latents for block in blocks[:3]]))
+        session.current.timeline.next_block = 3
         (block,) = session.stream(1, decode=False)
     assert torch.equal(block.latents, blocks[3].latents)
 
@@ -199,10 +202,10 @@ def test_a_video_prefix_keeps_its_end():
     engine = make_engine(dtype="float32")
     video = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8).numpy()
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, video=video) as session:
-        assert session.timeline.next_frame == 3
+        assert session.current.timeline.next_frame == 3
         assert len(session.prefix_frames) == 9
-        shorter = engine.prefix_latents(None, video[-9:], SIZE)
-        assert torch.equal(engine.prefix_latents(None, video, SIZE), shorter)
+        shorter = engine.inputs.prefix_latents(None, video[-9:], SIZE)
+        assert torch.equal(engine.inputs.prefix_latents(None, video, SIZE), shorter)
 
 
 def test_seconds_to_blocks():

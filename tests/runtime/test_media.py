@@ -85,7 +85,7 @@ def test_interrupt_while_finishing_leaves_nothing(tmp_path: Path, monkeypatch: p
     def interrupted(*paths: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("inferix.runtime.media.os.replace", interrupted)
+    monkeypatch.setattr("inferix.runtime.files.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "out.mp4", 16, SIZE) as writer:
         writer.add(clip(3))
     assert list(tmp_path.iterdir()) == []

@@ -58,10 +58,12 @@ class Model:
     def write(self, branch: Branch, frames: list[int]) -> None:
         table, expected = branch
         self.pool.require(table.shared(frames))
-        table.write(frames, frames)
-        for frame in frames:
+        positions = [frame + self.random.randrange(3) for frame in frames]  # a scene cut moves them
+        table.write(frames, positions)
+        for frame, position in zip(frames, positions, strict=True):
             self.stamp += 1
-            expected[frame] = self.content[table.pages[frame]] = self.stamp
+            self.content[table.pages[frame]] = self.stamp
+            expected[frame] = self.stamp, position
 
     def open(self) -> None:
         if len(self.tables) < 6:
@@ -153,7 +155,8 @@ class Model:
         assert not any(table.pages for table in away)
         self.pool.check_integrity([table for table, _ in here])
         for table, expected in here:
-            assert {frame: self.content[page] for frame, page in table.pages.items()} == expected
+            contents = {frame: (self.content[page], table.places[frame]) for frame, page in table.pages.items()}
+            assert contents == expected
         self.content |= dict.fromkeys(self.pool.free, -1)  # nobody may count on what is free
         pages = {page for table, _ in here for page in table.all_pages()}
         assert self.pool.used == len(pages)  # shared ones once
@@ -187,7 +190,16 @@ class Leaky(BlockTable):
         super().hold(frames)
 
 
-@pytest.mark.parametrize("wrong", [Careless, Leaky])
+class OnePlace(BlockTable):
+    """Forks share the positions of their frames."""
+
+    def copy(self):
+        other = super().copy()
+        other.places = self.places
+        return other
+
+
+@pytest.mark.parametrize("wrong", [Careless, Leaky, OnePlace])
 def test_the_model_finds_planted_errors(wrong):
     model = Model(0, PagePool(PAGES), wrong)
     with pytest.raises((AssertionError, InferixError)):
@@ -270,6 +282,8 @@ def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_give
     table.write((0, 1, 2), (0, 1, 2))
     fork = table.copy()
     old = dict(table.pages)
+    fork.places[0] = 7
+    assert table.places == {0: 0, 1: 1, 2: 2}
     again = Group((1, 2), 0.0, (0, 1, 2), (0, 1, 2))
     aside = Group((3,), 500.0, (0, 1, 2, 3), (0, 1, 2, 3), write=False)
     run = Pass((again, aside))

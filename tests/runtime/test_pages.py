@@ -51,10 +51,10 @@ def stream(engine, blocks, **kwargs):
     with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE, **extra, **kwargs) as session:
         made = list(session.stream(blocks // 2, decode=False))
         session.prompt(embeds=OTHER.to(engine.dtype))
-        session.timeline.cut_shot()
+        session.current.timeline.cut_shot()
         made += session.stream(blocks - blocks // 2, decode=False)
         if engine.memory.stores:
-            caches = [branch.cache for branch in session.branches]
+            caches = [branch.cache for branch in session.current.branches]
             store = caches[0].store
             store.pool.check_integrity([cache.table for cache in caches])
             needs = page_needs(engine.preset)
@@ -92,16 +92,6 @@ def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
     assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
 
 
-def fork(session):
-    """The same session again, as `Session.fork` will make it: its pages are shared."""
-    other = session.engine.open(prompt_embeds=ROWS.to(session.engine.dtype), size=session.size)
-    other.timeline, other.recent = copy.deepcopy(session.timeline), session.recent
-    for branch, mine in zip(other.branches, session.branches, strict=True):
-        branch.cache.release()
-        branch.cache = mine.cache.fork()
-    return other
-
-
 @pytest.mark.parametrize("name", ["longlive", "longlive-infinity"])
 @torch.no_grad()
 def test_a_fork_shares_pages_until_it_writes_them(name):
@@ -118,16 +108,16 @@ def test_a_fork_shares_pages_until_it_writes_them(name):
     engine = make_engine(name)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(blocks, decode=False))
-        table = session.branches[0].cache.table
+        table = session.current.branches[0].cache.table
         pool = table.pool
         held = pool.used
-        with fork(session) as other:
+        with session.fork() as other:
             shared = set(table.pages.values())
-            assert pool.used == held and set(other.branches[0].cache.table.pages.values()) == shared
+            assert pool.used == held and set(other.current.branches[0].cache.table.pages.values()) == shared
             other.prompt(embeds=OTHER)
             changed = torch.cat([block.latents for block in other.stream(3, decode=False)])
-            pool.check_integrity([session.branches[0].cache.table, other.branches[0].cache.table])
-            own = set(other.branches[0].cache.table.pages.values())
+            pool.check_integrity([session.current.branches[0].cache.table, other.current.branches[0].cache.table])
+            own = set(other.current.branches[0].cache.table.pages.values())
             assert len(own & shared) == 3 and pool.used == len(own | shared)  # the sink is shared still
             plain = torch.cat([block.latents for block in session.stream(3, decode=False)])
         assert pool.used == len(table.pages)
@@ -147,9 +137,9 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
     engine = make_engine("longlive", "float32", kv_dtype=given)
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         made = list(session.stream(3, decode=False))
-        cache = session.branches[0].cache
-        with fork(session) as other:
-            there = other.branches[0].cache
+        cache = session.current.branches[0].cache
+        with session.fork() as other:
+            there = other.current.branches[0].cache
             before = cache.export_pages()
             cache.offload(there)
             pool, used = cache.store.pool, len(before.frames)
@@ -178,8 +168,8 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
             assert torch.equal(raw(there.export_pages().kv), raw(before.kv))
         session.prompt(embeds=OTHER.float())
         made += session.stream(3, decode=False)
-        with fork(session) as other:
-            there = other.branches[0].cache
+        with session.fork() as other:
+            there = other.current.branches[0].cache
             cache.offload(there)
             there.release()
             cache.onload()
@@ -211,11 +201,11 @@ def test_a_paused_session_lends_its_pages_to_others():
         list(other.stream(2, decode=False))
         one.resume()
         engine.step()
-        assert one.branches[0].cache.away is not None and pool.used == 6  # no room for both: it waits
+        assert one.current.branches[0].cache.away is not None and pool.used == 6  # no room for both: it waits
         assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), alone[6:9])
-        engine.host.check_integrity()
+        engine.manager.check_integrity()
     made += [block.latents for block in one.stream(1, decode=False)]
-    assert one.branches[0].cache.away is None
+    assert one.current.branches[0].cache.away is None
     one.pause()
     engine.step()
     one.rewind(3)  # to before the last block, while both are away
@@ -224,7 +214,7 @@ def test_a_paused_session_lends_its_pages_to_others():
     assert torch.equal(torch.cat(made), alone)
     one.pause()
     engine.step()
-    engine.host.check_integrity()
+    engine.manager.check_integrity()
     one.close()
     assert pool.used == 0 and engine.memory.store(SIZE).users == 0
     with pytest.raises(UsageError, match="kv_offload is 1"):
@@ -242,14 +232,15 @@ def test_exported_pages_continue_in_another_engine(given):
     first, second = (make_engine("longlive", "float32", **overrides) for _ in range(2))
     with first.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         list(session.stream(5, decode=False))
-        held = session.branches[0].cache.export_pages()
+        held = session.current.branches[0].cache.export_pages()
         with second.open(prompt_embeds=ROWS.float(), size=SIZE) as other:
-            other.timeline, other.recent = copy.deepcopy(session.timeline), session.recent
-            other.branches[0].cache.import_pages(held)
+            other.current.timeline = copy.deepcopy(session.current.timeline)
+            other.current.recent = session.current.recent
+            other.current.branches[0].cache.import_pages(held)
             went_on = [block.latents for block in other.stream(2, decode=False)]
         assert torch.equal(torch.cat(went_on), torch.cat([b.latents for b in session.stream(2, decode=False)]))
         with pytest.raises(ValueError, match="expected torch"):
-            session.branches[0].cache.import_pages(dataclasses.replace(held, kv=held.kv.double()))
+            session.current.branches[0].cache.import_pages(dataclasses.replace(held, kv=held.kv.double()))
 
 
 class AveragedSink(ContiguousCache):
@@ -277,9 +268,9 @@ def test_a_moving_average_sink(positions):
     assert (stream(make_engine("longlive", **overrides | {"sink_decay": 1.0}), 8) - wanted).abs().max() > 1e-4
     with make_engine("longlive", **overrides).open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(6, decode=False))
-        cache = session.branches[0].cache
-        with fork(session) as other:
-            sink, there = cache.sink, other.branches[0].cache
+        cache = session.current.branches[0].cache
+        with session.fork() as other:
+            sink, there = cache.sink, other.current.branches[0].cache
             list(other.stream(1, decode=False))
             assert cache.sink is sink and not torch.equal(there.sink, sink)
             assert not {there.table.pages[frame] for frame in range(3)} & set(cache.table.pages.values())
@@ -355,10 +346,10 @@ def test_what_fewer_bits_cost(kept):
     def velocity(dtype):
         engine = make_engine("longlive-infinity", "float32", kv_dtype=dtype)
         with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
-            engine.cache_prefix(session, past)
-            run = session.timeline.joint_pass([(session.timeline.admit().frames, 500.0)], frozenset())
-            engine.hold(session, run)
-            return engine.velocity(session, run, x)
+            engine.loop.cache_prefix(session.current, past)
+            run = session.current.timeline.joint_pass([(session.current.timeline.admit().frames, 500.0)], frozenset())
+            engine.loop.roll_caches(session.current, run)
+            return engine.loop.velocity(session.current, run, x)
 
     plain = velocity(None)
     error = float((velocity(kept) - plain).norm() / plain.norm())
@@ -370,7 +361,7 @@ def test_memory_is_counted_before_it_is_taken():
     page = engine.memory.form(SIZE).nbytes
     assert page == 2 * 2 * 4 * 64 * 4  # keys and values, layers, tokens, width, bytes
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
-        assert session.branches[0].cache.store.nbytes == 12 * page
+        assert session.current.branches[0].cache.store.nbytes == 12 * page
     small = make_engine("longlive", "float32", kv_memory=12 * page - 1)
     said = f"kv_memory is {format_bytes(12 * page - 1)}, but one session of longlive needs .*: 12 latent frames"
     with pytest.raises(UsageError, match=said):
@@ -400,7 +391,7 @@ def test_a_fixed_budget_is_not_passed():
     made += one.stream(2, decode=False)
     wanted = stream_of(make_engine("self-forcing", "float32", local_attn_size=6), 3)
     assert torch.equal(torch.cat([block.latents for block in made]), wanted)
-    one.branches[0].cache.offload()  # its pages are free, but come back
+    one.current.branches[0].cache.offload()  # its pages are free, but come back
     with pytest.raises(UsageError, match="but one session"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
     assert list(engine.memory.stores) == [(2, 2)]

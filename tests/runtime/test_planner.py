@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, contiguous, make_engine
+from oracles import ROWS, SIZE, TINY, contiguous, make_engine, remade
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,7 +55,7 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     stride, (height, width) = engine.spec.vae_stride[0], SIZE[::-1]
     done = []
 
-    def run(session, this, latents):
+    def run(state, this, latents, record):
         done.append(("pass", shape(this)))
         yield from ()
         return torch.zeros_like(latents)
@@ -68,7 +68,7 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
         done.append(("encode", len(pixels)))
         return torch.zeros(1, engine.spec.out_channels, *engine.spec.latent_size(SIZE))
 
-    monkeypatch.setattr(engine, "network_pass", run)
+    monkeypatch.setattr(engine.loop, "network_pass", run)
     monkeypatch.setattr(engine.parts.vae, "decode", decode)
     monkeypatch.setattr(engine.parts.vae, "encode", encode)
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
@@ -98,8 +98,8 @@ SMALL = {  # presets with a past that is soon full
 
 def countable(engine):
     """The same engine with a smaller VAE, over the plain cache, whose attention torch can count."""
-    engine.parts = replace(engine.parts, vae=CausalVae(SMALL_VAE).eval().requires_grad_(False))
-    engine.host.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
+    engine = remade(engine, vae=CausalVae(SMALL_VAE).eval().requires_grad_(False))
+    engine.manager.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
     return contiguous(engine)
 
 
@@ -119,14 +119,14 @@ def test_a_real_session(name):
             told = planner.speed(load, block, TOP)
             assert counter.get_total_flops() == told.transformer_flops + told.decoder_flops
         held = memory(load).each
-        keys = [tensor.nbytes for branch in session.branches for pair in branch.text.text for tensor in pair]
-        kept = [tensor.nbytes for tensor in (session.recent, session.pixels) if tensor is not None]
-        kept += [block.latents.nbytes for block in session.flight]
+        keys = [tensor.nbytes for branch in session.current.branches for pair in branch.text.text for tensor in pair]
+        kept = [tensor.nbytes for tensor in (session.current.recent, session.current.pixels) if tensor is not None]
+        kept += [block.latents.nbytes for block in session.current.flight]
         scratch = page_needs(load.preset).scratch  # pages for the length of a pass
-        pages = sum(branch.cache.nbytes for branch in session.branches)
+        pages = sum(branch.cache.nbytes for branch in session.current.branches)
         assert pages + scratch * page_bytes(TINY, load.tokens, "float32") == held["pages"]
-        assert sum(keys) + len(session.branches) * session.rows.nbytes == held["cross_keys"]
-        assert session.track.state.nbytes == held["decoder_state"]
+        assert sum(keys) + len(session.current.branches) * session.current.rows.nbytes == held["cross_keys"]
+        assert session.current.decoder.state.nbytes == held["decoder_state"]
         assert sum(kept) <= held["latents"]
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import ROWS, SIZE, make_engine
+from oracles import ROWS, SIZE, make_engine, remade
 from programs import traced
 from recording import FakeGraphs
 
 from inferix.bench import profile_cost
 from inferix.errors import UsageError
-from inferix.graphs.call_cost import PACKED, family, flops, nbytes
+from inferix.graphs.cost import PACKED, call_cost, family
 from inferix.kernels.block_attention import block_attention
 from inferix.runtime import engine as engines
 from inferix.runtime.execution.executors import GraphExecutor
@@ -33,7 +33,7 @@ def profiled(folder: Path, monkeypatch: pytest.MonkeyPatch, backend: FakeGraphs 
     """Two blocks, the graphs made once for all tests here."""
     monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype, lowp: Ceilings(1e9, 1e9))
     engine = make_engine(executor="fused", graphs=str(folder / "graphs"))
-    engine.executor = GraphExecutor(engine.config, engine.preset, engine.parts, backend)
+    engine = remade(engine, GraphExecutor(engine.config, engine.preset, engine.parts, backend))
     profile = engine.start_profile()
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(2, decode=False))
@@ -123,7 +123,8 @@ def test_bytes_and_operations_of_calls() -> None:
         run, torch.zeros(1, 6, 32), torch.zeros(128, 32), torch.zeros(128), torch.zeros(5, 1, 1, 2, 2),
         torch.zeros(2, 8, 10, 2, 64), table, count,
     )  # fmt: skip
-    cost = {call.op._schema.name: (family(call), flops(call, 3), nbytes(call, 3)) for call in program.calls}
+    costs = {call.op._schema.name: (family(call), call_cost(call, 3)) for call in program.calls}
+    cost = {name: (kind, one.flops, one.nbytes) for name, (kind, one) in costs.items()}
     assert cost["aten::addmm"] == ("matmul", 2 * 6 * 32 * 128, 4 * (6 * 32 + 32 * 128 + 128 + 6 * 128))
     pages = 4 * 2 * 3 * 10 * 128
     assert cost["inferix::block_attention"] == ("attention", 4 * 6 * 128 * 30, 2 * 4 * 6 * 128 + pages + 4 * 4 + 4)

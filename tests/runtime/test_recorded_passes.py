@@ -64,7 +64,7 @@ def passes_of(name, monkeypatch, **overrides):
             if index == PROMPT_AT:
                 session.prompt(embeds=OTHER)
             if index == CUT_AT:
-                session.timeline.cut_shot()
+                session.current.timeline.cut_shot()
             list(session.stream(1, decode=False))
             blocks.append([line(run) for run in passes])
             passes.clear()

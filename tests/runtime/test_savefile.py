@@ -50,7 +50,7 @@ import sys, time
 sys.path.insert(0, {str(TESTS / "runtime")!r})
 sys.path.insert(0, {str(TESTS)!r})
 import test_savefile as here
-from inferix.runtime import savefile
+from inferix.runtime.sessions import session_file as savefile
 
 engine = here.make_engine("longlive", "float32", **here.SETTINGS)
 session = here.Session.restore(engine, sys.argv[1])
@@ -102,7 +102,7 @@ def test_a_save_that_fails_leaves_the_old_file(saved, tmp_path, monkeypatch):
     path.write_bytes(source.read_bytes())
     engine = make_engine("longlive", "float32", **SETTINGS)
     with Session.restore(engine, path) as session:
-        monkeypatch.setattr("inferix.runtime.media.os.fsync", full_disk)
+        monkeypatch.setattr("inferix.runtime.files.os.fsync", full_disk)
         with pytest.raises(InferixError, match=r"world.safetensors' failed: disk full"):
             session.save(path)
         with pytest.raises(UsageError, match="cannot write to folder"):
@@ -121,7 +121,7 @@ def test_cut_and_foreign_files_are_refused_in_one_line(saved, tmp_path):
             Session.restore(by, path)
         assert "\n" not in str(caught.value)
         by.check_integrity()
-        assert not by.host.sessions
+        assert not by.manager.sessions
 
     refused("no saved session", kind=UsageError)
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
@@ -165,7 +165,7 @@ def test_a_restored_session_needs_room_like_any_other(saved):
     queued = Session.restore(engine, path)
     with pytest.raises(InferixError, match="still waits for room"):
         queued.save(path)
-    assert queued.state is State.NEW and engine.host.pages_in_use == 0
+    assert queued.state is State.NEW and engine.manager.pages_in_use == 0
     first.close()
     assert hash_of(queued.stream(2)) == wanted
     with pytest.raises(UsageError, match="cannot be rewound to block 3"):

@@ -3,79 +3,79 @@
 import pytest
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.capacity.memory_need import Need
-from inferix.runtime.limits import Limits, Relief
+from inferix.runtime.capacity.memory_need import MemoryNeed
+from inferix.runtime.limits import DegradationStep, Limits
 from inferix.runtime.sessions.lifecycle import MOVES, Lifecycle, State
-from inferix.runtime.sessions.scheduler import Client, Scheduler
+from inferix.runtime.sessions.scheduler import Scheduler, SchedulerEntry
 
 MB = 10**6
 
 
-def client(need=0, kind="small", period=1.0):
-    return Client(Need(pages=need), kind, period)
+def entry(need=0, kind="small", period=1.0):
+    return SchedulerEntry(MemoryNeed(pages=need), kind, period)
 
 
-def scheduler(clients=2, **limits):
+def scheduler(admitted=2, **limits):
     found = Scheduler(Limits(**limits))
-    for session in range(1, clients + 1):
-        assert found.join(session, client())
+    for session in range(1, admitted + 1):
+        assert found.join(session, entry())
     return found
 
 
 def test_round_robin_takes_turns_among_those_that_can_go_on():
     found = scheduler(3)
-    assert [found.choose([1, 2, 3], [], 0.0) for _ in range(4)] == [1, 2, 3, 1]
-    assert [found.choose([1, 3], [2], 0.0) for _ in range(2)] == [3, 1]
-    assert found.choose([1, 2, 3], [], 0.0) == 2
-    assert found.choose([], [1, 2, 3], 0.0) is None
+    assert [found.pick([1, 2, 3], [], 0.0) for _ in range(4)] == [1, 2, 3, 1]
+    assert [found.pick([1, 3], [2], 0.0) for _ in range(2)] == [3, 1]
+    assert found.pick([1, 2, 3], [], 0.0) == 2
+    assert found.pick([], [1, 2, 3], 0.0) is None
 
 
 def test_the_session_that_runs_out_of_video_first_comes_first():
     found = scheduler(3, schedule="earliest-deadline", realtime=True)
     assert found.shown(1, now=0.0, seconds=1.0) is None
     found.shown(2, now=0.5, seconds=0.25)
-    assert found.choose([1, 2], [], 0.6) == 2
-    assert found.choose([1, 2, 3], [], 0.6) == 3  # it has shown nothing yet
+    assert found.pick([1, 2], [], 0.6) == 2
+    assert found.pick([1, 2, 3], [], 0.6) == 3  # it has shown nothing yet
     assert found.shown(2, now=0.7, seconds=1.0) == pytest.approx(0.05)
-    assert found.choose([1, 2], [], 0.8) == 1
+    assert found.pick([1, 2], [], 0.8) == 1
 
 
 def test_a_late_block_is_counted_and_playing_begins_again_from_it():
     found = scheduler(1, realtime=True)
     found.shown(1, now=0.0, seconds=1.0)
     assert found.shown(1, now=1.5, seconds=1.0) == -0.5
-    assert found.clients[1].due == 2.5 and found.clients[1].late == 1
+    assert found.admitted[1].due == 2.5 and found.admitted[1].late == 1
     assert found.shown(1, now=2.4, seconds=1.0) == pytest.approx(0.1)
-    assert found.clients[1].due == 3.5 and found.clients[1].late == 0
+    assert found.admitted[1].due == 3.5 and found.admitted[1].late == 0
 
 
 def test_a_deadline_that_passes_while_the_reader_holds_the_session_back_is_void():
     found = scheduler(2, realtime=True)
     found.shown(1, now=0.0, seconds=1.0)
-    found.choose([2], [1], now=0.5)
-    assert found.clients[1].due == 1.0
-    found.choose([2], [], now=1.5)  # a block of it is under way, and late
-    assert found.clients[1].due == 1.0
-    found.choose([2], [1], now=1.5)
-    assert found.clients[1].due is None
+    found.pick([2], [1], now=0.5)
+    assert found.admitted[1].due == 1.0
+    found.pick([2], [], now=1.5)  # a block of it is under way, and late
+    assert found.admitted[1].due == 1.0
+    found.pick([2], [1], now=1.5)
+    assert found.admitted[1].due is None
     assert found.shown(1, now=5.0, seconds=1.0) is None
 
 
 def test_a_session_that_does_not_fit_is_refused_with_the_numbers():
     found = Scheduler(Limits(memory_bytes=10 * MB))
-    found.join(1, client(need=6 * MB))
+    found.join(1, entry(need=6 * MB))
     with pytest.raises(InferixError, match=r"session 2 needs 5 MB \(pages 5 MB.*but 6 MB of 10 MB are reserved"):
-        found.join(2, client(need=5 * MB))
+        found.join(2, entry(need=5 * MB))
     with pytest.raises(UsageError, match=r"11 MB.*more than memory_bytes 10 MB even alone"):
-        found.join(3, client(need=11 * MB))
-    assert list(found.clients) == [1] and not found.waiting
+        found.join(3, entry(need=11 * MB))
+    assert list(found.admitted) == [1] and not found.waiting
 
 
 def test_or_waits_in_order_for_room():
     found = Scheduler(Limits(memory_bytes=10 * MB, when_full="queue"))
-    assert found.join(1, client(need=6 * MB))
-    assert not found.join(2, client(need=6 * MB))
-    assert not found.join(3, client(need=MB))  # it would fit, but the second came first
+    assert found.join(1, entry(need=6 * MB))
+    assert not found.join(2, entry(need=6 * MB))
+    assert not found.join(3, entry(need=MB))  # it would fit, but the second came first
     assert found.admit_waiting() == []
     found.leave(1)
     assert found.admit_waiting() == [2, 3]
@@ -86,13 +86,13 @@ def test_a_session_that_would_make_others_late_is_refused_with_the_numbers():
     found = scheduler(1, realtime=True)
     found.measured(1, 0.6)
     with pytest.raises(InferixError, match=r"0.600 s \(measured\) and plays for 1.000 s, 60% .* beside 60% for the 1"):
-        found.join(2, client())
-    assert found.join(3, client(kind="never seen"))
+        found.join(2, entry())
+    assert found.join(3, entry(kind="never seen"))
     found.leave(1)
-    assert found.join(4, client())
+    assert found.join(4, entry())
     relaxed = scheduler(1)
     relaxed.measured(1, 5.0)
-    assert relaxed.join(2, client())
+    assert relaxed.join(2, entry())
 
 
 def test_measured_times_follow_the_newest_blocks():
@@ -105,21 +105,22 @@ def test_measured_times_follow_the_newest_blocks():
 
 
 def test_overload_takes_declared_steps_in_order_and_no_others():
-    found = scheduler(3, realtime=True, late_blocks=2, overload=(Relief("window", 6), Relief("sessions", 2)))
-    assert found.relief() is None
+    steps = (DegradationStep("window", 6), DegradationStep("sessions", 2))
+    found = scheduler(3, realtime=True, late_blocks=2, overload=steps)
+    assert found.next_degradation() is None
     now = 0.0
-    for step in (Relief("window", 6), Relief("sessions", 2), None):
+    for step in (*steps, None):
         for _ in range(3):
             now += 5.0
             found.shown(1, now, seconds=1.0)
-        assert found.relief() == step
+        assert found.next_degradation() == step
     assert found.most_sessions == 2
     with pytest.raises(InferixError, match="one too many: 3 are in, and 2 may be"):
-        found.join(4, client())
+        found.join(4, entry())
     silent = scheduler(1, realtime=True)
     for now in range(0, 100, 5):
         silent.shown(1, float(now), 1.0)
-    assert silent.relief() is None
+    assert silent.next_degradation() is None
 
 
 @pytest.mark.parametrize(
@@ -137,9 +138,9 @@ def test_bad_limits(setting, said):
     with pytest.raises(UsageError, match=said):
         Limits(**setting)
     with pytest.raises(UsageError, match="did you mean 'window'"):
-        Relief("windows", 3)
-    with pytest.raises(UsageError, match="value 0; expected 1"):
-        Relief("window")
+        DegradationStep("windows", 3)
+    with pytest.raises(UsageError, match="value is 0; expected 1"):
+        DegradationStep("window")
 
 
 def test_states_move_as_the_table_says_and_no_other_way():
@@ -156,13 +157,21 @@ def test_states_move_as_the_table_says_and_no_other_way():
     assert not MOVES[State.CLOSED] and not MOVES[State.FAILED]
 
 
+def test_pages_of_other_sizes_take_no_room():
+    """Each size of picture has a store of its own."""
+    found = Scheduler(Limits())
+    wide, small = (SchedulerEntry(MemoryNeed(pages=6 * MB), kind, 1.0, page_room=10 * MB) for kind in ("wide", "small"))
+    assert found.join(1, wide) and found.join(2, small)
+    assert "6 MB of 10 MB" in found.obstacle(3, small)
+
+
 def test_a_resting_session_lends_the_room_of_its_pages():
     found = Scheduler(Limits(memory_bytes=10 * MB))
-    whole = Client(Need(pages=6 * MB, decoder=2 * MB), "small", 1.0)
+    whole = SchedulerEntry(MemoryNeed(pages=6 * MB, decoder=2 * MB), "small", 1.0)
     assert found.join(1, whole)
     found.rest(1)
     assert found.reserved == 2 * MB
-    assert found.join(2, client(7 * MB))
+    assert found.join(2, entry(7 * MB))
     found.wake(1)
     assert found.admit_waiting() == []
     assert "needs 8 MB" in found.obstacle(1, whole) and "7 MB of 10 MB" in found.obstacle(1, whole)

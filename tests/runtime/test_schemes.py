@@ -19,13 +19,13 @@ GRID = (2, 2)
 
 def velocity(engine, latents, timesteps, rows, text=ROWS):
     model = engine.parts.transformer
-    context = model.embed_text(engine.prompt_rows(None, text)[None])
+    context = model.embed_text(engine.inputs.prompt_rows(None, text)[None])
     return model(latents[None], torch.tensor([timesteps]), context, FrameAttention(rows, GRID))[0]
 
 
 def draws(engine, span):
     with engine.open(prompt_embeds=ROWS, size=SIZE, **NEGATIVE.get(engine.preset.name, {})) as session:
-        return [engine.draw(session, span, step) for step in range(len(session.sampler.timesteps))]
+        return [engine.loop.draw(session.current, span, step) for step in range(len(session.current.sampler.timesteps))]
 
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": OTHER}}
@@ -52,13 +52,13 @@ def block_causal(past, block, step=3):
 
 def record(engine, monkeypatch):
     """Passes of each block as they run; the list is filled by streaming."""
-    passes, plain = [], engine.network_pass
+    passes, plain = [], engine.loop.network_pass
 
-    def run_and_note(session, this, latents):
+    def run_and_note(state, this, latents, record):
         passes.append(this)
-        return plain(session, this, latents)
+        return plain(state, this, latents, record)
 
-    monkeypatch.setattr(engine, "network_pass", run_and_note)
+    monkeypatch.setattr(engine.loop, "network_pass", run_and_note)
     return passes
 
 
@@ -157,11 +157,11 @@ def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
     engine = make_engine("longlive", recache_sink=sink_anew)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(before, decode=False))
-        cache = session.branches[0].cache
+        cache = session.current.branches[0].cache
         old = held(cache)
         session.prompt(embeds=OTHER)
-        engine.follow_controls(session)
-        engine.at_once(engine.follow_prompt(session))
+        engine._apply_controls(session)
+        engine.loop.run_alone(engine.loop.follow_prompt(session.current, lambda: None))
         end = before * 3
         latents = torch.cat([block.latents for block in blocks])
         window = list(range(max(0, end - 12), end))
@@ -170,7 +170,7 @@ def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
         assert set(frames) <= set(window)
         model = engine.parts.transformer
         kv = WithSink(old, frames, sinks=0 if sink_anew else 3)
-        text = model.embed_text(engine.prompt_rows(None, OTHER)[None])
+        text = model.embed_text(engine.inputs.prompt_rows(None, OTHER)[None])
         model(latents[frames][None], torch.zeros(1, len(frames)), text, kv)
         for (keys, values), (wanted_keys, wanted_values) in zip(held(cache), kv.made, strict=True):
             assert (keys - wanted_keys).abs().max() <= 1e-10
@@ -206,14 +206,14 @@ def test_a_cut_changes_the_text_and_nothing_else():
     engine = make_engine("self-forcing")
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(2, decode=False))
-        keys = session.branches[0].cache.export_pages().kv
+        keys = session.current.branches[0].cache.export_pages().kv
         session.prompt(embeds=OTHER)
-        engine.follow_controls(session)
-        engine.at_once(engine.follow_prompt(session))
-        assert torch.equal(keys, session.branches[0].cache.export_pages().kv)
+        engine._apply_controls(session)
+        engine.loop.run_alone(engine.loop.follow_prompt(session.current, lambda: None))
+        assert torch.equal(keys, session.current.branches[0].cache.export_pages().kv)
         (after,) = session.stream(1, decode=False)
     model = engine.parts.transformer
-    assert torch.equal(session.rows, engine.prompt_rows(None, OTHER))
+    assert torch.equal(session.current.rows, engine.inputs.prompt_rows(None, OTHER))
     assert not torch.equal(after.latents, run(engine, 3)[2].latents)
     assert model is engine.parts.transformer and len(blocks) == 2
 
@@ -221,14 +221,14 @@ def test_a_cut_changes_the_text_and_nothing_else():
 @torch.no_grad()
 def test_a_blend_arrives_after_its_blocks():
     engine = make_engine("krea", blend_blocks=4)
-    new, old = engine.prompt_rows(None, OTHER), engine.prompt_rows(None, ROWS)
+    new, old = engine.inputs.prompt_rows(None, OTHER), engine.inputs.prompt_rows(None, ROWS)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(1))
         session.prompt(embeds=OTHER)
         for part in (0.25, 0.5, 0.75, 1.0, 1.0):
             list(session.stream(1))
-            assert (session.rows - (old + part * (new - old))).abs().max() <= 1e-12
-        assert torch.equal(session.rows, new)
+            assert (session.current.rows - (old + part * (new - old))).abs().max() <= 1e-12
+        assert torch.equal(session.current.rows, new)
 
 
 @torch.no_grad()
@@ -274,10 +274,10 @@ def test_longlive2_blocks_shots_and_positions():
     engine = make_engine("longlive2", local_attn_size=12, sink_size=2, num_frame_per_block=2, shot_offset=5)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(3, decode=False))
-        session.timeline.cut_shot()
+        session.current.timeline.cut_shot()
         blocks += session.stream(7, decode=False)
-        assert session.timeline.pinned == (6, 7)
-        assert session.timeline.visible(20) == (0, 1, 6, 7, *range(12, 20))
+        assert session.current.timeline.pinned == (6, 7)
+        assert session.current.timeline.visible(20) == (0, 1, 6, 7, *range(12, 20))
     timeline = Timeline(engine.preset)
     timeline.pinned = (6, 7)
     positions = [frame + (5 if frame >= 6 else 0) for frame in range(20)]
@@ -306,7 +306,7 @@ def test_an_image_is_clamped_as_the_first_frame():
     engine = make_engine("longlive2")
     image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
     with engine.open(prompt_embeds=ROWS, size=SIZE, image=image) as session:
-        head = session.clamped
+        head = session.current.clamped
         assert head.shape == (1, 16, 4, 4)
         first, second = session.stream(2, decode=False)
     assert torch.equal(first.latents[:1], head)
@@ -331,18 +331,18 @@ def test_guidance_equals_two_separate_runs():
         plain.open(prompt_embeds=OTHER, size=SIZE) as negative,
     ):
         for block in blocks:
-            span = prompted.timeline.admit()
-            negative.timeline.admit()
-            x, solver = plain.draw(prompted, span, 0), sampler.begin()
+            span = prompted.current.timeline.admit()
+            negative.current.timeline.admit()
+            x, solver = plain.loop.draw(prompted.current, span, 0), sampler.begin()
             for step, timestep in enumerate(sampler.timesteps):
                 told = []
                 for session in (prompted, negative):
-                    this = session.timeline.joint_pass([(span.frames, timestep)], frozenset())
-                    plain.hold(session, this)
-                    told.append(plain.velocity(session, this, x))
+                    this = session.current.timeline.joint_pass([(span.frames, timestep)], frozenset())
+                    plain.loop.roll_caches(session.current, this)
+                    told.append(plain.loop.velocity(session.current, this, x))
                 x = solver.advance(x, told[1] + 4.0 * (told[0] - told[1]), step, lambda x=x: x)
             for session in (prompted, negative):
-                plain.commit(session, span, x)
+                plain.loop.run_alone(plain.loop.commit(session.current, span, x))
             assert (block.latents - x).abs().max() <= 1e-10
     with pytest.raises(UsageError, match="negative prompt"):
         guided.open(prompt_embeds=ROWS, size=SIZE)
@@ -359,10 +359,10 @@ def test_a_video_is_started_from_with_a_strength():
         whole = list(session.stream(2, decode=False))
     assert torch.equal(whole[1].latents, run(engine, 2)[1].latents)  # from noise alone
     with engine.open(**kwargs, strength=0.4) as session:
-        assert session.sampler.timesteps[0] < 1000
-        sigma, given = session.sampler.sigmas[0], session.source
-        start = engine.admit(session)
-        noise = engine.draw(session, start.span, 0)
+        assert session.current.sampler.timesteps[0] < 1000
+        sigma, given = session.current.sampler.sigmas[0], session.current.source
+        start = engine.loop.admit(session.current)
+        noise = engine.loop.draw(session.current, start.span, 0)
         assert (start.latents - ((1 - sigma) * given[:3] + sigma * noise)).abs().max() <= 1e-6
     with engine.open(**kwargs, strength=0.4) as session, pytest.raises(InferixError, match="video ends before block 2"):
         list(session.stream(3))

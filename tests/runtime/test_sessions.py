@@ -10,16 +10,15 @@ from itertools import pairwise
 import psutil
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, make_engine
+from oracles import ROWS, SIZE, TINY, make_engine, remade
 
 from inferix import load
 from inferix.errors import InferixError, UsageError
 from inferix.models.wan.vae import TINY_VAE
-from inferix.runtime import host as hosting
-from inferix.runtime import mailbox
 from inferix.runtime.kv.pages import OutOfPages
-from inferix.runtime.limits import Limits, Relief
+from inferix.runtime.limits import DegradationStep, Limits
 from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.sessions import control_queue, session_manager
 from inferix.runtime.sessions.lifecycle import State
 from inferix.runtime.sessions.session import Session
 from inferix.runtime.telemetry.records import RecordFile
@@ -131,18 +130,19 @@ def test_a_fork_shares_pages_and_decoder_state_until_it_goes_on():
     engine = small_engine(local_attn_size=12)
     session = opened(engine)
     blocks = list(session.stream(2))
-    cache, used = session.branches[0].cache, engine.host.pages_in_use
+    cache, used = session.current.branches[0].cache, engine.manager.pages_in_use
     twin = session.fork()
-    assert engine.host.pages_in_use == used == 6
-    assert all(a is b for a, b in zip(*(s.track.state.history.values() for s in (session, twin)), strict=True))
+    assert engine.manager.pages_in_use == used == 6
+    decoders = [each.current.decoder.state.history.values() for each in (session, twin)]
+    assert all(a is b for a, b in zip(*decoders, strict=True))
     session.prompt(embeds=OTHER)
     twin.prompt(embeds=PROMPT * 0.5)
     two = list(zip(session.stream(2), twin.stream(2), strict=True))
-    assert engine.host.pages_in_use == 6 + 2 * 6
-    past = [[s.branches[0].cache.table.pages[frame] for frame in range(6)] for s in (session, twin)]
+    assert engine.manager.pages_in_use == 6 + 2 * 6
+    past = [[s.current.branches[0].cache.table.pages[frame] for frame in range(6)] for s in (session, twin)]
     assert past[0] == past[1]
     assert not torch.equal(two[0][0].latents, two[0][1].latents)
-    assert torch.equal(cache.export_pages().kv[:, :, :6], twin.branches[0].cache.export_pages().kv[:, :, :6])
+    assert torch.equal(cache.export_pages().kv[:, :, :6], twin.current.branches[0].cache.export_pages().kv[:, :, :6])
     for prompt, found in ((OTHER, [a for a, _ in two]), (PROMPT * 0.5, [b for _, b in two])):
         with opened(small_engine(local_attn_size=12)) as other:
             assert same(list(other.stream(2)), blocks)
@@ -150,9 +150,9 @@ def test_a_fork_shares_pages_and_decoder_state_until_it_goes_on():
             assert same(list(other.stream(2)), found)
     session.close()
     engine.check_integrity()
-    assert engine.host.pages_in_use == 12
+    assert engine.manager.pages_in_use == 12
     twin.close()
-    assert engine.host.pages_in_use == 0
+    assert engine.manager.pages_in_use == 0
 
 
 def test_rewinding_far_decodes_from_a_kept_state_on_again():
@@ -166,7 +166,8 @@ def test_rewinding_far_decodes_from_a_kept_state_on_again():
         found[5:] = list(stream)  # what was dropped is made again, and the stream is as long as asked for
         assert len(found) == 13 and same(found, wanted[:13])
         assert same(list(session.stream(7)), wanted[13:])
-        assert len(session.kept) == 8 and len(session.track.kept) <= 2 and len(session.track.decoded) <= 16
+        decoder = session.current.decoder
+        assert len(session.rewind_points) == 8 and len(decoder.kept) <= 2 and len(decoder.decoded) <= 16
         for block in (19, 15, 12):
             session.rewind(block)
             assert session.next_block == block
@@ -194,13 +195,13 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
     engine = small_engine()
     wanted = alone(4, decode=True)
     denoised, decoding = ([threading.Event() for _ in range(4)] for _ in range(2))
-    velocity, decode, threads = engine.network_pass, engine.parts.vae.decode, []
+    velocity, decode, threads = engine.loop.network_pass, engine.parts.vae.decode, []
 
-    def denoise(session, run, latents):
-        block = session.record.block
+    def denoise(state, run, latents, record):
+        block = record.block
         denoised[block].set()
         assert block == 0 or decoding[block - 1].wait(WAIT)
-        return velocity(session, run, latents)
+        return velocity(state, run, latents, record)
 
     def slow(latents, state):
         block = len(threads)
@@ -209,7 +210,7 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
         assert block == 3 or denoised[block + 1].wait(WAIT)
         return decode(latents, state)
 
-    monkeypatch.setattr(engine, "network_pass", denoise)
+    monkeypatch.setattr(engine.loop, "network_pass", denoise)
     monkeypatch.setattr(engine.parts.vae, "decode", slow)
     told = []
     engine.observe(told.append)
@@ -245,8 +246,8 @@ def test_a_blocked_reader_stops_its_own_session_only():
     def read_quickly():
         assert taken.wait(WAIT)
         blocks = list(quick.stream(8))
-        with engine.host.bell:
-            held = len(slow.outbox), slow.next_block
+        with engine.manager.condition:
+            held = len(slow.output), slow.next_block
         go_on.set()
         quick.stop()
         return blocks, held
@@ -257,20 +258,20 @@ def test_a_blocked_reader_stops_its_own_session_only():
     assert held <= 2 and begun <= 3  # one was taken, two wait
     assert same(blocks, alone(8, decode=True, seed=2))
     assert same(waits[0](), alone(6, decode=True, seed=1))
-    assert slow.state is quick.state is State.CLOSED and not engine.host.sessions
+    assert slow.state is quick.state is State.CLOSED and not engine.manager.sessions
 
 
 def test_controls_of_other_threads_count_from_the_next_block_and_are_acknowledged():
     """Told while block 1 is being made: the prompt shows in block 2, and so says its id."""
     engine = small_engine("self-forcing-framewise", spec=replace(TINY, actions=("stay", "left")))
-    velocity, told = engine.network_pass, []
+    velocity, told = engine.loop.network_pass, []
 
-    def interrupted(session, run, latents):
-        if session.record.block == 1 and not told:
+    def interrupted(state, run, latents, record):
+        if record.block == 1 and not told:
             told.extend(in_thread(lambda: (session.prompt(embeds=OTHER), session.act("left")))())
-        return velocity(session, run, latents)
+        return velocity(state, run, latents, record)
 
-    engine.network_pass = interrupted
+    engine.loop.network_pass = interrupted
     with opened(engine) as session:
         blocks = list(session.stream(4, decode=False))
     acks = [[(ack.id, ack.kind) for ack in block.acks] for block in blocks]
@@ -299,8 +300,7 @@ def test_a_prompt_that_the_text_encoder_refuses_changes_nothing():
         def encode(self, prompt):
             raise UsageError(f"knows no word of {prompt!r}")
 
-    engine = small_engine()
-    engine.parts = replace(engine.parts, text=Picky)
+    engine = remade(small_engine(), text=Picky)
     with opened(engine) as session:
         session.prompt("qqq")
         (block,) = session.stream(1, decode=False)
@@ -363,7 +363,7 @@ def test_one_thread_drives_and_others_are_told_so(monkeypatch):
         assert isinstance(error, UsageError), name
         assert f"{name}() was called in thread 'outsider', but 'MainThread' drives this engine" in str(error)
         engine.check_integrity()
-    monkeypatch.setattr(hosting, "DRIVER_WAIT", 0.05)
+    monkeypatch.setattr(session_manager, "OWNER_WAIT", 0.05)
     error = in_thread(lambda: next(session.stream(1)))()
     assert "'MainThread', which drives the engine, makes none" in str(error)
     engine.hand_over()
@@ -416,11 +416,11 @@ def test_waiting_for_ever_is_an_error():
 
 
 def test_controls_that_no_one_takes_are_bounded(monkeypatch):
-    monkeypatch.setattr(mailbox, "MOST_CONTROLS", 3)
+    monkeypatch.setattr(control_queue, "MOST_CONTROLS", 3)
     with opened(small_engine()) as session:
         for _ in range(3):
             session.prompt(embeds=OTHER)
-        with pytest.raises(InferixError, match="3 controls wait"):
+        with pytest.raises(InferixError, match="3 pending controls"):
             session.prompt(embeds=OTHER)
         next(session.stream(1, decode=False))
         session.prompt(embeds=OTHER)
@@ -430,30 +430,30 @@ def test_controls_that_no_one_takes_are_bounded(monkeypatch):
 
 
 def not_a_number(engine, session):
-    session.noise = InjectedNoise(torch.full((9, 16, 4, 4), torch.nan))
+    session.current.noise = InjectedNoise(torch.full((9, 16, 4, 4), torch.nan))
 
 
 def out_of_memory(engine, session):
-    finish = engine.host.finish
+    finish = engine.manager.finish_block
 
     def failing(this, latents):
         if this is session and this.record.block == 2:
-            this.beginning = None
+            this.rollback_point = None
             raise torch.OutOfMemoryError("CUDA out of memory")
         return finish(this, latents)
 
-    engine.host.finish = failing
+    engine.manager.finish_block = failing
 
 
 def broken_decoder(engine, session):
-    decode = session.track.decode
+    decode = session.current.decoder.decode
 
     def failing(block, latents):
         if block == 2:
             raise MemoryError("no memory for pictures")
         return decode(block, latents)
 
-    session.track.decode = failing
+    session.current.decoder.decode = failing
 
 
 @pytest.mark.parametrize(
@@ -471,7 +471,7 @@ def test_a_session_that_fails_ends_alone(harm, said):
             found.append(next(beside))
             next(stream)
     found += beside
-    assert session.state is State.FAILED and session.id not in engine.host.sessions
+    assert session.state is State.FAILED and session.id not in engine.manager.sessions
     assert same(found, alone(6, decode=True, seed=2))
     engine.check_integrity()
     with pytest.raises(InferixError, match=f"session 1 has failed: .*{said}"):
@@ -481,7 +481,7 @@ def test_a_session_that_fails_ends_alone(harm, said):
     session.close()  # frees nothing more, and hides no reason
     assert session.state is State.FAILED
     other.close()
-    assert engine.host.pages_in_use == 0
+    assert engine.manager.pages_in_use == 0
     assert engine.metrics()["counters"]["sessions_failed"] == 1
 
 
@@ -501,7 +501,8 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
     wanted = list(twin.stream(3))
     twin.close()
     pool, failed = engine.memory.store(SIZE).pool, 0
-    places = {"pass": (engine, "forward"), "page": (pool, "acquire"), "whole block": (engine.executor, "block")}
+    whole = (engine.executor, "run_block")
+    places = {"pass": (engine.loop, "forward"), "page": (pool, "acquire"), "whole block": whole}
     owner, verb = places[where]
     plain = getattr(owner, verb)
     while True:
@@ -525,10 +526,10 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
             except (OutOfPages, torch.OutOfMemoryError):
                 failed += 1
         engine.check_integrity()
-        assert session.next_block == 3 and session.state is State.RUNNING and not session.outbox.unfinished
-        assert max(session.branches[0].cache.frames, default=0) < 3 * engine.preset.num_frame_per_block
+        assert session.next_block == 3 and session.state is State.RUNNING and not session.output.unfinished
+        assert max(session.current.branches[0].cache.frames, default=0) < 3 * engine.preset.num_frame_per_block
         beside += other.stream(1)
-    assert failed > (where == "pass") and engine.metrics()["counters"]["blocks_taken_back"] == failed
+    assert failed > (where == "pass") and engine.metrics()["counters"]["blocks_rolled_back"] == failed
     found += session.stream(2)
     assert same(found, wanted)
     session.rewind(5)
@@ -536,7 +537,7 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
     engine.check_integrity()
     session.close()
     other.close()
-    assert engine.host.pages_in_use == 0
+    assert engine.manager.pages_in_use == 0
     with opened(engine, 2, **NEGATIVE.get(name, {})) as one:
         assert same(beside, list(one.stream(len(beside))))
 
@@ -544,12 +545,12 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
 def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeypatch):
     """In a thread of its own; then it asks again. On a CPU torch has no class for the error."""
     engine = small_engine()
-    session, velocity, failures = opened(engine), engine.network_pass, []
+    session, velocity, failures = opened(engine), engine.loop.network_pass, []
 
-    def failing(session, run, latents):
-        if session.record.block == 2 and not failures:
+    def failing(state, run, latents, record):
+        if record.block == 2 and not failures:
             failures.append(torch.empty(10**15))
-        return velocity(session, run, latents)
+        return velocity(state, run, latents, record)
 
     def read():
         with session:
@@ -560,7 +561,7 @@ def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeyp
             failures.append(len(blocks))
             return blocks + list(session.stream(2))
 
-    monkeypatch.setattr(engine, "network_pass", failing)
+    monkeypatch.setattr(engine.loop, "network_pass", failing)
     wait = in_thread(read)
     engine.run()
     assert same(wait(), alone(4, decode=True)) and failures == [2]
@@ -572,11 +573,11 @@ def test_an_interrupted_block_ends_its_session_and_a_bug_is_not_swallowed(monkey
     session, other = opened(engine, 1), opened(engine, 2)
     next(session.stream(1))
 
-    def interrupted(session, run, latents):
+    def interrupted(state, run, latents, record):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "network_pass", interrupted)
+        patch.setattr(engine.loop, "network_pass", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(session.stream(1))
     with pytest.raises(InferixError, match="session 1 has failed: its last block was interrupted"):
@@ -585,7 +586,7 @@ def test_an_interrupted_block_ends_its_session_and_a_bug_is_not_swallowed(monkey
     with pytest.raises(ZeroDivisionError):
         engine.soon(lambda: 1 / 0)
     assert same(list(other.stream(2)), alone(2, decode=True, seed=2))
-    monkeypatch.setattr(other.track, "decode", lambda block, latents: 1 / 0)
+    monkeypatch.setattr(other.current.decoder, "decode", lambda block, latents: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(other.stream(1))
     engine.check_integrity()
@@ -597,10 +598,10 @@ def test_a_session_whose_reader_is_gone_ends(monkeypatch):
     stream = session.stream(9, decode=False)
     next(stream)
     other_stream = other.stream(9, decode=False)
-    while not session.outbox.ready:
+    while not session.output.ready:
         next(other_stream)
     assert session.state is State.RUNNING
-    session.outbox.touched -= 6.0
+    session.output.touched -= 6.0
     next(other_stream)
     assert session.state is State.FAILED
     next(stream)  # what was finished is not lost
@@ -634,8 +635,8 @@ def test_bad_input_leaves_everything_whole():
         (lambda: small_engine(rewind_blocks=-1), "rewind_blocks is -1"),
         (lambda: opened(small_engine(kv_memory=4096)), "kv_memory is 4.096 kB, but one session of self-forcing needs"),
         (lambda: opened(small_engine(limits=Limits(memory_bytes=10_000))), "more than memory_bytes 10 kB even alone"),
-        (lambda: small_engine(limits=Limits(overload=(Relief("window", 2),))), "local_attn_size 2 is smaller"),
-        (lambda: small_engine(limits=Limits(overload=(Relief("decoder"),))), "there is none; give fast_vae"),
+        (lambda: small_engine(limits=Limits(overload=(DegradationStep("window", 2),))), "local_attn_size 2 is smaller"),
+        (lambda: small_engine(limits=Limits(overload=(DegradationStep("decoder"),))), "there is none; give fast_vae"),
         (lambda: engine.open(prompt_embeds=PROMPT, size=(30, 32)), "multiple of 16"),
     ]
     for call, said in cases:
@@ -654,7 +655,7 @@ def test_integrity_notices_a_page_that_no_session_holds():
     engine = small_engine()
     with opened(engine) as session:
         list(session.stream(1, decode=False))
-        cache = session.branches[0].cache
+        cache = session.current.branches[0].cache
         cache.store.pool.acquire(1)
         with pytest.raises(InferixError, match="counted and held differ"):
             engine.check_integrity()
@@ -688,14 +689,14 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypa
     with pytest.raises(InferixError, match=r"session 2 needs .* of pages, but .* are reserved"):
         next(other.stream(1, decode=False))
     with monkeypatch.context() as patch:
-        patch.setattr(resting, "put_away", lambda: torch.empty(10**15))
+        patch.setattr(resting, "offload", lambda: torch.empty(10**15))
         resting.pause()
         with pytest.warns(UserWarning, match="session 1 keeps its pages where they are: .*allocate memory"):
             engine.step()
     resting.resume()
     resting.pause()
     beside = list(other.stream(3, decode=False))
-    assert resting.away and engine.host.pages_in_use == len(other.caches[0].frames) + 3 * rewind_blocks
+    assert resting.away and engine.manager.pages_in_use == len(other.caches[0].frames) + 3 * rewind_blocks
     engine.check_integrity()
     with pytest.raises(InferixError, match="in host memory"):
         resting.fork()
@@ -712,23 +713,23 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypa
 def test_overload_takes_its_steps_and_says_so():
     """A model whose video plays faster than it can be made: first a narrower window, then the fast decoder."""
     spec = replace(TINY, fps=10**6)
-    steps = (Relief("window", 3), Relief("decoder"), Relief("sessions", 1))
+    steps = (DegradationStep("window", 3), DegradationStep("decoder"), DegradationStep("sessions", 1))
     limits = Limits(realtime=True, late_blocks=1, overload=steps, schedule="earliest-deadline")
     engine = small_engine(spec=spec, fast_vae="taehv", limits=limits)
     first, second = opened(engine, 1), opened(engine, 2)
     with pytest.warns(UserWarning, match="blocks were late: overload step window 3"):
         blocks = [*first.stream(2), *first.stream(1)]
     assert blocks[1].record.slack < 0
-    assert first.timeline.preset.context.local_attn_size == second.timeline.preset.context.local_attn_size == 3
+    assert engine.preset.context.local_attn_size == first.current.preset.context.local_attn_size == 3
     with pytest.warns(UserWarning, match="overload step decoder"):
         blocks += first.stream(1)
     assert [len(block.frames) for block in blocks] == [9, 12, 12, 12]
-    assert first.track.vae is second.track.vae is engine.parts.fast_vae
+    assert first.current.decoder.vae is second.current.decoder.vae is engine.parts.fast_vae
     with pytest.warns(UserWarning, match="overload step sessions 1"):
         blocks += first.stream(1)
     assert blocks[-1].record.as_dict()["overload"] == ["window", "decoder", "sessions"]
     assert second.state is State.PAUSED and first.state is State.RUNNING
-    assert len(first.branches[0].cache.frames) == 3
+    assert len(first.current.branches[0].cache.frames) == 3
     with pytest.raises(InferixError, match="session 3 is one too many: 2 are in, and 1 may be"):
         opened(engine, 3)
     assert engine.metrics()["counters"]["overload_steps"] == 3
@@ -793,10 +794,10 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
             chance = rng.random()
             if chance < 0.05:
                 session.prompt(embeds=rng.choice(prompts))
-                told[place].setdefault(made, []).append(session.mailbox.waiting[-1])
+                told[place].setdefault(made, []).append(session.controls.waiting[-1])
             elif chance < 0.15:
                 session.act(rng.choice(("stay", "left")))
-                told[place].setdefault(made, []).append(session.mailbox.waiting[-1])
+                told[place].setdefault(made, []).append(session.controls.waiting[-1])
             elif chance < 0.17:
                 session.pause()
                 session.resume()
@@ -806,7 +807,7 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
         assert pool.used <= 8 * least_pages(engine.preset)
         if made in (60, 249):
             gc.collect()
-            memory.append((pool.size, len(engine.host.sessions), len(engine.host.pipeline.jobs)))
+            memory.append((pool.size, len(engine.manager.sessions), len(engine.manager.pipeline.jobs)))
             memory.append(process.memory_info().rss)
     engine.check_integrity()
     assert memory[0] == memory[2]
@@ -814,13 +815,13 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
     for session in sessions:
         session.close()
     engine.check_integrity()
-    assert engine.host.pages_in_use == 0 and not engine.host.scheduler.clients
+    assert engine.manager.pages_in_use == 0 and not engine.manager.scheduler.admitted
     assert engine.metrics()["counters"]["blocks"] == 2000
     for seed in range(8):
         with opened(small_engine("self-forcing-framewise", **settings), seed) as session:
             for made in range(250):
                 for control in told[seed].get(made, ()):
-                    session.mailbox.put(control.kind, control.value)
+                    session.controls.put(control.kind, control.value)
                 (block,) = session.stream(1, decode=False)
                 assert block.latents.sum().item() == found[seed][made], (seed, made)
 

@@ -1,6 +1,6 @@
 """A block graph as a picture: passes as rows, launches as boxes by layer, and what each rewrite changed.
 
-Every box tells its op, what it is in the model, its operations and bytes, and the rewrite that made it; its bar is the
+Every box has its op, its place in the model, its operations and bytes, and the rewrite that made it; its bar is the
 share of operations in those of the costliest box of its row. Passes that launch the same are drawn
 once, and then only as a strip.
 """
@@ -10,42 +10,44 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
-from .cost import FAMILIES, Costs, block_cost
-from .outline import Launch, Section, in_units, outline, sees
-from .rewrites import REWRITES
+from ...kernels.spec import FAMILIES, Cost
+from ..cost import PassCost
+from ..rewrites import REWRITES
+from ..types import BlockGraph, Role, Runs
+from .outline import Launch, Section, attends, in_units, outline
 from .text import WHEN, name
-from .types import BlockGraph, PassGraph, Role, Runs
 
 WIDTH, MARGIN, LABELS = 1640, 32, 236
 BOX, BOX_HEIGHT, GAP, LINE = 92, 84, 6, 12
 FRAME, HEAD = 8, 20  # of a layer's frame: padding, and room for its name
-COLOURS = dict(zip(FAMILIES, ("#2f6db5", "#d07a1f", "#2f8f63", "#8457a8", "#b44a54", "#7b838c"), strict=True))
+COLOURS = dict(
+    zip(
+        FAMILIES,
+        ("#2f6db5", "#1d8a9e", "#d07a1f", "#2f8f63", "#9a7b1c", "#8457a8", "#b44a54", "#7b838c"),
+        strict=True,
+    )
+)
 INK, SOFT, FAINT, PAPER = "#1c2430", "#5b6675", "#e4e8ee", "#ffffff"
-SHORT = {
-    "scaled_dot_product_attention": "sdpa", "qk_norm_rope_append": "qk norm, rope", "_to_copy": "cast",
-    "block_attention": "attention", "linear_gelu": "linear, gelu", "linear_lowp": "linear, low bits",
-    "denoise_step": "denoise step", "rope_append": "rope, append", "rms_norm": "rms norm", "frame_noise": "noise",
-}  # fmt: skip
 
 
 @dataclass
 class Canvas:
-    """What has been drawn, and how far down."""
+    """The parts drawn so far, and the y at which the next begins."""
 
     y: float = MARGIN
     parts: list[str] = field(default_factory=list)
 
     def text(
-        self, x: float, y: float, said: str, size: float = 11, colour: str = INK, bold: bool = False, room: float = 0,
+        self, x: float, y: float, words: str, size: float = 11, colour: str = INK, bold: bool = False, room: float = 0,
         anchor: str = "start",
     ) -> None:  # fmt: skip
         """One line, in smaller letters where there is less room than it would take."""
         weight = ' font-weight="600"' if bold else ""
-        if 0 < room < width_of(said, size, bold):
-            size = round(size * room / width_of(said, size, bold), 1)
+        if 0 < room < width_of(words, size, bold):
+            size = round(size * room / width_of(words, size, bold), 1)
         self.parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{colour}" text-anchor="{anchor}"{weight}>'
-            f"{escape(said)}</text>"
+            f"{escape(words)}</text>"
         )
 
     def box(
@@ -66,9 +68,9 @@ class Canvas:
         )
 
 
-def width_of(said: str, size: float, bold: bool = False) -> float:
+def width_of(words: str, size: float, bold: bool = False) -> float:
     """About how wide a line is."""
-    return len(said) * size * (0.62 if bold else 0.57)
+    return len(words) * size * (0.62 if bold else 0.57)
 
 
 def tint(colour: str) -> str:
@@ -79,22 +81,23 @@ def tint(colour: str) -> str:
 
 def svg(block: BlockGraph) -> str:
     """The picture, as a document."""
-    canvas = Canvas()
-    title(canvas, block)
+    canvas, costs = Canvas(), [PassCost(graph) for graph in block.graphs]
+    title(canvas, block, [one for one in costs if one.graph.runs == Runs.BLOCK])
     drawn: list[tuple[str, list[Section]]] = []
-    for graph in block.graphs:
-        sections = outline(graph)
+    for one in costs:
+        sections = outline(one)
         same = next((other for other, known in drawn if known == sections), None)
-        drawn.append((graph.name, sections))
-        row(canvas, graph, sections, same)
+        drawn.append((one.graph.name, sections))
+        row(canvas, one, sections, same)
     if block.changes:
         changes(canvas, block)
     return canvas.document()
 
 
-def title(canvas: Canvas, block: BlockGraph) -> None:
-    shape, each = block.shape, [graph for graph in block.passes if graph.runs == Runs.BLOCK]
-    total, (channels, height, width) = block_cost(each), shape.latent
+def title(canvas: Canvas, block: BlockGraph, each: list[PassCost]) -> None:
+    """Model, preset and totals of a block, and the legend of colours."""
+    shape, total = block.shape, sum((one.total for one in each), Cost())
+    channels, height, width = shape.latent
     canvas.text(MARGIN, canvas.y + 16, f"One block of {block.model}, preset {block.preset}", 22, bold=True)
     canvas.text(
         MARGIN, canvas.y + 38,
@@ -107,18 +110,19 @@ def title(canvas: Canvas, block: BlockGraph) -> None:
         canvas.box(x, canvas.y + 54, 12, 12, colour, round=2)
         canvas.text(x + 18, canvas.y + 64, kind, 12)
         x += 36 + width_of(kind, 12)
-    said = "bar: operations, against the costliest box of the row; in colour: the rewrite that made the box"
-    canvas.text(x + 6, canvas.y + 64, said, 12, SOFT)
+    words = "bar: operations, against the costliest box of the row; in colour: the rewrite that made the box"
+    canvas.text(x + 6, canvas.y + 64, words, 12, SOFT)
     canvas.y += 84
 
 
-def row(canvas: Canvas, graph: PassGraph, sections: list[Section], same: str | None) -> None:
-    """A pass: what it is on the left, its layers on the right."""
+def row(canvas: Canvas, costs: PassCost, sections: list[Section], same: str | None) -> None:
+    """A pass: its description on the left, its layers on the right."""
+    graph = costs.graph
     canvas.box(MARGIN, canvas.y, WIDTH - 2 * MARGIN, 1, FAINT)
     canvas.y += 14
     top, left = canvas.y, MARGIN
     canvas.text(left, top + 12, graph.name, 15, bold=True)
-    lines = described(graph)[: None if same is None else len(graph.groups) + 2]
+    lines = described(costs)[: None if same is None else len(graph.groups) + 2]
     for index, line in enumerate(lines):
         canvas.text(left, top + 30 + 14.5 * index, line, 11, SOFT, room=LABELS - 14)
     bottom = top + 30 + 14.5 * len(lines)
@@ -131,10 +135,10 @@ def row(canvas: Canvas, graph: PassGraph, sections: list[Section], same: str | N
     canvas.y = max(bottom, end) + 8
 
 
-def described(graph: PassGraph) -> list[str]:
+def described(costs: PassCost) -> list[str]:
     """The lines on a row's left."""
-    total = Costs(graph).total
-    lines = [WHEN[graph.runs], *sees(graph)]
+    graph, total = costs.graph, costs.total
+    lines = [WHEN[graph.runs], *attends(graph)]
     lines.append(f"{total.launches} launches, {in_units(total.flops, 'FLOP')}, {in_units(total.nbytes, 'B')}")
     for role in (Role.WEIGHT, Role.CONSTANT):
         values = [value for value in graph.named(role).values() if value.data is None]
@@ -167,8 +171,8 @@ def layers(canvas: Canvas, sections: list[Section], top: float) -> float:
         canvas.text(x + FRAME, y + 14, section.name, 11, bold=True, room=width - 2 * FRAME)
         if len(section.launches) > 3:
             cost = section.cost
-            told = f"{cost.launches} launches, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
-            canvas.text(x + width - FRAME, y + 14, told, 11, SOFT, anchor="end")
+            total = f"{cost.launches} launches, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
+            canvas.text(x + width - FRAME, y + 14, total, 11, SOFT, anchor="end")
         for index, launch in enumerate(section.launches):
             across_at, down_at = index % across, index // across
             draw_launch(
@@ -182,7 +186,7 @@ def draw_launch(canvas: Canvas, launch: Launch, x: float, y: float, most: int) -
     colour = COLOURS[launch.family]
     canvas.box(x, y, BOX, BOX_HEIGHT, tint(colour), colour, 4)
     room = BOX - 10
-    canvas.text(x + 5, y + 14, SHORT.get(launch.op, launch.op.replace("_", " ")), 11, bold=True, room=room)
+    canvas.text(x + 5, y + 14, launch.label, 11, bold=True, room=room)
     for index, part in enumerate(launch.what.split(", ")[:2]):
         canvas.text(x + 5, y + 26 + 11 * index, part, 9, SOFT, room=room)
     canvas.text(x + 5, y + 51, in_units(launch.cost.flops, "FLOP"), 9.5, room=room)
@@ -192,10 +196,10 @@ def draw_launch(canvas: Canvas, launch: Launch, x: float, y: float, most: int) -
     canvas.box(x + 5, y + BOX_HEIGHT - 6, max(1.0, room * launch.cost.flops / most), 3, colour, round=1.5)
 
 
-def strip(canvas: Canvas, sections: list[Section], top: float, said: str) -> float:
+def strip(canvas: Canvas, sections: list[Section], top: float, words: str) -> float:
     """All launches as thin marks, by the operations in them."""
     start, room = MARGIN + LABELS, WIDTH - 2 * MARGIN - LABELS
-    canvas.text(start, top + 12, said, 11, SOFT)
+    canvas.text(start, top + 12, words, 11, SOFT)
     marks = [launch for section in sections for _ in section.layers for launch in section.launches]
     each = room / len(marks)
     for index, launch in enumerate(marks):
@@ -205,13 +209,13 @@ def strip(canvas: Canvas, sections: list[Section], top: float, said: str) -> flo
 
 def bands(canvas: Canvas, sections: list[Section], top: float) -> float:
     """A graph of many small calls: one line for each layer or run of layers, equal ones counted."""
-    start, y, told = MARGIN + LABELS, top, dict[str, int]()
+    start, y, counts = MARGIN + LABELS, top, dict[str, int]()
     for section in sections:
         cost = section.cost
-        kinds = ", ".join(dict.fromkeys(SHORT.get(launch.op, launch.op) for launch in section.launches))
+        kinds = ", ".join(dict.fromkeys(launch.label for launch in section.launches))
         line = f"{section.name}: {cost.launches} launches, {in_units(cost.nbytes, 'B')} ({kinds})"
-        told[line] = told.get(line, 0) + 1
-    for line, count in told.items():
+        counts[line] = counts.get(line, 0) + 1
+    for line, count in counts.items():
         canvas.text(start, y + 12, f"{line}{f', {count} times' if count > 1 else ''}", 11, room=0)
         y += 16
     return y

@@ -1,12 +1,13 @@
-"""A block graph as text: what each rewrite did, what runs when, and the launches of each graph by layer."""
+"""A block graph as text: the effect of each rewrite, when each graph runs, and its launches by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .cost import Costs, block_cost
-from .outline import Section, in_units, outline, sees
-from .types import BlockGraph, PassGraph, Role, Runs
+from ...kernels.spec import Cost
+from ..cost import PassCost
+from ..types import BlockGraph, Role, Runs
+from .outline import Section, attends, in_units, outline
 
 WHEN = {
     Runs.LOAD: "once the weights are there",
@@ -21,7 +22,7 @@ WHEN = {
 def text(block: BlockGraph, only: str | None = None) -> str:
     """The whole block, or one graph of it call by call; KeyError for a name that it does not have."""
     if only is not None:
-        return "\n".join(listing(block.named(only)))
+        return "\n".join(listing(PassCost(block.named(only))))
     return "\n".join(lines(block))
 
 
@@ -32,29 +33,31 @@ def lines(block: BlockGraph) -> Iterator[str]:
         f"{block.model}, preset {block.preset}, {name(block.dtype)}: {shape.frames} latent frames of "
         f"{channels}x{height}x{width}, {shape.tokens_per_frame} tokens each"
     )
-    each = [graph for graph in block.passes if graph.runs == Runs.BLOCK]
-    total = block_cost(each)
+    costs = [PassCost(graph) for graph in block.graphs]
+    each = [one for one in costs if one.graph.runs == Runs.BLOCK]
+    total = sum((one.total for one in each), Cost())
     yield (
         f"a block: {counted(len(each), 'pass')}, {counted(total.launches, 'launch')}, {in_units(total.flops, 'FLOP')}, "
         f"{in_units(total.nbytes, 'B')} read and written"
     )
-    for graph in block.passes:
-        if graph.runs != Runs.BLOCK:
-            yield f"beside it, {graph.name} ({WHEN[graph.runs]}): {counted(Costs(graph).total.launches, 'launch')}"
+    for one in costs:
+        if one.graph in block.passes and one.graph.runs != Runs.BLOCK:
+            launches = counted(one.total.launches, "launch")
+            yield f"beside it, {one.graph.name} ({WHEN[one.graph.runs]}): {launches}"
     yield ""
     yield from changes(block)
-    told: list[tuple[str, list[Section]]] = []
-    for graph in block.graphs:
+    shown: list[tuple[str, list[Section]]] = []
+    for one in costs:
         yield ""
-        yield from summary(graph)
-        sections = outline(graph)
-        same = next((other for other, known in told if known == sections), None)
+        yield from summary(one)
+        sections = outline(one)
+        same = next((other for other, known in shown if known == sections), None)
         if same is not None:
             yield f"  launches as {same}"
         else:
-            told.append((graph.name, sections))
+            shown.append((one.graph.name, sections))
             for section in sections:
-                yield from section_lines(section, graph.runs != Runs.LOAD)
+                yield from section_lines(section, one.graph.runs != Runs.LOAD)
 
 
 def counted(count: int, noun: str) -> str:
@@ -67,7 +70,7 @@ def name(dtype: object) -> str:
 
 
 def changes(block: BlockGraph) -> Iterator[str]:
-    """What each rewrite did to the passes."""
+    """Places, calls and launches of each rewrite."""
     if not block.changes:
         yield "as traced: no rewrite was done"
         return
@@ -78,23 +81,23 @@ def changes(block: BlockGraph) -> Iterator[str]:
         yield f"{change.rewrite:<15}{change.places:>8}{calls:>16}{launches:>16}"
 
 
-def summary(graph: PassGraph) -> Iterator[str]:
-    """A graph's head line, what it reads and what it gives."""
-    total = Costs(graph).total
+def summary(costs: PassCost) -> Iterator[str]:
+    """A graph's head line, its groups, the values it reads and those it gives."""
+    graph, total = costs.graph, costs.total
     yield (
         f"{graph.name} ({WHEN[graph.runs]}): {counted(total.launches, 'launch')}, {in_units(total.flops, 'FLOP')}, "
         f"{in_units(total.nbytes, 'B')}"
     )
-    for line in sees(graph):
+    for line in attends(graph):
         yield f"  {line}"
     given = {role: list(graph.named(role).values()) for role in (Role.WEIGHT, Role.CONSTANT, Role.STATE)}
-    told = [
+    sizes = [
         f"{len(values)} {role}s of {in_units(sum(value.nbytes for value in values), 'B')}"
         for role, values in given.items()
         if values
     ]
     inputs = [value.name for value in graph.named(Role.INPUT).values() if not value.name.startswith("prompt.")]
-    yield f"  reads {'; '.join([*told, *([', '.join(inputs)] if inputs else [])])}"
+    yield f"  reads {'; '.join([*sizes, *([', '.join(inputs)] if inputs else [])])}"
     outputs = graph.outputs
     size = in_units(sum(value.nbytes for value in outputs), "B")
     shown = ", ".join(value.name for value in outputs) if len(outputs) < 6 else f"{len(outputs)} values"
@@ -106,8 +109,8 @@ def summary(graph: PassGraph) -> Iterator[str]:
 def section_lines(section: Section, every: bool) -> Iterator[str]:
     """A layer's cost, and each of its launches if wanted."""
     cost = section.cost
-    told = f"{counted(cost.launches, 'launch')}, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
-    yield f"  {section.name}: {told}"
+    total = f"{counted(cost.launches, 'launch')}, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
+    yield f"  {section.name}: {total}"
     for launch in section.launches if every else ():
         size = "x".join(map(str, launch.shape))
         yield (
@@ -116,9 +119,9 @@ def section_lines(section: Section, every: bool) -> Iterator[str]:
         ).rstrip()
 
 
-def listing(graph: PassGraph) -> Iterator[str]:
-    """Every call of a graph, views too, with its arguments and what it makes."""
-    costs = Costs(graph)
+def listing(costs: PassCost) -> Iterator[str]:
+    """Every call of a graph, views too, with its arguments, its result, and the cost of what it becomes."""
+    graph = costs.graph
     for key, value in graph.inputs.items():
         yield f"{key}: {value.role} {value.name} {name(value.dtype)}{list(value.shape)} new each {value.when}"
     for node in graph:

@@ -1,0 +1,316 @@
+"""The block loop: one block of one session, from its state to clean latents and cached keys and values.
+
+The timeline chooses frames, contexts and positions, the executor runs passes, and caches hold pages. Queues, turns and
+delivery are the session manager's. A block is a generator that yields the passes it needs (see `lockstep`), so blocks
+of several sessions can share passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InferixError
+from ..graphs.passes import Pass
+from ..schemes.block_schedule import (
+    commit_pass,
+    denoise_pass,
+    denoise_passes,
+    rebuild_pass,
+    recache_pass,
+    reencodes_head,
+    window_of,
+)
+from ..schemes.timeline import Span
+from .execution.decode_pipeline import to_frames
+from .kv.paged_cache import bind_together
+from .noise import PhiloxNoise
+from .resources import Resources
+from .sampler import noised
+from .sessions.engine_thread import FAILURES, shortages_named
+from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
+from .sessions.session_state import BlockInFlight, PromptChange, SessionState
+from .streams import to_device
+from .telemetry.records import BlockRecord
+
+T = TypeVar("T")
+
+
+class BlockLoop:
+    """Runs blocks with an engine's resources.
+
+    split_batches: called with the size of a batch that failed, and why, where each of its passes ran alone.
+    """
+
+    def __init__(self, resources: Resources, split_batches: Callable[[int, str], None]) -> None:
+        self.resources, self.split_batches = resources, split_batches
+
+    # One block
+
+    def make_block(
+        self,
+        state: SessionState,
+        record: BlockRecord,
+        mark_rollback: Callable[[], None],
+        settle_decoder: Callable[[], None],
+    ) -> BlockSteps[BlockInFlight]:
+        """Make the next block: prepare the context, denoise, commit. Stages are timed in `record`.
+
+        mark_rollback: has a rollback return to the state as it is now. settle_decoder: waits for the decoder.
+        """
+        with record.span("prepare"):
+            yield from self.follow_prompt(state, mark_rollback)
+            yield from self.rebuild_context(state, record, settle_decoder)
+        with record.span("denoise"):
+            if self.runs_whole(state):
+                block = self.run_whole(state, record)
+            else:
+                block = yield from self.denoise(state, record)
+        with record.span("commit"):
+            if state.preset.context.commit and not block.committed:
+                yield from self.commit(state, block.span, block.latents, record)
+        return block
+
+    def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool) -> None:
+        """Plan a change to a prompt's rows [text_len, text_dim]; the next block follows it."""
+        policy = state.preset.context
+        if scene_cut:
+            state.timeline.cut_shot()
+        blocks = policy.blend_blocks if policy.prompt_switch == "blend" else 1
+        state.change = PromptChange(state.rows, rows, blocks, blocks)
+
+    def follow_prompt(self, state: SessionState, mark_rollback: Callable[[], None]) -> BlockSteps[None]:
+        """Move the conditioning one block further towards a new prompt, and recache."""
+        change = state.change
+        if change is None:
+            return
+        change.left -= 1
+        state.rows = torch.lerp(change.old, change.new, 1 - change.left / change.blocks)
+        state.branches[0].text = self.resources.executor.condition(state.rows)
+        if change.left == 0:
+            state.change = None
+        if (yield from self.recache(state)):
+            mark_rollback()  # recaching twice would move a moving sink twice
+
+    def recache(self, state: SessionState) -> BlockSteps[bool]:
+        """Pass the visible past through the network under the prompt in force; False where the policy asks for none."""
+        scheduled, branch = recache_pass(state.timeline), state.branches[0]
+        if scheduled is None:
+            return False
+        run = scheduled.run
+        latents = state.recent_frames(run.frames)
+        if scheduled.clears_cache:
+            branch.cache.clear()
+        branch.cache.hold(run.groups[-1].context)
+        yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
+        return True
+
+    def rebuild_context(
+        self, state: SessionState, record: BlockRecord, settle_decoder: Callable[[], None]
+    ) -> BlockSteps[None]:
+        """Rebuild the context from the last clean latents, where the policy asks for it."""
+        scheduled = rebuild_pass(state.timeline)
+        if scheduled is None:
+            return
+        run = scheduled.run
+        latents = self.rebuild_latents(state, run)
+        for branch in state.branches:
+            branch.cache.clear()
+        self.roll_caches(state, run)
+        yield from self.network_pass(state, run, latents, record)
+        if state.preset.context.restart_decoder:
+            settle_decoder()
+            state.decoder.restart(state.next_block, latents)
+
+    def rebuild_latents(self, state: SessionState, run: Pass) -> Tensor:
+        """Clean latents of a rebuild's frames, the first encoded again from pixels where the policy asks for it."""
+        latents = state.recent_frames(run.frames)
+        if reencodes_head(state.preset, run) and state.pixels is not None:
+            vae = self.resources.parts.vae
+            head = vae.encode(state.pixels[:1], vae.new_state())
+            latents = torch.cat((head, latents[1:]))
+        return latents
+
+    def denoise(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
+        """Run passes over the blocks in flight until the first is clean; others join as the schedule says."""
+        flight, timesteps = state.flight, state.sampler.timesteps
+        clean = frozenset({0} if state.clamped is not None else ())
+        for scheduled in denoise_passes(state.timeline, flight, timesteps, partial(self.admit, state), clean):
+            self.roll_caches(state, scheduled.run)
+            latents = torch.cat([block.latents for block in flight])
+            velocity = yield from self.network_pass(state, scheduled.run, latents, record)
+            for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
+                self.advance(state, block, part)
+        return flight.pop(0)
+
+    def commit(
+        self, state: SessionState, span: Span, latents: Tensor, record: BlockRecord | None = None
+    ) -> BlockSteps[None]:
+        """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
+        run = commit_pass(state.timeline, span).run
+        self.roll_caches(state, run)
+        yield from self.network_pass(state, run, latents, record)
+
+    def runs_whole(self, state: SessionState) -> bool:
+        """True if the next block can be one launch: its noise follows from the seed, and no frame is clamped."""
+        clamped = state.clamped is not None and state.timeline.next_frame == 0
+        plain = isinstance(state.noise, PhiloxNoise) and state.sampler.strength == 1
+        return self.resources.executor.supports_whole_block and plain and not clamped
+
+    def run_whole(self, state: SessionState, record: BlockRecord) -> BlockInFlight:
+        """All steps and the commit of a block that is alone in flight, in one launch."""
+        block, (branch,) = self.admit(state), state.branches
+        assert isinstance(state.noise, PhiloxNoise)
+        frames, seed = block.span.frames, state.noise.seed
+        run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
+        self.roll_caches(state, run)
+        bound, actions = branch.cache.bind(run), self.actions_of(state, run)
+        with record.one_pass():
+            executor = self.resources.executor
+            block.latents = executor.run_block(block.latents, branch.text, bound, frames, seed, actions)
+        branch.cache.settle()
+        self.check_finite(block)
+        block.committed = state.preset.context.commit
+        return block
+
+    # Parts of a block
+
+    def admit(self, state: SessionState) -> BlockInFlight:
+        """The next block, as noise, or as a given video with noise added."""
+        span = state.timeline.admit()
+        latents = self.draw(state, span, 0)
+        if state.source is not None:
+            given = state.source[span.frames.start : span.frames.stop]
+            if len(given) < len(span.frames):
+                raise InferixError(f"the video ends before block {span.index}; ask for {span.index} blocks")
+            latents = noised(given, latents, state.sampler.sigmas[0])
+        block = BlockInFlight(span, latents, state.sampler.begin())
+        self.clamp(state, block)
+        return block
+
+    def advance(self, state: SessionState, block: BlockInFlight, velocity: Tensor) -> None:
+        """One solver step of one block; velocity [F, C, H, W]."""
+        step = block.step
+        block.latents = block.solver.advance(
+            block.latents, velocity, step, lambda: self.draw(state, block.span, step + 1)
+        )
+        block.step += 1
+        self.clamp(state, block)
+        self.check_finite(block)
+
+    def check_finite(self, block: BlockInFlight) -> None:
+        """InferixError for latents with an infinity or a NaN."""
+        if not torch.isfinite(block.latents).all():
+            raise InferixError(f"block {block.span.index} is not finite; try dtype float32 or another checkpoint")
+
+    def clamp(self, state: SessionState, block: BlockInFlight) -> None:
+        """Put the clamped image's latents back into the first block."""
+        if state.clamped is not None and block.span.frames.start == 0:
+            block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
+
+    def roll_caches(self, state: SessionState, run: Pass) -> None:
+        """Roll the caches to the context of a pass that writes; one that does not write sees what they hold."""
+        window = window_of(run)
+        if window is not None:
+            for branch in state.branches:
+                branch.cache.hold(window)
+            state.timeline.forget(window)
+
+    def actions_of(self, state: SessionState, run: Pass) -> Tensor | None:
+        """Action of each frame of a pass, one-hot [1, F, action_dim]; None for a model that follows text alone."""
+        spec, resources = self.resources.spec, self.resources
+        if spec.action_dim is None:
+            return None
+        actions = torch.tensor([[state.actions.of(frame) for frame in run.frames]], device=resources.device)
+        return F.one_hot(actions, spec.action_dim).to(resources.dtype)
+
+    def draw(self, state: SessionState, span: Span, draw: int) -> Tensor:
+        """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
+        shape = (self.resources.spec.out_channels, *self.resources.spec.latent_size(state.size))
+        noise = state.noise.draw(span.index, span.frames, draw, shape)
+        return to_device(noise, self.resources.device, self.resources.dtype)
+
+    # Passes
+
+    def network_pass(
+        self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None = None
+    ) -> BlockSteps[Tensor]:
+        """One pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided if there are two branches."""
+        actions, velocities = self.actions_of(state, run), []
+        timed: AbstractContextManager[None] = nullcontext() if record is None else record.one_pass()
+        with timed:
+            for branch in state.branches:
+                velocities.append((yield ForwardRequest(branch, run, latents, actions)))
+        if len(velocities) == 1:
+            return velocities[0]
+        prompted, plain = velocities
+        return plain + state.preset.sampler.guidance_scale * (prompted - plain)
+
+    def answer(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
+        """The results of requests, in order; compatible ones run as one batch."""
+        groups = [(group, self.answer_group(group)) for group in group_compatible(requests)]
+        results = {request: result for group, answers in groups for request, result in zip(group, answers, strict=True)}
+        return [results[request] for request in requests]
+
+    def answer_group(self, requests: Sequence[ForwardRequest]) -> Sequence[ForwardResult]:
+        """Velocities from one batch; if that fails, from each request alone, so that one fails by itself."""
+        try:
+            with shortages_named():
+                return self.forward(requests)
+        except FAILURES as error:
+            if len(requests) == 1:
+                return [error]
+            message = str(error)  # and not the error, whose traceback holds memory
+        results = [result for request in requests for result in self.answer_group([request])]
+        if not any(isinstance(result, Exception) for result in results):
+            self.split_batches(len(requests), message)
+        return results
+
+    def forward(self, requests: Sequence[ForwardRequest]) -> list[Tensor]:
+        """The network's velocity [F, C, H, W] for each of some compatible requests, in one run."""
+        caches = [request.branch.cache for request in requests]
+        levels = [request.run.timesteps for request in requests]
+        executor, device = self.resources.executor, self.resources.device
+        latents = torch.stack([request.latents for request in requests])
+        timesteps = torch.tensor(levels, dtype=torch.float32, device=device)
+        text = executor.join([request.branch.text for request in requests])
+        actions = [request.actions for request in requests if request.actions is not None]
+        try:
+            bound = bind_together(caches, [request.run for request in requests])
+            velocity = executor.forward(latents, timesteps, text, bound, torch.cat(actions) if actions else None)
+        finally:
+            for cache in caches:
+                cache.settle()
+        return list(velocity)
+
+    # Outside of a block
+
+    @torch.no_grad()
+    def run_alone(self, steps: BlockSteps[T]) -> T:
+        """Run steps to their end with no other session; return their result or raise their error."""
+        (result,) = run_lockstep([steps], self.answer)
+        return result
+
+    def velocity(self, state: SessionState, run: Pass, latents: Tensor) -> Tensor:
+        """The velocity [F, C, H, W] of one pass."""
+        return self.run_alone(self.network_pass(state, run, latents))
+
+    @torch.no_grad()
+    def cache_prefix(self, state: SessionState, latents: Tensor) -> None:
+        """Commit given latents [F, C, H, W] block by block, and decode them for the decoder's state."""
+        frames = []
+        while state.timeline.next_frame < len(latents):
+            span = state.timeline.admit(given=True)
+            part = latents[span.frames.start : span.frames.stop]
+            self.run_alone(self.commit(state, span, part))
+            pixels = state.decoder.vae.decode(part, state.decoder.state)
+            state.remember(part, pixels, self.resources.spec.vae_stride[0])
+            frames.append(to_frames(pixels))
+        state.prefix_frames = np.concatenate(frames)

@@ -1,0 +1,115 @@
+"""User input to tensors: prompts to the text encoder's rows, images and videos to latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import UsageError
+from ..models.text.umt5 import load_prompt_embeds
+from .media import read_image, read_video
+from .resources import Resources
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checks input against one engine's model and encodes it."""
+
+    resources: Resources
+
+    def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
+        """Encode a prompt, or load `embeds`, to rows [text_len, text_dim]. UsageError for both or neither."""
+        resources = self.resources
+        if embeds is not None and prompt is None:
+            rows = load_prompt_embeds(embeds, resources.spec.text_len, resources.spec.text_dim)
+            return rows.to(resources.device, resources.dtype)
+        if embeds is not None or prompt is None:
+            raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
+        self.check_prompt(prompt)
+        assert resources.parts.text is not None
+        return resources.parts.text().encode(prompt).to(resources.device, resources.dtype)
+
+    def check_prompt(self, prompt: object) -> None:
+        """UsageError for a prompt that no text encoder takes, or where there is no encoder."""
+        if not isinstance(prompt, str):
+            raise UsageError(f"the prompt is {prompt!r}; expected text")
+        if not prompt.strip():
+            raise UsageError("the prompt is empty; say what the video shows")
+        if self.resources.parts.text is None:
+            raise UsageError(
+                f"{self.resources.parts.source} has no text encoder; give base= (--base), a folder that has one, "
+                "or prompt_embeds (--prompt-embeds)"
+            )
+
+    def negative_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor | None:
+        """Rows [text_len, text_dim] of the negative prompt; None for a preset without guidance, which takes none."""
+        preset = self.resources.preset
+        if preset.sampler.guidance_scale == 1:
+            if prompt is not None or embeds is not None:
+                raise UsageError(f"{preset.name} uses no guidance, so a negative prompt would do nothing; drop it")
+            return None
+        if prompt is None and embeds is None:
+            raise UsageError(
+                f"{preset.name} guides away from a negative prompt; give negative_prompt "
+                "(--negative-prompt), or set guidance_scale=1"
+            )
+        return self.prompt_rows(prompt, embeds)
+
+    def source_latents(self, video: Any, size: tuple[int, int]) -> Tensor:
+        """Latents [F, C, H, W] of a video that blocks are made from: its whole blocks, from the start."""
+        return self.encoded(self.pixels_of(video, size, still=False), keep_end=False)
+
+    def clamped_latents(self, image: Any, size: tuple[int, int]) -> Tensor:
+        """Latents [1, C, H, W] of an image that is held as the first frame."""
+        return self.encoded(self.pixels_of(image, size, still=True), keep_end=False, whole_blocks=False)
+
+    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int]) -> Tensor:
+        """Latents [F, C, H, W] that the stream continues, as whole blocks, the end of a video kept."""
+        if image is not None and video is not None:
+            raise UsageError("image and video both begin the stream; give one of them")
+        still = image is not None
+        return self.encoded(self.pixels_of(image if still else video, size, still), keep_end=True)
+
+    def pixels_of(self, given: Any, size: tuple[int, int], still: bool) -> Pixels:
+        """Frames uint8 [T, H, W, 3] of an image or video, from a file or an array; UsageError if they do not fit."""
+        if isinstance(given, str | Path):
+            pixels = read_image(given, size)[None] if still else read_video(given, size)
+        else:
+            pixels = given[None] if given.ndim == 3 else given
+        if pixels.ndim != 4 or pixels.shape[1:] != (size[1], size[0], 3) or pixels.dtype != np.uint8:
+            raise UsageError(
+                f"image or video is {pixels.dtype} {list(pixels.shape)}; expected uint8 frames of "
+                f"{[size[1], size[0], 3]}"
+            )
+        return pixels
+
+    def encoded(self, pixels: Pixels, keep_end: bool, whole_blocks: bool = True) -> Tensor:
+        """Latents [F, C, H, W] of frames [T, H, W, 3], cut to whole blocks at the start or the end.
+
+        UsageError for fewer frames than the first block has.
+        """
+        resources, preset = self.resources, self.resources.preset
+        stride, step = resources.spec.vae_stride[0], preset.num_frame_per_block
+        frames = (len(pixels) - 1) // stride + 1
+        first = preset.block_size(0)
+        if whole_blocks:
+            if frames < first:
+                raise UsageError(
+                    f"{len(pixels)} frames are too few to begin with: the first block of {preset.name} needs "
+                    f"{(first - 1) * stride + 1}; set independent_first_frame=true or use a preset with blocks "
+                    "of one frame"
+                )
+            frames = first + (frames - first) // step * step
+        count = (frames - 1) * stride + 1
+        pixels = pixels[len(pixels) - count :] if keep_end else pixels[:count]
+        scaled = torch.from_numpy(pixels.copy()).to(resources.device, resources.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+        vae = resources.parts.vae
+        return vae.encode(scaled, vae.new_state())
