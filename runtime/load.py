@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..models.hub import locate
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
-from ..schemes.presets import FIELDS, default_model, default_preset, make_preset, no_setting
+from ..schemes.presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
 from .byte_sizes import parse_bytes
+from .capacity.memory_check import MemoryCheck
 from .config import EVERY_BLOCK, EngineConfig, default_device, default_dtype, default_executor, patterns
 from .engine import Engine
 from .execution.loading import SHIPPED, load_components, random_components, shipped
 from .limits import Limits
+from .sessions.batch_profile import entries
 
 
 def load(
@@ -43,6 +46,10 @@ def load(
     lowp_keep: str | Sequence[str] = (),
     batches: str | Path | None = None,
     limits: Limits = Limits(),  # noqa: B008
+    offline: bool = False,
+    text_prompts: bool = True,
+    size: tuple[int, int] | None = None,
+    force: bool = False,
     **overrides: Any,
 ) -> Engine:
     """Load an engine for a checkpoint (file or folder), or for a named model with random weights.
@@ -50,13 +57,20 @@ def load(
     Without a model, the small world in the package, or `wan-tiny` where the preset is another. Without a preset,
     the named model's own, or self-forcing.
 
+    A model may also be the name of a preset with published weights (`self-forcing`), or `org/name` or `org/name:file`
+    of the Hugging Face hub, and base `org/name`: files are taken from the local cache, or downloaded unless `offline`.
+
+    What one stream of pictures of `size` (width, height; the model's own) needs is compared with the memory there is
+    before weights are read, and refused with UsageError unless `force`. The text encoder is counted, and loaded when a
+    prompt is first text; with `text_prompts=False` there is none, and prompts come as embeddings.
+
     Any field of the preset can be overridden: `local_attn_size=6, sink_size=0`. Raises UsageError for
-    unknown names and bad values, InferixError for broken files.
+    unknown names and bad values, InferixError for broken files, and for files that cannot be downloaded.
     """
     for key in overrides:
         if key not in FIELDS:
             raise no_setting(key, {*FIELDS, *(load.__kwdefaults__ or ()), "model", "preset"})
-    model = default_model(preset) if model is None else model
+    model, given_preset = default_model(preset) if model is None else model, preset
     preset = preset or default_preset(str(model))
     config = EngineConfig(
         model=str(model),
@@ -83,12 +97,25 @@ def load(
         batches=str(batches) if batches is not None else None,
     )
     scheme = make_preset(preset, **overrides)
-    named = str(model) in MODELS and not Path(model).exists()
-    if named and str(model) in SHIPPED:
-        components = load_components(replace(config, model=str(shipped(str(model)))))
-        parts = replace(components, source=str(model))  # its name, wherever the package lies
+    if config.batches is not None:
+        entries(Path(config.batches))
+    check_tiny_decoder(scheme, config.vae == "taehv")
+    check = MemoryCheck(config, scheme, size, force=force)
+    named = config.model in MODELS and not Path(config.model).exists()
+    if named and config.model not in SHIPPED:
+        return Engine(config, scheme, random_components(MODELS[config.model], config, check), limits)
+    if named:
+        files = replace(config, model=str(shipped(config.model)))
     else:
-        parts = random_components(MODELS[str(model)], config) if named else load_components(config)
-    if scheme.context.reencode_head and isinstance(parts.vae, TinyDecoder):
-        raise UsageError(f"{preset} encodes pictures again, which the tiny decoder cannot; leave vae out (--vae)")
-    return Engine(config, scheme, parts, limits)
+        own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
+        located = locate(config.model, given_preset, config.base, offline, own_parts)
+        files = replace(config, model=located.model, base=located.base)
+    parts = load_components(files, check, text_prompts)
+    check_tiny_decoder(scheme, isinstance(parts.vae, TinyDecoder))
+    return Engine(config, scheme, replace(parts, source=config.model), limits)  # its name, wherever its files are
+
+
+def check_tiny_decoder(preset: Preset, tiny: bool) -> None:
+    """UsageError for a preset that encodes pictures, with the decoder that has no encoder."""
+    if tiny and preset.context.reencode_head:
+        raise UsageError(f"{preset.name} encodes pictures again, which the tiny decoder cannot; leave vae out (--vae)")

@@ -14,6 +14,10 @@ from itertools import islice
 from typing import Any
 
 from ...errors import UsageError
+from ...models.text.spec import UMT5_XXL, tiny_text
+from ...models.tinyworld.spec import VAE as TINYWORLD_VAE
+from ...models.tinyworld.words import WORDS
+from ...models.wan.random import vae_for
 from ...models.wan.spec import ModelSpec
 from ...models.wan.taehv import TAEW21, TAEW22, TinySpec
 from ...models.wan.vae import VaeSpec
@@ -24,7 +28,7 @@ from ...schemes.block_schedule import (
     supports_whole_block,
 )
 from ...schemes.page_needs import branches, page_needs, window
-from ...schemes.presets import Preset
+from ...schemes.presets import FIELDS, Preset
 from ..limits import Limits
 from ..sampler import scheduled_blocks
 from . import costs
@@ -402,11 +406,24 @@ SAVINGS: tuple[Saving, ...] = (  # in the order of what they cost the viewer
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A workload that needs less, as options of the command, and the bytes that it needs."""
+    """A workload that needs less, as arguments of `load`, and the bytes that it needs."""
 
-    options: tuple[str, ...]
+    arguments: dict[str, Any]
     needed: int
     fits: bool
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The arguments as options of the command."""
+        return tuple(as_option(name, value) for name, value in self.arguments.items())
+
+
+def as_option(name: str, value: Any) -> str:
+    if name in FIELDS:
+        return f"--set {name}={value}"
+    if name == "text_prompts":
+        return "--no-text-encoder"
+    return f"--{name.replace('_', '-')} {'x'.join(map(str, value)) if name == 'size' else value}"
 
 
 def suggestions(load: Workload, budget: int) -> list[Suggestion]:
@@ -432,18 +449,30 @@ def applied(load: Workload, saving: Saving, budget: int) -> Workload:
 
 def suggestion(load: Workload, other: Workload, budget: int) -> Suggestion:
     field = window_field(load.preset)
-    options = {
-        "--no-text-encoder": load.text != other.text,
-        f"--dtype {other.dtype}": load.dtype != other.dtype,
-        f"--sessions {other.sessions}": load.sessions != other.sessions,
-        f"--kv-dtype {other.kv_dtype}": load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype,
-        f"--executor {other.executor}": load.executor != other.executor,
-        "--vae taehv": load.decoder != other.decoder,
-        f"--set {field}={getattr(other.preset.context, field)}": load.preset != other.preset,
-        f"--size {other.size[0]}x{other.size[1]}": load.size != other.size,
+    changes: dict[str, tuple[Any, bool]] = {
+        "text_prompts": (False, load.text != other.text),
+        "dtype": (other.dtype, load.dtype != other.dtype),
+        "sessions": (other.sessions, load.sessions != other.sessions),
+        "kv_dtype": (other.kv_dtype, load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype),
+        "executor": (other.executor, load.executor != other.executor),
+        "vae": ("taehv", load.decoder != other.decoder),
+        field: (getattr(other.preset.context, field), load.preset != other.preset),
+        "size": (other.size, load.size != other.size),
     }
     total = needed(other)
-    return Suggestion(tuple(option for option, differs in options.items() if differs), total, total <= budget)
+    return Suggestion({name: value for name, (value, differs) in changes.items() if differs}, total, total <= budget)
+
+
+def own_vae(spec: ModelSpec) -> VaeSpec:
+    """The VAE that goes with a model."""
+    return TINYWORLD_VAE if spec.name == "tinyworld" else vae_for(spec)
+
+
+def text_parameters(spec: ModelSpec) -> int:
+    """Of the encoder that goes with a model: the real one, the words of the small world, or the small stand-in."""
+    if spec.name == "tinyworld":
+        return len(WORDS) * spec.text_dim
+    return costs.text_parameters(UMT5_XXL if spec.text_dim == UMT5_XXL.dim else tiny_text(spec.text_dim))
 
 
 def tiny_for(spec: ModelSpec) -> TinySpec:

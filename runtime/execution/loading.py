@@ -30,9 +30,18 @@ from ...models.wan.taehv import TinyDecoder, tiny_spec_from_shapes
 from ...models.wan.transformer import WanTransformer
 from ...models.wan.vae_checkpoint import TINY_DECODERS, Decoder, build_vae, find_tiny_decoder, find_vae, load_decoder
 from ...models.wan.vae_cpu import use_cpu_layers
+from ..capacity.costs import DecoderSpec
+from ..capacity.planner import text_parameters, tiny_for
 from ..config import DTYPES, EngineConfig
 
 SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # where a model of our own has its weights
+
+
+class SizeCheck(Protocol):
+    """What a caller refuses by sizes alone, with UsageError, before weights are read."""
+
+    def __call__(self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, drawn: bool) -> None:
+        """text: parameters of the text encoder, 0 for none. fast: a second decoder. drawn: weights are made here."""
 
 
 class PromptEncoder(Protocol):
@@ -55,8 +64,11 @@ class Components:
     fast_vae: Decoder | None = None  # a decoder to go over to under overload
 
 
-def load_components(config: EngineConfig) -> Components:
-    """The model's checkpoint and, beside it or in `base`, its VAE and text encoder."""
+def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:
+    """The model's checkpoint and, beside it or in `base`, its VAE and text encoder; none if not `text_prompts`.
+
+    All parts are found, decoders are read and `check` is called before the transformer's weights are read.
+    """
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     if spec.in_channels != spec.out_channels:
@@ -69,14 +81,20 @@ def load_components(config: EngineConfig) -> Components:
     for key, place in (("base", config.base), ("text_encoder", config.text_encoder)):
         if place is not None and not Path(place).exists():
             raise UsageError(f"{key} is {place!r}: no such file or folder")
+    text = text_loader([Path(config.text_encoder)] if config.text_encoder else places, spec, dtype, device)
+    vae = matching_decoder(config.vae, places, spec, config)
+    fast_vae = matching_decoder(config.fast_vae, places, spec, config) if config.fast_vae else None
+    text = text if text_prompts else None
+    parameters = text_parameters(spec) if text else 0
+    check(spec, vae.spec, parameters, fast_vae.spec if fast_vae else None, drawn=False)
     return Components(
         transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
-        vae=matching_decoder(config.vae, places, spec, config),
-        text=text_loader([Path(config.text_encoder)] if config.text_encoder else places, spec, dtype, device),
+        vae=vae,
+        text=text,
         source=config.model,
         form=checkpoint.form,
         digest=lambda: checkpoint.digest,
-        fast_vae=matching_decoder(config.fast_vae, places, spec, config) if config.fast_vae else None,
+        fast_vae=fast_vae,
     )
 
 
@@ -132,13 +150,15 @@ def loras(config: EngineConfig) -> list[tuple[str, float]]:
     return [(config.lora, config.lora_scale)] if config.lora else []
 
 
-def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
-    """A named model with random weights and a small random text encoder."""
+def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -> Components:
+    """A named model with random weights and a small random text encoder, made after `check` was called."""
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not in this version; its transformer and checkpoints are")
     for key in ("vae", "fast_vae"):
         if (wanted := getattr(config, key)) not in (None, "taehv"):
             raise UsageError(f"{key} is {wanted!r}, but {spec.name} has random weights; leave it out, or use taehv")
+    fast = tiny_for(spec) if config.fast_vae else None
+    check(spec, tiny_for(spec) if config.vae else vae_for(spec), 0, fast, drawn=True)
     dtype, device = DTYPES[config.dtype], config.device
     weights = random_transformer_state(spec, 0, dtype)
     checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
