@@ -42,6 +42,7 @@ from .result import Result, Series
 from .subject import (
     ORACLE,
     Subject,
+    check_memory,
     described,
     in_fewer_bits,
     open_engine,
@@ -187,6 +188,7 @@ def check(wanted: Wanted) -> EngineConfig:
     """How the engine will be made; UsageError for what cannot be measured, before anything is."""
     config, preset = planned(wanted.subject)
     blocks_until_full(preset)
+    check_memory(wanted.subject)
     if config.executor == ORACLE and in_fewer_bits(config):
         raise UsageError(
             f"executor {ORACLE} in fewer bits is a slow reference, which others are held against; use --executor fused "

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError
 from .generate import DEFAULT_PROMPT
+from .options import FORCE, OFFLINE
 
 if TYPE_CHECKING:
     from ..runtime.sessions.output_queue import Block
@@ -222,7 +223,7 @@ def read_keys(controls: Controls, file: int, until: float, decode: Any) -> None:
 
 
 def play(
-    model: str = typer.Option("tinyworld", help="Checkpoint folder of a model that follows actions."),
+    model: str = typer.Option("tinyworld", help="Checkpoint folder, or org/name, of a model that follows actions."),
     prompt: str = typer.Option(DEFAULT_PROMPT, help="What the world shows."),
     seed: int = typer.Option(0, help="Seed of the noise, and so of the land."),
     seconds: float | None = typer.Option(None, help="Leave after so many seconds of video."),
@@ -231,6 +232,8 @@ def play(
         None, help="How passes run: eager, fused, captured.  [default: captured on a GPU, else eager]"
     ),
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to start from, and to add to."),
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
 ) -> None:
     """Walk through a world that is made as you go.
 
@@ -242,7 +245,8 @@ def play(
 
     from ..runtime.load import load
 
-    engine = load(model, preset="tinyworld", device=device, executor=executor, graphs=graphs)
+    checks: dict[str, Any] = {"offline": offline, "force": force}
+    engine = load(model, preset="tinyworld", device=device, executor=executor, graphs=graphs, **checks)
     if not engine.spec.actions:
         raise UsageError(f"{model} follows no actions; play needs a model that does, such as tinyworld")
     controls = Controls(engine.spec.actions)
