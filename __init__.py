@@ -13,6 +13,7 @@ from .errors import InferixError, UsageError
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .models.wan.checkpoint import FORMATS, Format
     from .runtime.config import EngineConfig
     from .runtime.engine import Engine
     from .runtime.limits import DegradationStep, Limits
@@ -20,38 +21,53 @@ if TYPE_CHECKING:
     from .runtime.noise import InjectedNoise
     from .runtime.sessions.output_queue import Block
     from .runtime.sessions.session import Session
+    from .schemes.presets import PRESETS, About, Preset, make_preset
 
-LAZY = {
-    "Block": "sessions.output_queue",
-    "DegradationStep": "limits",
-    "Engine": "engine",
-    "EngineConfig": "config",
-    "InjectedNoise": "noise",
-    "Limits": "limits",
-    "Session": "sessions.session",
-    "load": "load",
+MODULES = {
+    "About": "schemes.presets",
+    "Block": "runtime.sessions.output_queue",
+    "DegradationStep": "runtime.limits",
+    "Engine": "runtime.engine",
+    "EngineConfig": "runtime.config",
+    "FORMATS": "models.wan.checkpoint",
+    "Format": "models.wan.checkpoint",
+    "InjectedNoise": "runtime.noise",
+    "Limits": "runtime.limits",
+    "PRESETS": "schemes.presets",
+    "Preset": "schemes.presets",
+    "Session": "runtime.sessions.session",
+    "load": "runtime.load",
+    "make_preset": "schemes.presets",
 }
 
 __all__ = [
+    "FORMATS",
+    "PRESETS",
+    "About",
     "Block",
     "DegradationStep",
     "Engine",
     "EngineConfig",
+    "Format",
     "InferixError",
     "InjectedNoise",
     "Limits",
+    "Preset",
     "Session",
     "UsageError",
     "__version__",
     "load",
+    "make_preset",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in LAZY:
+    if name in ("media", "checkpoint"):
+        return import_module(f".{name}", __name__)
+    if name not in MODULES:
         raise AttributeError(f"module 'inferix' has no attribute {name!r}")
-    return getattr(import_module(f".runtime.{LAZY[name]}", __name__), name)
+    return getattr(import_module(f".{MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "checkpoint", "media"])

@@ -56,6 +56,7 @@ DEPENDENCIES = [
     "rich",
     "PyYAML",
     "transformers>=5,<6",
+    "huggingface_hub>=1,<3",
     "av",
     "ftfy",
     "Pillow",

@@ -29,9 +29,6 @@ from ..runtime.config import (
     DTYPES,
     EVERY_BLOCK,
     EngineConfig,
-    default_device,
-    default_dtype,
-    default_executor,
     patterns,
 )
 from ..runtime.engine import Engine
@@ -108,7 +105,7 @@ class Subject:
                 raise no_setting(key, known)
         ours = {key: value for key, value in self.overrides.items() if key not in FULL}
         bits = {key: value for key, value in self.overrides.items() if key in FULL}
-        bits |= {key: patterns(bits[key]) for key in ("lowp_layers", "lowp_keep") if key in bits}
+        bits |= {key: patterns(key, bits[key]) for key in ("lowp_layers", "lowp_keep") if key in bits}
         if self.frames_in_window is None:
             return Settings(ours, bits)
         scheme = make_preset(preset, **ours)
@@ -128,13 +125,10 @@ class Subject:
 def planned(subject: Subject) -> tuple[EngineConfig, Preset]:
     """What an engine for it is made with, before anything is loaded. UsageError for what cannot be measured."""
     subject.check()
-    device = subject.device or default_device()
-    name = subject.preset or default_preset(subject.model)
-    settings, executor = subject.settings(), subject.executor or default_executor(device)
-    config = EngineConfig(
-        model=subject.model, preset=name, device=device, dtype=subject.dtype or default_dtype(device),
-        base=subject.base, checkpoint_format=None, vae=subject.vae, text_encoder=None, use_ema=True,
-        precision="reference", executor=executor, graphs=subject.graphs, **settings.bits,
+    name, settings = subject.preset or default_preset(subject.model), subject.settings()
+    config = EngineConfig.of(
+        subject.model, name, device=subject.device, dtype=subject.dtype, base=subject.base, vae=subject.vae,
+        executor=subject.executor, graphs=subject.graphs, **settings.bits,
     )  # fmt: skip
     return config, make_preset(name, **settings.preset)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def convert(
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16.  [default: as it is]"),
     lora: Path | None = typer.Option(None, help="LoRA adapter to merge, file or folder."),
     lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
+    lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter of which only a part fits."),
     max_shard_gb: float = typer.Option(5.0, help="Largest file, in 10^9 bytes."),
 ) -> None:
     """Write a checkpoint as safetensors with a config.
@@ -57,9 +59,9 @@ def convert(
     """
     from ..export.checkpoint import convert as write
 
-    shard = int(max_shard_gb * 1e9)
+    shard = int(max_shard_gb * 1e9) if math.isfinite(max_shard_gb) else 0
     tell = partial(typer.echo, err=True)
-    write(source, destination, format, dtype, lora, lora_scale, shard, tell)
+    write(source, destination, format, dtype, lora, lora_scale, shard, tell, lora_partial)
     typer.echo(f"wrote {destination}: {source} in format {format}")
 
 

@@ -216,8 +216,10 @@ def generate(
     ),
     base: str | None = typer.Option(None, help="Folder with VAE and text encoder, or org/name, if not with the model."),
     vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
+    text_encoder: str | None = typer.Option(None, help="Text encoder: a file or folder; else beside model or in base."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
     lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
+    lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter of which only a part fits."),
     preset: str | None = typer.Option(
         None, help="Named sampler and context settings.  [default: the model's own, or self-forcing]"
     ),
@@ -300,7 +302,8 @@ def generate(
     from ..runtime.load import load
     from ..runtime.telemetry.records import RecordFile
 
-    parts: dict[str, Any] = {"base": base, "vae": vae, "lora": lora, "lora_scale": lora_scale}
+    parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder}
+    parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
     if profile is not None and executor is None and default_executor(device or default_device()) == "eager":
         executor = "fused"  # eager has no calls of its own to be timed
     parts |= {"executor": executor, "graphs": graphs}

@@ -6,7 +6,12 @@ is complete.
 
 from __future__ import annotations
 
+import errno
+import glob
+import os
+import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InferixError, UsageError, nearest
-from ..models.files import write_json, write_tensors
+from ..errors import InferixError, UsageError, nearest, quoted
+from ..models.files import finite, reason, save_pickle, write_json, write_tensors
 from ..models.text.tiny import write_tiny_text_encoder
-from ..models.text.umt5 import ORIGINAL_FILE, ORIGINAL_TOKENIZER, find_text
+from ..models.text.umt5_checkpoint import ORIGINAL_TOKENIZER, find_text
 from ..models.wan.checkpoint import FORMATS, SHARD, merging, read_checkpoint
 from ..models.wan.configs import diffusers_config, diffusers_vae_config, original_config
 from ..models.wan.names import to_format
@@ -26,6 +31,7 @@ from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.vae import VaeSpec
 from ..models.wan.vae_checkpoint import find_vae, load_vae, vae_file
 from ..models.wan.vae_names import to_original
+from ..runtime.files import settle_on_disk
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVERTED = ("original", "diffusers")
@@ -33,9 +39,7 @@ MAX_SHARD = 5_000_000_000  # bytes
 LORA_RANK = 4  # of random adapters
 
 
-def write_random(
-    spec_name: str, form: str, destination: str | Path, seed: int = 0, dtype: str = "float32"
-) -> Path:
+def write_random(spec_name: str, form: str, destination: str | Path, seed: int = 0, dtype: str = "float32") -> Path:
     """Write random weights of a named model as a folder in a format; UsageError for unknown names."""
     for what, name, known in (("model", spec_name, MODELS), ("format", form, FORMATS), ("dtype", dtype, DTYPES)):
         if name not in known:
@@ -56,7 +60,7 @@ def write_random_transformer(folder: Path, spec: ModelSpec, form: str, seed: int
         adapter = random_lora(spec, seed + 4)
         # The adapter is taken off the weights, so that merging it gives those of every other format.
         state = {name: state[name] - adapter_change(name, state[name], adapter) for name in state}
-        torch.save({"generator_lora": adapter}, folder / layout.lora)
+        save_pickle({"generator_lora": adapter}, folder / layout.lora)
     if layout.file == SHARD:
         write_transformer(folder, spec, form, state, MAX_SHARD)
         return
@@ -66,9 +70,9 @@ def write_random_transformer(folder: Path, spec: ModelSpec, form: str, seed: int
     elif "generator_ema" in layout.weights and not layout.lora:
         other = random_transformer_state(spec, seed + 2, dtype)
         training = {f"model.{to_format(layout.names, name)}": tensor for name, tensor in other.items()}
-        torch.save({"generator": training, "generator_ema": named}, folder / layout.file)
+        save_pickle({"generator": training, "generator_ema": named}, folder / layout.file)
     else:
-        torch.save({"generator": named}, folder / layout.file)
+        save_pickle({"generator": named}, folder / layout.file)
 
 
 def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,22 +117,25 @@ def convert(
     lora_scale: float = 1.0,
     max_shard: int = MAX_SHARD,
     tell: Callable[[str], None] = lambda said: None,
+    lora_partial: bool = False,
 ) -> Path:
     """Write any readable checkpoint as safetensors with a config, adapters merged, parts beside it taken along.
 
     form: one of `CONVERTED`; dtype: of transformer and VAE, None keeps it. The text encoder is copied as it is.
-    `tell` hears of each file. Raises UsageError for bad choices, InferixError for broken files or a full disk.
+    `tell` is called with the name of each file. lora_partial: merge an adapter of which only a part fits.
+    Raises UsageError for bad choices, InferixError for broken files or a full disk.
     """
     if form not in CONVERTED:
         raise UsageError(f"format is {form!r}{nearest(form, CONVERTED)}; expected one of {', '.join(CONVERTED)}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
-    if max_shard < 1:
+    if isinstance(max_shard, bool) or not isinstance(max_shard, int) or max_shard < 1:
         raise UsageError(f"max_shard is {max_shard}; expected bytes, 1 or more")
     checkpoint = read_checkpoint(source)
-    change = merging(checkpoint, [(lora, lora_scale)] if lora else [])
+    change = merging(checkpoint, [(lora, lora_scale)] if lora else [], lora_partial)
     kind = DTYPES[dtype] if dtype else None
-    place = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    place = checkpoint.folder
+    refuse_inside(destination, checkpoint.path, *([lora] if lora else []))
     with new_folder(destination) as folder:
         write_transformer(folder, checkpoint.spec, form, checkpoint.tensors, max_shard, kind, change, tell)
         if found := find_vae([place]):
@@ -144,12 +151,12 @@ def convert(
 def copy_text(text: tuple[Path, Path], folder: Path) -> None:
     """The text encoder and its tokenizer, under the names that readers look for."""
     encoder, tokenizer = text
-    if encoder.is_file():
-        shutil.copyfile(encoder, folder / ORIGINAL_FILE)
-        shutil.copytree(tokenizer, folder / ORIGINAL_TOKENIZER)
-    else:
+    if encoder.is_dir():
         shutil.copytree(encoder, folder / "text_encoder")
-        shutil.copytree(tokenizer, folder / "tokenizer")
+    else:
+        shutil.copyfile(encoder, folder / encoder.name)
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, folder / ("tokenizer" if encoder.is_dir() else ORIGINAL_TOKENIZER))
 
 
 def write_transformer(
@@ -186,7 +193,8 @@ def write_transformer(
         part = {}
         for name in names:
             tensor = tensors[name]
-            part[to_format(form, name)] = change(name, tensor).to(dtype or tensor.dtype).contiguous()
+            written = finite(file, name, change(name, tensor).to(dtype or tensor.dtype))
+            part[to_format(form, name)] = written.contiguous()
         write_tensors(part, folder / file, {"format": "pt"})
         places |= dict.fromkeys(part, file)
         tell(file)
@@ -201,24 +209,52 @@ def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor
         write_json(folder / "vae" / "config.json", diffusers_vae_config(spec))
         write_tensors(state, folder / "vae" / SHARD, {"format": "pt"})
     else:
-        torch.save({to_original(name, spec): tensor for name, tensor in state.items()}, folder / vae_file(spec))
+        save_pickle({to_original(name, spec): tensor for name, tensor in state.items()}, folder / vae_file(spec))
+
+
+def refuse_inside(destination: str | Path, *sources: str | Path) -> None:
+    """UsageError for an output at, in or above an input: it would change what the input's folder holds."""
+    target = Path(destination).resolve()
+    for source in sources:
+        origin = Path(source).resolve()
+        folder = origin if origin.is_dir() else origin.parent
+        if target == origin or target in origin.parents or (origin.is_dir() and folder in target.parents):
+            raise UsageError(
+                f"destination {quoted(str(destination))} lies in or above {quoted(str(source))}, which is "
+                "read; name a folder elsewhere"
+            )
 
 
 @contextmanager
 def new_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder to fill that is moved to its place at the end, or removed if that end is not reached."""
+    """A folder to fill that is moved to its place at the end, or removed if that end is not reached.
+
+    UsageError if there is something at `destination`; InferixError if it cannot be written. Warns of what an earlier
+    run that was killed has left.
+    """
     destination = Path(destination)
-    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise UsageError(f"{str(destination)!r} is there already; name a new folder")
-    part = destination.with_name(f"{destination.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        taken = os.path.lexists(destination) and (not destination.is_dir() or any(destination.iterdir()))
+        if taken:
+            raise FileExistsError(errno.EEXIST, "it is there already")
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        for left in destination.parent.glob(f"{glob.escape(destination.name)}.*.part"):
+            warnings.warn(f"{left} is of a run that was stopped or still writes; remove it if none does", stacklevel=4)
+        part = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}.part")
+        part.mkdir()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write to {quoted(str(destination))}: {reason(error)}; name a new folder") from error
+    try:
         yield part
-        if destination.exists():
+        for file in part.rglob("*"):
+            settle_on_disk(file)
+        if destination.is_dir():
             destination.rmdir()
         part.rename(destination)
+        settle_on_disk(destination.parent)
     except OSError as error:
-        raise InferixError(f"cannot write {destination}: {error.strerror or error}") from error
+        raise InferixError(
+            f"writing {quoted(str(destination))} failed: {reason(error)}; free some space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,14 +1,18 @@
-"""Files of tensors, and modules filled from them once: mapped, never unpickled as code, strict about names.
+"""Files of tensors and JSON, and modules filled from them once: mapped, never unpickled as code, strict about names.
 
-Tensors are memory-mapped and modules are built on the meta device, so a checkpoint is in memory once.
+Tensors are memory-mapped and modules are built on the meta device, so a checkpoint is in memory once. A file is read
+by its content, not by its name, and its size bounds what reading it can cost.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import stat
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,25 +21,65 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import InferixError
+from ..errors import InferixError, UsageError, quoted
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began with before torch 1.6
-WEIGHTS = (".safetensors", ".pt", ".pth")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST_JSON = 64_000_000  # bytes; the largest published, a tokenizer, has 17 MB
+MOST_SHARING = 4  # times that tensors of one file may use its bytes, as tied weights do
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None if there is no such file."""
-    if not path.is_file():
-        return None
+def check_file(path: Path, kind: str) -> None:
+    """UsageError unless `path` is a regular file: a pipe or a device could be read for ever."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise InferixError(f"cannot read {path}: {error}; download it again") from error
+        raise UsageError(f"no {kind} {quoted(str(path))}: no such file") from error
+    if not stat.S_ISREG(mode):
+        form = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise UsageError(f"{kind} {quoted(str(path))} is {form}; expected a file")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None if there is no such file; InferixError for anything else."""
+    if not path.exists():
+        return None
+    check_file(path, "JSON file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise InferixError(f"{path} has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InferixError(f"cannot read {path}: {reason(error)}; download it again") from error
     if not isinstance(content, dict):
         raise InferixError(f"{path} holds no JSON object; download it again")
     return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError if it is none or gives a name twice; RecursionError if it is too deep."""
+    if text[: len(LFS_POINTER)] in (LFS_POINTER, LFS_POINTER.decode()):
+        raise ValueError("it is a Git LFS pointer, not the file; run git lfs pull")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            raise ValueError(f"it gives {quoted(counts.most_common(1)[0][0])} twice")
+        return content
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, cut."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or ["it ends too early"])[0][:200]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -44,43 +88,139 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, readable by whom the user's new files are; the library makes its own for the owner alone."""
+    """A safetensors file with the permissions of any new file; the library makes its own for the owner alone.
+
+    OSError if it cannot be written.
+    """
     path.open("wb").close()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, dict(metadata or {}) or None)
+    try:
+        save_file(dict(tensors), path, dict(metadata or {}) or None)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {reason(error)}") from error
     path.chmod(mode)
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """Names to mapped tensors of one file; a training file's names are its dicts of tensors."""
+def save_pickle(content: dict[str, Any], path: Path) -> None:
+    """A file of torch.save; OSError if it cannot be written, as on a full disk."""
     try:
-        if path.suffix == ".safetensors":
+        torch.save(content, path)
+    except RuntimeError as error:  # what torch's archive writer makes of an error of the disk
+        raise OSError(f"{path.name}: {reason(error)}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; none for other files."""
+    if file_kind(path) != "safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise InferixError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Names to mapped tensors of one file; a training file's names are its dicts of tensors.
+
+    UsageError for what is no file of tensors, InferixError for a damaged one.
+    """
+    kind = file_kind(path)
+    try:
+        if kind == "safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        mapped = zipfile.is_zipfile(path)
-        if not mapped and (wrong := why_no_pickle(path)):
-            raise InferixError(f"cannot read {path}: {wrong}; the file is damaged or no checkpoint")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
-        said = "it holds more than tensors and plain values, which is not loaded, since that can run code"
-        raise InferixError(f"cannot read {path}: {said}; the file is damaged or no checkpoint") from error
-    except (OSError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
-        said = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise InferixError(f"cannot read {path}: {said}; the file is damaged or no checkpoint") from error
+        why = "it holds more than tensors and plain values, which is not loaded, since that can run code"
+        raise InferixError(f"cannot read {path}: {why}; the file is damaged or no checkpoint") from error
+    except (
+        OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError,
+        ArithmeticError, struct.error, SafetensorError,
+    ) as error:  # fmt: skip
+        raise InferixError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
     if not isinstance(content, dict):
         raise InferixError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
+    check_storage(path, content)
     return content
 
 
-def why_no_pickle(path: Path) -> str | None:
-    """What is wrong with a file that is no whole archive of torch.save; None for one of before torch 1.6."""
-    with path.open("rb") as file:
-        head = file.read(len(OLD_MAGIC))
-    if head == OLD_MAGIC:
-        return None
-    if head.startswith(b"PK"):
-        return "it was cut short"
-    return "it was not written by torch.save, and its name does not end in .safetensors"
+def file_kind(path: Path) -> str:
+    """`safetensors`, `zip` or `pickle`: how a file holds tensors; an error in a line that says what else it is."""
+    check_file(path, "checkpoint")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+        archive = zipfile.is_zipfile(path)
+    except OSError as error:
+        raise InferixError(f"cannot read {path}: {reason(error)}") from error
+    if head.startswith(LFS_POINTER):
+        raise UsageError(f"{quoted(str(path))} is a Git LFS pointer, not the weights; run git lfs pull")
+    if head.startswith(b"GGUF"):
+        raise UsageError(f"{quoted(str(path))} is a GGUF file; quantised weights are not read, use the bfloat16 file")
+    if archive:
+        if path.suffix == ".safetensors":
+            raise UsageError(f"{quoted(str(path))} was written by torch.save, in spite of its name; rename it to .pt")
+        check_archive(path)
+        return "zip"
+    if path.suffix.lower() == ".json" or head.lstrip()[:1] in (b"{", b"["):
+        raise UsageError(f"{quoted(str(path))} is an index or a config in JSON, not the weights; name its folder")
+    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
+        raise UsageError(f"{quoted(str(path))} is a web page, not the weights; download the file itself")
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return "safetensors"
+    if head == b"":
+        raise InferixError(f"cannot read {path}: it is empty; the file is damaged or no checkpoint")
+    if not head.startswith(OLD_MAGIC):
+        why = (
+            "it was cut short" if head.startswith(b"PK")
+            else "it was not written by torch.save, and is no safetensors file"
+        )  # fmt: skip
+        raise InferixError(f"cannot read {path}: {why}; the file is damaged or no checkpoint")
+    return "pickle"
+
+
+def check_archive(path: Path) -> None:
+    """InferixError for an archive with compressed members, which torch.save never writes: they can grow without end."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise InferixError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+    if packed:
+        raise InferixError(f"{path} is a compressed archive ({quoted(packed[0])}), not one of torch.save; unpack it")
+
+
+def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
+    """InferixError for tensors that claim more values than their file has, as expanded ones do."""
+    claimed, storages = 0, {}
+    for name, tensor in all_tensors(content):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = f"{tensor.layout}, {tensor.dtype}, {tensor.device}"
+            raise InferixError(f"{path}: {quoted(name)} is no plain tensor ({kind}); save it as one")
+        storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.itemsize > storage.nbytes():
+            raise InferixError(
+                f"{path}: {quoted(name)} is {list(tensor.shape)} over {storage.nbytes()} bytes, so it repeats values; "
+                "save it contiguous"
+            )
+        claimed += tensor.numel() * tensor.itemsize
+        storages[storage.data_ptr()] = storage.nbytes()
+    stored = sum(storages.values())
+    if claimed > MOST_SHARING * stored:
+        raise InferixError(f"{path}: its tensors claim {claimed} bytes and have {stored}; save each by itself")
+
+
+def all_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each tensor in dicts of dicts, each dict once."""
+    left, seen = [content], {id(content)}
+    while left:
+        for key, part in left.pop().items():
+            if isinstance(part, Tensor):
+                yield str(key), part
+            elif isinstance(part, dict) and id(part) not in seen:
+                seen.add(id(part))
+                left.append(part)
 
 
 def fill(
@@ -93,11 +233,11 @@ def fill(
 ) -> Model:
     """Give a meta-device module its tensors, each after `change`, one at a time.
 
-    InferixError lists every missing, unexpected or mis-shaped one.
+    InferixError lists every missing, unexpected or mis-shaped one, or names one that is not finite.
     """
     wanted = module.state_dict()
     wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in wanted.items() if name not in tensors]
-    wrong += [f"{name} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in wanted]
+    wrong += [f"{name[:200]} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in wanted]
     wrong += [
         f"{name}: {list(tensors[name].shape)}, expected {list(empty.shape)}"
         for name, empty in wanted.items()
@@ -106,6 +246,14 @@ def fill(
     if wrong:
         more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise InferixError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
-    state = {name: change(name, tensors[name]).to(device=device, dtype=dtype) for name in wanted}
+    state = {name: finite(source, name, change(name, tensors[name]).to(device=device, dtype=dtype)) for name in wanted}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def finite(source: object, name: str, tensor: Tensor) -> Tensor:
+    """The tensor; InferixError if a value is infinite or not a number."""
+    if not tensor.isfinite().all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InferixError(f"{source}: {name} is not finite in {kind}; the file is damaged, or take another dtype")
+    return tensor

@@ -1,17 +1,21 @@
-"""The user's choices about a model and where it runs, checked once."""
+"""Settings of an engine: the model, where it runs and how, checked once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from numbers import Real
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, quoted
 from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.wan.checkpoint import FORMATS
 from ..models.wan.transformer import PRECISIONS
+from .byte_sizes import parse_bytes
 from .kv.page_store import KV_DTYPES
 
 EXECUTORS = ("eager", "fused", "captured")
@@ -26,44 +30,62 @@ EVERY_BLOCK = ("blocks.*",)  # layers that low precision is for, unless told
 FP8_CAPABILITY = (8, 9)  # of GPUs whose kernels read FP8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What `load` was asked for, defaults filled in.
+    """Settings of an engine. `EngineConfig.of` fills in what depends on model and device, and coerces values.
 
+    model: checkpoint file or folder, or a named model. preset: decoding scheme. device: cpu, cuda or cuda:N.
+    dtype: of weights and latents, a name of `DTYPES`. executor: one of `EXECUTORS`.
     base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
-    one of them alone. use_ema: the averaged weights of a training file. precision: a name of `PRECISIONS`.
-    lora: adapter file or folder, merged into the weights `lora_scale` times. kv_memory: bytes for keys and values,
-    shared by all sessions; None is what one session needs, and more when there is need of more. kv_dtype: in which
-    they are kept, a name of `KV_DTYPES`; None is the model's own. kv_offload: those of a paused session go to host
-    memory, and others may have their room until it is resumed. executor: how passes run, a name of `EXECUTORS`.
-    fast_vae: a decoder beside the model's own, as in `vae`, that overload may go over to.
-    graphs: folder of stored graphs, which those that are missing there are added to. lowp: `fp8` or `int8` for linear
-    layers in passes, those that a pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference
-    in eager. batches: file of measured times of sessions that run as one.
+    one of them alone. checkpoint_format: a name of `FORMATS`; None detects it. use_ema: averaged weights of a training
+    file. precision: a name of `PRECISIONS`.
+    lora: adapter file or folder, merged into the weights `lora_scale` times; lora_partial: also one of which only a
+    part fits. kv_memory: bytes for keys and values of all sessions; None starts with one session's need and grows.
+    kv_dtype: of cached keys and values, a name of `KV_DTYPES`; None is the model's own. kv_offload: pages of a paused
+    session move to host memory. fast_vae: a second decoder, as in `vae`, that overload may switch to.
+    graphs: folder of stored graphs; missing ones are added. lowp: `fp8` or `int8` for linear layers, those that a
+    pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference in eager. batches: file of
+    measured batch times.
     """
 
     model: str
     preset: str
     device: str
     dtype: str
-    base: str | None
-    checkpoint_format: str | None
-    vae: str | None
-    text_encoder: str | None
-    use_ema: bool
-    precision: str
+    executor: str = "eager"
+    base: str | None = None
+    checkpoint_format: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+    use_ema: bool = True
+    precision: str = "reference"
     lora: str | None = None
     lora_scale: float = 1.0
+    lora_partial: bool = False
     kv_memory: int | None = None
     kv_dtype: str | None = None
     kv_offload: bool = False
-    executor: str = "eager"
     fast_vae: str | None = None
     graphs: str | None = None
     lowp: str | None = None
     lowp_layers: tuple[str, ...] = EVERY_BLOCK
     lowp_keep: tuple[str, ...] = ()
     batches: str | None = None
+
+    @classmethod
+    def of(cls, model: str | Path, preset: str, **settings: Any) -> EngineConfig:
+        """Make a config from `load`'s arguments; None leaves a setting at its default.
+
+        Raises UsageError for a value of a wrong type or one that cannot be used here.
+        """
+        settings = {"model": model, "preset": preset} | {
+            key: value for key, value in settings.items() if value is not None
+        }
+        settings = {key: COERCIONS[key](key, value) for key, value in settings.items()}
+        device = settings.setdefault("device", default_device())
+        settings.setdefault("dtype", default_dtype(device))
+        settings.setdefault("executor", default_executor(device))
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -73,13 +95,10 @@ class EngineConfig:
             check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.checkpoint_format is not None:
             check_choice("checkpoint_format", self.checkpoint_format, FORMATS)
-        for key in ("use_ema", "kv_offload"):
-            if not isinstance(value := getattr(self, key), bool):
-                raise UsageError(f"{key} is {value!r}; expected true or false")
-        if not math.isfinite(self.lora_scale):
-            raise UsageError(f"lora_scale is {self.lora_scale}; expected a number, 1 for the adapter as it is")
         if self.lora_scale != 1.0 and self.lora is None:
-            raise UsageError(f"lora_scale is {self.lora_scale}, but there is no lora; give one (--lora)")
+            raise UsageError(f"lora_scale is {self.lora_scale}, but there is no lora; give lora")
+        if self.lora_partial and self.lora is None:
+            raise UsageError("lora_partial is True, but there is no lora; give lora")
         check_device(self.device)
         for key in ("kv_dtype", "lowp"):
             if getattr(self, key) == "fp8" and self.device.startswith("cuda"):
@@ -102,9 +121,53 @@ class EngineConfig:
         return None if self.lowp is None else PrecisionMap(self.lowp, self.lowp_layers, self.lowp_keep)
 
 
-def patterns(given: str | Collection[str]) -> tuple[str, ...]:
-    """Names, or one, with wildcards."""
-    return (given,) if isinstance(given, str) else tuple(given)
+def text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{key} is {quoted(value)}; expected text")
+    return value
+
+
+def path_text(key: str, value: Any) -> str:
+    if not isinstance(value, str | Path) or not str(value):
+        raise UsageError(f"{key} is {quoted(value)}; expected a path")
+    return str(value)
+
+
+def flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{key} is {quoted(value)}; expected True or False")
+    return value
+
+
+def number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UsageError(f"{key} is {quoted(value)}; expected a finite number")
+    return float(value)
+
+
+def byte_count(key: str, value: Any) -> int:
+    return parse_bytes(value)
+
+
+def patterns(key: str, value: Any) -> tuple[str, ...]:
+    """Names with wildcards, from one name or a collection of names."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{key} is {quoted(value)}; expected names of layers, with wildcards")
+    return tuple(names)
+
+
+COERCIONS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("preset", "device", "dtype", "executor", "checkpoint_format"), text),
+    **dict.fromkeys(("precision", "kv_dtype", "lowp"), text),
+    **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae", "graphs", "batches"), path_text),
+    **dict.fromkeys(("use_ema", "lora_partial", "kv_offload"), flag),
+    **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
+    "lora_scale": number,
+    "kv_memory": byte_count,
+}
+SETTINGS = tuple(COERCIONS)  # what `load` takes, besides limits and the fields of a preset
+assert set(SETTINGS) == {setting.name for setting in fields(EngineConfig)}
 
 
 def check_choice(key: str, value: str, known: Collection[str]) -> None:

@@ -199,17 +199,18 @@ class Engine:
 
     # Weights
 
-    def use_lora(self, lora: str | Path | None, scale: float = 1.0) -> None:
+    def use_lora(self, lora: str | Path | None, scale: float = 1.0, partial: bool = False) -> None:
         """Run all sessions with an adapter from their next blocks on, in place of the one applied before. None removes
         it and restores the weights exactly.
 
         For the thread that drives the engine, between two blocks; from another, `soon(lambda: use_lora(path))`. Nothing
-        is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model.
+        is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model, or of
+        which only a part fits, unless `partial`.
         """
         if lora is None:
             self.adapter.remove()
         else:
-            self.adapter.apply(lora, scale)
+            self.adapter.apply(lora, scale, partial)
         self.refresh_derived_weights()
 
     @torch.no_grad()

@@ -103,7 +103,7 @@ def make_engine(
     lowp = ("lowp", "lowp_layers", "lowp_keep")
     ours = ("kv_memory", "kv_dtype", "kv_offload", "executor", "fast_vae", "graphs", "batches", *lowp)
     settings = {key: overrides.pop(key) for key in ours if key in overrides}
-    config = EngineConfig("test", preset, "cpu", dtype, None, None, None, None, True, "reference", **settings)
+    config = EngineConfig.of("test", preset, device="cpu", dtype=dtype, **settings)
     vae = CausalVae(vae_spec).eval().requires_grad_(False)
     vae.load_state_dict(random_vae_state(vae_spec, 1, torch.float32))
     kind = getattr(torch, dtype)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..files import save_pickle
 from .spec import tiny_text
-from .umt5 import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TIED, to_original
+from .umt5_checkpoint import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TIED, to_original
 
 
 def write_tiny_text_encoder(folder: Path, layout: str, dim: int, seed: int, dtype: torch.dtype) -> None:
@@ -40,7 +41,7 @@ def write_tiny_text_encoder(folder: Path, layout: str, dim: int, seed: int, dtyp
         tokenizer.save_pretrained(folder / "tokenizer")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({to_original(name): tensor for name, tensor in state.items()}, folder / ORIGINAL_FILE)
+        save_pickle({to_original(name): tensor for name, tensor in state.items()}, folder / ORIGINAL_FILE)
         tokenizer.save_pretrained(folder / ORIGINAL_TOKENIZER)
 
 

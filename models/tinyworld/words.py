@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import InferixError, UsageError
 from ..files import fill, read_tensors
 from ..text.umt5 import clean_prompt
 from .world import BIOMES, COLOURS, HEROES, LIGHTS
@@ -44,8 +44,11 @@ class WordEncoder(nn.Module):
     @classmethod
     def from_file(cls, path: Path, text_len: int, dtype: torch.dtype, device: Any) -> WordEncoder:
         tensors = read_tensors(path)
+        rows = tensors.get("rows.weight")
+        if not isinstance(rows, Tensor) or rows.ndim != 2:
+            raise InferixError(f"{path} is no word encoder: it has no rows.weight; reinstall inferix")
         with torch.device("meta"):
-            module = cls(tensors["rows.weight"].shape[1], text_len)
+            module = cls(rows.shape[1], text_len)
         return fill(module, tensors, dtype, device, path)
 
     def forward(self, words: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError, nearest
-from ..files import WEIGHTS, fill, read_json, read_tensors
-from ..text.umt5 import ORIGINAL_FILE, find_text
-from .lora import check_lora, merged, read_lora
+from ...errors import InferixError, UsageError, nearest, quoted
+from ..files import check_file, fill, read_json, read_tensors
+from ..state_dicts import (
+    EXPERTS,
+    WEIGHTS,
+    Place,
+    WeightFiles,
+    check_names_one_file,
+    choose_state_dict,
+    find_weight_files,
+    read_weight_files,
+    refuse_two_experts,
+)
+from ..text.umt5_checkpoint import TEXT_FILES, find_text
+from .lora import fitting, merged, read_lora
 from .names import from_format
 from .spec import FAMILY, MODELS, ModelSpec
 from .transformer import WanTransformer
-from .vae_checkpoint import ORIGINAL_VAES, TINY_DECODERS, find_vae
+from .vae_checkpoint import TINY_DECODERS, VAE_FILES, find_vae
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,9 @@ FORMATS: dict[str, Format] = {
     "rolling-forcing": Format("original", "rolling_forcing_dmd.pt", ("generator_ema", "generator")),
     "longlive2": Format("original", "model_bf16.pt", ("generator", "model")),
 }
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+TRANSFORMER_FOLDERS = ("transformer", "unet", "diffusion_models")  # of a pipeline or of ComfyUI's models
 LEFTOVERS = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")  # training's critic, not the generator
+LONGEST_TEXT = 4096  # rows that a config may ask for
 HEAD_DIM = 128  # of every published model; used where there is no config to read it from
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels", "text_dim")
 
@@ -63,7 +78,12 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, Tensor]
     spec: ModelSpec
-    lora: Path | None  # an adapter that is part of the checkpoint
+    lora: Path | None  # an adapter that is published with the file
+
+    @property
+    def folder(self) -> Path:
+        """Where the other parts of the model may lie."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
     def digest(self) -> str:
@@ -81,149 +101,263 @@ def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = T
     path = Path(path)
     if form is not None and form not in FORMATS:
         raise UsageError(f"no checkpoint format {form!r}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
-    files, config = transformer_files(path)
-    raw: dict[str, Any] = {}
-    for file in files:
-        raw |= read_tensors(file)
-    found = form or detect_format(path, files[0].name, raw)
-    layout = FORMATS[found]
+    source, config = find_transformer(path)
+    content = read_weight_files(source)
+    name = source.files[0].name
+    place, raw = choose_state_dict(
+        path, content, "Wan transformer", is_transformer, use_ema, expected_keys(form, name, content)
+    )
+    form = form or detect_format(name, place, raw)
+    layout = FORMATS[form]
+    if place.keys and layout.weights and not set(place.keys) & set(layout.weights):
+        raise UsageError(f"{path} holds {place}; expected {' or '.join(layout.weights)}, or another checkpoint_format")
     tensors: dict[str, Tensor] = {}
-    for name, tensor in choose_weights(path, raw, layout, use_ema).items():
-        bare = strip_wrappers(name)
-        if not bare.startswith(LEFTOVERS):
-            tensors |= {from_format(layout.names, part): value for part, value in unfused(bare, tensor).items()}
-    refuse_quantised(path, tensors)
-    lora = files[0].parent / layout.lora if layout.lora else None
+    for bare, tensor in raw.items():
+        for part, value in unfused(bare, tensor).items() if not bare.startswith(LEFTOVERS) else ():
+            ours = from_format(layout.names, part)
+            if ours in tensors:
+                raise UsageError(f"{path} has {quoted(ours)} under two names; expected each tensor once")
+            tensors[ours] = value
     spec = read_spec(path, config, tensors)
-    return Checkpoint(path, found, files, tensors, spec, lora if lora and lora.is_file() else None)
+    return Checkpoint(path, form, source.files, tensors, spec, published_lora(source, layout))
 
 
-def choose_weights(path: Path, content: dict[str, Any], layout: Format, use_ema: bool) -> dict[str, Tensor]:
-    """The tensors of a flat file, or those of a training file that are wanted: averaged ones first, if `use_ema`."""
-    names = sorted(layout.weights, key=lambda name: name.endswith("_ema"), reverse=use_ema)
-    for name in names:
-        if isinstance(content.get(name), dict):
-            return content[name]
-    if not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        held, wanted = ", ".join(sorted(content)[:6]), " or ".join(layout.weights) or "tensors alone"
-        raise UsageError(f"{str(path)!r} holds {held}; expected {wanted}, or another checkpoint_format")
-    return content
+def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether names are a Wan transformer's, in any format."""
+    return "patch_embedding.weight" in tensors and any(name.startswith("blocks.") for name in tensors)
+
+
+def expected_keys(form: str | None, file: str, content: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Keys under which a file has its weights, best first: those of its format or of the format it is named after."""
+    if form is None:
+        form = next((name for name in named_after(file) if set(FORMATS[name].weights) & content.keys()), "original")
+    return FORMATS[form].weights
+
+
+def named_after(file: str) -> list[str]:
+    return [form for form, layout in FORMATS.items() if layout.file == file != SHARD]
+
+
+def published_lora(source: WeightFiles, layout: Format) -> Path | None:
+    """The adapter published with a format's file, where both lie together under their published names."""
+    file = source.files[0]
+    if layout.lora is None or file.name != layout.file or not (lora := file.with_name(layout.lora)).is_file():
+        return None
+    return lora if "generator_lora" in read_tensors(lora) else None
 
 
 def unfused(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Query, key and value of a tensor that has them one below the other; any other tensor alone."""
-    if ".self_attn.to_qkv." not in name:
+    if ".self_attn.to_qkv." not in name or tensor.ndim == 0 or len(tensor) % 3:
         return {name: tensor}
     return {name.replace("to_qkv", part): piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
 
 
-def refuse_quantised(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UsageError(f"{str(path)!r} has {name} in {kind}; quantised weights are not in this version, use the "
-                             "bfloat16 file")
-
-
-def strip_wrappers(name: str) -> str:
-    """A tensor's name without what training wrappers put before or into it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("model.")
-
-
-def transformer_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Any] | None]:
-    """The files that hold the transformer, and its config if there is one."""
-    if path.is_file():
-        return (path,), read_json(path.parent / "config.json")
-    if not path.is_dir():
+def find_transformer(path: Path) -> tuple[WeightFiles, dict[str, Any] | None]:
+    """The files that hold the transformer, and the config beside them if it is a Wan transformer's."""
+    if not path.exists():
         known = f"{nearest(str(path), MODELS)}; names of models are {', '.join(MODELS)}"
-        raise UsageError(f"no checkpoint {str(path)!r}: no such file or folder{known}")
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
+        raise UsageError(f"no checkpoint {quoted(str(path))}: no such file or folder{known}")
+    refuse_experts(path)
+    if not path.is_dir():
+        check_file(path, "checkpoint")
+        check_names_one_file(path)
+        return WeightFiles((path,)), transformer_config(path.parent)
+    stem = SHARD.removesuffix(".safetensors")
+    folders = [folder for name in TRANSFORMER_FOLDERS if (folder := path / name).is_dir()]
+    right_here = find_weight_files(path, stem) if is_transformer_folder(path) else None
+    if right_here and folders:
+        raise UsageError(f"{quoted(str(path))} holds a transformer and a folder {folders[0].name}; name one of them")
+    if right_here:
+        return right_here, transformer_config(path)
+    for folder in folders or [path]:
+        if source := find_weight_files(folder, stem) or only_file(folder):
+            return source, transformer_config(folder)
+    raise UsageError(f"{quoted(str(path))} holds no transformer; expected {SHARD}, its shards or a .pt")
+
+
+def is_transformer_folder(folder: Path) -> bool:
+    """Whether the weights right in a folder are not those of a VAE, which have the same name."""
+    return (read_json(folder / "config.json") or {}).get("_class_name") != "AutoencoderKLWan"
+
+
+def only_file(folder: Path) -> WeightFiles | None:
+    """The one file of tensors in a folder that is not known as another part of a model; None if there is none."""
+    others = {*TEXT_FILES, *VAE_FILES, *TINY_DECODERS, "words.safetensors", *(form.lora for form in FORMATS.values())}
+    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.name not in others)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UsageError(f"{quoted(str(folder))} holds several checkpoints ({names[:200]}); name one of them")
+    if not files:
+        return None
+    check_names_one_file(files[0])
+    return WeightFiles((files[0],))
+
+
+def refuse_experts(path: Path) -> None:
+    """UsageError for a model of two transformers, or one of the two: by its folders, pipeline index or file name."""
+    whole = Path(os.path.abspath(path))  # links stay as they are: where models are cached, a link's target has no name
+    folder = whole if path.is_dir() else whole.parent
+    part = folder.name in ("transformer", *EXPERTS)
+    if half := re.search(r"(high|low)[-_ ]?noise", whole.name, re.IGNORECASE):
+        refuse_two_experts(path, half[0])
+    if not part and not path.is_dir():
+        return
+    root = folder.parent if part else folder
+    for name in EXPERTS:
+        if (root / name).exists():
+            refuse_two_experts(path, name)
+    index = read_json(root / "model_index.json") or {}
+    second = index.get("transformer_2")
+    if index.get("boundary_ratio") is not None or (isinstance(second, list) and any(second)):
+        refuse_two_experts(path, "transformer_2 in model_index.json")
+
+
+def transformer_config(folder: Path) -> dict[str, Any] | None:
+    """The config in a folder if it is a Wan transformer's; None for that of any other model."""
     config = read_json(folder / "config.json")
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    if not files:
-        others = {ORIGINAL_FILE, *ORIGINAL_VAES, *TINY_DECODERS, *(form.lora for form in FORMATS.values())}
-        files = sorted(
-            file for file in folder.iterdir()
-            if file.suffix in WEIGHTS and file.name not in others
-        )  # fmt: skip
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise UsageError(f"{str(path)!r} holds several checkpoints ({names}); name one of them")
-    if not files:
-        raise UsageError(f"{str(path)!r} holds no transformer; expected diffusion_pytorch_model*.safetensors or a .pt")
-    check_shards(folder, files)
-    return tuple(files), config
+    if config is None:
+        return None
+    kind = config.get("_class_name")
+    if kind is None:
+        return config if {"dim", "ffn_dim", "num_heads"} <= config.keys() else None
+    return config if isinstance(kind, str) and "Wan" in kind and "Autoencoder" not in kind else None
 
 
-def check_shards(folder: Path, files: list[Path]) -> None:
-    """InferixError naming the shards that an index lists and the folder lacks."""
-    for index in folder.glob("*.safetensors.index.json"):
-        listed = set((read_json(index) or {}).get("weight_map", {}).values())
-        if missing := sorted(listed - {file.name for file in files}):
-            raise InferixError(f"{folder} lacks shards {', '.join(missing)}; the download is not complete")
-
-
-def detect_format(path: Path, file: str, content: Mapping[str, Any]) -> str:
-    """The format a file is called after or, where it has a name of its own, whose names it holds."""
-    names = {strip_wrappers(name) for name in content}
-    held = {name for name, part in content.items() if isinstance(part, dict)}
-    for form, layout in FORMATS.items():
-        known = set(layout.weights) | {"critic", "critic_ema"}
-        if layout.file == file != SHARD and held <= known:
+def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str:
+    """The format of a file: of its published name if keys and names agree, else by its keys and names."""
+    fused = any(".self_attn.to_qkv." in name for name in tensors)
+    names = "diffusers" if "condition_embedder.time_embedder.linear_1.weight" in tensors else "original"
+    for form in named_after(file):
+        layout = FORMATS[form]
+        under = set(place.keys) & set(layout.weights) if layout.weights else not place.keys
+        if under and layout.names == names and fused == (form == "krea"):
             return form
-    if held & set(FORMATS["longlive"].weights):
-        return "longlive" if "model" in held else "self-forcing"
-    if any(name.endswith(".self_attn.to_qkv.weight") for name in names):
+    if fused:
         return "krea"
-    for form, mark in (("original", "text_embedding.0.weight"), ("diffusers", "condition_embedder.time_proj.weight")):
-        if mark in names:
-            return form
-    some = ", ".join(sorted(names)[:4]) or "nothing"
-    raise UsageError(f"{str(path)!r} is no Wan transformer: it holds {some}; expected one of {', '.join(FORMATS)}")
+    return "self-forcing" if names == "original" and {"generator", "generator_ema"} & set(place.keys) else names
 
 
 def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> ModelSpec:
-    """Sizes from the config where it has them, from shapes elsewhere; a known model's name if they match."""
+    """Sizes from shapes, heads from the config, which must agree with them; a known model's name if they match."""
     try:
         patch = tensors["patch_embedding.weight"]
-        dim = patch.shape[0]
-        layers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
         sizes: dict[str, Any] = {
-            "dim": dim,
+            "dim": patch.shape[0],
             "ffn_dim": tensors["blocks.0.ffn.up.weight"].shape[0],
-            "num_layers": max(layers) + 1,
+            "num_layers": count_layers(path, tensors),
             "in_channels": patch.shape[1],
             "out_channels": tensors["head.linear.weight"].shape[0] // (patch.shape[3] * patch.shape[4]),
             "text_dim": tensors["text_embedding.linear_1.weight"].shape[1],
         }
         freq_dim = tensors["time_embedding.linear_1.weight"].shape[1]
-    except (KeyError, ValueError, IndexError) as error:
+        image = tensors.get("image_embedding.norm_in.weight")
+        position = tensors.get("image_embedding.position")
+        image_dim = None if image is None else image.shape[0]
+        image_tokens = None if position is None else position.shape[1]
+        action = tensors.get("action_embedding.linear_1.weight")
+        action_dim = None if action is None else action.shape[1]
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise InferixError(f"{path} is no complete Wan transformer: no {error} in it") from error
-    config = config or {}
-    sizes["num_heads"] = config.get("num_heads") or config.get("num_attention_heads") or max(dim // HEAD_DIM, 1)
-    image = tensors.get("image_embedding.norm_in.weight")
-    position = tensors.get("image_embedding.position")
-    image_dim = None if image is None else image.shape[0]
-    image_tokens = None if position is None else position.shape[1]
-    action = tensors.get("action_embedding.linear_1.weight")
-    action_dim = None if action is None else action.shape[1]
+    if 0 in (*sizes.values(), freq_dim):
+        raise InferixError(f"{path} is no Wan transformer: a size is 0 ({sizes})")
     placed = "position_embedding" in tensors
-    for spec in MODELS.values():
-        same = all(getattr(spec, key) == sizes[key] for key in SIZES)
-        if same and (spec.image_dim, spec.action_dim, spec.grid is not None) == (image_dim, action_dim, placed):
-            return spec
+    facts = sizes | {"freq_dim": freq_dim, "patch": (patch.shape[3], patch.shape[4]), "image_dim": image_dim}
+    known = [
+        spec
+        for spec in MODELS.values()
+        if all(getattr(spec, key) == sizes[key] for key in SIZES if key != "num_heads")
+        and (spec.image_dim, spec.action_dim, spec.grid is not None) == (image_dim, action_dim, placed)
+    ]
+    values = read_config(path, config or {}, facts, known)
+    if known:
+        return known[0]
     if action_dim is not None:
         names = ", ".join(spec.name for spec in MODELS.values() if spec.actions)
         raise UsageError(f"{str(path)!r} follows {action_dim} actions, which have no names here; known are {names}")
     like = MODELS["wan-5b"] if sizes["out_channels"] == MODELS["wan-5b"].out_channels else MODELS["wan-1.3b"]
     return ModelSpec(
-        name="custom", **sizes, freq_dim=freq_dim, text_len=config.get("text_len", FAMILY["text_len"]),
-        patch=(patch.shape[3], patch.shape[4]), eps=config.get("eps", FAMILY["eps"]), image_dim=image_dim,
+        name="custom", **sizes, **values, freq_dim=freq_dim, patch=facts["patch"], image_dim=image_dim,
         image_tokens=image_tokens, vae_stride=like.vae_stride, fps=like.fps, default_size=like.default_size, grid=None,
         actions=(),
     )  # fmt: skip
+
+
+def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Layers that names count from 0 without a gap; InferixError for others, before any of them is made."""
+    layers = {found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    for number in range(len(layers)):
+        if str(number) not in layers:
+            some = ", ".join(sorted(layers, key=len)[-3:])[:200]
+            raise InferixError(
+                f"{path} has {len(layers)} layers, but none called blocks.{number} (it has {some}); "
+                "the file is not complete"
+            )
+    return len(layers)
+
+
+CONFIG_KEYS = {  # of a config: what its tensors must agree with
+    "dim": "dim", "ffn_dim": "ffn_dim", "num_layers": "num_layers", "in_dim": "in_channels", "out_dim": "out_channels",
+    "in_channels": "in_channels", "out_channels": "out_channels", "text_dim": "text_dim", "freq_dim": "freq_dim",
+    "image_dim": "image_dim",
+}  # fmt: skip
+
+
+def read_config(
+    path: Path, config: Mapping[str, Any], facts: Mapping[str, Any], known: list[ModelSpec]
+) -> dict[str, Any]:
+    """num_heads, text_len and eps by the config, else of the known model of these sizes, else of the family.
+
+    UsageError naming each value that contradicts the tensors' sizes or the known model.
+    """
+    wrong = [
+        f"{key} is {quoted(config[key])}, the tensors have {facts[size]}"
+        for key, size in CONFIG_KEYS.items()
+        if config.get(key) is not None and not is_size(config[key], facts[size])
+    ]
+    patch = config.get("patch_size")
+    if patch is not None and (not isinstance(patch, list) or patch[-2:] != list(facts["patch"])):
+        wrong.append(f"patch_size is {quoted(patch)}, the tensors have {list(facts['patch'])}")
+    dim, like = facts["dim"], known[0] if known else None
+    values = {
+        "num_heads": like.num_heads if like else dim // HEAD_DIM,
+        "text_len": like.text_len if like else FAMILY["text_len"],
+        "eps": like.eps if like else FAMILY["eps"],
+    }
+    given = {key: config[key] for key in values if key in config}
+    if "num_attention_heads" in config:
+        given["num_heads"] = config["num_attention_heads"]
+        width = config.get("attention_head_dim", HEAD_DIM)
+        if not is_count(width) or not is_count(given["num_heads"]) or width * given["num_heads"] != dim:
+            count = quoted(given["num_heads"])
+            wrong.append(
+                f"num_attention_heads is {count} and attention_head_dim {quoted(width)}, the tensors have {dim}"
+            )
+    for key, value in given.items():
+        if like and value != values[key]:
+            wrong.append(f"{key} is {quoted(value)}; {like.name}, which has these sizes, has {values[key]}")
+        elif key == "num_heads" and (not is_count(value) or dim % value):
+            wrong.append(f"num_heads is {quoted(value)}, expected a divisor of {dim}")
+        elif key == "text_len" and (not is_count(value) or value > LONGEST_TEXT):
+            wrong.append(f"text_len is {quoted(value)}, expected 1 to {LONGEST_TEXT}")
+        elif key == "eps" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1):
+            wrong.append(f"eps is {quoted(value)}, expected a small number")
+    if wrong:
+        raise UsageError(f"config.json beside {path} is not of this model: {'; '.join(wrong)}; remove or replace it")
+    values |= given
+    if "num_heads" not in given and dim % HEAD_DIM and not like:
+        raise UsageError(f"{path} is {dim} wide, and no config.json beside it has num_heads; put the model's there")
+    return values
+
+
+def is_count(value: object) -> bool:
+    """Whether a config's value is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_size(value: object, expected: object) -> bool:
+    """Whether a config's value is this whole number."""
+    return isinstance(value, int) and not isinstance(value, bool) and value == expected
 
 
 def build_transformer(
@@ -232,22 +366,33 @@ def build_transformer(
     dtype: torch.dtype,
     device: Any,
     loras: Iterable[tuple[str | Path, float]] = (),
+    lora_partial: bool = False,
 ) -> WanTransformer:
     """The model of a checkpoint with its adapters merged in."""
     with torch.device("meta"):
         module = WanTransformer(checkpoint.spec, precision)
-    return fill(module, checkpoint.tensors, dtype, device, checkpoint.path, merging(checkpoint, loras))
+    change = merging(checkpoint, loras, lora_partial)
+    return fill(module, checkpoint.tensors, dtype, device, checkpoint.path, change)
 
 
-def merging(checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]]) -> Callable[[str, Tensor], Tensor]:
-    """What makes a weight of a checkpoint from the file's: the adapter that belongs to it, then `loras`.
+def merging(
+    checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]], partial: bool = False
+) -> Callable[[str, Tensor], Tensor]:
+    """What makes a weight of a checkpoint from the file's: the adapter published with it, then `loras`.
 
-    `loras` are (path, factor). Raises UsageError for adapters of another base model.
+    `loras` are (path, factor). Raises UsageError for adapters of another base model, where `partial` only if nothing
+    of one fits; warns of the published adapter.
     """
-    adapters = [*([(checkpoint.lora, 1.0)] if checkpoint.lora else []), *loras]
-    updates = [(read_lora(path), factor) for path, factor in adapters]
-    for (path, _), (update, _) in zip(adapters, updates, strict=True):
-        check_lora(path, update, checkpoint.tensors)
+    given = [(Path(path), factor) for path, factor in loras]
+    adapters = list(given)
+    published = checkpoint.lora
+    if published and not any(path.exists() and path.samefile(published) for path, _ in given):
+        warnings.warn(f"{published} is merged, too: it is published with {checkpoint.files[0].name}", stacklevel=3)
+        adapters.insert(0, (published, 1.0))
+    for path, factor in adapters:
+        if not math.isfinite(factor):
+            raise UsageError(f"lora_scale is {factor} for {path}; expected a number, 1 for the adapter as it is")
+    updates = [(fitting(read_lora(path), checkpoint.tensors, partial), factor) for path, factor in adapters]
 
     def change(name: str, tensor: Tensor) -> Tensor:
         for update, factor in updates:
@@ -260,7 +405,7 @@ def merging(checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]]) -
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a checkpoint holds, as plain values."""
     checkpoint = read_checkpoint(path)
-    places = [checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent]
+    places = [checkpoint.folder]
     vae, text = find_vae(places), find_text(places)
     spec = checkpoint.spec
     return {
@@ -272,6 +417,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "tensors": len(checkpoint.tensors),
         "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
+        "lora": str(checkpoint.lora) if checkpoint.lora else None,
         "files": [str(file) for file in checkpoint.files],
         "vae": str(vae) if vae else "not beside it; give base",
         "text_encoder": str(text[0]) if text else "not beside it; give base, or prompt embeddings",

@@ -1,104 +1,461 @@
-"""LoRA adapters, merged into the weights as they are loaded: W + scale * B A, summed in float32.
+"""Adapters, merged into the weights as they are loaded: W + scale * up @ down, summed in float32.
 
-Names are those of PEFT (`lora_A`, `lora_B`) or of trainers that write `lora_down`, `lora_up` and `alpha`; module
-names are the original's or diffusers'. Source: LoRA (arXiv 2106.09685).
+Names are those of PEFT and diffusers (`lora_A`, `lora_B`), of trainers that write `lora_down`, `lora_up` and `alpha`
+(kohya's with underscores for dots), and whole differences (`diff`, `diff_b`, `diff_m`). scale is alpha / rank, or
+alpha / sqrt(rank) for rank-stabilised adapters, where alpha is a tensor of the layer, in the file's metadata, or in
+adapter_config.json; 1 where none is given. Sources: LoRA (arXiv 2106.09685); rsLoRA (arXiv 2312.03732).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError
-from ..files import read_json, read_tensors
-from .names import TABLES, from_format
+from ...errors import InferixError, UsageError, quoted
+from ..files import check_file, parse_json, read_json, read_metadata, read_tensors, reason
+from ..state_dicts import FLOATS, SCALES, WEIGHTS, bare_name, refuse_two_experts, state_dicts
+from .names import is_parameter, our_module
 
-PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.")
-PART = re.compile(r"^(?P<module>.+)\.(?:lora_(?P<side>A|B|down|up)(?:\.default)?\.weight|(?P<alpha>alpha))$")
+PART = re.compile(
+    r"^(?P<module>.+?)\.(?:(?:lora[_.](?P<side>A|B|down|up)(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?"
+    r"(?:\.(?P<leaf>weight|bias))?)|(?P<other>alpha|diff|diff_b|diff_m))$"
+)
+SIDES = {"A": "down", "B": "up", "down": "down", "up": "up"}
+KOHYA = re.compile(r"^(?:lora|lycoris)_(?:unet|transformer)_+|^lycoris_+")
+KOHYA_WRAPPERS = re.compile(r"_(?:fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)_")
+OTHER_METHODS = {  # in names: kinds of adapters that are not sums of one low-rank product
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
+    "boft_": "BOFT", "lora_mid": "LoCon with a Tucker core", "glora": "GLoRA", "ia3_": "IA3",
+    "lora_embedding_": "embedding LoRA",
+}  # fmt: skip
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base model's weights, too
+CONFIG, PEFT_FILE, METADATA = "adapter_config.json", "adapter_model", "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
-class Update:
-    """One module's update: down [rank, in], up [out, rank], and the factor of their product."""
+class LowRank:
+    """scale * up @ down: down [rank, in, ...], up [out, rank, 1...]."""
 
     down: Tensor
     up: Tensor
     scale: float
 
-    def to(self, device: torch.device) -> Update:
-        """The same update there."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def to(self, device: torch.device) -> LowRank:
         return replace(self, down=self.down.to(device), up=self.up.to(device))
 
+    def change(self, factor: float) -> Tensor:
+        """What it adds to a weight, `factor` times, in float32."""
+        return self.up.float().flatten(1) @ self.down.float().flatten(1) * (self.scale * factor)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """scale * value, of the parameter's own shape."""
+
+    value: Tensor
+    scale: float = 1.0
+
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def to(self, device: torch.device) -> Difference:
+        return replace(self, value=self.value.to(device))
+
+    def change(self, factor: float) -> Tensor:
+        """What it adds to a parameter, `factor` times, in float32."""
+        return self.value.float() * (self.scale * factor)
 
 
-def read_lora(path: str | Path) -> dict[str, Update]:
-    """Updates by our module names from a file, or from an adapter folder; alpha is the rank where none is told."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")])
-        if len(files) != 1:
-            raise UsageError(f"LoRA folder {str(path)!r} holds {len(files)} weight files; name the one to use")
-        path = files[0]
-    elif not path.is_file():
-        raise UsageError(f"no LoRA {str(path)!r}: no such file or folder")
-    content = read_tensors(path)
-    tensors: Mapping[str, Tensor] = content.get("generator_lora", content)
-    told = (read_json(path.parent / "adapter_config.json") or {}).get("lora_alpha")
-    halves: dict[str, dict[str, Tensor]] = {}
+Update = LowRank | Difference
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter file: updates by our parameter names, and names in it that no published format has."""
+
+    path: Path
+    updates: Mapping[str, Update]
+    unknown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """What a config says of alpha: one for all layers, and others for layers whose name ends in a pattern's."""
+
+    source: str
+    rank: int | None
+    alpha: float
+    stabilised: bool
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    targets: tuple[str, ...] | None = None
+
+    def mismatch(self, modules: Mapping[str, int], strict: bool) -> str | None:
+        """Why this config is not of an adapter with these ranks of modules; None if it agrees.
+
+        Layers without a pattern may have another rank than r, if not `strict` and others have r.
+        """
+        plain = {module: rank for module, rank in modules.items() if matching(self.ranks, module, None) is None}
+        for module, rank in modules.items():
+            expected = matching(self.ranks, module, self.rank)
+            agrees = expected in (None, rank) or (not strict and module in plain and self.rank in plain.values())
+            if not agrees:
+                return f"r is {expected}, and {module[:200]} has rank {rank}"
+            if self.targets is not None and not any(ends_in(target, module) for target in self.targets):
+                return f"target_modules has no {module[:200]}"
+        return None
+
+    def scale(self, module: str, rank: int) -> float:
+        alpha = matching(self.alphas, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.stabilised else rank)
+
+
+def read_lora(path: str | Path) -> Lora:
+    """The adapter in a file or folder. UsageError for what is none, InferixError for a broken file."""
+    given = Path(path)
+    path = lora_file(given)
+    tensors = adapter_tensors(path, read_tensors(path))
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    adapters = set()
     for name, tensor in tensors.items():
+        for mark, method in OTHER_METHODS.items():
+            if mark in name:
+                raise UsageError(f"{path} is a {method} adapter ({quoted(name)}), not in this version; use a LoRA")
         part = PART.match(name)
-        if part is None or not isinstance(tensor, Tensor):
-            raise UsageError(f"{path} is no LoRA: it holds {name!r}; expected names that end in .lora_A.weight")
-        side = {"A": "down", "B": "up", None: "alpha"}.get(part["side"], part["side"])
-        halves.setdefault(our_module(part["module"]), {})[side] = tensor
-    updates = {}
-    for module, found in halves.items():
-        if not {"down", "up"} <= found.keys() or found["down"].shape[0] != found["up"].shape[1]:
-            raise InferixError(f"{path}: {module} has no matching pair of LoRA matrices; the file is not complete")
-        rank = found["down"].shape[0]
-        alpha = float(found["alpha"]) if "alpha" in found else float(told if told is not None else rank)
-        updates[module] = Update(found["down"], found["up"], alpha / rank)
-    return updates
+        module, kind = module_and_kind(part) if part else ("", "")
+        if part is None or not kind or our_lora_module(module) is None:
+            unknown.append(name)
+            continue
+        check_values(path, name, tensor, kind)
+        if part["adapter"]:
+            adapters.add(part["adapter"])
+        halves = parts.setdefault(module, {})
+        if kind in halves:
+            raise UsageError(f"{path} gives {kind} of {quoted(module)} twice; expected one adapter")
+        halves[kind] = tensor
+    if len(adapters) > 1:
+        names = ", ".join(sorted(adapters))[:200]
+        raise UsageError(f"{path} holds several adapters ({names}); save the one to use alone")
+    if not any(halves.keys() - {"alpha"} for halves in parts.values()):
+        some = ", ".join(quoted(name, 80) for name in (*unknown, *parts)[:4]) or "no tensors"
+        raise UsageError(f"{path} is no LoRA: it holds {some}; expected names that end in .lora_A.weight")
+    scales = strengths(given, path, parts)
+    updates: dict[str, Update] = {}
+    for name, halves in parts.items():
+        ours = our_lora_module(name)
+        assert ours is not None
+        for parameter, update in module_updates(path, name, ours, halves, scales.get(name, 1.0)):
+            if parameter in updates:
+                raise UsageError(f"{path} changes {parameter} twice; expected one update of each weight")
+            updates[parameter] = update
+    if all(not any(value.any() for value in tensors_of(update)[-1:]) for update in updates.values()):
+        warnings.warn(f"{path} changes nothing: all of its updates are 0", stacklevel=2)
+    return Lora(path, updates, tuple(unknown))
 
 
-def our_module(name: str) -> str:
-    """A module's name in ours, from whichever table knows it."""
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    for form in TABLES:
-        ours = from_format(form, name)
-        if ours != name:
-            return ours
-    return name
+def tensors_of(update: Update) -> tuple[Tensor, ...]:
+    return (update.down, update.up) if isinstance(update, LowRank) else (update.value,)
 
 
-def check_lora(source: object, updates: Mapping[str, Update], tensors: Mapping[str, Tensor]) -> None:
-    """UsageError listing the modules that the model lacks or that have another shape there."""
-    wrong = []
-    for module, update in updates.items():
-        weight = tensors.get(f"{module}.weight")
-        if weight is None:
-            wrong.append(f"{module}: not in the model")
-        elif math.prod(update.shape) != weight.numel():
-            wrong.append(f"{module}: {list(update.shape)}, the model has {list(weight.shape)}")
+def lora_file(path: Path) -> Path:
+    """The one file of tensors of an adapter's file or folder."""
+    if not path.exists():
+        raise UsageError(f"no LoRA {quoted(str(path))}: no such file or folder")
+    if not path.is_dir():
+        check_file(path, "LoRA")
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+    exact = [file for file in files if file.stem == PEFT_FILE]
+    if len(files) != 1 and len(exact) != 1:
+        raise UsageError(f"LoRA folder {quoted(str(path))} holds {len(files)} weight files; name the one to use")
+    return (exact or files)[0]
+
+
+def adapter_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names without containers and prefixes to tensors; those of a generator where a file has several networks."""
+    groups = {place: group for place, group in state_dicts(path, content, ("generator_lora", "lora")).items() if group}
+    for place in groups:
+        if expert := next((word for word in place.words if word == "transformer_2"), None):
+            refuse_two_experts(path, expert)
+    keys = {place.keys for place in groups}
+    if len(keys) > 1:
+        keys = {key for key in keys if "generator_lora" in key} or keys
+    if len(keys) > 1:
+        some = ", ".join(sorted(".".join(key) or "the top level" for key in keys))
+        raise UsageError(f"{path} holds several adapters ({some}); save the one to use alone")
+    found: dict[str, Tensor] = {}
+    for place, group in groups.items():
+        for name, tensor in group.items() if place.keys in keys else ():
+            if name in found:
+                raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
+            found[name] = tensor
+    return found
+
+
+def our_lora_module(name: str) -> str | None:
+    """Our name of the module or parameter that an adapter's name means; None if no format has it."""
+    if KOHYA.match(name):
+        return our_module(KOHYA_WRAPPERS.sub("", KOHYA.sub("", name)))
+    return our_module(bare_name(name)[1])
+
+
+def module_and_kind(part: re.Match[str]) -> tuple[str, str]:
+    """(module in the file's names, kind): down, up, bias, alpha, diff or diff_b; an empty one for what no adapter has.
+
+    `diff_m` of a layer is a difference of its modulation.
+    """
+    module, other = str(part["module"]), part["other"]
+    if other == "diff_m":
+        return f"{module}.modulation", "diff"
+    if other:
+        return module, str(other)
+    side = SIDES[part["side"]]
+    if part["leaf"] == "bias":
+        return module, "bias" if side == "up" else ""
+    return module, side
+
+
+def check_values(path: Path, name: str, tensor: Tensor, kind: str) -> None:
+    """UsageError for quantised parts, InferixError for values that are not finite."""
+    if kind == "alpha":
+        if tensor.numel() != 1 or tensor.is_complex():
+            raise InferixError(f"{path}: {quoted(name)} has {tensor.numel()} values; expected one number")
+    elif tensor.dtype not in FLOATS or SCALES.search(name):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UsageError(f"{path} has {quoted(name)} in {dtype}; quantised adapters are not in this version")
+    if not tensor.isfinite().all():
+        raise InferixError(f"{path}: {quoted(name)} is not finite; the adapter is damaged")
+
+
+def module_updates(
+    path: Path, name: str, module: str, halves: Mapping[str, Tensor], scale: float
+) -> Iterable[tuple[str, Update]]:
+    """(our parameter, update) for each part of a module that a file has."""
+    weight = module if is_parameter(module) else f"{module}.weight"
+    if "down" in halves or "up" in halves:
+        down, up = halves.get("down"), halves.get("up")
+        if down is None or up is None or not fits_together(down, up):
+            shapes = [list(half.shape) for half in (down, up) if half is not None]
+            raise InferixError(
+                f"{path}: {quoted(name)} has no matching pair of LoRA matrices ({shapes}); the file is not complete"
+            )
+        yield weight, LowRank(down, up, scale)
+    elif "alpha" in halves or "bias" in halves:
+        raise InferixError(f"{path}: {quoted(name)} has no LoRA matrices; the file is not complete")
+    if "bias" in halves:
+        yield f"{module}.bias", Difference(halves["bias"], scale)
+    if "diff" in halves:
+        yield weight, Difference(halves["diff"])
+    if "diff_b" in halves:
+        yield f"{module}.bias", Difference(halves["diff_b"])
+
+
+def fits_together(down: Tensor, up: Tensor) -> bool:
+    """Whether two tensors are a pair: [rank, in, kernel...] and [out, rank, 1...]."""
+    return (
+        down.ndim >= 2 and up.ndim >= 2 and down.shape[0] == up.shape[1] > 0
+        and all(side == 1 for side in up.shape[2:])
+    )  # fmt: skip
+
+
+def strengths(given: Path, path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """The scale of each low-rank module by its name in the file.
+
+    A layer's own alpha and the configs of the file must agree. A config that lies beside a file of another name counts
+    if ranks and targets agree; UsageError if they do not and nothing else says how strong the adapter is.
+    """
+    pairs = {name: halves for name, halves in parts.items() if "down" in halves}
+    ranks = {name: halves["down"].shape[0] if halves["down"].ndim else 0 for name, halves in pairs.items()}
+    alphas = {name: float(halves["alpha"]) for name, halves in pairs.items() if "alpha" in halves}
+    scales = {name: alpha / max(ranks[name], 1) for name, alpha in alphas.items()}
+    metadata = read_metadata(path)
+    configs = [config for config in (metadata_strength(path, metadata),) if config]
+    beside = config_strength(path)
+    own = given.is_dir() or path.stem == PEFT_FILE
+    stated = bool(configs) or len(scales) == len(pairs)
+    if beside and (own or not stated):
+        if not own and (beside.rank is None or beside.targets is None):
+            raise UsageError(
+                f"{beside.source} has no r and target_modules that say whether it is of {path.name}; give their "
+                "folder, or move the config away"
+            )
+        configs.append(beside)
+    for config in configs:
+        modules = {bare_name(name)[1]: rank for name, rank in ranks.items()}
+        if wrong := config.mismatch(modules, strict=config is beside and not own):
+            raise UsageError(f"{config.source} is not of {path}: {wrong}; remove it, or take the one it came with")
+        for name, rank in ranks.items():
+            scale = config.scale(bare_name(name)[1], rank)
+            if not math.isclose(scales.setdefault(name, scale), scale, rel_tol=1e-5):
+                raise UsageError(
+                    f"{path}: {quoted(name)} is merged {scales[name]:.5g} times by the file and {scale:.5g} times by "
+                    f"{config.source}; remove one"
+                )
+    network, kohya = metadata.get("ss_network_alpha"), any(KOHYA.match(name) for name in pairs)
+    if kohya and len(scales) < len(pairs) and network not in (None, metadata.get("ss_network_dim")):
+        raise UsageError(f"{path} has ss_network_alpha {quoted(network)}, but no alpha of its layers; save it again")
+    return scales
+
+
+def metadata_strength(path: Path, metadata: Mapping[str, str]) -> Strength | None:
+    """Strength by a safetensors header: diffusers' lora_adapter_metadata, or plain r and lora_alpha."""
+    if METADATA not in metadata:
+        plain = {key: metadata[key] for key in ("r", "rank", "lora_alpha") if key in metadata}
+        numbers = {("r" if key == "rank" else key): number(f"{path} ({key})", value) for key, value in plain.items()}
+        return read_strength(numbers, f"the header of {path.name}") if "lora_alpha" in numbers else None
+    try:
+        content = parse_json(metadata[METADATA])
+    except (ValueError, RecursionError) as error:
+        raise InferixError(f"{path}: {METADATA} is no JSON: {reason(error)}; save the adapter again") from error
+    if not isinstance(content, dict):
+        raise InferixError(f"{path}: {METADATA} is {quoted(content)}; expected an object")
+    if any(key.startswith("transformer_2.") for key in content):
+        refuse_two_experts(path, "transformer_2")
+    prefix = "transformer."
+    named = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
+    return read_strength(named or content, f"{METADATA} of {path.name}")
+
+
+def number(where: str, text: str) -> Any:
+    """The number that a header's text is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InferixError(f"{where} is {quoted(text)}; expected a number") from error
+
+
+def config_strength(path: Path) -> Strength | None:
+    config = read_json(path.parent / CONFIG)
+    return read_strength(config, str(path.parent / CONFIG)) if config else None
+
+
+def read_strength(config: Mapping[str, Any], source: str) -> Strength | None:
+    """Strength by an adapter's config, its values checked; None where it has neither rank nor alpha."""
+
+    def bad(key: str, expected: str) -> UsageError:
+        return UsageError(f"{source}: {key} is {quoted(config.get(key))}; expected {expected}")
+
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise bad("peft_type", "LORA, the one kind in this version")
+    for key in ("use_dora", "fan_in_fan_out", "use_qalora"):
+        if config.get(key):
+            raise bad(key, "false: such adapters are not in this version")
+    if str(config.get("init_lora_weights", "")).lower().startswith(CHANGED_BASE):
+        raise bad("init_lora_weights", "one that leaves the base model as it is; convert the adapter to a plain LoRA")
+    stabilised = config.get("use_rslora", False)
+    if not isinstance(stabilised, bool):
+        raise bad("use_rslora", "true or false")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if rank is None and alpha is None:
+        return None
+    if rank is not None and not is_rank(rank):
+        raise bad("r", "a whole number, 1 or more")
+    if alpha is None or not is_number(alpha):
+        raise bad("lora_alpha", "a number")
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        targets = None if targets == "all-linear" else [targets]
+    if targets is not None and (not isinstance(targets, list) or not all(isinstance(name, str) for name in targets)):
+        raise bad("target_modules", "a list of names")
+    patterns: dict[str, dict[str, Any]] = {}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns[key] = config.get(key) or {}
+        values = patterns[key].values() if isinstance(patterns[key], dict) else [None]
+        if not all(is_number(value) and (key == "alpha_pattern" or is_rank(value)) for value in values):
+            raise bad(key, "names of layers with a number each")
+    for name in (*(targets or ()), *patterns["rank_pattern"], *patterns["alpha_pattern"]):
+        check_pattern(source, name)
+    return Strength(
+        source, rank, float(alpha), stabilised, patterns["rank_pattern"], patterns["alpha_pattern"],
+        None if targets is None else tuple(targets),
+    )  # fmt: skip
+
+
+def is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def check_pattern(source: str, pattern: str) -> None:
+    """UsageError for an expression that is none, or that could take a time without bound to match."""
+    repeats = len(re.findall(r"[*+{]", pattern))
+    try:
+        if len(pattern) > 2000 or repeats > 2 or re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern):
+            raise UsageError(f"{source}: {quoted(pattern)} is too complex an expression; expected names of layers")
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{source}: {quoted(pattern)} is no expression ({error}); expected names of layers") from error
+
+
+def ends_in(pattern: str, module: str) -> bool:
+    """Whether a module's name ends in a pattern, at a dot, as PEFT matches names."""
+    parts = module.split(".")
+    return any(re.fullmatch(pattern, ".".join(parts[start:])) for start in range(len(parts)))
+
+
+def matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends in."""
+    return next((value for pattern, value in patterns.items() if ends_in(pattern, module)), default)
+
+
+def fitting(lora: Lora, tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Update]:
+    """The updates of an adapter that fit a model's tensors.
+
+    UsageError listing those that do not and the names that no format has; if `partial`, a warning with the list, and
+    the error only if nothing fits.
+    """
+    wrong = [f"{name[:200]}: not a published name" for name in lora.unknown]
+    fit = {}
+    for name, update in lora.updates.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            wrong.append(f"{name}: not in the model")
+        elif not same_shape(update, tensor):
+            wrong.append(f"{name}: {list(update.shape)}, the model has {list(tensor.shape)}")
+        else:
+            fit[name] = update
+    listed = f"{'; '.join(wrong[:8])}{f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''}"
+    if not fit:
+        raise UsageError(f"LoRA {lora.path} is for another base model: {listed}")
+    if wrong and not partial:
+        raise UsageError(
+            f"LoRA {lora.path} fits in part: {listed}; take one for this model, or merge the rest with lora_partial"
+        )
     if wrong:
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise UsageError(f"LoRA {source} is for another base model: {'; '.join(wrong[:8])}{more}")
+        warnings.warn(f"{lora.path}: {len(fit)} updates are merged and {len(wrong)} left out: {listed}", stacklevel=3)
+    return fit
+
+
+def same_shape(update: Update, tensor: Tensor) -> bool:
+    """Whether an update is of a tensor's shape; a convolution's pair may have its inner sides as one."""
+    if isinstance(update, Difference):
+        return update.shape == tuple(tensor.shape)
+    rows, columns = update.shape[0], math.prod(update.shape[1:])
+    full = update.shape == tuple(tensor.shape)
+    return full or (len(update.shape) == 2 and tensor.ndim >= 2 and [rows, columns] == [len(tensor), tensor[0].numel()])
 
 
 def merged(name: str, tensor: Tensor, updates: Mapping[str, Update], factor: float = 1.0) -> Tensor:
-    """A weight with its update, in the weight's dtype; other tensors as they are."""
-    update = updates.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    """A parameter with its update, in the parameter's dtype; other tensors as they are."""
+    update = updates.get(name)
     if update is None:
         return tensor
-    change = update.up.float() @ update.down.float() * (update.scale * factor)
-    return (tensor.float() + change.view(tensor.shape)).to(tensor.dtype)
+    return (tensor.float() + update.change(factor).view(tensor.shape)).to(tensor.dtype)

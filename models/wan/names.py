@@ -81,6 +81,11 @@ INVERSE: dict[str, dict[str, str]] = {
     form: {theirs: ours for ours, theirs in table.items()} for form, table in TABLES.items()
 }
 LAYER = re.compile(r"(?<=^blocks\.)(\d+)(?=\.)")
+UNDERSCORED = {  # as kohya's trainers write a module: every dot an underscore
+    theirs.replace(".", "_"): ours for table in TABLES.values() for ours, theirs in table.items()
+}
+UNDERSCORED_LAYER = re.compile(r"^blocks_(\d+)_")
+PARAMETERS = {"blocks.*.modulation", "head.modulation", "image_embedding.position"}  # entries that are no modules
 
 
 def to_format(form: str, name: str) -> str:
@@ -91,6 +96,21 @@ def to_format(form: str, name: str) -> str:
 def from_format(form: str, name: str) -> str:
     """A format's tensor name in ours."""
     return _rename(INVERSE[form], name)
+
+
+def our_module(name: str) -> str | None:
+    """Our name of a module or bare parameter in any published format, dotted or underscored; None if it is in none."""
+    layer = LAYER.search(name) or UNDERSCORED_LAYER.search(name)
+    generic = UNDERSCORED_LAYER.sub("blocks_*_", LAYER.sub("*", name))
+    for table in (*INVERSE.values(), UNDERSCORED):
+        if ours := table.get(generic):
+            return ours.replace("*", layer[1]) if layer else ours
+    return name if generic in ORIGINAL else None
+
+
+def is_parameter(module: str) -> bool:
+    """Whether one of our names is a parameter itself, not a module that has a weight."""
+    return LAYER.sub("*", module) in PARAMETERS
 
 
 def _rename(table: dict[str, str], name: str) -> str:

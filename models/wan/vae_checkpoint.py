@@ -1,6 +1,6 @@
-"""Finding and reading what decodes latents: a VAE (original file or diffusers' folder) or the tiny decoder.
+"""Finding and reading what decodes latents: a VAE (one file, or diffusers' folder) or the tiny decoder.
 
-Sizes are read off the tensors.
+Names are the original's or diffusers', in any container and under any prefix; sizes are read off the tensors.
 """
 
 from __future__ import annotations
@@ -13,27 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InferixError
+from ...errors import InferixError, UsageError, quoted
 from ..files import fill, read_json, read_tensors
+from ..state_dicts import choose_state_dict, find_weight_files
 from .taehv import TinyDecoder, tiny_spec_from_shapes
 from .vae import CausalVae, VaeSpec
 from .vae_names import to_original, vae_spec_from_shapes
 
 ORIGINAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
-DIFFUSERS_VAE = "diffusion_pytorch_model.safetensors"
+VAE_FILES = (  # as published: the original, then single files of other tools
+    *ORIGINAL_VAES, "wan_2.1_vae.safetensors", "wan2.2_vae.safetensors", "wan_2.2_vae.safetensors",
+    "Wan2_1_VAE_bf16.safetensors", "Wan2_1_VAE_fp32.safetensors", "Wan2_2_VAE_bf16.safetensors",
+    "Wan2_2_VAE_fp32.safetensors", "Wan2.1_VAE.safetensors", "Wan2.2_VAE.safetensors",
+)  # fmt: skip
+DIFFUSERS_VAE = "diffusion_pytorch_model"
+VAE_CLASS = "AutoencoderKLWan"
 TINY_DECODERS = ("taew2_1.pth", "taew2_2.pth", "taew2_1.safetensors", "taew2_2.safetensors")
 
 Decoder = CausalVae | TinyDecoder
 
 
 def find_vae(places: Iterable[Path]) -> Path | None:
-    """The VAE's file in the first place that has one: a file, or a folder of either format."""
+    """The VAE's file in the first place that has one: a file, or a folder of any layout."""
     for place in places:
-        names = [*ORIGINAL_VAES, f"vae/{DIFFUSERS_VAE}"]
-        if (read_json(place / "config.json") or {}).get("_class_name") == "AutoencoderKLWan":
-            names.append(DIFFUSERS_VAE)
-        if found := first_file([place, *(place / name for name in names)]):
+        folders = (place, place / "vae")
+        if found := first_file([place, *(folder / name for folder in folders for name in VAE_FILES)]):
             return found
+        for folder in folders:
+            config = read_json(folder / "config.json") or {}
+            known = folder.name == "vae" or config.get("_class_name") == VAE_CLASS
+            source = find_weight_files(folder, DIFFUSERS_VAE) if known else None
+            if source and len(source.files) == 1:
+                return source.files[0]
     return None
 
 
@@ -61,36 +72,74 @@ def vae_file(spec: VaeSpec) -> str:
 
 def load_decoder(path: Path, dtype: torch.dtype, device: Any) -> Decoder:
     """Whichever decoder a file holds."""
-    tensors = read_tensors(path)
-    return load_tiny_decoder(path, dtype, device) if "decoder.22.weight" in tensors else load_vae(path, dtype, device)
+    kind = "Wan VAE or TAEHV decoder"
+    _, tensors = choose_state_dict(path, read_tensors(path), kind, lambda part: is_vae(part) or is_tiny(part))
+    return load_tiny_decoder(path, dtype, device) if is_tiny(tensors) else load_vae(path, dtype, device)
+
+
+def is_vae(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether names are a Wan VAE's, the original's or diffusers'."""
+    return "conv2.weight" in tensors or "post_quant_conv.weight" in tensors
+
+
+def is_tiny(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether names are those of TAEHV's decoder."""
+    return "decoder.22.weight" in tensors
 
 
 def load_tiny_decoder(path: Path, dtype: torch.dtype, device: Any) -> TinyDecoder:
     """TAEHV's decoder; the encoder in its file is left out."""
-    tensors = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith("decoder.")}
+    _, content = choose_state_dict(path, read_tensors(path), "TAEHV decoder", is_tiny)
+    tensors = {name: tensor for name, tensor in content.items() if name.startswith("decoder.")}
     try:
         spec = tiny_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    except KeyError as error:
-        raise InferixError(f"{path} is no TAEHV decoder: it has no {error}") from error
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise InferixError(f"{path} is no TAEHV decoder: its sizes are not in it ({error})") from error
     with torch.device("meta"):
         module = TinyDecoder(spec)
     return fill(module, tensors, dtype, device, path)
 
 
 def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> CausalVae:
-    """A VAE from the original `.pth` or from diffusers' file; dtype None keeps the file's."""
-    tensors = read_tensors(path)
+    """A VAE from a file of either's names; dtype None keeps the file's."""
+    _, tensors = choose_state_dict(path, read_tensors(path), "Wan VAE", is_vae)
     dtype = dtype or next(iter(tensors.values())).dtype
     try:
         spec = vae_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    except (KeyError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ZeroDivisionError) as error:
         raise InferixError(f"{path} is no Wan VAE: the tensors that tell its sizes are not in it ({error})") from error
-    config = read_json(path.parent / "config.json") or {}
-    if config.get("_class_name") == "AutoencoderKLWan" and "latents_mean" in config:
-        spec = replace(spec, mean=tuple(config["latents_mean"]), std=tuple(config["latents_std"]))
+    sizes = (spec.z_dim, spec.base_channels, spec.decoder_channels, spec.num_res_blocks, spec.patch, *spec.multipliers)
+    if min(sizes) < 1 or len(spec.temporal_down) != len(spec.multipliers) - 1:
+        raise InferixError(f"{path} is no Wan VAE: {len(spec.multipliers)} levels of sizes {sizes}")
+    spec = with_statistics(path, spec)
     if "conv2.weight" in tensors:
         with torch.device("meta"):
             ours = CausalVae(spec).state_dict()
         back = {to_original(name, spec): name for name in ours}
         tensors = {back.get(name, name): tensor for name, tensor in tensors.items()}
     return build_vae(spec, tensors, dtype, device, path)
+
+
+def with_statistics(path: Path, spec: VaeSpec) -> VaeSpec:
+    """The mean and deviation of latents that the config beside a VAE has, else the published ones.
+
+    UsageError if the config is another VAE's, or if its numbers are none.
+    """
+    config = read_json(path.parent / "config.json") or {}
+    if config.get("_class_name") != VAE_CLASS:
+        config = {}
+    for key, size in (("z_dim", spec.z_dim), ("base_dim", spec.base_channels), ("num_res_blocks", spec.num_res_blocks)):
+        if config.get(key, size) != size:
+            raise UsageError(
+                f"config.json beside {path} is not of this VAE: {key} is {quoted(config[key])}, the tensors have "
+                f"{size}; remove or replace it"
+            )
+    mean, deviation = config.get("latents_mean", spec.mean), config.get("latents_std", spec.std)
+    for key, values in (("latents_mean", mean), ("latents_std", deviation)):
+        numbers = isinstance(values, (list, tuple)) and all(
+            isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6 for value in values
+        )
+        if not numbers or len(values) != spec.z_dim or (key == "latents_std" and min(values) <= 0):
+            where = f"config.json beside {path}" if key in config else path
+            raise UsageError(f"{where}: {key} is {quoted(values)}; expected {spec.z_dim} numbers")
+    return replace(spec, mean=tuple(mean), std=tuple(deviation))

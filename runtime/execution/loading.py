@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError
+from ...errors import InferixError, UsageError, quoted
 from ...models import tinyworld
 from ...models.files import fill
 from ...models.text.tiny import write_tiny_text_encoder
-from ...models.text.umt5 import find_text, load_text
+from ...models.text.umt5_checkpoint import TEXT_FILES, find_text, load_text
 from ...models.tinyworld.words import WordEncoder, find_words
 from ...models.wan.checkpoint import Checkpoint, build_transformer, read_checkpoint
 from ...models.wan.random import (
@@ -77,18 +77,19 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
             "are not in this version"
         )
     places = [Path(config.base)] if config.base else []
-    places.append(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent)
+    places.append(checkpoint.folder)
     for key, place in (("base", config.base), ("text_encoder", config.text_encoder)):
         if place is not None and not Path(place).exists():
-            raise UsageError(f"{key} is {place!r}: no such file or folder")
-    text = text_loader([Path(config.text_encoder)] if config.text_encoder else places, spec, dtype, device)
+            raise UsageError(f"{key} is {quoted(place)}: no such file or folder")
+    if config.base and not Path(config.base).is_dir():
+        raise UsageError(f"base is {quoted(config.base)}, a file; expected the folder of a VAE and a text encoder")
+    text = text_loader(config.text_encoder, places, spec, dtype, device)
     vae = matching_decoder(config.vae, places, spec, config)
     fast_vae = matching_decoder(config.fast_vae, places, spec, config) if config.fast_vae else None
     text = text if text_prompts else None
-    parameters = text_parameters(spec) if text else 0
-    check(spec, vae.spec, parameters, fast_vae.spec if fast_vae else None, drawn=False)
+    check(spec, vae.spec, text_parameters(spec) if text else 0, fast_vae.spec if fast_vae else None, drawn=False)
     return Components(
-        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
+        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
         vae=vae,
         text=text,
         source=config.model,
@@ -119,20 +120,31 @@ def choose_decoder(wanted: str | None, places: list[Path]) -> Path:
             return found
         raise UsageError(f"no tiny decoder in {where}; put {TINY_DECODERS[0]} there, or give its path")
     if wanted is not None and not Path(wanted).exists():
-        raise UsageError(f"vae is {wanted!r}: no such file or folder; expected a path, or taehv")
+        raise UsageError(f"vae is {quoted(wanted)}: no such file or folder; expected a path, or taehv")
+    if wanted is not None and not Path(wanted).is_dir():
+        return Path(wanted)
     if found := find_vae([Path(wanted)] if wanted else places):
         return found
     raise UsageError(f"no VAE in {wanted or where}; give base= (--base), a folder that has one")
 
 
 def text_loader(
-    places: list[Path], spec: ModelSpec, dtype: torch.dtype, device: str
+    wanted: str | None, places: list[Path], spec: ModelSpec, dtype: torch.dtype, device: str
 ) -> Callable[[], PromptEncoder] | None:
-    """What loads the text encoder in `places` when it is first asked for; None where there is none."""
-    if words := find_words(places):
+    """What loads the text encoder when it is first called: the one at `wanted`, else the one in `places`.
+
+    None where there is none; UsageError if `wanted` has none. The tokenizer may lie in `places`.
+    """
+    given = [Path(wanted)] if wanted else places
+    if words := find_words(given):
         return cache(lambda: WordEncoder.from_file(words, spec.text_len, dtype, device))
-    if text := find_text(places):
+    if text := find_text(given, places):
         return cache(lambda: load_text(text, spec.text_len, dtype, device))
+    if wanted:
+        raise UsageError(
+            f"text_encoder is {quoted(wanted)}, which has no text encoder; expected a file such as "
+            f"{TEXT_FILES[0]}, or a folder with one or with a folder text_encoder"
+        )
     return None
 
 
@@ -163,7 +175,7 @@ def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -
     weights = random_transformer_state(spec, 0, dtype)
     checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
     return Components(
-        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config)),
+        transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
         vae=random_decoder(spec, config.vae == "taehv", dtype, device),
         text=random_text(spec, dtype, device),
         source=spec.name,

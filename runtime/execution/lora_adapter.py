@@ -6,13 +6,15 @@ host, of the layers that an adapter changes, so that it comes off without roundi
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...models.wan.lora import check_lora, merged, read_lora
+from ...models.files import finite
+from ...models.wan.lora import fitting, merged, read_lora
 
 
 class Adapter:
@@ -23,21 +25,24 @@ class Adapter:
         self.before: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def apply(self, lora: str | Path, scale: float) -> None:
+    def apply(self, lora: str | Path, scale: float, partial: bool = False) -> None:
         """Weights with a LoRA merged in, `scale` times, in place of the one that is on.
 
-        UsageError for what is none or is for another model, InferixError for a broken file; both leave the weights.
+        UsageError for what is none or is for another model (if `partial`, only if nothing of it fits), InferixError for
+        a broken file; both leave the weights.
         """
-        if not abs(scale) < float("inf"):
-            raise UsageError(f"scale is {scale}; expected a number, 1 for the adapter as it is")
-        updates = read_lora(lora)
-        check_lora(lora, updates, self.weights)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise UsageError(f"scale is {scale!r}; expected a number, 1 for the adapter as it is")
+        updates = fitting(read_lora(lora), self.weights, partial)
+        updates = {name: update.to(self.weights[name].device) for name, update in updates.items()}
+        for name in updates:
+            weight = self.weights[name]
+            finite(lora, name, merged(name, self.before.get(name, weight).to(weight.device), updates, scale))
         self.remove()
-        for module, update in updates.items():
-            name = f"{module}.weight"
+        for name in updates:
             weight = self.weights[name]
             self.before[name] = weight.to("cpu", copy=True)
-            weight.copy_(merged(name, weight, {module: update.to(weight.device)}, scale))
+            weight.copy_(merged(name, weight, updates, scale))
 
     @torch.no_grad()
     def remove(self) -> None:

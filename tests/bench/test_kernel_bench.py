@@ -18,7 +18,6 @@ from inferix.bench.compile_gate import (
     HASHES,
     SHARED_LIMIT,
     TABLES,
-    WITH_MATRIX,
     compile_all,
     differences,
     op_of,
@@ -105,7 +104,7 @@ def test_the_gate_rejects_what_does_not_fit_or_spills_or_uses_no_tensor_core(cha
     assert word in wrong
 
 
-@pytest.mark.parametrize("op", WITH_MATRIX)
+@pytest.mark.parametrize("op", [name for name, spec in SPECS.items() if spec.tensor_cores])
 @pytest.mark.parametrize("version", TABLED)
 def test_the_gate_rejects_any_row_that_ought_to_use_tensor_cores_and_does_not(version, op):
     rows = {name: row | {"matrix": 0} for name, row in read_table(version).items() if op_of(name) == op}

@@ -197,7 +197,7 @@ def test_training_sees_what_a_cache_with_window_and_sink_sees():
     words = torch.tensor([[1, 5, 9, -1, -1, -1, -1, -1]])
     want = world(clean, noisy, sigmas, hot[None], words)[0]
 
-    config = EngineConfig("test", "tinyworld", "cpu", "float64", None, None, None, None, True, "reference")
+    config = EngineConfig.of("test", "tinyworld", device="cpu", dtype="float64")
     parts = Components(world.transformer, CausalVae(train.VAE), None, "test", "random", lambda: None)
     engine = Engine(config, make_preset("tinyworld", local_attn_size=window), parts)
     with engine.open(prompt_embeds=world.words(words)[0], size=(32, 32), actions=actions) as session:

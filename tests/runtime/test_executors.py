@@ -343,7 +343,7 @@ def test_pages_that_move_are_followed() -> None:
 
 def test_what_contradicts_is_refused() -> None:
     def config(**changes: object) -> EngineConfig:
-        plain = EngineConfig("test", "self-forcing", "cpu", "float32", None, None, None, None, True, "reference")
+        plain = EngineConfig.of("test", "self-forcing", device="cpu", dtype="float32")
         return dataclasses.replace(plain, **changes)
 
     with pytest.raises(UsageError, match=r"executor captured needs a GPU, and device is 'cpu'; use fused"):

@@ -1,0 +1,6 @@
+"""Checkpoints as files: read one, convert it to another published format, write one with random weights."""
+
+from .export.checkpoint import convert, write_random
+from .models.wan.checkpoint import Checkpoint, read_checkpoint
+
+__all__ = ["Checkpoint", "convert", "read_checkpoint", "write_random"]

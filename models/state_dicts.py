@@ -1,0 +1,259 @@
+"""The state dict that is wanted among those of a file or folder: shards, containers, prefixes, averages, dtypes.
+
+A part of a model is published in many wrappings: sharded with an index, under a key of a training file, with a
+prefix before every name, beside its average. This is the one way from a path to the plain tensors of a part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InferixError, UsageError, quoted
+from .files import check_file, read_json, read_tensors
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}  # anywhere in a name
+CONTAINERS = {
+    "state_dict", "model_state_dict", "model", "generator", "net", "network", "weights", "params", "base_model",
+    "diffusion_model", "transformer", "dit", "unet", "pipe", "vae", "first_stage_model", "text_encoder", "lora",
+    "generator_lora",
+}  # fmt: skip
+TRAINING = {"critic", "critic_ema", "fake_score", "real_score", "discriminator", "teacher"}  # networks beside the model
+OTHER_PARTS = {
+    "vae", "first_stage_model", "text_encoder", "text_encoders", "cond_stage_model", "conditioner", "clip_vision",
+}  # fmt: skip
+EXPERTS = ("transformer_2", "high_noise_model", "low_noise_model")  # of models that change transformers by noise level
+AVERAGE = re.compile(r"(^|_)ema(_|$)")
+AVERAGE_COUNTERS = ("decay", "num_updates", "initted", "step")  # tensors that trackers of averages keep beside them
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+SCALES = re.compile(
+    r"(^|\.)(scale_weight|weight_scale(_inv|_2)?|scale_input|input_scale|scaled_fp8|comfy_quant|absmax|quant_map|"
+    r"nested_absmax|nested_quant_map|SCB|qweight|qzeros|g_idx|quant_state\..+)$"
+)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOST_DICTS = 64  # of a file that are looked into
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a state dict stands in a file: keys of dicts from the outermost in, then the prefix of its names."""
+
+    keys: tuple[str, ...]
+    prefix: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ".".join((*self.keys, *self.prefix)) or "the top level"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*self.keys, *self.prefix)
+
+    @property
+    def averaged(self) -> bool:
+        return any(AVERAGE.search(word) for word in self.words)
+
+
+def state_dicts(path: object, content: Mapping[Any, Any], more: Iterable[str] = ()) -> dict[Place, dict[str, Tensor]]:
+    """Every state dict of a file's content, under bare names; `more` are containers beside the usual ones.
+
+    Dicts under other keys, such as an optimiser's, are left out. UsageError if a tensor has two names.
+    """
+    containers = CONTAINERS | TRAINING | set(EXPERTS) | set(more)
+    found: dict[Place, dict[str, Tensor]] = {}
+    left: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
+    dicts = 1
+    while left:
+        keys, part = left.pop()
+        for key, value in part.items():
+            if not isinstance(key, str):
+                continue
+            if isinstance(value, Tensor):
+                prefix, name = bare_name(key, containers)
+                group = found.setdefault(Place(keys, prefix), {})
+                if name in group:
+                    raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
+                group[name] = value
+            elif isinstance(value, dict) and (key in containers or key in WRAPPERS or AVERAGE.search(key)):
+                dicts += 1
+                if dicts > MOST_DICTS:
+                    raise InferixError(f"{path} holds more than {MOST_DICTS} state dicts; expected a model's")
+                left.append(((*keys, key) if key not in WRAPPERS else keys, value))
+    return found
+
+
+def bare_name(name: str, containers: Iterable[str] = CONTAINERS) -> tuple[tuple[str, ...], str]:
+    """(prefix, name) of a tensor, without what training wrappers put before or into it."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS] or [name]
+    count = 0
+    while count < len(parts) - 1 and (parts[count] in containers or AVERAGE.search(parts[count])):
+        count += 1
+    return tuple(parts[:count]), ".".join(parts[count:])
+
+
+def choose_state_dict(
+    path: object,
+    content: Mapping[Any, Any],
+    kind: str,
+    is_kind: Callable[[Mapping[str, Tensor]], bool],
+    use_ema: bool = True,
+    order: tuple[str, ...] = (),
+) -> tuple[Place, dict[str, Tensor]]:
+    """The state dict of a `kind` of part, averaged if `use_ema` and there is an average, with its place.
+
+    order: keys of a known training file, best first. Names beside it that belong to nothing known stay in it, so that
+    they show as unexpected. UsageError if there is none, if there are several, or if it is quantised.
+    """
+    groups = state_dicts(path, content, order)
+    fit = {place: group for place, group in groups.items() if is_kind(group) and not TRAINING & set(place.words)}
+    for place, group in groups.items():
+        if expert := next((word for word in place.words if word in EXPERTS), None):
+            refuse_two_experts(path, expert)
+        if any(".lora_" in name for name in group) and not fit:
+            raise UsageError(f"{path} is a LoRA adapter; give the {kind} it belongs to, and the adapter as lora")
+    if not fit:
+        some = ", ".join(sorted(str(name)[:80] for name in listed_names(content, groups))[:4]) or "nothing"
+        raise UsageError(f"{path} is no {kind}: it holds {some}")
+    averaged = [place for place in fit if place.averaged]
+    plain = [place for place in fit if not place.averaged]
+    if not use_ema and not plain:
+        raise UsageError(f"use_ema is False, but {path} has averaged weights alone ({averaged[0]}); leave use_ema out")
+    chosen = averaged if use_ema and averaged else plain
+    ordered = [place for key in order for place in chosen if key in place.words]
+    if len(chosen) > 1 and not ordered:
+        raise UsageError(f"{path} holds several: {', '.join(sorted(map(str, chosen)))}; save the one to use alone")
+    place = (ordered or chosen)[0]
+    counters = AVERAGE_COUNTERS if place.averaged else ()
+    own = {name: tensor for name, tensor in fit[place].items() if name not in counters}
+    tensors = own | strays(path, place, fit, groups)
+    refuse_quantised(path, tensors)
+    return place, tensors
+
+
+def listed_names(content: Mapping[Any, Any], groups: Mapping[Place, Mapping[str, Tensor]]) -> Iterator[str]:
+    for place, group in groups.items():
+        yield from (f"{place}.{name}" if place.words else name for name in group)
+    yield from (str(key) for key, value in content.items() if not isinstance(value, Tensor))
+
+
+def strays(
+    path: object, place: Place, fit: Mapping[Place, object], groups: Mapping[Place, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors beside a state dict, in the same dict of the file, that belong to no other known part."""
+    found = {}
+    for other, group in groups.items():
+        known = other in fit or other.averaged or TRAINING & set(other.words)
+        if other == place or other.keys != place.keys or known or OTHER_PARTS & set(other.prefix):
+            continue
+        for name, tensor in group.items():
+            if name in groups[place]:
+                raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
+            if not place.prefix or name.split(".")[0] not in OTHER_PARTS:
+                found[".".join((*other.prefix, name))] = tensor
+    return found
+
+
+def refuse_two_experts(path: object, name: str) -> None:
+    raise UsageError(
+        f"{path} is one of a two-expert model ({name}): its other transformer makes the steps of other noise levels; "
+        "models of two transformers are not in this version"
+    )
+
+
+def refuse_quantised(path: object, tensors: Mapping[str, Tensor]) -> None:
+    """UsageError naming the first tensor of integers or FP8, or the first scale of such a tensor."""
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype not in FLOATS or SCALES.search(name):
+            raise UsageError(
+                f"{path} has {name[:200]} in {kind}; quantised weights are not in this version, use the bfloat16 file"
+            )
+
+
+def check_names_one_file(path: Path) -> None:
+    """UsageError for one shard of several."""
+    shard = SHARD.search(path.name)
+    if shard and int(shard[2]) > 1:
+        raise UsageError(f"{quoted(str(path))} is shard {int(shard[1])} of {int(shard[2])}; name the folder it is in")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Files of one state dict. index: the file of each tensor, of a sharded checkpoint that has an index."""
+
+    files: tuple[Path, ...]
+    index: Mapping[str, str] | None = None
+
+
+def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
+    """Files of a folder called `stem`: those of its index, else the file of that very name, else all of its shards.
+
+    Copies under other names (`_old`, `.fp16`) count only where one is the only file. None if there is no such file.
+    """
+    for suffix in (".safetensors", ".bin"):
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.exists():
+            return indexed_files(index)
+    exact = [path for suffix in (".safetensors", ".bin") if (path := folder / f"{stem}{suffix}").exists()]
+    if exact:
+        return WeightFiles((exact[0],))
+    files = sorted(path for path in folder.glob(f"{stem}[-_.]*") if path.suffix in WEIGHTS)
+    shards = [path for path in files if SHARD.search(path.name)]
+    if shards and len(shards) == len(files):
+        return WeightFiles(complete_shards(folder, shards))
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise UsageError(f"{quoted(str(folder))} holds several checkpoints ({names[:200]}); name one of them")
+    return WeightFiles((files[0],)) if files else None
+
+
+def complete_shards(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
+    """Shards in order; UsageError for those of several checkpoints, InferixError if one is missing."""
+    found = {path: SHARD.search(path.name) for path in shards}
+    counts = {shard[2] for shard in found.values() if shard}
+    starts = {path.name[: shard.start()] for path, shard in found.items() if shard}
+    if len(counts) > 1 or len(starts) > 1:
+        raise UsageError(f"{quoted(str(folder))} holds shards of several checkpoints; keep those of one")
+    total = int(counts.pop())
+    missing = sorted(set(range(1, total + 1)) - {int(shard[1]) for shard in found.values() if shard})
+    if missing or len(shards) != total:
+        some = ", ".join(f"{number:05}-of-{total:05}" for number in missing[:8])
+        raise InferixError(f"{folder} lacks shards {some or 'of ' + str(total)}; the download is not complete")
+    return tuple(shards)
+
+
+def indexed_files(index: Path) -> WeightFiles:
+    """The files that an index names; InferixError where it names none, others, or files that are missing."""
+    names = (read_json(index) or {}).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise InferixError(f"{index} maps no tensors to files (weight_map is {quoted(names)}); download it again")
+    files = sorted(set(names.values()))
+    for file in files:
+        if Path(file).name != file or "\0" in file:
+            raise InferixError(f"{index} names the file {quoted(file)}; expected one in its own folder")
+    if missing := [file for file in files if not (index.parent / file).exists()]:
+        raise InferixError(f"{index.parent} lacks shards {', '.join(missing[:8])[:400]}; the download is not complete")
+    return WeightFiles(tuple(index.parent / file for file in files), names)
+
+
+def read_weight_files(source: WeightFiles) -> dict[str, Any]:
+    """The content of all files as one dict; InferixError where files and index disagree."""
+    content: dict[str, Any] = {}
+    for file in source.files:
+        check_file(file, "checkpoint")
+        part = read_tensors(file)
+        for name, value in part.items():
+            if name in content:
+                raise InferixError(f"{quoted(name)} stands in {file.name} and in another shard; download them again")
+            if source.index is not None and source.index.get(name) != file.name:
+                raise InferixError(f"{file} holds {quoted(name)}, which its index does not list; fetch both again")
+            content[name] = value
+    if source.index is not None and (missing := [name for name in source.index if name not in content]):
+        raise InferixError(f"the index names {quoted(missing[0])}, which no shard holds; download the shards again")
+    return content

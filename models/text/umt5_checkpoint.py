@@ -1,0 +1,225 @@
+"""Reading UMT5 encoders as they are published: one file in the original's or HF's names, or a folder of transformers.
+
+Sizes are read off the tensors; a config beside them must agree. Names, containers and prefixes are found as those of
+a transformer are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InferixError, UsageError, quoted
+from ..files import check_file, finite, read_json, reason
+from ..state_dicts import (
+    WeightFiles,
+    check_names_one_file,
+    choose_state_dict,
+    find_weight_files,
+    read_weight_files,
+)
+from .umt5 import TextEncoder
+
+ORIGINAL_NAMES = {  # HF module: original module, * is the layer
+    "shared": "token_embedding",
+    "encoder.block.*.layer.0.layer_norm": "blocks.*.norm1",
+    "encoder.block.*.layer.0.SelfAttention.q": "blocks.*.attn.q",
+    "encoder.block.*.layer.0.SelfAttention.k": "blocks.*.attn.k",
+    "encoder.block.*.layer.0.SelfAttention.v": "blocks.*.attn.v",
+    "encoder.block.*.layer.0.SelfAttention.o": "blocks.*.attn.o",
+    "encoder.block.*.layer.0.SelfAttention.relative_attention_bias": "blocks.*.pos_embedding.embedding",
+    "encoder.block.*.layer.1.layer_norm": "blocks.*.norm2",
+    "encoder.block.*.layer.1.DenseReluDense.wi_0": "blocks.*.ffn.gate.0",
+    "encoder.block.*.layer.1.DenseReluDense.wi_1": "blocks.*.ffn.fc1",
+    "encoder.block.*.layer.1.DenseReluDense.wo": "blocks.*.ffn.fc2",
+    "encoder.final_layer_norm": "norm",
+}
+ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+ORIGINAL_TOKENIZER = "google/umt5-xxl"
+TEXT_FILES = (  # as published: the original, then single files of other tools
+    ORIGINAL_FILE, "models_t5_umt5-xxl-enc-bf16.safetensors", "umt5-xxl-enc-bf16.safetensors",
+    "umt5_xxl_fp16.safetensors", "umt5_xxl_bf16.safetensors",
+)  # fmt: skip
+FOLDERS = ("", "text_encoders", "text_encoder", "clip")  # of a place, that may hold such a file
+TOKENIZERS = (ORIGINAL_TOKENIZER, "tokenizer")
+TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
+TOKENIZER_TENSOR = "spiece_model"  # bytes of a tokenizer that some files have beside the weights
+CONSTANTS: dict[str, Any] = {  # that every UMT5 encoder has and no tensor shows
+    "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+
+def find_text(places: Iterable[Path], tokenizers: Iterable[Path] = ()) -> tuple[Path, Path] | None:
+    """(encoder, tokenizer) of the first place that has an encoder: a file, or a folder in any layout.
+
+    The tokenizer is looked for beside the encoder, then in the places, then in `tokenizers`.
+    """
+    places = list(places)
+    for place in places:
+        if encoder := find_encoder(place):
+            near = [encoder.parent, place, *places, *tokenizers]
+            folders = [folder / name for folder in near for name in TOKENIZERS]
+            missing = place / ("tokenizer" if encoder.is_dir() else ORIGINAL_TOKENIZER)
+            return encoder, next((folder for folder in folders if folder.is_dir()), missing)
+    return None
+
+
+def find_encoder(place: Path) -> Path | None:
+    """A file of weights, or the folder of an encoder in the layout of transformers."""
+    if not place.is_dir():
+        return place if place.exists() else None
+    files = [place / folder / name for folder in FOLDERS for name in TEXT_FILES]
+    if found := next((path for path in files if path.exists()), None):
+        return found
+    for folder in (place / "text_encoder", place):
+        kind = (read_json(folder / "config.json") or {}).get("model_type")
+        if (folder / "config.json").exists() and (folder.name == "text_encoder" or kind == "umt5"):
+            return folder
+    return None
+
+
+def load_text(found: tuple[Path, Path], text_len: int, dtype: torch.dtype, device: Any) -> TextEncoder:
+    """The encoder and its tokenizer. UsageError for what is none, InferixError for broken files."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    encoder, tokenizer = found
+    tokens = read_tokenizer(tokenizer)
+    source, config = encoder_files(encoder)
+    _, tensors = choose_state_dict(encoder, without_tokenizer(read_weight_files(source)), "UMT5 encoder", is_encoder)
+    state = hf_names(encoder, tensors)
+    sizes = encoder_sizes(encoder, state)
+    check_config(encoder, config, sizes)
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config(**sizes, **CONSTANTS, dropout_rate=0.0))
+    empty = {name: tensor for name, tensor in model.state_dict().items() if name != TIED}
+    refuse_misfits(
+        encoder,
+        missing=empty.keys() - state.keys(),
+        unexpected=state.keys() - empty.keys(),
+        misshaped=(
+            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in empty.items()
+            if name in state and state[name].shape != tensor.shape
+        ),
+    )
+    weights = {name: nn.Parameter(finite(encoder, name, state[name].to(device, dtype)), False) for name in empty}
+    weights[TIED] = weights["shared.weight"]  # one Parameter under both names keeps them tied
+    model.load_state_dict(weights, strict=True, assign=True)
+    return TextEncoder(tokens, model.eval().to(device), text_len)
+
+
+def encoder_files(path: Path) -> tuple[WeightFiles, dict[str, Any]]:
+    """The files of an encoder, and the config of a folder."""
+    if not path.is_dir():
+        check_file(path, "text encoder")
+        check_names_one_file(path)
+        return WeightFiles((path,)), {}
+    config = read_json(path / "config.json")
+    if config is None:
+        raise UsageError(f"no config.json in {quoted(str(path))}; expected a text_encoder folder")
+    source = find_weight_files(path, "model") or find_weight_files(path, "pytorch_model")
+    if source is None:
+        raise UsageError(f"no weights in {quoted(str(path))}; expected model.safetensors or its shards")
+    return source, config
+
+
+def is_encoder(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether names are a T5 encoder's, the original's or HF's."""
+    return any(name in tensors for name in ("token_embedding.weight", "shared.weight", TIED))
+
+
+def without_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != TOKENIZER_TENSOR}
+
+
+def hf_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of either's names under those of transformers, the embedding once; unknown names stay.
+
+    UsageError for a tensor that has two names, with other values under one.
+    """
+    modules = {theirs: ours for ours, theirs in ORIGINAL_NAMES.items()}
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer = re.match(r"blocks\.(\d+)\.", name)
+        module, _, leaf = re.sub(r"^blocks\.\d+\.", "blocks.*.", name).rpartition(".")
+        ours = f"{modules[module]}.{leaf}" if module in modules else name
+        ours = ours.replace("*", layer[1]) if layer else ours
+        ours = "shared.weight" if ours == TIED else ours
+        if ours in state and not torch.equal(state[ours], tensor):
+            raise UsageError(f"{path} gives {ours} twice, with different values; save the encoder again")
+        state[ours] = tensor
+    return state
+
+
+def to_original(name: str) -> str:
+    """An HF tensor name as the original file has it."""
+    layer = re.search(r"block\.(\d+)\.", name)
+    module, _, leaf = re.sub(r"block\.\d+\.", "block.*.", name).rpartition(".")
+    renamed = f"{ORIGINAL_NAMES[module]}.{leaf}"
+    return renamed.replace("*", layer[1]) if layer else renamed
+
+
+def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The sizes of an encoder by its tensors' shapes; InferixError if they do not tell them."""
+    block = "encoder.block.0.layer"
+    try:
+        vocabulary, dim = state["shared.weight"].shape
+        buckets, heads = state[f"{block}.0.SelfAttention.relative_attention_bias.weight"].shape
+        inner = state[f"{block}.0.SelfAttention.q.weight"].shape[0]
+        ffn = state[f"{block}.1.DenseReluDense.wi_1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise InferixError(f"{path} is no UMT5 encoder: its sizes are not in it ({error})") from error
+    layers = {found[1] for name in state if (found := re.match(r"encoder\.block\.(\d+)\.", name))}
+    if missing := [number for number in range(len(layers)) if str(number) not in layers]:
+        raise InferixError(f"{path} has {len(layers)} layers, but none called {missing[0]}; the file is not complete")
+    if 0 in (vocabulary, dim, buckets, heads, inner, ffn) or inner % heads:
+        raise InferixError(f"{path} is no UMT5 encoder: {inner} wide attention of {heads} heads")
+    return {
+        "vocab_size": vocabulary, "d_model": dim, "d_kv": inner // heads, "d_ff": ffn, "num_layers": len(layers),
+        "num_heads": heads, "relative_attention_num_buckets": buckets,
+    }  # fmt: skip
+
+
+def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """InferixError for a config of another kind, or one that contradicts the tensors."""
+    expected = {"model_type": "umt5", **sizes, **CONSTANTS}
+    wrong = [
+        f"{key} is {quoted(config[key])}, expected {expected[key]}"
+        for key in expected
+        if key in config and config[key] != expected[key]
+    ]
+    if wrong:
+        raise InferixError(f"config.json in {path} is not of its weights: {'; '.join(wrong)}; fetch both again")
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer in a folder; UsageError where there is none."""
+    from transformers import AutoTokenizer
+
+    if not path.is_dir():
+        raise UsageError(
+            f"no tokenizer folder {quoted(str(path))}; expected the one that came with the text encoder, "
+            f"as {' or '.join(TOKENIZERS)} beside it or in base"
+        )
+    for file in path.iterdir():
+        if not file.is_dir():
+            check_file(file, "tokenizer file")
+        if file.suffix == ".json":
+            read_json(file)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        raise InferixError(f"cannot read the tokenizer in {path}: {reason(error)}; fetch it again") from error
+
+
+def refuse_misfits(path: Path, **misfits: Iterable[str]) -> None:
+    """InferixError naming the tensors that are missing, unexpected or misshaped, if any is."""
+    listed = {kind: sorted(names) for kind, names in misfits.items()}
+    found = "; ".join(f"{kind}: {', '.join(names[:12])[:1000]}" for kind, names in listed.items() if names)
+    if found:
+        raise InferixError(f"{path} does not fit a UMT5 encoder ({found}); use the one of a Wan model")
