@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from inferix.errors import UsageError
+from inferix.export.checkpoint import write_random
 from inferix.models.hub import BASES, WAN21, is_hub_name, locate
+from inferix.models.wan.checkpoint import FORMATS
 from inferix.models.wan.spec import MODELS
 from inferix.schemes.presets import PRESETS
 
@@ -41,13 +43,17 @@ for asked in json.loads(sys.argv[1]):
 
 def look_up(home: Path, endpoint: str, *asked: dict, offline: str = "0") -> list:
     """What `locate` gives for each of the arguments, in one process with a Hugging Face home of its own."""
+    return [json.loads(line) for line in child(home, endpoint, offline, SCRIPT, json.dumps(asked)).splitlines()]
+
+
+def child(home: Path, endpoint: str, offline: str, *arguments: str) -> str:
+    """What a Python process prints."""
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "NO_PROXY": "127.0.0.1"}
     unset = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"}
     environment = {key: value for key, value in os.environ.items() if key not in unset} | settings
-    command = [sys.executable, "-c", SCRIPT, json.dumps(asked)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
 
 
 def snapshot(home: Path, repository: str) -> Path:
@@ -141,6 +147,25 @@ def test_a_partial_download_is_no_hit_and_goes_on(tmp_path):
         assert "hf download nobody/single model.pt" in missed["message"]
         ((again, _),) = look_up(tmp_path, endpoint, {"model": "nobody/single:model.pt"})
     assert again == model and Path(model).read_bytes() == b"0123456789"
+
+
+def test_a_model_is_loaded_by_name(tmp_path):
+    """A file and its base from two repositories, whose paths in the cache are links to files of other names."""
+    folder = write_random("wan-tiny", "self-forcing", tmp_path / "made")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    file = FORMATS["self-forcing"].file
+    model = {f"checkpoints/{file}": files.pop(file)}
+    script = """
+import inferix
+engine = inferix.load("nobody/tiny", device="cpu", base="nobody/parts")
+with engine.open(prompt="water", size=(32, 32)) as session:
+    (block,) = session.stream(1)
+print(engine.parts.source, engine.parts.form, len(block.frames))
+"""
+    with serving({"nobody/tiny": model, "nobody/parts": files}) as (endpoint, _):
+        loaded = child(tmp_path / "home", endpoint, "0", script)
+    assert loaded.split() == ["nobody/tiny", "self-forcing", "9"]
+    assert child(tmp_path / "home", "http://127.0.0.1:9", "1", script) == loaded
 
 
 def test_paths_and_models_of_the_package_are_left_alone(tmp_path, monkeypatch):
