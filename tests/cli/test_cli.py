@@ -164,10 +164,15 @@ def test_a_damaged_checkpoint_is_exit_code_1_and_debug_shows_the_traceback(tmp_p
     assert shown.returncode == 1 and "Traceback" in shown.stderr
 
 
+def heed_ctrl_c() -> None:
+    """Undo, in a child, what it inherits where a shell runs the tests in the background: SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_the_finished_blocks_in_a_playable_file(tmp_path):
     run = subprocess.Popen(
         [*RUN, "generate", *SMALL[:2], "--size", "64x64", "--blocks", "500", "--out", str(tmp_path / "a.mp4")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     part = tmp_path / "a.mp4.part"
     deadline = time.monotonic() + 120
