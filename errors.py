@@ -7,6 +7,7 @@ Every message carries the bad value, what was expected, and what to do.
 from __future__ import annotations
 
 import difflib
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ class UsageError(InferixError, ValueError):
     """Bad input: a value, name, file or combination that cannot be used."""
 
 
-def in_a_line(error: Exception) -> str:
-    """What a program says on stderr before it ends."""
+def one_line(error: Exception) -> str:
+    """Format an error as one line for stderr."""
     return f"error: {' '.join(str(error).split())}"
 
 
@@ -30,17 +31,17 @@ def exit_code(error: InferixError) -> int:
 
 
 @contextmanager
-def told_in_a_line() -> Iterator[None]:
-    """End a program with one line on stderr where its user or its run is at fault."""
+def one_line_errors() -> Iterator[None]:
+    """Print an InferixError as one line on stderr and exit with its `exit_code`."""
     try:
         yield
     except InferixError as error:
-        print(in_a_line(error), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         raise SystemExit(exit_code(error)) from error
 
 
 def no_memory(error: Exception) -> bool:
-    """Whether memory ran out; torch has a class of its own for that of a GPU, and none for the host's."""
+    """Return True for an out-of-memory error of the GPU (torch has a class for it) or of the host (it has none)."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or no_host_memory(error)
 
 
@@ -48,13 +49,32 @@ def no_host_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def quoted(value: object, limit: int = 200) -> str:
-    """A bad value for a message, cut to `limit` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+LONGEST_QUOTE = 200  # characters of a value in a message
+
+class ShortRepr(reprlib.Repr):
+    """`repr` in bounded time: three levels, few entries of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 8, 8, 8
+        self.maxstring = self.maxother = LONGEST_QUOTE
+
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()  # the digits of a huge integer take time squared in their number
+        return repr(x) if bits < 256 else f"<integer of {bits} bits>"
+
+
+def quoted(value: object, limit: int = LONGEST_QUOTE) -> str:
+    """A user's value for a message: its repr, at most `limit` characters of it, in bounded time for any value."""
+    return cut(repr(value[: limit + 1]) if isinstance(value, str) else ShortRepr().repr(value), limit)
+
+
+def cut(text: str, limit: int = LONGEST_QUOTE) -> str:
+    """The first `limit` characters of a text, the cut marked."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string."""
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name[:LONGEST_QUOTE], list(choices), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""

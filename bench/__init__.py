@@ -1,1 +1,1 @@
-"""Measuring: kernels, what they compile to, blocks and streams. Nothing is timed that has not just been checked."""
+"""Benchmarks of kernels, blocks and streams, and the compile gate. Outputs are checked before they are timed."""

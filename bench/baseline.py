@@ -1,9 +1,10 @@
-"""The plain loop that the executors are held against, with the same weights, in the structure of the public reference.
+"""Plain loop with the engine's weights, in the structure of the public reference code: the baseline of the executors.
 
-One contiguous cache of the window's size per layer, rolled by copying; text, time and patch embedding in every pass,
-cross-attention keys once a prompt; torch's own attention. Left out is what only slows the public code down: reads of
-device values by the host, and rotation in float64. Optionally each layer runs through `torch.compile`. Its block loop
-is its own: it checks the block schedule that the engine and the planners share.
+Each layer has one contiguous cache of the window's size and rolls it by copying. Every pass computes text, time and
+patch embedding; cross-attention keys are computed once per prompt; attention is torch's. The loop leaves out what only
+slows the public code down: reads of device values by the host, and rotation in float64. Optionally each layer runs
+through `torch.compile`. The block loop is written here a second time to check the block schedule that the engine and
+the planners share.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from .work import blocks_until_full
 LayerForward = Callable[..., Tensor]
 
 
-def why_not(preset: Preset) -> str | None:
-    """Why the plain loop cannot run a preset; None where it can."""
+def unsupported_reason(preset: Preset) -> str | None:
+    """The reason why the plain loop cannot run a preset; None if it can."""
     if preset.window_blocks > 1 or any(len(scheduled.run.groups) > 1 for scheduled in passes_until_full(preset)):
         return "it has passes over frames at several noise levels"
     if preset.context.positions != "absolute":
@@ -48,14 +49,14 @@ def why_not(preset: Preset) -> str | None:
 
 
 def passes_until_full(preset: Preset) -> list[ScheduledPass]:
-    """The passes of a stream's blocks until its window is full, and of the one after."""
+    """Passes of a stream's blocks up to the first with a full window, and of the block after it."""
     blocks = islice(scheduled_blocks(preset), blocks_until_full(preset) + 2)
     return [scheduled for block in blocks for scheduled in block.passes]
 
 
 @dataclass
 class LayerCache:
-    """Keys and values [1, capacity*P, n, c] of one layer; `used` tokens are held, the pass writes at `start`."""
+    """Keys and values [1, capacity*P, n, c] of one layer; `used` tokens are valid, a pass writes at `start`."""
 
     keys: Tensor
     values: Tensor
@@ -72,11 +73,11 @@ class LayerCache:
         self.values[:, self.start : stop] = v
         return attention(q, self.keys[:, : self.used], self.values[:, : self.used])
 
-    def roll(self, kept: list[slice]) -> None:
-        """Move what stays to the front, by copies."""
+    def roll(self, remaining: list[slice]) -> None:
+        """Copy the remaining tokens to the front."""
         for store in (self.keys, self.values):
-            held = torch.cat([store[:, rows] for rows in kept], dim=1) if kept else store[:, :0]
-            store[:, : held.shape[1]] = held
+            tokens = torch.cat([store[:, rows] for rows in remaining], dim=1) if remaining else store[:, :0]
+            store[:, : tokens.shape[1]] = tokens
 
 
 def run_layer(block: nn.Module, x: Tensor, modulation: Tensor, text: TextContext, cache: LayerCache) -> Tensor:
@@ -85,10 +86,10 @@ def run_layer(block: nn.Module, x: Tensor, modulation: Tensor, text: TextContext
 
 
 @dataclass(frozen=True)
-class Made:
-    """A finished block: latents [F, C, H, W], frames uint8 [T, H, W, 3] or None, and seconds of stages and passes.
+class BlockOutput:
+    """A finished block: latents [F, C, H, W] and frames uint8 [T, H, W, 3], None if not decoded.
 
-    Only what is known: stages that were timed, and passes where they are run one by one.
+    timings: seconds of the stages that were timed. passes: seconds of each pass; empty if passes do not run one by one.
     """
 
     latents: Tensor
@@ -98,7 +99,7 @@ class Made:
 
 
 class PlainLoop:
-    """A stream of one prompt over an engine's weights; `step` makes its next block."""
+    """Stream of one prompt over an engine's weights; `step` computes its next block."""
 
     def __init__(self, engine: Engine, rows: Tensor, seed: int, size: tuple[int, int], compiled: LayerForward) -> None:
         self.engine, self.size, self.rows = engine, size, rows
@@ -130,8 +131,8 @@ class PlainLoop:
         return LayerCache(like.new_zeros(shape), like.new_zeros(shape), self.angles, rope)
 
     @torch.no_grad()
-    def step(self, decode: bool = True) -> Made:
-        """The next block, as the engine makes it; of its timings only the decoder's is taken."""
+    def step(self, decode: bool = True) -> BlockOutput:
+        """Compute the next block as the engine does. Only the decoder is timed."""
         timeline, solver = self.timeline, self.sampler.begin()
         if timeline.rebuild_due():
             self.rebuild(timeline.rebuild_pass())
@@ -154,15 +155,15 @@ class PlainLoop:
             timings["decode"] = time.perf_counter() - begun
         self.past = [*self.past, latents][-self.full :]
         self.pixels = pixels
-        return Made(latents, frames, timings)
+        return BlockOutput(latents, frames, timings)
 
     def rebuild(self, run: Pass) -> None:
-        """Make the context anew from the last clean latents, the first of them encoded again if the preset says so."""
+        """Recompute the context from the last clean latents; re-encode the first of them if the preset requires it."""
         policy, vae = self.engine.preset.context, self.engine.parts.vae
         latents = torch.cat(self.past)[-len(run.frames) :]
         if policy.reencode_head and run.frames[0] > 0 and self.pixels is not None:
-            kept = (len(run.frames) - 1) * self.spec.vae_stride[0] + 1
-            head = vae.encode(self.pixels[-kept:][:1], vae.new_state())
+            frames = (len(run.frames) - 1) * self.spec.vae_stride[0] + 1
+            head = vae.encode(self.pixels[-frames:][:1], vae.new_state())
             latents = torch.cat((head, latents[1:]))
         self.frames = ()
         self.forward(run, latents)
@@ -171,7 +172,7 @@ class PlainLoop:
             vae.decode(latents, self.decoder)
 
     def forward(self, run: Pass, latents: Tensor) -> Tensor:
-        """One pass of the network, all its embeddings made anew."""
+        """Run one pass of the network and compute all its embeddings."""
         (group,) = run.groups
         self.make_room(group.context)
         positions = [group.position_of(frame) for frame in run.frames]
@@ -183,33 +184,33 @@ class PlainLoop:
         x = model.embed_latents(latents[None])
         timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.engine.device)
         e, modulation = model.time_embedding(timesteps, self.rest(len(run.frames)))
-        # What is compiled is compiled for the full window alone: every other size would be compiled anew.
+        # The compiled layer serves only the full window: each other size would be compiled again.
         layer_forward = self.compiled if len(group.context) == self.full else run_layer
-        for layer, text, held in zip(self.layers, self.text, self.caches, strict=True):
-            held.angles = self.angles
-            held.start = group.context.index(run.frames[0]) * self.tokens
-            held.used = len(group.context) * self.tokens
-            x = layer_forward(layer, x, modulation, text, held)
+        for layer, text, layer_cache in zip(self.layers, self.text, self.caches, strict=True):
+            layer_cache.angles = self.angles
+            layer_cache.start = group.context.index(run.frames[0]) * self.tokens
+            layer_cache.used = len(group.context) * self.tokens
+            x = layer_forward(layer, x, modulation, text, layer_cache)
         velocity: Tensor = model.unpatchify(model.head(x, e), *latents.shape[-2:])
         return velocity[0]
 
     def make_room(self, context: tuple[int, ...]) -> None:
-        """Roll the caches so that `context` stands in order at their front."""
+        """Roll the caches so that the frames of `context` are at their front, in order."""
         if context == self.frames:
             return
-        kept = [place for place, frame in enumerate(self.frames) if frame in context]
-        if kept != list(range(len(kept))):
+        remaining = [slot for slot, frame in enumerate(self.frames) if frame in context]
+        if remaining != list(range(len(remaining))):
             for cache in self.caches:
-                cache.roll([slice(place * self.tokens, (place + 1) * self.tokens) for place in kept])
+                cache.roll([slice(slot * self.tokens, (slot + 1) * self.tokens) for slot in remaining])
         self.frames = context
 
     def rest(self, frames: int) -> Tensor | None:
-        """What resting adds to the timesteps of a model that follows actions."""
+        """Action embedding of the first action for each frame; None for a model without actions."""
         if self.spec.action_dim is None:
             return None
-        told = torch.zeros(1, frames, dtype=torch.long, device=self.engine.device)
-        added: Tensor = self.transformer.action_embedding(F.one_hot(told, self.spec.action_dim).to(self.engine.dtype))
-        return added
+        actions = F.one_hot(torch.zeros(1, frames, dtype=torch.long), self.spec.action_dim)
+        embedded: Tensor = self.transformer.action_embedding(actions.to(self.engine.device, self.engine.dtype))
+        return embedded
 
     def draw(self, span: Span, draw: int) -> Tensor:
         shape = (self.spec.out_channels, *self.spec.latent_size(self.size))
@@ -224,7 +225,7 @@ class PlainLoop:
 
 
 def shallow_copy(block: nn.Module) -> nn.Module:
-    """A layer with the same weights that counts as the first."""
+    """Copy a layer, sharing its weights, with layer index 0."""
     copied = block.__class__.__new__(block.__class__)
     copied.__dict__.update(block.__dict__)
     copied.__dict__["layer"] = 0
@@ -233,5 +234,5 @@ def shallow_copy(block: nn.Module) -> nn.Module:
 
 @cache
 def compiled_layer() -> LayerForward:
-    """One layer through `torch.compile`, for one shape."""
+    """`run_layer` through `torch.compile`, for one shape."""
     return torch.compile(run_layer, dynamic=False)

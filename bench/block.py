@@ -1,9 +1,9 @@
-"""The block benchmark: one block at a full window, stage by stage, against the plain loop, in one run.
+"""Block benchmark: one block at a full window, stage by stage, executors beside the plain loop, in one run.
 
-A window is filled by running the stream, and the way there gives the growing curve. A candidate whose outputs differ
-from the eager executor's is refused before the clock starts; then all that was timed is held against a stream of that
-executor that is as long. Layers and pages in fewer bits are for our graph executors alone: the others compute in full.
-Candidates take turns, so that a card that heats up slows all of them.
+The window is filled by running the stream; these blocks give the curve of block time over window size. A candidate
+whose outputs differ from the eager executor's is refused before it is timed. Afterwards all timed outputs are compared
+with an equally long stream of that executor. Only the graph executors have low-precision layers and pages. Candidates
+run in rounds, so that a GPU that heats up slows all of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ from ..runtime.capacity.planner import long_on_cpu
 from ..runtime.engine import Engine
 from ..runtime.sampler import scheduled_blocks
 from ..schemes.block_schedule import ScheduledBlock
-from .baseline import Made
-from .candidates import Candidate, EngineStream, Stream, candidates, choose, failures, judge_of, kept, trouble
-from .inside import look_inside
+from .baseline import BlockOutput
+from .candidates import (
+    Candidate,
+    EngineStream,
+    Stream,
+    candidate_errors,
+    candidates,
+    choose,
+    cloned,
+    failure_reason,
+    make_checker,
+)
+from .inspection import inspect_block
 from .machine import card_of, environment, measure_ceilings, synchronize
 from .result import Result, Series
-from .subject import ORACLE, Subject, described, in_fewer_bits, open_engine, random_prompt
+from .subject import ORACLE, Subject, describe, open_engine, random_prompt, uses_fewer_bits
 from .work import (
     Work,
     blocks_until_full,
@@ -34,7 +44,7 @@ from .work import (
     until_seen,
 )
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 CLOCK = (
     "block: host's wall clock from asking for a block until its uint8 frames lie in host memory and the device is "
     "idle: noise, prompt and context work, all denoising passes, the commit, the decoder, conversion and copy. "
@@ -46,10 +56,11 @@ CLOCK = (
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """rounds: streams per candidate; blocks: timed at a full window in each, with the decoder and again without.
+class Options:
+    """Options of a run; raises UsageError for a count below 1.
 
-    executors, baselines: by name; empty for all that suit the device, and `none` for no baseline.
+    rounds: streams per candidate. blocks: blocks timed at a full window of each stream, with the decoder and again
+    without. executors, baselines: names; empty for all that suit the device, `none` for no baseline.
     """
 
     subject: Subject
@@ -61,12 +72,12 @@ class Wanted:
     def __post_init__(self) -> None:
         for key in ("rounds", "blocks"):
             if getattr(self, key) < 1:
-                raise UsageError(f"--{key} is {getattr(self, key)}; expected 1 or more")
+                raise UsageError(f"{key} is {getattr(self, key)}; expected 1 or more")
 
 
 @dataclass
-class Taken:
-    """Samples of one candidate as they come in."""
+class Samples:
+    """Samples of one candidate by quantity, and block times by frames in the window."""
 
     series: dict[str, list[float]] = field(default_factory=dict)
     growth: dict[int, list[float]] = field(default_factory=dict)
@@ -75,181 +86,184 @@ class Taken:
         self.series.setdefault(name, []).append(value)
 
 
-def run(wanted: Wanted, tell: Tell) -> Result:
-    """Check, then time, every candidate. UsageError for what cannot be measured, InferixError if nothing matches."""
-    bench = Bench(wanted, tell)
+def run(options: Options, log: Log) -> Result:
+    """Check, then time, every candidate.
+
+    Raises UsageError for a subject that cannot be measured and InferixError if no candidate's outputs match.
+    """
+    bench = Bench(options, log)
     bench.check_outputs()
-    for turn in range(wanted.rounds):
-        for candidate in bench.in_turn(turn):
-            tell(f"round {turn + 1} of {wanted.rounds}: {candidate.name}")
-            bench.take(candidate, turn)
-    bench.look_inside()
+    for index in range(options.rounds):
+        for candidate in bench.in_round_order(index):
+            log(f"round {index + 1} of {options.rounds}: {candidate.name}")
+            bench.time_candidate(candidate, index)
+    bench.inspect_candidates()
     return bench.result()
 
 
 class Bench:
-    """One run: the engine, its candidates, what their outputs must be, and what was found so far."""
+    """One run: the engine, its candidates, the reference for their outputs, and the measurements so far."""
 
-    def __init__(self, wanted: Wanted, tell: Tell) -> None:
-        self.wanted, self.tell, subject = wanted, tell, wanted.subject
+    def __init__(self, options: Options, log: Log) -> None:
+        self.options, self.log, subject = options, log, options.subject
         self.engine = open_engine(replace(subject, executor=ORACLE))
         self.device = str(self.engine.device)
         self.environment = environment(self.device)
         preset = self.engine.preset
         size = subject.size or self.engine.default_size
-        said = long_on_cpu(self.engine.spec, preset, self.engine.parts.vae.spec, size)
-        if self.engine.device.type == "cpu" and said:
-            tell(said)
+        warning = long_on_cpu(self.engine.spec, preset, self.engine.parts.vae.spec, size)
+        if self.engine.device.type == "cpu" and warning:
+            log(warning)
         self.full = blocks_until_full(preset)
         self.plan = next(islice(scheduled_blocks(preset), self.full, None))
         rows = random_prompt(self.engine, subject.seed)
         offered, self.left_out = candidates(self.engine, rows, subject)
-        self.chosen = choose(offered, self.left_out, wanted.executors, wanted.baselines, self.device)
+        self.chosen = choose(offered, self.left_out, options.executors, options.baselines, self.device)
         for name, reason in self.left_out.items():
-            tell(f"{name} is left out: {reason}")
-        tell("measuring what the machine can do")
+            log(f"{name} is left out: {reason}")
+        log("measuring the machine's ceilings")
         self.ceilings = measure_ceilings(self.device, self.engine.dtype, self.engine.config.lowp)
-        tell(f"the window is full at block {self.full}: {self.plan.context} latent frames")
+        log(f"the window is full at block {self.full}: {self.plan.context} latent frames")
         plans, window, needs_pixels = scheduled_blocks(preset), self.plan.context, preset.context.needs_pixels
-        self.shown = until_seen(plans, window, wanted.blocks)  # first with pictures, then without, if that can be
-        self.bare = [] if needs_pixels else until_seen(plans, window, wanted.blocks)
+        self.decoded = until_seen(plans, window, options.blocks)  # blocks with the decoder, then without, if possible
+        self.undecoded = [] if needs_pixels else until_seen(plans, window, options.blocks)
         self.steady = stays_full(preset)
-        lasting = wanted.blocks + 1 if self.steady else 0
-        decoded = [True] * len(self.shown) + [False] * len(self.bare) + [True] * lasting
-        self.judge = judge_of(self.engine, rows, subject, decoded)
-        if self.judge.bits_off is not None:
-            tell(f"in these bits the plain executor is off by {self.judge.bits_off:.1e}")
-        self.told: dict[str, dict[str, Any]] = {}
-        self.taken = {candidate.name: Taken() for candidate in self.chosen}
+        continuous = options.blocks + 1 if self.steady else 0
+        decoded = [True] * len(self.decoded) + [False] * len(self.undecoded) + [True] * continuous
+        self.checker = make_checker(self.engine, rows, subject, decoded)
+        if self.checker.bits_off is not None:
+            log(f"difference of the eager executor in low precision: {self.checker.bits_off:.1e}")
+        self.candidate_facts: dict[str, dict[str, Any]] = {}
+        self.samples = {candidate.name: Samples() for candidate in self.chosen}
         self.clocks: list[dict[str, Any]] = []
 
     def check_outputs(self) -> None:
         """Refuse candidates whose outputs do not match."""
         for candidate in self.chosen:
-            off, refused = self.judge.check(candidate, self.full + 2)
-            self.told[candidate.name] = {
-                "about": candidate.about, "difference": off, "allowed": self.judge.allowed(candidate),
+            difference, refused = self.checker.check(candidate, self.full + 2)
+            self.candidate_facts[candidate.name] = {
+                "about": candidate.about, "difference": difference, "allowed": self.checker.allowed(candidate),
                 "refused": refused, "fewer_bits": candidate.fewer_bits,
             }  # fmt: skip
-            said = f"refused, {refused}" if refused else f"outputs match (off by {off:.1e})"
-            self.tell(f"{candidate.name}: {said}")
+            verdict = f"refused, {refused}" if refused else f"outputs match (difference {difference:.1e})"
+            self.log(f"{candidate.name}: {verdict}")
 
     @property
     def accepted(self) -> list[Candidate]:
         """Candidates that have not been refused; InferixError if there is none."""
-        found = [candidate for candidate in self.chosen if not self.told[candidate.name]["refused"]]
-        if not found:
-            reasons = "; ".join(f"{name}: {one['refused']}" for name, one in self.told.items())
-            raise InferixError(f"nothing was timed, since no candidate's outputs match those of {ORACLE}: {reasons}")
-        return found
+        accepted = [candidate for candidate in self.chosen if not self.candidate_facts[candidate.name]["refused"]]
+        if not accepted:
+            reasons = "; ".join(f"{name}: {facts['refused']}" for name, facts in self.candidate_facts.items())
+            raise InferixError(f"no candidate's outputs match those of {ORACLE}, so nothing was timed: {reasons}")
+        return accepted
 
-    def in_turn(self, turn: int) -> list[Candidate]:
-        """The candidates of a round, another one first each time."""
+    def in_round_order(self, index: int) -> list[Candidate]:
+        """Candidates in the order of a round: each round begins with another one."""
         accepted = self.accepted
-        first = turn % len(accepted)
+        first = index % len(accepted)
         return accepted[first:] + accepted[:first]
 
-    def take(self, candidate: Candidate, turn: int) -> None:
-        """Time one stream of a candidate; one that fails, or whose outputs differ now, is refused after all."""
+    def time_candidate(self, candidate: Candidate, index: int) -> None:
+        """Time one stream of a candidate; refuse the candidate if the stream fails or its outputs differ."""
         try:
-            wrong = self.judge.refusal(candidate, self.time_stream(candidate, turn))
-        except failures() as error:
-            wrong = trouble(error)
+            wrong = self.checker.refusal(candidate, self.time_stream(candidate, index))
+        except candidate_errors() as error:
+            wrong = failure_reason(error)
         if wrong:
-            self.told[candidate.name]["refused"] = f"in round {turn + 1}: {wrong}"
-            self.tell(f"{candidate.name}: refused in round {turn + 1}, {wrong}")
+            self.candidate_facts[candidate.name]["refused"] = f"in round {index + 1}: {wrong}"
+            self.log(f"{candidate.name}: refused in round {index + 1}, {wrong}")
 
-    def time_stream(self, candidate: Candidate, turn: int) -> list[Made]:
-        """Take the times of one stream; returns all its blocks."""
-        stream, taken = candidate.open(), self.taken[candidate.name]
+    def time_stream(self, candidate: Candidate, index: int) -> list[BlockOutput]:
+        """Time one stream; return all its blocks."""
+        stream, samples = candidate.open(), self.samples[candidate.name]
         try:
-            made = self.with_decoder(stream, taken)
-            made += self.without_decoder(stream, taken)
+            outputs = self.with_decoder(stream, samples)
+            outputs += self.without_decoder(stream, samples)
             if isinstance(stream, EngineStream) and self.steady:
-                more, intervals = stream.run(self.wanted.blocks)
-                made += more
+                more, intervals = stream.run(self.options.blocks)
+                outputs += more
                 for seconds in intervals:
-                    taken.add("interval", seconds)
+                    samples.add("interval", seconds)
             if card := card_of(self.device):
-                self.clocks.append({"round": turn + 1, "candidate": candidate.name, **card.state()})
+                self.clocks.append({"round": index + 1, "candidate": candidate.name, **card.state()})
         finally:
             stream.close()
-        return made
+        return outputs
 
-    def with_decoder(self, stream: Stream, taken: Taken) -> list[Made]:
-        """Blocks until the window is full, then those wanted, with pixels; returns all."""
-        card, made = card_of(self.device), list[Made]()
+    def with_decoder(self, stream: Stream, samples: Samples) -> list[BlockOutput]:
+        """Fill the window, then time decoded blocks at a full window; return all of them."""
+        card, outputs = card_of(self.device), list[BlockOutput]()
         joules, metered = None, 0
-        for plan in self.shown:
+        for plan in self.decoded:
             if plan.context == self.plan.context and not metered:
                 joules = card.energy() if card else None
             block, seconds = timed(stream, self.device, decode=True)
-            made.append(kept(block))
-            taken.growth.setdefault(plan.context, []).append(seconds)
+            outputs.append(cloned(block))
+            samples.growth.setdefault(plan.context, []).append(seconds)
             if plan.context < self.plan.context:
                 metered = 0
                 continue
             metered += 1
-            self.note(block, seconds, plan, taken)
+            self.add_block(block, seconds, plan, samples)
         if card and joules is not None and (now := card.energy()) is not None:
-            taken.add("energy", (now - joules) / metered)
-        return made
+            samples.add("energy", (now - joules) / metered)
+        return outputs
 
-    def note(self, block: Made, seconds: float, plan: ScheduledBlock, taken: Taken) -> None:
-        """Keep the times of one block at a full window."""
-        taken.add("block", seconds)
+    def add_block(self, block: BlockOutput, seconds: float, plan: ScheduledBlock, samples: Samples) -> None:
+        """Add the times of one block at a full window to the samples."""
+        samples.add("block", seconds)
         for stage, part in block.timings.items():
-            taken.add(stage, part)
+            samples.add(stage, part)
         if len(block.passes) == len(plan.passes):
             for index, part in enumerate(block.passes):
-                taken.add(f"pass {index}", part)
-        if self.engine.preset.context.needs_pixels:  # its next block waits for the decoder, which cannot be left out
-            taken.add("transformer", seconds - block.timings["decode"])
+                samples.add(f"pass {index}", part)
+        if self.engine.preset.context.needs_pixels:  # the next block waits for the decoder, so every block is decoded
+            samples.add("transformer", seconds - block.timings["decode"])
 
-    def without_decoder(self, stream: Stream, taken: Taken) -> list[Made]:
-        """The blocks after them, without pixels; returns all."""
-        made = []
-        for plan in self.bare:
+    def without_decoder(self, stream: Stream, samples: Samples) -> list[BlockOutput]:
+        """Time the blocks after them without decoding; return all of them."""
+        outputs = []
+        for plan in self.undecoded:
             block, seconds = timed(stream, self.device, decode=False)
-            made.append(kept(block))
+            outputs.append(cloned(block))
             if plan.context == self.plan.context:
-                taken.add("transformer", seconds)
-        return made
+                samples.add("transformer", seconds)
+        return outputs
 
-    def look_inside(self) -> None:
-        """With one candidate's engine there at a time, or one's memory would be counted with another's."""
+    def inspect_candidates(self) -> None:
+        """Inspect each candidate while no other has an engine: memory would be counted together."""
         for candidate in self.accepted:
-            self.tell(f"looking inside {candidate.name}")
-            for one in self.chosen:
-                one.drop()
-            self.told[candidate.name] |= look_inside(candidate, self.engine, self.full, self.ceilings)
+            self.log(f"inspecting {candidate.name}")
+            for other in self.chosen:
+                other.drop()
+            self.candidate_facts[candidate.name] |= inspect_block(candidate, self.engine, self.full, self.ceilings)
 
     def result(self) -> Result:
-        about, settings = described(self.engine, self.wanted.subject)
-        right = {candidate.name: self.taken[candidate.name] for candidate in self.accepted}
+        about, settings = describe(self.engine, self.options.subject)
+        accepted = {candidate.name: self.samples[candidate.name] for candidate in self.accepted}
         return Result(
             kind="block", clock=CLOCK, environment=self.environment, subject=about,
-            settings=settings | {"rounds": self.wanted.rounds, "blocks": self.wanted.blocks}, ceilings=self.ceilings,
+            settings=settings | {"rounds": self.options.rounds, "blocks": self.options.blocks}, ceilings=self.ceilings,
             series={
                 f"{name}/{quantity}": Series("J" if quantity == "energy" else "s", tuple(samples))
-                for name, one in right.items() for quantity, samples in one.series.items()
+                for name, one in accepted.items() for quantity, samples in one.series.items()
             },
             facts={
-                "oracle": ORACLE, "tolerance": self.judge.tolerance, "bits_off": self.judge.bits_off,
-                "candidates": self.told, "left_out": self.left_out,
+                "oracle": ORACLE, "tolerance": self.checker.tolerance, "bits_off": self.checker.bits_off,
+                "candidates": self.candidate_facts, "left_out": self.left_out,
                 "block": block_facts(self.engine, self.plan, self.full),
-                "work": work_facts(self.engine, self.plan, self.wanted.subject),
+                "work": work_facts(self.engine, self.plan, self.options.subject),
                 "growth": {
                     name: {str(frames): samples for frames, samples in sorted(one.growth.items())}
-                    for name, one in right.items()
+                    for name, one in accepted.items()
                 },
                 "clocks_in_between": self.clocks,
             },
         )  # fmt: skip
 
 
-def timed(stream: Stream, device: str, decode: bool) -> tuple[Made, float]:
-    """The next block and its seconds, the device idle before and after."""
+def timed(stream: Stream, device: str, decode: bool) -> tuple[BlockOutput, float]:
+    """Compute the next block; return it and its seconds, from an idle device to an idle device."""
     synchronize(device)
     begun = time.perf_counter()
     block = stream.step(decode)
@@ -269,21 +283,22 @@ def block_facts(engine: Engine, plan: ScheduledBlock, full: int) -> dict[str, An
 
 
 def work_facts(engine: Engine, plan: ScheduledBlock, subject: Subject) -> dict[str, Any]:
-    """FLOPs and bytes of each pass of the block and of decoding it, in the model's dtype; where layers or pages are in
-    fewer bits, also those of the passes in these.
+    """FLOPs and bytes of each pass of a block and of its decoding, in the model's dtype.
+
+    With low-precision layers or pages, `fewer_bits` has the same for the passes in that precision.
     """
     config, size = engine.config, subject.size or engine.default_size
     branches = 2 if engine.preset.sampler.guidance_scale != 1 else 1
 
-    def counted(*bits: Any) -> dict[str, Any]:
+    def count(*bits: Any) -> dict[str, Any]:
         runs = [scheduled.run for scheduled in plan.passes for _ in range(branches)]
         passes = [pass_work(engine.spec, run, size, config.dtype, *bits) for run in runs]
         return {"passes": [asdict(work) for work in passes], "transformer": asdict(sum(passes, Work(0, 0)))}
 
     decoder = decoder_work(engine.parts.vae.spec, engine.spec.latent_size(size), len(plan.span.frames), config.dtype)
     return {
-        **counted(),
-        **({"fewer_bits": counted(config.kv_dtype, config.precision_map)} if in_fewer_bits(engine.config) else {}),
+        **count(),
+        **({"fewer_bits": count(config.kv_dtype, config.precision_map)} if uses_fewer_bits(engine.config) else {}),
         "decoder": asdict(decoder),
         "counted": "from the sizes and passes of the block; bytes are the least that must move",
     }

@@ -1,7 +1,7 @@
-"""What is timed, and whether it may be: our executors and the baselines, over the same weights, held against `eager`.
+"""Candidates of a benchmark, executors and baselines over the same weights, and the check of their outputs.
 
-A candidate whose latents or frames differ from the eager executor's by more than is allowed is refused, with the
-reason; so is one that fails, or whose programs were to be captured and are not.
+A candidate is refused, with the reason, if its latents or frames differ from the eager executor's by more than the
+tolerance, if it fails, or if a graph that should be captured is not.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from ..runtime.engine import Engine
 from ..runtime.execution.executors import GraphExecutor
 from ..runtime.inputs import Pixels
 from ..runtime.sessions.output_queue import Block
-from .baseline import Made, PlainLoop, compiled_layer, run_layer, why_not
-from .kernels import cannot_run
-from .subject import ORACLE, Subject, in_fewer_bits, in_full, with_executor
+from .baseline import BlockOutput, PlainLoop, compiled_layer, run_layer, unsupported_reason
+from .kernels import launch_errors
+from .subject import ORACLE, Subject, full_precision_engine, uses_fewer_bits, with_executor
 
 NONE = "none"  # no baseline
-# Largest root mean square of the difference to the oracle's latents, relative to theirs, over all checked blocks.
+# Largest root mean square of the difference to the oracle's latents, relative to theirs, in any checked block.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 0.04}
-BITS_MARGIN = 1.1  # how much further off than the plain executor in the same bits, where that is above the tolerance
-LEVELS = 2.0  # of 255, that pixels may be off beside what their latents are: decoders hand that on about as it is
+BITS_MARGIN = 1.1  # times the eager executor's difference in the same low precision, where above the tolerance
+LEVELS = 2.0  # of 255: the difference of frames allowed on top of that of their latents, which decoders pass on
 
 
 class Stream(Protocol):
-    """A candidate's stream of blocks."""
+    """Stream of blocks of a candidate."""
 
-    def step(self, decode: bool = True) -> Made:
-        """The next block."""
+    def step(self, decode: bool = True) -> BlockOutput:
+        """Compute the next block."""
 
     def close(self) -> None:
-        """Free its memory."""
+        """Free the stream's memory."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is timed: `open` begins a stream, `owners` tells the bytes a stream holds, by owner. `drop` lets go of what
-    is kept between streams. fewer_bits: whether layers or pages are in another precision than the oracle's.
-    `fallbacks` says what could not be captured so far.
+    """A candidate to time.
+
+    about: one line for the report. open: begins a stream. owners: bytes of a stream by owner. drop: frees the memory
+    that is shared between streams. fewer_bits: True if layers or pages have another precision than the oracle's.
+    fallbacks: reasons why graphs could not be captured.
     """
 
     name: str
@@ -60,35 +62,36 @@ class Candidate:
 
 
 class EngineStream:
-    """A session as a stream."""
+    """A session of an engine as a stream."""
 
     def __init__(self, engine: Engine, rows: Tensor, seed: int, size: tuple[int, int]) -> None:
         self.session = engine.open(prompt_embeds=rows, seed=seed, size=size)
 
-    def step(self, decode: bool = True) -> Made:
+    def step(self, decode: bool = True) -> BlockOutput:
         (block,) = self.session.stream(1, decode)
-        return made_of(block)
+        return block_output(block)
 
-    def run(self, blocks: int) -> tuple[list[Made], list[float]]:
-        """So many more blocks and one before them, and the seconds between them, of a stream without an end: decoding
-        is beside the next block, and the clock stops while another one is being made. Nothing can follow.
+    def run(self, blocks: int) -> tuple[list[BlockOutput], list[float]]:
+        """Run `blocks` + 1 more blocks of an endless stream; return them and the `blocks` intervals in seconds.
+
+        Each block is decoded while the next is computed, also the last. The stream cannot continue afterwards.
         """
-        taken, arrivals = [], []
+        finished, arrivals = [], []
         for block in islice(self.session.stream(), blocks + 1):
             arrivals.append(time.perf_counter())
-            taken.append(block)
-        return [made_of(block) for block in taken], [after - before for before, after in pairwise(arrivals)]
+            finished.append(block)
+        return [block_output(block) for block in finished], [after - before for before, after in pairwise(arrivals)]
 
     def close(self) -> None:
         self.session.close()
 
 
-def made_of(block: Block) -> Made:
-    return Made(block.latents, block.frames, dict(block.timings), tuple(block.record.passes))
+def block_output(block: Block) -> BlockOutput:
+    return BlockOutput(block.latents, block.frames, dict(block.timings), tuple(block.record.passes))
 
 
 EXECUTOR_NOTES = {
-    ORACLE: "the engine's plain executor, pass by pass, all in the model's dtype: what all others must equal",
+    ORACLE: "the engine's plain executor, pass by pass, all in the model's dtype: the reference for all others",
     "fused": "the rewritten graph, its calls launched one by one",
     "captured": "the rewritten graph, a whole block replayed as one CUDA graph where the preset allows it",
 }
@@ -100,41 +103,42 @@ BASELINE_NOTES = {
 
 
 def candidates(engine: Engine, rows: Tensor, subject: Subject) -> tuple[list[Candidate], dict[str, str]]:
-    """All that can run this preset here, the oracle first, and why others cannot."""
+    """Candidates that can run the engine's preset on its device, the oracle first, and the reasons of all others."""
     left_out = {} if engine.device.type == "cuda" else {"captured": "it needs a GPU"}
-    if reason := why_not(engine.preset):
+    if reason := unsupported_reason(engine.preset):
         left_out |= dict.fromkeys(BASELINE_NOTES, reason)
-    found = [
+    available = [
         executor_candidate(engine, name, rows, subject) for name in EXECUTOR_NOTES if name not in left_out
     ] + [baseline_candidate(engine, name, rows, subject) for name in BASELINE_NOTES if name not in left_out]
-    return found, left_out
+    return available, left_out
 
 
 def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject) -> Candidate:
-    """One of our executors, the oracle in full precision and others in the engine's bits; its engine is made when it is
-    first asked for a stream, and kept.
+    """An executor of the engine: the oracle in full precision, others in the engine's precision.
+
+    The first stream creates the candidate's engine; later streams share it.
     """
-    made: list[Engine] = []
+    engines: list[Engine] = []
 
     def begin() -> EngineStream:
-        made[:] = made or [in_full(engine) if name == ORACLE else with_executor(engine, name)]
-        return EngineStream(made[0], rows, subject.seed, subject.size or engine.default_size)
+        engines[:] = engines or [full_precision_engine(engine) if name == ORACLE else with_executor(engine, name)]
+        return EngineStream(engines[0], rows, subject.seed, subject.size or engine.default_size)
 
     def owners(stream: EngineStream) -> dict[str, int]:
         session = stream.session
         cache = sum(branch.cache.nbytes for branch in session.current.branches)
-        return {"cache": cache, "decoder state": session.current.decoder.nbytes, **made[0].executor.bytes_by_owner()}
+        return {"cache": cache, "decoder state": session.current.decoder.nbytes, **engines[0].executor.bytes_by_owner()}
 
     def fallbacks() -> list[str]:
-        executors = [one.executor for one in made]
-        return [said for one in executors if isinstance(one, GraphExecutor) for said in one.launcher.fallbacks]
+        executors = [one.executor for one in engines]
+        return [reason for one in executors if isinstance(one, GraphExecutor) for reason in one.launcher.fallbacks]
 
-    fewer_bits = name != ORACLE and in_fewer_bits(engine.config)
-    return Candidate(name, EXECUTOR_NOTES[name], begin, owners, made.clear, fewer_bits, fallbacks)
+    fewer_bits = name != ORACLE and uses_fewer_bits(engine.config)
+    return Candidate(name, EXECUTOR_NOTES[name], begin, owners, engines.clear, fewer_bits, fallbacks)
 
 
 def baseline_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject) -> Candidate:
-    """The plain loop over the engine's weights, as it is or compiled."""
+    """The plain loop over the engine's weights, eager or compiled."""
 
     def begin() -> PlainLoop:
         layer = compiled_layer() if name == "compiled" else run_layer
@@ -153,9 +157,13 @@ def choose(
     baselines: tuple[str, ...],
     device: str,
 ) -> list[Candidate]:
-    """Those asked for by name; without a word, all but what takes minutes to compile on a CPU, noted in `left_out`."""
+    """Candidates named in `executors` and `baselines`; an empty tuple selects all.
+
+    `compiled` takes minutes on a CPU, so it must be named there; otherwise the reason goes into `left_out`. Raises
+    UsageError for an unknown name and for a candidate that cannot run.
+    """
     if torch.device(device).type == "cpu" and "compiled" not in (*left_out, *baselines):
-        left_out["compiled"] = "torch.compile takes long on a CPU; name it with --baseline to run it"
+        left_out["compiled"] = "torch.compile takes long on a CPU; name it in baselines to run it"
     names = [candidate.name for candidate in offered if candidate.name not in left_out]
     chosen: list[str] = []
     for option, asked, known in (
@@ -163,31 +171,32 @@ def choose(
     ):  # fmt: skip
         for name in asked:
             if name not in known:
-                raise UsageError(f"no {option} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+                raise UsageError(f"no {option} {name!r}{nearest(name, known)}; expected one of {', '.join(known)}")
             if name in left_out:
-                raise UsageError(f"--{option} {name} cannot run here: {left_out[name]}")
+                raise UsageError(f"{option} {name!r} cannot run here: {left_out[name]}; choose another {option}")
         chosen += asked or [name for name in names if name in known]
     return [candidate for candidate in offered if candidate.name in chosen]
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What a stream's blocks must be, and how far from that they may be: root mean square relative to theirs, in any
-    block; of frames as much of their contrast, and `LEVELS` more.
+class OutputChecker:
+    """Comparison of a stream's blocks with a reference stream.
 
-    reference: on the host, as long as the longest stream that is held against it, with frames where that has any.
-    bits_off: how far the latents of the plain executor are with layers and pages in the engine's bits; None where those
-    are the model's own. Who is further off than that, and a tenth more, has made another mistake than the bits, unless
-    it is within the tolerance.
+    The difference of latents is a root mean square relative to the reference's, and must stay within the tolerance in
+    every block. Frames may differ by the same share of their contrast plus `LEVELS`.
+
+    reference: blocks on the host, as many as the longest stream to compare, with frames where that stream has them.
+    bits_off: difference of the eager executor with layers and pages in the engine's low precision; None in full
+    precision. A candidate in low precision may differ by `BITS_MARGIN` times that, or by the tolerance if it is more.
     """
 
-    reference: list[Made]
+    reference: list[BlockOutput]
     tolerance: float
     bits_off: float | None = None
 
     @property
     def decoded(self) -> list[bool]:
-        """Which blocks have frames."""
+        """True for each block of the reference that has frames."""
         return [block.frames is not None for block in self.reference]
 
     def allowed(self, candidate: Candidate) -> float:
@@ -196,96 +205,98 @@ class Judge:
         assert self.bits_off is not None
         return max(self.tolerance, BITS_MARGIN * self.bits_off)
 
-    def off(self, made: Sequence[Made]) -> float | None:
-        """The furthest of the latents of a stream's first blocks; None where any is no number, or of another size."""
-        pairs = [(got.latents, want.latents) for got, want in zip(made, self.reference, strict=False)]
-        found = [difference(got, want) if got.shape == want.shape else math.nan for got, want in pairs]
-        return max(found) if all(map(math.isfinite, found)) else None
+    def largest_difference(self, outputs: Sequence[BlockOutput]) -> float | None:
+        """Largest difference of the latents in a stream's first blocks; None for NaN and for another shape."""
+        pairs = [(got.latents, want.latents) for got, want in zip(outputs, self.reference, strict=False)]
+        values = [relative_difference(got, want) if got.shape == want.shape else math.nan for got, want in pairs]
+        return max(values) if all(map(math.isfinite, values)) else None
 
-    def mismatch(self, candidate: Candidate, made: Sequence[Made]) -> str | None:
-        """The first of a stream's blocks that is further off than allowed, in words; there may be fewer of them than
-        the reference has.
+    def mismatch(self, candidate: Candidate, outputs: Sequence[BlockOutput]) -> str | None:
+        """The first of a stream's blocks that differs by more than allowed, as a message; None if none does.
+
+        outputs: at most as many blocks as the reference has.
         """
         allowed = self.allowed(candidate)
-        for index, (got, want) in enumerate(zip(made, self.reference[: len(made)], strict=True)):
+        for index, (got, want) in enumerate(zip(outputs, self.reference[: len(outputs)], strict=True)):
             if got.latents.shape != want.latents.shape:
-                return f"block {index} is {list(got.latents.shape)}, expected {list(want.latents.shape)}"
-            off = difference(got.latents, want.latents)
-            if not off <= allowed:
-                return f"the latents of block {index} are off by {off:.1e} of their size, allowed {allowed:.1e}"
+                return f"latents of block {index} are {list(got.latents.shape)}, expected {list(want.latents.shape)}"
+            relative = relative_difference(got.latents, want.latents)
+            if not relative <= allowed:
+                return f"latents of block {index} differ by {relative:.1e} relative, allowed {allowed:.1e}"
             if want.frames is None:
                 continue
             if got.frames is None or got.frames.shape != want.frames.shape:
-                found = None if got.frames is None else list(got.frames.shape)
-                return f"the frames of block {index} are {found}, expected {list(want.frames.shape)}"
-            levels, most = levels_off(got.frames, want.frames), LEVELS + allowed * levels_off(want.frames, 127.5)
-            if levels > most:
-                return f"the frames of block {index} are off by {levels:.1f} levels, allowed {most:.1f}"
+                shape = None if got.frames is None else list(got.frames.shape)
+                return f"frames of block {index} are {shape}, expected {list(want.frames.shape)}"
+            levels = level_difference(got.frames, want.frames)
+            limit = LEVELS + allowed * level_difference(want.frames, 127.5)
+            if levels > limit:
+                return f"frames of block {index} differ by {levels:.1f} levels, allowed {limit:.1f}"
         return None
 
-    def refusal(self, candidate: Candidate, made: Sequence[Made]) -> str | None:
-        """Why what a candidate has made must not count; None if it may."""
-        if fallen := candidate.fallbacks():
-            return f"not captured: {fallen[0]}"
-        return self.mismatch(candidate, made)
+    def refusal(self, candidate: Candidate, outputs: Sequence[BlockOutput]) -> str | None:
+        """The reason to refuse a candidate after it computed `outputs`; None to accept it."""
+        if fallbacks := candidate.fallbacks():
+            return f"not captured: {fallbacks[0]}"
+        return self.mismatch(candidate, outputs)
 
     def check(self, candidate: Candidate, blocks: int) -> tuple[float | None, str | None]:
-        """How far a candidate's first blocks are off, and why it may not be timed, if so."""
+        """Run a candidate's first blocks; return their largest difference and the reason to refuse it, if any."""
         try:
-            made = outputs_of(candidate.open(), self.decoded[:blocks])
-        except failures() as error:
-            return None, trouble(error)
-        return self.off(made), self.refusal(candidate, made)
+            outputs = outputs_of(candidate.open(), self.decoded[:blocks])
+        except candidate_errors() as error:
+            return None, failure_reason(error)
+        return self.largest_difference(outputs), self.refusal(candidate, outputs)
 
 
-def judge_of(engine: Engine, rows: Tensor, subject: Subject, decoded: Sequence[bool]) -> Judge:
-    """By so many blocks of a stream of the oracle, each with frames or without."""
+def make_checker(engine: Engine, rows: Tensor, subject: Subject, decoded: Sequence[bool]) -> OutputChecker:
+    """Run the oracle for `len(decoded)` blocks, with frames where `decoded` is True, as the reference to check with."""
     tolerance, oracle = TOLERANCE[engine.dtype], executor_candidate(engine, ORACLE, rows, subject)
-    made = outputs_of(oracle.open(), decoded)
-    judge = Judge([replace(block, latents=block.latents.cpu()) for block in made], tolerance)
-    if not in_fewer_bits(engine.config):
-        return judge
+    outputs = outputs_of(oracle.open(), decoded)
+    checker = OutputChecker([replace(block, latents=block.latents.cpu()) for block in outputs], tolerance)
+    if not uses_fewer_bits(engine.config):
+        return checker
     plain = EngineStream(with_executor(engine, ORACLE), rows, subject.seed, subject.size or engine.default_size)
-    return replace(judge, bits_off=judge.off(outputs_of(plain, decoded)))
+    return replace(checker, bits_off=checker.largest_difference(outputs_of(plain, decoded)))
 
 
-def outputs_of(stream: Stream, decoded: Sequence[bool]) -> list[Made]:
-    """A stream's first blocks, with frames or without; it is closed."""
+def outputs_of(stream: Stream, decoded: Sequence[bool]) -> list[BlockOutput]:
+    """Run a stream for `len(decoded)` blocks, with frames where `decoded` is True, and close it."""
     try:
-        return [kept(stream.step(decode)) for decode in decoded]
+        return [cloned(stream.step(decode)) for decode in decoded]
     finally:
         stream.close()
 
 
-def kept(block: Made) -> Made:
-    """A block whose latents nobody else writes to."""
+def cloned(block: BlockOutput) -> BlockOutput:
+    """Copy a block's latents, which the stream may overwrite."""
     return replace(block, latents=block.latents.clone())
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What a candidate raises that cannot run here, and that the others go on after."""
-    return (*cannot_run(), MemoryError)
+def candidate_errors() -> tuple[type[Exception], ...]:
+    """Error types of a candidate that cannot run; the benchmark continues with the others."""
+    return (*launch_errors(), MemoryError)
 
 
-def trouble(error: Exception) -> str:
-    """An error in one line, also where it says nothing."""
+def failure_reason(error: Exception) -> str:
+    """First line of an error's message, or its type if it has none."""
     return f"cannot run: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
-def difference(got: Tensor, want: Tensor) -> float:
+def relative_difference(got: Tensor, want: Tensor) -> float:
     """Root mean square of got - want, relative to that of want."""
     want = want.to(got.device).double()
     return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def levels_off(got: Pixels, want: Pixels | float) -> float:
+def level_difference(got: Pixels, want: Pixels | float) -> float:
     """Root mean square of got - want in levels of 255."""
     return float(np.sqrt(np.square(np.subtract(got, want, dtype=np.float32)).mean()))
 
 
-def check_executor(judge: Judge, candidate: Candidate) -> dict[str, float | None]:
-    """How far a candidate's stream is from the oracle's, and what is allowed; InferixError if it is refused."""
-    off, refused = judge.check(candidate, len(judge.reference))
+def check_executor(checker: OutputChecker, candidate: Candidate) -> dict[str, float | None]:
+    """Difference of a candidate's stream to the oracle's, and the limits. Raises InferixError if it is refused."""
+    largest, refused = checker.check(candidate, len(checker.reference))
     if refused:
-        raise InferixError(f"executor {candidate.name} is refused and nothing was timed: {refused}")
-    return {"difference": off, "tolerance": judge.allowed(candidate), "bits_off": judge.bits_off}
+        raise InferixError(f"executor {candidate.name!r} is refused and nothing was timed: {refused}")
+    return {"difference": largest, "tolerance": checker.allowed(candidate), "bits_off": checker.bits_off}

@@ -1,8 +1,8 @@
-"""Two results side by side: what got faster or slower by more than chance.
+"""Comparison of two results: quantities that are faster or slower by more than chance.
 
-The statistic is the ratio of the medians of B's and A's samples with its 95 % bootstrap interval: both sets are drawn
-anew, with replacement, 4000 times from a fixed seed. A change counts when the whole interval lies beyond the
-threshold, and is none when all of it lies within. Else it is `unsure`, which more samples would settle.
+The statistic is the ratio of the medians of B's and A's samples with its 95 % bootstrap interval: both sets are
+resampled with replacement 4000 times from a fixed seed. A quantity is faster or slower if the whole interval lies
+beyond the threshold, and the same if all of it lies within. Otherwise it is `unsure`: take more samples.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ DRAWS = 4000
 CONFIDENCE = 0.95
 FEWEST = 4  # samples on each side, below which no statement is made
 STATISTIC = f"ratio of medians B / A, with its {CONFIDENCE:.0%} interval from {DRAWS} bootstrap draws"
-UNLIKE = ("date", "command", "clocks", "load")  # of any two runs, and so not worth a word
+IGNORED = ("date", "command", "clocks", "load")  # they differ between any two runs
 
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity in A and B. verdict: faster, slower, same, unsure, or few for too few samples."""
+    """Change of one quantity from A to B. verdict: faster, slower, same, unsure, or few for too few samples."""
 
     name: str
     a: Series
@@ -38,7 +38,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """differences: settings and surroundings that are not the same, a line each. gone, new: series of A or B alone."""
+    """Changes from A to B. differences: settings that differ, a line each. gone, new: series only in A, only in B."""
 
     changes: tuple[Change, ...]
     differences: tuple[str, ...]
@@ -52,9 +52,9 @@ class Comparison:
 
 
 def compare(a: Result, b: Result, threshold: float = 0.03) -> Comparison:
-    """What changed from A to B; UsageError where the two cannot be held against each other."""
+    """Compare B with A; raises UsageError for a threshold outside [0, 1) and for results that are not comparable."""
     if not 0 <= threshold < 1:
-        raise UsageError(f"--threshold is {threshold}; expected a share from 0 up to 1, such as 0.03")
+        raise UsageError(f"threshold is {threshold}; expected a share from 0 up to 1, such as 0.03")
     for what, one, other in (
         ("kind", a.kind, b.kind),
         ("device type", a.environment["device"]["type"], b.environment["device"]["type"]),
@@ -88,12 +88,12 @@ def change(name: str, a: Series, b: Series, threshold: float) -> Change:
 
 
 def interval(a: Series, b: Series) -> tuple[float, float]:
-    """The bootstrap interval of the ratio of medians."""
+    """Bootstrap interval of the ratio of medians, B / A."""
     generator = np.random.default_rng(0)
 
     def medians(series: Series) -> np.ndarray:
-        held = np.asarray(series.samples)
-        return np.median(generator.choice(held, (DRAWS, len(held))), axis=1)
+        samples = np.asarray(series.samples)
+        return np.median(generator.choice(samples, (DRAWS, len(samples))), axis=1)
 
     ratios = medians(b) / medians(a)
     rest = (1 - CONFIDENCE) / 2
@@ -102,7 +102,7 @@ def interval(a: Series, b: Series) -> tuple[float, float]:
 
 
 def differences(a: Result, b: Result) -> Iterator[str]:
-    """Settings and surroundings that differ, one line each."""
+    """Settings and environment that differ, one line each."""
     one, other = (
         {**result.environment, "settings": result.settings, "subject": result.subject, "clock": result.clock}
         for result in (a, b)
@@ -112,7 +112,7 @@ def differences(a: Result, b: Result) -> Iterator[str]:
 
 def uneven(where: str, one: Any, other: Any) -> Iterator[str]:
     if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted((one.keys() | other.keys()).difference(UNLIKE)):
+        for key in sorted((one.keys() | other.keys()).difference(IGNORED)):
             yield from uneven(f"{where}.{key}".lstrip("."), one.get(key), other.get(key))
     elif one != other:
         yield f"{where}: {short(one)} in A, {short(other)} in B"

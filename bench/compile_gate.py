@@ -32,7 +32,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import InferixError, UsageError, nearest, told_in_a_line
+from ..errors import InferixError, UsageError, nearest, one_line_errors
 from ..kernels.catalog import SPECS
 from ..kernels.spec import ARCHITECTURES, has_triton
 from ..runtime.files import write_atomically
@@ -348,5 +348,5 @@ def write_table(
 
 
 if __name__ == "__main__":
-    with told_in_a_line():
+    with one_line_errors():
         app()

@@ -1,7 +1,7 @@
-"""A process that starts from nothing, makes one block, and tells when it came how far: the cold start of a stream.
+"""Cold start of a stream in a process of its own: computes one block and prints the time of each stage as JSON.
 
-`bench.stream` runs it again and again: python -m inferix.bench.first_frame '{"model": "wan-tiny"}'. Times are on the
-system's monotonic clock, which the processes of a machine share.
+`bench.stream` starts it repeatedly: python -m inferix.bench.first_frame '{"model": "wan-tiny"}'. Times are of the
+system's monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import json
 import sys
 import time
 
-from .subject import Subject, open_engine, told_prompt
+from .subject import Subject, open_engine, prompt_arguments
 
 
 def main() -> None:
+    """Time a first block after the start of the process (cold) and another one (warm)."""
     marks = {"imported": time.perf_counter()}
-    given = json.loads(sys.argv[1])
-    size = given.pop("size")
-    subject = Subject(**given, size=tuple(size) if size else None)
+    fields = json.loads(sys.argv[1])
+    size = fields.pop("size")
+    subject = Subject(**fields, size=tuple(size) if size else None)
     engine = open_engine(subject)
     marks["loaded"] = time.perf_counter()
     for name in ("cold", "warm"):
         marks[f"{name} asked"] = time.perf_counter()
-        session = engine.open(**told_prompt(engine, subject.seed), seed=subject.seed, size=subject.size)
+        session = engine.open(**prompt_arguments(engine, subject.seed), seed=subject.seed, size=subject.size)
         marks[f"{name} opened"] = time.perf_counter()
         (block,) = session.stream(1)
         assert block.frames is not None

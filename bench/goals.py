@@ -1,6 +1,6 @@
-"""What speed we aim for, as data: goals, and the commands that would measure them. A goal is not a measurement.
+"""Speed goals as data, with the commands that measure them. A goal is not a measurement.
 
-Each is for one card, size and work. The report shows a goal only beside a result of a GPU that did just that work.
+Each goal is for one GPU, size and configuration. The report shows it only beside a GPU result of that configuration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EXECUTORS = ("captured", "fused", "eager")  # ours, the fastest first; baselines
 
 
 class Reached(NamedTuple):
-    """What a result has of a goal's quantity; by: the executor, and what else belongs beside the figure."""
+    """A result's value of a goal's quantity. by: the executor, and other figures to show with it."""
 
     value: float
     by: str = ""
@@ -25,11 +25,11 @@ class Reached(NamedTuple):
 
 @dataclass(frozen=True)
 class Goal:
-    """At most `value` of `quantity` on `card`; of graphs, just so many, since a capture that failed launches none.
+    """At most `value` of `quantity` on `card`; exactly `value` of `graphs`, since a failed capture launches none.
 
     quantity: a series of an executor (`block`, `interval`, `transformer`, `decode`), `graphs` launched, a start's
-    series, or `attention`: our kernel's time over that of the best of torch's in the same run. bits: how layers and
-    pages must have been kept, where not in the model's dtype.
+    series, or `attention`: our kernel's time over that of the best of torch's in the same run. bits: precision of
+    layers and pages, where it is not the model's dtype.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Goal:
         return self.quantity == "graphs"
 
     def matches(self, result: Result) -> bool:
-        """Whether a result is of this work, all of it, on any GPU."""
+        """Return True for a result of exactly this configuration, on any GPU."""
         if result.kind != self.kind or not result.on_gpu:
             return False
         if self.kind == "kernels":
@@ -75,16 +75,16 @@ class Goal:
         )
 
     def on_its_card(self, result: Result) -> bool:
-        """Part of a card, such as an `NVIDIA H200 MIG 1g.18gb`, is another one."""
+        """Return True for a result of the whole GPU; a MIG slice, such as `NVIDIA H200 MIG 1g.18gb`, is another one."""
         return self.card == result.device_name
 
     def met_by(self, value: float) -> bool:
         return value == self.value if self.exact else value <= self.value
 
     def reached(self, result: Result) -> Reached | None:
-        """What the fastest executor of a result reached; None where it was not taken.
+        """Value of a result's fastest executor; None if it was not measured.
 
-        A goal of fewer bits is reached by executors that had them alone.
+        Only executors in low precision reach a goal of low precision.
         """
         if self.kind == "kernels":
             return attention_ratio(result)
@@ -92,11 +92,11 @@ class Goal:
             series = result.series.get(f"start/{self.quantity}")
             return None if series is None else Reached(series.median, result.settings["config"]["executor"])
         for name in EXECUTORS:
-            told = result.facts["candidates"].get(name)
-            if told is None or told["refused"] or (self.bits and not told.get("fewer_bits")):
+            candidate = result.facts["candidates"].get(name)
+            if candidate is None or candidate["refused"] or (self.bits and not candidate.get("fewer_bits")):
                 continue
             if self.quantity == "graphs":
-                if name != "captured" or not (launches := told.get("launches")):
+                if name != "captured" or not (launches := candidate.get("launches")):
                     return None
                 return Reached(launches["graphs"], f"captured, {launches['kernels']} kernels beside")
             if series := result.of(name).get(self.quantity):
@@ -105,12 +105,12 @@ class Goal:
 
 
 def choices(preset: dict[str, Any]) -> Any:
-    """All that a preset says but whose it is."""
+    """All fields of a preset except its credits, as JSON reads them."""
     return as_in_a_file({key: value for key, value in preset.items() if key != "about"})
 
 
 def attention_ratio(result: Result) -> Reached | None:
-    """Our attention's time at a full window over the best of torch's; None where either was not timed."""
+    """Time of our attention at a full window over the best of torch's; None if either was not timed."""
     for row in result.facts["rows"]:
         if (row["op"], row["case"]) == ATTENTION:
             seconds = {name: form["seconds"] for name, form in row["forms"].items() if "seconds" in form}

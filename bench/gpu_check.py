@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in stages of under nine minutes that pick up where they were stopped.
+"""Checks and benchmarks that need a GPU, in stages of under nine minutes that can be resumed.
 
     python -m inferix.bench.gpu_check --stage tests --out results
 
@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import InferixError, UsageError, nearest, told_in_a_line
+from ..errors import InferixError, UsageError, nearest, one_line_errors
 from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec, architecture
 from ..runtime.engine import Engine
@@ -36,7 +36,7 @@ from ..runtime.sampler import scheduled_blocks
 from ..runtime.streams import make_current
 from ..schemes.page_needs import least_pages, staging_slots
 from . import block, candidates, compile_gate, kernels, stream
-from .inside import launches_of
+from .inspection import launches_of
 from .machine import environment
 from .result import CHECK, FAILED, read_failures, write_result
 from .rivals import bound
@@ -49,8 +49,8 @@ Unit = Callable[[str, Path], None]  # device, file to write
 
 
 def check_op(spec: KernelSpec, device: str) -> dict[str, Any]:
-    """Each of our forms, cases and dtypes -> None if it agrees with the reference, else what is wrong."""
-    found: dict[str, Any] = {}
+    """Compare every implementation, case and dtype with the reference: name -> None if it agrees, else the reason."""
+    reasons: dict[str, Any] = {}
     capability = architecture(torch.device(device))
     for dtype in (*HALF, torch.float32):
         for case in (*spec.test_cases, spec.bench_cases[0]):
@@ -59,20 +59,19 @@ def check_op(spec: KernelSpec, device: str) -> dict[str, Any]:
             serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
             if not serving:
                 continue
-            expected = kernels.copied(inputs)
+            expected = kernels.clone_inputs(inputs)
             spec.reference(**expected)
             for form in serving:
                 wrong = kernels.mismatch(spec, bound(form.load()), inputs, expected, dtype)
-                found[f"{form.name}, {case.name}, {str(dtype)[6:]}"] = wrong
-    return found
+                reasons[f"{form.name}, {case.name}, {str(dtype)[6:]}"] = wrong
+    return reasons
 
 
 def unit_tests(op: str) -> Unit:
     def run(device: str, file: Path) -> None:
         results = check_op(SPECS[op], device)
-        wrong = {name: said for name, said in results.items() if said}
-        found = {"environment": environment(device), "checked": len(results), "wrong": wrong}
-        write_check(file, found)
+        wrong = {name: reason for name, reason in results.items() if reason}
+        write_check(file, {"environment": environment(device), "checked": len(results), "wrong": wrong})
         if wrong:
             raise InferixError(f"{op}: {len(wrong)} of {len(results)} cases are wrong: {wrong}")
 
@@ -88,8 +87,7 @@ def unit_code() -> Unit:
         table = compile_gate.read_table(version)
         inspected = {name: row for name, row in table.items() if row["architecture"] == capability}
         wrong = compile_gate.differences(ran, inspected)
-        found = {"environment": environment(device), "checked": len(ran), "wrong": wrong, "rows": ran}
-        write_check(file, found)
+        write_check(file, {"environment": environment(device), "checked": len(ran), "wrong": wrong, "rows": ran})
         if wrong:
             raise InferixError(f"what ran is not what was inspected with Triton {version}: {'; '.join(wrong)}")
 
@@ -98,52 +96,53 @@ def unit_code() -> Unit:
 
 def unit_kernels(op: str) -> Unit:
     def run(device: str, file: Path) -> None:
-        write_result(kernels.run(kernels.Wanted((op,), device=device), print), file)
+        write_result(kernels.run(kernels.Options((op,), device=device), print), file)
 
     return run
 
 
 def check_graph(subject: Subject) -> tuple[dict[str, Any], list[str]]:
-    """What the executors of a preset do at a full window, and what of it is wrong, one line each.
+    """Check the executors of a preset at a full window; return the measurements and a line for each fault.
 
-    Fused must equal eager as far as is allowed, and captured fused bit for bit; a captured block is one launch, and
-    one more where its context is made anew before it; a second session and a new prompt capture nothing more.
+    `fused` must equal `eager` within the tolerance, and `captured` must equal `fused` bit for bit. A captured block is
+    one graph launch, and one more if its context is rebuilt. A second session and a new prompt must not capture again.
     """
     engine = open_engine(replace(subject, executor=ORACLE))
     rows, full = random_prompt(engine, subject.seed), blocks_until_full(engine.preset)
     names = ["fused", "captured"] if engine.device.type == "cuda" else ["fused"]
-    judge = candidates.judge_of(engine, rows, subject, [True] * (full + 2))
-    found: dict[str, Any] = {"environment": environment(str(engine.device)), "bits_off": judge.bits_off}
-    wrong, made = [], {}
+    checker = candidates.make_checker(engine, rows, subject, [True] * (full + 2))
+    facts: dict[str, Any] = {"environment": environment(str(engine.device)), "bits_off": checker.bits_off}
+    wrong, outputs = [], {}
     for candidate in (candidates.executor_candidate(engine, name, rows, subject) for name in names):
-        made[candidate.name] = candidates.outputs_of(candidate.open(), judge.decoded)
-        found[f"{candidate.name} off by"] = judge.off(made[candidate.name])
-        found[f"{candidate.name} allowed"] = judge.allowed(candidate)
-        if said := judge.mismatch(candidate, made[candidate.name]):
-            wrong.append(f"{candidate.name}: {said}")
-    if "captured" in made:
-        pairs = zip(made["captured"], made["fused"], strict=True)
+        outputs[candidate.name] = candidates.outputs_of(candidate.open(), checker.decoded)
+        facts[f"{candidate.name} off by"] = checker.largest_difference(outputs[candidate.name])
+        facts[f"{candidate.name} allowed"] = checker.allowed(candidate)
+        if mismatch := checker.mismatch(candidate, outputs[candidate.name]):
+            wrong.append(f"{candidate.name}: {mismatch}")
+    if "captured" in outputs:
+        pairs = zip(outputs["captured"], outputs["fused"], strict=True)
         equal = all(torch.equal(captured.latents, fused.latents) for captured, fused in pairs)
         wrong += [] if equal else ["captured: its latents are not those of fused bit for bit"]
         captured = with_executor(engine, "captured", kv_memory=room_for_two(engine, subject))
-        told, more = check_captures(captured, rows, subject, full)
-        found |= told
+        captures, more = check_captures(captured, rows, subject, full)
+        facts |= captures
         wrong += more
-    return found | {"wrong": wrong}, wrong
+    return facts | {"wrong": wrong}, wrong
 
 
 def room_for_two(engine: Engine, subject: Subject) -> int:
-    """Bytes of pages for two sessions, so that the store need not grow, which moves pages and captures anew."""
+    """Bytes of pages for two sessions; a page store that grows would move pages and capture again."""
     form, preset = engine.memory.form(subject.size or engine.default_size), engine.preset
-    staging = staging_slots(preset) * form.slot_bytes(form.model) if form.staged else 0
+    staging = staging_slots(preset) * form.slot_bytes(form.model_dtype) if form.staged else 0
     return staging + 2 * least_pages(preset) * form.nbytes
 
 
 def check_captures(
     engine: Engine, rows: torch.Tensor, subject: Subject, full: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Launches of a block at a full window, captures that another session and another prompt cause later, and what of
-    both is wrong. A preset that caches anew after a prompt has a graph for that; it is captured at the first.
+    """Count launches of a block at a full window and captures of a second session and prompt; return them and faults.
+
+    A preset that recomputes its cache after a new prompt captures a graph for that at the first such prompt.
     """
     executor, size = engine.executor, subject.size or engine.default_size
     assert isinstance(executor, GraphExecutor)
@@ -173,26 +172,26 @@ def check_captures(
 
 def unit_graph(subject: Subject) -> Unit:
     def run(device: str, file: Path) -> None:
-        found, wrong = check_graph(replace(subject, device=device))
-        write_check(file, found)
+        facts, wrong = check_graph(replace(subject, device=device))
+        write_check(file, facts)
         if wrong:
             raise InferixError("; ".join(wrong))
 
     return run
 
 
-def unit_block(wanted: block.Wanted) -> Unit:
+def unit_block(options: block.Options) -> Unit:
     def run(device: str, file: Path) -> None:
-        subject = replace(wanted.subject, device=device)
-        write_result(block.run(replace(wanted, subject=subject), print), file)
+        subject = replace(options.subject, device=device)
+        write_result(block.run(replace(options, subject=subject), print), file)
 
     return run
 
 
-def unit_stream(wanted: stream.Wanted) -> Unit:
+def unit_stream(options: stream.Options) -> Unit:
     def run(device: str, file: Path) -> None:
-        subject = replace(wanted.subject, device=device)
-        write_result(stream.run(replace(wanted, subject=subject), print), file)
+        subject = replace(options.subject, device=device)
+        write_result(stream.run(replace(options, subject=subject), print), file)
 
     return run
 
@@ -215,18 +214,18 @@ STAGES: dict[str, dict[str, Unit]] = {
         )
     } | {"self-forcing-fp8": unit_graph(FP8)},
     "block": {
-        "self-forcing": unit_block(block.Wanted(SELF_FORCING)),
-        "self-forcing-taehv": unit_block(block.Wanted(replace(SELF_FORCING, vae="taehv"))),
-        "self-forcing-fp8": unit_block(block.Wanted(FP8)),
-        "longlive": unit_block(block.Wanted(random("wan-1.3b", "longlive"))),
-        "krea": unit_block(block.Wanted(random("wan-14b", "krea"), rounds=2)),
-        "framewise": unit_block(block.Wanted(random("wan-1.3b", "self-forcing-framewise"), rounds=2)),
+        "self-forcing": unit_block(block.Options(SELF_FORCING)),
+        "self-forcing-taehv": unit_block(block.Options(replace(SELF_FORCING, vae="taehv"))),
+        "self-forcing-fp8": unit_block(block.Options(FP8)),
+        "longlive": unit_block(block.Options(random("wan-1.3b", "longlive"))),
+        "krea": unit_block(block.Options(random("wan-14b", "krea"), rounds=2)),
+        "framewise": unit_block(block.Options(random("wan-1.3b", "self-forcing-framewise"), rounds=2)),
     },
     "stream": {
-        "self-forcing": unit_stream(stream.Wanted(SELF_FORCING, starts=2, sessions=1)),
-        "sessions": unit_stream(stream.Wanted(random("wan-1.3b", "longlive"), blocks=8, starts=0, sessions=4)),
+        "self-forcing": unit_stream(stream.Options(SELF_FORCING, starts=2, sessions=1)),
+        "sessions": unit_stream(stream.Options(random("wan-1.3b", "longlive"), blocks=8, starts=0, sessions=4)),
         "long": unit_stream(
-            stream.Wanted(random("wan-1.3b", "longlive", vae="taehv"), blocks=8, starts=0, controls=0, minutes=5)
+            stream.Options(random("wan-1.3b", "longlive", vae="taehv"), blocks=8, starts=0, controls=0, minutes=5)
         ),
     },
 }
@@ -234,7 +233,7 @@ STAGES: dict[str, dict[str, Unit]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage leaves its units' files."""
+    """Folder of a stage with its units' files."""
 
     folder: Path
 
@@ -246,10 +245,10 @@ class Place:
 
 
 def run_stage(stage: str, place: Place, begin: Callable[[str, float], str | None], budget: float) -> list[str]:
-    """Run the units that have no file yet while there is time; returns those left, failed ones not among them.
+    """Run the units without a file for `budget` seconds; return those not finished, without failed ones.
 
-    begin: runs a unit within so many seconds, and returns what went wrong; subprocess.TimeoutExpired if they were
-    too few. A unit that is cut off has failed only if it had all the time there is.
+    begin: runs a unit with a timeout in seconds and returns an error text, None without error; raises
+    subprocess.TimeoutExpired at the timeout. A unit at its timeout has failed only if it had the whole budget.
     """
     until = time.monotonic() + budget
     left = [unit for unit in STAGES[stage] if not place.file(unit).exists() and not place.failure(unit).exists()]
@@ -270,17 +269,17 @@ def run_stage(stage: str, place: Place, begin: Callable[[str, float], str | None
     return left
 
 
-def write_check(path: Path, found: dict[str, Any]) -> None:
-    """What was right and what was wrong: no result of a benchmark, and told apart from one by a reader."""
-    write_text(path, json.dumps({CHECK: True, **found}, indent=1))
+def write_check(path: Path, facts: dict[str, Any]) -> None:
+    """Write the outcome of a check; the key `CHECK` distinguishes it from a benchmark's result."""
+    write_text(path, json.dumps({CHECK: True, **facts}, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda part: part.write_text(text + "\n", "utf-8"))
 
 
-def begin_apart(stage: str, out: Path, device: str) -> Callable[[str, float], str | None]:
-    """What runs a unit in a process of its own."""
+def begin_process(stage: str, out: Path, device: str) -> Callable[[str, float], str | None]:
+    """Function that runs a unit in a new process: the `begin` of `run_stage`."""
 
     def begin(unit: str, seconds: float) -> str | None:
         command = [sys.executable, "-m", "inferix.bench.gpu_check", "--stage", stage, "--unit", unit]
@@ -298,22 +297,22 @@ def main(
     unit: Annotated[str | None, typer.Option(help="One unit, in this process.  [default: all that are left]")] = None,
     budget: Annotated[float, typer.Option(help="Seconds for this call.")] = BUDGET,
 ) -> None:
-    """Run one stage on a GPU; units whose results are there are left out. Remove UNIT.failed.txt to try one again."""
+    """Run one stage on a GPU, without units that have a result. Remove UNIT.failed.txt to run a failed unit again."""
     if stage not in STAGES:
-        raise UsageError(f"no stage {stage!r}{nearest(stage, STAGES)}; there are {', '.join(STAGES)}")
+        raise UsageError(f"no stage {stage!r}{nearest(stage, STAGES)}; expected one of {', '.join(STAGES)}")
     if unit is not None and unit not in STAGES[stage]:
-        raise UsageError(f"no unit {unit!r}{nearest(unit, STAGES[stage])}; there are {', '.join(STAGES[stage])}")
+        raise UsageError(f"no unit {unit!r}{nearest(unit, STAGES[stage])}; expected one of {', '.join(STAGES[stage])}")
     if not torch.cuda.is_available():
-        raise InferixError("there is no GPU here; these stages need one")
+        raise InferixError("no GPU is available; these stages need one")
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # or the code's hash would hold the folder's name
-    import_module("triton")  # says itself what is missing
+    import_module("triton")  # its error names a missing package
     make_current(torch.device(device))
     place = Place(out / stage)
     place.folder.mkdir(parents=True, exist_ok=True)
     if unit is not None:
         STAGES[stage][unit](device, place.file(unit))
         return
-    left = run_stage(stage, place, begin_apart(stage, out, device), budget)
+    left = run_stage(stage, place, begin_process(stage, out, device), budget)
     failed = read_failures(place.folder)
     print(f"{stage}: {len(STAGES[stage]) - len(left)} of {len(STAGES[stage])} units done", flush=True)
     if failed:
@@ -327,5 +326,5 @@ def main(
 if __name__ == "__main__":
     app = typer.Typer(pretty_exceptions_enable=False)  # plain tracebacks end with the reason, which the report shows
     app.command()(main)
-    with told_in_a_line():
+    with one_line_errors():
         app()

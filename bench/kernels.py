@@ -1,7 +1,7 @@
-"""The kernel microbenchmark: every op and case against its reference, then against the clock and the card's ceilings.
+"""Kernel microbenchmark: checks every op and case against its reference, then times it.
 
-A form that does not match its reference is refused, not timed. On a GPU, times come from CUDA events around
-single calls on inputs that rotate through more memory than the cache holds; on a CPU the references are timed.
+An implementation that does not match the reference is refused and not timed. On a GPU, CUDA events time single calls,
+and inputs rotate through more memory than the cache holds. On a CPU the references are timed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .machine import environment, measure_ceilings, stopwatch
 from .result import Result, Series
 from .rivals import Prepare, attention_baselines, bound
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 REPEATS = {"cpu": 7, "cuda": 30}
 ROTATED = 256 << 20  # bytes of inputs to rotate through, more than any cache
 COPIES = 256  # of inputs at most
 FP8 = torch.float8_e4m3fn
 FP8_SUMS = 1.5e-4  # of the largest entry: tensor cores of sm_90 keep sums of FP8 products to 14 bits
-CPU_FLOPS, CPU_BYTES = 5e9, 5e7  # larger cases are left out on a CPU unless they are asked for
+CPU_FLOPS, CPU_BYTES = 5e9, 5e7  # larger cases are left out on a CPU unless selected
 CLOCK = (
     "single calls of an op, after three that are not counted: on a GPU between CUDA events, behind other work so that "
     "the host's launching is not timed, on inputs that rotate through more memory than the cache holds; on a CPU the "
@@ -42,8 +42,8 @@ CLOCK = (
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to run: ops and cases by name (empty: all), a shape of one's own, dtype and device."""
+class Options:
+    """Options of a run: ops and cases by name (empty for all), a custom shape, dtype and device."""
 
     ops: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
@@ -57,18 +57,21 @@ class Wanted:
 
 
 def parse_shape(spec: KernelSpec, text: str) -> Case:
-    """A case like the op's first one with other sizes: "q=4680,kv=32760,heads=12,dim=128" or its own dims."""
+    """Parse sizes that replace those of the op's first case, such as "q=4680,kv=32760,heads=12,dim=128".
+
+    Raises UsageError for an unknown size, for a number below 1 and for tokens that do not fill pages.
+    """
     like = spec.bench_cases[0]
     dims = dict(like.dims)
     for part in text.split(","):
         name, _, value = part.partition("=")
         if not value.isdecimal() or int(value) < 1:
-            raise UsageError(f"--shape {text!r}: {part!r} is no size; expected name=number, such as dim=128")
+            raise UsageError(f"shape {text!r}: {part!r} is no size; expected name=number, such as dim=128")
         if name in spec.shape_names:
             size, *unit = spec.shape_names[name]
             each = dims[unit[0]] if unit else 1
             if int(value) % each:
-                raise UsageError(f"--shape: {name}={value} is no multiple of {unit[0]}={each}; set {unit[0]} first")
+                raise UsageError(f"shape: {name}={value} is no multiple of {unit[0]}={each}; set {unit[0]} first")
             dims[size] = int(value) // each
         elif name in dims:
             dims[name] = int(value)
@@ -76,48 +79,48 @@ def parse_shape(spec: KernelSpec, text: str) -> Case:
                 dims["kv_heads"] = int(value)
         else:
             has = ", ".join(dims)
-            raise UsageError(f"--shape: {spec.name} has no size {name!r}{nearest(name, dims)}; it has {has}")
+            raise UsageError(f"shape: {spec.name} has no size {name!r}{nearest(name, dims)}; it has {has}")
     return Case(text, dims, like.options)
 
 
-def select(wanted: Wanted) -> list[KernelSpec]:
-    """The ops that are wanted; UsageError for a name that is not there."""
-    for op in wanted.ops:
+def select(options: Options) -> list[KernelSpec]:
+    """Specs of the selected ops; UsageError for an unknown name."""
+    for op in options.ops:
         if op not in SPECS:
-            raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; there are {', '.join(SPECS)}")
-    return [SPECS[op] for op in wanted.ops or SPECS]
+            raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; expected one of {', '.join(SPECS)}")
+    return [SPECS[op] for op in options.ops or SPECS]
 
 
-def run(wanted: Wanted, tell: Tell) -> Result:
-    """All rows, with the machine and its ceilings; UsageError for names that are not there."""
-    specs = select(wanted)
-    make_current(torch.device(wanted.device))
-    if wanted.shape and len(specs) != 1:
-        raise UsageError("--shape belongs to one op; name it with --op")
+def run(options: Options, log: Log) -> Result:
+    """Check and time the selected cases. Raises UsageError for unknown names and for a shape of several ops."""
+    specs = select(options)
+    make_current(torch.device(options.device))
+    if options.shape and len(specs) != 1:
+        raise UsageError(f"shape {options.shape!r} is for one op, but {len(specs)} are selected; give one in ops")
     known = [case.name for spec in specs for case in spec.bench_cases]
-    for name in wanted.cases:
+    for name in options.cases:
         if name not in known:
-            raise UsageError(f"no case {name!r}{nearest(name, known)}; there are: {'; '.join(dict.fromkeys(known))}")
-    tell("measuring what the machine can do")
-    begun, measured = environment(wanted.device), measure_ceilings(wanted.device, wanted.dtype)
+            raise UsageError(f"no case {name!r}{nearest(name, known)}; expected: {'; '.join(dict.fromkeys(known))}")
+    log("measuring the machine's ceilings")
+    begun, measured = environment(options.device), measure_ceilings(options.device, options.dtype)
     ceilings = {name: series.best for name, series in measured.items()}
     rows, left_out = [], list[str]()
     for spec in specs:
-        cases = [parse_shape(spec, wanted.shape)] if wanted.shape else spec.bench_cases
+        cases = [parse_shape(spec, options.shape)] if options.shape else spec.bench_cases
         for case in cases:
-            if wanted.cases and case.name not in wanted.cases:
+            if options.cases and case.name not in options.cases:
                 continue
-            asked = bool(wanted.cases or wanted.shape)
-            if wanted.device == "cpu" and not asked and too_large(spec, case, wanted.dtype):
+            selected = bool(options.cases or options.shape)
+            if options.device == "cpu" and not selected and too_large(spec, case, options.dtype):
                 left_out.append(case.name)
                 continue
-            rows.append(run_case(spec, case, wanted, ceilings))
-            tell(summary(rows[-1]))
+            rows.append(run_case(spec, case, options, ceilings))
+            log(summary(rows[-1]))
     if left_out:
-        tell(f"left out, too large for a CPU: {len(left_out)} cases, such as {left_out[0]!r}; --case NAME runs one")
+        log(f"left out, too large for a CPU: {len(left_out)} cases, such as {left_out[0]!r}; name a case to run it")
     return Result(
         kind="kernels", clock=CLOCK, environment=begun, subject={"model": None},
-        settings={"dtype": str(wanted.dtype)[6:], "ops": wanted.ops, "cases": wanted.cases, "shape": wanted.shape},
+        settings={"dtype": str(options.dtype)[6:], "ops": options.ops, "cases": options.cases, "shape": options.shape},
         ceilings=measured,
         series={
             f"{row['op']}, {row['case']}/{name}": Series("s", tuple(form.pop("samples")))
@@ -128,28 +131,28 @@ def run(wanted: Wanted, tell: Tell) -> Result:
 
 
 def too_large(spec: KernelSpec, case: Case, dtype: torch.dtype) -> bool:
-    """Return True for a case that takes a CPU long; from shapes alone, with nothing allocated."""
+    """Return True for a case that takes a CPU long; from shapes only, without allocation."""
     with FakeTensorMode():
         cost = spec.cost(spec.make_inputs(case, dtype, "cpu", 0))
     return cost.flops > CPU_FLOPS or cost.nbytes > CPU_BYTES
 
 
-def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, float]) -> dict[str, Any]:
-    """One op at one size: our forms and the baselines, each checked first."""
-    inputs = spec.make_inputs(case, wanted.dtype, wanted.device, 0)
-    expected = copied(inputs)
+def run_case(spec: KernelSpec, case: Case, options: Options, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Check, then time, our implementations and the baselines for one case."""
+    inputs = spec.make_inputs(case, options.dtype, options.device, 0)
+    expected = clone_inputs(inputs)
     spec.reference(**expected)
     cost = spec.cost(inputs, int(inputs[spec.counted_by].sum()) if spec.counted_by else None)
     flops, moved = cost.flops, cost.nbytes
     row: dict[str, Any] = {
         "op": spec.name, "case": case.name, "dims": dict(case.dims), "options": dict(case.options),
-        "dtype": str(wanted.dtype)[6:], "flops": flops, "bytes": moved, "forms": {},
+        "dtype": str(options.dtype)[6:], "flops": flops, "bytes": moved, "forms": {},
     }  # fmt: skip
-    for name, prepare in forms(spec, inputs, wanted).items():
-        if wrong := mismatch(spec, prepare, inputs, expected, wanted.dtype):
+    for name, prepare in forms(spec, inputs, options).items():
+        if wrong := mismatch(spec, prepare, inputs, expected, options.dtype):
             row["forms"][name] = {"refused": wrong}
             continue
-        samples = timed(prepare, inputs, wanted)
+        samples = timed(prepare, inputs, options)
         seconds = statistics.median(samples)
         quarters = statistics.quantiles(samples, n=4)
         row["forms"][name] = {
@@ -167,75 +170,75 @@ def run_case(spec: KernelSpec, case: Case, wanted: Wanted, ceilings: dict[str, f
     return row
 
 
-def forms(spec: KernelSpec, inputs: dict[str, Any], wanted: Wanted) -> dict[str, Prepare]:
-    """What to time: on a CPU the reference, on a GPU our kernels first and then all they can be held against."""
-    if wanted.device == "cpu":
+def forms(spec: KernelSpec, inputs: dict[str, Any], options: Options) -> dict[str, Prepare]:
+    """Implementations to time: on a CPU the reference; on a GPU our kernels first, then the baselines."""
+    if options.device == "cpu":
         return {"reference": bound(spec.reference)}
     like = inputs[spec.like]
     capability = architecture(like.device)
     serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
-    found: dict[str, Prepare] = {form.name: bound(form.load()) for form in serving}
+    ours: dict[str, Prepare] = {form.name: bound(form.load()) for form in serving}
     if spec.name == "block_attention":
-        return found | attention_baselines(inputs, found)
-    torch.compiler.reset()  # or what was compiled for other cases counts, and this one may silently run as it is
+        return ours | attention_baselines(inputs, ours)
+    torch.compiler.reset()  # other cases count towards the recompile limit, beyond which this one would run eagerly
     compiled = torch.compile(spec.reference, dynamic=False)
-    return found | {"torch": bound(spec.reference), "torch.compile": bound(compiled)}
+    return ours | {"torch": bound(spec.reference), "torch.compile": bound(compiled)}
 
 
-def copied(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A case's inputs with tensors of their own."""
+def clone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Copy a case's inputs with all tensors."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def mismatch(
     spec: KernelSpec, prepare: Prepare, inputs: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype
 ) -> str | None:
-    """Why a form may not be timed: how far it is off, or that it cannot run."""
-    fresh = copied(inputs)
+    """The reason to refuse an implementation: its difference, or its error; None if it matches."""
+    fresh = clone_inputs(inputs)
     try:
         prepare(fresh)()
-    except cannot_run() as error:
+    except launch_errors() as error:
         return f"cannot run: {(str(error) or type(error).__name__).splitlines()[0]}"
     for name in spec.outputs:
         if fresh[name] is not None:
             got, want = fresh[name].float(), expected[name].float()
-            off = float((got - want).abs().max() / want.abs().max().clamp(min=1e-3))
+            difference = float((got - want).abs().max() / want.abs().max().clamp(min=1e-3))
             limit = {FP8: 0.08, torch.int8: 0.01}.get(fresh[name].dtype, 2 * spec.tolerance[dtype])
             if inputs[spec.like].dtype == FP8 and fresh[name].is_cuda:
                 limit = max(limit, FP8_SUMS)
-            if not off <= limit:
-                return f"{name} is off by {off:.2e}, allowed {limit:.2e}"
+            if not difference <= limit:
+                return f"{name} differs by {difference:.2e}, allowed {limit:.2e}"
     return None
 
 
-def cannot_run() -> tuple[type[Exception], ...]:
-    """What a form raises that does not know a case, a size or this machine."""
-    said = (RuntimeError, ValueError, AssertionError, ImportError, InferixError)
-    return (*said, import_module("triton.errors").TritonError) if has_triton() else said
+def launch_errors() -> tuple[type[Exception], ...]:
+    """Error types of an implementation that does not support a case or this machine."""
+    errors = (RuntimeError, ValueError, AssertionError, ImportError, InferixError)
+    return (*errors, import_module("triton.errors").TritonError) if has_triton() else errors
 
 
-def timed(prepare: Prepare, inputs: dict[str, Any], wanted: Wanted) -> list[float]:
-    """Seconds of single calls."""
+def timed(prepare: Prepare, inputs: dict[str, Any], options: Options) -> list[float]:
+    """Time single calls, s."""
     size = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
-    copies = 1 if wanted.device == "cpu" else max(1, min(COPIES, ROTATED // max(size, 1) + 1))
-    calls = [prepare(copied(inputs)) for _ in range(copies)]
+    copies = 1 if options.device == "cpu" else max(1, min(COPIES, ROTATED // max(size, 1) + 1))
+    calls = [prepare(clone_inputs(inputs)) for _ in range(copies)]
     for index in range(3):
         calls[index % copies]()
     samples = []
-    for index in range(wanted.repeats):
-        with stopwatch(wanted.device) as elapsed:
+    for index in range(options.repeats):
+        with stopwatch(options.device) as elapsed:
             calls[index % copies]()
         samples.append(elapsed())
     return samples
 
 
 def shown(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Format seconds with the unit that suits them."""
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row in words."""
+    """Format a row as one line."""
     parts = []
     for name, form in row["forms"].items():
         if "refused" in form:
@@ -247,7 +250,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def draw(result: Result, path: Path) -> Path | None:
-    """Bars of seconds per form, a panel per case, as a PNG; None where matplotlib is not installed."""
+    """Draw the time of each implementation, a panel per case, as PNG; None if matplotlib is not installed."""
     if not find_spec("matplotlib"):
         return None
     import matplotlib
@@ -258,8 +261,8 @@ def draw(result: Result, path: Path) -> Path | None:
     rows = [row for row in result.facts["rows"] if any("seconds" in form for form in row["forms"].values())]
     figure, axes = pyplot.subplots(max(1, len(rows)), figsize=(9, 1 + 1.1 * max(1, len(rows))), squeeze=False)
     for axis, row in zip(axes[:, 0], rows, strict=False):
-        held = {name: form["seconds"] * 1e6 for name, form in row["forms"].items() if "seconds" in form}
-        axis.barh(list(held), list(held.values()))
+        times = {name: form["seconds"] * 1e6 for name, form in row["forms"].items() if "seconds" in form}
+        axis.barh(list(times), list(times.values()))
         axis.set_title(f"{row['op']}, {row['case']}, {row['dtype']}: microseconds", fontsize=8, loc="left")
         axis.tick_params(labelsize=7)
     figure.suptitle(f"{result.device_name}, {result.environment['date'][:10]}", fontsize=9)

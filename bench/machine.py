@@ -1,7 +1,7 @@
-"""The machine a benchmark runs on: what it is and how it was found, what it can do at most, and its clock.
+"""The machine of a benchmark: its description, its measured ceilings, and a stopwatch.
 
-Nothing is changed: clocks, power limits and modes are written down as they are. The ceilings are measured in the
-same run as what is held against them.
+Clocks, power limits and modes are recorded and never changed. Ceilings are measured in the same run as the figures that
+are compared with them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CEILING_REPEATS = {"cpu": 7, "cuda": 30}
 
 
 def environment(device: str) -> dict[str, Any]:
-    """When, where and with what: date, command, commit, device, host, driver, clocks as found, versions."""
+    """Date, command, commit, device, host, driver, current clocks and versions of a run."""
     card = card_of(device)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,14 +55,14 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def command() -> str:
-    """What started this process, so that it can be typed again; a module by `python -m`."""
+    """Command line that started this process, quoted for a shell; `python -m` for a module."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     name = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name.removesuffix(".__main__")]
     return shlex.join([*name, *sys.argv[1:]])
 
 
 def device_facts(device: str) -> dict[str, Any]:
-    """What is computed on: type, name and, for a GPU, capability and bytes of memory."""
+    """Type and name of a device; for a GPU also compute capability, bytes of memory and multiprocessors."""
     if torch.device(device).type == "cpu":
         return {"type": "cpu", "name": processor()}
     properties = torch.cuda.get_device_properties(device)
@@ -75,35 +75,36 @@ def device_facts(device: str) -> dict[str, Any]:
 
 @cache
 def processor() -> str:
-    """The host's processor by name."""
+    """Name of the host's processor."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
-    """The commit of the code, with `+changes` where files differ from it; None outside a repository."""
+    """Commit of the code, with `+changes` if files differ from it; None outside a repository."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return described.stdout.strip()
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"inferix": __version__, "python": platform.python_version()}
+    """Versions of Inferix, Python and libraries; None for a library that is not installed."""
+    installed: dict[str, str | None] = {"inferix": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {"cuda": torch.version.cuda, "cudnn": cudnn()}
+            installed[name] = None
+    return installed | {"cuda": torch.version.cuda, "cudnn": cudnn()}
 
 
 def cudnn() -> str | None:
@@ -112,23 +113,23 @@ def cudnn() -> str | None:
 
 
 def card_of(device: str) -> Card | None:
-    """The management library's view of a device; None for a CPU."""
+    """NVML handle of a device; None for a CPU."""
     if torch.device(device).type != "cuda":
         return None
     return find_card(str(torch.cuda.get_device_properties(device).uuid))
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
+    """Wait until a GPU is idle; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def stopwatch(device: str) -> Iterator[Callable[[], float]]:
-    """Yields what tells the seconds the block took, on the device's own clock.
+    """Time a `with` block on the device's clock; yields a function that returns the seconds after the block.
 
-    A GPU is given something to do first: else it would wait for the host to launch the block, and that be timed.
+    A GPU is kept busy first, so that the time the host takes for the launches is not counted.
     """
     if torch.device(device).type == "cpu":
         begun = time.perf_counter()
@@ -146,8 +147,9 @@ def stopwatch(device: str) -> Iterator[Callable[[], float]]:
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, lowp: str | None = None) -> dict[str, Series]:
-    """Bytes a second of a large copy (read and written), and FLOPs a second of a large matmul, here and now; of one of
-    FP8 or INT8 numbers too, if asked.
+    """Measure bytes/s of a large copy (read plus written) and FLOP/s of a large matmul in `dtype`.
+
+    With `lowp`, `fp8` or `int8`, also FLOP/s of a matmul in that precision.
     """
     kind = torch.device(device).type
     source = torch.empty(COPY_BYTES[kind], dtype=torch.uint8, device=device)
@@ -155,27 +157,27 @@ def measure_ceilings(device: str, dtype: torch.dtype, lowp: str | None = None) -
     width = MATMUL_WIDTH[kind]
     a = torch.randn(width, width, device=device).to(dtype)
     out = torch.empty_like(a)
-    found = {
+    ceilings = {
         "copy_bytes": rate(lambda: target.copy_(source), 2 * source.nbytes, "B/s", device),
         "matmul_flops": rate(lambda: torch.mm(a, a, out=out), 2 * width**3, "FLOP/s", device),
     }
     if lowp is not None:
-        found["packed_flops"] = rate(packed_matmul(lowp, a), 2 * width**3, "FLOP/s", device)
-    return found
+        ceilings["packed_flops"] = rate(packed_matmul(lowp, a), 2 * width**3, "FLOP/s", device)
+    return ceilings
 
 
 def rate(call: Callable[[], Tensor], amount: int, unit: str, device: str) -> Series:
-    """`amount` by the seconds of single calls, after three that are not counted."""
+    """`amount` per second of single calls, after three warm-up calls."""
     samples = []
-    for turn in range(3 + CEILING_REPEATS[torch.device(device).type]):
+    for index in range(3 + CEILING_REPEATS[torch.device(device).type]):
         with stopwatch(device) as elapsed:
             call()
-        if turn >= 3:
+        if index >= 3:
             samples.append(amount / elapsed())
     return Series(unit, tuple(samples), "more")
 
 
 def process_memory() -> int | None:
-    """Bytes of this process in memory now; None where the system does not tell."""
+    """Resident bytes of this process; None on a system without /proc."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else None

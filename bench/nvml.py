@@ -1,7 +1,7 @@
-"""What NVIDIA's management library tells about a card: clocks, power, temperature, energy, driver.
+"""Clocks, power, temperature, energy and driver version of a GPU, from NVIDIA's management library (NVML).
 
-The library comes with the driver, so it is called directly and needs no package. Where it is missing, or does not
-know something about a card, the answer is None.
+The library is part of the driver, so it is called directly and needs no package. Values are None without the library
+and where it has no value for a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 GRAPHICS, MEMORY = 0, 2  # kinds of clock
 TEMPERATURE_OF_GPU = 0
-SLOWED_BY = {  # bits of nvmlDeviceGetCurrentClocksThrottleReasons; an idle card and clocks that were set are left out
+SLOWED_BY = {  # bits of nvmlDeviceGetCurrentClocksThrottleReasons; an idle GPU and clocks that a user set are left out
     0x4: "the power limit", 0x8: "a hardware limit", 0x10: "other cards in step", 0x20: "its temperature",
     0x40: "its temperature, in hardware", 0x80: "the power supply", 0x100: "the display's clock",
 }  # fmt: skip
@@ -21,13 +21,13 @@ LIBRARIES = ("libnvidia-ml.so.1", "nvml.dll")
 
 @dataclass(frozen=True)
 class Card:
-    """One card through the library; every reading is None where the card does not have it."""
+    """One GPU of the library; every value is None that the GPU does not support."""
 
     library: Any
     handle: Any
 
     def number(self, function: str, *before: int, kind: Any = ctypes.c_uint) -> int | None:
-        """The number that `nvmlDevice...(handle, *before, &number)` gives."""
+        """Number that `nvmlDevice...(handle, *before, &number)` writes; None if the call fails."""
         value = kind()
         call = getattr(self.library, function, None)
         if call is None or call(self.handle, *before, ctypes.byref(value)) != 0:
@@ -35,12 +35,12 @@ class Card:
         return int(value.value)
 
     def energy(self) -> float | None:
-        """Joules since the driver was loaded; the difference of two readings is what a stretch of work took."""
+        """Joules since the driver was loaded; subtract two readings for the energy of a piece of work."""
         millijoules = self.number("nvmlDeviceGetTotalEnergyConsumption", kind=ctypes.c_ulonglong)
         return None if millijoules is None else millijoules / 1e3
 
     def state(self) -> dict[str, float | int | None]:
-        """Clocks in MHz, power in watts, temperature in degrees Celsius, and the bits of what slows it down."""
+        """Clocks in MHz, power in watts, temperature in degrees Celsius, and the bits of the throttle reasons."""
         power = self.number("nvmlDeviceGetPowerUsage")
         limit = self.number("nvmlDeviceGetEnforcedPowerLimit")
         return {
@@ -61,12 +61,12 @@ class Card:
 
 
 def slowed_by(bits: int | None) -> list[str]:
-    """What held a card's clocks down, in words."""
+    """Throttle reasons of a GPU as phrases."""
     return [reason for bit, reason in SLOWED_BY.items() if (bits or 0) & bit]
 
 
 def find_card(uuid: str) -> Card | None:
-    """The card of that identifier, as torch tells it; None without the library or such a card."""
+    """Find the GPU with a UUID, as torch gives it; None without the library or such a GPU."""
     library = load_library()
     if library is None or library.nvmlInit_v2() != 0:
         return None

@@ -1,6 +1,6 @@
-"""The pictures of a report: roofline, block time over the window, sessions, ratios, a long run. Needs matplotlib.
+"""Pictures of a report: roofline, block time over the window, sessions, ratios, a long run. Needs matplotlib.
 
-One result a picture, its machine named in it, so that figures of a CPU and of a GPU never share an axis.
+Each picture shows one result and names its machine, so that figures of a CPU and of a GPU never share an axis.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def colour(name: str) -> str:
 
 
 def machine_line(result: Result) -> str:
-    """Where and when, below every picture."""
+    """Device, dtype and date, below every picture."""
     device = "CPU" if not result.on_gpu else "GPU"
     dtype = result.settings.get("config", {}).get("dtype", "")
     return f"{device}: {result.device_name}, {dtype}, {result.environment['date'][:10]}"
 
 
 def picture(path: Path, result: Result, title: str, paint: Callable[[Any], None], height: float = 3.6) -> Path:
-    """One figure in the common style, whole or not at all."""
+    """Paint a figure in the common style and write it atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,7 +51,7 @@ def picture(path: Path, result: Result, title: str, paint: Callable[[Any], None]
     }  # fmt: skip
     with pyplot.rc_context(style):
         figure, axis = pyplot.subplots(figsize=(7.2, height))
-        figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, 0.035, 1, 0.965)))  # room for the machine's name
+        figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, 0.035, 1, 0.965)))  # space for the machine's name
         paint(axis)
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
         figure.text(0.995, 0.004, machine_line(result), ha="right", va="bottom", fontsize=7, color=SOFT)
@@ -61,9 +61,8 @@ def picture(path: Path, result: Result, title: str, paint: Callable[[Any], None]
 
 
 def ratio_bars(result: Result, path: Path) -> Path | None:
-    """Median seconds of each candidate's block as bars, quartiles as whiskers, the ratio to the plain loop beside."""
-    held = {name: result.of(name).get("block") for name in result.facts["candidates"]}
-    timed = {name: series for name, series in held.items() if series is not None}
+    """Bars of each candidate's median block time, with quartiles and the ratio to the plain loop."""
+    timed = {name: series for name in result.facts["candidates"] if (series := result.of(name).get("block"))}
     if len(timed) < 2:
         return None
     against = "plain" if "plain" in timed else next(iter(timed))
@@ -76,12 +75,12 @@ def ratio_bars(result: Result, path: Path) -> Path | None:
             low, high = series.quantile(0.25) * 1e3, series.quantile(0.75) * 1e3
             axis.barh(place, middle, height=0.62, color=colour(name))
             axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color=INK, capsize=3, linewidth=1)
-            said = f"{middle:.4g} ms"
+            label = f"{middle:.4g} ms"
             if name != against:
                 low_ratio, high_ratio = interval(series, timed[against])
                 ratio = timed[against].median / series.median
-                said += f"   {ratio:.2f}x {against} ({low_ratio:.2f} to {high_ratio:.2f})"
-            axis.annotate(said, (max(high, middle), place), (6, 0), textcoords="offset points", va="center")
+                label += f"   {ratio:.2f}x {against} ({low_ratio:.2f} to {high_ratio:.2f})"
+            axis.annotate(label, (max(high, middle), place), (6, 0), textcoords="offset points", va="center")
         axis.set_yticks(range(len(names)), names)
         axis.set_xlim(0, max(series.quantile(0.75) for series in timed.values()) * 1e3 * 1.55)
         axis.grid(axis="y", visible=False)
@@ -91,7 +90,7 @@ def ratio_bars(result: Result, path: Path) -> Path | None:
 
 
 def growth(result: Result, path: Path) -> Path | None:
-    """Seconds of a block by the frames in its window, each candidate a line."""
+    """Block time over the frames in the window, a line for each candidate."""
     curves = {name: curve for name, curve in result.facts["growth"].items() if len(curve) > 1}
     if not curves:
         return None
@@ -122,7 +121,7 @@ def growth(result: Result, path: Path) -> Path | None:
 
 
 class Point(NamedTuple):
-    """One stage of a candidate: FLOPs for each byte that must move, FLOP/s, and the FLOP/s of its kind of matmul."""
+    """One stage of a candidate: FLOPs per byte, FLOP/s, and the FLOP/s of a matmul in its precision."""
 
     name: str
     stage: str
@@ -132,23 +131,23 @@ class Point(NamedTuple):
 
 
 def points(result: Result) -> list[Point]:
-    """The transformer of each candidate, in its own bits, and the decoder once: it is the same for all."""
+    """The transformer of each candidate, in its precision, and the decoder once: all share it."""
     matmul = result.ceilings["matmul_flops"].best
     packed = result.ceilings["packed_flops"].best if "packed_flops" in result.ceilings else matmul
-    found: list[Point] = []
-    for name, told in result.facts["candidates"].items():
-        held, work, roof = result.of(name), result.work_of(name), packed if told.get("fewer_bits") else matmul
+    shown: list[Point] = []
+    for name, facts in result.facts["candidates"].items():
+        series, work, roof = result.of(name), result.work_of(name), packed if facts.get("fewer_bits") else matmul
         for stage, quantity, most in (("transformer", "transformer", roof), ("decoder", "decode", matmul)):
-            drawn = stage == "decoder" and any(point.stage == "decoder" for point in found)
-            if quantity in held and not drawn:
+            drawn = stage == "decoder" and any(point.stage == "decoder" for point in shown)
+            if quantity in series and not drawn:
                 flops = work[stage]["flops"]
                 intensity = flops / work[stage]["nbytes"]
-                found.append(Point(name, stage, intensity, flops / held[quantity].median, most))
-    return found
+                shown.append(Point(name, stage, intensity, flops / series[quantity].median, most))
+    return shown
 
 
 def roofline(result: Result, path: Path) -> Path | None:
-    """FLOP/s against FLOPs a byte, under the roof of the measured copy and matmul; of packed layers, under theirs."""
+    """FLOP/s over FLOPs per byte, below the measured copy and matmul, or the matmul in low precision."""
     copy, matmul = result.ceilings["copy_bytes"].best, result.ceilings["matmul_flops"].best
     scale, unit = (1e12, "TFLOP/s") if matmul > 1e12 else (1e9, "GFLOP/s")
     shown = points(result)
@@ -182,15 +181,15 @@ def roofline(result: Result, path: Path) -> Path | None:
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter("")
-        axis.set_xlabel("FLOPs for each byte that must move")
+        axis.set_xlabel("FLOPs per byte that must move")
         axis.set_ylabel(unit)
         axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
 
-    return picture(path, result, "Roofline: what was reached under what the machine can do", paint)
+    return picture(path, result, "Roofline: achieved FLOP/s below the machine's ceilings", paint)
 
 
 def sessions(result: Result, path: Path) -> Path | None:
-    """Frames a second of all sessions together and of each."""
+    """FPS of all sessions together and of each."""
     curve = result.facts.get("sessions", [])
     if len(curve) < 2:
         return None
@@ -217,7 +216,7 @@ def sessions(result: Result, path: Path) -> Path | None:
 
 
 def intervals(result: Result, path: Path) -> Path | None:
-    """How often a block took at most how long, with the moment where the video would stall."""
+    """Cumulative distribution of the intervals between blocks."""
     timed = {name.partition("/")[0]: series for name, series in result.series.items() if name.endswith("/interval")}
     if not timed:
         return None
@@ -243,26 +242,26 @@ def intervals(result: Result, path: Path) -> Path | None:
 
 
 def long_run(result: Result, path: Path) -> Path | None:
-    """Interval and memory along a long run, and where its slowest block was."""
-    told = result.facts.get("long")
-    if not told:
+    """Interval and memory over a long run, and its slowest block."""
+    facts = result.facts.get("long")
+    if not facts:
         return None
 
     def paint(axis: Any) -> None:
         from statistics import median
 
-        times, memory = told["intervals"], told["device_memory"] or told["process_memory"]
+        times, memory = facts["intervals"], facts["device_memory"] or facts["process_memory"]
         width = max(1, len(times) // 300)
-        minutes = [told["minutes"] * at / len(times) for at in range(0, len(times), width)]
+        minutes = [facts["minutes"] * at / len(times) for at in range(0, len(times), width)]
         highest = 0.0
-        curves = {"wall clock": (times, "fused"), "processor's time": (told["processor_seconds"], "captured")}
+        curves = {"wall clock": (times, "fused"), "CPU time": (facts["processor_seconds"], "captured")}
         for name, (values, shade) in curves.items():
             middle = [median(values[at : at + width]) * 1e3 for at in range(0, len(values), width)]
             axis.plot(minutes, middle, color=COLOURS[shade], linewidth=1.1, label=name)
             highest = max(highest, sorted(middle)[int(0.99 * (len(middle) - 1))])
-        top, full = 1.35 * highest, told["blocks_before_full"]
+        top, full = 1.35 * highest, facts["blocks_before_full"]
         worst = max(range(full, len(times)), key=times.__getitem__)
-        place = told["minutes"] * worst / len(times), min(times[worst] * 1e3, top)
+        place = facts["minutes"] * worst / len(times), min(times[worst] * 1e3, top)
         axis.plot(*place, "^", color=COLOURS["compiled"], clip_on=False, zorder=4,
                   label=f"slowest block, {times[worst] * 1e3:.4g} ms")  # fmt: skip
         axis.set_ylim(0, top)
@@ -273,7 +272,7 @@ def long_run(result: Result, path: Path) -> Path | None:
         other.plot(minutes, [max(memory[at : at + width]) / 1e9 for at in range(0, len(times), width)],
                    color=COLOURS["plain"], linewidth=1.4)  # fmt: skip
         other.set_ylim(0, 1.25 * max(memory) / 1e9)
-        other.set_ylabel("memory of the " + ("device" if told["device_memory"] else "process") + ", GB",
+        other.set_ylabel("memory of the " + ("device" if facts["device_memory"] else "process") + ", GB",
                          color=COLOURS["plain"])  # fmt: skip
         other.grid(visible=False)
         other.spines["right"].set_visible(True)

@@ -1,6 +1,6 @@
-"""What a benchmark run leaves behind: one JSON file, one envelope for every kind, versioned and checked on reading.
+"""Result of a benchmark run: one JSON file with one schema for every kind, versioned and checked on reading.
 
-Raw samples are kept, not only their medians, so that two files can be compared later by any statistic.
+The file has all samples, not only their medians, so that two files can be compared later by any statistic.
 `docs/benchmarks.md` documents every field.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 from ..errors import UsageError, nearest
 from ..runtime.files import check_output, write_atomically
 
-SCHEMA = 3  # 1 was the kernel benchmark's own form, 2 knew nothing of layers and pages in fewer bits
+SCHEMA = 3  # 1 was only of the kernel benchmark, 2 had no low-precision layers and pages
 KINDS = ("kernels", "block", "stream")
 
 
 @dataclass(frozen=True)
 class Series:
-    """Samples of one quantity in the order they were taken. better: `less` or `more`, which way is an improvement."""
+    """Samples of one quantity in the order of measurement. better: `less` or `more`, the direction of improvement."""
 
     unit: str
     samples: tuple[float, ...]
@@ -49,7 +49,7 @@ class Series:
         return max(self.samples) if self.better == "less" else min(self.samples)
 
     def quantile(self, share: float) -> float:
-        """The value that `share` of the samples are at or below, interpolated between neighbours."""
+        """Quantile of the samples, interpolated linearly."""
         ordered = sorted(self.samples)
         place = share * (len(ordered) - 1)
         low = math.floor(place)
@@ -57,7 +57,7 @@ class Series:
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
     def tail(self, share: float) -> float | None:
-        """A high quantile; None with so few samples that it would be made of the worst one alone."""
+        """High quantile; None with so few samples that it would only be the worst of them."""
         return self.quantile(share) if round(len(self.samples) * (1 - share), 6) >= 1 else None
 
 
@@ -65,9 +65,9 @@ class Series:
 class Result:
     """One run.
 
-    clock: what the clock covers and what it leaves out, in words. environment: when, where, with what; see
-    `machine.environment`. subject: model and checkpoint. settings: everything that was chosen. ceilings: what
-    the machine could do in this run. series: samples by name, `candidate/quantity`. facts: what is no sample.
+    clock: text about the time that the clock covers and leaves out. environment: see `machine.environment`. subject:
+    model and checkpoint. settings: every option. ceilings: measured limits of the machine in this run. series: samples
+    by name, `candidate/quantity`. facts: everything that is no sample.
     """
 
     kind: str
@@ -89,35 +89,35 @@ class Result:
         return str(self.environment["device"]["name"])
 
     def of(self, candidate: str) -> dict[str, Series]:
-        """The series of one candidate by quantity."""
+        """Series of one candidate by quantity."""
         start = candidate + "/"
         return {name.removeprefix(start): series for name, series in self.series.items() if name.startswith(start)}
 
     def work_of(self, candidate: str) -> dict[str, Any]:
-        """What a candidate of a block has to do, bytes in its own bits: `facts["work"]`, or its part for fewer bits."""
+        """FLOPs and bytes of a candidate's block: `facts["work"]`, with its `fewer_bits` part in low precision."""
         work: dict[str, Any] = self.facts["work"]
         packed = self.facts["candidates"][candidate].get("fewer_bits", False)
         return work | work.get("fewer_bits", {}) if packed else work
 
     def text(self) -> str:
-        """The file's content: indented, with every list of numbers in one line."""
+        """Content of the file: indented JSON with every list of numbers in one line."""
         text = json.dumps(asdict(self), indent=1, default=str, allow_nan=False)
-        return re.sub(r"\[[-+.,\d\seE]+\]", lambda found: " ".join(found[0].split()), text) + "\n"
+        return re.sub(r"\[[-+.,\d\seE]+\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def as_in_a_file(value: Any) -> Any:
-    """A value as it comes back from a file: tuples are lists."""
+    """Convert a value as writing and reading JSON does: tuples become lists."""
     return json.loads(json.dumps(value))
 
 
 def write_result(result: Result, path: Path) -> Path:
-    """Write a result's file, whole or not at all."""
+    """Write a result's file atomically."""
     text = result.text()
     return write_atomically(check_output(path), lambda part: part.write_text(text, "utf-8"))
 
 
-CHECK = "check"  # a key of files of gpu_check that hold no measurement
-FAILED = ".failed.txt"  # what a unit of gpu_check leaves in place of a result
+CHECK = "check"  # a key of files of gpu_check without measurements
+FAILED = ".failed.txt"  # suffix of the file of a gpu_check unit that failed
 ENVELOPE: dict[str, type] = {
     "kind": str, "clock": str, "environment": dict, "subject": dict, "settings": dict, "ceilings": dict,
     "series": dict, "facts": dict,
@@ -126,7 +126,7 @@ ENVIRONMENT = ("date", "command", "commit", "device", "host", "driver", "clocks"
 
 
 def read_result(path: str | Path) -> Result:
-    """The result in a file; UsageError for what is none, is of another schema, or lacks something."""
+    """Read a result's file. Raises UsageError for another format or schema and for a missing or damaged field."""
     where = f"result {str(path)!r}"
     try:
         content = json.loads(Path(path).read_text("utf-8"))
@@ -148,12 +148,13 @@ def read_result(path: str | Path) -> Result:
     if missing := [key for key in ENVIRONMENT if key not in content["environment"]]:
         raise UsageError(f"{where}: its environment lacks {', '.join(missing)}; run it again")
     for group in ("ceilings", "series"):
-        held = content[group].items()
-        content[group] = {name: read_series(value, f"{where}: {group} {name!r}") for name, value in held}
+        items = content[group].items()
+        content[group] = {name: read_series(value, f"{where}: {group} {name!r}") for name, value in items}
     return Result(**content)
 
 
 def is_check(path: Path) -> bool:
+    """Return True for a file that `gpu_check` wrote without measurements."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -172,26 +173,25 @@ def read_series(value: Any, where: str) -> Series:
 
 
 def read_folder(folder: Path) -> dict[str, Result]:
-    """Every result below a folder by its path from there, in the order of names; UsageError where there is none.
+    """Read every result below a folder, by relative path, sorted. Raises UsageError if there is none.
 
-    Files of `gpu_check` that say what was right are passed over.
+    Files of `gpu_check` without measurements are skipped.
     """
     if not folder.is_dir():
         raise UsageError(f"no folder {str(folder)!r}; expected one with results of inferix bench")
     paths = [path for path in sorted(folder.rglob("*.json")) if not is_check(path)]
-    found = {str(path.relative_to(folder)): read_result(path) for path in paths}
-    if not found:
-        made = folder / "block.json"
-        raise UsageError(f"{str(folder)!r} holds no results; make one: inferix bench block --out {made}")
-    return found
-
+    results = {str(path.relative_to(folder)): read_result(path) for path in paths}
+    if not results:
+        example = folder / "block.json"
+        raise UsageError(f"folder {str(folder)!r} has no results; write one: inferix bench block --out {example}")
+    return results
 
 
 def read_failures(folder: Path) -> dict[str, str]:
-    """Units of `gpu_check` that were tried and failed, by their path below a folder, and the last line each left."""
-    found = {}
+    """Failed units of `gpu_check`, by relative path, with the last line of their output."""
+    failures = {}
     for path in sorted(folder.rglob(f"*{FAILED}")):
         lines = path.read_text("utf-8", "replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        found[str(path.relative_to(folder)).removesuffix(FAILED)] = said[-1] if said else "nothing was said"
-    return found
+        output = [line.strip() for line in lines if line.strip()]
+        failures[str(path.relative_to(folder)).removesuffix(FAILED)] = output[-1] if output else "no output"
+    return failures

@@ -1,7 +1,7 @@
-"""What the kernels are held against: other attentions over the same tokens, each found at run time.
+"""Other attention implementations over the same tokens as our kernel, as far as they are installed.
 
-Each is a function from a case's inputs to a call without arguments, so that what it needs (tokens in order, in its own
-layout) is made ready before the clock runs. What it gives becomes `out` as it lies: no copy is in its time.
+Each is a function from a case's inputs to a call without arguments, so that its inputs (tokens in order, in its own
+layout) are prepared before the clock runs. Its result becomes `out` without a copy.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
 
 
 def bound(run: Callable[..., Any]) -> Prepare:
-    """A form that takes a case's inputs as they are."""
+    """Prepare a function that takes a case's inputs unchanged."""
     return lambda inputs: partial(run, **inputs)
 
 
 def attention_baselines(inputs: dict[str, Any], ours: dict[str, Prepare]) -> dict[str, Prepare]:
-    """Our kernel over the same pages in order, and other attentions over the same tokens where they can do the case."""
-    found: dict[str, Prepare] = {}
+    """Baselines of a case: our kernel with the pages in order, and other attentions that support the case."""
+    baselines: dict[str, Prepare] = {}
     if not pages_are_one_run(inputs["page_table"], inputs["page_count"]):
-        found |= {f"{name}, in order": in_order(prepare) for name, prepare in ours.items()}
+        baselines |= {f"{name}, in order": in_order(prepare) for name, prepare in ours.items()}
     if any(inputs[name] is not None for name in ("q_sink", "kv_scale", "lse")):
-        return found
-    found["flex"] = flex()
-    if len(set(inputs["page_count"].tolist())) > 1:  # the others take no lengths of rows without a mask in memory
-        return found
+        return baselines
+    baselines["flex"] = flex()
+    if len(set(inputs["page_count"].tolist())) > 1:  # the others need a mask in memory for rows of different lengths
+        return baselines
     from torch.nn.attention import SDPBackend
 
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
-        found[f"sdpa {name.partition('_')[0].lower()}"] = sdpa(getattr(SDPBackend, name))
+        baselines[f"sdpa {name.partition('_')[0].lower()}"] = sdpa(getattr(SDPBackend, name))
     if find_spec("flash_attn"):
-        found["flash-attn"] = flash_attn
+        baselines["flash-attn"] = flash_attn
     if find_spec("sageattention"):
-        found["sageattention"] = sageattention
-    return found
+        baselines["sageattention"] = sageattention
+    return baselines
 
 
 def in_order(prepare: Prepare) -> Prepare:
-    """A form of ours over the listed pages laid one after the other."""
+    """Prepare one of our kernels over the listed pages, copied one after the other."""
 
     def prepared(inputs: dict[str, Any]) -> Callable[[], Any]:
         counts = inputs["page_count"].tolist()
@@ -67,7 +67,7 @@ def in_order(prepare: Prepare) -> Prepare:
 
 
 def in_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [R, heads, tokens, D] without pages, rows filled up with zeros to the longest."""
+    """Queries, keys and values [R, heads, tokens, D] without pages; rows are padded with zeros to the longest."""
     counts = inputs["page_count"].tolist()
     listed = [inputs["page_table"][row, :count].long() for row, count in enumerate(counts)]
     rows = [inputs["kv"][:, pages].flatten(1, 2) for pages in listed]
@@ -78,7 +78,7 @@ def in_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sdpa(backend: Any) -> Prepare:
-    """torch's attention by one backend."""
+    """torch's attention with one backend."""
 
     def prepared(inputs: dict[str, Any]) -> Callable[[], Any]:
         from torch.nn.attention import sdpa_kernel
@@ -96,10 +96,10 @@ def sdpa(backend: Any) -> Prepare:
 
 
 def flex() -> Prepare:
-    """FlexAttention, compiled, with a block mask that ends each row's keys where its list ends."""
+    """FlexAttention, compiled, with a block mask that ends each row's keys at the row's length."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch.compiler.reset()  # or what was compiled for other cases counts, and this one may silently run as it is
+    torch.compiler.reset()  # other cases count towards the recompile limit, beyond which this one would run eagerly
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def prepared(inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -126,7 +126,7 @@ def flash_attn(inputs: dict[str, Any]) -> Callable[[], Any]:
 
 
 def sageattention(inputs: dict[str, Any]) -> Callable[[], Any]:
-    """The sageattention package, which multiplies in INT8."""
+    """The sageattention package, which computes in INT8."""
     attend = import_module("sageattention").sageattn
     rows = in_rows(inputs)
     return lambda: inputs.update(out=attend(*rows, tensor_layout="HND").transpose(1, 2))

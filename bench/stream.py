@@ -1,8 +1,8 @@
-"""The stream benchmark: from a prompt to pixels on the sink, as someone who watches and steers has it.
+"""Stream benchmark: end-to-end times from a prompt or a control to pixels on the sink.
 
-Cold starts are processes of their own, before this one loads anything. Everything else is one engine, driven by a
-thread of its own and read by another, as a server does it: a stream at its full window, controls on their way to
-pixels, one to N sessions, and a long run that must be as fast and as large at its end as at its beginning.
+Cold starts run in processes of their own, before this one loads anything. All other parts share one engine, which one
+thread runs and another reads, as in a server: a stream at its full window, the latency of controls, one to N sessions,
+and a long run that shows whether speed and memory stay constant.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from ..runtime.media import VideoWriter
 from ..runtime.sessions.batch_profile import BatchProfile, save_profile
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
-from .baseline import Made
-from .candidates import check_executor, executor_candidate, judge_of, made_of
+from .baseline import BlockOutput
+from .candidates import block_output, check_executor, executor_candidate, make_checker
 from .machine import environment, measure_ceilings, process_memory
 from .result import Result, Series
 from .subject import (
     ORACLE,
     Subject,
     check_memory,
-    described,
-    in_fewer_bits,
+    describe,
+    engine_settings,
     open_engine,
-    planned,
+    prompt_arguments,
+    prompt_rows,
     random_prompt,
-    told_prompt,
-    told_rows,
+    uses_fewer_bits,
 )
 from .work import blocks_until_full
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 Frames = NDArray[np.uint8]
 SINKS = ("memory", "mp4")
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # where compiled kernels are kept between processes
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # folders of compiled kernels
 TENTHS = 10
-BLOCKS_PER_CONTROL = 8  # within which one must show; two or three are usual
+BLOCKS_PER_CONTROL = 8  # within which a control must show; two or three are usual
 CLOCK = (
     "interval: host's wall clock from one block's frames on the sink to the next block's, in a stream that goes on: "
     "noise, all passes, commit, decoder, conversion, copy to the host, and the sink (memory: frames are in host "
@@ -71,11 +71,12 @@ CLOCK = (
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """blocks: counted at a full window. starts: cold processes. controls: prompts sent at different moments.
+class Options:
+    """Options of a run; raises UsageError for a value out of range.
 
-    sessions: the curve goes from one to so many. minutes: of video in the long run; None for none. batches: file to
-    keep times of sessions that run as one in; None where they only take turns.
+    blocks: blocks timed at a full window. starts: cold processes. controls: prompts sent at different moments.
+    sessions: the largest number of sessions; all smaller ones are timed as well. minutes: of video in the long run,
+    None for no long run. batches: file to write times of batched sessions to, None to run sessions only in turns.
     """
 
     subject: Subject
@@ -90,24 +91,24 @@ class Wanted:
     def __post_init__(self) -> None:
         for key, least in (("blocks", 2), ("starts", 0), ("controls", 0), ("sessions", 1)):
             if getattr(self, key) < least:
-                raise UsageError(f"--{key} is {getattr(self, key)}; expected {least} or more")
+                raise UsageError(f"{key} is {getattr(self, key)}; expected {least} or more")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise UsageError(f"--minutes is {self.minutes}; expected a number above 0")
+            raise UsageError(f"minutes is {self.minutes}; expected a number above 0")
         if self.batches is not None and self.sessions < 2:
-            raise UsageError(f"--batches keeps times of several sessions, and --sessions is {self.sessions}; give more")
+            raise UsageError(f"sessions is {self.sessions}; batches needs 2 or more to write times of")
         if self.sink not in SINKS:
-            raise UsageError(f"--sink is {self.sink!r}; expected {' or '.join(SINKS)}")
+            raise UsageError(f"sink is {self.sink!r}; expected {' or '.join(SINKS)}")
 
 
 class Sink(Protocol):
-    """Where frames go."""
+    """Destination of frames."""
 
     def add(self, frames: Frames) -> None:
         """Take uint8 frames [T, H, W, 3]."""
 
 
 class MemorySink:
-    """Frames in host memory, looked at and let go, as a server's would be."""
+    """Sink that counts frames in host memory and drops them."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -118,6 +119,7 @@ class MemorySink:
 
 @contextmanager
 def open_sink(kind: str, engine: Engine, size: tuple[int, int]) -> Iterator[Sink]:
+    """Open a sink of `SINKS`; `mp4` encodes into a temporary file of frames of `size` (width, height)."""
     if kind == "memory":
         yield MemorySink()
         return
@@ -127,9 +129,9 @@ def open_sink(kind: str, engine: Engine, size: tuple[int, int]) -> Iterator[Sink
 
 @dataclass(frozen=True)
 class Playout:
-    """How a viewer fares who starts with the first block and waits whenever the next is not there.
+    """Waits of a viewer who starts with the first block and stops whenever the next is not ready.
 
-    late: blocks that came after the last one had been shown; waited: seconds in all; longest: at once.
+    late: blocks that arrived after the end of the one before. waited: seconds in total. longest: seconds at once.
     """
 
     late: int
@@ -138,7 +140,7 @@ class Playout:
 
 
 def play_out(arrivals: Sequence[float], seconds: Sequence[float]) -> Playout:
-    """arrivals: when each block was on the sink; seconds: how long its frames are shown."""
+    """Compute a viewer's waits. arrivals: time of each block on the sink, s; seconds: duration of its frames."""
     waits = []
     ends = arrivals[0] + seconds[0]
     for arrived, lasting in zip(arrivals[1:], seconds[1:], strict=True):
@@ -148,64 +150,66 @@ def play_out(arrivals: Sequence[float], seconds: Sequence[float]) -> Playout:
     return Playout(len(waits), sum(waits), max(waits, default=0.0))
 
 
-def run(wanted: Wanted, tell: Tell) -> Result:
-    """All parts in turn. UsageError for what cannot be measured, InferixError for a start that fails."""
-    subject, series = wanted.subject, dict[str, Series]()
-    config = check(wanted)
+def run(options: Options, log: Log) -> Result:
+    """Run all parts.
+
+    Raises UsageError for options that cannot be measured, InferixError for a start that fails and for wrong outputs.
+    """
+    subject, series = options.subject, dict[str, Series]()
+    config = check(options)
     begun = environment(config.device)
-    for name, marks in cold_starts(wanted, tell).items():
+    for name, marks in cold_starts(options, log).items():
         series |= start_series(name, marks)
     engine, executor = open_engine(subject), config.executor
-    tell("measuring what the machine can do")
+    log("measuring the machine's ceilings")
     ceilings = measure_ceilings(config.device, engine.dtype, config.lowp)
-    rows, first = told_rows(engine, subject.seed), blocks_until_full(engine.preset) + 2
-    judge = judge_of(engine, rows, subject, [True] * first)
-    ours = executor_candidate(engine, executor, rows, subject)
-    facts: dict[str, Any] = {"sink": wanted.sink, "check": check_executor(judge, ours)}
-    tell(f"{executor}: outputs match (off by {facts['check']['difference']:.1e})")
-    tell(f"a stream, {wanted.blocks} blocks at its full window")
-    (steady,) = watch(engine, wanted, 1, first)
-    if wrong := judge.refusal(ours, steady.first):
-        raise InferixError(f"executor {executor} is refused, and what was timed thrown away: {wrong}")
+    rows, first = prompt_rows(engine, subject.seed), blocks_until_full(engine.preset) + 2
+    checker = make_checker(engine, rows, subject, [True] * first)
+    candidate = executor_candidate(engine, executor, rows, subject)
+    facts: dict[str, Any] = {"sink": options.sink, "check": check_executor(checker, candidate)}
+    log(f"{executor}: outputs match (difference {facts['check']['difference']:.1e})")
+    log(f"a stream, {options.blocks} blocks at its full window")
+    (steady,) = time_streams(engine, options, 1, first)
+    if wrong := checker.refusal(candidate, steady.first):
+        raise InferixError(f"executor {executor!r} is refused and its times are discarded: {wrong}")
     series[f"{executor}/interval"] = Series("s", tuple(steady.intervals))
     facts["stream"] = steady.facts(engine)
-    if wanted.controls:
-        series[f"{executor}/control to pixel"] = Series("s", tuple(controls(engine, wanted, tell)))
-    facts["sessions"] = [several(engine, wanted, count, tell) for count in range(1, wanted.sessions + 1)]
-    if wanted.batches is not None:
-        facts["batches"] = batches(engine, wanted, tell)
-    if wanted.minutes is not None:
-        facts["long"] = long_run(engine, wanted, tell)
-    about, settings = described(engine, subject)
-    chosen = {key: getattr(wanted, key) for key in ("blocks", "starts", "controls", "sessions", "minutes", "sink")}
+    if options.controls:
+        series[f"{executor}/control to pixel"] = Series("s", tuple(time_controls(engine, options, log)))
+    facts["sessions"] = [time_sessions(engine, options, count, log) for count in range(1, options.sessions + 1)]
+    if options.batches is not None:
+        facts["batches"] = time_batches(engine, options, log)
+    if options.minutes is not None:
+        facts["long"] = long_run(engine, options, log)
+    about, settings = describe(engine, subject)
+    chosen = {key: getattr(options, key) for key in ("blocks", "starts", "controls", "sessions", "minutes", "sink")}
     return Result(
         kind="stream", clock=CLOCK, environment=begun, subject=about, settings=settings | chosen, ceilings=ceilings,
         series=series, facts=facts,
     )  # fmt: skip
 
 
-def check(wanted: Wanted) -> EngineConfig:
-    """How the engine will be made; UsageError for what cannot be measured, before anything is."""
-    config, preset = planned(wanted.subject)
+def check(options: Options) -> EngineConfig:
+    """Config of the engine. Raises UsageError for options that cannot be measured, before any measurement."""
+    config, preset = engine_settings(options.subject)
     blocks_until_full(preset)
-    check_memory(wanted.subject)
-    if config.executor == ORACLE and in_fewer_bits(config):
+    check_memory(options.subject)
+    if config.executor == ORACLE and uses_fewer_bits(config):
         raise UsageError(
-            f"executor {ORACLE} in fewer bits is a slow reference, which others are held against; use --executor fused "
-            "(on a GPU captured)"
+            f"executor {ORACLE!r} in low precision is only a slow reference; choose 'fused', or 'captured' on a GPU"
         )
-    if wanted.batches is not None and not (EagerExecutor if config.executor == ORACLE else GraphExecutor).batches:
-        raise UsageError(f"executor {config.executor} runs no batches; use --executor eager, or leave --batches out")
+    if options.batches is not None and not (EagerExecutor if config.executor == ORACLE else GraphExecutor).batches:
+        raise UsageError(f"executor {config.executor!r} runs no batches; choose executor 'eager', or leave batches out")
     return config
 
 
 @contextmanager
-def driven(engine: Engine) -> Iterator[None]:
-    """Have another thread drive the engine, so that this one reads blocks the moment they are there."""
+def run_in_thread(engine: Engine) -> Iterator[None]:
+    """Run the engine in another thread, so that this one reads blocks as soon as they are finished."""
     engine.hand_over()
-    thread = threading.Thread(target=engine.run, kwargs={"keep": True}, name="inferix-bench-driver")
+    thread = threading.Thread(target=engine.run, kwargs={"keep": True}, name="inferix-bench-engine")
     thread.start()
-    engine.soon(lambda: None).result()  # from here on the engine is that thread's
+    engine.soon(lambda: None).result()  # returns when that thread owns the engine
     try:
         yield
     finally:
@@ -213,35 +217,35 @@ def driven(engine: Engine) -> Iterator[None]:
         thread.join()
 
 
-def cold_starts(wanted: Wanted, tell: Tell) -> dict[str, list[dict[str, float]]]:
-    """Marks of processes that found nothing made, and of such that found what one before them had stored."""
-    executor = planned(wanted.subject)[0].executor
-    found: dict[str, list[dict[str, float]]] = {"cold": [], "stored": []}
-    for turn in range(wanted.starts):
+def cold_starts(options: Options, log: Log) -> dict[str, list[dict[str, float]]]:
+    """Time stamps of processes that start with empty caches (cold), and with those of an earlier process (stored)."""
+    executor = engine_settings(options.subject)[0].executor
+    marks: dict[str, list[dict[str, float]]] = {"cold": [], "stored": []}
+    for index in range(options.starts):
         with tempfile.TemporaryDirectory() as folder:
-            for name in found:
+            for name in marks:
                 if name == "stored" and not any(Path(folder).iterdir()):
-                    continue  # nothing was stored, so a second start is another cold one
-                tell(f"start {turn + 1} of {wanted.starts}, {name}")
+                    continue  # nothing was stored, so a second start would be cold as well
+                log(f"start {index + 1} of {options.starts}, {name}")
                 graphs = None if executor == ORACLE else f"{folder}/graphs"
-                found[name].append(start(replace(wanted.subject, graphs=graphs), folder))
-    return {name: marks for name, marks in found.items() if marks}
+                marks[name].append(start(replace(options.subject, graphs=graphs), folder))
+    return {name: starts for name, starts in marks.items() if starts}
 
 
 def start(subject: Subject, caches: str) -> dict[str, float]:
-    """Marks of one process, `asked` being the moment before it was started; InferixError if it fails."""
+    """Start one process; return its time stamps, s, with `asked` before the start. Raises InferixError if it fails."""
     command = [sys.executable, "-m", "inferix.bench.first_frame", json.dumps(vars(subject))]
     env = os.environ | dict.fromkeys(CACHES, caches)
     asked = time.perf_counter()
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InferixError(f"a start from nothing failed: {done.stderr.strip()[-600:]}")
+        raise InferixError(f"a cold start failed: {done.stderr.strip()[-600:]}")
     marks: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return {"asked": asked} | marks
 
 
 def start_series(name: str, marks: list[dict[str, float]]) -> dict[str, Series]:
-    """First frames of starts, in all and by stage."""
+    """Seconds to the first frame of each start, in total and by stage."""
     stages = {
         f"first frame, {name}": ("asked", "cold shown"),
         f"first frame, {name}: process and imports": ("asked", "imported"),
@@ -258,12 +262,12 @@ def start_series(name: str, marks: list[dict[str, float]]) -> dict[str, Series]:
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A stream at its full window: when each block was on the sink, and its frames. first: its blocks before that."""
+class TimedStream:
+    """A stream at its full window: arrival, s, and number of frames of each block. first: outputs of earlier blocks."""
 
     arrivals: tuple[float, ...]
     frames: tuple[int, ...]
-    first: tuple[Made, ...] = ()
+    first: tuple[BlockOutput, ...] = ()
 
     @property
     def intervals(self) -> list[float]:
@@ -271,7 +275,7 @@ class Watched:
 
     @property
     def fps(self) -> float:
-        """Frames of all blocks but the first, by the time from the first block to the last."""
+        """Frames per second: those of all blocks but the first, over the time from the first block to the last."""
         return sum(self.frames[1:]) / (self.arrivals[-1] - self.arrivals[0])
 
     def playout(self, fps: float) -> Playout:
@@ -287,170 +291,171 @@ class Watched:
 
 
 def viewers(playouts: Sequence[Playout]) -> dict[str, Any]:
-    """How all of them fare: late blocks and seconds waited in all, and the longest wait."""
+    """Late blocks and seconds waited of all viewers in total, and the longest wait."""
     return {
         "late_blocks": sum(one.late for one in playouts), "waited": sum(one.waited for one in playouts),
         "longest_wait": max(one.longest for one in playouts),
     }  # fmt: skip
 
 
-def watch(engine: Engine, wanted: Wanted, count: int, first: int = 0) -> list[Watched]:
-    """`count` streams, each on a sink of its own, until the window is full, then `blocks` more.
+def time_streams(engine: Engine, options: Options, count: int, first: int = 0) -> list[TimedStream]:
+    """Time `count` streams, each with its own sink, for `blocks` blocks after the window is full.
 
-    They have no end: the clock stops while the next blocks are being made. first: how many blocks are kept.
+    The streams are endless, so the engine computes the next blocks when the clock stops. first: number of blocks from
+    the beginning to return.
     """
-    subject = wanted.subject
+    subject = options.subject
     size, full = subject.size or engine.default_size, blocks_until_full(engine.preset)
-    prompt = told_prompt(engine, subject.seed)
-    arrivals, frames, begun = ([list[Any]() for _ in range(count)] for _ in range(3))
+    prompt = prompt_arguments(engine, subject.seed)
+    arrivals, frames, head = ([list[Any]() for _ in range(count)] for _ in range(3))
     with ExitStack() as stack:
         opened = [
             stack.enter_context(engine.open(**prompt, seed=subject.seed + index, size=size)) for index in range(count)
         ]
-        sinks = [stack.enter_context(open_sink(wanted.sink, engine, size)) for _ in opened]
+        sinks = [stack.enter_context(open_sink(options.sink, engine, size)) for _ in opened]
         streams = [session.stream() for session in opened]
-        stack.enter_context(driven(engine))
-        for turn in range(full + wanted.blocks + 1):
+        stack.enter_context(run_in_thread(engine))
+        for number in range(full + options.blocks + 1):
             for index, (stream, sink) in enumerate(zip(streams, sinks, strict=True)):
                 block = next(stream)
-                sink.add(shown(block))
-                if turn >= full:
+                sink.add(frames_of(block))
+                if number >= full:
                     arrivals[index].append(time.perf_counter())
-                    frames[index].append(len(shown(block)))
-                if turn < first:
-                    begun[index].append(block)
-    parts = zip(arrivals, frames, begun, strict=True)
-    return [Watched(tuple(times), tuple(counts), tuple(map(made_of, blocks))) for times, counts, blocks in parts]
+                    frames[index].append(len(frames_of(block)))
+                if number < first:
+                    head[index].append(block)
+    return [
+        TimedStream(tuple(times), tuple(counts), tuple(map(block_output, blocks)))
+        for times, counts, blocks in zip(arrivals, frames, head, strict=True)
+    ]
 
 
-def controls(engine: Engine, wanted: Wanted, tell: Tell) -> list[float]:
-    """Seconds from each of some controls to the first block on the sink that shows it.
+def time_controls(engine: Engine, options: Options, log: Log) -> list[float]:
+    """Seconds from each of `controls` controls to the first block on the sink that shows it.
 
-    They are given one at a time, at moments spread over the making of a block. InferixError if one never shows.
+    Controls are sent one at a time, at moments spread over a block. Raises InferixError if one never shows.
     """
-    subject = wanted.subject
+    subject = options.subject
     size, full = subject.size or engine.default_size, blocks_until_full(engine.preset)
-    tell(f"{wanted.controls} controls on their way to pixels")
+    log(f"{options.controls} controls to pixels")
     asked, arrived = dict[int, float](), dict[int, float]()
-    steps = [steering(engine, index) for index in range(wanted.controls)]
-    most = full + 1 + BLOCKS_PER_CONTROL * wanted.controls
-    opened = engine.open(**told_prompt(engine, subject.seed), seed=subject.seed, size=size)
-    with opened as session, open_sink(wanted.sink, engine, size) as sink, driven(engine):
+    senders = [control_sender(engine, index) for index in range(options.controls)]
+    limit = full + 1 + BLOCKS_PER_CONTROL * options.controls
+    opened = engine.open(**prompt_arguments(engine, subject.seed), seed=subject.seed, size=size)
+    with opened as session, open_sink(options.sink, engine, size) as sink, run_in_thread(engine):
         before = time.perf_counter()
-        for index, block in enumerate(islice(session.stream(), most)):
-            sink.add(shown(block))
+        for index, block in enumerate(islice(session.stream(), limit)):
+            sink.add(frames_of(block))
             now = time.perf_counter()
             arrived |= {ack.id: now for ack in block.acks}
-            if len(arrived) == wanted.controls:
+            if len(arrived) == options.controls:
                 return [arrived[control] - asked[control] for control in sorted(arrived)]
             if index >= full and len(asked) == len(arrived):
-                time.sleep((len(asked) + 0.5) / wanted.controls * (now - before))
-                given = time.perf_counter()
-                control = steps[len(asked)](session)
-                asked[control] = given
+                time.sleep((len(asked) + 0.5) / options.controls * (now - before))
+                sent = time.perf_counter()
+                control = senders[len(asked)](session)
+                asked[control] = sent
             before = now
-    raise InferixError(f"{len(arrived)} of {wanted.controls} controls showed within {most} blocks")
+    raise InferixError(f"{len(arrived)} of {options.controls} controls showed within {limit} blocks")
 
 
-def steering(engine: Engine, index: int) -> Callable[[Session], int]:
-    """What tells a session an action where the model has any, else another prompt; it returns the control's id."""
+def control_sender(engine: Engine, index: int) -> Callable[[Session], int]:
+    """Function that sends an action, or a prompt to a model without actions, and returns the control's id."""
     if actions := engine.spec.actions:
         return lambda session: session.act(actions[index % len(actions)])
     rows = random_prompt(engine, index)
     return lambda session: session.prompt(embeds=rows)
 
 
-def shown(block: Block) -> Frames:
-    """A block's frames, which a stream with pictures has."""
+def frames_of(block: Block) -> Frames:
+    """Frames of a decoded block."""
     assert block.frames is not None
     return block.frames
 
 
-def several(engine: Engine, wanted: Wanted, count: int, tell: Tell) -> dict[str, Any]:
-    """`count` sessions in turns at their full windows: frames a second of all, each one's intervals, and how those
-    fare who watch.
-    """
-    tell(f"{count} session{'s' if count > 1 else ''} at a time")
-    seen = watch(engine, wanted, count)
-    seconds = max(one.arrivals[-1] for one in seen) - max(one.arrivals[0] for one in seen)
+def time_sessions(engine: Engine, options: Options, count: int, log: Log) -> dict[str, Any]:
+    """Time `count` sessions in turns at full windows: FPS of all together, all intervals, and the viewers' waits."""
+    log(f"{count} session{'s' if count > 1 else ''} at a time")
+    streams = time_streams(engine, options, count)
+    seconds = max(one.arrivals[-1] for one in streams) - max(one.arrivals[0] for one in streams)
     return {
-        "sessions": count, "fps": sum(sum(one.frames[1:]) for one in seen) / seconds,
-        "intervals": [interval for one in seen for interval in one.intervals],
-        **viewers([one.playout(engine.fps) for one in seen]),
+        "sessions": count, "fps": sum(sum(one.frames[1:]) for one in streams) / seconds,
+        "intervals": [interval for one in streams for interval in one.intervals],
+        **viewers([one.playout(engine.fps) for one in streams]),
     }  # fmt: skip
 
 
-def batches(engine: Engine, wanted: Wanted, tell: Tell) -> list[dict[str, Any]]:
-    """Seconds in which 1 to N sessions get a block each, in turns and as one batch.
+def time_batches(engine: Engine, options: Options, log: Log) -> list[dict[str, Any]]:
+    """Seconds for a block of each of 1 to N sessions, in turns and as one batch.
 
-    The seconds are of the network, without pictures, and are kept in the file. The curve ends before a batch that
-    memory does not suffice for.
+    The seconds are of the network, without decoding, and are written to the file `batches`. The curve ends before the
+    first batch that memory cannot hold.
     """
-    assert wanted.batches is not None
-    size = wanted.subject.size or engine.default_size
-    found, seconds = [], dict[int, float]()
-    for count in range(1, wanted.sessions + 1):
+    assert options.batches is not None
+    size = options.subject.size or engine.default_size
+    points, seconds = [], dict[int, float]()
+    for count in range(1, options.sessions + 1):
         engine.follow_times(size, BatchProfile({1: math.inf, count: 1.0}))  # all of them, or each by itself
-        taken = batch_seconds(engine, wanted, count, tell)
+        measured = batch_seconds(engine, options, count, log)
         if engine.metrics()["counters"].get("batches_split"):
-            tell(f"{count} sessions did not fit as one batch; no time of it is kept")
+            log(f"{count} sessions did not fit as one batch; its time is left out")
             break
-        seconds[count] = taken
-        found.append({"sessions": count, "turns": count * seconds[1], "batch": seconds[count]})
+        seconds[count] = measured
+        points.append({"sessions": count, "turns": count * seconds[1], "batch": seconds[count]})
     times = BatchProfile(seconds)
     engine.follow_times(size, times)
-    save_profile(wanted.batches, engine.timed_on, size, times)
-    return found
+    save_profile(options.batches, engine.timed_on, size, times)
+    return points
 
 
-def batch_seconds(engine: Engine, wanted: Wanted, count: int, tell: Tell) -> float:
-    """Median seconds from a block's beginning to the end of its passes, at full windows, in a batch of `count`."""
-    subject = wanted.subject
+def batch_seconds(engine: Engine, options: Options, count: int, log: Log) -> float:
+    """Median seconds from the start of a block to the end of its passes, at full windows, in a batch of `count`."""
+    subject = options.subject
     size, full = subject.size or engine.default_size, blocks_until_full(engine.preset)
-    tell(f"a batch of {count}, without pictures")
-    prompt = told_prompt(engine, subject.seed)
-    taken = []
+    log(f"a batch of {count}, without decoding")
+    prompt = prompt_arguments(engine, subject.seed)
+    seconds = []
     with ExitStack() as stack:
         opened = [engine.open(**prompt, seed=subject.seed + index, size=size) for index in range(count)]
-        turns = full + wanted.blocks
-        streams = [stack.enter_context(session).stream(turns, decode=False) for session in opened]
-        for turn in range(turns):
+        blocks = full + options.blocks
+        streams = [stack.enter_context(session).stream(blocks, decode=False) for session in opened]
+        for index in range(blocks):
             records = [next(stream).record for stream in streams]
-            spans = [record.spans for record in records if record.batch == count and turn >= full]
-            taken += [span["commit"][1] - span["encode"][0] for span in spans]
-    return statistics.median(taken)
+            spans = [record.spans for record in records if record.batch == count and index >= full]
+            seconds += [span["commit"][1] - span["encode"][0] for span in spans]
+    return statistics.median(seconds)
 
 
-def long_run(engine: Engine, wanted: Wanted, tell: Tell) -> dict[str, Any]:
-    """So many minutes of video, or as much as tenths at a full window take: each block's interval, the processor's time
-    in it, and the memory after it, and all of them by tenths of the run. Processor's time is this process's alone,
-    whatever else the machine does.
+def long_run(engine: Engine, options: Options, log: Log) -> dict[str, Any]:
+    """Stream `minutes` minutes of video, or the least that has ten tenths at a full window.
+
+    Returns the interval, this process's CPU seconds and its memory of each block, and all of them by tenths of the run.
     """
-    assert wanted.minutes is not None
-    subject = wanted.subject
+    assert options.minutes is not None
+    subject = options.subject
     size, full = subject.size or engine.default_size, blocks_until_full(engine.preset)
-    blocks = max(engine.blocks_for(wanted.minutes * 60), full + 2 * TENTHS)
-    tell(f"a long run of {blocks} blocks")
-    intervals, worked, process, device, frames = [], [], [], [], []
-    opened = engine.open(**told_prompt(engine, subject.seed), seed=subject.seed, size=size)
-    with opened as session, open_sink(wanted.sink, engine, size) as sink, driven(engine):
+    blocks = max(engine.blocks_for(options.minutes * 60), full + 2 * TENTHS)
+    log(f"a long run of {blocks} blocks")
+    intervals, cpu_seconds, process, device, frames = [], [], [], [], []
+    opened = engine.open(**prompt_arguments(engine, subject.seed), seed=subject.seed, size=size)
+    with opened as session, open_sink(options.sink, engine, size) as sink, run_in_thread(engine):
         before, cpu = time.perf_counter(), time.process_time()
         for block in islice(session.stream(), blocks):
-            sink.add(shown(block))
+            sink.add(frames_of(block))
             now, cpu_now = time.perf_counter(), time.process_time()
             intervals.append(now - before)
-            worked.append(cpu_now - cpu)
+            cpu_seconds.append(cpu_now - cpu)
             before, cpu = now, cpu_now
-            frames.append(len(shown(block)))
+            frames.append(len(frames_of(block)))
             process.append(process_memory() or 0)
             device.append(torch.cuda.memory_allocated(engine.device) if engine.device.type == "cuda" else 0)
     steady = slice(full, None)
     return {
         "minutes": round(sum(frames) / engine.fps / 60, 2), "blocks": blocks, "blocks_before_full": full,
-        "intervals": intervals, "processor_seconds": worked,
+        "intervals": intervals, "processor_seconds": cpu_seconds,
         "process_memory": process, "device_memory": device if any(device) else None,
         "interval_by_tenth": [statistics.median(part) for part in tenths(intervals[steady])],
-        "processor_seconds_by_tenth": [statistics.median(part) for part in tenths(worked[steady])],
+        "processor_seconds_by_tenth": [statistics.median(part) for part in tenths(cpu_seconds[steady])],
         "process_memory_by_tenth": [max(part) for part in tenths(process[steady])],
         "device_memory_by_tenth": [max(part) for part in tenths(device[steady])] if any(device) else None,
         **viewers([play_out([*accumulate(intervals)], [count / engine.fps for count in frames])]),
@@ -458,6 +463,6 @@ def long_run(engine: Engine, wanted: Wanted, tell: Tell) -> dict[str, Any]:
 
 
 def tenths(values: Sequence[float]) -> list[Sequence[float]]:
-    """Ten parts in order, as even as can be."""
+    """Split into ten parts of nearly equal length, in order."""
     edges = [len(values) * part // TENTHS for part in range(TENTHS + 1)]
     return [values[begin:end] for begin, end in pairwise(edges)]

@@ -1,8 +1,8 @@
-"""The model that is measured: a checkpoint as `load` reads it, or random weights drawn where they are used.
+"""The model of a benchmark: a checkpoint as `load` reads it, or random weights of a real size.
 
-Random weights of a real size are drawn on the device, one tensor after the other in the model's dtype: no file, no
-copy on the host. Queries and keys are larger than in `models.wan.random`, so that attention looks at few keys and a
-wrong one shows in the outputs.
+Random weights are drawn on the device, tensor by tensor in the model's dtype, without a file or a copy on the host.
+Queries and keys are larger than in `models.wan.random`, so that attention concentrates on few keys and a wrong key
+shows in the outputs.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from ..schemes.presets import FIELDS, PRESETS, Preset, default_preset, make_pres
 from .work import blocks_until_full
 
 Model = TypeVar("Model", bound=nn.Module)
-ATTENTION_GAIN = 3**0.5  # of queries and of keys: logits with a deviation of 3, so that a few keys have most weight
+ATTENTION_GAIN = 3**0.5  # of queries and of keys: logits with a standard deviation of 3, so few keys have most weight
 PROMPT = "a red robot in a snowy forest by day"
 PROMPT_ROWS = 1 / 4  # of the text encoder's rows; the rest is zero, as after a prompt's end
-ORACLE = "eager"  # the executor that says what is right
-FULL = {"lowp": None, "lowp_layers": EVERY_BLOCK, "lowp_keep": (), "kv_dtype": None}  # precision: all as the model is
+ORACLE = "eager"  # the executor that computes the reference
+FULL = {"lowp": None, "lowp_layers": EVERY_BLOCK, "lowp_keep": (), "kv_dtype": None}  # full precision
 
 
 class Settings(NamedTuple):
-    """Fields of the preset, and of the engine's config: how many bits layers and pages have."""
+    """Fields of the preset, and of the engine's config: the precision of layers and pages."""
 
     preset: dict[str, Any]
     bits: dict[str, Any]
@@ -54,7 +54,7 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """What to measure; None leaves a choice to the model or the machine.
+    """Model, preset and settings to measure; None is the default of the model or the machine.
 
     random_weights: untrained weights of a named model's sizes. frames_in_window: the policy's window in latent
     frames. graphs: folder of stored graphs, for graph executors. overrides: fields of the preset, and the engine's
@@ -79,26 +79,29 @@ class Subject:
 
     @property
     def is_named(self) -> bool:
-        """Whether its weights are random whatever is said."""
+        """True for a model that exists only by name, so that its weights are always random."""
         return self.model in MODELS and self.model not in SHIPPED and not Path(self.model).exists()
 
     @property
-    def draws(self) -> bool:
-        """Whether its weights are random and drawn on the device."""
+    def is_random(self) -> bool:
+        """True if its weights are random."""
         return self.is_named or self.random_weights
 
     def check(self) -> None:
-        """UsageError for choices that contradict each other."""
+        """Raise UsageError for an unknown model and for random weights of a model without a name."""
         if self.random_weights and self.model not in MODELS:
             known = f"{nearest(self.model, MODELS)}; there are {', '.join(MODELS)}"
-            raise UsageError(f"--random-weights needs the name of a model, not {self.model!r}{known}")
-        known_names = self.model in MODELS or self.model in PRESETS or is_hub_name(self.model)
-        if not (known_names or Path(self.model).exists()):
+            raise UsageError(f"random_weights needs the name of a model, not {self.model!r}{known}")
+        exists = self.model in MODELS or self.model in PRESETS or Path(self.model).exists()
+        if not (exists or is_hub_name(self.model)):
             known = f"{nearest(self.model, MODELS)}; expected a path, org/name, or one of {', '.join(MODELS)}"
             raise UsageError(f"no model {self.model!r}{known}")
 
     def settings(self) -> Settings:
-        """The overrides by what they are of, the window among the preset's."""
+        """Split the overrides into those of the preset, the window included, and those of the config.
+
+        Raises UsageError for an unknown setting and for contradictory windows.
+        """
         preset = self.preset or default_preset(self.model)
         for key in self.overrides:
             if key not in (known := {*FIELDS, *FULL}):
@@ -114,16 +117,16 @@ class Subject:
         if bounded:
             full = blocks_until_full(scheme)
             raise UsageError(
-                f"--frames-in-window {self.frames_in_window}: the window of {preset} follows from its rebuilds "
-                f"(full after {full} blocks); set rebuild_frames or segment_frames (--set)"
+                f"frames_in_window is {self.frames_in_window}, but the window of {preset} follows from its rebuilds "
+                f"(full after {full} blocks); set rebuild_frames or segment_frames"
             )
         if ours.get("local_attn_size", self.frames_in_window) != self.frames_in_window:
-            raise UsageError(f"--frames-in-window {self.frames_in_window} and local_attn_size={window} contradict")
+            raise UsageError(f"frames_in_window is {self.frames_in_window} and local_attn_size is {window}; give one")
         return Settings({**ours, "local_attn_size": self.frames_in_window}, bits)
 
 
-def planned(subject: Subject) -> tuple[EngineConfig, Preset]:
-    """What an engine for it is made with, before anything is loaded. UsageError for what cannot be measured."""
+def engine_settings(subject: Subject) -> tuple[EngineConfig, Preset]:
+    """Config and preset of the subject's engine. Raises UsageError for settings that contradict; loads nothing."""
     subject.check()
     name, settings = subject.preset or default_preset(subject.model), subject.settings()
     config = EngineConfig.of(
@@ -134,9 +137,9 @@ def planned(subject: Subject) -> tuple[EngineConfig, Preset]:
 
 
 def open_engine(subject: Subject) -> Engine:
-    """An engine for it. UsageError for what cannot be measured."""
-    config, preset = planned(subject)
-    if subject.draws:
+    """Open the subject's engine. Raises UsageError for settings that contradict, and for too little memory."""
+    config, preset = engine_settings(subject)
+    if subject.is_random:
         check_memory(subject)
         return Engine(config, preset, random_parts(MODELS[subject.model], config, subject.seed))
     settings = subject.settings()
@@ -149,39 +152,37 @@ def open_engine(subject: Subject) -> Engine:
 
 def check_memory(subject: Subject) -> None:
     """UsageError where random weights and one stream of them need more memory than there is."""
-    config, preset = planned(subject)
-    if subject.draws:
+    config, preset = engine_settings(subject)
+    if subject.is_random:
         spec = MODELS[subject.model]
         decoder = tiny_for(spec) if config.vae else vae_for(spec)
         check = MemoryCheck(config, preset, subject.size, force=subject.force)
-        check(spec, decoder, text=0, fast=None, drawn=False)
+        check(spec, decoder, text=0, fast=None, made_on_host=False)
 
 
 def with_executor(engine: Engine, name: str, **settings: Any) -> Engine:
-    """An engine over the same weights with another executor, which stores no graphs; all else is as it was unless
-    told.
-    """
+    """Open an engine over the same weights with another executor, without stored graphs, and other settings."""
     config = replace(engine.config, executor=name, graphs=None, **settings)
     same = replace(engine.config, graphs=None) == config
     return engine if same else Engine(config, engine.preset, engine.parts)
 
 
-def in_full(engine: Engine) -> Engine:
-    """The oracle over the same weights: the plain executor, layers and pages in the model's own dtype."""
+def full_precision_engine(engine: Engine) -> Engine:
+    """Open the oracle over the same weights: the eager executor, layers and pages in the model's dtype."""
     return with_executor(engine, ORACLE, **FULL)
 
 
-def in_fewer_bits(config: EngineConfig) -> bool:
-    """Whether layers or pages are in another precision than the model's own."""
+def uses_fewer_bits(config: EngineConfig) -> bool:
+    """Return True if layers or pages have another precision than the model."""
     return config.lowp is not None or config.kv_dtype not in (None, config.dtype)
 
 
 def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components:
-    """All parts of a model with weights drawn on its device."""
+    """All parts of a model with random weights. Raises UsageError for a model or VAE that has none."""
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not in this version; measure another model")
     if config.vae not in (None, "taehv"):
-        raise UsageError(f"--vae is {config.vae!r}, but {spec.name} has random weights; leave it out, or use taehv")
+        raise UsageError(f"vae is {config.vae!r}, but {spec.name} has random weights; leave it out, or use 'taehv'")
     dtype = DTYPES[config.dtype]
     with torch.device("meta"):
         transformer = WanTransformer(spec, config.precision)
@@ -189,8 +190,8 @@ def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components
         if config.vae == "taehv":
             decoder = TinyDecoder(tiny_for(spec))
     return Components(
-        transformer=drawn(transformer, seed, dtype, config.device),
-        vae=drawn(decoder, seed + 1, dtype, config.device),
+        transformer=draw_weights(transformer, seed, dtype, config.device),
+        vae=draw_weights(decoder, seed + 1, dtype, config.device),
         text=random_text(spec, dtype, config.device),
         source=spec.name,
         form="random",
@@ -199,8 +200,8 @@ def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components
 
 
 @torch.no_grad()
-def drawn(module: Model, seed: int, dtype: torch.dtype, device: str) -> Model:
-    """Give a module on the meta device seeded random weights on `device`, made there."""
+def draw_weights(module: Model, seed: int, dtype: torch.dtype, device: str) -> Model:
+    """Move a module from the meta device to `device` and draw seeded random weights there."""
     module = module.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, weight in sorted(module.state_dict().items()):
@@ -217,7 +218,7 @@ def drawn(module: Model, seed: int, dtype: torch.dtype, device: str) -> Model:
 
 
 def random_prompt(engine: Engine, seed: int) -> Tensor:
-    """Text-encoder rows [text_len, text_dim] of no prompt in particular, zero after its end."""
+    """Random text-encoder rows [text_len, text_dim], zero after the first quarter."""
     spec = engine.spec
     generator = torch.Generator().manual_seed(seed)
     used = max(1, int(spec.text_len * PROMPT_ROWS))
@@ -226,33 +227,34 @@ def random_prompt(engine: Engine, seed: int) -> Tensor:
     return rows.to(engine.device, engine.dtype)
 
 
-def described(engine: Engine, subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A result's subject and settings."""
-    told = engine.describe()
+def describe(engine: Engine, subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Subject and settings of a result."""
+    description = engine.describe()
     size = subject.size or engine.default_size
     about = {
-        "model": engine.spec.name, "checkpoint": told["checkpoint"], "random_weights": engine.parts.form == "random",
+        "model": engine.spec.name, "checkpoint": description["checkpoint"],
+        "random_weights": engine.parts.form == "random",
         "parameters": sum(weight.numel() for weight in engine.parts.transformer.parameters()),
         "decoder": type(engine.parts.vae).__name__,
     }  # fmt: skip
     settings = {
         "size": list(size), "seed": subject.seed, "frames_in_window": subject.frames_in_window,
-        **{key: told[key] for key in ("config", "preset", "network_timesteps", "model", "vae")},
+        **{key: description[key] for key in ("config", "preset", "network_timesteps", "model", "vae")},
     }  # fmt: skip
     return about, settings
 
 
-def told_prompt(engine: Engine, seed: int) -> dict[str, Any]:
-    """What `Engine.open` is given: a prompt where the model can read one, else rows of no prompt in particular.
+def prompt_arguments(engine: Engine, seed: int) -> dict[str, Any]:
+    """Arguments of `Engine.open`: a prompt if the model has a trained text encoder, otherwise random rows.
 
-    The text encoder of random weights is a stand-in of another size, whose time would say nothing.
+    The text encoder of random weights has another size, so its time would mean nothing.
     """
     if engine.parts.text is None or engine.parts.form == "random":
         return {"prompt_embeds": random_prompt(engine, seed)}
     return {"prompt": PROMPT}
 
 
-def told_rows(engine: Engine, seed: int) -> Tensor:
-    """The text encoder's rows of the same."""
-    told = told_prompt(engine, seed)
-    return engine.inputs.prompt_rows(told.get("prompt"), told.get("prompt_embeds"))
+def prompt_rows(engine: Engine, seed: int) -> Tensor:
+    """Text-encoder rows of the prompt in `prompt_arguments`."""
+    arguments = prompt_arguments(engine, seed)
+    return engine.inputs.prompt_rows(arguments.get("prompt"), arguments.get("prompt_embeds"))

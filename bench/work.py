@@ -1,7 +1,7 @@
-"""What a block has to do, counted and not measured: its passes, their FLOPs, the bytes that must move at least.
+"""Work of a block, counted and not measured: its passes, their FLOPs, and a lower bound of the bytes they move.
 
-FLOPs and bytes come from `runtime.costs`. Bytes are a floor: weights once a pass, pages seen once, pages written, a
-decoder's memories read and written; what an implementation moves besides is its own.
+FLOPs and bytes come from `runtime.capacity.costs`. The lower bound has the weights once per pass, each visible page
+once, the pages written, and a decoder's cached frames read and written. Implementations may move more.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from ..runtime.sampler import scheduled_blocks
 from ..schemes.block_schedule import ScheduledBlock
 from ..schemes.presets import Preset
 
-HORIZON = 64  # blocks within which a bounded window must have filled
+HORIZON = 64  # blocks within which a bounded window fills
 
 
 @dataclass(frozen=True)
 class Work:
+    """FLOPs and bytes moved."""
+
     flops: int
     nbytes: int
 
@@ -32,11 +34,11 @@ class Work:
 
 
 def blocks_until_full(preset: Preset) -> int:
-    """How many blocks come before the first that sees as much as any ever will; UsageError if that grows for ever."""
+    """Number of blocks before the first with the largest window. Raises UsageError for a window without a bound."""
     context = preset.context
     if context.local_attn_size == -1 and context.commit and not context.segment_frames:
         raise UsageError(
-            f"{preset.name} keeps all frames, so its window is never full; give --frames-in-window, such as 21"
+            f"{preset.name} has local_attn_size=-1, so its window is never full; set frames_in_window, such as 21"
         )
     bound = max(context.local_attn_size, context.segment_frames, context.rebuild_frames)
     blocks = scheduled_blocks(preset)
@@ -45,31 +47,31 @@ def blocks_until_full(preset: Preset) -> int:
 
 
 def stays_full(preset: Preset) -> bool:
-    """Whether all blocks after the window is full see as much; those of a preset that begins segments anew do not."""
+    """Return True if all blocks after the first full window have one too; False for presets with segments."""
     full = blocks_until_full(preset)
     return len({plan.context for plan in islice(scheduled_blocks(preset), full, full + HORIZON)}) == 1
 
 
 def until_seen(plans: Iterator[ScheduledBlock], window: int, blocks: int) -> list[ScheduledBlock]:
-    """The next plans, until so many of them see the whole window."""
-    found: list[ScheduledBlock] = []
-    while sum(plan.context == window for plan in found) < blocks:
-        found.append(next(plans))
-    return found
+    """Take plans until `blocks` of them have a full window of `window` frames."""
+    taken: list[ScheduledBlock] = []
+    while sum(plan.context == window for plan in taken) < blocks:
+        taken.append(next(plans))
+    return taken
 
 
 def pass_work(
     spec: ModelSpec, run: Pass, size: tuple[int, int], dtype: str, kv_dtype: str | None = None,
     precision: PrecisionMap | None = None,
 ) -> Work:  # fmt: skip
-    """One pass, its pages in the model's dtype unless told, its layers too unless a precision map packs them."""
+    """Work of one pass. kv_dtype: of pages, the model's if None. precision: low-precision layers, none if None."""
     tokens = spec.tokens_per_frame(size)
     traffic = costs.pass_traffic(spec, tokens, run, dtype, kv_dtype or dtype, precision)
     return Work(costs.pass_flops(spec, tokens, run).total, traffic)
 
 
 def decoder_work(spec: costs.DecoderSpec, latent: tuple[int, int], frames: int, dtype: str) -> Work:
-    """Decoding `frames` latent frames of (height, width) in the middle of a stream."""
+    """Work of decoding `frames` latent frames of (height, width) in the middle of a stream."""
     item, area = costs.ITEMSIZE[dtype], latent[0] * latent[1]
     weights = sum(conv.parameters for conv in costs.convs(spec))
     pictures = 3 * area * spec.spatial_stride**2 * spec.temporal_stride

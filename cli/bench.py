@@ -18,7 +18,7 @@ from ..schemes.presets import UNTRAINED
 from .options import FORCE, OFFLINE, parse_settings, parse_size
 
 if TYPE_CHECKING:
-    from ..bench.kernels import Wanted
+    from ..bench.kernels import Options
     from ..bench.result import Result
     from ..bench.subject import Subject
 
@@ -86,7 +86,7 @@ def kernels(
             raise UsageError("--compile-only has cases and a table of its own; leave out --case, --shape and --out")
         return tell_compiled(op, as_json)
 
-    from ..bench.kernels import Wanted, draw, run, shown
+    from ..bench.kernels import Options, draw, run, shown
     from ..bench.result import write_result
     from ..runtime.config import DTYPES, check_device, default_device
 
@@ -95,10 +95,10 @@ def kernels(
     device = device or default_device()
     check_device(device)
     if tune:
-        return tell_tuned(Wanted(tuple(op), tuple(case), shape, DTYPES[dtype], device), as_json)
+        return tell_tuned(Options(tuple(op), tuple(case), shape, DTYPES[dtype], device), as_json)
     if device == "cpu":
         console.print("no GPU is used: these are times of the plain references on a CPU", highlight=False)
-    wanted = Wanted(tuple(op), tuple(case), shape, DTYPES[dtype], device)
+    wanted = Options(tuple(op), tuple(case), shape, DTYPES[dtype], device)
     result = run(wanted, lambda said: console.print(said, highlight=False, soft_wrap=True))
     if out is not None:
         write_result(result, out / "kernels.json")
@@ -168,8 +168,8 @@ def block(
     subject = the_subject(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
     )
-    wanted = bench.Wanted(subject, rounds, blocks, tuple(executor), tuple(baseline))
-    check_out(out)
+    wanted = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
+    check_out(out, {"--model": model, "--vae": vae, "--base": base})
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_block)
 
 
@@ -219,8 +219,8 @@ def stream(
         model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
     )
     subject = replace(subject, executor=executor)
-    wanted = bench.Wanted(subject, blocks, starts, controls, sessions, minutes, sink, batches)
-    check_out(out)
+    wanted = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
+    check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
     finish(bench.run(wanted, teller(subject)), out, as_json, tell_stream)
 
 
@@ -333,11 +333,12 @@ def teller(subject: Subject) -> Callable[[str], None]:
     return tell
 
 
-def check_out(out: Path | None) -> None:
-    """UsageError for a place that no file can be written to, before anything is measured."""
-    from ..runtime.files import check_output
+def check_out(out: Path | None, inputs: dict[str, str | Path | None]) -> None:
+    """UsageError for a place that no file can be written to, or that is read, before anything is measured."""
+    from ..runtime.files import check_output, check_paths
 
     if out is not None:
+        check_paths(inputs, {"--out": out})
         check_output(out)
 
 
@@ -425,7 +426,7 @@ def in_unit(value: float, unit: str) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.4g} ms"
 
 
-def tell_tuned(wanted: Wanted, as_json: bool) -> None:
+def tell_tuned(wanted: Options, as_json: bool) -> None:
     """Tune the ops and tell where their tables are."""
     from ..bench.tune import tune_here
 

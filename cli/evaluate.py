@@ -44,19 +44,25 @@ def tinyworld(
         raise UsageError(f"--minutes is {minutes:g}; expected 1 or more, since drift is measured over 60 s")
 
     from ..evaluate.tinyworld import BARS, evaluate
-    from ..models.files import write_json
+    from ..runtime.files import check_output, check_paths, write_atomically
     from ..runtime.load import load
     from ..runtime.media import contact_sheet
 
+    if out is not None:
+        places = {"figures": out / "eval.json", "contact sheet": out / "streams.png"}
+        check_paths({"--model": model}, places)
+        for place in places.values():
+            check_output(place)
     engine = load(model, preset="tinyworld", device=device)
     console = Console(stderr=True)
     found, sheet = evaluate(engine, walks, seeds, minutes, lambda said: console.print(said, highlight=False))
     found |= {"walks": walks, "seeds": seeds, "minutes": minutes, "version": __version__, "model": engine.describe()}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "eval.json", found)
+        text = json.dumps(found, indent=2) + "\n"
+        write_atomically(places["figures"], lambda part: part.write_text(text, "utf-8"))
         times = [f"{6 * tenth} s" for tenth in range(sheet.shape[1])]
-        contact_sheet(list(sheet.reshape(-1, *sheet.shape[2:])), out / "streams.png", len(times), times * len(sheet))
+        frames = list(sheet.reshape(-1, *sheet.shape[2:]))
+        contact_sheet(frames, places["contact sheet"], len(times), times * len(sheet))
     if as_json:
         typer.echo(json.dumps(found, default=str))
         return

@@ -1,7 +1,7 @@
 """`inferix generate`: a prompt in, a video and the record of how it was made out.
 
-Blocks are written as they come, so Ctrl-C keeps the finished ones in a playable file. Progress goes to
-stderr; stdout holds the result alone.
+Blocks are written as they come, so Ctrl-C, SIGTERM and an error keep the finished ones in a playable file. Progress
+goes to stderr; stdout holds the result alone.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import json
 import math
 import platform
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -21,17 +24,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
-from ..errors import UsageError, nearest
-from ..runtime.files import check_output, write_atomically
+from ..errors import InferixError, UsageError, nearest, one_line, quoted
+from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
+from ..runtime.media_input import check_fit, read_video
 from ..schemes.actions import read_actions
 from ..schemes.presets import UNTRAINED, default_model
 from ..schemes.storyboard import Cue, read_storyboard, schedule
+from ..user_files import read_yaml
 from ..version import __version__
 from .options import FORCE, OFFLINE, check_settings, counted, parse_settings, parse_size
 from .presets import tell_presets
@@ -40,11 +44,13 @@ if TYPE_CHECKING:
     import torch
 
     from ..runtime.engine import Engine
+    from ..runtime.telemetry.profile import Profile
 
 DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models only; untrained ones cannot follow it
 DEFAULT_BLOCKS = 3
 DEFAULT_ACTIONS = "6R 4D 6L 4U"  # of a model that has actions, where nothing says how long: a walk back to the start
 SEEN = 256  # pixels of a video's longer side, at least: smaller pictures are enlarged
+LONGEST = 1_000_000  # blocks, or seconds
 SHEET_FRAMES = 24  # frames on the contact sheet, at most, unless one block has more
 
 
@@ -56,6 +62,8 @@ class Result:
     frames: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    failed: str | None = None
+    warnings: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
 
 
@@ -63,23 +71,19 @@ def read_config(ctx: typer.Context, value: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of the options, so that flags win; `set` is kept for later."""
     if value is None:
         return None
-    try:
-        config = yaml.safe_load(value.read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read config {str(value)!r}: {error}; expected a YAML file") from error
+    where = f"config {quoted(str(value))}"
+    config = read_yaml(value, "config") or {}
     if not isinstance(config, dict):
-        raise UsageError(f"config {str(value)!r} is not a mapping; expected lines of 'option: value'")
+        raise UsageError(f"{where} is not a mapping; expected lines of 'option: value'")
     config = {str(key).replace("-", "_"): item for key, item in config.items()}
     settings = config.pop("set", {})
     if not isinstance(settings, dict):
-        raise UsageError(f"config {str(value)!r}: set is {settings!r}; expected a mapping of 'key: value'")
+        raise UsageError(f"{where}: set is {quoted(settings)}; expected a mapping of 'key: value'")
     options = {name.replace("as_json", "json") for param in ctx.command.params if (name := param.name)}
     options -= {"config", "settings", "help"}
     for key in config:
         if key not in options:
-            raise UsageError(
-                f"config {str(value)!r}: no option {key!r}{nearest(key, options)}; settings go in 'set'"
-            )
+            raise UsageError(f"{where}: no option {quoted(key)}{nearest(key, options)}; settings go in 'set'")
     if "json" in config:
         config["as_json"] = config.pop("json")
     ctx.default_map = {**(ctx.default_map or {}), **config}
@@ -93,7 +97,7 @@ def parse_cue(text: str) -> Cue:
     try:
         return Cue(float(seconds), prompt)
     except ValueError as error:
-        raise UsageError(f'--prompt-at {seconds!r} is no time; expected SECONDS "PROMPT"') from error
+        raise UsageError(f'--prompt-at {quoted(seconds)} is no time; expected SECONDS "PROMPT"') from error
 
 
 class PromptAt(TyperCommand):
@@ -123,10 +127,10 @@ def tell_of_work(engine: Engine, size: tuple[int, int], console: Console) -> Non
 def check_length(blocks: int | None, seconds: float | None) -> None:
     if blocks is not None and seconds is not None:
         raise UsageError(f"--blocks {blocks} and --seconds {seconds:g} both set the length; give one of them")
-    if blocks is not None and blocks < 1:
-        raise UsageError(f"--blocks is {blocks}; expected 1 or more")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise UsageError(f"--seconds is {seconds:g}; expected a number above 0")
+    if blocks is not None and not 1 <= blocks <= LONGEST:
+        raise UsageError(f"--blocks is {quoted(blocks)}; expected 1 to {LONGEST}")
+    if seconds is not None and not 0 < seconds <= LONGEST:
+        raise UsageError(f"--seconds is {seconds:g}; expected a number above 0, at most {LONGEST}")
 
 
 def sheet_indices(count: int, block: int, blocks: int) -> list[int]:
@@ -154,31 +158,24 @@ def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
 
 
 def record_blocks(
-    session: Any, blocks: int, cues: dict[int, str], writer: VideoWriter | None, advance: Any
-) -> tuple[Result, Any]:
-    """Run the stream to its end or to Ctrl-C; returns the result and kept latents or (label, frame)s."""
-    result = Result()
-    kept: list[Any] = []
+    session: Any, blocks: int, cues: dict[int, str], writer: VideoWriter | None, advance: Any, result: Result,
+    kept: list[Any],
+) -> None:  # fmt: skip
+    """Run the stream to its end; adds finished blocks to `result`, and latents or (label, frame)s to `kept`."""
     start = time.perf_counter()
-    try:
-        for block in steered(session, blocks, cues, decode=writer is not None):
-            made, count = len(result.blocks), 0
-            if writer is None:
-                kept.append(block.latents.detach().cpu())
-            else:
-                count = len(block.frames)
-                writer.add(block.frames)
-                chosen = sheet_indices(count, made, blocks)
-                kept += [(str(result.frames + index), block.frames[index].copy()) for index in chosen]
-            result.blocks.append({"index": block.index, "frames": count, "timings": dict(block.timings)})
-            result.frames += count
-            result.seconds = time.perf_counter() - start
-            advance(result.frames / result.seconds)
-    except KeyboardInterrupt:
-        result.interrupted = True
-    return result, kept
-
-
+    for block in steered(session, blocks, cues, decode=writer is not None):
+        made, count = len(result.blocks), 0
+        if writer is None:
+            kept.append(block.latents.detach().cpu())
+        else:
+            count = len(block.frames)
+            writer.add(block.frames)
+            chosen = sheet_indices(count, made, blocks)
+            kept += [(str(result.frames + index), block.frames[index].copy()) for index in chosen]
+        result.blocks.append({"index": block.index, "frames": count, "timings": dict(block.timings)})
+        result.frames += count
+        result.seconds = time.perf_counter() - start
+        advance(result.frames / result.seconds)
 def steered(session: Any, blocks: int, cues: dict[int, str], decode: bool) -> Iterator[Any]:
     """The stream, each cue told before the block that is to follow it; UsageError for a prompt that is refused."""
     starts = [0, *(start for start in sorted(cues) if start > 0), blocks]
@@ -189,6 +186,74 @@ def steered(session: Any, blocks: int, cues: dict[int, str], decode: bool) -> It
             if refused := [ack.refused for ack in block.acks if ack.refused]:
                 raise UsageError(refused[0])
             yield block
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yields a list that the first SIGINT, SIGTERM or SIGHUP is added to, which ends the work as Ctrl-C does.
+
+    Those that follow are ignored until the finished blocks are in their files.
+    """
+    came: list[int] = []
+    handled = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if hasattr(signal, "SIGHUP") else set())
+    before = {number: signal.getsignal(number) for number in handled}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}  # as nohup wants it
+
+    def stop(number: int, frame: object) -> None:
+        if not came:
+            came.append(number)
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield came
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def noted_warnings(notes: list[str]) -> Iterator[None]:
+    """Add what is warned of to a list, too."""
+    shown = warnings.showwarning
+
+    def note(message: Warning | str, *rest: Any, **named: Any) -> None:
+        notes.append(str(message))
+        shown(message, *rest, **named)
+
+    warnings.showwarning = note
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def frames_of(engine: Engine, blocks: int) -> int:
+    """Pixel frames of so many blocks from the start."""
+    latent = 0
+    for _ in range(blocks):
+        latent += engine.preset.block_size(latent)
+    return (latent - 1) * engine.spec.vae_stride[0] + 1
+
+
+def read_source(
+    video: Path, engine: Engine, size: tuple[int, int], fit: str, blocks: int, asked: bool
+) -> tuple[Any, int]:
+    """What a video is made from, as frames, and for how many blocks; UsageError if it is shorter than `asked` for."""
+    pixels = read_video(video, size, engine.fps, fit, first=frames_of(engine, blocks))
+    there = 0
+    while there < blocks and frames_of(engine, there + 1) <= len(pixels):
+        there += 1
+    if asked and there < blocks:
+        raise UsageError(
+            f"--video {quoted(str(video))} has {len(pixels)} frames at {engine.fps} FPS, which are "
+            f"{counted(there, 'block')}; {blocks} are asked for: ask for {max(there, 1)}, or take a longer video"
+        )
+    return pixels, max(there, 1)
 
 
 def save_latents(latents: list[torch.Tensor], path: Path) -> Path:
@@ -231,6 +296,9 @@ def generate(
     out: Path = typer.Option(Path("out.mp4"), help="Video to write; .json and .png go beside it."),
     image: Path | None = typer.Option(None, help="Picture to begin with."),
     video: Path | None = typer.Option(None, help="Video to continue."),
+    fit: str = typer.Option(
+        "crop", help="How --image and --video fill the picture: crop, pad with black, or stretch."
+    ),
     strength: float | None = typer.Option(
         None, help="Make it from --video: 0.1 stays near it, 1 leaves it; for presets whose solver is not unipc."
     ),
@@ -268,9 +336,10 @@ def generate(
     force: bool = FORCE,
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Make a video block by block; Ctrl-C keeps the finished blocks.
+    """Make a video block by block; Ctrl-C, SIGTERM and an error keep the finished blocks.
 
-    Writes OUT, a contact sheet (.png) and a record of settings and timings (.json) beside it.
+    Writes OUT, a contact sheet (.png) and a record of settings and timings (.json) beside it; never over a file that it
+    reads. A video given with --video is sampled at the model's rate.
 
     Example: inferix generate --prompt "a purple wizard in a sandy desert by day" --actions "8R 4U 4S" --out wizard.mp4
 
@@ -286,16 +355,24 @@ def generate(
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
     suffixes = [*CONTAINERS, ".safetensors"] if latents_only else list(CONTAINERS)
     if out.suffix.lower() not in suffixes:
-        raise UsageError(f"--out {str(out)!r} must end in one of {', '.join(suffixes)}")
+        raise UsageError(f"--out {quoted(str(out))} must end in one of {', '.join(suffixes)}")
     overrides = {**ctx.meta.get("inferix.settings", {}), **parse_settings(settings)}
     check_settings(ctx, overrides)
     wanted_size = parse_size(size) if size else None
     if prompt_at and storyboard:
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
-    for output in (out, records):
-        if output is not None:
-            check_output(output)
+    check_fit(fit)
+    outputs = output_paths(out, latents_only, records, profile)
+    inputs = {"--model": model, "--base": base, "--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
+    inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
+    inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
+    inputs |= {"--text-encoder": text_encoder, "--set fast_vae": overrides.get("fast_vae")}
+    check_paths(inputs, outputs)
+    for output in outputs.values():
+        check_output(output)
+    result = Result()
+    ctx.with_resource(noted_warnings(result.warnings))
     console = Console(stderr=True)
 
     from ..runtime.config import default_device, default_executor
@@ -327,61 +404,121 @@ def generate(
             f"--actions has {len(script)} actions, for {len(script) + 1} latent frames, but the video has {count} "
             "blocks; leave the length out, or make them agree"
         )
-    opening: dict[str, Any] = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": video}
-    opening |= {"actions": script or None, "strength": strength, "negative_prompt": negative_prompt}
-    given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     frame_size = wanted_size or engine.default_size
     tell_of_work(engine, frame_size, console)
+    source: Any = video
+    if video is not None and strength is not None:
+        source, count = read_source(video, engine, frame_size, fit, count, bool(blocks or seconds or script))
+    opening: dict[str, Any] = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": source}
+    opening |= {"actions": script or None, "strength": strength, "negative_prompt": negative_prompt}
+    given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     profiled = engine.start_profile() if profile is not None else None
-    with ExitStack() as stack:
-        if records is not None:
-            engine.observe(stack.enter_context(RecordFile(records)))
-        session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, **given)))
-        begun = session.current.timeline.next_frame
-        changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
-        writer = None if latents_only else VideoWriter(out, engine.fps, frame_size, max(1, SEEN // max(frame_size)))
-        if writer:
-            stack.enter_context(writer)
-            if session.prefix_frames is not None:
-                writer.add(session.prefix_frames)
-        advance = stack.enter_context(progress_bar(console, count))
-        result, kept = record_blocks(session, count, changes, writer, advance)
-
-    if records is not None:
-        result.outputs.append(str(records))
-    if result.blocks:
-        if profiled is not None:
-            assert profile is not None
-            result.outputs += map(str, profiled.write(profile))
-        if latents_only:
-            result.outputs.append(str(save_latents(kept, out.with_suffix(".safetensors"))))
-        else:
-            names, frames = zip(*kept, strict=True)
-            sheet = contact_sheet(frames, out.with_suffix(".png"), labels=names)
-            result.outputs += [str(out), str(sheet)]
-        result.outputs.append(str(out.with_suffix(".json")))
-        record = asdict(result) | {
-            "seed": seed,
-            "size": frame_size,
-            "requested_blocks": count,
-            "opened_with": {name: str(value) for name, value in given.items()},
-            "prompts_at_blocks": changes,
-            "engine": engine.describe(),
-            "versions": versions(),
-            "command": shlex.join(sys.argv),
-        }
-        text = json.dumps(record, indent=2, default=str) + "\n"
-        write_atomically(out.with_suffix(".json"), lambda part: part.write_text(text, "utf-8"))
-    tell(result, count, as_json)
+    kept: list[Any] = []
+    writer: VideoWriter | None = None
+    changes: dict[int, str] = {}
+    with stop_signals() as came:
+        try:
+            with ExitStack() as stack:
+                if records is not None:
+                    engine.observe(stack.enter_context(RecordFile(records)))
+                session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, fit=fit, **given)))
+                begun = session.current.timeline.next_frame
+                changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
+                if not latents_only:
+                    writer = VideoWriter(out, engine.fps, frame_size, max(1, SEEN // max(frame_size)))
+                    stack.enter_context(writer)
+                    if session.prefix_frames is not None:
+                        writer.add(session.prefix_frames)
+                advance = stack.enter_context(progress_bar(console, count))
+                record_blocks(session, count, changes, writer, advance, result, kept)
+        except KeyboardInterrupt:
+            result.interrupted = True
+        except (InferixError, RuntimeError, MemoryError) as error:
+            result.failed = one_line(error)
+            raise
+        finally:  # whatever it ended by, the finished blocks are kept
+            if records is not None and records.exists():
+                result.outputs.append(str(records))
+            shown = {name: str(value) for name, value in given.items()} | ({"video": str(video)} if video else {})
+            about = {"seed": seed, "size": frame_size, "requested_blocks": count, "opened_with": shown, "fit": fit}
+            about |= {"prompts_at_blocks": changes, "engine": engine.describe()}
+            lost = []
+            if writer is not None:
+                result.frames = min(result.frames, writer.frames)  # fewer where the disk was full
+            if result.blocks:
+                lost = failures(
+                    lambda: write_profile(result, profiled, profile),
+                    lambda: write_kept(result, kept, outputs, writer),
+                    lambda: write_record(result, about, outputs),
+                )
+            for failure in lost:
+                result.failed = result.failed or one_line(failure)
+                typer.echo(one_line(failure), err=True)
+            tell(result, count, as_json)
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (came[0] if came else signal.SIGINT))
+    if lost:
+        raise typer.Exit(1)
+
+
+def failures(*writes: Callable[[], object]) -> list[InferixError]:
+    """Make each call; what those raise that fail, which keeps none of the others back."""
+    found = []
+    for write in writes:
+        try:
+            write()
+        except InferixError as error:
+            found.append(error)
+    return found
+
+
+def write_profile(result: Result, profiled: Profile | None, folder: Path | None) -> None:
+    if profiled is not None and folder is not None:
+        result.outputs += map(str, profiled.write(folder))
+
+
+def write_kept(result: Result, kept: list[Any], outputs: dict[str, Path], writer: VideoWriter | None) -> None:
+    """Write latents, or the contact sheet of the pictures in the video; nothing where no picture could be kept."""
+    if writer is None:
+        result.outputs.append(str(save_latents(kept, outputs["latents"])))
+    elif writer.frames:
+        names, frames = zip(*kept, strict=True)
+        result.outputs.append(str(outputs["--out"]))
+        result.outputs.append(str(contact_sheet(frames, outputs["contact sheet"], labels=names)))
+
+
+def write_record(result: Result, about: dict[str, Any], outputs: dict[str, Path]) -> None:
+    """Write how the finished blocks were made."""
+    record = asdict(result) | about | {"versions": versions(), "command": shlex.join(sys.argv)}
+    record["outputs"] = [*result.outputs, str(outputs["record"])]
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    result.outputs.append(str(write_atomically(outputs["record"], lambda part: part.write_text(text, "utf-8"))))
+
+
+def output_paths(out: Path, latents_only: bool, records: Path | None, profile: Path | None) -> dict[str, Path]:
+    """Everything that a run writes, by a name for messages."""
+    if latents_only:
+        paths = {"latents": out.with_suffix(".safetensors")}
+    else:
+        paths = {"--out": out, "contact sheet": out.with_suffix(".png")}
+    paths["record"] = out.with_suffix(".json")
+    if records is not None:
+        paths["--records"] = records
+    if profile is not None:
+        from ..runtime.telemetry.profile import TABLE, TRACE
+
+        paths |= {"trace": profile / TRACE, "profile": profile / TABLE}
+    return paths
 
 
 def tell(result: Result, count: int, as_json: bool) -> None:
     """The result on stdout, as one JSON line or in words."""
-    if result.interrupted:
-        kept = "they are kept" if result.blocks else "nothing was written"
-        typer.echo(f"interrupted: {len(result.blocks)} of {count} blocks were finished; {kept}", err=True)
+    if result.interrupted or result.failed:
+        how = "interrupted" if result.interrupted else "stopped by an error"
+        kept = f"kept in {', '.join(result.outputs)}" if result.blocks else "nothing was written"
+        typer.echo(f"{how}: {len(result.blocks)} of {count} blocks were finished; {kept}", err=True)
+    if result.failed:
+        return
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     elif result.blocks:

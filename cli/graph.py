@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, quoted
 from ..models.wan.spec import MODELS
 from ..models.wan.transformer import PRECISIONS
 from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
+from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.kv.page_store import KV_DTYPES
 from ..schemes.presets import default_preset, make_preset
 from .generate import parse_settings, parse_size
@@ -83,6 +84,11 @@ def graph(
     if model is not None and model not in MODELS:
         known = f"graph knows models by name: {', '.join(MODELS)}"
         raise UsageError(f"--model is {model!r}{nearest(model, MODELS)}; {known}")
+    if svg is not None:
+        if not svg.parent.is_dir():
+            raise UsageError(f"cannot write {quoted(str(svg))}: there is no folder {quoted(str(svg.parent))}")
+        check_paths({"--load": load}, {"--svg": svg})
+        check_output(svg)
     stored = save or load
     if device is not None and stored is None:
         raise UsageError(f"--device is {device!r}, which stored graphs are for; give --save or --load as well")
@@ -119,7 +125,7 @@ def graph(
         raise UsageError(f"--plan prints where scratch lies; leave {'--json' if as_json else '--pass'} out")
     fuse = "fuse-commit" in names
     told = (spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions)
-    traced = build_block_graph(*told, fuse_commit=fuse, kept=kept)
+    traced = build_block_graph(*told, fuse_commit=fuse, kv_dtype=kept)
     block = rewritten(traced, names, packed)
     validate(block)
     if only is not None and only not in {found.name for found in block.graphs}:
@@ -128,7 +134,8 @@ def graph(
     if svg is not None:
         from ..graphs.show.svg import svg as drawn
 
-        write_text(svg, drawn(block))
+        picture = drawn(block)
+        write_atomically(svg, lambda part: part.write_text(picture, "utf-8"))
     if as_json:
         from ..graphs.show.plain import to_dict
 
@@ -148,7 +155,7 @@ def tell_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make:
     from ..runtime.programs.graph_store import GraphStore, card_of
     from ..runtime.programs.warmup import graph_keys
 
-    wanted = graph_keys(graphs.spec, graphs.preset, size, graphs.kept is not None) if make else []
+    wanted = graph_keys(graphs.spec, graphs.preset, size, graphs.kv_dtype is not None) if make else []
     store = GraphStore.open(folder, graphs, create=make)
     made = store.fill(graphs, wanted)
     programs = store.programs()
@@ -178,10 +185,3 @@ def told_plan(lowered: Lowered) -> list[str]:
     return [f"{name}: {part.plan.text(part.program)}" for name, part in parts.items() if part is not None]
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all; UsageError if there is no such folder."""
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(content, "utf-8")
-    unfinished.replace(path)

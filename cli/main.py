@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InferixError, exit_code, in_a_line, no_memory
+from ..errors import InferixError, exit_code, no_memory, one_line
 from ..version import __version__
 from . import bench, checkpoint, evaluate
 from .doctor import doctor
@@ -32,12 +32,12 @@ class Commands(TyperGroup):
         except InferixError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            typer.echo(in_a_line(error), err=True)
+            typer.echo(one_line(error), err=True)
             raise typer.Exit(exit_code(error)) from error
         except (MemoryError, RuntimeError) as error:
             if not no_memory(error) or ctx.params.get("debug"):
                 raise
-            said = str(error).splitlines()[0]
+            said = next(iter(str(error).splitlines()), type(error).__name__)
             typer.echo(f"error: memory ran out: {said}; inferix plan says what fits, and what needs less", err=True)
             raise typer.Exit(1) from error
 

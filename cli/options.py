@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import typer
-import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, cut, quoted
+from ..user_files import parse_yaml
 
 OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."
@@ -21,11 +21,8 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator or not key.strip():
-            raise UsageError(f"--set {pair!r} has no value; expected key=value, such as local_attn_size=21")
-        try:
-            settings[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {pair!r}: the value is not YAML: {error}; quote it") from error
+            raise UsageError(f"--set {quoted(pair)} has no value; expected key=value, such as local_attn_size=21")
+        settings[key.strip()] = parse_yaml(text, f"--set {quoted(pair)}")
     return settings
 
 
@@ -37,8 +34,8 @@ def counted(count: int, noun: str) -> str:
 def parse_size(text: str) -> tuple[int, int]:
     """`832x480` to (832, 480)."""
     width, separator, height = text.lower().partition("x")
-    if not (separator and width.isdecimal() and height.isdecimal()):
-        raise UsageError(f"--size {text!r} is not a size; expected WIDTHxHEIGHT in pixels, such as 832x480")
+    if not (separator and width.isdecimal() and height.isdecimal() and max(len(width), len(height)) < 6):
+        raise UsageError(f"--size {quoted(text)} is not a size; expected WIDTHxHEIGHT in pixels, such as 832x480")
     return int(width), int(height)
 
 
@@ -47,4 +44,4 @@ def check_settings(ctx: typer.Context, settings: Iterable[str]) -> None:
     options = {param.name: param.opts[0] for param in ctx.command.params if param.name}
     for key in settings:
         if option := options.get(key.replace("-", "_")):
-            raise UsageError(f"--set {key}: that is an option of its own; use {option}")
+            raise UsageError(f"--set {cut(key)}: that is an option of its own; use {option}")

@@ -1,1 +1,1 @@
-"""How good what a model makes is, measured against something that knows better."""
+"""Evaluation of models against a ground truth."""

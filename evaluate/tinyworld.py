@@ -1,7 +1,7 @@
-"""The small world against its simulator: does it do what it is told, remember, and stay itself.
+"""Evaluation of the small world against its simulator: obedience to actions, memory, and drift.
 
-Every figure comes from pictures at the end of a latent frame, where the camera stands on whole steps. Worlds
-are of seeds that were never trained on. `BARS` are what we set out to reach.
+Every figure comes from pictures at the end of a latent frame, where the camera is at a whole step. The worlds have
+seeds that are not in the training data. `BARS` are the targets.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from ..runtime.engine import Engine
 from ..runtime.execution.decode_pipeline import to_frames
 
 Picture = NDArray[np.uint8]
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
-PREFIX = 6  # latent frames of the simulator that a walk goes on from
+PREFIX = 6  # latent frames of the simulator that a walk continues
 HERO = slice(SIZE // 2 - 11, SIZE // 2 + 8)  # rows and columns of the middle that the hero covers
 EDGE = 6.0  # pixels a landmark's middle must be inside the picture to count as in view
 BARS = {
@@ -56,7 +56,7 @@ BARS = {
 
 @dataclass(frozen=True)
 class Walk:
-    """What the simulator shows: pictures, and where the camera stands after each action (the start first)."""
+    """Walk in the simulator: pictures, and the camera position at the start and after each action."""
 
     scene: Scene
     actions: list[str]
@@ -71,7 +71,7 @@ class Walk:
 
 
 def simulate(scene: Scene, seed: int, actions: list[str], before: list[str] | None = None) -> Walk:
-    """`actions` after a walk `before` that is not shown."""
+    """Simulate `actions` after the actions `before`, which are not in the pictures."""
     world = World(HELD_OUT + seed, scene)
     world.walk(before or [])
     pictures, places = [world.first()], [(world.x, world.y)]
@@ -89,8 +89,8 @@ def random_walks(count: int, length: int, seed: int) -> Iterator[Walk]:
         )
 
 
-def made(engine: Engine, walk: Walk, given: int, seed: int) -> Picture:
-    """The walk as the model makes it after `given` latent frames of the simulator: its pictures from there on."""
+def generate(engine: Engine, walk: Walk, given: int, seed: int) -> Picture:
+    """Continue a walk with the model after `given` latent frames of the simulator; return the new pictures."""
     prefix = walk.pictures[: (given - 1) * FRAMES + 1]
     with engine.open(prompt=walk.scene.prompt, seed=seed, video=prefix, actions=walk.actions) as session:
         blocks = list(session.stream(blocks=len(walk.actions) + 1 - given))
@@ -98,14 +98,14 @@ def made(engine: Engine, walk: Walk, given: int, seed: int) -> Picture:
 
 
 def decibel(wrong: NDArray[Any]) -> float:
-    """PSNR of differences of uint8 pictures."""
+    """PSNR, dB, of differences of uint8 pictures."""
     return 20 * math.log10(255 / max(float(np.sqrt(np.mean(np.square(wrong, dtype=np.float64)))), 1e-9))
 
 
 def shift_between(before: Picture, after: Picture) -> tuple[int, int]:
     """The camera's move (dx, dy) in steps under which two pictures [SIZE, SIZE, 3] correlate best.
 
-    Details are compared, not brightness, since night and fog move with the camera; the hero is left out.
+    Details are compared, not brightness, since night and fog move with the camera. The hero is left out.
     """
     then, now = details(before), details(after)
     match = {}
@@ -122,7 +122,7 @@ def shift_between(before: Picture, after: Picture) -> tuple[int, int]:
 
 
 def details(picture: Picture) -> NDArray[np.float64]:
-    """Brightness without its slow parts, in units of how much it varies nearby, [SIZE, SIZE]."""
+    """Brightness without low frequencies, divided by its local standard deviation, [SIZE, SIZE]."""
     luma = np.log(picture.astype(np.float64).mean(-1) + 8)
     fine = luma - smooth(luma)
     return fine / np.sqrt(smooth(fine**2) + 1e-2)
@@ -138,21 +138,22 @@ def smooth(values: NDArray[np.float64], reach: int = 3) -> NDArray[np.float64]:
     return values
 
 
-def actions_right(engine: Engine, walks: int, tell: Tell) -> float:
+def actions_right(engine: Engine, walks: int, log: Log) -> float:
     """Share of latent frames in which the camera moves as the simulator's does."""
     right = total = 0
     for index, walk in enumerate(random_walks(walks, PREFIX + 8, 1)):
-        ends = np.concatenate((walk.ends[PREFIX - 1 : PREFIX], made(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]))
+        new = generate(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
+        ends = np.concatenate((walk.ends[PREFIX - 1 : PREFIX], new))
         for step in range(len(ends) - 1):
             (x, y), (to_x, to_y) = walk.places[PREFIX - 1 + step], walk.places[PREFIX + step]
             right += shift_between(ends[step], ends[step + 1]) == ((to_x - x) // STEP, (to_y - y) // STEP)
             total += 1
-        tell(f"actions {index + 1}/{walks}: {right / total:.1%} right")
+        log(f"actions {index + 1}/{walks}: {right / total:.1%} right")
     return right / total
 
 
-def reconstruction(engine: Engine, walks: int, tell: Tell) -> float:
-    """PSNR of walks through the autoencoder alone."""
+def reconstruction(engine: Engine, walks: int, log: Log) -> float:
+    """PSNR, dB, of walks encoded and decoded by the VAE."""
     wrong = []
     for index, walk in enumerate(random_walks(walks, 12, 2)):
         pixels = torch.from_numpy(walk.pictures).permute(0, 3, 1, 2).to(engine.device, engine.dtype) / 127.5 - 1
@@ -160,12 +161,12 @@ def reconstruction(engine: Engine, walks: int, tell: Tell) -> float:
         with torch.no_grad():
             decoded = to_frames(vae.decode(vae.encode(pixels, vae.new_state()), vae.new_state()))
         wrong.append(decoded.astype(np.float64) - walk.pictures)
-        tell(f"reconstruction {index + 1}/{walks}: {decibel(wrong[-1]):.1f} dB")
+        log(f"reconstruction {index + 1}/{walks}: {decibel(wrong[-1]):.1f} dB")
     return decibel(np.stack(wrong))
 
 
 def seen_before(walk: Walk, given: int, frame: int) -> NDArray[np.bool_]:
-    """Which pixels [SIZE, SIZE] of a latent frame show land that the first `given` frames have shown."""
+    """Mask [SIZE, SIZE] of the pixels of a latent frame with land that the first `given` frames have shown."""
     x, y = walk.places[frame]
     seen = np.zeros((SIZE, SIZE), dtype=bool)
     for then_x, then_y in walk.places[:given]:
@@ -174,41 +175,41 @@ def seen_before(walk: Walk, given: int, frame: int) -> NDArray[np.bool_]:
     return seen
 
 
-def first_two_seconds(engine: Engine, walks: int, tell: Tell) -> float:
-    """PSNR of the first 2 s against the simulator, where the land was seen before."""
+def first_two_seconds(engine: Engine, walks: int, log: Log) -> float:
+    """PSNR, dB, of the first 2 s against the simulator, on land that the prefix has shown."""
     count = 2 * engine.fps // FRAMES
     wrong = []
     for index, walk in enumerate(random_walks(walks, PREFIX - 1 + count, 3)):
-        ends = made(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
+        ends = generate(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
         for step, picture in enumerate(ends):
             mask = seen_before(walk, PREFIX, PREFIX + step)
             wrong.append((picture.astype(np.float64) - walk.ends[PREFIX + step])[mask].ravel())
-        tell(f"first seconds {index + 1}/{walks}: {decibel(np.concatenate(wrong)):.1f} dB")
+        log(f"first seconds {index + 1}/{walks}: {decibel(np.concatenate(wrong)):.1f} dB")
     return decibel(np.concatenate(wrong))
 
 
-def landmark_return(engine: Engine, walks: int, tell: Tell) -> float:
-    """Share of landmarks that are there again after walking away from them and back, within the window.
+def landmark_return(engine: Engine, walks: int, log: Log) -> float:
+    """Share of landmarks that reappear after walking away and back within the window.
 
-    A landmark is there if the picture around it is nearer to the simulator's than to one without it.
+    A landmark reappears if the picture around it is nearer to the simulator's than to one without it.
     """
     there = total = 0
     rng = random.Random(4)
     for index in range(walks):
         walk, marks = away_and_back(rng, (engine.preset.context.local_attn_size - 2) // 2)
         given = 2
-        last = made(engine, walk, given, index)[-1].astype(np.float64)
+        last = generate(engine, walk, given, index)[-1].astype(np.float64)
         for mark in marks:
             where = around(mark, walk.places[-1])
             true, without = walk.ends[-1].astype(np.float64), walk.world.picture_without(mark).astype(np.float64)
             there += bool(np.square(last - true)[where].mean() < np.square(last - without)[where].mean())
             total += 1
-        tell(f"landmarks {index + 1}/{walks}: {there}/{total} there again")
+        log(f"landmarks {index + 1}/{walks}: {there}/{total} reappeared")
     return there / total
 
 
 def away_and_back(rng: random.Random, steps: int) -> tuple[Walk, list[Landmark]]:
-    """A free walk that leaves landmarks behind and comes back to them, and those landmarks."""
+    """Find a walk without obstacles that leaves landmarks behind and returns; return it and these landmarks."""
     while True:
         action, back = rng.choice([("up", "down"), ("down", "up"), ("left", "right"), ("right", "left")])
         actions = ["stay", *[action] * steps, *[back] * steps]
@@ -224,7 +225,7 @@ def away_and_back(rng: random.Random, steps: int) -> tuple[Walk, list[Landmark]]
 
 
 def in_view(mark: Landmark, camera: tuple[int, int], margin: float) -> bool:
-    """Whether a landmark's middle is in the picture, `margin` pixels over its edge allowed."""
+    """Return True if a landmark's middle is in the picture extended by `margin` pixels."""
     reach = SIZE / 2 + margin
     return abs(mark.x - camera[0]) < reach and abs(mark.y - camera[1]) < reach
 
@@ -236,10 +237,10 @@ def around(mark: Landmark, camera: tuple[int, int]) -> tuple[slice, slice]:
 
 
 def hero_is(scene: Scene, action: str, facing: str, picture: Picture) -> bool:
-    """Whether the middle of a picture [SIZE, SIZE, 3] is nearer to the prompted hero than to one of another colour
-    or to bare ground.
+    """Return True if the middle of a picture [SIZE, SIZE, 3] is nearest to the prompted hero.
 
-    facing: where the hero looks; action: the last one, which says how it steps at the end of a latent frame.
+    The alternatives are heroes of other colours and bare ground. facing: direction of the hero. action: the last one,
+    which gives the hero's stride at the end of a latent frame.
     """
     biome = BIOMES[scene.biome]
     bare = np.broadcast_to(np.mean(biome.ground, axis=0), (SIZE, SIZE, 3)).astype(np.float32)
@@ -249,7 +250,7 @@ def hero_is(scene: Scene, action: str, facing: str, picture: Picture) -> bool:
         draw_hero(canvas, replace(scene, colour=colour), facing, stride)
     body = (np.abs(drawn[scene.colour] - bare).max(-1) > 0.1) & (
         np.abs(drawn["red"] - drawn["blue"]).max(-1) > 0.1
-    )  # what takes the hero's colour
+    )  # pixels in the hero's colour
     seen = picture[body] / 255.0
     wrong = {
         name: float(np.square(np.clip(lit(soft(canvas), scene.light), 0, 1)[body] - seen).mean())
@@ -259,7 +260,7 @@ def hero_is(scene: Scene, action: str, facing: str, picture: Picture) -> bool:
 
 
 def facing_after(actions: Sequence[str]) -> str:
-    """Where the hero looks: the last direction it was told, down at first."""
+    """Direction of the hero: that of the last move, `down` before any."""
     return next((action for action in reversed(actions) if action != "stay"), "down")
 
 
@@ -292,16 +293,16 @@ def drift(tenths: NDArray[np.float64]) -> dict[str, float]:
     return dict(zip((*SIGNALS, "frozen feature"), (*moved.max(0).tolist(), float(frozen.max())), strict=True))
 
 
-def measured(pictures: Picture) -> NDArray[np.float64]:
+def tenth_statistics(pictures: Picture) -> NDArray[np.float64]:
     """Signals and features of each tenth of a video [N, H, W, 3], [10, signals + 32]."""
     return np.stack([np.concatenate((signals(part), features(part))) for part in np.array_split(pictures, 10)])
 
 
-def one_minute(engine: Engine, walks: int, tell: Tell) -> tuple[dict[str, Any], Picture]:
-    """Free streams of 60 s from a prompt alone: drift between tenths, the same of the simulator, and the hero.
+def one_minute(engine: Engine, walks: int, log: Log) -> tuple[dict[str, Any], Picture]:
+    """Drift between tenths of 60 s streams from a prompt without a video, the same of the simulator, and the hero.
 
-    The signals are averaged over all streams, so the simulator's own drift tells how much is chance. Also gives
-    pictures for a contact sheet, [8 streams at most, 10, SIZE, SIZE, 3].
+    The signals are averaged over all streams; the simulator's drift is the level of chance. Also returns pictures for a
+    contact sheet, [8 streams at most, 10, SIZE, SIZE, 3].
     """
     count = round(60 * engine.fps / FRAMES)
     ours, true, sheet, right, total = [], [], [], 0, 0
@@ -313,18 +314,19 @@ def one_minute(engine: Engine, walks: int, tell: Tell) -> tuple[dict[str, Any], 
         for frame in range(1, count):
             right += hero_is(scene, actions[frame - 1], facing_after(actions[:frame]), ends[frame])
         total += count - 1
-        ours.append(measured(ends))
-        true.append(measured(simulate(scene, rng.randrange(1 << 19), actions[: count - 1]).ends))
+        ours.append(tenth_statistics(ends))
+        true.append(tenth_statistics(simulate(scene, rng.randrange(1 << 19), actions[: count - 1]).ends))
         sheet.append(ends[:: count // 10][:10])
-        tell(f"one minute {index + 1}/{walks}: hero right in {right / total:.1%}")
+        log(f"one minute {index + 1}/{walks}: hero right in {right / total:.1%}")
     moved, chance = drift(np.mean(ours, 0)), drift(np.mean(true, 0))
-    found = {"hero_right": right / total, "drift": moved, "drift_60s": max(moved.values()), "simulator_drift": chance}
-    return found, np.stack(sheet[:8])
+    figures = {"hero_right": right / total, "drift": moved, "drift_60s": max(moved.values()), "simulator_drift": chance}
+    return figures, np.stack(sheet[:8])
 
 
-def long_run(engine: Engine, seeds: int, minutes: float, tell: Tell) -> dict[str, Any]:
-    """Which free streams have collapsed at their end: contrast or sharpness of the last 8 s is not within half and
-    twice the simulator's in the same scene."""
+def long_run(engine: Engine, seeds: int, minutes: float, log: Log) -> dict[str, Any]:
+    """Count long streams that collapsed: in the last 8 s, contrast or sharpness is below half or above twice the
+    simulator's in the same scene.
+    """
     latent_fps = engine.fps / FRAMES
     total, eight = round(minutes * 60 * latent_fps), round(8 * latent_fps)
     collapsed = []
@@ -335,27 +337,29 @@ def long_run(engine: Engine, seeds: int, minutes: float, tell: Tell) -> dict[str
         with engine.open(prompt=scene.prompt, seed=seed, actions=actions) as session:
             for _ in session.stream(total - eight, decode=False):
                 pass
-            session.current.decoder.clear()  # what came before was not decoded
+            session.current.decoder.clear()  # the frames before were not decoded
             last = np.stack([block.frames[-1] for block in session.stream(eight) if block.frames is not None])
         ratio = signals(last)[[1, 3]] / truth[[1, 3]]
         if (ratio < 0.5).any() or (ratio > 2).any():
             collapsed.append(seed)
-        tell(f"long run {seed + 1}/{seeds}: contrast and sharpness at the end {ratio[0]:.2f} and {ratio[1]:.2f}")
+        log(f"long run {seed + 1}/{seeds}: contrast and sharpness at the end {ratio[0]:.2f} and {ratio[1]:.2f}")
     return {"collapsed": len(collapsed), "collapsed_seeds": collapsed}
 
 
 def evaluate(
-    engine: Engine, walks: int, seeds: int, minutes: float, tell: Tell = lambda said: None
+    engine: Engine, walks: int, seeds: int, minutes: float, log: Log = lambda message: None
 ) -> tuple[dict[str, Any], Picture]:
-    """Every figure of `BARS`, with `passed` beside each; and pictures of free streams, [streams, 10, H, W, 3]."""
-    minute, sheet = one_minute(engine, walks, tell)
-    found: dict[str, Any] = {
-        "actions_right": actions_right(engine, walks, tell),
-        "reconstruction_db": reconstruction(engine, walks, tell),
-        "first_2s_db": first_two_seconds(engine, walks, tell),
-        "landmark_return": landmark_return(engine, walks, tell),
+    """Measure every figure of `BARS`; return figures with `passed`, and pictures of streams, [streams, 10, H, W, 3]."""
+    minute, sheet = one_minute(engine, walks, log)
+    figures: dict[str, Any] = {
+        "actions_right": actions_right(engine, walks, log),
+        "reconstruction_db": reconstruction(engine, walks, log),
+        "first_2s_db": first_two_seconds(engine, walks, log),
+        "landmark_return": landmark_return(engine, walks, log),
         **minute,
-        **long_run(engine, seeds, minutes, tell),
+        **long_run(engine, seeds, minutes, log),
     }
-    passed = {name: found[name] >= bar if sign == ">=" else found[name] <= bar for name, (sign, bar) in BARS.items()}
-    return found | {"passed": passed}, sheet
+    passed = {
+        name: figures[name] >= bar if sign == ">=" else figures[name] <= bar for name, (sign, bar) in BARS.items()
+    }
+    return figures | {"passed": passed}, sheet

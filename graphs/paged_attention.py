@@ -72,7 +72,7 @@ def attend_parts(
     """Attention of each part's queries over the pages listed for it, in the shape of `like`, [B, T, n, c]."""
     out = [
         block_attention(
-            rotated, kv, part.table, part.count, q_sink=q_sink, sink_count=part.sink_count, kv_scale=scale
+            rotated, kv, part.page_table, part.page_count, q_sink=q_sink, sink_count=part.sink_count, kv_scale=scale
         ).reshape(len(like), -1, *like.shape[2:])
         for part, (rotated, q_sink) in zip(parts, queries, strict=True)
     ]

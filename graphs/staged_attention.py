@@ -24,7 +24,7 @@ class StagedAttention:
     staging: [2, slots, P, n, c] in the model's dtype. kv: per layer [2, pages, P, n, c]; scales: per layer float32
     [2, pages, n], or None for pages of a float without a scale. parts: tables whose `pages` are slots of staging.
     written: slots and pages, int32 [N] each, of the pass's own frames. seen: pages and slots, int32 [M] each, of
-    all frames that are read through staging, where `table` lists slots; None where it lists pages.
+    all frames that are read through staging, where `page_table` lists slots; None where it lists pages.
     """
 
     parts: Sequence[PassTables]

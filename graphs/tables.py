@@ -16,15 +16,16 @@ class PassTables:
     """Pages and positions of one part of a pass: R rows (groups, of one session or of several), F frames each.
 
     pages: int32 [R, F], the page each frame's keys and values are written to.
-    table: int32 [R, max_pages], pages seen, those of sink and pinned frames first; count: int32 [R], how many.
+    page_table: int32 [R, max_pages], pages to read, those of sink and pinned frames first.
+    page_count: int32 [R], how many pages of its row in page_table each row reads.
     rope_time: [R, F, a, 2], cosines and sines of the temporal rotation at which keys are stored.
     rope_sink and sink_count (int32 [R]): cosines and sines of the queries for the first `sink_count` listed pages,
     where positions count within the window; both or neither.
     """
 
     pages: Tensor
-    table: Tensor
-    count: Tensor
+    page_table: Tensor
+    page_count: Tensor
     rope_time: Tensor
     rope_sink: Tensor | None = None
     sink_count: Tensor | None = None

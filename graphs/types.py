@@ -144,7 +144,7 @@ class PassGraph:
 
 
 @dataclass(frozen=True)
-class QueryShape:
+class GraphShape:
     """Key of a captured graph: rows of sessions or branches, frames of each, latents [C, H, W], tokens."""
 
     rows: int
@@ -185,7 +185,7 @@ class BlockGraph:
     preset: str
     dtype: torch.dtype
     device: str
-    shape: QueryShape
+    shape: GraphShape
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
     passes: tuple[PassGraph, ...]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.presets import PRESETS, About
 from .wan.spec import MODELS
 
@@ -60,7 +60,7 @@ BASES = {  # VAE and text encoder by named model; both sizes of Wan 2.1 have the
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a model or base is `org/name` or `org/name:file` of the hub, and not a path."""
+    """True if a model or base is `org/name` or `org/name:file` of the hub, and not a path."""
     match = NAME.fullmatch(text)
     if match is None or Path(text).exists():
         return False
@@ -92,14 +92,14 @@ def locate(
 
 
 def published(model: str, preset: str | None, offline: bool) -> tuple[Files, str, About | None]:
-    """What a name of a preset or of the hub stands for: files, which of them is the model ("": their folder), and the
+    """Files that a name of a preset or of the hub stands for, the model's among them ("": their folder), and the
     preset's facts.
     """
     if model in PRESETS:
         about = PRESETS[model].about
         if not about.files:
             raise UsageError(
-                f"model is {model!r}, a preset of which no published file is known ({about.weights}); "
+                f"model is {quoted(model)}, a preset of which no published file is known ({about.weights}); "
                 "give a path, or org/name:file of the hub"
             )
         return Files(about.weights, about.files), about.files[0], about
@@ -127,7 +127,7 @@ def base_of(repository: str, offline: bool) -> Files:
     """VAE and text encoder of a repository that is no base known here."""
     names = matching(listing(repository, offline), OTHER_PARTS)
     if not names:
-        raise UsageError(f"base is {repository!r}, which has no VAE or text encoder that is known by its name")
+        raise UsageError(f"base is {quoted(repository)}, which has no VAE or text encoder that is known by its name")
     return Files(repository, names)
 
 
@@ -206,19 +206,19 @@ def download(files: Files) -> Path:
     absent = [name for name in files.names if not (folder / name).is_file()]
     if absent:
         near = nearest(absent[0], listing(files.repository, False))
-        raise UsageError(f"{files.repository} has no file {absent[0]!r}{near}; see {page(files.repository)}")
+        raise UsageError(f"{files.repository} has no file {quoted(absent[0])}{near}; see {page(files.repository)}")
     return folder
 
 
 def no_repository(repository: str) -> UsageError:
     return UsageError(
-        f"no repository {repository!r} that can be read on {page('')}; check the name, and log in (hf auth login) "
+        f"no repository {quoted(repository)} that can be read on {page('')}; check the name, and log in (hf auth login) "
         "if it asks for that"
     )
 
 
 def unavailable(name: str, missing: Sequence[Files], reason: str, about: About | None) -> InferixError:
-    """What is missing, why, and the commands that download it."""
+    """Error that names what is missing, the reason, and the commands that download it."""
     commands = " && ".join(files.command for files in missing)
     sizes = [f"{one} {GIGABYTES[one]:g} GB" for files in missing for one in files.names if one in GIGABYTES]
     notes = [f"sizes: {', '.join(sizes)}"] if sizes else []

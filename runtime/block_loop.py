@@ -46,7 +46,7 @@ T = TypeVar("T")
 class BlockLoop:
     """Runs blocks with an engine's resources.
 
-    split_batches: called with the size of a batch that failed, and why, where each of its passes ran alone.
+    split_batches: called with the size and the error of a batch that failed although each of its passes runs by itself.
     """
 
     def __init__(self, resources: Resources, split_batches: Callable[[int, str], None]) -> None:
@@ -59,15 +59,16 @@ class BlockLoop:
         state: SessionState,
         record: BlockRecord,
         mark_rollback: Callable[[], None],
-        settle_decoder: Callable[[], None],
+        wait_for_decoder: Callable[[], None],
     ) -> BlockSteps[BlockInFlight]:
         """Make the next block: prepare the context, denoise, commit. Stages are timed in `record`.
 
-        mark_rollback: has a rollback return to the state as it is now. settle_decoder: waits for the decoder.
+        mark_rollback: makes the current state the one that a rollback restores. wait_for_decoder: waits until the
+        decode pipeline is done with the session.
         """
         with record.span("prepare"):
             yield from self.follow_prompt(state, mark_rollback)
-            yield from self.rebuild_context(state, record, settle_decoder)
+            yield from self.rebuild_context(state, record, wait_for_decoder)
         with record.span("denoise"):
             if self.runs_whole(state):
                 block = self.run_whole(state, record)
@@ -97,7 +98,7 @@ class BlockLoop:
         if change.left == 0:
             state.change = None
         if (yield from self.recache(state)):
-            mark_rollback()  # recaching twice would move a moving sink twice
+            mark_rollback()  # recaching twice would move the sink twice
 
     def recache(self, state: SessionState) -> BlockSteps[bool]:
         """Pass the visible past through the network under the prompt in force; False where the policy asks for none."""
@@ -108,12 +109,12 @@ class BlockLoop:
         latents = state.recent_frames(run.frames)
         if scheduled.clears_cache:
             branch.cache.clear()
-        branch.cache.hold(run.groups[-1].context)
+        branch.cache.set_window(run.groups[-1].context)
         yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
         return True
 
     def rebuild_context(
-        self, state: SessionState, record: BlockRecord, settle_decoder: Callable[[], None]
+        self, state: SessionState, record: BlockRecord, wait_for_decoder: Callable[[], None]
     ) -> BlockSteps[None]:
         """Rebuild the context from the last clean latents, where the policy asks for it."""
         scheduled = rebuild_pass(state.timeline)
@@ -126,7 +127,7 @@ class BlockLoop:
         self.roll_caches(state, run)
         yield from self.network_pass(state, run, latents, record)
         if state.preset.context.restart_decoder:
-            settle_decoder()
+            wait_for_decoder()
             state.decoder.restart(state.next_block, latents)
 
     def rebuild_latents(self, state: SessionState, run: Pass) -> Tensor:
@@ -165,7 +166,7 @@ class BlockLoop:
         return self.resources.executor.supports_whole_block and plain and not clamped
 
     def run_whole(self, state: SessionState, record: BlockRecord) -> BlockInFlight:
-        """All steps and the commit of a block that is alone in flight, in one launch."""
+        """Run all steps and the commit of a block in one launch; no other block is in flight."""
         block, (branch,) = self.admit(state), state.branches
         assert isinstance(state.noise, PhiloxNoise)
         frames, seed = block.span.frames, state.noise.seed
@@ -175,7 +176,7 @@ class BlockLoop:
         with record.one_pass():
             executor = self.resources.executor
             block.latents = executor.run_block(block.latents, branch.text, bound, frames, seed, actions)
-        branch.cache.settle()
+        branch.cache.end_pass()
         self.check_finite(block)
         block.committed = state.preset.context.commit
         return block
@@ -183,7 +184,7 @@ class BlockLoop:
     # Parts of a block
 
     def admit(self, state: SessionState) -> BlockInFlight:
-        """The next block, as noise, or as a given video with noise added."""
+        """Admit the next block: noise, or a given video with noise added. InferixError where the video has ended."""
         span = state.timeline.admit()
         latents = self.draw(state, span, 0)
         if state.source is not None:
@@ -196,7 +197,7 @@ class BlockLoop:
         return block
 
     def advance(self, state: SessionState, block: BlockInFlight, velocity: Tensor) -> None:
-        """One solver step of one block; velocity [F, C, H, W]."""
+        """Take one solver step of one block; velocity [F, C, H, W]."""
         step = block.step
         block.latents = block.solver.advance(
             block.latents, velocity, step, lambda: self.draw(state, block.span, step + 1)
@@ -206,25 +207,25 @@ class BlockLoop:
         self.check_finite(block)
 
     def check_finite(self, block: BlockInFlight) -> None:
-        """InferixError for latents with an infinity or a NaN."""
+        """Raise InferixError for latents with an infinity or a NaN."""
         if not torch.isfinite(block.latents).all():
             raise InferixError(f"block {block.span.index} is not finite; try dtype float32 or another checkpoint")
 
     def clamp(self, state: SessionState, block: BlockInFlight) -> None:
-        """Put the clamped image's latents back into the first block."""
+        """Overwrite the first frames of the first block with the clamped image's latents."""
         if state.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
 
     def roll_caches(self, state: SessionState, run: Pass) -> None:
-        """Roll the caches to the context of a pass that writes; one that does not write sees what they hold."""
+        """Set the window of the caches to the context of a pass that writes; other passes leave it as it is."""
         window = window_of(run)
         if window is not None:
             for branch in state.branches:
-                branch.cache.hold(window)
+                branch.cache.set_window(window)
             state.timeline.forget(window)
 
     def actions_of(self, state: SessionState, run: Pass) -> Tensor | None:
-        """Action of each frame of a pass, one-hot [1, F, action_dim]; None for a model that follows text alone."""
+        """Action of each frame of a pass, one-hot [1, F, action_dim]; None for a model without actions."""
         spec, resources = self.resources.spec, self.resources
         if spec.action_dim is None:
             return None
@@ -242,7 +243,7 @@ class BlockLoop:
     def network_pass(
         self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None = None
     ) -> BlockSteps[Tensor]:
-        """One pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided if there are two branches."""
+        """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided with two branches."""
         actions, velocities = self.actions_of(state, run), []
         timed: AbstractContextManager[None] = nullcontext() if record is None else record.one_pass()
         with timed:
@@ -250,31 +251,31 @@ class BlockLoop:
                 velocities.append((yield ForwardRequest(branch, run, latents, actions)))
         if len(velocities) == 1:
             return velocities[0]
-        prompted, plain = velocities
-        return plain + state.preset.sampler.guidance_scale * (prompted - plain)
+        conditional, negative = velocities
+        return negative + state.preset.sampler.guidance_scale * (conditional - negative)
 
     def answer(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
-        """The results of requests, in order; compatible ones run as one batch."""
+        """Return the results of requests, in order; compatible ones run as one batch."""
         groups = [(group, self.answer_group(group)) for group in group_compatible(requests)]
         results = {request: result for group, answers in groups for request, result in zip(group, answers, strict=True)}
         return [results[request] for request in requests]
 
     def answer_group(self, requests: Sequence[ForwardRequest]) -> Sequence[ForwardResult]:
-        """Velocities from one batch; if that fails, from each request alone, so that one fails by itself."""
+        """Return velocities from one batch; if it fails, run each request by itself to isolate the failure."""
         try:
             with shortages_named():
                 return self.forward(requests)
         except FAILURES as error:
             if len(requests) == 1:
                 return [error]
-            message = str(error)  # and not the error, whose traceback holds memory
+            message = str(error)  # the error itself would keep tensors alive by its traceback
         results = [result for request in requests for result in self.answer_group([request])]
         if not any(isinstance(result, Exception) for result in results):
             self.split_batches(len(requests), message)
         return results
 
     def forward(self, requests: Sequence[ForwardRequest]) -> list[Tensor]:
-        """The network's velocity [F, C, H, W] for each of some compatible requests, in one run."""
+        """Run the network once for compatible requests; returns the velocity [F, C, H, W] of each."""
         caches = [request.branch.cache for request in requests]
         levels = [request.run.timesteps for request in requests]
         executor, device = self.resources.executor, self.resources.device
@@ -287,7 +288,7 @@ class BlockLoop:
             velocity = executor.forward(latents, timesteps, text, bound, torch.cat(actions) if actions else None)
         finally:
             for cache in caches:
-                cache.settle()
+                cache.end_pass()
         return list(velocity)
 
     # Outside of a block
@@ -299,7 +300,7 @@ class BlockLoop:
         return result
 
     def velocity(self, state: SessionState, run: Pass, latents: Tensor) -> Tensor:
-        """The velocity [F, C, H, W] of one pass."""
+        """Run one pass by itself; returns its velocity [F, C, H, W]."""
         return self.run_alone(self.network_pass(state, run, latents))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them: parsed from "6GB", and formatted."""
+"""Byte sizes: parsed from text such as "6GB", and formatted."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 def parse_bytes(given: int | str) -> int:
-    """Bytes of 6000000000, "6GB" or "5.5 GiB"; UsageError for what is none or not above 0."""
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", str(given).strip())
-    if isinstance(given, bool) or found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
+    """Parse bytes from 6000000000, "6GB" or "5.5 GiB"; UsageError for other text, or a number that is not above 0."""
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", str(given).strip())
+    if isinstance(given, bool) or match is None or match[2].upper() not in UNITS or match[1].count(".") > 1:
         raise UsageError(f"memory is {given!r}; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
-    count = int(float(found[1]) * UNITS[found[2].upper()]) if found[1] != "." else 0
+    count = int(float(match[1]) * UNITS[match[2].upper()]) if match[1] != "." else 0
     if count < 1:
         raise UsageError(f"memory is {given!r}; expected more than 0 bytes")
     return count
 
 
 def format_bytes(count: int) -> str:
-    """Bytes for people."""
+    """Format bytes with four digits and a decimal unit."""
     for unit in ("GB", "MB", "kB"):
         scale = UNITS[unit.upper()]
         if count >= scale:

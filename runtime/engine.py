@@ -28,7 +28,7 @@ from .execution.executors import Executor, Text
 from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .inputs import Inputs, Pixels
-from .kv.kv_manager import KVMemory
+from .kv.kv_manager import KVManager
 from .limits import Limits
 from .noise import Noise, PhiloxNoise
 from .programs.graph_store import card_of
@@ -90,6 +90,7 @@ class Engine:
         noise: Noise | None = None,
         size: tuple[int, int] | None = None,
         actions: Sequence[str] = (),
+        fit: str = "crop",
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
@@ -97,7 +98,8 @@ class Engine:
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
         it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
         the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
-        Raises UsageError for input that cannot be used.
+        `fit` (crop, pad, stretch) brings files of other proportions to `size`; a video file is sampled at the model's
+        rate. Raises UsageError for input that cannot be used.
         """
         size, preset, inputs = size or self.default_size, self.preset, self.inputs
         if strength is not None and video is None:
@@ -109,11 +111,11 @@ class Engine:
         negative = inputs.negative_rows(negative_prompt, negative_embeds)
         source = clamped = prefix = None
         if video is not None and strength is not None:
-            source = inputs.source_latents(video, size)
+            source = inputs.source_latents(video, size, fit)
         elif image is not None and preset.context.image == "clamp" and video is None:
-            clamped = inputs.clamped_latents(image, size)
+            clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
-            prefix = inputs.prefix_latents(image, video, size)
+            prefix = inputs.prefix_latents(image, video, size, fit)
         texts = [rows] if negative is None else [rows, negative]
         state = SessionState(
             size=size,
@@ -152,8 +154,8 @@ class Engine:
             with record.span("encode"):
                 self._apply_controls(session)
             session.mark_rollback()
-            settle_decoder = partial(manager.settle, session)
-            block = yield from self.loop.make_block(state, record, session.mark_rollback, settle_decoder)
+            wait_for_decoder = partial(manager.settle, session)
+            block = yield from self.loop.make_block(state, record, session.mark_rollback, wait_for_decoder)
             if self.profile is not None:
                 self.profile.end_block(block.span.index, record.seconds, partial(self._bytes_by_owner, state))
             manager.finish_block(session, block.latents)
@@ -301,7 +303,7 @@ class Engine:
         return self.resources.executor
 
     @property
-    def memory(self) -> KVMemory:
+    def memory(self) -> KVManager:
         return self.resources.memory
 
     @property

@@ -1,4 +1,4 @@
-"""The one lock of an engine, which wakes threads that wait for a change."""
+"""Condition variable of an engine: one lock, which wakes threads that wait for a change."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import threading
 
 
 class EngineCondition(threading.Condition):
-    """One lock for an engine. `changes` counts signals, so that a waiter misses none."""
+    """Lock and condition of an engine. `changes` counts signals, so that a waiter misses none."""
 
     def __init__(self) -> None:
         super().__init__(threading.RLock())
         self.changes = 0
 
     def signal(self) -> None:
-        """Wake all waiters; free to any thread."""
+        """Wake all waiters; callable from any thread."""
         with self:
             self.changes += 1
             self.notify_all()

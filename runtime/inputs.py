@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import UsageError
-from ..models.text.umt5 import load_prompt_embeds
-from .media import read_image, read_video
+from ..errors import UsageError, quoted
+from ..models.text.umt5 import clean_prompt, load_prompt_embeds
+from .media_input import read_image, read_video
 from .resources import Resources
 
 Pixels = NDArray[np.uint8]
@@ -25,24 +25,26 @@ class Inputs:
 
     resources: Resources
 
-    def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor:
-        """Encode a prompt, or load `embeds`, to rows [text_len, text_dim]. UsageError for both or neither."""
+    def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None, empty: bool = False) -> Tensor:
+        """Encode a prompt, or load `embeds`, to rows [text_len, text_dim]. UsageError for both or neither.
+
+        empty: the prompt may be empty.
+        """
         resources = self.resources
         if embeds is not None and prompt is None:
             rows = load_prompt_embeds(embeds, resources.spec.text_len, resources.spec.text_dim)
             return rows.to(resources.device, resources.dtype)
         if embeds is not None or prompt is None:
             raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
-        self.check_prompt(prompt)
+        self.check_prompt(prompt, empty)
         assert resources.parts.text is not None
         return resources.parts.text().encode(prompt).to(resources.device, resources.dtype)
 
-    def check_prompt(self, prompt: object) -> None:
-        """UsageError for a prompt that no text encoder takes, or where there is no encoder."""
+    def check_prompt(self, prompt: object, empty: bool = False) -> None:
+        """UsageError for a prompt that no text encoder takes, or where there is no encoder. See `clean_prompt`."""
         if not isinstance(prompt, str):
-            raise UsageError(f"the prompt is {prompt!r}; expected text")
-        if not prompt.strip():
-            raise UsageError("the prompt is empty; say what the video shows")
+            raise UsageError(f"the prompt is {quoted(prompt)}; expected text")
+        clean_prompt(prompt, empty)
         if self.resources.parts.text is None:
             raise UsageError(
                 f"{self.resources.parts.source} has no text encoder; give base= (--base), a folder that has one, "
@@ -61,27 +63,28 @@ class Inputs:
                 f"{preset.name} guides away from a negative prompt; give negative_prompt "
                 "(--negative-prompt), or set guidance_scale=1"
             )
-        return self.prompt_rows(prompt, embeds)
+        return self.prompt_rows(prompt, embeds, empty=True)
 
-    def source_latents(self, video: Any, size: tuple[int, int]) -> Tensor:
+    def source_latents(self, video: Any, size: tuple[int, int], fit: str = "crop") -> Tensor:
         """Latents [F, C, H, W] of a video that blocks are made from: its whole blocks, from the start."""
-        return self.encoded(self.pixels_of(video, size, still=False), keep_end=False)
+        return self.encoded(self.pixels_of(video, size, False, fit), keep_end=False)
 
-    def clamped_latents(self, image: Any, size: tuple[int, int]) -> Tensor:
+    def clamped_latents(self, image: Any, size: tuple[int, int], fit: str = "crop") -> Tensor:
         """Latents [1, C, H, W] of an image that is held as the first frame."""
-        return self.encoded(self.pixels_of(image, size, still=True), keep_end=False, whole_blocks=False)
+        return self.encoded(self.pixels_of(image, size, True, fit), keep_end=False, whole_blocks=False)
 
-    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int]) -> Tensor:
+    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int], fit: str = "crop") -> Tensor:
         """Latents [F, C, H, W] that the stream continues, as whole blocks, the end of a video kept."""
         if image is not None and video is not None:
             raise UsageError("image and video both begin the stream; give one of them")
         still = image is not None
-        return self.encoded(self.pixels_of(image if still else video, size, still), keep_end=True)
+        return self.encoded(self.pixels_of(image if still else video, size, still, fit), keep_end=True)
 
-    def pixels_of(self, given: Any, size: tuple[int, int], still: bool) -> Pixels:
+    def pixels_of(self, given: Any, size: tuple[int, int], still: bool, fit: str = "crop") -> Pixels:
         """Frames uint8 [T, H, W, 3] of an image or video, from a file or an array; UsageError if they do not fit."""
         if isinstance(given, str | Path):
-            pixels = read_image(given, size)[None] if still else read_video(given, size)
+            fps = self.resources.spec.fps
+            pixels = read_image(given, size, fit)[None] if still else read_video(given, size, fps, fit)
         else:
             pixels = given[None] if given.ndim == 3 else given
         if pixels.ndim != 4 or pixels.shape[1:] != (size[1], size[0], 3) or pixels.dtype != np.uint8:
@@ -110,6 +113,9 @@ class Inputs:
             frames = first + (frames - first) // step * step
         count = (frames - 1) * stride + 1
         pixels = pixels[len(pixels) - count :] if keep_end else pixels[:count]
-        scaled = torch.from_numpy(pixels.copy()).to(resources.device, resources.dtype).permute(0, 3, 1, 2) / 127.5 - 1
-        vae = resources.parts.vae
-        return vae.encode(scaled, vae.new_state())
+        vae, latents = resources.parts.vae, []
+        state = vae.new_state()
+        for part in np.split(pixels, range(1, count, stride)):  # a long video is never all in floating point
+            scaled = torch.from_numpy(part.copy()).to(resources.device, resources.dtype).permute(0, 3, 1, 2)
+            latents.append(vae.encode(scaled / 127.5 - 1, state))
+        return torch.cat(latents)

@@ -1,4 +1,4 @@
-"""What an engine takes on, as data: the user's limits, and the steps that overload may take."""
+"""Limits of an engine, as data: admission, scheduling, and the degradation steps allowed under overload."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DEGRADATION_KINDS = ("sessions", "window", "decoder")
 
 @dataclass(frozen=True)
 class DegradationStep:
-    """One declared step that overload may take.
+    """One degradation step that an overloaded engine may take.
 
-    kind: `sessions` pauses the newest down to `value` sessions, `window` narrows local_attn_size to `value`
-    frames, `decoder` decodes with the fast decoder (`value` is not used).
+    kind: `sessions` pauses the newest sessions until `value` are left; `window` narrows local_attn_size to `value`
+    frames; `decoder` switches to the fast decoder and ignores `value`. UsageError for another kind or value.
     """
 
     kind: str
@@ -32,19 +32,19 @@ class DegradationStep:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine takes on, and how it shares itself out.
+    """Limits of an engine; UsageError for a value out of range.
 
-    schedule: `round-robin`, or `earliest-deadline`, the session that runs out of video first.
-    when_full: a session that does not fit is refused, or queued until others have ended.
-    sessions: how many may be in at a time. memory_bytes: what all of them may need together, pages, decoder
-    state and latents; None for as much as there is.
-    realtime: blocks are to be ready when the one before has been played, and a session is let in only if by
-    measured block times that holds for all. late_blocks: so many late ones in a row take the next step of
-    `overload`; without steps nothing gives way.
-    queue_blocks: finished and unfinished blocks a session may have that no one has taken yet.
-    consumer_timeout: seconds after which a session whose blocks no one takes is ended; None for never.
-    batch: sessions whose blocks may run as one, where measured times say that it is faster; 1 for turns only, None
-    for as many as were measured.
+    schedule: `round-robin`, or `earliest-deadline`: the session that runs out of video first.
+    when_full: `refuse` a session that does not fit, or `queue` it until others end.
+    sessions: admitted sessions at a time. memory_bytes: bytes that all of them may need together (pages, decoder
+    state, latents). None: no limit.
+    realtime: each block has a deadline, the end of the previous one's playback. A session is admitted only if, by
+    measured block times, all sessions meet theirs.
+    late_blocks: consecutive late blocks that trigger the next degradation step of `overload`.
+    queue_blocks: blocks of a session, in progress or finished, that its consumer has not taken.
+    consumer_timeout: seconds after which a session whose blocks are not taken is ended; None for never.
+    batch: most sessions in a batch, used where measured times say it is faster; 1 for none, None for as many as were
+    measured.
     """
 
     schedule: str = "round-robin"

@@ -1,29 +1,34 @@
-"""Pictures and videos on disk: an H.264 writer, a contact sheet, and readers.
+"""Videos and contact sheets on disk: an H.264 writer, and a picture of thumbnails.
 
-Every output is written to `<path>.part` and moved to its place when it is complete, so a file that exists is
-playable. PyAV and Pillow are imported where they are used: running a model needs neither.
+A file that exists is whole; what was written before an error is kept. PyAV and Pillow are imported where they are
+used: running a model needs neither.
 """
 
 from __future__ import annotations
 
 import os
+import struct
+import warnings
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError, nearest
-from .files import check_output, part_of, write_atomically, write_failed
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from ..errors import InferixError, UsageError, nearest, quoted
+from .files import PartFile, check_output, write_atomically, write_failed
+from .media_input import untagged_matrix
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+FRAGMENTED = {"movflags": "delay_moov+default_base_moof", "frag_duration": "1000000"}  # of a second each
+WAITING = 2  # groups of frames that may wait for the encoder
+BT709, BT601, LIMITED = 1, 6, 1  # numbers of H.273; 1 is BT.709 for primaries and transfer, too
 CELL_WIDTH = 240  # widest thumbnail of a contact sheet, in pixels
 LABEL_HEIGHT = 14  # room for one line of Pillow's built-in font, in pixels
 
@@ -31,20 +36,21 @@ Frames = NDArray[np.uint8]
 
 
 class VideoWriter:
-    """H.264 (yuv420p) video file, as a context manager.
+    """H.264 (yuv420p) video file, as a context manager; a thread of its own encodes.
 
     path: ends in .mp4, .mov or .mkv; its folder is made. fps: frames per second, > 0. size: even (W, H).
     scale: how many times wider and higher than `size` the file's pictures are.
-    The constructor raises UsageError for what cannot be written. On a clean exit, and on KeyboardInterrupt,
-    the frames added so far become a playable `path` (none: no file); any other error leaves no file.
-    A write that fails raises InferixError with the path and the reason.
+    Colours have the matrix of BT.709 from 1280 pixels across or 720 lines on, else that of BT.601, and are tagged.
+    The constructor raises UsageError for what cannot be written. At the end, also by an error, the frames added so
+    far become a playable `path` (none: no file). A write that fails raises InferixError with the path and the reason,
+    and what fits on the disk is kept: `frames` is then how many that are.
     """
 
     def __init__(self, path: str | Path, fps: float, size: tuple[int, int], scale: int = 1) -> None:
         width, height = size
         if Path(path).suffix.lower() not in CONTAINERS:
             hint = nearest(Path(path).suffix.lower(), CONTAINERS)
-            raise UsageError(f"video {str(path)!r} must end in one of {', '.join(CONTAINERS)}{hint}")
+            raise UsageError(f"video {quoted(str(path))} must end in one of {', '.join(CONTAINERS)}{hint}")
         if not fps > 0:
             raise UsageError(f"fps is {fps}; expected a number above 0")
         if width < 2 or height < 2 or width % 2 or height % 2:
@@ -53,15 +59,18 @@ class VideoWriter:
         self.fps = Fraction(fps).limit_denominator(1001)  # keeps 30000/1001 exact
         self.size, self.scale = size, scale
         self.frames = 0
-        self._part = part_of(self.path)
+        self._matrix = untagged_matrix(width * scale, height * scale)
+        self._part: PartFile | None = None
         self._container: Any = None
         self._stream: Any = None
+        self._worker: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
-        import av
-
         try:
-            self._container = av.open(str(self._part), "w", format=CONTAINERS[self.path.suffix.lower()])
+            self._part = PartFile(self.path)
+            options = {} if self._format == "matroska" else FRAGMENTED
+            self._container = open_output(self._part.part, self._format, options)
             self._stream = self._container.add_stream("libx264", rate=self.fps)
         except OSError as error:
             self._discard()
@@ -69,52 +78,170 @@ class VideoWriter:
         self._stream.width, self._stream.height = (side * self.scale for side in self.size)
         self._stream.pix_fmt = "yuv420p"
         self._stream.options = {"crf": "18"}
+        context = self._stream.codec_context
+        context.colorspace = BT709 if self._matrix == BT709 else BT601
+        context.color_primaries = context.color_trc = BT709  # those of sRGB and of its nearest curve
+        context.color_range = LIMITED
+        self._worker = ThreadPoolExecutor(1, "video encoder")
         return self
 
-    def add(self, frames: Frames) -> None:
-        """Append uint8 RGB frames [T, H, W, 3]."""
-        import av
+    @property
+    def _format(self) -> str:
+        return CONTAINERS[self.path.suffix.lower()]
 
+    def add(self, frames: Frames) -> None:
+        """Append uint8 RGB frames [T, H, W, 3]; they are copied. An earlier frame's error may be raised here."""
         width, height = self.size
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (height, width, 3):
             raise ValueError(
                 f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, {height}, {width}, 3]: "
                 "convert them, or open the writer with their size"
             )
+        assert self._worker is not None
+        self._wait(WAITING - 1)
+        self._waiting.append(self._worker.submit(self._encode, np.array(frames, order="C")))
+        self.frames += len(frames)
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many groups of frames are not encoded; InferixError if that failed."""
         try:
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                if self.scale > 1:
-                    picture = picture.reformat(width * self.scale, height * self.scale)
-                self._container.mux(self._stream.encode(picture))
-                self.frames += 1
+            while len(self._waiting) > most:
+                self._waiting.popleft().result()
         except OSError as error:
             raise write_failed(self.path, error) from error
+
+    def _encode(self, frames: Frames) -> None:
+        import av
+
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                self._stream.width, self._stream.height, "yuv420p", dst_colorspace=self._matrix, dst_color_range=LIMITED
+            )
+            self._container.mux(self._stream.encode(picture))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        added, failed = self.frames, None
         try:
-            if self.frames and (kind is None or issubclass(kind, KeyboardInterrupt)):
+            try:
+                self._wait(0)
                 self._finish()
+            except InferixError as wrong:
+                failed = wrong
+                self._save_fragments()
         finally:
             self._discard()
+        if failed is not None and kind is None:
+            kept = f"the first {self.frames} of {added} frames are kept" if self.frames else "no frame is kept"
+            raise InferixError(f"{failed}; {kept}") from failed
 
     def _finish(self) -> None:
-        """Flush the encoder, write the index, and move the file to its place."""
+        """Flush the encoder, write the index, and give the file its name; InferixError if it is not all there."""
+        if not self.frames:
+            return
+        assert self._part is not None
         try:
             self._container.mux(self._stream.encode(None))
             self._container.close()
-            os.replace(self._part, self.path)
+            written = count_packets(self._part.part)  # FFmpeg does not report every write that fails
+            if written < self.frames:
+                raise InferixError(f"writing {quoted(str(self.path))} failed: not all of it is there; free some space")
+            if self._format == "matroska" or not self._index_in_front():
+                self._part.keep()
         except OSError as error:
             raise write_failed(self.path, error) from error
 
-    def _discard(self) -> None:
-        """Close what is open and remove the unfinished file; after `_finish` there is nothing left to do."""
+    def _index_in_front(self) -> bool:
+        """Copy the fragments into a file that starts at once everywhere; False if there is no room for it."""
+        assert self._part is not None
+        whole = None
+        try:
+            whole = PartFile(self.path)
+            copy_packets(self._part.part, whole.part, self._format)
+            if count_packets(whole.part) == self.frames:
+                whole.keep()
+                return True
+        except OSError:
+            pass  # the fragments are whole, and are kept
+        finally:
+            if whole is not None:
+                whole.discard()
+        warnings.warn(f"no room for the index of {quoted(str(self.path))} in front; it is in fragments", stacklevel=2)
+        return False
+
+    def _save_fragments(self) -> None:
+        """After a failed write: keep the whole seconds that are on the disk."""
+        assert self._part is not None
+        self._close()
+        if self._format != "matroska":
+            os.truncate(self._part.part, fragments_end(self._part.part))
+        self.frames = count_packets(self._part.part)
+        if self.frames:
+            self._part.keep()
+
+    def _close(self) -> None:
+        """Stop the encoder's thread and close the container."""
+        for waiting in self._waiting:
+            waiting.cancel()
+        if self._worker is not None:
+            self._worker.shutdown()
         if self._container is not None:
             with suppress(OSError):  # closing writes the index, which fails again on a full disk
                 self._container.close()
-        self._part.unlink(missing_ok=True)
+
+    def _discard(self) -> None:
+        """Close what is open and remove the unfinished file; after it has its name there is nothing left to do."""
+        self._close()
+        if self._part is not None:
+            self._part.discard()
+
+
+def open_output(path: Path, form: str, options: dict[str, str]) -> Any:
+    """A container to write to; `file:` since FFmpeg takes names with a colon for addresses."""
+    import av
+
+    return av.open(f"file:{path.absolute()}", "w", format=form, container_options=options)
+
+
+def copy_packets(source: Path, target: Path, form: str) -> None:
+    """Write the encoded pictures of a video into another file, its index in front."""
+    import av
+
+    front = {"movflags": "faststart"}
+    with source.open("rb") as file, av.open(file, "r") as read, open_output(target, form, front) as out:
+        stream = out.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(read.streams.video[0]):
+            if packet.size:  # the last one only says that this is the end
+                packet.stream = stream
+                out.mux(packet)
+
+
+def count_packets(path: Path) -> int:
+    """How many pictures a video file holds; 0 if it is none."""
+    import av
+
+    try:
+        with path.open("rb") as file, av.open(file, "r") as container:
+            return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+    except av.error.FFmpegError:
+        return 0
+
+
+def fragments_end(path: Path) -> int:
+    """Bytes up to the end of the last whole fragment of an MP4 file: of the boxes of a `moof` and its `mdat`."""
+    end = place = 0
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        while place + 8 <= size:
+            file.seek(place)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if length < 8:
+                break
+            place += length
+            if kind == b"mdat" and place <= size:
+                end = place
+    return end
 
 
 def contact_sheet(
@@ -146,41 +273,3 @@ def contact_sheet(
         draw.text((left + 2, top), name, fill="white")
         sheet.paste(Image.fromarray(frame).resize(cell), (left, top + LABEL_HEIGHT))
     return write_atomically(check_output(path), lambda part: sheet.save(part, format="PNG"))
-
-
-def read_image(path: str | Path, size: tuple[int, int]) -> Frames:
-    """The picture at `path`, stretched to size (W, H), as uint8 RGB [H, W, 3]; UsageError if unreadable."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            upright: Image.Image = ImageOps.exif_transpose(image)
-            return stretched(upright, size)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's errors for broken files
-        raise UsageError(f"cannot read image {str(path)!r}: {error}; expected a PNG or JPEG file") from error
-
-
-def stretched(image: Image, size: tuple[int, int]) -> Frames:
-    return np.array(image.convert("RGB").resize(size), dtype=np.uint8)
-
-
-def read_video(path: str | Path, size: tuple[int, int]) -> Frames:
-    """All frames of the video at `path`, at its own rate, stretched to (W, H), as uint8 RGB [T, H, W, 3].
-
-    Raises UsageError if the file cannot be read or holds no picture.
-    """
-    import av
-
-    width, height = size
-    try:
-        with av.open(str(path)) as container:
-            frames = [
-                frame.to_ndarray(format="rgb24", width=width, height=height)
-                for stream in container.streams.video[:1]
-                for frame in container.decode(stream)
-            ]
-    except (OSError, av.error.FFmpegError) as error:
-        raise UsageError(f"cannot read video {str(path)!r}: {error}; expected an mp4 or mkv") from error
-    if not frames:
-        raise UsageError(f"video {str(path)!r} holds no frame; expected a file with a video stream")
-    return np.stack(frames)

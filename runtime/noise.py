@@ -1,6 +1,6 @@
-"""Where a session's noise comes from: the counter-based default, or tensors injected for parity checks.
+"""Noise of a session: counter-based Philox by default, or given tensors for parity checks.
 
-Draw 0 is a frame's initial noise; draw s is the noise that is added before denoising step s.
+Draw 0 is the initial noise of a frame; draw s is the noise added before denoising step s.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..kernels.philox import philox_normals
 
 class Noise(Protocol):
     def draw(self, block: int, frames: range, draw: int, shape: tuple[int, int, int]) -> Tensor:
-        """Noise [F, C, H, W] of absolute latent frames `frames`, which are those of block `block`."""
+        """Return noise [F, C, H, W] of the absolute latent frames `frames` of block `block`."""
 
 
 @dataclass(frozen=True)
 class PhiloxNoise:
-    """Noise as a function of the seed (64 bits) and the absolute frame, drawn on `device`."""
+    """Noise as a function of a 64-bit seed and the absolute frame, drawn on `device`; UsageError for a bad seed."""
 
     seed: int
     device: str = "cpu"
@@ -37,9 +37,10 @@ class PhiloxNoise:
 
 @dataclass(frozen=True)
 class InjectedNoise:
-    """Given noise: initial [F, C, H, W] from frame `first`, renoise [blocks, steps-1, F_b, C, H, W].
+    """Given noise: initial [F, C, H, W], renoise [blocks, steps-1, F_b, C, H, W].
 
-    `first` is the first frame that is generated; `renoise` counts generated blocks from 0.
+    first: the first generated frame, at which `initial` starts. `renoise` counts generated blocks from 0.
+    UsageError, at a draw, for tensors that are too short or of another shape.
     """
 
     initial: Tensor
@@ -48,14 +49,14 @@ class InjectedNoise:
 
     def draw(self, block: int, frames: range, draw: int, shape: tuple[int, int, int]) -> Tensor:
         if draw == 0:
-            found = self.initial[frames.start - self.first : frames.stop - self.first]
+            noise = self.initial[frames.start - self.first : frames.stop - self.first]
         elif self.renoise is None:
-            raise UsageError("injected noise has no renoise tensor; expected [blocks, steps-1, F_b, C, H, W]")
+            raise UsageError("renoise is None; expected noise [blocks, steps-1, F_b, C, H, W] for this sampler")
         else:
-            found = self.renoise[block : block + 1, draw - 1 : draw].flatten(0, 1).flatten(0, 1)
-        if found.shape != torch.Size((len(frames), *shape)):
+            noise = self.renoise[block : block + 1, draw - 1 : draw].flatten(0, 1).flatten(0, 1)
+        if noise.shape != torch.Size((len(frames), *shape)):
             raise UsageError(
-                f"injected noise for block {block}, draw {draw} is {list(found.shape)}; "
+                f"injected noise for block {block}, draw {draw} is {list(noise.shape)}; "
                 f"expected {[len(frames), *shape]}: give enough frames and blocks"
             )
-        return found
+        return noise

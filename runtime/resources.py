@@ -1,4 +1,4 @@
-"""What an engine has loaded: read by the block loop and by the sessions, changed by neither."""
+"""Resources of an engine: what it has loaded. The block loop and the sessions read them and change none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
 from .execution.executors import Executor, make_executor
 from .execution.loading import Components
-from .kv.kv_manager import KVMemory
+from .kv.kv_manager import KVManager
 from .kv.page_store import KV_DTYPES
 from .streams import make_current
 
@@ -20,14 +20,14 @@ from .streams import make_current
 class Resources:
     """Settings, weights, page memory and executor of one engine.
 
-    preset: as loaded. Page memory and graphs are sized for it, so `memory` and `executor` have it too. Overload can
-    narrow the window that sessions use: `SessionManager.preset` is that narrower preset.
+    preset: as loaded; page memory and graphs are sized for it. An overloaded engine can narrow the window of sessions:
+    `SessionManager.preset` is that narrower preset.
     """
 
     config: EngineConfig
     preset: Preset
     parts: Components
-    memory: KVMemory
+    memory: KVManager
     executor: Executor
     device: torch.device
     dtype: torch.dtype
@@ -45,5 +45,5 @@ def make_resources(
     make_current(device)
     executor = executor or make_executor(config, preset, parts)
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
-    memory = KVMemory(parts.transformer.spec, preset, (dtype, kv_dtype), device, config.kv_memory)
+    memory = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), device, config.kv_memory)
     return Resources(config, preset, parts, memory, executor, device, dtype)

@@ -1,6 +1,6 @@
-"""Samplers of the causal Wan models: which timesteps, and how a block goes from one noise level to the next.
+"""Samplers: the timesteps of a schedule, and solvers that take a block from one noise level to the next.
 
-`renoise` predicts x0 and starts again from it with fresh noise; `unipc` is the multistep solver and draws none.
+`renoise` predicts x0 and adds fresh noise to it; `unipc` is a deterministic multistep solver.
 Source: Self-Forcing (arXiv 2506.08009); UniPC (arXiv 2302.04867); the flow-matching shift of Wan 2.1.
 """
 
@@ -21,9 +21,10 @@ from ..schemes.sampler_spec import TRAIN_TIMESTEPS, SamplerSpec
 
 
 class Sampler:
-    """The schedule of a `SamplerSpec`; `begin` gives a solver for one block.
+    """Schedule of a `SamplerSpec`; `begin` makes the solver of one block.
 
-    strength: how far from a given video a block starts, in (0, 1]; the whole schedule is scaled by it.
+    strength: fraction of the noise, in (0, 1], that is added to a given video; it scales the timesteps. UsageError for
+    another value, and for one below 1 with a solver other than `renoise`.
     """
 
     def __init__(self, spec: SamplerSpec, strength: float = 1.0) -> None:
@@ -34,12 +35,12 @@ class Sampler:
         self.spec, self.strength = spec, strength
 
     def begin(self) -> Solver:
-        """The solver of one block, with whatever it remembers between steps."""
+        """Make a solver for one block; it has the block's history of steps."""
         return UniPCSolver(self.sigmas) if self.spec.solver == "unipc" else RenoiseSolver(self.sigmas)
 
     @cached_property
     def table_sigmas(self) -> Tensor:
-        """float32 [1000], descending from 1."""
+        """Noise levels of all training timesteps: float32 [1000], descending from 1."""
         return self.shifted(torch.linspace(1, 0, TRAIN_TIMESTEPS + 1)[:-1])
 
     def shifted(self, sigmas: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class Sampler:
 
     @cached_property
     def timesteps(self) -> tuple[float, ...]:
-        """What the network is told at each step: float32 values, or for unipc whole numbers."""
+        """Timestep input of the network at each step: float32 values; for `unipc` whole numbers."""
         if self.spec.solver == "unipc":
             return tuple(float(int(sigma * TRAIN_TIMESTEPS)) for sigma in self.sigmas)
         steps = [step * self.strength for step in self.spec.denoising_step_list]
@@ -59,7 +60,7 @@ class Sampler:
 
     @cached_property
     def sigmas(self) -> tuple[float, ...]:
-        """The noise level of each step; for renoise, that of the table entry whose timestep is nearest."""
+        """Noise level of each step; for `renoise`, that of the table entry with the nearest timestep."""
         if self.spec.solver == "unipc":
             even = torch.linspace(1 - 1 / TRAIN_TIMESTEPS, 0, self.spec.num_steps + 1, dtype=torch.float64)[:-1]
             return tuple(self.shifted(even).tolist())
@@ -71,24 +72,24 @@ class Sampler:
 
 
 def scheduled_blocks(preset: Preset) -> Iterator[ScheduledBlock]:
-    """Blocks 0, 1, ... of an endless stream of a preset under one prompt, as the engine makes them."""
+    """Yield blocks 0, 1, ... of an endless stream of a preset under one prompt, as the engine makes them."""
     return stream_blocks(preset, Sampler(preset.sampler).timesteps)
 
 
 def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """(1 - sigma) * x0 + sigma * noise, in float32 or better, returned in x0's dtype."""
+    """Return (1 - sigma) * x0 + sigma * noise in x0's dtype, computed in float32 or better."""
     level = torch.tensor(sigma, dtype=torch.promote_types(x0.dtype, torch.float32))
     return ((1 - level) * x0.to(level.dtype) + level * noise.to(level.dtype)).to(x0.dtype)
 
 
 @dataclass
 class RenoiseSolver:
-    """x0 from the velocity, then fresh noise at the next level: every step starts anew."""
+    """Predicts x0 from the velocity and adds fresh noise of the next level; keeps no history."""
 
     sigmas: tuple[float, ...]
 
     def advance(self, x: Tensor, velocity: Tensor, step: int, draw: Callable[[], Tensor]) -> Tensor:
-        """The latents at step + 1, clean after the last; `draw` gives noise of their shape."""
+        """Return the latents at step + 1, clean after the last step; `draw` returns noise of their shape."""
         x0 = (x.double() - self.sigmas[step] * velocity.double()).to(x.dtype)
         return x0 if step + 1 == len(self.sigmas) else noised(x0, draw(), self.sigmas[step + 1])
 
@@ -97,7 +98,7 @@ class RenoiseSolver:
 class UniPCSolver:
     """UniPC of order 2 (B(h) = e^h - 1, predicting x0), the last step of order 1, down to sigma 0.
 
-    Each step corrects the latents it is given with what the network just said, then predicts the next.
+    Each step corrects the latents with the new velocity (UniC), then predicts the next ones (UniP).
     """
 
     sigmas: tuple[float, ...]
@@ -106,7 +107,7 @@ class UniPCSolver:
     order: int = 1  # of the last prediction
 
     def advance(self, x: Tensor, velocity: Tensor, step: int, draw: Callable[[], Tensor]) -> Tensor:
-        """The latents at step + 1, clean after the last; no noise is drawn."""
+        """Return the latents at step + 1, clean after the last step; `draw` is not called."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         here = x.to(dtype)
         x0 = here - self.sigmas[step] * velocity.to(dtype)
@@ -118,7 +119,7 @@ class UniPCSolver:
         return self._move(here, step, self.order, None).to(x.dtype)
 
     def _move(self, x: Tensor, step: int, order: int, corrected_by: Tensor | None) -> Tensor:
-        """From the level of `step` to the next: a prediction, or a correction once x0 there is known."""
+        """Move x from the level of `step` to the next: a prediction, or a correction with x0 at that level."""
         target = self.sigmas[step + 1] if step + 1 < len(self.sigmas) else 0.0
         source = self.sigmas[step]
         if target == 0.0:
@@ -143,7 +144,7 @@ def log_snr(sigma: float) -> float:
 
 
 def correction_weights(h: float, ratios: list[float]) -> list[float]:
-    """UniC's weights: 1/2 at order 1, else the solution of its 2x2 system."""
+    """Weights of UniC: 1/2 at order 1, else the solution of its 2x2 system."""
     if not ratios:
         return [0.5]
     first = math.expm1(-h) / -h - 1

@@ -1,4 +1,4 @@
-"""Copies between a device and the host, beside what the device computes, and which device and stream that is."""
+"""Copies between device and host memory, on CUDA streams beside the computation; plain copies on a CPU."""
 
 from __future__ import annotations
 
@@ -10,39 +10,37 @@ from torch import Tensor
 
 
 def sendable(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor, pinned if it goes from the host to a GPU: only then does the host not wait for the GPU's queue."""
+    """Return the tensor, pinned if it is copied from the host to a GPU: only pinned copies are asynchronous."""
     return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy there, in the order of the current stream; the host does not wait."""
+    """Copy to a device, in the order of the current stream, without waiting on the host."""
     return sendable(tensor, device).to(device, dtype, non_blocking=True)
 
 
 def make_current(device: torch.device) -> None:
-    """Have this thread launch on a GPU: kernels, and events that name no stream, take the current one."""
+    """Make a GPU the current device of this thread, for kernels and events without an explicit stream."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
 def claim(tensors: Iterable[Tensor]) -> None:
-    """Keep the memory of tensors from going to others before this thread's stream has done with it, whoever made them
-    and lets them go.
-    """
+    """Record that the current stream uses `tensors` of other streams, so that their memory is not reused too early."""
     for tensor in tensors:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Transfer:
-    """A stream for copies on a GPU; elsewhere copies are done when they are asked for."""
+    """Runs copies on a CUDA stream of its own; on a CPU copies run at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Copies asked for here come after everything asked for so far, and beside what is asked for next."""
+        """Issue copies within: after all work of the current stream so far, concurrent with its later work."""
         if self.stream is None:
             yield
             return
@@ -51,11 +49,11 @@ class Transfer:
             yield
 
     def join(self) -> None:
-        """What is asked for from now on comes after the copies."""
+        """Order later work of the current stream after the copies."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def wait(self) -> None:
-        """Until the copies are done."""
+        """Block the host until the copies are complete."""
         if self.stream is not None:
             self.stream.synchronize()

@@ -5,13 +5,14 @@ Host integers only. Only changes are kept, so an endless stream costs no memory 
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
+from ..user_files import read_json
+
+LONGEST_SCRIPT = 100_000  # actions, and so latent frames: some hours of video
 
 
 class ActionTrack:
@@ -51,38 +52,45 @@ class ActionTrack:
 def check_action(name: str, names: Sequence[str]) -> str:
     """`name`; UsageError unless it is one of the model's actions."""
     if not names:
-        raise UsageError(f"action {name!r}: this model follows no actions, only its prompt")
+        raise UsageError(f"action {quoted(name)}: this model follows no actions, only its prompt")
     if name not in names:
-        raise UsageError(f"no action {name!r}; there are {', '.join(names)}")
+        raise UsageError(f"no action {quoted(name)}; there are {', '.join(names)}")
     return name
 
 
 def read_actions(text: str, names: Sequence[str]) -> list[str]:
     """Actions from `8R 4U stay`, or from a JSON file that lists names; UsageError for anything else.
 
-    A number before a name repeats it; a name may be cut to its first letter, in either case.
+    At most 100,000. A number before a name repeats it; a name may be cut to its first letter, in either case.
     """
     if text.endswith(".json"):
-        try:
-            listed = json.loads(Path(text).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read actions {text!r}: {error}; expected a JSON list of names") from error
+        listed = read_json(text, "actions")
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            raise UsageError(f"actions {text!r} must hold a list of names, such as [\"{names[0] if names else ''}\"]")
+            example = f'["{names[0] if names else ""}"]'
+            raise UsageError(f"actions {quoted(text)} must hold a list of names, such as {example}")
+        check_script_length(len(listed))
         return [check_action(name, names) for name in listed]
-    found = []
+    found: list[str] = []
     for word in text.split():
-        parts = re.fullmatch(r"(\d*)([A-Za-z_]+)", word)
+        parts = re.fullmatch(r"([0-9]*)([A-Za-z_]+)", word)
         if parts is None:
-            raise UsageError(f"actions hold {word!r}; expected words such as {shorthand(names)}")
+            raise UsageError(f"actions hold {quoted(word)}; expected words such as {shorthand(names)}")
         name = parts[2].lower()
         full = next((known for known in names if known[0] == name), name)
         if names and full not in names:
-            raise UsageError(f"actions hold {word!r}; expected words such as {shorthand(names)}")
-        found += [check_action(full, names)] * int(parts[1] or 1)
+            raise UsageError(f"actions hold {quoted(word)}; expected words such as {shorthand(names)}")
+        check_action(full, names)
+        count = int(parts[1][:10] or 1)  # more digits are too many already
+        check_script_length(len(found) + count)
+        found += [full] * count
     if not found:
         raise UsageError(f"actions are empty; expected words such as {shorthand(names)}")
     return found
+
+
+def check_script_length(count: int) -> None:
+    if count > LONGEST_SCRIPT:
+        raise UsageError(f"actions hold {count} actions; expected at most {LONGEST_SCRIPT}, one for each latent frame")
 
 
 def shorthand(names: Sequence[str]) -> str:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..errors import UsageError
+from ..errors import UsageError, quoted
+from ..user_files import read_yaml
 from .presets import Preset
 
 
@@ -26,21 +25,18 @@ class Cue:
 
 def read_storyboard(path: str | Path) -> list[Cue]:
     """Cues of a YAML file; UsageError if it cannot be read or an entry is not `at` and `prompt`."""
-    try:
-        entries = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read storyboard {str(path)!r}: {error}; expected a YAML file") from error
+    entries, where = read_yaml(path, "storyboard"), f"storyboard {quoted(str(path))}"
     if not isinstance(entries, list) or not entries:
-        raise UsageError(f"storyboard {str(path)!r} is no list; expected entries of 'at: SECONDS' and 'prompt: TEXT'")
-    return [read_cue(entry, f"storyboard {str(path)!r}, entry {index + 1}") for index, entry in enumerate(entries)]
+        raise UsageError(f"{where} is no list; expected entries of 'at: SECONDS' and 'prompt: TEXT'")
+    return [read_cue(entry, f"{where}, entry {index + 1}") for index, entry in enumerate(entries)]
 
 
 def read_cue(entry: Any, where: str) -> Cue:
     if not isinstance(entry, dict) or set(entry) != {"at", "prompt"}:
-        raise UsageError(f"{where} is {entry!r}; expected 'at: SECONDS' and 'prompt: TEXT'")
+        raise UsageError(f"{where} is {quoted(entry)}; expected 'at: SECONDS' and 'prompt: TEXT'")
     at, prompt = entry["at"], entry["prompt"]
     if isinstance(at, bool) or not isinstance(at, int | float) or not isinstance(prompt, str):
-        raise UsageError(f"{where} has at={at!r}, prompt={prompt!r}; expected a number and a text")
+        raise UsageError(f"{where} has at={quoted(at)}, prompt={quoted(prompt)}; expected a number and a text")
     return Cue(float(at), prompt)
 
 
@@ -50,27 +46,29 @@ def schedule(cues: list[Cue], preset: Preset, blocks: int, fps: int, stride: int
     `stride` is pixel frames per latent frame and `start` the latent frames of a prefix. Raises UsageError for
     cues out of order, at no time above 0, beyond the end, or two in one block.
     """
-    starts = []
-    frame = start
-    for _ in range(blocks):
-        starts.append(max(0, (frame - 1) * stride + 1 if frame else 0) / fps)
-        frame += preset.block_size(frame)
-    end = ((frame - 1) * stride + 1) / fps
     found: dict[int, str] = {}
-    before = 0.0
+    before, block, frame, begins = 0.0, 0, start, beginning(start, stride, fps)
     for cue in cues:
         if cue.at == before == 0.0:
             raise UsageError("a prompt at 0 s is the first one: give it as --prompt, and those after it here")
         if not cue.at > before:
             raise UsageError(f"the prompt at {cue.at:g} s comes after one at {before:g} s; put them in order, above 0")
-        block = next((index for index, begins in enumerate(starts) if begins >= cue.at), None)
-        if block is None:
-            raise UsageError(
-                f"the prompt at {cue.at:g} s is beyond the last block, which begins at {starts[-1]:.2f} s of "
-                f"{end:.2f} s; make the video longer or the prompt earlier"
-            )
+        while begins < cue.at:
+            frame += preset.block_size(frame)
+            block += 1
+            if block >= blocks:
+                raise UsageError(
+                    f"the prompt at {cue.at:g} s is beyond the last block, which begins at {begins:.2f} s of "
+                    f"{((frame - 1) * stride + 1) / fps:.2f} s; make the video longer or the prompt earlier"
+                )
+            begins = beginning(frame, stride, fps)
         if block in found:
-            raise UsageError(f"two prompts fall on the block at {starts[block]:.2f} s, which has one; move one of them")
+            raise UsageError(f"two prompts fall on the block at {begins:.2f} s, which has one; move one of them")
         found[block] = cue.prompt
         before = cue.at
     return found
+
+
+def beginning(frame: int, stride: int, fps: int) -> float:
+    """Seconds of video before a latent frame."""
+    return max(0, (frame - 1) * stride + 1 if frame else 0) / fps

@@ -28,8 +28,8 @@ BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "ev
 AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
-FOR_EVERYONE = {"errors", "version"}
-BASE = ("byte_sizes", "engine_condition", "files", "limits", "media", "noise", "sampler", "streams")
+FOR_EVERYONE = {"errors", "user_files", "version"}
+BASE = ("byte_sizes", "engine_condition", "files", "limits", "media", "media_input", "noise", "sampler", "streams")
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
               "block_loop", "engine", "load")  # fmt: skip
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}

@@ -1,6 +1,6 @@
-"""Pages of the documentation that lie beside `docs/`: mkdocs calls these hooks.
+"""mkdocs hooks for pages of the documentation that lie outside `docs/`.
 
-README, CONTRIBUTING, the model card and the bench notes are pages too; links between all of them are made to fit.
+README, CONTRIBUTING, the model card and the bench notes are pages too; the hooks rewrite the links between all pages.
 """
 
 import posixpath
@@ -24,17 +24,18 @@ LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages outside `docs/`."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Point links at pages, relative to the file's own place in the repository."""
+    """Rewrite links, which are relative to a file in the repository, to links between pages."""
     folder = posixpath.dirname(SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
-    def fitted(link: re.Match[str]) -> str:
+    def rewritten(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, link[2]))
         return link[1] + PAGES.get(target, target.removeprefix("docs/")) + link[3]
 
-    return LINK.sub(fitted, markdown).replace("[LICENSE](LICENSE)", "the file LICENSE")
+    return LINK.sub(rewritten, markdown).replace("[LICENSE](LICENSE)", "the file LICENSE")

@@ -1,4 +1,4 @@
-"""Files and lines of Python by folder, and the longest files: look at it before and after a change.
+"""Files and lines of Python by folder, and the longest files; compare before and after a change.
 
     python tools/sizes.py [--depth 2]
 """
@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description="Files and lines of Python by folder, and the longest files.")
-parser.add_argument("--depth", type=int, default=2, help="folder levels to tell apart (default 2)")
+parser.add_argument("--depth", type=int, default=2, help="folder levels to show (default 2)")
 depth = parser.parse_args().depth
 paths = subprocess.run(["git", "ls-files", "*.py"], check=True, capture_output=True, text=True).stdout.split()
 lines = {path: len(Path(path).read_text("utf-8").splitlines()) for path in paths if Path(path).exists()}

@@ -1,10 +1,10 @@
-"""From nothing to the shipped weights: the autoencoder, a bank of encoded walks, the transformer.
+"""Train the shipped weights from scratch: the autoencoder, a bank of encoded walks, the transformer.
 
     python tools/train_tinyworld.py --out runs/tinyworld
 
-Every stage saves as it goes and picks up where it was stopped. The autoencoder learns that land seen again is
-the same latents, moved. The transformer learns each frame from noise beside the clean frames before it (teacher
-forcing), which are blurred by noise, and later by its own predictions, so that its own mistakes do not grow.
+Every stage saves checkpoints and resumes from them. The autoencoder learns to encode land that is seen again as the
+same latents, moved. The transformer learns to denoise each frame beside the clean frames before it (teacher forcing).
+These are blurred by noise, and later by its own predictions, so that its errors do not accumulate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from inferix.errors import told_in_a_line
+from inferix.errors import one_line_errors
 from inferix.kernels.rope import axis_angles, rope_angles, rotate
 from inferix.models.files import write_json, write_tensors
 from inferix.models.tinyworld.data import HELD_OUT, Clips, random_clip
@@ -56,40 +56,40 @@ Examples = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the training; actions are the unit of length."""
+    """Hyperparameters of the training; lengths are in actions."""
 
     stills_steps: int = 600  # encoder and decoder on single pictures
     stills_batch: int = 24
     stills_rate: float = 2e-3
-    vae_steps: int = 1600  # encoder and decoder on short clips, several: the pictures of one are much alike
+    vae_steps: int = 1600  # encoder and decoder on batches of short clips: the pictures of one clip are similar
     vae_batch: int = 4
     vae_length: int = 3
     vae_rate: float = 1e-3
-    change_share: float = 0.3  # clips in which the scene changes on the way
+    change_share: float = 0.3  # clips in which the scene changes
     land_weight: float = 0.05
-    free_channels: int = 4  # of the latents, for what does not stay with the land
+    free_channels: int = 4  # of the latents, free of the land loss
     kl_weight: float = 3e-4
-    decoder_steps: int = 500  # the decoder alone, on latents that are a little off
+    decoder_steps: int = 500  # the decoder with the encoder frozen, on noisy latents
     decoder_batch: int = 3
     decoder_length: int = 4
     decoder_rate: float = 5e-4
     bank_clips: int = 4000
-    errand_share: float = 0.3  # of them, that lead away and back
-    along_share: float = 0.2  # that go into what blocks the way
+    errand_share: float = 0.3  # of the clips, that lead away and back
+    along_share: float = 0.2  # of the clips, that walk against obstacles
     bank_length: int = 24
-    bank_firsts: int = 6000  # first pictures of walks, alone
-    window: int = 6  # latent frames a frame sees, the first of the clip always among them
+    bank_firsts: int = 6000  # single first pictures of walks
+    window: int = 6  # latent frames a frame attends to, the first of the clip included
     crop: int = 9  # latent frames of a clip in a batch
     batch: int = 3
-    copies: int = 2  # noisy ones of each clip, beside one clean
+    copies: int = 2  # noisy copies of each clip, beside a clean one
     firsts: int = 6  # first pictures in a batch
-    levels: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)  # of noise: those that the sampler visits
+    levels: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)  # noise levels of the sampler
     steps: int = 3000
-    own_steps: int = 3200  # in a share of which its own predictions are the past
+    own_steps: int = 3200  # steps of the second stage, with its own predictions as the past in `own_share` of them
     own_share: float = 0.4
     rate: float = 1.5e-3
     own_rate: float = 1.1e-3
-    blur: float = 0.3  # most noise in the past that the network takes for clean
+    blur: float = 0.3  # largest noise level in the past, which the network takes for clean
     save_every: float = 400.0  # seconds
     sheet_clips: int = 6  # on the sheets of pictures that are drawn whenever training is saved
 
@@ -102,7 +102,7 @@ SHORT = Recipe(
 
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
-    """The autoencoder, first on single pictures, then on clips."""
+    """Train the autoencoder, first on single pictures, then on clips."""
     vae = new_vae()
     stills = partial(training_clips, 0, recipe.stills_batch, 0.0, seed=5)
     vae = train_both(folder, "stills", vae, stills, recipe, recipe.stills_steps, recipe.stills_rate)
@@ -113,7 +113,7 @@ def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
 def train_both(
     folder: Path, name: str, vae: CausalVae, clips: Callable[[], Examples], recipe: Recipe, steps: int, rate: float
 ) -> CausalVae:
-    """Encoder and decoder: pictures, land that stays as it is, and a little pull towards a normal distribution."""
+    """Train encoder and decoder with a picture loss, a land loss and a small KL loss."""
     shorten_memory(vae)
     run = Run(folder / name, vae, optimisers(vae, rate), steps, recipe.save_every)
     if run.step < run.steps:
@@ -125,15 +125,15 @@ def train_both(
             kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
             land = land_error(mean[:, : -recipe.free_channels], moves, same)
             total, psnr = picture_loss(vae, mean + torch.randn_like(mean) * torch.exp(0.5 * log_var), pixels)
-            told = {"psnr": psnr, "kl": float(kl.detach()), "land": float(land.detach())}
-            return total + recipe.kl_weight * kl + recipe.land_weight * land, told
+            figures = {"psnr": psnr, "kl": float(kl.detach()), "land": float(land.detach())}
+            return total + recipe.kl_weight * kl + recipe.land_weight * land, figures
 
         run.go(loss, lambda: vae_sheet(run.average, recipe.sheet_clips, folder / f"{name}.png"))
     return run.average
 
 
 def train_decoder(folder: Path, vae: CausalVae, recipe: Recipe) -> CausalVae:
-    """The decoder alone, from latents that are a little off, as those of a transformer are."""
+    """Train the decoder on noisy latents, which imitate a transformer's, with the encoder frozen."""
     shorten_memory(vae)
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
@@ -159,10 +159,10 @@ def training_clips(length: int, batch: int, change_share: float, seed: int) -> I
 
 
 def land_error(latents: Tensor, moves: Tensor, same: Tensor) -> Tensor:
-    """How far latents [B, C, F, h, w] are from those of the frame before, moved as the camera was: 1 is no likeness.
+    """Difference of latents [B, C, F, h, w] to the frame before, moved as the camera; 1 for unrelated latents.
 
-    Land that is seen again is then seen as the same latents, which a transformer can copy. The hero's surroundings
-    and changes of scene are left out. moves [B, F - 1, 2] in latent pixels, same [B, F - 1].
+    It makes land that is seen again the same latents, which a transformer can copy. The hero's surroundings and changes
+    of scene are left out. moves [B, F - 1, 2] in latent pixels, same [B, F - 1].
     """
     height, width = latents.shape[-2:]
     rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
@@ -181,9 +181,9 @@ def land_error(latents: Tensor, moves: Tensor, same: Tensor) -> Tensor:
 
 
 def picture_loss(vae: CausalVae, latents: Tensor, pixels: Tensor) -> tuple[Tensor, float]:
-    """Squared error of decoded pictures and of their slopes, kinder to the largest; and the pictures' PSNR.
+    """Charbonnier loss of decoded pictures and of their gradients, and the pictures' PSNR, dB.
 
-    Slopes give edges the weight that smooth ground would have alone, so they are learnt as early.
+    The gradients raise the weight of edges, so that edges are learnt as early as smooth ground.
     """
     wrong = decode_clips(vae, latents) - pixels
     psnr = -10 * math.log10(float(wrong.detach().square().mean()) / 4)
@@ -192,11 +192,11 @@ def picture_loss(vae: CausalVae, latents: Tensor, pixels: Tensor) -> tuple[Tenso
 
 
 def new_vae() -> CausalVae:
-    """An autoencoder before training: signals that keep their size, latents with hardly any noise.
+    """Initialise an autoencoder so that signals keep their variance and latents have almost no noise.
 
-    What is learnt from single pictures is to hold for clips, and what from short clips for long ones. So
-    convolutions over time begin with nearly all weight on the newest frame, and those that change the rate, which
-    single pictures skip, begin as that frame.
+    Training on single pictures must carry over to clips, and training on short clips to long ones. So convolutions
+    over time start with nearly all weight on the newest frame. Those that change the rate, which single pictures skip,
+    start as a copy of that frame.
     """
     vae = CausalVae(VAE)
     with torch.no_grad():
@@ -208,15 +208,15 @@ def new_vae() -> CausalVae:
                 module.weight[:, :, :past] *= 0.2
                 module.weight[:, :, past:] *= math.sqrt(past + 1)
             if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
-                begin_as_newest(module.time_conv)
+                initialise_as_newest(module.time_conv)
         vae.quant_conv.weight[VAE.z_dim :].zero_()
         assert vae.quant_conv.bias is not None
         vae.quant_conv.bias[VAE.z_dim :].fill_(-6.0)
     return vae
 
 
-def begin_as_newest(conv: nn.Conv3d) -> None:
-    """Each output, or each half of them, is the newest frame as it is."""
+def initialise_as_newest(conv: nn.Conv3d) -> None:
+    """Make each output, or each half of them, a copy of the newest frame."""
     assert conv.bias is not None
     conv.weight.zero_()
     conv.bias.zero_()
@@ -226,8 +226,10 @@ def begin_as_newest(conv: nn.Conv3d) -> None:
 
 @torch.no_grad()
 def shorten_memory(vae: CausalVae) -> None:
-    """Convolutions at the latents' rate see the newest frame alone, now and after training: their past reaches far,
-    and short clips would teach nothing about it."""
+    """Restrict convolutions at the latents' rate to the newest frame, also during training.
+
+    Their past reaches beyond short clips, which cannot train it.
+    """
     encoder, decoder = vae.encoder, vae.decoder
     slow: list[nn.Module] = [encoder.down_blocks[-1], encoder.mid_block, encoder.conv_out]
     slow += [decoder.conv_in, decoder.mid_block, cast(ShortcutUpBlock, decoder.up_blocks[0]).resnets]
@@ -241,7 +243,7 @@ def shorten_memory(vae: CausalVae) -> None:
 
 
 def encode_clips(vae: CausalVae, pixels: Tensor) -> Tensor:
-    """Clips [B, 3, T, H, W] in [-1, 1] to means and log variances [B, 2z, F, h, w], before normalisation."""
+    """Encode clips [B, 3, T, H, W] in [-1, 1] to means and log variances [B, 2z, F, h, w], not normalised."""
     state = vae.new_state()
     frames = to_patches(pixels.transpose(1, 2).flatten(0, 1), vae.spec.patch)
     x = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2)
@@ -254,7 +256,7 @@ def encode_clips(vae: CausalVae, pixels: Tensor) -> Tensor:
 
 
 def decode_clips(vae: CausalVae, latents: Tensor) -> Tensor:
-    """Latents [B, z, F, h, w], not normalised, to clips [B, 3, T, H, W]."""
+    """Decode latents [B, z, F, h, w], not normalised, to clips [B, 3, T, H, W]."""
     state = vae.new_state()
     x = vae.post_quant_conv(latents)
     parts = [vae.decoder(x[:, :, :1], state)]
@@ -267,7 +269,7 @@ def decode_clips(vae: CausalVae, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vae_sheet(vae: CausalVae, count: int, path: Path) -> str:
-    """True pictures above decoded ones, of `count` clips never trained on; returns their PSNR."""
+    """Save `count` held-out clips above decoded ones; return their PSNR as text."""
     rng = random.Random(7)
     clips = np.stack([random_clip(rng, 15, HELD_OUT).pictures for _ in range(count)])
     pixels = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
@@ -295,20 +297,22 @@ class Bank:
 
 
 def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
-    """Random walks through the autoencoder, once, so that the transformer never sees a pixel."""
+    """Encode random walks once, or read them from `folder`; the transformer trains on latents only."""
     walks, firsts = folder / "bank.safetensors", folder / "firsts.safetensors"
     if not walks.exists():
         shares = recipe.change_share, recipe.errand_share, recipe.along_share
         encode_walks(walks, vae, recipe.bank_clips, recipe.bank_length, shares, seed=2)
     if not firsts.exists():
         encode_walks(firsts, vae, recipe.bank_firsts, 0, (0.0, 0.0, 0.0), seed=3)
-    held, alone = load_file(walks), load_file(firsts)
-    raw = held["latents"].float()
+    walk_tensors, first_tensors = load_file(walks), load_file(firsts)
+    raw = walk_tensors["latents"].float()
     mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
-    raw, first = ((part - mean[:, None, None]) / std[:, None, None] for part in (raw, alone["latents"].float()))
+    latents, first_latents = (
+        (part - mean[:, None, None]) / std[:, None, None] for part in (raw, first_tensors["latents"].float())
+    )
     return Bank(
-        raw, held["actions"], held["words"], held["change"], first, alone["words"][:, 0],
-        tuple(mean.tolist()), tuple(std.tolist()),
+        latents, walk_tensors["actions"], walk_tensors["words"], walk_tensors["change"], first_latents,
+        first_tensors["words"][:, 0], tuple(mean.tolist()), tuple(std.tolist()),
     )  # fmt: skip
 
 
@@ -316,7 +320,7 @@ def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
 def encode_walks(
     file: Path, vae: CausalVae, count: int, length: int, shares: tuple[float, float, float], seed: int
 ) -> None:
-    """Latents, actions and words of `count` walks of `length` actions, in one file; shares as of `random_clip`."""
+    """Encode `count` walks of `length` actions into one file; shares as in `random_clip`."""
     latents, actions, words, change = [], [], [], []
     for index in range(count):
         clip = random_clip(random.Random(seed * 1_000_000 + index), length, 0, *shares)
@@ -341,7 +345,7 @@ def scene_words(scene: Scene) -> list[int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Walks to learn from: latents [B, F, C, h, w], actions [B, F, d], words [B, text_len], and what counts [B, F]."""
+    """Training batch: latents [B, F, C, h, w], actions [B, F, d], words [B, text_len], loss mask [B, F]."""
 
     latents: Tensor
     actions: Tensor
@@ -350,11 +354,11 @@ class Batch:
 
 
 def random_batch(bank: Bank, recipe: Recipe) -> Batch:
-    """Crops of walks; where one holds a change of scene, the new one is told and only its frames count.
+    """Random crops of walks. A crop with a change of scene has the new prompt, and only that scene's frames count.
 
-    Three kinds: from a walk's beginning, from its middle, and its middle after its first frame, the sink. A
-    first frame counts only where it is a walk's: one picture, unlike all others. After a sink from long ago
-    frames count once they see a whole window, since only then can such a sink be.
+    There are three kinds: from a walk's beginning, from its middle, and from its middle after its first frame as the
+    sink. A first frame counts only at a walk's beginning, where it is a single picture. After a distant sink, frames
+    count from the first with a full window, as in a stream.
     """
     size, last = recipe.batch, bank.latents.shape[1] - recipe.crop
     clips, kinds = torch.randint(len(bank.latents), (size,)), torch.rand(size)
@@ -373,7 +377,7 @@ def random_batch(bank: Bank, recipe: Recipe) -> Batch:
 
 
 def random_firsts(bank: Bank, count: int) -> Batch:
-    """Beginnings of walks, [count, 1, ...]."""
+    """Random first frames of walks, [count, 1, ...]."""
     chosen = torch.randint(len(bank.firsts), (count,))
     actions = F.one_hot(torch.full((count, 1), ACTIONS.index("stay")), len(ACTIONS)).float()
     counts = torch.ones(count, 1, dtype=torch.bool)
@@ -381,15 +385,15 @@ def random_firsts(bank: Bank, count: int) -> Batch:
 
 
 def vague(words: Tensor) -> Tensor:
-    """Prompts may leave something open."""
+    """Drop 3 % of the words, as a prompt may omit some."""
     return torch.where(torch.rand(words.shape) < 0.03, -1, words)
 
 
 class ClipAttention:
-    """Self-attention while training: clean frames, then noisy copies of them, each over the clean ones before it.
+    """Self-attention of training: clean frames, then noisy copies, each over the clean frames before it.
 
-    A frame sees itself, the clean frames of its window and the clip's first frame, which stands just before
-    the window: what a cache of `window` frames with a sink of one does, for all frames at once.
+    A frame attends to itself, the clean frames of its window and the clip's first frame, placed just before the window.
+    This equals a cache of `window` frames with one sink frame, for all frames at once.
     """
 
     def __init__(self, frames: int, copies: int, window: int, grid: tuple[int, int], head_dim: int) -> None:
@@ -405,13 +409,13 @@ class ClipAttention:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide = torch.promote_types(v.dtype, torch.float32)
-        q, turned = (rotate(part, self.angles, wide) for part in (q, k))
+        q, rotated = (rotate(part, self.angles, wide) for part in (q, k))
         first = rotate(k[:, : self.tokens].repeat(1, self.frames, 1, 1), self.sinks, wide)
-        keys = self._slots(turned, first.unflatten(1, (-1, self.tokens)))
+        keys = self._slots(rotated, first.unflatten(1, (-1, self.tokens)))
         values = self._slots(v, v[:, None, : self.tokens].expand(-1, self.frames, -1, -1, -1))
         queries = self._copies(q).transpose(1, 2)  # a frame's copies together
         queries, keys, values = (part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for part in (queries, keys, values))
-        # Two matrix products, which autocast does in bfloat16, are twice as fast here as one fused attention.
+        # Two matrix products in bfloat16 autocast are twice as fast here as one fused attention.
         scores = queries @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
         unseen = scores.new_zeros(self.mask.shape).masked_fill(~self.mask, -math.inf)
         out = (scores + unseen.repeat(len(q), 1, 1, 1)).softmax(-1).to(values.dtype) @ values
@@ -419,7 +423,7 @@ class ClipAttention:
         return out.transpose(1, 2).flatten(1, 3)
 
     def _slots(self, tensor: Tensor, sinks: Tensor) -> Tensor:
-        """What each frame may see, [B, F, window - 1 + copies, P, n, c]: the first frame, the past, and its own."""
+        """Keys or values of each frame, [B, F, window - 1 + copies, P, n, c]: first frame, past, own."""
         own = self._copies(tensor)
         clean = own[:, 0]
         padded = torch.cat((torch.zeros_like(clean[:, :1]).expand(-1, self.window - 2, -1, -1, -1), clean), dim=1)
@@ -427,38 +431,39 @@ class ClipAttention:
         return torch.cat((torch.stack((sinks, *past), dim=2), own.transpose(1, 2)), dim=2)
 
     def _copies(self, tensor: Tensor) -> Tensor:
-        """[B, copies*F*P, n, c] to [B, copies, F, P, n, c], the clean one first."""
+        """Reshape [B, copies*F*P, n, c] to [B, copies, F, P, n, c], the clean copy first."""
         return tensor.unflatten(1, (-1, self.frames, self.tokens))
 
 
-# Where the four heads of a layer look before training: frames, rows and columns from each token.
+# Initial attention offsets of a layer's four heads: frames, rows and columns from each token.
 NEAR = (((-1, -1, 0), (-1, 1, 0), (-1, 0, -1), (-1, 0, 1)), ((-1, 0, 0), (-2, 0, 0), (0, 0, 0), (0, 0, 0)))
 
 
 @torch.no_grad()
-def look(attention: SelfAttention, places: Sequence[tuple[int, int, int]]) -> None:
-    """Biases with which each head attends near one place beside a token, before it has learnt anything.
+def set_attention_offsets(attention: SelfAttention, offsets: Sequence[tuple[int, int, int]]) -> None:
+    """Set biases with which each head initially attends near one offset from a token.
 
-    Land goes on one latent pixel beside where it was; attention finds that by itself, but in thousands of steps.
+    Land moves by one latent pixel from frame to frame. Attention learns that without biases too, but in thousands of
+    steps.
     """
     size = len(attention.q.bias) // attention.heads
     for projection in (attention.q, attention.k):
         projection.weight.mul_(0.5)
-    for head, place in enumerate(places):
+    for head, (frame, row, column) in enumerate(offsets):
         rows = slice(head * size, (head + 1) * size)
         axes = (
-            axis_angles([place[0]], 1, 1, size)[0][0],
-            *(offset * axis_angles([0], 2, 2, size)[axis][1] for axis, offset in ((1, place[1]), (2, place[2]))),
+            axis_angles([frame], 1, 1, size)[0][0],
+            *(offset * axis_angles([0], 2, 2, size)[axis][1] for axis, offset in ((1, row), (2, column))),
         )
-        key = torch.cat([torch.tensor([1.0, 1.0] + [0.0] * (len(angles) - 2)) for angles in axes])
-        turned = torch.cat(axes)
+        key = torch.cat([torch.tensor([1.0, 1.0] + [0.0] * (len(part) - 2)) for part in axes])
+        angles = torch.cat(axes)
         strength = 2.3  # three quarters of a query's square
         attention.k.bias[rows] = strength * torch.stack((key, 0 * key), dim=-1).flatten()
-        attention.q.bias[rows] = strength * torch.stack((key * turned.cos(), key * turned.sin()), dim=-1).flatten()
+        attention.q.bias[rows] = strength * torch.stack((key * angles.cos(), key * angles.sin()), dim=-1).flatten()
 
 
 class TinyWorld(nn.Module):
-    """The transformer and the words it is told, trained together."""
+    """The transformer and its word encoder, trained together."""
 
     def __init__(self, window: int) -> None:
         super().__init__()
@@ -467,10 +472,10 @@ class TinyWorld(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("modulation"):
                 nn.init.normal_(weight, std=0.02)
-            if "self_attn.norm" in name:  # sharp enough to copy from one token, which the land does at every step
+            if "self_attn.norm" in name:  # sharp enough to copy from one token, as land does at every step
                 nn.init.constant_(weight, 2.0)
         for index, block in enumerate(self.transformer.blocks):
-            look(cast(Block, block).self_attn, NEAR[index % len(NEAR)])
+            set_attention_offsets(cast(Block, block).self_attn, NEAR[index % len(NEAR)])
         nn.init.zeros_(self.transformer.head.linear.weight)
         nn.init.zeros_(self.transformer.time_embedding.projection.weight)
         nn.init.normal_(self.words.rows.weight)
@@ -486,13 +491,13 @@ class TinyWorld(nn.Module):
         attention = ClipAttention(frames, copies, self.window, grid, SPEC.head_dim)
         timesteps = torch.cat((torch.zeros_like(sigmas[:, :frames]), sigmas * 1000), dim=1)
         context = self.transformer.embed_text(self.words(words))
-        told = actions.repeat(1, 1 + copies, 1)
-        out = self.transformer(torch.cat((clean, noisy), dim=1), timesteps, context, attention, told)
+        actions = actions.repeat(1, 1 + copies, 1)
+        out = self.transformer(torch.cat((clean, noisy), dim=1), timesteps, context, attention, actions)
         return out[:, frames:].to(clean.dtype)
 
 
 def train_transformer(folder: Path, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
-    """First with true pasts, blurred by noise; then with pasts that the network itself has drawn."""
+    """Train first with true pasts, blurred by noise, then with pasts that the network predicted."""
     world = TinyWorld(recipe.window)
     world = train_stage(folder, "world", world, bank, vae, recipe, recipe.steps, recipe.rate)
     return train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
@@ -516,7 +521,7 @@ def train_stage(
 def world_loss(
     world: TinyWorld, batch: Batch, firsts: Batch, recipe: Recipe, own: bool
 ) -> tuple[Tensor, dict[str, float]]:
-    """Velocity error of noisy frames beside a past that is not quite clean."""
+    """Velocity loss of noisy frames beside a blurred past, and figures to print."""
     past = own_past(world, batch, recipe.levels[1:]) if own else batch.latents
     error, sigmas = velocity_error(world, batch, past, recipe, recipe.copies)
     first, first_sigmas = velocity_error(world, firsts, firsts.latents, recipe, 1)
@@ -524,12 +529,12 @@ def world_loss(
     counted = torch.cat((error[counts], first.flatten()))
     far, first_far = (sigmas == 1) & counts, first_sigmas == 1
     far[:, :: recipe.crop] = False
-    told = {"next": error[far], "first": first[first_far]}
-    return counted.mean(), {name: float(part.detach().mean()) for name, part in told.items() if len(part)}
+    errors = {"next": error[far], "first": first[first_far]}
+    return counted.mean(), {name: float(part.detach().mean()) for name, part in errors.items() if len(part)}
 
 
 def velocity_error(world: TinyWorld, batch: Batch, past: Tensor, recipe: Recipe, copies: int) -> tuple[Tensor, Tensor]:
-    """Mean square per frame [B, copies*F], and the noise levels, drawn for each frame of each copy."""
+    """Mean squared velocity error per frame [B, copies*F], and the random noise levels of the frames."""
     blur = torch.rand(batch.counts.shape) * recipe.blur * (torch.rand(batch.counts.shape) < 0.5)
     true = batch.latents.repeat(1, copies, 1, 1, 1)
     sigmas = torch.tensor(recipe.levels)[torch.randint(len(recipe.levels), true.shape[:2])]
@@ -540,9 +545,9 @@ def velocity_error(world: TinyWorld, batch: Batch, past: Tensor, recipe: Recipe,
 
 @torch.no_grad()
 def own_past(world: TinyWorld, batch: Batch, levels: tuple[float, ...]) -> Tensor:
-    """What the network draws of each frame from a noisy one, a few times in a row: the past to learn beside.
+    """Frames that the network predicts from noisy ones, a few times in a row, as the past to train with.
 
-    The noisy frame fixes what is not determined, so that the true frames stay the right answer.
+    The noisy input determines what the past does not, so that the true frames remain the target.
     """
     past = batch.latents
     for _ in range(random.randint(1, 3)):
@@ -554,7 +559,7 @@ def own_past(world: TinyWorld, batch: Batch, levels: tuple[float, ...]) -> Tenso
 
 
 def mixed(latents: Tensor, sigmas: Tensor) -> Tensor:
-    """Latents [B, F, C, h, w] with noise of level sigmas [B, F]."""
+    """Add noise of level sigmas [B, F] to latents [B, F, C, h, w]."""
     return torch.lerp(latents, torch.randn_like(latents), per_frame(sigmas))
 
 
@@ -564,7 +569,7 @@ def per_frame(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def world_sheet(world: TinyWorld, vae: CausalVae, bank: Bank, recipe: Recipe, path: Path) -> str:
-    """True walks above what the network makes of their first frames and actions; returns how near it comes."""
+    """Save true walks above the network's continuations of their first frames; return the PSNR by frame as text."""
     frames, clips = recipe.crop, slice(0, min(4, recipe.sheet_clips))
     words, actions = bank.words[clips, 0], F.one_hot(bank.actions[clips, :frames], len(ACTIONS)).float()
     true = bank.latents[clips, :frames]
@@ -589,7 +594,7 @@ def world_sheet(world: TinyWorld, vae: CausalVae, bank: Bank, recipe: Recipe, pa
 
 
 def export(folder: Path, vae: CausalVae, world: TinyWorld, bank: Bank) -> None:
-    """The files that are shipped, half precision, in the layout of a diffusers checkpoint."""
+    """Write the shipped files in half precision, in the layout of a diffusers checkpoint."""
     spec = replace(vae.spec, mean=bank.mean, std=bank.std)
     named = {to_format("diffusers", name): tensor for name, tensor in world.transformer.state_dict().items()}
     write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
@@ -605,13 +610,13 @@ def export(folder: Path, vae: CausalVae, world: TinyWorld, bank: Bank) -> None:
 
 
 def save_sheet(rows: Tensor, path: Path) -> None:
-    """Rows of pixels in [-1, 1], [H, W, 3], as a picture twice the size."""
+    """Save pixels in [-1, 1], [H, W, 3], as a picture of twice the size."""
     picture = ((rows.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
     Image.fromarray(picture).resize((picture.shape[1] * 2, picture.shape[0] * 2), Image.Resampling.NEAREST).save(path)
 
 
 class MatrixMuon(torch.optim.Muon):
-    """Muon, with a convolution's weight taken as the matrix [out, everything else]."""
+    """Muon that treats a convolution's weight as the matrix [out, everything else]."""
 
     def __init__(self, weights: list[nn.Parameter], rate: float) -> None:
         self.weights = weights
@@ -628,7 +633,7 @@ class MatrixMuon(torch.optim.Muon):
 
 
 def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices and kernels inside the network, AdamW for what is left."""
+    """Muon for the matrices and kernels inside the network, AdamW for all other weights."""
     inner = (".blocks.", "encoder.", "decoder.")
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     matrices = [
@@ -636,18 +641,18 @@ def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
         for name, weight in weights.items()
         if any(part in name for part in inner) and weight.ndim > 1 and "modulation" not in name and "norm" not in name
     ]
-    held = {id(weight) for weight in matrices}
-    others = [weight for weight in weights.values() if id(weight) not in held]
+    matrix_ids = {id(weight) for weight in matrices}
+    others = [weight for weight in weights.values() if id(weight) not in matrix_ids]
     return [MatrixMuon(matrices, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def moving_average(average: Tensor, weight: Tensor, count: Tensor | int) -> Tensor:
-    """Over the last few hundred steps, fewer at the start."""
+    """Exponential moving average over a few hundred steps, fewer at the start."""
     return average.lerp(weight, 1 - min(0.997, (1 + int(count)) / (10 + int(count))))
 
 
 class Run(Generic[Model]):
-    """A training loop that can be stopped: model, its moving average, optimisers and step in one file."""
+    """Resumable training loop: model, its moving average, optimisers and step in one file."""
 
     def __init__(
         self, folder: Path, model: Model, optimisers: list[torch.optim.Optimizer], steps: int, save_every: float
@@ -671,9 +676,9 @@ class Run(Generic[Model]):
         return cast(Model, self.averaged.module)
 
     def go(self, loss: Callable[[], tuple[Tensor, dict[str, float]]], sheet: Callable[[], str]) -> None:
-        """Train to the last step; `loss` gives the loss of a batch and figures to tell, `sheet` draws samples."""
-        said: dict[str, float] = {}
-        saved = told = time.monotonic()
+        """Train to the last step. loss: returns the loss of a batch and figures to print. sheet: saves samples."""
+        smoothed: dict[str, float] = {}
+        saved = printed = time.monotonic()
         began = self.step
         while self.step < self.steps:
             self.set_rates()
@@ -687,21 +692,21 @@ class Run(Generic[Model]):
             self.averaged.update_parameters(self.model)
             self.step += 1
             for name, value in (figures | {"loss": float(total.detach())}).items():
-                said[name] = value if name not in said else 0.95 * said[name] + 0.05 * value
+                smoothed[name] = value if name not in smoothed else 0.95 * smoothed[name] + 0.05 * value
             now = time.monotonic()
             if self.step % 20 == 0 or self.step == self.steps:
-                pace = (now - told) / min(20, self.step - began)
-                told = now
-                values = "  ".join(f"{name} {value:.4f}" for name, value in said.items())
+                pace = (now - printed) / min(20, self.step - began)
+                printed = now
+                values = "  ".join(f"{name} {value:.4f}" for name, value in smoothed.items())
                 print(f"{self.file.parent.name} {self.step}/{self.steps}  {pace:.2f} s/step  {values}", flush=True)
             if now - saved > self.save_every or self.step == self.steps:
                 self.save()
                 print(f"saved; {sheet()}", flush=True)
-                saved = told = time.monotonic()
+                saved = printed = time.monotonic()
                 began = self.step
 
     def set_rates(self) -> None:
-        """Up over the first steps, then down along a cosine."""
+        """Set the learning rates: linear warm-up, then cosine decay."""
         up = min(1.0, (self.step + 1) / min(60, 1 + self.steps // 10))
         factor = up * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
         for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
@@ -723,10 +728,10 @@ class Run(Generic[Model]):
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on.")],
-    short: Annotated[bool, typer.Option(help="A few steps of each stage, to see that all of it works.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the run; a stopped run is resumed.")],
+    short: Annotated[bool, typer.Option(help="A few steps of each stage, to test all of it.")] = False,
 ) -> None:
-    """Train the small world from nothing to the files that are shipped."""
+    """Train the small world from scratch and write the shipped files."""
     torch.manual_seed(0)
     recipe = SHORT if short else Recipe()
     vae = train_vae(out, recipe)
@@ -737,5 +742,5 @@ def main(
 
 
 if __name__ == "__main__":
-    with told_in_a_line():
+    with one_line_errors():
         typer.run(main)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import UsageError
+from ...errors import UsageError, quoted
 from ..files import check_file
 
 LONGEST_PROMPT = 20_000  # characters; far beyond what 512 tokens hold
 
 
-def clean_prompt(prompt: str) -> str:
-    """The prompt as the encoder was trained to read it; UsageError if it is no text, empty or absurdly long."""
+def clean_prompt(prompt: str, empty: bool = False) -> str:
+    """The prompt as the encoder was trained to read it.
+
+    UsageError if it is no text or absurdly long, or if nothing is left of it, unless `empty`.
+    """
     import ftfy
 
     if not isinstance(prompt, str):
@@ -38,7 +42,7 @@ def clean_prompt(prompt: str) -> str:
         )
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     text = re.sub(r"\s+", " ", text).strip()
-    if not text:
+    if not text and not empty:
         raise UsageError("the prompt is empty; say what the video shows")
     return text
 
@@ -51,9 +55,16 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """Rows [text_len, d] of a prompt, zero from its end on."""
+        """Rows [text_len, d] of a prompt, which may be empty, zero from its end on; warns of one that is cut."""
+        text = clean_prompt(prompt, empty=True)
+        if (length := self.count_tokens(text)) > self.text_len:
+            warnings.warn(
+                f"the prompt has {length} tokens, of which only the first {self.text_len} count: "
+                f"{quoted(prompt)} is cut; make it shorter",
+                stacklevel=2,
+            )
         tokens = self.tokenizer(
-            clean_prompt(prompt),
+            text,
             max_length=self.text_len,
             padding="max_length",
             padding_side="right",
@@ -63,6 +74,10 @@ class TextEncoder:
         ).to(self.model.device)
         rows = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return rows[0].masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a cleaned prompt, the one that ends it among them, however many."""
+        return len(self.tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids)
 
 
 def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int) -> Tensor:

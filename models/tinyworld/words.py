@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import InferixError, UsageError
+from ...errors import InferixError, UsageError, quoted
 from ..files import fill, read_tensors
 from ..text.umt5 import clean_prompt
 from .world import BIOMES, COLOURS, HEROES, LIGHTS
@@ -68,7 +68,9 @@ def find_words(places: Iterable[Path]) -> Path | None:
 
 
 def word_numbers(words: list[str], text_len: int) -> list[int]:
-    """Numbers of the first `text_len` words, then -1."""
+    """Numbers of the first `text_len` words, then -1; warns of words beyond."""
+    if len(words) > text_len:
+        warnings.warn(f"the prompt has {len(words)} known words; only the first {text_len} count", stacklevel=2)
     numbers = [WORDS.index(word) for word in words[:text_len]]
     return numbers + [-1] * (text_len - len(numbers))
 
@@ -76,7 +78,7 @@ def word_numbers(words: list[str], text_len: int) -> list[int]:
 def known_words(prompt: str) -> list[str]:
     """The known words of a prompt in order, nearest ones in place of others where there are any."""
     found, unknown = [], []
-    for word in re.findall(r"[a-z]+", clean_prompt(prompt).lower()):
+    for word in re.findall(r"[a-z]+", clean_prompt(prompt, empty=True).lower()):
         if word in SKIPPED:
             continue
         near = difflib.get_close_matches(word, WORDS, n=1, cutoff=0.6)
@@ -86,8 +88,8 @@ def known_words(prompt: str) -> list[str]:
         if near[0] != word:
             warnings.warn(f"the small world does not know {word!r}; taken for {near[0]!r}", stacklevel=2)
         found.append(near[0])
-    if not found:
-        raise UsageError(f"the small world knows no word of {prompt!r}; say for example {GRAMMAR}")
+    if not found and prompt.strip():
+        raise UsageError(f"the small world knows no word of {quoted(prompt)}; say for example {GRAMMAR}")
     if unknown:
         listed = ", ".join(map(repr, unknown))
         warnings.warn(f"the small world does not know {listed}; left out. It knows: {GRAMMAR}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""Memory that a process can still take: of a GPU as its driver counts it, of the host within its cgroups' limits."""
+"""Memory available to a process: of a GPU as its driver counts it, of the host within its cgroups' limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_LIMIT = 2**60  # bytes; version 1 of cgroups writes a larger number for none
 
 @dataclass(frozen=True)
 class Available:
-    """Bytes that can still be taken, and what they were read from."""
+    """Available bytes and their source."""
 
     count: int
     source: str
@@ -27,7 +27,7 @@ class Available:
 
 
 def available_memory(device: torch.device) -> Available | None:
-    """What can still be taken on a device; None where the system does not say."""
+    """Available memory of a device; None where the system reports none."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -36,7 +36,7 @@ def available_memory(device: torch.device) -> Available | None:
 
 
 def host_available(root: Path = Path("/")) -> Available | None:
-    """The least of what the kernel can give and what each cgroup of this process leaves. root: of the file system."""
+    """Available memory of the host within the limits of this process's cgroups. root: of the file system."""
     limits = list(cgroup_limits(root))
     if (count := meminfo_available(root)) is not None:
         limits.append(Available(count, "available on this machine"))
@@ -55,7 +55,7 @@ def meminfo_available(root: Path) -> int | None:
 
 
 def cgroup_limits(root: Path) -> Iterator[Available]:
-    """What each cgroup that this process is in leaves, both versions. File pages that can be dropped are not used."""
+    """Bytes left by each cgroup of this process, versions 1 and 2. Reclaimable file pages count as free."""
     for line in read_lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -74,13 +74,13 @@ def cgroup_limits(root: Path) -> Iterator[Available]:
                     yield left
 
 
-def cgroup_left(folder: Path, limit: str, usage: str, droppable: str) -> Available | None:
-    """What the limit of one cgroup leaves; None where it has none."""
+def cgroup_left(folder: Path, limit: str, usage: str, reclaimable: str) -> Available | None:
+    """Bytes left by the limit of one cgroup; None where it has none."""
     most, used = (read_number(folder / name) for name in (limit, usage))
     if most is None or used is None or most >= NO_LIMIT:
         return None
     stat = dict(line.split() for line in read_lines(folder / "memory.stat"))
-    left = most - used + int(stat.get(droppable, 0))
+    left = most - used + int(stat.get(reclaimable, 0))
     return Available(max(0, min(left, most)), f"left by the cgroup's limit of {format_bytes(most)}")
 
 
@@ -90,5 +90,5 @@ def read_number(path: Path) -> int | None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a file of the system; none where it is not there or not to be read."""
+    """Lines of a file of the system; none where it cannot be read."""
     return path.read_text("utf-8").splitlines() if os.access(path, os.R_OK) and path.is_file() else []

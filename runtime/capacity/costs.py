@@ -1,7 +1,7 @@
-"""What a model costs, from its sizes alone: parameters, bytes, and floating-point operations (multiply and add are 2).
+"""Costs of a model computed from its sizes: parameters, bytes and FLOPs (a multiply and an add are 2).
 
-Host integers in, host integers out: nothing is loaded, nothing is measured. Tests hold each figure against the real
-modules, caches and passes. P is tokens per latent frame, T = frames * P those of a pass, d the model's width.
+Integers in, integers out; nothing is loaded or measured. Tests compare each figure with the real modules, caches and
+passes. P is tokens per latent frame, T = frames * P the tokens of a pass, d the model's width.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ...models.wan.taehv import TinySpec
 from ...models.wan.vae import VaeSpec
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
-SCALED = ("fp8", "int8")  # pages of these have a float32 scale for each head's keys and values
-ROTATION = 24  # bytes an entry that rotating queries and keys in float64 takes at once
+SCALED = ("fp8", "int8")  # pages of these dtypes have a float32 scale for each head's keys and values
+ROTATION = 24  # peak bytes for each entry while queries and keys are rotated in float64
 
 DecoderSpec = VaeSpec | TinySpec
 
 
 def linear(inputs: int, outputs: int) -> int:
-    """Parameters of a layer with bias."""
+    """Parameters of a linear layer with bias."""
     return inputs * outputs + outputs
 
 
@@ -35,13 +35,13 @@ def linear(inputs: int, outputs: int) -> int:
 
 
 def cross_key_parameters(spec: ModelSpec) -> int:
-    """Of what makes a layer's cross-attention keys and values."""
+    """Parameters of one layer's projections to cross-attention keys and values."""
     sources = 1 if spec.image_dim is None else 2
     return sources * (2 * linear(spec.dim, spec.dim) + spec.dim)
 
 
 def prompt_parameters(spec: ModelSpec) -> int:
-    """Of what a prompt goes through once, and no pass reads."""
+    """Parameters that are applied once for each prompt, and not read by passes."""
     dim, width = spec.dim, spec.image_dim
     total = linear(spec.text_dim, dim) + linear(dim, dim) + spec.num_layers * cross_key_parameters(spec)
     if width is not None:
@@ -50,7 +50,7 @@ def prompt_parameters(spec: ModelSpec) -> int:
 
 
 def pass_parameters(spec: ModelSpec) -> int:
-    """Of what every pass reads."""
+    """Parameters that every pass reads."""
     dim, area = spec.dim, math.prod(spec.patch)
     total = linear(area * spec.in_channels, dim) + 2 * dim + linear(dim, area * spec.out_channels)
     total += linear(spec.freq_dim, dim) + linear(dim, dim) + linear(dim, 6 * dim)
@@ -67,7 +67,7 @@ def transformer_parameters(spec: ModelSpec) -> int:
 
 
 class Flops(NamedTuple):
-    """Operations of a pass by what they are in."""
+    """FLOPs of a pass: linear layers, self-attention and cross-attention."""
 
     linear: int
     attention: int
@@ -79,7 +79,7 @@ class Flops(NamedTuple):
 
 
 def pass_flops(spec: ModelSpec, tokens: int, run: Pass) -> Flops:
-    """Of one pass, at `tokens` per latent frame."""
+    """FLOPs of one pass. tokens: of one latent frame."""
     dim, area, frames = spec.dim, math.prod(spec.patch), len(run.frames)
     entries = spec.num_layers * (6 * dim * dim + 2 * dim * spec.ffn_dim)
     entries += area * (spec.in_channels + spec.out_channels) * dim
@@ -95,29 +95,29 @@ def pass_flops(spec: ModelSpec, tokens: int, run: Pass) -> Flops:
 
 
 def prompt_flops(spec: ModelSpec) -> int:
-    """Of a prompt's cross-attention keys and values, from the text encoder's rows."""
+    """FLOPs of a prompt's cross-attention keys and values, from the text encoder's rows."""
     dim = spec.dim
     return 2 * spec.text_len * (spec.text_dim * dim + dim * dim + spec.num_layers * 2 * dim * dim)
 
 
 def page_bytes(spec: ModelSpec, tokens: int, kind: str) -> int:
-    """Keys and values of one latent frame in all layers, in pages of that kind."""
+    """Bytes of one page: keys and values of one latent frame in all layers. kind: dtype of the page."""
     scales = 4 * spec.num_heads if kind in SCALED else 0
     return 2 * spec.num_layers * (tokens * spec.dim * ITEMSIZE[kind] + scales)
 
 
 def cross_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Cross-attention keys and values of one prompt, and the rows they are made from."""
+    """Bytes of one prompt: its cross-attention keys and values, and the rows of the text encoder."""
     return ITEMSIZE[dtype] * spec.text_len * (2 * spec.num_layers * spec.dim + spec.text_dim)
 
 
 def latent_bytes(spec: ModelSpec, size: tuple[int, int], dtype: str) -> int:
-    """One latent frame."""
+    """Bytes of one latent frame."""
     return ITEMSIZE[dtype] * spec.out_channels * math.prod(spec.latent_size(size))
 
 
 def token_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
-    """Name, inputs and outputs of each linear layer that a pass runs on every token."""
+    """Yield name, input width and output width of each linear layer that a pass runs on every token."""
     dim, ffn = spec.dim, spec.ffn_dim
     sides = {f"self_attn.{part}": (dim, dim) for part in "qkvo"} | {f"cross_attn.{part}": (dim, dim) for part in "qo"}
     sides |= {"ffn.up": (dim, ffn), "ffn.down": (ffn, dim)}
@@ -128,7 +128,7 @@ def token_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
 
 
 def packing_saves(spec: ModelSpec, dtype: str, precision: PrecisionMap) -> int:
-    """Bytes by which layers are smaller for being packed: an entry has one byte, an output channel a float32 scale."""
+    """Bytes saved by packing layers to one byte an entry and a float32 scale for each output channel."""
     sizes = [(inputs, outputs) for name, inputs, outputs in token_layers(spec) if precision.has(name)]
     return sum((ITEMSIZE[dtype] - 1) * inputs * outputs - 4 * outputs for inputs, outputs in sizes)
 
@@ -136,7 +136,7 @@ def packing_saves(spec: ModelSpec, dtype: str, precision: PrecisionMap) -> int:
 def pass_traffic(
     spec: ModelSpec, tokens: int, run: Pass, dtype: str, kind: str, precision: PrecisionMap | None = None
 ) -> int:
-    """Bytes that a pass cannot do without: weights and cross keys once, pages seen once, its own pages written."""
+    """Least memory traffic of a pass in bytes: weights, cross keys and context pages read once, its pages written."""
     seen = set[int]().union(*(group.context for group in run.groups))
     pages = (len(seen) + len(run.frames)) * page_bytes(spec, tokens, kind)
     saved = packing_saves(spec, dtype, precision) if precision is not None else 0
@@ -144,19 +144,21 @@ def pass_traffic(
 
 
 def merged_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Queries, keys and values of self-attention as one matrix a layer, which the separate ones become parts of."""
+    """Bytes of the merged query, key and value projections; the separate weights become views of them."""
     return ITEMSIZE[dtype] * spec.num_layers * 3 * linear(spec.dim, spec.dim)
 
 
 def table_bytes(spec: ModelSpec, frames: int, steps: int, commit: bool, dtype: str) -> int:
-    """Modulation of each layer and the head at each timestep of a block, which a graph of whole blocks has ready."""
+    """Bytes of the modulation tables of a whole-block graph: each layer and the head at each timestep."""
     layers, head = 6 * spec.num_layers * (steps + commit), 2 * steps
     return ITEMSIZE[dtype] * frames * spec.dim * (layers + head)
 
 
 def arena_bytes(spec: ModelSpec, tokens: int, frames: int, dtype: str) -> int:
-    """At most what a program's arena takes: the feed-forward's wide tensor beside two, or queries, keys, values and
-    two; two more for what does not pack; and what a step of the solver needs.
+    """Upper bound of a program's arena in bytes.
+
+    It has the wide tensor of the feed-forward and two of the model's width, or queries, keys, values and two more; two
+    more for gaps between buffers; and the float32 temporaries of a solver step.
     """
     item, dim = ITEMSIZE[dtype], spec.dim
     wide = item * (max(spec.ffn_dim + 2 * dim, 5 * dim) + 2 * dim)
@@ -165,9 +167,9 @@ def arena_bytes(spec: ModelSpec, tokens: int, frames: int, dtype: str) -> int:
 
 
 def pass_scratch(spec: ModelSpec, tokens: int, frames: int, dtype: str) -> int:
-    """At most what a pass of so many frames holds besides weights, pages and its input.
+    """Upper bound of the bytes of a pass of `frames`, besides weights, pages and its input.
 
-    Either the feed-forward's two wide tensors beside four of the model's width, or six beside a rotation.
+    The peak is in the feed-forward, with two wide tensors and four of the model's width, or in the rotation, with six.
     """
     item, dim = ITEMSIZE[dtype], spec.dim
     wide = item * (2 * spec.ffn_dim + 4 * dim)
@@ -181,7 +183,7 @@ def pass_scratch(spec: ModelSpec, tokens: int, frames: int, dtype: str) -> int:
 
 
 def text_parameters(spec: TextSpec) -> int:
-    """Of an encoder; none of its layers has a bias."""
+    """Parameters of a text encoder; its layers have no bias."""
     inner = spec.num_heads * spec.head_dim
     layer = 4 * spec.dim * inner + 3 * spec.dim * spec.ffn_dim + 2 * spec.dim + spec.buckets * spec.num_heads
     return spec.vocabulary * spec.dim + spec.num_layers * layer + spec.dim
@@ -191,9 +193,9 @@ def text_parameters(spec: TextSpec) -> int:
 
 
 class Place(NamedTuple):
-    """Where a convolution stands: its scale against the latents, and how many frames it makes of a latent frame.
+    """Resolution of a convolution: spatial scale relative to the latents, and output frames for each latent frame.
 
-    first: of the first latent frame of a stream.
+    first: output frames for the first latent frame of a stream.
     """
 
     scale: int
@@ -203,10 +205,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution: norm is the width of the norm before it, past the frames of its input that a stream remembers.
+    """Sizes of a convolution.
 
-    doubles: its input was doubled in height and width just before. beside: entries per latent position that wait
-    for its level to end.
+    norm: width of the norm before it. past: input frames that a stream caches. doubles: True if its input was upsampled
+    by 2 just before. beside: entries per latent position of the residual branch that are live meanwhile.
     """
 
     inputs: int
@@ -224,7 +226,7 @@ class Conv:
         return math.prod(self.kernel) * self.inputs * self.outputs + self.outputs * self.bias + self.norm
 
     def flops(self, frames: int) -> int:
-        """Per latent position, for so many frames out."""
+        """FLOPs for each latent position and `frames` output frames."""
         return 2 * math.prod(self.kernel) * self.inputs * self.outputs * self.place.scale**2 * frames
 
 
@@ -246,7 +248,7 @@ def middle_convs(width: int, place: Place) -> Iterator[Conv]:
 
 
 def decoder_convs(spec: VaeSpec) -> Iterator[Conv]:
-    """Of a VAE's decoder, in the order they run."""
+    """Yield the convolutions of a VAE's decoder, in execution order."""
     place, width = Place(scale=1, frames=1), spec.decoder_widths[0]
     yield Conv(spec.z_dim, spec.z_dim, POINT, place)
     yield Conv(spec.z_dim, width, CUBE, place, past=2)
@@ -266,7 +268,7 @@ def decoder_convs(spec: VaeSpec) -> Iterator[Conv]:
 
 
 def encoder_convs(spec: VaeSpec) -> Iterator[Conv]:
-    """Of a VAE's encoder, in the order they run."""
+    """Yield the convolutions of a VAE's encoder, in execution order."""
     place, width = Place(2 ** len(spec.temporal_down), spec.temporal_stride), spec.base_channels
     yield Conv(spec.picture_channels, width, CUBE, place, past=2)
     for out, temporal in zip(spec.widths, [*spec.temporal_down, None], strict=True):
@@ -285,7 +287,7 @@ def encoder_convs(spec: VaeSpec) -> Iterator[Conv]:
 
 
 def tiny_convs(spec: TinySpec) -> Iterator[Conv]:
-    """Of the tiny decoder; the first latent frame of a stream costs it as much as any other."""
+    """Yield the convolutions of the tiny decoder; the first latent frame of a stream costs as much as any other."""
     place = Place(scale=1, frames=1)
     yield Conv(spec.z_dim, spec.widths[0], PLANE, place)
     for width, following, factor in zip(spec.widths, spec.widths[1:], spec.time, strict=False):
@@ -300,49 +302,49 @@ def tiny_convs(spec: TinySpec) -> Iterator[Conv]:
 
 
 def convs(spec: DecoderSpec) -> list[Conv]:
-    """Of a decoder."""
+    """Convolutions of a decoder, in execution order."""
     return list(tiny_convs(spec) if isinstance(spec, TinySpec) else decoder_convs(spec))
 
 
 def decoder_parameters(spec: DecoderSpec) -> int:
-    """Of all that is loaded: a VAE's encoder too."""
+    """Parameters loaded for a decoder, with the encoder of a VAE."""
     encoder = [] if isinstance(spec, TinySpec) else list(encoder_convs(spec))
     return sum(conv.parameters for conv in (*convs(spec), *encoder))
 
 
 def decoder_state_bytes(spec: DecoderSpec, latent: tuple[int, int], dtype: str) -> int:
-    """What a stream's decoder remembers once it has run for two latent frames of (height, width)."""
-    # A memory block is fed its input beside what it remembers, so half of its input channels are remembered.
+    """Bytes of a stream's decoder state after two latent frames of (height, width)."""
+    # A memory block of the tiny decoder reads its input joined with its cache, so half its input channels are cached.
     half = 2 if isinstance(spec, TinySpec) else 1
     entries = sum(conv.past * conv.inputs // half * conv.place.scale**2 for conv in convs(spec))
     return ITEMSIZE[dtype] * math.prod(latent) * entries
 
 
 def decode_flops(spec: DecoderSpec, latent: tuple[int, int], first: bool = False) -> int:
-    """Of decoding one latent frame of (height, width), the first of a stream or a later one."""
+    """FLOPs of decoding one latent frame of (height, width), the first of a stream or a later one."""
     area = math.prod(latent)
     total = sum(conv.flops(conv.place.first if first else conv.place.frames) for conv in convs(spec)) * area
     return total if isinstance(spec, TinySpec) else total + 4 * area**2 * spec.decoder_widths[0]
 
 
 def decode_traffic(spec: DecoderSpec, latent: tuple[int, int], dtype: str) -> int:
-    """Bytes that decoding a latent frame cannot do without: weights read, state read and written."""
+    """Least memory traffic of decoding a latent frame in bytes: weights read, state read and written."""
     weights = ITEMSIZE[dtype] * sum(conv.parameters for conv in convs(spec))
     return weights + 2 * decoder_state_bytes(spec, latent, dtype)
 
 
 def encode_flops(spec: VaeSpec, latent: tuple[int, int]) -> int:
-    """Of encoding one picture, the first of a stream, to latents of (height, width)."""
+    """FLOPs of encoding one picture, the first of a stream, to latents of (height, width)."""
     area = math.prod(latent)
     return sum(conv.flops(conv.place.first) for conv in encoder_convs(spec)) * area + 4 * area**2 * spec.widths[-1]
 
 
 def decode_scratch(spec: DecoderSpec, latent: tuple[int, int], frames: int, dtype: str) -> int:
-    """At most what decoding so many latent frames at once holds besides weights, state and latents."""
+    """Upper bound of the bytes of decoding `frames` latent frames at once, besides weights, state and latents."""
     item, area = ITEMSIZE[dtype], math.prod(latent)
     pictures = item * frames * spec.temporal_stride * 3 * spec.spatial_stride**2
     if isinstance(spec, TinySpec):
-        # Every stage waits, with its doubled input and what that grew to, for the stages after it.
+        # The upsampled input and the output of each stage stay live until the stages after it are done.
         grown = (conv for conv in convs(spec) if not conv.bias)
         live = item * sum((conv.inputs + conv.outputs) * conv.place.scale**2 for conv in grown)
     else:
@@ -351,8 +353,10 @@ def decode_scratch(spec: DecoderSpec, latent: tuple[int, int], frames: int, dtyp
 
 
 def live_bytes(conv: Conv, item: int) -> int:
-    """Per latent position, what is live around a convolution: its input twice, that joined with its past, the past
-    anew, its output; or an input that is doubled, once in float32 or better.
+    """Peak live bytes for each latent position around one convolution.
+
+    2 x input + input concatenated with its cached frames + new cache + output; after upsampling, the upsampled input
+    and a copy of it in float32 or better.
     """
     frames, positions = conv.place.frames, conv.place.scale**2
     if conv.doubles:

@@ -1,8 +1,8 @@
-"""What known GPUs can do by their makers' own figures, as data. No figure here was measured.
+"""Published figures of known GPUs. None of them was measured here; sources are given for each GPU.
 
-capability: compute capability, as CUDA counts it. tflops: bfloat16 with sums in float32, without sparsity; bandwidth in
-GB/s; memory in GB as it is sold, 10^9 bytes, which leaves what a card has beyond that to the driver and the libraries.
-Where a maker gives figures with sparsity alone, they are halved. Sources stand beside the cards.
+capability: CUDA compute capability. tflops: dense bfloat16 with float32 accumulation; figures published only with
+sparsity are halved. bandwidth: GB/s. memory_gb: nominal size in 10^9 bytes; the driver and libraries use what a GPU has
+beyond that.
 """
 
 from __future__ import annotations

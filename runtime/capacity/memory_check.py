@@ -1,4 +1,4 @@
-"""Refusing what does not fit before weights are read, with the planner's numbers and with what would fit."""
+"""Memory check before weights are read: the planner's numbers against the memory there is, and changes that fit."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MOST_SUGGESTIONS = 4
 
 @dataclass(frozen=True)
 class MemoryCheck:
-    """What an engine is loaded for: pictures of `size` (the model's own where None), so many streams at a time.
+    """Check for an engine of `config` and `preset`: `sessions` streams of pictures of `size` (None: the model's own).
 
-    force: load it whatever the planner says.
+    force: check the size alone, not the memory.
     """
 
     config: EngineConfig
@@ -33,22 +33,24 @@ class MemoryCheck:
     sessions: int = 1
     force: bool = False
 
-    def __call__(self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, drawn: bool) -> None:
-        """UsageError for a size that the model does not have, and for what memory there is too little for.
+    def __call__(
+        self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool
+    ) -> None:
+        """Raise UsageError for a size that the model cannot make, and where memory is too small.
 
-        text: parameters of the text encoder, 0 for none. drawn: weights are made on the host first.
+        text: parameters of the text encoder, 0 for none. made_on_host: weights are, before they are moved.
         """
         load, device = self.workload(spec, decoder, text), torch.device(self.config.device)
         if self.force:
             return
         total = planner.needed(load) + self.more_bytes(load, fast)
-        self.refuse(load, total, available_memory(device))
-        if drawn and device.type != "cpu":
+        self.compare(load, total, available_memory(device))
+        if made_on_host and device.type != "cpu":
             weights = ITEMSIZE[load.dtype] * costs.transformer_parameters(spec)
-            self.refuse(load, weights, available_memory(torch.device("cpu")))
+            self.compare(load, weights, available_memory(torch.device("cpu")))
 
     def workload(self, spec: ModelSpec, decoder: DecoderSpec, text: int) -> Workload:
-        """What is loaded, for the planner; a stream that keeps every frame counts with its first window."""
+        """Workload for the planner; a stream that keeps every frame counts with its first window."""
         config, preset = self.config, self.preset
         if page_needs(preset).held is None:
             preset = planner.with_window(preset, planner.shortest_window(preset))
@@ -61,13 +63,13 @@ class MemoryCheck:
         return load
 
     def more_bytes(self, load: Workload, fast: DecoderSpec | None) -> int:
-        """A second decoder, and page memory beyond what the streams need."""
+        """Bytes of a second decoder, and of page memory beyond what the streams need."""
         second = ITEMSIZE[load.dtype] * costs.decoder_parameters(fast) if fast is not None else 0
         pages = self.sessions * planner.memory(load).each["pages"]
         return second + max(0, (self.config.kv_memory or 0) - pages)
 
-    def refuse(self, load: Workload, needed: int, available: Available | None) -> None:
-        """UsageError if more is needed than is available."""
+    def compare(self, load: Workload, needed: int, available: Available | None) -> None:
+        """Raise UsageError if more is needed than is available."""
         if available is None or needed <= available.count:
             return
         parts = planner.memory(load)
@@ -87,8 +89,7 @@ class MemoryCheck:
 
 
 def advised(change: Suggestion) -> str:
-    """Arguments, options, and what is needed with them."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in change.arguments.items())
+    """Format a suggestion as arguments, options of the commands, and the bytes that it needs."""
     options = ["--prompt-embeds" if name == "text_prompts" else planner.as_option(name, value)
                for name, value in change.arguments.items()]  # fmt: skip
-    return f"{arguments} ({' '.join(options)}), {format_bytes(change.needed)}"
+    return f"{change} ({' '.join(options)}), {format_bytes(change.needed)}"

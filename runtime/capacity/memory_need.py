@@ -1,4 +1,4 @@
-"""What one session may come to need, in bytes, from its preset and picture size: arithmetic on sizes only."""
+"""Memory need of one session in bytes, from its preset and picture size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .costs import DecoderSpec, decoder_state_bytes, latent_bytes
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a session may come to need."""
+    """Most bytes that a session needs over its life."""
 
     pages: int = 0
     decoder: int = 0
@@ -37,13 +37,16 @@ def session_need(
     page_bytes: int,
     queued: int,
 ) -> MemoryNeed:
-    """Pages of `page_bytes` each, decoder states, and latents of `queued` blocks beside those that the loop holds."""
+    """Compute the need of a session: pages of `page_bytes`, decoder states, and latents.
+
+    queued: blocks in the output queue, whose latents are counted beside those of the block loop and of rewinding.
+    """
     policy, block = preset.context, preset.num_frame_per_block
-    states = 1 + min(2, policy.rewind_blocks)  # the newest, and those that rewinding starts from
-    remembered = policy.rebuild_frames
+    states = 1 + min(2, policy.rewind_blocks)  # the newest, and checkpoints to rewind from
+    recent = policy.rebuild_frames
     if policy.prompt_switch == "recache":
-        remembered = max(remembered, policy.local_attn_size)
-    frames = remembered + block * (preset.window_blocks + queued + 2 * policy.rewind_blocks)
+        recent = max(recent, policy.local_attn_size)
+    frames = recent + block * (preset.window_blocks + queued + 2 * policy.rewind_blocks)
     return MemoryNeed(
         pages=least_pages(preset) * page_bytes,
         decoder=states * decoder_state_bytes(decoder, spec.latent_size(size), dtype),

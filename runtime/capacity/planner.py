@@ -1,7 +1,7 @@
-"""What streams need and how fast they can be at best, before anything is loaded.
+"""Capacity planner: memory and best possible speed of streams, before anything is loaded.
 
-The block schedule lists the passes, `costs` counts what each takes, and a ceiling turns that into time. Times are
-floors: every operation at the ceiling, nothing waiting. What runs is slower.
+The block schedule lists the passes, `costs` counts their FLOPs and bytes, and a roofline ceiling turns those into time.
+Times are lower bounds: every operation runs at the ceiling. Measured times are longer.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from . import costs
 from .costs import ITEMSIZE, DecoderSpec
 from .memory_need import session_need
 
-LONGEST = 4096  # frames; the kernels' longest page table
-CPU_SPEED = 1e11  # operations per second of a fast CPU, for saying beforehand that one takes long
-SLOW = 60 * CPU_SPEED  # operations of a block
+LONGEST = 4096  # frames; the longest page table of the kernels
+CPU_SPEED = 1e11  # FLOP/s assumed of a fast CPU, for the warning of `long_on_cpu`
+SLOW = 60 * CPU_SPEED  # FLOPs of a block above which that warning is given
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Streams to be planned for: `sessions` of them, pictures of `size` (width, height).
+    """`sessions` streams with pictures of `size` (width, height); UsageError for a window without an end.
 
-    text: parameters of the text encoder that stays loaded; 0 where prompts come as embeddings.
-    dtype is of weights and activations, kv_dtype of the pages; both are names in `costs.ITEMSIZE`. narrow: the
-    kv_dtype to advise where memory is short. executor: how passes run, a name of `config.EXECUTORS`.
+    text: parameters of the text encoder; 0 where prompts are given as embeddings. dtype: of weights and activations,
+    kv_dtype: of pages; names in `costs.ITEMSIZE`. narrow: kv_dtype to suggest where memory is short. executor: a name
+    in `config.EXECUTORS`.
     """
 
     spec: ModelSpec
@@ -66,8 +66,8 @@ class Workload:
             raise UsageError(f"sessions is {self.sessions}; expected 1 or more")
         if page_needs(self.preset).held is None:
             raise UsageError(
-                f"{self.preset.name} with local_attn_size -1 keeps every frame, so its memory grows without end; "
-                "plan for a window (--set local_attn_size=21)"
+                f"local_attn_size is -1 ({self.preset.name} keeps every frame), so its memory has no limit; plan for a "
+                "window such as local_attn_size=21"
             )
 
     @property
@@ -83,7 +83,7 @@ class Workload:
 
 
 def steady_blocks(preset: Preset) -> list[ScheduledBlock]:
-    """Blocks that repeat for ever once the window is full."""
+    """The period of blocks that a stream repeats once the window is full."""
     full = blocks_before_repeat(preset)
     return list(islice(scheduled_blocks(preset), full, full + repeat_period(preset)))
 
@@ -92,14 +92,14 @@ def steady_blocks(preset: Preset) -> list[ScheduledBlock]:
 
 
 def window_field(preset: Preset) -> str:
-    """The setting that makes the window longer or shorter."""
+    """Name of the setting that changes the length of the window."""
     if preset.context.segment_frames:
         return "segment_frames"
     return "local_attn_size" if preset.context.commit else "rebuild_frames"
 
 
 def with_window(preset: Preset, frames: int) -> Preset:
-    """The preset with a window of so many frames; UsageError where a block does not fit into it."""
+    """Return the preset with a window of `frames` frames; UsageError if a block does not fit into it."""
     field = window_field(preset)
     value = frames - preset.num_frame_per_block if field == "rebuild_frames" else frames
     changed: dict[str, Any] = {field: value}
@@ -118,7 +118,7 @@ def shortest_window(preset: Preset) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they are for: those that are there once, and those that each session adds."""
+    """Bytes by purpose. once: shared by all sessions. each: added by each session."""
 
     once: dict[str, int]
     each: dict[str, int]
@@ -128,13 +128,13 @@ class Memory:
 
 
 def memory(load: Workload) -> Memory:
-    """What a workload needs at most; what a pass and a decode hold for themselves may be held at the same time."""
+    """Upper bound of the memory of a workload; scratch of a pass and of a decode are counted both."""
     spec, preset, item = load.spec, load.preset, ITEMSIZE[load.dtype]
     page = costs.page_bytes(spec, load.tokens, load.kv_dtype)
     queued = Limits().queue_blocks
     session = session_need(preset, spec, load.decoder, load.size, load.dtype, page, queued)
     staged = window(preset) + page_needs(preset).scratch if load.kv_dtype != load.dtype else 0
-    averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0
+    averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0  # frames
     once = {
         "transformer": item * costs.transformer_parameters(spec),
         "vae": item * costs.decoder_parameters(load.decoder),
@@ -155,10 +155,10 @@ def memory(load: Workload) -> Memory:
 
 
 def graph_memory(load: Workload) -> dict[str, int]:
-    """What graph executors have for passes: an arena a program, constants made of weights, and inputs that stay.
+    """Bytes that graph executors add: an arena for each program, folded constants, and static inputs.
 
-    While queries, keys and values are put together, they are there twice; `making` is what that takes beyond scratch
-    that is not there yet: all of it for a first program, and of a later one its arena.
+    `making`: while query, key and value weights are merged they are stored twice; this is the part of that peak that
+    exceeds the scratch which is not allocated yet (all of it for the first program, the arena for a later one).
     """
     spec, sampler, dtype = load.spec, load.preset.sampler, load.dtype
     whole, frames = supports_whole_block(load.preset), programs(load.preset)
@@ -178,32 +178,34 @@ def graph_memory(load: Workload) -> dict[str, int]:
 
 
 def programs(preset: Preset) -> list[int]:
-    """Latent frames of each program of a graph executor: one for whole blocks, or one for each form of a pass; one for
-    a rebuild, and one for a new prompt once the window is full.
+    """Latent frames of each program of a graph executor.
+
+    One program for whole blocks or one for each shape of a pass, one for a rebuild, and one for the recache of a new
+    prompt.
     """
     if supports_whole_block(preset):
         frames = [preset.num_frame_per_block]
     else:
         runs = [scheduled.run for block in islice(scheduled_blocks(preset), 2) for scheduled in block.passes]
-        forms = {tuple(len(group.frames) for group in run.groups) for run in runs}
-        frames = [sum(form) for form in sorted(forms)]
+        shapes = {tuple(len(group.frames) for group in run.groups) for run in runs}
+        frames = [sum(shape) for shape in sorted(shapes)]
     return frames + [count for count in (preset.context.rebuild_frames, recached_frames(preset)) if count]
 
 
 def recached_frames(preset: Preset) -> int:
-    """Latent frames that pass through the network again under a new prompt once the window is full; 0 for none."""
+    """Latent frames that are recached for a new prompt once the window is full; 0 if the preset does not recache."""
     policy = preset.context
     return window(preset) - (0 if policy.recache_sink else policy.sink_size) if policy.prompt_switch == "recache" else 0
 
 
 def longest_pass(preset: Preset) -> int:
-    """Latent frames of the longest pass: of blocks in flight, of a rebuild, or of the past under a new prompt."""
+    """Latent frames of the longest pass: of the blocks in flight, of a rebuild, or of a recache."""
     in_flight = preset.num_frame_per_block * preset.window_blocks
     return max(in_flight, preset.context.rebuild_frames, recached_frames(preset))
 
 
 def solving_bytes(load: Workload) -> int:
-    """What a step of the solver adds to the latents, and pictures that are kept to be encoded again."""
+    """Bytes of a solver step besides the latents, and of pixels cached to be encoded again."""
     preset, policy = load.preset, load.preset.context
     frame = costs.latent_bytes(load.spec, load.size, load.dtype)
     wide = costs.latent_bytes(load.spec, load.size, "float64")
@@ -216,18 +218,18 @@ def solving_bytes(load: Workload) -> int:
 
 
 def needed(load: Workload) -> int:
-    """Bytes for all sessions of a workload."""
+    """Bytes that a workload needs for all its sessions."""
     return memory(load).needed(load.sessions)
 
 
 def most_sessions(load: Workload, budget: int) -> int:
-    """How many sessions fit; 0 where not even one does."""
+    """Number of sessions that fit into `budget` bytes; 0 if none does."""
     split = memory(load)
     return max(0, (budget - split.needed(0)) // sum(split.each.values()))
 
 
 def longest_window(load: Workload, budget: int) -> int | None:
-    """The longest window with which all sessions fit; None where none does."""
+    """Longest window, in frames, with which all sessions fit into `budget` bytes; None if none fits."""
     low, high = shortest_window(load.preset), LONGEST
     if not fits_with(load, low, budget):
         return None
@@ -246,30 +248,30 @@ def fits_with(load: Workload, frames: int, budget: int) -> bool:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The most a machine can do: TFLOP/s, GB/s, and where the figures are from."""
+    """Peak speed of a machine: TFLOP/s, GB/s, and the source of the figures."""
 
     tflops: float
     bandwidth: float
     source: str
 
     def seconds(self, flops: int, nbytes: int) -> float:
-        """The shortest time for both."""
+        """Roofline time: the longer of compute and memory time."""
         return max(flops / (self.tflops * 1e12), nbytes / (self.bandwidth * 1e9))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One block at a ceiling: operations, and seconds, of the transformer and of the decoder."""
+    """FLOPs and seconds of one block at a ceiling, for the transformer and the decoder."""
 
     transformer_flops: float
     decoder_flops: float
     transformer_seconds: float
     decoder_seconds: float
-    frames: float  # of pixels, that it adds to the video
+    frames: float  # video frames of the block
 
     @property
     def seconds(self) -> float:
-        """One after the other: on one card, work side by side takes as long."""
+        """Sum of both: on one GPU, concurrent work takes as long."""
         return self.transformer_seconds + self.decoder_seconds
 
     @property
@@ -278,7 +280,7 @@ class Speed:
 
 
 def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
-    """The floor of one block."""
+    """Least time of one block."""
     spec, tokens, times = load.spec, load.tokens, branches(load.preset)
     flops, seconds = 0, 0.0
     for scheduled in block.passes:
@@ -300,7 +302,7 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
 
 
 def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> int:
-    """Operations of a stream's first block, decoder included."""
+    """FLOPs of a stream's first block, decoder included."""
     block, tokens, latent = next(scheduled_blocks(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
     passes = sum(costs.pass_flops(spec, tokens, scheduled.run).total for scheduled in block.passes)
     decoding = costs.decode_flops(decoder, latent, first=True)
@@ -308,30 +310,30 @@ def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tupl
 
 
 def long_on_cpu(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> str | None:
-    """What to say beforehand of a stream that a CPU takes minutes for; None where it does not."""
+    """Warning for a stream whose first block takes a CPU minutes; None for a faster one."""
     count = operations(spec, preset, decoder, size)
     if count <= SLOW:
         return None
     return (
-        f"the first block alone is {count / 1e12:.3g} TFLOP: at {CPU_SPEED / 1e12:g} TFLOP/s that is "
+        f"the first block has {count / 1e12:.3g} TFLOP: at {CPU_SPEED / 1e12:g} TFLOP/s that is "
         f"{count / CPU_SPEED / 60:.0f} minutes on this CPU; a smaller --size, --model wan-tiny or a GPU takes less"
     )
 
 
 def first_speed(load: Workload, ceiling: Ceiling) -> Speed:
-    """The floor of a stream's first block."""
+    """Least time of a stream's first block."""
     return speed(load, next(scheduled_blocks(load.preset)), ceiling)
 
 
 def steady_speed(load: Workload, ceiling: Ceiling) -> Speed:
-    """The floor of a block once the window is full, on average over blocks that repeat."""
+    """Least time of a block once the window is full, averaged over the period of blocks."""
     blocks = [speed(load, block, ceiling) for block in steady_blocks(load.preset)]
     fields = [field.name for field in dataclasses.fields(Speed)]
     return Speed(*(sum(getattr(block, name) for block in blocks) / len(blocks) for name in fields))
 
 
 def prompt_seconds(load: Workload, ceiling: Ceiling) -> float:
-    """The floor of following a new prompt once the window is full: its cross keys, and the past passed again."""
+    """Least time in seconds to switch prompts once the window is full: its cross keys and the recache."""
     spec = load.spec
     nbytes = ITEMSIZE[load.dtype] * costs.prompt_parameters(spec) + costs.cross_bytes(spec, load.dtype)
     seconds = ceiling.seconds(costs.prompt_flops(spec), nbytes)
@@ -381,7 +383,7 @@ def with_shorter_window(load: Workload, budget: int) -> Workload | None:
 
 
 def with_smaller_pictures(load: Workload, budget: int) -> Workload | None:
-    """The largest pictures of nearly the same shape that fit; None where none do."""
+    """Largest picture size of nearly the same aspect ratio that fits; None if none does."""
     stride, (down, across) = load.spec.vae_stride[1], load.spec.patch
     columns, rows = load.size[0] // (stride * across), load.size[1] // (stride * down)
     for fewer in range(columns - 1, 0, -1):
@@ -392,7 +394,7 @@ def with_smaller_pictures(load: Workload, budget: int) -> Workload | None:
 
 
 Saving = Callable[[Workload, int], Workload | None]
-SAVINGS: tuple[Saving, ...] = (  # in the order of what they cost the viewer
+SAVINGS: tuple[Saving, ...] = (  # ordered by their effect on the video, the least first
     without_text,
     in_half_precision,
     with_fewer_sessions,
@@ -406,7 +408,7 @@ SAVINGS: tuple[Saving, ...] = (  # in the order of what they cost the viewer
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A workload that needs less, as arguments of `load`, and the bytes that it needs."""
+    """Settings that need less memory, as arguments of `load`, and the bytes they need."""
 
     arguments: dict[str, Any]
     needed: int
@@ -414,11 +416,15 @@ class Suggestion:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The arguments as options of the command."""
+        """The arguments as options of the commands."""
         return tuple(as_option(name, value) for name, value in self.arguments.items())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
 
 
 def as_option(name: str, value: Any) -> str:
+    """`kv_dtype="fp8"` as `--kv-dtype fp8`; a field of the preset as `--set NAME=VALUE`."""
     if name in FIELDS:
         return f"--set {name}={value}"
     if name == "text_prompts":
@@ -427,22 +433,22 @@ def as_option(name: str, value: Any) -> str:
 
 
 def suggestions(load: Workload, budget: int) -> list[Suggestion]:
-    """Smaller workloads for one that does not fit: each saving alone, then as few of them in turn as are enough."""
-    alone = [other for saving in SAVINGS if (other := applied(load, saving, budget)) != load]
-    listed = [suggestion(load, other, budget) for other in alone]
+    """Suggest smaller workloads: each saving by itself and, if none of them fits, several in order until they do."""
+    single = [other for saving in SAVINGS if (other := applied(load, saving, budget)) != load]
+    listed = [suggestion(load, other, budget) for other in single]
     if not any(one.fits for one in listed):
-        together = load
+        combined = load
         for saving in SAVINGS:
-            together = applied(together, saving, budget)
-            if needed(together) <= budget:
+            combined = applied(combined, saving, budget)
+            if needed(combined) <= budget:
                 break
-        if together not in (load, *alone):
-            listed.append(suggestion(load, together, budget))
+        if combined not in (load, *single):
+            listed.append(suggestion(load, combined, budget))
     return listed
 
 
 def applied(load: Workload, saving: Saving, budget: int) -> Workload:
-    """The workload with a saving; the same one where that needs no less."""
+    """Apply a saving to a workload; returns the workload unchanged if that saves nothing."""
     other = saving(load, budget)
     return other if other is not None and needed(other) < needed(load) else load
 
@@ -476,5 +482,5 @@ def text_parameters(spec: ModelSpec) -> int:
 
 
 def tiny_for(spec: ModelSpec) -> TinySpec:
-    """The tiny decoder for the latents of a model."""
+    """Spec of the tiny decoder for the latents of a model."""
     return TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21

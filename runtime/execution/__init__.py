@@ -1,1 +1,1 @@
-"""Executors and whatever else owns device memory during a pass: launcher, decoder, adapters, loading of weights."""
+"""Executors, launcher, decode pipeline, LoRA adapter and loading: owners of device memory other than KV pages."""

@@ -1,7 +1,7 @@
-"""Decoding beside denoising: one thread, on a GPU with a stream of its own, decodes blocks in the order they come.
+"""Decode pipeline: one thread, on a GPU with a CUDA stream of its own, decodes blocks while the next ones are denoised.
 
-A `DecoderTrack` is how far one session's decoder has come. It is the pipeline's from `submit` until `settle`
-has returned, and the engine's otherwise; since these are two streams, each claims what it reads of the other's.
+`DecoderTrack` is the decoder state of one session. The pipeline owns it from `submit` until `wait` returns, the engine
+at other times. Both use different CUDA streams, so each calls `claim` for tensors of the other that it reads.
 """
 
 from __future__ import annotations
@@ -23,84 +23,85 @@ from ..streams import claim, make_current
 
 
 class DecoderTrack:
-    """A decoder's state after the last block, and what it takes to go back `rewind_blocks` of them.
+    """Decoder state after the last block, with checkpoints to rewind up to `rewind_blocks` blocks.
 
-    kept: (block, state before it), every `rewind_blocks` blocks, no more than are needed; states share tensors.
-    decoded: (block, latents) since the first of them. Going back decodes from the nearest kept state on again.
+    checkpoints: (block, state before it), one every `rewind_blocks` blocks; states share tensors. decoded: (block,
+    latents) since the first checkpoint. A rewind decodes again from the nearest checkpoint.
     """
 
     def __init__(self, vae: Decoder, rewind_blocks: int) -> None:
         self.vae, self.rewind_blocks = vae, rewind_blocks
         self.state = vae.new_state()
-        self.kept: list[tuple[int, StreamState]] = []
+        self.checkpoints: list[tuple[int, StreamState]] = []
         self.decoded: list[tuple[int, Tensor]] = []
         self.last: Tensor | None = None  # latents of the last block
 
     def decode(self, block: int, latents: Tensor) -> Tensor:
-        """Latents [F, C, h, w] of a block to pixels [T, 3, H, W]."""
+        """Decode latents [F, C, h, w] of a block to pixels [T, 3, H, W]."""
         claim((latents, *self.state.history.values()))
         if self.rewind_blocks:
-            if not self.kept or self.kept[-1][0] <= block - self.rewind_blocks:
-                self.kept.append((block, self.state.clone()))
+            if not self.checkpoints or self.checkpoints[-1][0] <= block - self.rewind_blocks:
+                self.checkpoints.append((block, self.state.clone()))
             self.decoded.append((block, latents))
-            while len(self.kept) > 1 and self.kept[1][0] <= block + 1 - self.rewind_blocks:
-                self.kept.pop(0)
-            self.decoded = [(index, part) for index, part in self.decoded if index >= self.kept[0][0]]
+            while len(self.checkpoints) > 1 and self.checkpoints[1][0] <= block + 1 - self.rewind_blocks:
+                self.checkpoints.pop(0)
+            self.decoded = [(index, part) for index, part in self.decoded if index >= self.checkpoints[0][0]]
         self.last = latents
         return self.vae.decode(latents, self.state)
 
     def restart(self, block: int, latents: Tensor) -> None:
-        """Begin anew before `block`, with latents that are decoded for the state's sake alone."""
+        """Reset the state before `block` and decode `latents` to fill it; their pixels are dropped."""
         self.state = self.vae.new_state()
         self.vae.decode(latents, self.state)
         if self.rewind_blocks:
-            self.kept = [(index, state) for index, state in self.kept if index < block]
-            self.kept.append((block, self.state.clone()))
+            self.checkpoints = [(index, state) for index, state in self.checkpoints if index < block]
+            self.checkpoints.append((block, self.state.clone()))
 
     def rewind(self, block: int) -> None:
-        """Back to where it stood before `block`, which is one of the last `rewind_blocks`."""
+        """Return to the state before `block`, one of the last `rewind_blocks` blocks."""
         if not self.decoded or self.decoded[-1][0] < block:
             return
-        start, state = next(((at, state) for at, state in reversed(self.kept) if at <= block), self.kept[0])
+        earlier = ((at, state) for at, state in reversed(self.checkpoints) if at <= block)
+        start, state = next(earlier, self.checkpoints[0])
         claim((*state.history.values(), *(latents for _, latents in self.decoded)))
         self.state = state.clone()
         for index, latents in self.decoded:
             if start <= index < block:
                 self.vae.decode(latents, self.state)
-        self.kept = [(at, state) for at, state in self.kept if at <= block]
+        self.checkpoints = [(at, state) for at, state in self.checkpoints if at <= block]
         self.decoded = [(index, latents) for index, latents in self.decoded if index < block]
 
     def fork(self) -> DecoderTrack:
-        """One that goes on by itself; tensors are shared."""
-        twin = DecoderTrack(self.vae, self.rewind_blocks)
-        twin.state = self.state.clone()
-        twin.kept = [(block, state.clone()) for block, state in self.kept]
-        twin.decoded, twin.last = list(self.decoded), self.last
-        return twin
+        """Return an independent track; tensors are shared."""
+        fork = DecoderTrack(self.vae, self.rewind_blocks)
+        fork.state = self.state.clone()
+        fork.checkpoints = [(block, state.clone()) for block, state in self.checkpoints]
+        fork.decoded, fork.last = list(self.decoded), self.last
+        return fork
 
     def change_decoder(self, vae: Decoder) -> None:
-        """Go on with another decoder, which is shown the last block first; going back beyond here is given up."""
+        """Switch to another decoder, which decodes the last block first; rewinds before this point are lost."""
         if vae is self.vae:
             return
         self.vae, self.state = vae, vae.new_state()
         if self.last is not None:
             vae.decode(self.last, self.state)
-        self.kept, self.decoded = [], []
+        self.checkpoints, self.decoded = [], []
 
     def clear(self) -> None:
-        """Let every tensor go."""
-        self.state, self.kept, self.decoded, self.last = self.vae.new_state(), [], [], None
+        """Release all tensors."""
+        self.state, self.checkpoints, self.decoded, self.last = self.vae.new_state(), [], [], None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all states that are kept, shared tensors counted once."""
-        states = [self.state, *(state for _, state in self.kept)]
+        """Bytes of the state and all checkpoints; shared tensors count once."""
+        states = [self.state, *(state for _, state in self.checkpoints)]
         tensors = {id(tensor): tensor.nbytes for state in states for tensor in state.history.values()}
         return sum(tensors.values())
 
 
 class DecodePipeline:
-    """Runs jobs one after another beside the engine's thread, on a thread that ends with the pipeline."""
+    """Runs jobs one after another on a thread beside the engine's."""
 
     def __init__(self, device: torch.device, condition: EngineCondition) -> None:
         self.condition = condition
@@ -109,7 +110,7 @@ class DecodePipeline:
         self.jobs: dict[int, deque[Future[None]]] = {}
 
     def submit(self, session: int, job: Callable[[], None]) -> None:
-        """Run `job` once what was launched so far has run."""
+        """Queue `job`; on a GPU it starts after the work that the current stream has now."""
         launched = None
         if self.stream is not None:
             launched = torch.cuda.Event()
@@ -127,13 +128,13 @@ class DecodePipeline:
         finally:
             self.condition.signal()
 
-    def settle(self, session: int) -> None:
-        """Wait until nothing of a session is being decoded."""
+    def wait(self, session: int) -> None:
+        """Wait for all jobs of a session; raises the error of a job."""
         for job in self.jobs.pop(session, ()):
             job.result()
 
     def collect(self) -> None:
-        """Forget jobs that are done; a bug in one of them is raised here."""
+        """Remove finished jobs; raises the error of a job."""
         for session, jobs in list(self.jobs.items()):
             while jobs and jobs[0].done():
                 jobs.popleft().result()
@@ -145,6 +146,6 @@ class DecodePipeline:
 
 
 def to_frames(pixels: Tensor) -> NDArray[np.uint8]:
-    """Pixels [T, 3, H, W] in [-1, 1] to uint8 frames [T, H, W, 3] on the host."""
+    """Convert pixels [T, 3, H, W] in [-1, 1] to uint8 frames [T, H, W, 3] in host memory."""
     scaled = ((pixels * 0.5 + 0.5) * 255).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()

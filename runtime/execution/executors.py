@@ -1,7 +1,7 @@
-"""How passes run: `eager` calls the model, `fused` launches its lowered graph, `captured` replays that as a CUDA graph.
+"""Executors: `eager` calls the model, `fused` launches its lowered graph, `captured` replays that as a CUDA graph.
 
-The engine asks an executor for a pass, or for a whole block at once, and knows nothing of graphs. All three mean
-the same; `eager` is what the others are held against.
+The block loop asks an executor for a pass or a whole block and does not know about graphs. All executors compute the
+same function; `eager` is the reference of the others.
 """
 
 from __future__ import annotations
@@ -35,54 +35,55 @@ from .lowp_reference import check_layers, with_packed_layers
 
 @dataclass
 class Conditioning:
-    """A prompt as graphs read it: rows [1, text_len, text_dim], and what prompt graphs made of them, by recipe."""
+    """Prompt input of graphs: rows [1, text_len, text_dim], and cached outputs of prompt graphs, by recipe."""
 
     rows: Tensor
-    made: dict[str, Tensor] = field(default_factory=dict)
+    cached: dict[str, Tensor] = field(default_factory=dict)
 
 
 Text = TextContext | Conditioning
 
 
 class Executor(Protocol):
-    """What the engine asks. supports_whole_block: whether `run_block` can be called. batches: whether passes
-    of several sessions can be run as one.
+    """Runs passes of the network.
+
+    supports_whole_block: True if `run_block` can be called. batches: True if one pass can serve several sessions.
     """
 
     supports_whole_block: bool
     batches: bool
 
     def condition(self, rows: Tensor) -> Text:
-        """What passes read of a prompt, from the text encoder's rows [text_len, text_dim]."""
+        """Prepare a prompt for passes, from the text encoder's rows [text_len, text_dim]."""
 
     def join(self, texts: Sequence[Text]) -> Text:
-        """What a pass over several sessions reads of their prompts."""
+        """Join the prompts of several sessions for one pass."""
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
-        """One pass of the network: the arguments and result of the model's own forward."""
+        """Run one pass: latents [B, F, C, H, W] to velocity, arguments as of the model's forward."""
 
     def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
     ) -> Tensor:
-        """A block from noise [F, C, H, W] to clean latents, its keys and values left in its pages.
+        """Denoise a block from noise [F, C, H, W] to clean latents and write its keys and values to its pages.
 
         Noise between steps is that of `PhiloxNoise(seed)` for the absolute `frames`.
         """
 
     def refresh_derived_weights(self) -> None:
-        """Make anew what was made of weights that have changed in place, but for what `condition` made."""
+        """Recompute tensors derived from the weights after an in-place change; conditioned prompts stay as they are."""
 
     def start_profile(self, profile: Profile) -> None:
-        """Time what runs from now on; UsageError where that cannot be."""
+        """Profile all passes from now on; UsageError for an executor that cannot be profiled."""
 
     def bytes_by_owner(self) -> dict[str, int]:
-        """Memory beside weights and pages."""
+        """Bytes of memory other than weights and pages, by owner."""
 
 
 class EagerExecutor:
-    """The model as it is, pass by pass. packed: the same with layers in low precision, for passes alone."""
+    """Calls the model pass by pass. packed: the model with low-precision layers, used for passes only."""
 
     supports_whole_block = False
     batches = True
@@ -110,7 +111,7 @@ class EagerExecutor:
         raise AssertionError("eager runs pass by pass")
 
     def refresh_derived_weights(self) -> None:
-        """Nothing to do: the model reads its weights."""
+        """Do nothing: the model reads its weights at each pass."""
 
     def start_profile(self, profile: Profile) -> None:
         raise UsageError("executor eager cannot be profiled; use fused, or captured on a GPU")
@@ -120,12 +121,10 @@ class EagerExecutor:
 
 
 class GraphExecutor:
-    """Traces, lowers and launches; with a backend, captures. Owns the launcher and what it loaded, by graph key.
+    """Traces, lowers and launches block graphs; with a backend, captures them. Owns the launcher and loaded programs.
 
-    preset: as loaded, for block sizes and graph names; which window a pass sees is in its page tables.
-
-    rewrites: done to every graph; all that are on by default unless told. traces and prompts count graphs traced and
-    runs of a prompt graph.
+    preset: as loaded, for block sizes and graph names; the window of a pass is in its page tables. rewrites: applied to
+    every graph; None for the default ones. traces: number of graphs traced. prompts: number of runs of a prompt graph.
     """
 
     batches = False
@@ -142,8 +141,10 @@ class GraphExecutor:
         model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
         lowp = config.precision_map
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
-        kept = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
-        self.graph_of = GraphBuilder(model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kept)
+        kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
+        self.graph_of = GraphBuilder(
+            model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype
+        )
         self.supports_whole_block = supports_whole_block(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.programs: dict[GraphKey, Lowered] = {}
@@ -183,7 +184,7 @@ class GraphExecutor:
         return self.launcher.bytes_by_owner()
 
     def refresh_derived_weights(self) -> None:
-        """Make constants anew, where they are: nothing is captured again."""
+        """Recompute the constants in place; captured graphs stay valid."""
         self.launcher.refresh_derived_weights()
 
     def run(
@@ -191,36 +192,39 @@ class GraphExecutor:
     ) -> dict[str, Tensor]:
         assert isinstance(text, Conditioning) and isinstance(attention, OnPages)
         loaded = self.load(key, attention)
-        inputs = {**given, **tables(key, attention), **self.told(loaded, text)}
+        inputs = {**given, **tables(key, attention), **self.prompt_inputs(loaded, text)}
         if actions is not None:
             inputs["block.actions"] = actions
         return self.launcher.run(loaded.body, inputs)
 
-    def told(self, loaded: Loaded, text: Conditioning) -> dict[str, Tensor]:
-        """What the graph reads of a prompt, made by the prompt graph where nobody made it for this prompt yet."""
+    def prompt_inputs(self, loaded: Loaded, text: Conditioning) -> dict[str, Tensor]:
+        """The graph's prompt inputs; runs the prompt graph once for each prompt and caches the result."""
         if loaded.prompt is None:
             return {"text": text.rows}
-        if any(recipe not in text.made for recipe in loaded.recipes.values()):
+        if any(recipe not in text.cached for recipe in loaded.recipes.values()):
             self.prompts += 1
-            made = self.launcher.run(loaded.prompt, {"text": text.rows})
-            text.made |= {loaded.recipes[name]: tensor for name, tensor in made.items()}
-        return {name: text.made[recipe] for name, recipe in loaded.recipes.items()}
+            outputs = self.launcher.run(loaded.prompt, {"text": text.rows})
+            text.cached |= {loaded.recipes[name]: tensor for name, tensor in outputs.items()}
+        return {name: text.cached[recipe] for name, recipe in loaded.recipes.items()}
 
     def load(self, key: GraphKey, attention: OnPages) -> Loaded:
-        """The program of a key, bound to the pages; bound again if the pages have moved."""
+        """Return the program of a key, bound to the page tensors; binds it again if they have moved.
+
+        InferixError, with settings that would fit, if the device has too little memory.
+        """
         state = stores(attention)
-        found = self.loaded.get(key)
-        if found is not None and all(found.state[name] is kv for name, kv in state.items()):
-            return found
+        loaded = self.loaded.get(key)
+        if loaded is not None and all(loaded.state[name] is kv for name, kv in state.items()):
+            return loaded
         self.drop_outgrown(key, state)
         try:
             self.loaded[key] = self.launcher.load(self.lowered(key), state)
         except NotEnoughMemory as error:
-            raise InferixError(f"{error}; {self.what_fits(key, error.missing)}") from error
+            raise InferixError(f"{error}; {self.advice(key, error.missing)}") from error
         return self.loaded[key]
 
     def drop_outgrown(self, key: GraphKey, state: Mapping[str, Tensor]) -> None:
-        """Let go of what is bound to pages that pictures of this size have left, and of those pages."""
+        """Release programs bound to page tensors of this picture size that have moved."""
         self.loaded = {
             other: loaded for other, loaded in self.loaded.items()
             if other.latent[2:] != key.latent[2:]
@@ -228,42 +232,43 @@ class GraphExecutor:
         }  # fmt: skip
 
     def lowered(self, key: GraphKey) -> Lowered:
-        """The program of a key: made for as few pages as one session needs, then adapted to as many as there are."""
+        """Return the program of a key, traced for the pages of one session and adapted to the store's size."""
         least = replace(key, pages=least_pages(self.preset))
         if least not in self.programs:
             self.programs[least] = self.stored_or_traced(least)
         return with_pages(self.programs[least], key.pages)
 
     def stored_or_traced(self, key: GraphKey) -> Lowered:
-        """The stored program, or one traced from a model of the same shape without memory, and kept."""
+        """Return the stored program, or trace and store one; tracing needs no memory for weights."""
         if self.store is not None and (stored := self.store.find(key)) is not None:
             return stored
         self.traces += 1
-        made = lower_block(self.graph_of(key))
+        lowered = lower_block(self.graph_of(key))
         if self.store is not None:
-            self.store.keep(key, made)
-        return made
+            self.store.keep(key, lowered)
+        return lowered
 
-    def what_fits(self, key: GraphKey, missing: int) -> str:
-        """What to change, where so many bytes are missing."""
+    def advice(self, key: GraphKey, missing: int) -> str:
+        """Settings that need `missing` bytes less, as text."""
         config, spec = self.config, self.graph_of.spec
         if page_needs(self.preset).held is None:
-            return "give a window (--set local_attn_size=21)"
-        kept = config.kv_dtype or config.dtype
-        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kept)
+            return "give a window such as local_attn_size=21"
+        kv_dtype = config.kv_dtype or config.dtype
+        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype)
         smaller = suggestions(load, needed(load) - missing)
-        fitting = [" ".join(suggestion.options) for suggestion in smaller if suggestion.fits]
-        return f"this would fit: {', or '.join(fitting)}" if fitting else "no smaller window, size or dtype would fit"
+        fitting = [str(suggestion) for suggestion in smaller if suggestion.fits]
+        return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
 
 
 def joined(contexts: Sequence[TextContext]) -> TextContext:
-    """Contexts of one model side by side, along B."""
-    text = tuple(beside(layer) for layer in zip(*(context.text for context in contexts), strict=True))
+    """Concatenate contexts of one model along the batch dim."""
+    text = tuple(concatenated(layer) for layer in zip(*(context.text for context in contexts), strict=True))
     images = [context.image for context in contexts if context.image is not None]
-    return TextContext(text, tuple(beside(layer) for layer in zip(*images, strict=True)) if images else None)
+    return TextContext(text, tuple(concatenated(layer) for layer in zip(*images, strict=True)) if images else None)
 
 
-def beside(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def concatenated(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Concatenate (keys, values) pairs along the batch dim."""
     keys, values = zip(*pairs, strict=True)
     return torch.cat(keys), torch.cat(values)
 
@@ -275,12 +280,12 @@ def paged(attention: KeyValues) -> OnPages:
 
 
 def signed(seed: int) -> int:
-    """A seed of 64 bits as the signed number of the same bits."""
+    """The signed 64-bit integer with the bits of an unsigned seed."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Executor:
-    """The executor that the configuration names. UsageError for layers that the model does not have."""
+    """Make the executor that `config` names; UsageError for low-precision layers that the model does not have."""
     model, precision = parts.transformer, config.precision_map
     if precision is not None:
         check_layers(model, precision)

@@ -1,8 +1,7 @@
-"""Programs on a device: owns the arena, the constants, the static buffers that inputs are copied into, and what was
-captured.
+"""Launcher: runs lowered programs. Owns the arena, the constants, the static input buffers and the captured graphs.
 
-Weights and state come from outside and must stay where they are. A program is bound once for its key; after that
-a run copies what changed and launches.
+Weights and state (page tensors) are owned by others and must not move. A program is bound once for each graph key; each
+run then copies the inputs that changed, and launches or replays.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from ..telemetry.profile import Profile
 
 
 class NotEnoughMemory(InferixError):
-    """A program that does not fit; `missing` bytes."""
+    """Too little free memory for a program. missing: bytes."""
 
     def __init__(self, parts: Mapping[str, int], free: int) -> None:
         total = sum(parts.values())
         listed = ", ".join(f"{what} {format_bytes(count)}" for what, count in parts.items())
-        super().__init__(f"the graph needs {format_bytes(total)} ({listed}), and {format_bytes(free)} are free")
+        super().__init__(f"the graph needs {format_bytes(total)} ({listed}), but {format_bytes(free)} are free")
         self.missing = total - free
 
 
@@ -42,29 +41,36 @@ CAT = torch.ops.aten.cat.out
 
 @dataclass
 class Bound:
-    """A program on its tensors. inputs: the static buffers; held: what was last copied into each, and its version."""
+    """A program bound to tensors.
+
+    inputs: static buffers. copied: the tensor last copied into each buffer, and its version. events: of a captured
+    program that is profiled, before each pass and at the end.
+    """
 
     launches: LaunchPlan
     inputs: dict[str, Tensor]
-    held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    copied: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     replay: Replay | None = None
-    events: Sequence[Event] | None = None  # of a captured program that is profiled: before each pass, and at its end
+    events: Sequence[Event] | None = None
 
     def fill(self, given: Mapping[str, Tensor]) -> None:
-        """Copy inputs into their places; one that is the same tensor, unchanged, is there already."""
-        for name, place in self.inputs.items():
+        """Copy inputs into the static buffers, except tensors that have not changed since the last copy.
+
+        ValueError for a shape that differs from the program's.
+        """
+        for name, buffer in self.inputs.items():
             tensor = given[name]
-            if name in self.held and self.held[name][0] is tensor and self.held[name][1] == tensor._version:
+            if name in self.copied and self.copied[name][0] is tensor and self.copied[name][1] == tensor._version:
                 continue
-            if tensor.shape != place.shape:
-                raise ValueError(f"{name} is {list(tensor.shape)}; the program was made for {list(place.shape)}")
-            place.copy_(sendable(tensor, place.device), non_blocking=True)
-            self.held[name] = (tensor, tensor._version)
+            if tensor.shape != buffer.shape:
+                raise ValueError(f"shape of {name} is {list(tensor.shape)}; expected {list(buffer.shape)}")
+            buffer.copy_(sendable(tensor, buffer.device), non_blocking=True)
+            self.copied[name] = (tensor, tensor._version)
 
 
 @dataclass
 class Loaded:
-    """One `Lowered` on the device. recipes: how each value that the prompt program hands on is made."""
+    """A `Lowered` bound to the device. recipes: digest of each output of the prompt program."""
 
     lowered: Lowered
     body: Bound
@@ -74,8 +80,10 @@ class Loaded:
 
 
 class Launcher:
-    """Binds and runs programs. Without a backend every call is launched by itself; with one, a program is captured at
-    its first run and replayed afterwards, or, if that cannot be, launched after all.
+    """Binds and runs programs.
+
+    With a backend, a program is captured at its first run and replayed afterwards; one that cannot be captured is
+    launched call by call, as all programs are without a backend.
     """
 
     def __init__(
@@ -89,33 +97,33 @@ class Launcher:
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
         self.profile: Profile | None = None
         self.captures = 0
-        self.fallbacks: list[str] = []  # why programs are launched call by call that were to be captured
+        self.fallbacks: list[str] = []  # reasons why programs could not be captured
 
     def load(self, lowered: Lowered, state: Mapping[str, Tensor]) -> Loaded:
-        """Bind a program to weights, constants and `state`; NotEnoughMemory if what it needs is not free."""
+        """Bind a program to weights, constants and `state`; NotEnoughMemory if it needs more than is free."""
         needs = self.needs(lowered)
         if (free := free_bytes(self.device)) is not None and sum(needs.values()) > free:
             raise NotEnoughMemory(needs, free)
         given = {**self.weights, **state, **self.literals(lowered)}
-        made: dict[str, str] = {}
+        folded: dict[str, str] = {}
         if lowered.fold is not None:
-            made = recipes(lowered.fold.program)
-            given |= self.folded(lowered.fold, made, given)
+            folded = recipes(lowered.fold.program)
+            given |= self.folded(lowered.fold, folded, given)
         self.constant_bytes = self.bytes_of_constants()
         if lowered.prompt is None:
             return Loaded(lowered, self.bind(lowered.body, given), None, state, {})
         prompt = self.bind(lowered.prompt, given)
-        prompt.replay = prompt.launches.run  # it runs once a prompt, which is not worth a capture
-        return Loaded(lowered, self.bind(lowered.body, given), prompt, state, recipes(lowered.prompt.program, made))
+        prompt.replay = prompt.launches.run  # never captured: it runs once for each prompt
+        return Loaded(lowered, self.bind(lowered.body, given), prompt, state, recipes(lowered.prompt.program, folded))
 
     def needs(self, lowered: Lowered) -> dict[str, int]:
-        """Bytes that a program would add: its scratch, its constants with what making them takes, its inputs."""
+        """Bytes that a program adds: scratch, constants (with the arena of the fold program), and inputs."""
         planned = [part for part in (lowered.body, lowered.prompt) if part is not None]
         scratch = max(part.plan.size for part in planned)
         inputs = sum(buffer.nbytes for part in planned for buffer in part.program.of(Role.INPUT))
         fold = lowered.fold
-        made = {} if fold is None else recipes(fold.program)
-        missing = any(recipe not in self.constants for recipe in made.values())
+        folded = {} if fold is None else recipes(fold.program)
+        missing = any(recipe not in self.constants for recipe in folded.values())
         return {
             "scratch": scratch if scratch > self.arena.numel() else 0,
             "constants": fold.plan.size if fold is not None and missing else 0,
@@ -123,7 +131,7 @@ class Launcher:
         }
 
     def bytes_by_owner(self) -> dict[str, int]:
-        """What the launcher holds beside weights; those that are part of a constant count as weights."""
+        """Bytes of constants and scratch; weights that are part of a constant are not counted."""
         return {"constants": self.constant_bytes, "scratch": self.arena.numel()}
 
     def bytes_of_constants(self) -> int:
@@ -141,15 +149,16 @@ class Launcher:
         return Bound(LaunchPlan(planned.program, planned.plan, arena, {**given, **inputs}), inputs)
 
     def room(self, nbytes: int) -> Tensor:
-        """An arena of at least that size. Programs share it, since they run one after the other; a larger one is a
-        new one, and what was bound to the old keeps it.
+        """Return an arena of at least `nbytes`; programs share it, since they run one after another.
+
+        A larger arena is a new tensor, and programs bound before keep the old one.
         """
         if self.arena.numel() < nbytes:
             self.arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self.arena
 
     def run(self, bound: Bound, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a program leaves, as tensors of their own."""
+        """Run a program; returns copies of its outputs."""
         bound.fill(given)
         if bound.replay is None:
             bound.replay = bound.launches.run if self.backend is None else self.captured(bound, self.backend)
@@ -160,7 +169,7 @@ class Launcher:
         return {name: output.clone() for name, output in bound.launches.outputs.items()}
 
     def captured(self, bound: Bound, backend: CaptureBackend) -> Replay:
-        """A recording of the launches; where that cannot be, the launches themselves, with a warning."""
+        """Capture the launches; where that fails, return the launches themselves, with a warning."""
         launches, calls = bound.launches, bound.launches.program.calls
         marks = [*(section.first for section in launches.program.sections), len(calls)]
         events = {index: backend.event() for index in marks} if self.profile is not None else {}
@@ -180,9 +189,9 @@ class Launcher:
             replay = backend.capture(lambda: launches.run_with(before))
         except CaptureFailed as error:
             call = calls[at]
-            said = f"{call.op.name()} ({call.node}) cannot be captured: {error}; running as executor fused"
-            self.fallbacks.append(said)
-            warnings.warn(said, stacklevel=2)
+            message = f"{call.op.name()} ({call.node}) cannot be captured: {error}; running as executor fused"
+            self.fallbacks.append(message)
+            warnings.warn(message, stacklevel=2)
             return launches.run
         self.captures += 1
         if self.profile is not None:
@@ -190,32 +199,34 @@ class Launcher:
         return replay
 
     def literals(self, lowered: Lowered) -> dict[str, Tensor]:
-        """Constants that are numbers."""
+        """Literal constants of a program, by name."""
         for name, value in lowered.literals.items():
             if name not in self.constants:
                 self.constants[name] = value.literal(self.device)
         return {name: self.constants[name] for name in lowered.literals}
 
-    def folded(self, fold: Planned, made: Mapping[str, str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of a fold program by name; one that another program has made by the same recipe is shared."""
-        missing = {name: recipe for name, recipe in made.items() if recipe not in self.constants}
+    def folded(self, fold: Planned, by_name: Mapping[str, str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of a fold program by name; programs share constants of equal recipes. by_name: recipes."""
+        missing = {name: recipe for name, recipe in by_name.items() if recipe not in self.constants}
         if missing:
             outputs = self.computed(fold, given)
-            for name, recipe in missing.items():  # all of them are the whole arena, which stays; else they leave it
-                self.constants[recipe] = outputs[name] if len(missing) == len(made) else outputs[name].clone()
+            for name, recipe in missing.items():  # if some are shared, copy the rest so that the arena can be freed
+                self.constants[recipe] = outputs[name] if len(missing) == len(by_name) else outputs[name].clone()
             self.folds.append((fold, {name: given[name] for name in fold.program.buffers if name in given}))
             self.join_weights(fold, {name: self.constants[recipe] for name, recipe in missing.items()})
-        return {name: self.constants[recipe] for name, recipe in made.items()}
+        return {name: self.constants[recipe] for name, recipe in by_name.items()}
 
     def join_weights(self, fold: Planned, constants: Mapping[str, Tensor]) -> None:
-        """Let weights that a constant puts one after the other be parts of it, so that they are there once.
+        """Make weights views into a constant that is their concatenation, so that they are stored once.
 
-        Weights that a program is bound to already, or that are part of something, stay where they are.
+        Weights that a program is bound to already, or that are views of other storage, stay where they are.
         """
         by_buffer = {fold.program.outputs[name].buffer: tensor for name, tensor in constants.items()}
         for call in fold.program.calls:
             names = [ref.buffer for ref in call.reads]
-            free = all(name in self.weights and name not in self.bound and alone(self.weights[name]) for name in names)
+            free = all(
+                name in self.weights and name not in self.bound and owns_storage(self.weights[name]) for name in names
+            )
             if call.op is CAT and call.args[1:] in ((), (0,)) and free and call.writes[0].buffer in by_buffer:
                 whole = by_buffer[call.writes[0].buffer]
                 parts = whole.split([len(self.weights[name]) for name in names])
@@ -223,14 +234,14 @@ class Launcher:
                     self.weights[name].data = part
 
     def refresh_derived_weights(self) -> None:
-        """Make the constants anew, in place, after weights have changed in place. Nothing is captured again."""
+        """Recompute the constants in place after an in-place change of weights; captured graphs stay valid."""
         for fold, given in self.folds:
-            made = recipes(fold.program)
+            by_name = recipes(fold.program)
             for name, tensor in self.computed(fold, given).items():
-                self.constants[made[name]].copy_(tensor)
+                self.constants[by_name[name]].copy_(tensor)
 
     def computed(self, fold: Planned, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A program run once, on an arena of its own."""
+        """Run a program once in an arena of its own; returns its outputs, which are views of that arena."""
         arena = torch.empty(fold.plan.size, dtype=torch.uint8, device=self.device)
         launches = LaunchPlan(fold.program, fold.plan, arena, given)
         launches.run()
@@ -238,7 +249,7 @@ class Launcher:
 
 
 def unrecordable(call: Call, device: torch.device) -> str | None:
-    """Why a call cannot be recorded, as far as that is known beforehand: a recording that fails costs a good deal."""
+    """Known reason why a call cannot be captured, or None; checked first because a failed capture is slow."""
     if torch.Tag.cudagraph_unsafe in call.op.tags:
         return "it is tagged as unsafe in a CUDA graph"
     spec = spec_of(call.op)
@@ -249,13 +260,13 @@ def unrecordable(call: Call, device: torch.device) -> str | None:
     return f"its form for {str(like.dtype)[6:]}, {form}, reads tensors on the host" if form in spec.reads_host else None
 
 
-def alone(tensor: Tensor) -> bool:
-    """Whether a tensor's memory holds nothing else."""
+def owns_storage(tensor: Tensor) -> bool:
+    """True if a tensor spans its whole storage."""
     return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated; None where nobody knows."""
+    """Bytes that can still be allocated on the device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""From an `EngineConfig` to a model ready to run: a published checkpoint with its parts, or random weights."""
+"""Load the components of an `EngineConfig`: a checkpoint with its VAE and text encoder, or random weights."""
 
 from __future__ import annotations
 
@@ -34,26 +34,32 @@ from ..capacity.costs import DecoderSpec
 from ..capacity.planner import text_parameters, tiny_for
 from ..config import DTYPES, EngineConfig
 
-SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # where a model of our own has its weights
+SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # models whose weights are in the package
 
 
 class SizeCheck(Protocol):
-    """What a caller refuses by sizes alone, with UsageError, before weights are read."""
+    """Check of sizes before weights are read; raises UsageError."""
 
-    def __call__(self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, drawn: bool) -> None:
-        """text: parameters of the text encoder, 0 for none. fast: a second decoder. drawn: weights are made here."""
+    def __call__(
+        self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool
+    ) -> None:
+        """text: parameters of the text encoder, 0 for none. fast: a second decoder. made_on_host: weights are."""
 
 
 class PromptEncoder(Protocol):
-    """What turns a prompt into the rows that the transformer is told."""
+    """Text encoder: a prompt to the rows that the transformer attends to."""
 
     def encode(self, prompt: str) -> Tensor:
-        """Rows [text_len, text_dim], zero after the prompt's end."""
+        """Encode a prompt to rows [text_len, text_dim], zero after its end."""
 
 
 @dataclass(frozen=True)
 class Components:
-    """A model ready to run. `text` loads the encoder when it is first called; None where there is none."""
+    """A model ready to run.
+
+    text: loads the text encoder at its first call; None without an encoder. digest: hash of the checkpoint, or None for
+    random weights. fast_vae: decoder to switch to under overload.
+    """
 
     transformer: WanTransformer
     vae: Decoder
@@ -61,33 +67,34 @@ class Components:
     source: str
     form: str
     digest: Callable[[], str | None]
-    fast_vae: Decoder | None = None  # a decoder to go over to under overload
+    fast_vae: Decoder | None = None
 
 
 def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:
-    """The model's checkpoint and, beside it or in `base`, its VAE and text encoder; none if not `text_prompts`.
+    """Load the model's checkpoint, and its VAE and text encoder from beside it or from `base`.
 
-    All parts are found, decoders are read and `check` is called before the transformer's weights are read.
+    Find all parts, read the decoders and call `check` before the transformer's weights are read. No text encoder is
+    loaded if `text_prompts` is False.
     """
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     if spec.in_channels != spec.out_channels:
         raise UsageError(
             f"{config.model} takes {spec.in_channels} channels with image conditioning; streams of such models "
-            "are not in this version"
+            "are not supported"
         )
-    places = [Path(config.base)] if config.base else []
-    places.append(checkpoint.folder)
-    for key, place in (("base", config.base), ("text_encoder", config.text_encoder)):
-        if place is not None and not Path(place).exists():
-            raise UsageError(f"{key} is {quoted(place)}: no such file or folder")
+    folders = [Path(config.base)] if config.base else []
+    folders.append(checkpoint.folder)
+    for key, path in (("base", config.base), ("text_encoder", config.text_encoder)):
+        if path is not None and not Path(path).exists():
+            raise UsageError(f"{key} is {quoted(path)}: no such file or folder")
     if config.base and not Path(config.base).is_dir():
         raise UsageError(f"base is {quoted(config.base)}, a file; expected the folder of a VAE and a text encoder")
-    text = text_loader(config.text_encoder, places, spec, dtype, device)
-    vae = matching_decoder(config.vae, places, spec, config)
-    fast_vae = matching_decoder(config.fast_vae, places, spec, config) if config.fast_vae else None
+    text = text_loader(config.text_encoder, folders, spec, dtype, device)
+    vae = matching_decoder(config.vae, folders, spec, config)
+    fast_vae = matching_decoder(config.fast_vae, folders, spec, config) if config.fast_vae else None
     text = text if text_prompts else None
-    check(spec, vae.spec, text_parameters(spec) if text else 0, fast_vae.spec if fast_vae else None, drawn=False)
+    check(spec, vae.spec, text_parameters(spec) if text else 0, fast_vae.spec if fast_vae else None, made_on_host=False)
     return Components(
         transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
         vae=vae,
@@ -99,9 +106,9 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     )
 
 
-def matching_decoder(wanted: str | None, places: list[Path], spec: ModelSpec, config: EngineConfig) -> Decoder:
-    """The decoder that `wanted` names, of the model's latents; UsageError for one of others."""
-    file = choose_decoder(wanted, places)
+def matching_decoder(name: str | None, folders: list[Path], spec: ModelSpec, config: EngineConfig) -> Decoder:
+    """Load the decoder `name`; UsageError if its latents differ from the model's in channels or strides."""
+    file = choose_decoder(name, folders)
     vae = load_decoder(file, DTYPES[config.dtype], config.device)
     strides = (vae.spec.temporal_stride, vae.spec.spatial_stride)
     if vae.spec.z_dim != spec.out_channels or strides != spec.vae_stride:
@@ -112,48 +119,48 @@ def matching_decoder(wanted: str | None, places: list[Path], spec: ModelSpec, co
     return use_cpu_layers(vae)
 
 
-def choose_decoder(wanted: str | None, places: list[Path]) -> Path:
-    """The file of a decoder: the VAE in `places`, the tiny decoder there (`taehv`), or the one at a path."""
-    where = " or ".join(map(str, places))
-    if wanted == "taehv":
-        if found := find_tiny_decoder(places):
-            return found
-        raise UsageError(f"no tiny decoder in {where}; put {TINY_DECODERS[0]} there, or give its path")
-    if wanted is not None and not Path(wanted).exists():
-        raise UsageError(f"vae is {quoted(wanted)}: no such file or folder; expected a path, or taehv")
-    if wanted is not None and not Path(wanted).is_dir():
-        return Path(wanted)
-    if found := find_vae([Path(wanted)] if wanted else places):
-        return found
-    raise UsageError(f"no VAE in {wanted or where}; give base= (--base), a folder that has one")
+def choose_decoder(name: str | None, folders: list[Path]) -> Path:
+    """Find the file of a decoder. name: None for the VAE in `folders`, `taehv` for its tiny decoder, or a path."""
+    where = " or ".join(map(str, folders))
+    if name == "taehv":
+        if file := find_tiny_decoder(folders):
+            return file
+        raise UsageError(f"no tiny decoder in {where}; put {TINY_DECODERS[0]} there, or give its path as vae")
+    if name is not None and not Path(name).exists():
+        raise UsageError(f"vae is {quoted(name)}: no such file or folder; expected a path, or taehv")
+    if name is not None and not Path(name).is_dir():
+        return Path(name)
+    if file := find_vae([Path(name)] if name else folders):
+        return file
+    raise UsageError(f"no VAE in {name or where}; give base, a folder that has one")
 
 
 def text_loader(
-    wanted: str | None, places: list[Path], spec: ModelSpec, dtype: torch.dtype, device: str
+    path: str | None, folders: list[Path], spec: ModelSpec, dtype: torch.dtype, device: str
 ) -> Callable[[], PromptEncoder] | None:
-    """What loads the text encoder when it is first called: the one at `wanted`, else the one in `places`.
+    """Find the text encoder at `path`, or without one in `folders`; returns a function that loads it once.
 
-    None where there is none; UsageError if `wanted` has none. The tokenizer may lie in `places`.
+    None if `folders` have no encoder; UsageError if `path` has none. The tokenizer can be in `folders`.
     """
-    given = [Path(wanted)] if wanted else places
-    if words := find_words(given):
+    searched = [Path(path)] if path else folders
+    if words := find_words(searched):
         return cache(lambda: WordEncoder.from_file(words, spec.text_len, dtype, device))
-    if text := find_text(given, places):
+    if text := find_text(searched, folders):
         return cache(lambda: load_text(text, spec.text_len, dtype, device))
-    if wanted:
+    if path:
         raise UsageError(
-            f"text_encoder is {quoted(wanted)}, which has no text encoder; expected a file such as "
+            f"text_encoder is {quoted(path)}, which has no text encoder; expected a file such as "
             f"{TEXT_FILES[0]}, or a folder with one or with a folder text_encoder"
         )
     return None
 
 
 def shipped(name: str) -> Path:
-    """The folder of a model of our own; InferixError where its weights are not there."""
+    """Folder of a model whose weights are in the package; InferixError if they are missing."""
     if not SHIPPED[name].is_dir():
         raise InferixError(
-            f"the weights of {name} are missing: {str(SHIPPED[name])!r} is no folder; "
-            f"reinstall the package from its clone or wheel, or git checkout models/{name}/weights"
+            f"the weights of {name} are missing: no folder {str(SHIPPED[name])!r}; reinstall the package from its "
+            f"clone or wheel, or git checkout models/{name}/weights"
         )
     return SHIPPED[name]
 
@@ -163,14 +170,14 @@ def loras(config: EngineConfig) -> list[tuple[str, float]]:
 
 
 def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -> Components:
-    """A named model with random weights and a small random text encoder, made after `check` was called."""
+    """Make a named model with random weights and a small random text encoder, after a call of `check`."""
     if spec.in_channels != spec.out_channels:
-        raise UsageError(f"streams of {spec.name} are not in this version; its transformer and checkpoints are")
+        raise UsageError(f"streams of {spec.name} are not supported; its transformer and checkpoints are")
     for key in ("vae", "fast_vae"):
-        if (wanted := getattr(config, key)) not in (None, "taehv"):
-            raise UsageError(f"{key} is {wanted!r}, but {spec.name} has random weights; leave it out, or use taehv")
+        if (name := getattr(config, key)) not in (None, "taehv"):
+            raise UsageError(f"{key} is {name!r}, but {spec.name} has random weights; leave it out, or use taehv")
     fast = tiny_for(spec) if config.fast_vae else None
-    check(spec, tiny_for(spec) if config.vae else vae_for(spec), 0, fast, drawn=True)
+    check(spec, tiny_for(spec) if config.vae else vae_for(spec), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device
     weights = random_transformer_state(spec, 0, dtype)
     checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
@@ -200,8 +207,8 @@ def random_text(spec: ModelSpec, dtype: torch.dtype, device: str) -> Callable[[]
     def load() -> PromptEncoder:
         with tempfile.TemporaryDirectory() as name:
             write_tiny_text_encoder(Path(name), "original", spec.text_dim, 3, torch.float32)
-            found = find_text([Path(name)])
-            assert found is not None
-            return load_text(found, spec.text_len, dtype, device)
+            files = find_text([Path(name)])
+            assert files is not None
+            return load_text(files, spec.text_len, dtype, device)
 
     return load

@@ -1,7 +1,7 @@
-"""A LoRA on the weights of a running model, applied and removed in place between two blocks.
+"""LoRA adapter on the weights of a running model, applied and removed in place between two blocks.
 
-Weights are written where they lie, so graphs that read them stay as they are. What was there before is kept on the
-host, of the layers that an adapter changes, so that it comes off without rounding.
+Weights are changed in place, so captured graphs that read them stay valid. The original weights of changed layers are
+copied to host memory, so that removing the adapter restores them exactly.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ...models.wan.lora import fitting, merged, read_lora
 
 
 class Adapter:
-    """Owns what the weights of changed layers were, by name."""
+    """Applies LoRAs to a model. Owns copies of the original weights of changed layers, by name."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = dict(model.named_parameters())
-        self.before: dict[str, Tensor] = {}
+        self.originals: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def apply(self, lora: str | Path, scale: float, partial: bool = False) -> None:
-        """Weights with a LoRA merged in, `scale` times, in place of the one that is on.
+        """Merge a LoRA into the weights, `scale` times, and remove the one applied before.
 
-        UsageError for what is none or is for another model (if `partial`, only if nothing of it fits), InferixError for
-        a broken file; both leave the weights.
+        UsageError for a file that is no LoRA or is for another model (with `partial`, only if no layer fits).
+        InferixError for a damaged file. Both leave the weights unchanged.
         """
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise UsageError(f"scale is {scale!r}; expected a number, 1 for the adapter as it is")
@@ -37,16 +37,16 @@ class Adapter:
         updates = {name: update.to(self.weights[name].device) for name, update in updates.items()}
         for name in updates:
             weight = self.weights[name]
-            finite(lora, name, merged(name, self.before.get(name, weight).to(weight.device), updates, scale))
+            finite(lora, name, merged(name, self.originals.get(name, weight).to(weight.device), updates, scale))
         self.remove()
         for name in updates:
             weight = self.weights[name]
-            self.before[name] = weight.to("cpu", copy=True)
+            self.originals[name] = weight.to("cpu", copy=True)
             weight.copy_(merged(name, weight, updates, scale))
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Weights as they were; nothing to do where none is on."""
-        for name, tensor in self.before.items():
+        """Restore the original weights; does nothing without an adapter."""
+        for name, tensor in self.originals.items():
             self.weights[name].copy_(tensor)
-        self.before = {}
+        self.originals = {}

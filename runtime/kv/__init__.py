@@ -1,1 +1,1 @@
-"""The KV cache: page ids, page tables, page tensors, sink averages and offload to host memory."""
+"""KV cache: page pool, page tables, page tensors, sink averages and offload to host memory."""

@@ -1,13 +1,10 @@
-"""What a cache is to the block loop, and its plain form: one tensor of keys and one of values per layer.
+"""Contiguous KV cache: the plain reference of the paged cache, used by tests.
 
-It is rolled by copying, and what paged and captured execution are held against. Keys are stored rotated where a frame
-keeps its position for good; where positions change as the window moves, keys are stored as they come and
-rotated whenever they are read.
+One tensor of keys and one of values per layer, rolled by copying. With absolute positions keys are stored rotated; with
+positions that move along with the window, keys are stored unrotated and rotated at each read.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,38 +13,10 @@ from ...graphs.passes import Group, Pass
 from ...kernels.attention import attention
 from ...kernels.rope import Angles, rope_angles, rotate
 from ...models.wan.spec import ModelSpec
-from ...models.wan.transformer import KeyValues
-
-
-class Cache(Protocol):
-    """Keys and values of the past of one conditioning."""
-
-    @property
-    def frames(self) -> tuple[int, ...]:
-        """Frames held, ascending."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the frames take."""
-
-    def hold(self, frames: tuple[int, ...]) -> None:
-        """Hold just `frames`, ascending: keep those that are here, drop others, make room for new ones."""
-
-    def clear(self) -> None:
-        """Forget all frames."""
-
-    def bind(self, run: Pass) -> KeyValues:
-        """The cache as the attention of one pass."""
-
-    def settle(self) -> None:
-        """The pass is over; what it did not write is gone."""
-
-    def release(self) -> None:
-        """Give the memory back; a second call does nothing."""
 
 
 class ContiguousCache:
-    """Keys and values [1, frames*P, n, c] per layer of the frames held."""
+    """Keys and values [1, frames*P, n, c] of the cached frames, per layer."""
 
     def __init__(
         self,
@@ -62,52 +31,51 @@ class ContiguousCache:
         self.head_dim, self.device = spec.head_dim, device
         self.tokens = grid[0] * grid[1]
         empty = torch.empty(1, 0, spec.num_heads, spec.head_dim, dtype=dtype, device=device)
-        self.held: tuple[int, ...] = ()
+        self.frames: tuple[int, ...] = ()
         self.keys = [empty] * spec.num_layers
         self.values = [empty] * spec.num_layers
-
-    @property
-    def frames(self) -> tuple[int, ...]:
-        return self.held
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def hold(self, frames: tuple[int, ...]) -> None:
-        """Hold just `frames`, ascending: keep those that are here, drop others, make room (zeros) for new ones."""
-        kept = [slot for slot, frame in enumerate(self.frames) if frame in frames]
-        if tuple(self.frames[slot] for slot in kept) != frames[: len(kept)]:
-            raise ValueError(f"frames {frames} to hold must be some of {self.frames}, then new ones")
+    def set_window(self, frames: tuple[int, ...]) -> None:
+        """Make `frames`, ascending, the cached frames: drop all others and add zeros for new ones.
+
+        ValueError unless `frames` are cached frames in order, then new ones.
+        """
+        staying = [slot for slot, frame in enumerate(self.frames) if frame in frames]
+        if tuple(self.frames[slot] for slot in staying) != frames[: len(staying)]:
+            raise ValueError(f"frames is {frames}; expected some of the cached {self.frames} in order, then new ones")
         for store in (self.keys, self.values):
             for layer, tensor in enumerate(store):
-                old = tensor.unflatten(1, (len(self.frames), self.tokens))[:, kept].flatten(1, 2)
-                room = tensor.new_zeros(1, (len(frames) - len(kept)) * self.tokens, *tensor.shape[2:])
+                old = tensor.unflatten(1, (len(self.frames), self.tokens))[:, staying].flatten(1, 2)
+                room = tensor.new_zeros(1, (len(frames) - len(staying)) * self.tokens, *tensor.shape[2:])
                 store[layer] = torch.cat((old, room), dim=1)
-        self.held = frames
+        self.frames = frames
 
     def clear(self) -> None:
-        """Forget all frames."""
-        self.hold(())
+        """Drop all frames."""
+        self.set_window(())
 
     def bind(self, run: Pass) -> BoundCache:
-        """The cache as the attention of one pass."""
+        """Return the attention of one pass over the cache."""
         return BoundCache(self, run)
 
-    def settle(self) -> None:
-        """Nothing: what a pass does not write is kept nowhere."""
+    def end_pass(self) -> None:
+        """Do nothing: a pass stores no scratch frames here."""
 
     def release(self) -> None:
         self.clear()
 
 
 class BoundCache:
-    """`KeyValues` of one pass: rotates, writes the groups that write, and attends group by group."""
+    """Attention of one pass (`KeyValues`): rotates, stores groups with `write`, and attends group by group."""
 
     def __init__(self, cache: ContiguousCache, run: Pass) -> None:
         self.cache, self.run = cache, run
         scratch = tuple(frame for group in run.groups if not group.write for frame in group.frames)
-        # What a group that does not write has made is seen by the pass, and stands after what is held.
+        # Frames of groups without `write` are seen by this pass only; their slots come after the cached ones.
         self.slots = {frame: slot for slot, frame in enumerate(cache.frames + scratch)}
         self.query = self._angles([group.position_of(frame) for group in run.groups for frame in group.frames])
         self.reads = [self._angles(group.positions) for group in run.groups] if cache.moving_positions else None
@@ -127,16 +95,16 @@ class BoundCache:
             out.append(attention(q[:, rows], seen_keys, seen_values))
         return torch.cat(out, dim=1)
 
-    def _store(self, held: Tensor, new: Tensor) -> Tensor:
-        """Write what the pass writes into `held`; returns it with the rest of the pass after it."""
+    def _store(self, cached: Tensor, new: Tensor) -> Tensor:
+        """Store the groups with `write` in `cached`; returns it followed by the other groups' tokens."""
         scratch = []
         for group, rows in self._groups():
             if group.write:
                 slots = [self.slots[frame] for frame in group.frames]
-                held.unflatten(1, (-1, self.cache.tokens))[:, slots] = self._frames(new[:, rows])
+                cached.unflatten(1, (-1, self.cache.tokens))[:, slots] = self._frames(new[:, rows])
             else:
                 scratch.append(new[:, rows])
-        return torch.cat((held, *scratch), dim=1) if scratch else held
+        return torch.cat((cached, *scratch), dim=1) if scratch else cached
 
     def _read(self, tensor: Tensor, frames: tuple[int, ...]) -> Tensor:
         slots = [self.slots[frame] for frame in frames]
@@ -145,17 +113,17 @@ class BoundCache:
         return self._frames(tensor)[:, slots].flatten(1, 2)
 
     def _frames(self, tensor: Tensor) -> Tensor:
-        """[1, F*P, n, c] to [1, F, P, n, c]."""
+        """Reshape [1, F*P, n, c] to [1, F, P, n, c]."""
         return tensor.unflatten(1, (-1, self.cache.tokens))
 
     def _groups(self) -> list[tuple[Group, slice]]:
-        """Each group with its token rows in the pass."""
-        found, start = [], 0
+        """Pairs of a group and the slice of its tokens in the pass."""
+        groups, start = [], 0
         for group in self.run.groups:
             stop = start + len(group.frames) * self.cache.tokens
-            found.append((group, slice(start, stop)))
+            groups.append((group, slice(start, stop)))
             start = stop
-        return found
+        return groups
 
     def _angles(self, positions: list[int] | tuple[int, ...]) -> Angles:
         return rope_angles(positions, *self.cache.grid, self.cache.head_dim, self.cache.device)

@@ -1,7 +1,7 @@
-"""Where the frames of a pass stand in pages and in time: host integers, ready to be put into tensors.
+"""Layout of a pass over pages: pages to write, pages to read, and rotary positions, as host integers.
 
-Keys stay as they were stored, rotated at a place. A group that sees a frame at another position turns its query by
-the difference instead, once for the frames that stand as its own do and once more for the sink.
+Keys stay rotated at the position where they were stored. A group that sees a frame at another position rotates its
+query by the difference instead: once for the window, and once more for the sink.
 """
 
 from __future__ import annotations
@@ -12,76 +12,78 @@ from dataclasses import dataclass, replace
 from ...errors import InferixError, UsageError
 from ...graphs.passes import Group, Pass
 from ...schemes.context import ContextPolicy
-from .pages import BlockTable
+from .pages import PageTable
 
 
 @dataclass(frozen=True)
-class Row:
-    """One group of a pass over pages.
+class GroupPages:
+    """Pages and temporal positions of one group of a pass.
 
-    pages and places: of its own frames, where keys are written and at which temporal position they are stored.
-    listed: pages it sees, the first `sinks` of them with its queries at `sink_places`, the rest at `places`.
+    pages, positions: of the group's own frames, where keys are written and at which position they are rotated.
+    listed: pages that the group reads. sinks: how many of them, the first, are read by queries rotated at
+    `sink_positions`; the rest are read by queries at `positions`.
     """
 
     pages: tuple[int, ...]
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     listed: tuple[int, ...]
     sinks: int
-    sink_places: tuple[int, ...]
+    sink_positions: tuple[int, ...]
 
 
-def fresh_pages(run: Pass, table: BlockTable) -> int:
-    """Free pages that a pass needs: for frames that it writes but shares, and for those that it does not keep."""
-    written = sum(table.shared(group.frames) for group in run.groups if group.write)
+def fresh_pages(run: Pass, table: PageTable) -> int:
+    """Free pages that a pass needs: to replace shared pages that it writes, and as scratch."""
+    written = sum(table.count_shared(group.frames) for group in run.groups if group.write)
     return written + sum(len(group.frames) for group in run.groups if not group.write) - len(table.scratch)
 
 
-def place_pass(run: Pass, table: BlockTable, moving: bool) -> list[Row]:
-    """Rows of a pass, one for each group; the table takes note of what is written and borrows scratch pages.
+def layout_pass(run: Pass, table: PageTable, moving: bool) -> list[GroupPages]:
+    """Return the pages of each group; the table allocates scratch pages and notes the positions of written frames.
 
-    Keys are stored at the group's positions, or where those move, at the frames' own numbers.
+    Keys are stored at the group's positions, or at the frame numbers if `moving` (positions count in the window).
+    InferixError for a context frame that no pass has written; UsageError for positions that need a third rotation.
     """
-    table.give_back()
+    table.free_scratch()
     table.pool.require(fresh_pages(run, table))
-    places = dict(table.places)
+    positions = dict(table.positions)
     for group in run.groups:
         stored = group.frames if moving else tuple(map(group.position_of, group.frames))
         if group.write:
             table.write(group.frames, stored)
-        places |= dict(zip(group.frames, stored, strict=True))
-    table.borrow([frame for group in run.groups if not group.write for frame in group.frames])
+        positions |= dict(zip(group.frames, stored, strict=True))
+    table.alloc_scratch([frame for group in run.groups if not group.write for frame in group.frames])
     pages = table.pages | table.scratch
-    return [_row(group, pages, places) for group in run.groups]
+    return [_row(group, pages, positions) for group in run.groups]
 
 
-def _row(group: Group, pages: dict[int, int], places: dict[int, int]) -> Row:
-    if unwritten := [frame for frame in group.context if frame not in places]:
-        raise InferixError(f"frames {unwritten} are attended to, but nothing has written their keys and values")
-    shifts = {frame: places[frame] - at for frame, at in zip(group.context, group.positions, strict=True)}
+def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> GroupPages:
+    if unwritten := [frame for frame in group.context if frame not in positions]:
+        raise InferixError(f"frames {unwritten} of the context have no keys and values: no pass has written them")
+    shifts = {frame: positions[frame] - at for frame, at in zip(group.context, group.positions, strict=True)}
     own = shifts[group.frames[0]]
     others = sorted({shift for shift in shifts.values() if shift != own})
     if len(others) > 1 or any(shifts[frame] != own for frame in group.frames):
         raise UsageError(
-            f"frames {group.context} at positions {group.positions} are stored at {sorted(set(shifts.values()))} from "
-            "there; pages allow one shift for a block with its window and one for its sink. Use absolute positions, "
-            "or no scene cuts (shot_offset=0)"
+            f"frames {group.context} at positions {group.positions} are stored at distances "
+            f"{sorted(set(shifts.values()))}; pages allow one for the window and one for the sink. Use absolute "
+            "positions, or shot_offset=0"
         )
     sinks = [frame for frame in group.context if shifts[frame] != own]
     window = [frame for frame in group.context if shifts[frame] == own]
-    turn = others[0] if others else own
+    sink_shift = others[0] if others else own
     at = [group.position_of(frame) for frame in group.frames]
-    return Row(
+    return GroupPages(
         pages=tuple(pages[frame] for frame in group.frames),
-        places=tuple(places[frame] for frame in group.frames),
+        positions=tuple(positions[frame] for frame in group.frames),
         listed=tuple(pages[frame] for frame in sinks + window),
         sinks=len(sinks),
-        sink_places=tuple(position + turn for position in at),
+        sink_positions=tuple(position + sink_shift for position in at),
     )
 
 
-def parts_of(rows: list[Row]) -> list[list[Row]]:
-    """Neighbouring rows with equally many frames together: each list is one launch."""
-    parts: list[list[Row]] = []
+def parts_of(rows: list[GroupPages]) -> list[list[GroupPages]]:
+    """Runs of neighbouring groups with equally many frames; each run is one launch."""
+    parts: list[list[GroupPages]] = []
     for row in rows:
         if parts and len(parts[-1][0].pages) == len(row.pages):
             parts[-1].append(row)
@@ -90,40 +92,41 @@ def parts_of(rows: list[Row]) -> list[list[Row]]:
     return parts
 
 
-def interleaved(passes: Sequence[list[Row]]) -> list[Row]:
-    """Rows of passes that have the same parts as those of one pass: in each part, one pass after the other."""
+def interleaved(passes: Sequence[list[GroupPages]]) -> list[GroupPages]:
+    """Join passes whose parts have equal sizes: within each part, the rows of one pass after those of the other."""
     return [row for parts in zip(*map(parts_of, passes), strict=True) for part in parts for row in part]
 
 
-def turned(policy: ContextPolicy, rows: list[Row]) -> bool:
-    """Whether the tables of a part turn queries for a sink; where the policy does, in every pass, so that the tables
-    keep their shapes.
+def rotates_for_sink(policy: ContextPolicy, rows: list[GroupPages]) -> bool:
+    """True if a part needs queries rotated for the sink.
+
+    Where the policy can need them, every pass has them, so that the shapes of the tables stay the same.
     """
     return (policy.moving_positions and policy.sink_size > 0) or any(row.sinks for row in rows)
 
 
 @dataclass(frozen=True)
 class ThroughSlots:
-    """Rows whose frames go through a buffer of `slots`, the pass's own first, in order.
+    """Groups whose frames go through a staging buffer of `slots` slots; the pass's own frames come first.
 
-    seen: pages that are read through the buffer, by slot; None where rows list the pages themselves.
+    seen: the page of each slot that is read through the buffer; None where rows list the pages themselves.
     """
 
-    rows: list[Row]
+    rows: list[GroupPages]
     slots: int
     seen: list[int] | None
 
 
-def through_slots(rows: list[Row], read_in_place: bool) -> ThroughSlots:
-    """The same pass, written through a buffer, and read through it unless pages can be read in place."""
+def through_slots(rows: list[GroupPages], read_in_place: bool) -> ThroughSlots:
+    """Lay the pass out over a staging buffer: written through it, and read through it unless `read_in_place`."""
     own = [page for row in rows for page in row.pages]
     seen = list(dict.fromkeys([*own, *(page for row in rows for page in row.listed)]))
     slot = {page: index for index, page in enumerate(seen)}
 
-    def moved(row: Row) -> Row:
+    def staged(row: GroupPages) -> GroupPages:
         pages = tuple(slot[page] for page in row.pages)
         return replace(row, pages=pages, listed=row.listed if read_in_place else tuple(slot[p] for p in row.listed))
 
     if read_in_place:
-        return ThroughSlots([moved(row) for row in rows], len(own), None)
-    return ThroughSlots([moved(row) for row in rows], len(seen), seen)
+        return ThroughSlots([staged(row) for row in rows], len(own), None)
+    return ThroughSlots([staged(row) for row in rows], len(seen), seen)

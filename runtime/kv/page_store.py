@@ -1,7 +1,7 @@
-"""The tensors behind the pages: keys and values of every frame that any session holds, by layer and page.
+"""Page tensors: keys and values of the cached frames of all sessions, by layer and page.
 
-One allocation, which stays where it is unless the store may grow. Which page belongs to whom is for `PagePool` to
-say. Pages may be kept in another dtype than the model's; then there is a small buffer in the model's, for one layer.
+The tensors are allocated once and do not move, unless the store may grow. `PagePool` says which pages are in use. Pages
+can have another dtype than the model; then keys and values pass through a staging buffer of one layer in the model's.
 """
 
 from __future__ import annotations
@@ -25,49 +25,50 @@ KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": FP8, "
 
 @dataclass(frozen=True)
 class PageForm:
-    """Sizes and dtypes of a page: grid of tokens (rows, columns), the model's dtype and that of the pages."""
+    """Sizes and dtypes of a page. grid: (rows, columns) of tokens."""
 
     spec: ModelSpec
     grid: tuple[int, int]
-    model: torch.dtype
-    kept: torch.dtype
+    model_dtype: torch.dtype
+    kv_dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Tokens, heads, head dim."""
+        """(tokens, heads, head dim) of one frame."""
         return self.grid[0] * self.grid[1], self.spec.num_heads, self.spec.head_dim
 
     @property
     def scaled(self) -> bool:
-        """Whether a page has a scale for each head."""
-        return self.kept in LIMITS
+        """True if a page has a scale for each head."""
+        return self.kv_dtype in LIMITS
 
     @property
     def staged(self) -> bool:
-        """Whether keys and values are made in another dtype than they are kept in."""
-        return self.kept != self.model
+        """True if pages have another dtype than the model, so that a pass writes through the staging buffer."""
+        return self.kv_dtype != self.model_dtype
 
     @property
     def read_in_place(self) -> bool:
-        """Whether attention reads pages as they are kept."""
-        return self.kept in (self.model, FP8)
+        """True if attention reads the pages directly, not a restored copy in the staging buffer."""
+        return self.kv_dtype in (self.model_dtype, FP8)
 
     @property
     def nbytes(self) -> int:
-        """Of a page: keys and values of one latent frame in all layers, and their scales."""
+        """Bytes of a page: keys and values of one latent frame in all layers, and their scales."""
         scales = self.spec.num_heads * torch.float32.itemsize if self.scaled else 0
-        return 2 * self.spec.num_layers * (self.slot_bytes(self.kept) // 2 + scales)
+        return 2 * self.spec.num_layers * (self.slot_bytes(self.kv_dtype) // 2 + scales)
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
-        """Keys and values of one latent frame in one layer."""
+        """Bytes of the keys and values of one latent frame in one layer."""
         return 2 * self.shape[0] * self.spec.dim * dtype.itemsize
 
 
 class PagedStore:
-    """kv: per layer [2, pages, page_tokens, heads, head_dim], keys then values; `pool` hands their pages out.
+    """Owns the page tensors of one picture size, and the pool of their page ids.
 
-    scales: per layer float32 [2, pages, heads], or None. staging: [2, slots, ...] in the model's dtype, or None.
-    rope_rows and rope_columns: rotations of the token grid, the same for every frame. users: caches that are open.
+    kv: per layer [2, pages, page_tokens, heads, head_dim], keys then values. scales: per layer float32
+    [2, pages, heads], or None. staging: [2, slots, page_tokens, heads, head_dim] in the model's dtype, or None.
+    rope_rows, rope_columns: cosines and sines of the token grid, [n, pairs, 2]. users: number of open caches.
     """
 
     def __init__(self, form: PageForm, pages: int, slots: int, device: torch.device, grows: bool) -> None:
@@ -77,7 +78,7 @@ class PagedStore:
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)
         self.staging = self._stage(slots) if form.staged else None
-        _, self.rope_rows, self.rope_columns = self.turns([0])
+        _, self.rope_rows, self.rope_columns = self.rope_cos_sin([0])
 
     @property
     def nbytes(self) -> int:
@@ -85,33 +86,36 @@ class PagedStore:
         return sum(tensor.nbytes for tensor in (*self.kv, *(self.scales or ()), *staging))
 
     def make_room(self, count: int) -> None:
-        """Have `count` free pages, if the store may grow: it doubles at least, and its tensors move."""
+        """Grow the store until `count` pages are free, at least to twice its size; its tensors move.
+
+        Does nothing where the store has a fixed size.
+        """
         if self.grows and (missing := count - len(self.pool.free)) > 0:
             self.transfer.join()
-            old, old_scales, held = self.kv, self.scales, self.pool.size
-            more = max(missing, held)
-            self.kv, self.scales = self._allocate(held + more)
+            old, old_scales, size = self.kv, self.scales, self.pool.size
+            more = max(missing, size)
+            self.kv, self.scales = self._allocate(size + more)
             self.pool.grow(more)
             for new, before in zip((*self.kv, *(self.scales or ())), (*old, *(old_scales or ())), strict=True):
-                new[:, :held] = before
+                new[:, :size] = before
 
     def slots(self, count: int) -> Tensor:
-        """The staging buffer, of `count` slots at least; it moves when it has to grow."""
+        """Return the staging buffer with at least `count` slots; it moves if it grows."""
         assert self.staging is not None
         if self.staging.shape[1] < count:
             self.staging = self._stage(count)
         return self.staging
 
     def read(self, pages: list[int], host: bool = False) -> tuple[Tensor, Tensor | None]:
-        """A copy of pages as they are kept, [layers, 2, n, page_tokens, heads, head_dim], and of their scales if any.
+        """Copy pages [layers, 2, n, page_tokens, heads, head_dim], in the dtype of the pages, and their scales.
 
-        On the host it is pinned, and may be under way still.
+        host: copy to host memory, pinned on a GPU. The copy is complete after `transfer.wait()`.
         """
         kv = self._copied(self.kv, pages, host)
         return kv, None if self.scales is None else self._copied(self.scales, pages, host)
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """A copy on the host, pinned where that helps, complete once `transfer` has been waited for."""
+        """Copy to host memory, pinned on a GPU. The copy is complete after `transfer.wait()`."""
         out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
         with self.transfer.beside():
             out.copy_(tensor, non_blocking=True)
@@ -119,16 +123,16 @@ class PagedStore:
         return out
 
     def write(self, pages: list[int], kv: Tensor, scales: Tensor | None) -> None:
-        """Put into pages what `read` gave; ValueError for pages of another shape or dtype."""
+        """Write pages that `read` copied; ValueError for another shape or dtype."""
         shape = (len(self.kv), 2, len(pages), *self.form.shape)
-        if tuple(kv.shape) != shape or kv.dtype != self.form.kept or (scales is None) == self.form.scaled:
-            raise ValueError(f"pages are {kv.dtype} {list(kv.shape)}; expected {self.form.kept} {list(shape)}")
+        if tuple(kv.shape) != shape or kv.dtype != self.form.kv_dtype or (scales is None) == self.form.scaled:
+            raise ValueError(f"pages are {kv.dtype} {list(kv.shape)}; expected {self.form.kv_dtype} {list(shape)}")
         given = (*kv, *(scales if scales is not None else ()))
         for layer, part in zip((*self.kv, *(self.scales or ())), given, strict=True):
             raw(layer)[:, pages] = raw(part).to(self.device, non_blocking=True)
 
     def restored(self, pages: list[int], dtype: torch.dtype) -> Tensor:
-        """A copy of pages in a float dtype, [layers, 2, n, page_tokens, heads, head_dim]."""
+        """Copy pages [layers, 2, n, page_tokens, heads, head_dim] into float `dtype`, with scales applied."""
         out = torch.empty(len(self.kv), 2, len(pages), *self.form.shape, dtype=dtype, device=self.device)
         here, there = self.ints(pages), self.ints(list(range(len(pages))))
         for layer, target in enumerate(out):
@@ -137,21 +141,21 @@ class PagedStore:
         return out
 
     def replace(self, pages: list[int], kv: Tensor) -> None:
-        """Put floats [layers, 2, n, page_tokens, heads, head_dim] into pages, in the dtype they are kept in."""
+        """Write floats [layers, 2, n, page_tokens, heads, head_dim] into pages, quantised to their dtype."""
         here, there = self.ints(pages), self.ints(list(range(len(pages))))
         for layer, source in enumerate(kv):
             scale = None if self.scales is None else self.scales[layer]
             kv_pages(source, there, self.kv[layer], here, target_scale=scale)
 
-    def turns(self, places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotations of frames at temporal positions, of rows and of columns, [n, pairs, 2] each."""
-        angles = axis_angles(places, *self.form.grid, self.form.spec.head_dim)
-        dtype = torch.float64 if self.form.model == torch.float64 else torch.float32
+    def rope_cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines and sines [n, pairs, 2] of temporal `positions`, of grid rows and of grid columns."""
+        angles = axis_angles(positions, *self.form.grid, self.form.spec.head_dim)
+        dtype = torch.float64 if self.form.model_dtype == torch.float64 else torch.float32
         time, row, column = (to_device(rope_cos_sin(axis, dtype), self.device) for axis in angles)
         return time, row, column
 
     def ints(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        """int32, on the store's device."""
+        """An int32 tensor on the store's device."""
         return to_device(torch.tensor(values, dtype=torch.int32), self.device)
 
     def _copied(self, layers: list[Tensor], pages: list[int], host: bool) -> Tensor:
@@ -164,15 +168,15 @@ class PagedStore:
 
     def _allocate(self, pages: int) -> tuple[list[Tensor], list[Tensor] | None]:
         form, layers = self.form, self.form.spec.num_layers
-        kv = torch.zeros(layers, 2, pages, *form.shape, dtype=form.kept, device=self.device).unbind()
+        kv = torch.zeros(layers, 2, pages, *form.shape, dtype=form.kv_dtype, device=self.device).unbind()
         if not form.scaled:
             return list(kv), None
         return list(kv), list(torch.zeros(layers, 2, pages, form.shape[1], device=self.device).unbind())
 
     def _stage(self, slots: int) -> Tensor:
-        return torch.zeros(2, slots, *self.form.shape, dtype=self.form.model, device=self.device)
+        return torch.zeros(2, slots, *self.form.shape, dtype=self.form.model_dtype, device=self.device)
 
 
 def raw(tensor: Tensor) -> Tensor:
-    """The same memory as integers where torch cannot index the dtype."""
+    """View of the same memory as uint8 for FP8, which torch cannot index."""
     return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor

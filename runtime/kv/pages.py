@@ -1,7 +1,7 @@
-"""Pages of KV memory as host integers: which are free, who holds which. One page is one latent frame in all layers.
+"""Page pool and page tables: host integers, no tensors. One page holds one latent frame in all layers.
 
-`PagePool` counts references; `BlockTable` is one branch of a session: the page of each frame it holds. No tensors.
-A fork is a copy of the table; a frame that is going to be written gets a page of its own first.
+`PagePool` counts the references to each page. `PageTable` maps the frames of one branch of a session to pages. A fork
+copies the table, and a shared page is replaced by a fresh one before it is written (copy on write).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from ...errors import InferixError
 
 
 class OutOfPages(InferixError):
-    """The pool has too few free pages; nothing was taken."""
+    """The pool has fewer free pages than requested; no page was acquired."""
 
 
 class PagePool:
-    """Owns page ids 0..size-1: a count of references each, 0 for a free one."""
+    """Owns page ids 0..size-1 and a reference count for each; free pages have 0."""
 
     def __init__(self, size: int) -> None:
         self.references = [0] * size
@@ -29,15 +29,15 @@ class PagePool:
 
     @property
     def used(self) -> int:
-        """Pages that somebody holds."""
+        """Number of pages that have references; a shared page counts once."""
         return self.size - len(self.free)
 
     def acquire(self, count: int, reuse: Sequence[int] = (), after: int | None = None, room: int = 0) -> list[int]:
-        """`count` free pages, each held once from now on; OutOfPages, taking none, if there are fewer.
+        """Take `count` free pages, each with one reference; OutOfPages, taking none, if there are fewer.
 
-        Free ones of `reuse` come first, then those that follow page `after`, then the longest free run. Where
-        that run is longer than `room`, the pages the caller will hold in the end, its end is taken from, so that
-        what is in front of it can still grow.
+        Free pages of `reuse` are taken first, then the run after page `after`, then from the longest free run.
+        room: pages that the caller will hold in the end. A run longer than that is taken from its end, so that the
+        branch in front of it can grow into the rest.
         """
         self.require(count)
         taken: list[int] = []
@@ -53,7 +53,7 @@ class PagePool:
         return taken
 
     def require(self, count: int) -> None:
-        """OutOfPages unless so many pages are free."""
+        """Raise OutOfPages unless `count` pages are free."""
         if count > len(self.free):
             raise OutOfPages(
                 f"{count} pages of KV memory are needed, {len(self.free)} of {self.size} are free; close a session, "
@@ -61,14 +61,14 @@ class PagePool:
             )
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more holder for each page; ValueError for a free one."""
+        """Add one reference to each page; ValueError for a free one."""
         for page in pages:
             if page in self.free:
                 raise ValueError(f"page {page} is free and cannot be shared")
             self.references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One holder fewer for each page; without any it is free. ValueError for one that is free already."""
+        """Remove one reference from each page; at 0 the page is free. ValueError for a page that is free already."""
         for page in pages:
             if page in self.free:
                 raise ValueError(f"page {page} is free already")
@@ -77,26 +77,29 @@ class PagePool:
                 self.free.add(page)
 
     def grow(self, count: int) -> None:
-        """`count` more pages after the last."""
+        """Add `count` free pages after the last."""
         self.free |= set(range(self.size, self.size + count))
         self.references += [0] * count
 
     def free_runs(self) -> list[range]:
-        """Free pages as runs of neighbours, ascending."""
+        """Runs of neighbouring free pages, ascending."""
         starts = [page for page in sorted(self.free) if page - 1 not in self.free]
         return [self._run_from(start) for start in starts]
 
-    def check_integrity(self, holders: Iterable[BlockTable] | None = None) -> None:
-        """InferixError unless free pages are just those without references, and `holders`, if given, hold the rest."""
-        unheld = {page for page, count in enumerate(self.references) if count == 0}
-        if unheld != self.free or min(self.references, default=0) < 0:
-            wrong = sorted(unheld ^ self.free) or [p for p, n in enumerate(self.references) if n < 0]
-            raise InferixError(f"page pool: references and free pages disagree about {wrong}")
+    def check_integrity(self, holders: Iterable[PageTable] | None = None) -> None:
+        """Raise InferixError unless the free pages are those without references.
+
+        holders: all open tables; their pages must add up to the references of each page.
+        """
+        unreferenced = {page for page, count in enumerate(self.references) if count == 0}
+        if unreferenced != self.free or min(self.references, default=0) < 0:
+            wrong = sorted(unreferenced ^ self.free) or [p for p, n in enumerate(self.references) if n < 0]
+            raise InferixError(f"page pool: reference counts and the free list differ for pages {wrong}")
         if holders is not None:
-            held = Counter(page for table in holders for page in table.all_pages())
-            if wrong := [page for page, count in enumerate(self.references) if held[page] != count]:
-                counts = {page: (self.references[page], held[page]) for page in wrong}
-                raise InferixError(f"page pool: pages counted and held differ: {counts}")
+            counts = Counter(page for table in holders for page in table.all_pages())
+            if wrong := [page for page, count in enumerate(self.references) if counts[page] != count]:
+                differing = {page: (self.references[page], counts[page]) for page in wrong}
+                raise InferixError(f"page pool: (references, uses in tables) differ by page: {differing}")
 
     def _run_from(self, first: int) -> range:
         stop = first
@@ -105,103 +108,103 @@ class PagePool:
         return range(first, stop)
 
     def _take(self, pages: Sequence[int], count: int, taken: list[int]) -> None:
-        """Take as many of these free pages as are still wanted."""
+        """Move free `pages` to `taken` until it has `count`."""
         for page in pages[: count - len(taken)]:
             self.free.remove(page)
             self.references[page] = 1
             taken.append(page)
 
 
-class BlockTable:
-    """Holds the pages of one branch: of frames it keeps, and scratch ones that last for a pass.
+class PageTable:
+    """The page of each cached frame of one branch, and scratch pages that last for one pass.
 
-    places: temporal position that the keys of a frame were stored at; absent until the frame is written.
-    room: pages it will hold in the end, for where in the pool to begin.
+    positions: temporal position at which the keys of a frame are stored; absent until the frame is written.
+    room: pages that the branch will hold in the end; the pool looks for a run of that length.
     """
 
     def __init__(self, pool: PagePool, room: int = 0) -> None:
         self.pool, self.room = pool, room
         self.pages: dict[int, int] = {}
-        self.places: dict[int, int] = {}
+        self.positions: dict[int, int] = {}
         self.scratch: dict[int, int] = {}
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """Frames held, in the order they came."""
+        """Cached frames, in the order in which they were added."""
         return tuple(self.pages)
 
     def all_pages(self) -> list[int]:
         return [*self.pages.values(), *self.scratch.values()]
 
-    def dropped(self, frames: tuple[int, ...]) -> list[int]:
-        """Frames that `hold(frames)` would let go; ValueError unless `frames` are some of those held, then new ones."""
-        kept = [frame for frame in self.pages if frame in frames]
-        if tuple(kept) != frames[: len(kept)]:
-            raise ValueError(f"frames {frames} to hold must be some of {self.frames}, then new ones")
+    def frames_leaving(self, frames: tuple[int, ...]) -> list[int]:
+        """Frames that `set_window(frames)` evicts; ValueError unless `frames` are cached frames, then new ones."""
+        staying = [frame for frame in self.pages if frame in frames]
+        if tuple(staying) != frames[: len(staying)]:
+            raise ValueError(f"frames is {frames}; expected some of the cached {self.frames} in order, then new ones")
         return [frame for frame in self.pages if frame not in frames]
 
-    def wanted(self, frames: tuple[int, ...]) -> int:
-        """Pages that must be free in the pool for `hold(frames)`."""
-        own = sum(self.alone(frame) for frame in self.dropped(frames))
-        return len(set(frames) - set(self.pages)) - own
+    def pages_needed(self, frames: tuple[int, ...]) -> int:
+        """Free pages that `set_window(frames)` takes beyond those it frees itself."""
+        freed = sum(self.is_sole_owner(frame) for frame in self.frames_leaving(frames))
+        return len(set(frames) - set(self.pages)) - freed
 
-    def hold(self, frames: tuple[int, ...]) -> None:
-        """Hold just `frames`: keep those that are here, let others go, take pages for new ones.
+    def set_window(self, frames: tuple[int, ...]) -> None:
+        """Make `frames` the cached frames: evict all others and allocate pages for new ones.
 
-        OutOfPages leaves everything as it was.
+        OutOfPages changes nothing.
         """
-        dropped = self.dropped(frames)
-        self.pool.require(self.wanted(frames))
-        evicted = [self.pages.pop(frame) for frame in dropped]
+        leaving = self.frames_leaving(frames)
+        self.pool.require(self.pages_needed(frames))
+        evicted = [self.pages.pop(frame) for frame in leaving]
         self.pool.release(evicted)
-        self.places = {frame: place for frame, place in self.places.items() if frame in self.pages}
+        self.positions = {frame: position for frame, position in self.positions.items() if frame in self.pages}
         new = [frame for frame in frames if frame not in self.pages]
         self.pages |= dict(zip(new, self._acquire(len(new), evicted), strict=True))
 
-    def alone(self, frame: int) -> bool:
-        """Whether nobody else holds the page of a frame."""
+    def is_sole_owner(self, frame: int) -> bool:
+        """True if no other table references the page of a frame."""
         return self.pool.references[self.pages[frame]] == 1
 
-    def shared(self, frames: Sequence[int]) -> int:
-        """How many of these held frames somebody else holds as well."""
-        return sum(not self.alone(frame) for frame in frames)
+    def count_shared(self, frames: Sequence[int]) -> int:
+        """Number of these cached frames whose pages other tables reference too."""
+        return sum(not self.is_sole_owner(frame) for frame in frames)
 
-    def write(self, frames: Sequence[int], places: Sequence[int]) -> None:
-        """These held frames are written anew, whole, with keys at `places`: shared pages are replaced by fresh ones."""
-        shared = [frame for frame in frames if not self.alone(frame)]
+    def write(self, frames: Sequence[int], positions: Sequence[int]) -> None:
+        """Prepare to overwrite cached frames, with keys at `positions`: replace shared pages by fresh ones."""
+        shared = [frame for frame in frames if not self.is_sole_owner(frame)]
         fresh = self._acquire(len(shared))
         self.pool.release(self.pages[frame] for frame in shared)
         self.pages |= dict(zip(shared, fresh, strict=True))
-        self.places |= dict(zip(frames, places, strict=True))
+        self.positions |= dict(zip(frames, positions, strict=True))
 
-    def borrow(self, frames: Sequence[int]) -> None:
-        """Scratch pages for frames that a pass makes and does not keep."""
+    def alloc_scratch(self, frames: Sequence[int]) -> None:
+        """Allocate scratch pages for frames whose keys and values last for one pass."""
         self.scratch |= dict(zip(frames, self._acquire(len(frames)), strict=True))
 
-    def give_back(self) -> None:
-        """The pass is over: release its scratch pages."""
+    def free_scratch(self) -> None:
+        """Release the scratch pages of a pass."""
         self.pool.release(self.scratch.values())
         self.scratch = {}
 
     def drop_from(self, first: int) -> None:
-        """Let go of frames from `first` on, and of scratch pages."""
-        self.give_back()
+        """Release the pages of frames from `first` on, and scratch pages."""
+        self.free_scratch()
         self.pool.release([page for frame, page in self.pages.items() if frame >= first])
         self.pages = {frame: page for frame, page in self.pages.items() if frame < first}
-        self.places = {frame: place for frame, place in self.places.items() if frame < first}
+        self.positions = {frame: position for frame, position in self.positions.items() if frame < first}
 
-    def copy(self) -> BlockTable:
-        """The same frames in the same pages, each with one more holder; scratch pages are not passed on."""
-        other = BlockTable(self.pool, self.room)
+    def copy(self) -> PageTable:
+        """A table of the same frames in the same pages, each with one reference more; without scratch pages."""
+        other = PageTable(self.pool, self.room)
         self.pool.share(self.pages.values())
-        other.pages, other.places = dict(self.pages), dict(self.places)
+        other.pages, other.positions = dict(self.pages), dict(self.positions)
         return other
 
     def release(self) -> None:
-        """Let everything go; a second call does nothing."""
-        self.give_back()
+        """Release all pages; a second call does nothing."""
+        self.free_scratch()
         self.pool.release(self.pages.values())
-        self.pages, self.places = {}, {}
+        self.pages, self.positions = {}, {}
 
     def _acquire(self, count: int, reuse: Sequence[int] = ()) -> list[int]:
         last = max(self.pages, default=None)

@@ -1,10 +1,10 @@
-"""A sink that remembers: every frame that leaves the window is averaged into it. Tensors; when is for the cache.
+"""Exponential moving average of the attention sink: each frame that leaves the window is averaged into a sink frame.
 
-The average is one of keys before rotation, each token with its own in the sink's frame. Keys are stored rotated, and
-rotation is linear: a key stored at place e is R(e) k, so at place s it is R(s - e) R(e) k, and
-R(s) (a k_sink + (1 - a) k) = a K_sink + (1 - a) R(s - e) K. Rows and columns are the same in both, so only the pairs
-of time turn. Values have no place. The average is kept in float32 or better: a change of (1 - a) would be lost in
-bfloat16. Source: Reward Forcing (arXiv 2512.04678), `EMA-Sink`.
+The average is over keys before rotation, token by token. Keys are stored rotated, and rotation is linear: a key stored
+at position e is R(e) k, so at position s it is R(s - e) R(e) k, and
+R(s) (a k_sink + (1 - a) k) = a K_sink + (1 - a) R(s - e) K. Rows and columns are equal in both frames, so only the
+temporal pairs rotate. Values are not rotated. The average is stored in float32 or better, since bfloat16 would lose a
+change of (1 - a). Source: Reward Forcing (arXiv 2512.04678), `EMA-Sink`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 
-def averaged(sink: Tensor, leaving: Tensor, turns: Tensor, decay: float) -> Tensor:
-    """decay * sink + (1 - decay) * leaving, both keys and values [layers, 2, page_tokens, heads, head_dim].
+def average_frame(sink: Tensor, leaving: Tensor, cos_sin: Tensor, decay: float) -> Tensor:
+    """Return decay * sink + (1 - decay) * leaving, keys and values [layers, 2, page_tokens, heads, head_dim].
 
-    turns: [pairs, 2], cosines and sines of the way from where the leaving frame is stored to where the sink is.
+    cos_sin: [temporal pairs, 2], the rotation from the position of the leaving frame to that of the sink frame.
     """
     keys, values = leaving.to(sink.dtype).unbind(1)
-    return decay * sink + (1 - decay) * torch.stack((turned(keys, turns.to(sink.dtype)), values), dim=1)
+    return decay * sink + (1 - decay) * torch.stack((rotate_time(keys, cos_sin.to(sink.dtype)), values), dim=1)
 
 
-def turned(keys: Tensor, turns: Tensor) -> Tensor:
-    """Keys [..., head_dim] with their first pairs, those of time, turned further."""
-    cos, sin = turns.unbind(-1)
-    even, odd = keys[..., : 2 * len(turns)].unflatten(-1, (-1, 2)).unbind(-1)
+def rotate_time(keys: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate the first, temporal pairs of keys [..., head_dim] by cos_sin [temporal pairs, 2]."""
+    cos, sin = cos_sin.unbind(-1)
+    even, odd = keys[..., : 2 * len(cos_sin)].unflatten(-1, (-1, 2)).unbind(-1)
     time = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.cat((time, keys[..., 2 * len(turns) :]), dim=-1)
+    return torch.cat((time, keys[..., 2 * len(cos_sin) :]), dim=-1)

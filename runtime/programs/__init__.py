@@ -1,1 +1,1 @@
-"""From a model and a scheme to block graphs, their lowered programs, and the store that keeps them."""
+"""Block graphs of a model and a preset, the keys under which they are stored, and the graph store."""

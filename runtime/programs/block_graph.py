@@ -1,7 +1,7 @@
-"""The block of a model and a preset as a graph: which passes, traced over pages, with the solver's step in each.
+"""Block graph of a model and a preset: each pass traced over pages, followed by the step of its solver.
 
-Fake weights do, so a graph of any size takes seconds. What a pass computes is the model's own forward and the sampler's
-own step; which frames it sees is what the timeline says of a block whose window is full.
+Tracing uses fake weights, so a graph of any model size takes seconds. A pass is the forward of the model and the step
+of the sampler, with the frames that the block schedule gives once the window is full.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
-from ...graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
+from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...kernels.rope import axis_angles
 from ...models.wan.spec import ModelSpec
@@ -28,18 +28,18 @@ from ..kv.page_store import PageForm
 from ..sampler import Sampler, UniPCSolver
 from .block_plan import PlannedPass, latent_names, plan_block
 
-TABLES = ("pages", "table", "count", "rope_time", "rope_sink", "sink_count")
-WRITTEN = ("written_slots", "written_pages")  # of a pass whose pages are kept in another dtype
-SEEN = ("seen_pages", "seen_slots")  # and are not read as they lie
+TABLES = ("pages", "page_table", "page_count", "rope_time", "rope_sink", "sink_count")
+WRITTEN = ("written_slots", "written_pages")  # where pages have another dtype than the model
+SEEN = ("seen_pages", "seen_slots")  # and are restored into the staging buffer to be read
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the trace of a model's pass depends on: one is traced for all passes that agree in it.
+    """Key of a traced pass: passes with equal layouts share one trace.
 
-    parts: (groups, frames of each). latents: names of what it runs over, in order. tables: name before those of its
-    tables. sinks: whether queries are turned once more for the sink. slots: of the buffer before pages of another
-    dtype than the model's, else 0.
+    parts: (groups, frames of each). latents: names of the input latents, in order. tables: prefix of the names of its
+    tables. sinks: True if queries are rotated once more for the sink. slots: size of the staging buffer; 0 where pages
+    have the model's dtype.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -53,14 +53,14 @@ class Layout:
         return sum(groups * frames for groups, frames in self.parts)
 
     def table(self, part: int, what: str) -> str:
-        """The block-wide name of a table of one part."""
+        """Name of table `what` of one part within the block graph."""
         return ".".join([self.tables, *([str(part)] if len(self.parts) > 1 else []), what])
 
 
 class ModelPass(nn.Module):
-    """The network over pages, named tensors in and the velocity [B, F, C, H, W] of B sessions out.
+    """The model over pages: named tensors in, velocity [B, F, C, H, W] of B sessions out.
 
-    With guidance each session has two rows, the prompted ones first, and the velocity is the guided one.
+    With guidance the batch has 2*B rows, the conditional ones first, and the velocity is the guided one.
     """
 
     def __init__(self, model: WanTransformer, layout: Layout, guidance: float) -> None:
@@ -74,14 +74,14 @@ class ModelPass(nn.Module):
             for part in range(len(layout.parts))
         ]
         kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
-        turns = values["rope_rows"], values["rope_columns"]
-        attention: KeyValues = PagedAttention(parts, kv, *turns)
+        rope = values["rope_rows"], values["rope_columns"]
+        attention: KeyValues = PagedAttention(parts, kv, *rope)
         if layout.slots:
             slots, pages = (values[f"{layout.tables}.{what}"] for what in WRITTEN)
             seen = [values[name] for what in SEEN if (name := f"{layout.tables}.{what}") in values]
             scales = [values[f"scale.{index}"] for index in range(spec.num_layers)] if "scale.0" in values else None
             written, through = (slots, pages), (seen[0], seen[1]) if seen else None
-            attention = StagedAttention(parts, kv, scales, values["staging"], written, through, *turns)
+            attention = StagedAttention(parts, kv, scales, values["staging"], written, through, *rope)
         latents = [values[name] for name in layout.latents]
         x = latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
         guided = self.guidance != 1
@@ -90,25 +90,25 @@ class ModelPass(nn.Module):
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
         velocity = self.model(rows, timesteps, self.model.embed_text(values["text"]), attention, actions)
         if guided:
-            prompted, plain = velocity.split(len(x))
-            velocity = plain + self.guidance * (prompted - plain)
+            conditional, negative = velocity.split(len(x))
+            velocity = negative + self.guidance * (conditional - negative)
         return {"velocity": velocity}
 
 
 class SolverStep(nn.Module):
-    """The sampler's own step over each block in flight: the velocity in, the latents of the next level out.
+    """Solver step over each block in flight: velocity in, latents of the next noise level out.
 
-    One block alone keeps its name; of several each moves up by one, and the first, now clean, is `clean`. What a
-    multistep solver remembers is named after the step that made it.
+    A single block keeps the name `latents`. Of several, each takes the name of the one before it, and the first, which
+    is clean now, is `clean`. The history of a multistep solver is named after the step that made it.
     """
 
     def __init__(self, sampler: Sampler, steps: tuple[int, ...], frames: int, lead: int = 0) -> None:
         super().__init__()
         self.sampler, self.steps, self.frames, self.lead = sampler, steps, frames, lead
-        assert sampler.sigmas  # computed here, so that the trace does not hold how
+        assert sampler.sigmas  # computed before tracing, so that the trace does not contain the computation
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        found, names = dict[str, Tensor](), latent_names(len(self.steps))
+        results, names = dict[str, Tensor](), latent_names(len(self.steps))
         after = names if len(names) == 1 else ("clean", *names)
         for slot, step in enumerate(self.steps):
             rows = slice(slot * self.frames, (slot + 1) * self.frames)
@@ -118,20 +118,20 @@ class SolverStep(nn.Module):
             if isinstance(solver, UniPCSolver):
                 resume(solver, step, values)
             velocity = values["velocity"][:, self.lead + rows.start : self.lead + rows.stop]
-            found[after[slot]] = solver.advance(latents, velocity, step, draw)
+            results[after[slot]] = solver.advance(latents, velocity, step, draw)
             if isinstance(solver, UniPCSolver) and solver.before is not None:
-                found |= {f"x0@{step}": solver.predictions[-1], f"corrected@{step}": solver.before}
-        return found
+                results |= {f"x0@{step}": solver.predictions[-1], f"corrected@{step}": solver.before}
+        return results
 
     def draw(self, values: dict[str, Tensor], latents: Tensor, rows: slice, draw: int) -> Tensor:
-        """Noise of the frames in `rows`, as the session would draw it."""
+        """Noise of the frames in `rows`, equal to what `PhiloxNoise` draws for the session."""
         _, _, channels, height, width = latents.shape
         noise = frame_noise(values["frames"][:, rows], values["noise_key"], (channels, height, width), draw=draw)
         return noise.to(latents.dtype)
 
 
 def resume(solver: UniPCSolver, step: int, values: dict[str, Tensor]) -> None:
-    """Put the solver where it stands before a step."""
+    """Restore the state of a solver before `step` from the named history."""
     if step > 0:
         solver.predictions = [values[f"x0@{earlier}"] for earlier in range(max(0, step - 2), step)]
         solver.before = values[f"corrected@{step - 1}"]
@@ -139,7 +139,7 @@ def resume(solver: UniPCSolver, step: int, values: dict[str, Tensor]) -> None:
 
 
 class BlockGraphBuilder:
-    """The block graph of one model, preset and picture size, for so many sessions side by side."""
+    """Builds the block graph of one model, preset and picture size, for a batch of `sessions`."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class BlockGraphBuilder:
         sessions: int = 1,
         pages: int | None = None,
         fuse_commit: bool = False,
-        kept: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
         slots: int | None = None,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
@@ -165,7 +165,7 @@ class BlockGraphBuilder:
         self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
         frames = max(len(planned.run.frames) for planned in self.planned)
         self.pages = pages if pages is not None else self.rows * (self.max_pages + frames)
-        self.form = PageForm(spec, self.grid, dtype, kept or dtype)
+        self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
         self.model = fake_model(lambda: WanTransformer(spec, precision), dtype, device)
         self.traced: dict[Layout, PassGraph] = {}
@@ -180,7 +180,7 @@ class BlockGraphBuilder:
             preset=self.preset.name,
             dtype=self.dtype,
             device=self.device,
-            shape=QueryShape(
+            shape=GraphShape(
                 self.rows, frames * flight, self.latent, self.grid[0] * self.grid[1], self.pages, self.max_pages
             ),
             timesteps=self.sampler.timesteps,
@@ -192,18 +192,18 @@ class BlockGraphBuilder:
         )
 
     def one(self, planned: PlannedPass) -> PassGraph:
-        """One pass of the plan: the model's trace with the pass's timesteps, then the solver's step."""
+        """Graph of one planned pass: the traced model with the timesteps of the pass, then the solver step."""
         model = self.model_pass(self.layout(planned))
-        frames = planned.run.timesteps
-        told = {"timesteps": Value.of_literal(frames, (1, len(frames)), torch.float32)}
+        timesteps = planned.run.timesteps
+        literals = {"timesteps": Value.of_literal(timesteps, (1, len(timesteps)), torch.float32)}
         step = self.step(planned) if planned.steps else None
-        graph = chained(planned.name, model, step, told)
-        if step is None:  # passes that are run for what they write: their velocity is nobody's input
+        graph = chained(planned.name, model, step, literals)
+        if step is None:  # the pass is run for the pages it writes; nothing reads its velocity
             graph = replace(graph, outputs=(replace(graph.outputs[0], name=f"{planned.name}.velocity"),))
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
 
     def model_pass(self, layout: Layout) -> PassGraph:
-        """The model's pass of a layout, traced once."""
+        """Traced pass of a layout; traced once."""
         if layout not in self.traced:
             module = ModelPass(self.model, layout, self.guidance)
             self.traced[layout] = trace(
@@ -213,13 +213,13 @@ class BlockGraphBuilder:
 
     def layout(self, planned: PlannedPass) -> Layout:
         policy = self.preset.context
-        turned = policy.moving_positions and policy.sink_size > 0  # in every pass, as the cache's tables are made
-        return Layout(planned.parts, planned.latents, planned.tables, turned, self.slots)
+        sinks = policy.moving_positions and policy.sink_size > 0  # in every pass, as in `rotates_for_sink`
+        return Layout(planned.parts, planned.latents, planned.tables, sinks, self.slots)
 
     def inputs(self, layout: Layout) -> list[Value]:
-        """All that the model's pass is given."""
+        """Inputs and states of the model's pass."""
         spec, frames, (height, width) = self.spec, layout.frames, self.grid
-        turns = torch.promote_types(self.dtype, torch.float32)
+        rope_dtype = torch.promote_types(self.dtype, torch.float32)
         time, row, column = (angles.shape for angles in axis_angles([0], height, width, spec.head_dim))
 
         def given(name: str, when: When, size: tuple[int, ...], dtype: torch.dtype, owned: bool = False) -> Value:
@@ -233,46 +233,46 @@ class BlockGraphBuilder:
             given("text", When.PROMPT, text, self.dtype),
         ]
         if spec.action_dim is not None:
-            told = (self.rows, frames, spec.action_dim)
-            values.append(given(f"{layout.tables}.actions", When.BLOCK, told, self.dtype))
+            actions = (self.rows, frames, spec.action_dim)
+            values.append(given(f"{layout.tables}.actions", When.BLOCK, actions, self.dtype))
         for part, (groups, part_frames) in enumerate(layout.parts):
             rows = self.rows * groups
             shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 "pages": ((rows, part_frames), torch.int32),
-                "table": ((rows, self.max_pages), torch.int32),
-                "count": ((rows,), torch.int32),
-                "rope_time": ((rows, part_frames, time[1], 2), turns),
+                "page_table": ((rows, self.max_pages), torch.int32),
+                "page_count": ((rows,), torch.int32),
+                "rope_time": ((rows, part_frames, time[1], 2), rope_dtype),
             }
             if layout.sinks:
                 shapes["rope_sink"] = shapes["rope_time"]
-                shapes["sink_count"] = shapes["count"]
+                shapes["sink_count"] = shapes["page_count"]
             values += [
                 given(layout.table(part, what), When.BLOCK, size, dtype, owned=what == "pages")
                 for what, (size, dtype) in shapes.items()
             ]
         for name, size in (("rope_rows", row), ("rope_columns", column)):
-            values.append(given(name, When.LOAD, (*size, 2), turns))
+            values.append(given(name, When.LOAD, (*size, 2), rope_dtype))
         return values + self.pages_of(layout)
 
     def pages_of(self, layout: Layout) -> list[Value]:
-        """The stores of all layers; where they are staged, the buffer before them, and what goes through it."""
+        """Page tensors of all layers; for staged pages also the staging buffer and its slot lists."""
         form, layers = self.form, range(self.spec.num_layers)
         stores: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-        stores += [(f"kv.{index}", (2, self.pages, *form.shape), form.kept) for index in layers]
+        stores += [(f"kv.{index}", (2, self.pages, *form.shape), form.kv_dtype) for index in layers]
         if form.scaled:
             stores += [(f"scale.{index}", (2, self.pages, self.spec.num_heads), torch.float32) for index in layers]
-        told: list[tuple[str, int]] = []
+        lists: list[tuple[str, int]] = []
         if layout.slots:
             stores.append(("staging", (2, layout.slots, *form.shape), self.dtype))
-            told += [(what, self.rows * layout.frames) for what in WRITTEN]
-            told += [(what, layout.slots) for what in SEEN if not form.read_in_place]
+            lists += [(what, self.rows * layout.frames) for what in WRITTEN]
+            lists += [(what, layout.slots) for what in SEEN if not form.read_in_place]
         return [Value(name, Role.STATE, size, dtype, When.PASS) for name, size, dtype in stores] + [
             Value(f"{layout.tables}.{what}", Role.INPUT, (count,), torch.int32, When.BLOCK, owned=True)
-            for what, count in told
+            for what, count in lists
         ]
 
     def step(self, planned: PlannedPass) -> PassGraph:
-        """The solver's step of a denoising pass."""
+        """Traced solver step of a denoising pass."""
         frames = self.preset.num_frame_per_block
         total = frames * len(planned.steps)
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -286,9 +286,9 @@ class BlockGraphBuilder:
         values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
         if self.preset.sampler.solver == "unipc":
             step = planned.steps[0]
-            kept = [f"x0@{earlier}" for earlier in range(max(0, step - 2), step)]
-            kept += [f"corrected@{step - 1}"] if step else []
-            values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in kept]
+            history = [f"x0@{earlier}" for earlier in range(max(0, step - 2), step)]
+            history += [f"corrected@{step - 1}"] if step else []
+            values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
         module = SolverStep(self.sampler, planned.steps, frames, planned.lead)
         return trace("the solver's step", module, values, device=self.device)
 
@@ -303,18 +303,19 @@ def build_block_graph(
     sessions: int = 1,
     pages: int | None = None,
     fuse_commit: bool = False,
-    kept: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> BlockGraph:
-    """The graph of a block, before any rewrite.
+    """Build the graph of a block, before any rewrite; UsageError for a model or preset that has no graph.
 
-    size: (width, height) of the pictures, the model's own unless told. sessions: that run side by side. pages: of
-    the pool; enough for one block of each session unless told. fuse_commit: whether a block's first pass takes the
-    commit of the one before along. kept: dtype of the pages, that of the model unless told. Raises UsageError for what
-    has no graph.
+    size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
+    the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
+    the first pass. kv_dtype: dtype of the pages; None for the model's.
     """
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
     if preset.window_blocks > 1 and preset.sampler.solver != "renoise":
         raise UsageError(f"window_blocks is {preset.window_blocks} with solver unipc; that has no graph, use renoise")
     size = size or spec.default_size
-    return BlockGraphBuilder(spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kept).build()
+    return BlockGraphBuilder(
+        spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kv_dtype
+    ).build()

@@ -1,6 +1,6 @@
-"""The passes of a block graph: those of the block schedule once the window is full, with names for what each reads.
+"""Passes of a block graph: those of the block schedule once the window is full, with names for latents and tables.
 
-Passes that only a new prompt or a rebuild sets off are among them.
+The passes of a new prompt (recache) and of a rebuild are included.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ...schemes.block_schedule import ScheduledBlock, ScheduledPass
 from ...schemes.presets import Preset
 from ..sampler import scheduled_blocks
 
-BLOCKS = 24  # enough for the window of a preset to fill, or its segment to end
+BLOCKS = 24  # enough blocks to fill the window of a preset, or to end its segment
 
 
 @dataclass(frozen=True)
 class PlannedPass:
     """A pass of a block graph.
 
-    latents: names of what it runs over, in order. tables: prefix of the names of its tables; passes with the same
-    prefix read the same. steps: for each block in flight, the sampler step it takes; none where latents stay as they
-    are. lead: frames in front that are only run for the keys and values they leave.
+    latents: names of the input latents, in order. tables: prefix of the names of its tables; passes with the same
+    prefix read the same tables. steps: sampler step of each block in flight; empty where no solver step follows.
+    lead: number of frames in front that are run only to write their keys and values.
     """
 
     name: str
@@ -43,10 +43,10 @@ class PlannedPass:
 
 
 def plan_block(preset: Preset, fuse_commit: bool = False) -> list[PlannedPass]:
-    """The passes of a block whose window is full, in order, with those that a new prompt or a rebuild adds.
+    """List the passes of a block with a full window, in order, with those of a new prompt or a rebuild.
 
-    fuse_commit: the first pass takes the commit of the block before along. Both are also there alone, for a stream's
-    ends and for all that needs the commit at once. Raises UsageError for a preset in which they cannot be one.
+    fuse_commit: add a pass that runs the commit of the previous block together with the first pass. Both are listed
+    separately too, for the ends of a stream. UsageError for a preset that does not allow it.
     """
     count = max(BLOCKS, -(-preset.context.local_attn_size // preset.num_frame_per_block) + 1)
     blocks = list(islice(scheduled_blocks(preset), count))
@@ -60,30 +60,30 @@ def plan_block(preset: Preset, fuse_commit: bool = False) -> list[PlannedPass]:
 
 
 def seen_by(block: ScheduledBlock) -> int:
-    """Frames that the groups of a block's last denoising pass see."""
+    """Number of context frames of a block's last denoising pass, summed over its groups."""
     *_, last = (scheduled.run for scheduled in block.passes if scheduled.kind == "denoise")
     return sum(len(group.context) for group in last.groups)
 
 
 def planned_pass(preset: Preset, scheduled: ScheduledPass) -> PlannedPass:
-    """A scheduled pass under the names that graphs have for its latents and tables."""
-    run, alone = scheduled.run, preset.window_blocks == 1
+    """Name the latents and tables of a scheduled pass as block graphs do."""
+    run, single = scheduled.run, preset.window_blocks == 1
     if scheduled.kind == "recache":
         return PlannedPass("recache", run, ("recache.latents",), "recache", Runs.SWITCH)
     if scheduled.kind == "rebuild":
         runs = Runs.REBUILD if preset.context.commit else Runs.BLOCK
         return PlannedPass("recompute", run, ("recompute.latents",), "recompute", runs)
     if scheduled.kind == "commit":
-        return PlannedPass("commit", run, ("latents" if alone else "clean",), "block")
-    name, tables = (f"denoise {scheduled.steps[0]}", "block") if alone else ("denoise", "joint")
+        return PlannedPass("commit", run, ("latents" if single else "clean",), "block")
+    name, tables = (f"denoise {scheduled.steps[0]}", "block") if single else ("denoise", "joint")
     return PlannedPass(name, run, latent_names(len(scheduled.blocks)), tables, steps=scheduled.steps)
 
 
 def fused(preset: Preset, passes: list[PlannedPass], before: ScheduledBlock) -> list[PlannedPass]:
-    """A block's passes with the commit of the block before in its first denoising pass."""
+    """Passes of a block with the commit of the previous block fused into its first denoising pass."""
     if not preset.context.commit or preset.window_blocks > 1 or preset.context.needs_pixels:
         raise UsageError(
-            f"{preset.name} has no commit that could wait for the next block's first pass; leave fuse-commit out"
+            f"{preset.name} has no commit that can run in the first pass of the next block; leave fuse_commit out"
         )
     (commit,) = (scheduled.run for scheduled in before.passes if scheduled.kind == "commit")
     first, *rest = passes
@@ -100,5 +100,5 @@ def fused(preset: Preset, passes: list[PlannedPass], before: ScheduledBlock) -> 
 
 
 def latent_names(flight: int) -> tuple[str, ...]:
-    """Names of the latents of each block in flight, the cleanest first."""
+    """Names of the latents of each block in flight, the least noisy first."""
     return ("latents",) if flight == 1 else tuple(f"latents.{slot}" for slot in range(flight))

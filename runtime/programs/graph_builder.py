@@ -1,6 +1,6 @@
-"""The graphs that an engine runs: a whole block where one launch can hold it, and single passes of any groups.
+"""Block graphs that an engine runs: a whole block where one launch can run it, else single passes of any groups.
 
-`block_graph` builds the passes; here they are cut to the tables that the pages give.
+`block_graph` builds the passes; this module gives them the shapes and table names of a graph key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.staged_attention import StagedAttention
-from ...graphs.types import BlockGraph, PassGraph, QueryShape, Role, Value, When
+from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...models.wan.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
@@ -27,11 +27,11 @@ OnPages = PagedAttention | StagedAttention
 
 @dataclass(frozen=True)
 class GraphKey:
-    """The shape that a lowered graph is made for; one graph is kept, and captured, for each.
+    """Shapes of a lowered graph; one graph is stored, and captured, for each key.
 
     whole: a block with its solver steps and commit, or one pass. parts: (rows, frames of each) of the tables.
-    latent: [F, C, H, W]. width: pages that a row can list, in steps, so that a window without end seldom makes a new
-    one. pages: of the store. slots: of the buffer before a store of another dtype; 0 for one of the model's.
+    latent: [F, C, H, W]. width: columns of the page table, rounded up so that a growing window seldom needs a new
+    graph. pages: size of the store. slots: size of the staging buffer; 0 where pages have the model's dtype.
     """
 
     whole: bool
@@ -44,7 +44,7 @@ class GraphKey:
 
     @classmethod
     def of(cls, latents: Tensor, attention: OnPages, whole: bool) -> GraphKey:
-        listed = max(part.table.shape[1] for part in attention.parts)
+        listed = max(part.page_table.shape[1] for part in attention.parts)
         return cls(
             whole=whole,
             parts=tuple((part.rows, part.frames) for part in attention.parts),
@@ -56,26 +56,26 @@ class GraphKey:
         )
 
     def size(self, spec: ModelSpec) -> tuple[int, int]:
-        """(width, height) of the pictures."""
+        """Picture size (width, height)."""
         return self.latent[3] * spec.vae_stride[1], self.latent[2] * spec.vae_stride[1]
 
     @property
     def layout(self) -> Layout:
-        """How its tables are named."""
+        """Layout of the pass, which names its tables."""
         return Layout(self.parts, ("latents",), "block", self.sinks, self.slots)
 
 
 def padded_width(listed: int) -> int:
-    """Pages that a row of a table has room for when it lists `listed`."""
+    """Columns of a page table whose rows list up to `listed` pages."""
     return -(-listed // WIDTH_STEP) * WIDTH_STEP
 
 
 @dataclass(frozen=True)
 class GraphBuilder:
-    """Makes the block graph of a key, for one model and preset.
+    """Builds the block graph of a key, for one model and preset.
 
-    rewrites: names of those that are done to it, and lowp after a precision map. kept: dtype of pages, where it is
-    another than the model's.
+    rewrites: names of the rewrites to apply. lowp: precision map of the rewrite `lowp`. kv_dtype: dtype of the pages;
+    None for the model's.
     """
 
     spec: ModelSpec
@@ -85,16 +85,16 @@ class GraphBuilder:
     device: str
     rewrites: tuple[str, ...]
     lowp: PrecisionMap | None = None
-    kept: torch.dtype | None = None
+    kv_dtype: torch.dtype | None = None
 
     def __call__(self, key: GraphKey) -> BlockGraph:
-        """A whole block: noise in, clean `latents` out. One pass: `latents` and `timesteps` in, `velocity` out."""
+        """Build the graph of a whole block (noise in, clean `latents` out), or of one pass (`velocity` out)."""
         builder = self.builder(key)
         if key.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
             return self.rewritten(self.block(key, builder, passes, ("latents",)))
-        told = Value("timesteps", Role.INPUT, (1, key.latent[0]), torch.float32, When.PASS)
-        graph = chained("pass", builder.model_pass(key.layout), None, {"timesteps": told})
+        timesteps = Value("timesteps", Role.INPUT, (1, key.latent[0]), torch.float32, When.PASS)
+        graph = chained("pass", builder.model_pass(key.layout), None, {"timesteps": timesteps})
         return self.rewritten(self.block(key, builder, (graph,), ("velocity",)))
 
     def rewritten(self, block: BlockGraph) -> BlockGraph:
@@ -107,7 +107,7 @@ class GraphBuilder:
         else:  # guidance joins the velocities of two passes, outside of them
             preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0))
         builder = BlockGraphBuilder(
-            self.spec, preset, size, self.dtype, self.device, self.precision, pages=key.pages, kept=self.kept,
+            self.spec, preset, size, self.dtype, self.device, self.precision, pages=key.pages, kv_dtype=self.kv_dtype,
             slots=key.slots,
         )  # fmt: skip
         builder.max_pages = key.width
@@ -123,7 +123,7 @@ class GraphBuilder:
             preset=self.preset.name,
             dtype=self.dtype,
             device=self.device,
-            shape=QueryShape(1, frames, (channels, height, width), tokens, key.pages, key.width),
+            shape=GraphShape(1, frames, (channels, height, width), tokens, key.pages, key.width),
             timesteps=builder.sampler.timesteps if key.whole else (),
             sigmas=builder.sampler.sigmas if key.whole else (),
             passes=passes,
@@ -134,26 +134,26 @@ class GraphBuilder:
 
 
 def stores(attention: OnPages) -> dict[str, Tensor]:
-    """The tensors behind the pages, by the names that graphs have for them."""
-    found = {f"kv.{layer}": kv for layer, kv in enumerate(attention.kv)}
-    found |= {f"scale.{layer}": scale for layer, scale in enumerate(attention.scales or ())}
-    return found | ({"staging": attention.staging} if isinstance(attention, StagedAttention) else {})
+    """Page tensors by their names in block graphs."""
+    named = {f"kv.{layer}": kv for layer, kv in enumerate(attention.kv)}
+    named |= {f"scale.{layer}": scale for layer, scale in enumerate(attention.scales or ())}
+    return named | ({"staging": attention.staging} if isinstance(attention, StagedAttention) else {})
 
 
 def tables(key: GraphKey, attention: OnPages) -> dict[str, Tensor]:
-    """The tables of a pass by the names that its graph has for them."""
-    found = {"rope_rows": attention.rope_rows, "rope_columns": attention.rope_columns}
+    """Tables of a pass by their names in its graph; page tables are padded to the key's width."""
+    named = {"rope_rows": attention.rope_rows, "rope_columns": attention.rope_columns}
     for index, part in enumerate(attention.parts):
         for what in TABLES:
             if (tensor := getattr(part, what)) is not None:
-                found[key.layout.table(index, what)] = tensor
-        name = key.layout.table(index, "table")
-        found[name] = F.pad(found[name], (0, key.width - found[name].shape[1]))
+                named[key.layout.table(index, what)] = tensor
+        name = key.layout.table(index, "page_table")
+        named[name] = F.pad(named[name], (0, key.width - named[name].shape[1]))
     if isinstance(attention, StagedAttention):
-        told = dict(zip(WRITTEN, attention.written, strict=True))
-        if attention.seen is not None:  # slots that nothing is read through take any page
+        lists = dict(zip(WRITTEN, attention.written, strict=True))
+        if attention.seen is not None:  # unused slots restore page 0, which nothing reads
             pages, slots = attention.seen
             every = torch.arange(key.slots, dtype=slots.dtype, device=slots.device)
-            told |= dict(zip(SEEN, (F.pad(pages, (0, key.slots - len(pages))), every), strict=True))
-        found |= {f"{key.layout.tables}.{what}": tensor for what, tensor in told.items()}
-    return found
+            lists |= dict(zip(SEEN, (F.pad(pages, (0, key.slots - len(pages))), every), strict=True))
+        named |= {f"{key.layout.tables}.{what}": tensor for what, tensor in lists.items()}
+    return named

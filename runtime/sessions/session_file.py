@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from ...errors import InferixError, UsageError
 from ...models.files import write_tensors
 from ...schemes.presets import Preset
-from ..files import check_output, write_atomically
+from ..files import check_output, check_paths, write_atomically
 from ..resources import Resources
 from .session_state import SavedFields, SessionState
 
 KEY = "inferix-session"  # of the header's JSON
 VERSION = 1
+MODEL_PATHS = ("model", "base", "vae", "lora", "text_encoder", "fast_vae")  # settings that name files read
 SAMPLED = 64  # values of each weight that go into a fingerprint
 IRRELEVANT = ("name", "about", "rewind_blocks")  # settings of a preset that change no block
 
@@ -36,6 +37,7 @@ def write_session(state: SessionState, resources: Resources, preset: Preset, pat
     file.header["tensors"] = sorted(file.tensors)
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in file.tensors.items()}
     metadata = {KEY: json.dumps(file.header)}
+    check_paths({name: getattr(resources.config, name) for name in MODEL_PATHS}, {"path": path})
     write_atomically(check_output(path), partial(write_whole, unshared(on_host), metadata))
 
 

@@ -146,7 +146,7 @@ class SessionManager:
 
     def close(self, session: Session) -> None:
         """End a session once its last block is decoded; finished blocks may still be taken."""
-        self.pipeline.settle(session.id)
+        self.pipeline.wait(session.id)
         if session.state is not State.FAILED:
             self._end(session, State.CLOSED)
 
@@ -196,7 +196,7 @@ class SessionManager:
 
     def _fail(self, session: Session, error: Exception) -> None:
         """End a session with an error. Its traceback is kept, without the frames' local variables."""
-        self.pipeline.settle(session.id)
+        self.pipeline.wait(session.id)
         traceback.clear_frames(error.__traceback__)
         self._end(session, State.FAILED, error)
 
@@ -355,7 +355,7 @@ class SessionManager:
         if step.kind == "decoder":
             for session in list(self.sessions.values()):
                 with self.isolate_failures(session):
-                    self.pipeline.settle(session.id)
+                    self.pipeline.wait(session.id)
                     session.current.decoder.change_decoder(self.decoder)
         elif step.kind == "sessions":
             admitted = [self.sessions[index] for index in self.scheduler.admitted]
@@ -371,7 +371,7 @@ class SessionManager:
 
     def settle(self, session: Session) -> None:
         """Wait for the decoder. A failure there ends the session and is raised."""
-        self.pipeline.settle(session.id)
+        self.pipeline.wait(session.id)
         if session.decode_error is not None:
             self._fail(session, session.decode_error)
             session.check_open()
@@ -431,7 +431,7 @@ class SessionManager:
         if decode:
             self.pipeline.submit(session.id, partial(self._complete_beside, session, record, latents))
         else:
-            self.pipeline.settle(session.id)
+            self.pipeline.wait(session.id)
             self._complete(session, record, latents, decode=False)
 
     def _complete(

@@ -28,7 +28,7 @@ from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
 from ..execution.executors import Text
-from ..kv.paged_cache import HeldPages, PagedCache
+from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
 from ..sampler import Sampler, Solver, UniPCSolver
@@ -192,7 +192,7 @@ class BranchesForm(SaveForm):
             pages = branch.cache.export_pages()
             for name in ("kv", "scales", "sink"):
                 file.put(f"cache.{index}.{name}", getattr(pages, name))
-            file.header["caches"].append({"frames": pages.frames, "places": list(pages.places.items())})
+            file.header["caches"].append({"frames": pages.frames, "places": list(pages.positions.items())})
 
     def read(self, file: SavedFields) -> list[Branch]:
         texts = [file.tensor(name) for name in ("rows", "negative") if name in file.tensors]
@@ -200,10 +200,10 @@ class BranchesForm(SaveForm):
 
     def fill(self, value: list[Branch], file: SavedFields) -> None:
         for index, (branch, header) in enumerate(zip(value, file.header["caches"], strict=True)):
-            places = {frame: position for frame, position in header["places"]}
+            positions = {frame: position for frame, position in header["places"]}
             kv = file.tensor(f"cache.{index}.kv")
             scales, sink = (file.optional(f"cache.{index}.{name}") for name in ("scales", "sink"))
-            branch.cache.import_pages(HeldPages(tuple(header["frames"]), places, kv, scales, sink))
+            branch.cache.import_pages(ExportedPages(tuple(header["frames"]), positions, kv, scales, sink))
 
 
 class ActionsForm(SaveForm):

@@ -1,8 +1,8 @@
-"""Where a block's time goes: a table per block, and a trace that Chrome and Perfetto open.
+"""Profile of blocks: a table of time by pass and kind of work, and a trace for Chrome or Perfetto.
 
-`fused` is timed call by call: by the host's clock on a CPU, by events on a GPU. `captured` has an event node at each
-pass of the graph; its kinds of work are those of a fused run of the same calls over as many pages. The report says
-which it was, what the timing itself costs, and what share of the machine's measured ceilings was reached.
+`fused` is timed call by call: with the host's clock on a CPU, with CUDA events on a GPU. `captured` has an event node
+at each pass of the graph; its kinds of work are taken from a fused run of the same calls over equally many pages. The
+report states the method, the overhead of the timing, and the share of the machine's measured ceilings.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from ...graphs.rewrites.lowp import KINDS
 from ...kernels.linear_lowp import pack
 from ..files import write_atomically
 
-STAGES = ("prepare", "denoise", "commit")  # of a block's timings, those in which passes run
+STAGES = ("prepare", "denoise", "commit")  # stages of a block in which passes run
 TRACE, TABLE = "trace.json", "profile.txt"
-HEAD_START = 2 * 10**8  # clocks of a GPU, about a tenth of a second: as long as launching a block one by one takes
+HEAD_START = 2 * 10**8  # clock cycles of a GPU, about 0.1 s: longer than the host takes to launch a block call by call
 
-Seen = tuple[int, tuple[tuple[int, int], ...]]  # a program's id, and (call, pages that it reads)
+RunKey = tuple[int, tuple[tuple[int, int], ...]]  # id of a program, and (call, pages it reads)
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device can do at most: operations and bytes per second.
+    """Peak FLOP/s and bytes/s of the device, as measured.
 
-    packed: operations of matmuls of FP8 or INT8 numbers, None where there are none. They may be widened first, so
-    that their ceiling is never below that of `flops`.
+    packed: FLOP/s of FP8 or INT8 matmuls, None where there are none. Operands can be widened instead, so that their
+    ceiling is never below `flops`.
     """
 
     flops: float
@@ -47,14 +47,14 @@ class Ceilings:
     packed: float | None = None
 
     def least(self, kind: str, flops: int, nbytes: int) -> float:
-        """The shortest time for a kind of work."""
-        most = max(self.flops, self.packed or 0.0) if kind == PACKED else self.flops
-        return max(nbytes / self.bytes, flops / most)
+        """Least seconds for work of a kind."""
+        peak = max(self.flops, self.packed or 0.0) if kind == PACKED else self.flops
+        return max(nbytes / self.bytes, flops / peak)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of some calls, what they moved and computed, and the least time that takes at the ceilings."""
+    """Seconds, bytes and FLOPs of some calls, and the least seconds for them at the ceilings."""
 
     seconds: float = 0.0
     bytes: int = 0
@@ -69,9 +69,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a program. begin: host clock; marks: seconds since then, before each of `at` and after the last.
+    """One run of a program.
 
-    listed: pages that calls read through tables, by call.
+    begin: host clock in seconds. marks: seconds from `begin`, before each call in `at` and after the last one.
+    listed: pages read through page tables, by call.
     """
 
     program: Program
@@ -89,16 +90,16 @@ class Run:
         return len(self.at) == len(self.program.calls)
 
     @property
-    def seen(self) -> Seen:
-        """The program, and how many pages its calls read."""
+    def key(self) -> RunKey:
+        """The program, and the number of pages that each call reads."""
         return id(self.program), tuple(sorted(self.listed.items()))
 
 
 @dataclass
 class BlockProfile:
-    """The runs of one block, its stages in seconds, bytes by owner, and seconds that noting all this took.
+    """Runs of one block, seconds of its stages, and bytes by owner.
 
-    apart: seconds of its stages in which its calls ran once more to be timed.
+    spent: seconds of bookkeeping for the profile. apart: seconds in its stages of extra runs for timing only.
     """
 
     index: int
@@ -110,7 +111,7 @@ class BlockProfile:
 
 
 class HostClock:
-    """For calls that have ended when they return."""
+    """Times calls that have ended when they return."""
 
     how = "the host's clock before and after each call"
 
@@ -122,7 +123,7 @@ class HostClock:
 
 
 class EventClock:
-    """For calls that run on a GPU's current stream."""
+    """Times calls on the current stream of a GPU."""
 
     how = "events on the stream before and after each call"
 
@@ -138,11 +139,11 @@ class EventClock:
 
 @dataclass
 class Profile:
-    """Collects runs as the launcher makes them; `end_block` closes a block, `write` leaves the report.
+    """Collects the launcher's runs; `end_block` closes a block, `write` writes the report.
 
-    about: what was run and on what, for the report's first line. spent: seconds of this block on notes, beside marks;
-    apart: on runs that are no part of it.
-    decodes: block, begin and end of what was decoded meanwhile, on the clock of runs.
+    about: model, preset and device, for the first line of the report. spent, apart: as in `BlockProfile`, for the
+    current block. decodes: (block, begin, end) of each decode, on the clock of runs. once: one fused run for each
+    captured program and number of pages.
     """
 
     about: str
@@ -150,7 +151,7 @@ class Profile:
     ceilings: Ceilings
     blocks: list[BlockProfile] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
-    once: dict[Seen, Run] = field(default_factory=dict)  # fused runs of captured programs
+    once: dict[RunKey, Run] = field(default_factory=dict)
     counts: WeakKeyDictionary[LaunchPlan, PageCounts] = field(default_factory=WeakKeyDictionary)
     spent: float = 0.0
     apart: float = 0.0
@@ -161,7 +162,7 @@ class Profile:
         self.mark_cost = self.cost_of_a_mark()
 
     def launch(self, launches: LaunchPlan, replay: Callable[[], object], events: Sequence[Event] | None) -> None:
-        """Run a program and note its times: by events of a captured graph, else call by call."""
+        """Run a program and record its times, from the events of a captured graph or call by call."""
         begin = time.perf_counter()
         if events is None:
             self.runs.append(self.timed(launches, begin))
@@ -170,19 +171,19 @@ class Profile:
         synchronise(self.device)
         at = tuple(section.first for section in launches.program.sections)
         self.runs.append(Run(launches.program, begin, at, elapsed(events), self.pages_read(launches)))
-        if self.runs[-1].seen not in self.once:
-            self.note_once(launches)
+        if self.runs[-1].key not in self.once:
+            self.time_calls_once(launches)
 
-    def note_once(self, launches: LaunchPlan) -> None:
-        """Time the calls of a captured program one by one; that leaves what a replay leaves.
+    def time_calls_once(self, launches: LaunchPlan) -> None:
+        """Time the calls of a captured program one by one; it computes again what the replay computed.
 
-        The GPU is kept busy first, so that its times are not those of a host that cannot keep up.
+        The GPU sleeps first, so that the host can queue calls ahead and event times have no gaps of the host.
         """
         begin = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda._sleep(HEAD_START)
         run = self.timed(launches, begin)
-        self.once[run.seen] = run
+        self.once[run.key] = run
         self.apart += time.perf_counter() - begin
 
     def timed(self, launches: LaunchPlan, begin: float) -> Run:
@@ -192,78 +193,79 @@ class Profile:
         return Run(launches.program, begin, tuple(range(len(launches.calls))), seconds, self.pages_read(launches))
 
     def pages_read(self, launches: LaunchPlan) -> dict[int, int]:
-        """How many pages each call that reads by table has read, from the tables as they are on the device."""
+        """Number of pages that each call with a page table reads, from the counts on the device."""
         begin = time.perf_counter()
         if launches not in self.counts:
             self.counts[launches] = page_counts(launches)
         read = ((int(counts.sum()), calls) for counts, calls in self.counts[launches])
-        found = {call: pages for pages, calls in read for call in calls}
+        by_call = {call: pages for pages, calls in read for call in calls}
         self.spent += time.perf_counter() - begin
-        return found
+        return by_call
 
     def end_block(self, index: int, timings: Mapping[str, float], memory: Callable[[], dict[str, int]]) -> None:
+        """Close a block with the seconds of its stages and the bytes by owner that `memory` returns."""
         begin = time.perf_counter()
-        held = memory()
+        by_owner = memory()
         self.spent += time.perf_counter() - begin
-        self.blocks.append(BlockProfile(index, self.runs, dict(timings), held, self.spent, self.apart))
+        self.blocks.append(BlockProfile(index, self.runs, dict(timings), by_owner, self.spent, self.apart))
         self.drop()
 
     def drop(self) -> None:
-        """Forget what was noted since the last block's end."""
+        """Discard what was recorded since the end of the last block."""
         self.runs, self.spent, self.apart = [], 0.0, 0.0
 
     def note_decoding(self, record: Mapping[str, Any]) -> None:
-        """Keep when a block was decoded, from its record."""
-        if (span := record.get("spans", {}).get("decode")) is not None:  # controls have records, too
+        """Store when a block was decoded, from its record."""
+        if (span := record.get("spans", {}).get("decode")) is not None:  # records of controls have no spans
             self.decodes.append((record["block"], *span))
 
     def cost_of_a_mark(self) -> float:
-        """Seconds that one mark takes on the host."""
+        """Seconds of one mark on the host."""
         begin = time.perf_counter()
         for _ in range(1000):
             self.clock.mark()
         return (time.perf_counter() - begin) / 1000
 
     def cost_of(self, run: Run, index: int, seconds: float) -> Cost:
-        """What one call of a run took and did."""
+        """Cost of one call of a run."""
         call = run.program.calls[index]
         cost = call_cost(call, run.listed.get(index, 0))
         return Cost(seconds, cost.nbytes, cost.flops, self.ceilings.least(family(call), cost.flops, cost.nbytes))
 
     def passes(self, block: BlockProfile) -> dict[str, float]:
         """Seconds of each pass of a block, in order."""
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for run in block.runs:
             marks = dict(zip((*run.at, len(run.program.calls)), run.marks, strict=True))
             for section in run.program.sections:
-                found[section.name] = found.get(section.name, 0.0) + marks[section.stop] - marks[section.first]
-        return found
+                seconds[section.name] = seconds.get(section.name, 0.0) + marks[section.stop] - marks[section.first]
+        return seconds
 
     def families(self, block: BlockProfile) -> dict[str, Cost]:
-        """What each kind of work took and did, the longest first."""
-        found: dict[str, Cost] = {}
+        """Cost of each kind of work, the longest first."""
+        by_kind: dict[str, Cost] = {}
         for run in block.runs:
-            timed = run if run.by_call else self.once.get(run.seen)
+            timed = run if run.by_call else self.once.get(run.key)
             if timed is not None:
                 for index, (start, end) in enumerate(pairwise(timed.marks)):
                     kind = family(run.program.calls[index])
-                    found[kind] = found.get(kind, Cost()) + self.cost_of(timed, index, end - start)
-        return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
+                    by_kind[kind] = by_kind.get(kind, Cost()) + self.cost_of(timed, index, end - start)
+        return dict(sorted(by_kind.items(), key=lambda item: -item[1].seconds))
 
     def gaps(self, block: BlockProfile) -> float:
-        """Seconds of the stages that run passes in which no call ran."""
+        """Seconds in the stages with passes in which no call ran."""
         staged = sum(block.timings.get(stage, 0.0) for stage in STAGES)
         return staged - sum(run.seconds for run in block.runs) - block.apart
 
     def overhead(self) -> float:
-        """Time for marks and for what is noted beside them, as a share of all runs' time."""
+        """Time for marks and bookkeeping, as a share of the time of all runs."""
         runs = [run for block in self.blocks for run in block.runs]
         marks = sum(len(run.marks) for run in runs)
         notes = sum(block.spent for block in self.blocks)
         return (marks * self.mark_cost + notes) / max(sum(run.seconds for run in runs), 1e-12)
 
     def text(self) -> str:
-        """The report: what was measured and how, then each block."""
+        """The report: what was measured and by which method, then each block."""
         how = {self.clock.how if run.by_call else EVENT_NODES for block in self.blocks for run in block.runs}
         lines = [
             f"profile of {self.about}",
@@ -289,7 +291,7 @@ class Profile:
         return "\n".join(lines) + "\n"
 
     def trace(self) -> dict[str, Any]:
-        """Chrome's trace format: blocks, their passes and calls, and what the decoder did beside them."""
+        """The profile in Chrome's trace format: blocks, passes, calls, and decodes."""
         events: list[dict[str, Any]] = [
             {"ph": "M", "name": "thread_name", "pid": 0, "tid": thread, "args": {"name": name}}
             for thread, name in enumerate(("blocks", "passes", "calls", "decoder"))
@@ -305,13 +307,13 @@ class Profile:
                     events.append(event(section.name, 1, run.begin + start, end - start, {}))
                 for index, (start, end) in enumerate(pairwise(run.marks) if run.by_call else ()):
                     call, cost = run.program.calls[index], self.cost_of(run, index, end - start)
-                    told = {"node": call.node, "kind": family(call), "bytes": cost.bytes, "flops": cost.flops}
-                    events.append(event(call.op.name(), 2, run.begin + start, end - start, told))
+                    args = {"node": call.node, "kind": family(call), "bytes": cost.bytes, "flops": cost.flops}
+                    events.append(event(call.op.name(), 2, run.begin + start, end - start, args))
         events += [event(f"decode {block}", 3, begin, end - begin, {}) for block, begin, end in self.decodes]
         return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": {"about": self.about}}
 
     def write(self, folder: Path) -> list[Path]:
-        """The trace and the table, as files in `folder`."""
+        """Write the trace and the table as files into `folder`; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         trace, table = json.dumps(self.trace()), self.text()
         return [
@@ -324,12 +326,12 @@ EVENT_NODES = "event nodes between the passes of the captured graph, kinds of wo
 
 
 def elapsed(events: Sequence[Event]) -> tuple[float, ...]:
-    """Seconds from the first event to each, once all have happened."""
+    """Seconds from the first event to each; the events must have completed."""
     return tuple(events[0].elapsed_time(event) / 1e3 for event in events)
 
 
 def event(name: str, thread: int, begin: float, seconds: float, args: dict[str, Any]) -> dict[str, Any]:
-    """A complete event, in microseconds."""
+    """A complete event of Chrome's trace format, in microseconds."""
     return {"ph": "X", "name": name, "pid": 0, "tid": thread, "ts": begin * 1e6, "dur": seconds * 1e6, "args": args}
 
 
@@ -337,7 +339,7 @@ PageCounts = list[tuple[Tensor, list[int]]]
 
 
 def page_counts(launches: LaunchPlan) -> PageCounts:
-    """Each tensor that says how many pages are listed, with the calls that read it."""
+    """Each page count tensor of a program, with the calls that read it."""
     calls: dict[Ref, list[int]] = {}
     for index, call in enumerate(launches.program.calls):
         if (counts := counts_of(call)) is not None:
@@ -346,21 +348,21 @@ def page_counts(launches: LaunchPlan) -> PageCounts:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, lowp: str | None = None) -> Ceilings:
-    """The best of a few large matmuls and copies, in the model's dtype; of packed matmuls too, if asked."""
+    """Measure the peak of a few large matmuls in `dtype`, of copies, and with `lowp` of packed matmuls."""
     width, count = (8192, 1 << 28) if device.type == "cuda" else (768, 1 << 23)
     square = torch.ones(width, width, dtype=dtype, device=device)
     flat = torch.ones(count, dtype=torch.float32, device=device)
-    place = torch.empty_like(flat)
+    target = torch.empty_like(flat)
     operations = 2 * width**3
     return Ceilings(
         operations / best(lambda: square @ square, device),
-        2 * flat.nbytes / best(lambda: place.copy_(flat), device),
+        2 * flat.nbytes / best(lambda: target.copy_(flat), device),
         None if lowp is None else operations / best(packed_matmul(lowp, square), device),
     )
 
 
 def packed_matmul(lowp: str, square: Tensor) -> Callable[[], Tensor]:
-    """torch's own matmul of a matrix [N, N] with itself transposed, packed as FP8 or INT8; N a multiple of 16."""
+    """Return torch's matmul of [N, N] with its own transpose in FP8 or INT8; N is a multiple of 16."""
     packed, _ = pack(square, KINDS[lowp], per_channel=False)
     if lowp == "int8":
         return lambda: torch._int_mm(packed, packed.T)
@@ -369,16 +371,16 @@ def packed_matmul(lowp: str, square: Tensor) -> Callable[[], Tensor]:
 
 
 def best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Seconds of the fastest of some runs, after one that does not count."""
+    """Seconds of the fastest of `repeats` runs, after one warm-up."""
     run()
-    taken = []
+    seconds = []
     for _ in range(repeats):
         synchronise(device)
         begin = time.perf_counter()
         run()
         synchronise(device)
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 def synchronise(device: torch.device) -> None:

@@ -1,10 +1,11 @@
-"""What is measured: one record per block, as JSON lines, and an engine's counters, gauges and histograms.
+"""Telemetry: one record for each block, as JSON lines, and an engine's counters, gauges and histograms.
 
-All of it is plain data. Times are seconds of `time.perf_counter`; on a GPU a stage ends when the device gets there.
+All of it is plain data. Times are in seconds of `time.perf_counter`; on a GPU they are those of CUDA events.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -14,23 +15,24 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import torch
 
-from ..files import check_output, part_of, write_failed
+from ..files import PartFile, check_output, write_failed
 
 BOUNDS = tuple(2.0**power for power in range(-10, 7))  # upper ends of a histogram's bins in seconds; one more above
 
 
 @dataclass(frozen=True)
 class Ack:
-    """What became of a control.
+    """Acknowledgement of a control.
 
-    block: index of the first block that shows it. seconds: from the control to that block's first pixel (to its
-    latents where nothing is decoded). refused: why it had no effect; None where it had.
+    block: index of the first block that shows it. seconds: latency from the control to that block's first pixel, or to
+    its latents where nothing is decoded. refused: reason why it had no effect, or None.
     """
 
     id: int
@@ -41,7 +43,7 @@ class Ack:
 
 
 class Stopwatch:
-    """Marks on one clock: the host's, or the device's where work is queued, counted from when it was made."""
+    """Marks on one clock: `time.perf_counter` on a CPU, CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.zero = time.perf_counter()
@@ -57,7 +59,7 @@ class Stopwatch:
         return event
 
     def read(self, mark: float | torch.cuda.Event) -> float:
-        """A mark as seconds; waits for the device to get there."""
+        """Convert a mark to seconds; waits for the device to reach it."""
         if isinstance(mark, float):
             return mark
         assert self.base is not None
@@ -67,12 +69,12 @@ class Stopwatch:
 
 @dataclass
 class BlockRecord:
-    """How a block came about: (begin, end) of each stage, and what stood around it.
+    """Record of one block.
 
-    batch: sessions whose blocks were made along, itself included; stages of the network are then those of all.
-    passes: of each pass of the network, in order. pages: in use by all sessions when the block was done.
-    slack: seconds between the block's being ready and its being due; None where nothing is. degradations: steps that
-    overload has taken so far.
+    batch: size of the batch, this session included; network stages are timed for the whole batch. marks: (begin, end)
+    of each stage. pass_marks: (begin, end) of each pass, in order. pages: pages in use by all sessions when the block
+    was done. slack: seconds from the end of the block to its deadline; None without a deadline. degradations: steps
+    taken under overload so far.
     """
 
     session: int
@@ -126,42 +128,55 @@ class BlockRecord:
 
 
 class RecordFile:
-    """Records as JSON lines, as a context manager; the file has its name once it is complete, or interrupted."""
+    """Writes records as JSON lines; a context manager.
+
+    The file gets its name when it is closed, after an error too, with the records written so far.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = check_output(path)
+        self.part: PartFile | None = None
         self.lock = threading.Lock()
-        self.file: TextIO | None = None
+        self.file: FileIO | None = None
+        self.written = 0  # bytes of whole lines
 
     def __enter__(self) -> Self:
-        self.file = part_of(self.path).open("w", encoding="utf-8")
+        try:
+            self.part = PartFile(self.path)
+            self.file = self.part.part.open("wb", buffering=0)
+        except OSError as error:
+            raise write_failed(self.path, error) from error
         return self
 
     def __call__(self, record: dict[str, Any]) -> None:
         assert self.file is not None
         try:
             with self.lock:
-                self.file.write(json.dumps(record) + "\n")
+                line = (json.dumps(record) + "\n").encode()
+                if self.file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.written += len(line)
         except OSError as error:
             raise write_failed(self.path, error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self.file is not None
+        assert self.file is not None and self.part is not None
         try:
+            self.file.truncate(self.written)
             self.file.close()
-            if kind is None or issubclass(kind, KeyboardInterrupt):
-                os.replace(part_of(self.path), self.path)
+            if kind is None or self.written:
+                self.part.keep()
         except OSError as failed:
             raise write_failed(self.path, failed) from failed
         finally:
-            part_of(self.path).unlink(missing_ok=True)
+            self.part.discard()
 
 
 @dataclass
 class Histogram:
-    """counts: values up to each of `BOUNDS`, and one more for those above."""
+    """Histogram of seconds. counts: values up to each of `BOUNDS`, and in a last bin those above."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
     total: float = 0.0
@@ -175,7 +190,7 @@ class Histogram:
 
 
 class Metrics:
-    """Counters and histograms of an engine; names are words with underscores, units at the end."""
+    """Counters and histograms of an engine; names are in snake_case with the unit at the end."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -191,7 +206,7 @@ class Metrics:
             self.histograms.setdefault(name, Histogram()).add(value)
 
     def as_dict(self, gauges: dict[str, float]) -> dict[str, Any]:
-        """Everything as plain values, together with gauges read just now."""
+        """All metrics as plain values, with the given gauges."""
         with self.lock:
             return {
                 "counters": dict(self.counters),

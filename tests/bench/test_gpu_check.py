@@ -1,4 +1,4 @@
-"""The stages of the GPU check go on where they were stopped; none of their units needs to run for that to be seen."""
+"""Stages of the GPU check resume where they were stopped; tested without running their units."""
 
 import subprocess
 
@@ -15,12 +15,12 @@ from inferix.errors import InferixError, UsageError
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
 
-from .made import made
+from .example_results import block_result
 
 UNITS = list(STAGES["block"])
 
 
-def test_a_stage_goes_on_where_it_was_stopped(tmp_path):
+def test_a_stage_resumes_where_it_was_stopped(tmp_path):
     place, ran = Place(tmp_path), []
 
     def begin(unit, seconds):
@@ -32,33 +32,33 @@ def test_a_stage_goes_on_where_it_was_stopped(tmp_path):
         place.file(unit).write_text("{}")
         return None
 
-    assert run_stage("block", place, begin, 100) == UNITS[2:]  # the third was cut off: it is left, and has not failed
+    assert run_stage("block", place, begin, 100) == UNITS[2:]  # the third timed out: it remains, and has not failed
     assert place.failure(UNITS[1]).read_text() == "it is wrong\n"
     assert run_stage("block", place, begin, 0) == UNITS[2:]
     assert run_stage("block", place, begin, 100) == []
     assert ran == [*UNITS[:3], *UNITS[2:]]
 
 
-def test_a_unit_that_takes_all_the_time_there_is_has_failed(tmp_path):
+def test_a_unit_that_takes_the_whole_budget_has_failed(tmp_path):
     def begin(unit, seconds):
         raise subprocess.TimeoutExpired("unit", seconds)
 
     assert run_stage("block", Place(tmp_path), begin, 7) == UNITS[1:]
-    assert Place(tmp_path).failure(UNITS[0]).read_text() == "it took longer than 7 s\n"
+    assert "7 s" in Place(tmp_path).failure(UNITS[0]).read_text()
 
 
-def test_a_report_can_be_made_of_all_that_the_stages_leave(tmp_path):
+def test_a_report_skips_files_without_measurements(tmp_path):
     (tmp_path / "tests").mkdir()
     gpu_check.write_check(tmp_path / "tests" / "adaln.json", {"checked": 3, "wrong": {}})
-    with pytest.raises(UsageError, match="holds no results"):
+    with pytest.raises(UsageError, match="inferix bench block --out"):
         read_folder(tmp_path)
-    write_result(made({"eager/block": [0.2]}), tmp_path / "block.json")
+    write_result(block_result({"eager/block": [0.2]}), tmp_path / "block.json")
     assert list(read_folder(tmp_path)) == ["block.json"]
 
 
-def test_a_report_tells_what_was_tried_and_failed(tmp_path, monkeypatch):
+def test_a_report_lists_failed_units(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "has_matplotlib", lambda: False)
-    write_result(made({"eager/block": [0.2]}), tmp_path / "block" / "krea.json")
+    write_result(block_result({"eager/block": [0.2]}), tmp_path / "block" / "krea.json")
     place = Place(tmp_path / "block")
     gpu_check.write_text(place.failure("longlive"), "Traceback:\n  raise\nInferixError: no | kernel for it\n")
     report.write_report(tmp_path, tmp_path / "page.md")
@@ -70,18 +70,18 @@ def test_a_report_tells_what_was_tried_and_failed(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(gpu_check.torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    with pytest.raises(InferixError, match="there is no GPU here"):
+    with pytest.raises(InferixError, match="GPU"):
         gpu_check.main("block", tmp_path)
-    with pytest.raises(UsageError, match="no stage 'blok'; did you mean 'block'"):
+    with pytest.raises(UsageError, match=r"'blok'.*'block'"):
         gpu_check.main("blok", tmp_path)
-    with pytest.raises(UsageError, match="no unit 'kreaa'; did you mean 'krea'"):
+    with pytest.raises(UsageError, match=r"'kreaa'.*'krea'"):
         gpu_check.main("block", tmp_path, unit="kreaa")
 
 
-def test_its_help_says_how_to_go_on():
+def test_its_help_says_how_to_run_a_failed_unit_again():
     app = gpu_check.typer.Typer()
     app.command()(gpu_check.main)
-    assert "units whose results are there are left out" in CliRunner().invoke(app, ["--help"]).stdout
+    assert "UNIT.failed.txt" in CliRunner().invoke(app, ["--help"]).stdout
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_its_help_says_how_to_go_on():
     ],
 )
 def test_a_good_executor_passes_the_graph_check(preset, settings, monkeypatch):
-    """On a stand-in for CUDA graphs; and one that captures for each session anew does not."""
+    """With fake CUDA graphs; an executor that captures again for each session does not pass."""
     subject = Subject("wan-tiny", preset, size=(32, 32), device="cpu", executor="fused", overrides=settings)
     engine = open_engine(subject)
     full, backend = blocks_until_full(engine.preset), FakeGraphs(idle=True)
@@ -105,10 +105,9 @@ def test_a_good_executor_passes_the_graph_check(preset, settings, monkeypatch):
         return {"graphs": backend.replays - before, "kernels": 0}
 
     monkeypatch.setattr(gpu_check, "launches_of", launches)
-    for room, said in ((room_for_two(engine, subject), []), (None, ["captured: a second session and a new prompt"])):
+    for room, faults in ((room_for_two(engine, subject), 0), (None, 1)):
         twin = with_executor(engine, "fused", kv_memory=room)
         executor = GraphExecutor(twin.config, twin.preset, twin.parts, backend)
         twin = Engine(twin.config, twin.preset, twin.parts, executor=executor)
-        told, wrong = check_captures(twin, random_prompt(twin, 0), subject, full)
-        assert [line.partition(" captured")[0] for line in wrong] == said
-        assert told["captures"] > 0
+        facts, wrong = check_captures(twin, random_prompt(twin, 0), subject, full)
+        assert len(wrong) == faults and facts["captures"] > 0 and bool(facts["captures later"]) == bool(faults)

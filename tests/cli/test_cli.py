@@ -7,15 +7,20 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from oracles import write_untrained_world
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from inferix.cli import doctor
 from inferix.cli.main import app
+from inferix.errors import InferixError
+from inferix.runtime.media import VideoWriter
 
 RUN = [sys.executable, "-m", "inferix"]
 SMALL = ["--model", "wan-tiny", "--size", "32x32", "--blocks", "2"]
@@ -164,28 +169,202 @@ def test_a_damaged_checkpoint_is_exit_code_1_and_debug_shows_the_traceback(tmp_p
     assert shown.returncode == 1 and "Traceback" in shown.stderr
 
 
-def heed_ctrl_c() -> None:
-    """Undo, in a child, what it inherits where a shell runs the tests in the background: SIGINT ignored."""
+def restore_sigint() -> None:
+    """Undo, in a child process, the ignored SIGINT that it inherits from tests run in the background of a shell."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_keeps_the_finished_blocks_in_a_playable_file(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_finished_blocks_in_a_playable_file(tmp_path, number, code):
     run = subprocess.Popen(
-        [*RUN, "generate", *SMALL[:2], "--size", "64x64", "--blocks", "500", "--out", str(tmp_path / "a.mp4")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
+        [*RUN, "generate", *SMALL[:4], "--blocks", "2000", "--records", str(tmp_path / "a.jsonl"),
+         "--out", str(tmp_path / "a.mp4")],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=restore_sigint,
     )  # fmt: skip
-    part = tmp_path / "a.mp4.part"
     deadline = time.monotonic() + 120
-    while not (part.exists() and part.stat().st_size > 0) and time.monotonic() < deadline:
+    while not any(path.stat().st_size for path in tmp_path.glob("a.mp4.*.part")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(1.0)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     _, said = run.communicate(timeout=60)
-    assert run.returncode == 130, said
-    assert "of 500 blocks were finished" in said
+    assert run.returncode == code, said
+    assert "of 2000 blocks were finished" in said
     record = json.loads((tmp_path / "a.json").read_text())
     assert count_frames(tmp_path / "a.mp4") >= record["frames"] > 0
-    assert not part.exists()
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) >= len(record["blocks"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.jsonl", "a.mp4", "a.png"]
+
+
+@pytest.fixture
+def cats(tmp_path, monkeypatch):
+    """cat.png, cat.mp4 of 33 frames at 16 FPS, an adapter, a storyboard and actions, in the working folder."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter("cat.mp4", 16, (32, 32)) as writer:
+        writer.add(np.zeros((33, 32, 32, 3), np.uint8))
+    Image.new("RGB", (30, 40), "red").save("cat.png")
+    Path("cat.json").write_text('["up"]')
+    Path("cat.yaml").write_text("prompt: a cat\n")
+    Path("cat.safetensors").touch()
+    return tmp_path
+
+
+def run_here(*arguments):
+    """The command in this process."""
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--image", "cat.png", "--out", "cat.mov"],
+        ["--image", "{}/cat.png", "--out", "cat.mkv"],
+        ["--video", "cat.mp4", "--out", "cat.mp4"],
+        ["--video", "link.mp4", "--out", "cat.mp4"],
+        ["--video", "hard.mp4", "--out", "cat.mp4"],
+        ["--actions", "cat.json", "--out", "cat.mov"],
+        ["--config", "cat.json", "--out", "cat.mov"],
+        ["--storyboard", "cat.yaml", "--records", "cat.yaml", "--out", "new.mp4"],
+        ["--lora", "cat.safetensors", "--latents-only", "--out", "cat.mov"],
+        ["--prompt-embeds", "cat.safetensors", "--latents-only", "--out", "cat.mov"],
+        ["--text-encoder", "cat.safetensors", "--latents-only", "--out", "cat.mov"],
+        ["--set", "fast_vae=cat.safetensors", "--latents-only", "--out", "cat.mov"],
+        ["--model", "ck", "--out", "ck/config.mp4"],
+        ["--model", "ck/w.pt", "--out", "ck/config.mp4"],
+        ["--out", "new.mp4", "--records", "new.json"],
+        ["--out", "new.mp4", "--records", "new.png"],
+        ["--out", "new.mp4", "--records", "./new.mp4"],
+        ["--out", "trace.mp4", "--profile", "."],
+        ["--image", "p/trace.json", "--out", "new.mp4", "--profile", "p"],
+    ],
+    ids=" ".join,
+)
+def test_no_output_is_an_input_or_another_output(cats, arguments):
+    """Refused before anything is loaded or written."""
+    Path("link.mp4").symlink_to("cat.mp4")
+    os.link("cat.mp4", "hard.mp4")
+    for folder, names in {"ck": ("config.json", "w.pt"), "p": ("trace.json",)}.items():
+        Path(folder).mkdir()
+        for name in names:
+            Path(folder, name).write_text("{}")
+    if "cat.yaml" in arguments:
+        Path("cat.yaml").write_text("- {at: 1, prompt: a cat}\n")
+    if "--config" in arguments:
+        Path("cat.json").write_text("{}")
+    before = {path: path.read_bytes() for path in cats.rglob("*") if path.is_file()}
+    done = run_here(*(argument.format(cats) for argument in arguments))
+    assert done.exit_code == 2 and "choose another name" in done.output, done.output
+    assert {path: path.read_bytes() for path in cats.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("error", [InferixError("block 2 is not finite"), RuntimeError("DefaultCPUAllocator: no room")])
+@pytest.mark.parametrize("kind", [[], ["--latents-only"]], ids=["video", "latents"])
+def test_an_error_at_a_block_keeps_those_before_it(tmp_path, monkeypatch, error, kind):
+    def failing(session, blocks, cues, decode):
+        yield from session.stream(2, decode)
+        raise error
+
+    monkeypatch.setattr("inferix.cli.generate.steered", failing)
+    done = run_here(*SMALL[:4], "--blocks", "4", "--out", tmp_path / "a.mp4", "--records", tmp_path / "a.jsonl", *kind)
+    assert done.exit_code == 1 and "2 of 4 blocks" in done.output and str(error).split()[-1] in done.output
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert len(record["blocks"]) == 2 and str(error).split()[-1] in record["failed"]
+    if kind:
+        assert len(load_file(tmp_path / "a.safetensors")["latents"]) == 6
+    else:
+        assert count_frames(tmp_path / "a.mp4") == record["frames"] == 21
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk_keeps_what_was_made(tmp_path, monkeypatch):
+    """A limit of a file's size stands for the disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(session, blocks, cues, decode):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+        yield from session.stream(blocks, decode)
+
+    monkeypatch.setattr("inferix.cli.generate.steered", limited)
+    try:
+        done = run_here(*SMALL[:4], "--blocks", "12", "--out", tmp_path / "a.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.exit_code == 1 and "a.mp4" in done.output and "of 12 blocks" in done.output, done.output
+    assert json.loads((tmp_path / "a.json").read_text())["failed"]
+    assert 0 < count_frames(tmp_path / "a.mp4") < 141
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", ["10:30.mp4", "-a.mp4"])
+def test_names_with_colons_and_dashes(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    done = run_here(*SMALL[:4], "--blocks", "1", "--out", name)
+    assert done.exit_code == 0 and count_frames(tmp_path / name) == 9, done.output
+
+
+def test_a_video_that_is_too_short_is_told_before_the_first_block(cats):
+    common = (*SMALL[:4], "--video", "cat.mp4", "--strength", "0.6", "--out", "out.mp4")
+    for length in (["--blocks", "5"], ["--seconds", "3.5"]):
+        done = run_here(*common, *length)
+        assert done.exit_code == 2 and "33 frames" in done.output and "3 blocks" in done.output, done.output
+        assert not Path("out.mp4").exists()
+    with VideoWriter("cat.mp4", 16, (32, 32)) as writer:
+        writer.add(np.zeros((22, 32, 32, 3), np.uint8))
+    assert run_here(*common).exit_code == 0  # without a length, as long as the video
+    assert count_frames("out.mp4") == 21
+
+
+def test_fit_is_chosen_by_name(cats):
+    common = (*SMALL[:4], "--preset", "self-forcing-framewise", "--blocks", "1", "--out", "out.mp4")
+    common += ("--image", "cat.png")
+    first = {}
+    for fit in ("crop", "pad"):
+        done = run_here(*common, "--fit", fit)
+        assert done.exit_code == 0, done.output
+        assert json.loads(Path("out.json").read_text())["fit"] == fit
+        with av.open("out.mp4") as container:
+            first[fit] = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.abs(first["crop"].astype(int) - first["pad"]).max() > 40
+    done = run_here(*common, "--fit", "fill")
+    assert done.exit_code == 2 and "'fill'" in done.output
+
+
+def test_a_prompt_that_is_cut_is_warned_of_and_in_the_record(tmp_path):
+    with pytest.warns(UserWarning, match="512"):
+        done = run_here(*SMALL[:4], "--blocks", "1", "--prompt", "a dog " * 100, "--out", tmp_path / "a.mp4")
+    assert done.exit_code == 0, done.output
+    (warning,) = json.loads((tmp_path / "a.json").read_text())["warnings"]
+    assert "512" in warning and len(warning) < 400
+
+
+def test_an_empty_negative_prompt_is_taken_and_an_empty_prompt_is_not(tmp_path):
+    common = (*SMALL[:4], "--preset", "causal-diffusion", "--set", "num_steps=2", "--out", tmp_path / "a.mp4")
+    done = run_here(*common, "--blocks", "1", "--negative-prompt", "", "--prompt", "a cat")
+    assert done.exit_code == 0, done.output
+    for prompt in ("", "  ", "&nbsp;"):
+        done = run_here(*SMALL, "--prompt", prompt, "--out", tmp_path / "b.mp4")
+        assert done.exit_code == 2 and "empty" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--actions", "900000000R"], ["--actions", "9" * 5000 + "R"], ["--blocks", str(10**30)], ["--seconds", "1e300"],
+        ["--seconds", "nan"], ["--seconds", "inf"], ["--size", "9" * 5000 + "x32"], ["--set", "a=" + "[" * 50_000],
+        ["--set", "a=!!int x"], ["--set", "a=&a [*a]"], ["--config", "bomb.yaml"], ["--config", "fifo"],
+        ["--storyboard", "fifo"], ["--actions", "fifo.json"], ["--image", "fifo"], ["--video", "/dev/zero"],
+        ["--prompt-at", "1e400 x"], ["--config", "cat.mp4"], ["--storyboard", "."],
+    ],
+    ids=range(19),
+)  # fmt: skip
+def test_hostile_values_end_in_a_short_line(cats, arguments):
+    Path("bomb.yaml").write_text("a: &a [x]\nb: [*a, *a]\n")
+    for name in ("fifo", "fifo.json"):
+        os.mkfifo(name)
+    done = run_here("--model", "tinyworld", "--preset", "tinyworld", *arguments)
+    assert done.exit_code == 2 and len(done.output) < 1500, done.output
+    assert not Path("out.mp4").exists()
 
 
 def test_memory_that_runs_out_is_told_in_a_line(monkeypatch):

@@ -107,7 +107,7 @@ def test_the_model_or_the_preset_alone():
         (["--vae", "teahv"], "did you mean 'taehv'"),
         (["--preset", "krea", "--vae", "taehv"], "cannot"),
         (["--set", "local_attn_size=2"], "smaller than a block of 3 frames"),
-        (["--set", "local_attn_size=-1"], "grows without end"),
+        (["--set", "local_attn_size=-1"], "local_attn_size"),
         (["--set", "local_atn_size=6"], "did you mean 'local_attn_size'"),
         (["--tflops", "700"], "--bandwidth"),
         (["--tflops", "0", "--bandwidth", "1"], "above 0"),

@@ -1,4 +1,4 @@
-"""The judge of the small world: right for the simulator itself, wrong for what is wrong."""
+"""Evaluation of the small world: the simulator passes every bar, and faulty pictures fail."""
 
 import random
 from dataclasses import replace
@@ -8,11 +8,11 @@ import pytest
 from oracles import write_untrained_world
 
 import inferix
-from inferix.evaluate import tinyworld as judge
+from inferix.evaluate import tinyworld as evaluation
 from inferix.evaluate.tinyworld import random_walks, shift_between, signals
 from inferix.models.tinyworld.world import FRAMES, STEP, scenes
 
-QUIET = lambda said: None  # noqa: E731
+QUIET = lambda message: None  # noqa: E731
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def frozen_pictures(engine, walk, given, seed):
     return np.repeat(still[None], (len(walk.actions) + 1 - given) * FRAMES, 0)
 
 
-def test_the_camera_is_read_off_pictures():
+def test_the_camera_move_is_read_from_pictures():
     right = total = 0
     for walk in random_walks(20, 8, seed=9):
         for step, ((x, y), (to_x, to_y)) in enumerate(zip(walk.places, walk.places[1:], strict=False)):
@@ -41,31 +41,31 @@ def test_the_camera_is_read_off_pictures():
 
 
 def test_the_simulator_itself_reaches_every_bar(engine, monkeypatch):
-    monkeypatch.setattr(judge, "made", true_pictures)
-    assert judge.actions_right(engine, 4, QUIET) >= 0.95
-    assert judge.first_two_seconds(engine, 2, QUIET) > 60
-    assert judge.landmark_return(engine, 4, QUIET) == 1.0
+    monkeypatch.setattr(evaluation, "generate", true_pictures)
+    assert evaluation.actions_right(engine, 4, QUIET) >= 0.95
+    assert evaluation.first_two_seconds(engine, 2, QUIET) > 60
+    assert evaluation.landmark_return(engine, 4, QUIET) == 1.0
 
 
 def test_a_frozen_picture_reaches_none(engine, monkeypatch):
-    monkeypatch.setattr(judge, "made", frozen_pictures)
-    assert judge.actions_right(engine, 6, QUIET) < 0.7
-    assert judge.first_two_seconds(engine, 6, QUIET) < 22
+    monkeypatch.setattr(evaluation, "generate", frozen_pictures)
+    assert evaluation.actions_right(engine, 6, QUIET) < 0.7
+    assert evaluation.first_two_seconds(engine, 6, QUIET) < 22
 
 
 def test_landmarks_that_are_gone_are_missed(engine, monkeypatch):
     def emptied(engine, walk, given, seed):
         pictures = true_pictures(engine, walk, given, seed).copy()
-        for mark in judge.landmarks_near(walk.world.seed, *walk.places[-1], 40):
-            where = judge.around(mark, walk.places[-1])
+        for mark in evaluation.landmarks_near(walk.world.seed, *walk.places[-1], 40):
+            where = evaluation.around(mark, walk.places[-1])
             pictures[-1][where] = walk.world.picture_without(mark)[where]
         return pictures
 
-    monkeypatch.setattr(judge, "made", emptied)
-    assert judge.landmark_return(engine, 4, QUIET) <= 0.3
+    monkeypatch.setattr(evaluation, "generate", emptied)
+    assert evaluation.landmark_return(engine, 4, QUIET) <= 0.3
 
 
-def test_signals_tell_dark_flat_and_blurred_apart():
+def test_signals_differ_for_dark_grey_and_flat_pictures():
     pictures = next(random_walks(1, 2, seed=3)).ends
     bright, contrast, saturation, sharp = signals(pictures)
     dark = signals(pictures // 2)
@@ -77,14 +77,14 @@ def test_signals_tell_dark_flat_and_blurred_apart():
     assert flat[3] < 0.01 * sharp
 
 
-def test_the_hero_is_known_by_its_colour():
+def test_the_hero_is_recognised_by_its_colour():
     right = wrong = 0
     for index, scene in enumerate(scenes()[::8]):
-        actions = judge.random_walk(random.Random(index), 3)
+        actions = evaluation.random_walk(random.Random(index), 3)
         other = replace(scene, colour="white" if scene.colour == "red" else "red")
-        facing = judge.facing_after(actions)
-        right += judge.hero_is(scene, actions[-1], facing, judge.simulate(scene, index, actions).ends[-1])
-        wrong += judge.hero_is(scene, actions[-1], facing, judge.simulate(other, index, actions).ends[-1])
+        facing = evaluation.facing_after(actions)
+        right += evaluation.hero_is(scene, actions[-1], facing, evaluation.simulate(scene, index, actions).ends[-1])
+        wrong += evaluation.hero_is(scene, actions[-1], facing, evaluation.simulate(other, index, actions).ends[-1])
     total = len(scenes()[::8])
     assert right / total >= 0.95
     assert wrong / total <= 0.05
@@ -92,31 +92,31 @@ def test_the_hero_is_known_by_its_colour():
 
 def test_drift_is_the_largest_change_from_the_first_tenth():
     walk = next(random_walks(1, 59, seed=3)).ends
-    assert judge.drift(np.repeat(judge.measured(walk)[:1], 10, 0)) == dict.fromkeys(
-        (*judge.SIGNALS, "frozen feature"), 0.0
+    assert evaluation.drift(np.repeat(evaluation.tenth_statistics(walk)[:1], 10, 0)) == dict.fromkeys(
+        (*evaluation.SIGNALS, "frozen feature"), 0.0
     )
     darker = np.concatenate((walk[:54], walk[:6] // 2))
-    assert judge.drift(judge.measured(darker))["brightness"] == pytest.approx(0.5, abs=0.02)
-    assert judge.drift(judge.measured(darker))["frozen feature"] > 0.1
+    assert evaluation.drift(evaluation.tenth_statistics(darker))["brightness"] == pytest.approx(0.5, abs=0.02)
+    assert evaluation.drift(evaluation.tenth_statistics(darker))["frozen feature"] > 0.1
 
 
-def test_land_that_was_seen_is_known():
-    walk = judge.simulate(next(random_walks(1, 1, seed=1)).scene, 4, ["stay"] * 3)
-    assert judge.seen_before(walk, 1, 3).all()
+def test_the_mask_of_land_seen_before():
+    walk = evaluation.simulate(next(random_walks(1, 1, seed=1)).scene, 4, ["stay"] * 3)
+    assert evaluation.seen_before(walk, 1, 3).all()
     walk.places[3] = (walk.places[0][0] + 16, walk.places[0][1])
-    seen = judge.seen_before(walk, 1, 3)
+    seen = evaluation.seen_before(walk, 1, 3)
     assert seen[:, :48].all()
     assert not seen[:, 48:].any()
 
 
 def test_every_bar_is_judged_for_a_model(engine):
-    found, sheet = judge.evaluate(engine, walks=1, seeds=1, minutes=1.0)
-    assert set(found["passed"]) == set(judge.BARS)
-    assert set(found["drift"]) == set(found["simulator_drift"]) == {*judge.SIGNALS, "frozen feature"}
+    figures, sheet = evaluation.evaluate(engine, walks=1, seeds=1, minutes=1.0)
+    assert set(figures["passed"]) == set(evaluation.BARS)
+    assert set(figures["drift"]) == set(figures["simulator_drift"]) == {*evaluation.SIGNALS, "frozen feature"}
     assert sheet.shape == (1, 10, 64, 64, 3)
-    assert found["hero_right"] < 0.5
-    assert not found["passed"]["reconstruction_db"]  # nothing was trained
-    assert not found["passed"]["first_2s_db"]
+    assert figures["hero_right"] < 0.5
+    assert not figures["passed"]["reconstruction_db"]  # nothing was trained
+    assert not figures["passed"]["first_2s_db"]
 
 
 def test_a_seed_reaches_the_network(engine):
@@ -133,6 +133,6 @@ def test_window_and_sink_hold_over_a_long_walk(engine):
     policy = engine.preset.context
     with engine.open(prompt="a white wizard in an autumn wood at sunset", actions=["up"] * 39) as session:
         for block in session.stream(40, decode=False):
-            held = session.current.branches[0].cache.frames
-            assert len(held) == min(block.index + 1, policy.local_attn_size)
-            assert (held[0], held[-1]) == (0, block.index)
+            cached = session.current.branches[0].cache.frames
+            assert len(cached) == min(block.index + 1, policy.local_attn_size)
+            assert (cached[0], cached[-1]) == (0, block.index)

@@ -35,7 +35,5 @@ def test_what_is_read_equals_what_was_written() -> None:
 def test_an_op_that_is_not_here_is_named() -> None:
     data = encode_planned(planned(lambda x: x + 1, torch.zeros(2)))
     data["calls"][0][0] = "inferix::from_tomorrow"
-    with pytest.raises(
-        InferixError, match=r"op inferix::from_tomorrow of the stored graph is not in this installation"
-    ):
+    with pytest.raises(InferixError, match="inferix::from_tomorrow"):
         decode_planned(data)

@@ -85,9 +85,9 @@ def test_memory_that_an_op_fills_is_no_call() -> None:
 
 
 def test_what_cannot_be_lowered_is_named() -> None:
-    with pytest.raises(InferixError, match=r"inferix_test::no_out has no out= form"):
+    with pytest.raises(InferixError, match="inferix_test::no_out"):
         traced(lambda x: no_out(x), draw(2))
-    with pytest.raises(InferixError, match=r"nonzero.* reads a tensor's values on the host"):
+    with pytest.raises(InferixError, match="nonzero"):
         traced(lambda x: x.nonzero() * 1, draw(2))
 
 

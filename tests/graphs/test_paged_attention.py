@@ -85,7 +85,7 @@ def test_the_op_tells_what_it_writes_and_refuses_what_does_not_fit() -> None:
     kv = torch.zeros(2, 2, P, HEADS, DIM)
     args = (q, q, q, time[None], row, column, torch.empty_like(q), kv, ints([1]), None, None, None)
     torch.library.opcheck(torch.ops.inferix.rope_append, args)
-    with pytest.raises(ValueError, match=r"rope_append: shape of k is .*; expected"):
+    with pytest.raises(ValueError, match="rope_append: shape of k"):
         rope_append(q, q[:, 1:], q, time[None], row, column, kv, ints([1]))
-    with pytest.raises(ValueError, match="time_pairs is 11, row_pairs is 10"):
+    with pytest.raises(ValueError, match=r"time_pairs is 11.*10"):
         rope_append(q, q, q, time[None, :, 1:], row, column, kv, ints([1]))

@@ -17,15 +17,15 @@ def test_frames_and_timesteps_follow_the_groups():
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "named"),
     [
-        (lambda: Pass(()), "at least one"),
-        (lambda: Pass((group((1,), 0.0, (1,)), group((1,), 0.0, (1,)))), "each once"),
-        (lambda: group((1,), 0.0, (0,)), "not in their own context"),
-        (lambda: group((1,), 0.0, (1, 0)), "ascending"),
-        (lambda: Group((1,), 0.0, (1,), ()), "0 positions for 1 frames"),
+        (lambda: Pass(()), r"frames [\[(][\])]"),
+        (lambda: Pass((group((1,), 0.0, (1,)), group((1,), 0.0, (1,)))), "1, 1"),
+        (lambda: group((1,), 0.0, (0,)), r"\[1\].*\(0,\)"),
+        (lambda: group((1,), 0.0, (1, 0)), r"\(1, 0\)"),
+        (lambda: Group((1,), 0.0, (1,), ()), "0 positions.*1 "),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_makes_no_sense_is_refused(make, named):
+    with pytest.raises(ValueError, match=named):
         make()

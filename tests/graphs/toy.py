@@ -48,7 +48,7 @@ class Toy(nn.Module):
         x = values["latents"]
         rows, frames, channels, height, width = x.shape
         grid = (height // PATCH, width // PATCH)
-        parts = [PassTables(*(values[name] for name in ("pages", "table", "count", "rope_time")))]
+        parts = [PassTables(*(values[name] for name in ("pages", "page_table", "page_count", "rope_time")))]
         kv = [values[f"kv.{layer}"] for layer in range(LAYERS)]
         attention = PagedAttention(parts, kv, values["rope_rows"], values["rope_columns"])
         tokens = x.reshape(rows, frames, channels, grid[0], PATCH, grid[1], PATCH).permute(0, 1, 3, 5, 4, 6, 2)

@@ -95,9 +95,9 @@ def test_torch_attention_serves_where_pages_are_one_run():
     with using(block_attention="sdpa"):
         assert (block_attention(**args) - want).abs().max() <= 1e-5
         shuffled = spec.make_inputs(spec.test_cases[1], torch.float32, "cpu", 0)
-        with pytest.raises(ValueError, match="pages that follow each other"):
+        with pytest.raises(ValueError, match="sdpa"):
             block_attention(**{name: shuffled[name] for name in args})
-    with using(block_attention="cuda-core"), pytest.raises(ValueError, match="no implementation 'cuda-core'"):
+    with using(block_attention="cuda-core"), pytest.raises(ValueError, match="'cuda-core'"):
         block_attention(**args)
 
 
@@ -108,7 +108,7 @@ def test_flash_attn_gets_the_pages_as_one_sequence(monkeypatch):
     args = {name: inputs[name] for name in ("q", "kv", "page_table", "page_count")}
     want = block_attention(**args)
     monkeypatch.setattr(flash, "find_spec", lambda name: None)
-    with using(block_attention="flash_attn"), pytest.raises(InferixError, match="flash-attn is not installed; pip"):
+    with using(block_attention="flash_attn"), pytest.raises(InferixError, match="flash-attn"):
         block_attention(**args)
 
     def stand_in(q, k, v, softmax_scale, causal):
@@ -121,7 +121,7 @@ def test_flash_attn_gets_the_pages_as_one_sequence(monkeypatch):
     monkeypatch.setattr(flash, "import_module", lambda name: SimpleNamespace(flash_attn_func=stand_in))
     with using(block_attention="flash_attn"):
         assert (block_attention(**args) - want).abs().max() <= 1e-5
-        with pytest.raises(ValueError, match="implementation flash_attn takes no lse"):
+        with pytest.raises(ValueError, match=r"flash_attn.*lse"):
             block_attention(**args, lse=torch.empty(1, 1, 32))
 
 
@@ -144,12 +144,12 @@ def test_a_form_is_chosen_by_card_dtype_and_size_and_refused_where_it_is_not_dec
     assert tuning.choose(spec, card.tensor) is spec.reference
     card = Card(monkeypatch, 7, 5)
     assert tuning.choose(spec, card.tensor) is spec.reference
-    with using(block_attention="triton"), pytest.raises(ValueError, match=r"cuda is 7\.5; triton is for 8\.0"):
+    with using(block_attention="triton"), pytest.raises(ValueError, match=r"7\.5.*triton.*8\.0"):
         tuning.choose(spec, card.tensor)
-    with using(block_attention="descriptors"), pytest.raises(ValueError, match=r"7\.5; descriptors is for 9\.0, 10\.0"):
+    with using(block_attention="descriptors"), pytest.raises(ValueError, match=r"7\.5.*descriptors.*9\.0, 10\.0"):
         tuning.choose(spec, card.tensor)
     Card(monkeypatch, 8, 6)
-    with pytest.raises(ValueError, match=r"adaln: compute capability of cuda is 8\.6; FP8 needs 8\.9"):
+    with pytest.raises(ValueError, match=r"adaln: .*8\.6.*8\.9"):
         expect_fp8("adaln", torch.device("cuda"))
 
 
@@ -188,22 +188,22 @@ def test_a_table_that_does_not_fit_the_code_is_refused(monkeypatch, tmp_path):
     def with_choice(choice):
         return {"schema": 1, "op": "block_attention", "choices": {"bfloat16 64": choice}}
 
-    for table, said in (
+    for table, named in (
         ("{", "Expecting property name"),
-        ([], "expected a table with schema 1 and op 'block_attention'"),
-        ({"schema": 2, "op": "block_attention", "choices": {}}, "expected a table with schema 1"),
+        ([], "schema 1.*'block_attention'"),
+        ({"schema": 2, "op": "block_attention", "choices": {}}, "schema 1"),
         ({"schema": 1, "op": "adaln", "choices": {}}, "op 'block_attention'"),
-        ({"schema": 1, "op": "block_attention"}, "it has no choices"),
-        (with_choice({"config": {}}), "'bfloat16 64' has no form"),
-        (with_choice(GOOD | {"form": "cutlass"}), "no implementation 'cutlass'"),
-        (with_choice(GOOD | {"config": GOOD["config"] | {"keys": 48}}), '"keys": 48.*none that triton has for sm_90'),
-        (with_choice(GOOD | {"config": GOOD["config"] | {"speed": 11}}), "none that triton has"),
-        (with_choice({"form": "triton"}), "has config null"),
+        ({"schema": 1, "op": "block_attention"}, "choices"),
+        (with_choice({"config": {}}), "'bfloat16 64'"),
+        (with_choice(GOOD | {"form": "cutlass"}), "'cutlass'"),
+        (with_choice(GOOD | {"config": GOOD["config"] | {"keys": 48}}), '"keys": 48.*triton.*sm_90'),
+        (with_choice(GOOD | {"config": GOOD["config"] | {"speed": 11}}), "speed.*triton"),
+        (with_choice({"form": "triton"}), "null"),
     ):
         write_table(tmp_path, monkeypatch, table)
-        with pytest.raises(UsageError, match=said) as caught:
+        with pytest.raises(UsageError, match=named) as caught:
             tuning.choose(spec, card.tensor)
-        assert "inferix bench kernels --op block_attention --tune, or delete it" in str(caught.value)
+        assert "--op block_attention --tune" in str(caught.value)
 
 
 def test_the_name_of_a_table():
@@ -253,16 +253,16 @@ ATTENTION_MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", ATTENTION_MISTAKES)
-def test_bad_input_of_attention_is_named(said, monkeypatch):
+@pytest.mark.parametrize("named", ATTENTION_MISTAKES)
+def test_bad_input_of_attention_is_named(named, monkeypatch):
     monkeypatch.setenv("INFERIX_DEBUG", "1")
     good = {
         "q": torch.zeros(1, 4, 2, 64), "kv": torch.zeros(2, 3, 5, 2, 64),
         "page_table": torch.arange(3, dtype=torch.int32)[None], "page_count": torch.tensor([3], dtype=torch.int32),
     }  # fmt: skip
     with pytest.raises(ValueError, match="block_attention: ") as caught:
-        block_attention(**good | ATTENTION_MISTAKES[said])
-    assert said in str(caught.value)
+        block_attention(**good | ATTENTION_MISTAKES[named])
+    assert named in str(caught.value)
 
 
 def halves(*shape):
@@ -330,13 +330,13 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("op", "change", "said"), MISTAKES, ids=[said for _, _, said in MISTAKES])
-def test_bad_input_of_every_op_is_named(op, change, said, monkeypatch):
+@pytest.mark.parametrize(("op", "change", "named"), MISTAKES, ids=[named for _, _, named in MISTAKES])
+def test_bad_input_of_every_op_is_named(op, change, named, monkeypatch):
     monkeypatch.setenv("INFERIX_DEBUG", "1")
     op(**GOOD_CALLS[op])
     with pytest.raises(ValueError, match=f"{op.__name__}: ") as caught:
         op(**GOOD_CALLS[op] | change)
-    assert said in str(caught.value)
+    assert named in str(caught.value)
 
 
 def test_pages_are_not_looked_at_unless_asked(monkeypatch):

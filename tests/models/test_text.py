@@ -1,6 +1,7 @@
 """Prompt cleaning, the tiny UMT5 encoder in both checkpoint layouts, and files of prompt embeddings."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -86,9 +87,21 @@ def test_padding_does_not_reach_the_prompt(diffusers_dir):
 
 def test_long_prompt_is_cut_and_keeps_the_end_token(diffusers_dir):
     encoder = from_diffusers(diffusers_dir)
-    got = encoder.encode("cat " * 200)
+    with pytest.warns(UserWarning, match=r"800 tokens.*512") as told:
+        got = encoder.encode("cat " * 200)
     assert got.shape == (512, 64) and (got.abs().amax(1) > 0).all()
-    assert torch.equal(got, encoder.encode(("cat " * 200)[:511] + "dog"))
+    with pytest.warns(UserWarning, match=r"515 tokens.*512"):
+        assert torch.equal(got, encoder.encode(("cat " * 200)[:511] + "dog"))
+    assert len(str(told[0].message)) < 400
+
+
+@pytest.mark.parametrize("length", [0, 511])
+def test_an_empty_prompt_and_one_that_just_fits_are_encoded_without_a_warning(diffusers_dir, length):
+    encoder = from_diffusers(diffusers_dir)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        rows = encoder.encode("x" * length)
+    assert int((rows.abs().amax(1) > 0).sum()) == length + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -181,7 +181,7 @@ def test_encoding_a_picture(name):
 def test_a_page_is_a_frame_of_the_cache(dtype):
     spec, kind = MODELS["wan-tiny"], getattr(torch, dtype)
     cache = ContiguousCache(spec, (3, 5), False, torch.float64, kind, torch.device("cpu"))
-    cache.hold((0, 1))
+    cache.set_window((0, 1))
     assert cache.nbytes == 2 * page_bytes(spec, 15, dtype)
     for name, kept in ((dtype, kind), *KV_DTYPES.items()):
         assert PageForm(spec, (3, 5), kind, kept).nbytes == page_bytes(spec, 15, name)
@@ -217,7 +217,7 @@ def test_operations_of_passes_and_prompts(name):
         text = model.embed_text(rows)
         for run in (one_group(3, 6), both):
             cache = ContiguousCache(spec, grid, False, torch.float64, torch.float32, torch.device("meta"))
-            cache.hold(run.groups[-1].context)
+            cache.set_window(run.groups[-1].context)
             latents = torch.empty(1, 3, spec.in_channels, height, width)
             actions = None if spec.action_dim is None else torch.empty(1, 3, spec.action_dim)
             given = (latents, torch.empty(1, 3), text, cache.bind(run), actions)
@@ -247,7 +247,7 @@ def test_scratch_of_a_pass(name, monkeypatch):
         times = torch.empty(1, frames)
     grid = (height // spec.patch[0], width // spec.patch[1])
     cache = ContiguousCache(spec, grid, False, torch.float64, torch.bfloat16, torch.device("meta"))
-    cache.hold(tuple(range(6)))
+    cache.set_window(tuple(range(6)))
     pairs = [tensor for pair in text.text for tensor in pair]
     held = (latents, times, *model.parameters(), *pairs, *cache.keys, *cache.values)
     peaks = []

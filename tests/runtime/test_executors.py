@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import weakref
 
 import numpy as np
@@ -268,7 +269,7 @@ def test_an_adapter_goes_on_and_off_in_place(tmp_path) -> None:
                 fresh = next(iter(later.stream(1, decode=False))).latents
             engine.use_lora(None)
             made += [block.latents for block in session.stream(1, decode=False)]
-            early = engine.open(prompt_embeds=ROWS, size=SIZE)  # told its prompt before the adapter comes
+            early = engine.open(prompt_embeds=ROWS, size=SIZE)  # its prompt is encoded before the adapter is applied
             engine.use_lora(tmp_path / "lora.safetensors", 4.0)
             assert torch.equal(next(iter(early.stream(1, decode=False))).latents, fresh)
             engine.use_lora(None)
@@ -327,7 +328,7 @@ def test_the_prompt_graph_runs_once_for_each_prompt(monkeypatch) -> None:
     for one, after in ((fork, 3), (session, 3), (other, 4)):
         list(one.stream(2, decode=False))
         assert len(launched) == engine.executor.prompts == after
-    other.current.branches[0].text.made.clear()  # what was made is lost: the count sees that it is made again
+    other.current.branches[0].text.cached.clear()  # the prompt graph must run again
     list(other.stream(1, decode=False))
     assert len(launched) == 5
 
@@ -346,14 +347,14 @@ def test_what_contradicts_is_refused() -> None:
         plain = EngineConfig.of("test", "self-forcing", device="cpu", dtype="float32")
         return dataclasses.replace(plain, **changes)
 
-    with pytest.raises(UsageError, match=r"executor captured needs a GPU, and device is 'cpu'; use fused"):
+    with pytest.raises(UsageError, match=r"executor captured.*'cpu'"):
         config(executor="captured")
-    with pytest.raises(UsageError, match=r"executor is 'fuse'; did you mean 'fused'\?"):
+    with pytest.raises(UsageError, match=r"executor is 'fuse'.*'fused'"):
         config(executor="fuse")
-    with pytest.raises(UsageError, match=r"low precision is 'fp4'; expected one of fp8, int8"):
+    with pytest.raises(UsageError, match=r"'fp4'.*fp8, int8"):
         config(executor="fused", lowp="fp4")
-    with pytest.raises(UsageError, match=r"lowp_layers and lowp_keep say which layers lowp takes"):
+    with pytest.raises(UsageError, match=r"lowp_layers.*lowp_keep"):
         config(executor="fused", lowp_keep=("head",))
     for executor, name in (("fused", "blok.*"), ("eager", "blok.*"), ("eager", "time_embedding.*")):
-        with pytest.raises(UsageError, match=r"of tokens is called .*\.\*'; there is 'blocks.0.cross_attn.k'"):
+        with pytest.raises(UsageError, match=rf"'{re.escape(name)}'.*'blocks.0.cross_attn.k'"):
             make_engine(executor=executor, lowp="int8", lowp_layers=(name,))

@@ -42,32 +42,32 @@ def test_a_second_start_traces_nothing_and_gives_the_same(stored: tuple[Path, to
 
 def test_graphs_of_something_else_are_refused(stored: tuple[Path, torch.Tensor], monkeypatch) -> None:
     folder, _ = stored
-    with pytest.raises(InferixError, match=r"are for dtype 'float64', and this is 'float32'; give another folder"):
+    with pytest.raises(InferixError, match=r"dtype 'float64'.*'float32'"):
         make_engine(dtype="float32", executor="fused", graphs=str(folder))
-    with pytest.raises(InferixError, match=r"are for preset.name 'self-forcing', and this is 'longlive'"):
+    with pytest.raises(InferixError, match=r"preset.name 'self-forcing'.*'longlive'"):
         make_engine("longlive", executor="fused", graphs=str(folder))
     monkeypatch.setattr(graph_store, "card_of", lambda device: "NVIDIA H100 sm_90")
-    with pytest.raises(InferixError, match=r"are for card 'cpu .*', and this is 'NVIDIA H100 sm_90'"):
+    with pytest.raises(InferixError, match=r"card 'cpu .*'NVIDIA H100 sm_90'"):
         make_engine(executor="fused", graphs=str(folder))
     current = graph_store.FORMAT
     monkeypatch.setattr(graph_store, "FORMAT", 99)
-    with pytest.raises(InferixError, match=f"are for format {current}, and this is 99"):
+    with pytest.raises(InferixError, match=f"format {current}.*99"):
         make_engine(executor="fused", graphs=str(folder))
 
 
-def test_a_broken_file_and_an_empty_folder_are_told(stored: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+def test_a_broken_file_and_an_empty_folder_are_refused(stored: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     folder, _ = stored
     broken = tmp_path / "graphs"
     broken.mkdir()
     for path in folder.iterdir():
         text = path.read_text()
         (broken / path.name).write_text(text if path.name == "identity.json" else text[:100])
-    with pytest.raises(InferixError, match=r"cannot read .*block-.*; delete it, and it is made anew"):
+    with pytest.raises(InferixError, match=r"block-.*json"):
         first_block(make_engine(executor="fused", graphs=str(broken)))
     graphs = make_engine(executor="fused").executor.graph_of
-    with pytest.raises(UsageError, match=r"holds no graphs; make some with inferix graph --save"):
+    with pytest.raises(UsageError, match=r"nothing.*graph"):
         GraphStore.open(tmp_path / "nothing", graphs, create=False)
-    with pytest.raises(UsageError, match=r"graphs is 'x', but executor eager has none"):
+    with pytest.raises(UsageError, match=r"graphs is 'x'.*executor"):
         make_engine(graphs="x")
 
 
@@ -80,11 +80,11 @@ def test_the_first_difference_is_named() -> None:
 
 def test_too_little_memory_says_how_much_and_what_would_fit(stored: tuple[Path, torch.Tensor], monkeypatch) -> None:
     folder, latents = stored
-    cases = ((-(10**9), "no smaller window, size or dtype would fit"), (1000, "this would fit: --dtype bfloat16"))
-    for free, said in cases:
+    cases = ((-(10**9), "no smaller"), (1000, "dtype=bfloat16"))
+    for free, advice in cases:
         monkeypatch.setattr(launcher, "free_bytes", lambda device, free=free: free)
         engine = make_engine(executor="fused", graphs=str(folder))
-        with pytest.raises(InferixError, match=rf"needs .* \(scratch .*, inputs .*\), and .* are free; {said}"):
+        with pytest.raises(InferixError, match=rf"scratch .*, inputs .*{advice}"):
             first_block(engine)
     monkeypatch.setattr(launcher, "free_bytes", lambda device: None)  # where nobody knows, nothing is refused
     assert torch.equal(first_block(make_engine(executor="fused", graphs=str(folder))), latents)

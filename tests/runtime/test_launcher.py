@@ -50,7 +50,7 @@ def test_an_input_is_copied_when_it_changes_and_a_result_is_the_callers() -> Non
     x.add_(0)
     (third,) = launcher.run(loaded.body, {name: x, other: y}).values()
     assert torch.equal(third, x @ y)
-    with pytest.raises(ValueError, match=r"is \[3, 2\]; the program was made for \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"\[3, 2\].*\[2, 2\]"):
         launcher.run(loaded.body, {name: torch.zeros(3, 2), other: y})
 
 
@@ -105,16 +105,16 @@ def test_what_cannot_be_captured_is_launched_and_named_once() -> None:
         unsafe(kept)
         return kept + 1
 
-    for launched, backend, said in (
+    for launched, backend, named in (
         (
             run,
             FakeGraphs(),
-            "inferix_test::unsafe (pass/unsafe) cannot be captured: it is tagged as unsafe in a CUDA graph",
+            ("inferix_test::unsafe", "pass/unsafe"),
         ),
         (
             lambda x: 1 - x,
             FakeGraphs("operation not permitted"),
-            "aten::rsub.Scalar_out (pass/rsub) cannot be captured: operation not permitted",
+            ("aten::rsub.Scalar_out", "pass/rsub", "operation not permitted"),
         ),
     ):
         launcher = Launcher({}, CPU, backend)
@@ -122,7 +122,8 @@ def test_what_cannot_be_captured_is_launched_and_named_once() -> None:
         with pytest.warns(UserWarning) as caught:
             results = [launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X)) for _ in range(3)]
         assert torch.equal(next(iter(results[-1].values())), 1 - X)
-        assert [str(warning.message) for warning in caught] == [f"{said}; running as executor fused"]
+        (message,) = (str(warning.message) for warning in caught)
+        assert all(name in message for name in (*named, "fused"))
         assert backend.captures == 0
 
 

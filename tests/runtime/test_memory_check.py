@@ -167,7 +167,7 @@ def test_a_stream_without_a_window_counts_with_its_first(memory):
 
 
 def test_a_bench_asks_first(memory, monkeypatch):
-    monkeypatch.setattr("inferix.bench.subject.drawn", lambda *given: pytest.fail("weights are drawn"))
+    monkeypatch.setattr("inferix.bench.subject.draw_weights", lambda *given: pytest.fail("weights are drawn"))
     memory(10 * GB)
     with pytest.raises(UsageError, match="wan-14b"):
         open_engine(Subject("wan-14b", random_weights=True, device="cpu"))

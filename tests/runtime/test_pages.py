@@ -11,7 +11,7 @@ from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
 from inferix.errors import InferixError, UsageError
 from inferix.runtime.byte_sizes import format_bytes, parse_bytes
 from inferix.runtime.kv.contiguous_cache import BoundCache, ContiguousCache
-from inferix.runtime.kv.page_layout import place_pass as PLACE_PASS
+from inferix.runtime.kv.page_layout import layout_pass as LAYOUT_PASS
 from inferix.runtime.kv.pages import OutOfPages, PagePool
 from inferix.schemes.context import ContextPolicy
 from inferix.schemes.page_needs import page_needs
@@ -81,13 +81,13 @@ def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
     wanted = stream(contiguous(make_engine("longlive-infinity")), 7)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "inferix.runtime.kv.paged_cache.place_pass",
-            lambda *args: [dataclasses.replace(row, sink_places=row.places) for row in PLACE_PASS(*args)],
+            "inferix.runtime.kv.paged_cache.layout_pass",
+            lambda *args: [dataclasses.replace(row, sink_positions=row.positions) for row in LAYOUT_PASS(*args)],
         )
         assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
     monkeypatch.setattr(
-        "inferix.runtime.kv.paged_cache.place_pass",
-        lambda *args: [dataclasses.replace(row, listed=row.listed[1:] + row.listed[-1:]) for row in PLACE_PASS(*args)],
+        "inferix.runtime.kv.paged_cache.layout_pass",
+        lambda *args: [dataclasses.replace(row, listed=row.listed[1:] + row.listed[-1:]) for row in LAYOUT_PASS(*args)],
     )
     assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
 
@@ -146,7 +146,7 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
             assert pool.used == 0 and cache.frames == before.frames and cache.nbytes == 0
             assert torch.equal(raw(cache.export_pages().kv), raw(before.kv))
             with pytest.raises(InferixError, match="in host memory"):
-                cache.hold(cache.frames)
+                cache.set_window(cache.frames)
             taken = pool.acquire(pool.size)
             for tensor in cache.store.kv:
                 tensor.view(torch.uint8).fill_(77)
@@ -163,7 +163,7 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
             cache.prefetch()
             cache.onload()
             cache.onload()
-            assert pool.used == used and there.away is None and there.frames == cache.frames
+            assert pool.used == used and there.offloaded is None and there.frames == cache.frames
             pool.check_integrity([cache.table, there.table])
             assert torch.equal(raw(there.export_pages().kv), raw(before.kv))
         session.prompt(embeds=OTHER.float())
@@ -195,17 +195,17 @@ def test_a_paused_session_lends_its_pages_to_others():
     engine.step()
     pool = engine.memory.store(SIZE).pool
     assert pool.used == 0
-    with pytest.raises(InferixError, match="in host memory; resume it first"):
+    with pytest.raises(InferixError, match="resume"):
         one.fork()
     with engine.open(**kwargs) as other:
         list(other.stream(2, decode=False))
         one.resume()
         engine.step()
-        assert one.current.branches[0].cache.away is not None and pool.used == 6  # no room for both: it waits
+        assert one.current.branches[0].cache.offloaded is not None and pool.used == 6  # no room for both: it waits
         assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), alone[6:9])
         engine.manager.check_integrity()
     made += [block.latents for block in one.stream(1, decode=False)]
-    assert one.current.branches[0].cache.away is None
+    assert one.current.branches[0].cache.offloaded is None
     one.pause()
     engine.step()
     one.rewind(3)  # to before the last block, while both are away
@@ -248,14 +248,14 @@ class AveragedSink(ContiguousCache):
 
     decay, sinks = 0.8, 3
 
-    def hold(self, frames):
+    def set_window(self, frames):
         for frame in [frame for frame in self.frames if frame not in frames] if frames else []:
             at, gone = (self.frames[(frame - self.frames[0]) % self.sinks], frame)
             for tensor in (*self.keys, *self.values):
                 by_frame = tensor.unflatten(1, (-1, self.tokens))
                 sink = by_frame[:, self.frames.index(at)]
                 sink.copy_(self.decay * sink + (1 - self.decay) * by_frame[:, self.frames.index(gone)])
-        super().hold(frames)
+        super().set_window(frames)
 
 
 @pytest.mark.parametrize("positions", ["absolute", "window-relative"])
@@ -293,7 +293,7 @@ def test_averages_of_a_moving_sink_go_to_the_host_with_its_pages(monkeypatch):
             monkeypatch.setattr(here.store, "to_host", lambda tensor: copies.append(to_host(tensor)) or copies[-1])
             session.pause()
             engine.step()
-            assert here.away is not None and here.sink is kept.sink is copies[0] and len(copies) == 1
+            assert here.offloaded is not None and here.sink is kept.sink is copies[0] and len(copies) == 1
             assert torch.equal(here.sink, before) and here.sink is not before
             here.sink = here.sink * spoil
             session.resume()
@@ -363,8 +363,7 @@ def test_memory_is_counted_before_it_is_taken():
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         assert session.current.branches[0].cache.store.nbytes == 12 * page
     small = make_engine("longlive", "float32", kv_memory=12 * page - 1)
-    said = f"kv_memory is {format_bytes(12 * page - 1)}, but one session of longlive needs .*: 12 latent frames"
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=f"kv_memory is {format_bytes(12 * page - 1)}.*longlive.*: 12 "):
         small.open(prompt_embeds=ROWS.float(), size=SIZE)
     fewer = make_engine("longlive", "float32", kv_memory=12 * page - 1, kv_dtype="int8")
     fewer.open(prompt_embeds=ROWS.float(), size=SIZE)
@@ -377,14 +376,14 @@ def test_a_fixed_budget_is_not_passed():
     """A second session is not let in; one that finds no page all the same goes on once there is one."""
     engine = make_engine("self-forcing", "float32", local_attn_size=6, kv_memory=7 * 4096)
     one = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
-    with pytest.raises(InferixError, match=r"needs 24.58 kB of pages, but 24.58 kB of 28.67 kB are reserved"):
+    with pytest.raises(InferixError, match=r"24.58 kB.*24.58 kB of 28.67 kB"):
         engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     made = list(one.stream(1, decode=False))
     pool = engine.memory.store(SIZE).pool
     assert (pool.size, pool.used) == (7, 3)
     engine.check_integrity()
     taken = pool.acquire(3)
-    with pytest.raises(OutOfPages, match="3 pages of KV memory are needed, 1 of 7 are free"):
+    with pytest.raises(OutOfPages, match=r"3 pages.*1 of 7"):
         next(one.stream(1, decode=False))
     assert pool.used == 3 + 3
     pool.release(taken)
@@ -392,11 +391,11 @@ def test_a_fixed_budget_is_not_passed():
     wanted = stream_of(make_engine("self-forcing", "float32", local_attn_size=6), 3)
     assert torch.equal(torch.cat([block.latents for block in made]), wanted)
     one.current.branches[0].cache.offload()  # its pages are free, but come back
-    with pytest.raises(UsageError, match="but one session"):
+    with pytest.raises(UsageError, match="kv_memory"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
     assert list(engine.memory.stores) == [(2, 2)]
     one.close()
-    with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB, but one session of self-forcing needs 49.15 kB: 6"):
+    with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB.*49.15 kB: 6"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
     assert not engine.memory.stores
 
@@ -456,24 +455,24 @@ def test_words_for_bytes_and_back():
 def test_fp8_asks_for_a_gpu_that_has_it(monkeypatch):
     config = make_engine("longlive", "float32").config
     monkeypatch.setattr("inferix.runtime.config.check_device", lambda name: None)
-    for capability, said in (((8, 0), "compute capability 8.0, and FP8 needs 8.9"), ((8, 9), None)):
+    for capability, named in (((8, 0), "8.0.*8.9"), ((8, 9), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        if said is None:
+        if named is None:
             dataclasses.replace(config, kv_dtype="fp8", device="cuda")
         else:
-            with pytest.raises(UsageError, match=said):
+            with pytest.raises(UsageError, match=named):
                 dataclasses.replace(config, kv_dtype="fp8", device="cuda")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "named"),
     [
         ({"sink_decay": 0.0}, "sink_decay is 0.0"),
-        ({"sink_decay": 0.9, "sink_size": 0}, "there is no sink"),
-        ({"positions": "window-relative", "shot_offset": 8}, "three distances"),
+        ({"sink_decay": 0.9, "sink_size": 0}, "sink_decay.*sink_size"),
+        ({"positions": "window-relative", "shot_offset": 8}, "window-relative.*shot_offset"),
         ({"rewind_blocks": -1}, "rewind_blocks is -1"),
     ],
 )
-def test_policies_that_pages_cannot_follow(changes, said):
-    with pytest.raises(UsageError, match=said):
+def test_policies_that_pages_cannot_follow(changes, named):
+    with pytest.raises(UsageError, match=named):
         ContextPolicy(**{"local_attn_size": 12, "sink_size": 3, "positions": "absolute"} | changes)

@@ -57,7 +57,7 @@ def test_passes_kinds_of_work_and_calls_add_up(folder: Path, monkeypatch: pytest
     paths = profile.write(folder / "report")
     assert [path.name for path in paths] == ["trace.json", "profile.txt"]
     text = paths[1].read_text()
-    assert "times from the host's clock before and after each call" in text
+    assert profile.clock.how in text
     assert "memory, MB: weights" in text and "denoise 3" in text
     events = json.loads(paths[0].read_text())["traceEvents"]
     calls = [event for event in events if event.get("tid") == 2 and event["ph"] == "X"]
@@ -134,7 +134,7 @@ def test_bytes_and_operations_of_calls() -> None:
 
 
 def test_eager_has_no_calls_to_time() -> None:
-    with pytest.raises(UsageError, match=r"executor eager cannot be profiled; use fused, or captured on a GPU"):
+    with pytest.raises(UsageError, match=r"executor eager.*fused"):
         make_engine().executor.start_profile(None)
 
 
@@ -153,9 +153,9 @@ def test_packed_layers_have_a_ceiling_of_their_own(kind: str, monkeypatch: pytes
     assert "packed 2 GFLOP/s" in profile.text()
 
 
-def test_the_cost_of_profiling_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cost_of_profiling_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    with pytest.raises(UsageError, match="pairs is 19; expected 20 or more"):
+    with pytest.raises(UsageError, match="pairs is 19"):
         profile_cost.main(19)
     monkeypatch.setattr(profile_cost, "GROUP", 1)
     monkeypatch.setattr(profile_cost, "WARM", 1)
@@ -163,5 +163,5 @@ def test_the_cost_of_profiling_is_told(monkeypatch: pytest.MonkeyPatch, capsys: 
         profile_cost.main(2)
     finally:
         torch.set_num_threads(threads)
-    told = capsys.readouterr().out
-    assert "without 2 blocks, median" in told and "over 2 groups of 1 pairs" in told
+    report = capsys.readouterr().out
+    assert "without 2 blocks" in report and "2 groups of 1 pairs" in report

@@ -50,14 +50,14 @@ def line(run):
 
 def passes_of(name, monkeypatch, **overrides):
     """Passes of each block, where they meet their pages; one that both branches of guidance run counts once."""
-    passes, place = [], paged_cache.place_pass
+    passes, place = [], paged_cache.layout_pass
 
     def note(run, *args):
         if not passes or passes[-1] is not run:
             passes.append(run)
         return place(run, *args)
 
-    monkeypatch.setattr(paged_cache, "place_pass", note)
+    monkeypatch.setattr(paged_cache, "layout_pass", note)
     engine, blocks = make_engine(name, "float32", **FEW_STEPS.get(name, {}) | overrides), []
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
         for index in range(LONGER.get(name, BLOCKS)):

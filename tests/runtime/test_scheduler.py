@@ -1,5 +1,7 @@
 """Who runs, who is let in and what gives way, on numbers alone; and the table of a session's states."""
 
+import re
+
 import pytest
 
 from inferix.errors import InferixError, UsageError
@@ -64,9 +66,9 @@ def test_a_deadline_that_passes_while_the_reader_holds_the_session_back_is_void(
 def test_a_session_that_does_not_fit_is_refused_with_the_numbers():
     found = Scheduler(Limits(memory_bytes=10 * MB))
     found.join(1, entry(need=6 * MB))
-    with pytest.raises(InferixError, match=r"session 2 needs 5 MB \(pages 5 MB.*but 6 MB of 10 MB are reserved"):
+    with pytest.raises(InferixError, match=r"session 2 .*5 MB.*6 MB.*10 MB"):
         found.join(2, entry(need=5 * MB))
-    with pytest.raises(UsageError, match=r"11 MB.*more than memory_bytes 10 MB even alone"):
+    with pytest.raises(UsageError, match=r"11 MB.*memory_bytes.*10 MB"):
         found.join(3, entry(need=11 * MB))
     assert list(found.admitted) == [1] and not found.waiting
 
@@ -85,7 +87,7 @@ def test_or_waits_in_order_for_room():
 def test_a_session_that_would_make_others_late_is_refused_with_the_numbers():
     found = scheduler(1, realtime=True)
     found.measured(1, 0.6)
-    with pytest.raises(InferixError, match=r"0.600 s \(measured\) and plays for 1.000 s, 60% .* beside 60% for the 1"):
+    with pytest.raises(InferixError, match=r"0.600 s.*1.000 s.*60%"):
         found.join(2, entry())
     assert found.join(3, entry(kind="never seen"))
     found.leave(1)
@@ -115,7 +117,7 @@ def test_overload_takes_declared_steps_in_order_and_no_others():
             found.shown(1, now, seconds=1.0)
         assert found.next_degradation() == step
     assert found.most_sessions == 2
-    with pytest.raises(InferixError, match="one too many: 3 are in, and 2 may be"):
+    with pytest.raises(InferixError, match=r"3 .*2 "):
         found.join(4, entry())
     silent = scheduler(1, realtime=True)
     for now in range(0, 100, 5):
@@ -124,7 +126,7 @@ def test_overload_takes_declared_steps_in_order_and_no_others():
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "named"),
     [
         ({"schedule": "fifo"}, "schedule is 'fifo'"),
         ({"when_full": "wait"}, "expected refuse, queue"),
@@ -134,12 +136,12 @@ def test_overload_takes_declared_steps_in_order_and_no_others():
         ({"consumer_timeout": 0.0}, "consumer_timeout is 0.0"),
     ],
 )
-def test_bad_limits(setting, said):
-    with pytest.raises(UsageError, match=said):
+def test_bad_limits(setting, named):
+    with pytest.raises(UsageError, match=named):
         Limits(**setting)
-    with pytest.raises(UsageError, match="did you mean 'window'"):
+    with pytest.raises(UsageError, match=r"'windows'.*'window'"):
         DegradationStep("windows", 3)
-    with pytest.raises(UsageError, match="value is 0; expected 1"):
+    with pytest.raises(UsageError, match="value is 0"):
         DegradationStep("window")
 
 
@@ -152,7 +154,7 @@ def test_states_move_as_the_table_says_and_no_other_way():
                 life.move(to)
                 assert life.state is to
             else:
-                with pytest.raises(InferixError, match=f"{start} cannot become {to}"):
+                with pytest.raises(InferixError, match=f"{start}.*{to}"):
                     life.move(to)
     assert not MOVES[State.CLOSED] and not MOVES[State.FAILED]
 
@@ -162,7 +164,7 @@ def test_pages_of_other_sizes_take_no_room():
     found = Scheduler(Limits())
     wide, small = (SchedulerEntry(MemoryNeed(pages=6 * MB), kind, 1.0, page_room=10 * MB) for kind in ("wide", "small"))
     assert found.join(1, wide) and found.join(2, small)
-    assert "6 MB of 10 MB" in found.obstacle(3, small)
+    assert re.search("6 MB.*10 MB", found.obstacle(3, small))
 
 
 def test_a_resting_session_lends_the_room_of_its_pages():
@@ -174,7 +176,7 @@ def test_a_resting_session_lends_the_room_of_its_pages():
     assert found.join(2, entry(7 * MB))
     found.wake(1)
     assert found.admit_waiting() == []
-    assert "needs 8 MB" in found.obstacle(1, whole) and "7 MB of 10 MB" in found.obstacle(1, whole)
+    assert re.search("8 MB.*7 MB.*10 MB", found.obstacle(1, whole))
     found.rest(1)
     assert not found.waiting
     found.wake(1)

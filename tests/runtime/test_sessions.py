@@ -167,7 +167,7 @@ def test_rewinding_far_decodes_from_a_kept_state_on_again():
         assert len(found) == 13 and same(found, wanted[:13])
         assert same(list(session.stream(7)), wanted[13:])
         decoder = session.current.decoder
-        assert len(session.rewind_points) == 8 and len(decoder.kept) <= 2 and len(decoder.decoded) <= 16
+        assert len(session.rewind_points) == 8 and len(decoder.checkpoints) <= 2 and len(decoder.decoded) <= 16
         for block in (19, 15, 12):
             session.rewind(block)
             assert session.next_block == block

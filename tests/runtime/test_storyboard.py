@@ -20,17 +20,17 @@ def test_a_prompt_waits_for_the_next_block():
 
 
 @pytest.mark.parametrize(
-    ("cues", "said"),
+    ("cues", "named"),
     [
-        ([(1.0, "a"), (0.9, "b")], "in order"),
-        ([(0.0, "a")], "a prompt at 0 s is the first one"),
-        ([(float("nan"), "a")], "in order"),
-        ([(2.1, "a")], "beyond the last block"),
-        ([(0.1, "a"), (0.2, "b")], "two prompts"),
+        ([(1.0, "a"), (0.9, "b")], "0.9"),
+        ([(0.0, "a")], "0 s"),
+        ([(float("nan"), "a")], "nan"),
+        ([(2.1, "a")], "2.1"),
+        ([(0.1, "a"), (0.2, "b")], "two"),
     ],
 )
-def test_cues_that_cannot_be(cues, said):
-    with pytest.raises(UsageError, match=said):
+def test_cues_that_cannot_be(cues, named):
+    with pytest.raises(UsageError, match=named):
         plan(*cues)
 
 
@@ -38,15 +38,15 @@ def test_a_file_of_cues(tmp_path):
     path = tmp_path / "story.yaml"
     path.write_text("- {at: 1, prompt: a cat}\n- {at: 2.5, prompt: a dog}\n")
     assert read_storyboard(path) == [Cue(1.0, "a cat"), Cue(2.5, "a dog")]
-    for text, said in (
+    for text, named in (
         ("", "no list"),
         ("a: b", "no list"),
         ("- {at: 1}", "entry 1"),
-        ("- {at: soon, prompt: x}", "a number and a text"),
+        ("- {at: soon, prompt: x}", "entry 1"),
         ("- [", "YAML"),
     ):
         path.write_text(text)
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=named):
             read_storyboard(path)
     with pytest.raises(UsageError, match="cannot read"):
         read_storyboard(tmp_path / "none.yaml")

@@ -1,5 +1,6 @@
-"""What a block at a full window does inside: memory by owner, launches, passes and kinds of work. None of it is timed
-against other candidates, since looking slows a block down.
+"""Inspection of a block at a full window: memory by owner, launches, time by pass and by kind of work.
+
+These blocks are never compared with other candidates, since profiling slows a block down.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from ..runtime.engine import Engine
 from ..runtime.telemetry.profile import Ceilings, Profile
-from .candidates import EXECUTOR_NOTES, Candidate, EngineStream, Stream, failures, trouble
+from .candidates import EXECUTOR_NOTES, Candidate, EngineStream, Stream, candidate_errors, failure_reason
 from .machine import synchronize
 from .result import Series
 from .subject import ORACLE
@@ -22,28 +23,29 @@ KERNELS = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunc
 GRAPHS = ("cudaGraphLaunch", "cuGraphLaunch")
 
 
-def look_inside(candidate: Candidate, engine: Engine, full: int, ceilings: Mapping[str, Series]) -> dict[str, Any]:
-    """Memory and launches of the block after `full` others; for graph executors, its profile too. What cannot be seen
-    is left out, and `not_seen` says why. No engine of a candidate may be there.
+def inspect_block(candidate: Candidate, engine: Engine, full: int, ceilings: Mapping[str, Series]) -> dict[str, Any]:
+    """Memory and launches of the block after `full` others; for graph executors, also its profile.
+
+    If a part fails, it is left out and `not_seen` has the reason. No candidate may have an engine at this time.
     """
-    found: dict[str, Any] = {"memory": {}, "launches": None}
+    facts: dict[str, Any] = {"memory": {}, "launches": None}
     try:
-        found |= held_and_launched(candidate, engine, full)
+        facts |= memory_and_launches(candidate, engine, full)
         candidate.drop()
         if candidate.name in EXECUTOR_NOTES and candidate.name != ORACLE:
-            found["profile"] = profiled(candidate, full, ceilings)
-    except failures() as error:
-        found["not_seen"] = trouble(error)
+            facts["profile"] = profiled(candidate, full, ceilings)
+    except candidate_errors() as error:
+        facts["not_seen"] = failure_reason(error)
     finally:
         candidate.drop()
-    return found
+    return facts
 
 
-def held_and_launched(candidate: Candidate, engine: Engine, full: int) -> dict[str, Any]:
-    """Bytes by owner, and on a GPU the most that were held at once, and what was launched."""
+def memory_and_launches(candidate: Candidate, engine: Engine, full: int) -> dict[str, Any]:
+    """Bytes by owner; on a GPU also the peak, and the launches of graphs and kernels."""
     device = str(engine.device)
-    part_weights(engine)
-    elsewhere = -sum(weights(engine).values())  # what is there and not the candidate's, such as the oracle's pages
+    unshare_weights(engine)
+    elsewhere = -sum(weights(engine).values())  # memory of others, such as the oracle's pages
     if engine.device.type != "cpu":
         elsewhere += torch.cuda.memory_allocated(device)
     stream = candidate.open()
@@ -56,18 +58,19 @@ def held_and_launched(candidate: Candidate, engine: Engine, full: int) -> dict[s
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         stream.step()
-        most = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
         return {
-            "memory": memory | {"passing": most - before, "peak": most - elsewhere},
+            "memory": memory | {"passing": peak - before, "peak": peak - elsewhere},
             "launches": launches_of(stream, device),
         }
     finally:
         stream.close()
 
 
-def part_weights(engine: Engine) -> None:
-    """Give weights that an engine has put one after another, and that is gone, memory of their own again: the next one
-    would hold a copy of its own beside them.
+def unshare_weights(engine: Engine) -> None:
+    """Give each weight its own memory again after an engine that joined weights into one storage is gone.
+
+    The next engine would otherwise keep a second copy of them.
     """
     gc.collect()  # engines and their sessions point at each other
     for weight in engine.parts.transformer.parameters():
@@ -83,7 +86,7 @@ def weights(engine: Engine) -> dict[str, int]:
 
 
 def launches_of(stream: Stream, device: str) -> dict[str, int]:
-    """Launches of the next block, its decoder left out."""
+    """Count the launches of the next block, without its decoder."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -93,13 +96,13 @@ def launches_of(stream: Stream, device: str) -> dict[str, int]:
 
 
 def count_launches(names: Iterable[str]) -> dict[str, int]:
-    """Calls that hand the device work: whole graphs, and single kernels."""
-    held = [name.partition("_v")[0] for name in names]  # some profilers tell the driver's version of a call
-    return {"graphs": sum(name in GRAPHS for name in held), "kernels": sum(name in KERNELS for name in held)}
+    """Count launches of whole graphs and of single kernels in the names of API calls."""
+    calls = [name.partition("_v")[0] for name in names]  # some profilers append the driver API's version
+    return {"graphs": sum(name in GRAPHS for name in calls), "kernels": sum(name in KERNELS for name in calls)}
 
 
 def profiled(candidate: Candidate, full: int, ceilings: Mapping[str, Series]) -> dict[str, Any]:
-    """Passes and kinds of work of one block of an executor that is told before it captures anything."""
+    """Profile one block by pass and by kind of work. Profiling starts before the executor captures anything."""
     packed = ceilings["packed_flops"].best if "packed_flops" in ceilings else None
     roof = Ceilings(ceilings["matmul_flops"].best, ceilings["copy_bytes"].best, packed)
     stream = candidate.open()
@@ -113,10 +116,10 @@ def profiled(candidate: Candidate, full: int, ceilings: Mapping[str, Series]) ->
         profile.end_block(full, block.timings, dict)
     finally:
         stream.close()
-    (held,) = profile.blocks
+    (block_profile,) = profile.blocks
     return {
-        "passes": profile.passes(held),
-        "families": {kind: asdict(cost) for kind, cost in profile.families(held).items()},
-        "between_calls": profile.gaps(held),
+        "passes": profile.passes(block_profile),
+        "families": {kind: asdict(cost) for kind, cost in profile.families(block_profile).items()},
+        "between_calls": profile.gaps(block_profile),
         "share_of_marks": profile.overhead(),
     }

@@ -1,4 +1,4 @@
-"""Results made by hand, for tests of what reads them; their figures are of no machine."""
+"""Example results for tests of their readers; the figures are invented."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FULL = {
 H200 = {"type": "cuda", "name": "NVIDIA H200", "capability": "9.0", "memory": 1, "multiprocessors": 1}
 
 
-def made(
+def block_result(
     series: dict[str, list[float]], device: dict[str, Any] = CPU, model: str = "wan-1.3b", **settings: Any
 ) -> Result:
-    """A block result with these samples, as if of 1.3B Self-Forcing at a full window."""
+    """Block result of 1.3B Self-Forcing at a full window, with these samples."""
     names = dict.fromkeys(name.partition("/")[0] for name in series)
     step = {"kind": "denoise", "frames": 3, "context": 21}
     work = {"flops": 10**12, "nbytes": 10**9}
