@@ -212,8 +212,8 @@ def download(files: Files) -> Path:
 
 def no_repository(repository: str) -> UsageError:
     return UsageError(
-        f"no repository {quoted(repository)} that can be read on {page('')}; check the name, and log in (hf auth login) "
-        "if it asks for that"
+        f"no repository {quoted(repository)} that can be read on {page('')}; check the name, or log in "
+        "(hf auth login) if it asks for that"
     )
 
 
