@@ -189,7 +189,7 @@ def programs(preset: Preset) -> list[int]:
 
 
 def recached_frames(preset: Preset) -> int:
-    """Latent frames that are recached for a new prompt once the window is full; 0 if the preset does not recache."""
+    """Latent frames that are recached for a new prompt once the window has rolled; 0 if the preset does not recache."""
     policy = preset.context
     return window(preset) - (0 if policy.recache_sink else policy.sink_size) if policy.prompt_switch == "recache" else 0
 
@@ -197,7 +197,8 @@ def recached_frames(preset: Preset) -> int:
 def longest_pass(preset: Preset) -> int:
     """Latent frames of the longest pass: of the blocks in flight, of a rebuild, or of a recache."""
     in_flight = preset.num_frame_per_block * preset.window_blocks
-    return max(in_flight, preset.context.rebuild_frames, recached_frames(preset))
+    recached = window(preset) if preset.context.prompt_switch == "recache" else 0  # until the window rolls
+    return max(in_flight, preset.context.rebuild_frames, recached)
 
 
 def solving_bytes(load: Workload) -> int:

@@ -9,6 +9,8 @@ import torch
 from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 
 from inferix.errors import InferixError, UsageError
+from inferix.kernels.attention import attention
+from inferix.kernels.rope import rope_angles, rotate
 from inferix.runtime.sampler import Sampler
 from inferix.schemes.presets import PRESETS
 from inferix.schemes.timeline import Span, Timeline
@@ -149,12 +151,89 @@ def test_krea_recomputes_its_context_before_each_block(kept):
     assert (blocks[3].latents - want).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("sink_anew", [False, True], ids=["sink-kept", "sink-anew"])
-@pytest.mark.parametrize("before", [2, 5])
+class FrameCache:
+    """Keys, not rotated, and values of single frames, as a plain loop keeps them; `shown` is what a pass sees.
+
+    frames: those of the pass. shown: the position of each frame it sees. kept: frames that it does not overwrite.
+    """
+
+    def __init__(self) -> None:
+        self.kv, self.frames, self.shown, self.kept = {}, (), {}, ()
+
+    def attend(self, layer, q, k, v):
+        q, k, v = (part.unflatten(1, (-1, GRID[0] * GRID[1])) for part in (q, k, v))
+        for index, frame in enumerate(self.frames):
+            if frame not in self.kept:
+                self.kv[layer, frame] = k[:, index], v[:, index]
+
+        def at(tokens, position):
+            return rotate(tokens, rope_angles([position], *GRID, tokens.shape[-1]))
+
+        keys = torch.cat([at(self.kv[layer, frame][0], place) for frame, place in self.shown.items()], dim=1)
+        values = torch.cat([self.kv[layer, frame][1] for frame in self.shown], dim=1)
+        places = [self.shown.get(frame, frame) for frame in self.frames]
+        return attention(torch.cat([at(q[:, i], place) for i, place in enumerate(places)], dim=1), keys, values)
+
+    def run(self, engine, latents, timesteps, frames, shown, text=ROWS, kept=()):
+        """Velocity [F, C, H, W] of one pass."""
+        self.frames, self.shown, self.kept = tuple(frames), shown, tuple(kept)
+        model = engine.parts.transformer
+        context = model.embed_text(engine.inputs.prompt_rows(None, text)[None])
+        return model(latents[None], torch.tensor([timesteps], dtype=torch.float32), context, self)[0]
+
+    def denoise(self, engine, span, shown, text=ROWS):
+        """A block by all sampler steps; each pass writes where the clean block will stand."""
+        sampler, noise = Sampler(engine.preset.sampler), draws(engine, span)
+        x, solver = noise[0], sampler.begin()
+        for step, timestep in enumerate(sampler.timesteps):
+            told = self.run(engine, x, [timestep] * len(x), span.frames, shown, text)
+            x = solver.advance(x, told, step, lambda step=step: noise[step + 1])
+        return x
+
+
+def after_switch(engine, before, blocks, **kwargs):
+    """Latents of a stream with another prompt from block `before` on."""
+    with engine.open(prompt_embeds=ROWS, size=SIZE, **kwargs) as session:
+        made = list(session.stream(before, decode=False))
+        session.prompt(embeds=OTHER)
+        made += session.stream(blocks - before, decode=False)
+    return [block.latents for block in made]
+
+
+@pytest.mark.parametrize("name", ["longlive", "longlive-infinity"])
+@pytest.mark.parametrize("before", [1, 4, 5])
 @torch.no_grad()
-def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
-    """All frames of the window see each other under the new prompt; a kept sink is seen as the old prompt left it."""
-    engine = make_engine("longlive", recache_sink=sink_anew)
+def test_longlive_recaches_the_sink_until_the_window_rolls(name, before):
+    """The published switch by hand: the last 12 frames in one pass, which overwrites the sink only from frame 0."""
+    engine = make_engine(name)
+    streamed = after_switch(engine, before, before + 2)
+    cache = FrameCache()
+
+    def shown(end):
+        frames = range(end) if end <= 12 else [*range(3), *range(end - 9, end)]
+        return {frame: index if name == "longlive-infinity" else frame for index, frame in enumerate(frames)}
+
+    for block in range(before):
+        span = Span(block, range(block * 3, block * 3 + 3))
+        cache.run(engine, streamed[block], [0.0] * 3, span.frames, shown(span.frames.stop))
+    end = before * 3
+    frames = range(max(0, end - 12), end)
+    latents = torch.cat(streamed[:before])[frames.start :]
+    kept = range(3) if frames.start > 0 else ()
+    cache.run(engine, latents, [0.0] * len(frames), frames, shown(end), OTHER, kept)
+    for block in range(before, before + 2):
+        span = Span(block, range(block * 3, block * 3 + 3))
+        want = cache.denoise(engine, span, shown(span.frames.stop), OTHER)
+        assert (streamed[block] - want).abs().max() <= 1e-10
+        cache.run(engine, want, [0.0] * 3, span.frames, shown(span.frames.stop), OTHER)
+
+
+@pytest.mark.parametrize("recache_sink", [False, True], ids=["sink-kept", "sink-recached"])
+@pytest.mark.parametrize("before", [2, 4, 5])
+@torch.no_grad()
+def test_longlive_recache_equals_a_dense_pass(recache_sink, before):
+    """All frames of the window see each other under the new prompt; a sink that is kept is seen as it was."""
+    engine = make_engine("longlive", recache_sink=recache_sink)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(before, decode=False))
         cache = session.current.branches[0].cache
@@ -165,11 +244,12 @@ def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
         end = before * 3
         latents = torch.cat([block.latents for block in blocks])
         window = list(range(max(0, end - 12), end))
-        frames = window if sink_anew else [frame for frame in cache.frames if frame >= 3]
-        assert list(cache.frames) == (window if sink_anew else [0, 1, 2, *frames])
+        recomputed = recache_sink or end <= 12
+        frames = window if recomputed else [frame for frame in cache.frames if frame >= 3]
+        assert list(cache.frames) == (window if recomputed else [0, 1, 2, *frames])
         assert set(frames) <= set(window)
         model = engine.parts.transformer
-        kv = WithSink(old, frames, sinks=0 if sink_anew else 3)
+        kv = WithSink(old, frames, sinks=0 if recomputed else 3)
         text = model.embed_text(engine.inputs.prompt_rows(None, OTHER)[None])
         model(latents[frames][None], torch.zeros(1, len(frames)), text, kv)
         for (keys, values), (wanted_keys, wanted_values) in zip(held(cache), kv.made, strict=True):
@@ -191,9 +271,6 @@ class WithSink:
         self.old, self.frames, self.tokens, self.made = old, frames, sinks * 4, []
 
     def attend(self, layer, q, k, v):
-        from inferix.kernels.attention import attention
-        from inferix.kernels.rope import rope_angles, rotate
-
         angles = rope_angles(self.frames, *GRID, q.shape[-1])
         keys = torch.cat((self.old[layer][0][:, : self.tokens], rotate(k, angles)), dim=1)
         values = torch.cat((self.old[layer][1][:, : self.tokens], v), dim=1)
