@@ -11,6 +11,7 @@ from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 from inferix.errors import InferixError, UsageError
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
+from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sampler import Sampler
 from inferix.schemes.presets import PRESETS
 from inferix.schemes.timeline import Span, Timeline
@@ -181,14 +182,35 @@ class FrameCache:
         context = model.embed_text(engine.inputs.prompt_rows(None, text)[None])
         return model(latents[None], torch.tensor([timesteps], dtype=torch.float32), context, self)[0]
 
-    def denoise(self, engine, span, shown, text=ROWS):
-        """A block by all sampler steps; each pass writes where the clean block will stand."""
-        sampler, noise = Sampler(engine.preset.sampler), draws(engine, span)
+    def denoise(self, engine, span, shown, text=ROWS, noise=None, sampler=None):
+        """A block by all sampler steps; each pass writes where the clean block will stand. noise: of each draw."""
+        sampler = sampler or Sampler(engine.preset.sampler)
+        noise = draws(engine, span) if noise is None else noise
         x, solver = noise[0], sampler.begin()
         for step, timestep in enumerate(sampler.timesteps):
             told = self.run(engine, x, [timestep] * len(x), span.frames, shown, text)
             x = solver.advance(x, told, step, lambda step=step: noise[step + 1])
         return x
+
+
+@torch.no_grad()
+def test_injected_noise_of_an_independent_first_frame():
+    """Blocks of 1, 3 and 3 frames from the given tensors, by hand; block 0 uses the first frame of its row."""
+    engine = make_engine(independent_first_frame=True)
+    generator = torch.Generator().manual_seed(3)
+    initial, renoise = (torch.randn(*shape, 16, 4, 4, generator=generator).double() for shape in ((7,), (3, 3, 3)))
+    streamed = run(engine, 3, noise=InjectedNoise(initial, renoise))
+    cache, start = FrameCache(), 0
+    for index, size in enumerate((1, 3, 3)):
+        span = Span(index, range(start, start + size))
+        start += size
+        shown = {frame: frame for frame in range(start)}
+        noise = [initial[span.frames.start : start], *(row[:size] for row in renoise[index])]
+        want = cache.denoise(engine, span, shown, noise=noise)
+        assert (streamed[index].latents - want).abs().max() <= 1e-10
+        cache.run(engine, want, [0.0] * size, span.frames, shown)
+    with pytest.raises(UsageError, match="block 1"):
+        run(engine, 2, noise=InjectedNoise(initial, renoise[:, :, :1]))
 
 
 def after_switch(engine, before, blocks, **kwargs):
