@@ -176,11 +176,13 @@ def graph_memory(load: Workload) -> dict[str, int]:
 def programs(preset: Preset) -> list[int]:
     """Latent frames of each program of a graph executor.
 
-    One program for whole blocks or one for each shape of a pass, one for a rebuild, and one for the recache of a new
-    prompt.
+    One program for whole blocks or one for each shape of a pass, one for passes of a first block with its own step list,
+    one for a rebuild, and one for the recache of a new prompt.
     """
     if supports_whole_block(preset):
         frames = [preset.num_frame_per_block]
+        if not supports_whole_block(preset, 0):  # the first block runs pass by pass
+            frames = [preset.block_size(0), *frames]
     else:
         runs = [scheduled.run for block in islice(scheduled_blocks(preset), 2) for scheduled in block.passes]
         shapes = {tuple(len(group.frames) for group in run.groups) for run in runs}

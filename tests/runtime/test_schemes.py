@@ -4,6 +4,8 @@ The dense form of a block: one call over everything it may depend on, every fram
 positions and timestep (`FrameAttention`), repeated for each step.
 """
 
+from itertools import islice
+
 import pytest
 import torch
 from oracles import ROWS, SIZE, FrameAttention, make_engine, run
@@ -12,7 +14,7 @@ from inferix.errors import InferixError, UsageError
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.sampler import Sampler
+from inferix.runtime.sampler import Sampler, scheduled_blocks
 from inferix.schemes.presets import PRESETS
 from inferix.schemes.timeline import Span, Timeline
 
@@ -211,6 +213,40 @@ def test_injected_noise_of_an_independent_first_frame():
         cache.run(engine, want, [0.0] * size, span.frames, shown)
     with pytest.raises(UsageError, match="block 1"):
         run(engine, 2, noise=InjectedNoise(initial, renoise[:, :, :1]))
+
+
+@pytest.mark.parametrize("steps", [(1000, 500), (1000,)], ids=["two-steps", "one-step"])
+@pytest.mark.parametrize("executor", ["eager", "fused"])
+@torch.no_grad()
+def test_the_first_block_has_a_step_list_of_its_own(steps, executor):
+    """Causal-Forcing++ by hand: four warped steps for the first frame, one or two for each frame after it."""
+    first = (1000, 750, 500, 250)
+    settings = {"denoising_step_list": steps, "denoising_step_list_first_chunk": first, "executor": executor}
+    engine = make_engine("self-forcing-framewise", local_attn_size=3, **settings)
+    streamed = run(engine, 5)
+    plain = [make_engine("self-forcing-framewise", denoising_step_list=those) for those in (first, steps)]
+    timesteps = {1: (1000,), 2: (1000, 833.3333)}[len(steps)]
+    assert Sampler(plain[1].preset.sampler).timesteps == pytest.approx(timesteps, abs=6e-4)
+    cache = FrameCache()
+    for index in range(5):
+        oracle, span = plain[min(index, 1)], Span(index, range(index, index + 1))
+        shown = {frame: frame for frame in range(max(0, index - 2), index + 1)}
+        want = cache.denoise(oracle, span, shown)
+        assert (streamed[index].latents - want).abs().max() <= (1e-10 if executor == "eager" else 1e-6)
+        cache.run(oracle, want, [0.0], span.frames, shown)
+    counts = [len(block.passes) for block in islice(scheduled_blocks(engine.preset), 3)]
+    assert counts == [5, len(steps) + 1, len(steps) + 1]
+
+
+def test_an_image_as_first_frame_leaves_the_first_list_to_the_first_generated_block(monkeypatch):
+    first = {"denoising_step_list": [1000], "denoising_step_list_first_chunk": [1000, 750, 500, 250]}
+    engine = make_engine("self-forcing-framewise", dtype="float32", **first)
+    counted = record(engine, monkeypatch)
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE, image=image) as session:
+        counted.clear()
+        list(session.stream(2, decode=False))
+    assert [this.timesteps[0] for this in counted] == pytest.approx([1000, 937.5, 833.3333, 625, 0, 1000, 0])
 
 
 def after_switch(engine, before, blocks, **kwargs):
@@ -481,6 +517,10 @@ def test_a_video_is_started_from_with_a_strength():
         ("rolling-forcing", {"local_attn_size": 15}, "5 at a time"),
         ("longlive2", {"num_steps": 0}, "num_steps"),
         ("longlive", {"prompt_switch": "re-cache"}, "recache"),
+        ("longlive", {"denoising_step_list_first_chunk": [250, 1000]}, "first_chunk"),
+        ("longlive", {"denoising_step_list_first_chunk": [999.5]}, "first_chunk"),
+        ("longlive2", {"denoising_step_list_first_chunk": [1000]}, "unipc"),
+        ("rolling-forcing", {"denoising_step_list_first_chunk": [1000]}, "window_blocks 5"),
         ("longlive2", {"solver": "euler"}, "unipc"),
         ("causal-diffusion", {"guidance_scale": -1}, "guidance_scale"),
     ],
