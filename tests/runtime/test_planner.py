@@ -80,9 +80,9 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
             assert sum(count for kind, count in done if kind == "encode") == planned.encoded
             assert len(block.latents) == len(planned.span.frames)
             done.clear()
-    passes = [scheduled for block in islice(scheduled_blocks(engine.preset), 12) for scheduled in block.passes]
-    if recache := planner.steady_blocks(engine.preset)[0].recache:
-        passes.append(recache)
+    blocks = list(islice(scheduled_blocks(engine.preset), 12))
+    passes = [scheduled for block in blocks for scheduled in block.passes]
+    passes += [block.recache for block in blocks if block.recache is not None]
     assert max(len(scheduled.run.frames) for scheduled in passes) == planner.longest_pass(engine.preset)
 
 
