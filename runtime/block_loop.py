@@ -26,6 +26,7 @@ from ..schemes.block_schedule import (
     rebuild_pass,
     recache_pass,
     reencodes_head,
+    supports_whole_block,
     window_of,
 )
 from ..schemes.timeline import Span
@@ -34,7 +35,7 @@ from .kv.paged_cache import bind_together
 from .noise import PhiloxNoise
 from .resources import Resources
 from .sampler import noised
-from .sessions.engine_thread import FAILURES, shortages_named
+from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session_state import BlockInFlight, PromptChange, SessionState
 from .streams import to_device
@@ -141,7 +142,7 @@ class BlockLoop:
 
     def denoise(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
         """Run passes over the blocks in flight until the first is clean; others join as the schedule says."""
-        flight, timesteps = state.flight, state.sampler.timesteps
+        flight, timesteps = state.flight, state.sampler.of_block(state.next_block).timesteps
         clean = frozenset({0} if state.clamped is not None else ())
         for scheduled in denoise_passes(state.timeline, flight, timesteps, partial(self.admit, state), clean):
             self.roll_caches(state, scheduled.run)
@@ -160,10 +161,11 @@ class BlockLoop:
         yield from self.network_pass(state, run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
-        """True if the next block can be one launch: its noise follows from the seed, and no frame is clamped."""
+        """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
         clamped = state.clamped is not None and state.timeline.next_frame == 0
         plain = isinstance(state.noise, PhiloxNoise) and state.sampler.strength == 1
-        return self.resources.executor.supports_whole_block and plain and not clamped
+        whole = self.resources.executor.supports_whole_block and supports_whole_block(state.preset, state.next_block)
+        return whole and plain and not clamped
 
     def run_whole(self, state: SessionState, record: BlockRecord) -> BlockInFlight:
         """Run all steps and the commit of a block in one launch; no other block is in flight."""
@@ -186,13 +188,14 @@ class BlockLoop:
     def admit(self, state: SessionState) -> BlockInFlight:
         """Admit the next block: noise, or a given video with noise added. InferixError where the video has ended."""
         span = state.timeline.admit()
+        sampler = state.sampler.of_block(span.index)
         latents = self.draw(state, span, 0)
         if state.source is not None:
             given = state.source[span.frames.start : span.frames.stop]
             if len(given) < len(span.frames):
                 raise InferixError(f"the video ends before block {span.index}; ask for {span.index} blocks")
-            latents = noised(given, latents, state.sampler.sigmas[0])
-        block = BlockInFlight(span, latents, state.sampler.begin())
+            latents = noised(given, latents, sampler.sigmas[0])
+        block = BlockInFlight(span, latents, sampler.begin())
         self.clamp(state, block)
         return block
 
@@ -265,7 +268,7 @@ class BlockLoop:
         try:
             with shortages_named():
                 return self.forward(requests)
-        except FAILURES as error:
+        except Exception as error:  # it is its session's, whose reader gets it
             if len(requests) == 1:
                 return [error]
             message = str(error)  # the error itself would keep tensors alive by its traceback

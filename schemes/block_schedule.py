@@ -93,9 +93,13 @@ class BlockProgress:
 B = TypeVar("B", bound=InFlight)
 
 
-def supports_whole_block(preset: Preset) -> bool:
-    """True where all steps and the commit of a block can be one program: one block in flight, no guidance."""
-    return preset.window_blocks == 1 and branches(preset) == 1
+def supports_whole_block(preset: Preset, block: int | None = None) -> bool:
+    """True where all steps and the commit of a block can be one program: one block in flight, no guidance.
+
+    block: the number of a block, of which the first cannot if it has a step list of its own.
+    """
+    own_steps = block == 0 and bool(preset.sampler.denoising_step_list_first_chunk)
+    return preset.window_blocks == 1 and branches(preset) == 1 and not own_steps
 
 
 def window_of(run: Pass) -> tuple[int, ...] | None:
@@ -189,13 +193,18 @@ def next_block(
 
 
 def stream_blocks(
-    preset: Preset, timesteps: Sequence[float], clean: frozenset[int] = frozenset()
+    preset: Preset,
+    timesteps: Sequence[float],
+    clean: frozenset[int] = frozenset(),
+    first: Sequence[float] | None = None,
 ) -> Iterator[ScheduledBlock]:
     """Blocks 0, 1, ... of an endless stream under one prompt.
 
     timesteps: of each sampler step (`Sampler.timesteps`). clean: frames that are given, as in a clamped image.
+    first: timesteps of block 0 where it has others.
     """
     timeline, flight = Timeline(preset), list[BlockProgress]()
+    yield next_block(timeline, flight, timesteps if first is None else first, clean)
     while True:
         yield next_block(timeline, flight, timesteps, clean)
 

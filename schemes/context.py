@@ -27,7 +27,8 @@ class ContextPolicy:
     encoded again from the picture it was decoded to. restart_decoder: the decoder starts anew with them too.
     prompt_switch: a new prompt only applies from the next block (`cut`), or the visible past is passed through
     the network again under it (`recache`), or it is blended in over `blend_blocks` blocks (`blend`).
-    recache_sink: a recache makes the sink anew as well.
+    recache_sink: a recache moves the sink to the first frames of the window and recomputes it; otherwise it recomputes
+    the sink only until the window first rolls.
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
     image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
     block at timestep 0 (`clamp`).

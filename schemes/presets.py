@@ -52,6 +52,12 @@ class Preset:
                 f"window_blocks is {self.window_blocks}; expected 1, or {self.sampler.steps}: one block a step"
             )
 
+        if self.window_blocks > 1 and self.sampler.denoising_step_list_first_chunk:
+            raise UsageError(
+                f"denoising_step_list_first_chunk with window_blocks {self.window_blocks}: blocks denoised together take "
+                "the same steps; use window_blocks=1 or leave the list out"
+            )
+
     def block_size(self, start: int) -> int:
         """Latent frames of the block that starts at absolute frame `start`."""
         return 1 if self.independent_first_frame and start == 0 else self.num_frame_per_block

@@ -176,11 +176,13 @@ def graph_memory(load: Workload) -> dict[str, int]:
 def programs(preset: Preset) -> list[int]:
     """Latent frames of each program of a graph executor.
 
-    One program for whole blocks or one for each shape of a pass, one for a rebuild, and one for the recache of a new
-    prompt.
+    One program for whole blocks or one for each shape of a pass, one for passes of a first block with its own step list,
+    one for a rebuild, and one for the recache of a new prompt.
     """
     if supports_whole_block(preset):
         frames = [preset.num_frame_per_block]
+        if not supports_whole_block(preset, 0):  # the first block runs pass by pass
+            frames = [preset.block_size(0), *frames]
     else:
         runs = [scheduled.run for block in islice(scheduled_blocks(preset), 2) for scheduled in block.passes]
         shapes = {tuple(len(group.frames) for group in run.groups) for run in runs}
@@ -189,7 +191,7 @@ def programs(preset: Preset) -> list[int]:
 
 
 def recached_frames(preset: Preset) -> int:
-    """Latent frames that are recached for a new prompt once the window is full; 0 if the preset does not recache."""
+    """Latent frames that are recached for a new prompt once the window has rolled; 0 if the preset does not recache."""
     policy = preset.context
     return window(preset) - (0 if policy.recache_sink else policy.sink_size) if policy.prompt_switch == "recache" else 0
 
@@ -197,7 +199,8 @@ def recached_frames(preset: Preset) -> int:
 def longest_pass(preset: Preset) -> int:
     """Latent frames of the longest pass: of the blocks in flight, of a rebuild, or of a recache."""
     in_flight = preset.num_frame_per_block * preset.window_blocks
-    return max(in_flight, preset.context.rebuild_frames, recached_frames(preset))
+    recached = window(preset) if preset.context.prompt_switch == "recache" else 0  # until the window rolls
+    return max(in_flight, preset.context.rebuild_frames, recached)
 
 
 def solving_bytes(load: Workload) -> int:

@@ -67,7 +67,7 @@ def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: b
             f"local_attn_size is -1 ({preset.name} keeps every frame), so the number of graphs has no limit; give a "
             "window such as local_attn_size=21"
         )
-    whole, collector = supports_whole_block(preset), KeyCollector(spec, preset, size, staged)
+    collector = KeyCollector(spec, preset, size, staged)
     for block in islice(scheduled_blocks(preset), blocks_before_repeat(preset) + repeat_period(preset)):
         if block.recache is not None:
             forked = collector.table.copy()
@@ -75,6 +75,7 @@ def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: b
             forked.release()
         if block.rebuild is not None:
             collector.add(collector.table, block.rebuild, whole=False)
+        whole = supports_whole_block(preset, block.span.index)
         passes = [scheduled for scheduled in block.passes if scheduled.kind != "rebuild"]
         for scheduled in passes[:1] if whole else passes:
             collector.add(collector.table, scheduled, whole)
