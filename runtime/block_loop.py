@@ -156,9 +156,9 @@ class BlockLoop:
         self, state: SessionState, span: Span, latents: Tensor, record: BlockRecord | None = None
     ) -> BlockSteps[None]:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
-        run = commit_pass(state.timeline, span).run
-        self.roll_caches(state, run)
-        yield from self.network_pass(state, run, latents, record)
+        scheduled = commit_pass(state.timeline, span)
+        self.roll_caches(state, scheduled.run, scheduled.beside)
+        yield from self.network_pass(state, scheduled.run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
         """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
@@ -219,9 +219,12 @@ class BlockLoop:
         if state.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
 
-    def roll_caches(self, state: SessionState, run: Pass) -> None:
-        """Set the window of the caches to the context of a pass that writes; other passes leave it as it is."""
-        window = window_of(run)
+    def roll_caches(self, state: SessionState, run: Pass, beside: tuple[int, ...] = ()) -> None:
+        """Set the window of the caches to the context of a pass that writes; other passes leave it as it is.
+
+        beside: frames that stay in the caches although the pass does not see them.
+        """
+        window = window_of(run, beside)
         if window is not None:
             for branch in state.branches:
                 branch.cache.set_window(window)

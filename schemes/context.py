@@ -22,6 +22,8 @@ class ContextPolicy:
     positions: `absolute` frame numbers; `window-relative` numbers from 0 over the visible frames;
     `contiguous` numbers that end at the block's own absolute ones, so that the sink stands before the window.
     commit: a pass over the clean block leaves its keys and values; otherwise a rebuild before each block does.
+    commit_sees_sink: a commit sees what a denoising pass sees; otherwise the last `local_attn_size` frames as they are,
+    and the cache keeps the sink beside them.
     segment_frames: rebuild once the frames since the last rebuild would pass this; 0 never.
     rebuild_frames: how many of the last clean frames a rebuild keeps. reencode_head: the first of them is
     encoded again from the picture it was decoded to. restart_decoder: the decoder starts anew with them too.
@@ -40,6 +42,7 @@ class ContextPolicy:
     sink_size: int
     positions: str
     commit: bool = True
+    commit_sees_sink: bool = True
     segment_frames: int = 0
     rebuild_frames: int = 0
     reencode_head: bool = False
@@ -82,6 +85,11 @@ class ContextPolicy:
         return self.reencode_head
 
     @property
+    def sink_beside_window(self) -> int:
+        """Frames of the sink that the cache keeps beside a full window, because a commit does not see them."""
+        return 0 if self.commit_sees_sink else self.sink_size
+
+    @property
     def moving_positions(self) -> bool:
         """Whether a frame's position changes while it is held."""
         return self.positions != "absolute"
@@ -94,6 +102,11 @@ class ContextPolicy:
                 f"local_attn_size {self.local_attn_size} is smaller than a block of {frames} frames"
                 f"{f', {window_blocks} at a time,' if window_blocks > 1 else ''} plus sink_size {self.sink_size}; "
                 "widen the window or shrink the sink"
+            )
+        if not self.commit_sees_sink and window_blocks == 1:
+            raise UsageError(
+                "commit_sees_sink is false, but window_blocks is 1, and a block that is denoised alone writes in the "
+                "window of its commit; set it to true, or denoise several blocks together"
             )
         if self.segment_frames and self.segment_frames < self.rebuild_frames + frames:
             raise UsageError(
