@@ -68,8 +68,13 @@ class BlockLoop:
         decode pipeline is done with the session.
         """
         with record.span("prepare"):
-            yield from self.follow_prompt(state, mark_rollback)
-            yield from self.rebuild_context(state, record, wait_for_decoder)
+            rebuild = self.rebuild_context(state, record, wait_for_decoder)
+            if state.preset.context.rebuild_before_switch:
+                yield from rebuild
+                yield from self.follow_prompt(state, mark_rollback)
+            else:
+                yield from self.follow_prompt(state, mark_rollback)
+                yield from rebuild
         with record.span("denoise"):
             if self.runs_whole(state):
                 block = self.run_whole(state, record)
@@ -85,16 +90,21 @@ class BlockLoop:
         policy = state.preset.context
         if scene_cut:
             state.timeline.cut_shot()
-        blocks = policy.blend_blocks if policy.prompt_switch == "blend" else 1
+        blends = policy.prompt_switch == "blend" and state.timeline.next_frame > 0
+        blocks = policy.blend_blocks if blends else 1
         state.change = PromptChange(state.rows, rows, blocks, blocks)
 
     def follow_prompt(self, state: SessionState, mark_rollback: Callable[[], None]) -> BlockSteps[None]:
-        """Move the conditioning one block further towards a new prompt, and recache."""
+        """Move the conditioning one block further towards a new prompt, and recache.
+
+        Over n blocks the new prompt's share is 0, 1/(n-1), ..., 1.
+        """
         change = state.change
         if change is None:
             return
         change.left -= 1
-        state.rows = torch.lerp(change.old, change.new, 1 - change.left / change.blocks)
+        share = 1 - change.left / (change.blocks - 1) if change.blocks > 1 else 1.0
+        state.rows = torch.lerp(change.old, change.new, share)
         state.branches[0].text = self.resources.executor.condition(state.rows)
         if change.left == 0:
             state.change = None

@@ -29,6 +29,8 @@ class ContextPolicy:
     encoded again from the picture it was decoded to. restart_decoder: the decoder starts anew with them too.
     prompt_switch: a new prompt only applies from the next block (`cut`), or the visible past is passed through
     the network again under it (`recache`), or it is blended in over `blend_blocks` blocks (`blend`).
+    A blend begins with the old prompt and ends with the new one; before the first block it is a cut.
+    rebuild_before_switch: a rebuild runs under the prompt of the block before; otherwise under the next block's.
     recache_sink: a recache moves the sink to the first frames of the window and recomputes it; otherwise it recomputes
     the sink only until the window first rolls.
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
@@ -48,6 +50,7 @@ class ContextPolicy:
     reencode_head: bool = False
     restart_decoder: bool = False
     prompt_switch: str = "cut"
+    rebuild_before_switch: bool = False
     recache_sink: bool = False
     blend_blocks: int = 1
     shot_offset: int = 0
@@ -74,6 +77,8 @@ class ContextPolicy:
                 f"positions {self.positions} with shot_offset {self.shot_offset} put the sink, the newest shot and the "
                 "window at three distances; use absolute positions, no sink (sink_size=0) or no shots (shot_offset=0)"
             )
+        if self.rebuild_before_switch and self.prompt_switch == "recache":
+            raise UsageError("rebuild_before_switch is true, but prompt_switch is 'recache'; use cut or blend")
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
         if (self.segment_frames > 0 or not self.commit) and self.rebuild_frames < 1:

@@ -117,6 +117,7 @@ PRESETS: dict[str, Preset] = {
             context=ContextPolicy(
                 local_attn_size=-1, sink_size=0, positions="absolute", commit=False,
                 rebuild_frames=3, reencode_head=True, prompt_switch="blend", blend_blocks=4,
+                rebuild_before_switch=True,
             ),
         ),
         Preset(

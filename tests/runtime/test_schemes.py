@@ -355,13 +355,39 @@ def test_a_cut_changes_the_text_and_nothing_else():
 
 
 @torch.no_grad()
+def test_krea_recomputes_its_context_under_the_prompt_of_the_block_before():
+    """The published server by hand: a new prompt's share is 0, 1/3, 2/3, 1, and the context lags a block behind it."""
+    engine = make_engine("krea")
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(2, decode=False))
+        session.prompt(embeds=OTHER)
+        blocks += session.stream(5, decode=False)
+    vae, latents = engine.parts.vae, [block.latents for block in blocks]
+    old, new = (engine.inputs.prompt_rows(None, rows) for rows in (ROWS, OTHER))
+    rows = [old, old, *(old + share * (new - old) for share in (0, 1 / 3, 2 / 3, 1, 1))]
+    for index in range(2, 7):
+        past, span = range(index * 3 - 3, index * 3), Span(index, range(index * 3, index * 3 + 3))
+        pixels = vae.decode(torch.cat(latents[:index]), vae.new_state())
+        context = torch.cat((vae.encode(pixels[-9:][:1], vae.new_state()), latents[index - 1][1:]))
+        cache = FrameCache()
+        cache.run(engine, context, [0.0] * 3, past, {frame: frame - past.start for frame in past}, rows[index - 1])
+        shown = {frame: frame - past.start for frame in range(past.start, span.frames.stop)}
+        assert (latents[index] - cache.denoise(engine, span, shown, rows[index])).abs().max() <= 1e-10
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:  # before the first block there is nothing to blend
+        session.prompt(embeds=OTHER)
+        (first,) = session.stream(1, decode=False)
+    with engine.open(prompt_embeds=OTHER, size=SIZE) as session:
+        assert torch.equal(first.latents, next(iter(session.stream(1, decode=False))).latents)
+
+
+@torch.no_grad()
 def test_a_blend_arrives_after_its_blocks():
     engine = make_engine("krea", blend_blocks=4)
     new, old = engine.inputs.prompt_rows(None, OTHER), engine.inputs.prompt_rows(None, ROWS)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(1))
         session.prompt(embeds=OTHER)
-        for part in (0.25, 0.5, 0.75, 1.0, 1.0):
+        for part in (0.0, 1 / 3, 2 / 3, 1.0, 1.0):
             list(session.stream(1))
             assert (session.current.rows - (old + part * (new - old))).abs().max() <= 1e-12
         assert torch.equal(session.current.rows, new)
