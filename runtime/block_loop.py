@@ -35,7 +35,7 @@ from .kv.paged_cache import bind_together
 from .noise import PhiloxNoise
 from .resources import Resources
 from .sampler import noised
-from .sessions.engine_thread import FAILURES, shortages_named
+from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session_state import BlockInFlight, PromptChange, SessionState
 from .streams import to_device
@@ -281,7 +281,7 @@ class BlockLoop:
         try:
             with shortages_named():
                 return self.forward(requests)
-        except FAILURES as error:
+        except Exception as error:  # it is its session's, whose reader gets it
             if len(requests) == 1:
                 return [error]
             message = str(error)  # the error itself would keep tensors alive by its traceback

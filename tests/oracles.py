@@ -123,11 +123,11 @@ def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache]
     """The same engine over the plain cache; `moving` rotates keys when they are read, whatever the policy."""
 
     def new_cache(size: tuple[int, int]) -> ContiguousCache:
-        form, precision = engine.memory.form(size), engine.parts.transformer.precision
+        form, precision = engine.kv_manager.form(size), engine.parts.transformer.precision
         moves = moving or engine.preset.context.moving_positions
         return kind(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device)
 
-    engine.memory.new_cache = new_cache
+    engine.kv_manager.new_cache = new_cache
     return engine
 
 

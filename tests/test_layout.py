@@ -264,8 +264,7 @@ def test_cmake_configures(tmp_path: Path) -> None:
     cmake = str(beside_python) if beside_python.exists() else shutil.which("cmake")
     if cmake is None:
         pytest.skip("cmake is not installed; it comes with the [dev] extra")
-    said = run(cmake, "-S", str(ROOT), "-B", str(tmp_path), cwd=tmp_path)
-    assert f"inferix {project_version()}: nothing is built in this version" in said
+    assert f"inferix {project_version()}" in run(cmake, "-S", str(ROOT), "-B", str(tmp_path), cwd=tmp_path)
 
 
 def test_constraints_are_exact_and_cover_the_direct_dependencies() -> None:

@@ -155,7 +155,7 @@ def test_the_schedule_is_a_plain_loop_over_the_timeline(name: str, overrides: di
 def test_blocks_join_once_the_newest_has_taken_its_share_of_the_steps() -> None:
     """With two blocks in flight and four steps each, a block joins every second step."""
     preset = copy(make_preset("self-forcing"))
-    object.__setattr__(preset, "window_blocks", 2)  # a preset admits one block a step alone so far
+    object.__setattr__(preset, "window_blocks", 2)  # a preset admits only one block a step so far
     first, second, third = islice(scheduled_blocks(preset), 3)
 
     def steps(passes: tuple[ScheduledPass, ...]) -> list[tuple[int, ...]]:
