@@ -58,8 +58,8 @@ class Preset:
 
         if self.window_blocks > 1 and self.sampler.denoising_step_list_first_chunk:
             raise UsageError(
-                f"denoising_step_list_first_chunk with window_blocks {self.window_blocks}: blocks denoised together take "
-                "the same steps; use window_blocks=1 or leave the list out"
+                f"denoising_step_list_first_chunk with window_blocks {self.window_blocks}: blocks denoised together "
+                "take the same steps; use window_blocks=1 or leave the list out"
             )
 
     def block_size(self, start: int) -> int:
@@ -132,6 +132,7 @@ PRESETS: dict[str, Preset] = {
             context=ContextPolicy(
                 local_attn_size=-1, sink_size=0, positions="absolute", commit=False,
                 rebuild_frames=3, reencode_head=True, prompt_switch="blend", blend_blocks=4,
+                rebuild_before_switch=True,
             ),
         ),
         Preset(
@@ -156,7 +157,7 @@ PRESETS: dict[str, Preset] = {
                 ("checkpoints/rolling_forcing_dmd.pt",),
             ),
             sampler=dataclasses.replace(FOUR_STEPS, denoising_step_list=(1000, 800, 600, 400, 200)),
-            context=ContextPolicy(local_attn_size=21, sink_size=3, positions="contiguous"),
+            context=ContextPolicy(local_attn_size=21, sink_size=3, positions="contiguous", commit_sees_sink=False),
             window_blocks=5,
         ),
         dataclasses.replace(

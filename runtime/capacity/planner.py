@@ -27,7 +27,7 @@ from ...schemes.block_schedule import (
     repeat_period,
     supports_whole_block,
 )
-from ...schemes.page_needs import branches, page_needs, window
+from ...schemes.page_needs import branches, page_needs, staging_slots, window
 from ...schemes.presets import FIELDS, Preset
 from ..limits import Limits
 from ..sampler import scheduled_blocks
@@ -133,7 +133,7 @@ def memory(load: Workload) -> Memory:
     page = costs.page_bytes(spec, load.tokens, load.kv_dtype)
     queued = Limits().queue_blocks
     session = session_need(preset, spec, load.decoder, load.size, load.dtype, page, queued)
-    staged = window(preset) + page_needs(preset).scratch if load.kv_dtype != load.dtype else 0
+    staged = staging_slots(preset) if load.kv_dtype != load.dtype else 0
     averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0  # frames
     once = {
         "transformer": item * costs.transformer_parameters(spec),
@@ -180,8 +180,8 @@ def graph_memory(load: Workload) -> dict[str, int]:
 def programs(preset: Preset) -> list[int]:
     """Latent frames of each program of a graph executor.
 
-    One program for whole blocks or one for each shape of a pass, one for passes of a first block with its own step list,
-    one for a rebuild, and one for the recache of a new prompt.
+    One program for whole blocks or one for each shape of a pass, one for the passes of a first block with its own step
+    list, one for a rebuild, and one for the recache of a new prompt.
     """
     if supports_whole_block(preset):
         frames = [preset.num_frame_per_block]
