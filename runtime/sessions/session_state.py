@@ -546,8 +546,10 @@ class SessionState:
     def batch_key(self) -> Hashable:
         """Equal for sessions whose next blocks take the same passes over equally many frames."""
         timeline, steps = self.timeline, tuple(block.step for block in self.flight)
+        timesteps = self.sampler.of_block(self.next_block).timesteps
         clamped = self.clamped is not None and self.first_frame == 0
-        return self.size, timeline.preset.block_size(timeline.next_frame), steps, timeline.rebuild_due(), clamped
+        size = timeline.preset.block_size(timeline.next_frame)
+        return self.size, size, timesteps, steps, timeline.rebuild_due(), clamped
 
     @property
     def conditionings(self) -> list[tuple[Branch, Tensor]]:

@@ -80,9 +80,9 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
             assert sum(count for kind, count in done if kind == "encode") == planned.encoded
             assert len(block.latents) == len(planned.span.frames)
             done.clear()
-    passes = [scheduled for block in islice(scheduled_blocks(engine.preset), 12) for scheduled in block.passes]
-    if recache := planner.steady_blocks(engine.preset)[0].recache:
-        passes.append(recache)
+    blocks = list(islice(scheduled_blocks(engine.preset), 12))
+    passes = [scheduled for block in blocks for scheduled in block.passes]
+    passes += [block.recache for block in blocks if block.recache is not None]
     assert max(len(scheduled.run.frames) for scheduled in passes) == planner.longest_pass(engine.preset)
 
 
@@ -105,7 +105,7 @@ def countable(engine):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_real_session(name):
-    """Operations of three blocks, as torch counts them, decoder and all; then what the session holds.
+    """Operations of four blocks, as torch counts them, decoder and all; then what the session holds.
 
     Pages, cross keys and decoder state to the byte; latents up to the planned bytes.
     """
@@ -113,7 +113,7 @@ def test_a_real_session(name):
     load = replace(tiny(name, **SMALL[name]), decoder=SMALL_VAE, size=size)
     rows = {"prompt_embeds": ROWS.float(), **NEGATIVE.get(name, {})}
     with engine.open(size=size, **rows) as session, sdpa_kernel(SDPBackend.MATH):
-        for block in islice(scheduled_blocks(load.preset), 3):
+        for block in islice(scheduled_blocks(load.preset), 4):
             with FlopCounterMode(display=False) as counter:
                 next(iter(session.stream(1)))
             speed = planner.speed(load, block, TOP)
