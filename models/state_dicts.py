@@ -241,7 +241,8 @@ def indexed_files(index: Path) -> WeightFiles:
         if Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{index} names the file {quoted(file)}; expected one in its own folder")
     if missing := [file for file in files if not (index.parent / file).exists()]:
-        raise CheckpointError(f"{index.parent} lacks shards {', '.join(missing[:8])[:400]}; the download is not complete")
+        names_missing = ", ".join(missing[:8])[:400]
+        raise CheckpointError(f"{index.parent} lacks shards {names_missing}; the download is not complete")
     return WeightFiles(tuple(index.parent / file for file in files), names)
 
 

@@ -176,7 +176,7 @@ def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no UMT5 encoder: its sizes are not in it ({error})") from error
     layers = {layer[1] for name in state if (layer := re.match(r"encoder\.block\.(\d+)\.", name))}
     if missing := [number for number in range(len(layers)) if str(number) not in layers]:
-        raise CheckpointError(f"{path} has {len(layers)} layers, but none called {missing[0]}; the file is not complete")
+        raise CheckpointError(f"{path} has {len(layers)} layers, but none called {missing[0]}; it is not complete")
     if 0 in (vocabulary, dim, buckets, heads, inner, ffn) or inner % heads:
         raise CheckpointError(f"{path} is no UMT5 encoder: {inner} wide attention of {heads} heads")
     return {
