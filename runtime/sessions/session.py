@@ -6,8 +6,11 @@ else belongs to the thread that drives the engine.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -57,7 +60,8 @@ class SessionServices(Protocol):
     def is_waiting(self, session: Session) -> bool: ...
     def submit_demand(self, session: Session, demand: Demand) -> Demand: ...
     def withdraw_demand(self, demand: Demand) -> None: ...
-    def next_block(self, session: Session, demand: Demand) -> Block | None: ...
+    def next_block(self, session: Session, demand: Demand, ready: threading.Event) -> Block | None: ...
+    async def await_block(self, session: Session, demand: Demand, ready: asyncio.Event) -> Block | None: ...
     def fork(self, session: Session) -> Session: ...
     def rewind(self, session: Session, block: int) -> None: ...
     def save(self, session: Session, path: Path) -> None: ...
@@ -152,11 +156,39 @@ class Session:
         return self._blocks(math.inf if blocks is None else blocks, decode)
 
     def _blocks(self, blocks: float, decode: bool) -> Iterator[Block]:
-        demand, left = self.manager.submit_demand(self, Demand(blocks - len(self.output), decode)), blocks
-        try:
-            while left > 0 and (block := self.manager.next_block(self, demand)) is not None:
+        ready, left = threading.Event(), blocks
+        with self.output.waking(ready.set), self._requesting(blocks, decode) as demand:
+            while left > 0 and (block := self.manager.next_block(self, demand, ready)) is not None:
                 left -= 1
                 yield block
+
+    def astream(self, blocks: int | None = None, decode: bool = True) -> AsyncIterator[Block]:
+        """The same blocks, awaited on an asyncio loop while another thread runs the engine: no thread for each reader.
+
+        Errors are those of `stream`. UsageError, when a block is awaited, in the thread that drives the engine.
+        """
+        blocks, decode = optional(integer(1))("blocks", blocks), flag("decode", decode)
+        self.check_open()
+        return self._awaited(math.inf if blocks is None else blocks, decode)
+
+    async def _awaited(self, blocks: float, decode: bool) -> AsyncIterator[Block]:
+        loop, ready, left = asyncio.get_running_loop(), asyncio.Event(), blocks
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop is closed, and nobody reads any more
+                loop.call_soon_threadsafe(ready.set)
+
+        with self.output.waking(wake), self._requesting(blocks, decode) as demand:
+            while left > 0 and (block := await self.manager.await_block(self, demand, ready)) is not None:
+                left -= 1
+                yield block
+
+    @contextmanager
+    def _requesting(self, blocks: float, decode: bool) -> Iterator[Demand]:
+        """Request blocks, those that are under way included, for as long as they are read."""
+        demand = self.manager.submit_demand(self, Demand(blocks - len(self.output), decode))
+        try:
+            yield demand
         finally:
             self.manager.withdraw_demand(demand)
 

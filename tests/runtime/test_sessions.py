@@ -1,5 +1,6 @@
 """Many streams on one engine: each as if alone, forked, rewound, steered from other threads, and ended alone."""
 
+import asyncio
 import gc
 import json
 import os
@@ -229,6 +230,58 @@ def test_a_context_that_waits_for_pictures_does_not_decode_beside():
         blocks = list(session.stream(3))
     for before, after in pairwise(blocks):
         assert before.record.spans["decode"][1] <= after.record.spans["prepare"][0]
+
+
+def test_blocks_are_awaited_on_one_loop_and_each_reader_wakes_for_its_own():
+    engine = small_engine()
+    sessions = [opened(engine, seed) for seed in range(4)]
+    wakes = dict.fromkeys(range(4), 0)
+
+    async def read(index):
+        queue = sessions[index].output
+
+        def count():
+            wakes[index] += 1
+
+        with queue.waking(count):
+            return [block async for block in sessions[index].astream(2 if index < 3 else 1, decode=index != 1)]
+
+    async def serve():
+        found = await asyncio.gather(*map(read, range(4)))
+        sessions[2].stop()
+        sessions[0].current.noise = None
+        with pytest.raises(AttributeError):
+            await anext(sessions[0].astream())
+        with pytest.raises(SessionEnded):
+            await asyncio.wrap_future(engine.soon(sessions[0].fork))
+        async with asyncio.timeout(WAIT):
+            rest = [block async for block in sessions[1].astream(3)]
+        return found, rest
+
+    def loop():
+        try:
+            return asyncio.run(serve())
+        finally:
+            engine.halt()
+
+    async def alone_in_its_thread():
+        async for _ in sessions[1].astream(1):
+            pass
+
+    with pytest.raises(UsageError):
+        asyncio.run(alone_in_its_thread())
+    for seed in range(4):
+        sessions[seed].close()
+    sessions = [opened(engine, seed) for seed in range(4)]
+    engine.hand_over()
+    drive = in_thread(lambda: engine.run(keep=True))
+    engine.soon(lambda: 1).result(WAIT)
+    found, rest = loop()
+    drive()
+    for seed, blocks in enumerate(found):
+        assert same(blocks, alone(len(blocks), decode=seed != 1, seed=seed))
+    assert [block.index for block in rest] == [2, 3, 4]
+    assert 1 <= wakes[3] < wakes[0] <= 6  # its demand and its blocks, not those of others
 
 
 def test_a_blocked_reader_stops_its_own_session_only():
