@@ -155,7 +155,7 @@ def embeddings(name: str, value: Any) -> Tensor | Path:
 def callback(name: str, value: Any) -> Callable[..., Any]:
     if not callable(value):
         raise expected(name, value, "a function")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def instance(kind: type[Any]) -> Check:
