@@ -15,14 +15,14 @@ from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest
 from ..schemes.presets import UNTRAINED
-from .options import parse_settings, parse_size
+from .options import FORCE, OFFLINE, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.kernels import Options
     from ..bench.result import Result
     from ..bench.subject import Subject
 
-MODEL = typer.Option(UNTRAINED, help="Checkpoint file or folder, or a name: tinyworld, wan-1.3b, ...")
+MODEL = typer.Option(UNTRAINED, help="Checkpoint file or folder, or a name: tinyworld, wan-1.3b, org/name, ...")
 PRESET = typer.Option(None, help="Sampler and context settings.  [default: the model's own, or self-forcing]")
 RANDOM = typer.Option(False, "--random-weights", help="Untrained weights of a named model, made on the device.")
 SIZE = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480.  [default: the model's]")
@@ -142,6 +142,8 @@ def block(
     dtype: str | None = DTYPE,
     seed: int = SEED,
     settings: list[str] = SETTINGS,
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
     out: Path | None = OUT,
     as_json: bool = JSON,
 ) -> None:
@@ -164,7 +166,7 @@ def block(
     from ..bench import block as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
+        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
     )
     options = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out, {"--model": model, "--vae": vae, "--base": base})
@@ -194,6 +196,8 @@ def stream(
     dtype: str | None = DTYPE,
     seed: int = SEED,
     settings: list[str] = SETTINGS,
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
     out: Path | None = OUT,
     as_json: bool = JSON,
 ) -> None:
@@ -212,7 +216,7 @@ def stream(
     from ..bench import stream as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
+        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
     )
     subject = replace(subject, executor=executor)
     options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
@@ -300,6 +304,8 @@ def the_subject(
     dtype: str | None,
     seed: int,
     settings: list[str],
+    offline: bool,
+    force: bool,
 ) -> Subject:
     """Make the subject of a benchmark from the options."""
     from ..bench.subject import Subject
@@ -307,7 +313,7 @@ def the_subject(
     return Subject(
         model=model, preset=preset, random_weights=random_weights, frames_in_window=frames_in_window,
         size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, seed=seed,
-        overrides=parse_settings(settings),
+        overrides=parse_settings(settings), offline=offline, force=force,
     )  # fmt: skip
 
 

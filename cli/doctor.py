@@ -25,7 +25,7 @@ GIVES = {
     "av": "writes and reads video files",
     "ftfy": "cleans prompts as Wan's training did",
     "triton": "the GPU kernels of inferix.kernels",
-    "cuda-python": "CUDA graphs and device facts; this version does not use it yet",
+    "cuda-python": "nothing yet: CUDA graphs and device facts come from torch and NVML; in no extra",
     "flash-attn": "one more form of block attention, for comparison and where it is asked for",
     "tensorrt": "running exported engines; this version does not use it yet",
     "onnx": "exported graphs; this version does not use it yet",

@@ -37,7 +37,7 @@ from ..schemes.presets import UNTRAINED, default_model
 from ..schemes.storyboard import Cue, read_storyboard, schedule
 from ..user_files import read_yaml
 from ..version import __version__
-from .options import check_settings, counted, parse_settings, parse_size
+from .options import FORCE, OFFLINE, check_settings, counted, parse_settings, parse_size
 from .presets import print_presets
 
 if TYPE_CHECKING:
@@ -280,9 +280,11 @@ def versions() -> dict[str, str]:
 def generate(
     ctx: typer.Context,
     model: str | None = typer.Option(
-        None, help=f"Checkpoint file or folder, or a name.  [default: tinyworld, or {UNTRAINED} with --preset]"
+        None,
+        help="Checkpoint file or folder, the name of a preset with published weights, org/name[:file] of the Hugging "
+        f"Face hub, or a named model.  [default: tinyworld, or {UNTRAINED} with --preset]",
     ),
-    base: str | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
+    base: str | None = typer.Option(None, help="Folder with VAE and text encoder, or org/name, if not with the model."),
     vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
     text_encoder: str | None = typer.Option(None, help="Text encoder file or folder, if not with model or base."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
@@ -335,6 +337,8 @@ def generate(
     config: Path | None = typer.Option(
         None, callback=read_config, is_eager=True, help="YAML file of options, settings in 'set'; flags win."
     ),
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
     """Make a video block by block; after Ctrl-C, SIGTERM or an error the finished blocks are in the file.
@@ -343,6 +347,8 @@ def generate(
     input. A video of --video is sampled at the model's frame rate.
 
     Example: inferix generate --prompt "a purple wizard in a sandy desert by day" --actions "8R 4U 4S" --out wizard.mp4
+
+    Example: inferix generate --model self-forcing --prompt "a paper boat on a canal" --seconds 5
 
     Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
 
@@ -383,6 +389,8 @@ def generate(
     if profile is not None and executor is None and default_executor(device or default_device()) == "eager":
         executor = "fused"  # eager has no calls of its own to be timed
     parts |= {"executor": executor, "graphs": graphs}
+    texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
+    parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
     engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"

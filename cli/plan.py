@@ -18,15 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, nearest
-from ..models.text.spec import UMT5_XXL, tiny_text
-from ..models.tinyworld.spec import VAE as TINYWORLD_VAE
-from ..models.tinyworld.words import WORDS
-from ..models.wan.random import vae_for
-from ..models.wan.spec import MODELS, ModelSpec
+from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinySpec
-from ..models.wan.vae import VaeSpec
 from ..runtime.byte_sizes import format_bytes, parse_bytes
-from ..runtime.capacity import costs, planner
+from ..runtime.capacity import planner
 from ..runtime.capacity.gpus import CARDS, Card
 from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
@@ -130,23 +125,11 @@ def workload(
         )
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
-    decoder = planner.tiny_for(spec) if vae else own_vae(spec)
+    decoder = planner.tiny_for(spec) if vae else planner.own_vae(spec)
     pictures = parse_size(size) if size else spec.default_size
-    text = text_parameters(spec) if text_encoder else 0
+    text = planner.text_parameters(spec) if text_encoder else 0
     runs = executor or default_executor("cuda")
     return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
-
-
-def own_vae(spec: ModelSpec) -> VaeSpec:
-    """Return the sizes of a model's own VAE."""
-    return TINYWORLD_VAE if spec.name == "tinyworld" else vae_for(spec)
-
-
-def text_parameters(spec: ModelSpec) -> int:
-    """Count the parameters of a model's text encoder: UMT5-XXL, the small world's words, or the tiny encoder."""
-    if spec.name == "tinyworld":
-        return len(WORDS) * spec.text_dim
-    return costs.text_parameters(UMT5_XXL if spec.text_dim == UMT5_XXL.dim else tiny_text(spec.text_dim))
 
 
 def known_card(name: str) -> Card:
@@ -219,7 +202,10 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         facts["sessions_that_fit"] = planner.most_sessions(load, budget)
         facts["longest_window"] = planner.longest_window(load, budget)
     if fits is False and budget is not None:
-        facts["changes"] = [asdict(suggestion) for suggestion in planner.suggestions(load, budget)]
+        facts["changes"] = [
+            {"options": change.options, "needed": change.needed, "fits": change.fits}
+            for change in planner.suggestions(load, budget)
+        ]
     if top is not None:
         facts["predicted"] = {
             "kind": "floor: every operation at the ceiling; a prediction, not a measurement",

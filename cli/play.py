@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError
 from .generate import DEFAULT_PROMPT
+from .options import FORCE, OFFLINE
 
 if TYPE_CHECKING:
     from ..runtime.sessions.output_queue import Block
@@ -227,7 +228,7 @@ def read_keys(controls: Controls, file: int, until: float, decode: Any) -> None:
 
 
 def play(
-    model: str = typer.Option("tinyworld", help="Checkpoint folder of a model that follows actions."),
+    model: str = typer.Option("tinyworld", help="Checkpoint folder, or org/name, of a model that follows actions."),
     prompt: str = typer.Option(DEFAULT_PROMPT, help="Content of the world, as text."),
     seed: int = typer.Option(0, help="Seed of the noise, which determines the land."),
     seconds: float | None = typer.Option(None, help="Quit after this many seconds of video."),
@@ -236,6 +237,8 @@ def play(
         None, help="Executor of passes: eager, fused, captured.  [default: captured on a GPU, else eager]"
     ),
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
 ) -> None:
     """Walk through a generated world, live in the terminal.
 
@@ -247,7 +250,8 @@ def play(
 
     from ..runtime.load import load
 
-    engine = load(model, preset="tinyworld", device=device, executor=executor, graphs=graphs)
+    checks: dict[str, Any] = {"offline": offline, "force": force}
+    engine = load(model, preset="tinyworld", device=device, executor=executor, graphs=graphs, **checks)
     if not engine.spec.actions:
         raise UsageError(f"{model} follows no actions; --model must be one that does, such as tinyworld")
     controls = Controls(engine.spec.actions)

@@ -68,8 +68,13 @@ class BlockLoop:
         decode pipeline is done with the session.
         """
         with record.span("prepare"):
-            yield from self.follow_prompt(state, mark_rollback)
-            yield from self.rebuild_context(state, record, wait_for_decoder)
+            rebuild = self.rebuild_context(state, record, wait_for_decoder)
+            if state.preset.context.rebuild_before_switch:
+                yield from rebuild
+                yield from self.follow_prompt(state, mark_rollback)
+            else:
+                yield from self.follow_prompt(state, mark_rollback)
+                yield from rebuild
         with record.span("denoise"):
             if self.runs_whole(state):
                 block = self.run_whole(state, record)
@@ -85,16 +90,21 @@ class BlockLoop:
         policy = state.preset.context
         if scene_cut:
             state.timeline.cut_shot()
-        blocks = policy.blend_blocks if policy.prompt_switch == "blend" else 1
+        blends = policy.prompt_switch == "blend" and state.timeline.next_frame > 0
+        blocks = policy.blend_blocks if blends else 1
         state.change = PromptChange(state.rows, rows, blocks, blocks)
 
     def follow_prompt(self, state: SessionState, mark_rollback: Callable[[], None]) -> BlockSteps[None]:
-        """Move the conditioning one block further towards a new prompt, and recache."""
+        """Move the conditioning one block further towards a new prompt, and recache.
+
+        Over n blocks the new prompt's share is 0, 1/(n-1), ..., 1.
+        """
         change = state.change
         if change is None:
             return
         change.left -= 1
-        state.rows = torch.lerp(change.old, change.new, 1 - change.left / change.blocks)
+        share = 1 - change.left / (change.blocks - 1) if change.blocks > 1 else 1.0
+        state.rows = torch.lerp(change.old, change.new, share)
         state.branches[0].text = self.resources.executor.condition(state.rows)
         if change.left == 0:
             state.change = None
@@ -156,9 +166,9 @@ class BlockLoop:
         self, state: SessionState, span: Span, latents: Tensor, record: BlockRecord | None = None
     ) -> BlockSteps[None]:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
-        run = commit_pass(state.timeline, span).run
-        self.roll_caches(state, run)
-        yield from self.network_pass(state, run, latents, record)
+        scheduled = commit_pass(state.timeline, span)
+        self.roll_caches(state, scheduled.run, scheduled.beside)
+        yield from self.network_pass(state, scheduled.run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
         """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
@@ -219,9 +229,12 @@ class BlockLoop:
         if state.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
 
-    def roll_caches(self, state: SessionState, run: Pass) -> None:
-        """Set the window of the caches to the context of a pass that writes; other passes leave it as it is."""
-        window = window_of(run)
+    def roll_caches(self, state: SessionState, run: Pass, beside: tuple[int, ...] = ()) -> None:
+        """Set the window of the caches to the context of a pass that writes; other passes leave it as it is.
+
+        beside: frames that stay in the caches although the pass does not see them.
+        """
+        window = window_of(run, beside)
         if window is not None:
             for branch in state.branches:
                 branch.cache.set_window(window)

@@ -109,8 +109,18 @@ class Timeline:
 
     def commit_pass(self, frames: range) -> Pass:
         """The pass over a clean block that leaves its keys and values."""
-        noise = self.preset.sampler.context_noise
-        return Pass((self.group(frames, noise, self.visible(frames.stop)),))
+        policy, end = self.preset.context, frames.stop
+        if policy.commit_sees_sink:
+            context = self.visible(end)
+        else:
+            first = self.origin if policy.local_attn_size == -1 else max(self.origin, end - policy.local_attn_size)
+            context = tuple(range(first, end))
+        return Pass((self.group(frames, self.preset.sampler.context_noise, context),))
+
+    def beside(self, run: Pass) -> tuple[int, ...]:
+        """Frames of the sink that stand before all that a pass sees; the cache keeps them."""
+        first = min(group.context[0] for group in run.groups)
+        return tuple(frame for frame in self.sink if self.origin <= frame < first)
 
     def recache_pass(self, recache_sink: bool) -> Pass | None:
         """The visible past under a new prompt, in one pass; None where there is none.

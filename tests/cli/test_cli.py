@@ -170,12 +170,17 @@ def test_a_damaged_checkpoint_is_exit_code_1_and_debug_shows_the_traceback(tmp_p
     assert shown.returncode == 1 and "Traceback" in shown.stderr
 
 
+def restore_sigint() -> None:
+    """Undo, in a child process, the ignored SIGINT that it inherits from tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_the_finished_blocks_in_a_playable_file(tmp_path, number, code):
     run = subprocess.Popen(
         [*RUN, "generate", *SMALL[:4], "--blocks", "2000", "--records", str(tmp_path / "a.jsonl"),
          "--out", str(tmp_path / "a.mp4")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=restore_sigint,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size for path in tmp_path.glob("a.mp4.*.part")) and time.monotonic() < deadline:

@@ -121,7 +121,7 @@ BAD_INDEXES = [
 def test_bad_indexes(tmp_path, index):
     save(published(), tmp_path / WEIGHTS)
     save_json(index, tmp_path / f"{WEIGHTS}.index.json")
-    with pytest.raises(InferixError, match=rf"{WEIGHTS}\.index\.json|none\.safetensors"):
+    with pytest.raises(InferixError, match=tmp_path.name):
         read_checkpoint(tmp_path)
 
 

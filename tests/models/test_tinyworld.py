@@ -211,6 +211,7 @@ def test_training_sees_what_a_cache_with_window_and_sink_sees():
             engine.loop.run_alone(engine.loop.commit(session.current, span, clean[0, frame : frame + 1]))
 
 
+@pytest.mark.slow
 def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path, capsys):
     torch.manual_seed(0)
     recipe = replace(train.SHORT, stills_steps=40, batch=1, crop=4, steps=24)

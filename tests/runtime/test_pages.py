@@ -433,7 +433,7 @@ def stream_of(engine, blocks, **kwargs):
         ("longlive", {"rewind_blocks": 2}, 12, 0, 6 + 12),
         ("causvid", {"rewind_blocks": 1}, 21, 0, 3 + 3),
         ("krea", {"rewind_blocks": 2}, 6, 0, 12),
-        ("rolling-forcing", {}, 21, 15, 0),
+        ("rolling-forcing", {}, 24, 15, 0),
         ("self-forcing", {"local_attn_size": -1}, None, 0, 0),
     ],
 )

@@ -105,7 +105,7 @@ def countable(engine):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_real_session(name):
-    """Operations of three blocks, as torch counts them, decoder and all; then what the session holds.
+    """Operations of four blocks, as torch counts them, decoder and all; then what the session holds.
 
     Pages, cross keys and decoder state to the byte; latents up to the planned bytes.
     """
@@ -113,7 +113,7 @@ def test_a_real_session(name):
     load = replace(tiny(name, **SMALL[name]), decoder=SMALL_VAE, size=size)
     rows = {"prompt_embeds": ROWS.float(), **NEGATIVE.get(name, {})}
     with engine.open(size=size, **rows) as session, sdpa_kernel(SDPBackend.MATH):
-        for block in islice(scheduled_blocks(load.preset), 3):
+        for block in islice(scheduled_blocks(load.preset), 4):
             with FlopCounterMode(display=False) as counter:
                 next(iter(session.stream(1)))
             speed = planner.speed(load, block, TOP)

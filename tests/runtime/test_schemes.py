@@ -15,6 +15,7 @@ from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sampler import Sampler, scheduled_blocks
+from inferix.schemes.page_needs import page_needs
 from inferix.schemes.presets import PRESETS
 from inferix.schemes.timeline import Span, Timeline
 
@@ -354,13 +355,39 @@ def test_a_cut_changes_the_text_and_nothing_else():
 
 
 @torch.no_grad()
+def test_krea_recomputes_its_context_under_the_prompt_of_the_block_before():
+    """The published server by hand: a new prompt's share is 0, 1/3, 2/3, 1, and the context lags a block behind it."""
+    engine = make_engine("krea")
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(2, decode=False))
+        session.prompt(embeds=OTHER)
+        blocks += session.stream(5, decode=False)
+    vae, latents = engine.parts.vae, [block.latents for block in blocks]
+    old, new = (engine.inputs.prompt_rows(None, rows) for rows in (ROWS, OTHER))
+    rows = [old, old, *(old + share * (new - old) for share in (0, 1 / 3, 2 / 3, 1, 1))]
+    for index in range(2, 7):
+        past, span = range(index * 3 - 3, index * 3), Span(index, range(index * 3, index * 3 + 3))
+        pixels = vae.decode(torch.cat(latents[:index]), vae.new_state())
+        context = torch.cat((vae.encode(pixels[-9:][:1], vae.new_state()), latents[index - 1][1:]))
+        cache = FrameCache()
+        cache.run(engine, context, [0.0] * 3, past, {frame: frame - past.start for frame in past}, rows[index - 1])
+        shown = {frame: frame - past.start for frame in range(past.start, span.frames.stop)}
+        assert (latents[index] - cache.denoise(engine, span, shown, rows[index])).abs().max() <= 1e-10
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:  # before the first block there is nothing to blend
+        session.prompt(embeds=OTHER)
+        (first,) = session.stream(1, decode=False)
+    with engine.open(prompt_embeds=OTHER, size=SIZE) as session:
+        assert torch.equal(first.latents, next(iter(session.stream(1, decode=False))).latents)
+
+
+@torch.no_grad()
 def test_a_blend_arrives_after_its_blocks():
     engine = make_engine("krea", blend_blocks=4)
     new, old = engine.inputs.prompt_rows(None, OTHER), engine.inputs.prompt_rows(None, ROWS)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(1))
         session.prompt(embeds=OTHER)
-        for part in (0.25, 0.5, 0.75, 1.0, 1.0):
+        for part in (0.0, 1 / 3, 2 / 3, 1.0, 1.0):
             list(session.stream(1))
             assert (session.current.rows - (old + part * (new - old))).abs().max() <= 1e-12
         assert torch.equal(session.current.rows, new)
@@ -394,13 +421,48 @@ def test_the_rolling_window_equals_the_same_groups_in_dense_calls():
             done = flight.pop(0)
             made.append(done["x"])
             clean.append(done["x"])
-            seen = timeline.visible(done["span"].frames.stop)
+            seen = tuple(range(done["span"].frames.stop))
             clean_rows += [(seen, seen)] * 3
     for got, want in zip(blocks, made, strict=True):
         assert (got.latents - want).abs().max() <= 1e-10
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         parts = [*session.stream(2, decode=False), *session.stream(3, decode=False)]
     assert torch.equal(parts[4].latents, blocks[4].latents)
+
+
+@torch.no_grad()
+def test_a_rolling_commit_sees_the_last_21_frames_without_the_anchor():
+    """The published loop by hand, until it rolls: 24 frames are kept, the anchor (the first three) and the last 21."""
+    engine = make_engine("rolling-forcing")
+    streamed, most = [], 0
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        for block in session.stream(10, decode=False):
+            streamed.append(block.latents)
+            frames = session.current.branches[0].cache.frames
+            most = max(most, len(frames))
+        assert frames == (0, 1, 2, *range(9, 30)) and most == 24 == page_needs(engine.preset).held
+    sampler, cache = Sampler(engine.preset.sampler), FrameCache()
+    noise = [draws(engine, Span(index, range(index * 3, index * 3 + 3))) for index in range(14)]
+    x, steps = [drawn[0] for drawn in noise], [0] * 14
+    for newest in range(14):
+        flight = range(max(0, newest - 4), newest + 1)
+        first, end = flight.start * 3, newest * 3 + 3
+        shown = {frame: frame for frame in range(first, end)}
+        if first:
+            working = range(max(3, first - (21 - len(shown) - 3)), first)
+            anchor = first - len(working) - 3
+            shown = {frame: anchor + frame for frame in range(3)} | {frame: frame for frame in working} | shown
+        levels = [sampler.timesteps[steps[block]] for block in flight for _ in range(3)]
+        told = cache.run(engine, torch.cat([x[block] for block in flight]), levels, range(first, end), shown)
+        for block, part in zip(flight, told.split(3), strict=True):
+            step, drawn = steps[block], noise[block]
+            x[block] = sampler.begin().advance(x[block], part, step, lambda drawn=drawn, step=step: drawn[step + 1])
+            steps[block] += 1
+        if steps[flight.start] == 5:
+            assert (streamed[flight.start] - x[flight.start]).abs().max() <= 1e-9
+            span = range(first, first + 3)
+            seen = {frame: frame for frame in range(max(0, span.stop - 21), span.stop)}
+            cache.run(engine, x[flight.start], [0.0] * 3, span, seen)
 
 
 @torch.no_grad()
@@ -517,6 +579,7 @@ def test_a_video_is_started_from_with_a_strength():
         ("rolling-forcing", {"local_attn_size": 15}, "5 at a time"),
         ("longlive2", {"num_steps": 0}, "num_steps"),
         ("longlive", {"prompt_switch": "re-cache"}, "recache"),
+        ("longlive", {"commit_sees_sink": False}, "commit_sees_sink"),
         ("longlive", {"denoising_step_list_first_chunk": [250, 1000]}, "first_chunk"),
         ("longlive", {"denoising_step_list_first_chunk": [999.5]}, "first_chunk"),
         ("longlive2", {"denoising_step_list_first_chunk": [1000]}, "unipc"),
