@@ -125,7 +125,9 @@ class Engine:
             rows=rows,
             branches=[Branch.new(self.resources, text, size) for text in texts],
             actions=ActionTrack(self.spec.actions, actions),
-            decoder=DecoderTrack(self.manager.decoder, preset.context.rewind_blocks),
+            decoder=DecoderTrack(
+                self.manager.decoder, preset.context.rewind_blocks, preset.context.decoder_zero_start
+            ),
             negative=negative,
             source=source,
             clamped=clamped,
