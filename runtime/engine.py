@@ -168,7 +168,7 @@ class Engine:
         for control in session.controls.pending(BLOCK_CONTROLS):
             refused = None
             if control.kind == "act":
-                state.actions.tell(state.timeline.next_frame, control.value)
+                state.actions.set_from(state.timeline.next_frame, control.value)
             else:
                 try:
                     self._change_prompt(state, *control.value)
