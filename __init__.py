@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import InferixError, UsageError
+from .errors import AtCapacity, CheckpointError, InferixError, SessionEnded, UsageError
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ __all__ = [
     "FORMATS",
     "PRESETS",
     "About",
+    "AtCapacity",
     "Block",
+    "CheckpointError",
     "DegradationStep",
     "Engine",
     "EngineConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "Limits",
     "Preset",
     "Session",
+    "SessionEnded",
     "UsageError",
     "__version__",
     "load",

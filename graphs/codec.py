@@ -1,8 +1,8 @@
 """Lowered programs as plain JSON values and back: what an artefact keeps of a graph.
 
-Ops are stored by name and looked up when read, so a file names what it needs and a missing op is one clear error. What
-is read is checked: it calls only ops that lowering emits, refers to nothing outside its buffers, and has the places
-that the planner gives.
+Ops are stored by name and looked up when read, so a file names what it needs and a missing op is one clear error. A
+program that is read calls only ops that lowering emits, refers to nothing outside its buffers, and has the places that
+the planner gives.
 """
 
 from __future__ import annotations

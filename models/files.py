@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import InferixError, UsageError, quoted
+from ..errors import CheckpointError, UsageError, quoted
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -44,18 +44,18 @@ def check_file(path: Path, kind: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if the file does not exist. Raises InferixError for any other content."""
+    """Read a JSON object; None if the file does not exist. Raises CheckpointError for any other content."""
     if not path.exists():
         return None
     check_file(path, "JSON file")
     if path.stat().st_size > LARGEST_JSON:
-        raise InferixError(f"{path} has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
     try:
         content = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InferixError(f"cannot read {path}: {reason(error)}; download it again") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}; download it again") from error
     if not isinstance(content, dict):
-        raise InferixError(f"{path} holds no JSON object; download it again")
+        raise CheckpointError(f"{path} holds no JSON object; download it again")
     return content
 
 
@@ -118,13 +118,13 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise InferixError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """Map the tensors of one file by name; a training file also has names for dicts of tensors.
 
-    Raises UsageError for a file of another kind, InferixError for a damaged one.
+    Raises UsageError for a file of another kind, CheckpointError for a damaged one.
     """
     kind = file_kind(path)
     try:
@@ -134,14 +134,14 @@ def read_tensors(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
         why = "it holds more than tensors and plain values, which is not loaded, since that can run code"
-        raise InferixError(f"cannot read {path}: {why}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(f"cannot read {path}: {why}; the file is damaged or no checkpoint") from error
     except (
         OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError,
         ArithmeticError, struct.error, SafetensorError,
     ) as error:  # fmt: skip
-        raise InferixError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
     if not isinstance(content, dict):
-        raise InferixError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     check_storage(path, content)
     return content
 
@@ -154,7 +154,7 @@ def file_kind(path: Path) -> str:
             head = file.read(512)
         archive = zipfile.is_zipfile(path)
     except OSError as error:
-        raise InferixError(f"cannot read {path}: {reason(error)}") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
     if head.startswith(LFS_POINTER):
         raise UsageError(f"{quoted(str(path))} is a Git LFS pointer, not the weights; run git lfs pull")
     if head.startswith(b"GGUF"):
@@ -171,37 +171,37 @@ def file_kind(path: Path) -> str:
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         return "safetensors"
     if head == b"":
-        raise InferixError(f"cannot read {path}: it is empty; the file is damaged or no checkpoint")
+        raise CheckpointError(f"cannot read {path}: it is empty; the file is damaged or no checkpoint")
     if not head.startswith(OLD_MAGIC):
         why = (
             "it was cut short" if head.startswith(b"PK")
             else "it was not written by torch.save, and is no safetensors file"
         )  # fmt: skip
-        raise InferixError(f"cannot read {path}: {why}; the file is damaged or no checkpoint")
+        raise CheckpointError(f"cannot read {path}: {why}; the file is damaged or no checkpoint")
     return "pickle"
 
 
 def check_archive(path: Path) -> None:
-    """Raise InferixError for an archive with compressed members; torch.save writes none, and they may be huge."""
+    """Raise CheckpointError for an archive with compressed members; torch.save writes none, and they may be huge."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise InferixError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
     if packed:
-        raise InferixError(f"{path} is a compressed archive ({quoted(packed[0])}), not one of torch.save; unpack it")
+        raise CheckpointError(f"{path} is a compressed archive ({quoted(packed[0])}), not one of torch.save; unpack it")
 
 
 def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
-    """Raise InferixError for tensors with more values than their file stores, such as expanded ones."""
+    """Raise CheckpointError for tensors with more values than their file stores, such as expanded ones."""
     claimed, storages = 0, {}
     for name, tensor in all_tensors(content):
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = f"{tensor.layout}, {tensor.dtype}, {tensor.device}"
-            raise InferixError(f"{path}: {quoted(name)} is no plain tensor ({kind}); save it as one")
+            raise CheckpointError(f"{path}: {quoted(name)} is no plain tensor ({kind}); save it as one")
         storage = tensor.untyped_storage()
         if tensor.numel() * tensor.itemsize > storage.nbytes():
-            raise InferixError(
+            raise CheckpointError(
                 f"{path}: {quoted(name)} is {list(tensor.shape)} over {storage.nbytes()} bytes, so it repeats values; "
                 "save it contiguous"
             )
@@ -209,7 +209,7 @@ def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
         storages[storage.data_ptr()] = storage.nbytes()
     stored = sum(storages.values())
     if claimed > MOST_SHARING * stored:
-        raise InferixError(f"{path}: its tensors claim {claimed} bytes and have {stored}; save each by itself")
+        raise CheckpointError(f"{path}: its tensors claim {claimed} bytes and have {stored}; save each by itself")
 
 
 def all_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -234,7 +234,7 @@ def fill(
 ) -> Model:
     """Load tensors into a meta-device module, one at a time, each through `change`.
 
-    Raises InferixError that lists every missing, unexpected or mis-shaped tensor, or names one that is not finite.
+    Raises CheckpointError that lists every missing, unexpected or mis-shaped tensor, or names one that is not finite.
     """
     expected = module.state_dict()
     wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in expected.items() if name not in tensors]
@@ -246,7 +246,7 @@ def fill(
     ]
     if wrong:
         more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise InferixError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
     state = {
         name: finite(source, name, change(name, tensors[name]).to(device=device, dtype=dtype)) for name in expected
     }
@@ -255,8 +255,8 @@ def fill(
 
 
 def finite(source: object, name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor. Raises InferixError if a value is infinite or NaN."""
+    """Return the tensor. Raises CheckpointError if a value is infinite or NaN."""
     if not tensor.isfinite().all():
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise InferixError(f"{source}: {name} is not finite in {kind}; the file is damaged, or take another dtype")
+        raise CheckpointError(f"{source}: {name} is not finite in {kind}; the file is damaged, or take another dtype")
     return tensor

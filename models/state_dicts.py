@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InferixError, UsageError, quoted
+from ..errors import CheckpointError, UsageError, quoted
 from .files import check_file, read_json, read_tensors
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -83,7 +83,7 @@ def state_dicts(path: object, content: Mapping[Any, Any], more: Iterable[str] = 
             elif isinstance(value, dict) and (key in containers or key in WRAPPERS or AVERAGE.search(key)):
                 dicts += 1
                 if dicts > MOST_DICTS:
-                    raise InferixError(f"{path} holds more than {MOST_DICTS} state dicts; expected a model's")
+                    raise CheckpointError(f"{path} holds more than {MOST_DICTS} state dicts; expected a model's")
                 left.append(((*keys, key) if key not in WRAPPERS else keys, value))
     return groups
 
@@ -217,7 +217,7 @@ def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
 
 
 def complete_shards(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
-    """Sort shards. Raises UsageError for shards of several checkpoints, InferixError if one is missing."""
+    """Sort shards. Raises UsageError for shards of several checkpoints, CheckpointError if one is missing."""
     numbers = {path: SHARD.search(path.name) for path in shards}
     counts = {shard[2] for shard in numbers.values() if shard}
     starts = {path.name[: shard.start()] for path, shard in numbers.items() if shard}
@@ -227,36 +227,37 @@ def complete_shards(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
     missing = sorted(set(range(1, total + 1)) - {int(shard[1]) for shard in numbers.values() if shard})
     if missing or len(shards) != total:
         some = ", ".join(f"{number:05}-of-{total:05}" for number in missing[:8])
-        raise InferixError(f"{folder} lacks shards {some or 'of ' + str(total)}; the download is not complete")
+        raise CheckpointError(f"{folder} lacks shards {some or 'of ' + str(total)}; the download is not complete")
     return tuple(shards)
 
 
 def indexed_files(index: Path) -> WeightFiles:
-    """Read an index. Raises InferixError if it names no files, files outside its folder, or missing files."""
+    """Read an index. Raises CheckpointError if it names no files, files outside its folder, or missing files."""
     names = (read_json(index) or {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise InferixError(f"{index} maps no tensors to files (weight_map is {quoted(names)}); download it again")
+        raise CheckpointError(f"{index} maps no tensors to files (weight_map is {quoted(names)}); download it again")
     files = sorted(set(names.values()))
     for file in files:
         if Path(file).name != file or "\0" in file:
-            raise InferixError(f"{index} names the file {quoted(file)}; expected one in its own folder")
+            raise CheckpointError(f"{index} names the file {quoted(file)}; expected one in its own folder")
     if missing := [file for file in files if not (index.parent / file).exists()]:
-        raise InferixError(f"{index.parent} lacks shards {', '.join(missing[:8])[:400]}; the download is not complete")
+        names_missing = ", ".join(missing[:8])[:400]
+        raise CheckpointError(f"{index.parent} lacks shards {names_missing}; the download is not complete")
     return WeightFiles(tuple(index.parent / file for file in files), names)
 
 
 def read_weight_files(source: WeightFiles) -> dict[str, Any]:
-    """Join the content of all files in one dict. Raises InferixError where files and index disagree."""
+    """Join the content of all files in one dict. Raises CheckpointError where files and index disagree."""
     content: dict[str, Any] = {}
     for file in source.files:
         check_file(file, "checkpoint")
         part = read_tensors(file)
         for name, value in part.items():
             if name in content:
-                raise InferixError(f"{quoted(name)} stands in {file.name} and in another shard; download them again")
+                raise CheckpointError(f"{quoted(name)} stands in {file.name} and in another shard; download them again")
             if source.index is not None and source.index.get(name) != file.name:
-                raise InferixError(f"{file} holds {quoted(name)}, which its index does not list; fetch both again")
+                raise CheckpointError(f"{file} holds {quoted(name)}, which its index does not list; fetch both again")
             content[name] = value
     if source.index is not None and (missing := [name for name in source.index if name not in content]):
-        raise InferixError(f"the index names {quoted(missing[0])}, which no shard holds; download the shards again")
+        raise CheckpointError(f"the index names {quoted(missing[0])}, which no shard holds; download the shards again")
     return content

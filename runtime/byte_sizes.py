@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_bytes(given: int | str) -> int:
     """Parse bytes from 6000000000, "6GB" or "5.5 GiB"; UsageError for other text, or a number that is not above 0."""
-    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", str(given).strip())
+    written = str(given).strip() if isinstance(given, Integral | str) else ""
+    match = re.fullmatch(r"([0-9.]{1,30})\s*([A-Za-z]*)", written)
     if isinstance(given, bool) or match is None or match[2].upper() not in UNITS or match[1].count(".") > 1:
-        raise UsageError(f"memory is {given!r}; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+        raise UsageError(f"memory is {quoted(given)}; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
     count = int(float(match[1]) * UNITS[match[2].upper()]) if match[1] != "." else 0
     if count < 1:
         raise UsageError(f"memory is {given!r}; expected more than 0 bytes")

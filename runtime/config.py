@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from ..errors import UsageError, nearest, quoted
 from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.wan.checkpoint import FORMATS
 from ..models.wan.transformer import PRECISIONS
+from .arguments import flag, number, path_text, text
 from .byte_sizes import parse_bytes
 from .kv.page_store import KV_DTYPES
 
@@ -119,30 +118,6 @@ class EngineConfig:
     def precision_map(self) -> PrecisionMap | None:
         """Which linear layers run in low precision, and in which."""
         return None if self.lowp is None else PrecisionMap(self.lowp, self.lowp_layers, self.lowp_keep)
-
-
-def text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"{key} is {quoted(value)}; expected text")
-    return value
-
-
-def path_text(key: str, value: Any) -> str:
-    if not isinstance(value, str | Path) or not str(value):
-        raise UsageError(f"{key} is {quoted(value)}; expected a path")
-    return str(value)
-
-
-def flag(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UsageError(f"{key} is {quoted(value)}; expected True or False")
-    return value
-
-
-def number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise UsageError(f"{key} is {quoted(value)}; expected a finite number")
-    return float(value)
 
 
 def byte_count(key: str, value: Any) -> int:

@@ -16,11 +16,30 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import AtCapacity, UsageError, quoted
 from ..models.wan.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline
+from .arguments import (
+    Check,
+    above_zero,
+    callback,
+    checked,
+    choice,
+    embeddings,
+    flag,
+    instance,
+    integer,
+    names,
+    noise_source,
+    number,
+    optional,
+    path,
+    pixels,
+    text,
+)
+from .arguments import size as picture_size
 from .block_loop import BlockLoop
 from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
@@ -30,12 +49,14 @@ from .execution.lora_adapter import Adapter
 from .inputs import Inputs, Pixels
 from .kv.kv_manager import KVManager
 from .limits import Limits
-from .noise import Noise, PhiloxNoise
+from .media_input import FITS
+from .noise import SEED, Noise, PhiloxNoise
 from .programs.graph_store import card_of
 from .resources import make_resources
 from .sampler import Sampler
 from .sessions.batch_profile import BatchProfile, read_profiles
 from .sessions.control_queue import BLOCK_CONTROLS
+from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, run_lockstep
 from .sessions.session import Session
 from .sessions.session_manager import SessionManager
@@ -43,6 +64,18 @@ from .sessions.session_state import Branch, SessionState
 from .telemetry.profile import Profile, measure_ceilings
 
 T = TypeVar("T")
+
+OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
+    "seed": SEED,
+    "size": picture_size,
+    "actions": names,
+    "fit": choice(FITS),
+    "strength": optional(above_zero(most=1)),
+    "noise": optional(noise_source),
+    **dict.fromkeys(("prompt", "negative_prompt"), optional(text)),
+    **dict.fromkeys(("prompt_embeds", "negative_embeds"), optional(embeddings)),
+    **dict.fromkeys(("image", "video"), optional(pixels)),
+}
 
 
 class Engine:
@@ -101,7 +134,37 @@ class Engine:
         `fit` (crop, pad, stretch) brings files of other proportions to `size`; a video file is sampled at the model's
         rate. Raises UsageError for input that cannot be used.
         """
-        size, preset, inputs = size or self.default_size, self.preset, self.inputs
+        given = checked(OPENING, {
+            "prompt": prompt, "prompt_embeds": prompt_embeds, "seed": seed, "image": image, "video": video,
+            "strength": strength, "negative_prompt": negative_prompt, "negative_embeds": negative_embeds,
+            "noise": noise, "size": self.default_size if size is None else size, "actions": actions, "fit": fit,
+        })  # fmt: skip
+        self.manager.check_owner("open()")
+        try:
+            with shortages_named():
+                return self._open(**given)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            width, height = given["size"]
+            reason = quoted(" ".join(str(error).split()))
+            raise AtCapacity(f"no memory for a session of {width}x{height}: {reason}; give a smaller size") from error
+
+    def _open(
+        self,
+        prompt: str | None,
+        prompt_embeds: Tensor | Path | None,
+        seed: int,
+        image: Pixels | Path | None,
+        video: Pixels | Path | None,
+        strength: float | None,
+        negative_prompt: str | None,
+        negative_embeds: Tensor | Path | None,
+        noise: Noise | None,
+        size: tuple[int, int],
+        actions: Sequence[str],
+        fit: str,
+    ) -> Session:
+        preset, inputs = self.preset, self.inputs
+        self.spec.latent_size(size)
         if strength is not None and video is None:
             raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:
@@ -123,7 +186,7 @@ class Engine:
             sampler=sampler,
             noise=noise if noise is not None else PhiloxNoise(seed, str(self.device)),
             rows=rows,
-            branches=[Branch.new(self.resources, text, size) for text in texts],
+            branches=Branch.new_each(self.resources, texts, size),
             actions=ActionTrack(self.spec.actions, actions),
             decoder=DecoderTrack(
                 self.manager.decoder, preset.context.rewind_blocks, preset.context.decoder_zero_start
@@ -188,7 +251,7 @@ class Engine:
 
         Streams are read in other threads meanwhile. With `keep`, run until `halt()`, for sessions still to be opened.
         """
-        self.manager.run(keep)
+        self.manager.run(flag("keep", keep))
 
     def halt(self) -> None:
         """Have `run` return after the current block, or at once if it has not begun yet; free to any thread."""
@@ -200,7 +263,7 @@ class Engine:
         What it raises is the future's, which is always answered: calls that a `run` leaves are made at its end, later
         ones end in SessionEnded until a thread is given the engine.
         """
-        return self.manager.thread.call_soon(call)
+        return self.manager.thread.call_soon(callback("call", call))
 
     def hand_over(self) -> None:
         """Release the engine to the next thread that calls it."""
@@ -216,6 +279,7 @@ class Engine:
         is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model, or of
         which only a part fits, unless `partial`.
         """
+        lora, scale, partial = optional(path)("lora", lora), number("scale", scale), flag("partial", partial)
         self.manager.check_owner("use_lora()")
         if lora is None:
             self.adapter.remove()
@@ -246,7 +310,7 @@ class Engine:
 
         An error that it raises becomes a warning. It may use `soon`, and no call that belongs between two blocks.
         """
-        self.manager.observers.append(observer)
+        self.manager.observers.append(callback("observer", observer))
 
     def start_profile(self) -> Profile:
         """Time every pass from now on; returns the profile that collects them. UsageError for executor eager."""
@@ -272,7 +336,7 @@ class Engine:
 
     def follow_times(self, size: tuple[int, int], times: BatchProfile) -> None:
         """Batch blocks of sessions of `size` (width, height) where these measured times favour it."""
-        self.manager.scheduler.batch_profiles[size] = times
+        self.manager.scheduler.batch_profiles[picture_size("size", size)] = instance(BatchProfile)("times", times)
 
     @property
     def timed_on(self) -> dict[str, Any]:
@@ -329,12 +393,12 @@ class Engine:
 
     def blocks_for(self, seconds: float) -> int:
         """How many blocks make at least that many seconds of video from the start."""
-        if not 0 < seconds < float("inf"):
-            raise UsageError(f"seconds is {seconds}; expected a number above 0")
+        seconds = above_zero()("seconds", seconds)
         return self.blocks_for_frames(-(-(round(seconds * self.fps) - 1) // self.spec.vae_stride[0]) + 1)
 
     def blocks_for_frames(self, latent_frames: int) -> int:
         """How many blocks make at least that many latent frames from the start."""
+        latent_frames = integer()("latent_frames", latent_frames)
         blocks = frames = 0
         while frames < latent_frames:
             frames += self.preset.block_size(frames)

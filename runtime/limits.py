@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import UsageError, nearest
+from .arguments import above_zero, checked, choice, expected, flag, instance, integer, optional
 
 SCHEDULES = ("round-robin", "earliest-deadline")
 WHEN_FULL = ("refuse", "queue")
@@ -23,11 +24,10 @@ class DegradationStep:
     value: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in DEGRADATION_KINDS:
-            hint = nearest(str(self.kind), DEGRADATION_KINDS)
-            raise UsageError(f"kind is {self.kind!r}{hint}; expected {', '.join(DEGRADATION_KINDS)}")
+        choice(DEGRADATION_KINDS)("kind", self.kind)
+        object.__setattr__(self, "value", integer(0)("value", self.value))
         if self.kind != "decoder" and self.value < 1:
-            raise UsageError(f"value is {self.value}; expected 1 or more for a step of kind {self.kind!r}")
+            raise expected("value", self.value, f"1 or more for a step of kind {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,23 @@ class Limits:
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        for key, known in (("schedule", SCHEDULES), ("when_full", WHEN_FULL)):
-            value = getattr(self, key)
-            if value not in known:
-                raise UsageError(f"{key} is {value!r}{nearest(str(value), known)}; expected {', '.join(known)}")
-        for key in ("sessions", "memory_bytes", "late_blocks", "queue_blocks", "batch"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UsageError(f"{key} is {value}; expected 1 or more")
-        if self.consumer_timeout is not None and not self.consumer_timeout > 0:
-            raise UsageError(f"consumer_timeout is {self.consumer_timeout}; expected seconds above 0")
+        """UsageError for a value of a wrong type or one that cannot be."""
+        for name, value in checked(CHECKS, vars(self)).items():
+            object.__setattr__(self, name, value)
+
+
+def steps(name: str, value: Any) -> tuple[DegradationStep, ...]:
+    if not isinstance(value, list | tuple):
+        raise expected(name, value, "DegradationStep objects in a list")
+    return tuple(instance(DegradationStep)(f"{name}[{index}]", step) for index, step in enumerate(value))
+
+
+CHECKS = {
+    "schedule": choice(SCHEDULES),
+    "when_full": choice(WHEN_FULL),
+    "realtime": flag,
+    "overload": steps,
+    "consumer_timeout": optional(above_zero("seconds")),
+    **dict.fromkeys(("late_blocks", "queue_blocks"), integer(1)),
+    **dict.fromkeys(("sessions", "memory_bytes", "batch"), optional(integer(1))),
+}

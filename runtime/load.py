@@ -11,6 +11,8 @@ from ..models.hub import locate
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
 from ..schemes.presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
+from .arguments import flag, instance, optional, path_text, text
+from .arguments import size as picture_size
 from .capacity.memory_check import MemoryCheck
 from .config import SETTINGS, EngineConfig
 from .engine import Engine
@@ -48,6 +50,10 @@ def load(
     Raises UsageError for unknown names, bad values and too little memory, InferixError for broken files and for files
     that cannot be downloaded.
     """
+    instance(Limits)("limits", limits)
+    model, preset = optional(path_text)("model", model), optional(text)("preset", preset)
+    size, force = optional(picture_size)("size", size), flag("force", force)
+    offline, text_prompts = flag("offline", offline), flag("text_prompts", text_prompts)
     for key in settings:
         if key not in FIELDS and key not in SETTINGS:
             raise no_setting(key, {*FIELDS, *SETTINGS, *ABOUT_LOADING})

@@ -11,8 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..kernels.philox import philox_normals
+from .arguments import integer
+
+SEED = integer(0, (1 << 64) - 1)
 
 
 class Noise(Protocol):
@@ -28,8 +31,7 @@ class PhiloxNoise:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
-            raise UsageError(f"seed is {self.seed!r}; expected a whole number of 0 to 2^64 - 1")
+        object.__setattr__(self, "seed", SEED("seed", self.seed))
 
     def draw(self, block: int, frames: range, draw: int, shape: tuple[int, int, int]) -> Tensor:
         return philox_normals(self.seed, frames, draw, shape, device=self.device)
@@ -47,6 +49,16 @@ class InjectedNoise:
     initial: Tensor
     renoise: Tensor | None = None
     first: int = 0
+
+    def __post_init__(self) -> None:
+        for name, dims in (("initial", 4), ("renoise", 6)):
+            value = getattr(self, name)
+            if name == "renoise" and value is None:
+                continue
+            if not isinstance(value, Tensor) or value.ndim != dims or not value.is_floating_point():
+                given = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else quoted(value)
+                raise UsageError(f"{name} is {given}; expected a tensor of floats with {dims} dimensions")
+        object.__setattr__(self, "first", integer(0)("first", self.first))
 
     def draw(self, block: int, frames: range, draw: int, shape: tuple[int, int, int]) -> Tensor:
         count = len(frames)

@@ -7,11 +7,13 @@ papers and repositories named in each entry; `about` is what `inferix generate -
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, quoted
 from .context import ContextPolicy
 from .sampler_spec import SamplerSpec
 
@@ -227,9 +229,17 @@ def no_setting(key: str, known: Collection[str]) -> UsageError:
     return UsageError(f"no setting {key!r}{nearest(key, known)}; there are {', '.join(sorted(known))}")
 
 
+LARGEST: Any = sys.float_info.max
+
+
+def is_number(value: object) -> bool:
+    """True for a finite number, of Python or numpy, but not for True and False."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)
+
+
 def _checked(key: str, value: Any, kind: str) -> Any:
     """`value` as the field's declared type; a fraction for a count or a word for a number is refused."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = is_number(value)
     if kind == "bool" and isinstance(value, bool):
         return value
     if kind == "int" and number and value == int(value):
@@ -238,8 +248,7 @@ def _checked(key: str, value: Any, kind: str) -> Any:
         return float(value)
     if kind == "str" and isinstance(value, str):
         return value
-    numbers = (int, float)
-    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(type(item) in numbers for item in value):
+    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(map(is_number, value)):
         return tuple(float(item) for item in value)
     expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
-    raise UsageError(f"{key} is {value!r}; expected {expected.get(kind, 'a list of numbers')}")
+    raise UsageError(f"{key} is {quoted(value)}; expected {expected.get(kind, 'a list of numbers')}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import InferixError, UsageError, quoted
+from ...errors import CheckpointError, UsageError, quoted
 from ..files import check_file, finite, read_json, reason
 from ..state_dicts import (
     WeightFiles,
@@ -84,7 +84,7 @@ def find_encoder(place: Path) -> Path | None:
 
 
 def load_text(paths: tuple[Path, Path], text_len: int, dtype: torch.dtype, device: Any) -> TextEncoder:
-    """Load the encoder and tokenizer at `paths`. Raises UsageError for other files, InferixError for broken ones."""
+    """Load the encoder and tokenizer at `paths`. Raises UsageError for other files, CheckpointError for broken ones."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     encoder, tokenizer = paths
@@ -165,7 +165,7 @@ def to_original(name: str) -> str:
 
 
 def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the sizes of an encoder from its tensors' shapes. Raises InferixError if they do not show them all."""
+    """Read the sizes of an encoder from its tensors' shapes. Raises CheckpointError if they do not show them all."""
     block = "encoder.block.0.layer"
     try:
         vocabulary, dim = state["shared.weight"].shape
@@ -173,12 +173,12 @@ def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
         inner = state[f"{block}.0.SelfAttention.q.weight"].shape[0]
         ffn = state[f"{block}.1.DenseReluDense.wi_1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise InferixError(f"{path} is no UMT5 encoder: its sizes are not in it ({error})") from error
+        raise CheckpointError(f"{path} is no UMT5 encoder: its sizes are not in it ({error})") from error
     layers = {layer[1] for name in state if (layer := re.match(r"encoder\.block\.(\d+)\.", name))}
     if missing := [number for number in range(len(layers)) if str(number) not in layers]:
-        raise InferixError(f"{path} has {len(layers)} layers, but none called {missing[0]}; the file is not complete")
+        raise CheckpointError(f"{path} has {len(layers)} layers, but none called {missing[0]}; it is not complete")
     if 0 in (vocabulary, dim, buckets, heads, inner, ffn) or inner % heads:
-        raise InferixError(f"{path} is no UMT5 encoder: {inner} wide attention of {heads} heads")
+        raise CheckpointError(f"{path} is no UMT5 encoder: {inner} wide attention of {heads} heads")
     return {
         "vocab_size": vocabulary, "d_model": dim, "d_kv": inner // heads, "d_ff": ffn, "num_layers": len(layers),
         "num_heads": heads, "relative_attention_num_buckets": buckets,
@@ -186,7 +186,7 @@ def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Raise InferixError for a config of another kind of model, or one that contradicts the tensors."""
+    """Raise CheckpointError for a config of another kind of model, or one that contradicts the tensors."""
     expected = {"model_type": "umt5", **sizes, **CONSTANTS}
     wrong = [
         f"{key} is {quoted(config[key])}, expected {expected[key]}"
@@ -194,7 +194,7 @@ def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any]
         if key in config and config[key] != expected[key]
     ]
     if wrong:
-        raise InferixError(f"config.json in {path} is not of its weights: {'; '.join(wrong)}; fetch both again")
+        raise CheckpointError(f"config.json in {path} is not of its weights: {'; '.join(wrong)}; fetch both again")
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -214,12 +214,12 @@ def read_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise InferixError(f"cannot read the tokenizer in {path}: {reason(error)}; fetch it again") from error
+        raise CheckpointError(f"cannot read the tokenizer in {path}: {reason(error)}; fetch it again") from error
 
 
 def refuse_misfits(path: Path, **misfits: Iterable[str]) -> None:
-    """Raise InferixError that names the missing, unexpected and misshaped tensors, if there are any."""
+    """Raise CheckpointError that names the missing, unexpected and misshaped tensors, if there are any."""
     listed = {kind: sorted(names) for kind, names in misfits.items()}
     problems = "; ".join(f"{kind}: {', '.join(names[:12])[:1000]}" for kind, names in listed.items() if names)
     if problems:
-        raise InferixError(f"{path} does not fit a UMT5 encoder ({problems}); use the one of a Wan model")
+        raise CheckpointError(f"{path} does not fit a UMT5 encoder ({problems}); use the one of a Wan model")

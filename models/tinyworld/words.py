@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import InferixError, UsageError, quoted
+from ...errors import CheckpointError, UsageError, quoted
 from ..files import fill, read_tensors
 from ..text.umt5 import clean_prompt
 from .world import BIOMES, COLOURS, HEROES, LIGHTS
@@ -46,7 +46,7 @@ class WordEncoder(nn.Module):
         tensors = read_tensors(path)
         rows = tensors.get("rows.weight")
         if not isinstance(rows, Tensor) or rows.ndim != 2:
-            raise InferixError(f"{path} is no word encoder: it has no rows.weight; reinstall inferix")
+            raise CheckpointError(f"{path} is no word encoder: it has no rows.weight; reinstall inferix")
         with torch.device("meta"):
             module = cls(rows.shape[1], text_len)
         return fill(module, tensors, dtype, device, path)

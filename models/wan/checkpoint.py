@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError, nearest, quoted
+from ...errors import CheckpointError, UsageError, nearest, quoted
 from ..files import check_file, fill, read_json, read_tensors
 from ..state_dicts import (
     EXPERTS,
@@ -97,7 +97,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = True) -> Checkpoint:
-    """Map a checkpoint file or folder. Raises UsageError if it is no transformer, InferixError for a broken file."""
+    """Map a checkpoint file or folder. Raises UsageError if it is no transformer, CheckpointError for a broken file."""
     path = Path(path)
     if form is not None and form not in FORMATS:
         raise UsageError(f"no checkpoint format {form!r}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
@@ -247,7 +247,7 @@ def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str
 def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> ModelSpec:
     """Read sizes from shapes and heads from the config; a known model's spec if the sizes are its.
 
-    Raises InferixError if tensors that show a size are missing, UsageError if the config contradicts the shapes.
+    Raises CheckpointError if tensors that show a size are missing, UsageError if the config contradicts the shapes.
     """
     try:
         patch = tensors["patch_embedding.weight"]
@@ -267,9 +267,9 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
         action = tensors.get("action_embedding.linear_1.weight")
         action_dim = None if action is None else action.shape[1]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise InferixError(f"{path} is no complete Wan transformer: no {error} in it") from error
+        raise CheckpointError(f"{path} is no complete Wan transformer: no {error} in it") from error
     if 0 in (*sizes.values(), freq_dim):
-        raise InferixError(f"{path} is no Wan transformer: a size is 0 ({sizes})")
+        raise CheckpointError(f"{path} is no Wan transformer: a size is 0 ({sizes})")
     placed = "position_embedding" in tensors
     facts = sizes | {"freq_dim": freq_dim, "patch": (patch.shape[3], patch.shape[4]), "image_dim": image_dim}
     known = [
@@ -293,12 +293,12 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
 
 
 def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Count the layers. Raises InferixError for a gap in their numbers, before any layer is allocated."""
+    """Count the layers. Raises CheckpointError for a gap in their numbers, before any layer is allocated."""
     layers = {layer[1] for name in tensors if (layer := re.match(r"blocks\.(\d+)\.", name))}
     for number in range(len(layers)):
         if str(number) not in layers:
             some = ", ".join(sorted(layers, key=len)[-3:])[:200]
-            raise InferixError(
+            raise CheckpointError(
                 f"{path} has {len(layers)} layers, but none called blocks.{number} (it has {some}); "
                 "the file is not complete"
             )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError, quoted
+from ...errors import CheckpointError, UsageError, quoted
 from ..files import check_file, parse_json, read_json, read_metadata, read_tensors, reason
 from ..state_dicts import FLOATS, SCALES, WEIGHTS, bare_name, refuse_two_experts, state_dicts
 from .names import is_parameter, our_module
@@ -125,7 +125,7 @@ class Strength:
 
 
 def read_lora(path: str | Path) -> Lora:
-    """Read the adapter in a file or folder. Raises UsageError if it is no LoRA, InferixError for a broken file."""
+    """Read the adapter in a file or folder. Raises UsageError if it is no LoRA, CheckpointError for a broken file."""
     source = Path(path)
     path = lora_file(source)
     tensors = adapter_tensors(path, read_tensors(path))
@@ -234,15 +234,15 @@ def module_and_kind(part: re.Match[str]) -> tuple[str, str]:
 
 
 def check_values(path: Path, name: str, tensor: Tensor, kind: str) -> None:
-    """Raise UsageError for a quantised tensor, InferixError for values that are not finite."""
+    """Raise UsageError for a quantised tensor, CheckpointError for values that are not finite."""
     if kind == "alpha":
         if tensor.numel() != 1 or tensor.is_complex():
-            raise InferixError(f"{path}: {quoted(name)} has {tensor.numel()} values; expected one number")
+            raise CheckpointError(f"{path}: {quoted(name)} has {tensor.numel()} values; expected one number")
     elif tensor.dtype not in FLOATS or SCALES.search(name):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UsageError(f"{path} has {quoted(name)} in {dtype}; this version reads no quantised adapters")
     if not tensor.isfinite().all():
-        raise InferixError(f"{path}: {quoted(name)} is not finite; the adapter is damaged")
+        raise CheckpointError(f"{path}: {quoted(name)} is not finite; the adapter is damaged")
 
 
 def module_updates(
@@ -254,12 +254,12 @@ def module_updates(
         down, up = halves.get("down"), halves.get("up")
         if down is None or up is None or not fits_together(down, up):
             shapes = [list(half.shape) for half in (down, up) if half is not None]
-            raise InferixError(
+            raise CheckpointError(
                 f"{path}: {quoted(name)} has no matching pair of LoRA matrices ({shapes}); the file is not complete"
             )
         yield weight, LowRank(down, up, scale)
     elif "alpha" in halves or "bias" in halves:
-        raise InferixError(f"{path}: {quoted(name)} has no LoRA matrices; the file is not complete")
+        raise CheckpointError(f"{path}: {quoted(name)} has no LoRA matrices; the file is not complete")
     if "bias" in halves:
         yield f"{module}.bias", Difference(halves["bias"], scale)
     if "diff" in halves:
@@ -324,9 +324,9 @@ def metadata_strength(path: Path, metadata: Mapping[str, str]) -> Strength | Non
     try:
         content = parse_json(metadata[METADATA])
     except (ValueError, RecursionError) as error:
-        raise InferixError(f"{path}: {METADATA} is no JSON: {reason(error)}; save the adapter again") from error
+        raise CheckpointError(f"{path}: {METADATA} is no JSON: {reason(error)}; save the adapter again") from error
     if not isinstance(content, dict):
-        raise InferixError(f"{path}: {METADATA} is {quoted(content)}; expected an object")
+        raise CheckpointError(f"{path}: {METADATA} is {quoted(content)}; expected an object")
     if any(key.startswith("transformer_2.") for key in content):
         refuse_two_experts(path, "transformer_2")
     prefix = "transformer."
@@ -335,11 +335,11 @@ def metadata_strength(path: Path, metadata: Mapping[str, str]) -> Strength | Non
 
 
 def number(where: str, text: str) -> Any:
-    """Parse a number in a header. Raises InferixError for other text."""
+    """Parse a number in a header. Raises CheckpointError for other text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InferixError(f"{where} is {quoted(text)}; expected a number") from error
+        raise CheckpointError(f"{where} is {quoted(text)}; expected a number") from error
 
 
 def config_strength(path: Path) -> Strength | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError, quoted
+from ...errors import CheckpointError, UsageError, quoted
 from ..files import fill, read_json, read_tensors
 from ..state_dicts import choose_state_dict, find_weight_files
 from .taehv import TinyDecoder, tiny_spec_from_shapes
@@ -71,7 +71,7 @@ def vae_file(spec: VaeSpec) -> str:
 
 
 def load_decoder(path: Path, dtype: torch.dtype, device: Any) -> Decoder:
-    """Load a Wan VAE or a TAEHV decoder, by the content of the file. Raises InferixError if it is neither."""
+    """Load a Wan VAE or a TAEHV decoder, by the content of the file. Raises CheckpointError if it is neither."""
     kind = "Wan VAE or TAEHV decoder"
     _, tensors = choose_state_dict(path, read_tensors(path), kind, lambda part: is_vae(part) or is_tiny(part))
     return load_tiny_decoder(path, dtype, device) if is_tiny(tensors) else load_vae(path, dtype, device)
@@ -94,7 +94,7 @@ def load_tiny_decoder(path: Path, dtype: torch.dtype, device: Any) -> TinyDecode
     try:
         spec = tiny_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise InferixError(f"{path} is no TAEHV decoder: its sizes are not in it ({error})") from error
+        raise CheckpointError(f"{path} is no TAEHV decoder: its sizes are not in it ({error})") from error
     with torch.device("meta"):
         module = TinyDecoder(spec)
     return fill(module, tensors, dtype, device, path)
@@ -107,10 +107,10 @@ def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> CausalVae:
     try:
         spec = vae_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise InferixError(f"{path} is no Wan VAE: tensors that show its sizes are missing ({error})") from error
+        raise CheckpointError(f"{path} is no Wan VAE: tensors that show its sizes are missing ({error})") from error
     sizes = (spec.z_dim, spec.base_channels, spec.decoder_channels, spec.num_res_blocks, spec.patch, *spec.multipliers)
     if min(sizes) < 1 or len(spec.temporal_down) != len(spec.multipliers) - 1:
-        raise InferixError(f"{path} is no Wan VAE: {len(spec.multipliers)} levels of sizes {sizes}")
+        raise CheckpointError(f"{path} is no Wan VAE: {len(spec.multipliers)} levels of sizes {sizes}")
     spec = with_statistics(path, spec)
     if "conv2.weight" in tensors:
         with torch.device("meta"):

@@ -116,7 +116,7 @@ class EngineThread:
         The future ends in the result or in the error, an InferixError where no thread drives the engine any more.
         """
         done: Future[T] = Future()
-        if self.owner is threading.current_thread() and not self.callbacks:
+        if self.owner is threading.current_thread() and not self.callbacks and self.unusable is None:
             answer(call, done)
             return done
         with self.condition:

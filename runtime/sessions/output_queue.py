@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +43,27 @@ class OutputQueue:
         self.ready: deque[Block] = deque()
         self.unfinished = 0  # begun, not ready
         self.touched = time.perf_counter()  # when a reader last took a block, or there was none to take
+        self.readers: list[Callable[[], object]] = []
 
     def __len__(self) -> int:
         return len(self.ready) + self.unfinished
+
+    @contextmanager
+    def waking(self, wake: Callable[[], object]) -> Iterator[None]:
+        """Call `wake`, from any thread, when a reader of this session has something to look at. It must not wait."""
+        with self.condition:
+            self.readers.append(wake)
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.readers.remove(wake)
+
+    def wake_readers(self) -> None:
+        """Wake the readers of this session, and no others."""
+        with self.condition:
+            for wake in self.readers:
+                wake()
 
     @property
     def full(self) -> bool:
@@ -59,6 +79,7 @@ class OutputQueue:
         with self.condition:
             self.unfinished -= 1
             self.condition.signal()
+            self.wake_readers()
 
     def put(self, block: Block) -> None:
         """Add the oldest unfinished block, now finished."""
@@ -68,6 +89,7 @@ class OutputQueue:
             self.unfinished -= 1
             self.ready.append(block)
             self.condition.signal()
+            self.wake_readers()
 
     def take(self) -> Block | None:
         """The next block, if it is ready."""
@@ -82,7 +104,7 @@ class OutputQueue:
         """Return a block that was taken and did not reach its reader."""
         with self.condition:
             self.ready.appendleft(block)
-            self.condition.signal()
+            self.wake_readers()
 
     def drop_from(self, index: int) -> int:
         """Drop finished blocks from `index` on; returns their number."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def boolean(field: str, value: Any) -> bool:
 def ascending(field: str, value: Any, stop: int) -> list[int]:
     """Whole numbers below `stop`, each larger than the one before."""
     numbers = [integer(field, number, 0, stop - 1) for number in list_of(field, value)]
-    if any(later <= earlier for earlier, later in zip(numbers, numbers[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(numbers)):
         raise invalid(field, value, "numbers in ascending order, each once")
     return numbers
 

@@ -6,8 +6,11 @@ else belongs to the thread that drives the engine.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +22,8 @@ from torch import Tensor
 from ...errors import AtCapacity, SessionEnded, UsageError
 from ...models.text.umt5 import load_prompt_embeds
 from ...schemes.actions import check_action
+from .. import arguments
+from ..arguments import embeddings, flag, integer, optional
 from ..engine_condition import EngineCondition
 from ..kv.paged_cache import PagedCache
 from ..limits import Limits
@@ -55,7 +60,8 @@ class SessionServices(Protocol):
     def is_waiting(self, session: Session) -> bool: ...
     def submit_demand(self, session: Session, demand: Demand) -> Demand: ...
     def withdraw_demand(self, demand: Demand) -> None: ...
-    def next_block(self, session: Session, demand: Demand) -> Block | None: ...
+    def next_block(self, session: Session, demand: Demand, ready: threading.Event) -> Block | None: ...
+    async def await_block(self, session: Session, demand: Demand, ready: asyncio.Event) -> Block | None: ...
     def fork(self, session: Session) -> Session: ...
     def rewind(self, session: Session, block: int) -> None: ...
     def save(self, session: Session, path: Path) -> None: ...
@@ -145,17 +151,44 @@ class Session:
         the session is stopped, and raises the error that made the session fail. If memory runs out, or Ctrl-C
         interrupts it, that is raised, too, but the block is rolled back, and the next `stream` makes it.
         """
-        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
-            raise UsageError(f"blocks is {blocks!r}; expected a whole number of 1 or more")
+        blocks, decode = optional(integer(1))("blocks", blocks), flag("decode", decode)
         self.check_open()
         return self._blocks(math.inf if blocks is None else blocks, decode)
 
     def _blocks(self, blocks: float, decode: bool) -> Iterator[Block]:
-        demand, left = self.manager.submit_demand(self, Demand(blocks - len(self.output), decode)), blocks
-        try:
-            while left > 0 and (block := self.manager.next_block(self, demand)) is not None:
+        ready, left = threading.Event(), blocks
+        with self.output.waking(ready.set), self._requesting(blocks, decode) as demand:
+            while left > 0 and (block := self.manager.next_block(self, demand, ready)) is not None:
                 left -= 1
                 yield block
+
+    def astream(self, blocks: int | None = None, decode: bool = True) -> AsyncIterator[Block]:
+        """The same blocks, awaited on an asyncio loop while another thread runs the engine: no thread for each reader.
+
+        Errors are those of `stream`. UsageError, when a block is awaited, in the thread that drives the engine.
+        """
+        blocks, decode = optional(integer(1))("blocks", blocks), flag("decode", decode)
+        self.check_open()
+        return self._awaited(math.inf if blocks is None else blocks, decode)
+
+    async def _awaited(self, blocks: float, decode: bool) -> AsyncIterator[Block]:
+        loop, ready, left = asyncio.get_running_loop(), asyncio.Event(), blocks
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop is closed, and nobody reads any more
+                loop.call_soon_threadsafe(ready.set)
+
+        with self.output.waking(wake), self._requesting(blocks, decode) as demand:
+            while left > 0 and (block := await self.manager.await_block(self, demand, ready)) is not None:
+                left -= 1
+                yield block
+
+    @contextmanager
+    def _requesting(self, blocks: float, decode: bool) -> Iterator[Demand]:
+        """Request blocks, those that are under way included, for as long as they are read."""
+        demand = self.manager.submit_demand(self, Demand(blocks - len(self.output), decode))
+        try:
+            yield demand
         finally:
             self.manager.withdraw_demand(demand)
 
@@ -165,6 +198,7 @@ class Session:
         Returns the control's id. UsageError for an empty prompt or one that is no text; a refusal by the text encoder
         comes later, in the block's `acks`.
         """
+        text, embeds = optional(arguments.text)("text", text), optional(embeddings)("embeds", embeds)
         self.check_open()
         spec = self.manager.resources.spec
         if (text is None) == (embeds is None):
@@ -180,6 +214,7 @@ class Session:
 
         UsageError for an action that the model does not have.
         """
+        arguments.text("action", action)
         self.check_open()
         return self.controls.put("act", check_action(action, self.current.actions.names))
 
@@ -212,15 +247,17 @@ class Session:
 
         Prompt and actions return, too. UsageError for a block that is not kept.
         """
+        block = integer()("block", block)
         self.manager.check_owner("rewind()")
         self.check_open()
         self.manager.rewind(self, block)
 
     def save(self, path: str | Path) -> None:
         """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all."""
+        target = arguments.path("path", path)
         self.manager.check_owner("save()")
         self.check_entered()
-        self.manager.save(self, Path(path))
+        self.manager.save(self, target)
 
     @classmethod
     def restore(cls, engine: HasManager, path: str | Path) -> Session:
@@ -228,8 +265,11 @@ class Session:
 
         Raises UsageError for a file of another model, preset or version, InferixError for a broken one.
         """
+        source, manager = arguments.path("path", path), getattr(engine, "manager", None)
+        if manager is None:
+            raise arguments.expected("engine", engine, "an Engine")
         engine.manager.check_owner("restore()")
-        return engine.manager.restore(Path(path))
+        return engine.manager.restore(source)
 
     def offload(self) -> None:
         """Move all pages to host memory, those of rewind points included."""

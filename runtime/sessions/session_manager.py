@@ -6,6 +6,7 @@ crosses threads is guarded by the condition. No heavy work is done while the con
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -214,6 +215,7 @@ class SessionManager:
             self.sessions.pop(session.id, None)
             self.scheduler.leave(session.id)
             self.condition.signal()
+            session.output.wake_readers()
         session.free()
         self.metrics.count(f"sessions_{state}")
 
@@ -277,9 +279,10 @@ class SessionManager:
         with self.condition:
             now = time.perf_counter()
             ready = [session for session in self.sessions.values() if self._can_run(session)]
+            can_run = {session.id for session in ready}
             for session in self.sessions.values():
-                session.ready_since = (session.ready_since or now) if session in ready else None
-            blocked = [s.id for s in self.sessions.values() if s not in ready and not s.output.unfinished]
+                session.ready_since = (session.ready_since or now) if session.id in can_run else None
+            blocked = [s.id for s in self.sessions.values() if s.id not in can_run and not s.output.unfinished]
             chosen = self.scheduler.pick([session.id for session in ready], blocked, now)
             if chosen is None:
                 return ()
@@ -473,6 +476,7 @@ class SessionManager:
         except BaseException as error:
             session.decode_error = error if isinstance(error, Exception) else interrupted("decoding", error)
             self.condition.signal()
+            session.output.wake_readers()
 
     def _deliver(
         self, session: Session, record: BlockRecord, latents: Tensor, frames: NDArray[np.uint8] | None
@@ -517,6 +521,7 @@ class SessionManager:
         with self.condition:
             session.demand = demand
             self.condition.signal()
+            session.output.wake_readers()  # of the stream before
         return demand
 
     def withdraw_demand(self, demand: Demand) -> None:
@@ -524,35 +529,65 @@ class SessionManager:
         with self.condition:
             demand.left = 0
 
-    def next_block(self, session: Session, demand: Demand) -> Block | None:
-        """The session's next block, made in this thread or awaited; None where there will be none."""
+    def next_block(self, session: Session, demand: Demand, ready: threading.Event) -> Block | None:
+        """The session's next block, made in this thread or waited for; None where there will be none.
+
+        ready: set when there is something to look at.
+        """
         while True:
+            ready.clear()
             seen = self.condition.changes
-            if session.demand is not demand:
-                raise InferixError(f"another stream of session {session.id} has begun; read that one")
-            if (block := session.output.take()) is not None:
-                try:
-                    return self._taken(block)
-                except BaseException:  # an interruption, or a warning that is an error
-                    session.output.put_back(block)
-                    raise
-            if failure := session.life.failure or session.decode_error:
-                if session.decode_error is not None and self.is_owner():
-                    self._fail(session, session.decode_error)
-                raise failure
-            if demand.error is not None and not session.output.unfinished:
-                raise demand.error
-            if session.state is State.CLOSED:
-                return None
+            block, ended = self._poll(session, demand)
+            if block is not None or ended:
+                return block
             if self.is_owner():
                 with self.thread.looping():
                     if not self.step():
                         self._rest(session)
-            elif not self.condition.wait_after(seen, OWNER_WAIT) and not self.thread.loops:
-                raise InferixError(
-                    f"session {session.id} waits for a block, but thread {self.thread.name!r}, which drives the "
-                    "engine, makes none; call engine.run() there, or engine.hand_over()"
-                )
+            elif not ready.wait(OWNER_WAIT):
+                self._check_driven(session, seen)
+
+    async def await_block(self, session: Session, demand: Demand, ready: asyncio.Event) -> Block | None:
+        """The session's next block, as another thread makes it; None where there will be none."""
+        while True:
+            ready.clear()
+            seen = self.condition.changes
+            block, ended = self._poll(session, demand)
+            if block is not None or ended:
+                return block
+            if self.thread.owner is threading.current_thread():
+                raise UsageError("astream() is read in the thread that drives the engine; call engine.run() in another")
+            try:
+                async with asyncio.timeout(OWNER_WAIT):
+                    await ready.wait()
+            except TimeoutError:
+                self._check_driven(session, seen)
+
+    def _poll(self, session: Session, demand: Demand) -> tuple[Block | None, bool]:
+        """The next block if it is ready, and True if there will be none. Raises what ended the stream."""
+        if session.demand is not demand:
+            raise InferixError(f"another stream of session {session.id} has begun; read that one")
+        if (block := session.output.take()) is not None:
+            try:
+                return self._taken(block), False
+            except BaseException:  # an interruption, or a warning that is an error
+                session.output.put_back(block)
+                raise
+        if failure := session.life.failure or session.decode_error:
+            if session.decode_error is not None and self.is_owner():
+                self._fail(session, session.decode_error)
+            raise failure
+        if demand.error is not None and not session.output.unfinished:
+            raise demand.error
+        return None, session.state is State.CLOSED
+
+    def _check_driven(self, session: Session, seen: int) -> None:
+        """InferixError if no thread makes blocks, and nothing has changed since `seen`."""
+        if not self.thread.loops and self.condition.changes == seen:
+            raise InferixError(
+                f"session {session.id} waits for a block, but thread {self.thread.name!r}, which drives the "
+                "engine, makes none; call engine.run() there, or engine.hand_over()"
+            )
 
     def _rest(self, session: Session) -> None:
         """Wait for the decoder or another thread. InferixError where neither can change anything."""

@@ -59,6 +59,19 @@ class Branch:
         """A conditioning from the text encoder's rows [text_len, text_dim], with an empty cache."""
         return cls(resources.executor.condition(rows), resources.kv_manager.new_cache(size))
 
+    @classmethod
+    def new_each(cls, resources: Resources, texts: Sequence[Tensor], size: tuple[int, int]) -> list[Branch]:
+        """One branch for each of `texts`; an error leaves none."""
+        branches: list[Branch] = []
+        try:
+            for rows in texts:
+                branches.append(cls.new(resources, rows, size))
+        except BaseException:
+            for branch in branches:
+                branch.cache.release()
+            raise
+        return branches
+
     def fork(self) -> Branch:
         """The same conditioning; the fork's cache shares pages until either side writes."""
         return replace(self, cache=self.cache.fork())
@@ -306,17 +319,16 @@ class BranchesForm(SaveForm):
             tensors = {part: file.tensors.get(f"cache.{index}.{part}") for part in ("kv", "scales", "sink")}
             check_tensor(f"cache.{index}.kv", tensors["kv"], (layers, 2, len(frames), *form.shape), form.kv_dtype)
             if form.scaled:
-                shape = layers, 2, len(frames), form.shape[1]
-                check_tensor(f"cache.{index}.scales", tensors["scales"], shape, torch.float32)
+                scales = layers, 2, len(frames), form.shape[1]
+                check_tensor(f"cache.{index}.scales", tensors["scales"], scales, torch.float32)
             elif tensors["scales"] is not None:
                 raise InvalidField(f"tensor 'cache.{index}.scales' is there; expected none for {form.kv_dtype}")
             if tensors["sink"] is not None:
-                shape = layers, 2, policy.sink_size, *form.shape
-                check_tensor(f"cache.{index}.sink", tensors["sink"], shape)
+                check_tensor(f"cache.{index}.sink", tensors["sink"], (layers, 2, policy.sink_size, *form.shape))
 
     def read(self, file: SavedFields) -> list[Branch]:
         texts = [file.tensor(name) for name in ("rows", "negative") if name in file.tensors]
-        return [Branch.new(file.resources, rows, SizeForm().read(file)) for rows in texts]
+        return Branch.new_each(file.resources, texts, SizeForm().read(file))
 
     def fill(self, value: list[Branch], file: SavedFields) -> None:
         for index, (branch, header) in enumerate(zip(value, file.header["caches"], strict=True)):
@@ -338,7 +350,8 @@ class ActionsForm(SaveForm):
         if not starts or starts[0] != 0:
             raise invalid("actions.starts", starts, "frames from 0 on")
         most = max(0, len(file.resources.spec.actions) - 1)
-        if len([integer("actions.held", held, 0, most) for held in list_of("actions.held", header["held"])]) != len(starts):
+        numbers = [integer("actions.held", number, 0, most) for number in list_of("actions.held", header["held"])]
+        if len(numbers) != len(starts):
             raise invalid("actions.held", header["held"], "one for each of starts")
 
     def read(self, file: SavedFields) -> ActionTrack:
