@@ -3,17 +3,19 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+MINUTES ?= 10
+SEED ?= 0
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt $(PIP_ARGS)
 INPUTS := setup.py version.py constraints/cpu.txt
 
 # One thread per process keeps sums in one order; the safe path keeps the root's folders (kernels, ...)
 # from shadowing public packages of the same name.
-test quick lint: export OMP_NUM_THREADS := 1
-test quick lint: export OPENBLAS_NUM_THREADS := 1
-test quick lint: export PYTHONSAFEPATH := 1
+test quick lint fuzz: export OMP_NUM_THREADS := 1
+test quick lint fuzz: export OPENBLAS_NUM_THREADS := 1
+test quick lint fuzz: export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test quick lint docs copy sizes clean
+.PHONY: help demo test quick lint fuzz docs copy sizes clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +23,7 @@ help:
 	@echo "make test    install with [dev], then lint and run the tests"
 	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
 	@echo "make lint    ruff, and mypy on an installed copy"
+	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
@@ -36,6 +39,9 @@ test: lint
 quick: .venv/.dev
 	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/runtime/test_page_pool.py \
 		tests/runtime/test_scheduler.py
+
+fuzz: .venv/.dev
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) --seed $(SEED)
 
 sizes:
 	@$(PYTHON) tools/sizes.py

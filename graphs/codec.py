@@ -5,16 +5,17 @@ Ops are stored by name and looked up when read, so a file names what it needs an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..errors import InferixError
+from ..errors import InferixError, quoted
 from .lowered import Lowered, Planned
 from .plan import BufferPlan, Slot
 from .program import Buffer, Call, Form, Program, Ref, Section
 from .types import Role, Value, When
 
+Constant = TypeVar("Constant", torch.dtype, torch.layout, torch.memory_format)
 NAMED = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
 
@@ -28,7 +29,7 @@ def encode_lowered(lowered: Lowered) -> dict[str, Any]:
 
 
 def decode_lowered(data: dict[str, Any]) -> Lowered:
-    """The inverse; InferixError for an op that this installation does not have."""
+    """The inverse; InferixError for an op that is not installed, ValueError, TypeError or LookupError for damage."""
     return Lowered(
         body=decode_planned(data["body"]),
         fold=None if data["fold"] is None else decode_planned(data["fold"]),
@@ -61,7 +62,7 @@ def encode_planned(planned: Planned) -> dict[str, Any]:
 
 def decode_planned(data: dict[str, Any]) -> Planned:
     buffers = {
-        name: Buffer(name, Role(role), getattr(torch, dtype), tuple(size), tuple(stride))
+        name: Buffer(name, Role(role), constant(dtype, torch.dtype), tuple(size), tuple(stride))
         for name, role, dtype, size, stride in data["buffers"]
     }
     calls = tuple(
@@ -81,7 +82,7 @@ def encode_literal(value: Value) -> list[Any]:
 
 def decode_literal(data: list[Any]) -> Value:
     name, shape, dtype, numbers = data
-    return Value(name, Role.CONSTANT, tuple(shape), getattr(torch, dtype), When.LOAD, tuple(numbers))
+    return Value(name, Role.CONSTANT, tuple(shape), constant(dtype, torch.dtype), When.LOAD, tuple(numbers))
 
 
 def encode(argument: Any) -> Any:
@@ -106,8 +107,27 @@ def decode(data: Any) -> Any:
     ((tag, value),) = data.items()
     if tag == "ref":
         buffer, dtype, size, stride, offset = value
-        return Ref(buffer, getattr(torch, dtype), tuple(size), tuple(stride), offset)
-    return torch.device(value) if tag == "device" else getattr(torch, value)
+        return Ref(buffer, constant(dtype, torch.dtype), tuple(size), tuple(stride), offset)
+    if tag == "device":
+        return device(value)
+    kinds: dict[str, Any] = {name: kind for kind, name in NAMED.items()}
+    return constant(value, kinds[tag])
+
+
+def device(name: Any) -> torch.device:
+    """The device of a name; ValueError for any other value."""
+    try:
+        return torch.device(str(name))
+    except RuntimeError as error:
+        raise ValueError(f"{quoted(name)} is no device") from error
+
+
+def constant(name: Any, kind: type[Constant]) -> Constant:
+    """The dtype, layout or memory format of a name; ValueError for any other value."""
+    value = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"{quoted(name)} is no {kind.__name__} of torch")
+    return value
 
 
 def word(value: torch.dtype | torch.layout | torch.memory_format) -> str:
@@ -117,11 +137,18 @@ def word(value: torch.dtype | torch.layout | torch.memory_format) -> str:
 
 def op_named(name: str) -> torch._ops.OpOverload:
     """The op of `aten::addmm.out`; InferixError for one that is not there."""
+    if not isinstance(name, str):
+        raise ValueError(f"{quoted(name)} is no name of an op")
     namespace, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")
     try:
         found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-    except AttributeError as error:
-        raise InferixError(f"op {name} of the stored graph is not in this installation; make it again") from error
-    assert isinstance(found, torch._ops.OpOverload)
+    except (AttributeError, RuntimeError) as error:
+        raise missing_op(name) from error
+    if not isinstance(found, torch._ops.OpOverload):
+        raise missing_op(name)
     return found
+
+
+def missing_op(name: str) -> InferixError:
+    return InferixError(f"op {quoted(name)} of the stored graph is not in this installation; make it again")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...errors import InferixError, UsageError
+from ...errors import InferixError, UsageError, cut, quoted
 from ...graphs.codec import decode_lowered, encode_lowered
 from ...graphs.lowered import Lowered, digest, lower_block
 from ...version import __version__
@@ -70,7 +70,10 @@ def stored_for(folder: Path) -> tuple[str, str]:
     if not (folder / IDENTITY).exists():
         raise no_graphs(folder)
     stored = read(folder / IDENTITY)
-    return stored["model"]["name"], stored["preset"]["name"]
+    try:
+        return str(stored["model"]["name"]), str(stored["preset"]["name"])
+    except (LookupError, TypeError) as error:
+        raise damaged(folder / IDENTITY, error) from error
 
 
 def no_graphs(folder: Path) -> UsageError:
@@ -99,7 +102,7 @@ class GraphStore:
         if differing := difference(read(path), expected):
             what, stored, here = differing
             raise InferixError(
-                f"the graphs in {folder} are for {what} {stored!r}, but the engine has {here!r}; use another folder, "
+                f"the graphs in {folder} are for {quoted(what)} {quoted(stored)}, but the engine has {quoted(here)}; use another folder, "
                 "or delete this one to trace them again"
             )
         if graphs.device.startswith("cuda"):
@@ -109,7 +112,7 @@ class GraphStore:
     def find(self, key: GraphKey) -> Lowered | None:
         """Return the stored program of a key, or None; InferixError for a file that cannot be read."""
         path = self.path(key)
-        return decode_lowered(read(path)["lowered"]) if path.exists() else None
+        return read_program(path)[1] if path.exists() else None
 
     def keep(self, key: GraphKey, lowered: Lowered) -> None:
         write(self.path(key), {"key": asdict(key), "lowered": encode_lowered(lowered)})
@@ -123,16 +126,24 @@ class GraphStore:
 
     def programs(self) -> list[tuple[GraphKey, Lowered]]:
         """Read all stored programs; InferixError for a file that cannot be read, or is of another version."""
-        programs = []
-        for path in sorted(self.folder.glob("*.json")):
-            if path.name != IDENTITY:
-                data = read(path)
-                programs.append((key_of(data["key"]), decode_lowered(data["lowered"])))
-        return programs
+        return [read_program(path) for path in sorted(self.folder.glob("*.json")) if path.name != IDENTITY]
 
     def path(self, key: GraphKey) -> Path:
         kind = "block" if key.whole else "pass"
         return self.folder / f"{kind}-{digest(repr(key))[:16]}.json"
+
+
+def read_program(path: Path) -> tuple[GraphKey, Lowered]:
+    """Read one stored program; InferixError for a file that is damaged, or names an op that is not installed."""
+    data = read(path)
+    try:
+        return key_of(data["key"]), decode_lowered(data["lowered"])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> InferixError:
+    return InferixError(f"{path} is damaged: {cut(repr(error))}; delete it to trace the graph again")
 
 
 def key_of(data: dict[str, Any]) -> GraphKey:
@@ -156,8 +167,10 @@ def difference(stored: dict[str, Any], expected: dict[str, Any], prefix: str = "
 def read(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InferixError(f"cannot read {path}: {error}; delete it to trace the graph again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InferixError(f"cannot read {path}: {cut(str(error))}; delete it to trace the graph again") from error
+    if not isinstance(data, dict):
+        raise damaged(path, TypeError(f"it holds {quoted(data)}, not an object"))
     return data
 
 
