@@ -102,7 +102,7 @@ class GraphStore:
         if differing := difference(read(path), expected):
             what, stored, here = differing
             raise InferixError(
-                f"the graphs in {folder} are for {quoted(what)} {quoted(stored)}, but the engine has {quoted(here)}; use another folder, "
+                f"the graphs in {folder} are for {cut(what)} {quoted(stored)}, but the engine has {quoted(here)}; use another folder, "
                 "or delete this one to trace them again"
             )
         if graphs.device.startswith("cuda"):

@@ -49,6 +49,7 @@ from inferix.schemes.storyboard import read_storyboard, schedule
 ROOT = Path(__file__).parents[2]
 SMALL = dataclasses.replace(SPEC, dim=16, ffn_dim=8, text_dim=4, freq_dim=8)
 FILE = "x.safetensors"
+SMALL_VAE = dataclasses.replace(TINY_VAE, base_channels=4, decoder_channels=4)
 ACTIONS = ("stay", "up", "down", "left", "right")
 ABOUT = {"model": "wan-tiny", "size": [1, 2], "dtype": "float32"}
 
@@ -135,8 +136,8 @@ def merge(path: Path) -> None:
 
 
 def make_vae(folder: Path) -> None:
-    save(random_vae_state(TINY_VAE, 0, torch.float32), folder / FILE)
-    save_json(diffusers_vae_config(TINY_VAE), folder / "config.json")
+    save(random_vae_state(SMALL_VAE, 0, torch.float32), folder / FILE)
+    save_json(diffusers_vae_config(SMALL_VAE), folder / "config.json")
 
 
 def make_taehv(folder: Path) -> None:
@@ -323,7 +324,7 @@ READERS: dict[str, Reader] = {
         Reader("adapter", make_adapter, merge),
         Reader("adapter-pt", make_pickled_adapter, inside("x.pt", merge)),
         Reader("vae", make_vae, inside(FILE, load_vae, None, "cpu")),
-        Reader("vae-pth", lambda folder: save(random_vae_state(TINY_VAE, 0, torch.float32), folder / "x.pth"),
+        Reader("vae-pth", lambda folder: save(random_vae_state(SMALL_VAE, 0, torch.float32), folder / "x.pth"),
                inside("x.pth", load_decoder, *CPU)),
         Reader("taehv-pth", make_taehv, inside("x.pth", load_decoder, *CPU)),
         Reader("text-encoder", make_encoder, read_encoder,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from inferix.errors import InferixError, UsageError
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution import launcher
 from inferix.runtime.programs import graph_store
-from inferix.runtime.programs.graph_store import GraphStore, difference
+from inferix.runtime.programs.graph_store import GraphStore, difference, stored_for
 
 
 def first_block(engine: Engine) -> torch.Tensor:
@@ -69,6 +71,19 @@ def test_a_broken_file_and_an_empty_folder_are_refused(stored: tuple[Path, torch
         GraphStore.open(tmp_path / "nothing", graphs, create=False)
     with pytest.raises(UsageError, match=r"graphs is 'x'.*executor"):
         make_engine(graphs="x")
+
+
+@pytest.mark.parametrize("name", ["identity.json", "block"])
+@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"key": {}}', "[" * 100_000, '{"key": 1, "lowered": 2}'])
+def test_a_damaged_file_is_refused(stored: tuple[Path, torch.Tensor], tmp_path: Path, name: str, content: str) -> None:
+    folder = tmp_path / "graphs"
+    shutil.copytree(stored[0], folder)
+    (damaged,) = folder.glob(f"{name}*")
+    damaged.write_text(content)
+    graphs = make_engine(executor="fused").executor.graph_of
+    with pytest.raises(InferixError, match=re.escape(str(folder))):
+        stored_for(folder)
+        GraphStore.open(folder, graphs, create=False).programs()
 
 
 def test_the_first_difference_is_named() -> None:
