@@ -134,13 +134,15 @@ def read_result(path: str | Path) -> Result:
         raise UsageError(f"{where} was not written by inferix bench: it has no schema and kind; leave it out")
     if content["schema"] != SCHEMA:
         other = "older: run its command again" if content["schema"] < SCHEMA else "newer: update inferix"
-        raise UsageError(f"{where} has schema {quoted(content['schema'])}, this version reads {SCHEMA}; the file is {other}")
+        schema = quoted(content["schema"])
+        raise UsageError(f"{where} has schema {schema}, this version reads {SCHEMA}; the file is {other}")
     if content["kind"] not in KINDS:
         known = f"{nearest(str(content['kind']), KINDS)}; expected one of {', '.join(KINDS)}"
         raise UsageError(f"{where} is of kind {quoted(content['kind'])}{known}")
     for key, kind in ENVELOPE.items():
         if not isinstance(content.get(key), kind):
-            raise UsageError(f"{where}: {key} is {quoted(content.get(key), 60)}; expected a {kind.__name__}: run it again")
+            value = quoted(content.get(key), 60)
+            raise UsageError(f"{where}: {key} is {value}; expected a {kind.__name__}: run it again")
     if unknown := content.keys() - ENVELOPE.keys() - {"schema"}:
         raise UsageError(f"{where} has {quoted(min(unknown))}, which schema {SCHEMA} does not; run it again")
     if missing := [key for key in ENVIRONMENT if key not in content["environment"]]:

@@ -102,8 +102,8 @@ class GraphStore:
         if differing := difference(read(path), expected):
             what, stored, here = differing
             raise InferixError(
-                f"the graphs in {folder} are for {cut(what)} {quoted(stored)}, but the engine has {quoted(here)}; use another folder, "
-                "or delete this one to trace them again"
+                f"the graphs in {folder} are for {cut(what)} {quoted(stored)}, but the engine has {quoted(here)}; "
+                "use another folder, or delete this one to trace them again"
             )
         if graphs.device.startswith("cuda"):
             os.environ.setdefault("TRITON_CACHE_DIR", str(folder / KERNELS))

@@ -216,8 +216,8 @@ def change_yaml(content: bytes, random: Random) -> bytes:
 
 
 WORDS = (
-    "8R", "0R", "-1R", "99999R", "9" * 400 + "R", "x", "R" * 5000, "8", "８R", "8R4U", "stay", "STAY", "\0", "💥", "1e9R",
-    "right\n", "_", "8_", ".json", "x.json", "/dev/zero.json", "100000R", "٣R",
+    "8R", "0R", "-1R", "99999R", "9" * 400 + "R", "x", "R" * 5000, "8", "８R", "8R4U", "stay", "STAY", "\0", "💥",
+    "1e9R", "right\n", "_", "8_", ".json", "x.json", "/dev/zero.json", "100000R", "٣R",
 )  # fmt: skip
 
 
@@ -272,7 +272,8 @@ def change_entry(entry: dict[str, Any], random: Random) -> None:
     first, last = entry["data_offsets"]
     if random.random() < 0.4:
         entry["data_offsets"] = random.choice(
-            ([last, first], [first, last + 1], [first, 2**62], [0, last], [first], [-1, last], [first, first], [2**64, 0])
+            ([last, first], [first, last + 1], [first, 2**62], [0, last], [first], [-1, last], [first, first],
+             [2**64, 0])
         )
     elif random.random() < 0.5:
         shape = entry["shape"]
@@ -343,7 +344,8 @@ def change_tensor(header: dict[str, Any], data: bytes, name: str, random: Random
 
 def other_name(name: str, random: Random) -> str:
     digit = re.sub(r"\d+", lambda _: random.choice(("0", "1", "7", "99999999999999", "-1", "٣")), name, count=1)
-    return random.choice((f"module.{name}", f"{name}.x", name.rpartition(".")[2], digit, digit, "", "x" * 5000, f"{name}\0"))
+    leaf = name.rpartition(".")[2]
+    return random.choice((f"module.{name}", f"{name}.x", leaf, digit, digit, "", "x" * 5000, f"{name}\0"))
 
 
 # files of torch.save
@@ -428,9 +430,12 @@ PICKLES = (
     call_pickle("builtins", "bytearray", "x"), b"\x80\x02cbuiltins\nbytearray\nK\xff\x85R.",
     b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + (2**40).to_bytes(8, "little") + b"\x85R.",
     b"\x80\x02" + b"(" * 50_000 + b".", b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", b"\x80\x02.", b"", b"N.",
-    b"\x80\x02}" + b"q\xff" * 3 + b".", b"\x80\x02h\x09.", b"\x80\xff.", b"\x80\x02\x8b\xff\xff\xff\x7f.", b"I" + b"9" * 5000 + b"\n.",
-    b"\x80\x04\x8d" + b"\xff" * 8 + b".", b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", b"\x80\x02X\xff\xff\xff\x7f.",
-    b"\x80\x02]r\xff\xff\xff\x7f.", b"\x80\x04]\x94\x94\x94.", b"\x80\x02U\x07storageQ.", b"\x80\x02(U\x07storage\x85tQ.",
+    b"\x80\x02}" + b"q\xff" * 3 + b".", b"\x80\x02h\x09.", b"\x80\xff.", b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    b"I" + b"9" * 5000 + b"\n.",
+    b"\x80\x04\x8d" + b"\xff" * 8 + b".", b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+    b"\x80\x02X\xff\xff\xff\x7f.",
+    b"\x80\x02]r\xff\xff\xff\x7f.", b"\x80\x04]\x94\x94\x94.", b"\x80\x02U\x07storageQ.",
+    b"\x80\x02(U\x07storage\x85tQ.",
 )  # fmt: skip
 
 
@@ -454,7 +459,8 @@ def change_archive(content: bytes, random: Random) -> bytes:
     elif action == "bytes":
         members[name] = random.choice(BYTES)(members[name], random)
     elif action == "rename":
-        members[random.choice((f"{name}x", name.rpartition("/")[2], "../x", "/x", "archive/data/0"))] = members.pop(name)
+        other = random.choice((f"{name}x", name.rpartition("/")[2], "../x", "/x", "archive/data/0"))
+        members[other] = members.pop(name)
     elif action == "add":
         members[random.choice(("archive/.data/x", "archive/code/x.py", "archive/constants.pkl", "x"))] = b"x = 1\n"
     method = zipfile.ZIP_DEFLATED if action == "packed" else zipfile.ZIP_STORED
@@ -481,7 +487,8 @@ def change_opcode(content: bytes, random: Random) -> bytes:
         )  # fmt: skip
         return content.replace(b"c" + module + b"\n" + name + b"\n", other, 1)
     first = random.randrange(max(1, len(content)))
-    return content[:first] + random.choice((b".", b"R", b"0", b"N", b"}", b"]", b"t", b"s", b"b", b"Q")) + content[first + 1 :]
+    instruction = random.choice((b".", b"R", b"0", b"N", b"}", b"]", b"t", b"s", b"b", b"Q"))
+    return content[:first] + instruction + content[first + 1 :]
 
 
 # pictures and videos
@@ -510,8 +517,9 @@ def change_png(content: bytes, random: Random) -> bytes:
     elif action == "add":
         bomb = zlib.compress(b"\0" * 2_000_000, 9)
         extra = random.choice(
-            ((b"zTXt", b"a\0\0" + bomb), (b"iTXt", b"a\0\x01\0\0\0" + bomb), (b"iCCP", b"a\0\0" + bomb), (b"eXIf", b"MM\0*"),
-             (b"tRNS", b"\0"), (b"PLTE", b"\0" * 3), (b"acTL", b"\xff" * 8), (b"iCCP", b"a\0\0" + zlib.compress(b"x" * 200)))
+            ((b"zTXt", b"a\0\0" + bomb), (b"iTXt", b"a\0\x01\0\0\0" + bomb), (b"iCCP", b"a\0\0" + bomb),
+             (b"eXIf", b"MM\0*"), (b"tRNS", b"\0"), (b"PLTE", b"\0" * 3), (b"acTL", b"\xff" * 8),
+             (b"iCCP", b"a\0\0" + zlib.compress(b"x" * 200)))
         )  # fmt: skip
         chunks.insert(random.randrange(1, len(chunks) + 1), extra)
     elif action == "pixels":

@@ -21,14 +21,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tools")]
 
 from fuzz.readers import READERS  # noqa: E402
-from fuzz.workers import BAD, Failure, Limits, Sample, Tally, run  # noqa: E402
+from fuzz.workers import BAD, Failure, Job, Limits, Sample, Tally, conclude, receive, run  # noqa: E402
 
 ENOUGH = 5000  # inputs of a reader
+HEAD = ("inputs", "structured", "accepted", "refused", *BAD)
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    head = ("inputs", "structured", "accepted", "refused", *BAD)
-    lines = [f"{'reader':18}" + "".join(f"{name:>11}" for name in head) + f"{'ms':>7}"]
+    lines = [f"{'reader':18}" + "".join(f"{name:>11}" for name in HEAD) + f"{'ms':>7}"]
     rows = {name: figures(tally) for name, tally in tallies.items()}
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     for name, row in rows.items():
@@ -81,14 +81,12 @@ def main() -> int:
         else:
             print(table(tallies))
         for failure in failures:
-            print(f"{failure.kind}: {save(failure, samples[failure.reader], options.seed, options.out)}", file=sys.stderr)
+            folder = save(failure, samples[failure.reader], options.seed, options.out)
+            print(f"{failure.kind}: {folder}; {again(failure, options.seed)}", file=sys.stderr)
         few = [name for name, tally in tallies.items() if tally.inputs < min(ENOUGH, options.inputs)]
         if few:
             print(f"fewer than {ENOUGH} inputs, give more minutes: {', '.join(few)}", file=sys.stderr)
     return 1 if failures else 0
-
-
-HEAD = ("inputs", "structured", "accepted", "refused", *BAD)
 
 
 def progress(tallies: dict[str, Tally]) -> None:
@@ -101,8 +99,6 @@ def one(samples: dict[str, Sample], options: argparse.Namespace) -> int:
     """Run one input and print its failure, if it is one."""
     (sample,) = samples.values()
     tally = Tally()
-    from fuzz.workers import Job, conclude, receive
-
     job = Job(sample, options.seed, Limits(), options.input, options.input + 1)
     while receive(job, tally):
         pass

@@ -105,8 +105,11 @@ def contents(folder: Path) -> Files:
 class Watch:
     """Files made and code run by calls, by Python's audit events; in effect between `start` and `stop`."""
 
-    MADE = {"os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.remove", "os.rmdir", "os.chmod"}
-    RUN = {"os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "socket.connect"}
+    MADE = ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.remove", "os.rmdir", "os.chmod")
+    RUN = (
+        "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn",
+        "socket.connect",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.active = False
@@ -123,9 +126,7 @@ class Watch:
                 self.note("file", event, arguments)
         elif event in self.MADE:
             self.note("file", event, arguments)
-        elif event in self.RUN:
-            self.note("code", event, arguments)
-        elif event in ("exec", "compile") and made_of_text(event, arguments) and not importing():
+        elif event in self.RUN or (event in ("exec", "compile") and made_of_text(event, arguments) and not importing()):
             self.note("code", event, arguments)
 
     def note(self, kind: str, event: str, arguments: tuple[Any, ...]) -> None:
@@ -218,10 +219,11 @@ class Worker:
         except reader.refusals as error:
             if any(no_memory(cause) for cause in causes(error)):
                 return "memory", traceback.format_exc(limit=-8)
-            message = str(error)
-            return ("raw", f"a message of {len(message)} characters") if len(message) > LONGEST_MESSAGE else ("refused", "")
+            length = len(str(error))
+            return ("raw", f"a message of {length} characters") if length > LONGEST_MESSAGE else ("refused", "")
         except BaseException as error:  # Rust's panics are no Exception
-            return "memory" if isinstance(error, Exception) and no_memory(error) else "raw", traceback.format_exc(limit=-8)
+            kind = "memory" if isinstance(error, Exception) and no_memory(error) else "raw"
+            return kind, traceback.format_exc(limit=-8)
         return "accepted", ""
 
     def seen(self, files: Files, kind: str, detail: str) -> tuple[str, str]:
