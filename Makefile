@@ -1,40 +1,47 @@
 # `make demo` and `make test` work from a fresh clone: each makes .venv and installs into it first.
 # The small CPU build of torch:  make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# A machine with an NVIDIA GPU:  make demo CONSTRAINTS=constraints/gpu.txt
 
 PYTHON ?= python3
 PIP_ARGS ?=
+CONSTRAINTS ?= constraints/cpu.txt
 MINUTES ?= 10
 SEED ?= 0
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt $(PIP_ARGS)
-INPUTS := setup.py version.py constraints/cpu.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
+INPUTS := setup.py version.py $(CONSTRAINTS)
 
 # One thread per process keeps sums in one order; the safe path keeps the root's folders (kernels, ...)
 # from shadowing public packages of the same name.
-test quick lint fuzz: export OMP_NUM_THREADS := 1
-test quick lint fuzz: export OPENBLAS_NUM_THREADS := 1
-test quick lint fuzz: export PYTHONSAFEPATH := 1
+test test-all quick lint fuzz: export OMP_NUM_THREADS := 1
+test test-all quick lint fuzz: export OPENBLAS_NUM_THREADS := 1
+test test-all quick lint fuzz: export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test quick lint fuzz docs copy sizes clean
+.PHONY: help demo test test-all quick lint fuzz docs copy sizes clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then write outputs/demo.mp4, a walk through the small world"
 	@echo "make test    install with [dev], then lint and run the tests"
+	@echo "make test-all  the same, with the tests that take minutes (marked slow)"
 	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
 	@echo "make lint    ruff, and mypy on an installed copy"
 	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
-	@echo "variables:   PYTHON=$(PYTHON)  PIP_ARGS=\"$(PIP_ARGS)\""
+	@echo "variables:   PYTHON=$(PYTHON)  CONSTRAINTS=$(CONSTRAINTS)  PIP_ARGS=\"$(PIP_ARGS)\""
 
 demo: .venv/.base
 	mkdir -p outputs
 	$(BIN)/inferix generate --out outputs/demo.mp4
 
+# Files run in two processes, a file always in one.
 test: lint
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n 2 --dist loadfile -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest tests -n 2 --dist loadfile
 
 quick: .venv/.dev
 	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/runtime/test_page_pool.py \

@@ -1,4 +1,4 @@
-"""The two errors a user meets.
+"""The errors a user meets, by kind; all are `InferixError`.
 
 `UsageError` is bad input (exit code 2), any other `InferixError` is a run that failed (exit code 1).
 Every message carries the bad value, what was expected, and what to do.
@@ -19,6 +19,18 @@ class InferixError(Exception):
 
 class UsageError(InferixError, ValueError):
     """Bad input: a value, name, file or combination that cannot be used."""
+
+
+class AtCapacity(InferixError):
+    """No room: sessions, memory or pages are at a limit. The same call may succeed once others have ended."""
+
+
+class SessionEnded(InferixError):
+    """A call to a session that is closed, stopped or failed, or to an engine that no thread drives any more."""
+
+
+class CheckpointError(InferixError):
+    """Weights or a file beside them that cannot be read."""
 
 
 def one_line(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""Packaging: the repository root is the package `inferix`.
+"""Packaging: the repository root is the package `inferix`; its distribution is named `inferix-runtime`.
+
+The name `inferix` on the package index belongs to another project. No project URLs are given, since the repository has
+no public address; so the page of the index is the README without its picture and with paths in place of links.
 
 The package list is written out, so that folders such as `tests` or `build` never slip into a wheel;
 `tests/test_layout.py` compares it with the tree. The version is read from `version.py` as text, since
@@ -53,6 +56,7 @@ DEPENDENCIES = [
     "rich",
     "PyYAML",
     "transformers>=5,<6",
+    "huggingface_hub>=1,<3",
     "av",
     "ftfy",
     "Pillow",
@@ -80,8 +84,23 @@ EXTRAS = {
         "mkdocstrings[python]",
     ],
     "bench": ["matplotlib"],
-    "gpu": ["triton", "cuda-python"],
+    "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }
+
+CLASSIFIERS = [
+    "Development Status :: 3 - Alpha",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3 :: Only",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Multimedia :: Video",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+]
 
 
 class BuildPackage(build_py):
@@ -100,20 +119,34 @@ def read_version() -> str:
     return match[1]
 
 
+def index_page() -> str:
+    """README.md for a package index, where paths of the repository lead nowhere."""
+    text = re.sub(r"^!\[[^]]*\]\([^)]*\)\n\n", "", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE)
+    text = re.sub(r"\[([^]]*)\]\((?!https?:|#)([^)]*)\)", as_path, text)
+    return f"{text}\nThe files named above are in the source distribution.\n"
+
+
+def as_path(link: re.Match[str]) -> str:
+    label, path = link.groups()
+    return path if label == path else f"{label}: {path}"
+
+
 setup(
-    name="inferix",
+    name="inferix-runtime",
     version=read_version(),
     description="A runtime for block-diffusion (semi-autoregressive) video world models",
-    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description=index_page(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=CLASSIFIERS,
     python_requires=">=3.11",
     package_dir={"inferix": "."},
     packages=PACKAGES,
     package_data={
+        "inferix": ["py.typed"],
         "inferix.bench": ["compiled/*.json"],
         **{package: ["tuned/*.json"] for package in PACKAGES if package.startswith("inferix.kernels.")},
-        "inferix.models.tinyworld": ["weights/*", "weights/*/*"],
+        "inferix.models.tinyworld": ["README.md", "weights/*", "weights/*/*"],
     },
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,

@@ -93,12 +93,12 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, KeyError, IndexError) as error:  # all but the first: `!!int x`, `!!bool x`
         if isinstance(error, UsageError):
             raise
-        said = " ".join(str(error).split())
-        raise UsageError(f"{where} is not YAML: {cut(said)}; correct it, or quote it if it is meant as text") from error
+        message = " ".join(str(error).split())
+        raise UsageError(f"{where} is not YAML: {cut(message)}; correct it, or quote it as text") from error
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """PyYAML's safe loader for the values of JSON alone; a key given twice is an error."""
+    """PyYAML's safe loader, only for the values of JSON; a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

@@ -133,12 +133,13 @@ class PlainLoop:
     @torch.no_grad()
     def step(self, decode: bool = True) -> BlockOutput:
         """Compute the next block as the engine does. Only the decoder is timed."""
-        timeline, solver = self.timeline, self.sampler.begin()
+        timeline = self.timeline
         if timeline.rebuild_due():
             self.rebuild(timeline.rebuild_pass())
         span = timeline.admit()
-        latents = self.draw(span, 0)
-        for step, timestep in enumerate(self.sampler.timesteps):
+        sampler = self.sampler.of_block(span.index)
+        latents, solver = self.draw(span, 0), sampler.begin()
+        for step, timestep in enumerate(sampler.timesteps):
             velocity = self.forward(timeline.joint_pass([(span.frames, timestep)], frozenset()), latents)
             latents = solver.advance(latents, velocity, step, partial(self.draw, span, step + 1))
         if self.engine.preset.context.commit:

@@ -132,7 +132,7 @@ def check_graph(subject: Subject) -> tuple[dict[str, Any], list[str]]:
 
 def room_for_two(engine: Engine, subject: Subject) -> int:
     """Bytes of pages for two sessions; a page store that grows would move pages and capture again."""
-    form, preset = engine.memory.form(subject.size or engine.default_size), engine.preset
+    form, preset = engine.kv_manager.form(subject.size or engine.default_size), engine.preset
     staging = staging_slots(preset) * form.slot_bytes(form.model_dtype) if form.staged else 0
     return staging + 2 * least_pages(preset) * form.nbytes
 

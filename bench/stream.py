@@ -42,6 +42,7 @@ from .result import Result, Series
 from .subject import (
     ORACLE,
     Subject,
+    check_memory,
     describe,
     engine_settings,
     open_engine,
@@ -192,6 +193,7 @@ def check(options: Options) -> EngineConfig:
     """Config of the engine. Raises UsageError for options that cannot be measured, before any measurement."""
     config, preset = engine_settings(options.subject)
     blocks_until_full(preset)
+    check_memory(options.subject)
     if config.executor == ORACLE and uses_fewer_bits(config):
         raise UsageError(
             f"executor {ORACLE!r} in low precision is only a slow reference; choose 'fused', or 'captured' on a GPU"

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError, nearest
+from ..models.hub import is_hub_name
 from ..models.wan.random import vae_for
 from ..models.wan.spec import MODELS, ModelSpec
-from ..models.wan.taehv import TAEW21, TAEW22, TinyDecoder
+from ..models.wan.taehv import TinyDecoder
 from ..models.wan.transformer import WanTransformer
 from ..models.wan.vae import CausalVae
 from ..models.wan.vae_checkpoint import Decoder
+from ..runtime.capacity.memory_check import MemoryCheck
+from ..runtime.capacity.planner import tiny_for
 from ..runtime.config import (
     DTYPES,
     EVERY_BLOCK,
@@ -31,7 +34,7 @@ from ..runtime.config import (
 from ..runtime.engine import Engine
 from ..runtime.execution.loading import SHIPPED, Components, random_text
 from ..runtime.load import load
-from ..schemes.presets import FIELDS, Preset, default_preset, make_preset, no_setting
+from ..schemes.presets import FIELDS, PRESETS, Preset, default_preset, make_preset, no_setting
 from .work import blocks_until_full
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,7 +58,7 @@ class Subject:
 
     random_weights: untrained weights of a named model's sizes. frames_in_window: the policy's window in latent
     frames. graphs: folder of stored graphs, for graph executors. overrides: fields of the preset, and the engine's
-    lowp, lowp_layers, lowp_keep and kv_dtype.
+    lowp, lowp_layers, lowp_keep and kv_dtype. offline: no weights are downloaded. force: load what the planner refuses.
     """
 
     model: str
@@ -71,20 +74,27 @@ class Subject:
     graphs: str | None = None
     seed: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
+    offline: bool = False
+    force: bool = False
 
     @property
     def is_named(self) -> bool:
         """True for a model that exists only by name, so that its weights are always random."""
         return self.model in MODELS and self.model not in SHIPPED and not Path(self.model).exists()
 
+    @property
+    def is_random(self) -> bool:
+        """True if its weights are random."""
+        return self.is_named or self.random_weights
+
     def check(self) -> None:
         """Raise UsageError for an unknown model and for random weights of a model without a name."""
         if self.random_weights and self.model not in MODELS:
             known = f"{nearest(self.model, MODELS)}; there are {', '.join(MODELS)}"
             raise UsageError(f"random_weights needs the name of a model, not {self.model!r}{known}")
-        exists = self.is_named or self.model in SHIPPED or Path(self.model).exists()
-        if not (exists or self.random_weights):
-            known = f"{nearest(self.model, MODELS)}; expected a path, or one of {', '.join(MODELS)}"
+        exists = self.model in MODELS or self.model in PRESETS or Path(self.model).exists()
+        if not (exists or is_hub_name(self.model)):
+            known = f"{nearest(self.model, MODELS)}; expected a path, org/name, or one of {', '.join(MODELS)}"
             raise UsageError(f"no model {self.model!r}{known}")
 
     def settings(self) -> Settings:
@@ -127,15 +137,27 @@ def engine_settings(subject: Subject) -> tuple[EngineConfig, Preset]:
 
 
 def open_engine(subject: Subject) -> Engine:
-    """Open the subject's engine. Raises UsageError for settings that contradict."""
+    """Open the subject's engine. Raises UsageError for settings that contradict, and for too little memory."""
     config, preset = engine_settings(subject)
-    if subject.is_named or subject.random_weights:
+    if subject.is_random:
+        check_memory(subject)
         return Engine(config, preset, random_parts(MODELS[subject.model], config, subject.seed))
     settings = subject.settings()
     return load(
         subject.model, preset=config.preset, device=config.device, dtype=subject.dtype, vae=subject.vae,
-        base=subject.base, executor=config.executor, graphs=subject.graphs, **settings.bits, **settings.preset,
+        base=subject.base, executor=config.executor, graphs=subject.graphs, size=subject.size, offline=subject.offline,
+        force=subject.force, **settings.bits, **settings.preset,
     )  # fmt: skip
+
+
+def check_memory(subject: Subject) -> None:
+    """UsageError where random weights and one stream of them need more memory than there is."""
+    config, preset = engine_settings(subject)
+    if subject.is_random:
+        spec = MODELS[subject.model]
+        decoder = tiny_for(spec) if config.vae else vae_for(spec)
+        check = MemoryCheck(config, preset, subject.size, force=subject.force)
+        check(spec, decoder, text=0, fast=None, made_on_host=False)
 
 
 def with_executor(engine: Engine, name: str, **settings: Any) -> Engine:
@@ -166,7 +188,7 @@ def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components
         transformer = WanTransformer(spec, config.precision)
         decoder: Decoder = CausalVae(vae_for(spec))
         if config.vae == "taehv":
-            decoder = TinyDecoder(TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21)
+            decoder = TinyDecoder(tiny_for(spec))
     return Components(
         transformer=draw_weights(transformer, seed, dtype, config.device),
         vae=draw_weights(decoder, seed + 1, dtype, config.device),

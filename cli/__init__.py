@@ -1,4 +1,4 @@
-"""The `inferix` command: one small file per verb, gathered in `main.py`.
+"""The `inferix` command: one file per subcommand, registered in `main.py`.
 
-Modules here import torch and the engine inside functions, so that `--help` answers at once.
+Modules here import torch and the engine inside functions, so that `--help` is instant.
 """

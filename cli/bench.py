@@ -1,4 +1,4 @@
-"""`inferix bench`: how fast, as a share of what the machine can do, and against what."""
+"""`inferix bench`: measure speed, as a share of the machine's limit and beside other implementations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest
 from ..schemes.presets import UNTRAINED
-from .options import parse_settings, parse_size
+from .options import FORCE, OFFLINE, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.kernels import Options
     from ..bench.result import Result
     from ..bench.subject import Subject
 
-MODEL = typer.Option(UNTRAINED, help="Checkpoint file or folder, or a name: tinyworld, wan-1.3b, ...")
+MODEL = typer.Option(UNTRAINED, help="Checkpoint file or folder, or a name: tinyworld, wan-1.3b, org/name, ...")
 PRESET = typer.Option(None, help="Sampler and context settings.  [default: the model's own, or self-forcing]")
 RANDOM = typer.Option(False, "--random-weights", help="Untrained weights of a named model, made on the device.")
 SIZE = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480.  [default: the model's]")
@@ -44,9 +44,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 def common() -> None:
     """Measure speed beside the machine's limit.
 
-    What is timed is checked first. `kernels` times single ops, `block` one block stage by stage against the plain loop,
-    `stream` everything from a prompt to pixels. `report` makes a page of results, `compare` says what changed between
-    two.
+    Outputs are checked before anything is timed. `kernels` times single ops, `block` one block by stages beside the
+    plain loop, `stream` the whole path from a prompt to pixels. `report` makes a page from results, `compare` lists the
+    changes between two results.
 
     Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/block.json
     """
@@ -62,17 +62,17 @@ def kernels(
     dtype: str = typer.Option("bfloat16", help="bfloat16, float16 or float32."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     out: Path | None = typer.Option(None, help="Folder for kernels.json and kernels.png."),
-    tune: bool = typer.Option(False, "--tune", help="Find the fastest form and config, and keep them for this card."),
+    tune: bool = typer.Option(False, "--tune", help="Find and store the fastest form and config for this GPU."),
     compile_only: bool = typer.Option(False, "--compile-only", help="Compile for every architecture; needs no GPU."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Time each kernel, checked first.
+    """Time each kernel.
 
-    Each is checked against its reference before it is timed; on a CPU the references are timed.
+    Each implementation is checked against its reference before it is timed. On a CPU the references are timed.
 
-    On a GPU what is installed stands beside it: torch's attention by each backend, FlexAttention, flash-attn,
-    sageattention, and the plain torch sequence as it is and compiled. Each has its time as a share of the first's.
-    `--tune` writes kernels/OP/tuned/CARD.json, which is read from then on; nothing is searched at any other time.
+    On a GPU the installed alternatives are timed too: torch's attention by each backend, FlexAttention, flash-attn,
+    sageattention, and the plain torch sequence with and without torch.compile, each as a share of the first time.
+    `--tune` writes kernels/OP/tuned/CARD.json, which later runs read. Only `--tune` searches.
 
     Example: inferix bench kernels --op block_attention --shape q=512,kv=4096,heads=8,dim=128
 
@@ -83,8 +83,8 @@ def kernels(
         if tune:
             raise UsageError("--compile-only compiles and --tune times; give one of them")
         if case or shape or out:
-            raise UsageError("--compile-only has cases and a table of its own; leave out --case, --shape and --out")
-        return tell_compiled(op, as_json)
+            raise UsageError("--compile-only has its own cases and table; leave out --case, --shape and --out")
+        return print_compiled(op, as_json)
 
     from ..bench.kernels import Options, draw, run, shown
     from ..bench.result import write_result
@@ -95,11 +95,11 @@ def kernels(
     device = device or default_device()
     check_device(device)
     if tune:
-        return tell_tuned(Options(tuple(op), tuple(case), shape, DTYPES[dtype], device), as_json)
+        return print_tuned(Options(tuple(op), tuple(case), shape, DTYPES[dtype], device), as_json)
     if device == "cpu":
-        console.print("no GPU is used: these are times of the plain references on a CPU", highlight=False)
-    wanted = Options(tuple(op), tuple(case), shape, DTYPES[dtype], device)
-    result = run(wanted, lambda said: console.print(said, highlight=False, soft_wrap=True))
+        console.print("no GPU is used: these are times of the reference implementations on a CPU", highlight=False)
+    options = Options(tuple(op), tuple(case), shape, DTYPES[dtype], device)
+    result = run(options, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if out is not None:
         write_result(result, out / "kernels.json")
         if draw(result, out / "kernels.png") is None:
@@ -133,7 +133,7 @@ def block(
     baseline: list[str] = typer.Option(
         [], metavar="NAME", help="plain, compiled or none; repeatable.  [default: all, on a CPU plain]"
     ),
-    rounds: int = typer.Option(3, help="Streams of each candidate, in turns."),
+    rounds: int = typer.Option(3, help="Streams of each candidate, interleaved."),
     blocks: int = typer.Option(5, help="Blocks timed at a full window in each round."),
     size: str | None = SIZE,
     vae: str | None = VAE,
@@ -142,18 +142,20 @@ def block(
     dtype: str | None = DTYPE,
     seed: int = SEED,
     settings: list[str] = SETTINGS,
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
     out: Path | None = OUT,
     as_json: bool = JSON,
 ) -> None:
     """Time one block at a full window, stage by stage.
 
-    Each candidate first makes a stream whose latents are held against the eager executor's; one that differs is
-    refused and not timed. The window is filled by running the stream, which also gives the growing curve. Baselines
-    with the same weights run in the same process: `plain`, the public reference's loop, and `compiled`, the same
-    through torch.compile. The machine's matmul and copy are timed in the same run.
+    The latents of each candidate are first compared with the eager executor's; a candidate that differs is refused and
+    not timed. Running the stream fills the window, which also gives block times at each smaller window. Baselines with
+    the same weights run in the same process: `plain`, the public reference's loop, and `compiled`, that loop with
+    torch.compile. The machine's matmul and copy are timed in the same run.
 
-    With --set lowp=fp8, kv_dtype=fp8 or both, fused and captured have layers and pages in fewer bits; the others stay
-    in the model's dtype, and all are held against eager there.
+    With --set lowp=fp8, kv_dtype=fp8 or both, fused and captured have low-precision layers and pages. The other
+    candidates stay in the model's dtype, and all are compared with eager in that dtype.
 
     Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
 
@@ -164,11 +166,11 @@ def block(
     from ..bench import block as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
+        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
     )
-    wanted = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
+    options = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out, {"--model": model, "--vae": vae, "--base": base})
-    finish(bench.run(wanted, teller(subject)), out, as_json, tell_block)
+    finish(bench.run(options, progress_printer(subject)), out, as_json, print_block)
 
 
 @app.command()
@@ -177,15 +179,15 @@ def stream(
     preset: str | None = PRESET,
     random_weights: bool = RANDOM,
     frames_in_window: int | None = typer.Option(None, help="Window in latent frames.  [default: the preset's]"),
-    blocks: int = typer.Option(30, help="Blocks counted at a full window."),
-    starts: int = typer.Option(3, help="Cold starts, each a process of its own; 0 for none."),
+    blocks: int = typer.Option(30, help="Blocks measured at a full window."),
+    starts: int = typer.Option(3, help="Cold starts, each in its own process; 0 for none."),
     controls: int = typer.Option(8, help="Controls sent while it streams; 0 for none."),
     sessions: int = typer.Option(1, help="Measure 1 to N sessions at a time."),
     batches: Path | None = typer.Option(
-        None, metavar="FILE", help="Run the sessions as one batch, too, and keep the times for load(batches=FILE)."
+        None, metavar="FILE", help="Also run the sessions as one batch; write the times for load(batches=FILE)."
     ),
     executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured on a GPU]"),
-    minutes: float | None = typer.Option(None, help="Add a long run of so many minutes of video."),
+    minutes: float | None = typer.Option(None, help="Add a long run of N minutes of video."),
     sink: str = typer.Option("memory", help="memory, or mp4 to encode the video as well."),
     size: str | None = SIZE,
     vae: str | None = VAE,
@@ -194,14 +196,16 @@ def stream(
     dtype: str | None = DTYPE,
     seed: int = SEED,
     settings: list[str] = SETTINGS,
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
     out: Path | None = OUT,
     as_json: bool = JSON,
 ) -> None:
     """Time a stream end to end, from a prompt to pixels on the sink.
 
-    Cold starts are processes of their own, with nothing compiled and, where something was compiled, once more with
-    that. Then, at a full window: time between blocks (p50, p95, p99, worst), FPS with the decoder, jitter, blocks that
-    a viewer would wait for, and the time from a control to the first block that shows it.
+    Each cold start is its own process, first with empty compile caches and then, if anything was compiled, with warm
+    ones. Then, at a full window: time between blocks (p50, p95, p99, worst), FPS with the decoder, jitter, late blocks,
+    and the time from a control to the first block that shows it.
 
     Example: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
 
@@ -212,12 +216,12 @@ def stream(
     from ..bench import stream as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings
+        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
     )
     subject = replace(subject, executor=executor)
-    wanted = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
+    options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
-    finish(bench.run(wanted, teller(subject)), out, as_json, tell_stream)
+    finish(bench.run(options, progress_printer(subject)), out, as_json, print_stream)
 
 
 @app.command()
@@ -226,9 +230,9 @@ def report(
     out: Path = typer.Option(Path("performance.md"), help="Page to write; its pictures go into a folder beside it."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout: the files written."),
 ) -> None:
-    """Make one Markdown page, with pictures, of any set of results.
+    """Make one Markdown page, with pictures, from a folder of results.
 
-    Results of GPUs and of CPUs stand apart, and goals are shown only among those of GPUs.
+    GPU and CPU results have separate sections; goals are shown only for GPUs.
 
     Example: inferix bench report bench/results --out docs/performance.md
     """
@@ -245,15 +249,15 @@ def report(
 def compare(
     a: Path = typer.Argument(metavar="A.json", help="The earlier result."),
     b: Path = typer.Argument(metavar="B.json", help="The later result."),
-    threshold: float = typer.Option(0.03, help="Smallest change that counts, as a share."),
+    threshold: float = typer.Option(0.03, help="Smallest change that counts, as a fraction."),
     fail_on_slower: bool = typer.Option(False, "--fail-on-slower", help="Exit with 1 if anything got slower."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Say what got faster or slower from A to B.
+    """Compare two results and list what got faster or slower from A to B.
 
-    A change counts when the whole 95 % bootstrap interval of the ratio of medians lies beyond the threshold, and is
-    none when all of it lies within; else the verdict is `unsure`. The two must be of one kind, model and type of
-    device; whatever else differs is listed.
+    A change counts if the 95 % bootstrap interval of the ratio of medians lies entirely beyond the threshold. There is
+    no change if it lies entirely within; otherwise the verdict is `unsure`. Both results must have the same kind, model
+    and type of device; other differences are listed.
 
     Example: inferix bench compare results/before.json results/after.json --fail-on-slower
     """
@@ -261,30 +265,30 @@ def compare(
     from ..bench.compare import compare as compared
     from ..bench.result import read_result
 
-    found = compared(read_result(a), read_result(b), threshold)
+    comparison = compared(read_result(a), read_result(b), threshold)
     if as_json:
-        changes = [{**asdict(change), "a": change.a.median, "b": change.b.median} for change in found.changes]
-        rest = {"statistic": STATISTIC, "threshold": threshold, "differences": found.differences}
-        typer.echo(json.dumps(rest | {"changes": changes, "gone": found.gone, "new": found.new}))
+        changes = [{**asdict(change), "a": change.a.median, "b": change.b.median} for change in comparison.changes]
+        rest = {"statistic": STATISTIC, "threshold": threshold, "differences": comparison.differences}
+        typer.echo(json.dumps(rest | {"changes": changes, "gone": comparison.gone, "new": comparison.new}))
     else:
         rows = Table("quantity", "A", "B", "B / A", "interval", "verdict")
-        for one in found.changes:
+        for one in comparison.changes:
             interval = "" if one.verdict == "few" else f"{one.low:.3f} to {one.high:.3f}"
             verdict = "too few samples" if one.verdict == "few" else one.verdict
             rows.add_row(
                 one.name, in_unit(one.a.median, one.a.unit), in_unit(one.b.median, one.b.unit), f"{one.ratio:.3f}",
                 interval, verdict,
             )  # fmt: skip
-        told = plain_console()
-        told.print(rows)
-        told.print(f"{STATISTIC}; a change counts beyond {threshold:.0%}")
-        for line in found.differences:
-            told.print(f"not the same: {line}")
-        for word, alone in (("only in A", found.gone), ("only in B", found.new)):
-            if alone:
-                told.print(f"{word}: {', '.join(alone)}")
-    if fail_on_slower and found.slower:
-        names = ", ".join(change.name for change in found.slower)
+        console = plain_console()
+        console.print(rows)
+        console.print(f"{STATISTIC}; a change counts beyond {threshold:.0%}")
+        for line in comparison.differences:
+            console.print(f"different: {line}")
+        for label, names in (("only in A", comparison.gone), ("only in B", comparison.new)):
+            if names:
+                console.print(f"{label}: {', '.join(names)}")
+    if fail_on_slower and comparison.slower:
+        names = ", ".join(change.name for change in comparison.slower)
         raise InferixError(f"slower in {b}: {names}")
 
 
@@ -300,35 +304,37 @@ def the_subject(
     dtype: str | None,
     seed: int,
     settings: list[str],
+    offline: bool,
+    force: bool,
 ) -> Subject:
-    """What the options name."""
+    """Make the subject of a benchmark from the options."""
     from ..bench.subject import Subject
 
     return Subject(
         model=model, preset=preset, random_weights=random_weights, frames_in_window=frames_in_window,
         size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, seed=seed,
-        overrides=parse_settings(settings),
+        overrides=parse_settings(settings), offline=offline, force=force,
     )  # fmt: skip
 
 
-def teller(subject: Subject) -> Callable[[str], None]:
-    """Progress on stderr, beginning with what the figures will be of."""
+def progress_printer(subject: Subject) -> Callable[[str], None]:
+    """Return a function that prints progress to stderr; first prints which device and weights are measured."""
     console = Console(stderr=True)
 
-    def tell(said: str) -> None:
-        console.print(said, highlight=False, soft_wrap=True)
+    def show(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
 
     from ..runtime.config import default_device
 
     if (subject.device or default_device()) == "cpu":
-        tell("no GPU is used: these are times of a CPU, and say nothing about a GPU")
+        show("no GPU is used: these are CPU times and do not predict GPU times")
     if subject.is_named or subject.random_weights:
-        tell(f"{subject.model} has random, untrained weights")
-    return tell
+        show(f"{subject.model} has random, untrained weights")
+    return show
 
 
 def check_out(out: Path | None, inputs: dict[str, str | Path | None]) -> None:
-    """UsageError for a place that no file can be written to, or that is read, before anything is measured."""
+    """Raise UsageError for an output that is an input or cannot be written, before anything is measured."""
     from ..runtime.files import check_output, check_paths
 
     if out is not None:
@@ -337,7 +343,7 @@ def check_out(out: Path | None, inputs: dict[str, str | Path | None]) -> None:
 
 
 def finish(result: Result, out: Path | None, as_json: bool, show: Callable[[Result], None]) -> None:
-    """Write the result's file and tell it."""
+    """Write the result's file and print the result."""
     from ..bench.result import write_result
 
     if out is not None:
@@ -348,24 +354,24 @@ def finish(result: Result, out: Path | None, as_json: bool, show: Callable[[Resu
         show(result)
 
 
-def tell_block(result: Result) -> None:
+def print_block(result: Result) -> None:
     block, matmul = result.facts["block"], result.ceilings["matmul_flops"].best
     plain = result.of("plain").get("block")
     table = Table("candidate", "block", "interval", "FPS", "transformer", "of matmul", "decoder", "to plain", "off by")
-    for name, told in result.facts["candidates"].items():
-        if told["refused"]:
-            table.add_row(name, "refused", "", "", told["refused"])
+    for name, facts in result.facts["candidates"].items():
+        if facts["refused"]:
+            table.add_row(name, "refused", "", "", facts["refused"])
             continue
-        held = result.of(name)
-        transformer, decode, whole = held.get("transformer"), held.get("decode"), held["block"].median
+        series = result.of(name)
+        transformer, decode, whole = series.get("transformer"), series.get("decode"), series["block"].median
         share = result.facts["work"]["transformer"]["flops"] / transformer.median / matmul if transformer else None
-        interval = held.get("interval")
+        interval = series.get("interval")
         table.add_row(
             name, in_unit(whole, "s"), in_unit(interval.median, "s") if interval else "",
             f"{block['pixel_frames'] / (interval.median if interval else whole):.3g}",
             in_unit(transformer.median, "s") if transformer else "", f"{share:.0%}" if share else "",
             in_unit(decode.median, "s") if decode else "", f"{plain.median / whole:.2f}x" if plain else "",
-            f"{told['difference']:.1e}",
+            f"{facts['difference']:.1e}",
         )  # fmt: skip
     console = plain_console()
     console.print(table)
@@ -373,59 +379,59 @@ def tell_block(result: Result) -> None:
         f"{place(result)}; {block['pixel_frames']} pixel frames a block, window of {block['window_frames']} latent "
         f"frames; matmul here {matmul / 1e9:.4g} GFLOP/s"
     )
-    if packed := [name for name, told in result.facts["candidates"].items() if told["fewer_bits"]]:
+    if packed := [name for name, facts in result.facts["candidates"].items() if facts["fewer_bits"]]:
         bits = result.facts["bits_off"]
         console.print(f"{', '.join(packed)}: in fewer bits; eager is in full, and in these bits off by {bits:.1e}")
 
 
-def tell_stream(result: Result) -> None:
+def print_stream(result: Result) -> None:
     table = Table("quantity", "p50", "p95", "p99", "worst", "times")
     for name, one in result.series.items():
         cells = (one.median, one.tail(0.95), one.tail(0.99), one.worst)
         shown = ("" if value is None else in_unit(value, one.unit) for value in cells)
         table.add_row(name, *shown, str(len(one.samples)))
-    told, facts = plain_console(), result.facts["stream"]
-    told.print(table)
-    told.print(
+    console, facts = plain_console(), result.facts["stream"]
+    console.print(table)
+    console.print(
         f"{place(result)}; {facts['fps']:.3g} FPS at a full window, {facts['real_time_factor']:.3g} times the video's "
         f"{facts['video_fps']}; a viewer waits at {facts['late_blocks']} of {facts['blocks']} blocks"
     )
     for point in result.facts["sessions"][1:]:
-        told.print(f"{point['sessions']} sessions: {point['fps']:.3g} FPS in all")
+        console.print(f"{point['sessions']} sessions: {point['fps']:.3g} FPS in all")
     for point in result.facts.get("batches", [])[1:]:
         batch, turns = (in_unit(point[key], "s") for key in ("batch", "turns"))
-        told.print(f"{point['sessions']} sessions: a block each in {batch} as one batch, in {turns} in turns")
+        console.print(f"{point['sessions']} sessions: a block each in {batch} as one batch, in {turns} in turns")
     if long := result.facts.get("long"):
         first, last = long["interval_by_tenth"][0], long["interval_by_tenth"][-1]
-        told.print(
+        console.print(
             f"{long['minutes']:g} minutes of video: median interval {in_unit(first, 's')} in the first tenth at a full "
             f"window, {in_unit(last, 's')} in the last"
         )
 
 
 def place(result: Result) -> str:
-    """What kind of device, and which."""
+    """Return the type and name of the measured device."""
     return f"{'GPU' if result.on_gpu else 'CPU'}: {result.device_name}"
 
 
 def plain_console() -> Console:
-    """Stdout, wide enough for a table where it is no terminal."""
+    """Return a console on stdout, wide enough for a table if stdout is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 def in_unit(value: float, unit: str) -> str:
-    """A quantity in the size of unit that suits it."""
+    """Format a quantity with its unit; seconds below 1 as ms."""
     if unit != "s":
         return f"{value:.4g} {unit}"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.4g} ms"
 
 
-def tell_tuned(wanted: Options, as_json: bool) -> None:
-    """Tune the ops and tell where their tables are."""
+def print_tuned(options: Options, as_json: bool) -> None:
+    """Tune the ops and print the paths of their tables."""
     from ..bench.tune import tune_here
 
     console = Console(stderr=True)
-    written = tune_here(wanted, lambda said: console.print(said, highlight=False, soft_wrap=True))
+    written = tune_here(options, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if as_json:
         typer.echo(json.dumps({op: str(path) for op, path in written.items()}))
     else:
@@ -433,18 +439,18 @@ def tell_tuned(wanted: Options, as_json: bool) -> None:
             typer.echo(f"{op}: {path}")
 
 
-def tell_compiled(ops: list[str], as_json: bool) -> None:
-    """The compile gate's table; InferixError if something in it is wrong."""
+def print_compiled(ops: list[str], as_json: bool) -> None:
+    """Print the compile gate's table. Raises InferixError if the gate finds a problem."""
     from ..bench.compile_gate import compile_all, problems
 
-    found = compile_all(ops)
+    kernels = compile_all(ops)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(kernels))
     else:
         table = Table("kernel", "registers", "stack", "shared", "warps", "instructions", "of tensor cores")
-        for name, row in found.items():
+        for name, row in kernels.items():
             cells = ("registers", "stack", "shared", "warps", "instructions", "matrix")
             table.add_row(name, *(str(row[cell]) for cell in cells))
         Console(width=120).print(table)
-    if wrong := problems(found):
-        raise InferixError("; ".join(wrong))
+    if errors := problems(kernels):
+        raise InferixError("; ".join(errors))

@@ -1,4 +1,4 @@
-"""`inferix checkpoint`: write a random checkpoint, or say what one holds."""
+"""`inferix checkpoint`: write random checkpoints, convert checkpoints, describe one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def checkpoint() -> None:
-    """Write, convert and look into checkpoints.
+    """Write, convert and inspect checkpoints.
 
     Example: inferix checkpoint inspect model.safetensors
     """
@@ -28,9 +28,7 @@ def random(
     seed: int = typer.Option(0, help="Seed of the weights."),
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
 ) -> None:
-    """Write a checkpoint of random weights.
-
-    To test loaders and tools without a download.
+    """Write a checkpoint of random weights, to test loaders and tools without a download.
 
     Example: inferix checkpoint random --spec wan-tiny --format diffusers tiny/
     """
@@ -45,23 +43,23 @@ def convert(
     source: Path = typer.Argument(..., metavar="SRC", help="Checkpoint file or folder, in any format."),
     destination: Path = typer.Argument(..., metavar="DST", help="Folder to write."),
     format: str = typer.Option("diffusers", help="original or diffusers."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16.  [default: as it is]"),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16.  [default: the file's]"),
     lora: Path | None = typer.Option(None, help="LoRA adapter to merge, file or folder."),
-    lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
-    lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter of which only a part fits."),
+    lora_scale: float = typer.Option(1.0, help="Factor of the adapter's weights."),
+    lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter that fits only in part."),
     max_shard_gb: float = typer.Option(5.0, help="Largest file, in 10^9 bytes."),
 ) -> None:
     """Write a checkpoint as safetensors with a config.
 
-    VAE and text encoder beside it are taken along.
+    A VAE and a text encoder beside the transformer are converted too.
 
     Example: inferix checkpoint convert longlive/ longlive-diffusers/ --dtype bfloat16
     """
     from ..export.checkpoint import convert as write
 
     shard = int(max_shard_gb * 1e9) if math.isfinite(max_shard_gb) else 0
-    tell = partial(typer.echo, err=True)
-    write(source, destination, format, dtype, lora, lora_scale, shard, tell, lora_partial)
+    progress = partial(typer.echo, err=True)
+    write(source, destination, format, dtype, lora, lora_scale, shard, progress, lora_partial)
     typer.echo(f"wrote {destination}: {source} in format {format}")
 
 
@@ -70,7 +68,7 @@ def inspect(
     path: Path = typer.Argument(..., help="Checkpoint file or folder."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line instead of text."),
 ) -> None:
-    """Say what a checkpoint is, without loading it.
+    """Show format, model, sizes and parts of a checkpoint, without loading it.
 
     Example: inferix checkpoint inspect tiny/ --json
     """

@@ -1,7 +1,7 @@
-"""`inferix doctor`: what is installed, what the machine has, and what works with it.
+"""`inferix doctor`: installed packages, hardware, and the features that work on this machine.
 
-Facts are gathered into one dict, which is both the JSON and the source of the tables. Packages are looked up
-by their metadata, so a broken optional package cannot break the report.
+One dict of facts is both the JSON output and the source of the tables. Packages are looked up by their metadata, so a
+broken optional package does not break the report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GIVES = {
     "av": "writes and reads video files",
     "ftfy": "cleans prompts as Wan's training did",
     "triton": "the GPU kernels of inferix.kernels",
-    "cuda-python": "CUDA graphs and device facts; this version does not use it yet",
+    "cuda-python": "nothing yet: CUDA graphs and device facts come from torch and NVML; in no extra",
     "flash-attn": "one more form of block attention, for comparison and where it is asked for",
     "tensorrt": "running exported engines; this version does not use it yet",
     "onnx": "exported graphs; this version does not use it yet",
@@ -34,7 +34,7 @@ GIVES = {
 
 
 def installed(name: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def installed(name: str) -> str | None:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """Cores this process may use, and the machine's memory in GiB (None where the system does not tell)."""
+    """Return the cores this process may use and the machine's memory in GiB (None if the system does not report it)."""
     from ..models.wan.random import host_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -51,7 +51,7 @@ def cpu_facts() -> dict[str, Any]:
 
 
 def gpu_facts() -> list[dict[str, Any]]:
-    """Name, memory in GiB and compute capability of each GPU torch can use."""
+    """Return name, memory in GiB and compute capability of each GPU that torch can use."""
     import torch
 
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -66,7 +66,7 @@ def gpu_facts() -> list[dict[str, Any]]:
 
 
 def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dict[str, str]:
-    """One plain sentence per feature."""
+    """Return the state of each feature in one line."""
 
     def needs(name: str) -> str:
         return "works" if packages[name] else f"missing: pip install {name}"
@@ -84,18 +84,18 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dic
 
 
 def chosen_kernels(gpus: list[dict[str, Any]]) -> dict[str, str]:
-    """The form of each op that would run here, on the first GPU if there is one, and whether it was tuned for it."""
+    """Return the implementation of each op that would run on the first GPU, else on the CPU, and if it was tuned."""
     import torch
 
     from ..kernels.catalog import SPECS
     from ..kernels.tuning import table_path
 
     device = torch.device("cuda" if gpus else "cpu")
-    found = {name: spec.chosen(device, spec.implementations[0].dtypes[0]) for name, spec in SPECS.items()}
-    for name in found if gpus else ():
+    chosen = {name: spec.chosen(device, spec.implementations[0].dtypes[0]) for name, spec in SPECS.items()}
+    for name in chosen if gpus else ():
         if table_path(name, gpus[0]["name"]).exists():
-            found[name] += ", or what the card's table says"
-    return found
+            chosen[name] += ", or the one in the GPU's tuning table"
+    return chosen
 
 
 def report() -> dict[str, Any]:
@@ -113,7 +113,7 @@ def report() -> dict[str, Any]:
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON line instead of tables.")) -> None:
-    """Say what is installed and what works here.
+    """Show what is installed and what works on this machine.
 
     Example: inferix doctor --json
     """

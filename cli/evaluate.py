@@ -1,4 +1,4 @@
-"""`inferix eval`: how good what a model makes is."""
+"""`inferix eval`: measure the quality of a model's video."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def common() -> None:
-    """Measure how good what a model makes is.
+    """Measure the quality of a model's video.
 
     Example: inferix eval tinyworld
     """
@@ -33,10 +33,10 @@ def tinyworld(
     out: Path | None = typer.Option(None, help="Folder for eval.json and the contact sheet streams.png."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Hold the small world against its simulator.
+    """Compare a model of the small world with its simulator.
 
-    Camera moves as told, pictures against the simulator where it is determined, landmarks that come back, the hero,
-    drift of free streams over 60 s, and collapse in long ones. A full run takes about half an hour on two cores.
+    Figures: camera moves that follow the action, PSNR where the simulator determines the picture, landmarks that
+    return, the hero, drift over 60 s, and collapse in long runs. A full run takes about half an hour on two cores.
 
     Example: inferix eval tinyworld --walks 8 --seeds 2 --minutes 1 --out outputs/eval
     """
@@ -55,21 +55,21 @@ def tinyworld(
             check_output(place)
     engine = load(model, preset="tinyworld", device=device)
     console = Console(stderr=True)
-    found, sheet = evaluate(engine, walks, seeds, minutes, lambda said: console.print(said, highlight=False))
-    found |= {"walks": walks, "seeds": seeds, "minutes": minutes, "version": __version__, "model": engine.describe()}
+    figures, sheet = evaluate(engine, walks, seeds, minutes, lambda line: console.print(line, highlight=False))
+    figures |= {"walks": walks, "seeds": seeds, "minutes": minutes, "version": __version__, "model": engine.describe()}
     if out is not None:
-        text = json.dumps(found, indent=2) + "\n"
+        text = json.dumps(figures, indent=2) + "\n"
         write_atomically(places["figures"], lambda part: part.write_text(text, "utf-8"))
         times = [f"{6 * tenth} s" for tenth in range(sheet.shape[1])]
         frames = list(sheet.reshape(-1, *sheet.shape[2:]))
         contact_sheet(frames, places["contact sheet"], len(times), times * len(sheet))
     if as_json:
-        typer.echo(json.dumps(found, default=str))
+        typer.echo(json.dumps(figures, default=str))
         return
     table = Table("figure", "reached", "bar", "")
     for name, (sign, bar) in BARS.items():
-        table.add_row(name, f"{found[name]:.3g}", f"{sign} {bar:g}", "yes" if found["passed"][name] else "no")
-    table.add_row("hero_right", f"{found['hero_right']:.3g}", "", "")
-    for name, value in found["drift"].items():
-        table.add_row(f"drift, {name}", f"{value:.3g}", f"simulator {found['simulator_drift'][name]:.2g}", "")
+        table.add_row(name, f"{figures[name]:.3g}", f"{sign} {bar:g}", "yes" if figures["passed"][name] else "no")
+    table.add_row("hero_right", f"{figures['hero_right']:.3g}", "", "")
+    for name, value in figures["drift"].items():
+        table.add_row(f"drift, {name}", f"{value:.3g}", f"simulator {figures['simulator_drift'][name]:.2g}", "")
     Console().print(table)

@@ -1,7 +1,7 @@
-"""`inferix generate`: a prompt in, a video and the record of how it was made out.
+"""`inferix generate`: from a prompt to a video and a record of its settings and timings.
 
 Blocks are written as they come, so Ctrl-C, SIGTERM and an error keep the finished ones in a playable file. Progress
-goes to stderr; stdout holds the result alone.
+goes to stderr; stdout has only the result.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from ..schemes.presets import UNTRAINED, default_model
 from ..schemes.storyboard import Cue, read_storyboard, schedule
 from ..user_files import read_yaml
 from ..version import __version__
-from .options import check_settings, counted, parse_settings, parse_size
-from .presets import tell_presets
+from .options import FORCE, OFFLINE, check_settings, counted, parse_settings, parse_size
+from .presets import print_presets
 
 if TYPE_CHECKING:
     import torch
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from ..runtime.telemetry.profile import Profile
 
-DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models only; untrained ones cannot follow it
+DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models; untrained ones cannot follow it
 DEFAULT_BLOCKS = 3
-DEFAULT_ACTIONS = "6R 4D 6L 4U"  # of a model that has actions, where nothing says how long: a walk back to the start
-SEEN = 256  # pixels of a video's longer side, at least: smaller pictures are enlarged
+DEFAULT_ACTIONS = "6R 4D 6L 4U"  # for a model with actions if no length is given: a walk back to the start
+SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
 LONGEST = 1_000_000  # blocks, or seconds
 SHEET_FRAMES = 24  # frames on the contact sheet, at most, unless one block has more
 
 
 @dataclass
 class Result:
-    """What the finished blocks left behind."""
+    """Counts, timings and output files of the finished blocks."""
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     frames: int = 0
@@ -68,7 +68,7 @@ class Result:
 
 
 def read_config(ctx: typer.Context, value: Path | None) -> Path | None:
-    """Make a YAML file's values the defaults of the options, so that flags win; `set` is kept for later."""
+    """Make a YAML file's values the defaults of the options, so that flags win; `set` is stored for `generate`."""
     if value is None:
         return None
     where = f"config {quoted(str(value))}"
@@ -92,7 +92,7 @@ def read_config(ctx: typer.Context, value: Path | None) -> Path | None:
 
 
 def parse_cue(text: str) -> Cue:
-    """What `--prompt-at SECONDS PROMPT` became: both in one string."""
+    """Parse the value of `--prompt-at`, seconds and prompt joined by `PromptAt`."""
     seconds, _, prompt = text.partition(" ")
     try:
         return Cue(float(seconds), prompt)
@@ -101,7 +101,7 @@ def parse_cue(text: str) -> Cue:
 
 
 class PromptAt(TyperCommand):
-    """A command whose `--prompt-at` takes two values each time."""
+    """A command whose `--prompt-at` takes two values; they are joined to one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined, rest = [], iter(args)
@@ -115,13 +115,13 @@ class PromptAt(TyperCommand):
         return super().parse_args(ctx, joined)
 
 
-def tell_of_work(engine: Engine, size: tuple[int, int], console: Console) -> None:
-    """Say beforehand that a CPU will take long, where it will."""
+def warn_of_slow_cpu(engine: Engine, size: tuple[int, int], console: Console) -> None:
+    """Print an estimate of the time per block if the engine runs on a CPU and the model is large."""
     from ..runtime.capacity.planner import long_on_cpu
 
-    said = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
-    if engine.device.type == "cpu" and said:
-        console.print(said, highlight=False, soft_wrap=True)
+    message = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
+    if engine.device.type == "cpu" and message:
+        console.print(message, highlight=False, soft_wrap=True)
 
 
 def check_length(blocks: int | None, seconds: float | None) -> None:
@@ -134,16 +134,16 @@ def check_length(blocks: int | None, seconds: float | None) -> None:
 
 
 def sheet_indices(count: int, block: int, blocks: int) -> list[int]:
-    """Which of a block's `count` frames go on the contact sheet, so that it stays small for a long video."""
+    """Choose the frames of a block with `count` frames for the contact sheet, which stays small for a long video."""
     if block % math.ceil(blocks / SHEET_FRAMES):
         return []
-    wanted = min(count, max(1, SHEET_FRAMES // blocks))
-    return [index * count // wanted for index in range(wanted)]
+    chosen = min(count, max(1, SHEET_FRAMES // blocks))
+    return [index * count // chosen for index in range(chosen)]
 
 
 @contextmanager
 def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
-    """Yields `advance(fps)`, to be called after each block."""
+    """Yield `advance(fps)`, to be called after each block."""
     columns = (
         TextColumn("block"),
         MofNCompleteColumn(),
@@ -159,25 +159,27 @@ def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
 
 def record_blocks(
     session: Any, blocks: int, cues: dict[int, str], writer: VideoWriter | None, advance: Any, result: Result,
-    kept: list[Any],
+    samples: list[Any],
 ) -> None:  # fmt: skip
-    """Run the stream to its end; adds finished blocks to `result`, and latents or (label, frame)s to `kept`."""
+    """Run the stream; adds finished blocks to `result`, and latents or (label, frame)s for the sheet to `samples`."""
     start = time.perf_counter()
     for block in steered(session, blocks, cues, decode=writer is not None):
         made, count = len(result.blocks), 0
         if writer is None:
-            kept.append(block.latents.detach().cpu())
+            samples.append(block.latents.detach().cpu())
         else:
             count = len(block.frames)
             writer.add(block.frames)
             chosen = sheet_indices(count, made, blocks)
-            kept += [(str(result.frames + index), block.frames[index].copy()) for index in chosen]
+            samples += [(str(result.frames + index), block.frames[index].copy()) for index in chosen]
         result.blocks.append({"index": block.index, "frames": count, "timings": dict(block.timings)})
         result.frames += count
         result.seconds = time.perf_counter() - start
         advance(result.frames / result.seconds)
+
+
 def steered(session: Any, blocks: int, cues: dict[int, str], decode: bool) -> Iterator[Any]:
-    """The stream, each cue told before the block that is to follow it; UsageError for a prompt that is refused."""
+    """Yield the stream's blocks and send each cue before its block. Raises UsageError if a prompt is refused."""
     starts = [0, *(start for start in sorted(cues) if start > 0), blocks]
     for start, stop in pairwise(starts):
         if start in cues:
@@ -190,14 +192,14 @@ def steered(session: Any, blocks: int, cues: dict[int, str], decode: bool) -> It
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yields a list that the first SIGINT, SIGTERM or SIGHUP is added to, which ends the work as Ctrl-C does.
+    """Raise KeyboardInterrupt at the first SIGINT, SIGTERM or SIGHUP; yields a list that receives its number.
 
-    Those that follow are ignored until the finished blocks are in their files.
+    Further signals are ignored until the finished blocks are in their files.
     """
     came: list[int] = []
     handled = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if hasattr(signal, "SIGHUP") else set())
     before = {number: signal.getsignal(number) for number in handled}
-    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}  # as nohup wants it
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}  # nohup ignores SIGHUP
 
     def stop(number: int, frame: object) -> None:
         if not came:
@@ -218,7 +220,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def noted_warnings(notes: list[str]) -> Iterator[None]:
-    """Add what is warned of to a list, too."""
+    """Append each warning to `notes` as well as showing it."""
     shown = warnings.showwarning
 
     def note(message: Warning | str, *rest: Any, **named: Any) -> None:
@@ -233,7 +235,7 @@ def noted_warnings(notes: list[str]) -> Iterator[None]:
 
 
 def frames_of(engine: Engine, blocks: int) -> int:
-    """Pixel frames of so many blocks from the start."""
+    """Return the pixel frames of the first `blocks` blocks."""
     latent = 0
     for _ in range(blocks):
         latent += engine.preset.block_size(latent)
@@ -243,7 +245,10 @@ def frames_of(engine: Engine, blocks: int) -> int:
 def read_source(
     video: Path, engine: Engine, size: tuple[int, int], fit: str, blocks: int, asked: bool
 ) -> tuple[Any, int]:
-    """What a video is made from, as frames, and for how many blocks; UsageError if it is shorter than `asked` for."""
+    """Read the frames of a source video; returns them and the count of blocks they fill.
+
+    Raises UsageError if the count was `asked` for and the video is shorter.
+    """
     pixels = read_video(video, size, engine.fps, fit, first=frames_of(engine, blocks))
     there = 0
     while there < blocks and frames_of(engine, there + 1) <= len(pixels):
@@ -251,13 +256,13 @@ def read_source(
     if asked and there < blocks:
         raise UsageError(
             f"--video {quoted(str(video))} has {len(pixels)} frames at {engine.fps} FPS, which are "
-            f"{counted(there, 'block')}; {blocks} are asked for: ask for {max(there, 1)}, or take a longer video"
+            f"{counted(there, 'block')}; expected {blocks} blocks: give --blocks {max(there, 1)} or a longer video"
         )
     return pixels, max(there, 1)
 
 
 def save_latents(latents: list[torch.Tensor], path: Path) -> Path:
-    """All blocks' latents as one tensor `latents` [F, C, H, W] in a safetensors file."""
+    """Write all blocks' latents as one tensor `latents` [F, C, H, W] to a safetensors file."""
     import torch
     from safetensors.torch import save
 
@@ -275,43 +280,45 @@ def versions() -> dict[str, str]:
 def generate(
     ctx: typer.Context,
     model: str | None = typer.Option(
-        None, help=f"Checkpoint file or folder, or a name.  [default: tinyworld, or {UNTRAINED} with --preset]"
+        None,
+        help="Checkpoint file or folder, the name of a preset with published weights, org/name[:file] of the Hugging "
+        f"Face hub, or a named model.  [default: tinyworld, or {UNTRAINED} with --preset]",
     ),
-    base: str | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
+    base: str | None = typer.Option(None, help="Folder with VAE and text encoder, or org/name, if not with the model."),
     vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
-    text_encoder: str | None = typer.Option(None, help="Text encoder: a file or folder; else beside model or in base."),
+    text_encoder: str | None = typer.Option(None, help="Text encoder file or folder, if not with model or base."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
-    lora_scale: float = typer.Option(1.0, help="How much of the adapter to merge."),
-    lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter of which only a part fits."),
+    lora_scale: float = typer.Option(1.0, help="Factor of the adapter's weights."),
+    lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter that fits only in part."),
     preset: str | None = typer.Option(
         None, help="Named sampler and context settings.  [default: the model's own, or self-forcing]"
     ),
-    prompt: str | None = typer.Option(None, help="What the video shows."),
+    prompt: str | None = typer.Option(None, help="Content of the video, as text."),
     prompt_embeds: Path | None = typer.Option(None, help="File of text-encoder output, instead of a prompt."),
     seconds: float | None = typer.Option(None, help="Length in seconds, rounded up to whole blocks."),
     blocks: int | None = typer.Option(None, help=f"Length in blocks.  [default: {DEFAULT_BLOCKS}, or as --actions]"),
     seed: int = typer.Option(0, help="Seed of the noise."),
     out: Path = typer.Option(Path("out.mp4"), help="Video to write; .json and .png go beside it."),
-    image: Path | None = typer.Option(None, help="Picture to begin with."),
+    image: Path | None = typer.Option(None, help="First picture of the video."),
     video: Path | None = typer.Option(None, help="Video to continue."),
     fit: str = typer.Option(
-        "crop", help="How --image and --video fill the picture: crop, pad with black, or stretch."
+        "crop", help="Fit of --image and --video to the picture: crop, pad with black, or stretch."
     ),
     strength: float | None = typer.Option(
-        None, help="Make it from --video: 0.1 stays near it, 1 leaves it; for presets whose solver is not unipc."
+        None, help="Video to video with --video: 0.1 stays close, 1 ignores it; not for presets with solver unipc."
     ),
-    negative_prompt: str | None = typer.Option(None, help="What to keep away from, for presets with guidance."),
+    negative_prompt: str | None = typer.Option(None, help="Content to avoid, for presets with guidance."),
     prompt_at: list[str] = typer.Option(
         [], metavar='SECONDS "PROMPT"', help="Change the prompt at a time; repeatable."
     ),
     storyboard: Path | None = typer.Option(None, help="YAML list of 'at' and 'prompt', instead of --prompt-at."),
     list_presets: bool = typer.Option(
-        False, "--list-presets", callback=tell_presets, is_eager=True, help="Tell of each preset and its weights."
+        False, "--list-presets", callback=print_presets, is_eager=True, help="Show each preset and its weights."
     ),
     actions: str | None = typer.Option(
         None,
         metavar='"8R 8U ..."',
-        help="What the hero does, an action per latent frame: 8R, 4U, stay; or a .json file with a list of names.  "
+        help="Actions of the hero, one per latent frame: 8R, 4U, stay; or a .json file with a list of names.  "
         f"[default for the small world: {DEFAULT_ACTIONS}, unless a length is given]",
     ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
@@ -319,25 +326,29 @@ def generate(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = typer.Option(
-        None, help="How passes run: eager, fused, captured.  [default: captured on a GPU, else eager]"
+        None, help="Executor of passes: eager, fused, captured.  [default: captured on a GPU, else eager]"
     ),
-    graphs: Path | None = typer.Option(None, help="Folder of stored graphs to start from, and to add to."),
+    graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     profile: Path | None = typer.Option(
-        None, metavar="DIR", help="Folder for a trace and a table of where each block's time went."
+        None, metavar="DIR", help="Folder for a trace and a table of each block's time by call."
     ),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Engine setting; repeatable."),
-    records: Path | None = typer.Option(None, help="File for what was measured, a JSON line for each block."),
+    records: Path | None = typer.Option(None, help="File for measurements, a JSON line per block and control."),
     config: Path | None = typer.Option(
         None, callback=read_config, is_eager=True, help="YAML file of options, settings in 'set'; flags win."
     ),
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Make a video block by block; Ctrl-C, SIGTERM and an error keep the finished blocks.
+    """Make a video block by block; after Ctrl-C, SIGTERM or an error the finished blocks are in the file.
 
-    Writes OUT, a contact sheet (.png) and a record of settings and timings (.json) beside it; never over a file that it
-    reads. A video given with --video is sampled at the model's rate.
+    Writes OUT, and beside it a contact sheet (.png) and a record of settings and timings (.json); never overwrites an
+    input. A video of --video is sampled at the model's frame rate.
 
     Example: inferix generate --prompt "a purple wizard in a sandy desert by day" --actions "8R 4U 4S" --out wizard.mp4
+
+    Example: inferix generate --model self-forcing --prompt "a paper boat on a canal" --seconds 5
 
     Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
 
@@ -352,7 +363,7 @@ def generate(
         raise UsageError(f"--out {quoted(str(out))} must end in one of {', '.join(suffixes)}")
     overrides = {**ctx.meta.get("inferix.settings", {}), **parse_settings(settings)}
     check_settings(ctx, overrides)
-    wanted_size = parse_size(size) if size else None
+    chosen_size = parse_size(size) if size else None
     if prompt_at and storyboard:
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
@@ -378,10 +389,12 @@ def generate(
     if profile is not None and executor is None and default_executor(device or default_device()) == "eager":
         executor = "fused"  # eager has no calls of its own to be timed
     parts |= {"executor": executor, "graphs": graphs}
+    texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
+    parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
     engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
     if engine.parts.form == "random":
-        said = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
-        console.print(said, highlight=False, soft_wrap=True)
+        message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
+        console.print(message, highlight=False, soft_wrap=True)
     if not Path(model).exists() and prompt is None and prompt_embeds is None:
         prompt = DEFAULT_PROMPT
     count = blocks or (engine.blocks_for(seconds) if seconds else None)
@@ -396,8 +409,8 @@ def generate(
             f"--actions has {len(script)} actions, for {len(script) + 1} latent frames, but the video has {count} "
             "blocks; leave the length out, or make them agree"
         )
-    frame_size = wanted_size or engine.default_size
-    tell_of_work(engine, frame_size, console)
+    frame_size = chosen_size or engine.default_size
+    warn_of_slow_cpu(engine, frame_size, console)
     source: Any = video
     if video is not None and strength is not None:
         source, count = read_source(video, engine, frame_size, fit, count, bool(blocks or seconds or script))
@@ -405,7 +418,7 @@ def generate(
     opening |= {"actions": script or None, "strength": strength, "negative_prompt": negative_prompt}
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     profiled = engine.start_profile() if profile is not None else None
-    kept: list[Any] = []
+    samples: list[Any] = []
     writer: VideoWriter | None = None
     changes: dict[int, str] = {}
     with stop_signals() as came:
@@ -422,13 +435,13 @@ def generate(
                     if session.prefix_frames is not None:
                         writer.add(session.prefix_frames)
                 advance = stack.enter_context(progress_bar(console, count))
-                record_blocks(session, count, changes, writer, advance, result, kept)
+                record_blocks(session, count, changes, writer, advance, result, samples)
         except KeyboardInterrupt:
             result.interrupted = True
         except (InferixError, RuntimeError, MemoryError) as error:
             result.failed = one_line(error)
             raise
-        finally:  # whatever it ended by, the finished blocks are kept
+        finally:  # the finished blocks are written in every case
             if records is not None and records.exists():
                 result.outputs.append(str(records))
             shown = {name: str(value) for name, value in given.items()} | ({"video": str(video)} if video else {})
@@ -440,13 +453,13 @@ def generate(
             if result.blocks:
                 lost = failures(
                     lambda: write_profile(result, profiled, profile),
-                    lambda: write_kept(result, kept, outputs, writer),
+                    lambda: write_samples(result, samples, outputs, writer),
                     lambda: write_record(result, about, outputs),
                 )
             for failure in lost:
                 result.failed = result.failed or one_line(failure)
                 typer.echo(one_line(failure), err=True)
-            tell(result, count, as_json)
+            print_result(result, count, as_json)
     if result.interrupted:
         raise typer.Exit(128 + (came[0] if came else signal.SIGINT))
     if lost:
@@ -454,14 +467,14 @@ def generate(
 
 
 def failures(*writes: Callable[[], object]) -> list[InferixError]:
-    """Make each call; what those raise that fail, which keeps none of the others back."""
-    found = []
+    """Make each call, also after one has failed; returns the errors."""
+    errors = []
     for write in writes:
         try:
             write()
         except InferixError as error:
-            found.append(error)
-    return found
+            errors.append(error)
+    return errors
 
 
 def write_profile(result: Result, profiled: Profile | None, folder: Path | None) -> None:
@@ -469,18 +482,18 @@ def write_profile(result: Result, profiled: Profile | None, folder: Path | None)
         result.outputs += map(str, profiled.write(folder))
 
 
-def write_kept(result: Result, kept: list[Any], outputs: dict[str, Path], writer: VideoWriter | None) -> None:
-    """Write latents, or the contact sheet of the pictures in the video; nothing where no picture could be kept."""
+def write_samples(result: Result, samples: list[Any], outputs: dict[str, Path], writer: VideoWriter | None) -> None:
+    """Write the latents, or the contact sheet of the video unless the video has no frame."""
     if writer is None:
-        result.outputs.append(str(save_latents(kept, outputs["latents"])))
+        result.outputs.append(str(save_latents(samples, outputs["latents"])))
     elif writer.frames:
-        names, frames = zip(*kept, strict=True)
+        names, frames = zip(*samples, strict=True)
         result.outputs.append(str(outputs["--out"]))
         result.outputs.append(str(contact_sheet(frames, outputs["contact sheet"], labels=names)))
 
 
 def write_record(result: Result, about: dict[str, Any], outputs: dict[str, Path]) -> None:
-    """Write how the finished blocks were made."""
+    """Write the record of settings, versions and timings."""
     record = asdict(result) | about | {"versions": versions(), "command": shlex.join(sys.argv)}
     record["outputs"] = [*result.outputs, str(outputs["record"])]
     text = json.dumps(record, indent=2, default=str) + "\n"
@@ -488,7 +501,7 @@ def write_record(result: Result, about: dict[str, Any], outputs: dict[str, Path]
 
 
 def output_paths(out: Path, latents_only: bool, records: Path | None, profile: Path | None) -> dict[str, Path]:
-    """Everything that a run writes, by a name for messages."""
+    """Return the path of each output of a run, by its name in messages."""
     if latents_only:
         paths = {"latents": out.with_suffix(".safetensors")}
     else:
@@ -503,18 +516,18 @@ def output_paths(out: Path, latents_only: bool, records: Path | None, profile: P
     return paths
 
 
-def tell(result: Result, count: int, as_json: bool) -> None:
-    """The result on stdout, as one JSON line or in words."""
+def print_result(result: Result, count: int, as_json: bool) -> None:
+    """Print the result to stdout, as one JSON line or as text."""
     if result.interrupted or result.failed:
         how = "interrupted" if result.interrupted else "stopped by an error"
-        kept = f"kept in {', '.join(result.outputs)}" if result.blocks else "nothing was written"
-        typer.echo(f"{how}: {len(result.blocks)} of {count} blocks were finished; {kept}", err=True)
+        outcome = f"they are in {', '.join(result.outputs)}" if result.blocks else "nothing was written"
+        typer.echo(f"{how}: {len(result.blocks)} of {count} blocks were finished; {outcome}", err=True)
     if result.failed:
         return
     if as_json:
         typer.echo(json.dumps(asdict(result)))
     elif result.blocks:
-        told = [counted(len(result.blocks), "block")]
+        facts = [counted(len(result.blocks), "block")]
         if result.frames:
-            told += [counted(result.frames, "frame"), f"{result.frames / result.seconds:.2f} FPS"]
-        typer.echo(f"{', '.join(told)}, {result.seconds:.1f} s: {', '.join(result.outputs)}")
+            facts += [counted(result.frames, "frame"), f"{result.frames / result.seconds:.2f} FPS"]
+        typer.echo(f"{', '.join(facts)}, {result.seconds:.1f} s: {', '.join(result.outputs)}")

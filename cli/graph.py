@@ -1,4 +1,4 @@
-"""`inferix graph`: what a block of a model and a preset runs, with no weights and no GPU; and graphs on disk."""
+"""`inferix graph`: show the graph of a model's block without weights or a GPU; store graphs on disk."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ def graph(
     preset: str | None = typer.Option(None, help="Named scheme.  [default: the model's own, or self-forcing]"),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
     dtype: str | None = typer.Option(
-        None, help="Of weights and activations.  [default: bfloat16; with --save and --load what suits --device]"
+        None, help="Of weights and activations.  [default: bfloat16; with --save and --load the device's default]"
     ),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
-    precision: str = typer.Option("reference", help=f"Where a pass computes in more: {', '.join(PRECISIONS)}."),
-    sessions: int = typer.Option(1, min=1, help="Streams side by side in one pass."),
+    precision: str = typer.Option("reference", help=f"Parts of a pass in wider dtypes: {', '.join(PRECISIONS)}."),
+    sessions: int = typer.Option(1, min=1, help="Sessions batched in one pass."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Setting of the preset; repeatable."),
-    with_: list[str] = typer.Option([], "--with", metavar="REWRITE", help="Do this rewrite too; repeatable."),
-    without: list[str] = typer.Option([], metavar="REWRITE", help="Leave this rewrite out, or all; repeatable."),
+    with_: list[str] = typer.Option([], "--with", metavar="REWRITE", help="Also apply this rewrite; repeatable."),
+    without: list[str] = typer.Option([], metavar="REWRITE", help="Skip this rewrite, or all; repeatable."),
     lowp: str | None = typer.Option(None, help="Linear layers in fp8 or int8; the same as --with lowp."),
     layers: list[str] = typer.Option([], metavar="PATTERN", help="Layers of --lowp; repeatable.  [default: blocks.*]"),
-    keep: list[str] = typer.Option([], metavar="PATTERN", help="Layers that --lowp leaves as they are; repeatable."),
-    only: str | None = typer.Option(None, "--pass", metavar="NAME", help="One pass, call by call, as 'denoise 0'."),
-    plan: bool = typer.Option(False, "--plan", help="Where scratch lies: the arena, and what holds its peak."),
-    svg: Path | None = typer.Option(None, metavar="FILE", help="Draw it."),
+    keep: list[str] = typer.Option([], metavar="PATTERN", help="Layers that --lowp skips; repeatable."),
+    only: str | None = typer.Option(None, "--pass", metavar="NAME", help="Show one pass call by call, as 'denoise 0'."),
+    plan: bool = typer.Option(False, "--plan", help="Show the buffer plan: the arena and the buffers at its peak."),
+    svg: Path | None = typer.Option(None, metavar="FILE", help="Draw the graph to an SVG file."),
     as_json: bool = typer.Option(False, "--json", help="The whole graph as one JSON line on stdout."),
-    rewrites: bool = typer.Option(False, "--rewrites", help="List the rewrites, in order, and do nothing else."),
+    rewrites: bool = typer.Option(False, "--rewrites", help="List the rewrites in order and exit."),
     save: Path | None = typer.Option(
         None, metavar="DIR", help="Store the graphs of a whole stream, for generate --graphs DIR."
     ),
-    load: Path | None = typer.Option(None, metavar="DIR", help="Read stored graphs, as generate would, and tell them."),
-    device: str | None = typer.Option(None, help="Of --save and --load.  [default: cuda if there is one, else cpu]"),
+    load: Path | None = typer.Option(None, metavar="DIR", help="Read stored graphs, as generate would, and list them."),
+    device: str | None = typer.Option(None, help="For --save and --load.  [default: cuda if there is one, else cpu]"),
 ) -> None:
-    """Show the passes of a block as a graph: what runs when, what each call computes and moves, what each rewrite did.
+    """Show the passes of a block as a graph: its calls in order, their cost, and the effect of each rewrite.
 
-    The model is traced with weights that have shapes alone, so any size will do. To see what a rewrite is worth,
-    leave it out.
+    The model is traced on the meta device, so no weights are needed and every size works. To see the effect of a
+    rewrite, skip it with --without.
 
-    --save makes all graphs that a stream asks for, from its first block to a full window and a new prompt, and stores
-    them in a folder, which is for one model, preset, precision, card and set of versions: a run with --graphs DIR then
-    traces nothing. --load reads them back, and refuses them if they are for another model or preset than those named.
+    --save makes all graphs that a stream needs, from its first block to a full window and a new prompt, and stores them
+    in a folder for one model, preset, precision, GPU and set of versions. A run with --graphs DIR then traces nothing.
+    --load reads them back and refuses graphs for another model or preset than the named one.
 
     Example: inferix graph --model wan-1.3b --preset self-forcing --svg block.svg
 
@@ -91,46 +91,47 @@ def graph(
         check_output(svg)
     stored = save or load
     if device is not None and stored is None:
-        raise UsageError(f"--device is {device!r}, which stored graphs are for; give --save or --load as well")
+        raise UsageError(f"--device is {device!r}, which is only for stored graphs; give --save or --load as well")
     device = device or default_device()
-    if load is not None and model is None and preset is None:  # whatever the folder is for
+    if load is not None and model is None and preset is None:
         model, preset = stored_for(load)
     dtype = dtype or (default_dtype(device) if stored else "bfloat16")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
     check_choice("--precision", precision, PRECISIONS)
-    kept = None if kv_dtype in (None, dtype) else KV_DTYPES[kv_dtype]
+    page_dtype = None if kv_dtype in (None, dtype) else KV_DTYPES[kv_dtype]
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **parse_settings(settings))
     spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
     if lowp is None and (layers or keep):
-        raise UsageError(f"{'--layers' if layers else '--keep'} says which layers --lowp takes; give --lowp as well")
-    asked = [*with_, *(["lowp"] if lowp is not None and "lowp" not in with_ else [])]
-    left_out = [name for name in REWRITES if name not in asked] if "all" in without else without
-    names = chosen(asked, left_out)
+        raise UsageError(f"{'--layers' if layers else '--keep'} chooses layers of --lowp; give --lowp as well")
+    added = [*with_, *(["lowp"] if lowp is not None and "lowp" not in with_ else [])]
+    skipped = [name for name in REWRITES if name not in added] if "all" in without else without
+    names = chosen(added, skipped)
     packed = PrecisionMap(lowp or "fp8", tuple(layers) or EVERY_BLOCK, tuple(keep))
     pictures = parse_size(size) if size else None
     if stored is not None:
         check_device(device)
         shown = {"--pass": only, "--svg": svg, "--json": as_json, "--sessions": sessions > 1}
         changed = {"--with": with_, "--without": without}
-        if unfit := [option for option, given in (shown | changed).items() if given]:
-            raise UsageError(f"{unfit[0]} is for a graph that is shown, not for what an engine runs; leave it out")
+        if unfit := [option for option, is_set in (shown | changed).items() if is_set]:
+            raise UsageError(f"{unfit[0]} changes the shown graph, not stored graphs; leave it out")
         if save is not None and load is not None:
             raise UsageError("--save makes graphs and --load reads them; give one of them")
         low = packed if lowp is not None else None
-        graphs = GraphBuilder(spec, scheme, precision, DTYPES[dtype], device, tuple(names), low, kept)
-        tell_stored(graphs, pictures or spec.default_size, stored, save is not None, plan)
+        graphs = GraphBuilder(spec, scheme, precision, DTYPES[dtype], device, tuple(names), low, page_dtype)
+        print_stored(graphs, pictures or spec.default_size, stored, save is not None, plan)
         return
     if plan and (only is not None or as_json):
-        raise UsageError(f"--plan prints where scratch lies; leave {'--json' if as_json else '--pass'} out")
+        raise UsageError(f"--plan prints the buffer plan; leave {'--json' if as_json else '--pass'} out")
     fuse = "fuse-commit" in names
-    told = (spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions)
-    traced = build_block_graph(*told, fuse_commit=fuse, kv_dtype=kept)
+    traced = build_block_graph(
+        spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kv_dtype=page_dtype
+    )
     block = rewritten(traced, names, packed)
     validate(block)
-    if only is not None and only not in {found.name for found in block.graphs}:
-        there = ", ".join(repr(found.name) for found in block.graphs)
-        raise UsageError(f"--pass is {only!r}; this block has {there}")
+    if only is not None and only not in {graph.name for graph in block.graphs}:
+        passes = ", ".join(repr(graph.name) for graph in block.graphs)
+        raise UsageError(f"--pass is {only!r}; this block has {passes}")
     if svg is not None:
         from ..graphs.show.svg import svg as drawn
 
@@ -141,23 +142,23 @@ def graph(
 
         typer.echo(json.dumps(to_dict(block)))
     elif plan:
-        typer.echo("\n\n".join(told_plan(lower_block(block))))
+        typer.echo("\n\n".join(format_plans(lower_block(block))))
     else:
         from ..graphs.show.text import text
 
         typer.echo(text(block, only))
 
 
-def tell_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make: bool, plan: bool) -> None:
-    """Fill a folder with the graphs of a stream, or only open it, and say what is there."""
+def print_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make: bool, plan: bool) -> None:
+    """Open a folder of graphs, add those of a stream if `make`, and list its graphs."""
     import torch
 
     from ..runtime.programs.graph_store import GraphStore, card_of
     from ..runtime.programs.warmup import graph_keys
 
-    wanted = graph_keys(graphs.spec, graphs.preset, size, graphs.kv_dtype is not None) if make else []
+    keys = graph_keys(graphs.spec, graphs.preset, size, graphs.kv_dtype is not None) if make else []
     store = GraphStore.open(folder, graphs, create=make)
-    made = store.fill(graphs, wanted)
+    made = store.fill(graphs, keys)
     programs = store.programs()
     dtype, card = str(graphs.dtype).removeprefix("torch."), card_of(torch.device(graphs.device))
     count = f"{len(programs)} graph{'s' * (len(programs) != 1)}"
@@ -168,19 +169,19 @@ def tell_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make:
     for key, lowered in programs:
         typer.echo(f"  {describe_key(key)}: {len(lowered.body.program.calls)} calls")
         if plan:
-            typer.echo(textwrap.indent("\n".join(told_plan(lowered)), "    "))
+            typer.echo(textwrap.indent("\n".join(format_plans(lowered)), "    "))
 
 
 def describe_key(key: GraphKey) -> str:
-    """What a stored graph is for."""
+    """Describe the key of a stored graph: its frames, latent shape and pages."""
     channels, height, width = key.latent[1:]
     groups = " + ".join(f"{rows} x {each}" if rows > 1 else f"{each}" for rows, each in key.parts)
     kind = "block" if key.whole else "pass"
     return f"{kind} of {groups} frames of {channels}x{height}x{width}, {key.pages} pages in the store"
 
 
-def told_plan(lowered: Lowered) -> list[str]:
-    """Where the scratch of each of its programs lies."""
+def format_plans(lowered: Lowered) -> list[str]:
+    """Format the buffer plan of each program."""
     parts = {"block": lowered.body, "prompt": lowered.prompt, "fold": lowered.fold}
     return [f"{name}: {part.plan.text(part.program)}" for name, part in parts.items() if part is not None]
 

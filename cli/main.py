@@ -1,7 +1,7 @@
 """The `inferix` command and its exit codes.
 
-0: done, 1: a run failed, 2: bad input, 130: interrupted. Only the package's own errors become one line
-on stderr; any other exception is a bug and keeps its traceback.
+0: success, 1: a run failed, 2: bad input, 130: interrupted. Only the package's own errors become one line on stderr,
+with the flags of the arguments that they name (`flags.py`); any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..errors import InferixError, exit_code, no_memory, one_line
 from ..version import __version__
 from . import bench, checkpoint, evaluate
 from .doctor import doctor
+from .flags import with_flags
 from .generate import PromptAt, generate
 from .graph import graph
 from .plan import plan
@@ -24,7 +25,7 @@ from .play import play
 
 
 class Commands(TyperGroup):
-    """The verbs; errors of any of them, raised while options are read or while it runs, end here."""
+    """The group of all commands; it prints the errors that any of them raises while it parses options or runs."""
 
     def invoke(self, ctx: Any) -> Any:  # the context's class has moved between versions of typer
         try:
@@ -32,13 +33,13 @@ class Commands(TyperGroup):
         except InferixError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            typer.echo(one_line(error), err=True)
+            typer.echo(with_flags(one_line(error)), err=True)
             raise typer.Exit(exit_code(error)) from error
         except (MemoryError, RuntimeError) as error:
             if not no_memory(error) or ctx.params.get("debug"):
                 raise
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            typer.echo(f"error: memory ran out: {said}; inferix plan says what fits, and what needs less", err=True)
+            message = next(iter(str(error).splitlines()), type(error).__name__)
+            typer.echo(f"error: out of memory: {message}; inferix plan shows what fits and what needs less", err=True)
             raise typer.Exit(1) from error
 
 
@@ -53,8 +54,8 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 
 
-def tell_version(wanted: bool) -> None:
-    if wanted:
+def print_version(value: bool) -> None:
+    if value:
         typer.echo(f"inferix {__version__}")
         raise typer.Exit
 
@@ -63,19 +64,19 @@ def tell_version(wanted: bool) -> None:
 def common(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     version: bool = typer.Option(
-        False, "--version", callback=tell_version, is_eager=True, help="Show the version and exit."
+        False, "--version", callback=print_version, is_eager=True, help="Show the version and exit."
     ),
 ) -> None:
-    """Block-diffusion video models, run block by block.
+    """Run block-diffusion video models, block by block.
 
-    To begin: generate makes a video of the small world in this package, play walks it, doctor says what works here,
-    plan what a real model needs.
+    Start with generate, which makes a video of the small world in this package. play walks through it in the terminal,
+    doctor shows what works on this machine, and plan shows what a real model needs.
 
     Example: inferix generate --out video.mp4
     """
 
 
 def main() -> None:
-    """Run the command in sys.argv and exit with its code; typer itself exits with 2 and 130."""
+    """Run the command in sys.argv and exit with its code; typer exits with 2 and 130 itself."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     app(prog_name="inferix")

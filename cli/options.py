@@ -1,4 +1,4 @@
-"""Options that several verbs share, from text to values."""
+"""Parsers of options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import typer
 from ..errors import UsageError, cut, quoted
 from ..user_files import parse_yaml
 
+OFFLINE = typer.Option(
+    False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."
+)
+FORCE = typer.Option(False, "--force", help="Load even what by plan does not fit into memory.")
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """`key=value` strings to a dict; values are read as YAML, so 3, true and [1, 2] have their types."""
+    """Parse `key=value` strings to a dict; values are YAML, so 3, true and [1, 2] have their types."""
     settings = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
@@ -23,12 +27,12 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 block`, `2 blocks`."""
+    """Format a count with its noun: `1 block`, `2 blocks`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`832x480` to (832, 480)."""
+    """Parse `832x480` to (832, 480)."""
     width, separator, height = text.lower().partition("x")
     if not (separator and width.isdecimal() and height.isdecimal() and max(len(width), len(height)) < 6):
         raise UsageError(f"--size {quoted(text)} is not a size; expected WIDTHxHEIGHT in pixels, such as 832x480")
@@ -36,8 +40,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def check_settings(ctx: typer.Context, settings: Iterable[str]) -> None:
-    """UsageError for a setting that the command has an option for."""
+    """Raise UsageError for a setting that the command has its own option for."""
     options = {param.name: param.opts[0] for param in ctx.command.params if param.name}
     for key in settings:
         if option := options.get(key.replace("-", "_")):
-            raise UsageError(f"--set {cut(key)}: that is an option of its own; use {option}")
+            raise UsageError(f"--set {cut(key)}: this setting has its own option; use {option}")

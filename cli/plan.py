@@ -1,7 +1,7 @@
-"""`inferix plan`: whether streams fit into a memory, and how fast they can be at best, before anything is loaded.
+"""`inferix plan`: memory that streams need, and lower bounds of their time, before anything is loaded.
 
-Everything is computed from sizes (`runtime/capacity/planner.py`). Every time is a floor and is called one: no figure
-here was measured, and none should be quoted as if it had been.
+Everything is computed from sizes (`runtime/capacity/planner.py`). Every time is a lower bound ("floor"), not a
+measurement, and should not be quoted as one.
 """
 
 from __future__ import annotations
@@ -18,15 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, nearest
-from ..models.text.spec import UMT5_XXL, tiny_text
-from ..models.tinyworld.spec import VAE as TINYWORLD_VAE
-from ..models.tinyworld.words import WORDS
-from ..models.wan.random import vae_for
-from ..models.wan.spec import MODELS, ModelSpec
+from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinySpec
-from ..models.wan.vae import VaeSpec
 from ..runtime.byte_sizes import format_bytes, parse_bytes
-from ..runtime.capacity import costs, planner
+from ..runtime.capacity import planner
 from ..runtime.capacity.gpus import CARDS, Card
 from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
@@ -36,7 +31,7 @@ from ..schemes.presets import default_preset, make_preset
 from .options import check_settings, counted, parse_settings, parse_size
 
 DEFAULT_MODEL = "wan-1.3b"
-HALF = ("bfloat16", "float16")  # what makers' figures are for
+HALF = ("bfloat16", "float16")  # dtypes of makers' figures
 TABLE_ROWS = (
     ("wan-1.3b", "self-forcing"), ("wan-1.3b", "longlive"), ("wan-1.3b", "rolling-forcing"),
     ("wan-5b", "longlive2"), ("wan-14b", "self-forcing"), ("wan-14b", "longlive"), ("wan-14b", "krea"),
@@ -50,7 +45,7 @@ def plan(
     model: str | None = typer.Option(None, help=f"Name of the model.  [default: the preset's, or {DEFAULT_MODEL}]"),
     preset: str | None = typer.Option(None, help="Named scheme.  [default: the model's own, or self-forcing]"),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
-    memory: str | None = typer.Option(None, help="Memory there is, such as 24GB (10^9 bytes) or 22GiB (2^30)."),
+    memory: str | None = typer.Option(None, help="Available memory, such as 24GB (10^9 bytes) or 22GiB (2^30)."),
     gpu: str | None = typer.Option(None, help=f"A known card, for memory and speed: {', '.join(CARDS)}."),
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
@@ -58,20 +53,20 @@ def plan(
     executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured]"),
     vae: str | None = typer.Option(None, help="taehv for the tiny decoder.  [default: the model's own VAE]"),
     text_encoder: bool = typer.Option(
-        True, "--text-encoder/--no-text-encoder", help="Whether prompts are text, or embeddings from a file."
+        True, "--text-encoder/--no-text-encoder", help="Prompts as text, or as embeddings from a file."
     ),
-    tflops: float | None = typer.Option(None, help="Ceiling of matrix products, in TFLOP/s, such as one you measured."),
+    tflops: float | None = typer.Option(None, help="Ceiling of matrix products, in TFLOP/s, for example measured."),
     bandwidth: float | None = typer.Option(None, help="Ceiling of memory traffic, in GB/s."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Setting of the preset; repeatable."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
     table: bool = typer.Option(False, "--table", help="Print the tables of docs/plan.md instead."),
 ) -> None:
-    """Say what fits and how fast it can be, before loading.
+    """Show the memory that streams need and a lower bound of their time, without loading a model.
 
-    Memory is split into weights, which are there once, and pages, decoder state and latents, which each session
-    adds. Without --memory or --gpu it is only told; with one of them you learn how many sessions fit, the longest
-    window, and, where it does not fit (exit code 1), what to change. Times are floors from operations and bytes
-    at the card's own figures: predictions, never measurements.
+    Memory is split into weights, needed once, and pages, decoder state and latents, needed per session. Without
+    --memory or --gpu only the requirement is shown; with one of them, also the number of sessions that fit, the longest
+    window and, if it does not fit (exit code 1), what to change. Times are lower bounds from operations and bytes at
+    the maker's figures of the GPU: predictions, not measurements.
 
     Example: inferix plan --preset longlive --gpu rtx-4090
 
@@ -95,7 +90,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(facts))
     else:
-        tell(load, facts)
+        print_plan(load, facts)
     if facts["fits"] is False:
         raise typer.Exit(1)
 
@@ -112,7 +107,7 @@ def workload(
     text_encoder: bool,
     settings: dict[str, Any],
 ) -> Workload:
-    """What was asked for; UsageError naming the nearest for what is not known."""
+    """Make the workload of the options. Raises UsageError that names the nearest choice for an unknown one."""
     if model is not None and model not in MODELS:
         raise UsageError(
             f"--model is {model!r}{nearest(model, MODELS)}; plan knows models by name: {', '.join(MODELS)}"
@@ -130,23 +125,11 @@ def workload(
         )
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
-    decoder = planner.tiny_for(spec) if vae else own_vae(spec)
+    decoder = planner.tiny_for(spec) if vae else planner.own_vae(spec)
     pictures = parse_size(size) if size else spec.default_size
-    text = text_parameters(spec) if text_encoder else 0
+    text = planner.text_parameters(spec) if text_encoder else 0
     runs = executor or default_executor("cuda")
     return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
-
-
-def own_vae(spec: ModelSpec) -> VaeSpec:
-    """The VAE that goes with a model."""
-    return TINYWORLD_VAE if spec.name == "tinyworld" else vae_for(spec)
-
-
-def text_parameters(spec: ModelSpec) -> int:
-    """Of the encoder that goes with a model: the real one, the words of the small world, or the small stand-in."""
-    if spec.name == "tinyworld":
-        return len(WORDS) * spec.text_dim
-    return costs.text_parameters(UMT5_XXL if spec.text_dim == UMT5_XXL.dim else tiny_text(spec.text_dim))
 
 
 def known_card(name: str) -> Card:
@@ -162,7 +145,7 @@ def parse_memory(text: str) -> int:
 
 
 def ceiling(card: Card | None, tflops: float | None, bandwidth: float | None, dtype: str) -> Ceiling | None:
-    """What floors are counted from: figures that were given, else the card's; None where there are none for a dtype."""
+    """Return the ceiling for floors: the given figures, else the GPU's; None if there are none for the dtype."""
     for name, value in (("--tflops", tflops), ("--bandwidth", bandwidth)):
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"{name} is {value:g}; expected a number above 0")
@@ -179,7 +162,7 @@ def ceiling(card: Card | None, tflops: float | None, bandwidth: float | None, dt
 
 
 def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[str, Any]:
-    """The whole plan as plain values; bytes and seconds."""
+    """Return the whole plan as plain values, in bytes and seconds."""
     split = planner.memory(load)
     total = split.needed(load.sessions)
     fits = None if budget is None else total <= budget
@@ -219,7 +202,10 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         facts["sessions_that_fit"] = planner.most_sessions(load, budget)
         facts["longest_window"] = planner.longest_window(load, budget)
     if fits is False and budget is not None:
-        facts["changes"] = [asdict(suggestion) for suggestion in planner.suggestions(load, budget)]
+        facts["changes"] = [
+            {"options": change.options, "needed": change.needed, "fits": change.fits}
+            for change in planner.suggestions(load, budget)
+        ]
     if top is not None:
         facts["predicted"] = {
             "kind": "floor: every operation at the ceiling; a prediction, not a measurement",
@@ -254,16 +240,16 @@ PARTS = {
     "moving_sink": "averages of a moving sink",
     "cross_keys": "cross-attention keys",
     "decoder_state": "decoder state",
-    "latents": "latents in flight and kept",
+    "latents": "latents in flight and stored",
 }
 
 
-def tell(load: Workload, facts: dict[str, Any]) -> None:
-    """The plan as tables, then what follows from them in words."""
+def print_plan(load: Workload, facts: dict[str, Any]) -> None:
+    """Print the plan as tables and its conclusions as sentences."""
     console = Console(width=None if sys.stdout.isatty() else 110)
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    echo = partial(console.print, highlight=False, soft_wrap=True)
     vae = "TAEHV" if facts["vae"] == "taehv" else "its own VAE"
-    say(
+    echo(
         f"{load.spec.name} with preset {load.preset.name} and {vae}: {load.size[0]}x{load.size[1]}, {load.dtype}, "
         f"pages in {load.kv_dtype}, executor {load.executor}, window of {facts['window']} latent frames"
     )
@@ -271,7 +257,7 @@ def tell(load: Workload, facts: dict[str, Any]) -> None:
     if facts["predicted"] is not None:
         console.print(floor_table(facts))
     for line in verdict(load, facts):
-        say(line)
+        echo(line)
 
 
 def memory_table(load: Workload, memory: dict[str, Any]) -> Table:
@@ -294,7 +280,7 @@ def memory_table(load: Workload, memory: dict[str, Any]) -> Table:
 
 
 def floor_table(facts: dict[str, Any]) -> Table:
-    """Predicted floors of the first block and of a steady one."""
+    """Make the table of predicted floors, of the first block and of a steady one."""
     top = facts["predicted"]["ceiling"]
     title = f"Predicted floor, 100 % of {top['tflops']:g} TFLOP/s and {top['bandwidth']:g} GB/s ({top['source']})"
     table = Table("block", "part", "TFLOP", "seconds", "FPS at most", title=title, title_justify="left")
@@ -311,7 +297,7 @@ def floor_table(facts: dict[str, Any]) -> Table:
 
 
 def verdict(load: Workload, facts: dict[str, Any]) -> Iterator[str]:
-    """What follows, a sentence a line."""
+    """Yield the conclusions of a plan, one line each."""
     predicted, given = facts["predicted"], facts["memory"]["given"]
     if predicted is None:
         total = sum(facts["work"]["steady"][f"{part}_flops"] for part in ("transformer", "decoder"))
@@ -320,41 +306,41 @@ def verdict(load: Workload, facts: dict[str, Any]) -> Iterator[str]:
         )
     else:
         yield (
-            "Floors are predictions: every operation at the ceiling and nothing waiting. Nothing was measured, and "
-            "what runs is slower."
+            "Floors are predictions with every operation at the ceiling and no waiting. They are not measurements; "
+            "real runs are slower."
         )
         count = predicted["sessions_in_real_time"]
         yield (
-            f"Even so, {counted(count, 'session')} at {load.spec.fps} FPS would be in real time." if count
-            else f"Even so, not one session would be in real time, which is {load.spec.fps} FPS."
+            f"At this floor, {counted(count, 'session')} would run in real time ({load.spec.fps} FPS)." if count
+            else f"Even at this floor, no session would run in real time ({load.spec.fps} FPS)."
         )
     if given is None:
         yield "Give --memory or --gpu to see what fits."
     elif facts["fits"]:
         count = facts["sessions_that_fit"]
         yield (
-            f"It fits: {counted(count, 'session')} would, and for {load.sessions} there is memory for a window "
-            f"of {facts['longest_window']} latent frames (models are trained for theirs)."
+            f"It fits: there is memory for {counted(count, 'session')}, or for {load.sessions} with a window of "
+            f"{facts['longest_window']} latent frames (a model is trained for one window)."
         )
     else:
-        yield f"It does not fit: {format_bytes(facts['memory']['needed'] - given)} too much. What would change that:"
+        yield f"It does not fit: {format_bytes(facts['memory']['needed'] - given)} too much. Options:"
         for change in facts["changes"]:
             end = "fits" if change["fits"] else f"still {format_bytes(change['needed'] - given)} too much"
             yield f"  {' '.join(change['options'])}: {format_bytes(change['needed'])}, {end}"
         if not any(change["fits"] for change in facts["changes"]):
             least = min((change["needed"] for change in facts["changes"]), default=facts["memory"]["needed"])
-            yield f"  None of it is enough: {format_bytes(least)} need {larger_cards(least)}."
+            yield f"  No option is enough: {format_bytes(least)} need {larger_cards(least)}."
 
 
 def larger_cards(needed: int) -> str:
-    """The smallest known cards with so many bytes, in words."""
+    """Name the smallest known GPUs with at least `needed` bytes."""
     ascending = sorted(CARDS.values(), key=lambda card: card.memory_gb)
     names = [card.name for card in ascending if card.memory_gb * 10**9 >= needed][:4]
-    return f"a card such as {', '.join(names)}" if names else "more than any known card has"
+    return f"a GPU such as {', '.join(names)}" if names else "more than any known GPU has"
 
 
 def tables() -> list[str]:
-    """The tables of docs/plan.md: what fits where, and the floors of a steady block."""
+    """Return the tables of docs/plan.md: memory needs, and floors of a steady block."""
     return ["\n".join(markdown(rows)) for rows in (memory_rows(), floor_rows())]
 
 
@@ -366,7 +352,7 @@ def markdown(rows: list[list[str]]) -> Iterator[str]:
 
 
 def table_workloads() -> Iterator[tuple[str, Workload]]:
-    """Each row plain, then with the cheapest pages and decoder that its preset allows."""
+    """Yield each row as published, then with the smallest pages and decoder that its preset allows."""
     for model, preset in TABLE_ROWS:
         plain = workload(model, preset, None, 1, "bfloat16", None, None, None, False, {})
         tiny = None if plain.preset.context.reencode_head else "taehv"
@@ -381,7 +367,7 @@ def memory_rows() -> list[list[str]]:
         cells = []
         for memory in TABLE_MEMORIES:
             count, longest = (
-                found(load, memory * 10**9) for found in (planner.most_sessions, planner.longest_window)
+                limit(load, memory * 10**9) for limit in (planner.most_sessions, planner.longest_window)
             )
             cells.append(f"{count}; {longest}" if count else "no")
         needs = f"{planner.needed(load) / 1e9:.1f} GB"

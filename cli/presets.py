@@ -1,4 +1,4 @@
-"""The presets as `inferix generate --list-presets` tells them: how each decodes, what it needs, where weights are."""
+"""The table of `inferix generate --list-presets`: decoding scheme, memory and weights of each preset."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .plan import workload
 WIDTH = 100  # columns where the output is no terminal
 
 
-def tell_presets(wanted: bool) -> None:
-    """Print the presets and end."""
-    if not wanted:
+def print_presets(value: bool) -> None:
+    """Print the presets and exit."""
+    if not value:
         return
     narrow = partial(Table, box=None, pad_edge=False, padding=(0, 2, 0, 0))  # fits 80 columns
     scheme = narrow("preset", "for", "block", "window", "sink", "steps", "passes", "needs")
@@ -40,9 +40,9 @@ def tell_presets(wanted: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(scheme, "", weights, "")
     console.print(
-        "block, window and sink in latent frames; passes of a block once the window is full; needs: one session in "
-        "bfloat16 at the model's own size, text encoder and decoder included (inferix plan --preset NAME has it in "
-        "parts). Weights may have a licence of their own.",
+        "block, window and sink: latent frames. passes: per block at a full window. needs: memory of one session in "
+        "bfloat16 at the model's default size, with text encoder and decoder (inferix plan --preset NAME splits it). "
+        "Weights may have another licence than the code.",
         highlight=False,
     )
     raise typer.Exit

@@ -1,1 +1,1 @@
-"""What leaves the engine: checkpoints written in the formats that other programs read."""
+"""Writers of checkpoints in the formats that other programs read."""

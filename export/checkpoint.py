@@ -1,7 +1,7 @@
-"""Writing checkpoints in published formats: random ones for tests and a first look, and conversions.
+"""Write checkpoints in published formats: random ones for tests, and conversions.
 
-A checkpoint is a folder with all its parts (transformer, VAE, text encoder, tokenizer) that appears only when it
-is complete.
+A checkpoint is a folder of all parts (transformer, VAE, text encoder, tokenizer). It gets its name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LORA_RANK = 4  # of random adapters
 
 
 def write_random(spec_name: str, form: str, destination: str | Path, seed: int = 0, dtype: str = "float32") -> Path:
-    """Write random weights of a named model as a folder in a format; UsageError for unknown names."""
+    """Write random weights of a named model as a folder in a format. Raises UsageError for unknown names."""
     for what, name, known in (("model", spec_name, MODELS), ("format", form, FORMATS), ("dtype", dtype, DTYPES)):
         if name not in known:
             raise UsageError(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
@@ -54,11 +54,11 @@ def write_random(spec_name: str, form: str, destination: str | Path, seed: int =
 
 
 def write_random_transformer(folder: Path, spec: ModelSpec, form: str, seed: int, dtype: torch.dtype) -> None:
-    """The same weights of a seed in every format; what a reader must not take is other weights, so that it shows."""
+    """Write the same weights of a seed in every format, and other weights where a reader must not look."""
     layout, state = FORMATS[form], random_transformer_state(spec, seed, dtype)
     if layout.lora:
         adapter = random_lora(spec, seed + 4)
-        # The adapter is taken off the weights, so that merging it gives those of every other format.
+        # The weights without the adapter: merging it gives the weights of every other format.
         state = {name: state[name] - adapter_change(name, state[name], adapter) for name in state}
         save_pickle({"generator_lora": adapter}, folder / layout.lora)
     if layout.file == SHARD:
@@ -76,32 +76,32 @@ def write_random_transformer(folder: Path, spec: ModelSpec, form: str, seed: int
 
 
 def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Query, key and value of self-attention one below the other, as Krea's runtime has them."""
-    found = {}
+    """Join query, key and value of self-attention into one tensor [3 * d, d], as Krea's files have them."""
+    result = {}
     for name, tensor in tensors.items():
         if ".self_attn.q." in name:
             parts = [tensors[name.replace(".q.", f".{part}.")] for part in "qkv"]
-            found[name.replace(".q.", ".to_qkv.")] = torch.cat(parts)
+            result[name.replace(".q.", ".to_qkv.")] = torch.cat(parts)
         elif ".self_attn.k." not in name and ".self_attn.v." not in name:
-            found[name] = tensor
-    return found
+            result[name] = tensor
+    return result
 
 
 def random_lora(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
-    """A PEFT adapter on the linear layers of every block, as LongLive has it; float32."""
+    """Make a PEFT adapter on the linear layers of every block, as LongLive publishes; float32."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    adapter = {}
     for name, weight in random_transformer_state(spec, 0, torch.float32).items():
         if name.startswith("blocks.") and weight.ndim == 2 and name.endswith(".weight"):
             module = to_format("original", name).removesuffix(".weight")
             for side, shape in (("A", (LORA_RANK, weight.shape[1])), ("B", (weight.shape[0], LORA_RANK))):
                 matrix = torch.randn(shape, generator=generator) * 0.02
-                found[f"base_model.model.{module}.lora_{side}.weight"] = matrix
-    return found
+                adapter[f"base_model.model.{module}.lora_{side}.weight"] = matrix
+    return adapter
 
 
 def adapter_change(name: str, weight: Tensor, adapter: Mapping[str, Tensor]) -> Tensor:
-    """What merging the adapter adds to a weight."""
+    """Return the tensor that merging the adapter adds to a weight; zeros for other weights."""
     module = f"base_model.model.{to_format('original', name).removesuffix('.weight')}"
     if not name.endswith(".weight") or f"{module}.lora_A.weight" not in adapter:
         return torch.zeros_like(weight)
@@ -116,14 +116,15 @@ def convert(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
     max_shard: int = MAX_SHARD,
-    tell: Callable[[str], None] = lambda said: None,
+    progress: Callable[[str], None] = lambda line: None,
     lora_partial: bool = False,
 ) -> Path:
-    """Write any readable checkpoint as safetensors with a config, adapters merged, parts beside it taken along.
+    """Write any readable checkpoint as safetensors with a config, adapters merged.
 
-    form: one of `CONVERTED`; dtype: of transformer and VAE, None keeps it. The text encoder is copied as it is.
-    `tell` is called with the name of each file. lora_partial: merge an adapter of which only a part fits.
-    Raises UsageError for bad choices, InferixError for broken files or a full disk.
+    A VAE and a text encoder beside the transformer are written too, the text encoder unchanged.
+    form: one of `CONVERTED`. dtype: of transformer and VAE, None for the dtype of the file. max_shard: bytes per file.
+    progress: called with the name of each written file. lora_partial: merge an adapter that fits only in part.
+    Raises UsageError for bad arguments, InferixError for broken files or a full disk.
     """
     if form not in CONVERTED:
         raise UsageError(f"format is {form!r}{nearest(form, CONVERTED)}; expected one of {', '.join(CONVERTED)}")
@@ -137,19 +138,19 @@ def convert(
     place = checkpoint.folder
     refuse_inside(destination, checkpoint.path, *([lora] if lora else []))
     with new_folder(destination) as folder:
-        write_transformer(folder, checkpoint.spec, form, checkpoint.tensors, max_shard, kind, change, tell)
-        if found := find_vae([place]):
-            vae = load_vae(found, kind, "cpu")
-            tell("VAE")
+        write_transformer(folder, checkpoint.spec, form, checkpoint.tensors, max_shard, kind, change, progress)
+        if vae_path := find_vae([place]):
+            vae = load_vae(vae_path, kind, "cpu")
+            progress("VAE")
             write_vae(folder, form, vae.spec, vae.state_dict())
         if text := find_text([place]):
-            tell("text encoder")
+            progress("text encoder")
             copy_text(text, folder)
     return Path(destination)
 
 
 def copy_text(text: tuple[Path, Path], folder: Path) -> None:
-    """The text encoder and its tokenizer, under the names that readers look for."""
+    """Copy the text encoder and its tokenizer to the names that readers look for."""
     encoder, tokenizer = text
     if encoder.is_dir():
         shutil.copytree(encoder, folder / "text_encoder")
@@ -167,11 +168,11 @@ def write_transformer(
     max_shard: int,
     dtype: torch.dtype | None = None,
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
-    tell: Callable[[str], None] = lambda said: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Config and safetensors in the names of `original` or `diffusers`, a shard in memory at a time.
+    """Write config and safetensors in the names of `original` or `diffusers`, with one shard in memory at a time.
 
-    Tensors are written after `change`, in `dtype` (None: as they are), in files of up to `max_shard` bytes.
+    Each tensor goes through `change` and is written in `dtype` (None: its own), in files of up to `max_shard` bytes.
     """
     if form == "diffusers":
         write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
@@ -197,14 +198,14 @@ def write_transformer(
             part[to_format(form, name)] = written.contiguous()
         write_tensors(part, folder / file, {"format": "pt"})
         places |= dict.fromkeys(part, file)
-        tell(file)
+        progress(file)
     if len(shards) > 1:
         index_file = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(folder / f"{SHARD}.index.json", index_file)
 
 
 def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor]) -> None:
-    """A VAE where the readers of a format look for it."""
+    """Write a VAE to the file that readers of a format look for."""
     if form == "diffusers":
         write_json(folder / "vae" / "config.json", diffusers_vae_config(spec))
         write_tensors(state, folder / "vae" / SHARD, {"format": "pt"})
@@ -213,33 +214,33 @@ def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor
 
 
 def refuse_inside(destination: str | Path, *sources: str | Path) -> None:
-    """UsageError for an output at, in or above an input: it would change what the input's folder holds."""
+    """Raise UsageError for an output at, in or above an input: writing it would change the input's folder."""
     target = Path(destination).resolve()
     for source in sources:
         origin = Path(source).resolve()
         folder = origin if origin.is_dir() else origin.parent
         if target == origin or target in origin.parents or (origin.is_dir() and folder in target.parents):
             raise UsageError(
-                f"destination {quoted(str(destination))} lies in or above {quoted(str(source))}, which is "
-                "read; name a folder elsewhere"
+                f"destination {quoted(str(destination))} lies in or above the input {quoted(str(source))}; "
+                "name a folder elsewhere"
             )
 
 
 @contextmanager
 def new_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder to fill that is moved to its place at the end, or removed if that end is not reached.
+    """Yield a temporary folder, which is renamed to `destination` on success and removed on failure.
 
-    UsageError if there is something at `destination`; InferixError if it cannot be written. Warns of what an earlier
-    run that was killed has left.
+    Warns of temporary folders that killed runs have left.
+    Raises UsageError if `destination` exists and is not an empty folder, InferixError if writing fails.
     """
     destination = Path(destination)
     try:
         taken = os.path.lexists(destination) and (not destination.is_dir() or any(destination.iterdir()))
         if taken:
-            raise FileExistsError(errno.EEXIST, "it is there already")
+            raise FileExistsError(errno.EEXIST, "it exists already")
         destination.parent.mkdir(parents=True, exist_ok=True)
         for left in destination.parent.glob(f"{glob.escape(destination.name)}.*.part"):
-            warnings.warn(f"{left} is of a run that was stopped or still writes; remove it if none does", stacklevel=4)
+            warnings.warn(f"{left} is the output of an unfinished run; remove it if no run is writing it", stacklevel=4)
         part = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}.part")
         part.mkdir()
     except (OSError, ValueError) as error:

@@ -1,21 +1,25 @@
 """Lowered programs as plain JSON values and back: what an artefact keeps of a graph.
 
-Ops are stored by name and looked up when read, so a file names what it needs and a missing op is one clear error.
+Ops are stored by name and looked up when read, so a file names what it needs and a missing op is one clear error. What
+is read is checked: it calls only ops that lowering emits, refers to nothing outside its buffers, and has the places that
+the planner gives.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ..errors import InferixError, quoted
 from .lowered import Lowered, Planned
-from .plan import BufferPlan, Slot
+from .lowering import emits
+from .plan import BufferPlan, Slot, plan_buffers
 from .program import Buffer, Call, Form, Program, Ref, Section
 from .types import Role, Value, When
 
-Constant = TypeVar("Constant", torch.dtype, torch.layout, torch.memory_format)
+LARGEST = 1 << 48  # of sizes, strides and offsets
+MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 NAMED = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
 
@@ -29,13 +33,17 @@ def encode_lowered(lowered: Lowered) -> dict[str, Any]:
 
 
 def decode_lowered(data: dict[str, Any]) -> Lowered:
-    """The inverse; InferixError for an op that is not installed, ValueError, TypeError or LookupError for damage."""
-    return Lowered(
-        body=decode_planned(data["body"]),
-        fold=None if data["fold"] is None else decode_planned(data["fold"]),
-        prompt=None if data["prompt"] is None else decode_planned(data["prompt"]),
-        literals={name: decode_literal(value) for name, value in data["literals"].items()},
-    )
+    """The inverse; InferixError for what `encode_lowered` cannot have written, or an op that is not installed."""
+    try:
+        return Lowered(
+            body=decode_planned(data["body"]),
+            fold=None if data["fold"] is None else decode_planned(data["fold"]),
+            prompt=None if data["prompt"] is None else decode_planned(data["prompt"]),
+            literals={name: decode_literal(value) for name, value in data["literals"].items()},
+        )
+    except MALFORMED as error:
+        message = quoted(f"{type(error).__name__}: {error}")
+        raise InferixError(f"the stored graph is malformed ({message}); make it again") from error
 
 
 def encode_planned(planned: Planned) -> dict[str, Any]:
@@ -61,8 +69,9 @@ def encode_planned(planned: Planned) -> dict[str, Any]:
 
 
 def decode_planned(data: dict[str, Any]) -> Planned:
+    """A program and its plan; ValueError, or another of `MALFORMED`, for what no lowering gives."""
     buffers = {
-        name: Buffer(name, Role(role), constant(dtype, torch.dtype), tuple(size), tuple(stride))
+        name: Buffer(name, Role(role), named(torch.dtype, dtype), numbers(size), numbers(stride))
         for name, role, dtype, size, stride in data["buffers"]
     }
     calls = tuple(
@@ -73,7 +82,49 @@ def decode_planned(data: dict[str, Any]) -> Planned:
     sections = tuple(Section(*section) for section in data["sections"])
     slots = tuple(Slot(tuple(names), *rest) for names, *rest in data["plan"]["slots"])
     plan = BufferPlan(slots, data["plan"]["size"], data["plan"]["live"], data["plan"]["peak"])
-    return Planned(Program(buffers, calls, outputs, sections), plan)
+    program = Program(buffers, calls, outputs, sections)
+    check_program(program)
+    if plan != plan_buffers(program):
+        raise ValueError("its buffers do not lie where the planner puts them")
+    return Planned(program, plan)
+
+
+def check_program(program: Program) -> None:
+    """ValueError for calls that lowering does not emit, and for references beyond their buffers."""
+    for call in program.calls:
+        if not emits(call.op, call.form):
+            raise ValueError(f"lowering does not emit {call.op.name()} as {call.form}")
+        if call.form is not Form.WRITES and len(call.outs) != len(call.op._schema.returns):
+            raise ValueError(f"{call.op.name()} has {len(call.outs)} results")
+        for ref in (*call.reads, *call.writes):
+            check_ref(program, ref)
+    for ref in program.outputs.values():
+        check_ref(program, ref)
+    for section in program.sections:
+        if not 0 <= section.first <= section.stop <= len(program.calls):
+            raise ValueError(f"section {section.name} is of calls {section.first} to {section.stop}")
+
+
+def check_ref(program: Program, ref: Ref) -> None:
+    buffer = program.buffers[ref.buffer]
+    begin, end = ref.offset * ref.dtype.itemsize, Buffer("", buffer.role, ref.dtype, ref.size, ref.stride).nbytes
+    if len(ref.size) != len(ref.stride) or begin + end > buffer.nbytes:
+        raise ValueError(f"a reference of {begin + end} bytes is beyond {ref.buffer}, which has {buffer.nbytes}")
+
+
+def numbers(data: Any) -> tuple[int, ...]:
+    """Sizes, strides or offsets."""
+    if not isinstance(data, list) or not all(type(number) is int and 0 <= number < LARGEST for number in data):
+        raise ValueError(f"{quoted(data)} are no sizes or strides")
+    return tuple(data)
+
+
+def named(kind: type[Any], word: str) -> Any:
+    """torch.float32 of `float32`."""
+    value = getattr(torch, word)
+    if not isinstance(value, kind):
+        raise ValueError(f"torch.{word} is no {kind.__name__}")
+    return value
 
 
 def encode_literal(value: Value) -> list[Any]:
@@ -81,8 +132,8 @@ def encode_literal(value: Value) -> list[Any]:
 
 
 def decode_literal(data: list[Any]) -> Value:
-    name, shape, dtype, numbers = data
-    return Value(name, Role.CONSTANT, tuple(shape), constant(dtype, torch.dtype), When.LOAD, tuple(numbers))
+    name, shape, dtype, values = data
+    return Value(name, Role.CONSTANT, numbers(shape), named(torch.dtype, dtype), When.LOAD, tuple(map(float, values)))
 
 
 def encode(argument: Any) -> Any:
@@ -107,27 +158,9 @@ def decode(data: Any) -> Any:
     ((tag, value),) = data.items()
     if tag == "ref":
         buffer, dtype, size, stride, offset = value
-        return Ref(buffer, constant(dtype, torch.dtype), tuple(size), tuple(stride), offset)
-    if tag == "device":
-        return device(value)
-    kinds: dict[str, Any] = {name: kind for kind, name in NAMED.items()}
-    return constant(value, kinds[tag])
-
-
-def device(name: Any) -> torch.device:
-    """The device of a name; ValueError for any other value."""
-    try:
-        return torch.device(str(name))
-    except RuntimeError as error:
-        raise ValueError(f"{quoted(name)} is no device") from error
-
-
-def constant(name: Any, kind: type[Constant]) -> Constant:
-    """The dtype, layout or memory format of a name; ValueError for any other value."""
-    value = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(value, kind):
-        raise ValueError(f"{quoted(name)} is no {kind.__name__} of torch")
-    return value
+        (at,) = numbers([offset])
+        return Ref(buffer, named(torch.dtype, dtype), numbers(size), numbers(stride), at)
+    return torch.device(value) if tag == "device" else named(next(kind for kind in NAMED if NAMED[kind] == tag), value)
 
 
 def word(value: torch.dtype | torch.layout | torch.memory_format) -> str:
@@ -137,18 +170,12 @@ def word(value: torch.dtype | torch.layout | torch.memory_format) -> str:
 
 def op_named(name: str) -> torch._ops.OpOverload:
     """The op of `aten::addmm.out`; InferixError for one that is not there."""
-    if not isinstance(name, str):
-        raise ValueError(f"{quoted(name)} is no name of an op")
     namespace, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")
     try:
         found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-    except (AttributeError, RuntimeError) as error:
-        raise missing_op(name) from error
+    except AttributeError as error:
+        raise InferixError(f"op {name} of the stored graph is not in this installation; make it again") from error
     if not isinstance(found, torch._ops.OpOverload):
-        raise missing_op(name)
+        raise InferixError(f"the stored graph calls {quoted(name)}, which is no op; make it again")
     return found
-
-
-def missing_op(name: str) -> InferixError:
-    return InferixError(f"op {quoted(name)} of the stored graph is not in this installation; make it again")

@@ -33,6 +33,7 @@ ROOM = (
 )  # fmt: skip
 COPIES = (aten._to_copy.default, aten.clone.default, aten.lift_fresh_copy.default)
 CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
+OUTSIDE = (aten.from_file, aten.set, aten.resize, aten.resize_as)  # of files and storages, not of values
 HOST_READS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -173,6 +174,19 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             return self.ref(value)
         return tuple(map(self._argument, value)) if isinstance(value, list | tuple) else value
+
+
+def emits(op: OpOverload, form: Form) -> bool:
+    """Return True if a program may call `op` in a form: as one that writes places it is given, and nothing else."""
+    if op.namespace not in ("aten", "inferix") or op.overloadpacket in OUTSIDE:
+        return False
+    if form is Form.WRITES:
+        return op is aten.copy_.default or (op.namespace == "inferix" and op._schema.is_mutable)
+    if form is Form.COPIED:
+        return op in UNPLANNED
+    types = {str(argument.type) for argument in op._schema.arguments}
+    outs = sum(argument.is_out for argument in op._schema.arguments)
+    return outs == len(op._schema.returns) > 0 and not types & {"Storage", "Optional[Generator]"}
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

@@ -1,1 +1,1 @@
-"""What a model computes, in textbook form, its sizes, and the names of its checkpoints."""
+"""Models in textbook form, their sizes, and readers of their published checkpoints."""

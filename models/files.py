@@ -1,7 +1,8 @@
-"""Files of tensors and JSON, and modules filled from them once: mapped, never unpickled as code, strict about names.
+"""Read and write files of tensors and JSON, and fill modules from them.
 
-Tensors are memory-mapped and modules are built on the meta device, so a checkpoint is in memory once. A file is read
-by its content, not by its name, and its size bounds what reading it can cost.
+Tensors are memory-mapped and modules are built on the meta device, so a checkpoint is in memory once. Pickles never run
+code. The content of a file decides how it is read, not its name. The size of a file bounds the memory that reading it
+takes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import InferixError, UsageError, quoted
 
-OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began with before torch 1.6
+OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 64_000_000  # bytes; the largest published, a tokenizer, has 17 MB
 MOST_SHARING = 4  # times that tensors of one file may use its bytes, as tied weights do
@@ -32,7 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def check_file(path: Path, kind: str) -> None:
-    """UsageError unless `path` is a regular file: a pipe or a device could be read for ever."""
+    """Raise UsageError unless `path` is a regular file; reading a pipe or a device may never end."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -43,7 +44,7 @@ def check_file(path: Path, kind: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None if there is no such file; InferixError for anything else."""
+    """Read a JSON object; None if the file does not exist. Raises InferixError for any other content."""
     if not path.exists():
         return None
     check_file(path, "JSON file")
@@ -59,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. ValueError if it is none or gives a name twice; RecursionError if it is too deep."""
+    """Parse a JSON text. Raises ValueError for other text or a repeated name, RecursionError for deep nesting."""
     if text[: len(LFS_POINTER)] in (LFS_POINTER, LFS_POINTER.decode()):
         raise ValueError("it is a Git LFS pointer, not the file; run git lfs pull")
 
@@ -88,9 +89,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the permissions of any new file; the library makes its own for the owner alone.
+    """Write a safetensors file. Raises OSError where that fails.
 
-    OSError if it cannot be written.
+    The file gets the permissions of any new file; the library would make it readable for its owner only.
     """
     path.open("wb").close()
     mode = path.stat().st_mode
@@ -102,15 +103,15 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def save_pickle(content: dict[str, Any], path: Path) -> None:
-    """A file of torch.save; OSError if it cannot be written, as on a full disk."""
+    """Write a file with torch.save. Raises OSError where that fails, as on a full disk."""
     try:
         torch.save(content, path)
-    except RuntimeError as error:  # what torch's archive writer makes of an error of the disk
+    except RuntimeError as error:  # torch's archive writer raises this for an error of the disk
         raise OSError(f"{path.name}: {reason(error)}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in the header of a safetensors file; none for other files."""
+    """Read the metadata in the header of a safetensors file; empty for other files."""
     if file_kind(path) != "safetensors":
         return {}
     try:
@@ -121,9 +122,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Names to mapped tensors of one file; a training file's names are its dicts of tensors.
+    """Map the tensors of one file by name; a training file also has names for dicts of tensors.
 
-    UsageError for what is no file of tensors, InferixError for a damaged one.
+    Raises UsageError for a file of another kind, InferixError for a damaged one.
     """
     kind = file_kind(path)
     try:
@@ -146,7 +147,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def file_kind(path: Path) -> str:
-    """`safetensors`, `zip` or `pickle`: how a file holds tensors; an error in a line that says what else it is."""
+    """Return `safetensors`, `zip` or `pickle`. Raises UsageError that names any other kind of file."""
     check_file(path, "checkpoint")
     try:
         with path.open("rb") as file:
@@ -181,7 +182,7 @@ def file_kind(path: Path) -> str:
 
 
 def check_archive(path: Path) -> None:
-    """InferixError for an archive with compressed members, which torch.save never writes: they can grow without end."""
+    """Raise InferixError for an archive with compressed members; torch.save writes none, and they may be huge."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
@@ -192,7 +193,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
-    """InferixError for tensors that claim more values than their file has, as expanded ones do."""
+    """Raise InferixError for tensors with more values than their file stores, such as expanded ones."""
     claimed, storages = 0, {}
     for name, tensor in all_tensors(content):
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
@@ -212,7 +213,7 @@ def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
 
 
 def all_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each tensor in dicts of dicts, each dict once."""
+    """Yield (name, tensor) for each tensor in nested dicts; visits each dict once."""
     left, seen = [content], {id(content)}
     while left:
         for key, part in left.pop().items():
@@ -231,28 +232,30 @@ def fill(
     source: object,
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Model:
-    """Give a meta-device module its tensors, each after `change`, one at a time.
+    """Load tensors into a meta-device module, one at a time, each through `change`.
 
-    InferixError lists every missing, unexpected or mis-shaped one, or names one that is not finite.
+    Raises InferixError that lists every missing, unexpected or mis-shaped tensor, or names one that is not finite.
     """
-    wanted = module.state_dict()
-    wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in wanted.items() if name not in tensors]
-    wrong += [f"{name[:200]} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in wanted]
+    expected = module.state_dict()
+    wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in expected.items() if name not in tensors]
+    wrong += [f"{name[:200]} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in expected]
     wrong += [
         f"{name}: {list(tensors[name].shape)}, expected {list(empty.shape)}"
-        for name, empty in wanted.items()
+        for name, empty in expected.items()
         if name in tensors and tensors[name].shape != empty.shape
     ]
     if wrong:
         more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise InferixError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
-    state = {name: finite(source, name, change(name, tensors[name]).to(device=device, dtype=dtype)) for name in wanted}
+    state = {
+        name: finite(source, name, change(name, tensors[name]).to(device=device, dtype=dtype)) for name in expected
+    }
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def finite(source: object, name: str, tensor: Tensor) -> Tensor:
-    """The tensor; InferixError if a value is infinite or not a number."""
+    """Return the tensor. Raises InferixError if a value is infinite or NaN."""
     if not tensor.isfinite().all():
         kind = str(tensor.dtype).removeprefix("torch.")
         raise InferixError(f"{source}: {name} is not finite in {kind}; the file is damaged, or take another dtype")

@@ -1,7 +1,7 @@
-"""The state dict that is wanted among those of a file or folder: shards, containers, prefixes, averages, dtypes.
+"""Choose the state dict of one part of a model from a file or folder: shards, containers, prefixes, averages, dtypes.
 
-A part of a model is published in many wrappings: sharded with an index, under a key of a training file, with a
-prefix before every name, beside its average. This is the one way from a path to the plain tensors of a part.
+A part is published in many wrappings: in shards with an index, under a key of a training file, with a prefix before
+every name, beside its moving average. All readers of checkpoints get the plain tensors of a part through this module.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ TRAINING = {"critic", "critic_ema", "fake_score", "real_score", "discriminator",
 OTHER_PARTS = {
     "vae", "first_stage_model", "text_encoder", "text_encoders", "cond_stage_model", "conditioner", "clip_vision",
 }  # fmt: skip
-EXPERTS = ("transformer_2", "high_noise_model", "low_noise_model")  # of models that change transformers by noise level
+EXPERTS = ("transformer_2", "high_noise_model", "low_noise_model")  # models with one transformer per noise range
 AVERAGE = re.compile(r"(^|_)ema(_|$)")
-AVERAGE_COUNTERS = ("decay", "num_updates", "initted", "step")  # tensors that trackers of averages keep beside them
+AVERAGE_COUNTERS = ("decay", "num_updates", "initted", "step")  # tensors of the averaging itself, not of the model
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 SCALES = re.compile(
     r"(^|\.)(scale_weight|weight_scale(_inv|_2)?|scale_input|input_scale|scaled_fp8|comfy_quant|absmax|quant_map|"
     r"nested_absmax|nested_quant_map|SCB|qweight|qzeros|g_idx|quant_state\..+)$"
 )
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MOST_DICTS = 64  # of a file that are looked into
+MOST_DICTS = 64  # state dicts per file; a limit against files that refer to themselves
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a state dict stands in a file: keys of dicts from the outermost in, then the prefix of its names."""
+    """Place of a state dict in a file: the keys of the nested dicts, outermost first, and the prefix of its names."""
 
     keys: tuple[str, ...]
     prefix: tuple[str, ...]
@@ -61,12 +61,12 @@ class Place:
 
 
 def state_dicts(path: object, content: Mapping[Any, Any], more: Iterable[str] = ()) -> dict[Place, dict[str, Tensor]]:
-    """Every state dict of a file's content, under bare names; `more` are containers beside the usual ones.
+    """Collect every state dict of a file's content, under bare names; `more` adds names of containers.
 
-    Dicts under other keys, such as an optimiser's, are left out. UsageError if a tensor has two names.
+    Dicts under other keys, such as an optimiser's, are skipped. Raises UsageError if a tensor has two names.
     """
     containers = CONTAINERS | TRAINING | set(EXPERTS) | set(more)
-    found: dict[Place, dict[str, Tensor]] = {}
+    groups: dict[Place, dict[str, Tensor]] = {}
     left: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     dicts = 1
     while left:
@@ -76,7 +76,7 @@ def state_dicts(path: object, content: Mapping[Any, Any], more: Iterable[str] = 
                 continue
             if isinstance(value, Tensor):
                 prefix, name = bare_name(key, containers)
-                group = found.setdefault(Place(keys, prefix), {})
+                group = groups.setdefault(Place(keys, prefix), {})
                 if name in group:
                     raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
                 group[name] = value
@@ -85,11 +85,11 @@ def state_dicts(path: object, content: Mapping[Any, Any], more: Iterable[str] = 
                 if dicts > MOST_DICTS:
                     raise InferixError(f"{path} holds more than {MOST_DICTS} state dicts; expected a model's")
                 left.append(((*keys, key) if key not in WRAPPERS else keys, value))
-    return found
+    return groups
 
 
 def bare_name(name: str, containers: Iterable[str] = CONTAINERS) -> tuple[tuple[str, ...], str]:
-    """(prefix, name) of a tensor, without what training wrappers put before or into it."""
+    """Split a tensor's name into (prefix, name), without the parts that training wrappers insert."""
     parts = [part for part in name.split(".") if part not in WRAPPERS] or [name]
     count = 0
     while count < len(parts) - 1 and (parts[count] in containers or AVERAGE.search(parts[count])):
@@ -105,10 +105,11 @@ def choose_state_dict(
     use_ema: bool = True,
     order: tuple[str, ...] = (),
 ) -> tuple[Place, dict[str, Tensor]]:
-    """The state dict of a `kind` of part, averaged if `use_ema` and there is an average, with its place.
+    """Choose the state dict of a `kind` of part; returns its place and tensors.
 
-    order: keys of a known training file, best first. Names beside it that belong to nothing known stay in it, so that
-    they show as unexpected. UsageError if there is none, if there are several, or if it is quantised.
+    With `use_ema` a moving average is preferred. order: keys of a known training file, best first. Tensors beside it
+    that belong to no known part are included, so that `fill` reports them as unexpected.
+    Raises UsageError if there is no such state dict, if there are several, or if it is quantised.
     """
     groups = state_dicts(path, content, order)
     fit = {place: group for place, group in groups.items() if is_kind(group) and not TRAINING & set(place.words)}
@@ -123,11 +124,12 @@ def choose_state_dict(
     averaged = [place for place in fit if place.averaged]
     plain = [place for place in fit if not place.averaged]
     if not use_ema and not plain:
-        raise UsageError(f"use_ema is False, but {path} has averaged weights alone ({averaged[0]}); leave use_ema out")
+        raise UsageError(f"use_ema is False, but {path} has only averaged weights ({averaged[0]}); leave use_ema out")
     chosen = averaged if use_ema and averaged else plain
     ordered = [place for key in order for place in chosen if key in place.words]
     if len(chosen) > 1 and not ordered:
-        raise UsageError(f"{path} holds several: {', '.join(sorted(map(str, chosen)))}; save the one to use alone")
+        names = ", ".join(sorted(map(str, chosen)))
+        raise UsageError(f"{path} holds several state dicts of a {kind}: {names}; save one of them to its own file")
     place = (ordered or chosen)[0]
     counters = AVERAGE_COUNTERS if place.averaged else ()
     own = {name: tensor for name, tensor in fit[place].items() if name not in counters}
@@ -145,8 +147,8 @@ def listed_names(content: Mapping[Any, Any], groups: Mapping[Place, Mapping[str,
 def strays(
     path: object, place: Place, fit: Mapping[Place, object], groups: Mapping[Place, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Tensors beside a state dict, in the same dict of the file, that belong to no other known part."""
-    found = {}
+    """Return the tensors in the same dict of the file as a state dict that belong to no known part."""
+    unclaimed = {}
     for other, group in groups.items():
         known = other in fit or other.averaged or TRAINING & set(other.words)
         if other == place or other.keys != place.keys or known or OTHER_PARTS & set(other.prefix):
@@ -155,29 +157,29 @@ def strays(
             if name in groups[place]:
                 raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
             if not place.prefix or name.split(".")[0] not in OTHER_PARTS:
-                found[".".join((*other.prefix, name))] = tensor
-    return found
+                unclaimed[".".join((*other.prefix, name))] = tensor
+    return unclaimed
 
 
 def refuse_two_experts(path: object, name: str) -> None:
     raise UsageError(
-        f"{path} is one of a two-expert model ({name}): its other transformer makes the steps of other noise levels; "
-        "models of two transformers are not in this version"
+        f"{path} is of a two-expert model ({name}): a second transformer runs the steps of the other noise levels; "
+        "this version does not run models with two transformers"
     )
 
 
 def refuse_quantised(path: object, tensors: Mapping[str, Tensor]) -> None:
-    """UsageError naming the first tensor of integers or FP8, or the first scale of such a tensor."""
+    """Raise UsageError that names the first tensor of integers or FP8, or the first scale of such a tensor."""
     for name, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.dtype not in FLOATS or SCALES.search(name):
             raise UsageError(
-                f"{path} has {name[:200]} in {kind}; quantised weights are not in this version, use the bfloat16 file"
+                f"{path} has {name[:200]} in {kind}; this version reads no quantised weights, use the bfloat16 file"
             )
 
 
 def check_names_one_file(path: Path) -> None:
-    """UsageError for one shard of several."""
+    """Raise UsageError for one shard of several."""
     shard = SHARD.search(path.name)
     if shard and int(shard[2]) > 1:
         raise UsageError(f"{quoted(str(path))} is shard {int(shard[1])} of {int(shard[2])}; name the folder it is in")
@@ -185,16 +187,17 @@ def check_names_one_file(path: Path) -> None:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files of one state dict. index: the file of each tensor, of a sharded checkpoint that has an index."""
+    """Files of one state dict; `index` maps tensor to file, for a sharded checkpoint that has an index."""
 
     files: tuple[Path, ...]
     index: Mapping[str, str] | None = None
 
 
 def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
-    """Files of a folder called `stem`: those of its index, else the file of that very name, else all of its shards.
+    """Find the files called `stem` in a folder: those of its index, else the exact name, else a complete set of shards.
 
-    Copies under other names (`_old`, `.fp16`) count only where one is the only file. None if there is no such file.
+    A copy under another name (`_old`, `.fp16`) is used only if it is the only file. None if there is no such file.
+    Raises UsageError if the choice is ambiguous.
     """
     for suffix in (".safetensors", ".bin"):
         index = folder / f"{stem}{suffix}.index.json"
@@ -214,14 +217,14 @@ def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
 
 
 def complete_shards(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
-    """Shards in order; UsageError for those of several checkpoints, InferixError if one is missing."""
-    found = {path: SHARD.search(path.name) for path in shards}
-    counts = {shard[2] for shard in found.values() if shard}
-    starts = {path.name[: shard.start()] for path, shard in found.items() if shard}
+    """Sort shards. Raises UsageError for shards of several checkpoints, InferixError if one is missing."""
+    numbers = {path: SHARD.search(path.name) for path in shards}
+    counts = {shard[2] for shard in numbers.values() if shard}
+    starts = {path.name[: shard.start()] for path, shard in numbers.items() if shard}
     if len(counts) > 1 or len(starts) > 1:
         raise UsageError(f"{quoted(str(folder))} holds shards of several checkpoints; keep those of one")
     total = int(counts.pop())
-    missing = sorted(set(range(1, total + 1)) - {int(shard[1]) for shard in found.values() if shard})
+    missing = sorted(set(range(1, total + 1)) - {int(shard[1]) for shard in numbers.values() if shard})
     if missing or len(shards) != total:
         some = ", ".join(f"{number:05}-of-{total:05}" for number in missing[:8])
         raise InferixError(f"{folder} lacks shards {some or 'of ' + str(total)}; the download is not complete")
@@ -229,7 +232,7 @@ def complete_shards(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
 
 
 def indexed_files(index: Path) -> WeightFiles:
-    """The files that an index names; InferixError where it names none, others, or files that are missing."""
+    """Read an index. Raises InferixError if it names no files, files outside its folder, or missing files."""
     names = (read_json(index) or {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise InferixError(f"{index} maps no tensors to files (weight_map is {quoted(names)}); download it again")
@@ -243,7 +246,7 @@ def indexed_files(index: Path) -> WeightFiles:
 
 
 def read_weight_files(source: WeightFiles) -> dict[str, Any]:
-    """The content of all files as one dict; InferixError where files and index disagree."""
+    """Join the content of all files in one dict. Raises InferixError where files and index disagree."""
     content: dict[str, Any] = {}
     for file in source.files:
         check_file(file, "checkpoint")

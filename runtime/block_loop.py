@@ -26,6 +26,7 @@ from ..schemes.block_schedule import (
     rebuild_pass,
     recache_pass,
     reencodes_head,
+    supports_whole_block,
     window_of,
 )
 from ..schemes.timeline import Span
@@ -34,7 +35,7 @@ from .kv.paged_cache import bind_together
 from .noise import PhiloxNoise
 from .resources import Resources
 from .sampler import noised
-from .sessions.engine_thread import FAILURES, shortages_named
+from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session_state import BlockInFlight, PromptChange, SessionState
 from .streams import to_device
@@ -67,8 +68,13 @@ class BlockLoop:
         decode pipeline is done with the session.
         """
         with record.span("prepare"):
-            yield from self.follow_prompt(state, mark_rollback)
-            yield from self.rebuild_context(state, record, wait_for_decoder)
+            rebuild = self.rebuild_context(state, record, wait_for_decoder)
+            if state.preset.context.rebuild_before_switch:
+                yield from rebuild
+                yield from self.follow_prompt(state, mark_rollback)
+            else:
+                yield from self.follow_prompt(state, mark_rollback)
+                yield from rebuild
         with record.span("denoise"):
             if self.runs_whole(state):
                 block = self.run_whole(state, record)
@@ -84,16 +90,21 @@ class BlockLoop:
         policy = state.preset.context
         if scene_cut:
             state.timeline.cut_shot()
-        blocks = policy.blend_blocks if policy.prompt_switch == "blend" else 1
+        blends = policy.prompt_switch == "blend" and state.timeline.next_frame > 0
+        blocks = policy.blend_blocks if blends else 1
         state.change = PromptChange(state.rows, rows, blocks, blocks)
 
     def follow_prompt(self, state: SessionState, mark_rollback: Callable[[], None]) -> BlockSteps[None]:
-        """Move the conditioning one block further towards a new prompt, and recache."""
+        """Move the conditioning one block further towards a new prompt, and recache.
+
+        Over n blocks the new prompt's share is 0, 1/(n-1), ..., 1.
+        """
         change = state.change
         if change is None:
             return
         change.left -= 1
-        state.rows = torch.lerp(change.old, change.new, 1 - change.left / change.blocks)
+        share = 1 - change.left / (change.blocks - 1) if change.blocks > 1 else 1.0
+        state.rows = torch.lerp(change.old, change.new, share)
         state.branches[0].text = self.resources.executor.condition(state.rows)
         if change.left == 0:
             state.change = None
@@ -141,7 +152,7 @@ class BlockLoop:
 
     def denoise(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
         """Run passes over the blocks in flight until the first is clean; others join as the schedule says."""
-        flight, timesteps = state.flight, state.sampler.timesteps
+        flight, timesteps = state.flight, state.sampler.of_block(state.next_block).timesteps
         clean = frozenset({0} if state.clamped is not None else ())
         for scheduled in denoise_passes(state.timeline, flight, timesteps, partial(self.admit, state), clean):
             self.roll_caches(state, scheduled.run)
@@ -155,15 +166,16 @@ class BlockLoop:
         self, state: SessionState, span: Span, latents: Tensor, record: BlockRecord | None = None
     ) -> BlockSteps[None]:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
-        run = commit_pass(state.timeline, span).run
-        self.roll_caches(state, run)
-        yield from self.network_pass(state, run, latents, record)
+        scheduled = commit_pass(state.timeline, span)
+        self.roll_caches(state, scheduled.run, scheduled.beside)
+        yield from self.network_pass(state, scheduled.run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
-        """True if the next block can be one launch: its noise follows from the seed, and no frame is clamped."""
+        """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
         clamped = state.clamped is not None and state.timeline.next_frame == 0
         plain = isinstance(state.noise, PhiloxNoise) and state.sampler.strength == 1
-        return self.resources.executor.supports_whole_block and plain and not clamped
+        whole = self.resources.executor.supports_whole_block and supports_whole_block(state.preset, state.next_block)
+        return whole and plain and not clamped
 
     def run_whole(self, state: SessionState, record: BlockRecord) -> BlockInFlight:
         """Run all steps and the commit of a block in one launch; no other block is in flight."""
@@ -186,13 +198,14 @@ class BlockLoop:
     def admit(self, state: SessionState) -> BlockInFlight:
         """Admit the next block: noise, or a given video with noise added. InferixError where the video has ended."""
         span = state.timeline.admit()
+        sampler = state.sampler.of_block(span.index)
         latents = self.draw(state, span, 0)
         if state.source is not None:
             given = state.source[span.frames.start : span.frames.stop]
             if len(given) < len(span.frames):
                 raise InferixError(f"the video ends before block {span.index}; ask for {span.index} blocks")
-            latents = noised(given, latents, state.sampler.sigmas[0])
-        block = BlockInFlight(span, latents, state.sampler.begin())
+            latents = noised(given, latents, sampler.sigmas[0])
+        block = BlockInFlight(span, latents, sampler.begin())
         self.clamp(state, block)
         return block
 
@@ -216,9 +229,12 @@ class BlockLoop:
         if state.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
 
-    def roll_caches(self, state: SessionState, run: Pass) -> None:
-        """Set the window of the caches to the context of a pass that writes; other passes leave it as it is."""
-        window = window_of(run)
+    def roll_caches(self, state: SessionState, run: Pass, beside: tuple[int, ...] = ()) -> None:
+        """Set the window of the caches to the context of a pass that writes; other passes leave it as it is.
+
+        beside: frames that stay in the caches although the pass does not see them.
+        """
+        window = window_of(run, beside)
         if window is not None:
             for branch in state.branches:
                 branch.cache.set_window(window)
@@ -265,7 +281,7 @@ class BlockLoop:
         try:
             with shortages_named():
                 return self.forward(requests)
-        except FAILURES as error:
+        except Exception as error:  # it is its session's, whose reader gets it
             if len(requests) == 1:
                 return [error]
             message = str(error)  # the error itself would keep tensors alive by its traceback

@@ -103,7 +103,7 @@ class Engine:
         """
         size, preset, inputs = size or self.default_size, self.preset, self.inputs
         if strength is not None and video is None:
-            raise UsageError(f"strength is {strength}, but there is no video to start from; give one (--video)")
+            raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:
             check_action(action, self.spec.actions)
         sampler = Sampler(preset.sampler, 1.0 if strength is None else strength)
@@ -142,7 +142,8 @@ class Engine:
     def step(self) -> tuple[Session, ...]:
         """Make the next block of the sessions whose turn it is; of none where none can be made now."""
         sessions = self.manager.prepare_step()
-        run_lockstep([self._one_block(session, len(sessions)) for session in sessions], self.loop.answer)
+        with self.manager.thread.in_callback():  # noise and observers are the user's
+            run_lockstep([self._one_block(session, len(sessions)) for session in sessions], self.loop.answer)
         return sessions
 
     def _one_block(self, session: Session, batch: int) -> BlockSteps[None]:
@@ -153,7 +154,6 @@ class Engine:
             state, record = session.current, session.record
             with record.span("encode"):
                 self._apply_controls(session)
-            session.mark_rollback()
             wait_for_decoder = partial(manager.settle, session)
             block = yield from self.loop.make_block(state, record, session.mark_rollback, wait_for_decoder)
             if self.profile is not None:
@@ -163,7 +163,7 @@ class Engine:
     def _apply_controls(self, session: Session) -> None:
         """Apply the actions and prompts that arrived since the session's last block began."""
         state = session.current
-        for control in session.controls.take(BLOCK_CONTROLS):
+        for control in session.controls.pending(BLOCK_CONTROLS):
             refused = None
             if control.kind == "act":
                 state.actions.tell(state.timeline.next_frame, control.value)
@@ -173,6 +173,7 @@ class Engine:
                 except UsageError as error:
                     refused = str(error)
             shown = state.timeline.next_block if control.kind == "act" else state.next_block
+            session.mark_rollback()
             self.manager.acknowledge(session, control, shown, refused)
 
     def _change_prompt(self, state: SessionState, text: str | None, embeds: Tensor | str | Path | None) -> None:
@@ -188,11 +189,15 @@ class Engine:
         self.manager.run(keep)
 
     def halt(self) -> None:
-        """Have `run` return after the current block; free to any thread."""
+        """Have `run` return after the current block, or at once if it has not begun yet; free to any thread."""
         self.manager.thread.halt()
 
     def soon(self, call: Callable[[], T]) -> Future[T]:
-        """Call something between two blocks in the thread that drives the engine; free to any thread."""
+        """Call something between two blocks in the thread that drives the engine; free to any thread.
+
+        What it raises is the future's, which is always answered: calls that a `run` leaves are made at its end, later
+        ones end in SessionEnded until a thread is given the engine.
+        """
         return self.manager.thread.call_soon(call)
 
     def hand_over(self) -> None:
@@ -209,6 +214,7 @@ class Engine:
         is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model, or of
         which only a part fits, unless `partial`.
         """
+        self.manager.check_owner("use_lora()")
         if lora is None:
             self.adapter.remove()
         else:
@@ -234,7 +240,10 @@ class Engine:
         return self.manager.metrics.as_dict(self.manager.gauges())
 
     def observe(self, observer: Callable[[dict[str, Any]], None]) -> None:
-        """Call `observer` with the record of each control and each block, in the thread where it arises."""
+        """Call `observer` with the record of each control and each block, in the thread where it arises.
+
+        An error that it raises becomes a warning. It may use `soon`, and no call that belongs between two blocks.
+        """
         self.manager.observers.append(observer)
 
     def start_profile(self) -> Profile:
@@ -249,7 +258,7 @@ class Engine:
 
     def _bytes_by_owner(self, state: SessionState) -> dict[str, int]:
         """Bytes of the engine and of one session's decoder, by owner."""
-        pages = sum(store.nbytes for store in self.memory.stores.values())
+        pages = sum(store.nbytes for store in self.kv_manager.stores.values())
         owned = {"weights": self._weight_bytes, "pages": pages, "decoder state": state.decoder.state.nbytes}
         return owned | self.executor.bytes_by_owner()
 
@@ -303,8 +312,8 @@ class Engine:
         return self.resources.executor
 
     @property
-    def memory(self) -> KVManager:
-        return self.resources.memory
+    def kv_manager(self) -> KVManager:
+        return self.resources.kv_manager
 
     @property
     def fps(self) -> int:

@@ -35,7 +35,7 @@ class Inputs:
             rows = load_prompt_embeds(embeds, resources.spec.text_len, resources.spec.text_dim)
             return rows.to(resources.device, resources.dtype)
         if embeds is not None or prompt is None:
-            raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
+            raise UsageError("give a prompt or prompt_embeds, and not both")
         self.check_prompt(prompt, empty)
         assert resources.parts.text is not None
         return resources.parts.text().encode(prompt).to(resources.device, resources.dtype)
@@ -47,8 +47,8 @@ class Inputs:
         clean_prompt(prompt, empty)
         if self.resources.parts.text is None:
             raise UsageError(
-                f"{self.resources.parts.source} has no text encoder; give base= (--base), a folder that has one, "
-                "or prompt_embeds (--prompt-embeds)"
+                f"{self.resources.parts.source} has no text encoder; give base, a folder that has one, "
+                "or prompt_embeds"
             )
 
     def negative_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor | None:
@@ -60,8 +60,8 @@ class Inputs:
             return None
         if prompt is None and embeds is None:
             raise UsageError(
-                f"{preset.name} guides away from a negative prompt; give negative_prompt "
-                "(--negative-prompt), or set guidance_scale=1"
+                f"{preset.name} guides away from a negative prompt; give negative_prompt, "
+                "or set guidance_scale=1"
             )
         return self.prompt_rows(prompt, embeds, empty=True)
 

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..models.hub import locate
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinyDecoder
-from ..schemes.presets import FIELDS, default_model, default_preset, make_preset, no_setting
+from ..schemes.presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
+from .capacity.memory_check import MemoryCheck
 from .config import SETTINGS, EngineConfig
 from .engine import Engine
 from .execution.loading import SHIPPED, Components, load_components, random_components, shipped
 from .limits import Limits
+from .sessions.batch_profile import entries
+
+ABOUT_LOADING = ("limits", "offline", "text_prompts", "size", "force")  # arguments of `load` that no engine keeps
 
 
 def load(
@@ -21,36 +26,64 @@ def load(
     preset: str | None = None,
     *,
     limits: Limits = Limits(),  # noqa: B008
+    offline: bool = False,
+    text_prompts: bool = True,
+    size: tuple[int, int] | None = None,
+    force: bool = False,
     **settings: Any,
 ) -> Engine:
     """Load an engine for a checkpoint (file or folder), or for a named model with random weights.
 
-    model: without one, the small world in the package, or `wan-tiny` where the preset is another.
+    model: without one, the small world in the package, or `wan-tiny` where the preset is another. It may also be the
+    name of a preset with published weights (`self-forcing`), or `org/name` or `org/name:file` of the Hugging Face hub,
+    and base `org/name`: files are taken from the local cache, or downloaded unless `offline`.
     preset: without one, the named model's own, or self-forcing. settings: fields of `EngineConfig`, such as
     `device="cpu"`, `dtype="bfloat16"`, `executor="fused"` or `lora="style.safetensors"`, and fields of the preset,
     such as `local_attn_size=6`. limits: sessions, memory and overload.
 
-    Raises UsageError for unknown names and bad values, InferixError for broken files.
+    The memory that one stream of pictures of `size` (width, height; the model's own) needs is compared with what there
+    is before weights are read; too little is refused unless `force`. The text encoder is counted, and loaded when a
+    prompt is first text; with `text_prompts=False` there is none, and prompts come as embeddings.
+
+    Raises UsageError for unknown names, bad values and too little memory, InferixError for broken files and for files
+    that cannot be downloaded.
     """
     for key in settings:
         if key not in FIELDS and key not in SETTINGS:
-            raise no_setting(key, {*FIELDS, *SETTINGS, "limits"})
+            raise no_setting(key, {*FIELDS, *SETTINGS, *ABOUT_LOADING})
     model = default_model(preset) if model is None else model
-    preset = preset or default_preset(str(model))
-    config = EngineConfig.of(model, preset, **{key: settings.pop(key) for key in SETTINGS if key in settings})
-    scheme = make_preset(preset, **settings)
-    parts = load_parts(config)
-    if scheme.context.reencode_head and isinstance(parts.vae, TinyDecoder):
-        raise UsageError(f"{preset} encodes pictures again, which the tiny decoder of vae cannot; leave vae out")
+    config = EngineConfig.of(
+        model, preset or default_preset(str(model)), **{key: settings.pop(key) for key in SETTINGS if key in settings}
+    )
+    scheme = make_preset(config.preset, **settings)
+    if config.batches is not None:
+        entries(Path(config.batches))  # so that a bad file is refused before weights are read
+    check_tiny_decoder(scheme, config.vae == "taehv")
+    parts = load_parts(config, preset, MemoryCheck(config, scheme, size, force=force), offline, text_prompts)
+    check_tiny_decoder(scheme, isinstance(parts.vae, TinyDecoder))
     return Engine(config, scheme, parts, limits)
 
 
-def load_parts(config: EngineConfig) -> Components:
-    """Load the weights that a config names: of a file, in the package, or random ones."""
+def check_tiny_decoder(preset: Preset, tiny: bool) -> None:
+    """UsageError for a preset that encodes pictures, with the decoder that has no encoder."""
+    if tiny and preset.context.reencode_head:
+        raise UsageError(f"{preset.name} encodes pictures again, which the tiny decoder of vae cannot; leave vae out")
+
+
+def load_parts(
+    config: EngineConfig, preset: str | None, check: MemoryCheck, offline: bool, text_prompts: bool
+) -> Components:
+    """Load the weights that a config names: of files, of the hub, in the package, or random ones.
+
+    preset: the one asked for, None where it is a default.
+    """
     model = config.model
-    if model not in MODELS or Path(model).exists():
-        return load_components(config)
-    if model in SHIPPED:
-        components = load_components(replace(config, model=str(shipped(model))))
-        return replace(components, source=model)  # its name, wherever the package lies
-    return random_components(MODELS[model], config)
+    if model in MODELS and not Path(model).exists():
+        if model not in SHIPPED:
+            return random_components(MODELS[model], config, check)
+        files = replace(config, model=str(shipped(model)))
+    else:
+        own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
+        located = locate(model, preset, config.base, offline, own_parts)
+        files = replace(config, model=located.model, base=located.base)
+    return replace(load_components(files, check, text_prompts), source=model)  # its name, wherever its files are

@@ -39,7 +39,8 @@ class PhiloxNoise:
 class InjectedNoise:
     """Given noise: initial [F, C, H, W], renoise [blocks, steps-1, F_b, C, H, W].
 
-    first: the first generated frame, at which `initial` starts. `renoise` counts generated blocks from 0.
+    first: the first generated frame, at which `initial` starts. `renoise` counts generated blocks from 0. A stream with
+    `independent_first_frame` uses the first frame of F_b in block 0, and `steps` is that of the block with most steps.
     UsageError, at a draw, for tensors that are too short or of another shape.
     """
 
@@ -48,15 +49,18 @@ class InjectedNoise:
     first: int = 0
 
     def draw(self, block: int, frames: range, draw: int, shape: tuple[int, int, int]) -> Tensor:
+        count = len(frames)
         if draw == 0:
             noise = self.initial[frames.start - self.first : frames.stop - self.first]
         elif self.renoise is None:
             raise UsageError("renoise is None; expected noise [blocks, steps-1, F_b, C, H, W] for this sampler")
         else:
             noise = self.renoise[block : block + 1, draw - 1 : draw].flatten(0, 1).flatten(0, 1)
-        if noise.shape != torch.Size((len(frames), *shape)):
+            if frames == range(1):  # a stream's single first frame: the other blocks set F_b
+                noise = noise[:1]
+        if noise.shape != torch.Size((count, *shape)):
             raise UsageError(
                 f"injected noise for block {block}, draw {draw} is {list(noise.shape)}; "
-                f"expected {[len(frames), *shape]}: give enough frames and blocks"
+                f"expected {[count, *shape]}: give enough frames and blocks"
             )
         return noise

@@ -27,7 +27,7 @@ class Resources:
     config: EngineConfig
     preset: Preset
     parts: Components
-    memory: KVManager
+    kv_manager: KVManager
     executor: Executor
     device: torch.device
     dtype: torch.dtype
@@ -45,5 +45,5 @@ def make_resources(
     make_current(device)
     executor = executor or make_executor(config, preset, parts)
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
-    memory = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), device, config.kv_memory)
-    return Resources(config, preset, parts, memory, executor, device, dtype)
+    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), device, config.kv_memory)
+    return Resources(config, preset, parts, kv_manager, executor, device, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -33,6 +33,18 @@ class Sampler:
         if strength < 1 and spec.solver != "renoise":
             raise UsageError(f"strength is {strength}, but solver {spec.solver} starts from noise; leave it at 1")
         self.spec, self.strength = spec, strength
+
+    def of_block(self, index: int) -> Sampler:
+        """The sampler of generated block `index`: this one, unless block 0 has a step list of its own."""
+        return self.first if index == 0 else self
+
+    @cached_property
+    def first(self) -> Sampler:
+        steps = self.spec.denoising_step_list_first_chunk
+        if not steps:
+            return self
+        spec = replace(self.spec, denoising_step_list=steps, denoising_step_list_first_chunk=())
+        return Sampler(spec, self.strength)
 
     def begin(self) -> Solver:
         """Make a solver for one block; it has the block's history of steps."""
@@ -73,7 +85,8 @@ class Sampler:
 
 def scheduled_blocks(preset: Preset) -> Iterator[ScheduledBlock]:
     """Yield blocks 0, 1, ... of an endless stream of a preset under one prompt, as the engine makes them."""
-    return stream_blocks(preset, Sampler(preset.sampler).timesteps)
+    sampler = Sampler(preset.sampler)
+    return stream_blocks(preset, sampler.timesteps, first=sampler.first.timesteps)
 
 
 def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:

@@ -25,6 +25,7 @@ class ScheduledPass:
 
     blocks: those it denoises or commits, in token order. steps: for each block it denoises, the sampler step it takes.
     clears_cache: the cache is emptied before the pass, which writes keys and values of all frames seen from then on.
+    beside: frames that the cache keeps although the pass does not see them.
     """
 
     kind: Kind
@@ -32,6 +33,12 @@ class ScheduledPass:
     blocks: tuple[Span, ...] = ()
     steps: tuple[int, ...] = ()
     clears_cache: bool = False
+    beside: tuple[int, ...] = ()
+
+    @property
+    def window(self) -> tuple[int, ...] | None:
+        """Frames that the cache holds for the pass; see `window_of`."""
+        return window_of(self.run, self.beside)
 
     @property
     def context(self) -> int:
@@ -93,20 +100,25 @@ class BlockProgress:
 B = TypeVar("B", bound=InFlight)
 
 
-def supports_whole_block(preset: Preset) -> bool:
-    """True where all steps and the commit of a block can be one program: one block in flight, no guidance."""
-    return preset.window_blocks == 1 and branches(preset) == 1
+def supports_whole_block(preset: Preset, block: int | None = None) -> bool:
+    """True where all steps and the commit of a block can be one program: one block in flight, no guidance.
+
+    block: the number of a block, of which the first cannot if it has a step list of its own.
+    """
+    own_steps = block == 0 and bool(preset.sampler.denoising_step_list_first_chunk)
+    return preset.window_blocks == 1 and branches(preset) == 1 and not own_steps
 
 
-def window_of(run: Pass) -> tuple[int, ...] | None:
+def window_of(run: Pass, beside: Sequence[int] = ()) -> tuple[int, ...] | None:
     """Frames that the cache holds for a pass, ascending; None for a pass that writes nothing and changes no page.
 
     They are all that its groups see, except frames of groups that do not write: those have pages for this pass only.
+    beside: frames that it holds as well.
     """
     scratch = {frame for group in run.groups if not group.write for frame in group.frames}
     if scratch.issuperset(run.frames):
         return None
-    return tuple(sorted({frame for group in run.groups for frame in group.context} - scratch))
+    return tuple(sorted({*beside, *(frame for group in run.groups for frame in group.context)} - scratch))
 
 
 def recache_pass(timeline: Timeline) -> ScheduledPass | None:
@@ -161,7 +173,8 @@ def denoise_passes(
 
 def commit_pass(timeline: Timeline, span: Span) -> ScheduledPass:
     """The pass over a clean block that leaves its keys and values in the cache."""
-    return ScheduledPass("commit", timeline.commit_pass(span.frames), (span,))
+    run = timeline.commit_pass(span.frames)
+    return ScheduledPass("commit", run, (span,), beside=timeline.beside(run))
 
 
 def next_block(
@@ -181,7 +194,7 @@ def next_block(
     span = flight.pop(0).span
     if policy.commit:
         passes.append(commit_pass(timeline, span))
-    if (held := window_of(passes[-1].run)) is not None:
+    if (held := passes[-1].window) is not None:
         timeline.forget(held)
     restarted = len(rebuild.run.frames) if rebuild is not None and policy.restart_decoder else 0
     encoded = int(rebuild is not None and reencodes_head(timeline.preset, rebuild.run))
@@ -189,13 +202,18 @@ def next_block(
 
 
 def stream_blocks(
-    preset: Preset, timesteps: Sequence[float], clean: frozenset[int] = frozenset()
+    preset: Preset,
+    timesteps: Sequence[float],
+    clean: frozenset[int] = frozenset(),
+    first: Sequence[float] | None = None,
 ) -> Iterator[ScheduledBlock]:
     """Blocks 0, 1, ... of an endless stream under one prompt.
 
     timesteps: of each sampler step (`Sampler.timesteps`). clean: frames that are given, as in a clamped image.
+    first: timesteps of block 0 where it has others.
     """
     timeline, flight = Timeline(preset), list[BlockProgress]()
+    yield next_block(timeline, flight, timesteps if first is None else first, clean)
     while True:
         yield next_block(timeline, flight, timesteps, clean)
 

@@ -22,12 +22,17 @@ class ContextPolicy:
     positions: `absolute` frame numbers; `window-relative` numbers from 0 over the visible frames;
     `contiguous` numbers that end at the block's own absolute ones, so that the sink stands before the window.
     commit: a pass over the clean block leaves its keys and values; otherwise a rebuild before each block does.
+    commit_sees_sink: a commit sees what a denoising pass sees; otherwise the last `local_attn_size` frames as they are,
+    and the cache keeps the sink beside them.
     segment_frames: rebuild once the frames since the last rebuild would pass this; 0 never.
     rebuild_frames: how many of the last clean frames a rebuild keeps. reencode_head: the first of them is
     encoded again from the picture it was decoded to. restart_decoder: the decoder starts anew with them too.
     prompt_switch: a new prompt only applies from the next block (`cut`), or the visible past is passed through
     the network again under it (`recache`), or it is blended in over `blend_blocks` blocks (`blend`).
-    recache_sink: a recache makes the sink anew as well.
+    A blend begins with the old prompt and ends with the new one; before the first block it is a cut.
+    rebuild_before_switch: a rebuild runs under the prompt of the block before; otherwise under the next block's.
+    recache_sink: a recache moves the sink to the first frames of the window and recomputes it; otherwise it recomputes
+    the sink only until the window first rolls.
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
     image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
     block at timestep 0 (`clamp`).
@@ -39,11 +44,13 @@ class ContextPolicy:
     sink_size: int
     positions: str
     commit: bool = True
+    commit_sees_sink: bool = True
     segment_frames: int = 0
     rebuild_frames: int = 0
     reencode_head: bool = False
     restart_decoder: bool = False
     prompt_switch: str = "cut"
+    rebuild_before_switch: bool = False
     recache_sink: bool = False
     blend_blocks: int = 1
     shot_offset: int = 0
@@ -70,6 +77,8 @@ class ContextPolicy:
                 f"positions {self.positions} with shot_offset {self.shot_offset} put the sink, the newest shot and the "
                 "window at three distances; use absolute positions, no sink (sink_size=0) or no shots (shot_offset=0)"
             )
+        if self.rebuild_before_switch and self.prompt_switch == "recache":
+            raise UsageError("rebuild_before_switch is true, but prompt_switch is 'recache'; use cut or blend")
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
         if (self.segment_frames > 0 or not self.commit) and self.rebuild_frames < 1:
@@ -79,6 +88,11 @@ class ContextPolicy:
     def needs_pixels(self) -> bool:
         """Whether the next block waits for the pictures of the one before."""
         return self.reencode_head
+
+    @property
+    def sink_beside_window(self) -> int:
+        """Frames of the sink that the cache keeps beside a full window, because a commit does not see them."""
+        return 0 if self.commit_sees_sink else self.sink_size
 
     @property
     def moving_positions(self) -> bool:
@@ -93,6 +107,11 @@ class ContextPolicy:
                 f"local_attn_size {self.local_attn_size} is smaller than a block of {frames} frames"
                 f"{f', {window_blocks} at a time,' if window_blocks > 1 else ''} plus sink_size {self.sink_size}; "
                 "widen the window or shrink the sink"
+            )
+        if not self.commit_sees_sink and window_blocks == 1:
+            raise UsageError(
+                "commit_sees_sink is false, but window_blocks is 1, and a block that is denoised alone writes in the "
+                "window of its commit; set it to true, or denoise several blocks together"
             )
         if self.segment_frames and self.segment_frames < self.rebuild_frames + frames:
             raise UsageError(

@@ -26,7 +26,7 @@ class PageNeeds:
 def page_needs(preset: Preset) -> PageNeeds:
     """What the policy can ask for at most."""
     policy, block = preset.context, preset.num_frame_per_block
-    limits = [policy.local_attn_size] if policy.local_attn_size != -1 else []
+    limits = [policy.local_attn_size + policy.sink_beside_window] if policy.local_attn_size != -1 else []
     if policy.segment_frames:
         limits.append(policy.segment_frames)
     if not policy.commit:
@@ -44,7 +44,7 @@ def window(preset: Preset) -> int:
     """Latent frames that a block sees at most, itself included, for a preset whose window has an end."""
     held = page_needs(preset).held
     assert held is not None, preset.name
-    return held
+    return held - preset.context.sink_beside_window
 
 
 def branches(preset: Preset) -> int:

@@ -18,11 +18,15 @@ from .sampler_spec import SamplerSpec
 
 @dataclass(frozen=True)
 class About:
-    """Where a scheme's weights are: the model they are for, the licence of their code, and their repository."""
+    """Where a scheme's weights are: the model they are for, the licence of their code, and their repository.
+
+    files: their paths in it, the transformer's first; none where no published file is known.
+    """
 
     base: str
     licence: str
     weights: str
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,12 @@ class Preset:
                 f"window_blocks is {self.window_blocks}; expected 1, or {self.sampler.steps}: one block a step"
             )
 
+        if self.window_blocks > 1 and self.sampler.denoising_step_list_first_chunk:
+            raise UsageError(
+                f"denoising_step_list_first_chunk with window_blocks {self.window_blocks}: blocks denoised together "
+                "take the same steps; use window_blocks=1 or leave the list out"
+            )
+
     def block_size(self, start: int) -> int:
         """Latent frames of the block that starts at absolute frame `start`."""
         return 1 if self.independent_first_frame and start == 0 else self.num_frame_per_block
@@ -64,7 +74,7 @@ FOUR_STEPS = SamplerSpec(
 )
 SELF_FORCING = Preset(
     name="self-forcing",
-    about=About("wan-1.3b", APACHE, "gdhe17/Self-Forcing"),
+    about=About("wan-1.3b", APACHE, "gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",)),
     num_frame_per_block=3,
     independent_first_frame=False,
     sampler=FOUR_STEPS,
@@ -74,21 +84,30 @@ SELF_FORCING = Preset(
 LONGLIVE = dataclasses.replace(
     SELF_FORCING,
     name="longlive",
-    about=About("wan-1.3b", APACHE, "Efficient-Large-Model/LongLive-1.3B"),
+    about=About(
+        "wan-1.3b", APACHE, "Efficient-Large-Model/LongLive-1.3B", ("models/longlive_base.pt", "models/lora.pt")
+    ),
     context=ContextPolicy(local_attn_size=12, sink_size=3, positions="absolute", prompt_switch="recache"),
 )
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         SELF_FORCING,
-        dataclasses.replace(SELF_FORCING, name="self-forcing-framewise", num_frame_per_block=1),
         dataclasses.replace(
-            SELF_FORCING, name="causal-forcing", about=About("wan-1.3b", APACHE, "thu-ml/Causal-Forcing")
+            SELF_FORCING,
+            name="self-forcing-framewise",
+            about=dataclasses.replace(SELF_FORCING.about, files=()),
+            num_frame_per_block=1,
+        ),
+        dataclasses.replace(
+            SELF_FORCING,
+            name="causal-forcing",
+            about=About("wan-1.3b", APACHE, "zhuhz22/Causal-Forcing", ("chunkwise/causal_forcing.pt",)),
         ),
         dataclasses.replace(
             SELF_FORCING,
             name="causvid",
-            about=About("wan-1.3b", NON_COMMERCIAL, "tianweiy/CausVid"),
+            about=About("wan-1.3b", NON_COMMERCIAL, "tianweiy/CausVid", ("autoregressive_checkpoint/model.pt",)),
             sampler=SamplerSpec(
                 denoising_step_list=(1000, 757, 522), warp_denoising_step=False, timestep_shift=8.0, context_noise=0.0
             ),
@@ -106,16 +125,19 @@ PRESETS: dict[str, Preset] = {
         dataclasses.replace(
             SELF_FORCING,
             name="krea",
-            about=About("wan-14b", NON_COMMERCIAL, "krea/krea-realtime-video"),
+            about=About(
+                "wan-14b", NON_COMMERCIAL, "krea/krea-realtime-video", ("krea-realtime-video-14b.safetensors",)
+            ),
             sampler=dataclasses.replace(FOUR_STEPS, denoising_step_list=(1000, 666, 333, 0)),
             context=ContextPolicy(
                 local_attn_size=-1, sink_size=0, positions="absolute", commit=False,
                 rebuild_frames=3, reencode_head=True, prompt_switch="blend", blend_blocks=4,
+                rebuild_before_switch=True,
             ),
         ),
         Preset(
             name="longlive2",
-            about=About("wan-5b", APACHE, "Efficient-Large-Model/LongLive-2.0-5B"),
+            about=About("wan-5b", APACHE, "Efficient-Large-Model/LongLive-2.0-5B", ("model_bf16.pt",)),
             num_frame_per_block=8,
             independent_first_frame=False,
             sampler=SamplerSpec(
@@ -130,9 +152,12 @@ PRESETS: dict[str, Preset] = {
         dataclasses.replace(
             SELF_FORCING,
             name="rolling-forcing",
-            about=About("wan-1.3b", "Tencent, see its repository", "TencentARC/RollingForcing"),
+            about=About(
+                "wan-1.3b", "Tencent, see its repository", "TencentARC/RollingForcing",
+                ("checkpoints/rolling_forcing_dmd.pt",),
+            ),
             sampler=dataclasses.replace(FOUR_STEPS, denoising_step_list=(1000, 800, 600, 400, 200)),
-            context=ContextPolicy(local_attn_size=21, sink_size=3, positions="contiguous"),
+            context=ContextPolicy(local_attn_size=21, sink_size=3, positions="contiguous", commit_sees_sink=False),
             window_blocks=5,
         ),
         dataclasses.replace(

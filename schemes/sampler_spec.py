@@ -16,10 +16,11 @@ class SamplerSpec:
     """How a block is denoised.
 
     denoising_step_list (renoise): entries of 0..1000, descending; with `warp_denoising_step` they are places in
-    the schedule, else timesteps. num_steps (unipc): steps evenly spaced before the shift.
-    timestep_shift: S of sigma' = S*s / (1 + (S-1)*s). context_noise: the timestep told to the network in the
-    pass that commits the clean block (no noise is added). guidance_scale: 1 runs the prompt alone; otherwise
-    v = u + scale * (c - u), with a cache for each of the two.
+    the schedule, else timesteps. denoising_step_list_first_chunk (renoise): the list of the first generated block where
+    it has one of its own, as models of one or two steps do (Causal-Forcing++, arXiv 2605.15141).
+    num_steps (unipc): steps evenly spaced before the shift. timestep_shift: S of sigma' = S*s / (1 + (S-1)*s).
+    context_noise: the network's timestep in the pass that commits the clean block (no noise is added).
+    guidance_scale: 1 runs the prompt alone; otherwise v = u + scale * (c - u), with a cache for each of the two.
     """
 
     denoising_step_list: tuple[float, ...]
@@ -29,6 +30,7 @@ class SamplerSpec:
     solver: str = "renoise"
     num_steps: int = 0
     guidance_scale: float = 1.0
+    denoising_step_list_first_chunk: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
@@ -36,12 +38,14 @@ class SamplerSpec:
             raise UsageError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}")
         if self.solver == "unipc" and self.num_steps < 1:
             raise UsageError(f"num_steps is {self.num_steps}; expected 1 or more")
-        if self.solver == "renoise" and (
-            not steps or list(steps) != sorted(set(steps), reverse=True) or steps[0] > 1000 or steps[-1] < 0
-        ):
-            raise UsageError(f"denoising_step_list {list(steps)} must be numbers that descend within 1000..0")
-        if self.warp_denoising_step and any(step != int(step) for step in steps):
-            raise UsageError(f"denoising_step_list {list(steps)} must hold whole numbers to be warped")
+        if self.solver == "renoise":
+            self.check_steps("denoising_step_list", steps)
+        if self.denoising_step_list_first_chunk:
+            self.check_steps("denoising_step_list_first_chunk", self.denoising_step_list_first_chunk)
+            if self.solver != "renoise":
+                raise UsageError(
+                    f"denoising_step_list_first_chunk is given, but solver {self.solver} has no step list; leave it out"
+                )
         if not self.timestep_shift > 0:
             raise UsageError(f"timestep_shift is {self.timestep_shift}; expected a number above 0")
         if not 0 <= self.context_noise <= TRAIN_TIMESTEPS:
@@ -49,7 +53,14 @@ class SamplerSpec:
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(f"guidance_scale is {self.guidance_scale}; expected 0 or more, 1 for none")
 
+    def check_steps(self, name: str, steps: tuple[float, ...]) -> None:
+        """UsageError, which names the setting, unless `steps` is a list that the schedule has."""
+        if not steps or list(steps) != sorted(set(steps), reverse=True) or steps[0] > 1000 or steps[-1] < 0:
+            raise UsageError(f"{name} {list(steps)} must be numbers that descend within 1000..0")
+        if self.warp_denoising_step and any(step != int(step) for step in steps):
+            raise UsageError(f"{name} {list(steps)} must hold whole numbers to be warped")
+
     @property
     def steps(self) -> int:
-        """Denoising passes of a block."""
+        """Denoising passes of a block; the first block may have others, `denoising_step_list_first_chunk`."""
         return self.num_steps if self.solver == "unipc" else len(self.denoising_step_list)

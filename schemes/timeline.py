@@ -109,26 +109,38 @@ class Timeline:
 
     def commit_pass(self, frames: range) -> Pass:
         """The pass over a clean block that leaves its keys and values."""
-        noise = self.preset.sampler.context_noise
-        return Pass((self.group(frames, noise, self.visible(frames.stop)),))
+        policy, end = self.preset.context, frames.stop
+        if policy.commit_sees_sink:
+            context = self.visible(end)
+        else:
+            first = self.origin if policy.local_attn_size == -1 else max(self.origin, end - policy.local_attn_size)
+            context = tuple(range(first, end))
+        return Pass((self.group(frames, self.preset.sampler.context_noise, context),))
 
-    def recache_pass(self, sink_anew: bool) -> Pass | None:
+    def beside(self, run: Pass) -> tuple[int, ...]:
+        """Frames of the sink that stand before all that a pass sees; the cache keeps them."""
+        first = min(group.context[0] for group in run.groups)
+        return tuple(frame for frame in self.sink if self.origin <= frame < first)
+
+    def recache_pass(self, recache_sink: bool) -> Pass | None:
         """The visible past under a new prompt, in one pass; None where there is none.
 
-        The frames see each other and the sink. A sink that is kept is seen as it is; one made anew moves to
-        the first of the frames that are passed.
+        The frames see each other and the sink. While the window still begins at the stream's first frame, the pass
+        recomputes the sink with the rest. After that the sink keeps its keys and values; with `recache_sink` it moves
+        to the first frames of the window instead, and is recomputed there. Source: LongLive (arXiv 2509.22622).
         """
         end = self.next_frame
         if end == self.origin:
             return None
         size = self.preset.context.local_attn_size
-        if sink_anew and self.sink:
-            first = self.origin if size == -1 else max(self.origin, end - size)
+        first = self.origin if size == -1 else max(self.origin, end - size)
+        if recache_sink and self.sink:
             self.sink = tuple(range(first, first + len(self.sink)))
             context = tuple(range(first, end))
         else:
             context = self.visible(end)
-        frames = [frame for frame in context if sink_anew or frame not in self.sink]
+        recomputed = recache_sink or first == self.origin
+        frames = [frame for frame in context if recomputed or frame not in self.sink]
         return Pass((self.group(frames, self.preset.sampler.context_noise, context),)) if frames else None
 
     def rebuild_due(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -86,6 +87,14 @@ def frame_mask(contexts: list[tuple[int, ...]], tokens: int) -> Tensor:
     return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
+@cache
+def tiny_vae(spec: VaeSpec, dtype: torch.dtype) -> CausalVae:
+    """A random VAE as engines have it, one for all tests of a process: nothing changes its weights."""
+    vae = CausalVae(spec).eval().requires_grad_(False)
+    vae.load_state_dict(random_vae_state(spec, 1, torch.float32))
+    return use_cpu_layers(vae.to(dtype))
+
+
 SIZE = (32, 32)  # pixels; 4 x 4 latents, 2 x 2 tokens a frame
 TOKENS = 4
 ROWS = torch.randn(3, TINY.text_dim, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -104,11 +113,9 @@ def make_engine(
     ours = ("kv_memory", "kv_dtype", "kv_offload", "executor", "fast_vae", "graphs", "batches", *lowp)
     settings = {key: overrides.pop(key) for key in ours if key in overrides}
     config = EngineConfig.of("test", preset, device="cpu", dtype=dtype, **settings)
-    vae = CausalVae(vae_spec).eval().requires_grad_(False)
-    vae.load_state_dict(random_vae_state(vae_spec, 1, torch.float32))
     kind = getattr(torch, dtype)
     fast = random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
-    vae = use_cpu_layers(vae.to(kind))
+    vae = tiny_vae(vae_spec, kind)
     parts = Components(tiny_transformer(spec, kind), vae, None, "test", "random", lambda: None, fast)
     return Engine(config, make_preset(preset, **overrides), parts, limits)
 
@@ -123,11 +130,11 @@ def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache]
     """The same engine over the plain cache; `moving` rotates keys when they are read, whatever the policy."""
 
     def new_cache(size: tuple[int, int]) -> ContiguousCache:
-        form, precision = engine.memory.form(size), engine.parts.transformer.precision
+        form, precision = engine.kv_manager.form(size), engine.parts.transformer.precision
         moves = moving or engine.preset.context.moving_positions
         return kind(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device)
 
-    engine.memory.new_cache = new_cache
+    engine.kv_manager.new_cache = new_cache
     return engine
 
 

@@ -1,4 +1,4 @@
-"""The shape of the project: package list, layering, the built wheel and the CMake file.
+"""The shape of the project: package list, layering, the source distribution and wheel, and the CMake file.
 
 Layering is checked by reading imports with `ast`, so nothing is imported and an import inside a function or
 under TYPE_CHECKING counts too. Builds run on a copy of the tree, to leave no `build` folder in the clone.
@@ -10,18 +10,24 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_PACKAGES = {"tests", "tools", "build", "dist", "outputs"}
 BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "evaluate", "bench"]
 AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
+UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "user_files", "version"}
 BASE = ("byte_sizes", "engine_condition", "files", "limits", "media", "media_input", "noise", "sampler", "streams")
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
@@ -126,11 +132,11 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def setup_value(name: str) -> list[str]:
+def setup_value(name: str) -> Any:
     """A literal assigned at the top level of setup.py."""
     for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return list(ast.literal_eval(node.value))
+            return ast.literal_eval(node.value)
     raise AssertionError(f"setup.py assigns no {name}")
 
 
@@ -141,17 +147,28 @@ def project_version() -> str:
     return str(ast.literal_eval(assignment.value))
 
 
+@dataclass(frozen=True)
+class Built:
+    """A source distribution, unpacked, and the wheel that was built from it, unpacked."""
+
+    source: Path
+    wheel: Path
+    wheel_names: list[str]
+
+
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("dist")
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "outputs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder / "tree", ignore=unwanted)
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
-    run(sys.executable, "-m", "pip", "wheel", *options, str(folder / "tree"), cwd=folder)
-    (wheel,) = folder.glob("*.whl")
-    assert wheel.name.startswith(f"inferix-{project_version()}-")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "tree"), cwd=folder)
+    stem = f"inferix_runtime-{project_version()}"
+    with tarfile.open(folder / f"{stem}.tar.gz") as archive:
+        archive.extractall(folder / "source", filter="data")
+    (wheel,) = folder.glob(f"{stem}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
+        archive.extractall(folder / "wheel")
+        return Built(folder / "source" / stem, folder / "wheel", archive.namelist())
 
 
 def test_package_list_equals_the_tree() -> None:
@@ -251,12 +268,48 @@ def test_imports_without_a_circle_are_accepted() -> None:
     assert import_circle(sources) == []
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel_names: list[str]) -> None:
-    tops = {name.split("/")[0] for name in wheel_names}
-    assert tops == {"inferix", f"inferix-{project_version()}.dist-info"}
-    code = {name for name in wheel_names if name.endswith(".py")}
+def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
+    tops = {name.split("/")[0] for name in built.wheel_names}
+    assert tops == {"inferix", f"inferix_runtime-{project_version()}.dist-info"}
+    code = {name for name in built.wheel_names if name.endswith(".py")}
     assert code == {f"inferix/{path.relative_to(ROOT).as_posix()}" for _, path in modules(ROOT)}
-    assert not [name for name in wheel_names if name == "inferix/setup.py" or "tests/" in name]
+    assert not [name for name in built.wheel_names if name == "inferix/setup.py" or "tests/" in name]
+    card = "inferix/models/tinyworld/README.md"
+    weights = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("models/tinyworld/weights/**/*.*")]
+    assert {"inferix/py.typed", card, *(f"inferix/{name}" for name in weights)} <= set(built.wheel_names)
+
+
+def test_an_unpacked_wheel_runs(built: Built) -> None:
+    """From an empty folder, with the wheel before anything installed."""
+    environment = dict(os.environ, PYTHONPATH=str(built.wheel))
+    script = "import inferix; print(inferix.__file__); import sys; sys.argv[1:] = ['--version']"
+    script += "; from inferix.cli.main import main"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; main()"], cwd=built.wheel, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    file, version = done.stdout.splitlines()
+    assert Path(file) == built.wheel / "inferix" / "__init__.py"
+    assert version == f"inferix {project_version()}"
+
+
+def test_source_distribution_holds_every_file_of_the_repository(built: Built) -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so there is no list of the repository's files")
+    tracked, untracked = (set(run("git", "ls-files", *more, cwd=ROOT).splitlines()) for more in ((), UNTRACKED))
+    files = {name for name in tracked if not name.startswith(".") and (ROOT / name).exists()}
+    there = {path.relative_to(built.source).as_posix() for path in built.source.rglob("*") if path.is_file()}
+    assert files - there == set()
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in there - files if not name.startswith("inferix_runtime.egg-info/")} <= made | untracked
+
+
+def test_the_page_of_the_index_has_no_links_into_the_repository(built: Built) -> None:
+    (metadata,) = built.wheel.glob("*.dist-info/METADATA")
+    text = metadata.read_text("utf-8")
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", text) == []
+    assert "Name: inferix-runtime\n" in text
+    assert "docs/models.md" in text
 
 
 def test_cmake_configures(tmp_path: Path) -> None:
@@ -264,14 +317,25 @@ def test_cmake_configures(tmp_path: Path) -> None:
     cmake = str(beside_python) if beside_python.exists() else shutil.which("cmake")
     if cmake is None:
         pytest.skip("cmake is not installed; it comes with the [dev] extra")
-    said = run(cmake, "-S", str(ROOT), "-B", str(tmp_path), cwd=tmp_path)
-    assert f"inferix {project_version()}: nothing is built in this version" in said
+    assert f"inferix {project_version()}" in run(cmake, "-S", str(ROOT), "-B", str(tmp_path), cwd=tmp_path)
+
+
+def pins(name: str) -> dict[str, str]:
+    """Exact versions by lower-case name of a file of constraints."""
+    lines = (ROOT / "constraints" / name).read_text("utf-8").splitlines()
+    listed = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in listed)
+    return {pin.split("==")[0].lower(): pin.split("==")[1] for pin in listed}
 
 
 def test_constraints_are_exact_and_cover_the_direct_dependencies() -> None:
-    lines = (ROOT / "constraints" / "cpu.txt").read_text("utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
-    pinned = {pin.split("==")[0].lower() for pin in pins}
     direct = {re.split(r"[<>=]", need)[0].lower() for need in setup_value("DEPENDENCIES")}
-    assert direct <= pinned
+    assert direct <= pins("cpu.txt").keys()
+
+
+@pytest.mark.parametrize("name", ["cpu.txt", "gpu.txt"])
+def test_constraints_lie_in_the_ranges_of_setup(name: str) -> None:
+    lines = chain(setup_value("DEPENDENCIES"), *setup_value("EXTRAS").values())
+    needs, versions = map(Requirement, lines), pins(name)
+    named = [(need, versions[need.name.lower()]) for need in needs if need.name.lower() in versions]
+    assert [f"{need}: {version}" for need, version in named if version not in need.specifier] == []

@@ -1,7 +1,7 @@
 """The whole engine on the small world, in seconds: run first, by `make quick`.
 
-One stream with a prompt switch and actions, held against a second executor, a fork, a rewind and a restored file.
-What a failure here means in detail is for the tests of each room to say.
+One stream with a prompt switch and actions, compared with a second executor, a fork, a rewind and a restored file.
+The tests of each package show the cause of a failure here.
 """
 
 from itertools import chain

@@ -91,12 +91,13 @@ class Recipe:
     own_rate: float = 1.1e-3
     blur: float = 0.3  # largest noise level in the past, which the network takes for clean
     save_every: float = 400.0  # seconds
+    sheet_clips: int = 6  # on the sheets of pictures that are drawn whenever training is saved
 
 
 SHORT = Recipe(
     stills_steps=4, stills_batch=2, vae_steps=8, vae_batch=1, vae_length=1, decoder_steps=4, decoder_batch=1,
     decoder_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8,
-    own_steps=4,
+    own_steps=4, sheet_clips=1,
 )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def train_both(
             figures = {"psnr": psnr, "kl": float(kl.detach()), "land": float(land.detach())}
             return total + recipe.kl_weight * kl + recipe.land_weight * land, figures
 
-        run.go(loss, lambda: vae_sheet(run.average, folder / f"{name}.png"))
+        run.go(loss, lambda: vae_sheet(run.average, recipe.sheet_clips, folder / f"{name}.png"))
     return run.average
 
 
@@ -148,7 +149,7 @@ def train_decoder(folder: Path, vae: CausalVae, recipe: Recipe) -> CausalVae:
             total, psnr = picture_loss(vae, mean + torch.randn_like(mean) * off, pixels)
             return total, {"psnr": psnr}
 
-        run.go(loss, lambda: vae_sheet(run.average, folder / "decoder.png"))
+        run.go(loss, lambda: vae_sheet(run.average, recipe.sheet_clips, folder / "decoder.png"))
     return run.average
 
 
@@ -267,10 +268,10 @@ def decode_clips(vae: CausalVae, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def vae_sheet(vae: CausalVae, path: Path) -> str:
-    """Save held-out pictures above decoded ones; return their PSNR as text."""
+def vae_sheet(vae: CausalVae, count: int, path: Path) -> str:
+    """Save `count` held-out clips above decoded ones; return their PSNR as text."""
     rng = random.Random(7)
-    clips = np.stack([random_clip(rng, 15, HELD_OUT).pictures for _ in range(6)])
+    clips = np.stack([random_clip(rng, 15, HELD_OUT).pictures for _ in range(count)])
     pixels = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     decoded = decode_clips(vae, encode_clips(vae, pixels).chunk(2, dim=1)[0]).clamp(-1, 1)
     rows = torch.stack((pixels, decoded), dim=1)[:, :, :, [0, 4, 14, 29, 44, 60]]  # clip, kind, rgb, time
@@ -569,7 +570,7 @@ def per_frame(values: Tensor) -> Tensor:
 @torch.no_grad()
 def world_sheet(world: TinyWorld, vae: CausalVae, bank: Bank, recipe: Recipe, path: Path) -> str:
     """Save true walks above the network's continuations of their first frames; return the PSNR by frame as text."""
-    frames, clips = recipe.crop, slice(0, 4)
+    frames, clips = recipe.crop, slice(0, min(4, recipe.sheet_clips))
     words, actions = bank.words[clips, 0], F.one_hot(bank.actions[clips, :frames], len(ACTIONS)).float()
     true = bank.latents[clips, :frames]
     drawn = true.clone()

@@ -1,1 +1,1 @@
-"""Text encoders: a prompt in, rows of features out."""
+"""Text encoders: from a prompt to rows of features [text_len, text_dim]."""

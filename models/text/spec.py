@@ -1,4 +1,4 @@
-"""Sizes of the UMT5 encoders: the one Wan was trained with, and the small random one that stands in for it."""
+"""Sizes of the UMT5 encoders: the one Wan was trained with, and a small random one for tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TextSpec:
-    """vocabulary: rows of the token table; heads are head_dim wide each; buckets: of relative distance."""
+    """Sizes of a UMT5 encoder. vocabulary: rows of the token table. buckets: of the relative position bias."""
 
     vocabulary: int
     dim: int
@@ -24,5 +24,5 @@ UMT5_XXL = TextSpec(
 
 
 def tiny_text(dim: int) -> TextSpec:
-    """The small encoder whose rows are `dim` wide; it reads bytes."""
+    """Return the sizes of the small byte-level encoder with rows `dim` wide."""
     return TextSpec(vocabulary=259, dim=dim, head_dim=16, ffn_dim=64, num_layers=2, num_heads=4, buckets=32)

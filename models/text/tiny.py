@@ -1,6 +1,6 @@
-"""A small random UMT5 encoder with a byte-level tokenizer, written in the layout of either format.
+"""A small random UMT5 encoder with a byte-level tokenizer, in the original's or diffusers' layout.
 
-It stands in for the 11 GB encoder in tests, demos and random checkpoints: same class, same files, other sizes.
+It replaces the 11 GB encoder in tests, demos and random checkpoints: same class and files, smaller sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .umt5_checkpoint import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TIED, to_origina
 
 
 def write_tiny_text_encoder(folder: Path, layout: str, dim: int, seed: int, dtype: torch.dtype) -> None:
-    """Write encoder and tokenizer below `folder`, as a `diffusers` or `original` checkpoint has them."""
+    """Write encoder and tokenizer below `folder` in the layout `diffusers` or `original`."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     tokenizer = byte_tokenizer()
@@ -46,7 +46,7 @@ def write_tiny_text_encoder(folder: Path, layout: str, dim: int, seed: int, dtyp
 
 
 def byte_tokenizer() -> Any:
-    """One token per byte, an end token after the text, padding 0."""
+    """Make a tokenizer with one token per byte, an end token after the text, and padding 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

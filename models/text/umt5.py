@@ -1,6 +1,6 @@
-"""The UMT5 encoder through `transformers`, with the prompt cleaning and zero rows that Wan was trained with.
+"""The UMT5 encoder of `transformers`, with the prompt cleaning and zero rows that Wan was trained with.
 
-Prompts become exactly `text_len` rows; those after the prompt are zero, and the transformer attends to them.
+A prompt becomes exactly `text_len` rows. Rows after its end are zero, and the transformer attends to them.
 Source: Wan 2.1 (arXiv 2503.20314); UMT5 (arXiv 2304.09151).
 """
 
@@ -23,9 +23,9 @@ LONGEST_PROMPT = 20_000  # characters; far beyond what 512 tokens hold
 
 
 def clean_prompt(prompt: str, empty: bool = False) -> str:
-    """The prompt as the encoder was trained to read it.
+    """Clean a prompt as in the encoder's training: ftfy, HTML entities, white space.
 
-    UsageError if it is no text or absurdly long, or if nothing is left of it, unless `empty`.
+    Raises UsageError if it is no text, longer than `LONGEST_PROMPT`, or empty after cleaning, unless `empty`.
     """
     import ftfy
 
@@ -48,14 +48,14 @@ def clean_prompt(prompt: str, empty: bool = False) -> str:
 
 
 class TextEncoder:
-    """A tokenizer and an encoder; `encode` gives the rows of one prompt."""
+    """A tokenizer and an encoder; `encode` returns the rows of one prompt."""
 
     def __init__(self, tokenizer: Any, model: Any, text_len: int) -> None:
         self.tokenizer, self.model, self.text_len = tokenizer, model, text_len
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """Rows [text_len, d] of a prompt, which may be empty, zero from its end on; warns of one that is cut."""
+        """Encode a prompt, which may be empty, to rows [text_len, d], zero after its end. Warns of a truncated one."""
         text = clean_prompt(prompt, empty=True)
         if (length := self.count_tokens(text)) > self.text_len:
             warnings.warn(
@@ -76,12 +76,16 @@ class TextEncoder:
         return rows[0].masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a cleaned prompt, the one that ends it among them, however many."""
+        """Count the tokens of a cleaned prompt, its end token included, without truncation."""
         return len(self.tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids)
 
 
 def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int) -> Tensor:
-    """Rows [text_len, text_dim] from [L, D] or [1, L, D], a tensor or `prompt_embeds` of a safetensors file."""
+    """Pad prompt embeddings [L, text_dim] or [1, L, text_dim] with zero rows to [text_len, text_dim].
+
+    source: a tensor, or a safetensors file with a tensor `prompt_embeds`. Raises UsageError for other shapes, values
+    that are not finite, or an unreadable file.
+    """
     where = "prompt_embeds" if isinstance(source, Tensor) else repr(str(source))
     rows = source if isinstance(source, Tensor) else read_embeds(Path(source))
     if rows.ndim == 3 and len(rows) == 1:

@@ -1,7 +1,7 @@
-"""Reading UMT5 encoders as they are published: one file in the original's or HF's names, or a folder of transformers.
+"""Read published UMT5 encoders: one file with the original's or HF's names, or a folder in transformers' layout.
 
-Sizes are read off the tensors; a config beside them must agree. Names, containers and prefixes are found as those of
-a transformer are.
+Sizes come from the tensors' shapes, and a config beside them must agree. Containers and prefixes are handled as for a
+transformer (`models/state_dicts.py`).
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ TEXT_FILES = (  # as published: the original, then single files of other tools
     ORIGINAL_FILE, "models_t5_umt5-xxl-enc-bf16.safetensors", "umt5-xxl-enc-bf16.safetensors",
     "umt5_xxl_fp16.safetensors", "umt5_xxl_bf16.safetensors",
 )  # fmt: skip
-FOLDERS = ("", "text_encoders", "text_encoder", "clip")  # of a place, that may hold such a file
+FOLDERS = ("", "text_encoders", "text_encoder", "clip")  # searched for these files
 TOKENIZERS = (ORIGINAL_TOKENIZER, "tokenizer")
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
-TOKENIZER_TENSOR = "spiece_model"  # bytes of a tokenizer that some files have beside the weights
-CONSTANTS: dict[str, Any] = {  # that every UMT5 encoder has and no tensor shows
+TOKENIZER_TENSOR = "spiece_model"  # bytes of a tokenizer, in some files of weights
+CONSTANTS: dict[str, Any] = {  # settings of every UMT5 encoder that no tensor shows
     "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
 
 
 def find_text(places: Iterable[Path], tokenizers: Iterable[Path] = ()) -> tuple[Path, Path] | None:
-    """(encoder, tokenizer) of the first place that has an encoder: a file, or a folder in any layout.
+    """Find (encoder, tokenizer) in the first of `places` that has an encoder; a place is a file or a folder.
 
-    The tokenizer is looked for beside the encoder, then in the places, then in `tokenizers`.
+    The tokenizer is searched beside the encoder, then in `places`, then in `tokenizers`.
     """
     places = list(places)
     for place in places:
@@ -70,12 +70,12 @@ def find_text(places: Iterable[Path], tokenizers: Iterable[Path] = ()) -> tuple[
 
 
 def find_encoder(place: Path) -> Path | None:
-    """A file of weights, or the folder of an encoder in the layout of transformers."""
+    """Find an encoder's file, or its folder in the layout of transformers."""
     if not place.is_dir():
         return place if place.exists() else None
     files = [place / folder / name for folder in FOLDERS for name in TEXT_FILES]
-    if found := next((path for path in files if path.exists()), None):
-        return found
+    if file := next((path for path in files if path.exists()), None):
+        return file
     for folder in (place / "text_encoder", place):
         kind = (read_json(folder / "config.json") or {}).get("model_type")
         if (folder / "config.json").exists() and (folder.name == "text_encoder" or kind == "umt5"):
@@ -83,11 +83,11 @@ def find_encoder(place: Path) -> Path | None:
     return None
 
 
-def load_text(found: tuple[Path, Path], text_len: int, dtype: torch.dtype, device: Any) -> TextEncoder:
-    """The encoder and its tokenizer. UsageError for what is none, InferixError for broken files."""
+def load_text(paths: tuple[Path, Path], text_len: int, dtype: torch.dtype, device: Any) -> TextEncoder:
+    """Load the encoder and tokenizer at `paths`. Raises UsageError for other files, InferixError for broken ones."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    encoder, tokenizer = found
+    encoder, tokenizer = paths
     tokens = read_tokenizer(tokenizer)
     source, config = encoder_files(encoder)
     _, tensors = choose_state_dict(encoder, without_tokenizer(read_weight_files(source)), "UMT5 encoder", is_encoder)
@@ -114,7 +114,7 @@ def load_text(found: tuple[Path, Path], text_len: int, dtype: torch.dtype, devic
 
 
 def encoder_files(path: Path) -> tuple[WeightFiles, dict[str, Any]]:
-    """The files of an encoder, and the config of a folder."""
+    """Find the files of an encoder, and read the config of a folder."""
     if not path.is_dir():
         check_file(path, "text encoder")
         check_names_one_file(path)
@@ -129,7 +129,7 @@ def encoder_files(path: Path) -> tuple[WeightFiles, dict[str, Any]]:
 
 
 def is_encoder(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether names are a T5 encoder's, the original's or HF's."""
+    """Return True for the names of a T5 encoder, the original's or HF's."""
     return any(name in tensors for name in ("token_embedding.weight", "shared.weight", TIED))
 
 
@@ -138,9 +138,9 @@ def without_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of either's names under those of transformers, the embedding once; unknown names stay.
+    """Rename tensors with the original's or HF's names to those of transformers; unknown names stay unchanged.
 
-    UsageError for a tensor that has two names, with other values under one.
+    The embedding is returned once. Raises UsageError for a tensor under two names with different values.
     """
     modules = {theirs: ours for ours, theirs in ORIGINAL_NAMES.items()}
     state: dict[str, Tensor] = {}
@@ -157,7 +157,7 @@ def hf_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_original(name: str) -> str:
-    """An HF tensor name as the original file has it."""
+    """Convert an HF tensor name to the original's."""
     layer = re.search(r"block\.(\d+)\.", name)
     module, _, leaf = re.sub(r"block\.\d+\.", "block.*.", name).rpartition(".")
     renamed = f"{ORIGINAL_NAMES[module]}.{leaf}"
@@ -165,7 +165,7 @@ def to_original(name: str) -> str:
 
 
 def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The sizes of an encoder by its tensors' shapes; InferixError if they do not tell them."""
+    """Read the sizes of an encoder from its tensors' shapes. Raises InferixError if they do not show them all."""
     block = "encoder.block.0.layer"
     try:
         vocabulary, dim = state["shared.weight"].shape
@@ -174,7 +174,7 @@ def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
         ffn = state[f"{block}.1.DenseReluDense.wi_1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise InferixError(f"{path} is no UMT5 encoder: its sizes are not in it ({error})") from error
-    layers = {found[1] for name in state if (found := re.match(r"encoder\.block\.(\d+)\.", name))}
+    layers = {layer[1] for name in state if (layer := re.match(r"encoder\.block\.(\d+)\.", name))}
     if missing := [number for number in range(len(layers)) if str(number) not in layers]:
         raise InferixError(f"{path} has {len(layers)} layers, but none called {missing[0]}; the file is not complete")
     if 0 in (vocabulary, dim, buckets, heads, inner, ffn) or inner % heads:
@@ -186,7 +186,7 @@ def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """InferixError for a config of another kind, or one that contradicts the tensors."""
+    """Raise InferixError for a config of another kind of model, or one that contradicts the tensors."""
     expected = {"model_type": "umt5", **sizes, **CONSTANTS}
     wrong = [
         f"{key} is {quoted(config[key])}, expected {expected[key]}"
@@ -198,13 +198,13 @@ def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any]
 
 
 def read_tokenizer(path: Path) -> Any:
-    """The tokenizer in a folder; UsageError where there is none."""
+    """Read the tokenizer in a folder. Raises UsageError if there is no folder."""
     from transformers import AutoTokenizer
 
     if not path.is_dir():
         raise UsageError(
-            f"no tokenizer folder {quoted(str(path))}; expected the one that came with the text encoder, "
-            f"as {' or '.join(TOKENIZERS)} beside it or in base"
+            f"no tokenizer folder {quoted(str(path))}; put {' or '.join(TOKENIZERS)} beside the text encoder, "
+            "or give base, a folder that has it"
         )
     for file in path.iterdir():
         if not file.is_dir():
@@ -213,13 +213,13 @@ def read_tokenizer(path: Path) -> Any:
             read_json(file)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # what the tokenizers library raises has no class of its own
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise InferixError(f"cannot read the tokenizer in {path}: {reason(error)}; fetch it again") from error
 
 
 def refuse_misfits(path: Path, **misfits: Iterable[str]) -> None:
-    """InferixError naming the tensors that are missing, unexpected or misshaped, if any is."""
+    """Raise InferixError that names the missing, unexpected and misshaped tensors, if there are any."""
     listed = {kind: sorted(names) for kind, names in misfits.items()}
-    found = "; ".join(f"{kind}: {', '.join(names[:12])[:1000]}" for kind, names in listed.items() if names)
-    if found:
-        raise InferixError(f"{path} does not fit a UMT5 encoder ({found}); use the one of a Wan model")
+    problems = "; ".join(f"{kind}: {', '.join(names[:12])[:1000]}" for kind, names in listed.items() if names)
+    if problems:
+        raise InferixError(f"{path} does not fit a UMT5 encoder ({problems}); use the one of a Wan model")

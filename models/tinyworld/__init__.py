@@ -1,1 +1,1 @@
-"""A small world and the model that was trained on it: what `inferix generate` plays when no model is named."""
+"""The small world: its simulator, and the model trained on it, which is the default of `inferix generate`."""

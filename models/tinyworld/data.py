@@ -1,7 +1,7 @@
-"""Clips of the world to train on and to compare with: random scenes, walks that turn now and then.
+"""Clips of the small world for training and evaluation: random scenes and random walks.
 
-In some clips the scene changes on the way, while the land keeps its shape: that is what a new prompt means. In some
-the walk is one that asks for memory, or for an eye for what stands in the way; chance alone has few of these.
+In some clips the scene changes on the way while the land keeps its shape, as after a new prompt. Some walks return to
+places that have left the picture, or run into obstacles, which purely random walks seldom do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BACK = {"up": "down", "down": "up", "left": "right", "right": "left", "stay": "s
 
 
 def random_walk(rng: random.Random, length: int) -> list[str]:
-    """Actions that mostly go on, sometimes turn back the way they came, sometimes stop."""
+    """Draw actions in runs of 1 to 4; one run in four reverses the last one."""
     walk: list[str] = []
     while len(walk) < length:
         action = BACK[walk[-1]] if walk and rng.random() < 0.25 else rng.choice(ACTIONS)
@@ -31,7 +31,7 @@ def random_walk(rng: random.Random, length: int) -> list[str]:
 
 
 def errands(rng: random.Random, length: int) -> list[str]:
-    """Actions that mostly lead a few steps away and back: what has left the picture comes into it again."""
+    """Draw actions that mostly lead a few steps away and back, so that land leaves the picture and returns."""
     walk: list[str] = []
     while len(walk) < length:
         action, steps = rng.choice(ACTIONS), rng.randint(1, 3)
@@ -42,7 +42,7 @@ def errands(rng: random.Random, length: int) -> list[str]:
 
 
 def along_things(rng: random.Random, length: int, world: World) -> list[str]:
-    """Actions from where a world stands, along what blocks the way and into it again and again."""
+    """Draw actions from a world's current place that follow obstacles and often run into them."""
     walk: list[str] = []
     x, y = world.x, world.y
     while len(walk) < length:
@@ -62,9 +62,9 @@ def along_things(rng: random.Random, length: int, world: World) -> list[str]:
 
 @dataclass(frozen=True)
 class Clip:
-    """A walk: its scene, from action `change` on another one, and its pictures uint8 [1 + 4 * actions, H, W, 3].
+    """A walk with its pictures, uint8 [1 + 4 * actions, H, W, 3]; the scene changes at action `change`.
 
-    places: where the camera stands at first and after each action, in pixels.
+    places: position of the camera before the first and after each action, in pixels.
     """
 
     before: Scene
@@ -79,9 +79,9 @@ def random_clip(
     rng: random.Random, length: int, first_seed: int = 0, change_share: float = 0.0, errand_share: float = 0.0,
     along_share: float = 0.0,
 ) -> Clip:  # fmt: skip
-    """`length` actions from somewhere in a random world; in a share of the clips the scene changes on the way.
+    """Draw a clip of `length` actions from a random place in a random world.
 
-    In shares of them the walk is of errands, or along things.
+    change_share, errand_share, along_share: probability of a scene change, of `errands` and of `along_things`.
     """
     scene, seed = rng.choice(scenes()), first_seed + rng.randrange(1 << 19)
     world = World(seed, scene)
@@ -105,8 +105,11 @@ def random_clip(
 
 
 class Clips(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
-    """Endless clips, other ones for each worker: pixels float [3, 1 + 4 * length, H, W] in [-1, 1], how far each
-    action moves the camera [length, 2] (right and down, in steps), and whether the scene stays the same [length]."""
+    """Endless clips, different for each worker.
+
+    An item is pixels, float [3, 1 + 4 * length, H, W] in [-1, 1]; the camera's move by each action, [length, 2] (right
+    and down, in steps); and a mask [length], False where the scene changes.
+    """
 
     def __init__(self, length: int, seed: int, change_share: float) -> None:
         self.length, self.seed, self.change_share = length, seed, change_share

@@ -1,6 +1,6 @@
-"""The text encoder of the small world: one trained row per known word, other words replaced or left out.
+"""The text encoder of the small world: one trained row per known word; other words are replaced or skipped.
 
-Same interface as the UMT5 encoder: a prompt in, [text_len, d] rows out, zero after the prompt's words.
+It has the interface of the UMT5 encoder: from a prompt to rows [text_len, d], zero after the prompt's words.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GRAMMAR = (
 
 
 class WordEncoder(nn.Module):
-    """Rows [text_len, dim] of a prompt, looked up word by word."""
+    """An embedding table of words; `encode` returns the rows [text_len, dim] of a prompt."""
 
     def __init__(self, dim: int, text_len: int) -> None:
         super().__init__()
@@ -52,23 +52,23 @@ class WordEncoder(nn.Module):
         return fill(module, tensors, dtype, device, path)
 
     def forward(self, words: Tensor) -> Tensor:
-        """Word numbers [..., text_len], -1 for none, to rows [..., text_len, dim]."""
+        """Look up word numbers [..., text_len], -1 for no word; returns rows [..., text_len, dim]."""
         return self.rows(words.clamp(min=0)) * (words >= 0)[..., None]
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """Rows [text_len, dim] of a prompt; warns of words it does not know, UsageError if it knows none."""
+        """Return the rows [text_len, dim] of a prompt. Warns of unknown words; raises UsageError if none is known."""
         numbers = word_numbers(known_words(prompt), self.text_len)
         return self(torch.tensor(numbers, device=self.rows.weight.device))
 
 
 def find_words(places: Iterable[Path]) -> Path | None:
-    """The file of a word encoder in the first place that has one."""
+    """Find the file of a word encoder in the first of `places` that has one."""
     return next((place / FILE for place in places if (place / FILE).is_file()), None)
 
 
 def word_numbers(words: list[str], text_len: int) -> list[int]:
-    """Numbers of the first `text_len` words, then -1; warns of words beyond."""
+    """Return the numbers of the first `text_len` words, padded with -1. Warns of words beyond."""
     if len(words) > text_len:
         warnings.warn(f"the prompt has {len(words)} known words; only the first {text_len} count", stacklevel=2)
     numbers = [WORDS.index(word) for word in words[:text_len]]
@@ -76,8 +76,8 @@ def word_numbers(words: list[str], text_len: int) -> list[int]:
 
 
 def known_words(prompt: str) -> list[str]:
-    """The known words of a prompt in order, nearest ones in place of others where there are any."""
-    found, unknown = [], []
+    """Return the known words of a prompt in order; an unknown word is replaced by the nearest one, if any is near."""
+    words, unknown = [], []
     for word in re.findall(r"[a-z]+", clean_prompt(prompt, empty=True).lower()):
         if word in SKIPPED:
             continue
@@ -87,10 +87,10 @@ def known_words(prompt: str) -> list[str]:
             continue
         if near[0] != word:
             warnings.warn(f"the small world does not know {word!r}; taken for {near[0]!r}", stacklevel=2)
-        found.append(near[0])
-    if not found and prompt.strip():
+        words.append(near[0])
+    if not words and prompt.strip():
         raise UsageError(f"the small world knows no word of {quoted(prompt)}; say for example {GRAMMAR}")
     if unknown:
         listed = ", ".join(map(repr, unknown))
         warnings.warn(f"the small world does not know {listed}; left out. It knows: {GRAMMAR}", stacklevel=2)
-    return found
+    return words

@@ -1,7 +1,7 @@
-"""The world that the small model learns: a land seen from above, through a camera that follows a hero.
+"""Simulator of the small world: a land seen from above by a camera that follows a hero.
 
-Everything is a function of a seed and a scene: ground, landmarks, and the creature that flies about. One action
-holds for one latent frame, four pictures; a step is 8 pixels, one latent pixel. numpy only.
+Ground, landmarks and butterflies are functions of a seed, a scene and the time. One action lasts one latent frame,
+which is four pictures; a step is 8 pixels, one latent pixel. Uses only numpy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLOURS = {
     "purple": (0.62, 0.28, 0.80), "white": (0.95, 0.95, 0.97), "orange": (0.96, 0.52, 0.14),
 }  # fmt: skip
 HEROES = ("robot", "fox", "ghost", "wizard")
-LIGHTS = {  # what a light takes of each colour, and what it adds
+LIGHTS = {  # factor and offset of each colour channel
     "by day": ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
     "at night": ((0.42, 0.46, 0.68), (0.0, 0.0, 0.03)),
     "at sunset": ((1.0, 0.74, 0.56), (0.03, 0.0, 0.04)),
@@ -43,7 +43,7 @@ Frames = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Biome:
-    """ground: two colours the land goes between; leaf, trunk, stone, water, roof: of its landmarks; wing."""
+    """Colours of a landscape. ground: two colours to mix; the others are of landmarks and of butterflies' wings."""
 
     ground: tuple[Colour, Colour]
     leaf: Colour
@@ -76,7 +76,7 @@ BIOMES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a sentence of the grammar says: "a red robot in a snowy forest at night"."""
+    """A sentence of the grammar, such as "a red robot in a snowy forest at night", in parts."""
 
     colour: str
     hero: str
@@ -91,7 +91,7 @@ class Scene:
 
 
 def scenes() -> list[Scene]:
-    """Every scene of the grammar."""
+    """Return every scene of the grammar."""
     return [
         Scene(colour, hero, biome, light)
         for colour in COLOURS
@@ -103,7 +103,7 @@ def scenes() -> list[Scene]:
 
 @dataclass(frozen=True)
 class Landmark:
-    """Something that stays: its kind, place, and how near the hero may come (0: over it)."""
+    """A fixed object. reach: least distance of the hero in pixels, 0 if it may walk over the object."""
 
     kind: str
     x: float
@@ -113,7 +113,7 @@ class Landmark:
 
 
 def draw_number(seed: int, x: int, y: int, salt: int) -> float:
-    """A number in [0, 1) that is the same for ever at a place; `mix` for one place, in whole numbers."""
+    """Hash a place (x, y) to a number in [0, 1); `mix` for one place, in Python integers."""
     h = (x * 0x9E3779B97F4A7C15 & MASK) ^ (y * 0xC2B2AE3D27D4EB4F & MASK)
     h ^= (seed * 0x165667B19E3779F9 + salt * 0x27D4EB2F165667C5) & MASK
     for shift, factor in ROUNDS:
@@ -122,7 +122,7 @@ def draw_number(seed: int, x: int, y: int, salt: int) -> float:
 
 
 def mix(seed: int, x: NDArray[np.int64], y: NDArray[np.int64], salt: int) -> NDArray[np.float32]:
-    """Numbers in [0, 1) that are the same for ever, one for each place (x, y)."""
+    """Hash places (x, y) to numbers in [0, 1), one for each place."""
     with np.errstate(over="ignore"):
         h = x.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ y.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
         h ^= np.uint64((seed * 0x165667B19E3779F9 + salt * 0x27D4EB2F165667C5) & MASK)
@@ -133,7 +133,7 @@ def mix(seed: int, x: NDArray[np.int64], y: NDArray[np.int64], salt: int) -> NDA
 
 @lru_cache(maxsize=4096)
 def landmark_at(seed: int, cx: int, cy: int) -> Landmark | None:
-    """The landmark of a cell, if it has one; the land around the start is free."""
+    """Return the landmark of a cell, if it has one; the cells around the start are free."""
     if draw_number(seed, cx, cy, 1) > 0.74 or (cx in (-1, 0) and cy in (-1, 0)):
         return None
     x = (cx + 0.25 + 0.5 * draw_number(seed, cx, cy, 2)) * CELL
@@ -148,7 +148,7 @@ def landmark_at(seed: int, cx: int, cy: int) -> Landmark | None:
 
 
 def landmarks_near(seed: int, x: float, y: float, reach: float) -> list[Landmark]:
-    """Landmarks whose cells come within `reach` of a place, the far ones first."""
+    """Return the landmarks whose cells come within `reach` of a place, sorted from back to front."""
     cells = [
         landmark_at(seed, cx, cy)
         for cy in range(math.floor((y - reach) / CELL), math.floor((y + reach) / CELL) + 1)
@@ -190,14 +190,14 @@ def box(canvas: Canvas, x: float, y: float, rx: float, ry: float, colour: Colour
 
 
 def lighter(colour: Colour, by: float) -> Colour:
-    """Towards white for `by` above 0, towards black below."""
+    """Mix a colour with white for `by` above 0, with black for `by` below 0."""
     end = 1.0 if by > 0 else 0.0
     red, green, blue = (part + (end - part) * abs(by) for part in colour)
     return red, green, blue
 
 
 def value_noise(seed: int, x: NDArray[np.float32], y: NDArray[np.float32], scale: float, salt: int) -> Canvas:
-    """Smooth noise in [0, 1], [len(y), len(x)]."""
+    """Return smooth value noise in [0, 1], [len(y), len(x)]."""
     gx, gy = x / scale, y / scale
     ix, iy = np.floor(gx).astype(np.int64), np.floor(gy).astype(np.int64)
     fx, fy = gx - ix, gy - iy
@@ -211,7 +211,7 @@ def value_noise(seed: int, x: NDArray[np.float32], y: NDArray[np.float32], scale
 def draw_land(
     seed: int, biome: Biome, x: int, y: int, width: int, height: int, without: Landmark | None = None
 ) -> Canvas:
-    """The land from world pixel (x, y) on: ground and landmarks but one, colours [height, width, 3] in 0..1."""
+    """Draw ground and landmarks, except `without`, from world pixel (x, y) on: colours [height, width, 3] in 0..1."""
     xs = np.arange(x, x + width, dtype=np.float32) + 0.5
     ys = np.arange(y, y + height, dtype=np.float32) + 0.5
     mix = 0.65 * value_noise(seed, xs, ys, 26.0, 11) + 0.35 * value_noise(seed, xs, ys, 9.0, 12)
@@ -252,12 +252,12 @@ def draw_landmark(canvas: Canvas, biome: Biome, mark: Landmark, x: float, y: flo
 
 
 def stride_at(action: str, index: int) -> float:
-    """Where the hero's step is in picture `index` (1..FRAMES) of an action, -1..1; 0 when it stands."""
+    """Return the phase of the hero's step in picture `index` (1..FRAMES) of an action, -1..1; 0 when it stands."""
     return 0.0 if action == "stay" else math.sin(2 * math.pi * index / FRAMES + math.pi / 4)
 
 
 def draw_hero(canvas: Canvas, scene: Scene, facing: str, stride: float) -> None:
-    """The hero in the middle; `stride` in -1..1 is where its step is."""
+    """Draw the hero in the middle; `stride` in -1..1 is the phase of its step."""
     colour, (dx, dy) = COLOURS[scene.colour], MOVES[facing]
     x, y = SIZE / 2, SIZE / 2 - 0.8 * abs(stride)
     dark, bright = lighter(colour, -0.35), lighter(colour, 0.35)
@@ -294,7 +294,7 @@ def draw_hero(canvas: Canvas, scene: Scene, facing: str, stride: float) -> None:
 
 
 def draw_creature(canvas: Canvas, seed: int, biome: Biome, x: int, y: int, time: int) -> None:
-    """Butterflies on their rounds, one over each stretch of land, by themselves. (x, y) is the picture's corner."""
+    """Draw butterflies, which circle independently of the actions. (x, y): corner of the picture in world pixels."""
     span = 64
     for cy in range((y - span) // span, (y + SIZE) // span + 2):
         for cx in range((x - span) // span, (x + SIZE) // span + 2):
@@ -309,13 +309,13 @@ def draw_creature(canvas: Canvas, seed: int, biome: Biome, x: int, y: int, time:
 
 
 def lit(canvas: Canvas, light: str) -> Canvas:
-    """The picture under a light, the same everywhere: what is seen twice looks the same twice."""
+    """Apply a light, the same for all pixels, so that a place always looks the same."""
     share, added = (np.array(part, dtype=np.float32) for part in LIGHTS[light])
     return canvas * share + added
 
 
 def soft(canvas: Canvas) -> Canvas:
-    """As a lens sees it: each pixel over its neighbours, 1 2 1 both ways. Fine edges are what a VAE is worst at."""
+    """Blur each pixel with its neighbours, weights 1 2 1 in both directions: a VAE reproduces fine edges worst."""
     for axis in (0, 1):
         wide = np.pad(canvas, [(1, 1) if index == axis else (0, 0) for index in range(3)], mode="edge")
         before, middle, after = (np.take(wide, range(start, start + SIZE), axis) for start in range(3))
@@ -324,7 +324,7 @@ def soft(canvas: Canvas) -> Canvas:
 
 
 class World:
-    """One run of the world: the hero's place and the time, moved on by actions."""
+    """State of one run: the hero's place and direction, and the time; actions advance it."""
 
     def __init__(self, seed: int, scene: Scene) -> None:
         self.seed, self.scene, self.biome = seed, scene, BIOMES[scene.biome]
@@ -333,11 +333,11 @@ class World:
         self._map: tuple[int, int, Canvas] | None = None
 
     def first(self) -> Frames:
-        """The picture before any action, uint8 [1, SIZE, SIZE, 3]."""
+        """Draw the picture before any action, uint8 [1, SIZE, SIZE, 3]."""
         return self._picture(self.x, self.y, 0.0)[None]
 
     def step(self, action: str) -> Frames:
-        """The pictures of one action, uint8 [FRAMES, SIZE, SIZE, 3]; a blocked hero walks on the spot."""
+        """Do one action and draw its pictures, uint8 [FRAMES, SIZE, SIZE, 3]; a blocked hero walks on the spot."""
         dx, dy, free = self._turn(action)
         pictures = []
         for index in range(1, FRAMES + 1):
@@ -349,11 +349,11 @@ class World:
         return np.stack(pictures)
 
     def become(self, scene: Scene) -> None:
-        """Go on in another scene: the land keeps its shape, and everything in it looks otherwise."""
+        """Change the scene: the land keeps its shape, and everything in it changes its look."""
         self.scene, self.biome, self._map = scene, BIOMES[scene.biome], None
 
     def walk(self, actions: Sequence[str]) -> None:
-        """The same as `step` for each action, without pictures."""
+        """Do actions as `step` does, without drawing pictures."""
         for action in actions:
             dx, dy, free = self._turn(action)
             self.time += FRAMES
@@ -361,22 +361,22 @@ class World:
                 self.x, self.y = self.x + dx * STEP, self.y + dy * STEP
 
     def _turn(self, action: str) -> tuple[int, int, bool]:
-        """Face where an action leads; that direction, and whether the way is free."""
+        """Turn the hero for an action; returns the direction (dx, dy) and True if the way is free."""
         dx, dy = MOVES[action]
         self.facing = self.facing if action == "stay" else action
         return dx, dy, self.free(self.x + dx * STEP, self.y + dy * STEP)
 
     def free(self, x: int, y: int) -> bool:
-        """Whether the hero may stand at a place."""
+        """Return True if the hero may stand at a place."""
         near = landmarks_near(self.seed, x, y, CELL)
         return all(math.hypot(mark.x - x, (mark.y - y) * 1.2) >= mark.reach + 1 for mark in near if mark.reach)
 
     def rollout(self, actions: Sequence[str]) -> Frames:
-        """The first picture and those of all actions, uint8 [1 + FRAMES * len(actions), SIZE, SIZE, 3]."""
+        """Draw the first picture and those of all actions, uint8 [1 + FRAMES * len(actions), SIZE, SIZE, 3]."""
         return np.concatenate([self.first(), *(self.step(action) for action in actions)])
 
     def picture_without(self, mark: Landmark) -> Frames:
-        """The picture now, were a landmark not there, uint8 [SIZE, SIZE, 3]."""
+        """Draw the current picture without one landmark, uint8 [SIZE, SIZE, 3]."""
         left, top = self.x - SIZE // 2, self.y - SIZE // 2
         return self._finished(draw_land(self.seed, self.biome, left, top, SIZE, SIZE, without=mark), left, top, 0.0)
 
@@ -390,7 +390,7 @@ class World:
         return (np.clip(lit(soft(canvas), self.scene.light), 0, 1) * 255 + 0.5).astype(np.uint8)
 
     def _land(self, left: int, top: int) -> Canvas:
-        """The land of a picture, from the second one on cut from a larger piece that is drawn once."""
+        """Return the land of a picture; from the second picture on, cut from a larger piece that is drawn once."""
         if self._map is not None:
             x, y, canvas = self._map
             if 0 <= left - x <= canvas.shape[1] - SIZE and 0 <= top - y <= canvas.shape[0] - SIZE:

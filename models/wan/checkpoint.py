@@ -1,4 +1,4 @@
-"""Reading published transformers: format and sizes found, tensors mapped by name, the model filled strictly."""
+"""Read published transformers: detect format and sizes, map tensors by name, fill the model strictly."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from .vae_checkpoint import TINY_DECODERS, VAE_FILES, find_vae
 
 @dataclass(frozen=True)
 class Format:
-    """How a published checkpoint is laid out.
+    """Layout of a published checkpoint.
 
-    names: the table of `names.TABLES`. weights: keys under which a training file has them, best first; none
-    for a flat file. file: what it is called. lora: an adapter that belongs to it.
+    names: key of `names.TABLES`. file: name of the file. weights: keys under which a training file stores the weights,
+    best first; none for a flat file. lora: file name of an adapter that belongs to it.
     """
 
     names: str
@@ -71,33 +71,33 @@ SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channe
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transformer's tensors in our names, and what is known about them. Tensors are mapped, not read."""
+    """A transformer's memory-mapped tensors under our names, with format, sizes and files."""
 
     path: Path
     form: str
     files: tuple[Path, ...]
     tensors: Mapping[str, Tensor]
     spec: ModelSpec
-    lora: Path | None  # an adapter that is published with the file
+    lora: Path | None  # adapter published with the file
 
     @property
     def folder(self) -> Path:
-        """Where the other parts of the model may lie."""
+        """The folder in which VAE and text encoder may be."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the transformer's files, in order."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as file:
                 while chunk := file.read(1 << 24):
-                    found.update(chunk)
-        return found.hexdigest()
+                    digest.update(chunk)
+        return digest.hexdigest()
 
 
 def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = True) -> Checkpoint:
-    """Map a checkpoint file or folder. UsageError for what is none; InferixError for a broken file."""
+    """Map a checkpoint file or folder. Raises UsageError if it is no transformer, InferixError for a broken file."""
     path = Path(path)
     if form is not None and form not in FORMATS:
         raise UsageError(f"no checkpoint format {form!r}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
@@ -123,12 +123,12 @@ def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = T
 
 
 def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether names are a Wan transformer's, in any format."""
+    """Return True for the names of a Wan transformer, in any format."""
     return "patch_embedding.weight" in tensors and any(name.startswith("blocks.") for name in tensors)
 
 
 def expected_keys(form: str | None, file: str, content: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Keys under which a file has its weights, best first: those of its format or of the format it is named after."""
+    """Return the keys of a file's weights, best first: those of its format, or of the format that its name suggests."""
     if form is None:
         form = next((name for name in named_after(file) if set(FORMATS[name].weights) & content.keys()), "original")
     return FORMATS[form].weights
@@ -139,7 +139,7 @@ def named_after(file: str) -> list[str]:
 
 
 def published_lora(source: WeightFiles, layout: Format) -> Path | None:
-    """The adapter published with a format's file, where both lie together under their published names."""
+    """Return the adapter that is published with a format's file, if both are in one folder under published names."""
     file = source.files[0]
     if layout.lora is None or file.name != layout.file or not (lora := file.with_name(layout.lora)).is_file():
         return None
@@ -147,14 +147,17 @@ def published_lora(source: WeightFiles, layout: Format) -> Path | None:
 
 
 def unfused(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Query, key and value of a tensor that has them one below the other; any other tensor alone."""
+    """Split a joined [3 * d, ...] tensor into query, key and value; returns any other tensor under its name."""
     if ".self_attn.to_qkv." not in name or tensor.ndim == 0 or len(tensor) % 3:
         return {name: tensor}
     return {name.replace("to_qkv", part): piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
 
 
 def find_transformer(path: Path) -> tuple[WeightFiles, dict[str, Any] | None]:
-    """The files that hold the transformer, and the config beside them if it is a Wan transformer's."""
+    """Find the transformer's files, and the config beside them if it is a Wan transformer's.
+
+    Raises UsageError if there is no transformer at `path`, or more than one.
+    """
     if not path.exists():
         known = f"{nearest(str(path), MODELS)}; names of models are {', '.join(MODELS)}"
         raise UsageError(f"no checkpoint {quoted(str(path))}: no such file or folder{known}")
@@ -177,12 +180,12 @@ def find_transformer(path: Path) -> tuple[WeightFiles, dict[str, Any] | None]:
 
 
 def is_transformer_folder(folder: Path) -> bool:
-    """Whether the weights right in a folder are not those of a VAE, which have the same name."""
+    """Return False if the weights directly in a folder are a VAE's, which have the same file name."""
     return (read_json(folder / "config.json") or {}).get("_class_name") != "AutoencoderKLWan"
 
 
 def only_file(folder: Path) -> WeightFiles | None:
-    """The one file of tensors in a folder that is not known as another part of a model; None if there is none."""
+    """Find the only file of tensors in a folder that is no other part of a model. Raises UsageError for several."""
     others = {*TEXT_FILES, *VAE_FILES, *TINY_DECODERS, "words.safetensors", *(form.lora for form in FORMATS.values())}
     files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.name not in others)
     if len(files) > 1:
@@ -195,8 +198,11 @@ def only_file(folder: Path) -> WeightFiles | None:
 
 
 def refuse_experts(path: Path) -> None:
-    """UsageError for a model of two transformers, or one of the two: by its folders, pipeline index or file name."""
-    whole = Path(os.path.abspath(path))  # links stay as they are: where models are cached, a link's target has no name
+    """Raise UsageError for a two-transformer model or one of its transformers, by folder, pipeline index or file name.
+
+    Symbolic links are not resolved: in a model cache the target of a link has no telling name.
+    """
+    whole = Path(os.path.abspath(path))
     folder = whole if path.is_dir() else whole.parent
     part = folder.name in ("transformer", *EXPERTS)
     if half := re.search(r"(high|low)[-_ ]?noise", whole.name, re.IGNORECASE):
@@ -214,7 +220,7 @@ def refuse_experts(path: Path) -> None:
 
 
 def transformer_config(folder: Path) -> dict[str, Any] | None:
-    """The config in a folder if it is a Wan transformer's; None for that of any other model."""
+    """Read the config in a folder if it is a Wan transformer's; None for the config of another model."""
     config = read_json(folder / "config.json")
     if config is None:
         return None
@@ -225,7 +231,7 @@ def transformer_config(folder: Path) -> dict[str, Any] | None:
 
 
 def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str:
-    """The format of a file: of its published name if keys and names agree, else by its keys and names."""
+    """Detect a file's format: that of its published name if keys and names agree, else by keys and names."""
     fused = any(".self_attn.to_qkv." in name for name in tensors)
     names = "diffusers" if "condition_embedder.time_embedder.linear_1.weight" in tensors else "original"
     for form in named_after(file):
@@ -239,7 +245,10 @@ def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str
 
 
 def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> ModelSpec:
-    """Sizes from shapes, heads from the config, which must agree with them; a known model's name if they match."""
+    """Read sizes from shapes and heads from the config; a known model's spec if the sizes are its.
+
+    Raises InferixError if tensors that show a size are missing, UsageError if the config contradicts the shapes.
+    """
     try:
         patch = tensors["patch_embedding.weight"]
         sizes: dict[str, Any] = {
@@ -284,8 +293,8 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
 
 
 def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Layers that names count from 0 without a gap; InferixError for others, before any of them is made."""
-    layers = {found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    """Count the layers. Raises InferixError for a gap in their numbers, before any layer is allocated."""
+    layers = {layer[1] for name in tensors if (layer := re.match(r"blocks\.(\d+)\.", name))}
     for number in range(len(layers)):
         if str(number) not in layers:
             some = ", ".join(sorted(layers, key=len)[-3:])[:200]
@@ -296,7 +305,7 @@ def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:
     return len(layers)
 
 
-CONFIG_KEYS = {  # of a config: what its tensors must agree with
+CONFIG_KEYS = {  # config key: size that the tensors show
     "dim": "dim", "ffn_dim": "ffn_dim", "num_layers": "num_layers", "in_dim": "in_channels", "out_dim": "out_channels",
     "in_channels": "in_channels", "out_channels": "out_channels", "text_dim": "text_dim", "freq_dim": "freq_dim",
     "image_dim": "image_dim",
@@ -306,9 +315,9 @@ CONFIG_KEYS = {  # of a config: what its tensors must agree with
 def read_config(
     path: Path, config: Mapping[str, Any], facts: Mapping[str, Any], known: list[ModelSpec]
 ) -> dict[str, Any]:
-    """num_heads, text_len and eps by the config, else of the known model of these sizes, else of the family.
+    """Read num_heads, text_len and eps: from the config, else of the known model of these sizes, else of the family.
 
-    UsageError naming each value that contradicts the tensors' sizes or the known model.
+    Raises UsageError that names each value which contradicts the tensors' sizes or the known model.
     """
     wrong = [
         f"{key} is {quoted(config[key])}, the tensors have {facts[size]}"
@@ -324,16 +333,16 @@ def read_config(
         "text_len": like.text_len if like else FAMILY["text_len"],
         "eps": like.eps if like else FAMILY["eps"],
     }
-    given = {key: config[key] for key in values if key in config}
+    stated = {key: config[key] for key in values if key in config}
     if "num_attention_heads" in config:
-        given["num_heads"] = config["num_attention_heads"]
+        stated["num_heads"] = config["num_attention_heads"]
         width = config.get("attention_head_dim", HEAD_DIM)
-        if not is_count(width) or not is_count(given["num_heads"]) or width * given["num_heads"] != dim:
-            count = quoted(given["num_heads"])
+        if not is_count(width) or not is_count(stated["num_heads"]) or width * stated["num_heads"] != dim:
+            count = quoted(stated["num_heads"])
             wrong.append(
                 f"num_attention_heads is {count} and attention_head_dim {quoted(width)}, the tensors have {dim}"
             )
-    for key, value in given.items():
+    for key, value in stated.items():
         if like and value != values[key]:
             wrong.append(f"{key} is {quoted(value)}; {like.name}, which has these sizes, has {values[key]}")
         elif key == "num_heads" and (not is_count(value) or dim % value):
@@ -344,19 +353,19 @@ def read_config(
             wrong.append(f"eps is {quoted(value)}, expected a small number")
     if wrong:
         raise UsageError(f"config.json beside {path} is not of this model: {'; '.join(wrong)}; remove or replace it")
-    values |= given
-    if "num_heads" not in given and dim % HEAD_DIM and not like:
+    values |= stated
+    if "num_heads" not in stated and dim % HEAD_DIM and not like:
         raise UsageError(f"{path} is {dim} wide, and no config.json beside it has num_heads; put the model's there")
     return values
 
 
 def is_count(value: object) -> bool:
-    """Whether a config's value is a whole number above 0."""
+    """Return True if a config's value is an integer above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def is_size(value: object, expected: object) -> bool:
-    """Whether a config's value is this whole number."""
+    """Return True if a config's value is the integer `expected`."""
     return isinstance(value, int) and not isinstance(value, bool) and value == expected
 
 
@@ -368,7 +377,7 @@ def build_transformer(
     loras: Iterable[tuple[str | Path, float]] = (),
     lora_partial: bool = False,
 ) -> WanTransformer:
-    """The model of a checkpoint with its adapters merged in."""
+    """Build the model of a checkpoint with its adapters merged into the weights."""
     with torch.device("meta"):
         module = WanTransformer(checkpoint.spec, precision)
     change = merging(checkpoint, loras, lora_partial)
@@ -378,15 +387,14 @@ def build_transformer(
 def merging(
     checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]], partial: bool = False
 ) -> Callable[[str, Tensor], Tensor]:
-    """What makes a weight of a checkpoint from the file's: the adapter published with it, then `loras`.
+    """Return a function (name, weight) -> weight that merges the adapter published with a checkpoint, then `loras`.
 
-    `loras` are (path, factor). Raises UsageError for adapters of another base model, where `partial` only if nothing
-    of one fits; warns of the published adapter.
+    loras: (path, factor) of each adapter. Warns of the published adapter.
+    Raises UsageError for an adapter of another base model; with `partial` only if nothing of it fits.
     """
-    given = [(Path(path), factor) for path, factor in loras]
-    adapters = list(given)
+    adapters = [(Path(path), factor) for path, factor in loras]
     published = checkpoint.lora
-    if published and not any(path.exists() and path.samefile(published) for path, _ in given):
+    if published and not any(path.exists() and path.samefile(published) for path, _ in adapters):
         warnings.warn(f"{published} is merged, too: it is published with {checkpoint.files[0].name}", stacklevel=3)
         adapters.insert(0, (published, 1.0))
     for path, factor in adapters:
@@ -403,7 +411,7 @@ def merging(
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds, as plain values."""
+    """Describe a checkpoint as plain values, without loading it: format, model, sizes, dtypes and files."""
     checkpoint = read_checkpoint(path)
     places = [checkpoint.folder]
     vae, text = find_vae(places), find_text(places)

@@ -1,4 +1,4 @@
-"""The `config.json` of each layout, from our specs: what readers of published checkpoints look for."""
+"""Make the `config.json` of each checkpoint layout from our specs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Adapters, merged into the weights as they are loaded: W + scale * up @ down, summed in float32.
+"""Read LoRA adapters and merge them into the weights as these are loaded: W + scale * up @ down, summed in float32.
 
 Names are those of PEFT and diffusers (`lora_A`, `lora_B`), of trainers that write `lora_down`, `lora_up` and `alpha`
-(kohya's with underscores for dots), and whole differences (`diff`, `diff_b`, `diff_m`). scale is alpha / rank, or
-alpha / sqrt(rank) for rank-stabilised adapters, where alpha is a tensor of the layer, in the file's metadata, or in
-adapter_config.json; 1 where none is given. Sources: LoRA (arXiv 2106.09685); rsLoRA (arXiv 2312.03732).
+(kohya's with underscores for dots), and of full differences (`diff`, `diff_b`, `diff_m`). scale is alpha / rank, or
+alpha / sqrt(rank) for rank-stabilised adapters. alpha is a tensor of the layer, in the file's metadata, or in
+adapter_config.json; without alpha the scale is 1. Sources: LoRA (arXiv 2106.09685); rsLoRA (arXiv 2312.03732).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LowRank:
         return replace(self, down=self.down.to(device), up=self.up.to(device))
 
     def change(self, factor: float) -> Tensor:
-        """What it adds to a weight, `factor` times, in float32."""
+        """Return `factor` times the update of a weight, in float32."""
         return self.up.float().flatten(1) @ self.down.float().flatten(1) * (self.scale * factor)
 
 
@@ -76,7 +76,7 @@ class Difference:
         return replace(self, value=self.value.to(device))
 
     def change(self, factor: float) -> Tensor:
-        """What it adds to a parameter, `factor` times, in float32."""
+        """Return `factor` times the update of a parameter, in float32."""
         return self.value.float() * (self.scale * factor)
 
 
@@ -94,7 +94,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Strength:
-    """What a config says of alpha: one for all layers, and others for layers whose name ends in a pattern's."""
+    """Scale of an adapter by its config: one alpha for all layers, others for layers whose name ends in a pattern."""
 
     source: str
     rank: int | None
@@ -105,9 +105,9 @@ class Strength:
     targets: tuple[str, ...] | None = None
 
     def mismatch(self, modules: Mapping[str, int], strict: bool) -> str | None:
-        """Why this config is not of an adapter with these ranks of modules; None if it agrees.
+        """Return the first contradiction between this config and the ranks of an adapter's modules; None if they agree.
 
-        Layers without a pattern may have another rank than r, if not `strict` and others have r.
+        Unless `strict`, layers without a pattern may have another rank than r if some layer has r.
         """
         plain = {module: rank for module, rank in modules.items() if matching(self.ranks, module, None) is None}
         for module, rank in modules.items():
@@ -125,9 +125,9 @@ class Strength:
 
 
 def read_lora(path: str | Path) -> Lora:
-    """The adapter in a file or folder. UsageError for what is none, InferixError for a broken file."""
-    given = Path(path)
-    path = lora_file(given)
+    """Read the adapter in a file or folder. Raises UsageError if it is no LoRA, InferixError for a broken file."""
+    source = Path(path)
+    path = lora_file(source)
     tensors = adapter_tensors(path, read_tensors(path))
     parts: dict[str, dict[str, Tensor]] = {}
     unknown = []
@@ -150,11 +150,11 @@ def read_lora(path: str | Path) -> Lora:
         halves[kind] = tensor
     if len(adapters) > 1:
         names = ", ".join(sorted(adapters))[:200]
-        raise UsageError(f"{path} holds several adapters ({names}); save the one to use alone")
+        raise UsageError(f"{path} holds several adapters ({names}); save one of them to its own file")
     if not any(halves.keys() - {"alpha"} for halves in parts.values()):
         some = ", ".join(quoted(name, 80) for name in (*unknown, *parts)[:4]) or "no tensors"
         raise UsageError(f"{path} is no LoRA: it holds {some}; expected names that end in .lora_A.weight")
-    scales = strengths(given, path, parts)
+    scales = strengths(source, path, parts)
     updates: dict[str, Update] = {}
     for name, halves in parts.items():
         ours = our_lora_module(name)
@@ -173,7 +173,7 @@ def tensors_of(update: Update) -> tuple[Tensor, ...]:
 
 
 def lora_file(path: Path) -> Path:
-    """The one file of tensors of an adapter's file or folder."""
+    """Find the file of tensors of an adapter's file or folder."""
     if not path.exists():
         raise UsageError(f"no LoRA {quoted(str(path))}: no such file or folder")
     if not path.is_dir():
@@ -187,7 +187,10 @@ def lora_file(path: Path) -> Path:
 
 
 def adapter_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Names without containers and prefixes to tensors; those of a generator where a file has several networks."""
+    """Return an adapter's tensors under names without containers and prefixes.
+
+    Of a file with several networks the generator's are taken.
+    """
     groups = {place: group for place, group in state_dicts(path, content, ("generator_lora", "lora")).items() if group}
     for place in groups:
         if expert := next((word for word in place.words if word == "transformer_2"), None):
@@ -197,25 +200,25 @@ def adapter_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]
         keys = {key for key in keys if "generator_lora" in key} or keys
     if len(keys) > 1:
         some = ", ".join(sorted(".".join(key) or "the top level" for key in keys))
-        raise UsageError(f"{path} holds several adapters ({some}); save the one to use alone")
-    found: dict[str, Tensor] = {}
+        raise UsageError(f"{path} holds several adapters ({some}); save one of them to its own file")
+    tensors: dict[str, Tensor] = {}
     for place, group in groups.items():
         for name, tensor in group.items() if place.keys in keys else ():
-            if name in found:
+            if name in tensors:
                 raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
-            found[name] = tensor
-    return found
+            tensors[name] = tensor
+    return tensors
 
 
 def our_lora_module(name: str) -> str | None:
-    """Our name of the module or parameter that an adapter's name means; None if no format has it."""
+    """Return our name for the module or parameter of an adapter's name; None if no format has it."""
     if KOHYA.match(name):
         return our_module(KOHYA_WRAPPERS.sub("", KOHYA.sub("", name)))
     return our_module(bare_name(name)[1])
 
 
 def module_and_kind(part: re.Match[str]) -> tuple[str, str]:
-    """(module in the file's names, kind): down, up, bias, alpha, diff or diff_b; an empty one for what no adapter has.
+    """Return (module in the file's names, kind). kind: down, up, bias, alpha, diff or diff_b; empty for other names.
 
     `diff_m` of a layer is a difference of its modulation.
     """
@@ -231,13 +234,13 @@ def module_and_kind(part: re.Match[str]) -> tuple[str, str]:
 
 
 def check_values(path: Path, name: str, tensor: Tensor, kind: str) -> None:
-    """UsageError for quantised parts, InferixError for values that are not finite."""
+    """Raise UsageError for a quantised tensor, InferixError for values that are not finite."""
     if kind == "alpha":
         if tensor.numel() != 1 or tensor.is_complex():
             raise InferixError(f"{path}: {quoted(name)} has {tensor.numel()} values; expected one number")
     elif tensor.dtype not in FLOATS or SCALES.search(name):
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise UsageError(f"{path} has {quoted(name)} in {dtype}; quantised adapters are not in this version")
+        raise UsageError(f"{path} has {quoted(name)} in {dtype}; this version reads no quantised adapters")
     if not tensor.isfinite().all():
         raise InferixError(f"{path}: {quoted(name)} is not finite; the adapter is damaged")
 
@@ -245,7 +248,7 @@ def check_values(path: Path, name: str, tensor: Tensor, kind: str) -> None:
 def module_updates(
     path: Path, name: str, module: str, halves: Mapping[str, Tensor], scale: float
 ) -> Iterable[tuple[str, Update]]:
-    """(our parameter, update) for each part of a module that a file has."""
+    """Yield (our parameter, update) for each part of a module in a file."""
     weight = module if is_parameter(module) else f"{module}.weight"
     if "down" in halves or "up" in halves:
         down, up = halves.get("down"), halves.get("up")
@@ -266,18 +269,18 @@ def module_updates(
 
 
 def fits_together(down: Tensor, up: Tensor) -> bool:
-    """Whether two tensors are a pair: [rank, in, kernel...] and [out, rank, 1...]."""
+    """Return True if two tensors are a pair [rank, in, kernel...] and [out, rank, 1...]."""
     return (
         down.ndim >= 2 and up.ndim >= 2 and down.shape[0] == up.shape[1] > 0
         and all(side == 1 for side in up.shape[2:])
     )  # fmt: skip
 
 
-def strengths(given: Path, path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """The scale of each low-rank module by its name in the file.
+def strengths(source: Path, path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the scale of each low-rank module by its name in the file.
 
-    A layer's own alpha and the configs of the file must agree. A config that lies beside a file of another name counts
-    if ranks and targets agree; UsageError if they do not and nothing else says how strong the adapter is.
+    A layer's own alpha and the configs must agree. A config beside a file of another name counts if its ranks and
+    targets are the file's. Raises UsageError if they are not and the file itself states no alpha.
     """
     pairs = {name: halves for name, halves in parts.items() if "down" in halves}
     ranks = {name: halves["down"].shape[0] if halves["down"].ndim else 0 for name, halves in pairs.items()}
@@ -286,7 +289,7 @@ def strengths(given: Path, path: Path, parts: Mapping[str, Mapping[str, Tensor]]
     metadata = read_metadata(path)
     configs = [config for config in (metadata_strength(path, metadata),) if config]
     beside = config_strength(path)
-    own = given.is_dir() or path.stem == PEFT_FILE
+    own = source.is_dir() or path.stem == PEFT_FILE
     stated = bool(configs) or len(scales) == len(pairs)
     if beside and (own or not stated):
         if not own and (beside.rank is None or beside.targets is None):
@@ -313,7 +316,7 @@ def strengths(given: Path, path: Path, parts: Mapping[str, Mapping[str, Tensor]]
 
 
 def metadata_strength(path: Path, metadata: Mapping[str, str]) -> Strength | None:
-    """Strength by a safetensors header: diffusers' lora_adapter_metadata, or plain r and lora_alpha."""
+    """Read the strength in a safetensors header: diffusers' lora_adapter_metadata, or plain r and lora_alpha."""
     if METADATA not in metadata:
         plain = {key: metadata[key] for key in ("r", "rank", "lora_alpha") if key in metadata}
         numbers = {("r" if key == "rank" else key): number(f"{path} ({key})", value) for key, value in plain.items()}
@@ -332,7 +335,7 @@ def metadata_strength(path: Path, metadata: Mapping[str, str]) -> Strength | Non
 
 
 def number(where: str, text: str) -> Any:
-    """The number that a header's text is."""
+    """Parse a number in a header. Raises InferixError for other text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -345,7 +348,7 @@ def config_strength(path: Path) -> Strength | None:
 
 
 def read_strength(config: Mapping[str, Any], source: str) -> Strength | None:
-    """Strength by an adapter's config, its values checked; None where it has neither rank nor alpha."""
+    """Read and check the strength in an adapter's config; None if it has neither rank nor alpha."""
 
     def bad(key: str, expected: str) -> UsageError:
         return UsageError(f"{source}: {key} is {quoted(config.get(key))}; expected {expected}")
@@ -395,7 +398,7 @@ def is_number(value: object) -> bool:
 
 
 def check_pattern(source: str, pattern: str) -> None:
-    """UsageError for an expression that is none, or that could take a time without bound to match."""
+    """Raise UsageError for an invalid expression, or one that could take unbounded time to match."""
     repeats = len(re.findall(r"[*+{]", pattern))
     try:
         if len(pattern) > 2000 or repeats > 2 or re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern):
@@ -406,21 +409,21 @@ def check_pattern(source: str, pattern: str) -> None:
 
 
 def ends_in(pattern: str, module: str) -> bool:
-    """Whether a module's name ends in a pattern, at a dot, as PEFT matches names."""
+    """Return True if a module's name ends in a pattern, at a dot, as PEFT matches names."""
     parts = module.split(".")
     return any(re.fullmatch(pattern, ".".join(parts[start:])) for start in range(len(parts)))
 
 
 def matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends in."""
+    """Return the value of the first pattern that a module's name ends in."""
     return next((value for pattern, value in patterns.items() if ends_in(pattern, module)), default)
 
 
 def fitting(lora: Lora, tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Update]:
-    """The updates of an adapter that fit a model's tensors.
+    """Return the updates of an adapter that fit a model's tensors.
 
-    UsageError listing those that do not and the names that no format has; if `partial`, a warning with the list, and
-    the error only if nothing fits.
+    Raises UsageError that lists the updates which do not fit and the names that no format has. With `partial` the list
+    is a warning, and the error is raised only if nothing fits.
     """
     wrong = [f"{name[:200]}: not a published name" for name in lora.unknown]
     fit = {}
@@ -445,7 +448,7 @@ def fitting(lora: Lora, tensors: Mapping[str, Tensor], partial: bool = False) ->
 
 
 def same_shape(update: Update, tensor: Tensor) -> bool:
-    """Whether an update is of a tensor's shape; a convolution's pair may have its inner sides as one."""
+    """Return True if an update has a tensor's shape; a convolution's pair may be flattened to two dimensions."""
     if isinstance(update, Difference):
         return update.shape == tuple(tensor.shape)
     rows, columns = update.shape[0], math.prod(update.shape[1:])
@@ -454,7 +457,7 @@ def same_shape(update: Update, tensor: Tensor) -> bool:
 
 
 def merged(name: str, tensor: Tensor, updates: Mapping[str, Update], factor: float = 1.0) -> Tensor:
-    """A parameter with its update, in the parameter's dtype; other tensors as they are."""
+    """Return a parameter with its update added, in the parameter's dtype; a parameter without one unchanged."""
     update = updates.get(name)
     if update is None:
         return tensor

@@ -1,7 +1,7 @@
-"""Transformer tensor names: ours, and each published format's, as one explicit table per format.
+"""Transformer tensor names of each published format, as one explicit table from our names per format.
 
-An entry renames a whole module path; `*` stands for the layer number. Names that no entry matches are kept
-as they are, so a wrong file shows up as unexpected names when the model is filled.
+An entry renames a module path; `*` is the layer number. A name that no entry matches stays unchanged, so a wrong file
+shows up as unexpected names when the model is filled.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ INVERSE: dict[str, dict[str, str]] = {
     form: {theirs: ours for ours, theirs in table.items()} for form, table in TABLES.items()
 }
 LAYER = re.compile(r"(?<=^blocks\.)(\d+)(?=\.)")
-UNDERSCORED = {  # as kohya's trainers write a module: every dot an underscore
+UNDERSCORED = {  # kohya's trainers write an underscore for every dot
     theirs.replace(".", "_"): ours for table in TABLES.values() for ours, theirs in table.items()
 }
 UNDERSCORED_LAYER = re.compile(r"^blocks_(\d+)_")
@@ -89,17 +89,17 @@ PARAMETERS = {"blocks.*.modulation", "head.modulation", "image_embedding.positio
 
 
 def to_format(form: str, name: str) -> str:
-    """Our tensor name in a format of `TABLES`."""
+    """Convert one of our tensor names to a format of `TABLES`."""
     return _rename(TABLES[form], name)
 
 
 def from_format(form: str, name: str) -> str:
-    """A format's tensor name in ours."""
+    """Convert a format's tensor name to ours."""
     return _rename(INVERSE[form], name)
 
 
 def our_module(name: str) -> str | None:
-    """Our name of a module or bare parameter in any published format, dotted or underscored; None if it is in none."""
+    """Return our name for a module or parameter of any published format, dotted or underscored; None if unknown."""
     layer = LAYER.search(name) or UNDERSCORED_LAYER.search(name)
     generic = UNDERSCORED_LAYER.sub("blocks_*_", LAYER.sub("*", name))
     for table in (*INVERSE.values(), UNDERSCORED):
@@ -109,7 +109,7 @@ def our_module(name: str) -> str | None:
 
 
 def is_parameter(module: str) -> bool:
-    """Whether one of our names is a parameter itself, not a module that has a weight."""
+    """Return True if one of our names is a parameter, not a module with a weight."""
     return LAYER.sub("*", module) in PARAMETERS
 
 

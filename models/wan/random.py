@@ -1,6 +1,6 @@
-"""Seeded random weights that keep signals in range: for tests, demos and benchmarks, never for pictures.
+"""Seeded random weights that keep signals in range, for tests, demos and benchmarks; their pictures are noise.
 
-Every tensor is drawn in the order of its name from one CPU generator, so a seed gives the same weights anywhere.
+Tensors are drawn in the order of their names from one CPU generator, so a seed gives the same weights everywhere.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae, VaeSpec
 
 
 def random_state(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A state dict for `module`, which may be on the meta device; UsageError if it is more than the host's memory."""
+    """Draw a state dict for `module`, which may be on the meta device. Raises UsageError if it exceeds host memory."""
     needed, have = sum(tensor.numel() for tensor in module.state_dict().values()) * dtype.itemsize, host_memory()
     if have is not None and needed > have:
         raise UsageError(
             f"random weights of {needed / 1e9:.3g} GB are more than the {have / 1e9:.3g} GB of memory here; take a "
-            "smaller model (wan-tiny) or dtype bfloat16. inferix plan tells what a model needs without making it"
+            "smaller model (wan-tiny) or dtype bfloat16. inferix plan shows what a model needs without loading it"
         )
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -41,9 +41,9 @@ def random_state(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, 
 
 
 def host_memory() -> int | None:
-    """Bytes of memory of this machine; None where the system does not tell."""
-    told = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told else None
+    """Return the bytes of memory of this machine; None where the system does not report them."""
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
 
 
 def random_transformer_state(spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -59,14 +59,14 @@ def random_vae_state(spec: VaeSpec, seed: int, dtype: torch.dtype) -> dict[str, 
 
 
 def vae_for(spec: ModelSpec) -> VaeSpec:
-    """The VAE whose random weights go with random weights of a model: the real sizes for a real model."""
+    """Return the VAE sizes for random weights of a model: small for the tiny models, Wan's for all others."""
     if spec.vae_stride[1] == WAN22_VAE.spatial_stride:
         return TINY_VAE22 if "tiny" in spec.name else WAN22_VAE
     return TINY_VAE if "tiny" in spec.name else WAN21_VAE
 
 
 def random_tiny_decoder_state(spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random weights of the TAEHV decoder that goes with a model."""
+    """Draw random weights of the TAEHV decoder for a model's latents."""
     with torch.device("meta"):
         module = TinyDecoder(TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21)
     return random_state(module, seed, dtype)

@@ -1,4 +1,4 @@
-"""Sizes of the Wan transformers, complete and without defaults: no other file holds a number of a model.
+"""Sizes of the Wan transformers, complete and without defaults: no other file has a number of a model.
 
 Source: Wan 2.1 (arXiv 2503.20314) and the published configurations of Wan 2.1 and 2.2.
 """
@@ -32,8 +32,8 @@ class ModelSpec:
     vae_stride: tuple[int, int]  # time, space
     fps: int
     default_size: tuple[int, int]  # width, height in pixels
-    grid: tuple[int, int] | None  # rows and columns of a learned embedding of places in the picture, None without one
-    actions: tuple[str, ...]  # what a latent frame can be told to do; none for models that follow text alone
+    grid: tuple[int, int] | None  # rows and columns of a learned position embedding, None without one
+    actions: tuple[str, ...]  # names of the actions of a latent frame; none for models that follow only text
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or self.head_dim % 2:
@@ -49,7 +49,10 @@ class ModelSpec:
         return len(self.actions) or None
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Latent (height, width) of a picture (width, height); UsageError names the nearest valid sizes."""
+        """Return the latent (height, width) of a picture (width, height) in pixels.
+
+        Raises UsageError that names the nearest valid sizes.
+        """
         steps = (self.vae_stride[1] * self.patch[1], self.vae_stride[1] * self.patch[0])
         if any(value < step or value % step for value, step in zip(size, steps, strict=True)):
             below = [max(value // step, 1) * step for value, step in zip(size, steps, strict=True)]
@@ -64,7 +67,7 @@ class ModelSpec:
         height, width = size[1] // self.vae_stride[1], size[0] // self.vae_stride[1]
         if self.grid is not None and (height > self.grid[0] * self.patch[0] or width > self.grid[1] * self.patch[1]):
             most = f"{self.grid[1] * steps[0]}x{self.grid[0] * steps[1]}"
-            raise UsageError(f"size {size[0]}x{size[1]} is too large for {self.name}: it knows places up to {most}")
+            raise UsageError(f"size {size[0]}x{size[1]} is too large for {self.name}; expected at most {most}")
         return height, width
 
     def tokens_per_frame(self, size: tuple[int, int]) -> int:

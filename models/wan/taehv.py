@@ -1,7 +1,7 @@
-"""The tiny decoder TAEHV (MIT, madebyollin/taehv): frame by frame, each memory block fed its last input frame.
+"""The tiny decoder TAEHV (MIT, madebyollin/taehv), frame by frame; each memory block also sees its last input frame.
 
-It reads normalised latents and needs no statistics. A stream is exact: memories are carried on, nothing is decoded
-twice. The first latent frame of a stream gives one picture, the last of the four that it becomes.
+It reads normalised latents and needs no statistics. Streams are exact: the state carries the last input frames, and no
+frame is decoded twice. The first latent frame of a stream gives one picture, the last of its four.
 Parameter names are the checkpoint's. Shapes inside: [1, C, H, W], one frame.
 """
 
@@ -20,7 +20,10 @@ from .vae import StreamState
 
 @dataclass(frozen=True)
 class TinySpec:
-    """widths: channels of the three growing stages and of the picture; time: by how much each stage lengthens."""
+    """Sizes of a TAEHV decoder.
+
+    widths: channels of the three upsampling stages and of the last one. time: frames out per frame in, by stage.
+    """
 
     z_dim: int
     widths: tuple[int, int, int, int]
@@ -56,7 +59,7 @@ class MemoryBlock(nn.Module):
 
 
 class Grow(nn.Module):
-    """A frame to `factor` frames, which stand in order in its channels."""
+    """Upsample time: one frame [1, C, H, W] to `factor` frames, taken in order from its channels."""
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class Grow(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Normalised latents to pixels, with the stream interface of `CausalVae`; it cannot encode."""
+    """TAEHV's decoder from normalised latents to pixels, with the stream interface of `CausalVae`; it cannot encode."""
 
     def __init__(self, spec: TinySpec) -> None:
         super().__init__()
@@ -82,26 +85,26 @@ class TinyDecoder(nn.Module):
         self.decoder = nn.Sequential(*layers)
 
     def new_state(self) -> StreamState:
-        """The state of a stream that has not begun."""
+        """Return the state before the first frame of a stream."""
         return StreamState()
 
     def encode(self, pixels: Tensor, state: StreamState) -> NoReturn:
         raise UsageError(
-            "the tiny decoder cannot encode, but this stream begins with a picture or a preset encodes one again; "
-            "leave vae out (--vae) to use the model's own VAE"
+            "the tiny decoder cannot encode, but this stream starts from a picture or its preset encodes one again; "
+            "leave vae out to use the model's own VAE"
         )
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         """Normalised latents [F, z, h, w] to pixels [T, 3, s*h, s*w] in [-1, 1]; advances `state`."""
         pixels = []
         for frame in latents.split(1):
-            found = self._through(torch.tanh(frame / 3) * 3, 0, state)
-            pixels += found[-1:] if state.frames == 0 else found
+            pictures = self._through(torch.tanh(frame / 3) * 3, 0, state)
+            pixels += pictures[-1:] if state.frames == 0 else pictures
             state.frames += 1
         return torch.cat(pixels) * 2 - 1
 
     def _through(self, x: Tensor, first: int, state: StreamState) -> list[Tensor]:
-        """One frame through the layers from `first` on, to the pictures in [0, 1] that it becomes."""
+        """Run one frame through the layers from `first` on; returns its pictures in [0, 1]."""
         for index in range(first, len(self.decoder)):
             layer = self.decoder[index]
             if isinstance(layer, MemoryBlock):
@@ -116,7 +119,7 @@ class TinyDecoder(nn.Module):
 
 
 def tiny_spec_from_shapes(shapes: dict[str, tuple[int, ...]]) -> TinySpec:
-    """The sizes of a TAEHV checkpoint's decoder; KeyError if it has none."""
+    """Read the sizes of a TAEHV checkpoint's decoder. Raises KeyError if tensors that show them are missing."""
     first, last = shapes["decoder.1.weight"], shapes["decoder.22.weight"]
     growing = [(index, shapes[f"decoder.{index}.conv.weight"]) for index in (7, 13, 19)]
     widths = (first[0], *(shapes[f"decoder.{index + 1}.weight"][0] for index, _ in growing))

@@ -1,7 +1,7 @@
-"""The causal Wan transformer in textbook form: per-frame timesteps, attention handed in from outside.
+"""The causal Wan transformer in textbook form: per-frame timesteps, self-attention through a `KeyValues` argument.
 
-`forward` does not know where keys and values live: self-attention is `kv.attend(layer, q, k, v)`, so the same
-model runs over a contiguous cache, over pages, or over one dense masked pass.
+`forward` does not depend on the storage of keys and values: self-attention is `kv.attend(layer, q, k, v)`, so the same
+model runs over a contiguous cache, over pages, or in one dense masked pass.
 Shapes: B batch, F latent frames, P tokens per frame, T = F*P, n heads, c head width, d = n*c.
 Source: Wan 2.1 (arXiv 2503.20314); Self-Forcing (arXiv 2506.08009) for the causal form.
 """
@@ -22,11 +22,11 @@ from .spec import ModelSpec
 
 @dataclass(frozen=True)
 class Precision:
-    """Where a pass computes in more than the model's dtype.
+    """Dtypes of the parts of a pass that may compute in more than the model's dtype.
 
-    modulation: dtype of the time MLP, layer norms, modulation and residual sums; None is the model's own.
-    rope: dtype in which queries and keys are rotated.
-    sinusoid: dtype of the timestep's sines and cosines.
+    modulation: time MLP, layer norms, modulation and residual sums; None is the model's dtype.
+    rope: rotation of queries and keys.
+    sinusoid: sines and cosines of the timestep.
     """
 
     modulation: torch.dtype | None
@@ -43,10 +43,13 @@ PRECISIONS: dict[str, Precision] = {
 
 
 class KeyValues(Protocol):
-    """Self-attention over some store of keys and values."""
+    """Self-attention over a cache of keys and values."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rotate q and k, store what has to be stored, and attend; all [B, T, n, c], k after its norm."""
+        """Rotate q and k, write k and v to the cache where the pass does, and attend.
+
+        q, k, v and the result: [B, T, n, c]; q and k after their norms.
+        """
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ActionEmbedding(nn.Module):
-    """What a frame's action adds to its timestep embedding."""
+    """MLP from a frame's action vector [B, F, action_dim] to an addend of its timestep embedding [B, F, d]."""
 
     def __init__(self, dim: int, action_dim: int) -> None:
         super().__init__()
@@ -201,7 +204,7 @@ class ImageEmbedding(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.position is not None:  # two images' features, one after the other
+        if self.position is not None:  # the features of two images in sequence
             x = x.reshape(-1, *self.position.shape[1:]) + self.position
         return self.norm_out(self.linear_2(F.gelu(self.linear_1(self.norm_in(x)))))
 
@@ -220,7 +223,7 @@ class Head(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Predicts the flow velocity of F latent frames, each at a timestep of its own."""
+    """Predicts the flow velocity of F latent frames, each at its own timestep."""
 
     def __init__(self, spec: ModelSpec, precision: str = "reference") -> None:
         super().__init__()
@@ -238,7 +241,7 @@ class WanTransformer(nn.Module):
         self.head = Head(spec, self.precision)
 
     def embed_text(self, text: Tensor, image: Tensor | None = None) -> TextContext:
-        """Cross-attention keys and values of a prompt, computed once and used by every pass.
+        """Compute the cross-attention keys and values of a prompt, once for all passes.
 
         text: [B, text_len, text_dim], zero rows after the prompt; they are attended to, as in training.
         image: [B, rows, image_dim] features of the image encoder, for I2V models.
@@ -261,9 +264,10 @@ class WanTransformer(nn.Module):
         kv: KeyValues,
         actions: Tensor | None = None,
     ) -> Tensor:
-        """latents [B, F, C, H, W], timesteps [B, F] in 0..1000; returns the velocity, noise - x0, [B, F, C, H, W].
+        """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 
-        actions [B, F, action_dim], for models that have them: what happens on the way to each frame.
+        timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
+        each frame.
         """
         if (actions is None) != (self.spec.action_dim is None):
             raise ValueError(f"{self.spec.name}: actions are {'missing' if actions is None else 'not used'}")
@@ -275,12 +279,12 @@ class WanTransformer(nn.Module):
         return self.unpatchify(self.head(x, e), height, width)
 
     def embed_latents(self, latents: Tensor) -> Tensor:
-        """Tokens [B, T, d] of latents [B, F, C, H, W]; a smaller picture is the middle of the grid of places."""
+        """Tokens [B, T, d] of latents [B, F, C, H, W]; a smaller picture uses the middle of the position grid."""
         x = self.patch_embedding(latents.transpose(1, 2))
         if self.spec.grid is not None:
             top, left = ((most - size) // 2 for most, size in zip(self.spec.grid, x.shape[3:], strict=True))
-            places = self.position_embedding[top : top + x.shape[3], left : left + x.shape[4]]
-            x = x + places.permute(2, 0, 1)[:, None]
+            positions = self.position_embedding[top : top + x.shape[3], left : left + x.shape[4]]
+            x = x + positions.permute(2, 0, 1)[:, None]
         return x.flatten(2).transpose(1, 2)
 
     def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -291,7 +295,7 @@ class WanTransformer(nn.Module):
 
 
 def modulation_dtype(precision: Precision, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of modulation: the policy's, but never less than the model's own."""
+    """Return the dtype of modulation: the policy's, but never narrower than the model's."""
     return dtype if precision.modulation is None else torch.promote_types(dtype, precision.modulation)
 
 

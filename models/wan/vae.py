@@ -1,8 +1,8 @@
-"""The causal 3-D VAEs of Wan 2.1 and 2.2, frame by frame, with their memory of past frames as an explicit state.
+"""The causal 3-D VAEs of Wan 2.1 and 2.2, frame by frame, with an explicit state of past frames.
 
-Every temporal convolution sees its last input frames through `StreamState`, zeros at first, so a stream decoded
-in any split equals the whole clip bit for bit. Parameter names are those of diffusers' AutoencoderKLWan.
-Wan 2.2's has 2x2 pixels as channels and, beside each level, an averaging or repeating shortcut.
+Every temporal convolution reads its last input frames from `StreamState`, zeros at first. A stream decoded in any split
+therefore equals the whole clip bit for bit. Parameter names are those of diffusers' AutoencoderKLWan.
+Wan 2.2's VAE has 2x2 pixels as channels and an averaging or repeating shortcut beside each level.
 Shapes inside: [1, C, T, H, W]. Source: Wan 2.1 (arXiv 2503.20314), section on the VAE.
 """
 
@@ -99,13 +99,13 @@ TINY_VAE22 = replace(WAN22_VAE, base_channels=16, decoder_channels=16, num_res_b
 
 @dataclass
 class StreamState:
-    """What an encoder or decoder remembers of one stream: last input frames per slot, and frames taken in."""
+    """State of an encoder or decoder in one stream: the last input frames by slot, and the count of frames so far."""
 
     history: dict[int, Tensor] = field(default_factory=dict)
     frames: int = 0
 
     def clone(self) -> StreamState:
-        """A state that goes on by itself; tensors are replaced and never written, so they are shared."""
+        """Return an independent state; it shares the tensors, which are replaced and never written."""
         return StreamState(dict(self.history), self.frames)
 
     @property
@@ -199,7 +199,7 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
-        if self.time_conv is not None and state.frames > 0:  # the first frame stays one, and is not remembered
+        if self.time_conv is not None and state.frames > 0:  # the first frame stays one, and enters no history
             x = self.interleaved(self.time_conv.stream(x, state))
         return by_clip(self.resample(self.enlarged(by_frame(x))), len(x))
 
@@ -226,7 +226,7 @@ class MidBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """A level of Wan 2.2's encoder, with the mean of what becomes one channel as its shortcut."""
+    """A level of Wan 2.2's encoder; its shortcut averages the inputs of each output channel."""
 
     def __init__(self, channels: int, out_channels: int, blocks: int, temporal: bool | None) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class DownBlock(nn.Module):
 
     def averaged(self, x: Tensor) -> Tensor:
         time, space = self.factors
-        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % time, 0))  # the first frame stands alone: zeros before it
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % time, 0))  # zeros before the first frame, which has no partner
         x = x.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, time))
         x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
         return x.unflatten(1, (self.out_channels, -1)).mean(2)
@@ -293,7 +293,7 @@ class UpBlock(nn.Module):
 
 
 class ShortcutUpBlock(nn.Module):
-    """A level of Wan 2.2's decoder, with each channel repeated over what it becomes as its shortcut."""
+    """A level of Wan 2.2's decoder; its shortcut repeats each channel over its outputs."""
 
     def __init__(self, channels: int, out_channels: int, blocks: int, temporal: bool | None) -> None:
         super().__init__()
@@ -341,7 +341,7 @@ class Decoder(nn.Module):
 
 
 class CausalVae(nn.Module):
-    """Pixels to normalised latents and back, as streams."""
+    """Encoder and decoder between pixels and normalised latents, both as streams."""
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
@@ -354,14 +354,14 @@ class CausalVae(nn.Module):
             module.slot = number
 
     def new_state(self) -> StreamState:
-        """The state of a stream that has not begun."""
+        """Return the state before the first frame of a stream."""
         return StreamState()
 
     def encode(self, pixels: Tensor, state: StreamState) -> Tensor:
-        """pixels [T, 3, H, W] in [-1, 1] to normalised latents [F, z, H/s, W/s]; advances `state`.
+        """Encode pixels [T, 3, H, W] in [-1, 1] to normalised latents [F, z, H/s, W/s]; advances `state`.
 
-        A stream begins with one frame, which is a latent frame of its own; then every 4 make one.
-        Raises ValueError if the rest is not a multiple of that.
+        The first frame of a stream is one latent frame; after it every `temporal_stride` frames are one.
+        Raises ValueError if the count of frames does not fit.
         """
         stride = self.spec.temporal_stride
         first = int(state.frames == 0)
@@ -381,9 +381,9 @@ class CausalVae(nn.Module):
         return (torch.cat(latents) - self._channels(self.spec.mean, pixels)) / self._channels(self.spec.std, pixels)
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
-        """Normalised latents [F, z, h, w] to pixels [T, 3, s*h, s*w] in [-1, 1]; advances `state`.
+        """Decode normalised latents [F, z, h, w] to pixels [T, 3, s*h, s*w] in [-1, 1]; advances `state`.
 
-        The first latent frame of a stream is one pixel frame, each later one is four.
+        The first latent frame of a stream is one pixel frame, each later one is `temporal_stride` frames.
         """
         z = latents * self._channels(self.spec.std, latents) + self._channels(self.spec.mean, latents)
         pixels = []

@@ -1,6 +1,6 @@
-"""Finding and reading what decodes latents: a VAE (one file, or diffusers' folder) or the tiny decoder.
+"""Find and read decoders of latents: a VAE (one file, or diffusers' folder) or the tiny decoder TAEHV.
 
-Names are the original's or diffusers', in any container and under any prefix; sizes are read off the tensors.
+Names are the original's or diffusers', in any container and under any prefix. Sizes come from the tensors' shapes.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Decoder = CausalVae | TinyDecoder
 
 
 def find_vae(places: Iterable[Path]) -> Path | None:
-    """The VAE's file in the first place that has one: a file, or a folder of any layout."""
+    """Find the VAE's file in the first of `places` that has one; a place is a file, or a folder in any layout."""
     for place in places:
         folders = (place, place / "vae")
-        if found := first_file([place, *(folder / name for folder in folders for name in VAE_FILES)]):
-            return found
+        if file := first_file([place, *(folder / name for folder in folders for name in VAE_FILES)]):
+            return file
         for folder in folders:
             config = read_json(folder / "config.json") or {}
             known = folder.name == "vae" or config.get("_class_name") == VAE_CLASS
@@ -49,7 +49,7 @@ def find_vae(places: Iterable[Path]) -> Path | None:
 
 
 def find_tiny_decoder(places: Iterable[Path]) -> Path | None:
-    """TAEHV's file in the first place that has one."""
+    """Find TAEHV's file in the first of `places` that has one."""
     return first_file(place / name for place in places for name in TINY_DECODERS)
 
 
@@ -66,29 +66,29 @@ def build_vae(
 
 
 def vae_file(spec: VaeSpec) -> str:
-    """What the original calls a VAE's file."""
+    """Return the original's file name for a VAE."""
     return ORIGINAL_VAES[spec.shortcuts]
 
 
 def load_decoder(path: Path, dtype: torch.dtype, device: Any) -> Decoder:
-    """Whichever decoder a file holds."""
+    """Load a Wan VAE or a TAEHV decoder, by the content of the file. Raises InferixError if it is neither."""
     kind = "Wan VAE or TAEHV decoder"
     _, tensors = choose_state_dict(path, read_tensors(path), kind, lambda part: is_vae(part) or is_tiny(part))
     return load_tiny_decoder(path, dtype, device) if is_tiny(tensors) else load_vae(path, dtype, device)
 
 
 def is_vae(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether names are a Wan VAE's, the original's or diffusers'."""
+    """Return True for the names of a Wan VAE, the original's or diffusers'."""
     return "conv2.weight" in tensors or "post_quant_conv.weight" in tensors
 
 
 def is_tiny(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether names are those of TAEHV's decoder."""
+    """Return True for the names of TAEHV's decoder."""
     return "decoder.22.weight" in tensors
 
 
 def load_tiny_decoder(path: Path, dtype: torch.dtype, device: Any) -> TinyDecoder:
-    """TAEHV's decoder; the encoder in its file is left out."""
+    """Load TAEHV's decoder and skip the encoder in its file."""
     _, content = choose_state_dict(path, read_tensors(path), "TAEHV decoder", is_tiny)
     tensors = {name: tensor for name, tensor in content.items() if name.startswith("decoder.")}
     try:
@@ -101,13 +101,13 @@ def load_tiny_decoder(path: Path, dtype: torch.dtype, device: Any) -> TinyDecode
 
 
 def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> CausalVae:
-    """A VAE from a file of either's names; dtype None keeps the file's."""
+    """Load a VAE from a file with the original's or diffusers' names; dtype None keeps the file's."""
     _, tensors = choose_state_dict(path, read_tensors(path), "Wan VAE", is_vae)
     dtype = dtype or next(iter(tensors.values())).dtype
     try:
         spec = vae_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise InferixError(f"{path} is no Wan VAE: the tensors that tell its sizes are not in it ({error})") from error
+        raise InferixError(f"{path} is no Wan VAE: tensors that show its sizes are missing ({error})") from error
     sizes = (spec.z_dim, spec.base_channels, spec.decoder_channels, spec.num_res_blocks, spec.patch, *spec.multipliers)
     if min(sizes) < 1 or len(spec.temporal_down) != len(spec.multipliers) - 1:
         raise InferixError(f"{path} is no Wan VAE: {len(spec.multipliers)} levels of sizes {sizes}")
@@ -121,9 +121,9 @@ def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> CausalVae:
 
 
 def with_statistics(path: Path, spec: VaeSpec) -> VaeSpec:
-    """The mean and deviation of latents that the config beside a VAE has, else the published ones.
+    """Read the mean and deviation of latents from the config beside a VAE, else take the published ones.
 
-    UsageError if the config is another VAE's, or if its numbers are none.
+    Raises UsageError if the config is another VAE's or has invalid numbers.
     """
     config = read_json(path.parent / "config.json") or {}
     if config.get("_class_name") != VAE_CLASS:

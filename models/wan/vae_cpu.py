@@ -1,13 +1,13 @@
 """Faster layers for a VAE or tiny decoder on a CPU: 2-D convolutions over stacked frames, channels last.
 
-A 3-D convolution is a 2-D one over the channels of the frames under its kernel, stacked, and every frame is an entry
-of the batch. `use_cpu_layers` exchanges the classes of a module's layers; parameters, their names and the state of a
-stream stay as they are. In float64 the result equals that of the plain layers to 1e-10, in float32 to 1e-5.
-Buffers: one layer's stack, at most `STACK_BYTES` or that of one frame.
+A 3-D convolution becomes a 2-D convolution over the stacked channels of the frames under its kernel, with every frame
+an entry of the batch. `use_cpu_layers` replaces the classes of a module's layers; parameters, their names and the state
+of a stream do not change. The result equals that of the plain layers to 1e-10 in float64 and to 1e-5 in float32.
+Extra memory: the stack of one layer, at most `STACK_BYTES` or that of one frame.
 
-Measured on one core with AVX2, torch 2.13, float32, 3x3x3 kernel, conv3d's time over the stacked form's: 5.9 at 16
-channels 64x64, 3.5 at 32 channels 32x32, 1.8 at 64 channels 16x16, 3.4 at 96 channels 32x32 and 1.1 at 64x64,
-1.1 at 192 channels 32x32, 1.0 at 384 channels 8x8. No width is slower, so all layers are exchanged.
+Measured on one core with AVX2, torch 2.13, float32, 3x3x3 kernel; time of conv3d over time of the stacked form: 5.9 at
+16 channels 64x64, 3.5 at 32 channels 32x32, 1.8 at 64 channels 16x16, 3.4 at 96 channels 32x32 and 1.1 at 64x64,
+1.1 at 192 channels 32x32, 1.0 at 384 channels 8x8. No width is slower, so all layers are replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .vae import CausalConv3d, ChannelNorm, StreamState, Upsample, by_clip, by_frame
 
-STACK_BYTES = 64 << 20  # frames are convolved in parts whose stacks take no more than this, or one by one
+STACK_BYTES = 64 << 20  # limit of a part's stack; a part has at least one frame
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -53,7 +53,7 @@ class CpuConv3d(nn.Conv3d):
 
 
 class CpuCausalConv3d(CpuConv3d, CausalConv3d):
-    """A causal convolution whose history lies in memory as its frames do, channels last."""
+    """A causal convolution whose history is channels last, as its frames are."""
 
     def stream(self, x: Tensor, state: StreamState) -> Tensor:
         past = self.kernel_size[0] - 1
@@ -62,7 +62,7 @@ class CpuCausalConv3d(CpuConv3d, CausalConv3d):
             history = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
         layout = torch.channels_last_3d
         x = torch.cat((history.contiguous(memory_format=layout), x.contiguous(memory_format=layout)), dim=2)
-        state.history[self.slot] = x[:, :, -past:].clone(memory_format=layout)  # no view, which would keep all of x
+        state.history[self.slot] = x[:, :, -past:].clone(memory_format=layout)  # a view would hold all of x in memory
         return self(x)
 
 
@@ -94,9 +94,9 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_cpu_layers(module: Module) -> Module:
-    """Exchange the layers of a module on the CPU, in place; modules on other devices are returned as they are.
+    """Replace the layers of a module on the CPU, in place; returns modules on other devices unchanged.
 
-    Weights are copied once into the order in memory that their layer reads.
+    Weights are copied once into the memory order that their layer reads.
     """
     if any(weight.device.type != "cpu" for weight in module.parameters()):
         return module
@@ -111,7 +111,7 @@ def use_cpu_layers(module: Module) -> Module:
 
 
 def convolve(x: Tensor, weight: Tensor, layer: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """Frames [N, C, H, W] through a 2-D weight, with the bias and the settings in space of `layer`."""
+    """Convolve frames [N, C, H, W] with a 2-D weight and the bias, stride and padding of `layer`."""
     dtype = compute_dtype(x.dtype)
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     bias = None if layer.bias is None else layer.bias.to(dtype)
@@ -124,7 +124,7 @@ def convolve(x: Tensor, weight: Tensor, layer: nn.Conv2d | nn.Conv3d) -> Tensor:
 
 @cache
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to convolve in: float32 for 16-bit floats that this CPU has no instructions for."""
+    """Return the dtype to convolve in: float32 for 16-bit floats that this CPU has no instructions for."""
     library = torch.ops.mkldnn
     if dtype is torch.bfloat16:
         native = torch.backends.mkldnn.is_available() and library._is_mkldnn_bf16_supported()

@@ -1,7 +1,7 @@
-"""Names of the original Wan2.1_VAE.pth and Wan2.2_VAE.pth, and a VAE's sizes read off its tensors' shapes.
+"""Names of the original Wan2.1_VAE.pth and Wan2.2_VAE.pth, and the sizes of a VAE by its tensors' shapes.
 
-Ours are diffusers' names. Wan 2.1's original counts the layers of all levels in one flat list, 2.2's has a list in
-each level; in both, an upsampler stands behind its level's `num_res_blocks + 1` residual blocks.
+Our names are diffusers'. Wan 2.1's original numbers the layers of all levels in one flat list, 2.2's has a list per
+level. In both an upsampler comes after the `num_res_blocks + 1` residual blocks of its level.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ LEVEL = re.compile(
 
 
 def to_original(name: str, spec: VaeSpec) -> str:
-    """One of our tensor names as the original file has it."""
+    """Convert one of our tensor names to the original's."""
     for ours, original in PREFIXES.items():
         if name.startswith(f"{ours}."):
             return _layer(f"{original}{name[len(ours) :]}")
-    if found := LEVEL.match(name):
-        side = f"{found['side']}samples"
-        blocks = spec.num_res_blocks + (found["side"] == "decoder.up")
-        index = blocks if found["resampler"] else int(found["index"])
+    if part := LEVEL.match(name):
+        side = f"{part['side']}samples"
+        blocks = spec.num_res_blocks + (part["side"] == "decoder.up")
+        index = blocks if part["resampler"] else int(part["index"])
         if spec.shortcuts:
-            return _layer(f"{side}.{found['level']}.{side.split('.')[1]}.{index}.{found['rest']}")
-        return _layer(f"{side}.{int(found['level']) * (blocks + 1) + index}.{found['rest']}")
+            return _layer(f"{side}.{part['level']}.{side.split('.')[1]}.{index}.{part['rest']}")
+        return _layer(f"{side}.{int(part['level']) * (blocks + 1) + index}.{part['rest']}")
     return _layer(name.replace("encoder.down_blocks.", "encoder.downsamples."))  # a flat list in both
 
 
@@ -64,9 +64,9 @@ def _layer(name: str) -> str:
 
 
 def vae_spec_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VaeSpec:
-    """The sizes of a Wan VAE from its tensor shapes, in either's names.
+    """Read the sizes of a Wan VAE from its tensors' shapes, with the original's names or diffusers'.
 
-    KeyError if a tensor that tells them is not there.
+    Raises KeyError if a tensor that shows a size is missing.
     """
     original = "conv2.weight" in shapes
     levels, conv, latent, first, last = (

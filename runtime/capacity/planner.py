@@ -14,6 +14,10 @@ from itertools import islice
 from typing import Any
 
 from ...errors import UsageError
+from ...models.text.spec import UMT5_XXL, tiny_text
+from ...models.tinyworld.spec import VAE as TINYWORLD_VAE
+from ...models.tinyworld.words import WORDS
+from ...models.wan.random import vae_for
 from ...models.wan.spec import ModelSpec
 from ...models.wan.taehv import TAEW21, TAEW22, TinySpec
 from ...models.wan.vae import VaeSpec
@@ -23,8 +27,8 @@ from ...schemes.block_schedule import (
     repeat_period,
     supports_whole_block,
 )
-from ...schemes.page_needs import branches, page_needs, window
-from ...schemes.presets import Preset
+from ...schemes.page_needs import branches, page_needs, staging_slots, window
+from ...schemes.presets import FIELDS, Preset
 from ..limits import Limits
 from ..sampler import scheduled_blocks
 from . import costs
@@ -129,7 +133,7 @@ def memory(load: Workload) -> Memory:
     page = costs.page_bytes(spec, load.tokens, load.kv_dtype)
     queued = Limits().queue_blocks
     session = session_need(preset, spec, load.decoder, load.size, load.dtype, page, queued)
-    staged = window(preset) + page_needs(preset).scratch if load.kv_dtype != load.dtype else 0
+    staged = staging_slots(preset) if load.kv_dtype != load.dtype else 0
     averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0  # frames
     once = {
         "transformer": item * costs.transformer_parameters(spec),
@@ -176,11 +180,13 @@ def graph_memory(load: Workload) -> dict[str, int]:
 def programs(preset: Preset) -> list[int]:
     """Latent frames of each program of a graph executor.
 
-    One program for whole blocks or one for each shape of a pass, one for a rebuild, and one for the recache of a new
-    prompt.
+    One program for whole blocks or one for each shape of a pass, one for the passes of a first block with its own step
+    list, one for a rebuild, and one for the recache of a new prompt.
     """
     if supports_whole_block(preset):
         frames = [preset.num_frame_per_block]
+        if not supports_whole_block(preset, 0):  # the first block runs pass by pass
+            frames = [preset.block_size(0), *frames]
     else:
         runs = [scheduled.run for block in islice(scheduled_blocks(preset), 2) for scheduled in block.passes]
         shapes = {tuple(len(group.frames) for group in run.groups) for run in runs}
@@ -189,7 +195,7 @@ def programs(preset: Preset) -> list[int]:
 
 
 def recached_frames(preset: Preset) -> int:
-    """Latent frames that are recached for a new prompt once the window is full; 0 if the preset does not recache."""
+    """Latent frames that are recached for a new prompt once the window has rolled; 0 if the preset does not recache."""
     policy = preset.context
     return window(preset) - (0 if policy.recache_sink else policy.sink_size) if policy.prompt_switch == "recache" else 0
 
@@ -197,7 +203,8 @@ def recached_frames(preset: Preset) -> int:
 def longest_pass(preset: Preset) -> int:
     """Latent frames of the longest pass: of the blocks in flight, of a rebuild, or of a recache."""
     in_flight = preset.num_frame_per_block * preset.window_blocks
-    return max(in_flight, preset.context.rebuild_frames, recached_frames(preset))
+    recached = window(preset) if preset.context.prompt_switch == "recache" else 0  # until the window rolls
+    return max(in_flight, preset.context.rebuild_frames, recached)
 
 
 def solving_bytes(load: Workload) -> int:
@@ -404,17 +411,28 @@ SAVINGS: tuple[Saving, ...] = (  # ordered by their effect on the video, the lea
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings that need less memory, as options of the commands, and the bytes they need."""
+    """Settings that need less memory, as arguments of `load`, and the bytes they need."""
 
-    options: tuple[str, ...]
+    arguments: dict[str, Any]
     needed: int
     fits: bool
 
     @property
-    def arguments(self) -> tuple[str, ...]:
-        """The options as arguments of the library: `--kv-dtype fp8` is `kv_dtype=fp8`."""
-        pairs = (option.removeprefix("--set ").removeprefix("--").partition(" ") for option in self.options)
-        return tuple(f"{name.replace('-', '_')}={value}" if value else name for name, _, value in pairs)
+    def options(self) -> tuple[str, ...]:
+        """The arguments as options of the commands."""
+        return tuple(as_option(name, value) for name, value in self.arguments.items())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+
+
+def as_option(name: str, value: Any) -> str:
+    """`kv_dtype="fp8"` as `--kv-dtype fp8`; a field of the preset as `--set NAME=VALUE`."""
+    if name in FIELDS:
+        return f"--set {name}={value}"
+    if name == "text_prompts":
+        return "--no-text-encoder"
+    return f"--{name.replace('_', '-')} {'x'.join(map(str, value)) if name == 'size' else value}"
 
 
 def suggestions(load: Workload, budget: int) -> list[Suggestion]:
@@ -440,18 +458,30 @@ def applied(load: Workload, saving: Saving, budget: int) -> Workload:
 
 def suggestion(load: Workload, other: Workload, budget: int) -> Suggestion:
     field = window_field(load.preset)
-    options = {
-        "--no-text-encoder": load.text != other.text,
-        f"--dtype {other.dtype}": load.dtype != other.dtype,
-        f"--sessions {other.sessions}": load.sessions != other.sessions,
-        f"--kv-dtype {other.kv_dtype}": load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype,
-        f"--executor {other.executor}": load.executor != other.executor,
-        "--vae taehv": load.decoder != other.decoder,
-        f"--set {field}={getattr(other.preset.context, field)}": load.preset != other.preset,
-        f"--size {other.size[0]}x{other.size[1]}": load.size != other.size,
+    changes: dict[str, tuple[Any, bool]] = {
+        "text_prompts": (False, load.text != other.text),
+        "dtype": (other.dtype, load.dtype != other.dtype),
+        "sessions": (other.sessions, load.sessions != other.sessions),
+        "kv_dtype": (other.kv_dtype, load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype),
+        "executor": (other.executor, load.executor != other.executor),
+        "vae": ("taehv", load.decoder != other.decoder),
+        field: (getattr(other.preset.context, field), load.preset != other.preset),
+        "size": (other.size, load.size != other.size),
     }
     total = needed(other)
-    return Suggestion(tuple(option for option, differs in options.items() if differs), total, total <= budget)
+    return Suggestion({name: value for name, (value, differs) in changes.items() if differs}, total, total <= budget)
+
+
+def own_vae(spec: ModelSpec) -> VaeSpec:
+    """The VAE that goes with a model."""
+    return TINYWORLD_VAE if spec.name == "tinyworld" else vae_for(spec)
+
+
+def text_parameters(spec: ModelSpec) -> int:
+    """Of the encoder that goes with a model: the real one, the words of the small world, or the small stand-in."""
+    if spec.name == "tinyworld":
+        return len(WORDS) * spec.text_dim
+    return costs.text_parameters(UMT5_XXL if spec.text_dim == UMT5_XXL.dim else tiny_text(spec.text_dim))
 
 
 def tiny_for(spec: ModelSpec) -> TinySpec:

@@ -7,9 +7,9 @@ at other times. Both use different CUDA streams, so each calls `claim` for tenso
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -48,6 +48,16 @@ class DecoderTrack:
             self.decoded = [(index, part) for index, part in self.decoded if index >= self.checkpoints[0][0]]
         self.last = latents
         return self.vae.decode(latents, self.state)
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Put the track back to where it was if anything is raised, Ctrl-C included."""
+        before = self.state.clone(), list(self.kept), list(self.decoded), self.last
+        try:
+            yield
+        except BaseException:
+            self.state, self.kept, self.decoded, self.last = before
+            raise
 
     def restart(self, block: int, latents: Tensor) -> None:
         """Reset the state before `block` and decode `latents` to fill it; their pixels are dropped."""
@@ -106,8 +116,12 @@ class DecodePipeline:
     def __init__(self, device: torch.device, condition: EngineCondition) -> None:
         self.condition = condition
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = ThreadPoolExecutor(1, "inferix-decode", make_current, (device,))
+        self.device = device
+        self.pool = self._new_pool()
         self.jobs: dict[int, deque[Future[None]]] = {}
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "inferix-decode", make_current, (self.device,))
 
     def submit(self, session: int, job: Callable[[], None]) -> None:
         """Queue `job`; on a GPU it starts after the work that the current stream has now."""
@@ -130,8 +144,11 @@ class DecodePipeline:
 
     def wait(self, session: int) -> None:
         """Wait for all jobs of a session; raises the error of a job."""
-        for job in self.jobs.pop(session, ()):
-            job.result()
+        jobs = self.jobs.get(session, deque())
+        while jobs:
+            jobs[0].result()
+            jobs.popleft()
+        self.jobs.pop(session, None)
 
     def collect(self) -> None:
         """Remove finished jobs; raises the error of a job."""
@@ -140,6 +157,12 @@ class DecodePipeline:
                 jobs.popleft().result()
             if not jobs:
                 del self.jobs[session]
+
+    def after_fork(self) -> list[int]:
+        """Begin with a new thread in a child process; returns the sessions whose jobs the old one had."""
+        lost = [session for session, jobs in self.jobs.items() if any(not job.done() for job in jobs)]
+        self.pool, self.jobs = self._new_pool(), {}
+        return lost
 
     def busy(self, session: int) -> bool:
         return any(not job.done() for job in self.jobs.get(session, ()))

@@ -256,7 +256,7 @@ class GraphExecutor:
         kv_dtype = config.kv_dtype or config.dtype
         load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype)
         smaller = suggestions(load, needed(load) - missing)
-        fitting = [", ".join(suggestion.arguments) for suggestion in smaller if suggestion.fits]
+        fitting = [str(suggestion) for suggestion in smaller if suggestion.fits]
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
 
 

@@ -30,9 +30,20 @@ from ...models.wan.taehv import TinyDecoder, tiny_spec_from_shapes
 from ...models.wan.transformer import WanTransformer
 from ...models.wan.vae_checkpoint import TINY_DECODERS, Decoder, build_vae, find_tiny_decoder, find_vae, load_decoder
 from ...models.wan.vae_cpu import use_cpu_layers
+from ..capacity.costs import DecoderSpec
+from ..capacity.planner import text_parameters, tiny_for
 from ..config import DTYPES, EngineConfig
 
 SHIPPED = {"tinyworld": Path(tinyworld.__file__).parent / "weights"}  # models whose weights are in the package
+
+
+class SizeCheck(Protocol):
+    """Check of sizes before weights are read; raises UsageError."""
+
+    def __call__(
+        self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool
+    ) -> None:
+        """text: parameters of the text encoder, 0 for none. fast: a second decoder. made_on_host: weights are."""
 
 
 class PromptEncoder(Protocol):
@@ -59,8 +70,12 @@ class Components:
     fast_vae: Decoder | None = None
 
 
-def load_components(config: EngineConfig) -> Components:
-    """Load the model's checkpoint, and its VAE and text encoder from beside it or from `base`."""
+def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:
+    """Load the model's checkpoint, and its VAE and text encoder from beside it or from `base`.
+
+    Find all parts, read the decoders and call `check` before the transformer's weights are read. No text encoder is
+    loaded if `text_prompts` is False.
+    """
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     if spec.in_channels != spec.out_channels:
@@ -75,14 +90,19 @@ def load_components(config: EngineConfig) -> Components:
             raise UsageError(f"{key} is {quoted(path)}: no such file or folder")
     if config.base and not Path(config.base).is_dir():
         raise UsageError(f"base is {quoted(config.base)}, a file; expected the folder of a VAE and a text encoder")
+    text = text_loader(config.text_encoder, folders, spec, dtype, device)
+    vae = matching_decoder(config.vae, folders, spec, config)
+    fast_vae = matching_decoder(config.fast_vae, folders, spec, config) if config.fast_vae else None
+    text = text if text_prompts else None
+    check(spec, vae.spec, text_parameters(spec) if text else 0, fast_vae.spec if fast_vae else None, made_on_host=False)
     return Components(
         transformer=build_transformer(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
-        vae=matching_decoder(config.vae, folders, spec, config),
-        text=text_loader(config.text_encoder, folders, spec, dtype, device),
+        vae=vae,
+        text=text,
         source=config.model,
         form=checkpoint.form,
         digest=lambda: checkpoint.digest,
-        fast_vae=matching_decoder(config.fast_vae, folders, spec, config) if config.fast_vae else None,
+        fast_vae=fast_vae,
     )
 
 
@@ -139,8 +159,8 @@ def shipped(name: str) -> Path:
     """Folder of a model whose weights are in the package; InferixError if they are missing."""
     if not SHIPPED[name].is_dir():
         raise InferixError(
-            f"the weights of {name} are missing: no folder {str(SHIPPED[name])!r}; reinstall inferix "
-            f"(pip install --force-reinstall --no-deps inferix, or git checkout models/{name}/weights)"
+            f"the weights of {name} are missing: no folder {str(SHIPPED[name])!r}; reinstall the package from its "
+            f"clone or wheel, or git checkout models/{name}/weights"
         )
     return SHIPPED[name]
 
@@ -149,13 +169,15 @@ def loras(config: EngineConfig) -> list[tuple[str, float]]:
     return [(config.lora, config.lora_scale)] if config.lora else []
 
 
-def random_components(spec: ModelSpec, config: EngineConfig) -> Components:
-    """Make a named model with random weights and a small random text encoder."""
+def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -> Components:
+    """Make a named model with random weights and a small random text encoder, after a call of `check`."""
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not supported; its transformer and checkpoints are")
     for key in ("vae", "fast_vae"):
         if (name := getattr(config, key)) not in (None, "taehv"):
             raise UsageError(f"{key} is {name!r}, but {spec.name} has random weights; leave it out, or use taehv")
+    fast = tiny_for(spec) if config.fast_vae else None
+    check(spec, tiny_for(spec) if config.vae else vae_for(spec), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device
     weights = random_transformer_state(spec, 0, dtype)
     checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ...errors import InferixError
+from ...errors import AtCapacity, InferixError
 
 
-class OutOfPages(InferixError):
+class OutOfPages(AtCapacity):
     """The pool has fewer free pages than requested; no page was acquired."""
 
 

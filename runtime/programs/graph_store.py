@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 
-from ...errors import InferixError, UsageError, cut, quoted
+from ...errors import InferixError, UsageError, quoted
 from ...graphs.codec import decode_lowered, encode_lowered
 from ...graphs.lowered import Lowered, digest, lower_block
+from ...models.files import check_file, parse_json, reason
 from ...version import __version__
 from ..files import write_atomically
 from .graph_builder import GraphBuilder, GraphKey
@@ -70,10 +72,7 @@ def stored_for(folder: Path) -> tuple[str, str]:
     if not (folder / IDENTITY).exists():
         raise no_graphs(folder)
     stored = read(folder / IDENTITY)
-    try:
-        return str(stored["model"]["name"]), str(stored["preset"]["name"])
-    except (LookupError, TypeError) as error:
-        raise damaged(folder / IDENTITY, error) from error
+    return stored["model"]["name"], stored["preset"]["name"]
 
 
 def no_graphs(folder: Path) -> UsageError:
@@ -102,48 +101,59 @@ class GraphStore:
         if differing := difference(read(path), expected):
             what, stored, here = differing
             raise InferixError(
-                f"the graphs in {folder} are for {cut(what)} {quoted(stored)}, but the engine has {quoted(here)}; "
-                "use another folder, or delete this one to trace them again"
+                f"the graphs in {folder} are for {what} {stored!r}, but the engine has {here!r}; use another folder, "
+                "or delete this one to trace them again"
             )
         if graphs.device.startswith("cuda"):
             os.environ.setdefault("TRITON_CACHE_DIR", str(folder / KERNELS))
         return cls(folder)
 
     def find(self, key: GraphKey) -> Lowered | None:
-        """Return the stored program of a key, or None; InferixError for a file that cannot be read."""
+        """Return the stored program of a key, or None; a file that cannot be used counts as none, with a warning."""
         path = self.path(key)
-        return read_program(path)[1] if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            stored, lowered = load_program(path)
+            if stored != key:
+                raise InferixError(f"{path} is of another graph")
+        except InferixError as error:
+            warnings.warn(f"{error}; the graph is traced and stored again", stacklevel=2)
+            return None
+        return lowered
 
     def keep(self, key: GraphKey, lowered: Lowered) -> None:
         write(self.path(key), {"key": asdict(key), "lowered": encode_lowered(lowered)})
 
     def fill(self, graphs: GraphBuilder, keys: Iterable[GraphKey]) -> int:
         """Build and store the missing graphs of keys; returns their number."""
-        missing = [key for key in keys if not self.path(key).exists()]
+        missing = [key for key in keys if self.find(key) is None]
         for key in missing:
             self.keep(key, lower_block(graphs(key)))
         return len(missing)
 
     def programs(self) -> list[tuple[GraphKey, Lowered]]:
         """Read all stored programs; InferixError for a file that cannot be read, or is of another version."""
-        return [read_program(path) for path in sorted(self.folder.glob("*.json")) if path.name != IDENTITY]
+        programs = []
+        for path in sorted(self.folder.glob("*.json")):
+            if path.name != IDENTITY:
+                programs.append(load_program(path))
+        return programs
 
     def path(self, key: GraphKey) -> Path:
         kind = "block" if key.whole else "pass"
         return self.folder / f"{kind}-{digest(repr(key))[:16]}.json"
 
 
-def read_program(path: Path) -> tuple[GraphKey, Lowered]:
-    """Read one stored program; InferixError for a file that is damaged, or names an op that is not installed."""
+def load_program(path: Path) -> tuple[GraphKey, Lowered]:
+    """A stored program and its key; InferixError for a file that holds none."""
     data = read(path)
     try:
         return key_of(data["key"]), decode_lowered(data["lowered"])
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise damaged(path, error) from error
-
-
-def damaged(path: Path, error: Exception) -> InferixError:
-    return InferixError(f"{path} is damaged: {cut(repr(error))}; delete it to trace the graph again")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InferixError(f"cannot read {path}: {quoted(str(error))} is missing or wrong") from error
+    except InferixError as error:
+        raise InferixError(f"cannot read {path}: {error}") from error
 
 
 def key_of(data: dict[str, Any]) -> GraphKey:
@@ -166,12 +176,13 @@ def difference(stored: dict[str, Any], expected: dict[str, Any], prefix: str = "
 
 def read(path: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        check_file(path, "graph")
+        content = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InferixError(f"cannot read {path}: {cut(str(error))}; delete it to trace the graph again") from error
-    if not isinstance(data, dict):
-        raise damaged(path, TypeError(f"it holds {quoted(data)}, not an object"))
-    return data
+        raise InferixError(f"cannot read {path}: {reason(error)}; delete it to trace the graph again") from error
+    if not isinstance(content, dict):
+        raise InferixError(f"cannot read {path}: {quoted(content)} is no JSON object; delete it to trace the graph again")
+    return content
 
 
 def write(path: Path, data: dict[str, Any]) -> None:

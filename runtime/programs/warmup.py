@@ -14,9 +14,8 @@ from ...schemes.block_schedule import (
     blocks_before_repeat,
     repeat_period,
     supports_whole_block,
-    window_of,
 )
-from ...schemes.page_needs import least_pages, page_needs, staging_slots, window
+from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..kv.page_layout import layout_pass, parts_of, rotates_for_sink
 from ..kv.pages import PagePool, PageTable
@@ -31,8 +30,8 @@ class KeyCollector:
         self.policy, self.pages = preset.context, least_pages(preset)
         self.channels, self.latent = spec.out_channels, spec.latent_size(size)
         self.slots = staging_slots(preset) if staged else 0
-        frames = window(preset)
-        self.table = PageTable(PagePool(4 * self.pages + frames), frames)
+        held = page_needs(preset).held or 0
+        self.table = PageTable(PagePool(4 * self.pages + held), held)
         self.keys: dict[GraphKey, None] = {}
 
     def add(self, table: PageTable, scheduled: ScheduledPass, whole: bool) -> None:
@@ -40,7 +39,7 @@ class KeyCollector:
         run = scheduled.run
         if scheduled.clears_cache:
             table.set_window(())
-        if (frames := window_of(run)) is not None:
+        if (frames := scheduled.window) is not None:
             table.set_window(frames)
         rows = layout_pass(run, table, self.policy.moving_positions)
         listed = max(table.room, *(len(row.listed) for row in rows))
@@ -67,7 +66,7 @@ def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: b
             f"local_attn_size is -1 ({preset.name} keeps every frame), so the number of graphs has no limit; give a "
             "window such as local_attn_size=21"
         )
-    whole, collector = supports_whole_block(preset), KeyCollector(spec, preset, size, staged)
+    collector = KeyCollector(spec, preset, size, staged)
     for block in islice(scheduled_blocks(preset), blocks_before_repeat(preset) + repeat_period(preset)):
         if block.recache is not None:
             forked = collector.table.copy()
@@ -75,6 +74,7 @@ def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: b
             forked.release()
         if block.rebuild is not None:
             collector.add(collector.table, block.rebuild, whole=False)
+        whole = supports_whole_block(preset, block.span.index)
         passes = [scheduled for scheduled in block.passes if scheduled.kind != "rebuild"]
         for scheduled in passes[:1] if whole else passes:
             collector.add(collector.table, scheduled, whole)

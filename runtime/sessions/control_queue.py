@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import InferixError
+from ...errors import AtCapacity
 from ..engine_condition import EngineCondition
 
 LIFECYCLE_CONTROLS = frozenset({"pause", "resume", "stop"})  # applied between two blocks
@@ -40,10 +40,10 @@ class ControlQueue:
         self.last = 0
 
     def put(self, kind: str, value: Any = None) -> int:
-        """Add a control and return its id. InferixError if `MOST_CONTROLS` are pending."""
+        """Add a control and return its id. AtCapacity if `MOST_CONTROLS` are pending."""
         with self.condition:
             if len(self.waiting) >= MOST_CONTROLS:
-                raise InferixError(
+                raise AtCapacity(
                     f"session has {len(self.waiting)} pending controls and is not making blocks; resume it, or read "
                     "its stream"
                 )
@@ -52,10 +52,12 @@ class ControlQueue:
             self.condition.signal()
             return self.last
 
-    def take(self, kinds: Collection[str]) -> list[Control]:
-        """Remove and return the pending controls of some kinds, in order."""
+    def pending(self, kinds: Collection[str]) -> list[Control]:
+        """The pending controls of some kinds, in order. They stay until they are applied: see `remove`."""
         with self.condition:
-            taken = [control for control in self.waiting if control.kind in kinds]
-            if taken:
-                self.waiting = deque(control for control in self.waiting if control.kind not in kinds)
-            return taken
+            return [control for control in self.waiting if control.kind in kinds]
+
+    def remove(self, control: Control) -> None:
+        """Remove a control that was applied or refused."""
+        with self.condition:
+            self.waiting.remove(control)

@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...errors import InferixError, UsageError, no_host_memory
+from ...errors import SessionEnded, UsageError, no_host_memory
 from ..engine_condition import EngineCondition
 from ..kv.pages import OutOfPages
 from ..streams import make_current
 
 SHORTAGES = (OutOfPages, MemoryError, torch.OutOfMemoryError)  # there may be memory another time
-FAILURES = (InferixError, *SHORTAGES)  # what concerns one session, or one call, and no other
 
 T = TypeVar("T")
 
@@ -34,6 +33,9 @@ class EngineThread:
         self.calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self.loops = 0  # loops that make blocks, nested
         self.halted = False
+        self.ended = False  # the last `run` has returned, and no thread was given the engine since
+        self.callbacks = 0  # callbacks of the user's that are running in the owning thread, nested
+        self.unusable: str | None = None  # why no thread can drive the engine
 
     def is_owner(self) -> bool:
         """True in the thread that drives the engine; one that no living thread drives becomes this thread's."""
@@ -44,12 +46,18 @@ class EngineThread:
             return self.owner is threading.current_thread()
 
     def check_owner(self, what: str) -> None:
-        """UsageError in any thread but the one that drives the engine."""
+        """UsageError in any thread but the one that drives the engine, and in callbacks that it makes."""
+        if self.unusable is not None:
+            raise SessionEnded(self.unusable)
         if not self.is_owner():
             raise UsageError(
                 f"{what} was called in thread {threading.current_thread().name!r}, but {self.name!r} drives this "
                 "engine; use engine.soon(), or engine.hand_over() there first. prompt, act, pause, resume, stop and "
                 "reading a stream are free to any thread"
+            )
+        if self.callbacks:
+            raise UsageError(
+                f"{what} was called by an observer or while a block is made; use engine.soon(), which calls it after"
             )
 
     @property
@@ -59,7 +67,9 @@ class EngineThread:
     def release_ownership(self) -> None:
         """Leave the engine to the next thread that calls it; UsageError in a thread that does not own it."""
         self.check_owner("hand_over()")
-        self.owner = None
+        with self.condition:
+            self.owner = None
+            self.halted = self.ended = False
 
     @contextmanager
     def looping(self) -> Iterator[None]:
@@ -70,26 +80,78 @@ class EngineThread:
         finally:
             self.loops -= 1
 
-    def call_soon(self, call: Callable[[], T]) -> Future[T]:
-        """Call between two blocks in the owning thread, at once if this is it; free to any thread."""
-        done: Future[T] = Future()
-        if self.owner is threading.current_thread():
-            answer(call, done)
-        else:
+    @contextmanager
+    def in_callback(self) -> Iterator[None]:
+        """Refuse calls that belong between two blocks while a callback of the user's may run in the owning thread."""
+        if self.owner is not threading.current_thread():
+            yield
+            return
+        self.callbacks += 1
+        try:
+            yield
+        finally:
+            self.callbacks -= 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Mark a `run`. Whatever ends it, every call that waits is answered; later ones are refused at once.
+
+        A halt that came before `run` began holds for it.
+        """
+        self.ended = False
+        try:
+            with self.looping():
+                yield
+            self.answer_calls()
+        finally:
             with self.condition:
+                calls, self.calls = self.calls, []
+                self.halted, self.ended = False, True
+            for _, done in calls:
+                refuse(done, "engine.run() has ended")
+
+    def call_soon(self, call: Callable[[], T]) -> Future[T]:
+        """Call between two blocks in the owning thread, at once if this is it; free to any thread.
+
+        The future ends in the result or in the error, an InferixError where no thread drives the engine any more.
+        """
+        done: Future[T] = Future()
+        if self.owner is threading.current_thread() and not self.callbacks:
+            answer(call, done)
+            return done
+        with self.condition:
+            refused = self.unusable or ("engine.run() has ended" if self.ended else None)
+            if refused is None:
                 self.calls.append((call, done))
                 self.condition.signal()
+        if refused is not None:
+            refuse(done, refused)
         return done
 
     def answer_calls(self) -> None:
-        with self.condition:
-            calls, self.calls = self.calls, []
-        for call, done in calls:
+        """Make the calls that wait."""
+        for _ in range(len(self.calls)):  # one that comes meanwhile waits for the next time
+            with self.condition:
+                call, done = self.calls.pop(0)
             answer(call, done)
 
     def halt(self) -> None:
-        self.halted = True
-        self.condition.signal()
+        with self.condition:
+            self.halted = True
+            self.condition.signal()
+
+    def after_fork(self) -> None:
+        """Drop what belongs to threads of the parent process; this is the only thread of the child.
+
+        Where another thread of the parent was making a block, its memory is in an unknown state: nothing can go on.
+        """
+        if self.loops and self.owner is not threading.current_thread():
+            self.unusable = "the process was forked while another thread made a block; load the engine in the child"
+        elif self.device.type == "cuda":
+            self.unusable = "the engine is on a GPU, which a forked process cannot use; load it in the child"
+        calls, self.calls = self.calls, []
+        for _, done in calls:
+            refuse(done, "the process was forked, and the parent makes the call")
 
 
 @contextmanager
@@ -104,12 +166,22 @@ def shortages_named() -> Iterator[None]:
 
 
 def answer(call: Callable[[], T], done: Future[T]) -> None:
-    """Call and set the result, or an error of `FAILURES`; any other error is raised here."""
+    """Call and set the result or the error; an interruption is raised here, too."""
+    if not done.set_running_or_notify_cancel():
+        return
     try:
         with shortages_named():
-            done.set_result(call())
-    except FAILURES as error:
+            result = call()
+    except Exception as error:
         done.set_exception(error)
-    finally:
-        if not done.done():
-            done.cancel()
+    except BaseException as error:
+        done.set_exception(SessionEnded(f"the call was interrupted by {type(error).__name__}"))
+        raise
+    else:
+        done.set_result(result)
+
+
+def refuse(done: Future[Any], reason: str) -> None:
+    """End a future that no thread will work on."""
+    if done.set_running_or_notify_cancel():
+        done.set_exception(SessionEnded(f"{reason}; the call was not made"))

@@ -78,6 +78,12 @@ class OutputQueue:
             self.condition.signal()
             return self.ready.popleft()
 
+    def put_back(self, block: Block) -> None:
+        """Return a block that was taken and did not reach its reader."""
+        with self.condition:
+            self.ready.appendleft(block)
+            self.condition.signal()
+
     def drop_from(self, index: int) -> int:
         """Drop finished blocks from `index` on; returns their number."""
         with self.condition:

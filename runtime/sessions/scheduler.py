@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 
-from ...errors import InferixError, UsageError
+from ...errors import AtCapacity, UsageError
 from ..byte_sizes import format_bytes
 from ..capacity.memory_need import MemoryNeed
 from ..limits import DegradationStep, Limits
@@ -74,7 +74,7 @@ class Scheduler:
     def join(self, session: int, entry: SchedulerEntry) -> bool:
         """Admit a session, or have it wait; returns False if it waits.
 
-        Raises UsageError for one that can never fit, InferixError for one that is refused.
+        Raises UsageError for one that can never fit, AtCapacity for one that is refused.
         """
         self.check_alone(session, entry)
         obstacle = self.obstacle(session, entry)
@@ -84,7 +84,7 @@ class Scheduler:
             self.admitted[session] = entry
             return True
         if self.limits.when_full == "refuse":
-            raise InferixError(f"{obstacle}; close a session, or set when_full='queue' to wait")
+            raise AtCapacity(f"{obstacle}; close a session, or set when_full='queue' to wait")
         self.waiting[session] = entry
         return False
 

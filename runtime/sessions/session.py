@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import InferixError, UsageError
+from ...errors import AtCapacity, SessionEnded, UsageError
 from ...models.text.umt5 import load_prompt_embeds
 from ...schemes.actions import check_action
 from ..engine_condition import EngineCondition
@@ -87,6 +87,7 @@ class Session:
         self.entering: Callable[[], None] | None = None  # run on admission
         self.demand: Demand | None = None
         self.unshown: list[tuple[Control, int, str | None]] = []  # applied, the block that shows it, refusal
+        self.begun = False  # a block is being made, in the thread that drives the engine
         self.away = False  # the pages are in host memory
         self.paused_by: int | None = None  # the thread that asked for the last pause
         self.decode_error: Exception | None = None  # raised in the decoder's thread
@@ -141,8 +142,8 @@ class Session:
 
         Drives the engine if this thread does; otherwise waits for the one that does. While a block is decoded the
         next one, if it is requested, is begun, and follows the controls that arrived by then. The stream ends early if
-        the session is stopped, and raises the error that made the session fail. If memory runs out, that is raised,
-        too, but the block is rolled back, and the next `stream` makes it.
+        the session is stopped, and raises the error that made the session fail. If memory runs out, or Ctrl-C
+        interrupts it, that is raised, too, but the block is rolled back, and the next `stream` makes it.
         """
         if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
             raise UsageError(f"blocks is {blocks!r}; expected a whole number of 1 or more")
@@ -167,7 +168,7 @@ class Session:
         self.check_open()
         spec = self.manager.resources.spec
         if (text is None) == (embeds is None):
-            raise UsageError("give a prompt (--prompt) or prompt_embeds (--prompt-embeds), and not both")
+            raise UsageError("give a prompt or prompt_embeds, and not both")
         if embeds is not None:
             embeds = load_prompt_embeds(embeds, spec.text_len, spec.text_dim)
         else:
@@ -269,25 +270,25 @@ class Session:
             self.rewind_points.pop().release()
 
     def check_open(self) -> None:
-        """InferixError unless the session takes controls."""
-        if self.life.failure is not None:
-            raise InferixError(f"session {self.id} has failed: {self.life.failure}") from self.life.failure
+        """SessionEnded unless the session takes controls."""
+        if failure := self.life.failure or self.decode_error:
+            raise SessionEnded(f"session {self.id} has failed: {failure}") from failure
         if self.state is State.CLOSED:
-            raise InferixError(f"session {self.id} is closed; open a new one with engine.open()")
+            raise SessionEnded(f"session {self.id} is closed; open a new one with engine.open()")
         if self.state is State.DRAINING:
-            raise InferixError(f"session {self.id} was stopped and ends with its last block; open a new one")
+            raise SessionEnded(f"session {self.id} was stopped and ends with its last block; open a new one")
 
     def check_entered(self) -> None:
-        """InferixError unless the session is open and was admitted."""
+        """SessionEnded unless the session is open, AtCapacity unless it was admitted."""
         self.check_open()
         if self.manager.is_waiting(self):
-            raise InferixError(f"session {self.id} still waits for room; close another one first")
+            raise AtCapacity(f"session {self.id} still waits for room; close another one first")
 
     def close(self) -> None:
-        """Free pages, latents and decoder state; InferixError for a session that was closed before."""
+        """Free pages, latents and decoder state; SessionEnded for a session that was closed before."""
         self.manager.check_owner("close()")
         if self.closed:
-            raise InferixError(f"session {self.id} is closed already")
+            raise SessionEnded(f"session {self.id} is closed already")
         self.manager.close(self)
 
     def free(self) -> None:

@@ -1,7 +1,7 @@
 """A session on disk: one safetensors file with its `SessionState`, decoder state included.
 
-`session_state` gives each field its saved form. This file adds what the session was made with, refuses files of another
-model, preset or version, and writes atomically. States to rewind to are not saved.
+`session_state` gives each field its saved form and checks it. This file adds what the session was made with and a
+checksum, refuses files of another model, preset or version, and writes atomically. States to rewind to are not saved.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...errors import InferixError, UsageError
-from ...models.files import write_tensors
+from ...errors import InferixError, UsageError, quoted
+from ...models.files import check_file, parse_json, reason, write_tensors
 from ...schemes.presets import Preset
 from ..files import check_output, check_paths, write_atomically
 from ..resources import Resources
+from .saved_values import InvalidField, fields_of, invalid, list_of
 from .session_state import SavedFields, SessionState
 
 KEY = "inferix-session"  # of the header's JSON
-VERSION = 1
+VERSION = 2
 MODEL_PATHS = ("model", "base", "vae", "lora", "text_encoder", "fast_vae")  # settings that name files read
 SAMPLED = 64  # values of each weight that go into a fingerprint
+COMMON = ("version", "made_by", "tensors", "checksum")  # in the header, besides the fields
 IRRELEVANT = ("name", "about", "rewind_blocks")  # settings of a preset that change no block
 
 
@@ -36,16 +38,10 @@ def write_session(state: SessionState, resources: Resources, preset: Preset, pat
     state.save(file)
     file.header["tensors"] = sorted(file.tensors)
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in file.tensors.items()}
-    metadata = {KEY: json.dumps(file.header)}
+    header = json.loads(json.dumps(file.header))
+    metadata = {KEY: json.dumps(header | {"checksum": checksum(header, on_host)})}
     check_paths({name: getattr(resources.config, name) for name in MODEL_PATHS}, {"path": path})
-    write_atomically(check_output(path), partial(write_whole, unshared(on_host), metadata))
-
-
-def write_whole(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    try:
-        write_tensors(tensors, path, metadata)
-    except SafetensorError as error:  # the library's error for a full disk
-        raise OSError(str(error)) from error
+    write_atomically(check_output(path), lambda part: write_tensors(unshared(on_host), part, metadata))
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,6 +73,17 @@ def made_by(resources: Resources, preset: Preset) -> dict[str, Any]:
     return plain
 
 
+def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the header, but for the checksum in it, and of every tensor's name, dtype, shape and bytes."""
+    content = {name: value for name, value in header.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def fingerprint(module: nn.Module) -> str:
     """Hash some values of every weight, so that another checkpoint is recognised."""
     digest = hashlib.sha256()
@@ -88,43 +95,55 @@ def fingerprint(module: nn.Module) -> str:
 
 def read_session(path: Path, resources: Resources, preset: Preset) -> SavedFields:
     """Read a saved session. UsageError for a file that this engine cannot continue, InferixError for a broken one."""
-    if not path.is_file():
-        raise UsageError(f"no saved session {str(path)!r}; expected a file that session.save() wrote")
+    check_file(path, "saved session")
+    name = quoted(str(path))
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(KEY)
             if text is None:
-                raise UsageError(f"{str(path)!r} is a safetensors file, but no saved session")
-            header = json.loads(text)
+                raise UsageError(f"{name} is a safetensors file, but no saved session")
+            header = parse_json(text)
             check_header(header, resources, preset, path)
-            if missing := set(header["tensors"]) - set(file.keys()):
-                raise KeyError(min(missing))
-            tensors = {name: file.get_tensor(name) for name in header["tensors"]}
-            return SavedFields(resources, preset, header, tensors)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        message = " ".join(str(error).split())
+            there = set(file.keys())
+            for tensor in list_of("tensors", header["tensors"]):
+                if not isinstance(tensor, str) or tensor not in there:
+                    raise InvalidField(f"the file lacks {quoted(tensor)}")
+            if extra := there - set(header["tensors"]):
+                raise InvalidField(f"tensor {quoted(min(extra))} is not in the header")
+            saved = SavedFields(resources, preset, header, {tensor: file.get_tensor(tensor) for tensor in there})
+        SessionState.check_saved(saved, COMMON)
+        if header["checksum"] != checksum(header, saved.tensors):
+            raise InvalidField(f"checksum {quoted(header['checksum'])} is not that of the content: it was changed")
+        return saved
+    except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise InferixError(
-            f"{str(path)!r} is cut short or no saved session: {message}; save it again, or use an older copy"
+            f"{name} is cut short or no saved session: {reason(error)}; save it again, or use an older copy"
         ) from error
-    except KeyError as error:
-        raise InferixError(f"{str(path)!r} lacks {error}; save it again, or use an older copy") from error
+    except InvalidField as error:
+        raise InferixError(f"{name} is damaged: {error}; save it again, or use an older copy") from error
 
 
-def check_header(header: dict[str, Any], resources: Resources, preset: Preset, path: Path) -> None:
+def check_header(header: Any, resources: Resources, preset: Preset, path: Path) -> None:
     """UsageError with the first difference, unless the file was made with what this engine has."""
+    if not isinstance(header, dict):
+        raise invalid("the header", header, "a JSON object")
+    for name in COMMON:
+        if name not in header and not (name == "checksum" and header.get("version") != VERSION):
+            raise InvalidField(f"the header lacks {name!r}")
     if header["version"] != VERSION:
         raise UsageError(
-            f"{str(path)!r} has version {header['version']} of the format, this is version {VERSION}; "
+            f"{quoted(str(path))} has version {quoted(header['version'])} of the format, this is version {VERSION}; "
             "restore it with the version of inferix that saved it"
         )
-    for part, values in made_by(resources, preset).items():
+    here = made_by(resources, preset)
+    parts = fields_of("made_by", header["made_by"], list(here))
+    for part, values in here.items():
+        there = parts[part]
+        if not isinstance(there, dict):
+            raise invalid(f"made_by.{part}", there, "a JSON object")
         for name, value in values.items():
-            there = header["made_by"][part].get(name)
-            if there != value:
+            if there.get(name) != value:
                 raise UsageError(
-                    f"{str(path)!r} was saved with another {part}: {name} is {there!r} there and {value!r} here; "
-                    "load the engine as it was loaded then"
+                    f"{quoted(str(path))} was saved with another {part}: {name} is {quoted(there.get(name))} there and "
+                    f"{quoted(value)} here; load the engine as it was loaded then"
                 )
-    if header["decoder"]["fast"] and resources.parts.fast_vae is None:
-        raise UsageError(f"{str(path)!r} was saved while the fast decoder was in use; load the engine with fast_vae")
-    resources.spec.latent_size(tuple(header["size"]))

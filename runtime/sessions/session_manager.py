@@ -6,21 +6,25 @@ crosses threads is guarded by the condition. No heavy work is done while the con
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import InferixError, UsageError
+from ...errors import InferixError, SessionEnded, UsageError
 from ...models.wan.vae_checkpoint import Decoder
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
@@ -30,7 +34,7 @@ from ..limits import DegradationStep, Limits
 from ..resources import Resources
 from ..telemetry.records import Ack, BlockRecord, Metrics, Stopwatch
 from .control_queue import LIFECYCLE_CONTROLS, Control
-from .engine_thread import FAILURES, SHORTAGES, EngineThread, shortages_named
+from .engine_thread import SHORTAGES, EngineThread, shortages_named
 from .lifecycle import ENDED, State
 from .output_queue import Block
 from .scheduler import Scheduler, SchedulerEntry
@@ -39,6 +43,8 @@ from .session_file import read_session, write_session
 from .session_state import SessionState
 
 OWNER_WAIT = 10.0  # seconds that a reader waits for some thread to drive the engine
+MANAGERS: weakref.WeakSet[SessionManager] = weakref.WeakSet()
+FORK_LOCKS: list[EngineCondition] = []  # held while the process is forked
 
 
 def narrower(preset: Preset, frames: int) -> Preset:
@@ -75,6 +81,7 @@ class SessionManager:
             self._check_degradation(degradation)
         self.seen = 0  # changes of the condition when sessions were last picked
         self.ids = 0
+        MANAGERS.add(self)
 
     @property
     def preset(self) -> Preset:
@@ -107,8 +114,7 @@ class SessionManager:
     def run(self, keep: bool) -> None:
         """Make blocks until all sessions have ended, or until `halt`."""
         self.check_owner("run()")
-        self.thread.halted = False
-        with self.thread.looping():
+        with self.thread.running():
             while not self.thread.halted and (keep or self.sessions or self.thread.calls):
                 if not self.step():
                     self.condition.wait_after(self.seen, self.limits.consumer_timeout)
@@ -175,8 +181,8 @@ class SessionManager:
             try:
                 with shortages_named():
                     session.entering()
-            except FAILURES as error:
-                self._fail(session, error)
+            except BaseException as error:
+                self._fail(session, error if isinstance(error, Exception) else interrupted("its opening", error))
                 raise
             session.entering = None
         session.prefetch()
@@ -184,20 +190,22 @@ class SessionManager:
     def _entry(self, session: Session) -> SchedulerEntry:
         """The session as the scheduler sees it."""
         resources, preset = self.resources, session.current.preset
-        page, spec = resources.memory.form(session.size), resources.spec
+        page, spec = resources.kv_manager.form(session.size), resources.spec
         need = session_need(
             preset, spec, resources.parts.vae.spec, session.size, resources.config.dtype, page.nbytes,
             queued=self.limits.queue_blocks,
         )  # fmt: skip
-        store = resources.memory.stores.get(page.grid)
+        store = resources.kv_manager.stores.get(page.grid)
         room = None if store is None or store.grows else store.pool.size * page.nbytes
         period = spec.vae_stride[0] * preset.num_frame_per_block / spec.fps
         return SchedulerEntry(need, session.size, period, room)
 
     def _fail(self, session: Session, error: Exception) -> None:
-        """End a session with an error. Its traceback is kept, without the frames' local variables."""
+        """End a session with an error, unless it has ended. The traceback loses its frames' local variables."""
         self.pipeline.wait(session.id)
         traceback.clear_frames(error.__traceback__)
+        if session.state in ENDED:
+            return
         self._end(session, State.FAILED, error)
 
     def _end(self, session: Session, state: State, failure: Exception | None = None) -> None:
@@ -211,31 +219,36 @@ class SessionManager:
 
     @contextmanager
     def isolate_failures(self, session: Session) -> Iterator[None]:
-        """Keep a failure to this session: roll the block back if memory ran out, end the session otherwise.
+        """Keep an error to this session: roll the block back if memory ran out, end the session otherwise.
 
-        An interruption ends the session, too, and is raised.
+        An interruption (Ctrl-C, or one in another block of the batch) rolls the block back and is raised.
         """
-        failure: Exception = InferixError("its last block was interrupted")
-        whole = False
         try:
             with shortages_named():
                 yield
-            whole = True
-        except FAILURES as error:
-            failure = error
-        finally:
-            if not whole and session.rollback_point is not None and isinstance(failure, SHORTAGES):
-                self._rollback(session, failure)
-            elif not whole:
-                self._fail(session, failure)
+        except Exception as error:
+            if session.rollback_point is not None and isinstance(error, SHORTAGES):
+                self._rollback(session, error)
+            else:
+                self._fail(session, error)
+        except BaseException as error:
+            if session.rollback_point is not None:
+                self._rollback(session)
+            elif session.begun:
+                self._fail(session, interrupted("its last block", error))
+            raise
 
-    def _rollback(self, session: Session, error: Exception) -> None:
-        """Undo the block in progress. Its reader gets the error, and may request the block again."""
-        traceback.clear_frames(error.__traceback__)
+    def _rollback(self, session: Session, error: Exception | None = None) -> None:
+        """Undo the block in progress. Its reader gets the error, if there is one, and may request the block again."""
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
         session.rollback()
+        if not session.begun:
+            return
         with self.condition:
             assert session.demand is not None
-            session.demand.left, session.demand.error = 0, error
+            session.begun = False
+            session.demand.left, session.demand.error = (session.demand.left + 1, None) if error is None else (0, error)
             session.output.cancel()
         self.metrics.count("blocks_rolled_back")
 
@@ -254,7 +267,7 @@ class SessionManager:
             admitted = [self.sessions[index] for index in self.scheduler.admit_waiting()]
             degradation = self.scheduler.next_degradation()
         for session in admitted:
-            with suppress(*FAILURES):  # the session has failed
+            with self.isolate_failures(session):
                 self._enter(session)
         if degradation is not None:
             self._degrade(degradation)
@@ -275,7 +288,7 @@ class SessionManager:
 
     def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[int]:
         """Sessions whose next blocks can be batched with the chosen one's."""
-        if not self.resources.executor.batches or not self.resources.memory.batches(chosen.size):
+        if not self.resources.executor.batches or not self.resources.kv_manager.batches(chosen.size):
             return []
         key = chosen.current.batch_key
         return [session.id for session in ready if session is not chosen and session.current.batch_key == key]
@@ -291,14 +304,14 @@ class SessionManager:
 
     def _tend(self, session: Session) -> None:
         """Apply lifecycle controls; end the session if it failed, timed out or has drained."""
-        for control in session.controls.take(LIFECYCLE_CONTROLS):
+        for control in session.controls.pending(LIFECYCLE_CONTROLS):
             self._apply(session, control)
         timeout, idle = self.limits.consumer_timeout, time.perf_counter() - session.output.touched
         if session.decode_error is not None:
             self._fail(session, session.decode_error)
         elif timeout is not None and session.output.ready and idle > timeout:
             message = f"nobody took its blocks for {idle:.1f} s (consumer_timeout is {timeout:g})"
-            self._fail(session, InferixError(f"session {session.id} ended: {message}"))
+            self._fail(session, SessionEnded(f"session {session.id} ended: {message}"))
         elif session.state is State.DRAINING and not session.output.unfinished:
             self._end(session, State.CLOSED)
 
@@ -319,6 +332,7 @@ class SessionManager:
         """Record a control that was applied, or refused, and `block`, the first that shows it."""
         waited = time.perf_counter() - control.asked
         with self.condition:
+            session.controls.remove(control)
             session.unshown.append((control, block, refused))
         self.metrics.count("controls")
         self.metrics.observe("control_wait_seconds", waited)
@@ -404,8 +418,10 @@ class SessionManager:
 
     def begin_block(self, session: Session, batch: int) -> None:
         """Start one block (batched with `batch` sessions). Controls that arrive from now on apply to the next block."""
+        session.mark_rollback()
         with self.condition:
             assert session.demand is not None and session.ready_since is not None
+            session.begun = True
             if session.state is State.NEW:
                 session.life.move(State.RUNNING)
             session.demand.left -= 1
@@ -420,42 +436,47 @@ class SessionManager:
     def finish_block(self, session: Session, latents: Tensor) -> None:
         """Decode a block and deliver it: beside the next block's passes, unless its context needs the pixels."""
         assert session.demand is not None
-        session.rollback_point = None
         decode, record, state = session.demand.decode, session.record, session.current
-        stride = self.resources.spec.vae_stride[0]
+        beside = decode and not state.preset.context.needs_pixels
         record.pages = self.pages_in_use
-        if state.preset.context.needs_pixels:
-            state.remember(latents, self._complete(session, record, latents, decode, keep=True), stride)
-            return
-        state.remember(latents, None, stride)
-        if decode:
+        stride, pixels, frames = self.resources.spec.vae_stride[0], None, None
+        if beside:
+            state.remember(latents, None, stride)
+            session.rollback_point = None
             self.pipeline.submit(session.id, partial(self._complete_beside, session, record, latents))
         else:
-            self.pipeline.wait(session.id)
-            self._complete(session, record, latents, decode=False)
+            self.settle(session)
+            with state.decoder.undone_on_error():
+                if state.preset.context.needs_pixels:
+                    pixels, frames = self._decode(session, record, latents, decode)
+                state.remember(latents, pixels, stride)
+                session.rollback_point = None
+            self._deliver(session, record, latents, frames)
+        session.begun = False
 
-    def _complete(
-        self, session: Session, record: BlockRecord, latents: Tensor, decode: bool, keep: bool = False
-    ) -> Tensor | None:
-        """Decode if asked to, put the block into the output queue, and return the pixels [T, 3, H, W]."""
-        pixels = frames = None
-        if decode or keep:
-            with record.span("decode"):
-                pixels = session.current.decoder.decode(record.block, latents)
-                frames = to_frames(pixels) if decode else None
-        self._deliver(session, record, latents, frames)
-        return pixels
+    def _decode(
+        self, session: Session, record: BlockRecord, latents: Tensor, show: bool
+    ) -> tuple[Tensor, NDArray[np.uint8] | None]:
+        """Pixels [T, 3, H, W] of a block and, to show, its frames uint8 [T, H, W, 3]."""
+        with record.span("decode"):
+            pixels = session.current.decoder.decode(record.block, latents)
+            return pixels, to_frames(pixels) if show else None
 
     def _complete_beside(self, session: Session, record: BlockRecord, latents: Tensor) -> None:
-        """Complete on the decoder's thread, and leave a failure for the engine's thread."""
+        """Decode and deliver on the decoder's thread. Any error there fails this session, in the engine's thread."""
+        if session.decode_error is not None:
+            return  # an earlier block is missing
         try:
             with shortages_named():
-                self._complete(session, record, latents, decode=True)
-        except FAILURES as error:
-            session.decode_error = error
+                _, frames = self._decode(session, record, latents, show=True)
+                self._deliver(session, record, latents, frames)
+        except BaseException as error:
+            session.decode_error = error if isinstance(error, Exception) else interrupted("decoding", error)
             self.condition.signal()
 
-    def _deliver(self, session: Session, record: BlockRecord, latents: Tensor, frames: Any) -> None:
+    def _deliver(
+        self, session: Session, record: BlockRecord, latents: Tensor, frames: NDArray[np.uint8] | None
+    ) -> None:
         """Put the finished block into the output queue with its acks and its slack to the deadline (s)."""
         spans, seconds, spec = record.spans, record.seconds, self.resources.spec
         made, decoded = spans["commit"][1] - spans["encode"][0], seconds.get("decode", 0.0)
@@ -510,9 +531,15 @@ class SessionManager:
             if session.demand is not demand:
                 raise InferixError(f"another stream of session {session.id} has begun; read that one")
             if (block := session.output.take()) is not None:
-                return self._taken(block)
-            if session.life.failure is not None:
-                raise session.life.failure
+                try:
+                    return self._taken(block)
+                except BaseException:  # an interruption, or a warning that is an error
+                    session.output.put_back(block)
+                    raise
+            if failure := session.life.failure or session.decode_error:
+                if session.decode_error is not None and self.is_owner():
+                    self._fail(session, session.decode_error)
+                raise failure
             if demand.error is not None and not session.output.unfinished:
                 raise demand.error
             if session.state is State.CLOSED:
@@ -549,19 +576,32 @@ class SessionManager:
         return block
 
     def _notify(self, record: dict[str, Any]) -> None:
-        for observer in self.observers:
-            observer(record)
+        for observer in tuple(self.observers):
+            try:
+                with self.thread.in_callback():
+                    observer(record)
+            except Exception as error:
+                message = f"an observer raised {type(error).__name__}: {error}; blocks and other observers go on"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     @property
     def pages_in_use(self) -> int:
         """Pages that any session holds; one that several hold counts once."""
-        return sum(store.pool.used for store in self.resources.memory.stores.values())
+        return sum(store.pool.used for store in self.resources.kv_manager.stores.values())
 
     def check_integrity(self) -> None:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
         caches = [cache for session in self.sessions.values() for cache in session.caches]
-        for store in self.resources.memory.stores.values():
+        for store in self.resources.kv_manager.stores.values():
             store.pool.check_integrity([cache.table for cache in caches if cache.store is store])
+
+    def after_fork(self) -> None:
+        """Make a child process whole: it has one thread, and none of what the decoder's thread had under way."""
+        self.thread.after_fork()
+        self.metrics.lock = threading.Lock()
+        for index in self.pipeline.after_fork():
+            if session := self.sessions.get(index):
+                session.decode_error = SessionEnded("a block was being decoded when the process was forked")
 
     def gauges(self) -> dict[str, float]:
         """Values now: sessions by state, waiting blocks and controls, bytes and load."""
@@ -576,3 +616,31 @@ class SessionManager:
             values["load"] = self.scheduler.load()
             values["pages_in_use"] = self.pages_in_use
             return values
+
+
+def interrupted(what: str, error: BaseException) -> SessionEnded:
+    return SessionEnded(f"{what} was interrupted by {type(error).__name__}")
+
+
+def before_fork() -> None:
+    """Hold the lock of every engine, so that no thread is changing what it guards."""
+    managers = sorted(MANAGERS, key=id)
+    for manager in managers:
+        manager.condition.acquire()
+    FORK_LOCKS.extend(manager.condition for manager in managers)
+
+
+def release_fork_locks() -> None:
+    while FORK_LOCKS:
+        FORK_LOCKS.pop().release()
+
+
+def after_fork_in_child() -> None:
+    """Make every engine usable in a child process. torch's own threads are gone: it computes with one."""
+    release_fork_locks()
+    for manager in sorted(MANAGERS, key=id):
+        manager.after_fork()
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(before=before_fork, after_in_parent=release_fork_locks, after_in_child=after_fork_in_child)

@@ -11,7 +11,7 @@ cache writes to pages of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Self
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import UsageError
+from ...errors import UsageError, quoted
 from ...models.wan.vae import StreamState
 from ...schemes.actions import ActionTrack
 from ...schemes.presets import Preset
@@ -32,6 +32,19 @@ from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
 from ..sampler import Sampler, Solver, UniPCSolver
+from .saved_values import (
+    LARGEST,
+    InvalidField,
+    ascending,
+    boolean,
+    check_tensor,
+    fields_of,
+    finite,
+    integer,
+    invalid,
+    list_of,
+    places,
+)
 
 
 @dataclass
@@ -44,7 +57,7 @@ class Branch:
     @classmethod
     def new(cls, resources: Resources, rows: Tensor, size: tuple[int, int]) -> Branch:
         """A conditioning from the text encoder's rows [text_len, text_dim], with an empty cache."""
-        return cls(resources.executor.condition(rows), resources.memory.new_cache(size))
+        return cls(resources.executor.condition(rows), resources.kv_manager.new_cache(size))
 
     def fork(self) -> Branch:
         """The same conditioning; the fork's cache shares pages until either side writes."""
@@ -99,12 +112,31 @@ class SavedFields:
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent frame."""
+        return (self.resources.spec.out_channels, *self.resources.spec.latent_size(tuple(self.header["size"])))
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.preset.sampler.guidance_scale == 1 else 2
+
 
 class SaveForm(ABC):
-    """Writes one field to a saved file and reads it back. `fill` runs on admission, when pages can be taken."""
+    """Writes one field to a saved file and reads it back. `fill` runs on admission, when pages can be taken.
+
+    key: the field's name in the header; None where it is in tensors alone. optional: the header may lack it.
+    """
+
+    key: str | None = None
+    optional = False
 
     @abstractmethod
     def write(self, value: Any, file: SavedFields) -> None: ...
+
+    @abstractmethod
+    def check(self, file: SavedFields) -> None:
+        """InvalidField unless `read` and `fill` can use what the file holds; nothing is made."""
 
     @abstractmethod
     def read(self, file: SavedFields) -> Any: ...
@@ -114,21 +146,52 @@ class SaveForm(ABC):
 
 
 class TensorForm(SaveForm):
-    """A tensor or None."""
+    """A tensor or None. shape: what it must be, from the file's sizes. required: whether there must be one."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        shape: Callable[[SavedFields], Sequence[int | None]],
+        required: Callable[[SavedFields], bool] = lambda file: False,
+    ) -> None:
+        self.name, self.shape, self.required = name, shape, required
 
     def write(self, value: Tensor | None, file: SavedFields) -> None:
         file.put(self.name, value)
+
+    def check(self, file: SavedFields) -> None:
+        if self.name in file.tensors or self.required(file):
+            check_tensor(self.name, file.tensors.get(self.name), self.shape(file))
 
     def read(self, file: SavedFields) -> Tensor | None:
         return file.optional(self.name)
 
 
+def rows_shape(file: SavedFields) -> Sequence[int | None]:
+    return file.resources.spec.text_len, file.resources.spec.text_dim
+
+
+def latents_shape(file: SavedFields) -> Sequence[int | None]:
+    return None, *file.latent_shape
+
+
+def pixels_shape(file: SavedFields) -> Sequence[int | None]:
+    width, height = file.header["size"]
+    return None, 3, height, width
+
+
 class SizeForm(SaveForm):
+    key = "size"
+
     def write(self, value: tuple[int, int], file: SavedFields) -> None:
         file.header["size"] = value
+
+    def check(self, file: SavedFields) -> None:
+        size = list_of("size", file.header["size"])
+        if len(size) != 2:
+            raise invalid("size", size, "[width, height]")
+        width, height = (integer("size", length, 1, 1 << 16) for length in size)
+        file.resources.spec.latent_size((width, height))
 
     def read(self, file: SavedFields) -> tuple[int, int]:
         width, height = file.header["size"]
@@ -138,8 +201,15 @@ class SizeForm(SaveForm):
 class SamplerForm(SaveForm):
     """The strength; all else is the preset's."""
 
+    key = "strength"
+
     def write(self, value: Sampler, file: SavedFields) -> None:
         file.header["strength"] = value.strength
+
+    def check(self, file: SavedFields) -> None:
+        strength = finite("strength", file.header["strength"])
+        if not 0 < strength <= 1 or (strength < 1 and file.preset.sampler.solver != "renoise"):
+            raise invalid("strength", strength, "a number above 0, up to 1, and 1 for a solver that starts from noise")
 
     def read(self, file: SavedFields) -> Sampler:
         return Sampler(file.preset.sampler, file.header["strength"])
@@ -148,11 +218,22 @@ class SamplerForm(SaveForm):
 class TimelineForm(SaveForm):
     """`pin_next` is true between blocks where a block that begins a shot was rolled back."""
 
+    key = "timeline"
     FIELDS = ("next_block", "next_frame", "origin", "shot", "sink", "pinned", "pin_next")
 
     def write(self, value: Timeline, file: SavedFields) -> None:
         numbers = {name: getattr(value, name) for name in self.FIELDS}
         file.header["timeline"] = numbers | {"places": list(value.places.items())}
+
+    def check(self, file: SavedFields) -> None:
+        header = fields_of("timeline", file.header["timeline"], (*self.FIELDS, "places"))
+        stop = integer("timeline.next_frame", header["next_frame"])
+        for name, most in (("next_block", stop), ("origin", stop), ("shot", LARGEST)):
+            integer(f"timeline.{name}", header[name], 0, most)
+        for name in ("sink", "pinned"):
+            ascending(f"timeline.{name}", header[name], LARGEST)
+        boolean("timeline.pin_next", header["pin_next"])
+        places("timeline.places", header["places"], stop)
 
     def read(self, file: SavedFields) -> Timeline:
         timeline, header = Timeline(file.preset), file.header["timeline"]
@@ -165,6 +246,8 @@ class TimelineForm(SaveForm):
 class NoiseForm(SaveForm):
     """A seed, or injected tensors. UsageError for noise of another type."""
 
+    key = "noise"
+
     def write(self, value: Noise, file: SavedFields) -> None:
         if isinstance(value, PhiloxNoise):
             file.header["noise"] = {"seed": value.seed}
@@ -176,6 +259,18 @@ class NoiseForm(SaveForm):
             kind = type(value).__name__
             raise UsageError(f"noise of type {kind} cannot be saved; expected a seed or InjectedNoise")
 
+    def check(self, file: SavedFields) -> None:
+        header = fields_of("noise", file.header["noise"], (), ("seed", "first"))
+        if len(header) != 1:
+            raise invalid("noise", header, "a seed, or the first frame of given noise")
+        if "seed" in header:
+            integer("noise.seed", header["seed"], 0, (1 << 64) - 1)
+            return
+        integer("noise.first", header["first"])
+        check_tensor("noise.initial", file.tensors.get("noise.initial"), latents_shape(file))
+        if "noise.renoise" in file.tensors:
+            check_tensor("noise.renoise", file.tensors["noise.renoise"], (None, None, None, *file.latent_shape))
+
     def read(self, file: SavedFields) -> Noise:
         header = file.header["noise"]
         if "seed" in header:
@@ -186,6 +281,8 @@ class NoiseForm(SaveForm):
 class BranchesForm(SaveForm):
     """The pages of each branch. Conditionings are computed again from the prompt's rows."""
 
+    key = "caches"
+
     def write(self, value: list[Branch], file: SavedFields) -> None:
         file.header["caches"] = []
         for index, branch in enumerate(value):
@@ -193,6 +290,29 @@ class BranchesForm(SaveForm):
             for name in ("kv", "scales", "sink"):
                 file.put(f"cache.{index}.{name}", getattr(pages, name))
             file.header["caches"].append({"frames": pages.frames, "places": list(pages.positions.items())})
+
+    def check(self, file: SavedFields) -> None:
+        stop, caches = file.header["timeline"]["next_frame"], list_of("caches", file.header["caches"])
+        if len(caches) != file.branches:
+            raise invalid("caches", len(caches), f"{file.branches}, one for each conditioning")
+        form, policy = file.resources.kv_manager.form(SizeForm().read(file)), file.preset.context
+        layers = file.resources.spec.num_layers
+        for index, cache in enumerate(caches):
+            name = f"caches.{index}"
+            fields_of(name, cache, ("frames", "places"))
+            frames = ascending(f"{name}.frames", cache["frames"], stop)
+            if extra := set(places(f"{name}.places", cache["places"], stop)) - set(frames):
+                raise invalid(f"{name}.places", min(extra), "frames that are held")
+            tensors = {part: file.tensors.get(f"cache.{index}.{part}") for part in ("kv", "scales", "sink")}
+            check_tensor(f"cache.{index}.kv", tensors["kv"], (layers, 2, len(frames), *form.shape), form.kept)
+            if form.scaled:
+                shape = layers, 2, len(frames), form.shape[1]
+                check_tensor(f"cache.{index}.scales", tensors["scales"], shape, torch.float32)
+            elif tensors["scales"] is not None:
+                raise InvalidField(f"tensor 'cache.{index}.scales' is there; expected none for {form.kept}")
+            if tensors["sink"] is not None:
+                shape = layers, 2, policy.sink_size, *form.shape
+                check_tensor(f"cache.{index}.sink", tensors["sink"], shape)
 
     def read(self, file: SavedFields) -> list[Branch]:
         texts = [file.tensor(name) for name in ("rows", "negative") if name in file.tensors]
@@ -207,8 +327,19 @@ class BranchesForm(SaveForm):
 
 
 class ActionsForm(SaveForm):
+    key = "actions"
+
     def write(self, value: ActionTrack, file: SavedFields) -> None:
         file.header["actions"] = {"starts": value.starts, "held": value.held}
+
+    def check(self, file: SavedFields) -> None:
+        header = fields_of("actions", file.header["actions"], ("starts", "held"))
+        starts = ascending("actions.starts", header["starts"], LARGEST)
+        if not starts or starts[0] != 0:
+            raise invalid("actions.starts", starts, "frames from 0 on")
+        most = max(0, len(file.resources.spec.actions) - 1)
+        if len([integer("actions.held", held, 0, most) for held in list_of("actions.held", header["held"])]) != len(starts):
+            raise invalid("actions.held", header["held"], "one for each of starts")
 
     def read(self, file: SavedFields) -> ActionTrack:
         actions = ActionTrack(file.resources.spec.actions)
@@ -217,6 +348,8 @@ class ActionsForm(SaveForm):
 
 
 class FlightForm(SaveForm):
+    key = "flight"
+
     def write(self, value: list[BlockInFlight], file: SavedFields) -> None:
         file.header["flight"] = []
         for index, block in enumerate(value):
@@ -229,6 +362,28 @@ class FlightForm(SaveForm):
                     file.put(f"{name}.x0.{number}", x0)
                 file.put(f"{name}.before", solver.before)
             file.header["flight"].append(header)
+
+    def check(self, file: SavedFields) -> None:
+        timeline, flight = file.header["timeline"], list_of("flight", file.header["flight"])
+        solver, steps = SamplerForm().read(file).begin(), len(SamplerForm().read(file).timesteps)
+        if len(flight) > file.preset.window_blocks:
+            raise invalid("flight", len(flight), f"at most {file.preset.window_blocks} blocks")
+        more = ("order", "predictions") if isinstance(solver, UniPCSolver) else ()
+        for index, block in enumerate(flight):
+            name = f"flight.{index}"
+            fields_of(name, block, ("index", "start", "stop", "step", *more))
+            integer(f"{name}.index", block["index"], 0, timeline["next_block"])
+            start = integer(f"{name}.start", block["start"], 0, timeline["next_frame"])
+            stop = integer(f"{name}.stop", block["stop"], start + 1, timeline["next_frame"])
+            integer(f"{name}.step", block["step"], 0, steps)
+            shape = stop - start, *file.latent_shape
+            check_tensor(name, file.tensors.get(name), shape)
+            if more:
+                count = integer(f"{name}.predictions", block["predictions"], 0, 2)
+                integer(f"{name}.order", block["order"], 1, max(1, count))
+                x0s = [f"{name}.x0.{number}" for number in range(count)]
+                for tensor in (*x0s, *([f"{name}.before"] if count else [])):
+                    check_tensor(tensor, file.tensors.get(tensor), shape)
 
     def read(self, file: SavedFields) -> list[BlockInFlight]:
         sampler, flight = SamplerForm().read(file), []
@@ -244,11 +399,20 @@ class FlightForm(SaveForm):
 
 
 class PromptChangeForm(SaveForm):
+    key, optional = "change", True
+
     def write(self, value: PromptChange | None, file: SavedFields) -> None:
         if value is not None:
             file.header["change"] = {"blocks": value.blocks, "left": value.left}
             file.put("change.old", value.old)
             file.put("change.new", value.new)
+
+    def check(self, file: SavedFields) -> None:
+        if "change" in file.header:
+            header = fields_of("change", file.header["change"], ("blocks", "left"))
+            integer("change.left", header["left"], 1, integer("change.blocks", header["blocks"], 1))
+            for name in ("change.old", "change.new"):
+                check_tensor(name, file.tensors.get(name), rows_shape(file))
 
     def read(self, file: SavedFields) -> PromptChange | None:
         header = file.header.get("change")
@@ -258,11 +422,23 @@ class PromptChangeForm(SaveForm):
 class DecoderForm(SaveForm):
     """The state after the last decoded block, and which of the engine's two decoders it is of."""
 
+    key = "decoder"
+
     def write(self, value: DecoderTrack, file: SavedFields) -> None:
         fast = value.vae is not file.resources.parts.vae
         file.header["decoder"] = {"frames": value.state.frames, "fast": fast}
         for slot, tensor in value.state.history.items():
             file.put(f"decoder.{slot}", tensor)
+
+    def check(self, file: SavedFields) -> None:
+        header = fields_of("decoder", file.header["decoder"], ("frames", "fast"))
+        integer("decoder.frames", header["frames"])
+        if boolean("decoder.fast", header["fast"]) and file.resources.parts.fast_vae is None:
+            raise UsageError("the session was saved while the fast decoder was in use; load the engine with fast_vae")
+        for name in file.tensors:
+            slot = name.removeprefix("decoder.")
+            if slot != name and not (slot.isascii() and slot.isdigit() and len(slot) < 6):
+                raise InvalidField(f"tensor {quoted(name)} is there; expected decoder. and a number")
 
     def read(self, file: SavedFields) -> DecoderTrack:
         parts = file.resources.parts
@@ -303,6 +479,9 @@ def forked(save: SaveForm | None, copy: Callable[[Any], Any], rollback: bool = T
     return {"rule": FieldRule(copy, save, rollback)}
 
 
+NEGATIVE = TensorForm("negative", rows_shape, lambda file: file.branches == 2)
+
+
 def fork_all(items: list[Any]) -> list[Any]:
     return [item.fork() for item in items]
 
@@ -322,17 +501,17 @@ class SessionState:
     timeline: Timeline = field(metadata=forked(TimelineForm(), Timeline.fork))
     sampler: Sampler = field(metadata=shared(SamplerForm()))
     noise: Noise = field(metadata=shared(NoiseForm()))
-    rows: Tensor = field(metadata=shared(TensorForm("rows")))
+    rows: Tensor = field(metadata=shared(TensorForm("rows", rows_shape, lambda file: True)))
     branches: list[Branch] = field(metadata=forked(BranchesForm(), fork_all, rollback=False))
     actions: ActionTrack = field(metadata=forked(ActionsForm(), ActionTrack.fork))
     decoder: DecoderTrack = field(metadata=forked(DecoderForm(), DecoderTrack.fork, rollback=False))
-    negative: Tensor | None = field(default=None, metadata=shared(TensorForm("negative")))
-    source: Tensor | None = field(default=None, metadata=shared(TensorForm("source")))
-    clamped: Tensor | None = field(default=None, metadata=shared(TensorForm("clamped")))
+    negative: Tensor | None = field(default=None, metadata=shared(NEGATIVE))
+    source: Tensor | None = field(default=None, metadata=shared(TensorForm("source", latents_shape)))
+    clamped: Tensor | None = field(default=None, metadata=shared(TensorForm("clamped", latents_shape)))
     flight: list[BlockInFlight] = field(default_factory=list, metadata=forked(FlightForm(), fork_all))
     change: PromptChange | None = field(default=None, metadata=forked(PromptChangeForm(), copy))
-    recent: Tensor | None = field(default=None, metadata=shared(TensorForm("recent")))
-    pixels: Tensor | None = field(default=None, metadata=shared(TensorForm("pixels")))
+    recent: Tensor | None = field(default=None, metadata=shared(TensorForm("recent", latents_shape)))
+    pixels: Tensor | None = field(default=None, metadata=shared(TensorForm("pixels", pixels_shape)))
     prefix_frames: NDArray[np.uint8] | None = field(default=None, metadata=shared(None, release=False))
 
     @property
@@ -354,8 +533,10 @@ class SessionState:
     def batch_key(self) -> Hashable:
         """Equal for sessions whose next blocks take the same passes over equally many frames."""
         timeline, steps = self.timeline, tuple(block.step for block in self.flight)
+        timesteps = self.sampler.of_block(self.next_block).timesteps
         clamped = self.clamped is not None and self.first_frame == 0
-        return self.size, timeline.preset.block_size(timeline.next_frame), steps, timeline.rebuild_due(), clamped
+        size = timeline.preset.block_size(timeline.next_frame)
+        return self.size, size, timesteps, steps, timeline.rebuild_due(), clamped
 
     @property
     def conditionings(self) -> list[tuple[Branch, Tensor]]:
@@ -398,9 +579,31 @@ class SessionState:
 
     @classmethod
     def read(cls, file: SavedFields) -> Self:
-        """A saved state with empty caches and a decoder at its start; KeyError where the file lacks a field."""
+        """A saved state, checked before, with empty caches and a decoder at its start."""
+        values: dict[str, Any] = {}
+        try:
+            for name, form in cls.save_forms().items():
+                values[name] = form.read(file)
+            return cls(**values)
+        except BaseException:
+            for branch in values.get("branches", ()):
+                branch.cache.release()
+            raise
+
+    @classmethod
+    def save_forms(cls) -> dict[str, SaveForm]:
+        """The saved form of each field that has one."""
         forms = {item.name: FieldRule.of(item).save for item in fields(cls)}
-        return cls(**{name: form.read(file) for name, form in forms.items() if form is not None})
+        return {name: form for name, form in forms.items() if form is not None}
+
+    @classmethod
+    def check_saved(cls, file: SavedFields, other: Collection[str]) -> None:
+        """InvalidField or UsageError unless `read` and `fill` can use a file; `other`: names that are not fields."""
+        forms = cls.save_forms().values()
+        required = [form.key for form in forms if form.key is not None and not form.optional]
+        fields_of("the header", file.header, [*other, *required], [form.key for form in forms if form.key])
+        for form in forms:
+            form.check(file)
 
     def fill(self, file: SavedFields) -> None:
         """Load pages and decoder state, once there is room for them."""

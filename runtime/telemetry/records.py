@@ -139,6 +139,7 @@ class RecordFile:
         self.lock = threading.Lock()
         self.file: FileIO | None = None
         self.written = 0  # bytes of whole lines
+        self.failure: OSError | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -149,15 +150,18 @@ class RecordFile:
         return self
 
     def __call__(self, record: dict[str, Any]) -> None:
+        """Add a record. The blocks go on where that fails; the context manager raises it at its end."""
         assert self.file is not None
-        try:
-            with self.lock:
+        with self.lock:
+            if self.failure is not None:
+                return
+            try:
                 line = (json.dumps(record) + "\n").encode()
                 if self.file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self.written += len(line)
-        except OSError as error:
-            raise write_failed(self.path, error) from error
+            except OSError as error:
+                self.failure = error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -168,6 +172,8 @@ class RecordFile:
             self.file.close()
             if kind is None or self.written:
                 self.part.keep()
+            if self.failure is not None and kind is None:
+                raise self.failure
         except OSError as failed:
             raise write_failed(self.path, failed) from failed
         finally:

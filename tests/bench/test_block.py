@@ -36,7 +36,7 @@ from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import WAN21_VAE
 from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.execution.decode_pipeline import DecoderTrack
-from inferix.runtime.execution.launcher import alone
+from inferix.runtime.execution.launcher import owns_storage
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.presets import PRESETS, make_preset
 
@@ -223,7 +223,7 @@ def test_what_is_no_number_or_of_another_size_is_refused_with_a_reason():
         assert checker.largest_difference([BlockOutput(latents, frames, {})]) is None
     assert checker.refusal(fused, [BlockOutput(good, frames + 1, {})]) is None
     stream = fused.open()
-    stream.session.engine.executor.launcher.fallbacks.append("aten::x cannot be captured")
+    stream.session.manager.resources.executor.launcher.fallbacks.append("aten::x cannot be captured")
     assert "aten::x cannot be captured" in checker.refusal(fused, [BlockOutput(good, frames, {})])
     stream.close()
 
@@ -253,10 +253,10 @@ def test_weights_joined_by_a_closed_engine_get_their_own_memory_again():
     fused = executor_candidate(engine, "fused", random_prompt(engine, 0), SMALL)
     outputs = outputs_of(fused.open(), [True])
     weights = list(engine.parts.transformer.parameters())
-    assert not all(map(alone, weights))
+    assert not all(map(owns_storage, weights))
     fused.drop()
     inspection.unshare_weights(engine)
-    assert all(map(alone, weights))
+    assert all(map(owns_storage, weights))
     assert torch.equal(outputs_of(fused.open(), [True])[0].latents, outputs[0].latents)
 
 

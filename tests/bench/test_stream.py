@@ -202,7 +202,7 @@ def test_the_times_of_a_stream_that_differs_are_discarded(monkeypatch):
 
 
 def test_an_executor_that_is_wrong_is_not_timed(monkeypatch):
-    right = GraphExecutor.block
-    monkeypatch.setattr(GraphExecutor, "block", lambda self, *inputs: 1.1 * right(self, *inputs))
+    right = GraphExecutor.run_block
+    monkeypatch.setattr(GraphExecutor, "run_block", lambda self, *inputs: 1.1 * right(self, *inputs))
     with pytest.raises(InferixError, match=r"'fused'.*latents of block 0"):
         run(Options(replace(SMALL, executor="fused"), starts=0, controls=0), lambda message: None)

@@ -1,7 +1,8 @@
-"""The command as a user meets it: what it writes, how it fails, and that a seed gives one video."""
+"""The command end to end: its outputs, its failures, and the same video for the same seed."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def count_frames(path):
 def test_generate_writes_a_video_a_sheet_and_a_record(tmp_path):
     done = inferix("generate", *SMALL, "--out", tmp_path / "a.mp4", "--json")
     assert done.returncode == 0, done.stderr
-    assert "random, untrained weights" in done.stderr
+    assert "untrained" in done.stderr and "--model" in done.stderr
     assert json.loads(done.stdout)["frames"] == 21
     assert count_frames(tmp_path / "a.mp4") == 21
     record = json.loads((tmp_path / "a.json").read_text())
@@ -89,19 +90,19 @@ def test_a_world_follows_actions(tmp_path):
     world = ["--model", write_untrained_world(tmp_path / "world"), "--preset", "tinyworld"]
     done = inferix("generate", *world, "--actions", "2R U", "--prompt", "a dark red fox", "--out", tmp_path / "a.mp4")
     assert done.returncode == 0, done.stderr
-    assert "warning: the small world does not know 'dark'" in done.stderr
+    assert "warning: " in done.stderr and "'dark'" in done.stderr
     assert count_frames(tmp_path / "a.mp4") == 1 + 3 * 4
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["opened_with"]["actions"] == "['right', 'right', 'up']"
-    for arguments, said in (
-        ((*world, "--prompt", "a fox", "--actions", "3R", "--blocks", "9"), "3 actions, for 4 latent frames"),
-        ((*world, "--prompt", "a fox", "--actions", "3Q"), "actions hold '3Q'; expected words such as 8S (stay)"),
-        ((*world, "--prompt", "qqq"), "knows no word of 'qqq'"),
-        (("--model", "wan-tiny", "--actions", "3R"), "follows no actions"),
+    for arguments, words in (
+        ((*world, "--prompt", "a fox", "--actions", "3R", "--blocks", "9"), "--actions.*3.*9 blocks"),
+        ((*world, "--prompt", "a fox", "--actions", "3Q"), "actions.*'3Q'.*8S"),
+        ((*world, "--prompt", "qqq"), "'qqq'"),
+        (("--model", "wan-tiny", "--actions", "3R"), "actions"),
     ):
         done = inferix("generate", *arguments, "--out", tmp_path / "b.mp4")
         assert done.returncode == 2, done.stderr
-        assert said in done.stderr, done.stderr
+        assert re.search(words, done.stderr), done.stderr
         assert not (tmp_path / "b.mp4").exists()
 
 
@@ -121,33 +122,33 @@ def test_image_and_video_begin_the_stream(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
-        (["--model", "nowhere.pt", "--prompt", "a"], "no such file"),
-        (["--preset", "self-forcin"], "did you mean 'self-forcing'"),
-        (["--set", "local_atn_size=6"], "did you mean 'local_attn_size'"),
-        (["--set", "sink_size"], "key=value"),
-        (["--set", "device=cuda"], "use --device"),
-        (["--size", "100x100"], "96x96 or 112x112"),
-        (["--size", "big"], "WIDTHxHEIGHT"),
-        (["--blocks", "0"], "--blocks"),
-        (["--blocks", "1.5"], "valid integer"),
-        (["--seconds", "-1"], "--seconds"),
-        (["--prompt", ""], "empty"),
-        (["--prompt", "x" * 100_000], "100000 characters"),
-        (["--prompt", os.fsdecode(b"\xff\xfe")], "UTF-8"),
-        (["--device", "cuda"], "no GPU"),
-        (["--device", "gpu"], "expected cpu"),
-        (["--dtype", "float31"], "did you mean 'float32'"),
-        (["--seed", "-1"], "seed"),
-        (["--image", "setup.cfg"], "image"),
+        (["--model", "nowhere.pt", "--prompt", "a"], "'nowhere.pt'"),
+        (["--preset", "self-forcin"], "'self-forcin'.*'self-forcing'"),
+        (["--set", "local_atn_size=6"], "'local_atn_size'.*'local_attn_size'"),
+        (["--set", "sink_size"], "--set 'sink_size'.*key=value"),
+        (["--set", "device=cuda"], "--set device.*--device"),
+        (["--size", "100x100"], "100x100.*96x96.*112x112"),
+        (["--size", "big"], "--size 'big'.*832x480"),
+        (["--blocks", "0"], "--blocks.*0"),
+        (["--blocks", "1.5"], "'1.5'"),
+        (["--seconds", "-1"], "--seconds.*-1"),
+        (["--prompt", ""], "prompt"),
+        (["--prompt", "x" * 100_000], "prompt.*100000"),
+        (["--prompt", os.fsdecode(b"\xff\xfe")], "prompt.*UTF-8"),
+        (["--device", "cuda"], "cuda"),
+        (["--device", "gpu"], "'gpu'.*cpu"),
+        (["--dtype", "float31"], "'float31'.*'float32'"),
+        (["--seed", "-1"], "seed.*-1"),
+        (["--image", "setup.cfg"], "image.*setup.cfg"),
         (["--prompt-embeds", "none.safetensors"], "none.safetensors"),
-        (["--out", "/proc/none/a.mp4"], "cannot write"),
-        (["--out", "a.gif"], "must end in"),
-        (["--nonsense"], "nonsense"),
+        (["--out", "/proc/none/a.mp4"], "/proc/none"),
+        (["--out", "a.gif"], "--out 'a.gif'.*mp4"),
+        (["--nonsense"], "--nonsense"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words):
     if "--device" in arguments and arguments[1] == "cuda":
         import torch
 
@@ -155,7 +156,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said):
             pytest.skip("there is a GPU")
     done = inferix("generate", "--model", "wan-tiny", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert re.search(words, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -164,9 +165,14 @@ def test_a_damaged_checkpoint_is_exit_code_1_and_debug_shows_the_traceback(tmp_p
     (tmp_path / "model.pt").write_bytes(b"damaged")
     plain = inferix("generate", "--model", tmp_path / "model.pt", "--prompt", "a", "--out", tmp_path / "a.mp4")
     assert plain.returncode == 1
-    assert plain.stderr.startswith("error: cannot read") and plain.stderr.count("\n") == 1
+    assert plain.stderr.startswith("error: ") and "model.pt" in plain.stderr and plain.stderr.count("\n") == 1
     shown = inferix("--debug", "generate", "--model", tmp_path / "model.pt", "--prompt", "a", cwd=tmp_path)
     assert shown.returncode == 1 and "Traceback" in shown.stderr
+
+
+def restore_sigint() -> None:
+    """Undo, in a child process, the ignored SIGINT that it inherits from tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -174,15 +180,15 @@ def test_a_signal_keeps_the_finished_blocks_in_a_playable_file(tmp_path, number,
     run = subprocess.Popen(
         [*RUN, "generate", *SMALL[:4], "--blocks", "2000", "--records", str(tmp_path / "a.jsonl"),
          "--out", str(tmp_path / "a.mp4")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=restore_sigint,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size for path in tmp_path.glob("a.mp4.*.part")) and time.monotonic() < deadline:
         time.sleep(0.1)
     run.send_signal(number)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == code, said
-    assert "of 2000 blocks were finished" in said
+    _, printed = run.communicate(timeout=60)
+    assert run.returncode == code, printed
+    assert "of 2000 blocks" in printed
     record = json.loads((tmp_path / "a.json").read_text())
     assert count_frames(tmp_path / "a.mp4") >= record["frames"] > 0
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) >= len(record["blocks"])
@@ -248,7 +254,8 @@ def test_no_output_is_an_input_or_another_output(cats, arguments):
         Path("cat.json").write_text("{}")
     before = {path: path.read_bytes() for path in cats.rglob("*") if path.is_file()}
     done = run_here(*(argument.format(cats) for argument in arguments))
-    assert done.exit_code == 2 and "choose another name" in done.output, done.output
+    assert done.exit_code == 2 and done.output.startswith("error: "), done.output
+    assert any(str(argument) in done.output for argument in arguments), done.output
     assert {path: path.read_bytes() for path in cats.rglob("*") if path.is_file()} == before
 
 
@@ -362,11 +369,11 @@ def test_hostile_values_end_in_a_short_line(cats, arguments):
     assert not Path("out.mp4").exists()
 
 
-def test_memory_that_runs_out_is_told_in_a_line(monkeypatch):
+def test_out_of_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(doctor, "report", lambda: torch.empty(10**15))
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 1
-    assert "error: memory ran out: " in done.output and "inferix plan says what fits" in done.output
+    assert done.output.startswith("error: ") and "inferix plan" in done.output and done.output.count("\n") == 1
     assert isinstance(CliRunner().invoke(app, ["--debug", "doctor"]).exception, RuntimeError)
 
 
@@ -390,16 +397,16 @@ def test_prompts_over_time_and_presets(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "a.json").read_text())["prompts_at_blocks"] == {"1": "snow falls"}
     (tmp_path / "story.yaml").write_text("- {at: 9, prompt: late}\n")
-    for arguments, said in (
-        (["--storyboard", tmp_path / "story.yaml"], "beyond the last block"),
-        (["--prompt-at", "soon", "x"], "SECONDS"),
-        (["--prompt-at", "1"], "too few values"),
-        (["--strength", "0.5"], "no video"),
-        (["--negative-prompt", "blur"], "no guidance"),
-        (["--preset", "causal-diffusion"], "negative prompt"),
+    for arguments, words in (
+        (["--storyboard", tmp_path / "story.yaml"], "9"),
+        (["--prompt-at", "soon", "x"], "--prompt-at.*'soon'"),
+        (["--prompt-at", "1"], "--prompt-at"),
+        (["--strength", "0.5"], "strength.*0.5.*--video"),
+        (["--negative-prompt", "blur"], "negative.prompt|guidance"),
+        (["--preset", "causal-diffusion"], "--negative-prompt"),
     ):
         done = inferix("generate", *SMALL, "--prompt", "a", *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert done.returncode == 2 and re.search(words, done.stderr), done.stderr
     shown = inferix("generate", "--list-presets")
     assert shown.returncode == 0 and "rolling-forcing" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 100

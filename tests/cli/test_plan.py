@@ -1,6 +1,7 @@
-"""`inferix plan`: what it says, that its advice does what it promises, its refusals, and the tables in the docs."""
+"""`inferix plan`: its figures, its suggestions applied, its refusals, and the tables in the docs."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -24,20 +25,20 @@ def facts(*arguments):
 
 
 def test_a_plan_that_fits():
-    told, code = facts("--model", "wan-1.3b", "--preset", "longlive", "--gpu", "rtx-4090")
-    assert code == 0 and told["fits"] and told["sessions_that_fit"] == 1
-    parts = (*told["memory"]["once"].values(), *told["memory"]["each_session"].values())
-    assert sum(parts) == told["memory"]["needed"] <= told["memory"]["given"] == 24 * 10**9
-    assert told["pages"] == 12 and told["longest_window"] >= told["window"] == 12
-    predicted = told["predicted"]
+    result, code = facts("--model", "wan-1.3b", "--preset", "longlive", "--gpu", "rtx-4090")
+    assert code == 0 and result["fits"] and result["sessions_that_fit"] == 1
+    parts = (*result["memory"]["once"].values(), *result["memory"]["each_session"].values())
+    assert sum(parts) == result["memory"]["needed"] <= result["memory"]["given"] == 24 * 10**9
+    assert result["pages"] == 12 and result["longest_window"] >= result["window"] == 12
+    predicted = result["predicted"]
     assert "not a measurement" in predicted["kind"] and predicted["assumed_efficiency"] == 1
-    steady, work = predicted["blocks"]["steady"], told["work"]["steady"]
+    steady, work = predicted["blocks"]["steady"], result["work"]["steady"]
     assert steady["transformer_seconds"] >= work["transformer_flops"] / 165.2e12
     assert steady["fps"] == pytest.approx(12 / steady["seconds"])
     shown = plan("--preset", "longlive", "--gpu", "rtx-4090")
     assert shown.exit_code == 0
-    for said in ("It fits: 1 session", "maker's figures", "Floors are predictions", "Nothing was measured"):
-        assert said in shown.stdout
+    for words in ("It fits: .*1 session", "rtx-4090", "predictions", "not measurements"):  # no floor without its caveat
+        assert re.search(words, shown.stdout)
 
 
 def test_sessions_and_given_ceilings():
@@ -65,65 +66,65 @@ def test_sessions_and_given_ceilings():
         "--model wan-5b --preset longlive2 --memory 16GB",
     ],
 )
-def test_advice_does_what_it_says(asked):
-    """Every change, given back as options, needs what was promised and fits where that was promised."""
-    told, code = facts(*shlex.split(asked))
-    assert code == 1 and told["fits"] is False and told["changes"]
-    for change in told["changes"]:
+def test_suggested_options_need_the_stated_memory(asked):
+    """Each suggestion, added to the options, needs the stated bytes and fits if it says so."""
+    result, code = facts(*shlex.split(asked))
+    assert code == 1 and result["fits"] is False and result["changes"]
+    for change in result["changes"]:
         after, code = facts(*shlex.split(asked), *shlex.split(" ".join(change["options"])))
         assert after["memory"]["needed"] == change["needed"]
         assert (code == 0) == change["fits"] == after["fits"]
     shown = plan(*shlex.split(asked))
     assert shown.exit_code == 1
-    assert "It does not fit" in shown.stdout and "--no-text-encoder" in shown.stdout
+    assert "does not fit" in shown.stdout and "--no-text-encoder" in shown.stdout
 
 
-def test_the_model_or_the_preset_alone():
+def test_defaults_of_model_and_preset():
     assert facts("--preset", "krea")[0]["model"] == "wan-14b"
     assert facts("--model", "wan-14b")[0]["preset"] == "self-forcing"
     assert facts("--model", "tinyworld")[0]["preset"] == "tinyworld"
-    told, code = facts()
-    assert (told["model"], told["preset"], told["fits"], code) == ("wan-1.3b", "self-forcing", None, 0)
+    result, code = facts()
+    assert (result["model"], result["preset"], result["fits"], code) == ("wan-1.3b", "self-forcing", None, 0)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
-        (["--model", "wan1.3b"], "did you mean 'wan-1.3b'"),
-        (["--model", "wan-14b-i2v"], "not in this version"),
-        (["--preset", "longlve"], "did you mean 'longlive"),
-        (["--gpu", "h20"], "did you mean 'h200'"),
-        (["--gpu", "abacus"], "rtx-4090"),
-        (["--memory", "24"], "no unit; expected such as 24GB"),
-        (["--memory", "lots"], "memory is 'lots'"),
-        (["--memory", "-3GB"], "memory is '-3GB'"),
-        (["--memory", "0GB"], "more than 0"),
-        (["--sessions", "0"], "sessions is 0"),
-        (["--size", "833x480"], "832x480 or 848x480"),
-        (["--size", "wide"], "WIDTHxHEIGHT"),
-        (["--dtype", "bf16"], "bfloat16"),
-        (["--kv-dtype", "fp4"], "did you mean 'fp8'"),
-        (["--kv-dtype", "fp8", "--gpu", "a100-80gb"], "use int8"),
-        (["--vae", "teahv"], "did you mean 'taehv'"),
-        (["--preset", "krea", "--vae", "taehv"], "cannot"),
-        (["--set", "local_attn_size=2"], "smaller than a block of 3 frames"),
-        (["--set", "local_attn_size=-1"], "local_attn_size"),
-        (["--set", "local_atn_size=6"], "did you mean 'local_attn_size'"),
+        (["--model", "wan1.3b"], "--model.*'wan1.3b'.*'wan-1.3b'"),
+        (["--model", "wan-14b-i2v"], "wan-14b-i2v.*wan-14b"),
+        (["--preset", "longlve"], "'longlve'.*'longlive"),
+        (["--gpu", "h20"], "--gpu.*'h20'.*'h200'"),
+        (["--gpu", "abacus"], "'abacus'.*rtx-4090"),
+        (["--memory", "24"], "--memory.*'24'.*24GB"),
+        (["--memory", "lots"], "memory.*'lots'"),
+        (["--memory", "-3GB"], "memory.*'-3GB'"),
+        (["--memory", "0GB"], "memory.*0"),
+        (["--sessions", "0"], "sessions.*0"),
+        (["--size", "833x480"], "833x480.*832x480.*848x480"),
+        (["--size", "wide"], "--size.*'wide'.*832x480"),
+        (["--dtype", "bf16"], "--dtype.*'bf16'.*bfloat16"),
+        (["--kv-dtype", "fp4"], "--kv-dtype.*'fp4'.*'fp8'"),
+        (["--kv-dtype", "fp8", "--gpu", "a100-80gb"], "--kv-dtype.*a100-80gb.*int8"),
+        (["--vae", "teahv"], "--vae.*'teahv'.*'taehv'"),
+        (["--preset", "krea", "--vae", "taehv"], "krea.*--vae"),
+        (["--set", "local_attn_size=2"], "local_attn_size.*2.*3 frames"),
+        (["--set", "local_attn_size=-1"], "--set local_attn_size=21"),
+        (["--set", "local_atn_size=6"], "'local_atn_size'.*'local_attn_size'"),
         (["--tflops", "700"], "--bandwidth"),
-        (["--tflops", "0", "--bandwidth", "1"], "above 0"),
+        (["--tflops", "0", "--bandwidth", "1"], "--tflops.*0"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, said):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words):
     done = plan(*arguments)
     assert done.exit_code == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert done.stderr.startswith("error: ") and re.search(words, done.stderr)
 
 
-def test_help_teaches():
+def test_help_has_an_example_and_every_gpu():
     shown = plan("--help")
     assert shown.exit_code == 0
-    assert "Example: inferix plan --preset longlive --gpu rtx-4090" in shown.stdout
+    assert "Example: inferix plan" in shown.stdout
     assert all(name in " ".join(shown.stdout.split()) for name in CARDS)
 
 

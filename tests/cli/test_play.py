@@ -11,7 +11,7 @@ from oracles import write_untrained_world
 from typer.testing import CliRunner
 
 from inferix.cli.main import app
-from inferix.cli.play import HELD, Controls, fitting_scale, half_blocks, split_keys
+from inferix.cli.play import KEY_SECONDS, Controls, fitting_scale, half_blocks, split_keys
 from inferix.errors import UsageError
 
 ACTIONS = ("stay", "up", "down", "left", "right")
@@ -24,14 +24,14 @@ class Clock:
         return self.now
 
 
-def test_arrows_act_for_as_long_as_they_are_held():
+def test_an_arrow_acts_until_its_key_press_expires():
     clock = Clock()
     controls = Controls(ACTIONS, clock)
     assert controls.action() == "stay"
     for key in split_keys("\x1b[C\x1bOA"):
         controls.key(key)
     assert controls.action() == "up"
-    clock.now += HELD
+    clock.now += KEY_SECONDS
     assert controls.action() == "stay"
 
 
@@ -40,13 +40,13 @@ def test_a_prompt_is_typed_corrected_sent_or_dropped():
     for key in "pa q\x7ffox\r":
         controls.key(key)
     assert list(controls.prompts) == ["a fox"]
-    assert not controls.leave
+    assert not controls.quit
     for key in ("p", "x", "\x1b"):
         controls.key(key)
     assert controls.line is None
     assert len(controls.prompts) == 1
     controls.key("q")
-    assert controls.leave
+    assert controls.quit
 
 
 def test_two_pixels_make_a_character():
@@ -62,14 +62,14 @@ def test_a_terminal_may_be_too_small_or_large_enough_for_more():
     size = os.terminal_size
     assert fitting_scale((64, 64), size((64, 35))) == 1
     assert fitting_scale((64, 64), size((200, 80))) == 2
-    with pytest.raises(UsageError, match="80x24 characters; play needs 64x35"):
+    with pytest.raises(UsageError, match=r"80x24.*64x35"):
         fitting_scale((64, 64), size((80, 24)))
 
 
-def test_without_a_terminal_or_actions_it_says_so():
+def test_without_a_terminal_it_is_refused():
     done = CliRunner().invoke(app, ["play"])
     assert done.exit_code == 2
-    assert "needs a terminal" in done.stderr
+    assert "terminal" in done.stderr and "inferix generate" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -97,6 +97,6 @@ def test_a_walk_in_a_terminal(tmp_path):
             pressed = True
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown[-500:]
     text = shown.decode(errors="replace")
-    assert re.search(r"1[67] frames in [\d.]+ s: [\d.]+ FPS, the world's own is 8", text)
+    assert re.search(r"1[67] frames .* 8 FPS", text)
     assert text.count("▀") >= 16 * 64 * 32
     assert "arrows: walk" in text

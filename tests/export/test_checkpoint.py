@@ -68,34 +68,34 @@ def test_a_decoder_is_chosen_and_must_fit(folders, tmp_path):
     spec = MODELS["wan-tiny"]
     tiny = random_tiny_decoder_state(spec, 0, torch.float32) | {"encoder.0.weight": torch.zeros(1)}
     torch.save(tiny, tmp_path / "taew2_1.pth")
-    found = load(folders["original"], vae="taehv", base=tmp_path)
-    given = load(folders["diffusers"], vae=tmp_path / "taew2_1.pth")
+    searched = load(folders["original"], vae="taehv", base=tmp_path)
+    by_path = load(folders["diffusers"], vae=tmp_path / "taew2_1.pth")
     blocks = []
-    for engine in (found, given):
+    for engine in (searched, by_path):
         assert isinstance(engine.parts.vae, TinyDecoder)
         with engine.open(prompt="a cat", size=SIZE) as session:
             blocks.append(next(session.stream(1)))
     assert (blocks[0].frames == blocks[1].frames).all() and len(blocks[0].frames) == 9
-    with pytest.raises(UsageError, match="cannot encode"):
-        found.open(prompt="a", size=SIZE, video=blocks[0].frames)
-    with pytest.raises(UsageError, match="causvid encodes pictures again"):
+    with pytest.raises(UsageError, match="vae"):
+        searched.open(prompt="a", size=SIZE, video=blocks[0].frames)
+    with pytest.raises(UsageError, match=r"causvid.*vae"):
         load("wan-tiny", preset="causvid", vae="taehv")
-    with pytest.raises(UsageError, match="no tiny decoder"):
+    with pytest.raises(UsageError, match="tae"):
         load(folders["original"], vae="taehv")
     other = write_random("wan-tiny-5b", "original", tmp_path / "5b")
-    with pytest.raises(UsageError, match="reads 48 channels at strides"):
+    with pytest.raises(UsageError, match=r"48.*16"):
         load(folders["original"], vae=other)
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="none"):
         load(folders["original"], vae=tmp_path / "none")
 
 
 @pytest.mark.parametrize("target", ["original", "diffusers"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_converts_to_the_same_video(folders, form, target, tmp_path):
-    said = []
-    convert(folders[form], tmp_path / "out", target, max_shard=1_000_000, tell=said.append)
+    names = []
+    convert(folders[form], tmp_path / "out", target, max_shard=1_000_000, progress=names.append)
     assert inspect(tmp_path / "out")["format"] == target
-    assert len([name for name in said if "-of-" in name]) > 3
+    assert len([name for name in names if "-of-" in name]) > 3
     assert torch.equal(first_block(tmp_path / "out").latents, first_block(folders[form]).latents)
 
 
@@ -103,12 +103,12 @@ def test_convert_changes_the_dtype_and_refuses_bad_choices(folders, tmp_path):
     convert(folders["causvid"], tmp_path / "half", dtype="bfloat16")
     assert inspect(tmp_path / "half")["dtypes"] == ["bfloat16"]
     WanTransformer3DModel.load_config(tmp_path / "half" / "transformer")
-    for kwargs, said in (
-        ({"form": "krea"}, "original, diffusers"),
-        ({"dtype": "float33"}, "did you mean 'float32'"),
-        ({"max_shard": 0}, "max_shard"),
+    for kwargs, words in (
+        ({"form": "krea"}, "'krea'.*original, diffusers"),
+        ({"dtype": "float33"}, "'float33'.*'float32'"),
+        ({"max_shard": 0}, "max_shard.* 0"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=words):
             convert(folders["causvid"], tmp_path / "other", **kwargs)
     assert not (tmp_path / "other").exists()
 
@@ -139,14 +139,14 @@ def test_a_lora_is_merged_at_its_scale(folders, tmp_path):
 def test_a_lora_for_another_base_is_refused(folders, tmp_path):
     wide = dataclasses.replace(MODELS["wan-tiny"], dim=384, num_layers=3)
     save_file(random_lora(wide, 0), tmp_path / "wide.safetensors")
-    with pytest.raises(UsageError, match=r"another base model: .*\[384, 384\], the model has \[256, 256\]"):
+    with pytest.raises(UsageError, match=r"\[384, 384\].*\[256, 256\]"):
         load(folders["original"], lora=tmp_path / "wide.safetensors")
     save_file({"x.weight": torch.zeros(1)}, tmp_path / "no.safetensors")
-    with pytest.raises(UsageError, match=r"no LoRA: it holds 'x\.weight'"):
+    with pytest.raises(UsageError, match=r"no\.safetensors.*x\.weight"):
         load(folders["original"], lora=tmp_path / "no.safetensors")
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="none"):
         load(folders["original"], lora=tmp_path / "none")
-    with pytest.raises(UsageError, match="no lora"):
+    with pytest.raises(UsageError, match=r"lora_scale.*0\.5"):
         load(folders["original"], lora_scale=0.5)
 
 
@@ -154,11 +154,11 @@ def test_quantised_weights_are_refused_by_name(folders, tmp_path):
     tensors = load_file(folders["original"] / "diffusion_pytorch_model.safetensors")
     tensors["blocks.0.ffn.0.weight"] = tensors["blocks.0.ffn.0.weight"].to(torch.int8)
     torch.save(tensors, tmp_path / "model_4o6.pt")
-    with pytest.raises(UsageError, match=r"blocks\.0\.ffn\.0\.weight in int8"):
+    with pytest.raises(UsageError, match=r"blocks\.0\.ffn\.0\.weight.*int8"):
         read_checkpoint(tmp_path / "model_4o6.pt")
 
 
-def test_the_averaged_weights_are_taken_unless_told_otherwise(folders):
+def test_use_ema_chooses_averaged_or_trained_weights(folders):
     averaged, trained = (first_block(folders["self-forcing"], use_ema=ema) for ema in (True, False))
     assert not torch.equal(averaged.latents, trained.latents)
 
@@ -180,7 +180,7 @@ def test_diffusers_itself_reads_what_is_written(folders):
 def test_a_bare_file_takes_its_parts_from_base(folders, tmp_path):
     file = tmp_path / "model.pt"
     file.write_bytes((folders["self-forcing"] / FORMATS["self-forcing"].file).read_bytes())
-    with pytest.raises(UsageError, match="no VAE"):
+    with pytest.raises(UsageError, match=r"VAE.*base"):
         load(file)
     for base in ("original", "diffusers"):
         assert torch.equal(first_block(file, base=folders[base]).latents, first_block(folders["original"]).latents)
@@ -198,7 +198,7 @@ def test_shards_are_joined_and_a_missing_one_is_named(folders, tmp_path):
         first_block(tmp_path, base=folders["original"]).latents, first_block(folders["original"]).latents
     )
     (tmp_path / next(iter(shards))).unlink()
-    with pytest.raises(InferixError, match="lacks shards diffusion_pytorch_model-00001-of-00002"):
+    with pytest.raises(InferixError, match="diffusion_pytorch_model-00001-of-00002"):
         read_checkpoint(tmp_path)
 
 
@@ -222,10 +222,13 @@ def test_misfits_are_listed_by_name_and_shape(folders, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InferixError) as caught:
         load(tmp_path / "model.safetensors", base=folders["original"])
-    said = str(caught.value)
-    assert "head.linear.bias [64]: missing" in said
-    assert "blocks.0.extra.weight [5]: unexpected" in said
-    assert "blocks.1.self_attn.q.weight: [3, 4], expected [256, 256]" in said
+    listed = str(caught.value).split("; ")
+    for parts in (
+        ("head.linear.bias", "[64]"),
+        ("blocks.0.extra.weight", "[5]"),
+        ("blocks.1.self_attn.q.weight", "[3, 4]", "[256, 256]"),
+    ):
+        assert any(all(part in entry for part in parts) for entry in listed), parts
 
 
 def test_files_that_are_none(folders, tmp_path):
@@ -241,9 +244,9 @@ def test_files_that_are_none(folders, tmp_path):
     save_file({"lm_head.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match=r"lm_head\.weight"):
         read_checkpoint(tmp_path / "other.safetensors")
-    with pytest.raises(UsageError, match="no such file or folder; did you mean 'wan-tiny'"):
+    with pytest.raises(UsageError, match=r"'wan-tny'.*'wan-tiny'"):
         read_checkpoint("wan-tny")
-    with pytest.raises(UsageError, match="did you mean 'diffusers'"):
+    with pytest.raises(UsageError, match=r"'difusers'.*'diffusers'"):
         read_checkpoint(folders["original"], "difusers")
 
 
@@ -253,26 +256,26 @@ def test_pickles_do_not_run_code(tmp_path):
             return (print, ("ran",))
 
     torch.save({"generator": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InferixError, match="holds more than tensors"):
+    with pytest.raises(InferixError, match=r"evil\.pt"):
         read_checkpoint(tmp_path / "evil.pt")
 
 
 def test_another_models_vae_is_refused(folders, tmp_path):
     bad = tmp_path / "vae.pth"
     torch.save({"conv9.weight": torch.zeros(1)}, bad)
-    with pytest.raises(InferixError, match="no Wan VAE"):
+    with pytest.raises(InferixError, match=r"vae\.pth"):
         load(folders["original"], vae=bad)
 
 
 def test_random_refuses_bad_names_and_full_folders(folders, tmp_path):
-    for names, said in (
-        (("wan-tiny", "diffuser", "float32"), "did you mean 'diffusers'"),
-        (("wan-tny", "diffusers", "float32"), "did you mean 'wan-tiny'"),
-        (("wan-tiny", "diffusers", "float33"), "did you mean 'float32'"),
+    for names, words in (
+        (("wan-tiny", "diffuser", "float32"), "'diffuser'.*'diffusers'"),
+        (("wan-tny", "diffusers", "float32"), "'wan-tny'.*'wan-tiny'"),
+        (("wan-tiny", "diffusers", "float33"), "'float33'.*'float32'"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=words):
             write_random(names[0], names[1], tmp_path / "x", 0, names[2])
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match=str(folders["original"])):
         write_random("wan-tiny", "original", folders["original"])
     assert not (tmp_path / "x").exists()
 
@@ -321,10 +324,10 @@ def test_single_files_of_other_tools_are_taken_along(folders, tmp_path, target):
     text = torch.load(source / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
     save_file(text, models / "text_encoders" / "umt5-xxl-enc-bf16.safetensors")
     shutil.copytree(source / "google", models / "google")
-    wanted = first_block(source)
+    expected = first_block(source)
     for model in (models, convert(models, tmp_path / "out", target)):
-        found = first_block(model)
-        assert torch.equal(found.latents, wanted.latents) and (found.frames == wanted.frames).all()
+        block = first_block(model)
+        assert torch.equal(block.latents, expected.latents) and (block.frames == expected.frames).all()
 
 
 def test_a_text_encoder_is_given_by_its_path(folders, tmp_path):
@@ -332,12 +335,12 @@ def test_a_text_encoder_is_given_by_its_path(folders, tmp_path):
     shutil.copyfile(folders["original"] / "models_t5_umt5-xxl-enc-bf16.pth", file)
     model = tmp_path / "model.safetensors"
     shutil.copyfile(folders["original"] / "diffusion_pytorch_model.safetensors", model)
-    found = first_block(model, base=folders["original"], text_encoder=file)
-    assert torch.equal(found.latents, first_block(folders["original"]).latents)
+    block = first_block(model, base=folders["original"], text_encoder=file)
+    assert torch.equal(block.latents, first_block(folders["original"]).latents)
     for place in (tmp_path / "none", folders["original"] / "google"):
-        with pytest.raises(UsageError, match="text_encoder is"):
+        with pytest.raises(UsageError, match=f"text_encoder.*{place}"):
             load(model, base=folders["original"], text_encoder=place)
-    with pytest.raises(UsageError, match="base is"):
+    with pytest.raises(UsageError, match=rf"base.*{file}"):
         load(model, base=file)
 
 
@@ -384,7 +387,7 @@ def test_no_output_at_in_or_above_an_input(folders, tmp_path):
     lora.mkdir()
     save_file(random_lora(MODELS["wan-tiny"], 1), lora / "adapter.safetensors")
     for target in (source, source / "out", source / "transformer", link, link / "out", tmp_path, lora / "out"):
-        with pytest.raises(UsageError, match=r"destination|cannot write"):
+        with pytest.raises(UsageError, match=str(target)):
             convert(source, target, lora=lora)
     assert sorted(source.rglob("*")) == before and [file.name for file in lora.iterdir()] == ["adapter.safetensors"]
 
@@ -394,7 +397,7 @@ def test_destinations_that_cannot_be(folders, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "nowhere").symlink_to(tmp_path / "target")
     for target in ("file", "pipe", "nowhere", "file/out", "\0", "x" * 300):
-        with pytest.raises(UsageError, match="cannot write"):
+        with pytest.raises(UsageError, match=str(tmp_path)):
             write_random("wan-tiny", "original", tmp_path / target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere", "pipe"]
     assert not (tmp_path / "target").exists()

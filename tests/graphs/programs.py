@@ -1,4 +1,4 @@
-"""What tests of lowering, planning and launching share: tracing a function, running its program, watching it run."""
+"""Helpers for tests of lowering, planning and launching: trace a function, run its program, watch it run."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_the_traced_block_is_the_model(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", DISTINCT)
 def test_rewritten_blocks_compute_the_same(preset: str) -> None:
-    """Each exact rewrite alone, with those it needs, and all together."""
+    """Each exact rewrite with those it needs, and all together."""
     block = block_of(preset)
     for name in chosen():
         found = rewritten(block, ["merge-qkv", name])
@@ -138,7 +138,7 @@ def test_passes_hold_neither_time_mlp_nor_prompt_work_nor_what_follows_the_last_
         told_by_actions = {"time_embedding.projection.weight", "time_embedding.projection.bias"}
         assert read == (told_by_actions if preset == "tinyworld" else set())
         assert not fused & {name_of(node.target) for node in graph}
-        if not graph.outputs:  # run for its keys and values alone
+        if not graph.outputs:  # run for its keys and values only
             costs_of = PassCost(graph)
             calls = [name_of(node.target) for node in graph if costs_of[node].launches]
             assert calls[-1] == "qk_norm_rope_append" and calls.count("qk_norm_rope_append") == SPEC.num_layers
@@ -251,7 +251,7 @@ def test_validate_refuses(damage: Callable[[PassGraph], None], named: str) -> No
         validate(block)
 
 
-def test_validate_refuses_values_that_nobody_makes() -> None:
+def test_validate_refuses_missing_values() -> None:
     block = all_done("self-forcing")
     with pytest.raises(GraphError, match=r"fold\.\d+"):
         validate(dataclasses.replace(block, fold=None))

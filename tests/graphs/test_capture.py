@@ -1,4 +1,4 @@
-"""What a capture that fails leaves behind, on stand-ins for torch's CUDA calls: nothing that a later one would meet."""
+"""A failed capture leaves the stream and the memory pool usable; torch's CUDA calls are replaced by fakes."""
 
 from __future__ import annotations
 

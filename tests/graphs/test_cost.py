@@ -1,4 +1,4 @@
-"""The cost model on lowered calls, and an op that is known by its spec alone: cost, colour, label, check and gate."""
+"""The cost model on lowered calls, and an op that is known only by its spec: cost, colour, label, check and gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pattern finds and what it leaves alone, on small functions; preconditions that no model meets."""
+"""Matches and refusals of each pattern, on small functions; preconditions that no model meets."""
 
 from __future__ import annotations
 

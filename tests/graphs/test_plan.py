@@ -111,10 +111,10 @@ def test_slots_alive_together_lie_apart(drawn: list[tuple[int, int, int]]) -> No
 def test_the_peak_and_what_holds_it_are_told() -> None:
     program = traced(lambda x: (x @ x + 1) @ x, torch.randn(16, 16))
     made = plan_buffers(program)
-    told = made.text(program)
-    assert told.startswith(f"arena {made.size} bytes in 2 slots for 3 buffers; {made.live} alive together")
-    assert ", aten::mm.out (pass/matmul_1)\n" in told
-    assert re.search(r"1024  16x16 float32 +aten::add.out \(pass/add\)\n", told)
+    text = made.text(program)
+    assert text.startswith(f"arena {made.size} bytes in 2 slots for 3 buffers; {made.live} alive together")
+    assert ", aten::mm.out (pass/matmul_1)\n" in text
+    assert re.search(r"1024  16x16 float32 +aten::add.out \(pass/add\)\n", text)
     alike = traced(lambda x: (x @ x) + (x @ x.T), torch.randn(16, 16))
-    told = plan_buffers(alike).text(alike)
-    assert re.search(r"2 x 1024  16x16 float32 +aten::mm.out \(pass/matmul\) and others", told)
+    text = plan_buffers(alike).text(alike)
+    assert re.search(r"2 x 1024  16x16 float32 +aten::mm.out \(pass/matmul\) and others", text)

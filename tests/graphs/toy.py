@@ -23,9 +23,9 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.table = nn.Parameter(torch.zeros(3, WIDTH))
 
-    def forward(self, x, told, layer, attention):
-        shift, scale, gate = (told[:, :, None] + self.table).unbind(-2)
-        frames = F.layer_norm(x, (WIDTH,), eps=1e-5).reshape(len(x), told.shape[1], -1, WIDTH)
+    def forward(self, x, time, layer, attention):
+        shift, scale, gate = (time[:, :, None] + self.table).unbind(-2)
+        frames = F.layer_norm(x, (WIDTH,), eps=1e-5).reshape(len(x), time.shape[1], -1, WIDTH)
         h = ((scale[:, :, None] + 1) * frames + shift[:, :, None]).reshape(x.shape)
         q, k = self.q_norm(self.to_q(h)), self.k_norm(self.to_k(h))
         q, k, v = (part.reshape(*part.shape[:2], -1, DIM) for part in (q, k, self.to_v(h)))
@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
 
 class Toy(nn.Module):
-    """Tokens of latent frames, told a time and a text; one solver step of its own."""
+    """Tokens of latent frames, given a time and a text; one solver step of its own."""
 
     def __init__(self):
         super().__init__()
@@ -53,10 +53,10 @@ class Toy(nn.Module):
         attention = PagedAttention(parts, kv, values["rope_rows"], values["rope_columns"])
         tokens = x.reshape(rows, frames, channels, grid[0], PATCH, grid[1], PATCH).permute(0, 1, 3, 5, 4, 6, 2)
         h = self.inward(tokens.reshape(rows, -1, PATCH**2 * channels))
-        told = self.time(values["timesteps"][..., None].to(h.dtype))
+        time = self.time(values["timesteps"][..., None].to(h.dtype))
         h = h + self.text(values["text"]).mean(1, keepdim=True)
         for index, layer in enumerate(self.layers):
-            h = layer(h, told, index, attention)
+            h = layer(h, time, index, attention)
         out = self.outward(h).reshape(rows, frames, *grid, PATCH, PATCH, channels)
         velocity = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape)
         noise = frame_noise(values["frames"], values["noise_key"], (channels, height, width), draw=1).to(x.dtype)

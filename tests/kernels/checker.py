@@ -18,7 +18,7 @@ INT8_TIES = 0.01  # share of INT8 values that may round the other way
 
 
 def exact(spec: KernelSpec, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the reference makes of the same values in float64; stores of FP8 stay what they are."""
+    """Outputs of the reference for the same values in float64; FP8 pages keep their dtype."""
     wide = {}
     for name, value in inputs.items():
         widens = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != FP8

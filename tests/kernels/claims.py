@@ -1,4 +1,4 @@
-"""What paged attention promises, as checks of any form of the op: see test_kernels.py and interpreted.py."""
+"""Claims about paged attention, as checks of any implementation of the op: see test_kernels.py and interpreted.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def shuffled_pages_equal_tokens_in_order(window: int, sinks: int, page_tokens: i
 
 
 def turned_queries_equal_keys_rotated_at_read(window: int, sinks: int, dtype: torch.dtype) -> float:
-    """Largest difference between one more turn of the query for the sink and keys rotated anew where they are read."""
+    """Largest difference between one more rotation of the query for the sink and keys rotated at read."""
     height, width = 3, 5
     raw_q, raw_kv, held = sessions(height * width, torch.float64)
     table, counts, q, q_sink, want = [], [], [], [], []

@@ -340,7 +340,7 @@ def test_bad_input_of_every_op_is_named(op, change, named, monkeypatch):
 
 
 def test_pages_are_not_looked_at_unless_asked(monkeypatch):
-    """What INFERIX_DEBUG=1 adds is a wait for the device; without it a wrong page is the caller's."""
+    """Page ids are checked only with INFERIX_DEBUG=1, since the check waits for the device."""
     monkeypatch.delenv("INFERIX_DEBUG", raising=False)
     good = GOOD_CALLS[kv_pages] | {"target_pages": numbers(2, 2)}
     kv_pages(**good)

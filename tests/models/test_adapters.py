@@ -1,4 +1,4 @@
-"""An adapter is merged as its file says, in every published form of names and strength, or refused by a reason."""
+"""An adapter is merged at the strength its file states, in every published form, or refused with a reason."""
 
 import json
 import math
@@ -39,19 +39,19 @@ def checkpoint(tmp_path_factory):
 
 
 def changes(checkpoint, lora, factor=1.0, partial=False):
-    """What merging adds, by our names, of the parameters that it changes."""
+    """Return the difference that merging makes to each parameter it changes, by our names."""
     change = merging(checkpoint, [(lora, factor)], partial)
-    found = {name: change(name, tensor) - tensor for name, tensor in checkpoint.tensors.items()}
-    return {name: value for name, value in found.items() if value.any()}
+    differences = {name: change(name, tensor) - tensor for name, tensor in checkpoint.tensors.items()}
+    return {name: value for name, value in differences.items() if value.any()}
 
 
 def check(checkpoint, lora, expected, **options):
     """`expected` is by the original's module names, of weights, or by our parameter names."""
-    wanted = {f"{OURS[name]}.weight" if name in OURS else name: value for name, value in expected.items()}
-    found = changes(checkpoint, lora, **options)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert (found[name] - value.view(found[name].shape)).abs().max() <= 1e-4, name
+    expected = {f"{OURS[name]}.weight" if name in OURS else name: value for name, value in expected.items()}
+    merged = changes(checkpoint, lora, **options)
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (merged[name] - value.view(merged[name].shape)).abs().max() <= 1e-4, name
 
 
 def to_diffusers(module):
@@ -158,8 +158,8 @@ def test_strength_by_a_config(checkpoint, tmp_path, case, place):
     config, scale, scale8 = CONFIGS[case]
     expected = {Q: scale * PRODUCT, UP: scale8 * PRODUCT8}
     if place == "metadata":
-        told = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
-        lora = save(named("transformer."), tmp_path / "lora.safetensors", told)
+        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+        lora = save(named("transformer."), tmp_path / "lora.safetensors", metadata)
     else:
         lora = save(FORMS["peft"], tmp_path / "adapter_model.safetensors")
         save_json(config, tmp_path / "adapter_config.json")
@@ -174,10 +174,10 @@ def test_plain_metadata(checkpoint, tmp_path):
 
 def test_metadata_of_a_trainer_whose_alpha_is_in_the_weights(checkpoint, tmp_path):
     """Files that musubi's tools convert keep ss_network_alpha, which their weights have taken in already."""
-    told = {"ss_network_alpha": "2", "ss_network_dim": "4"}
-    check(checkpoint, save(named("diffusion_model."), tmp_path / "a.safetensors", told), {Q: PRODUCT, UP: PRODUCT8})
+    metadata = {"ss_network_alpha": "2", "ss_network_dim": "4"}
+    check(checkpoint, save(named("diffusion_model."), tmp_path / "a.safetensors", metadata), {Q: PRODUCT, UP: PRODUCT8})
     with pytest.raises(UsageError, match="ss_network_alpha"):
-        changes(checkpoint, save(FORMS["kohya"], tmp_path / "b.safetensors", told))
+        changes(checkpoint, save(FORMS["kohya"], tmp_path / "b.safetensors", metadata))
 
 
 def test_a_config_beside_a_file_of_another_name_counts_if_it_agrees(checkpoint, tmp_path):
@@ -198,8 +198,8 @@ def test_a_config_beside_a_file_of_another_name_counts_if_it_agrees(checkpoint, 
 @pytest.mark.parametrize("conflict", ["tensor", "metadata"])
 def test_strength_that_is_stated_twice_must_agree(checkpoint, tmp_path, conflict):
     parts = named(modules=[Q]) | ({f"{Q}.alpha": torch.tensor(2.0)} if conflict == "tensor" else {})
-    told = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
-    save(parts, tmp_path / "adapter_model.safetensors", told if conflict == "metadata" else None)
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    save(parts, tmp_path / "adapter_model.safetensors", metadata if conflict == "metadata" else None)
     save_json({"r": 4, "lora_alpha": 2}, tmp_path / "adapter_config.json")
     check(checkpoint, tmp_path, {Q: 0.5 * PRODUCT})
     save_json({"r": 4, "lora_alpha": 8}, tmp_path / "adapter_config.json")
@@ -226,8 +226,8 @@ BAD_CONFIGS = [
 @pytest.mark.parametrize("config", BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
 @pytest.mark.parametrize("place", ["folder", "metadata"])
 def test_bad_configs_are_refused(checkpoint, tmp_path, config, place):
-    told = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
-    save(named("transformer."), tmp_path / "adapter_model.safetensors", told if place == "metadata" else None)
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    save(named("transformer."), tmp_path / "adapter_model.safetensors", metadata if place == "metadata" else None)
     if place == "folder":
         save_json(config, tmp_path / "adapter_config.json")
     with pytest.raises(UsageError, match="adapter_config" if place == "folder" else "lora_adapter_metadata"):
@@ -355,7 +355,7 @@ def test_a_partial_fit_is_merged_if_asked_for_and_says_what_is_left_out(checkpoi
 
 def test_an_adapter_that_changes_nothing_says_so(checkpoint, tmp_path):
     zeros = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in named().items()}
-    with pytest.warns(UserWarning, match="changes nothing"):
+    with pytest.warns(UserWarning, match=r"lora\.safetensors"):
         check(checkpoint, save(zeros, tmp_path / "lora.safetensors"), {})
 
 
@@ -363,11 +363,11 @@ def test_folders(checkpoint, tmp_path):
     save(named(modules=[Q]), tmp_path / "a.safetensors")
     check(checkpoint, tmp_path, {Q: PRODUCT})
     save(named(modules=[UP]), tmp_path / "b.safetensors")
-    with pytest.raises(UsageError, match="2 weight files"):
+    with pytest.raises(UsageError, match=f"{tmp_path}.* 2 "):
         changes(checkpoint, tmp_path)
     save(named(modules=[UP]), tmp_path / "adapter_model.safetensors")
     check(checkpoint, tmp_path, {UP: PRODUCT8})
-    with pytest.raises(UsageError, match="no such"):
+    with pytest.raises(UsageError, match="none"):
         changes(checkpoint, tmp_path / "none")
 
 

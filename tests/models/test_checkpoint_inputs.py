@@ -80,7 +80,7 @@ def test_copies_without_the_exact_name(tmp_path):
 def test_shards_of_several_or_incomplete_checkpoints(tmp_path):
     places = shards(published(), tmp_path / "a", index=False)
     shards(WRONG, tmp_path / "a", count=2, index=False)
-    with pytest.raises(UsageError, match="several"):
+    with pytest.raises(UsageError, match=str(tmp_path / "a")):
         read_checkpoint(tmp_path / "a")
     shards(published(), tmp_path / "b", count=2, total=3, index=False)
     with pytest.raises(InferixError, match="00003-of-00003"):
@@ -121,7 +121,7 @@ BAD_INDEXES = [
 def test_bad_indexes(tmp_path, index):
     save(published(), tmp_path / WEIGHTS)
     save_json(index, tmp_path / f"{WEIGHTS}.index.json")
-    with pytest.raises(InferixError, match=r"index|lacks|folder"):
+    with pytest.raises(InferixError, match=tmp_path.name):
         read_checkpoint(tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_heads_of_a_known_model_are_not_taken_from_a_config(tmp_path):
     file = save({to_format("original", name): tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
     assert read_checkpoint(file).spec == MODELS["wan-tiny"]
     save_json(original_config(MODELS["wan-tiny"]) | {"num_heads": 4}, tmp_path / "config.json")
-    with pytest.raises(UsageError, match="num_heads is 4"):
+    with pytest.raises(UsageError, match=r"num_heads.* 4"):
         read_checkpoint(file)
 
 
@@ -243,7 +243,7 @@ def test_models_of_two_transformers_are_refused_by_the_pipelines_index(tmp_path,
 
 @pytest.mark.parametrize("name", ["wan2.2_t2v_high_noise_14B_fp16", "Wan2_2-T2V-LowNoise", "low-noise"])
 def test_one_expert_of_two_is_refused_by_its_name(tmp_path, name):
-    with pytest.raises(UsageError, match="two-expert"):
+    with pytest.raises(UsageError, match=name):
         read_checkpoint(save(published(), tmp_path / f"{name}.safetensors"))
 
 
@@ -325,7 +325,7 @@ def test_several_transformers_in_a_file(tmp_path):
     with pytest.raises(UsageError, match=r"net|model"):
         read_checkpoint(save({"model": published(), "net": WRONG}, tmp_path / "x.pt"))
     both = {f"model.{name}": value for name, value in WRONG.items()} | published()
-    with pytest.raises(UsageError, match="several"):
+    with pytest.raises(UsageError, match=r"y\.pt.*model"):
         read_checkpoint(save(both, tmp_path / "y.pt"))
     assert is_right(save({"generator": published(), "critic": WRONG, "fake_score": WRONG}, tmp_path / "z.pt"))
 
@@ -345,7 +345,7 @@ def test_other_parts_in_a_node_editors_file(tmp_path):
 )  # fmt: skip
 def test_a_tensor_that_has_two_names_or_is_of_no_model(tmp_path, more):
     file = save(published() | more, tmp_path / "x.pt")
-    with pytest.raises(InferixError, match=r"two names|unexpected|several"):
+    with pytest.raises(InferixError, match=r"x\.pt"):
         build_transformer(read_checkpoint(file), "reference", torch.float32, "cpu")
 
 
@@ -356,7 +356,7 @@ def test_a_tensor_that_has_two_names_or_is_of_no_model(tmp_path, more):
 def test_dtypes_that_are_no_weights(tmp_path, dtype):
     kind = getattr(torch, dtype)
     file = save(published() | {SECOND: published()[SECOND].to(kind)}, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match=f"{SECOND} in {dtype}"):
+    with pytest.raises(UsageError, match=f"{SECOND}.*{dtype}"):
         read_checkpoint(file)
 
 
@@ -369,7 +369,7 @@ def test_dtypes_that_are_no_weights(tmp_path, dtype):
 def test_scaled_weights_are_refused_in_any_dtype(tmp_path, scale):
     for prefix in ("", "model.diffusion_model."):
         parts = {f"{prefix}{name}": value for name, value in published().items()} | {f"{prefix}{scale}": torch.ones(1)}
-        with pytest.raises(UsageError, match="quantised"):
+        with pytest.raises(UsageError, match=scale):
             read_checkpoint(save(parts, tmp_path / "x.safetensors"))
 
 
@@ -403,7 +403,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_are_told_by_their_content(tmp_path, name):
+def test_refused_files_are_named_by_their_content(tmp_path, name):
     content, word = FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InferixError, match=word):
@@ -480,7 +480,7 @@ def test_expanded_tensors_are_refused(tmp_path):
         {"a": torch.zeros(2, 1).expand(2, 9)},
     ):
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(InferixError, match="repeats"):
+        with pytest.raises(InferixError, match=r"x\.pt.*'[az]'"):
             read_tensors(tmp_path / "x.pt")
     many = torch.zeros(1000)
     torch.save({str(number): many for number in range(50)}, tmp_path / "many.pt")

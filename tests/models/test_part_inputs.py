@@ -1,4 +1,4 @@
-"""VAEs, tiny decoders and text encoders as others ship them: found, read in either's names, or refused by a reason."""
+"""VAEs, tiny decoders and text encoders as published: found and read, or refused with a reason."""
 
 import json
 import os
@@ -32,8 +32,8 @@ TAEHV = random_tiny_decoder_state(MODELS["wan-tiny"], 0, torch.float32)
 
 
 def is_vae(path):
-    found = load_vae(path, None, "cpu")
-    return found.spec == TINY_VAE and all(torch.equal(tensor, VAE[name]) for name, tensor in found.state_dict().items())
+    vae = load_vae(path, None, "cpu")
+    return vae.spec == TINY_VAE and all(torch.equal(tensor, VAE[name]) for name, tensor in vae.state_dict().items())
 
 
 def prefixed(prefix, tensors):
@@ -90,10 +90,10 @@ def test_a_vaes_config_must_agree(tmp_path, key, value):
 def test_quantised_decoders_are_refused(tmp_path, tensors, dtype):
     name = next(name for name in tensors if name.startswith("decoder.") and name.endswith("weight"))
     file = save(tensors | {name: tensors[name].to(getattr(torch, dtype))}, tmp_path / "vae.safetensors")
-    with pytest.raises(UsageError, match=f"{name} in {dtype}"):
+    with pytest.raises(UsageError, match=f"{name}.*{dtype}"):
         load_decoder(file, torch.float32, "cpu")
     scaled = save(tensors | {name.replace("weight", "scale_weight"): torch.ones(1)}, tmp_path / "b.safetensors")
-    with pytest.raises(UsageError, match="quantised"):
+    with pytest.raises(UsageError, match="scale_weight"):
         load_decoder(scaled, torch.float32, "cpu")
 
 
@@ -134,9 +134,9 @@ def encoders(tmp_path_factory):
     return folder, rows(find_text([folder / "original"]))
 
 
-def rows(found):
-    assert found is not None
-    return load_text(found, 12, torch.float32, "cpu").encode("a cat")
+def rows(paths):
+    assert paths is not None
+    return load_text(paths, 12, torch.float32, "cpu").encode("a cat")
 
 
 def tensors_of(encoders, layout):
@@ -158,9 +158,9 @@ def tensors_of(encoders, layout):
 )
 def test_one_file_in_either_names(encoders, tmp_path, layout, file, wrap):
     file = save(wrap(tensors_of(encoders, layout)), tmp_path / file)
-    found = find_text([file], [encoders[0] / "diffusers"])
-    assert found == (file, encoders[0] / "diffusers" / "tokenizer")
-    assert torch.equal(rows(found), encoders[1])
+    paths = find_text([file], [encoders[0] / "diffusers"])
+    assert paths == (file, encoders[0] / "diffusers" / "tokenizer")
+    assert torch.equal(rows(paths), encoders[1])
 
 
 @pytest.mark.parametrize("name", [*TEXT_FILES, *(f"text_encoders/{name}" for name in TEXT_FILES)])
@@ -194,7 +194,7 @@ def test_quantised_encoders_are_refused(encoders, tmp_path, layout, dtype):
     tensors = tensors_of(encoders, layout)
     name = next(name for name in tensors if ".q." in name)
     file = save(tensors | {name: tensors[name].to(getattr(torch, dtype))}, tmp_path / "model.safetensors")
-    with pytest.raises(UsageError, match=f"{name} in {dtype}"):
+    with pytest.raises(UsageError, match=f"{name}.*{dtype}"):
         rows(find_text([file], [encoders[0] / "diffusers"]))
     save_json(
         json.loads((encoders[0] / "diffusers" / "text_encoder" / "config.json").read_text()), tmp_path / "config.json"
@@ -202,7 +202,7 @@ def test_quantised_encoders_are_refused(encoders, tmp_path, layout, dtype):
     with pytest.raises(UsageError, match=dtype):
         rows(find_text([tmp_path], [encoders[0] / "diffusers"]))
     scaled = save(tensors | {name.replace("weight", "scale_weight"): torch.ones(1)}, tmp_path / "scaled.safetensors")
-    with pytest.raises(UsageError, match="quantised"):
+    with pytest.raises(UsageError, match="scale_weight"):
         rows(find_text([scaled], [encoders[0] / "diffusers"]))
 
 

@@ -1,6 +1,7 @@
 """Prompt cleaning, the tiny UMT5 encoder in both checkpoint layouts, and files of prompt embeddings."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -57,12 +58,12 @@ def test_cleaning(raw, clean):
 
 @pytest.mark.parametrize("raw", ["", "  \n\t", "&nbsp;", "&amp;nbsp;"])
 def test_empty_prompt_is_refused(raw):
-    with pytest.raises(UsageError, match="is empty"):
+    with pytest.raises(UsageError, match="prompt"):
         clean_prompt(raw)
 
 
 def test_long_prompt_is_refused():
-    with pytest.raises(UsageError, match="20001 characters; expected at most 20000"):
+    with pytest.raises(UsageError, match=r"20001.*20000"):
         clean_prompt("x" * 20001)
 
 
@@ -87,12 +88,12 @@ def test_padding_does_not_reach_the_prompt(diffusers_dir):
 
 def test_long_prompt_is_cut_and_keeps_the_end_token(diffusers_dir):
     encoder = from_diffusers(diffusers_dir)
-    with pytest.warns(UserWarning, match=r"800 tokens.*512") as told:
+    with pytest.warns(UserWarning, match=r"800 tokens.*512") as caught:
         got = encoder.encode("cat " * 200)
     assert got.shape == (512, 64) and (got.abs().amax(1) > 0).all()
     with pytest.warns(UserWarning, match=r"515 tokens.*512"):
         assert torch.equal(got, encoder.encode(("cat " * 200)[:511] + "dog"))
-    assert len(str(told[0].message)) < 400
+    assert len(str(caught[0].message)) < 400
 
 
 @pytest.mark.parametrize("length", [0, 511])
@@ -142,9 +143,9 @@ def test_misfits_of_the_original_file_are_named(original_dir):
     torch.save(tensors, original_dir / ORIGINAL_FILE)
     with pytest.raises(InferixError) as caught:
         from_original(original_dir)
-    assert "missing: encoder.block.0.layer.1.layer_norm.weight;" in str(caught.value)
-    assert "unexpected: extra.weight;" in str(caught.value)
-    assert "encoder.block.1.layer.0.SelfAttention.k.weight [3, 5] instead of [64, 64]" in str(caught.value)
+    listed = str(caught.value)
+    assert "encoder.block.0.layer.1.layer_norm.weight" in listed and "extra.weight" in listed
+    assert "encoder.block.1.layer.0.SelfAttention.k.weight" in listed and "[3, 5]" in listed and "[64, 64]" in listed
 
 
 @pytest.mark.parametrize(
@@ -152,9 +153,9 @@ def test_misfits_of_the_original_file_are_named(original_dir):
     [
         ({}, "UMT5 encoder"),
         ({"token_embedding.weight": torch.zeros(4)}, "UMT5 encoder"),
-        ([torch.zeros(1)], "holds a list"),
-        ({"a": 1}, "holds a"),
-        (range(3), "cannot read"),
+        ([torch.zeros(1)], "list"),
+        ({"a": 1}, ORIGINAL_FILE),
+        (range(3), ORIGINAL_FILE),
     ],
     ids=["empty", "flat-embedding", "list", "number", "object"],
 )
@@ -168,7 +169,7 @@ def test_other_pickles_are_refused(original_dir, content, message):
 def test_truncated_original_file_is_refused(original_dir, keep):
     path = original_dir / ORIGINAL_FILE
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InferixError, match="cannot read"):
+    with pytest.raises(InferixError, match=ORIGINAL_FILE):
         from_original(original_dir)
 
 
@@ -178,14 +179,14 @@ def test_misfits_of_the_diffusers_folder_are_named(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 3, "d_ff": 48}))
     with pytest.raises(InferixError) as caught:
         from_diffusers(tmp_path)
-    assert "num_layers is 3, expected 2" in str(caught.value) and "d_ff is 48, expected 64" in str(caught.value)
+    assert re.search("num_layers.* 3.* 2.*d_ff.* 48.* 64|d_ff.* 48.* 64.*num_layers.* 3.* 2", str(caught.value))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_corrupt_diffusers_files_are_refused(tmp_path, name):
     write_tiny_text_encoder(tmp_path, "diffusers", 64, 0, torch.float32)
     (tmp_path / "text_encoder" / name).write_bytes(b"not this")
-    with pytest.raises(InferixError, match=f"cannot read .*{name}"):
+    with pytest.raises(InferixError, match=name):
         from_diffusers(tmp_path)
 
 
@@ -201,7 +202,7 @@ def test_missing_paths_are_refused(diffusers_dir, original_dir):
     with pytest.raises(UsageError, match="nowhere"):
         load_text((nowhere, tokenizer), *FLOAT)
     for model in (diffusers_dir / "text_encoder", original_dir / ORIGINAL_FILE):
-        with pytest.raises(UsageError, match="no tokenizer folder"):
+        with pytest.raises(UsageError, match=r"tokenizer.*nowhere"):
             load_text((model, nowhere), *FLOAT)
 
 
@@ -222,13 +223,13 @@ def test_embeds_are_padded_with_zero_rows(tmp_path, shape):
 @pytest.mark.parametrize(
     ("embeds", "message"),
     [
-        (torch.zeros(5, 7), r"expected \[1\.\.6, 8\]"),
-        (torch.zeros(7, 8), r"expected \[1\.\.6, 8\]"),
-        (torch.zeros(0, 8), r"expected \[1\.\.6, 8\]"),
-        (torch.zeros(2, 5, 8), r"expected \[1\.\.6, 8\]"),
-        (torch.zeros(8), r"expected \[1\.\.6, 8\]"),
-        (torch.zeros(5, 8, dtype=torch.int64), "finite floating-point numbers"),
-        (torch.full((5, 8), torch.nan), "finite floating-point numbers"),
+        (torch.zeros(5, 7), r"\[5, 7\].*\[1\.\.6, 8\]"),
+        (torch.zeros(7, 8), r"\[7, 8\].*\[1\.\.6, 8\]"),
+        (torch.zeros(0, 8), r"\[0, 8\].*\[1\.\.6, 8\]"),
+        (torch.zeros(2, 5, 8), r"\[2, 5, 8\].*\[1\.\.6, 8\]"),
+        (torch.zeros(8), r"\[8\].*\[1\.\.6, 8\]"),
+        (torch.zeros(5, 8, dtype=torch.int64), "floating-point"),
+        (torch.full((5, 8), torch.nan), "finite"),
     ],
 )
 def test_unfit_embeds_are_refused(tmp_path, embeds, message):
@@ -239,13 +240,13 @@ def test_unfit_embeds_are_refused(tmp_path, embeds, message):
 def test_unreadable_embeds_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match="absent"):
         load_prompt_embeds(tmp_path / "absent.safetensors", 6, 8)
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match=str(tmp_path)):
         load_prompt_embeds(tmp_path, 6, 8)
     path = embeds_file(tmp_path, prompt_embed=torch.zeros(5, 8), other=torch.zeros(1))
-    with pytest.raises(UsageError, match=r"holds .*; expected a tensor 'prompt_embeds'"):
+    with pytest.raises(UsageError, match=r"'prompt_embed'.*expected.*'prompt_embeds'"):
         load_prompt_embeds(path, 6, 8)
     for keep in (0, 20, 100):
         path.write_bytes(path.read_bytes()[:keep] or b"")
-        with pytest.raises(UsageError, match="cannot read"):
+        with pytest.raises(UsageError, match=path.name):
             load_prompt_embeds(path, 6, 8)
         path = embeds_file(tmp_path, prompt_embeds=torch.zeros(5, 8))

@@ -92,11 +92,11 @@ def test_the_two_ways_to_draw_a_number_agree():
 
 
 def test_unknown_words_are_taken_for_near_ones_or_left_out_with_a_warning():
-    with pytest.warns(UserWarning, match="'robots'; taken for 'robot'"):
+    with pytest.warns(UserWarning, match=r"'robots'.*'robot'"):
         assert known_words("red robots") == ["red", "robot"]
-    with pytest.warns(UserWarning, match="'xylophone'; left out. It knows: a {red|"):
+    with pytest.warns(UserWarning, match="'xylophone'"):
         assert known_words("a xylophone at night") == ["night"]
-    with pytest.raises(UsageError, match="knows no word of 'qqq'"):
+    with pytest.raises(UsageError, match="'qqq'"):
         known_words("qqq")
 
 
@@ -143,7 +143,7 @@ def test_errands_come_back_and_walks_along_things_run_into_them():
     assert random_clip(random.Random(2), 6, along_share=1.0).actions != clip.actions
 
 
-def test_latents_that_go_with_the_land_are_told_from_those_that_do_not():
+def test_the_land_loss_is_0_only_for_latents_that_move_with_the_camera():
     torch.manual_seed(0)
     land = torch.randn(2, 5, 20, 20)
     path = [(6, 6), (7, 6), (7, 5), (7, 5)]  # right, up, stay: the camera's corner in the land
@@ -211,6 +211,7 @@ def test_training_sees_what_a_cache_with_window_and_sink_sees():
             engine.loop.run_alone(engine.loop.commit(session.current, span, clean[0, frame : frame + 1]))
 
 
+@pytest.mark.slow
 def test_a_short_training_learns_resumes_and_writes_a_model_that_loads(tmp_path, capsys):
     torch.manual_seed(0)
     recipe = replace(train.SHORT, stills_steps=40, batch=1, crop=4, steps=24)

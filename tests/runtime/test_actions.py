@@ -1,4 +1,4 @@
-"""Actions: which frame has which, how they are written, and that the model is told."""
+"""Actions: the action of each frame, their text form, and their effect on the model."""
 
 import pytest
 import torch

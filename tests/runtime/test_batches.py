@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import ROWS, SIZE, TINY, make_engine
 
-from inferix.errors import InferixError, UsageError
+from inferix.errors import InferixError, SessionEnded, UsageError
 from inferix.models.wan.vae import TINY_VAE
 from inferix.runtime.capacity.memory_need import MemoryNeed
 from inferix.runtime.kv.pages import OutOfPages
@@ -263,8 +263,8 @@ def test_a_batch_that_does_not_fit_is_run_in_turns_and_not_tried_again():
                 assert (row[seed].latents - wanted.latents).abs().max() <= 1e-9
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interrupted_batch_ends_all_that_are_in_it(error):
+@pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt, State.RUNNING), (ZeroDivisionError, State.FAILED)])
+def test_an_interrupted_batch_is_taken_back_and_an_error_ends_all_that_are_in_it(error, state):
     engine = engine_of()
     sessions = [opened(engine, seed) for seed in range(3)]
     streams = [session.stream(3, decode=False) for session in sessions[:2]]
@@ -279,12 +279,17 @@ def test_an_interrupted_batch_ends_all_that_are_in_it(error):
     with pytest.raises(error) as held:
         [next(stream) for _ in range(2) for stream in streams]
     engine.executor.forward = forward
-    assert [session.state for session in sessions] == [State.FAILED, State.FAILED, State.NEW], held.value
+    assert [session.state for session in sessions] == [state, state, State.NEW], held.value
     engine.check_integrity()
-    with pytest.raises(InferixError, match="its last block was interrupted"):
-        sessions[0].stream(1)
+    if state is State.RUNNING:
+        assert [block.index for session in sessions[:2] for block in session.stream(2, decode=False)] == [1, 2, 1, 2]
+    else:
+        for session in sessions[:2]:
+            with pytest.raises(SessionEnded):
+                session.stream(1)
     assert len(list(sessions[2].stream(2, decode=False))) == 2
-    sessions[2].close()
+    for session in sessions:
+        session.close()
     assert engine.manager.pages_in_use == 0
 
 

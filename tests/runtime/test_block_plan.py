@@ -1,4 +1,4 @@
-"""The plan of a real model's block, from shapes alone: its scratch, what holds the peak, what torch allocates."""
+"""The plan of a real model's block, from shapes only: its scratch, its peak, and what torch allocates."""
 
 from __future__ import annotations
 

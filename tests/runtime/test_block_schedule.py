@@ -24,7 +24,7 @@ from inferix.schemes.block_schedule import (
     stream_blocks,
     window_of,
 )
-from inferix.schemes.page_needs import page_needs
+from inferix.schemes.page_needs import window
 from inferix.schemes.presets import PRESETS, Preset, make_preset
 from inferix.schemes.timeline import Timeline
 
@@ -146,6 +146,8 @@ def test_the_schedule_is_a_plain_loop_over_the_timeline(name: str, overrides: di
         assert scheduled.clears_cache == (scheduled.kind == "rebuild")
         group = scheduled.run.groups[-1]  # it sees all that earlier groups see
         assert window_of(scheduled.run) == (group.context if group.write else None)
+        beside = preset.context.sink_beside_window if group.context[0] > 0 else 0
+        assert scheduled.window == (tuple(sorted({*range(beside), *group.context})) if group.write else None)
     finished = [scheduled.blocks[0] for scheduled in passes if scheduled.kind == "commit"]
     assert finished in ([], [block.span for block in blocks])
 
@@ -153,7 +155,7 @@ def test_the_schedule_is_a_plain_loop_over_the_timeline(name: str, overrides: di
 def test_blocks_join_once_the_newest_has_taken_its_share_of_the_steps() -> None:
     """With two blocks in flight and four steps each, a block joins every second step."""
     preset = copy(make_preset("self-forcing"))
-    object.__setattr__(preset, "window_blocks", 2)  # a preset admits one block a step alone so far
+    object.__setattr__(preset, "window_blocks", 2)  # a preset admits only one block a step so far
     first, second, third = islice(scheduled_blocks(preset), 3)
 
     def steps(passes: tuple[ScheduledPass, ...]) -> list[tuple[int, ...]]:
@@ -194,4 +196,4 @@ def test_a_block_graph_has_the_passes_of_a_full_window(name: str) -> None:
     scheduled = [block.passes for block in islice(scheduled_blocks(preset), 30)]
     own = [planned.run for planned in passes if planned.name not in ("recache", "recompute")]
     assert own in [[one.run for one in block if one.kind != "rebuild"] for block in scheduled]
-    assert max(len(run.groups[-1].context) for run in own) == page_needs(preset).held
+    assert max(len(run.groups[-1].context) for run in own) == window(preset)

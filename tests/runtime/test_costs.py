@@ -1,4 +1,4 @@
-"""Costs from sizes alone, against real modules, caches, decoder states and passes."""
+"""Costs computed from sizes, against real modules, caches, decoder states and passes."""
 
 import weakref
 from dataclasses import replace
@@ -198,8 +198,8 @@ def test_published_figures():
         assert round(page_bytes(spec, tokens, "bfloat16") / 2**20) == page
         rows = 2 * spec.text_len * spec.text_dim
         assert round((cross_bytes(spec, "bfloat16") - rows) / 2**20) == prompt
-        for context, told in passes.items():
-            assert pass_flops(spec, tokens, one_group(3, context)).total / 1e12 == pytest.approx(told, abs=0.06)
+        for context, tflop in passes.items():
+            assert pass_flops(spec, tokens, one_group(3, context)).total / 1e12 == pytest.approx(tflop, abs=0.06)
 
 
 @pytest.mark.parametrize("name", ["wan-tiny", "wan-1.3b", "tinyworld"])

@@ -66,7 +66,7 @@ def test_fused_equals_eager(preset: str) -> None:
     ("preset", "kind"), [("self-forcing", "fp8"), ("longlive-infinity", "int8"), ("rolling-forcing", "bfloat16")]
 )
 def test_graphs_over_pages_in_fewer_bits(preset: str, kind: str) -> None:
-    """Read as they lie, or through the buffer, a sink turned; pass by pass too. Not what pages of all bits give."""
+    """Read as they lie, or through the buffer, a rotated sink; pass by pass too. Not what pages of all bits give."""
     backend = FakeGraphs()
     settings = {**SMALL[preset], "kv_dtype": kind} | ({"local_attn_size": 6} if preset == "self-forcing" else {})
     wanted, engine = stream(make_engine(preset, **settings)), captured_engine(backend, preset, **settings)
@@ -122,7 +122,7 @@ def test_pictures_one_patch_wide_or_high(size: tuple[int, int]) -> None:
 
 @pytest.fixture(scope="module")
 def plain() -> torch.Tensor:
-    """What eager gives in float32."""
+    """Output of executor eager in float32."""
     return stream(make_engine(dtype="float32", local_attn_size=6), 3)
 
 
@@ -200,7 +200,7 @@ def test_pages_that_grow_are_followed_without_a_trace_and_the_old_ones_are_let_g
     engine = remade(engine, GraphExecutor(engine.config, engine.preset, engine.parts, backend))
     first = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     found = [block.latents for block in first.stream(2, decode=False)]
-    (store,) = engine.memory.stores.values()
+    (store,) = engine.kv_manager.stores.values()
     pages, old = store.kv[0].shape[1], [weakref.ref(kv) for kv in store.kv]
     second = engine.open(prompt_embeds=OTHER.float(), size=SIZE)
     list(second.stream(1, decode=False))

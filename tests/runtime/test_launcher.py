@@ -1,4 +1,4 @@
-"""Programs on a device: inputs copied once, constants shared and made anew in place, captures counted on a fake."""
+"""The launcher: inputs copied once, constants shared and recomputed in place, captures counted on a fake backend."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_constants_of_one_recipe_are_shared_and_follow_the_weights_in_place() ->
 
 
 def test_scratch_is_needed_only_where_the_arena_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs share the arena: the second needs memory for its input alone."""
+    """Programs share the arena: the second needs memory for its input only."""
     launcher = Launcher({}, CPU)
     program = lowered(lambda x: (x + 1) * 2, X)
     needs = launcher.needs(program)
@@ -127,8 +127,8 @@ def test_what_cannot_be_captured_is_launched_and_named_once() -> None:
         assert backend.captures == 0
 
 
-def test_weights_that_are_put_together_are_there_once() -> None:
-    """The constant is the weights' memory; one that a program reads as it is stays where it is."""
+def test_merged_weights_are_stored_once() -> None:
+    """Weights become views of the constant; a weight that a program reads directly stays where it is."""
     model = {name: torch.nn.Parameter(X + shift, False) for shift, name in enumerate("qkv")}
     launcher = Launcher(model, CPU)
     fold = planned(lambda q, k, v: torch.cat((q, k, v)), *model.values(), roles="www", names=dict(enumerate("qkv")))

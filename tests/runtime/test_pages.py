@@ -53,14 +53,14 @@ def stream(engine, blocks, **kwargs):
         session.prompt(embeds=OTHER.to(engine.dtype))
         session.current.timeline.cut_shot()
         made += session.stream(blocks - blocks // 2, decode=False)
-        if engine.memory.stores:
+        if engine.kv_manager.stores:
             caches = [branch.cache for branch in session.current.branches]
             store = caches[0].store
             store.pool.check_integrity([cache.table for cache in caches])
             needs = page_needs(engine.preset)
             assert store.pool.size == len(caches) * needs.total  # what one session needs, and no growth
             assert max(len(cache.frames) for cache in caches) <= needs.held
-    assert all(store.pool.used == 0 for store in engine.memory.stores.values())
+    assert all(store.pool.used == 0 for store in engine.kv_manager.stores.values())
     return torch.cat([block.latents for block in made])
 
 
@@ -95,10 +95,10 @@ def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
 @pytest.mark.parametrize("name", ["longlive", "longlive-infinity"])
 @torch.no_grad()
 def test_a_fork_shares_pages_until_it_writes_them(name):
-    """One goes on under a new prompt, which rewrites what both see, the other as if nothing were; both as if alone."""
+    """One fork recaches shared frames under a new prompt; both continue as a session without forks does."""
     blocks = 4
 
-    def alone(switch):
+    def single(switch):
         with make_engine(name).open(prompt_embeds=ROWS, size=SIZE) as session:
             list(session.stream(blocks, decode=False))
             if switch:
@@ -121,7 +121,7 @@ def test_a_fork_shares_pages_until_it_writes_them(name):
             assert len(own & shared) == 3 and pool.used == len(own | shared)  # the sink is shared still
             plain = torch.cat([block.latents for block in session.stream(3, decode=False)])
         assert pool.used == len(table.pages)
-    assert torch.equal(changed, alone(True)) and torch.equal(plain, alone(False))
+    assert torch.equal(changed, single(True)) and torch.equal(plain, single(False))
     assert not torch.equal(changed, plain)
 
 
@@ -181,9 +181,9 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
 
 @torch.no_grad()
 def test_a_paused_session_lends_its_pages_to_others():
-    """With memory for one session, two take turns in it, each as if alone; one is rewound while it is away."""
+    """Two sessions alternate in memory for one, each bit-equal to a single session; one is rewound while offloaded."""
     settings = {"rewind_blocks": 1, "denoising_step_list": [1000, 500], "local_attn_size": 6, "sink_size": 0}
-    alone = stream_of(make_engine("self-forcing", "float32", **settings), 6)
+    single = stream_of(make_engine("self-forcing", "float32", **settings), 6)
     pages = page_needs(make_engine("self-forcing", "float32", **settings).preset).total
     engine = make_engine("self-forcing", "float32", kv_memory=pages * 4096, kv_offload=True, **settings)
     kwargs = {"prompt_embeds": ROWS.float(), "size": SIZE}
@@ -193,7 +193,7 @@ def test_a_paused_session_lends_its_pages_to_others():
         engine.open(**kwargs)
     one.pause()
     engine.step()
-    pool = engine.memory.store(SIZE).pool
+    pool = engine.kv_manager.store(SIZE).pool
     assert pool.used == 0
     with pytest.raises(InferixError, match="resume"):
         one.fork()
@@ -202,7 +202,7 @@ def test_a_paused_session_lends_its_pages_to_others():
         one.resume()
         engine.step()
         assert one.current.branches[0].cache.offloaded is not None and pool.used == 6  # no room for both: it waits
-        assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), alone[6:9])
+        assert torch.equal(torch.cat([block.latents for block in other.stream(1, decode=False)]), single[6:9])
         engine.manager.check_integrity()
     made += [block.latents for block in one.stream(1, decode=False)]
     assert one.current.branches[0].cache.offloaded is None
@@ -211,12 +211,12 @@ def test_a_paused_session_lends_its_pages_to_others():
     one.rewind(3)  # to before the last block, while both are away
     one.resume()
     made[3:] = [block.latents for block in one.stream(3, decode=False)]
-    assert torch.equal(torch.cat(made), alone)
+    assert torch.equal(torch.cat(made), single)
     one.pause()
     engine.step()
     engine.manager.check_integrity()
     one.close()
-    assert pool.used == 0 and engine.memory.store(SIZE).users == 0
+    assert pool.used == 0 and engine.kv_manager.store(SIZE).users == 0
     with pytest.raises(UsageError, match="kv_offload is 1"):
         make_engine(kv_offload=1)
 
@@ -244,7 +244,7 @@ def test_exported_pages_continue_in_another_engine(given):
 
 
 class AveragedSink(ContiguousCache):
-    """Keys as they come; a frame that leaves is averaged into the sink frame of its phase. Nothing is turned."""
+    """Keys as they come; a frame that leaves is averaged into the sink frame of its phase. Nothing is rotated."""
 
     decay, sinks = 0.8, 3
 
@@ -358,7 +358,7 @@ def test_what_fewer_bits_cost(kept):
 
 def test_memory_is_counted_before_it_is_taken():
     engine = make_engine("longlive", "float32")
-    page = engine.memory.form(SIZE).nbytes
+    page = engine.kv_manager.form(SIZE).nbytes
     assert page == 2 * 2 * 4 * 64 * 4  # keys and values, layers, tokens, width, bytes
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         assert session.current.branches[0].cache.store.nbytes == 12 * page
@@ -367,8 +367,8 @@ def test_memory_is_counted_before_it_is_taken():
         small.open(prompt_embeds=ROWS.float(), size=SIZE)
     fewer = make_engine("longlive", "float32", kv_memory=12 * page - 1, kv_dtype="int8")
     fewer.open(prompt_embeds=ROWS.float(), size=SIZE)
-    assert fewer.memory.form(SIZE).nbytes == page // 4 + 2 * 2 * 2 * 4
-    store = fewer.memory.store(SIZE)
+    assert fewer.kv_manager.form(SIZE).nbytes == page // 4 + 2 * 2 * 2 * 4
+    store = fewer.kv_manager.store(SIZE)
     assert store.nbytes <= 12 * page - 1 < store.nbytes + store.form.nbytes
 
 
@@ -379,7 +379,7 @@ def test_a_fixed_budget_is_not_passed():
     with pytest.raises(InferixError, match=r"24.58 kB.*24.58 kB of 28.67 kB"):
         engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     made = list(one.stream(1, decode=False))
-    pool = engine.memory.store(SIZE).pool
+    pool = engine.kv_manager.store(SIZE).pool
     assert (pool.size, pool.used) == (7, 3)
     engine.check_integrity()
     taken = pool.acquire(3)
@@ -390,14 +390,14 @@ def test_a_fixed_budget_is_not_passed():
     made += one.stream(2, decode=False)
     wanted = stream_of(make_engine("self-forcing", "float32", local_attn_size=6), 3)
     assert torch.equal(torch.cat([block.latents for block in made]), wanted)
-    one.current.branches[0].cache.offload()  # its pages are free, but come back
+    one.current.branches[0].cache.offload()  # its pages are free until `onload`
     with pytest.raises(UsageError, match="kv_memory"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
-    assert list(engine.memory.stores) == [(2, 2)]
+    assert list(engine.kv_manager.stores) == [(2, 2)]
     one.close()
     with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB.*49.15 kB: 6"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
-    assert not engine.memory.stores
+    assert not engine.kv_manager.stores
 
 
 def test_without_a_budget_there_is_room_for_more(monkeypatch):
@@ -405,12 +405,12 @@ def test_without_a_budget_there_is_room_for_more(monkeypatch):
     engine = make_engine("self-forcing", local_attn_size=-1)
     assert page_needs(engine.preset).total is None
     found = stream_of(engine, 4)
-    assert engine.memory.store(SIZE).pool.size == 12
+    assert engine.kv_manager.store(SIZE).pool.size == 12
     assert (found - stream_of(contiguous(make_engine("self-forcing", local_attn_size=-1)), 4)).abs().max() <= 1e-10
     engine = make_engine("self-forcing", local_attn_size=6)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as one, engine.open(prompt_embeds=ROWS, size=SIZE, seed=1) as other:
         made = [torch.cat([next(s.stream(1, decode=False)).latents for _ in range(3)]) for s in (one, other)]
-        store = engine.memory.store(SIZE)
+        store = engine.kv_manager.store(SIZE)
         assert store.pool.size == 12
         with monkeypatch.context() as patch:
             patch.setattr(store, "_allocate", out_of_memory)
@@ -433,7 +433,7 @@ def stream_of(engine, blocks, **kwargs):
         ("longlive", {"rewind_blocks": 2}, 12, 0, 6 + 12),
         ("causvid", {"rewind_blocks": 1}, 21, 0, 3 + 3),
         ("krea", {"rewind_blocks": 2}, 6, 0, 12),
-        ("rolling-forcing", {}, 21, 15, 0),
+        ("rolling-forcing", {}, 24, 15, 0),
         ("self-forcing", {"local_attn_size": -1}, None, 0, 0),
     ],
 )

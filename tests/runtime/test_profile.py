@@ -43,7 +43,7 @@ def profiled(folder: Path, monkeypatch: pytest.MonkeyPatch, backend: FakeGraphs 
 def test_passes_kinds_of_work_and_calls_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = profiled(folder, monkeypatch)
     first, second = profile.blocks
-    assert list(profile.passes(first)) == ["prompt", *PASSES]  # the prompt graph runs for the first block alone
+    assert list(profile.passes(first)) == ["prompt", *PASSES]  # the prompt graph runs for the first block only
     assert list(profile.passes(second)) == PASSES
     for block in profile.blocks:
         total = sum(run.seconds for run in block.runs)

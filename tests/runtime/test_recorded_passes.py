@@ -92,7 +92,7 @@ def test_a_stream_runs_the_recorded_passes(name, monkeypatch):
 
 
 def scheduled_passes(name):
-    """Passes of each block by the block schedule alone."""
+    """Passes of each block by the block schedule only."""
     preset = make_preset(name, **FEW_STEPS.get(name, {}))
     timeline, timesteps = Timeline(preset), Sampler(preset.sampler).timesteps
     flight, blocks = [], []

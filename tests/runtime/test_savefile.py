@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from inferix.errors import InferixError, UsageError
+from inferix.runtime.kv.page_store import PagedStore
 from inferix.runtime.limits import Limits
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sessions.lifecycle import State
 from inferix.runtime.sessions.session import Session
 from inferix.runtime.sessions.session_file import KEY
+from inferix.runtime.sessions.session_state import DecoderForm
 
 TESTS = Path(__file__).parents[1]
 SETTINGS = {"local_attn_size": 6, "sink_size": 3, "denoising_step_list": [1000, 500]}
@@ -45,11 +48,14 @@ def saved(tmp_path_factory):
         return path, hash_of(session.stream(2))
 
 
+@pytest.fixture(scope="module")
+def small():
+    return make_engine("longlive", "float32", **SETTINGS)
+
+
 OTHER_PROCESS = f"""
 import sys, time
-sys.path.insert(0, {str(TESTS / "runtime")!r})
-sys.path.insert(0, {str(TESTS)!r})
-sys.path.insert(0, {str(TESTS.parent / "tools")!r})
+sys.path[:0] = {[str(TESTS), str(TESTS / "runtime"), *sys.path]!r}
 import test_savefile as here
 from inferix.runtime.sessions import session_file as savefile
 
@@ -137,10 +143,13 @@ def test_cut_and_foreign_files_are_refused_in_one_line(saved, tmp_path):
     with safe_open(source, "pt") as file:
         header, tensors = json.loads(file.metadata()[KEY]), {name: file.get_tensor(name) for name in file.keys()}  # noqa
     save_file(tensors, path, {KEY: json.dumps(header | {"version": 99})})
-    refused("has version 99 of the format, this is version 1", kind=UsageError)
+    refused("has version 99 of the format, this is version 2", kind=UsageError)
+    first = {name: value for name, value in header.items() if name != "checksum"} | {"version": 1}
+    save_file(tensors, path, {KEY: json.dumps(first)})
+    refused("has version 1 of the format", kind=UsageError)
     save_file({"rows": tensors["rows"]}, path, {KEY: json.dumps(header)})
     refused("lacks 'cache.0.kv'.*; save it again")
-    save_file(tensors, path, {KEY: json.dumps({"version": 1})})
+    save_file(tensors, path, {KEY: json.dumps({"version": 2})})
     refused("lacks 'made_by'; save it again")
     save_file(tensors, path, {KEY: json.dumps(header | {"size": [30, 32]})})
     refused("size 30x32 is not possible", kind=UsageError)
@@ -158,6 +167,96 @@ def test_cut_and_foreign_files_are_refused_in_one_line(saved, tmp_path):
     weights = make_engine("longlive", "float32", **SETTINGS)
     randomise(weights.parts.transformer, seed=1)
     refused("another weights: transformer is", weights, UsageError)
+
+
+def set_at(names, value):
+    """A change of a saved header: the value at a path of names and indices."""
+
+    def change(header, tensors):
+        *inside, last = names
+        for name in inside:
+            header = header[name]
+        header[last] = value
+
+    return change
+
+
+def delete(name):
+    return lambda header, tensors: header.pop(name)
+
+
+def other_tensor(name, of):
+    def change(header, tensors):
+        tensors[name] = of(tensors[name]) if name in tensors else of(None)
+        header["tensors"] = sorted(tensors)
+
+    return change
+
+
+DAMAGE = {
+    **{f"lacks '{name}'": delete(name) for name in ("size", "timeline", "strength", "caches", "flight", "decoder")},
+    "the header is": None,
+    "size is": set_at(["size"], "32x32"), "size is .32, 32, 3": set_at(["size"], [32, 32, 3]),
+    "strength is 'x'": set_at(["strength"], "x"), "strength is nan": set_at(["strength"], float("nan")),
+    "timeline.next_block is 'x'": set_at(["timeline", "next_block"], "x"),
+    "timeline.next_frame is True": set_at(["timeline", "next_frame"], True),
+    "timeline.places is": set_at(["timeline", "places"], [[0, 0], [0, 1]]),
+    "no names but": set_at(["timeline", "preset"], None),
+    "noise.seed is -1": set_at(["noise", "seed"], -1), "noise is": set_at(["noise"], {}),
+    "caches is 2": set_at(["caches"], [{}, {}]),
+    "caches.0.frames is 99": set_at(["caches", 0, "frames", 0], 99),
+    "caches.0.frames is .0, 0": set_at(["caches", 0, "frames"], [0, 0, 0, 0, 0, 0]),
+    "caches.0.places is 3": set_at(["caches", 0, "places", 0], [3, 0]),
+    "'cache.0.kv' is": other_tensor("cache.0.kv", lambda tensor: tensor[:, :, :1].clone()),
+    "actions.starts is": set_at(["actions", "starts"], [3]), "actions.held is": set_at(["actions", "held"], []),
+    "flight is 2": set_at(["flight"], [{}, {}]), "change lacks 'left'": set_at(["change"], {"blocks": 1}),
+    "decoder.frames is 'x'": set_at(["decoder", "frames"], "x"),
+    "decoder.x": other_tensor("decoder.x", lambda tensor: torch.zeros(1)),
+    "tensor 'rows' is": other_tensor("rows", lambda tensor: tensor[:1]),
+    "tensor 'recent' is": other_tensor("recent", lambda tensor: tensor.int()),
+    "tensor 'clamped' is": other_tensor("clamped", lambda tensor: torch.zeros(1)),
+    "checksum 3 is not": set_at(["checksum"], 3), "checksum": other_tensor("cache.0.kv", lambda tensor: -tensor),
+    "checksum '.*' is not": set_at(["timeline", "shot"], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_field_is_named_and_nothing_is_left(message, saved, small, tmp_path):
+    """Each with the tensors and the rest of the header as they were; checksums are compared last."""
+    source, _ = saved
+    with safe_open(source, "pt") as file:
+        header, tensors = json.loads(file.metadata()[KEY]), {name: file.get_tensor(name) for name in file.keys()}  # noqa
+    if DAMAGE[message] is None:
+        header = [1, 2]
+    else:
+        DAMAGE[message](header, tensors)
+    path = tmp_path / "damaged.safetensors"
+    save_file(tensors, path, {KEY: json.dumps(header)})
+    with pytest.raises(InferixError) as caught:
+        Session.restore(small, path)
+    assert "damaged.safetensors" in str(caught.value) and re.search(message, str(caught.value)), caught.value
+    small.check_integrity()
+    assert not small.manager.sessions and not small.manager.pages_in_use
+
+
+def test_a_restore_that_fails_on_its_way_leaves_nothing(saved, small, monkeypatch):
+    """In reading, and in loading pages, by an error of no known kind."""
+    path, wanted = saved
+    for owner, name in ((DecoderForm, "read"), (DecoderForm, "fill"), (PagedStore, "write")):
+        for error in (ZeroDivisionError, KeyboardInterrupt):
+
+            def failing(*args, error=error):
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, failing)
+                with pytest.raises(error):
+                    Session.restore(small, path)
+            small.check_integrity()
+            assert not small.manager.sessions and not small.manager.pages_in_use
+            assert not any(store.users for store in small.kv_manager.stores.values())
+    with Session.restore(small, path) as session:
+        assert hash_of(session.stream(2)) == wanted
 
 
 def test_a_restored_session_needs_room_like_any_other(saved):

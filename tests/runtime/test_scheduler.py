@@ -1,4 +1,4 @@
-"""Who runs, who is let in and what gives way, on numbers alone; and the table of a session's states."""
+"""Scheduler: order, admission and degradation from given numbers; and the state table of a session."""
 
 import re
 
@@ -167,7 +167,7 @@ def test_pages_of_other_sizes_take_no_room():
     assert re.search("6 MB.*10 MB", found.obstacle(3, small))
 
 
-def test_a_resting_session_lends_the_room_of_its_pages():
+def test_a_paused_session_frees_the_room_of_its_pages():
     found = Scheduler(Limits(memory_bytes=10 * MB))
     whole = SchedulerEntry(MemoryNeed(pages=6 * MB, decoder=2 * MB), "small", 1.0)
     assert found.join(1, whole)

@@ -4,12 +4,18 @@ The dense form of a block: one call over everything it may depend on, every fram
 positions and timestep (`FrameAttention`), repeated for each step.
 """
 
+from itertools import islice
+
 import pytest
 import torch
 from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 
 from inferix.errors import InferixError, UsageError
-from inferix.runtime.sampler import Sampler
+from inferix.kernels.attention import attention
+from inferix.kernels.rope import rope_angles, rotate
+from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.sampler import Sampler, scheduled_blocks
+from inferix.schemes.page_needs import page_needs
 from inferix.schemes.presets import PRESETS
 from inferix.schemes.timeline import Span, Timeline
 
@@ -149,12 +155,144 @@ def test_krea_recomputes_its_context_before_each_block(kept):
     assert (blocks[3].latents - want).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("sink_anew", [False, True], ids=["sink-kept", "sink-anew"])
-@pytest.mark.parametrize("before", [2, 5])
+class FrameCache:
+    """Keys, not rotated, and values of single frames, as a plain loop keeps them; `shown` is what a pass sees.
+
+    frames: those of the pass. shown: the position of each frame it sees. kept: frames that it does not overwrite.
+    """
+
+    def __init__(self) -> None:
+        self.kv, self.frames, self.shown, self.kept = {}, (), {}, ()
+
+    def attend(self, layer, q, k, v):
+        q, k, v = (part.unflatten(1, (-1, GRID[0] * GRID[1])) for part in (q, k, v))
+        for index, frame in enumerate(self.frames):
+            if frame not in self.kept:
+                self.kv[layer, frame] = k[:, index], v[:, index]
+
+        def at(tokens, position):
+            return rotate(tokens, rope_angles([position], *GRID, tokens.shape[-1]))
+
+        keys = torch.cat([at(self.kv[layer, frame][0], place) for frame, place in self.shown.items()], dim=1)
+        values = torch.cat([self.kv[layer, frame][1] for frame in self.shown], dim=1)
+        places = [self.shown.get(frame, frame) for frame in self.frames]
+        return attention(torch.cat([at(q[:, i], place) for i, place in enumerate(places)], dim=1), keys, values)
+
+    def run(self, engine, latents, timesteps, frames, shown, text=ROWS, kept=()):
+        """Velocity [F, C, H, W] of one pass."""
+        self.frames, self.shown, self.kept = tuple(frames), shown, tuple(kept)
+        model = engine.parts.transformer
+        context = model.embed_text(engine.inputs.prompt_rows(None, text)[None])
+        return model(latents[None], torch.tensor([timesteps], dtype=torch.float32), context, self)[0]
+
+    def denoise(self, engine, span, shown, text=ROWS, noise=None, sampler=None):
+        """A block by all sampler steps; each pass writes where the clean block will stand. noise: of each draw."""
+        sampler = sampler or Sampler(engine.preset.sampler)
+        noise = draws(engine, span) if noise is None else noise
+        x, solver = noise[0], sampler.begin()
+        for step, timestep in enumerate(sampler.timesteps):
+            told = self.run(engine, x, [timestep] * len(x), span.frames, shown, text)
+            x = solver.advance(x, told, step, lambda step=step: noise[step + 1])
+        return x
+
+
 @torch.no_grad()
-def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
-    """All frames of the window see each other under the new prompt; a kept sink is seen as the old prompt left it."""
-    engine = make_engine("longlive", recache_sink=sink_anew)
+def test_injected_noise_of_an_independent_first_frame():
+    """Blocks of 1, 3 and 3 frames from the given tensors, by hand; block 0 uses the first frame of its row."""
+    engine = make_engine(independent_first_frame=True)
+    generator = torch.Generator().manual_seed(3)
+    initial, renoise = (torch.randn(*shape, 16, 4, 4, generator=generator).double() for shape in ((7,), (3, 3, 3)))
+    streamed = run(engine, 3, noise=InjectedNoise(initial, renoise))
+    cache, start = FrameCache(), 0
+    for index, size in enumerate((1, 3, 3)):
+        span = Span(index, range(start, start + size))
+        start += size
+        shown = {frame: frame for frame in range(start)}
+        noise = [initial[span.frames.start : start], *(row[:size] for row in renoise[index])]
+        want = cache.denoise(engine, span, shown, noise=noise)
+        assert (streamed[index].latents - want).abs().max() <= 1e-10
+        cache.run(engine, want, [0.0] * size, span.frames, shown)
+    with pytest.raises(UsageError, match="block 1"):
+        run(engine, 2, noise=InjectedNoise(initial, renoise[:, :, :1]))
+
+
+@pytest.mark.parametrize("steps", [(1000, 500), (1000,)], ids=["two-steps", "one-step"])
+@pytest.mark.parametrize("executor", ["eager", "fused"])
+@torch.no_grad()
+def test_the_first_block_has_a_step_list_of_its_own(steps, executor):
+    """Causal-Forcing++ by hand: four warped steps for the first frame, one or two for each frame after it."""
+    first = (1000, 750, 500, 250)
+    settings = {"denoising_step_list": steps, "denoising_step_list_first_chunk": first, "executor": executor}
+    engine = make_engine("self-forcing-framewise", local_attn_size=3, **settings)
+    streamed = run(engine, 5)
+    plain = [make_engine("self-forcing-framewise", denoising_step_list=those) for those in (first, steps)]
+    timesteps = {1: (1000,), 2: (1000, 833.3333)}[len(steps)]
+    assert Sampler(plain[1].preset.sampler).timesteps == pytest.approx(timesteps, abs=6e-4)
+    cache = FrameCache()
+    for index in range(5):
+        oracle, span = plain[min(index, 1)], Span(index, range(index, index + 1))
+        shown = {frame: frame for frame in range(max(0, index - 2), index + 1)}
+        want = cache.denoise(oracle, span, shown)
+        assert (streamed[index].latents - want).abs().max() <= (1e-10 if executor == "eager" else 1e-6)
+        cache.run(oracle, want, [0.0], span.frames, shown)
+    counts = [len(block.passes) for block in islice(scheduled_blocks(engine.preset), 3)]
+    assert counts == [5, len(steps) + 1, len(steps) + 1]
+
+
+def test_an_image_as_first_frame_leaves_the_first_list_to_the_first_generated_block(monkeypatch):
+    first = {"denoising_step_list": [1000], "denoising_step_list_first_chunk": [1000, 750, 500, 250]}
+    engine = make_engine("self-forcing-framewise", dtype="float32", **first)
+    counted = record(engine, monkeypatch)
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
+    with engine.open(prompt_embeds=ROWS.float(), size=SIZE, image=image) as session:
+        counted.clear()
+        list(session.stream(2, decode=False))
+    assert [this.timesteps[0] for this in counted] == pytest.approx([1000, 937.5, 833.3333, 625, 0, 1000, 0])
+
+
+def after_switch(engine, before, blocks, **kwargs):
+    """Latents of a stream with another prompt from block `before` on."""
+    with engine.open(prompt_embeds=ROWS, size=SIZE, **kwargs) as session:
+        made = list(session.stream(before, decode=False))
+        session.prompt(embeds=OTHER)
+        made += session.stream(blocks - before, decode=False)
+    return [block.latents for block in made]
+
+
+@pytest.mark.parametrize("name", ["longlive", "longlive-infinity"])
+@pytest.mark.parametrize("before", [1, 4, 5])
+@torch.no_grad()
+def test_longlive_recaches_the_sink_until_the_window_rolls(name, before):
+    """The published switch by hand: the last 12 frames in one pass, which overwrites the sink only from frame 0."""
+    engine = make_engine(name)
+    streamed = after_switch(engine, before, before + 2)
+    cache = FrameCache()
+
+    def shown(end):
+        frames = range(end) if end <= 12 else [*range(3), *range(end - 9, end)]
+        return {frame: index if name == "longlive-infinity" else frame for index, frame in enumerate(frames)}
+
+    for block in range(before):
+        span = Span(block, range(block * 3, block * 3 + 3))
+        cache.run(engine, streamed[block], [0.0] * 3, span.frames, shown(span.frames.stop))
+    end = before * 3
+    frames = range(max(0, end - 12), end)
+    latents = torch.cat(streamed[:before])[frames.start :]
+    kept = range(3) if frames.start > 0 else ()
+    cache.run(engine, latents, [0.0] * len(frames), frames, shown(end), OTHER, kept)
+    for block in range(before, before + 2):
+        span = Span(block, range(block * 3, block * 3 + 3))
+        want = cache.denoise(engine, span, shown(span.frames.stop), OTHER)
+        assert (streamed[block] - want).abs().max() <= 1e-10
+        cache.run(engine, want, [0.0] * 3, span.frames, shown(span.frames.stop), OTHER)
+
+
+@pytest.mark.parametrize("recache_sink", [False, True], ids=["sink-kept", "sink-recached"])
+@pytest.mark.parametrize("before", [2, 4, 5])
+@torch.no_grad()
+def test_longlive_recache_equals_a_dense_pass(recache_sink, before):
+    """All frames of the window see each other under the new prompt; a sink that is kept is seen as it was."""
+    engine = make_engine("longlive", recache_sink=recache_sink)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(before, decode=False))
         cache = session.current.branches[0].cache
@@ -165,11 +303,12 @@ def test_longlive_recache_equals_a_dense_pass(sink_anew, before):
         end = before * 3
         latents = torch.cat([block.latents for block in blocks])
         window = list(range(max(0, end - 12), end))
-        frames = window if sink_anew else [frame for frame in cache.frames if frame >= 3]
-        assert list(cache.frames) == (window if sink_anew else [0, 1, 2, *frames])
+        recomputed = recache_sink or end <= 12
+        frames = window if recomputed else [frame for frame in cache.frames if frame >= 3]
+        assert list(cache.frames) == (window if recomputed else [0, 1, 2, *frames])
         assert set(frames) <= set(window)
         model = engine.parts.transformer
-        kv = WithSink(old, frames, sinks=0 if sink_anew else 3)
+        kv = WithSink(old, frames, sinks=0 if recomputed else 3)
         text = model.embed_text(engine.inputs.prompt_rows(None, OTHER)[None])
         model(latents[frames][None], torch.zeros(1, len(frames)), text, kv)
         for (keys, values), (wanted_keys, wanted_values) in zip(held(cache), kv.made, strict=True):
@@ -191,9 +330,6 @@ class WithSink:
         self.old, self.frames, self.tokens, self.made = old, frames, sinks * 4, []
 
     def attend(self, layer, q, k, v):
-        from inferix.kernels.attention import attention
-        from inferix.kernels.rope import rope_angles, rotate
-
         angles = rope_angles(self.frames, *GRID, q.shape[-1])
         keys = torch.cat((self.old[layer][0][:, : self.tokens], rotate(k, angles)), dim=1)
         values = torch.cat((self.old[layer][1][:, : self.tokens], v), dim=1)
@@ -219,13 +355,39 @@ def test_a_cut_changes_the_text_and_nothing_else():
 
 
 @torch.no_grad()
+def test_krea_recomputes_its_context_under_the_prompt_of_the_block_before():
+    """The published server by hand: a new prompt's share is 0, 1/3, 2/3, 1, and the context lags a block behind it."""
+    engine = make_engine("krea")
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(2, decode=False))
+        session.prompt(embeds=OTHER)
+        blocks += session.stream(5, decode=False)
+    vae, latents = engine.parts.vae, [block.latents for block in blocks]
+    old, new = (engine.inputs.prompt_rows(None, rows) for rows in (ROWS, OTHER))
+    rows = [old, old, *(old + share * (new - old) for share in (0, 1 / 3, 2 / 3, 1, 1))]
+    for index in range(2, 7):
+        past, span = range(index * 3 - 3, index * 3), Span(index, range(index * 3, index * 3 + 3))
+        pixels = vae.decode(torch.cat(latents[:index]), vae.new_state())
+        context = torch.cat((vae.encode(pixels[-9:][:1], vae.new_state()), latents[index - 1][1:]))
+        cache = FrameCache()
+        cache.run(engine, context, [0.0] * 3, past, {frame: frame - past.start for frame in past}, rows[index - 1])
+        shown = {frame: frame - past.start for frame in range(past.start, span.frames.stop)}
+        assert (latents[index] - cache.denoise(engine, span, shown, rows[index])).abs().max() <= 1e-10
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:  # before the first block there is nothing to blend
+        session.prompt(embeds=OTHER)
+        (first,) = session.stream(1, decode=False)
+    with engine.open(prompt_embeds=OTHER, size=SIZE) as session:
+        assert torch.equal(first.latents, next(iter(session.stream(1, decode=False))).latents)
+
+
+@torch.no_grad()
 def test_a_blend_arrives_after_its_blocks():
     engine = make_engine("krea", blend_blocks=4)
     new, old = engine.inputs.prompt_rows(None, OTHER), engine.inputs.prompt_rows(None, ROWS)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(1))
         session.prompt(embeds=OTHER)
-        for part in (0.25, 0.5, 0.75, 1.0, 1.0):
+        for part in (0.0, 1 / 3, 2 / 3, 1.0, 1.0):
             list(session.stream(1))
             assert (session.current.rows - (old + part * (new - old))).abs().max() <= 1e-12
         assert torch.equal(session.current.rows, new)
@@ -259,13 +421,48 @@ def test_the_rolling_window_equals_the_same_groups_in_dense_calls():
             done = flight.pop(0)
             made.append(done["x"])
             clean.append(done["x"])
-            seen = timeline.visible(done["span"].frames.stop)
+            seen = tuple(range(done["span"].frames.stop))
             clean_rows += [(seen, seen)] * 3
     for got, want in zip(blocks, made, strict=True):
         assert (got.latents - want).abs().max() <= 1e-10
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         parts = [*session.stream(2, decode=False), *session.stream(3, decode=False)]
     assert torch.equal(parts[4].latents, blocks[4].latents)
+
+
+@torch.no_grad()
+def test_a_rolling_commit_sees_the_last_21_frames_without_the_anchor():
+    """The published loop by hand, until it rolls: 24 frames are kept, the anchor (the first three) and the last 21."""
+    engine = make_engine("rolling-forcing")
+    streamed, most = [], 0
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        for block in session.stream(10, decode=False):
+            streamed.append(block.latents)
+            frames = session.current.branches[0].cache.frames
+            most = max(most, len(frames))
+        assert frames == (0, 1, 2, *range(9, 30)) and most == 24 == page_needs(engine.preset).held
+    sampler, cache = Sampler(engine.preset.sampler), FrameCache()
+    noise = [draws(engine, Span(index, range(index * 3, index * 3 + 3))) for index in range(14)]
+    x, steps = [drawn[0] for drawn in noise], [0] * 14
+    for newest in range(14):
+        flight = range(max(0, newest - 4), newest + 1)
+        first, end = flight.start * 3, newest * 3 + 3
+        shown = {frame: frame for frame in range(first, end)}
+        if first:
+            working = range(max(3, first - (21 - len(shown) - 3)), first)
+            anchor = first - len(working) - 3
+            shown = {frame: anchor + frame for frame in range(3)} | {frame: frame for frame in working} | shown
+        levels = [sampler.timesteps[steps[block]] for block in flight for _ in range(3)]
+        told = cache.run(engine, torch.cat([x[block] for block in flight]), levels, range(first, end), shown)
+        for block, part in zip(flight, told.split(3), strict=True):
+            step, drawn = steps[block], noise[block]
+            x[block] = sampler.begin().advance(x[block], part, step, lambda drawn=drawn, step=step: drawn[step + 1])
+            steps[block] += 1
+        if steps[flight.start] == 5:
+            assert (streamed[flight.start] - x[flight.start]).abs().max() <= 1e-9
+            span = range(first, first + 3)
+            seen = {frame: frame for frame in range(max(0, span.stop - 21), span.stop)}
+            cache.run(engine, x[flight.start], [0.0] * 3, span, seen)
 
 
 @torch.no_grad()
@@ -382,6 +579,11 @@ def test_a_video_is_started_from_with_a_strength():
         ("rolling-forcing", {"local_attn_size": 15}, "5 at a time"),
         ("longlive2", {"num_steps": 0}, "num_steps"),
         ("longlive", {"prompt_switch": "re-cache"}, "recache"),
+        ("longlive", {"commit_sees_sink": False}, "commit_sees_sink"),
+        ("longlive", {"denoising_step_list_first_chunk": [250, 1000]}, "first_chunk"),
+        ("longlive", {"denoising_step_list_first_chunk": [999.5]}, "first_chunk"),
+        ("longlive2", {"denoising_step_list_first_chunk": [1000]}, "unipc"),
+        ("rolling-forcing", {"denoising_step_list_first_chunk": [1000]}, "window_blocks 5"),
         ("longlive2", {"solver": "euler"}, "unipc"),
         ("causal-diffusion", {"guidance_scale": -1}, "guidance_scale"),
     ],

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import random
+import signal
 import threading
 from dataclasses import replace
 from itertools import pairwise
@@ -13,14 +15,14 @@ import torch
 from oracles import ROWS, SIZE, TINY, make_engine, remade
 
 from inferix import load
-from inferix.errors import InferixError, UsageError
+from inferix.errors import InferixError, SessionEnded, UsageError
 from inferix.models.wan.vae import TINY_VAE
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import DegradationStep, Limits
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sessions import control_queue, session_manager
 from inferix.runtime.sessions.lifecycle import State
-from inferix.runtime.sessions.session import Session
+from inferix.runtime.sessions.session import Demand, Session
 from inferix.runtime.telemetry.records import RecordFile
 from inferix.schemes.page_needs import least_pages
 
@@ -500,7 +502,7 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
         each.prompt(embeds=OTHER)
     wanted = list(twin.stream(3))
     twin.close()
-    pool, failed = engine.memory.store(SIZE).pool, 0
+    pool, failed = engine.kv_manager.store(SIZE).pool, 0
     whole = (engine.executor, "run_block")
     places = {"pass": (engine.loop, "forward"), "page": (pool, "acquire"), "whole block": whole}
     owner, verb = places[where]
@@ -567,29 +569,202 @@ def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeyp
     assert same(wait(), alone(4, decode=True)) and failures == [2]
 
 
-def test_an_interrupted_block_ends_its_session_and_a_bug_is_not_swallowed(monkeypatch):
-    """Ctrl-C while a block is made, and an error of no known kind in the decoder's thread and in a call."""
+def interruptible(engine, session):
+    """(owner, name) of functions that are called while a block of `session` is made, in the thread that drives."""
+    return {
+        "controls": (engine, "_change_prompt"), "acknowledge": (engine.manager, "acknowledge"),
+        "prepare": (engine.loop, "follow_prompt"), "pass": (engine.loop, "forward"), "draw": (engine.loop, "draw"),
+        "finish": (session.current, "remember"), "decode": (engine.parts.vae, "decode"),
+        "taken": (engine.manager, "_taken"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["self-forcing", "causvid"])
+def test_ctrl_c_takes_the_block_back_wherever_it_comes(preset, monkeypatch):
+    engine = small_engine(preset, rewind_blocks=1)
+    with opened(engine, 1) as whole:
+        wanted = list(whole.stream(2))
+        whole.prompt(embeds=OTHER)
+        wanted += whole.stream(2)
+    session = opened(engine, 1)
+    found = list(session.stream(2))
+    session.prompt(embeds=OTHER)
+    for place, (owner, name) in interruptible(engine, session).items():
+        if place == "decode" and preset == "self-forcing":
+            continue  # in a thread of its own, where no Ctrl-C arrives
+
+        def interrupted(*args, plain=getattr(owner, name), **kwargs):
+            plain(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pytest.fail(f"{place}: {next(session.stream(1))}")
+        assert session.state is State.RUNNING and session.next_block >= 2, place
+        assert not session.output.unfinished and len(session.output.ready) == (place == "taken"), place
+        engine.check_integrity()
+    found += session.stream(2)
+    assert same(found, wanted)
+    assert [ack.kind for block in found for ack in block.acks] == ["prompt"]
+    session.rewind(3)
+    assert same(list(session.stream(1)), wanted[-1:])
+    session.close()
+    assert engine.manager.pages_in_use == 0
+
+
+def test_an_interrupted_run_answers_every_call(monkeypatch):
+    """In the thread of `run`, as its reader waits; the session goes on in another thread."""
     engine = small_engine()
-    session, other = opened(engine, 1), opened(engine, 2)
-    next(session.stream(1))
-
-    def interrupted(state, run, latents, record):
-        raise KeyboardInterrupt
-
+    session = opened(engine, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.loop, "network_pass", interrupted)
+        futures = []
+
+        def interrupted(*args):
+            futures.append(engine.soon(lambda: 1))  # by the engine's own thread, in a block: made after it
+            raise KeyboardInterrupt
+
+        patch.setattr(engine.loop, "forward", interrupted)
+        wait = in_thread(lambda: list(session.stream(2)))
         with pytest.raises(KeyboardInterrupt):
-            next(session.stream(1))
-    with pytest.raises(InferixError, match="session 1 has failed: its last block was interrupted"):
-        session.stream(1)
+            engine.run(keep=True)
+    futures.append(in_thread(lambda: engine.soon(lambda: 1))())
+    assert all(isinstance(future.exception(WAIT), SessionEnded) for future in futures)
+    session.stop()
+    engine.run()
+    assert not wait() and session.closed
     engine.check_integrity()
-    with pytest.raises(ZeroDivisionError):
-        engine.soon(lambda: 1 / 0)
-    assert same(list(other.stream(2)), alone(2, decode=True, seed=2))
-    monkeypatch.setattr(other.current.decoder, "decode", lambda block, latents: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(other.stream(1))
+
+
+def test_calls_are_answered_around_halt():
+    engine = small_engine()
+
+    def serve():
+        futures = [engine.soon(lambda: 1) for _ in range(20)]
+        cancelled = engine.soon(lambda: 1)
+        cancelled.cancel()
+        futures += [engine.soon(lambda: 1 / 0), engine.soon(lambda: opened(engine).close())]
+        engine.halt()
+        return futures + [engine.soon(lambda: 1) for _ in range(20)]
+
+    wait = in_thread(serve)
+    engine.run(keep=True)
+    futures = [*wait(), in_thread(lambda: engine.soon(lambda: 1))()]
+    errors = [future.exception(WAIT) for future in futures]
+    assert isinstance(errors[20], ZeroDivisionError) and isinstance(errors[-1], SessionEnded)
+    assert all(error is None or isinstance(error, SessionEnded) for error in errors[:20] + errors[21:])
+    engine.hand_over()
+    late = engine.soon(lambda: 1)
+    engine.halt()
+    engine.run(keep=True)  # the halt came first
+    assert late.result(WAIT) == 1
+
+
+def test_an_error_of_no_known_kind_ends_its_session_alone(monkeypatch):
+    """In the decoder's thread and in a block, as the reader drives and as another thread does."""
+    for driven in (False, True):
+        engine = small_engine()
+        first, second, other = (opened(engine, seed) for seed in range(3))
+        monkeypatch.setattr(first.current.decoder, "decode", lambda block, latents: 1 / 0)
+        monkeypatch.setattr(second.current, "noise", None)
+        if driven:
+            engine.hand_over()
+            in_thread(lambda: engine.run(keep=True))  # noqa: B023
+            engine.soon(lambda: 1).result(WAIT)
+        for session, error in ((first, ZeroDivisionError), (second, AttributeError)):
+            with pytest.raises(error):
+                list(session.stream(3))
+            with pytest.raises(SessionEnded) as ended:
+                session.stream(1)
+            assert isinstance(ended.value.__cause__, error)
+        assert same(list(other.stream(2)), alone(2, decode=True, seed=2))
+        if driven:
+            engine.soon(other.close).result(WAIT)
+            engine.halt()
+        else:
+            other.close()
+        assert engine.metrics()["counters"]["sessions_failed"] == 2
+        assert engine.manager.pages_in_use == 0
+
+
+def test_an_observer_that_raises_loses_no_block():
+    engine = small_engine(spec=replace(TINY, actions=("stay", "left")))
+    refused = []
+
+    def observer(record):
+        for call in (engine.step, lambda: opened(engine), session.fork, session.close, lambda: engine.use_lora(None)):
+            with pytest.raises(UsageError):
+                call()
+            refused.append(call)
+        raise OSError("no space left")
+
+    session = opened(engine)
+    engine.observe(observer)
+    session.act("left")
+    with pytest.warns(RuntimeWarning, match="no space left"):
+        blocks = list(session.stream(2))
+    assert [block.index for block in blocks] == [0, 1] and len(refused) == 15
+    session.close()
     engine.check_integrity()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("driven", [False, True])
+def test_a_forked_process_makes_blocks_or_says_why_not(driven):
+    engine = small_engine()
+    session, busy = opened(engine), opened(engine, 1)
+    wanted = [*session.stream(1), *busy.stream(1)]
+    twin = session.fork()
+    wanted += twin.stream(1)
+    begun, release = threading.Event(), threading.Event()
+    decode = busy.current.decoder.decode
+
+    def slow(block, latents):
+        begun.set()
+        assert release.wait(WAIT)
+        return decode(block, latents)
+
+    busy.current.decoder.decode = slow
+    if driven:
+        engine.hand_over()
+        in_thread(lambda: engine.run(keep=True))
+        engine.soon(lambda: 1).result(WAIT)
+        stream = in_thread(lambda: list(busy.stream(1)))
+    else:
+        stream = busy.stream(1, decode=True)
+        engine.manager.submit_demand(busy, Demand(1, decode=True))
+        engine.step()
+    assert begun.wait(WAIT)
+
+    def child():
+        if driven:
+            with pytest.raises(SessionEnded):
+                opened(engine)
+            with pytest.raises(SessionEnded):
+                next(session.stream(1))
+            assert isinstance(engine.soon(lambda: 1).exception(WAIT), SessionEnded)
+            return
+        assert same(list(session.stream(1)), wanted[2:])
+        with pytest.raises(SessionEnded):
+            next(busy.stream(1))
+        engine.check_integrity()
+
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(WAIT)
+        code = 1
+        try:
+            child()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    release.set()
+    if driven:
+        assert [block.index for block in stream()] == [1]
+        engine.halt()
+    else:
+        assert [block.index for block in stream] == [1]
 
 
 def test_a_session_whose_reader_is_gone_ends(monkeypatch):
@@ -788,7 +963,7 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
     streams = [session.stream(250, decode=False) for session in sessions]
     told = [{} for _ in sessions]  # by block: what it is the first to follow
     found = [[] for _ in sessions]
-    memory, process, pool = [], psutil.Process(), engine.memory.store(SIZE).pool
+    memory, process, pool = [], psutil.Process(), engine.kv_manager.store(SIZE).pool
     for made in range(250):
         for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
             chance = rng.random()
