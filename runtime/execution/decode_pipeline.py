@@ -52,11 +52,11 @@ class DecoderTrack:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Put the track back to where it was if anything is raised, Ctrl-C included."""
-        before = self.state.clone(), list(self.kept), list(self.decoded), self.last
+        before = self.state.clone(), list(self.checkpoints), list(self.decoded), self.last
         try:
             yield
         except BaseException:
-            self.state, self.kept, self.decoded, self.last = before
+            self.state, self.checkpoints, self.decoded, self.last = before
             raise
 
     def restart(self, block: int, latents: Tensor) -> None:

@@ -77,7 +77,7 @@ def stored_for(folder: Path) -> tuple[str, str]:
     stored = read(folder / IDENTITY)
     names = [part.get("name") if isinstance(part := stored.get(key), dict) else None for key in ("model", "preset")]
     if not all(isinstance(name, str) for name in names):
-        raise InferixError(f"{folder / IDENTITY} names no model and preset; delete the folder to trace the graphs again")
+        raise InferixError(f"{folder / IDENTITY} names no model and preset; delete the folder to trace again")
     return str(names[0]), str(names[1])
 
 

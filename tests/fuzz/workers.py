@@ -24,6 +24,8 @@ from time import monotonic
 from types import CodeType
 from typing import Any
 
+from av.error import FFmpegError
+
 from inferix.errors import no_memory
 
 from .mutations import Files, mutate
@@ -217,7 +219,8 @@ class Worker:
         try:
             reader.call(self.case)
         except reader.refusals as error:
-            if any(no_memory(cause) for cause in causes(error)):
+            # FFmpeg has one error for memory that ran out and for sizes that it refuses to allocate.
+            if any(no_memory(cause) and not isinstance(cause, FFmpegError) for cause in causes(error)):
                 return "memory", traceback.format_exc(limit=-8)
             length = len(str(error))
             return ("raw", f"a message of {length} characters") if length > LONGEST_MESSAGE else ("refused", "")
