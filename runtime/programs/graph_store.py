@@ -187,7 +187,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InferixError(f"cannot read {path}: {reason(error)}; delete it to trace the graph again") from error
     if not isinstance(content, dict):
-        raise InferixError(f"cannot read {path}: {quoted(content)} is no JSON object; delete it to trace the graph again")
+        raise InferixError(f"cannot read {path}: {quoted(content)} is no JSON object; delete it to trace again")
     return content
 
 

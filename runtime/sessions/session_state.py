@@ -304,12 +304,12 @@ class BranchesForm(SaveForm):
             if extra := set(places(f"{name}.places", cache["places"], stop)) - set(frames):
                 raise invalid(f"{name}.places", min(extra), "frames that are held")
             tensors = {part: file.tensors.get(f"cache.{index}.{part}") for part in ("kv", "scales", "sink")}
-            check_tensor(f"cache.{index}.kv", tensors["kv"], (layers, 2, len(frames), *form.shape), form.kept)
+            check_tensor(f"cache.{index}.kv", tensors["kv"], (layers, 2, len(frames), *form.shape), form.kv_dtype)
             if form.scaled:
                 shape = layers, 2, len(frames), form.shape[1]
                 check_tensor(f"cache.{index}.scales", tensors["scales"], shape, torch.float32)
             elif tensors["scales"] is not None:
-                raise InvalidField(f"tensor 'cache.{index}.scales' is there; expected none for {form.kept}")
+                raise InvalidField(f"tensor 'cache.{index}.scales' is there; expected none for {form.kv_dtype}")
             if tensors["sink"] is not None:
                 shape = layers, 2, policy.sink_size, *form.shape
                 check_tensor(f"cache.{index}.sink", tensors["sink"], shape)
