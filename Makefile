@@ -5,17 +5,19 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 CONSTRAINTS ?= constraints/cpu.txt
+MINUTES ?= 10
+SEED ?= 0
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
 INPUTS := setup.py version.py $(CONSTRAINTS)
 
 # One thread per process keeps sums in one order; the safe path keeps the root's folders (kernels, ...)
 # from shadowing public packages of the same name.
-test test-all quick lint: export OMP_NUM_THREADS := 1
-test test-all quick lint: export OPENBLAS_NUM_THREADS := 1
-test test-all quick lint: export PYTHONSAFEPATH := 1
+test test-all quick lint fuzz: export OMP_NUM_THREADS := 1
+test test-all quick lint fuzz: export OPENBLAS_NUM_THREADS := 1
+test test-all quick lint fuzz: export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-all quick lint docs copy sizes clean
+.PHONY: help demo test test-all quick lint fuzz docs copy sizes clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +26,7 @@ help:
 	@echo "make test-all  the same, with the tests that take minutes (marked slow)"
 	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
 	@echo "make lint    ruff, and mypy on an installed copy"
+	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
@@ -43,6 +46,9 @@ test-all: lint
 quick: .venv/.dev
 	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/runtime/test_page_pool.py \
 		tests/runtime/test_scheduler.py
+
+fuzz: .venv/.dev
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) --seed $(SEED)
 
 sizes:
 	@$(PYTHON) tools/sizes.py

@@ -43,6 +43,8 @@ def unsupported_reason(preset: Preset) -> str | None:
         return "it has passes over frames at several noise levels"
     if preset.context.positions != "absolute":
         return "positions move with its window"
+    if preset.context.decoder_zero_start:
+        return "its decoder starts from zero caches"
     if preset.sampler.guidance_scale != 1:
         return "it uses guidance"
     return None

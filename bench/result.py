@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, cut, nearest, quoted
 from ..runtime.files import check_output, write_atomically
+from ..user_files import read_json
 
 SCHEMA = 3  # 1 was only of the kernel benchmark, 2 had no low-precision layers and pages
 KINDS = ("kernels", "block", "stream")
@@ -127,29 +128,28 @@ ENVIRONMENT = ("date", "command", "commit", "device", "host", "driver", "clocks"
 
 def read_result(path: str | Path) -> Result:
     """Read a result's file. Raises UsageError for another format or schema and for a missing or damaged field."""
-    where = f"result {str(path)!r}"
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {where}: {error}; expected a JSON file that inferix bench wrote") from error
+    where = f"result {quoted(str(path))}"
+    content = read_json(path, "result")
     if not isinstance(content, dict) or not isinstance(content.get("schema"), int) or "kind" not in content:
         raise UsageError(f"{where} was not written by inferix bench: it has no schema and kind; leave it out")
     if content["schema"] != SCHEMA:
         other = "older: run its command again" if content["schema"] < SCHEMA else "newer: update inferix"
-        raise UsageError(f"{where} has schema {content['schema']}, this version reads {SCHEMA}; the file is {other}")
+        schema = quoted(content["schema"])
+        raise UsageError(f"{where} has schema {schema}, this version reads {SCHEMA}; the file is {other}")
     if content["kind"] not in KINDS:
         known = f"{nearest(str(content['kind']), KINDS)}; expected one of {', '.join(KINDS)}"
-        raise UsageError(f"{where} is of kind {content['kind']!r}{known}")
+        raise UsageError(f"{where} is of kind {quoted(content['kind'])}{known}")
     for key, kind in ENVELOPE.items():
         if not isinstance(content.get(key), kind):
-            raise UsageError(f"{where}: {key} is {content.get(key)!r:.60}; expected a {kind.__name__}: run it again")
+            value = quoted(content.get(key), 60)
+            raise UsageError(f"{where}: {key} is {value}; expected a {kind.__name__}: run it again")
     if unknown := content.keys() - ENVELOPE.keys() - {"schema"}:
-        raise UsageError(f"{where} has {sorted(unknown)[0]!r}, which schema {SCHEMA} does not; run it again")
+        raise UsageError(f"{where} has {quoted(min(unknown))}, which schema {SCHEMA} does not; run it again")
     if missing := [key for key in ENVIRONMENT if key not in content["environment"]]:
         raise UsageError(f"{where}: its environment lacks {', '.join(missing)}; run it again")
     for group in ("ceilings", "series"):
         items = content[group].items()
-        content[group] = {name: read_series(value, f"{where}: {group} {name!r}") for name, value in items}
+        content[group] = {name: read_series(value, f"{where}: {group} {quoted(name)}") for name, value in items}
     return Result(**content)
 
 
@@ -157,19 +157,19 @@ def is_check(path: Path) -> bool:
     """Return True for a file that `gpu_check` wrote without measurements."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and CHECK in content
 
 
 def read_series(value: Any, where: str) -> Series:
     if not isinstance(value, Mapping) or not isinstance(value.get("samples"), list):
-        raise UsageError(f"{where} is {value!r:.60}; expected unit, samples and better: run it again")
+        raise UsageError(f"{where} is {quoted(value, 60)}; expected unit, samples and better: run it again")
     try:
         samples = tuple(float(sample) for sample in value["samples"])
         return Series(str(value["unit"]), samples, str(value["better"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{where} is damaged: {error}; run it again") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"{where} is damaged: {cut(str(error))}; run it again") from error
 
 
 def read_folder(folder: Path) -> dict[str, Result]:

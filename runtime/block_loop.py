@@ -327,7 +327,7 @@ class BlockLoop:
             span = state.timeline.admit(given=True)
             part = latents[span.frames.start : span.frames.stop]
             self.run_alone(self.commit(state, span, part))
-            pixels = state.decoder.vae.decode(part, state.decoder.state)
+            pixels = state.decoder.advance(part)
             state.remember(part, pixels, self.resources.spec.vae_stride[0])
             frames.append(to_frames(pixels))
         state.prefix_frames = np.concatenate(frames)

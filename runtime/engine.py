@@ -188,7 +188,9 @@ class Engine:
             rows=rows,
             branches=Branch.new_each(self.resources, texts, size),
             actions=ActionTrack(self.spec.actions, actions),
-            decoder=DecoderTrack(self.manager.decoder, preset.context.rewind_blocks),
+            decoder=DecoderTrack(
+                self.manager.decoder, preset.context.rewind_blocks, preset.context.decoder_zero_start
+            ),
             negative=negative,
             source=source,
             clamped=clamped,
@@ -229,7 +231,7 @@ class Engine:
         for control in session.controls.pending(BLOCK_CONTROLS):
             refused = None
             if control.kind == "act":
-                state.actions.tell(state.timeline.next_frame, control.value)
+                state.actions.set_from(state.timeline.next_frame, control.value)
             else:
                 try:
                     self._change_prompt(state, *control.value)

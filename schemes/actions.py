@@ -1,4 +1,4 @@
-"""What the hero of a world model does: one action per latent frame, from a script or as it is told.
+"""Actions of a world model: one per latent frame, from a script or set while the stream runs.
 
 Host integers only. Only changes are kept, so an endless stream costs no memory while nothing changes.
 """
@@ -16,21 +16,21 @@ LONGEST_SCRIPT = 100_000  # actions, and so latent frames: some hours of video
 
 
 class ActionTrack:
-    """The action of each latent frame: the first known one, rest, until something else is told.
+    """The action of each latent frame: the first of `names`, rest, until another is set.
 
-    names: the model's actions; script: those of frames 1, 2, ...; what holds after its end is rest again.
+    names: the model's actions. script: those of frames 1, 2, ...; rest follows it.
     """
 
     def __init__(self, names: Sequence[str], script: Sequence[str] = ()) -> None:
         self.names = tuple(names)
         self.starts, self.held = [0], [0]
         for frame, name in enumerate(script, start=1):
-            self.tell(frame, name)
+            self.set_from(frame, name)
         if script:
-            self.tell(len(script) + 1, self.names[0])
+            self.set_from(len(script) + 1, self.names[0])
 
-    def tell(self, frame: int, name: str) -> None:
-        """From `frame` on, which none before was told later than, do `name`; what was planned from there is dropped."""
+    def set_from(self, frame: int, name: str) -> None:
+        """Set the action from `frame` on; actions set for later frames are dropped. UsageError for an unknown name."""
         index = self.names.index(check_action(name, self.names))
         keep = bisect_right(self.starts, frame - 1)
         del self.starts[keep:], self.held[keep:]
@@ -39,7 +39,7 @@ class ActionTrack:
             self.held.append(index)
 
     def fork(self) -> ActionTrack:
-        """A copy that goes on by itself."""
+        """Return an independent copy."""
         twin = ActionTrack(self.names)
         twin.starts, twin.held = list(self.starts), list(self.held)
         return twin
@@ -94,5 +94,5 @@ def check_script_length(count: int) -> None:
 
 
 def shorthand(names: Sequence[str]) -> str:
-    """How actions are told in short: `8R (right), 8U (up)`."""
+    """Return the short form of actions: `8R (right), 8U (up)`."""
     return ", ".join(f"8{name[0].upper()} ({name})" for name in names) or "8R"

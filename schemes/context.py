@@ -27,6 +27,8 @@ class ContextPolicy:
     segment_frames: rebuild once the frames since the last rebuild would pass this; 0 never.
     rebuild_frames: how many of the last clean frames a rebuild keeps. reencode_head: the first of them is
     encoded again from the picture it was decoded to. restart_decoder: the decoder starts anew with them too.
+    decoder_zero_start: the decoder starts from zero caches: of the four pictures of its first latent frame the last is
+    kept. That changes pictures near the start, and latents where a picture is encoded again.
     prompt_switch: a new prompt only applies from the next block (`cut`), or the visible past is passed through
     the network again under it (`recache`), or it is blended in over `blend_blocks` blocks (`blend`).
     A blend begins with the old prompt and ends with the new one; before the first block it is a cut.
@@ -49,6 +51,7 @@ class ContextPolicy:
     rebuild_frames: int = 0
     reencode_head: bool = False
     restart_decoder: bool = False
+    decoder_zero_start: bool = False
     prompt_switch: str = "cut"
     rebuild_before_switch: bool = False
     recache_sink: bool = False

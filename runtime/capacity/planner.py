@@ -290,8 +290,9 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
         one = costs.pass_flops(spec, tokens, scheduled.run).total
         flops += one
         seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, scheduled.run, load.dtype, load.kv_dtype))
+    first = block.decoder_begins and not load.preset.context.decoder_zero_start
     decoding = [
-        costs.decode_flops(load.decoder, load.latent, first=block.decoder_begins and frame == 0)
+        costs.decode_flops(load.decoder, load.latent, first=first and frame == 0)
         for frame in range(block.decoded)
     ]
     traffic = costs.decode_traffic(load.decoder, load.latent, load.dtype)

@@ -10,13 +10,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...models.wan.vae import StreamState
+from ...errors import UsageError
+from ...models.wan.vae import CausalVae, StreamState
 from ...models.wan.vae_checkpoint import Decoder
 from ..engine_condition import EngineCondition
 from ..streams import claim, make_current
@@ -26,12 +28,18 @@ class DecoderTrack:
     """Decoder state after the last block, with checkpoints to rewind up to `rewind_blocks` blocks.
 
     checkpoints: (block, state before it), one every `rewind_blocks` blocks; states share tensors. decoded: (block,
-    latents) since the first checkpoint. A rewind decodes again from the nearest checkpoint.
+    latents) since the first checkpoint. A rewind decodes again from the nearest checkpoint. zero_start: the stream
+    starts from zero caches; UsageError for a decoder other than `CausalVae`.
     """
 
-    def __init__(self, vae: Decoder, rewind_blocks: int) -> None:
-        self.vae, self.rewind_blocks = vae, rewind_blocks
-        self.state = vae.new_state()
+    def __init__(self, vae: Decoder, rewind_blocks: int, zero_start: bool = False) -> None:
+        if zero_start and not isinstance(vae, CausalVae):
+            raise UsageError(
+                f"decoder_zero_start is true, but the decoder is a {type(vae).__name__}; use the full VAE, or leave "
+                "decoder_zero_start out"
+            )
+        self.vae, self.rewind_blocks, self.zero_start = vae, rewind_blocks, zero_start
+        self.state = self.new_state()
         self.checkpoints: list[tuple[int, StreamState]] = []
         self.decoded: list[tuple[int, Tensor]] = []
         self.last: Tensor | None = None  # latents of the last block
@@ -47,7 +55,21 @@ class DecoderTrack:
                 self.checkpoints.pop(0)
             self.decoded = [(index, part) for index, part in self.decoded if index >= self.checkpoints[0][0]]
         self.last = latents
-        return self.vae.decode(latents, self.state)
+        return self.advance(latents)
+
+    def advance(self, latents: Tensor) -> Tensor:
+        """Decode latents [F, C, h, w] to pixels [T, 3, H, W], without a checkpoint."""
+        begins, pixels = not self.state.history, self.vae.decode(latents, self.state)
+        if begins and self.zero_start and isinstance(self.vae, CausalVae):
+            return pixels[self.vae.spec.temporal_stride - 1 :]
+        return pixels
+
+    def new_state(self) -> StreamState:
+        """The state of a stream that has not begun."""
+        state = self.vae.new_state()
+        if self.zero_start and isinstance(self.vae, CausalVae):
+            state.frames = 1  # no frame is the first: each is upsampled in time, over zeros at the start
+        return state
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -61,7 +83,7 @@ class DecoderTrack:
 
     def restart(self, block: int, latents: Tensor) -> None:
         """Reset the state before `block` and decode `latents` to fill it; their pixels are dropped."""
-        self.state = self.vae.new_state()
+        self.state = self.new_state()
         self.vae.decode(latents, self.state)
         if self.rewind_blocks:
             self.checkpoints = [(index, state) for index, state in self.checkpoints if index < block]
@@ -83,7 +105,7 @@ class DecoderTrack:
 
     def fork(self) -> DecoderTrack:
         """Return an independent track; tensors are shared."""
-        fork = DecoderTrack(self.vae, self.rewind_blocks)
+        fork = copy(self)
         fork.state = self.state.clone()
         fork.checkpoints = [(block, state.clone()) for block, state in self.checkpoints]
         fork.decoded, fork.last = list(self.decoded), self.last
@@ -93,7 +115,8 @@ class DecoderTrack:
         """Switch to another decoder, which decodes the last block first; rewinds before this point are lost."""
         if vae is self.vae:
             return
-        self.vae, self.state = vae, vae.new_state()
+        self.vae = vae
+        self.state = self.new_state() if self.last is None else vae.new_state()
         if self.last is not None:
             vae.decode(self.last, self.state)
         self.checkpoints, self.decoded = [], []

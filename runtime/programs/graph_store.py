@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ...errors import InferixError, UsageError, quoted
+from ...errors import InferixError, UsageError, cut, quoted
 from ...graphs.codec import decode_lowered, encode_lowered
 from ...graphs.lowered import Lowered, digest, lower_block
 from ...models.files import check_file, parse_json, reason
@@ -68,11 +68,17 @@ def installed(package: str) -> str | None:
 
 
 def stored_for(folder: Path) -> tuple[str, str]:
-    """Names of the model and the preset of the graphs in a folder; UsageError for a folder without graphs."""
+    """Names of the model and the preset of the graphs in a folder.
+
+    UsageError for a folder without graphs, InferixError for one whose identity cannot be read.
+    """
     if not (folder / IDENTITY).exists():
         raise no_graphs(folder)
     stored = read(folder / IDENTITY)
-    return stored["model"]["name"], stored["preset"]["name"]
+    names = [part.get("name") if isinstance(part := stored.get(key), dict) else None for key in ("model", "preset")]
+    if not all(isinstance(name, str) for name in names):
+        raise InferixError(f"{folder / IDENTITY} names no model and preset; delete the folder to trace again")
+    return str(names[0]), str(names[1])
 
 
 def no_graphs(folder: Path) -> UsageError:
@@ -101,8 +107,8 @@ class GraphStore:
         if differing := difference(read(path), expected):
             what, stored, here = differing
             raise InferixError(
-                f"the graphs in {folder} are for {what} {stored!r}, but the engine has {here!r}; use another folder, "
-                "or delete this one to trace them again"
+                f"the graphs in {folder} are for {cut(what)} {quoted(stored)}, but the engine has {quoted(here)}; "
+                "use another folder, or delete this one to trace them again"
             )
         if graphs.device.startswith("cuda"):
             os.environ.setdefault("TRITON_CACHE_DIR", str(folder / KERNELS))
@@ -181,7 +187,9 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InferixError(f"cannot read {path}: {reason(error)}; delete it to trace the graph again") from error
     if not isinstance(content, dict):
-        raise InferixError(f"cannot read {path}: it is no JSON object; delete it to trace the graph again")
+        raise InferixError(
+            f"cannot read {path}: {quoted(content)} is no JSON object; delete it to trace the graph again"
+        )
     return content
 
 

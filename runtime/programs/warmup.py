@@ -1,4 +1,4 @@
-"""Graph keys of a stream, from model and preset alone, to fill a graph store without weights.
+"""Graph keys of a stream, from model and preset only, to fill a graph store without weights.
 
 The passes of the block schedule are laid out over a page table, as `PagedCache` lays them out over pages.
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import InferixError, UsageError
+from ...errors import InferixError, UsageError, cut
 from ..files import write_atomically
 
 
@@ -55,8 +55,8 @@ def save_profile(path: Path, about: Mapping[str, Any], size: tuple[int, int], ti
 def entries(path: Path) -> list[dict[str, Any]]:
     try:
         measurements = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"cannot read {path}: {error}; make it with inferix bench stream --batches {path}"
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"cannot read {path}: {cut(str(error))}; make it with inferix bench stream --batches {path}"
         raise InferixError(message) from error
     if not isinstance(measurements, list) or not all(map(is_entry, measurements)):
         raise InferixError(f"{path} holds no measured times of batches; give another file, or delete it")
@@ -66,7 +66,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
 def is_entry(value: Any) -> bool:
     try:
         _ = value["about"], size_of(value), profile_of(value)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return False
     return True
 

@@ -457,7 +457,8 @@ class DecoderForm(SaveForm):
         parts = file.resources.parts
         vae = parts.fast_vae if file.header["decoder"]["fast"] else parts.vae
         assert vae is not None  # the file's header is checked when it is opened
-        return DecoderTrack(vae, file.preset.context.rewind_blocks)
+        policy = file.preset.context
+        return DecoderTrack(vae, policy.rewind_blocks, policy.decoder_zero_start and vae is parts.vae)
 
     def fill(self, value: DecoderTrack, file: SavedFields) -> None:
         slots = [name for name in file.tensors if name.startswith("decoder.")]

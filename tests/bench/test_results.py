@@ -49,17 +49,25 @@ def test_a_result_survives_writing_and_reading(tmp_path):
         ({"environment": {"date": ""}}, "environment.*command"),
         ({"series": {"eager/block": {"unit": "s", "samples": [], "better": "less"}}}, "series 'eager/block'"),
         ({"series": {"eager/block": [1.0]}}, r"series 'eager/block' is \[1.0\]"),
+        ({"series": {"eager/block": {"unit": "s", "samples": [10**400], "better": "less"}}}, "series 'eager/block'"),
+        ({"series": {"x" * 10_000: 1}}, "series 'xxx"),
+        ({"kind": "x" * 10_000}, "kind 'xxx"),
+        ({"x" * 10_000: 1}, "has 'xxx"),
     ],
 )
 def test_a_foreign_or_old_file_is_refused(tmp_path, change, expected):
     path = write_result(block_result({"eager/block": [0.2]}), tmp_path / "block.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UsageError, match=expected):
+    with pytest.raises(UsageError, match=expected) as caught:
         read_result(path)
+    assert len(str(caught.value)) < 1000
 
 
-def test_what_is_no_file_is_refused(tmp_path):
-    (tmp_path / "x.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000])
+def test_what_is_no_file_is_refused(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UsageError, match=r"x\.json"):
+        read_folder(tmp_path)
     for read, name in ((read_result, "x.json"), (read_result, "none.json"), (read_folder, "none")):
         with pytest.raises(UsageError, match=str(tmp_path / name)):
             read(tmp_path / name)

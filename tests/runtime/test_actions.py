@@ -18,11 +18,11 @@ def test_a_script_begins_at_frame_one_and_is_followed_by_rest():
 
 def test_what_is_told_holds_until_told_otherwise_and_drops_what_was_planned():
     track = ActionTrack(NAMES, ["right"] * 10)
-    track.tell(3, "down")
+    track.set_from(3, "down")
     assert [track.of(frame) for frame in range(6)] == [0, 4, 4, 2, 2, 2]
     assert track.of(10**9) == 2
-    track.tell(4, "left")
-    track.tell(4, "stay")
+    track.set_from(4, "left")
+    track.set_from(4, "stay")
     assert [track.of(frame) for frame in range(2, 7)] == [4, 2, 0, 0, 0]
 
 

@@ -415,8 +415,10 @@ def test_times_are_kept_for_what_they_were_made_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "no json", "{}", '[{"about": 1}]', '[{"about": %s, "size": 3, "seconds": {"1": 4}}]']
-)
+    "content",
+    [None, "no json", "{}", '[{"about": 1}]', '[{"about": %s, "size": 3, "seconds": {"1": 4}}]',
+     '[{"about": %s, "size": [1e999, 32], "seconds": {"1": 4}}]', "[" * 100_000],
+)  # fmt: skip
 def test_a_file_that_holds_no_times_is_refused(content, tmp_path):
     path, about = tmp_path / "batches.json", engine_of(times=None).timed_on
     if content is not None:

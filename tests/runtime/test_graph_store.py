@@ -14,7 +14,7 @@ from inferix.errors import InferixError, UsageError
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution import launcher
 from inferix.runtime.programs import graph_store
-from inferix.runtime.programs.graph_store import GraphStore, difference
+from inferix.runtime.programs.graph_store import GraphStore, difference, stored_for
 
 
 def first_block(engine: Engine) -> torch.Tensor:
@@ -125,6 +125,21 @@ def test_a_program_under_another_key_is_not_used(stored: tuple[Path, torch.Tenso
     store.path(other).write_text(path.read_text())
     with pytest.warns(UserWarning, match=store.path(other).name):
         assert store.find(other) is None
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model": 3}', '{"model": {"name": 1}, "preset": {}}', "[" * 100_000])
+def test_an_identity_that_names_nothing_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "identity.json").write_text(content)
+    with pytest.raises(InferixError, match=r"identity\.json"):
+        stored_for(tmp_path)
+
+
+def test_a_long_value_of_the_identity_is_cut(stored: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    identity = json.loads((stored[0] / "identity.json").read_text())
+    (tmp_path / "identity.json").write_text(json.dumps(identity | {"card": "x" * 10_000}))
+    with pytest.raises(InferixError, match="card 'xxx") as caught:
+        make_engine(executor="fused", graphs=str(tmp_path))
+    assert len(str(caught.value)) < 1000
 
 
 def test_the_first_difference_is_named() -> None:

@@ -6,6 +6,7 @@ positions and timestep (`FrameAttention`), repeated for each step.
 
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from oracles import ROWS, SIZE, FrameAttention, make_engine, run
@@ -13,6 +14,7 @@ from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 from inferix.errors import InferixError, UsageError
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
+from inferix.models.wan.vae import StreamState
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sampler import Sampler, scheduled_blocks
 from inferix.schemes.page_needs import page_needs
@@ -378,6 +380,26 @@ def test_krea_recomputes_its_context_under_the_prompt_of_the_block_before():
         (first,) = session.stream(1, decode=False)
     with engine.open(prompt_embeds=OTHER, size=SIZE) as session:
         assert torch.equal(first.latents, next(iter(session.stream(1, decode=False))).latents)
+
+
+@torch.no_grad()
+def test_a_decoder_that_starts_from_zero_caches_changes_pictures_and_the_latents_made_from_them():
+    """Against one call over the whole clip, in which every latent frame becomes four pictures."""
+    engine = make_engine("krea", decoder_zero_start=True)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        blocks = list(session.stream(3))
+    assert [len(block.frames) for block in blocks] == [9, 12, 12]
+    vae, latents = engine.parts.vae, [block.latents for block in blocks]
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (vae.spec.mean, vae.spec.std))
+    clip = (torch.cat(latents) * std + mean).transpose(0, 1)[None]
+    pixels = vae.decoder(vae.post_quant_conv(clip), StreamState({}, 1))[0].transpose(0, 1).clamp(-1, 1)[3:]
+    shown = ((pixels * 0.5 + 0.5) * 255).permute(0, 2, 3, 1).numpy()
+    assert abs(np.concatenate([block.frames for block in blocks]).astype(int) - shown).max() <= 0.51
+    context = torch.cat((vae.encode(pixels[12:13], vae.new_state()), latents[1][1:]))
+    want = dense_block(engine, context, block_causal(3, 3), Span(2, range(6, 9)))
+    assert (latents[2] - want).abs().max() <= 1e-10
+    plain = run(make_engine("krea"), 3)
+    assert torch.equal(plain[1].latents, latents[1]) and (plain[2].latents - latents[2]).abs().max() > 1e-6
 
 
 @torch.no_grad()
