@@ -239,6 +239,13 @@ def test_a_damaged_field_is_named_and_nothing_is_left(message, saved, small, tmp
     assert not small.manager.sessions and not small.manager.pages_in_use
 
 
+@pytest.mark.parametrize("header", ['{"version": 2, "version": 2}', "{", "[" * 100_000])
+def test_a_header_that_is_no_single_json_object_is_refused(header, small, tmp_path):
+    save_file({"rows": torch.zeros(1)}, tmp_path / "damaged.safetensors", {KEY: header})
+    with pytest.raises(InferixError, match=r"damaged\.safetensors"):
+        Session.restore(small, tmp_path / "damaged.safetensors")
+
+
 def test_a_restore_that_fails_on_its_way_leaves_nothing(saved, small, monkeypatch):
     """In reading, and in loading pages, by an error of no known kind."""
     path, wanted = saved
