@@ -288,8 +288,8 @@ def compare(
             if names:
                 console.print(f"{label}: {', '.join(names)}")
     if fail_on_slower and comparison.slower:
-        names = ", ".join(change.name for change in comparison.slower)
-        raise InferixError(f"slower in {b}: {names}")
+        slower = ", ".join(change.name for change in comparison.slower)
+        raise InferixError(f"slower in {b}: {slower}")
 
 
 def the_subject(
