@@ -271,12 +271,12 @@ def test_a_restored_session_needs_room_like_any_other(saved):
     engine = make_engine("longlive", "float32", limits=Limits(sessions=1, when_full="queue"), **SETTINGS)
     first = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     queued = Session.restore(engine, path)
-    with pytest.raises(InferixError, match="still waits for room"):
+    with pytest.raises(InferixError, match="room"):
         queued.save(path)
     assert queued.state is State.NEW and engine.manager.pages_in_use == 0
     first.close()
     assert hash_of(queued.stream(2)) == wanted
-    with pytest.raises(UsageError, match="cannot be rewound to block 3"):
+    with pytest.raises(UsageError, match="block 3"):
         queued.rewind(3)
 
 
