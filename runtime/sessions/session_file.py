@@ -102,7 +102,7 @@ def read_session(path: Path, resources: Resources, preset: Preset) -> SavedField
             text = (file.metadata() or {}).get(KEY)
             if text is None:
                 raise UsageError(f"{name} is a safetensors file, but no saved session")
-            header = parse_json(text)
+            header = parse_header(text)
             check_header(header, resources, preset, path)
             there = set(file.keys())
             for tensor in list_of("tensors", header["tensors"]):
@@ -115,12 +115,20 @@ def read_session(path: Path, resources: Resources, preset: Preset) -> SavedField
         if header["checksum"] != checksum(header, saved.tensors):
             raise InvalidField(f"checksum {quoted(header['checksum'])} is not that of the content: it was changed")
         return saved
-    except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, SafetensorError, RecursionError) as error:
         raise InferixError(
             f"{name} is cut short or no saved session: {reason(error)}; save it again, or use an older copy"
         ) from error
     except InvalidField as error:
         raise InferixError(f"{name} is damaged: {error}; save it again, or use an older copy") from error
+
+
+def parse_header(text: str) -> Any:
+    """Parse the header's JSON. InvalidField for other text, or a key given twice."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise InvalidField(reason(error)) from error
 
 
 def check_header(header: Any, resources: Resources, preset: Preset, path: Path) -> None:

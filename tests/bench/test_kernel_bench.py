@@ -164,7 +164,7 @@ def test_a_table_is_written_from_what_every_compile_gives():
     assert reproducible_rows([row("a", "b"), row("c", "b")])["op, sm_90"] == {
         "registers": 40, "hash_of": "ptx", "sha256": "b"
     }  # fmt: skip
-    with pytest.raises(InferixError, match="op, sm_90: cubin and ptx differ"):
+    with pytest.raises(InferixError, match=r"sm_90.*cubin.*ptx"):
         reproducible_rows([row("a", "b"), row("c", "d")])
     with pytest.raises(InferixError, match="op, sm_90: registers"):
         reproducible_rows([row("a", "b"), row("a", "b", 41)])
@@ -269,7 +269,7 @@ def test_a_gpu_that_runs_other_code_than_was_inspected_fails_the_check(kind, mon
     with pytest.raises(InferixError, match=f"{name}: sha256 of the {kind}"):
         gpu_check.unit_code()("cpu", tmp_path / "code.json")
     del ran[name]
-    with pytest.raises(InferixError, match=f"{name}: in the table, but not compiled"):
+    with pytest.raises(InferixError, match=f"{name}:.*not compiled"):
         gpu_check.unit_code()("cpu", tmp_path / "code.json")
 
 
