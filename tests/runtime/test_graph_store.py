@@ -151,7 +151,7 @@ def test_the_first_difference_is_named() -> None:
 
 def test_too_little_memory_says_how_much_and_what_would_fit(stored: tuple[Path, torch.Tensor], monkeypatch) -> None:
     folder, latents = stored
-    cases = ((-(10**9), "no smaller"), (1000, "dtype=bfloat16"))
+    cases = ((-(10**9), "no smaller"), (1000, "dtype=.bfloat16"))
     for free, advice in cases:
         monkeypatch.setattr(launcher, "free_bytes", lambda device, free=free: free)
         engine = make_engine(executor="fused", graphs=str(folder))
