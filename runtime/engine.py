@@ -399,11 +399,10 @@ class Engine:
     def blocks_for_frames(self, latent_frames: int) -> int:
         """How many blocks make at least that many latent frames from the start."""
         latent_frames = integer()("latent_frames", latent_frames)
-        blocks = frames = 0
-        while frames < latent_frames:
-            frames += self.preset.block_size(frames)
-            blocks += 1
-        return blocks
+        first = self.preset.block_size(0)
+        if latent_frames <= first:
+            return int(latent_frames > 0)
+        return 1 - (first - latent_frames) // self.preset.num_frame_per_block
 
     def describe(self) -> dict[str, Any]:
         """Every setting, as plain values."""
