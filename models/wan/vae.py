@@ -201,16 +201,16 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         if self.time_conv is not None and state.frames > 0:  # the first frame stays one, and enters no history
             x = self.interleaved(self.time_conv.stream(x, state))
-        return by_clip(self.resample(self.enlarged(by_frame(x))), len(x))
+        return by_clip(self.resample(self.enlarged(x)), len(x))
 
     def interleaved(self, x: Tensor) -> Tensor:
         """[B, 2C, T, H, W] to [B, C, 2T, H, W]: the halves of each frame's channels become two frames."""
         return x.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
-    def enlarged(self, frames: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C, 2H, 2W], each pixel repeated."""
-        wide = frames.to(torch.promote_types(frames.dtype, torch.float32))
-        return F.interpolate(wide, scale_factor=2.0, mode="nearest-exact").to(frames.dtype)
+    def enlarged(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] to frames [B*T, C, 2H, 2W], each pixel repeated."""
+        wide = torch.promote_types(x.dtype, torch.float32)  # copies are not named: each is freed once it is read
+        return F.interpolate(by_frame(x).to(wide), scale_factor=2.0, mode="nearest-exact").to(x.dtype)
 
 
 class MidBlock(nn.Module):

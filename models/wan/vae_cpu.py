@@ -83,8 +83,8 @@ class CpuUpsample(Upsample):
         pixels = x.movedim(1, -1).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
         return pixels.movedim(-2, 2).flatten(1, 2).movedim(-1, 1)
 
-    def enlarged(self, frames: Tensor) -> Tensor:
-        return F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
+    def enlarged(self, x: Tensor) -> Tensor:
+        return F.interpolate(by_frame(x), scale_factor=2.0, mode="nearest-exact")
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {

@@ -132,7 +132,7 @@ def test_image_and_video_begin_the_stream(tmp_path):
         (["--size", "100x100"], "100x100.*96x96.*112x112"),
         (["--size", "big"], "--size 'big'.*832x480"),
         (["--blocks", "0"], "--blocks.*0"),
-        (["--blocks", "1.5"], "'1.5'"),
+        (["--blocks", "1.5"], "--blocks"),
         (["--seconds", "-1"], "--seconds.*-1"),
         (["--prompt", ""], "prompt"),
         (["--prompt", "x" * 100_000], "prompt.*100000"),

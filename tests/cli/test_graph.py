@@ -55,13 +55,13 @@ def test_a_run_starts_from_saved_graphs_and_others_are_refused(tmp_path: Path) -
     graphs, out = tmp_path / "graphs", tmp_path / "a.mp4"
     made = run(*scheme, "--save", str(graphs))
     assert made.exit_code == 0, made.output
-    assert re.match("2 graphs in .*, 2 .*longlive.*float32", made.stdout)
+    assert re.match("3 graphs in .*, 3 .*longlive.*float32", made.stdout)
     names = sorted(path.name for path in graphs.iterdir())
     assert run(*scheme, "--load", str(graphs)).stdout.splitlines()[1:] == made.stdout.splitlines()[1:]
-    assert re.match("2 graphs in .*, 0 ", run(*scheme, "--save", str(graphs)).stdout)
+    assert re.match("3 graphs in .*, 0 ", run(*scheme, "--save", str(graphs)).stdout)
     unnamed = ["graph", "--set", "local_attn_size=6", "--size", "32x32", "--load", str(graphs)]
-    assert CliRunner().invoke(app, unnamed).stdout.startswith("2 graphs in") and stored_for(graphs)[0] == "wan-tiny"
-    assert run(*scheme, "--load", str(graphs), "--plan").stdout.count("block: arena") == 2
+    assert CliRunner().invoke(app, unnamed).stdout.startswith("3 graphs in") and stored_for(graphs)[0] == "wan-tiny"
+    assert run(*scheme, "--load", str(graphs), "--plan").stdout.count("block: arena") == 3
 
     video = ["generate", "--model", "wan-tiny", "--size", "32x32", *scheme, "--blocks", "3", "--out", str(out)]
     options = ["--executor", "fused", "--graphs", str(graphs), "--prompt-at", "0.6", "snow"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from inferix.cli.graph import told_plan
+from inferix.cli.graph import format_plans
 from inferix.graphs.cost import PassCost, name_of
 from inferix.graphs.lowered import lower_block
 from inferix.graphs.rewrites import REWRITES, chosen, rewritten
@@ -38,7 +38,7 @@ def test_text_and_picture_are_those_of_the_command() -> None:
     page = (DOCS / "graph.md").read_text("utf-8")
     blocks = re.findall(r"```\n(.*?)\n```", page, re.DOTALL)
     assert text(done()) in blocks, AGAIN
-    assert "\n\n".join(told_plan(lower_block(done()))) in blocks, AGAIN.replace("--svg docs/graph.svg", "--plan")
+    assert "\n\n".join(format_plans(lower_block(done()))) in blocks, AGAIN.replace("--svg docs/graph.svg", "--plan")
     assert (DOCS / "graph.svg").read_text("utf-8") == svg(done()), AGAIN
     assert all(f"| `{name}`" in page for name in REWRITES)
 

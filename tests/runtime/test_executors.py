@@ -301,7 +301,7 @@ def test_captures_are_counted_by_query_shape() -> None:
             list(session.stream(1, decode=False))
             session.prompt(embeds=OTHER)
     shapes = {(key.whole, key.latent[0]) for key in engine.executor.loaded}
-    assert shapes == {(True, 1), (True, 3), (False, 1), (False, 4), (False, 6)}
+    assert shapes == {(True, 1), (True, 3), (False, 1), (False, 4), (False, 7), (False, 6)}
     assert backend.captures == len(shapes)
 
 

@@ -18,8 +18,13 @@ CUTS = {"local_attn_size": 6, "sink_size": 2, "num_frame_per_block": 2, "num_ste
 
 
 class NumbersForm(SaveForm):
+    key = "numbers"
+
     def write(self, value: list[int], file: SavedFields) -> None:
         file.header["numbers"] = value
+
+    def check(self, file: SavedFields) -> None:
+        assert isinstance(file.header["numbers"], list)
 
     def read(self, file: SavedFields) -> Any:
         return file.header["numbers"]
