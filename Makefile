@@ -55,7 +55,8 @@ sizes:
 
 lint: copy
 	$(BIN)/ruff check .
-	MYPYPATH=.venv/copy $(BIN)/mypy .venv/copy/inferix tools
+	cp -R tools .venv/copy/
+	cd .venv/copy && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache inferix tools
 
 docs: copy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
