@@ -340,7 +340,7 @@ class Engine:
 
     @property
     def timed_on(self) -> dict[str, Any]:
-        """What block times depend on besides the size of pictures, as plain values."""
+        """Settings that block times depend on besides the size of pictures, as plain values."""
         config, preset = self.config, {key: value for key, value in asdict(self.preset).items() if key != "about"}
         chosen = {key: getattr(config, key) for key in ("dtype", "kv_dtype", "executor", "precision")}
         threads = torch.get_num_threads() if self.device.type == "cpu" else None

@@ -75,7 +75,7 @@ def check_paths(inputs: Mapping[str, str | Path | None], outputs: Mapping[str, s
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths are one file, or would be one once written."""
+    """Return True if two paths are one file, or would be one once written."""
     try:
         return one.samefile(other)
     except OSError:  # one of them is not there yet
@@ -89,7 +89,7 @@ def real(path: Path) -> str:
 
 
 def is_read(output: Path, source: Path) -> bool:
-    """Whether writing `output` would change what is read from `source`."""
+    """Return True if writing `output` would change what is read from `source`."""
     try:
         if source.is_dir():
             return output.exists() and any(same_file(output, file) for file in model_files(source))

@@ -218,7 +218,7 @@ def copy_packets(source: Path, target: Path, form: str) -> None:
 
 
 def count_packets(path: Path) -> int:
-    """How many pictures a video file holds; 0 if it is none."""
+    """Number of pictures in a video file; 0 if it is none."""
     import av
 
     try:

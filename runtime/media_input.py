@@ -355,7 +355,7 @@ def untagged_matrix(width: int, height: int) -> int:
 
 
 def display_turn(picture: Any) -> Any:
-    """How Pillow turns a decoded picture by its display matrix, in steps of 90 degrees; None for none."""
+    """Pillow transpose of a display matrix, in steps of 90 degrees; None if there is none."""
     from PIL.Image import Transpose
 
     matrix = next((data for data in picture.side_data if data.type.name == "DISPLAYMATRIX"), None)
@@ -375,7 +375,7 @@ def display_turn(picture: Any) -> Any:
 
 
 def turn_swaps(turn: Any) -> bool:
-    """Whether a turn makes width of height."""
+    """Return True if a transpose swaps width and height."""
     from PIL.Image import Transpose
 
     return turn in (Transpose.ROTATE_90, Transpose.ROTATE_270, Transpose.TRANSPOSE, Transpose.TRANSVERSE)

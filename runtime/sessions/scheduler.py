@@ -51,7 +51,7 @@ class Scheduler:
     degradations: list[DegradationStep] = field(default_factory=list)  # taken so far
 
     def took(self, kind: str) -> bool:
-        """Whether overload has taken a step of some kind."""
+        """Return True if overload has taken a step of this kind."""
         return any(step.kind == kind for step in self.degradations)
 
     @property
