@@ -22,6 +22,7 @@ from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.taehv import TinyDecoder
 from ..models.wan.transformer import WanTransformer
 from ..models.wan.vae import CausalVae
+from ..models.wan.vae_cpu import use_cpu_layers
 from ..models.wan.vae_checkpoint import Decoder
 from ..runtime.capacity.memory_check import MemoryCheck
 from ..runtime.capacity.planner import tiny_for
@@ -191,7 +192,7 @@ def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components
             decoder = TinyDecoder(tiny_for(spec))
     return Components(
         transformer=draw_weights(transformer, seed, dtype, config.device),
-        vae=draw_weights(decoder, seed + 1, dtype, config.device),
+        vae=use_cpu_layers(draw_weights(decoder, seed + 1, dtype, config.device)),
         text=random_text(spec, dtype, config.device),
         source=spec.name,
         form="random",

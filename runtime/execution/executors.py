@@ -19,6 +19,7 @@ from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
 from ...models.wan.transformer import KeyValues, TextContext, WanTransformer
+from ...models.wan.transformer_cpu import with_cpu_layers
 from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
@@ -83,13 +84,17 @@ class Executor(Protocol):
 
 
 class EagerExecutor:
-    """Calls the model pass by pass. packed: the model with low-precision layers, used for passes only."""
+    """Calls the model pass by pass, on a CPU with its CPU layers.
+
+    packed: the model with low-precision layers, used for passes only.
+    """
 
     supports_whole_block = False
     batches = True
 
     def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
-        self.model, self.passes = model, packed or model
+        self.model, self.plain = model, packed or model
+        self.passes = with_cpu_layers(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
         return self.model.embed_text(rows[None])
@@ -111,7 +116,8 @@ class EagerExecutor:
         raise AssertionError("eager runs pass by pass")
 
     def refresh_derived_weights(self) -> None:
-        """Do nothing: the model reads its weights at each pass."""
+        """Forget what the CPU layers keep; the model reads its weights at each pass."""
+        self.passes = with_cpu_layers(self.plain)
 
     def start_profile(self, profile: Profile) -> None:
         raise UsageError("executor eager cannot be profiled; use fused, or captured on a GPU")

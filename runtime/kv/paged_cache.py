@@ -50,6 +50,7 @@ class PagedCache:
         self.store, self.table, self.policy = store, table, policy
         self.sink: Tensor | None = None  # averages [layers, 2, sink_size, page_tokens, heads, head_dim]
         self.last_offload: Offloaded | None = None
+        self.last_tables: tuple[tuple[object, ...], list[PassTables]] | None = None
         self.open = True
         store.users += 1
 
@@ -110,7 +111,7 @@ class PagedCache:
             if self.offloaded is not None:
                 self.offloaded.discard(self.table)
             self.table.release()
-            self.sink = self.last_offload = None
+            self.sink = self.last_offload = self.last_tables = None
             self.open = False
             self.store.users -= 1
 
@@ -197,7 +198,11 @@ class PagedCache:
         self.sink = new
 
     def _parts(self, rows: list[GroupPages]) -> list[PassTables]:
-        return [self._part(part) for part in parts_of(rows)]
+        """Return the tables of a pass: those of the last one, as between the steps of a block, if nothing changed."""
+        layout = (rows, self.table.room, self.policy)
+        if self.last_tables is None or self.last_tables[0] != layout:
+            self.last_tables = layout, [self._part(part) for part in parts_of(rows)]
+        return self.last_tables[1]
 
     def _part(self, rows: list[GroupPages]) -> PassTables:
         ints, rope_cos_sin = self.store.ints, self.store.rope_cos_sin

@@ -46,6 +46,22 @@ def test_the_reference_is_exact_enough_in_every_dtype(spec, dtype):
         check(spec, spec.reference, case, dtype)
 
 
+CPU_FORMS = {
+    f"{spec.name}-{form.name}": (spec, form) for spec in SPECS.values() for form in spec.implementations if form.cpu
+}
+
+
+@pytest.mark.parametrize("named", CPU_FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_form_for_the_cpu_equals_the_reference(named, dtype):
+    spec, form = CPU_FORMS[named]
+    assert tuning.choose(spec, torch.empty(1, 8, dtype=dtype)) is form.load()
+    for case in spec.test_cases:
+        sums = case.options.get("lse") or (spec.name == "adaln" and case.options.get("fp8"))
+        if dtype is not torch.float64 or not sums:  # these are always float32
+            check(spec, form.load(), case, dtype)
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
 def test_the_op_tells_torch_the_truth_about_itself(spec):
     op = getattr(torch.ops.inferix, spec.name).default
