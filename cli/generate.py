@@ -124,6 +124,15 @@ def warn_of_slow_cpu(engine: Engine, size: tuple[int, int], console: Console) ->
         console.print(message, highlight=False, soft_wrap=True)
 
 
+def advise_dtype(engine: Engine, console: Console) -> None:
+    """Print advice on the dtype if the engine runs on a CPU and another one is faster there."""
+    from ..runtime.capacity.cpu_features import cpu_flags, dtype_advice
+
+    advice = dtype_advice(engine.config.dtype, cpu_flags()) if engine.device.type == "cpu" else None
+    if advice:
+        console.print(f"{advice} (--dtype)", highlight=False, soft_wrap=True)
+
+
 def check_length(blocks: int | None, seconds: float | None) -> None:
     if blocks is not None and seconds is not None:
         raise UsageError(f"--blocks {blocks} and --seconds {seconds:g} both set the length; give one of them")
@@ -411,6 +420,7 @@ def generate(
         )
     frame_size = chosen_size or engine.default_size
     warn_of_slow_cpu(engine, frame_size, console)
+    advise_dtype(engine, console)
     source: Any = video
     if video is not None and strength is not None:
         source, count = read_source(video, engine, frame_size, fit, count, bool(blocks or seconds or script))

@@ -14,6 +14,8 @@ OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."
 )
 FORCE = typer.Option(False, "--force", help="Load even what by plan does not fit into memory.")
+DEFAULT_MODEL = "wan-1.3b"  # of plan and graph, which load nothing
+
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """Parse `key=value` strings to a dict; values are YAML, so 3, true and [1, 2] have their types."""
