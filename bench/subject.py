@@ -22,8 +22,8 @@ from ..models.wan.spec import MODELS, ModelSpec
 from ..models.wan.taehv import TinyDecoder
 from ..models.wan.transformer import WanTransformer
 from ..models.wan.vae import CausalVae
-from ..models.wan.vae_cpu import use_cpu_layers
 from ..models.wan.vae_checkpoint import Decoder
+from ..models.wan.vae_cpu import use_cpu_layers
 from ..runtime.capacity.memory_check import MemoryCheck
 from ..runtime.capacity.planner import tiny_for
 from ..runtime.config import (

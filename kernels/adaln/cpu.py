@@ -1,4 +1,4 @@
-"""Gated residual, layer norm and modulation on a CPU: a pass over the tokens for each, with fused multiplies and adds."""
+"""Gated residual, layer norm and modulation on a CPU: one pass over the tokens for each."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Block attention on a CPU through torch's fused attention, page by page where the lists say so.
+"""Block attention on a CPU through torch's fused attention, over the listed pages.
 
-Pages that follow each other in the store are read in place; others are copied once, run by run. Queries that are rotated
-for the sink attend to it by themselves, and the two results are joined by their log-sum-exp.
+Pages that follow each other in the store are read in place; others are copied once, run by run. Queries that are
+rotated for the sink attend to it by themselves, and the two results are joined by their log-sum-exp.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -76,4 +78,4 @@ def tokens(kv: Tensor, pages: list[int], kv_scale: Tensor | None, dtype: torch.d
 def runs(pages: list[int]) -> list[tuple[int, int]]:
     """Each run of pages that follow each other: the first, and the one after the last."""
     starts = [0, *(place for place in range(1, len(pages)) if pages[place] != pages[place - 1] + 1), len(pages)]
-    return [(pages[first], pages[first] + stop - first) for first, stop in zip(starts, starts[1:], strict=False)]
+    return [(pages[first], pages[first] + stop - first) for first, stop in pairwise(starts)]
