@@ -169,7 +169,8 @@ def choose(
     """Candidates named in `executors` and `baselines`; an empty tuple selects all.
 
     `compiled` takes minutes on a CPU, and `diffusers` on a GPU with a large model, so they must be named there;
-    otherwise the reason goes into `left_out`. Raises UsageError for an unknown name and for a candidate that cannot run.
+    otherwise the reason goes into `left_out`. Raises UsageError for an unknown name and for a candidate that cannot
+    run.
     """
     if torch.device(device).type == "cpu" and "compiled" not in (*left_out, *baselines):
         left_out["compiled"] = "torch.compile takes long on a CPU; name it in baselines to run it"

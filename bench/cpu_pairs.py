@@ -39,8 +39,8 @@ LOOPS = ("plain", "diffusers")
 PICTURES = 2  # blocks whose pictures are compared
 CLOCK = (
     "cpu: time of the candidate's process on all its cores; wall: time of the wall clock. block: from asking for a "
-    "block to its frames, with the decoder; transformer: the same without decoder, in streams that are not decoded. A full "
-    "window; the seconds of a command's blocks over their number. Left out: start, loading, the blocks before."
+    "block to its frames, with the decoder; transformer: the same without decoder, in streams that are not decoded. "
+    "A full window; the seconds of a command's blocks over their number. Left out: start, loading, the blocks before."
 )
 
 
