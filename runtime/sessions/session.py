@@ -79,12 +79,12 @@ class HasManager(Protocol):
 class Session:
     """A video being made. Opened by `Engine.open`; ended by `close()` or by leaving a `with`.
 
-    current: all that the next block depends on. rewind_points: the states at the start of the last blocks.
-    rollback_point: where the block in progress rolls back to until it is denoised and committed.
+    id: 32 random hex digits. current: all that the next block depends on. rewind_points: the states at the start of the
+    last blocks. rollback_point: where the block in progress rolls back to until it is denoised and committed.
     """
 
-    def __init__(self, number: int, state: SessionState, manager: SessionServices) -> None:
-        self.id, self.current, self.manager = number, state, manager
+    def __init__(self, id: str, state: SessionState, manager: SessionServices) -> None:
+        self.id, self.current, self.manager = id, state, manager
         self.life = Lifecycle()
         self.controls = ControlQueue(manager.condition)
         self.output = OutputQueue(manager.condition, manager.limits.queue_blocks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import threading
 import time
 import traceback
@@ -77,11 +78,10 @@ class SessionManager:
         self.pipeline = DecodePipeline(resources.device, self.condition)
         self.metrics = Metrics()
         self.observers: list[Callable[[dict[str, Any]], None]] = []
-        self.sessions: dict[int, Session] = {}
+        self.sessions: dict[str, Session] = {}  # in the order they were opened
         for degradation in limits.overload:
             self._check_degradation(degradation)
         self.seen = 0  # changes of the condition when sessions were last picked
-        self.ids = 0
         MANAGERS.add(self)
 
     @property
@@ -127,7 +127,7 @@ class SessionManager:
 
         UsageError or InferixError for a session that is refused: it then holds nothing.
         """
-        session = Session(self._new_id(), state, self)
+        session = Session(new_id(), state, self)
         session.entering = entering
         self._join(session)
         return session
@@ -135,7 +135,7 @@ class SessionManager:
     def fork(self, session: Session) -> Session:
         """Admit a copy of a session, its rewind points included."""
         self.settle(session)
-        twin = Session(self._new_id(), session.current.fork(), self)
+        twin = Session(new_id(), session.current.fork(), self)
         twin.rewind_points = [state.fork(twin.current.decoder) for state in session.rewind_points]
         self._join(twin)
         return twin
@@ -156,11 +156,6 @@ class SessionManager:
         self.pipeline.wait(session.id)
         if session.state is not State.FAILED:
             self._end(session, State.CLOSED)
-
-    def _new_id(self) -> int:
-        with self.condition:
-            self.ids += 1
-            return self.ids
 
     def _join(self, session: Session) -> None:
         self.check_owner("open()")
@@ -266,7 +261,7 @@ class SessionManager:
                 self._tend(session)
         self.thread.answer_calls()
         with self.condition:
-            admitted = [self.sessions[index] for index in self.scheduler.admit_waiting()]
+            admitted = [self.sessions[name] for name in self.scheduler.admit_waiting()]
             degradation = self.scheduler.next_degradation()
         for session in admitted:
             with self.isolate_failures(session):
@@ -287,9 +282,9 @@ class SessionManager:
             if chosen is None:
                 return ()
             others = self._compatible_with(self.sessions[chosen], ready)
-            return tuple(self.sessions[index] for index in self.scheduler.pick_batch(chosen, others, now))
+            return tuple(self.sessions[name] for name in self.scheduler.pick_batch(chosen, others, now))
 
-    def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[int]:
+    def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[str]:
         """Sessions whose next blocks can be batched with the chosen one's."""
         if not self.resources.executor.batches or not self.resources.kv_manager.batches(chosen.size):
             return []
@@ -375,7 +370,7 @@ class SessionManager:
                     self.pipeline.wait(session.id)
                     session.current.decoder.change_decoder(self.decoder)
         elif step.kind == "sessions":
-            admitted = [self.sessions[index] for index in self.scheduler.admitted]
+            admitted = [self.sessions[name] for name in self.scheduler.admitted]
             for session in admitted[step.value :]:
                 if session.life.can(State.PAUSED):
                     session.paused_by = None
@@ -634,8 +629,8 @@ class SessionManager:
         """Make a child process whole: it has one thread, and none of what the decoder's thread had under way."""
         self.thread.after_fork()
         self.metrics.lock = threading.Lock()
-        for index in self.pipeline.after_fork():
-            if session := self.sessions.get(index):
+        for name in self.pipeline.after_fork():
+            if session := self.sessions.get(name):
                 session.decode_error = SessionEnded("a block was being decoded when the process was forked")
 
     def gauges(self) -> dict[str, float]:
@@ -651,6 +646,11 @@ class SessionManager:
             values["load"] = self.scheduler.load()
             values["pages_in_use"] = self.pages_in_use
             return values
+
+
+def new_id() -> str:
+    """A session's id: 128 random bits in hex, which nobody guesses and no order follows."""
+    return secrets.token_hex(16)
 
 
 def interrupted(what: str, error: BaseException) -> SessionEnded:

@@ -21,6 +21,7 @@ from inferix.runtime.sessions.session import Demand
 
 PROMPTS = [ROWS, ROWS.flip(0) * 1.5, ROWS * 0.5]
 SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
+IDS = A, B, C, D, E, F = "fedcba"  # in the order they join, which is not that of their values
 FASTER = BatchProfile({1: 1.0, 2: 1.5, 3: 2.0, 4: 2.5, 8: 4.0})
 SLOWER = BatchProfile({1: 1.0, 2: 2.2, 3: 3.3})
 
@@ -325,9 +326,9 @@ def test_only_blocks_that_match_run_as_one():
     ]  # fmt: skip
     for session in sessions:
         engine.manager.submit_demand(session, Demand(2, decode=False))
-    turns = [sorted(session.id for session in engine.step()) for _ in range(6)]
-    assert turns[:3] == [[1, 2], [3], [4, 5]]
-    assert turns[3:] == [[1, 2, 3], [4, 5], []]
+    steps = [sorted(sessions.index(session) for session in engine.step()) for _ in range(6)]
+    assert steps[:3] == [[0, 1], [2], [3, 4]]
+    assert steps[3:] == [[0, 1, 2], [3, 4], []]
     engine.check_integrity()
 
 
@@ -356,32 +357,32 @@ def test_int8_pages_of_a_budget_are_not_bound_at_a_time():
 
 def scheduler(admitted, times=FASTER, **limits):
     found = Scheduler(Limits(**limits), batch_profiles={"small": times})
-    for session in range(1, admitted + 1):
+    for session in IDS[:admitted]:
         found.join(session, SchedulerEntry(MemoryNeed(), "small", 1.0))
     return found
 
 
 def test_as_many_as_measured_times_say_and_the_most_urgent_first():
     found = scheduler(6)
-    assert found.pick([1, 2, 3, 4, 5, 6], [], 0.0) == 1
-    assert found.pick_batch(1, [2, 3, 4, 5, 6], 0.0) == [1, 2, 3, 4]
-    assert found.pick([1, 2, 3, 4, 5, 6], [], 0.0) == 5
-    assert found.pick_batch(5, [1, 2, 3, 4, 6], 0.0) == [5, 6, 1, 2]
-    assert found.pick_batch(3, [], 0.0) == [3]
-    assert scheduler(3, SLOWER).pick_batch(1, [2, 3], 0.0) == [1]
-    assert scheduler(3, BatchProfile({1: 1.0, 2: 2.0})).pick_batch(1, [2, 3], 0.0) == [1]
-    assert scheduler(5, BatchProfile({1: 1.0, 4: 2.0})).pick_batch(1, [2, 3], 0.0) == [1]
-    assert scheduler(6, batch=2).pick_batch(1, [2, 3, 4], 0.0) == [1, 2]
+    assert found.pick([A, B, C, D, E, F], [], 0.0) == A
+    assert found.pick_batch(A, [B, C, D, E, F], 0.0) == [A, B, C, D]
+    assert found.pick([A, B, C, D, E, F], [], 0.0) == E
+    assert found.pick_batch(E, [A, B, C, D, F], 0.0) == [E, F, A, B]
+    assert found.pick_batch(C, [], 0.0) == [C]
+    assert scheduler(3, SLOWER).pick_batch(A, [B, C], 0.0) == [A]
+    assert scheduler(3, BatchProfile({1: 1.0, 2: 2.0})).pick_batch(A, [B, C], 0.0) == [A]
+    assert scheduler(5, BatchProfile({1: 1.0, 4: 2.0})).pick_batch(A, [B, C], 0.0) == [A]
+    assert scheduler(6, batch=2).pick_batch(A, [B, C, D], 0.0) == [A, B]
     found.batch_room = 3
-    assert found.pick_batch(1, [2, 3, 4, 5, 6], 0.0) == [1, 3, 4]
+    assert found.pick_batch(A, [B, C, D, E, F], 0.0) == [A, C, D]
 
 
 def test_a_batch_makes_no_session_late_that_is_in_time_alone():
     found = scheduler(4, realtime=True)
-    found.admitted[1].due = 11.7
-    assert found.pick_batch(1, [2, 3, 4], 10.0) == [1, 2]
-    assert found.pick_batch(1, [2, 3, 4], 10.5) == [1]
-    assert found.pick_batch(1, [2, 3, 4], 11.0) == [1, 3, 4, 2]  # it is late in any case
+    found.admitted[A].due = 11.7
+    assert found.pick_batch(A, [B, C, D], 10.0) == [A, B]
+    assert found.pick_batch(A, [B, C, D], 10.5) == [A]
+    assert found.pick_batch(A, [B, C, D], 11.0) == [A, C, D, B]  # it is late in any case
 
 
 def test_a_batch_counts_for_its_share_of_real_time():

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import threading
 import traceback
@@ -449,23 +450,42 @@ def test_the_driving_thread_opens_and_forks_for_others():
     assert engine.soon(lambda: 3).result(WAIT) == 3
 
 
+@pytest.mark.parametrize("ids", ["abc", "cba"])
+def test_sessions_run_in_the_order_they_were_opened_whatever_their_ids_are(ids, monkeypatch):
+    engine, given = small_engine(), iter(ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(session_manager, "new_id", lambda: next(given))
+        sessions = [opened(engine, seed) for seed in range(2)]
+        sessions.append(sessions[0].fork())
+    for session in sessions:
+        engine.manager.submit_demand(session, Demand(2, decode=False))
+    order = [session.id for _ in range(6) for session in engine.step()]
+    assert order == [*ids, *ids]
+
+
+def test_nobody_guesses_an_id():
+    engine = small_engine()
+    ids = [opened(engine, seed).id for seed in range(8)]
+    assert len(set(ids)) == 8 and all(re.fullmatch(r"[0-9a-f]{32}", name) for name in ids)
+
+
 def test_waiting_for_ever_is_an_error():
     engine = small_engine(limits=Limits(sessions=1, when_full="queue"))
     session = opened(engine)
     next(session.stream(1, decode=False))
     session.pause()
-    with pytest.raises(InferixError, match=r"session 1\b.*paused"):
+    with pytest.raises(InferixError, match=f"{session.id} .*paused"):
         next(session.stream(1, decode=False))
     session.resume()
     waiting = opened(engine, 1)
-    with pytest.raises(InferixError, match=r"session 2\b.*\b1\b.*\b1\b"):
+    with pytest.raises(InferixError, match=f"{waiting.id} .* 1 .* 1 "):
         next(waiting.stream(1, decode=False))
     with pytest.raises(InferixError, match="room"):
         waiting.fork()
     stream = session.stream(3, decode=False)
     next(stream)
     list(session.stream(1, decode=False))
-    with pytest.raises(InferixError, match="session 1"):
+    with pytest.raises(InferixError, match=session.id):
         next(stream)
     session.close()
     assert same(list(waiting.stream(2, decode=False)), alone(2, seed=1))
@@ -530,9 +550,9 @@ def test_a_session_that_fails_ends_alone(harm, said):
     assert session.state is State.FAILED and session.id not in engine.manager.sessions
     assert same(found, alone(6, decode=True, seed=2))
     engine.check_integrity()
-    with pytest.raises(InferixError, match=f"session 1.*{said}"):
+    with pytest.raises(InferixError, match=f"{session.id} .*{said}"):
         session.fork()
-    with pytest.raises(InferixError, match=f"session 1.*{said}"):
+    with pytest.raises(InferixError, match=f"{session.id} .*{said}"):
         session.act("left")
     session.close()  # frees nothing more, and hides no reason
     assert session.state is State.FAILED
@@ -838,7 +858,7 @@ def test_a_session_whose_reader_is_gone_ends(monkeypatch):
     next(other_stream)
     assert session.state is State.FAILED
     next(stream)  # what was finished is not lost
-    with pytest.raises(InferixError, match=r"session 1\b.*\b[67]\.?\d* s"):
+    with pytest.raises(InferixError, match=rf"{session.id} .*\b[67]\.?\d* s"):
         list(stream)
     engine.check_integrity()
 
@@ -853,10 +873,10 @@ def test_bad_input_leaves_everything_whole():
         (lambda: session.rewind(1), "cannot be rewound to block 1: the next is 3, and blocks from 2 on are kept"),
         (lambda: session.rewind(7), "cannot be rewound to block 7"),
         (lambda: session.rewind(-1), "cannot be rewound to block -1"),
-        (closed.fork, "session 2 is closed; open a new one"),
-        (closed.close, "session 2 is closed already"),
-        (lambda: closed.prompt(embeds=OTHER), "session 2 is closed"),
-        (lambda: closed.stream(1), "session 2 is closed"),
+        (closed.fork, f"{closed.id} is closed"),
+        (closed.close, f"{closed.id} is closed"),
+        (lambda: closed.prompt(embeds=OTHER), f"{closed.id} is closed"),
+        (lambda: closed.stream(1), f"{closed.id} is closed"),
         (lambda: session.act("jump"), "no action 'jump'; there are stay, left"),
         (lambda: session.act(("left", "left")), "action"),
         (lambda: session.act(3), "action is 3"),
@@ -919,12 +939,12 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypa
     )  # fmt: skip
     resting, other = opened(engine, 1), opened(engine, 2)
     found = list(resting.stream(3, decode=False))
-    with pytest.raises(InferixError, match=r"session 2\b.*pages"):
+    with pytest.raises(InferixError, match=f"{other.id} .*pages"):
         next(other.stream(1, decode=False))
     with monkeypatch.context() as patch:
         patch.setattr(resting, "offload", lambda: torch.empty(10**15))
         resting.pause()
-        with pytest.warns(UserWarning, match="session 1.*allocate memory"):
+        with pytest.warns(UserWarning, match=f"{resting.id} .*allocate memory"):
             engine.step()
     resting.resume()
     resting.pause()
@@ -934,7 +954,7 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypa
     with pytest.raises(InferixError, match="in host memory"):
         resting.fork()
     resting.resume()
-    with pytest.raises(InferixError, match=r"session 1\b.*pages"):
+    with pytest.raises(InferixError, match=f"{resting.id} .*pages"):
         next(resting.stream(1, decode=False))
     beside += other.stream(1, decode=False)
     other.close()
@@ -963,7 +983,7 @@ def test_overload_takes_its_steps_and_says_so():
     assert blocks[-1].record.as_dict()["overload"] == ["window", "decoder", "sessions"]
     assert second.state is State.PAUSED and first.state is State.RUNNING
     assert len(first.current.branches[0].cache.frames) == 3
-    with pytest.raises(InferixError, match=r"session 3\b.*\b2\b.*\b1\b"):
+    with pytest.raises(InferixError, match=r"session [0-9a-f]{32} .* 2 .* 1 "):
         opened(engine, 3)
     assert engine.metrics()["counters"]["overload_steps"] == 3
     first.close()
