@@ -46,7 +46,7 @@ def schedule(cues: list[Cue], preset: Preset, blocks: int, fps: int, stride: int
     `stride` is pixel frames per latent frame and `start` the latent frames of a prefix. Raises UsageError for
     cues out of order, at no time above 0, beyond the end, or two in one block.
     """
-    found: dict[int, str] = {}
+    changes: dict[int, str] = {}
     before, block, frame, begins = 0.0, 0, start, beginning(start, stride, fps)
     for cue in cues:
         if cue.at == before == 0.0:
@@ -62,11 +62,11 @@ def schedule(cues: list[Cue], preset: Preset, blocks: int, fps: int, stride: int
                     f"{((frame - 1) * stride + 1) / fps:.2f} s; make the video longer or the prompt earlier"
                 )
             begins = beginning(frame, stride, fps)
-        if block in found:
+        if block in changes:
             raise UsageError(f"two prompts fall on the block at {begins:.2f} s, which has one; move one of them")
-        found[block] = cue.prompt
+        changes[block] = cue.prompt
         before = cue.at
-    return found
+    return changes
 
 
 def beginning(frame: int, stride: int, fps: int) -> float:
