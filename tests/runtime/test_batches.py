@@ -325,7 +325,7 @@ def test_only_blocks_that_match_run_as_one():
         *(engine.open(prompt_embeds=ROWS, size=(32, 48), seed=seed) for seed in range(2)),
     ]  # fmt: skip
     for session in sessions:
-        engine.manager.submit_demand(session, Demand(2, decode=False))
+        engine.manager.delivery.submit_demand(session, Demand(2, decode=False))
     steps = [sorted(sessions.index(session) for session in engine.step()) for _ in range(6)]
     assert steps[:3] == [[0, 1], [2], [3, 4]]
     assert steps[3:] == [[0, 1, 2], [3, 4], []]
@@ -339,7 +339,7 @@ def test_images_held_as_the_first_frame_make_passes_of_two_parts():
     engine, lone = engine_of("longlive2", **settings), engine_of("longlive2", times=None, **settings)
     sessions = [opened(engine, seed, image=images[seed]) for seed in range(2)]
     for session in sessions:
-        engine.manager.submit_demand(session, Demand(2, decode=False))
+        engine.manager.delivery.submit_demand(session, Demand(2, decode=False))
     assert [len(engine.step()) for _ in range(3)] == [2, 2, 0]
     for seed, session in enumerate(sessions):
         with opened(lone, seed, image=images[seed]) as other:

@@ -99,7 +99,7 @@ SMALL = {  # presets with a past that is soon full
 def countable(engine):
     """The same engine with a smaller VAE, over the plain cache, whose attention torch can count."""
     engine = remade(engine, vae=CausalVae(SMALL_VAE).eval().requires_grad_(False))
-    engine.manager.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
+    engine.manager.delivery.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
     return contiguous(engine)
 
 

@@ -23,7 +23,7 @@ from inferix.models.wan.vae import TINY_VAE
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import DegradationStep, Limits
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.sessions import control_queue, session_manager
+from inferix.runtime.sessions import control_queue, delivery, session_manager
 from inferix.runtime.sessions.lifecycle import State
 from inferix.runtime.sessions.session import Demand, Session
 from inferix.runtime.telemetry.records import RecordFile
@@ -420,7 +420,7 @@ def test_one_thread_drives_and_others_are_told_so(monkeypatch):
         assert isinstance(error, UsageError), name
         assert f"{name}() was called in thread 'outsider', but 'MainThread' drives this engine" in str(error)
         engine.check_integrity()
-    monkeypatch.setattr(session_manager, "OWNER_WAIT", 0.05)
+    monkeypatch.setattr(delivery, "OWNER_WAIT", 0.05)
     error = in_thread(lambda: next(session.stream(1)))()
     assert "'MainThread', which drives the engine, makes none" in str(error)
     engine.hand_over()
@@ -458,7 +458,7 @@ def test_sessions_run_in_the_order_they_were_opened_whatever_their_ids_are(ids, 
         sessions = [opened(engine, seed) for seed in range(2)]
         sessions.append(sessions[0].fork())
     for session in sessions:
-        engine.manager.submit_demand(session, Demand(2, decode=False))
+        engine.manager.delivery.submit_demand(session, Demand(2, decode=False))
     order = [session.id for _ in range(6) for session in engine.step()]
     assert order == [*ids, *ids]
 
@@ -808,7 +808,7 @@ def test_a_forked_process_makes_blocks_or_says_why_not(driven):
         stream = in_thread(lambda: list(busy.stream(1)))
     else:
         stream = busy.stream(1, decode=True)
-        engine.manager.submit_demand(busy, Demand(1, decode=True))
+        engine.manager.delivery.submit_demand(busy, Demand(1, decode=True))
         engine.step()
     assert begun.wait(WAIT)
 
@@ -1060,7 +1060,7 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
         assert pool.used <= 8 * least_pages(engine.preset)
         if made in (60, 249):
             gc.collect()
-            memory.append((pool.size, len(engine.manager.sessions), len(engine.manager.pipeline.jobs)))
+            memory.append((pool.size, len(engine.manager.sessions), len(engine.manager.delivery.pipeline.jobs)))
             memory.append(process.memory_info().rss)
     engine.check_integrity()
     assert memory[0] == memory[2]
