@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .models.wan.checkpoint import FORMATS, Format
     from .runtime.config import EngineConfig
     from .runtime.engine import Engine
+    from .runtime.execution.executors import Executor
+    from .runtime.executor_specs import EXECUTORS, ExecutorSpec
     from .runtime.limits import DegradationStep, Limits
     from .runtime.load import load
     from .runtime.noise import InjectedNoise
@@ -27,8 +29,11 @@ MODULES = {
     "About": "schemes.presets",
     "Block": "runtime.sessions.output_queue",
     "DegradationStep": "runtime.limits",
+    "EXECUTORS": "runtime.executor_specs",
     "Engine": "runtime.engine",
     "EngineConfig": "runtime.config",
+    "Executor": "runtime.execution.executors",
+    "ExecutorSpec": "runtime.executor_specs",
     "FORMATS": "models.wan.checkpoint",
     "Format": "models.wan.checkpoint",
     "InjectedNoise": "runtime.noise",
@@ -41,6 +46,7 @@ MODULES = {
 }
 
 __all__ = [
+    "EXECUTORS",
     "FORMATS",
     "PRESETS",
     "About",
@@ -50,6 +56,8 @@ __all__ = [
     "DegradationStep",
     "Engine",
     "EngineConfig",
+    "Executor",
+    "ExecutorSpec",
     "Format",
     "InferixError",
     "InjectedNoise",

@@ -24,6 +24,7 @@ from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
+from ..executor_specs import REFERENCE, names_with
 from ..kv.page_store import KV_DTYPES
 from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, stores, tables
 from ..programs.graph_store import GraphStore
@@ -41,17 +42,16 @@ class Conditioning:
     cached: dict[str, Tensor] = field(default_factory=dict)
 
 
-Text = TextContext | Conditioning
+Text = object  # a conditioned prompt: what the executor's own `condition` or `join` returned
 
 
 class Executor(Protocol):
     """Runs passes of the network.
 
-    supports_whole_block: True if `run_block` can be called. batches: True if one pass can serve several sessions.
+    An entry of `EXECUTORS` makes it and has its capabilities. supports_whole_block: True if `run_block` can be called.
     """
 
     supports_whole_block: bool
-    batches: bool
 
     def condition(self, rows: Tensor) -> Text:
         """Prepare a prompt for passes, from the text encoder's rows [text_len, text_dim]."""
@@ -81,12 +81,14 @@ class Executor(Protocol):
     def bytes_by_owner(self) -> dict[str, int]:
         """Bytes of memory other than weights and pages, by owner."""
 
+    def fallbacks(self) -> list[str]:
+        """Reasons why passes ran another way than this executor's, such as calls that could not be captured."""
+
 
 class EagerExecutor:
     """Calls the model pass by pass. packed: the model with low-precision layers, used for passes only."""
 
     supports_whole_block = False
-    batches = True
 
     def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
         self.model, self.passes = model, packed or model
@@ -114,10 +116,13 @@ class EagerExecutor:
         """Do nothing: the model reads its weights at each pass."""
 
     def start_profile(self, profile: Profile) -> None:
-        raise UsageError("executor eager cannot be profiled; use fused, or captured on a GPU")
+        raise UsageError(f"executor {REFERENCE!r} cannot be profiled; use {names_with(lambda spec: spec.graphs)}")
 
     def bytes_by_owner(self) -> dict[str, int]:
         return {}
+
+    def fallbacks(self) -> list[str]:
+        return []
 
 
 class GraphExecutor:
@@ -126,8 +131,6 @@ class GraphExecutor:
     preset: as loaded, for block sizes and graph names; the window of a pass is in its page tables. rewrites: applied to
     every graph; None for the default ones. traces: number of graphs traced. prompts: number of runs of a prompt graph.
     """
-
-    batches = False
 
     def __init__(
         self,
@@ -156,7 +159,7 @@ class GraphExecutor:
         return Conditioning(rows[None])
 
     def join(self, texts: Sequence[Text]) -> Text:
-        (text,) = texts
+        (text,) = texts  # no batches
         return text
 
     def forward(
@@ -182,6 +185,9 @@ class GraphExecutor:
 
     def bytes_by_owner(self) -> dict[str, int]:
         return self.launcher.bytes_by_owner()
+
+    def fallbacks(self) -> list[str]:
+        return list(self.launcher.fallbacks)
 
     def refresh_derived_weights(self) -> None:
         """Recompute the constants in place; captured graphs stay valid."""
@@ -275,7 +281,7 @@ def concatenated(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
 
 def paged(attention: KeyValues) -> OnPages:
     if not isinstance(attention, OnPages):
-        raise UsageError(f"graphs read pages, and {type(attention).__name__} has none; use executor eager")
+        raise UsageError(f"graphs read pages, and {type(attention).__name__} has none; use executor {REFERENCE!r}")
     return attention
 
 
@@ -286,10 +292,20 @@ def signed(seed: int) -> int:
 
 def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Executor:
     """Make the executor that `config` names; UsageError for low-precision layers that the model does not have."""
+    if config.precision_map is not None:
+        check_layers(parts.transformer, config.precision_map)
+    executor: Executor = config.executor_spec.maker(config, preset, parts)
+    return executor
+
+
+def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
-    if precision is not None:
-        check_layers(model, precision)
-    if config.executor == "eager":
-        return EagerExecutor(model, None if precision is None else with_packed_layers(model, precision))
-    backend = CudaGraphs(torch.device(config.device)) if config.executor == "captured" else None
-    return GraphExecutor(config, preset, parts, backend)
+    return EagerExecutor(model, None if precision is None else with_packed_layers(model, precision))
+
+
+def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:
+    return GraphExecutor(config, preset, parts)
+
+
+def make_captured(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:
+    return GraphExecutor(config, preset, parts, CudaGraphs(torch.device(config.device)))

@@ -347,7 +347,7 @@ def test_what_contradicts_is_refused() -> None:
         plain = EngineConfig.of("test", "self-forcing", device="cpu", dtype="float32")
         return dataclasses.replace(plain, **changes)
 
-    with pytest.raises(UsageError, match=r"executor captured.*'cpu'"):
+    with pytest.raises(UsageError, match=r"executor 'captured'.*cuda.*'cpu'"):
         config(executor="captured")
     with pytest.raises(UsageError, match=r"executor is 'fuse'.*'fused'"):
         config(executor="fuse")
