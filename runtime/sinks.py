@@ -6,7 +6,7 @@ A file (`VideoWriter`), a terminal, a socket or memory is a sink: anything with 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Generic, Literal, Protocol, Self, TypeVar
 
@@ -40,7 +40,7 @@ class Sink(Protocol):
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> object: ...
+    ) -> bool | None: ...
 
 
 class DecodedBlock(Protocol):
@@ -70,8 +70,8 @@ class Pump(Generic[AnyBlock]):
         with ExitStack() as opened:
             for sink in self.sinks:
                 opened.enter_context(sink)
-            if hasattr(self.stream, "close"):
-                opened.enter_context(closing(self.stream))
+            if (close := getattr(self.stream, "close", None)) is not None:  # a generator's
+                opened.callback(close)
             if self.first is not None:
                 self._feed(self.first)
             self._opened = opened.pop_all()

@@ -17,7 +17,7 @@ from inferix.graphs.show.svg import svg
 from inferix.graphs.show.text import text
 from inferix.graphs.types import BlockGraph, Role
 from inferix.models.wan.spec import MODELS
-from inferix.runtime.programs.block_graph import build_block_graph
+from inferix.runtime.programs.block_graph import BlockGraphBuilder
 from inferix.schemes.presets import PRESETS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -26,7 +26,7 @@ AGAIN = "docs/graph.md: inferix graph --model wan-1.3b --preset self-forcing --s
 
 @cache
 def traced() -> BlockGraph:
-    return build_block_graph(MODELS["wan-1.3b"], PRESETS["self-forcing"], dtype=torch.bfloat16)
+    return BlockGraphBuilder(MODELS["wan-1.3b"], PRESETS["self-forcing"], dtype=torch.bfloat16).build()
 
 
 @cache
