@@ -40,9 +40,15 @@ class ExecutorSpec:
 
     @property
     def maker(self) -> Callable[..., Any]:
-        """The function that makes the executor."""
-        make: Callable[..., Any] = resolve_name(self.make) if isinstance(self.make, str) else self.make
-        return make
+        """The function that makes the executor; UsageError if it cannot be imported, or is none."""
+        try:
+            make = resolve_name(self.make) if isinstance(self.make, str) else self.make
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UsageError(f"make is {quoted(self.make)}, which cannot be imported: {error}") from error
+        if not callable(make):
+            raise UsageError(f"make is {quoted(make)}; expected a function, or its place as 'package.module:function'")
+        result: Callable[..., Any] = make
+        return result
 
 
 HERE = f"{__package__}.execution.executors"

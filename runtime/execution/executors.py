@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError
+from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
@@ -45,6 +45,7 @@ class Conditioning:
 Text = object  # a conditioned prompt: what the executor's own `condition` or `join` returned
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs passes of the network.
 
@@ -291,10 +292,17 @@ def signed(seed: int) -> int:
 
 
 def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Executor:
-    """Make the executor that `config` names; UsageError for low-precision layers that the model does not have."""
+    """Make the executor that `config` names.
+
+    UsageError for low-precision layers that the model does not have, and for an entry that makes something else.
+    """
     if config.precision_map is not None:
         check_layers(parts.transformer, config.precision_map)
-    executor: Executor = config.executor_spec.maker(config, preset, parts)
+    executor = config.executor_spec.maker(config, preset, parts)
+    if not isinstance(executor, Executor):
+        methods = [name for name in vars(Executor) if not name.startswith("_")] + [*Executor.__annotations__]
+        lacking = ", ".join(sorted(name for name in methods if not hasattr(executor, name)))
+        raise UsageError(f"executor {config.executor!r} made {quoted(executor)}, which is no Executor: no {lacking}")
     return executor
 
 

@@ -80,6 +80,24 @@ def test_settings_that_an_entry_does_not_take_are_refused() -> None:
         del EXECUTORS["narrow"]
 
 
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        ("nowhere.at.all:make", "nowhere"),
+        ("inferix.errors:make_nothing", "make_nothing"),
+        (lambda config, preset, parts: object(), "'broken'.*forward.*run_block"),
+        (3, "make is 3"),
+    ],
+)
+def test_an_entry_that_makes_no_executor_is_refused(make: object, named: str) -> None:
+    EXECUTORS["broken"] = ExecutorSpec(about="", make=make)
+    try:
+        with pytest.raises(UsageError, match=named):
+            make_engine(executor="broken")
+    finally:
+        del EXECUTORS["broken"]
+
+
 def test_defaults_follow_the_device() -> None:
     assert (default_executor("cpu"), default_executor("cuda:1")) == ("eager", "captured")
     assert default_executor("cpu", lambda spec: spec.graphs) == "fused"
