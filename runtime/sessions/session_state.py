@@ -141,8 +141,8 @@ class SavedFields:
             self.tensors[name] = tensor
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor on the engine's device; KeyError for one that the file lacks."""
-        return self.tensors[name].to(self.resources.device)
+        """A tensor on the engine's device, in memory of its own; KeyError for one that the file lacks."""
+        return self.tensors[name].to(self.resources.device, copy=True)  # unaligned in the file: matmuls round otherwise
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
