@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..graphs.passes import Pass
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
-from ..models.wan.transformer import TextContext
+from ..models.transformer import TextContext
 from ..runtime.engine import Engine
 from ..runtime.execution.decode_pipeline import to_frames
 from ..runtime.inputs import Pixels

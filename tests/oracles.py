@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
+from inferix.models.registry import MODELS, make_preset
+from inferix.models.spec import ModelSpec
 from inferix.models.wan.random import random_vae_state
-from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
-from inferix.models.wan.vae import TINY_VAE, CausalVae, VaeSpec
+from inferix.models.wan.vae import CausalVae
 from inferix.models.wan.vae_cpu import use_cpu_layers
+from inferix.models.wan.vae_spec import TINY_VAE, VaeSpec
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import Executor
@@ -24,7 +26,6 @@ from inferix.runtime.execution.loading import Components, random_decoder
 from inferix.runtime.kv.contiguous_cache import ContiguousCache
 from inferix.runtime.limits import Limits
 from inferix.runtime.sessions.output_queue import Block
-from inferix.schemes.presets import make_preset
 
 TINY = dataclasses.replace(
     MODELS["wan-tiny"], name="test", dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12

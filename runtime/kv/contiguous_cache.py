@@ -12,7 +12,7 @@ from torch import Tensor
 from ...graphs.passes import Group, Pass
 from ...kernels.attention import attention
 from ...kernels.rope import Angles, rope_angles, rotate
-from ...models.wan.spec import ModelSpec
+from ...models.spec import ModelSpec
 
 
 class ContiguousCache:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels.kv_pages import LIMITS, kv_pages
 from ...kernels.qk_norm_rope_append import rope_cos_sin
 from ...kernels.rope import axis_angles
-from ...models.wan.spec import ModelSpec
+from ...models.spec import ModelSpec
 from ..streams import Transfer, to_device
 from .pages import PagePool
 

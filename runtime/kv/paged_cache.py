@@ -17,7 +17,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.passes import Pass
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
-from ...models.wan.transformer import KeyValues
+from ...models.transformer import KeyValues
 from ...schemes.context import ContextPolicy
 from .offload import Offloaded
 from .page_layout import GroupPages, fresh_pages, interleaved, layout_pass, parts_of, rotates_for_sink, through_slots

@@ -21,8 +21,9 @@ from ...graphs.trace import fake_model, trace
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...kernels.rope import axis_angles
-from ...models.wan.spec import ModelSpec
-from ...models.wan.transformer import KeyValues, WanTransformer
+from ...models.registry import family_of
+from ...models.spec import ModelSpec
+from ...models.transformer import KeyValues, Transformer
 from ...schemes.presets import Preset
 from ..kv.page_store import PageForm
 from ..sampler import Sampler, UniPCSolver
@@ -63,7 +64,7 @@ class ModelPass(nn.Module):
     With guidance the batch has 2*B rows, the conditional ones first, and the velocity is the guided one.
     """
 
-    def __init__(self, model: WanTransformer, layout: Layout, guidance: float) -> None:
+    def __init__(self, model: Transformer, layout: Layout, guidance: float) -> None:
         super().__init__()
         self.model, self.layout, self.guidance = model, layout, guidance
 
@@ -167,7 +168,7 @@ class BlockGraphBuilder:
         self.pages = pages if pages is not None else self.rows * (self.max_pages + frames)
         self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
-        self.model = fake_model(lambda: WanTransformer(spec, precision), dtype, device)
+        self.model = fake_model(lambda: family_of(spec).build(spec, precision), dtype, device)
         self.traced: dict[Layout, PassGraph] = {}
 
     def build(self) -> BlockGraph:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import islice
 
 from ...errors import UsageError
-from ...models.wan.spec import ModelSpec
+from ...models.spec import ModelSpec
 from ...schemes.block_schedule import (
     ScheduledPass,
     blocks_before_repeat,

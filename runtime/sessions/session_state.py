@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import UsageError, quoted
-from ...models.wan.vae import StreamState
+from ...models.decoder import StreamState
 from ...schemes.actions import ActionTrack
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
