@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .rope import Rope
 from .spec import ModelSpec
 
 
@@ -59,6 +60,11 @@ class Transformer(nn.Module, ABC):
     """Predicts the flow velocity of F latent frames, each at its own timestep."""
 
     spec: ModelSpec
+
+    @property
+    @abstractmethod
+    def rope(self) -> Rope:
+        """Rotary embedding of the queries and keys that the model passes to `KeyValues.attend`."""
 
     @abstractmethod
     def embed_text(self, text: Tensor) -> TextContext:

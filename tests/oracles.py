@@ -133,7 +133,8 @@ def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache]
     def new_cache(size: tuple[int, int]) -> ContiguousCache:
         form, precision = engine.kv_manager.form(size), engine.parts.transformer.precision
         moves = moving or engine.preset.context.moving_positions
-        return kind(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device)
+        rope = engine.parts.transformer.rope
+        return kind(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device, rope)
 
     engine.kv_manager.new_cache = new_cache
     return engine

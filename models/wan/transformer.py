@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
+from ...kernels.rope import axis_frequencies
+from ..rope import Rope
 from ..spec import ModelSpec
 from ..transformer import PRECISIONS, KeyValues, Precision, TextContext, Transformer
 
@@ -198,6 +200,10 @@ class WanTransformer(Transformer):
             self.image_embedding = ImageEmbedding(spec, spec.image_dim)
         self.blocks = nn.ModuleList(Block(spec, layer, self.precision) for layer in range(spec.num_layers))
         self.head = Head(spec, self.precision)
+
+    @property
+    def rope(self) -> Rope:
+        return Rope(*axis_frequencies(self.spec.head_dim))
 
     def embed_text(self, text: Tensor, image: Tensor | None = None) -> TextContext:
         """Compute the cross-attention keys and values of a prompt, once for all passes.

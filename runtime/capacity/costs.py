@@ -31,7 +31,7 @@ def linear(inputs: int, outputs: int) -> int:
 def cross_key_parameters(spec: ModelSpec) -> int:
     """Parameters of one layer's projections to cross-attention keys and values."""
     sources = 1 if spec.image_dim is None else 2
-    return sources * (2 * linear(spec.dim, spec.dim) + spec.dim)
+    return sources * (2 * linear(spec.dim, spec.kv_dim) + spec.kv_dim)
 
 
 def prompt_parameters(spec: ModelSpec) -> int:
@@ -52,7 +52,8 @@ def pass_parameters(spec: ModelSpec) -> int:
         total += linear(spec.action_dim, dim) + linear(dim, dim)
     if spec.grid is not None:
         total += math.prod(spec.grid) * dim
-    layer = 6 * dim + 6 * linear(dim, dim) + 3 * dim + 2 * dim + linear(dim, spec.ffn_dim) + linear(spec.ffn_dim, dim)
+    layer = 6 * dim + 4 * linear(dim, dim) + 2 * linear(dim, spec.kv_dim) + 2 * dim + spec.kv_dim + 2 * dim
+    layer += linear(dim, spec.ffn_dim) + linear(spec.ffn_dim, dim)
     return total + spec.num_layers * layer
 
 
@@ -75,7 +76,7 @@ class Flops(NamedTuple):
 def pass_flops(spec: ModelSpec, tokens: int, run: Pass) -> Flops:
     """FLOPs of one pass. tokens: of one latent frame."""
     dim, area, frames = spec.dim, math.prod(spec.patch), len(run.frames)
-    entries = spec.num_layers * (6 * dim * dim + 2 * dim * spec.ffn_dim)
+    entries = spec.num_layers * (4 * dim * dim + 2 * dim * spec.kv_dim + 2 * dim * spec.ffn_dim)
     entries += area * (spec.in_channels + spec.out_channels) * dim
     per_frame = spec.freq_dim * dim + 7 * dim * dim
     if spec.action_dim is not None:
@@ -91,18 +92,18 @@ def pass_flops(spec: ModelSpec, tokens: int, run: Pass) -> Flops:
 def prompt_flops(spec: ModelSpec) -> int:
     """FLOPs of a prompt's cross-attention keys and values, from the text encoder's rows."""
     dim = spec.dim
-    return 2 * spec.text_len * (spec.text_dim * dim + dim * dim + spec.num_layers * 2 * dim * dim)
+    return 2 * spec.text_len * (spec.text_dim * dim + dim * dim + spec.num_layers * 2 * dim * spec.kv_dim)
 
 
 def page_bytes(spec: ModelSpec, tokens: int, kind: str) -> int:
     """Bytes of one page: keys and values of one latent frame in all layers. kind: dtype of the page."""
-    scales = 4 * spec.num_heads if kind in SCALED else 0
-    return 2 * spec.num_layers * (tokens * spec.dim * ITEMSIZE[kind] + scales)
+    scales = 4 * spec.kv_heads if kind in SCALED else 0
+    return 2 * spec.num_layers * (tokens * spec.kv_dim * ITEMSIZE[kind] + scales)
 
 
 def cross_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of one prompt: its cross-attention keys and values, and the rows of the text encoder."""
-    return ITEMSIZE[dtype] * spec.text_len * (2 * spec.num_layers * spec.dim + spec.text_dim)
+    return ITEMSIZE[dtype] * spec.text_len * (2 * spec.num_layers * spec.kv_dim + spec.text_dim)
 
 
 def latent_bytes(spec: ModelSpec, size: tuple[int, int], dtype: str) -> int:
@@ -113,7 +114,8 @@ def latent_bytes(spec: ModelSpec, size: tuple[int, int], dtype: str) -> int:
 def token_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
     """Yield name, input width and output width of each linear layer that a pass runs on every token."""
     dim, ffn = spec.dim, spec.ffn_dim
-    sides = {f"self_attn.{part}": (dim, dim) for part in "qkvo"} | {f"cross_attn.{part}": (dim, dim) for part in "qo"}
+    sides = {f"self_attn.{part}": (dim, spec.kv_dim if part in "kv" else dim) for part in "qkvo"}
+    sides |= {f"cross_attn.{part}": (dim, dim) for part in "qo"}
     sides |= {"ffn.up": (dim, ffn), "ffn.down": (ffn, dim)}
     for layer in range(spec.num_layers):
         for name, size in sides.items():
@@ -139,7 +141,7 @@ def pass_traffic(
 
 def merged_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of the merged query, key and value projections; the separate weights become views of them."""
-    return ITEMSIZE[dtype] * spec.num_layers * 3 * linear(spec.dim, spec.dim)
+    return ITEMSIZE[dtype] * spec.num_layers * (linear(spec.dim, spec.dim) + 2 * linear(spec.dim, spec.kv_dim))
 
 
 def table_bytes(spec: ModelSpec, frames: int, steps: int, commit: bool, dtype: str) -> int:

@@ -11,26 +11,31 @@ from torch import Tensor
 
 from ...graphs.passes import Group, Pass
 from ...kernels.attention import attention
-from ...kernels.rope import Angles, rope_angles, rotate
+from ...kernels.rope import Angles, axis_frequencies, rotate, token_angles
+from ...models.rope import Rope
 from ...models.spec import ModelSpec
 
 
 class ContiguousCache:
-    """Keys and values [1, frames*P, n, c] of the cached frames, per layer."""
+    """Keys and values [1, frames*P, k, c] of the cached frames, per layer.
+
+    rope: the model's; None for three axes over the whole head. rope_dtype: in which it is computed.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         grid: tuple[int, int],
         moving_positions: bool,
-        rope: torch.dtype,
+        rope_dtype: torch.dtype,
         dtype: torch.dtype,
         device: torch.device,
+        rope: Rope | None = None,
     ) -> None:
-        self.grid, self.moving_positions, self.rope = grid, moving_positions, rope
-        self.head_dim, self.device = spec.head_dim, device
+        self.grid, self.moving_positions, self.rope_dtype = grid, moving_positions, rope_dtype
+        self.rope, self.device = rope or Rope(*axis_frequencies(spec.head_dim)), device
         self.tokens = grid[0] * grid[1]
-        empty = torch.empty(1, 0, spec.num_heads, spec.head_dim, dtype=dtype, device=device)
+        empty = torch.empty(1, 0, spec.kv_heads, spec.head_dim, dtype=dtype, device=device)
         self.frames: tuple[int, ...] = ()
         self.keys = [empty] * spec.num_layers
         self.values = [empty] * spec.num_layers
@@ -82,16 +87,16 @@ class BoundCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        q = rotate(q, self.query, cache.rope)
+        q = rotate(q, self.query, cache.rope_dtype, cache.rope.half_split)
         if not cache.moving_positions:
-            k = rotate(k, self.query, cache.rope)
+            k = rotate(k, self.query, cache.rope_dtype, cache.rope.half_split)
         keys = self._store(cache.keys[layer], k)
         values = self._store(cache.values[layer], v)
         out = []
         for index, (group, rows) in enumerate(self._groups()):
             seen_keys, seen_values = self._read(keys, group.context), self._read(values, group.context)
             if self.reads is not None:
-                seen_keys = rotate(seen_keys, self.reads[index], cache.rope)
+                seen_keys = rotate(seen_keys, self.reads[index], cache.rope_dtype, cache.rope.half_split)
             out.append(attention(q[:, rows], seen_keys, seen_values))
         return torch.cat(out, dim=1)
 
@@ -126,4 +131,4 @@ class BoundCache:
         return groups
 
     def _angles(self, positions: list[int] | tuple[int, ...]) -> Angles:
-        return rope_angles(positions, *self.cache.grid, self.cache.head_dim, self.cache.device)
+        return token_angles(self.cache.rope.axis_angles(positions, *self.cache.grid), self.cache.device)

@@ -1,11 +1,13 @@
 """The registry of families: one from outside is registered, loaded by name and removed; clashes are refused."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 
 import inferix
 from inferix.errors import UsageError
+from inferix.models.family import Format
 from inferix.models.registry import FAMILIES, MODELS, PRESETS, default_preset, family_of, formats, register, unregister
 from inferix.models.wan.family import WAN, WanFamily
 from inferix.schemes.presets import About
@@ -18,7 +20,7 @@ PRESET = dataclasses.replace(
 
 class Brook(WanFamily):
     name, models, presets, demo = "brook", {SPEC.name: SPEC}, (PRESET,), SPEC.name
-    formats = {"brook": WAN.formats["original"]}
+    formats: Mapping[str, Format] = {"brook": WAN.formats["original"]}
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from inferix.graphs.lowered import lower_block
 from inferix.graphs.rewrites import chosen
 from inferix.graphs.types import Role
 from inferix.models.registry import MODELS, PRESETS, make_preset
+from inferix.models.wan.family import WAN
 from inferix.models.wan.vae import CausalVae
 from inferix.models.wan.vae_spec import TAEW21, TINY_VAE, WAN21_VAE
 from inferix.runtime.capacity import planner
@@ -134,7 +135,7 @@ def test_a_real_session(name):
 def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
     preset = make_preset(name, sink_size=1, sink_decay=0.9) if name == "longlive" else make_preset(name)
     dtypes = (torch.float32, {"float32": torch.float32, **KV_DTYPES}[kind])
-    store = KVManager(TINY, preset, dtypes, torch.device("cpu"), None).store(SIZE)
+    store = KVManager(TINY, WAN.build(TINY).rope, preset, dtypes, torch.device("cpu"), None).store(SIZE)
     split = memory(Workload(TINY, preset, TINY_VAE, 0, SIZE, "float32", kind))
     assert store.nbytes == split.each["pages"] + split.once["page_buffer"]
     assert (split.once["page_buffer"] > 0) == (kind != "float32")
