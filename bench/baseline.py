@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..graphs.passes import Pass
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
@@ -108,7 +109,7 @@ class PlainLoop:
         self.engine, self.size, self.rows = engine, size, rows
         transformer = engine.parts.transformer
         if not isinstance(transformer, WanTransformer):
-            raise UsageError(f"{engine.spec.name} is no Wan transformer, which the plain loop is for; use another baseline")
+            raise UsageError(f"model {engine.spec.name!r} is no Wan transformer, which the plain loop is for; use none")
         self.transformer, self.spec = transformer, engine.spec
         self.sampler, self.noise = Sampler(engine.preset.sampler), PhiloxNoise(seed, str(engine.device))
         self.timeline = Timeline(engine.preset)
