@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..kernels.attention import attention
+from .cross_attention import TextKeyValues
 from .rope import Rope
 from .spec import ModelSpec
 
@@ -55,6 +57,14 @@ class TextContext:
     text: tuple[tuple[Tensor, Tensor], ...]
     image: tuple[tuple[Tensor, Tensor], ...] | None
 
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attend to the prompt, all rows, the zero rows after it too, and to the image: q and the result [B, T, n, c].
+
+        q after its norm.
+        """
+        out = attention(q, *self.text[layer])
+        return out if self.image is None else out + attention(q, *self.image[layer])
+
 
 class Transformer(nn.Module, ABC):
     """Predicts the flow velocity of F latent frames, each at its own timestep."""
@@ -72,7 +82,7 @@ class Transformer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, latents: Tensor, timesteps: Tensor, context: TextContext, kv: KeyValues, actions: Tensor | None = None
+        self, latents: Tensor, timesteps: Tensor, context: TextKeyValues, kv: KeyValues, actions: Tensor | None = None
     ) -> Tensor:
         """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 

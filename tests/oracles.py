@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
-from inferix.models.registry import MODELS, make_preset
+from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.models.spec import ModelSpec
 from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.transformer import WanTransformer
@@ -22,7 +22,7 @@ from inferix.models.wan.vae_spec import TINY_VAE, VaeSpec
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import Executor
-from inferix.runtime.execution.loading import Components, random_decoder
+from inferix.runtime.execution.loading import Components
 from inferix.runtime.kv.contiguous_cache import ContiguousCache
 from inferix.runtime.limits import Limits
 from inferix.runtime.sessions.output_queue import Block
@@ -115,7 +115,7 @@ def make_engine(
     settings = {key: overrides.pop(key) for key in ours if key in overrides}
     config = EngineConfig.of("test", preset, device="cpu", dtype=dtype, **settings)
     kind = getattr(torch, dtype)
-    fast = random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
+    fast = family_of(spec).random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
     vae = tiny_vae(vae_spec, kind)
     parts = Components(tiny_transformer(spec, kind), vae, None, "test", "random", lambda: None, fast)
     return Engine(config, make_preset(preset, **overrides), parts, limits)

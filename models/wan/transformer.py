@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.attention import attention
 from ...kernels.rope import axis_frequencies
+from ..cross_attention import TextKeyValues
 from ..rope import Rope
 from ..spec import ModelSpec
 from ..transformer import PRECISIONS, KeyValues, Precision, TextContext, Transformer
@@ -66,12 +66,9 @@ class CrossAttention(nn.Module):
     def _split(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, layer: int, context: TextContext) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: TextKeyValues) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        out = attention(q, *context.text[layer])  # all rows, the zero rows after the prompt too
-        if context.image is not None:
-            out = out + attention(q, *context.image[layer])
-        return self.o(out.flatten(2))
+        return self.o(context.attend(layer, q).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -94,7 +91,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(spec)
         self.ffn = FeedForward(spec)
 
-    def forward(self, x: Tensor, modulation: Tensor, context: TextContext, kv: KeyValues) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, context: TextKeyValues, kv: KeyValues) -> Tensor:
         """x [B, T, d], modulation [B, F, 6, d]."""
         wide = modulation_dtype(self.precision, x.dtype)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
@@ -225,7 +222,7 @@ class WanTransformer(Transformer):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        context: TextContext,
+        context: TextKeyValues,
         kv: KeyValues,
         actions: Tensor | None = None,
     ) -> Tensor:

@@ -231,7 +231,7 @@ class Opaque:
 @torch.no_grad()
 def test_scratch_of_a_pass(name, monkeypatch):
     """Never less than what a pass takes, with the rotation in float64 and without any."""
-    monkeypatch.setattr("inferix.models.wan.transformer.attention", lambda q, k, v: torch.empty_like(q))
+    monkeypatch.setattr("inferix.models.transformer.attention", lambda q, k, v: torch.empty_like(q))
     monkeypatch.setattr("inferix.runtime.kv.contiguous_cache.attention", lambda q, k, v: torch.empty_like(q))
     spec = MODELS[name]
     height, width = spec.latent_size(spec.default_size)
