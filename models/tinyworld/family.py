@@ -41,4 +41,4 @@ class TinyWorld(WanFamily):
         return super().load_text(path, folders, spec, dtype, device)
 
 
-TINYWORLD = TinyWorld()
+TINYWORLD: TinyWorld = TinyWorld()

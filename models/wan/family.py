@@ -160,4 +160,4 @@ def choose_decoder(name: str | None, folders: Sequence[Path]) -> Path:
     raise UsageError(f"no VAE in {name or where}; give base, a folder that has one")
 
 
-WAN = WanFamily()
+WAN: WanFamily = WanFamily()
