@@ -21,7 +21,7 @@ FAMILIES: dict[str, Family] = {}
 MODELS: dict[str, ModelSpec] = {}  # named sizes
 PRESETS: dict[str, Preset] = {}
 FORMATS: dict[str, Format] = WAN_FORMATS  # of Wan checkpoints; another layout of them is one more entry
-UNTRAINED = WAN.demo  # a named model whose random weights are made in no time
+UNTRAINED: str = WAN.demo  # a named model whose random weights are made in no time
 SIZES = ("dim", "ffn_dim", "num_heads", "kv_heads", "num_layers", "in_channels", "out_channels", "text_dim")
 
 

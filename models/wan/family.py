@@ -38,7 +38,7 @@ class WanFamily(Family):
     models: Mapping[str, ModelSpec] = MODELS
     presets: Sequence[Preset] = PRESETS
     formats: Mapping[str, Format] = FORMATS
-    demo = "wan-tiny"
+    demo: str = "wan-tiny"
 
     def build(self, spec: ModelSpec, precision: str = "reference") -> WanTransformer:
         return WanTransformer(spec, precision)
