@@ -19,7 +19,7 @@ from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
 from ...models.cross_attention import TextByFrames
-from ...models.wan.transformer import KeyValues, TextContext, WanTransformer
+from ...models.transformer import KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
@@ -109,7 +109,7 @@ class EagerExecutor:
 
     supports_whole_block = False
 
-    def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
+    def __init__(self, model: Transformer, packed: Transformer | None = None) -> None:
         self.model, self.passes = model, packed or model
 
     def condition(self, rows: Tensor) -> TextContext:
