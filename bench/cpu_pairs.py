@@ -25,9 +25,12 @@ import torch
 import typer
 
 from ..errors import InferixError, UsageError, quoted
-from ..export.checkpoint import new_folder, write_random_transformer, write_vae
-from ..models.wan.random import random_vae_state, vae_for
-from ..models.wan.spec import MODELS, ModelSpec
+from ..export.checkpoint import new_folder
+from ..models.registry import MODELS
+from ..models.spec import ModelSpec
+from ..models.wan.family import WAN
+from ..models.wan.random import random_vae_state
+from ..models.wan.write_checkpoint import write_random_transformer, write_vae
 from ..runtime.capacity.cpu_features import bfloat16_unit, cpu_flags
 from .machine import environment, measure_ceilings
 from .result import Result, Series, write_result
@@ -123,7 +126,7 @@ def worker(name: str, case: Case, model: str, dtype: str, tree: Path, frames: Pa
 
 def write_model(spec: ModelSpec, folder: Path) -> Path:
     """Write random weights of a transformer and its VAE."""
-    vae = vae_for(spec)
+    vae = WAN.decoder_spec(spec)
     with new_folder(folder) as part:
         write_random_transformer(part, spec, "diffusers", 0, torch.float32)
         write_vae(part, "diffusers", vae, random_vae_state(vae, 1, torch.float32))

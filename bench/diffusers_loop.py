@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..graphs.passes import Pass
+from ..models.spec import ModelSpec
+from ..models.transformer import Transformer
 from ..models.wan.configs import diffusers_config
 from ..models.wan.names import to_format
-from ..models.wan.spec import ModelSpec
-from ..models.wan.transformer import WanTransformer
 from ..runtime.engine import Engine
 from ..schemes.presets import Preset
 from .baseline import PlainLoop, passes_until_full, run_layer
@@ -35,7 +35,7 @@ def unsupported_reason(spec: ModelSpec, preset: Preset) -> str | None:
     return unsupported_by_plain_loop(preset)
 
 
-def diffusers_model(model: WanTransformer) -> Any:
+def diffusers_model(model: Transformer) -> Any:
     """Make diffusers' transformer with the weights of a model, which it shares."""
     from diffusers import WanTransformer3DModel
 

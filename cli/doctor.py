@@ -43,7 +43,7 @@ def installed(name: str) -> str | None:
 
 def cpu_facts() -> dict[str, Any]:
     """Return the cores of this process, the memory in GiB (None if unknown), and the instructions for bfloat16."""
-    from ..models.wan.random import host_memory
+    from ..models.random import host_memory
     from ..runtime.capacity.cpu_features import bfloat16_unit, cpu_flags
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

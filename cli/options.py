@@ -8,13 +8,21 @@ from typing import Any
 import typer
 
 from ..errors import UsageError, cut, quoted
+from ..runtime.executor_specs import EXECUTORS, default_executor
 from ..user_files import parse_yaml
 
 OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."
 )
+EXECUTOR_NAMES = ", ".join(EXECUTORS)
+EXECUTOR = typer.Option(
+    None,
+    help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU, else "
+    f"{default_executor('cpu')}]",
+)
 FORCE = typer.Option(False, "--force", help="Load even what by plan does not fit into memory.")
 DEFAULT_MODEL = "wan-1.3b"  # of plan and graph, which load nothing
+UNTRAINED = "wan-tiny"  # `models.registry.UNTRAINED`, whose import takes torch
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:

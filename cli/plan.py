@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError
 from ..runtime.capacity.gpus import CARDS
+from ..runtime.executor_specs import EXECUTORS, default_executor
 from .options import DEFAULT_MODEL, check_settings, parse_settings
 
 
@@ -22,7 +23,7 @@ def plan(
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
-    executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured]"),
+    executor: str | None = typer.Option(None, help=f"{', '.join(EXECUTORS)}.  [default: {default_executor('cuda')}]"),
     vae: str | None = typer.Option(None, help="taehv for the tiny decoder.  [default: the model's own VAE]"),
     text_encoder: bool = typer.Option(
         True, "--text-encoder/--no-text-encoder", help="Prompts as text, or as embeddings from a file."

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from ..runtime.byte_sizes import format_bytes
 from ..schemes.page_needs import window
-from ..schemes.presets import PRESETS
 
 WIDTH = 100  # columns where the output is no terminal
 
@@ -20,6 +19,7 @@ def print_presets(value: bool) -> None:
     """Print the presets and exit."""
     if not value:
         return
+    from ..models.registry import PRESETS
     from ..runtime.capacity import planner
     from .plan_report import workload
 

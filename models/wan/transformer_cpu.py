@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .transformer import Block, Head, KeyValues, RMSNorm, TextContext, TimeEmbedding, WanTransformer
+from ..cross_attention import TextKeyValues
+from ..transformer import KeyValues
+from .transformer import Block, Head, RMSNorm, TimeEmbedding, WanTransformer
 
 WIDE = (torch.float32, torch.float64)
 KEPT = 32  # time embeddings: more than the steps of two schedules
@@ -32,7 +34,7 @@ class CpuRMSNorm(RMSNorm):
 class CpuBlock(Block):
     """The same layer, with fused multiplies and adds."""
 
-    def forward(self, x: Tensor, modulation: Tensor, context: TextContext, kv: KeyValues) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, context: TextKeyValues, kv: KeyValues) -> Tensor:
         if x.dtype not in WIDE or modulation.dtype != x.dtype:
             return super().forward(x, modulation, context, kv)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + modulation).unbind(2)

@@ -18,9 +18,10 @@ from oracles import write_untrained_world
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from inferix.cli import doctor
+from inferix.cli import doctor, options
 from inferix.cli.main import app
 from inferix.errors import InferixError
+from inferix.models import registry
 from inferix.runtime.media import VideoWriter
 
 RUN = [sys.executable, "-m", "inferix"]
@@ -456,3 +457,7 @@ def test_a_block_of_the_small_world_loads_no_compiler():
         "next(iter(session.stream(1)))"
     )
     assert loaded_by(run, ["torch._dynamo", "sympy", "transformers"]) == []
+
+
+def test_the_untrained_model_of_the_help_is_the_registry_s():
+    assert options.UNTRAINED == registry.UNTRAINED
