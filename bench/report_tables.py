@@ -369,6 +369,10 @@ def pairs_of(result: Result) -> list[Pair]:
     return [Pair(result, case, count, part) for case in result.facts["cases"] for part in parts for count in counts]
 
 
+def times_column(candidate: str) -> Column:
+    return Column(candidate, lambda row: row.times(candidate))
+
+
 def ratio_column(candidate: str, over: str) -> Column:
     def cell(row: Pair) -> str:
         ratio = row.ratio(candidate, over)
@@ -388,7 +392,7 @@ def pairs_part(result: Result) -> Iterator[str]:
     columns = [
         Column("case", lambda row: row.case), Column("part", lambda row: row.part),
         Column("threads", lambda row: str(row.threads)),
-        *(Column(name, lambda row, name=name: row.times(name)) for name in candidates),
+        *map(times_column, candidates),
     ]  # fmt: skip
     columns += [ratio_column(name, over) for over in ("before", "plain") for name in ("after", "fused")]
     yield table(columns, pairs_of(result))

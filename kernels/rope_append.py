@@ -50,9 +50,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[
     out = inputs.pop("q")
     for name in ("q_weight", "k_weight", "eps"):
         del inputs[name]
-    return {"q": q, "k": k, "v": v, "out": out, **inputs}
+    return {"q": q, "k": k, "v": v, "out": out, "half_split": bool(case.options.get("half_split")), **inputs}
 
 
+HALF_SPLIT = Case("pairs that lie apart", with_norm.sizes(1, 2, 2, 3, 2, 1, 64), {"half_split": True})
 QUERIES, KEYS = "rows frames*height*width heads dim", "rows frames*height*width kv_heads dim"
 SPEC = KernelSpec(
     name="rope_append",
@@ -81,7 +82,7 @@ SPEC = KernelSpec(
     flops="8 * rows * frames * height * width * (heads + kv_heads) * dim",
     implementations=(Implementation("cpu", ".qk_norm_rope_append.cpu:rope_append", cpu=True),),
     make_inputs=make_inputs,
-    test_cases=with_norm.TEST_CASES,
+    test_cases=(*with_norm.TEST_CASES, HALF_SPLIT),
     bench_cases=with_norm.BENCH_CASES,
     tolerance=with_norm.TOLERANCE,
     reads_host=("cpu",),

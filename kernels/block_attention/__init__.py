@@ -100,7 +100,7 @@ def block_attention(
     the first `sink_count` (int32 [R]) listed pages, whose distance differs where positions count within the window;
     both or neither. scale: by default 1/sqrt(D), above 0.
     Sparse attention lists pages for each of G equal groups of heads: page_table [R, G, pages], page_count and
-    sink_count [R, G]. Only the reference takes that form; the kernels refuse it.
+    sink_count [R, G]. The reference and the CPU form take that; the GPU kernels refuse it.
     out: [R, T, H, D], where to write. lse: float32 [R, H, T], filled with the natural log of the sum of
     exponentials, with which `merge_partials` joins results over parts of the keys.
 

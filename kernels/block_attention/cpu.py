@@ -28,29 +28,34 @@ def block_attention(
     lse: Tensor | None,
     scale: float,
 ) -> None:
-    """Row by row; the sums are in float32 or better. See the public function for shapes."""
+    """Row by row and list by list; the sums are in float32 or better. See the public function for shapes."""
     groups = q.shape[2] // kv.shape[3]
-    sinks = [0] * len(q) if sink_count is None else sink_count.tolist()
-    for row, (listed, count) in enumerate(zip(page_table.tolist(), page_count.tolist(), strict=True)):
-        stored = tokens(kv, listed[:count], kv_scale, q.dtype)
+    lists = page_table.shape[1] if page_table.ndim == 3 else 1
+    each = q.shape[2] // lists  # heads of a list
+    counts = page_count.flatten().tolist()
+    sinks = [0] * len(counts) if sink_count is None else sink_count.flatten().tolist()
+    for index, listed in enumerate(page_table.flatten(0, -2).tolist()):
+        row, part = divmod(index, lists)
+        heads = slice(part * each, (part + 1) * each)
+        stored = tokens(kv, listed[: counts[index]], kv_scale, q.dtype)
         if groups > 1:
             stored = stored.repeat_interleave(groups, dim=2)
-        k, v = stored.transpose(1, 2)[:, None]  # [1, H, K, D] each
-        early = sinks[row] * kv.shape[2]
+        k, v = stored[:, :, heads].transpose(1, 2)[:, None]  # [1, heads of the list, K, D] each
+        early = sinks[index] * kv.shape[2]
         parts = []
         if q_sink is not None and early > 0:
-            parts.append(attend(heads_first(q_sink, row, k), k[:, :, :early], v[:, :, :early], scale=scale))
+            parts.append(attend(heads_first(q_sink, row, heads, k), k[:, :, :early], v[:, :, :early], scale=scale))
         if early < k.shape[2]:
-            parts.append(attend(heads_first(q, row, k), k[:, :, early:], v[:, :, early:], scale=scale))
+            parts.append(attend(heads_first(q, row, heads, k), k[:, :, early:], v[:, :, early:], scale=scale))
         attended, sums = parts[0] if len(parts) == 1 else joined(*parts)
-        out[row] = attended[0].transpose(0, 1)
+        out[row, :, heads] = attended[0].transpose(0, 1)
         if lse is not None:
-            lse[row] = sums[0]
+            lse[row, heads] = sums[0]
 
 
-def heads_first(q: Tensor, row: int, like: Tensor) -> Tensor:
-    """Queries [1, H, T, D] of a row, in the dtype of its keys."""
-    return q[row : row + 1].transpose(1, 2).to(like.dtype)
+def heads_first(q: Tensor, row: int, heads: slice, like: Tensor) -> Tensor:
+    """Queries [1, heads, T, D] of a row, in the dtype of its keys."""
+    return q[row : row + 1, :, heads].transpose(1, 2).to(like.dtype)
 
 
 def joined(sink: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

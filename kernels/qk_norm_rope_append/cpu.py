@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rope_append import reference as plain_rope_append
 from .reference import token_cos_sin, write_pages
 
 
@@ -52,8 +53,18 @@ def rope_append(
     rope_sink: Tensor | None,
     q_sink: Tensor | None,
     kv_scale: Tensor | None,
+    half_split: bool,
 ) -> None:
-    """`rope_append` in float32 or better; see the public function for shapes."""
+    """`rope_append` in float32 or better.
+
+    Pairs that lie apart, and heads that are rotated only in part, run as the reference.
+    """
+    pairs = rope_time.shape[2] + rope_rows.shape[1] + rope_columns.shape[1]
+    if half_split or 2 * pairs < q.shape[-1]:
+        plain_rope_append(
+            q, k, v, rope_time, rope_rows, rope_columns, out, kv, pages, rope_sink, q_sink, kv_scale, half_split
+        )
+        return
     wide = torch.promote_types(torch.promote_types(q.dtype, torch.float32), rope_time.dtype)
     rotations = as_complex(token_cos_sin(rope_time, rope_rows, rope_columns), wide)
     queries = q.to(wide)
@@ -89,19 +100,19 @@ def as_complex(cos_sin: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_complex(cos_sin.to(dtype))[:, :, None]
 
 
-def pairs(x: Tensor) -> Tensor:
+def complex_pairs(x: Tensor) -> Tensor:
     """View x [R, T, n, D] as complex numbers [R, T, n, D/2], a pair (2j, 2j + 1) each; a copy at an odd offset."""
     return torch.view_as_complex((x.clone() if x.storage_offset() % 2 else x).unflatten(-1, (-1, 2)))
 
 
 def rotated(x: Tensor, rotations: Tensor) -> Tensor:
-    return torch.view_as_real(pairs(x) * rotations).flatten(-2)
+    return torch.view_as_real(complex_pairs(x) * rotations).flatten(-2)
 
 
 def rotate_into(out: Tensor, x: Tensor, rotations: Tensor) -> None:
     """Write the rotated x [R, T, n, D] into `out`, which may have fewer bits."""
     if out.dtype == x.dtype and out.storage_offset() % 2 == 0:
-        torch.mul(pairs(x), rotations, out=pairs(out))
+        torch.mul(complex_pairs(x), rotations, out=complex_pairs(out))
     else:
         out.copy_(rotated(x, rotations))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from ..cross_attention import TextKeyValues
 from ..transformer import KeyValues
-from .transformer import Block, Head, RMSNorm, TimeEmbedding, WanTransformer
+from .transformer import Block, Head, RMSNorm, TimeEmbedding
 
 WIDE = (torch.float32, torch.float64)
+Part = TypeVar("Part", bound=nn.Module)
 KEPT = 32  # time embeddings: more than the steps of two schedules
 
 
@@ -77,19 +79,18 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def with_cpu_layers(model: WanTransformer) -> WanTransformer:
+def with_cpu_layers(model: Part) -> Part:
     """Copy a model on the CPU, sharing its weights, with faster layers; a model elsewhere is returned unchanged."""
     if any(weight.device.type != "cpu" for weight in model.parameters()):
         return model
-    replaced = converted(model)
-    assert isinstance(replaced, WanTransformer)
-    return replaced
+    return converted(model)
 
 
-def converted(part: nn.Module) -> nn.Module:
+def converted(part: Part) -> Part:
     """Copy a module and all in it, without its weights, as the layers of `LAYERS`."""
     copied = copy.copy(part)
-    copied.__class__ = LAYERS.get(type(part), type(part))
+    if (faster := LAYERS.get(type(part))) is not None:
+        copied.__class__ = faster  # type: ignore[assignment]
     if isinstance(copied, CpuTimeEmbedding):
         copied.kept = OrderedDict()
     copied.__dict__["_modules"] = {name: converted(inner) for name, inner in part.named_children()}
