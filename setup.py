@@ -81,9 +81,11 @@ EXTRAS = {
         "ml_dtypes",
         "matplotlib",
         "mkdocs-material",
+        "opencv-python-headless>=4.10,<6",
         "mkdocstrings[python]",
     ],
     "bench": ["matplotlib"],
+    "eval": ["opencv-python-headless>=4.10,<6"],
     "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }
 
