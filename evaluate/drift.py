@@ -235,13 +235,11 @@ class Record:
 
     def fault(self, values: NDArray[np.float64]) -> str | None:
         """The first score that is not a number where there has to be one."""
-        bad = ~np.isfinite(values)
-        if self.scorer.kind == "feature":
-            bad = bad.any(1)
+        bad = np.array([not np.isfinite(value).all() for value in values])
         if self.scorer.kind == "pair":
             bad[0] = False
         if self.scorer.partial:
-            bad &= ~np.isnan(values)
+            bad &= np.isinf(values)
         if not bad.any():
             return None
         first = int(np.argmax(bad))

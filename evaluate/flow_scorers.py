@@ -59,9 +59,10 @@ def ms_ssim(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
         product *= max(0.0, whole if scale == len(MS_SSIM_WEIGHTS) - 1 else structure) ** weight
         height, width = one.shape[0] // 2 * 2, one.shape[1] // 2 * 2
         one, other = (
-            np.asarray(cv2.resize(part[:height, :width], (width // 2, height // 2), interpolation=cv2.INTER_AREA))
+            np.asarray(cv2.resize(part[:height, :width], (width // 2, height // 2), interpolation=cv2.INTER_AREA),
+                       np.float32)
             for part in (one, other)
-        )
+        )  # fmt: skip
     return product
 
 

@@ -66,8 +66,9 @@ class View:
         import cv2
 
         assert self.previous is not None
-        search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        return np.asarray(search.calc(self.previous.flow_luma, self.flow_luma, None), np.float32)
+        search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        room = np.zeros((*self.flow_luma.shape, 2), np.float32)
+        return np.asarray(search.calc(self.previous.flow_luma, self.flow_luma, room), np.float32)
 
     @cached_property
     def speed(self) -> NDArray[np.float32]:
@@ -85,18 +86,35 @@ class Scorer(Protocol):
     kind: whether `score` gives numbers of frames, numbers of pairs (the frame and its previous one), or features.
     better: the direction of improvement. floor: the least score that changes are divided by (see `vde2`).
     partial: True if NaN means that a frame has no score, such as a frame without a still region; for any other scorer
-    NaN is a fault. smallest: least height and width of frames, pixels.
+    NaN is a fault. smallest: least height and width of frames, pixels. about: a few words for tables.
     """
 
-    name: str
-    version: str
-    weights: str | None
-    kind: Kind
-    better: Better
-    floor: float
-    partial: bool
-    smallest: int
-    about: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def weights(self) -> str | None: ...
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def better(self) -> Better: ...
+
+    @property
+    def floor(self) -> float: ...
+
+    @property
+    def partial(self) -> bool: ...
+
+    @property
+    def smallest(self) -> int: ...
+
+    @property
+    def about(self) -> str: ...
 
     def score(self, views: Sequence[View]) -> NDArray[Any]:
         """Scores of consecutive frames: [n], or [n, D] for features. Each view of a pair scorer has `previous`."""
