@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 pytest.importorskip("cv2")
-from planted import FPS, planted  # noqa: E402
+from planted import FPS, planted
 
-from inferix.cli.main import app  # noqa: E402
-from inferix.evaluate.results import SCHEMA, compare, read_results  # noqa: E402
-from inferix.runtime.media import VideoWriter  # noqa: E402
-from inferix.runtime.media_input import video_facts, video_seconds  # noqa: E402
+from inferix.cli.main import app
+from inferix.evaluate.results import SCHEMA, compare, read_results
+from inferix.runtime.media import VideoWriter
+from inferix.runtime.media_input import video_facts, video_seconds
 
 METRICS = ["--metrics", "exposure,sharpness,layout,motion"]
 
