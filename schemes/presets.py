@@ -35,7 +35,7 @@ class About:
 class Preset:
     """num_frame_per_block: latent frames; independent_first_frame: the first block is a single frame.
 
-    window_blocks: blocks denoised together, each one level cleaner than the one after it.
+    window_blocks: blocks denoised together, each `steps_between_joins` sampler steps ahead of the one after it.
     scene_cut_prefix: a prompt that begins so starts a new shot; empty for none.
     """
 
@@ -53,16 +53,24 @@ class Preset:
             if getattr(self, key) < 1:
                 raise UsageError(f"{key} is {getattr(self, key)}; expected 1 or more")
         self.context.check_blocks(self.num_frame_per_block, self.window_blocks)
-        if self.window_blocks not in (1, self.sampler.steps):
+        steps = self.sampler.steps
+        if steps % self.window_blocks:
+            fitting = [count for count in range(1, steps + 1) if steps % count == 0]
             raise UsageError(
-                f"window_blocks is {self.window_blocks}; expected 1, or {self.sampler.steps}: one block a step"
+                f"window_blocks is {self.window_blocks}; expected a divisor of the {steps} steps, one of {fitting}: a "
+                "block joins after equally many steps"
             )
-
+        self.context.check_key_ranges(self.num_frame_per_block, self.window_blocks, steps)
         if self.window_blocks > 1 and self.sampler.denoising_step_list_first_chunk:
             raise UsageError(
                 f"denoising_step_list_first_chunk with window_blocks {self.window_blocks}: blocks denoised together "
                 "take the same steps; use window_blocks=1 or leave the list out"
             )
+
+    @property
+    def steps_between_joins(self) -> int:
+        """Sampler steps that the newest block in flight takes before the next block joins."""
+        return self.sampler.steps // self.window_blocks
 
     def block_size(self, start: int) -> int:
         """Latent frames of the block that starts at absolute frame `start`."""
@@ -249,6 +257,10 @@ def _checked(key: str, value: Any, kind: str) -> Any:
     if kind == "str" and isinstance(value, str):
         return value
     if kind.startswith("tuple") and isinstance(value, list | tuple) and all(map(is_number, value)):
-        return tuple(float(item) for item in value)
+        if not kind.startswith("tuple[int"):
+            return tuple(float(item) for item in value)
+        if all(item == int(item) for item in value):
+            return tuple(int(item) for item in value)
+        raise UsageError(f"{key} is {quoted(value)}; expected a list of whole numbers")
     expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
     raise UsageError(f"{key} is {quoted(value)}; expected {expected.get(kind, 'a list of numbers')}")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
+from ..cross_attention import TextKeyValues
 from .spec import ModelSpec
 
 
@@ -58,6 +59,14 @@ class TextContext:
 
     text: tuple[tuple[Tensor, Tensor], ...]
     image: tuple[tuple[Tensor, Tensor], ...] | None
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attend to the prompt, all rows, the zero rows after it too, and to the image: q and the result [B, T, n, c].
+
+        q after its norm.
+        """
+        out = attention(q, *self.text[layer])
+        return out if self.image is None else out + attention(q, *self.image[layer])
 
 
 class RMSNorm(nn.Module):
@@ -105,12 +114,9 @@ class CrossAttention(nn.Module):
     def _split(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, layer: int, context: TextContext) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: TextKeyValues) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        out = attention(q, *context.text[layer])  # all rows, the zero rows after the prompt too
-        if context.image is not None:
-            out = out + attention(q, *context.image[layer])
-        return self.o(out.flatten(2))
+        return self.o(context.attend(layer, q).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -133,7 +139,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(spec)
         self.ffn = FeedForward(spec)
 
-    def forward(self, x: Tensor, modulation: Tensor, context: TextContext, kv: KeyValues) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, context: TextKeyValues, kv: KeyValues) -> Tensor:
         """x [B, T, d], modulation [B, F, 6, d]."""
         wide = modulation_dtype(self.precision, x.dtype)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
@@ -260,7 +266,7 @@ class WanTransformer(nn.Module):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        context: TextContext,
+        context: TextKeyValues,
         kv: KeyValues,
         actions: Tensor | None = None,
     ) -> Tensor:

@@ -86,7 +86,11 @@ def pass_flops(spec: ModelSpec, tokens: int, run: Pass) -> Flops:
     per_frame = spec.freq_dim * dim + 7 * dim * dim
     if spec.action_dim is not None:
         per_frame += spec.action_dim * dim + dim * dim
-    seen = sum(len(group.frames) * len(group.context) for group in run.groups)
+    seen = sum(
+        len(group.frames) * sum(map(len, lists)) // len(lists)
+        for group in run.groups
+        for lists in [group.head_contexts or (group.context,)]
+    )
     return Flops(
         linear=2 * frames * (tokens * entries + per_frame),
         attention=spec.num_layers * 4 * seen * tokens**2 * dim,

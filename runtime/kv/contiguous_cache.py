@@ -74,11 +74,9 @@ class BoundCache:
 
     def __init__(self, cache: ContiguousCache, run: Pass) -> None:
         self.cache, self.run = cache, run
-        scratch = tuple(frame for group in run.groups if not group.write for frame in group.frames)
         # Frames of groups without `write` are seen by this pass only; their slots come after the cached ones.
-        self.slots = {frame: slot for slot, frame in enumerate(cache.frames + scratch)}
+        self.slots = {frame: slot for slot, frame in enumerate(cache.frames + run.scratch)}
         self.query = self._angles([group.position_of(frame) for group in run.groups for frame in group.frames])
-        self.reads = [self._angles(group.positions) for group in run.groups] if cache.moving_positions else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
@@ -88,12 +86,20 @@ class BoundCache:
         keys = self._store(cache.keys[layer], k)
         values = self._store(cache.values[layer], v)
         out = []
-        for index, (group, rows) in enumerate(self._groups()):
-            seen_keys, seen_values = self._read(keys, group.context), self._read(values, group.context)
-            if self.reads is not None:
-                seen_keys = rotate(seen_keys, self.reads[index], cache.rope)
-            out.append(attention(q[:, rows], seen_keys, seen_values))
+        for group, rows in self._groups():
+            lists = group.head_contexts or (group.context,)
+            queries, k_parts, v_parts = (part.chunk(len(lists), dim=2) for part in (q[:, rows], keys, values))
+            parts = zip(queries, k_parts, v_parts, lists, strict=True)
+            heads = [self._attended(group, *part) for part in parts]
+            out.append(torch.cat(heads, dim=2))
         return torch.cat(out, dim=1)
+
+    def _attended(self, group: Group, q: Tensor, keys: Tensor, values: Tensor, frames: tuple[int, ...]) -> Tensor:
+        """Attention of a group's queries to some frames of its context, with as many heads as q has."""
+        keys, values = self._read(keys, frames), self._read(values, frames)
+        if self.cache.moving_positions:
+            keys = rotate(keys, self._angles([group.position_of(frame) for frame in frames]), self.cache.rope)
+        return attention(q, keys, values)
 
     def _store(self, cached: Tensor, new: Tensor) -> Tensor:
         """Store the groups with `write` in `cached`; returns it followed by the other groups' tokens."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ class PagedStore:
         time, row, column = (to_device(rope_cos_sin(axis, dtype), self.device) for axis in angles)
         return time, row, column
 
-    def ints(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    def ints(self, values: Sequence[Any]) -> Tensor:
         """An int32 tensor on the store's device."""
         return to_device(torch.tensor(values, dtype=torch.int32), self.device)
 

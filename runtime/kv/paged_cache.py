@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,14 +204,20 @@ class PagedCache:
         ints, rope_cos_sin = self.store.ints, self.store.rope_cos_sin
         sinks = rotates_for_sink(self.policy, rows)
         width = max(self.table.room, *(len(row.listed) for row in rows))
-        listed = [row.listed + (0,) * (width - len(row.listed)) for row in rows]
+        lists = [[(*pages, *(0,) * (width - len(pages))) for pages, _ in row.lists] for row in rows]
+        counts = [[len(pages) for pages, _ in row.lists] for row in rows]
+        early = [[count for _, count in row.lists] for row in rows]
+
+        def by_list(values: Sequence[Sequence[Any]]) -> Tensor:
+            return ints(values) if rows[0].head_lists else ints(values)[:, 0]
+
         return PassTables(
             pages=ints([row.pages for row in rows]),
-            page_table=ints(listed),
-            page_count=ints([len(row.listed) for row in rows]),
+            page_table=by_list(lists),
+            page_count=by_list(counts),
             rope_time=torch.stack([rope_cos_sin(row.positions)[0] for row in rows]),
             rope_sink=torch.stack([rope_cos_sin(row.sink_positions)[0] for row in rows]) if sinks else None,
-            sink_count=ints([row.sinks for row in rows]) if sinks else None,
+            sink_count=by_list(early) if sinks else None,
         )
 
 

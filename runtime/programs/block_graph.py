@@ -21,6 +21,7 @@ from ...graphs.trace import fake_model, trace
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...kernels.rope import axis_angles
+from ...models.cross_attention import TextByFrames, TextKeyValues
 from ...models.wan.spec import ModelSpec
 from ...models.wan.transformer import KeyValues, WanTransformer
 from ...schemes.presets import Preset
@@ -39,7 +40,8 @@ class Layout:
 
     parts: (groups, frames of each). latents: names of the input latents, in order. tables: prefix of the names of its
     tables. sinks: True if queries are rotated once more for the sink. slots: size of the staging buffer; 0 where pages
-    have the model's dtype.
+    have the model's dtype. texts: (text, frames) in token order where frames follow different ones, else empty.
+    head_groups: groups of heads that read lists of their own; 0 for one list for all.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -47,10 +49,17 @@ class Layout:
     tables: str
     sinks: bool
     slots: int = 0
+    texts: tuple[tuple[int, int], ...] = ()
+    head_groups: int = 0
 
     @property
     def frames(self) -> int:
         return sum(groups * frames for groups, frames in self.parts)
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """Names of the texts' rows, ascending by number."""
+        return tuple(f"text.{text}" for text in sorted({text for text, _ in self.texts})) or ("text",)
 
     def table(self, part: int, what: str) -> str:
         """Name of table `what` of one part within the block graph."""
@@ -88,18 +97,26 @@ class ModelPass(nn.Module):
         rows = torch.cat((x, x)) if guided else x
         timesteps = values["timesteps"].expand(len(rows), -1)
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
-        velocity = self.model(rows, timesteps, self.model.embed_text(values["text"]), attention, actions)
+        velocity = self.model(rows, timesteps, self.text(values), attention, actions)
         if guided:
             conditional, negative = velocity.split(len(x))
             velocity = negative + self.guidance * (conditional - negative)
         return {"velocity": velocity}
 
+    def text(self, values: dict[str, Tensor]) -> TextKeyValues:
+        """Cross-attention of the pass, each frame's to the text that it follows."""
+        texts = {name: self.model.embed_text(values[name]) for name in self.layout.text_names}
+        if not self.layout.texts:
+            return texts["text"]
+        return TextByFrames([(frames, texts[f"text.{text}"]) for text, frames in self.layout.texts])
+
 
 class SolverStep(nn.Module):
     """Solver step over each block in flight: velocity in, latents of the next noise level out.
 
-    A single block keeps the name `latents`. Of several, each takes the name of the one before it, and the first, which
-    is clean now, is `clean`. The history of a multistep solver is named after the step that made it.
+    A single block keeps the name `latents`. Of several, each keeps its name until the first is clean: that is `clean`
+    then, and each other takes the name of the one before it. The history of a multistep solver is named after the step
+    that made it.
     """
 
     def __init__(self, sampler: Sampler, steps: tuple[int, ...], frames: int, lead: int = 0) -> None:
@@ -109,7 +126,8 @@ class SolverStep(nn.Module):
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         results, names = dict[str, Tensor](), latent_names(len(self.steps))
-        after = names if len(names) == 1 else ("clean", *names)
+        finished = len(names) > 1 and self.steps[0] + 1 == len(self.sampler.sigmas)
+        after = ("clean", *names) if finished else names
         for slot, step in enumerate(self.steps):
             rows = slice(slot * self.frames, (slot + 1) * self.frames)
             latents = values[names[slot]]
@@ -214,7 +232,10 @@ class BlockGraphBuilder:
     def layout(self, planned: PlannedPass) -> Layout:
         policy = self.preset.context
         sinks = policy.moving_positions and policy.sink_size > 0  # in every pass, as in `rotates_for_sink`
-        return Layout(planned.parts, planned.latents, planned.tables, sinks, self.slots)
+        lists = len(planned.run.groups[0].head_contexts)
+        return Layout(
+            planned.parts, planned.latents, planned.tables, sinks, self.slots, planned.run.mixed_texts, lists
+        )
 
     def inputs(self, layout: Layout) -> list[Value]:
         """Inputs and states of the model's pass."""
@@ -230,17 +251,18 @@ class BlockGraphBuilder:
         text = (self.rows, spec.text_len, spec.text_dim)
         values += [
             given("timesteps", When.LOAD, (1, frames), torch.float32),
-            given("text", When.PROMPT, text, self.dtype),
+            *(given(name, When.PROMPT, text, self.dtype) for name in layout.text_names),
         ]
         if spec.action_dim is not None:
             actions = (self.rows, frames, spec.action_dim)
             values.append(given(f"{layout.tables}.actions", When.BLOCK, actions, self.dtype))
         for part, (groups, part_frames) in enumerate(layout.parts):
             rows = self.rows * groups
+            lists = (rows, layout.head_groups) if layout.head_groups else (rows,)
             shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 "pages": ((rows, part_frames), torch.int32),
-                "page_table": ((rows, self.max_pages), torch.int32),
-                "page_count": ((rows,), torch.int32),
+                "page_table": ((*lists, self.max_pages), torch.int32),
+                "page_count": (lists, torch.int32),
                 "rope_time": ((rows, part_frames, time[1], 2), rope_dtype),
             }
             if layout.sinks:

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import UsageError, quoted
+from ...graphs.passes import NULL, PROMPT
 from ...models.wan.vae import StreamState
 from ...schemes.actions import ActionTrack
+from ...schemes.page_needs import branches, needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
@@ -49,28 +51,48 @@ from .saved_values import (
 
 @dataclass
 class Branch:
-    """One conditioning with the cache of its own past; guidance has two."""
+    """One conditioning with the cache of its own past; guidance has two.
+
+    null: the null caption, for presets whose passes use it.
+    """
 
     text: Text
     cache: PagedCache
+    null: Text | None = None
+
+    @property
+    def texts(self) -> dict[int, Text]:
+        """What groups of a pass attend to, by its number."""
+        return {PROMPT: self.text} if self.null is None else {PROMPT: self.text, NULL: self.null}
 
     @classmethod
-    def new(cls, resources: Resources, rows: Tensor, size: tuple[int, int]) -> Branch:
-        """A conditioning from the text encoder's rows [text_len, text_dim], with an empty cache."""
-        return cls(resources.executor.condition(rows), resources.kv_manager.new_cache(size))
+    def new_each(
+        cls, resources: Resources, texts: Sequence[Tensor], size: tuple[int, int], null: Tensor | None = None
+    ) -> list[Branch]:
+        """One branch with an empty cache for each of `texts`, rows [text_len, text_dim]; an error leaves none.
 
-    @classmethod
-    def new_each(cls, resources: Resources, texts: Sequence[Tensor], size: tuple[int, int]) -> list[Branch]:
-        """One branch for each of `texts`; an error leaves none."""
+        null: rows of the null caption.
+        """
         branches: list[Branch] = []
+        null_text = None if null is None else resources.executor.condition(null)
         try:
             for rows in texts:
-                branches.append(cls.new(resources, rows, size))
+                text = resources.executor.condition(rows)
+                branches.append(cls(text, resources.kv_manager.new_cache(size), null_text))
         except BaseException:
             for branch in branches:
                 branch.cache.release()
             raise
         return branches
+
+    @classmethod
+    def for_prompts(
+        cls, resources: Resources, preset: Preset, rows: Tensor, negative: Tensor | None, size: tuple[int, int]
+    ) -> list[Branch]:
+        """The branches of a session that follows `rows` and, where the preset needs them, `negative`."""
+        guided = negative is not None and branches(preset) == 2
+        null = negative if preset.context.clean_text == "null" else None
+        return cls.new_each(resources, [rows, negative] if guided and negative is not None else [rows], size, null)
 
     def fork(self) -> Branch:
         """The same conditioning; the fork's cache shares pages until either side writes."""
@@ -119,8 +141,8 @@ class SavedFields:
             self.tensors[name] = tensor
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor on the engine's device; KeyError for one that the file lacks."""
-        return self.tensors[name].to(self.resources.device)
+        """A tensor on the engine's device, in memory of its own; KeyError for one that the file lacks."""
+        return self.tensors[name].to(self.resources.device, copy=True)  # unaligned in the file: matmuls round otherwise
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
@@ -132,7 +154,7 @@ class SavedFields:
 
     @property
     def branches(self) -> int:
-        return 1 if self.preset.sampler.guidance_scale == 1 else 2
+        return branches(self.preset)
 
 
 class SaveForm(ABC):
@@ -327,8 +349,8 @@ class BranchesForm(SaveForm):
                 check_tensor(f"cache.{index}.sink", tensors["sink"], (layers, 2, policy.sink_size, *form.shape))
 
     def read(self, file: SavedFields) -> list[Branch]:
-        texts = [file.tensor(name) for name in ("rows", "negative") if name in file.tensors]
-        return Branch.new_each(file.resources, texts, SizeForm().read(file))
+        negative = file.optional("negative")
+        return Branch.for_prompts(file.resources, file.preset, file.tensor("rows"), negative, SizeForm().read(file))
 
     def fill(self, value: list[Branch], file: SavedFields) -> None:
         for index, (branch, header) in enumerate(zip(value, file.header["caches"], strict=True)):
@@ -493,7 +515,7 @@ def forked(save: SaveForm | None, copy: Callable[[Any], Any], rollback: bool = T
     return {"rule": FieldRule(copy, save, rollback)}
 
 
-NEGATIVE = TensorForm("negative", rows_shape, lambda file: file.branches == 2)
+NEGATIVE = TensorForm("negative", rows_shape, lambda file: needs_negative(file.preset))
 
 
 def fork_all(items: list[Any]) -> list[Any]:
@@ -504,7 +526,8 @@ def fork_all(items: list[Any]) -> list[Any]:
 class SessionState:
     """The fields, each with its rule. Shapes: rows and negative [text_len, text_dim], latents [F, C, H, W].
 
-    size: (width, height) in pixels. rows: the prompt in force. negative: the prompt that guidance keeps away from.
+    size: (width, height) in pixels. rows: the prompt in force. negative: the prompt that guidance keeps away from,
+    which is the null caption too.
     source: latents of the video that blocks start from. clamped: latents of an image held as the first frame.
     flight: blocks being denoised, oldest first. recent: the last clean latents, as many as a rebuild or recache reads.
     pixels: the last decoded pictures [T, 3, H, W], where a rebuild encodes one again. prefix_frames: uint8
