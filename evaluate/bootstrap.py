@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import UsageError
-from .vde import finite
+from .measures import finite
 
 RESAMPLES = 2000
 CHUNK = 1 << 20  # values drawn at a time

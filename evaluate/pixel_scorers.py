@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .measures import cosine
 from .scorers import FunctionScorer, View
-from .vde import cosine
 
 GRID = 16  # cells of `layout` across and down
 DARK, BRIGHT = 4, 251  # levels of 255 beyond which a pixel counts as clipped

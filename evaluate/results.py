@@ -21,10 +21,10 @@ from ..runtime.media_input import video_facts, video_frames
 from ..user_files import read_text
 from ..version import __version__
 from .bootstrap import bootstrap_difference, bootstrap_mean
-from .drift import VideoDrift, drift
+from .measures import VDE2_WEIGHTS, VDE_WEIGHTS
 from .metrics import chosen_scorers
 from .scorers import Scorer
-from .vde import VDE2_WEIGHTS, VDE_WEIGHTS
+from .video_drift import VideoDrift, drift
 
 SCHEMA = "inferix-drift/1"
 CURVE_POINTS = 240  # of a curve in the results
@@ -55,7 +55,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that all videos are scored with; see `drift.drift`. fps and size: None keeps each video's own."""
+    """Settings with which all videos are scored; see `video_drift.drift`. fps, size: None keeps each video's own."""
 
     metrics: Sequence[str | Scorer] | None = None
     segments: int = 10

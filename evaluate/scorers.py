@@ -1,8 +1,8 @@
 """The protocol of scorers, and the view of a video that they see.
 
-A scorer turns frames into one score a frame, one score a pair of neighbouring frames, or one feature a frame. What is
-computed from them over the segments of a video is in `drift.py`. A scorer keeps no state, so one object serves many
-videos. `metrics.py` has the ones of this package by name; any object of the protocol can be passed instead.
+A scorer turns frames into one score a frame, one score a pair of neighbouring frames, or one feature a frame.
+`video_drift.py` computes figures of segments from them. A scorer keeps no state, so one object serves many videos.
+`metrics.py` has the ones of this package by name; any object of the protocol can be passed instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .vde import Better
+from .measures import Better
 
 Kind = Literal["frame", "pair", "feature"]
 LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # BT.709, of gamma-coded values

@@ -2,7 +2,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 pytest.importorskip("cv2")
 from planted import FPS, planted
 
+from inferix import evaluate
 from inferix.cli.main import app
 from inferix.evaluate.results import SCHEMA, compare, read_results
 from inferix.runtime.media import VideoWriter
@@ -43,6 +46,10 @@ def test_drift_writes_results_and_a_page(videos, tmp_path):
     assert run.exit_code == 0, run.output
     assert "exposure" in run.stdout and "drift.html" in run.stdout
     results = read_results(tmp_path / "drift.json")
+    schema = json.loads(Path(evaluate.__file__).with_name("drift_results.schema.json").read_text("utf-8"))
+    jsonschema.Draft202012Validator(schema).validate(results)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema).validate(results | {"schema": "inferix-drift/2"})
     assert results["schema"] == SCHEMA and results["skipped"] == []
     none, fade = results["videos"]
     assert (none["id"], none["frames"], none["fps"], none["size"]) == ("none", 24, FPS, [64, 64])

@@ -16,9 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError, quoted
-from .metrics import chosen_scorers
-from .scorers import Scorer, View
-from .vde import (
+from .measures import (
     LAGS,
     VDE2_WEIGHTS,
     VDE_WEIGHTS,
@@ -34,6 +32,8 @@ from .vde import (
     vde,
     vde2,
 )
+from .metrics import chosen_scorers
+from .scorers import Scorer, View
 
 CHUNK = 8  # frames that a scorer is given at a time
 REFERENCES = (0, 1 / 3, 2 / 3)  # seconds after the start of a prompt
@@ -68,7 +68,7 @@ class VideoDrift:
     """The drift of one video, metric by metric.
 
     size: (width, height). spans: for each prompt its segments as (start, stop) frames. border_jump: see
-    `vde.border_jump`; None unless block borders were given.
+    `measures.border_jump`; None unless block borders were given.
     """
 
     frames: int

@@ -7,7 +7,7 @@ import pytest
 
 from inferix.errors import UsageError
 from inferix.evaluate.bootstrap import bootstrap_difference, bootstrap_mean
-from inferix.evaluate.vde import (
+from inferix.evaluate.measures import (
     VBENCH_LONG,
     Drift,
     border_jump,
