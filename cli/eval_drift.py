@@ -172,12 +172,12 @@ def run(
     parts: dict[str, Any] = {"base": base, "executor": executor, "offline": offline, "force": force}
     picture = None if size is None else parse_size(size)
     engine = load(model, preset=preset, device=device, dtype=dtype, size=picture, **parts, **parse_settings(settings))
-    takes = takes_of(entries, range(seeds), out / "videos")
+    takes, described = takes_of(entries, range(seeds), out / "videos"), engine.describe()
     videos, skipped = [], []
     with progress_bar(len(takes)) as (advance, note):
         for take in takes:
             note(f"making {take.path.name}")
-            make_video(take, engine, seconds, picture or engine.default_size)
+            make_video(take, engine, described, seconds, picture or engine.default_size)
             note(f"scoring {take.path.name}")
             try:
                 videos.append(score_take(take, scoring, seconds))

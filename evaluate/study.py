@@ -54,20 +54,23 @@ def takes_of(entries: Sequence[PromptEntry], seeds: Sequence[int], folder: Path)
     ]
 
 
-def settings_of(take: Take, engine: Engine, seconds: float, size: tuple[int, int]) -> dict[str, Any]:
+def settings_of(take: Take, described: dict[str, Any], seconds: float, size: tuple[int, int]) -> dict[str, Any]:
     """Everything that determines a video, as plain data."""
     cues = [[at, cue.prompt] for at, cue in zip([0.0, *take.entry.switches(seconds)], take.entry.cues, strict=True)]
-    about = {"prompts": cues, "seed": take.seed, "seconds": seconds, "size": list(size), "engine": engine.describe()}
+    about = {"prompts": cues, "seed": take.seed, "seconds": seconds, "size": list(size), "engine": described}
     plain: dict[str, Any] = json.loads(json.dumps(about, default=str))
     return plain
 
 
-def make_video(take: Take, engine: Engine, seconds: float, size: tuple[int, int]) -> bool:
+def make_video(
+    take: Take, engine: Engine, described: dict[str, Any], seconds: float, size: tuple[int, int]
+) -> bool:  # fmt: skip
     """Write a take's video and record unless they are there; returns True if they had to be made.
 
-    A model with actions walks: actions are drawn from the seed. Raises UsageError if the record is of other settings.
+    described: `engine.describe()`, which hashes weights and so is called once. A model with actions walks: actions are
+    drawn from the seed. Raises UsageError if the record is of other settings.
     """
-    settings = settings_of(take, engine, seconds, size)
+    settings = settings_of(take, described, seconds, size)
     if take.record.exists() and take.path.exists():
         record = read_json(take.record, "record")
         if not isinstance(record, dict) or record.get("settings") != settings:
