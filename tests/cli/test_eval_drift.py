@@ -84,7 +84,8 @@ def test_mixed_sizes_and_rates_are_noted_and_can_be_made_one(videos, tmp_path):
     paths = [videos / "none.mp4", other]
     results = json.loads(inferix("eval", "drift", *paths, *METRICS, "--json").stdout)
     assert len(results["notes"]) == 2 and "[32, 32]" in results["notes"][0] and "6.0" in results["notes"][1]
-    results = json.loads(inferix("eval", "drift", *paths, *METRICS, "--json", "--fps", 6, "--size", "32x32").stdout)
+    results = inferix("eval", "drift", *paths, *METRICS, "--json", "--fps", 6, "--size", "32x32", "--segments", 4)
+    results = json.loads(results.stdout)
     assert results["notes"] == [] and [video["size"] for video in results["videos"]] == [[32, 32]] * 2
     assert [video["frames"] for video in results["videos"]] == [12, 24]
 
