@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import InferixError
 from ..graphs.passes import Pass
+from ..models.solvers import noised
 from ..schemes.block_schedule import (
     ScheduledPass,
     commit_pass,
@@ -35,7 +36,6 @@ from .execution.decode_pipeline import to_frames
 from .kv.paged_cache import bind_together
 from .noise import PhiloxNoise
 from .resources import Resources
-from .sampler import noised
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session_state import BlockInFlight, PromptChange, SessionState
