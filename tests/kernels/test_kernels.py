@@ -255,7 +255,7 @@ ATTENTION_MISTAKES = {
     "heads is 3, kv_heads is 2; expected heads % kv_heads == 0": {"q": torch.zeros(1, 4, 3, 64)},
     "dtype of kv is torch.float64": {"kv": torch.zeros(2, 3, 5, 2, 64, dtype=torch.float64)},
     "dtype of page_table is torch.int64; expected torch.int32": {"page_table": torch.zeros(1, 3, dtype=torch.int64)},
-    "shape of page_count is (2,)": {"page_count": torch.ones(2, dtype=torch.int32)},
+    "shape of page_count is [2]": {"page_count": torch.ones(2, dtype=torch.int32)},
     "dtype of kv is torch.float32; expected no kv_scale": {"kv_scale": torch.ones(2, 3, 2)},
     "q_sink is given without sink_count": {"q_sink": torch.zeros(1, 4, 2, 64)},
     "strides of q is (512, 128, 1, 2)": {"q": torch.zeros(1, 4, 64, 2).transpose(2, 3)},
