@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rms_norm.cpu import rms_scale
 from ..rope_append import reference as plain_rope_append
 from .reference import token_cos_sin, write_pages
 
@@ -29,7 +30,7 @@ def qk_norm_rope_append(
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     queries, keys, values = wide.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
     rotations = as_complex(token_cos_sin(rope_time, rope_rows, rope_columns), wide.dtype)
-    query_scale, key_scale = rms_scale(queries, eps), rms_scale(keys, eps)
+    query_scale, key_scale = rms_scale(queries, eps)[..., None], rms_scale(keys, eps)[..., None]
     queries = (queries * q_weight.to(wide.dtype)).unflatten(-1, (-1, dim))
     keys = (keys * k_weight.to(wide.dtype)).unflatten(-1, (-1, dim))
     # The norm's factor of a token goes into its rotation, which is smaller than its heads.
@@ -87,12 +88,6 @@ def append(
         rows[1].copy_(values)
     else:
         write_pages(rotated(keys, rotations), values.to(keys.dtype), kv, pages, kv_scale)
-
-
-def rms_scale(x: Tensor, eps: float) -> Tensor:
-    """1 / rms of the last dim of x [R, T, d], as [R, T, 1, 1]."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (length.square() / x.shape[-1] + eps).rsqrt()[..., None]
 
 
 def as_complex(cos_sin: Tensor, dtype: torch.dtype) -> Tensor:

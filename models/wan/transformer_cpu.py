@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.rms_norm.cpu import rms_scale
 from ..cross_attention import TextKeyValues
 from ..transformer import KeyValues
 from .transformer import Block, Head, RMSNorm, TimeEmbedding
@@ -29,8 +30,7 @@ class CpuRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in WIDE:
             return super().forward(x)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * (length.square() / x.shape[-1] + self.eps).rsqrt()).mul_(self.weight)
+        return (x * rms_scale(x, self.eps)).mul_(self.weight)
 
 
 class CpuBlock(Block):
@@ -104,11 +104,15 @@ def content(tensor: Tensor) -> bytes:
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift per frame; x [B, F*P, d], shift and scale [B, F, d]."""
+    if shift.shape[1] == 1:
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
     frames = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift[:, :, None], frames, 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + gate * update per frame."""
+    if gate.shape[1] == 1:
+        return torch.addcmul(x, update, gate)
     frames = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, frames), update.unflatten(1, frames), gate[:, :, None]).flatten(1, 2)
