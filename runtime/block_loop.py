@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InferixError
@@ -32,8 +31,9 @@ from ..schemes.block_schedule import (
 )
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
-from .kv.paged_cache import bind_together
+from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
+from .plans import PassLayout, PassPlan, WholeBlock
 from .resources import Resources
 from .sampler import noised
 from .sessions.engine_thread import shortages_named
@@ -106,7 +106,7 @@ class BlockLoop:
         change.left -= 1
         share = 1 - change.left / (change.blocks - 1) if change.blocks > 1 else 1.0
         state.rows = torch.lerp(change.old, change.new, share)
-        state.branches[0].text = self.resources.executor.condition(state.rows)
+        state.branches[0].text = self.resources.client.condition(state.rows)
         if change.left == 0:
             state.change = None
         if (yield from self.recache(state)):
@@ -176,7 +176,7 @@ class BlockLoop:
         """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
         clamped = state.clamped is not None and state.timeline.next_frame == 0
         plain = isinstance(state.noise, PhiloxNoise) and state.sampler.strength == 1
-        whole = self.resources.executor.supports_whole_block and supports_whole_block(state.preset, state.next_block)
+        whole = self.resources.worker.supports_whole_block and supports_whole_block(state.preset, state.next_block)
         return whole and plain and not clamped
 
     def run_whole(self, state: SessionState, record: BlockRecord) -> BlockInFlight:
@@ -187,10 +187,10 @@ class BlockLoop:
         scheduled = denoise_pass(state.timeline, [block], state.sampler.timesteps)
         self.roll_caches(state, scheduled)
         run = scheduled.run
-        bound, actions = branch.cache.bind(run), self.actions_of(state, run)
+        request = ForwardRequest(branch, run, block.latents, self.actions_of(state, run))
+        layout = branch.cache.layout(run)
         with record.one_pass():
-            executor = self.resources.executor
-            block.latents = executor.run_block(block.latents, branch.text, bound, frames, seed, actions)
+            (block.latents,) = self.execute([request], layout, WholeBlock(frames.start, seed))
         branch.cache.end_pass()
         self.check_finite(block)
         block.committed = state.preset.context.commit
@@ -240,13 +240,11 @@ class BlockLoop:
                 branch.cache.set_window(window)
                 state.timeline.forget(window)
 
-    def actions_of(self, state: SessionState, run: Pass) -> Tensor | None:
-        """Action of each frame of a pass, one-hot [1, F, action_dim]; None for a model without actions."""
-        spec, resources = self.resources.spec, self.resources
-        if spec.action_dim is None:
-            return None
-        actions = torch.tensor([[state.actions.of(frame) for frame in run.frames]], device=resources.device)
-        return F.one_hot(actions, spec.action_dim).to(resources.dtype)
+    def actions_of(self, state: SessionState, run: Pass) -> tuple[int, ...]:
+        """Number of the action of each frame of a pass; none for a model without actions."""
+        if self.resources.spec.action_dim is None:
+            return ()
+        return tuple(state.actions.of(frame) for frame in run.frames)
 
     def draw(self, state: SessionState, span: Span, draw: int) -> Tensor:
         """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
@@ -305,19 +303,25 @@ class BlockLoop:
     def forward(self, requests: Sequence[ForwardRequest]) -> list[Tensor]:
         """Run the network once for compatible requests; returns the velocity [F, C, H, W] of each."""
         caches = [request.branch.cache for request in requests]
-        levels = [request.run.timesteps for request in requests]
-        executor, device = self.resources.executor, self.resources.device
-        latents = torch.stack([request.latents for request in requests])
-        timesteps = torch.tensor(levels, dtype=torch.float32, device=device)
-        text = executor.join([request.text(executor) for request in requests])
-        actions = [request.actions for request in requests if request.actions is not None]
         try:
-            bound = bind_together(caches, [request.run for request in requests])
-            velocity = executor.forward(latents, timesteps, text, bound, torch.cat(actions) if actions else None)
+            return self.execute(requests, layout_together(caches, [request.run for request in requests]))
         finally:
             for cache in caches:
                 cache.end_pass()
-        return list(velocity)
+
+    def execute(
+        self, requests: Sequence[ForwardRequest], layout: PassLayout, whole: WholeBlock | None = None
+    ) -> list[Tensor]:
+        """Have the worker run one pass, or a whole block; returns the result [F, C, H, W] of each request."""
+        plan = PassPlan(
+            layout=layout,
+            timesteps=tuple(request.run.timesteps for request in requests),
+            texts=tuple(request.texts for request in requests),
+            actions=tuple(request.actions for request in requests if request.actions),
+            whole=whole,
+        )
+        (result,) = self.resources.client.execute(plan, torch.stack([request.latents for request in requests]))
+        return list(result)
 
     # Outside of a block
 

@@ -29,10 +29,10 @@ AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "user_files", "version"}
-BASE = ("arguments", "byte_sizes", "engine_condition", "files", "limits", "media", "media_input", "noise", "sampler",
-        "streams")  # fmt: skip
-ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
-              "block_loop", "engine", "load")  # fmt: skip
+BASE = ("arguments", "byte_sizes", "engine_condition", "files", "limits", "media", "media_input", "noise", "plans",
+        "sampler", "streams", "worker_client")  # fmt: skip
+ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "resources", "sessions",
+              "inputs", "block_loop", "engine", "load")  # fmt: skip
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
 
 

@@ -217,6 +217,7 @@ class SessionManager:
             self.condition.signal()
             session.output.wake_readers()
         session.free()
+        self.resources.client.release()
         self.metrics.count(f"sessions_{state}")
 
     @contextmanager
@@ -291,7 +292,7 @@ class SessionManager:
 
     def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[int]:
         """Sessions whose next blocks can be batched with the chosen one's."""
-        if not self.resources.executor.batches or not self.resources.kv_manager.batches(chosen.size):
+        if not self.resources.worker.batches or not self.resources.kv_manager.batches(chosen.size):
             return []
         key = chosen.current.batch_key
         return [session.id for session in ready if session is not chosen and session.current.batch_key == key]
