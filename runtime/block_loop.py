@@ -19,7 +19,6 @@ from torch import Tensor
 from ..errors import InferixError
 from ..graphs.passes import Pass
 from ..schemes.block_schedule import (
-    ScheduledPass,
     commit_pass,
     denoise_pass,
     denoise_passes,
@@ -137,7 +136,7 @@ class BlockLoop:
         latents = self.rebuild_latents(state, run)
         for branch in state.branches:
             branch.cache.clear()
-        self.roll_caches(state, scheduled)
+        self.roll_caches(state, run, scheduled.beside)
         yield from self.network_pass(state, run, latents, record)
         if state.preset.context.restart_decoder:
             wait_for_decoder()
@@ -157,7 +156,7 @@ class BlockLoop:
         flight, timesteps = state.flight, state.sampler.of_block(state.next_block).timesteps
         clean = frozenset({0} if state.clamped is not None else ())
         for scheduled in denoise_passes(state.timeline, flight, timesteps, partial(self.admit, state), clean):
-            self.roll_caches(state, scheduled)
+            self.roll_caches(state, scheduled.run, scheduled.beside)
             latents = torch.cat([block.latents for block in flight])
             velocity = yield from self.network_pass(state, scheduled.run, latents, record)
             for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
@@ -169,7 +168,7 @@ class BlockLoop:
     ) -> BlockSteps[None]:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
         scheduled = commit_pass(state.timeline, span)
-        self.roll_caches(state, scheduled)
+        self.roll_caches(state, scheduled.run, scheduled.beside)
         yield from self.network_pass(state, scheduled.run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
@@ -184,9 +183,8 @@ class BlockLoop:
         block, (branch,) = self.admit(state), state.branches
         assert isinstance(state.noise, PhiloxNoise)
         frames, seed = block.span.frames, state.noise.seed
-        scheduled = denoise_pass(state.timeline, [block], state.sampler.timesteps)
-        self.roll_caches(state, scheduled)
-        run = scheduled.run
+        run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
+        self.roll_caches(state, run)
         request = ForwardRequest(branch, run, block.latents, self.actions_of(state, run))
         layout = branch.cache.layout(run)
         with record.one_pass():
@@ -232,11 +230,14 @@ class BlockLoop:
         if state.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
 
-    def roll_caches(self, state: SessionState, scheduled: ScheduledPass) -> None:
-        """Set the window of each branch's cache to what a pass that writes there sees; others leave it as it is."""
+    def roll_caches(self, state: SessionState, run: Pass, beside: tuple[int, ...] = ()) -> None:
+        """Set the window of each branch's cache to what a pass that writes there sees; others leave it as it is.
+
+        beside: frames that stay in the caches although the pass does not see them.
+        """
         for number, branch in enumerate(state.branches):
-            run = scheduled.run.of_branch(number)
-            if run is not None and (window := window_of(run, scheduled.beside)) is not None:
+            own = run.of_branch(number)
+            if own is not None and (window := window_of(own, beside)) is not None:
                 branch.cache.set_window(window)
                 state.timeline.forget(window)
 
