@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import InferixError
 from ..graphs.passes import Pass
+from ..models.solvers import noised
 from ..schemes.block_schedule import (
     commit_pass,
     denoise_pass,
@@ -34,7 +35,6 @@ from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
 from .plans import PassLayout, PassPlan, WholeBlock
 from .resources import Resources
-from .sampler import noised
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session_state import BlockInFlight, PromptChange, SessionState

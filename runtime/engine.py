@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AtCapacity, UsageError, quoted
-from ..models.wan.spec import ModelSpec
+from ..models.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline

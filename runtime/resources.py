@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.wan.spec import ModelSpec
+from ..models.spec import ModelSpec
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
 from .execution.executors import Executor

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.wan.transformer import KeyValues
+from ..models.transformer import KeyValues
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
 from .execution.executors import Executor, Text, make_executor
@@ -141,7 +141,7 @@ class LocalWorker:
 
     def open_store(self, plan: OpenStore) -> None:
         form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype)
-        self.stores[plan.grid] = PagedStore(form, plan.pages, plan.slots, self.device)
+        self.stores[plan.grid] = PagedStore(form, self.parts.transformer.rope, plan.pages, plan.slots, self.device)
 
     def close_store(self, plan: CloseStore) -> None:
         del self.stores[plan.grid]
@@ -188,7 +188,7 @@ class LocalWorker:
         new = self.sinks[plan.sink].clone()  # forks may share the old one
         for (_, at, shift), kv in zip(plan.leaving, leaving.unbind(2), strict=True):
             (cos_sin,), *_ = store.rope_cos_sin([shift])
-            new[:, :, at] = average_frame(new[:, :, at], kv, cos_sin, plan.decay)
+            new[:, :, at] = average_frame(new[:, :, at], kv, store.rope, cos_sin, plan.decay)
         self.sinks[plan.result] = new
 
     def offload_sink(self, plan: OffloadSink) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
 from ...models.cross_attention import TextByFrames
-from ...models.wan.transformer import KeyValues, TextContext, WanTransformer
+from ...models.transformer import KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
@@ -56,7 +56,7 @@ class MixedConditioning:
     groups: tuple[tuple[int, int], ...]
 
 
-Text = TextContext | TextByFrames | Conditioning | MixedConditioning
+Text: TypeAlias = TextContext | TextByFrames | Conditioning | MixedConditioning
 
 
 class Executor(Protocol):
@@ -106,7 +106,7 @@ class EagerExecutor:
     supports_whole_block = False
     batches = True
 
-    def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
+    def __init__(self, model: Transformer, packed: Transformer | None = None) -> None:
         self.model, self.passes = model, packed or model
 
     def condition(self, rows: Tensor) -> TextContext:

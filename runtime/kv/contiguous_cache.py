@@ -11,26 +11,31 @@ from torch import Tensor
 
 from ...graphs.passes import Group, Pass
 from ...kernels.attention import attention
-from ...kernels.rope import Angles, rope_angles, rotate
-from ...models.wan.spec import ModelSpec
+from ...kernels.rope import Angles, axis_frequencies, rotate, token_angles
+from ...models.rope import Rope
+from ...models.spec import ModelSpec
 
 
 class ContiguousCache:
-    """Keys and values [1, frames*P, n, c] of the cached frames, per layer."""
+    """Keys and values [1, frames*P, k, c] of the cached frames, per layer.
+
+    rope: the model's; None for three axes over the whole head. rope_dtype: in which it is computed.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         grid: tuple[int, int],
         moving_positions: bool,
-        rope: torch.dtype,
+        rope_dtype: torch.dtype,
         dtype: torch.dtype,
         device: torch.device,
+        rope: Rope | None = None,
     ) -> None:
-        self.grid, self.moving_positions, self.rope = grid, moving_positions, rope
-        self.head_dim, self.device = spec.head_dim, device
+        self.grid, self.moving_positions, self.rope_dtype = grid, moving_positions, rope_dtype
+        self.rope, self.device = rope or Rope(*axis_frequencies(spec.head_dim)), device
         self.tokens = grid[0] * grid[1]
-        empty = torch.empty(1, 0, spec.num_heads, spec.head_dim, dtype=dtype, device=device)
+        empty = torch.empty(1, 0, spec.kv_heads, spec.head_dim, dtype=dtype, device=device)
         self.frames: tuple[int, ...] = ()
         self.keys = [empty] * spec.num_layers
         self.values = [empty] * spec.num_layers
@@ -80,9 +85,9 @@ class BoundCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        q = rotate(q, self.query, cache.rope)
+        q = rotate(q, self.query, cache.rope_dtype, cache.rope.half_split)
         if not cache.moving_positions:
-            k = rotate(k, self.query, cache.rope)
+            k = rotate(k, self.query, cache.rope_dtype, cache.rope.half_split)
         keys = self._store(cache.keys[layer], k)
         values = self._store(cache.values[layer], v)
         out = []
@@ -98,7 +103,8 @@ class BoundCache:
         """Attention of a group's queries to some frames of its context, with as many heads as q has."""
         keys, values = self._read(keys, frames), self._read(values, frames)
         if self.cache.moving_positions:
-            keys = rotate(keys, self._angles([group.position_of(frame) for frame in frames]), self.cache.rope)
+            angles = self._angles([group.position_of(frame) for frame in frames])
+            keys = rotate(keys, angles, self.cache.rope_dtype, self.cache.rope.half_split)
         return attention(q, keys, values)
 
     def _store(self, cached: Tensor, new: Tensor) -> Tensor:
@@ -132,4 +138,4 @@ class BoundCache:
         return groups
 
     def _angles(self, positions: list[int] | tuple[int, ...]) -> Angles:
-        return rope_angles(positions, *self.cache.grid, self.cache.head_dim, self.cache.device)
+        return token_angles(self.cache.rope.axis_angles(positions, *self.cache.grid), self.cache.device)

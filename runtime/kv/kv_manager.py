@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import UsageError
-from ...models.wan.spec import ModelSpec
+from ...models.spec import ModelSpec
 from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes

@@ -18,9 +18,9 @@ from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...kernels.kv_pages import LIMITS, kv_pages
 from ...kernels.qk_norm_rope_append import rope_cos_sin
-from ...kernels.rope import axis_angles
-from ...models.wan.spec import ModelSpec
-from ...models.wan.transformer import KeyValues
+from ...models.rope import Rope
+from ...models.spec import ModelSpec
+from ...models.transformer import KeyValues
 from ..plans import GroupPages, PassLayout
 from ..streams import Transfer, to_device
 from .page_layout import parts_of, rotates_for_sink, through_slots
@@ -40,8 +40,8 @@ class PageForm:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(tokens, heads, head dim) of one frame."""
-        return self.grid[0] * self.grid[1], self.spec.num_heads, self.spec.head_dim
+        """(tokens, heads of keys and values, head dim) of one frame."""
+        return self.grid[0] * self.grid[1], self.spec.kv_heads, self.spec.head_dim
 
     @property
     def scaled(self) -> bool:
@@ -61,12 +61,12 @@ class PageForm:
     @property
     def nbytes(self) -> int:
         """Bytes of a page: keys and values of one latent frame in all layers, and their scales."""
-        scales = self.spec.num_heads * torch.float32.itemsize if self.scaled else 0
+        scales = self.spec.kv_heads * torch.float32.itemsize if self.scaled else 0
         return 2 * self.spec.num_layers * (self.slot_bytes(self.kv_dtype) // 2 + scales)
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the keys and values of one latent frame in one layer."""
-        return 2 * self.shape[0] * self.spec.dim * dtype.itemsize
+        return 2 * self.shape[0] * self.spec.kv_dim * dtype.itemsize
 
 
 class PagedStore:
@@ -77,8 +77,8 @@ class PagedStore:
     rope_rows, rope_columns: cosines and sines of the token grid, [n, pairs, 2].
     """
 
-    def __init__(self, form: PageForm, pages: int, slots: int, device: torch.device) -> None:
-        self.form, self.device = form, device
+    def __init__(self, form: PageForm, rope: Rope, pages: int, slots: int, device: torch.device) -> None:
+        self.form, self.rope, self.device = form, rope, device
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)
         self.staging = self._stage(slots) if form.staged else None
@@ -100,7 +100,8 @@ class PagedStore:
     def attention(self, layout: PassLayout) -> KeyValues:
         """The attention of one pass, whose frames are listed by page."""
         if not self.form.staged:
-            return PagedAttention(self._parts(layout, layout.rows), self.kv, self.rope_rows, self.rope_columns)
+            parts, half_split = self._parts(layout, layout.rows), self.rope.half_split
+            return PagedAttention(parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split)
         own = [page for row in layout.rows for page in row.pages]
         through = through_slots(layout.rows, self.form.read_in_place)
         staging = self.slots(through.slots)
@@ -109,7 +110,7 @@ class PagedStore:
             self._parts(layout, through.rows), self.kv, self.scales, staging,
             written=(self.ints(list(range(len(own)))), self.ints(own)),
             seen=None if through.seen is None else (self.ints(through.seen), slots),
-            rope_rows=self.rope_rows, rope_columns=self.rope_columns,
+            rope_rows=self.rope_rows, rope_columns=self.rope_columns, half_split=self.rope.half_split,
         )  # fmt: skip
 
     def _parts(self, layout: PassLayout, rows: Sequence[GroupPages]) -> list[PassTables]:
@@ -184,7 +185,7 @@ class PagedStore:
 
     def rope_cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines and sines [n, pairs, 2] of temporal `positions`, of grid rows and of grid columns."""
-        angles = axis_angles(positions, *self.form.grid, self.form.spec.head_dim)
+        angles = self.rope.axis_angles(positions, *self.form.grid)
         dtype = torch.float64 if self.form.model_dtype == torch.float64 else torch.float32
         time, row, column = (to_device(rope_cos_sin(axis, dtype), self.device) for axis in angles)
         return time, row, column

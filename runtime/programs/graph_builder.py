@@ -17,7 +17,7 @@ from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
-from ...models.wan.spec import ModelSpec
+from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 

@@ -9,7 +9,7 @@ from itertools import islice
 
 from ...errors import UsageError
 from ...graphs.passes import Pass
-from ...models.wan.spec import ModelSpec
+from ...models.spec import ModelSpec
 from ...schemes.block_schedule import (
     ScheduledPass,
     blocks_before_repeat,

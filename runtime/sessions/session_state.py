@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ...errors import UsageError, quoted
 from ...graphs.passes import NULL, PROMPT
-from ...models.wan.vae import StreamState
+from ...models.decoder import StreamState
+from ...models.solvers import Solver
 from ...schemes.actions import ActionTrack
 from ...schemes.page_needs import branches, needs_negative
 from ...schemes.presets import Preset
@@ -32,7 +33,7 @@ from ..execution.decode_pipeline import DecoderTrack
 from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
-from ..sampler import Sampler, Solver, UniPCSolver
+from ..sampler import Sampler
 from ..worker_client import Handle
 from .saved_values import (
     LARGEST,
@@ -110,7 +111,7 @@ class BlockInFlight:
     committed: bool = False
 
     def fork(self) -> BlockInFlight:
-        return replace(self, solver=copy(self.solver))
+        return replace(self, solver=self.solver.fork())
 
 
 @dataclass
@@ -243,7 +244,7 @@ class SamplerForm(SaveForm):
 
     def check(self, file: SavedFields) -> None:
         strength = finite("strength", file.header["strength"])
-        if not 0 < strength <= 1 or (strength < 1 and file.preset.sampler.solver != "renoise"):
+        if not 0 < strength <= 1 or (strength < 1 and not file.preset.sampler.has_step_list):
             raise invalid("strength", strength, "a number above 0, up to 1, and 1 for a solver that starts from noise")
 
     def read(self, file: SavedFields) -> Sampler:
@@ -391,43 +392,38 @@ class FlightForm(SaveForm):
             name, solver, frames = f"flight.{index}", block.solver, block.span.frames
             header = {"index": block.span.index, "start": frames.start, "stop": frames.stop, "step": block.step}
             file.put(name, block.latents)
-            if isinstance(solver, UniPCSolver):
-                header |= {"order": solver.order, "predictions": len(solver.predictions)}
-                for number, x0 in enumerate(solver.predictions):
-                    file.put(f"{name}.x0.{number}", x0)
-                file.put(f"{name}.before", solver.before)
-            file.header["flight"].append(header)
+            numbers, tensors = solver.save()
+            for part, tensor in tensors.items():
+                file.put(f"{name}.{part}", tensor)
+            file.header["flight"].append(header | numbers)
 
     def check(self, file: SavedFields) -> None:
         timeline, flight = file.header["timeline"], list_of("flight", file.header["flight"])
         solver, steps = SamplerForm().read(file).begin(), len(SamplerForm().read(file).timesteps)
         if len(flight) > file.preset.window_blocks:
             raise invalid("flight", len(flight), f"at most {file.preset.window_blocks} blocks")
-        more = ("order", "predictions") if isinstance(solver, UniPCSolver) else ()
         for index, block in enumerate(flight):
             name = f"flight.{index}"
-            fields_of(name, block, ("index", "start", "stop", "step", *more))
+            fields_of(name, block, ("index", "start", "stop", "step", *solver.saved_numbers))
             integer(f"{name}.index", block["index"], 0, timeline["next_block"])
             start = integer(f"{name}.start", block["start"], 0, timeline["next_frame"])
             stop = integer(f"{name}.stop", block["stop"], start + 1, timeline["next_frame"])
             integer(f"{name}.step", block["step"], 0, steps)
             shape = stop - start, *file.latent_shape
             check_tensor(name, file.tensors.get(name), shape)
-            if more:
-                count = integer(f"{name}.predictions", block["predictions"], 0, 2)
-                integer(f"{name}.order", block["order"], 1, max(1, count))
-                x0s = [f"{name}.x0.{number}" for number in range(count)]
-                for tensor in (*x0s, *([f"{name}.before"] if count else [])):
-                    check_tensor(tensor, file.tensors.get(tensor), shape)
+            numbers: dict[str, int] = {}
+            for number in solver.saved_numbers:
+                least, most = solver.number_range(number, numbers)
+                numbers[number] = integer(f"{name}.{number}", block[number], least, most)
+            for part in solver.saved_tensors(numbers):
+                check_tensor(f"{name}.{part}", file.tensors.get(f"{name}.{part}"), shape)
 
     def read(self, file: SavedFields) -> list[BlockInFlight]:
         sampler, flight = SamplerForm().read(file), []
         for index, header in enumerate(file.header["flight"]):
             name, solver = f"flight.{index}", sampler.begin()
-            if isinstance(solver, UniPCSolver):
-                solver.order = header["order"]
-                solver.predictions = [file.tensor(f"{name}.x0.{number}") for number in range(header["predictions"])]
-                solver.before = file.optional(f"{name}.before")
+            numbers = {number: header[number] for number in solver.saved_numbers}
+            solver.restore(numbers, {part: file.tensor(f"{name}.{part}") for part in solver.saved_tensors(numbers)})
             span = Span(header["index"], range(header["start"], header["stop"]))
             flight.append(BlockInFlight(span, file.tensor(name), solver, header["step"]))
         return flight

@@ -22,11 +22,11 @@ from inferix.graphs.show.plain import to_dict
 from inferix.graphs.types import BlockGraph, PassGraph, Role, Runs
 from inferix.graphs.validate import GraphError, validate
 from inferix.kernels.linear_lowp import linear_lowp, pack
+from inferix.models.registry import PRESETS, make_preset
 from inferix.models.wan.transformer import WanTransformer
 from inferix.runtime.capacity import costs
 from inferix.runtime.programs.block_graph import BlockGraphBuilder, ModelPass, SolverStep
 from inferix.runtime.programs.block_plan import plan_block
-from inferix.schemes.presets import PRESETS, make_preset
 
 SPEC = dataclasses.replace(TINY, dim=128, actions=())
 SIZE = (48, 32)

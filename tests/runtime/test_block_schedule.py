@@ -11,6 +11,7 @@ from oracles import ROWS, SIZE, make_engine
 
 from inferix.graphs.passes import Group, Pass
 from inferix.graphs.types import Runs
+from inferix.models.registry import PRESETS, make_preset
 from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.programs.block_plan import plan_block
 from inferix.runtime.sampler import Sampler, scheduled_blocks
@@ -24,7 +25,7 @@ from inferix.schemes.block_schedule import (
     window_of,
 )
 from inferix.schemes.page_needs import window
-from inferix.schemes.presets import PRESETS, Preset, make_preset
+from inferix.schemes.presets import Preset
 from inferix.schemes.timeline import Timeline
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}

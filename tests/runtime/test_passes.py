@@ -19,11 +19,11 @@ from inferix.kernels.attention import attention
 from inferix.kernels.block_attention import block_attention
 from inferix.kernels.rope import rope_angles, rotate
 from inferix.kernels.spec import using
+from inferix.models.registry import make_preset
 from inferix.runtime.engine import Engine
 from inferix.runtime.noise import PhiloxNoise
 from inferix.runtime.sampler import Sampler
 from inferix.runtime.sessions.session import Session
-from inferix.schemes.presets import make_preset
 
 NEGATIVE = ROWS.flip(0) * 0.5
 FORMS = ["eager", "fused", "contiguous"]

@@ -14,9 +14,10 @@ from inferix.errors import UsageError
 from inferix.graphs.lowered import lower_block
 from inferix.graphs.rewrites import chosen
 from inferix.graphs.types import Role
-from inferix.models.wan.spec import MODELS
-from inferix.models.wan.taehv import TAEW21
-from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
+from inferix.models.registry import MODELS, PRESETS, make_preset
+from inferix.models.wan.family import WAN
+from inferix.models.wan.vae import CausalVae
+from inferix.models.wan.vae_spec import TAEW21, TINY_VAE, WAN21_VAE
 from inferix.runtime.capacity import planner
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
 from inferix.runtime.capacity.planner import Ceiling, Workload, longest_window, memory, needed, suggestions
@@ -27,7 +28,6 @@ from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.runtime.worker_client import WorkerClient
 from inferix.schemes.page_needs import least_pages, page_needs, staging_slots
-from inferix.schemes.presets import PRESETS, make_preset
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
 FEW = {"causal-diffusion": {"num_steps": 2}}
@@ -147,7 +147,7 @@ def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
     dtypes = (torch.float32, {"float32": torch.float32, **KV_DTYPES}[kind])
     form = KVManager(TINY, preset, dtypes, WorkerClient(Idle()), None).form(SIZE)
     pages, slots = least_pages(preset), staging_slots(preset)
-    store = PagedStore(form, pages, slots, torch.device("cpu"))
+    store = PagedStore(form, WAN.build(TINY).rope, pages, slots, torch.device("cpu"))
     assert PageSpace(form, pages, slots, WorkerClient(Idle()), grows=True).nbytes == store.nbytes
     split = memory(Workload(TINY, preset, TINY_VAE, 0, SIZE, "float32", kind))
     assert store.nbytes == split.each["pages"] + split.once["page_buffer"]

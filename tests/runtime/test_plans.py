@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from oracles import ROWS, SIZE, make_engine
 
 from inferix.errors import InferixError
+from inferix.models.registry import PRESETS
 from inferix.runtime.plans import HEADER, KINDS, MAGIC, VERSION, PassPlan, Plan, WritePages, decode_plan, encode_plan
 from inferix.runtime.worker import LocalWorker
 from inferix.schemes.page_needs import needs_negative
-from inferix.schemes.presets import PRESETS
 
 FEW = {"causal-diffusion": {"num_steps": 2}}
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))

@@ -14,11 +14,11 @@ from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 from inferix.errors import InferixError, UsageError
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
-from inferix.models.wan.vae import StreamState
+from inferix.models.decoder import StreamState
+from inferix.models.registry import PRESETS
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sampler import Sampler, scheduled_blocks
 from inferix.schemes.page_needs import page_needs
-from inferix.schemes.presets import PRESETS
 from inferix.schemes.timeline import Span, Timeline
 
 OTHER = ROWS.flip(0) * 1.5
