@@ -94,10 +94,6 @@ class LocalWorker:
     def supports_whole_block(self) -> bool:
         return self.executor.supports_whole_block
 
-    @property
-    def batches(self) -> bool:
-        return self.executor.batches
-
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         """Run a plan with the tensors that it takes; returns those that it gives."""
         return self.runs[type(plan)](plan, *tensors) or []

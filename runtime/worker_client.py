@@ -16,15 +16,11 @@ from .plans import Condition, Plan, Release
 class Worker(Protocol):
     """Owner of weights, pages and an executor. Plans run in order; what one raises leaves the others as they are.
 
-    supports_whole_block: True if it can run a `PassPlan` of a whole block. batches: True if a pass can serve several
-    sessions.
+    supports_whole_block: True if it can run a `PassPlan` of a whole block.
     """
 
     @property
     def supports_whole_block(self) -> bool: ...
-
-    @property
-    def batches(self) -> bool: ...
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         """Run a plan with the tensors that it takes; returns those that it gives."""

@@ -52,7 +52,7 @@ class ProcessWorker:
         self.out, self.back = self.process.stdin, self.process.stdout
         ready = receive(self.back)
         assert ready is not None, "the worker's process ended"
-        self.supports_whole_block, self.batches = json.loads(ready[0])
+        self.supports_whole_block = json.loads(ready[0])
         self.plans: list[Plan] = []
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -74,7 +74,7 @@ def serve(preset: str, overrides: dict[str, object]) -> None:
     torch.set_num_threads(1)
     worker = make_engine(preset, **overrides).resources.worker
     pipe, sys.stdout = sys.stdout.buffer, sys.stderr  # whatever is printed does not go to the pipe
-    send(pipe, json.dumps([worker.supports_whole_block, worker.batches]).encode(), ())
+    send(pipe, json.dumps(worker.supports_whole_block).encode(), ())
     while (message := receive(sys.stdin.buffer)) is not None:
         send(pipe, b"", worker.execute(decode_plan(message[0]), message[1]))
 
