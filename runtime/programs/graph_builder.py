@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...graphs.compose import chained
+from ...graphs.lowered import Lowered, lower_block
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
@@ -22,6 +24,7 @@ from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 
 WIDTH_STEP = 16  # pages
+PROGRAMS = 64  # of a process, kept for engines of the same configuration
 OnPages = PagedAttention | StagedAttention
 
 
@@ -131,6 +134,12 @@ class GraphBuilder:
             fold=None,
             results=results,
         )
+
+
+@lru_cache(maxsize=PROGRAMS)
+def lowered_graph(graphs: GraphBuilder, key: GraphKey) -> Lowered:
+    """Build the program of a key once in a process. It holds no tensor, so engines of one configuration share it."""
+    return lower_block(graphs(key))
 
 
 def stores(attention: OnPages) -> dict[str, Tensor]:
