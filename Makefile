@@ -1,5 +1,6 @@
 # `make demo` and `make test` work from a fresh clone: each makes .venv and installs into it first.
-# The small CPU build of torch:  make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# On Linux cpu.txt needs the CPU build of torch, since torch 2.13.0 of the package index requires another triton:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # A machine with an NVIDIA GPU:  make demo CONSTRAINTS=constraints/gpu.txt
 
 PYTHON ?= python3
@@ -30,6 +31,7 @@ help:
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
+	@echo "on Linux without a GPU:  PIP_ARGS=\"--extra-index-url https://download.pytorch.org/whl/cpu\""
 	@echo "variables:   PYTHON=$(PYTHON)  CONSTRAINTS=$(CONSTRAINTS)  PIP_ARGS=\"$(PIP_ARGS)\""
 
 demo: .venv/.base
