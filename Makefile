@@ -38,12 +38,12 @@ demo: .venv/.base
 	mkdir -p outputs
 	$(BIN)/inferix generate --out outputs/demo.mp4
 
-# Files run in two processes, a file always in one.
+# Two processes: each begins with half of the tests in order; an idle one takes over half of what the other has left.
 test: lint
-	$(BIN)/pytest tests -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest tests -n 2 --dist worksteal -m "not slow"
 
 test-all: lint
-	$(BIN)/pytest tests -n 2 --dist loadfile
+	$(BIN)/pytest tests -n 2 --dist worksteal
 
 quick: .venv/.dev
 	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/runtime/test_page_pool.py \
