@@ -19,6 +19,8 @@ from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
+from ...models.family import Family
+from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
@@ -144,9 +146,14 @@ class GraphBuilder:
         )
 
 
-@lru_cache(maxsize=PROGRAMS)
 def lowered_graph(graphs: GraphBuilder, key: GraphKey) -> Lowered:
     """Build the program of a key once in a process. It holds no tensor, so engines of one configuration share it."""
+    return cached_program(family_of(graphs.spec), graphs, key)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def cached_program(family: Family, graphs: GraphBuilder, key: GraphKey) -> Lowered:
+    """family: part of the cache's key, since another family may be registered under the same name."""
     return lower_block(graphs(key))
 
 
