@@ -15,7 +15,6 @@ from torch import Tensor
 from ...errors import CheckpointError, UsageError, nearest, quoted
 from ..family import Checkpoint, Format, merged
 from ..files import check_file, read_json, read_tensors
-from ..registry import MODELS
 from ..spec import ModelSpec
 from ..state_dicts import (
     EXPERTS,
@@ -31,7 +30,7 @@ from ..state_dicts import (
 from ..text.umt5_checkpoint import TEXT_FILES
 from .lora import fitting, read_lora
 from .names import from_format
-from .spec import FAMILY
+from .spec import FAMILY, MODELS
 from .vae_checkpoint import TINY_DECODERS, VAE_FILES
 
 SHARD = "diffusion_pytorch_model.safetensors"

@@ -15,7 +15,6 @@ from ...errors import UsageError, quoted
 from ...schemes.presets import Preset
 from ..decoder import Decoder, DecoderSpec
 from ..family import AdapterUpdate, Checkpoint, Family, Format, Merge, PromptEncoder
-from ..registry import MODELS
 from ..spec import ModelSpec
 from ..text.spec import UMT5_XXL, tiny_text
 from ..text.tiny import write_tiny_text_encoder
@@ -24,6 +23,7 @@ from .checkpoint import FORMATS, merging, read_checkpoint
 from .lora import fitting, read_lora
 from .presets import PRESETS
 from .random import random_vae_state
+from .spec import MODELS
 from .taehv import TinyDecoder
 from .transformer import WanTransformer
 from .vae import CausalVae
