@@ -31,11 +31,11 @@ from ...schemes.page_needs import branches, needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
-from ..execution.executors import Text
 from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
 from ..sampler import Sampler
+from ..worker_client import Handle
 from .saved_values import (
     LARGEST,
     InvalidField,
@@ -58,13 +58,13 @@ class Branch:
     role: its text and past as guidance has them. null: the null caption, for presets whose passes use it.
     """
 
-    text: Text
+    text: Handle
     cache: PagedCache
-    null: Text | None = None
+    null: Handle | None = None
     role: GuidanceBranch = FOLLOWING
 
     @property
-    def texts(self) -> dict[int, Text]:
+    def texts(self) -> dict[int, Handle]:
         """What groups of a pass attend to, by its number."""
         return {PROMPT: self.text} if self.null is None else {PROMPT: self.text, NULL: self.null}
 
@@ -76,7 +76,7 @@ class Branch:
 
         rows and negative: [text_len, text_dim], of the prompt and, where the preset needs it, the negative prompt.
         """
-        condition = resources.executor.condition
+        condition = resources.client.condition
         null = condition(negative) if negative is not None and preset.context.clean_text == "null" else None
         branches: list[Branch] = []
         try:
@@ -566,12 +566,6 @@ class SessionState:
         size = timeline.preset.block_size(timeline.next_frame)
         return self.size, size, timesteps, steps, timeline.rebuild_due(), clamped
 
-    @property
-    def conditionings(self) -> list[tuple[Branch, Tensor]]:
-        """Each branch with the text encoder's rows that it follows."""
-        negative = self.rows if self.negative is None else self.negative
-        return [(branch, self.rows if branch.role.text == "prompt" else negative) for branch in self.branches]
-
     def fork(self, decoder: DecoderTrack | None = None) -> Self:
         """An independent copy that holds the same pages once more.
 
@@ -670,7 +664,7 @@ class RollbackPoint:
     """
 
     values: dict[str, Any]
-    texts: list[Text]
+    texts: list[Handle]
 
     @classmethod
     def of(cls, state: SessionState) -> RollbackPoint:
