@@ -31,9 +31,9 @@ LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkey
 UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "user_files", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "limits", "media", "media_input",
-        "noise", "sampler", "sinks", "streams")  # fmt: skip
-ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
-              "block_loop", "engine", "load")  # fmt: skip
+        "noise", "plans", "sampler", "sinks", "streams", "worker_client")  # fmt: skip
+ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "resources", "sessions",
+              "inputs", "block_loop", "engine", "load")  # fmt: skip
 FAMILIES = {"wan", "tinyworld"}  # packages of `models`
 MAY_NAME_A_FAMILY = {"inferix.evaluate.tinyworld", "inferix.bench.baseline"}
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
