@@ -21,6 +21,7 @@ from .transformer import Block, Head, RMSNorm, TimeEmbedding
 
 WIDE = (torch.float32, torch.float64)
 Part = TypeVar("Part", bound=nn.Module)
+Content = tuple[tuple[int, ...], torch.dtype, bytes]
 KEPT = 32  # time embeddings: more than the steps of two schedules
 
 
@@ -62,7 +63,7 @@ class CpuTimeEmbedding(TimeEmbedding):
     Weights that change call for another copy of the model.
     """
 
-    kept: OrderedDict[tuple[bytes, ...], tuple[Tensor, Tensor]]
+    kept: OrderedDict[tuple[Content, ...], tuple[Tensor, Tensor]]
 
     def forward(self, timesteps: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         key = tuple(content(part) for part in (timesteps, added) if part is not None)
@@ -97,9 +98,9 @@ def converted(part: Part) -> Part:
     return copied
 
 
-def content(tensor: Tensor) -> bytes:
-    """The bytes of a small tensor."""
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+def content(tensor: Tensor) -> Content:
+    """Shape, dtype and bytes of a small tensor."""
+    return tuple(tensor.shape), tensor.dtype, tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
