@@ -82,8 +82,13 @@ EXTRAS = {
         "matplotlib",
         "mkdocs-material",
         "mkdocstrings[python]",
+        "onnx>=1.23,<2",
+        "onnxscript>=0.7,<1",
+        "onnxruntime>=1.32,<2",
+        "jsonschema",
     ],
     "bench": ["matplotlib"],
+    "onnx": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.32,<2"],
     "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }
 
@@ -145,11 +150,12 @@ setup(
     package_data={
         "inferix": ["py.typed"],
         "inferix.bench": ["compiled/*.json"],
+        "inferix.export": ["plan.schema.json"],
         **{package: ["tuned/*.json"] for package in PACKAGES if package.startswith("inferix.kernels.")},
         "inferix.models.tinyworld": ["README.md", "weights/*", "weights/*/*"],
     },
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["inferix = inferix.cli.main:main"]},
+    entry_points={"console_scripts": ["inferix = inferix.cli.main:main", "inferix-run = inferix.export.run:main"]},
     cmdclass={"build_py": BuildPackage},
 )

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from ..errors import UsageError, cut, quoted
-from ..user_files import parse_yaml
+from ..user_yaml import parse_yaml
 
 OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."

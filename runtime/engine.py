@@ -398,11 +398,7 @@ class Engine:
 
     def blocks_for_frames(self, latent_frames: int) -> int:
         """How many blocks make at least that many latent frames from the start."""
-        latent_frames = integer()("latent_frames", latent_frames)
-        first = self.preset.block_size(0)
-        if latent_frames <= first:
-            return int(latent_frames > 0)
-        return 1 - (first - latent_frames) // self.preset.num_frame_per_block
+        return self.preset.blocks_for_frames(integer()("latent_frames", latent_frames))
 
     def describe(self) -> dict[str, Any]:
         """Every setting, as plain values."""

@@ -28,7 +28,7 @@ BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "ev
 AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
-FOR_EVERYONE = {"errors", "user_files", "version"}
+FOR_EVERYONE = {"errors", "user_files", "user_yaml", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "files", "limits", "media", "media_input", "noise", "sampler",
         "streams")  # fmt: skip
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",

@@ -1,0 +1,306 @@
+"""The programs of an exported engine, as modules over plain tensors, with the shapes and names of what they take.
+
+`prompt`: rows of the text encoder to cross-attention keys and values. `step`: one denoising pass, to the velocity.
+`commit`: a pass over clean latents, to the keys and values of its frames; over more frames it is a recache. `steps`:
+all steps of a block, to clean latents. `decode_first`, `decode_next`: one latent frame to pictures, with the decoder's
+state as inputs and outputs.
+
+The past is one tensor of keys and one of values per layer, [past, tokens of a frame, heads, channels], with the frames
+of the pass behind it; so no program scatters. Keys of the past are rotated where positions are absolute; where they
+move with the window they are stored as they are and rotated at each read. The model itself is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.attention import attention
+from ..kernels.rope import Angles, axis_angles, rotate
+from ..models.wan.taehv import TinyDecoder
+from ..models.wan.transformer import TextContext, TimeEmbedding, WanTransformer, sinusoid
+from ..models.wan.vae import StreamState
+from ..models.wan.vae_checkpoint import Decoder
+from ..runtime.sampler import Sampler
+
+FRAMES, PAST = "frames", "past"  # dimensions that differ from pass to pass
+TRACED_PAST, TRACED_FRAMES = 3, 2  # sizes to trace with: neither 0 nor 1, which a tracer takes for constants
+
+
+@dataclass(frozen=True)
+class Program:
+    """A module to export.
+
+    inputs: a tensor, or a list of tensors, by argument. dynamic: the axes of each argument's tensors that have a name.
+    names and results: of each tensor, in order.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Any]
+    dynamic: dict[str, dict[int, str]]
+    names: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+class WindowAttention:
+    """Attention (`KeyValues`) over a past in plain tensors and the frames of the pass behind it; collects the latter.
+
+    past: keys and values of each layer in turn. stored: angles of the whole window where positions move with it.
+    """
+
+    def __init__(self, past: Sequence[Tensor], own: Angles, stored: Angles | None) -> None:
+        self.past, self.own, self.stored = past, own, stored
+        self.new: list[Tensor] = []
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        past_k, past_v = self.past[2 * layer : 2 * layer + 2]
+        q = rotate(q, self.own, self.own.cos.dtype)
+        if self.stored is None:
+            k = rotate(k, self.own, self.own.cos.dtype)
+        new_k, new_v = (part[0].unflatten(0, (-1, past_k.shape[1])) for part in (k, v))
+        self.new += [new_k, new_v]
+        keys, values = torch.cat((past_k, new_k)).flatten(0, 1)[None], torch.cat((past_v, new_v)).flatten(0, 1)[None]
+        if self.stored is not None:
+            keys = rotate(keys, self.stored, self.stored.cos.dtype)
+        return attention(q, keys, values)
+
+
+class GivenSinusoid(nn.Module):
+    """A time embedding whose timesteps come as their sinusoid [B, F, freq_dim], computed by the caller in float64."""
+
+    def __init__(self, plain: TimeEmbedding) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, features: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.plain.of_sinusoid(features, added)
+
+
+class NetworkPass(nn.Module):
+    """A pass of the transformer over the latents of some frames. moving: positions move with the window."""
+
+    def __init__(self, model: WanTransformer, size: tuple[int, int], moving: bool) -> None:
+        super().__init__()
+        spec = model.spec
+        height, width = spec.latent_size(size)
+        rows, columns = height // spec.patch[0], width // spec.patch[1]
+        self.model, self.moving, self.tokens = copy(model), moving, rows * columns
+        self.model._modules = dict(model._modules)  # the loaded model keeps its own time embedding
+        self.model.time_embedding = GivenSinusoid(model.time_embedding)
+        _, by_row, by_column = axis_angles([0], rows, columns, spec.head_dim)
+        pairs = (by_row[:, None].expand(rows, columns, -1), by_column[None].expand(rows, columns, -1))
+        space = torch.cat(pairs, dim=-1).flatten(0, 1)
+        self.register_buffer("space_cos", space.cos().float())
+        self.register_buffer("space_sin", space.sin().float())
+
+    def run(
+        self, latents: Tensor, time: Tensor, rope: Sequence[Tensor], text: Sequence[Tensor], past: Sequence[Tensor],
+        past_rope: Sequence[Tensor] | None, actions: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """Return the velocity, and the keys and values of the pass's frames by layer."""
+        own, stored = self.angles(rope), None
+        if past_rope is not None:
+            stored = self.angles([torch.cat(parts) for parts in zip(past_rope, rope, strict=True)])
+        window = WindowAttention(past, own, stored)
+        context = TextContext(tuple(zip(text[::2], text[1::2], strict=True)), None)
+        return self.model(latents, time, context, window, actions), window.new
+
+    def angles(self, rope: Sequence[Tensor]) -> Angles:
+        """Angles of each token from cosines and sines of each frame's position [frames, pairs of time].
+
+        Sizes are read from `shape`: `len` would fix them in an exported program.
+        """
+        cos, sin = (
+            torch.cat((time[:, None].expand(-1, self.tokens, -1), space.expand(time.shape[0], -1, -1)), 2).flatten(0, 1)
+            for time, space in zip(rope, (self.space_cos, self.space_sin), strict=True)
+        )
+        return Angles(cos, sin)
+
+
+class Step(NetworkPass):
+    """One denoising pass: returns the velocity [1, F, C, H, W]."""
+
+    def forward(
+        self, latents: Tensor, time: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
+        past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return self.run(latents, time, rope, text, past, past_rope, actions)[0]
+
+
+class Commit(NetworkPass):
+    """A pass over clean latents: returns keys and values [F, tokens, heads, channels] of each layer in turn."""
+
+    def forward(
+        self, latents: Tensor, time: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
+        past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(self.run(latents, time, rope, text, past, past_rope, actions)[1])
+
+
+class Steps(NetworkPass):
+    """All steps of a block: noise [draws, F, C, H, W] to clean latents [1, F, C, H, W]."""
+
+    def __init__(self, model: WanTransformer, size: tuple[int, int], moving: bool, sampler: Sampler) -> None:
+        super().__init__(model, size, moving)
+        levels = torch.tensor(sampler.timesteps, dtype=torch.float32)
+        features = sinusoid(levels, model.spec.freq_dim, torch.float64).float()
+        self.matrix = solver_matrix(sampler)
+        self.register_buffer("features", features)
+
+    def forward(
+        self, noise: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
+        past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        seen, latents = list(noise.split(1)), noise[:1]
+        for row, features in zip(self.matrix, self.features, strict=True):
+            time = features[None, None].expand(1, noise.shape[1], -1)
+            velocity, _ = self.run(latents, time, rope, text, past, past_rope, actions)
+            seen.append(velocity)
+            terms = [weight * part for weight, part in zip(row, seen, strict=False) if weight]
+            latents = torch.stack(terms).sum(0)
+        return latents
+
+
+class Prompt(nn.Module):
+    """Rows of the text encoder [1, text_len, text_dim] to cross keys and values of each layer in turn."""
+
+    def __init__(self, model: WanTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part for layer in self.model.embed_text(rows).text for part in layer)
+
+
+class DecodeFrame(nn.Module):
+    """One latent frame [1, z, h, w] to pictures [T, 3, H, W] in [-1, 1], then the state of each slot.
+
+    first: the frame begins a stream and there is no state.
+    """
+
+    def __init__(self, vae: Decoder, slots: Sequence[int], first: bool) -> None:
+        super().__init__()
+        self.vae, self.slots, self.first = vae, tuple(slots), first
+
+    def forward(self, latents: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
+        stream = StreamState(dict(zip(self.slots, state, strict=False)), 0 if self.first else 1)
+        pixels = self.vae.decode(latents, stream)
+        return pixels, *(stream.history[slot] for slot in self.slots if slot in stream.history)
+
+
+@dataclass(frozen=True)
+class DecoderPrograms:
+    """Programs of a decoder, the shape of each slot of its state, zero at first, and how a stream begins.
+
+    first: the program of a stream's first frame. first_state: slots that it returns; it takes none if it is
+    `decode_first`. first_pictures: how many of its last pictures are kept. pictures: of each later frame.
+    """
+
+    programs: tuple[Program, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    first: str
+    first_state: tuple[int, ...]
+    first_pictures: int
+    pictures: int
+
+
+def solver_matrix(sampler: Sampler) -> list[list[float]]:
+    """Weights of each step: the latents after step i are the sum of row i times [noise draws, velocities so far].
+
+    A solver is linear in them, so its own code on unit vectors gives the weights. There is one draw for a solver that
+    adds no noise, else one for each step.
+    """
+    count = len(sampler.timesteps)
+    draws = count if sampler.spec.solver == "renoise" else 1
+    units = torch.eye(draws + count, dtype=torch.float64)
+    solver, latents, rows = sampler.begin(), units[0], []
+    for step in range(count):
+        latents = solver.advance(latents, units[draws + step], step, lambda following=step + 1: units[following])
+        rows.append(latents[: draws + step + 1].tolist())
+    return rows
+
+
+def pass_programs(
+    model: WanTransformer, size: tuple[int, int], sampler: Sampler, moving: bool, frames: int | None, unroll: bool
+) -> list[Program]:
+    """Programs of the transformer. frames: of each block; None where the first block has another number."""
+    spec = model.spec
+    height, width = spec.latent_size(size)
+    heads, channels, layers = spec.num_heads, spec.head_dim, spec.num_layers
+    pairs, tokens = channels // 2 - 2 * (channels // 6), spec.tokens_per_frame(size)
+    names = {
+        "rope": ("rope_cos", "rope_sin"), "text": by_layer("text", layers), "past": by_layer("past", layers),
+        "past_rope": ("past_cos", "past_sin"),
+    }  # fmt: skip
+
+    def describe(name: str, module: nn.Module, block: int | None, results: tuple[str, ...]) -> Program:
+        count = TRACED_FRAMES if block is None else block
+        own: dict[int, dict[int, str]] = {axis: {} if block is not None else {axis: FRAMES} for axis in (0, 1)}
+        latents = torch.zeros(1, count, spec.in_channels, height, width)
+        inputs: dict[str, Any] = {"latents": latents, "time": torch.zeros(1, count, spec.freq_dim)}
+        if isinstance(module, Steps):
+            draws = len(module.matrix[0]) - 1
+            inputs = {"noise": latents.repeat(draws, 1, 1, 1, 1)}
+        inputs |= {
+            "rope": [torch.zeros(count, pairs)] * 2,
+            "text": [torch.zeros(1, spec.text_len, heads, channels)] * (2 * layers),
+            "past": [torch.zeros(TRACED_PAST, tokens, heads, channels)] * (2 * layers),
+        }
+        if moving:
+            inputs["past_rope"] = [torch.zeros(TRACED_PAST, pairs)] * 2
+        if spec.action_dim is not None:
+            inputs["actions"] = torch.zeros(1, count, spec.action_dim)
+        dynamic = {key: own[1] for key in ("latents", "time", "noise", "actions")} | {"rope": own[0], "text": {}}
+        dynamic |= {"past": {0: PAST}, "past_rope": {0: PAST}}
+        flat = tuple(part for key in inputs for part in names.get(key, (key,)))
+        return Program(name, module, inputs, {key: dynamic[key] for key in inputs}, flat, results)
+
+    programs = [
+        Program("prompt", Prompt(model), {"rows": torch.zeros(1, spec.text_len, spec.text_dim)}, {"rows": {}},
+                ("rows",), names["text"]),
+        describe("step", Step(model, size, moving), frames, ("velocity",)),
+        describe("commit", Commit(model, size, moving), None, by_layer("new", layers)),
+    ]  # fmt: skip
+    if unroll:
+        programs.append(describe("steps", Steps(model, size, moving, sampler), frames, ("clean",)))
+    return programs
+
+
+def by_layer(name: str, layers: int) -> tuple[str, ...]:
+    """Names of keys and values of each layer in turn: `past_k_0`, `past_v_0`, `past_k_1`, ..."""
+    return tuple(f"{name}_{part}_{layer}" for layer in range(layers) for part in "kv")
+
+
+def decoder_programs(vae: Decoder, channels: int, height: int, width: int, zero_start: bool) -> DecoderPrograms:
+    """Programs of a decoder over latents [1, channels, height, width], its slots read off a stream of two frames.
+
+    The tiny decoder, and a stream that starts from zero caches, begin with the program of every other frame.
+    """
+    frame = torch.zeros(1, channels, height, width)
+    state = vae.new_state()
+    vae.decode(frame, state)
+    at_first = sorted(state.history)
+    pictures = len(vae.decode(frame, state))
+    slots = sorted(state.history)
+    shapes = tuple(tuple(state.history[slot].shape) for slot in slots)
+    kept = tuple(slots.index(slot) for slot in at_first)
+    zeros = [torch.zeros(shape) for shape in shapes]
+
+    def describe(name: str, first: bool, given: list[Tensor], results: Sequence[int]) -> Program:
+        names = ("latents", *(f"state_{index}" for index in range(len(given))))
+        returned = ("pixels", *(f"next_{index}" for index in results))
+        inputs = {"latents": frame, "state": given}
+        return Program(name, DecodeFrame(vae, slots, first), inputs, {key: {} for key in inputs}, names, returned)
+
+    following = describe("decode_next", False, zeros, range(len(slots)))
+    if zero_start or isinstance(vae, TinyDecoder):
+        return DecoderPrograms((following,), shapes, "decode_next", tuple(range(len(slots))), 1, pictures)
+    first = describe("decode_first", True, [], kept)
+    return DecoderPrograms((first, following), shapes, "decode_first", kept, 1, pictures)
+
