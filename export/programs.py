@@ -248,12 +248,12 @@ def pass_programs(
             draws = len(module.matrix[0]) - 1
             inputs = {"noise": latents.repeat(draws, 1, 1, 1, 1)}
         inputs |= {
-            "rope": [torch.zeros(count, pairs)] * 2,
-            "text": [torch.zeros(1, spec.text_len, heads, channels)] * (2 * layers),
-            "past": [torch.zeros(TRACED_PAST, tokens, heads, channels)] * (2 * layers),
+            "rope": zeros(2, count, pairs),
+            "text": zeros(2 * layers, 1, spec.text_len, heads, channels),
+            "past": zeros(2 * layers, TRACED_PAST, tokens, heads, channels),
         }
         if moving:
-            inputs["past_rope"] = [torch.zeros(TRACED_PAST, pairs)] * 2
+            inputs["past_rope"] = zeros(2, TRACED_PAST, pairs)
         if spec.action_dim is not None:
             inputs["actions"] = torch.zeros(1, count, spec.action_dim)
         dynamic = {key: own[1] for key in ("latents", "time", "noise", "actions")} | {"rope": own[0], "text": {}}
@@ -270,6 +270,11 @@ def pass_programs(
     if unroll:
         programs.append(describe("steps", Steps(model, size, moving, sampler), frames, ("clean",)))
     return programs
+
+
+def zeros(count: int, *shape: int) -> list[Tensor]:
+    """Distinct tensors: a tracer takes one tensor given twice for one input."""
+    return [torch.zeros(shape) for _ in range(count)]
 
 
 def by_layer(name: str, layers: int) -> tuple[str, ...]:
@@ -290,7 +295,7 @@ def decoder_programs(vae: Decoder, channels: int, height: int, width: int, zero_
     slots = sorted(state.history)
     shapes = tuple(tuple(state.history[slot].shape) for slot in slots)
     kept = tuple(slots.index(slot) for slot in at_first)
-    zeros = [torch.zeros(shape) for shape in shapes]
+    blank = [torch.zeros(shape) for shape in shapes]
 
     def describe(name: str, first: bool, given: list[Tensor], results: Sequence[int]) -> Program:
         names = ("latents", *(f"state_{index}" for index in range(len(given))))
@@ -298,7 +303,7 @@ def decoder_programs(vae: Decoder, channels: int, height: int, width: int, zero_
         inputs = {"latents": frame, "state": given}
         return Program(name, DecodeFrame(vae, slots, first), inputs, {key: {} for key in inputs}, names, returned)
 
-    following = describe("decode_next", False, zeros, range(len(slots)))
+    following = describe("decode_next", False, blank, range(len(slots)))
     if zero_start or isinstance(vae, TinyDecoder):
         return DecoderPrograms((following,), shapes, "decode_next", tuple(range(len(slots))), 1, pictures)
     first = describe("decode_first", True, [], kept)
