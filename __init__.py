@@ -13,7 +13,8 @@ from .errors import AtCapacity, CheckpointError, InferixError, SessionEnded, Usa
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .models.wan.checkpoint import FORMATS, Format
+    from .models.family import Format
+    from .models.registry import FORMATS, PRESETS, make_preset
     from .runtime.config import EngineConfig
     from .runtime.engine import Engine
     from .runtime.limits import DegradationStep, Limits
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .runtime.noise import InjectedNoise
     from .runtime.sessions.output_queue import Block
     from .runtime.sessions.session import Session
-    from .schemes.presets import PRESETS, About, Preset, make_preset
+    from .schemes.presets import About, Preset
 
 MODULES = {
     "About": "schemes.presets",
@@ -29,15 +30,15 @@ MODULES = {
     "DegradationStep": "runtime.limits",
     "Engine": "runtime.engine",
     "EngineConfig": "runtime.config",
-    "FORMATS": "models.wan.checkpoint",
-    "Format": "models.wan.checkpoint",
+    "FORMATS": "models.registry",
+    "Format": "models.family",
     "InjectedNoise": "runtime.noise",
     "Limits": "runtime.limits",
-    "PRESETS": "schemes.presets",
+    "PRESETS": "models.registry",
     "Preset": "schemes.presets",
     "Session": "runtime.sessions.session",
     "load": "runtime.load",
-    "make_preset": "schemes.presets",
+    "make_preset": "models.registry",
 }
 
 __all__ = [

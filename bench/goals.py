@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from ..models.registry import PRESETS
 from ..runtime.config import EVERY_BLOCK
-from ..schemes.presets import PRESETS
 from .result import Result, as_in_a_file
 
 CARD = "NVIDIA H200"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest
-from ..schemes.presets import UNTRAINED
+from ..models.registry import UNTRAINED
 from .options import FORCE, OFFLINE, parse_settings, parse_size
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..errors import UsageError, quoted
 from ..export.targets import FEATURES, TARGETS, presets_of
-from ..schemes.presets import PRESETS, UNTRAINED
+from ..models.registry import PRESETS, UNTRAINED
 from .options import FORCE, OFFLINE, check_settings, parse_settings, parse_size
 
 WIDTH = 100  # columns where the output is no terminal

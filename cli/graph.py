@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import UsageError, nearest, quoted
-from ..models.wan.spec import MODELS
-from ..models.wan.transformer import PRECISIONS
+from ..models.registry import MODELS, default_preset, make_preset
+from ..models.transformer import PRECISIONS
 from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.kv.page_store import KV_DTYPES
-from ..schemes.presets import default_preset, make_preset
 from .generate import parse_settings, parse_size
 
 if TYPE_CHECKING:

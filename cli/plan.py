@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, nearest
-from ..models.wan.spec import MODELS
-from ..models.wan.taehv import TinySpec
+from ..models.registry import MODELS, default_preset, family_of, make_preset
 from ..runtime.byte_sizes import format_bytes, parse_bytes
 from ..runtime.capacity import planner
 from ..runtime.capacity.gpus import CARDS, Card
@@ -27,7 +26,6 @@ from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
 from ..runtime.kv.page_store import KV_DTYPES
 from ..schemes.page_needs import least_pages, window
-from ..schemes.presets import default_preset, make_preset
 from .options import check_settings, counted, parse_settings, parse_size
 
 DEFAULT_MODEL = "wan-1.3b"
@@ -125,9 +123,10 @@ def workload(
         )
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
-    decoder = planner.tiny_for(spec) if vae else planner.own_vae(spec)
+    family = family_of(spec)
+    decoder = family.chosen_decoder_spec(spec, tiny=bool(vae))
     pictures = parse_size(size) if size else spec.default_size
-    text = planner.text_parameters(spec) if text_encoder else 0
+    text = family.text_parameters(spec) if text_encoder else 0
     runs = executor or default_executor("cuda")
     return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
 
@@ -175,7 +174,7 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         "dtype": load.dtype,
         "kv_dtype": load.kv_dtype,
         "executor": load.executor,
-        "vae": "taehv" if isinstance(load.decoder, TinySpec) else "own",
+        "vae": "own" if load.decoder.encodes else "taehv",
         "text_encoder": load.text > 0,
         "sessions": load.sessions,
         "window": window(load.preset),

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from ..errors import UsageError, quoted
 from ..kernels import philox
-from ..kernels.rope import THETA, axis_angles
+from ..models.registry import default_model, default_preset, make_preset
 from ..models.tinyworld.words import SKIPPED, WORDS, WordEncoder
 from ..runtime.engine import Engine
 from ..runtime.load import load
 from ..runtime.sampler import Sampler, scheduled_blocks
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
-from ..schemes.presets import FIELDS, Preset, default_model, default_preset, make_preset
+from ..schemes.presets import FIELDS, Preset
 from ..version import __version__
 from .checkpoint import new_folder
 from .plan import FILE, FORMAT, VERSION, describe_files, preset_values
-from .programs import DecoderPrograms, Program, decoder_programs, pass_programs, solver_matrix
+from .programs import DecoderPrograms, Program, decoder_programs, exportable, pass_programs, solver_matrix
 from .targets import Target, check_target, find_target
 from .to_onnx import OPSET, WEIGHTS, WeightFile, write_onnx
 
@@ -94,7 +94,7 @@ def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tu
     moving = preset.context.moving_positions
     frames = preset.num_frame_per_block if preset.block_size(0) == preset.num_frame_per_block else None
     sampler = Sampler(preset.sampler)
-    programs = pass_programs(engine.parts.transformer, size, sampler, moving, frames, unroll)
+    programs = pass_programs(exportable(engine.parts.transformer), size, sampler, moving, frames, unroll)
     latent = spec.latent_size(size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder
@@ -134,13 +134,13 @@ def describe_engine(
     spec, preset = engine.spec, engine.preset
     height, width = spec.latent_size(size)
     sampler = Sampler(preset.sampler)
-    time_angles, by_row, by_column = axis_angles([1], height // spec.patch[0], width // spec.patch[1], spec.head_dim)
+    rope = engine.parts.transformer.rope
     packages = ("torch", "onnx", "onnxscript", "onnx-ir")
     return {
         "format": FORMAT, "version": VERSION, "target": target.name,
         "model": {
             "name": spec.name, "source": engine.parts.source, "weights": engine.parts.form, "layers": spec.num_layers,
-            "heads": spec.num_heads, "channels": spec.head_dim, "actions": list(spec.actions), "fps": spec.fps,
+            "heads": spec.kv_heads, "channels": spec.head_dim, "actions": list(spec.actions), "fps": spec.fps,
         },
         "preset": preset_values(preset),
         "size": {
@@ -154,9 +154,8 @@ def describe_engine(
         },
         "time": {"dim": spec.freq_dim, "frequencies": time_frequencies(spec.freq_dim)},
         "rope": {
-            "theta": THETA, "moving": preset.context.moving_positions, "pairs": [
-                time_angles.shape[1], by_row.shape[1], by_column.shape[1]
-            ], "frequencies": time_angles[0].tolist(),
+            "moving": preset.context.moving_positions, "pairs": list(rope.pairs),
+            "frequencies": rope.time.tolist(),
         },
         "noise": describe_noise(),
         "text": text,

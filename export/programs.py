@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..kernels.attention import attention
-from ..kernels.rope import Angles, axis_angles, rotate
+from ..kernels.rope import Angles, rotate
+from ..models.decoder import Decoder, StreamState
+from ..models.transformer import TextContext, Transformer
 from ..models.wan.taehv import TinyDecoder
-from ..models.wan.transformer import TextContext, TimeEmbedding, WanTransformer, sinusoid
-from ..models.wan.vae import StreamState
-from ..models.wan.vae_checkpoint import Decoder
+from ..models.wan.transformer import TimeEmbedding, WanTransformer, sinusoid
 from ..runtime.sampler import Sampler
 
 FRAMES, PAST = "frames", "past"  # dimensions that differ from pass to pass
@@ -93,7 +94,7 @@ class NetworkPass(nn.Module):
         self.model, self.moving, self.tokens = copy(model), moving, rows * columns
         self.model._modules = dict(model._modules)  # the loaded model keeps its own time embedding
         self.model.time_embedding = GivenSinusoid(model.time_embedding)
-        _, by_row, by_column = axis_angles([0], rows, columns, spec.head_dim)
+        _, by_row, by_column = model.rope.axis_angles([0], rows, columns)
         pairs = (by_row[:, None].expand(rows, columns, -1), by_column[None].expand(rows, columns, -1))
         space = torch.cat(pairs, dim=-1).flatten(0, 1)
         self.register_buffer("space_cos", space.cos().float())
@@ -210,6 +211,14 @@ class DecoderPrograms:
     pictures: int
 
 
+def exportable(model: Transformer) -> WanTransformer:
+    """The model, if its passes can be exported; UsageError for one of another architecture."""
+    spec = model.spec
+    if not isinstance(model, WanTransformer) or model.rope.half_split or spec.kv_heads != spec.num_heads:
+        raise UsageError(f"model {spec.name} of family {spec.family} cannot be exported yet; expected one such as wan-tiny")
+    return model
+
+
 def solver_matrix(sampler: Sampler) -> list[list[float]]:
     """Weights of each step: the latents after step i are the sum of row i times [noise draws, velocities so far].
 
@@ -233,7 +242,7 @@ def pass_programs(
     spec = model.spec
     height, width = spec.latent_size(size)
     heads, channels, layers = spec.num_heads, spec.head_dim, spec.num_layers
-    pairs, tokens = channels // 2 - 2 * (channels // 6), spec.tokens_per_frame(size)
+    pairs, tokens = len(model.rope.time), spec.tokens_per_frame(size)
     names = {
         "rope": ("rope_cos", "rope_sin"), "text": by_layer("text", layers), "past": by_layer("past", layers),
         "past_rope": ("past_cos", "past_sin"),
@@ -250,7 +259,7 @@ def pass_programs(
         inputs |= {
             "rope": zeros(2, count, pairs),
             "text": zeros(2 * layers, 1, spec.text_len, heads, channels),
-            "past": zeros(2 * layers, TRACED_PAST, tokens, heads, channels),
+            "past": zeros(2 * layers, TRACED_PAST, tokens, spec.kv_heads, channels),
         }
         if moving:
             inputs["past_rope"] = zeros(2, TRACED_PAST, pairs)

@@ -35,11 +35,12 @@ class StagedAttention:
     seen: tuple[Tensor, Tensor] | None
     rope_rows: Tensor
     rope_columns: Tensor
+    half_split: bool = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate, quantise into the pages, and attend to those listed; all [B, T, n, c]."""
         kv, scale = self.kv[layer], None if self.scales is None else self.scales[layer]
-        queries = append(self.parts, q, k, v, self.rope_rows, self.rope_columns, self.staging, None)
+        queries = append(self.parts, q, k, v, self.rope_rows, self.rope_columns, self.staging, None, self.half_split)
         kv_pages(self.staging, self.written[0], kv, self.written[1], target_scale=scale)
         if self.seen is None:
             return attend_parts(self.parts, queries, q, kv, scale)

@@ -11,8 +11,8 @@ import torch
 
 from ..errors import UsageError, nearest, quoted
 from ..graphs.rewrites.lowp import PrecisionMap
-from ..models.wan.checkpoint import FORMATS
-from ..models.wan.transformer import PRECISIONS
+from ..models.registry import formats
+from ..models.transformer import PRECISIONS
 from .arguments import flag, number, path_text, text
 from .byte_sizes import parse_bytes
 from .kv.page_store import KV_DTYPES
@@ -36,8 +36,8 @@ class EngineConfig:
     model: checkpoint file or folder, or a named model. preset: decoding scheme. device: cpu, cuda or cuda:N.
     dtype: of weights and latents, a name of `DTYPES`. executor: one of `EXECUTORS`.
     base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
-    one of them alone. checkpoint_format: a name of `FORMATS`; None detects it. use_ema: averaged weights of a training
-    file. precision: a name of `PRECISIONS`.
+    one of them alone. checkpoint_format: one of a family; None detects it. use_ema: averaged weights of a
+    training file. precision: a name of `PRECISIONS`.
     lora: adapter file or folder, merged into the weights `lora_scale` times; lora_partial: also one of which only a
     part fits. kv_memory: bytes for keys and values of all sessions; None starts with one session's need and grows.
     kv_dtype: of cached keys and values, a name of `KV_DTYPES`; None is the model's own. kv_offload: pages of a paused
@@ -93,7 +93,7 @@ class EngineConfig:
         if self.kv_dtype is not None:
             check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.checkpoint_format is not None:
-            check_choice("checkpoint_format", self.checkpoint_format, FORMATS)
+            check_choice("checkpoint_format", self.checkpoint_format, formats())
         if self.lora_scale != 1.0 and self.lora is None:
             raise UsageError(f"lora_scale is {self.lora_scale}, but there is no lora; give lora")
         if self.lora_partial and self.lora is None:

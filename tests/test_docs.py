@@ -8,9 +8,8 @@ import torch
 import inferix
 from inferix import checkpoint, load, media
 from inferix.export.checkpoint import write_random
-from inferix.models.wan.checkpoint import FORMATS
+from inferix.models.registry import FORMATS, PRESETS
 from inferix.runtime.limits import Limits
-from inferix.schemes.presets import PRESETS
 
 PARTS = (checkpoint, media)
 DOCS = Path(__file__).parents[1] / "docs"

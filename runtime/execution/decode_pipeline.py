@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import UsageError
-from ...models.wan.vae import CausalVae, StreamState
-from ...models.wan.vae_checkpoint import Decoder
+from ...models.decoder import Decoder, StreamState
 from ..engine_condition import EngineCondition
 from ..streams import claim, make_current
 
@@ -29,11 +28,11 @@ class DecoderTrack:
 
     checkpoints: (block, state before it), one every `rewind_blocks` blocks; states share tensors. decoded: (block,
     latents) since the first checkpoint. A rewind decodes again from the nearest checkpoint. zero_start: the stream
-    starts from zero caches; UsageError for a decoder other than `CausalVae`.
+    starts from zero caches; UsageError for a decoder that cannot.
     """
 
     def __init__(self, vae: Decoder, rewind_blocks: int, zero_start: bool = False) -> None:
-        if zero_start and not isinstance(vae, CausalVae):
+        if zero_start and not vae.zero_start:
             raise UsageError(
                 f"decoder_zero_start is true, but the decoder is a {type(vae).__name__}; use the full VAE, or leave "
                 "decoder_zero_start out"
@@ -60,14 +59,14 @@ class DecoderTrack:
     def advance(self, latents: Tensor) -> Tensor:
         """Decode latents [F, C, h, w] to pixels [T, 3, H, W], without a checkpoint."""
         begins, pixels = not self.state.history, self.vae.decode(latents, self.state)
-        if begins and self.zero_start and isinstance(self.vae, CausalVae):
+        if begins and self.zero_start and self.vae.zero_start:
             return pixels[self.vae.spec.temporal_stride - 1 :]
         return pixels
 
     def new_state(self) -> StreamState:
         """The state of a stream that has not begun."""
         state = self.vae.new_state()
-        if self.zero_start and isinstance(self.vae, CausalVae):
+        if self.zero_start and self.vae.zero_start:
             state.frames = 1  # no frame is the first: each is upsampled in time, over zeros at the start
         return state
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from ...errors import InferixError, UsageError
 from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
-from ...models.wan.transformer import KeyValues, TextContext, WanTransformer
+from ...models.cross_attention import TextByFrames
+from ...models.transformer import KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
@@ -33,15 +34,29 @@ from .loading import Components
 from .lowp_reference import check_layers, with_packed_layers
 
 
-@dataclass
+@dataclass(eq=False)
 class Conditioning:
-    """Prompt input of graphs: rows [1, text_len, text_dim], and cached outputs of prompt graphs, by recipe."""
+    """Prompt input of graphs: rows [1, text_len, text_dim], and cached outputs of prompt graphs.
+
+    cached: by recipe; of graphs that read other texts too, by recipe and those texts.
+    """
 
     rows: Tensor
-    cached: dict[str, Tensor] = field(default_factory=dict)
+    cached: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
 
-Text = TextContext | Conditioning
+@dataclass(frozen=True)
+class MixedConditioning:
+    """Prompt input of a pass whose frames follow different texts.
+
+    texts: by their numbers in a pass, ascending. groups: (text, frames) in token order.
+    """
+
+    texts: Mapping[int, Conditioning]
+    groups: tuple[tuple[int, int], ...]
+
+
+Text: TypeAlias = TextContext | TextByFrames | Conditioning | MixedConditioning
 
 
 class Executor(Protocol):
@@ -58,6 +73,9 @@ class Executor(Protocol):
 
     def join(self, texts: Sequence[Text]) -> Text:
         """Join the prompts of several sessions for one pass."""
+
+    def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> Text:
+        """Return the prompt of a pass whose frames follow different texts: (text, frames) in token order."""
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
@@ -88,21 +106,22 @@ class EagerExecutor:
     supports_whole_block = False
     batches = True
 
-    def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
+    def __init__(self, model: Transformer, packed: Transformer | None = None) -> None:
         self.model, self.passes = model, packed or model
 
     def condition(self, rows: Tensor) -> TextContext:
         return self.model.embed_text(rows[None])
 
-    def join(self, texts: Sequence[Text]) -> TextContext:
-        contexts = [text for text in texts if isinstance(text, TextContext)]
-        return contexts[0] if len(contexts) == 1 else joined(contexts)
+    def join(self, texts: Sequence[Text]) -> Text:
+        return texts[0] if len(texts) == 1 else joined(texts)
+
+    def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> TextByFrames:
+        return TextByFrames([(frames, eager_text(texts[text])) for text, frames in groups])
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
-        assert isinstance(text, TextContext)
-        velocity: Tensor = self.passes(latents, timesteps, text, attention, actions)
+        velocity: Tensor = self.passes(latents, timesteps, eager_text(text), attention, actions)
         return velocity
 
     def run_block(
@@ -159,11 +178,17 @@ class GraphExecutor:
         (text,) = texts
         return text
 
+    def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> MixedConditioning:
+        read = sorted({text for text, _ in groups})
+        single = {text: found for text in read if isinstance(found := texts[text], Conditioning)}
+        return MixedConditioning(single, groups)
+
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
         given = {"latents": latents, "timesteps": timesteps}
-        key = GraphKey.of(latents, paged(attention), whole=False)
+        texts = text.groups if isinstance(text, MixedConditioning) else ()
+        key = GraphKey.of(latents, paged(attention), whole=False, texts=texts)
         return self.run(key, given, text, attention, actions)["velocity"]
 
     def run_block(
@@ -190,22 +215,27 @@ class GraphExecutor:
     def run(
         self, key: GraphKey, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
     ) -> dict[str, Tensor]:
-        assert isinstance(text, Conditioning) and isinstance(attention, OnPages)
+        assert isinstance(text, Conditioning | MixedConditioning) and isinstance(attention, OnPages)
         loaded = self.load(key, attention)
         inputs = {**given, **tables(key, attention), **self.prompt_inputs(loaded, text)}
         if actions is not None:
             inputs["block.actions"] = actions
         return self.launcher.run(loaded.body, inputs)
 
-    def prompt_inputs(self, loaded: Loaded, text: Conditioning) -> dict[str, Tensor]:
+    def prompt_inputs(self, loaded: Loaded, text: Conditioning | MixedConditioning) -> dict[str, Tensor]:
         """The graph's prompt inputs; runs the prompt graph once for each prompt and caches the result."""
+        if isinstance(text, Conditioning):
+            owner, others, rows = text, tuple[Conditioning, ...](), {"text": text.rows}
+        else:  # the prompt, first of the texts, is replaced most often: what is cached with it goes with it
+            owner, *rest = text.texts.values()
+            others, rows = tuple(rest), {f"text.{number}": single.rows for number, single in text.texts.items()}
         if loaded.prompt is None:
-            return {"text": text.rows}
-        if any(recipe not in text.cached for recipe in loaded.recipes.values()):
+            return rows
+        if any((recipe, *others) not in owner.cached for recipe in loaded.recipes.values()):
             self.prompts += 1
-            outputs = self.launcher.run(loaded.prompt, {"text": text.rows})
-            text.cached |= {loaded.recipes[name]: tensor for name, tensor in outputs.items()}
-        return {name: text.cached[recipe] for name, recipe in loaded.recipes.items()}
+            outputs = self.launcher.run(loaded.prompt, rows)
+            owner.cached |= {(loaded.recipes[name], *others): tensor for name, tensor in outputs.items()}
+        return {name: owner.cached[(recipe, *others)] for name, recipe in loaded.recipes.items()}
 
     def load(self, key: GraphKey, attention: OnPages) -> Loaded:
         """Return the program of a key, bound to the page tensors; binds it again if they have moved.
@@ -260,8 +290,17 @@ class GraphExecutor:
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
 
 
-def joined(contexts: Sequence[TextContext]) -> TextContext:
-    """Concatenate contexts of one model along the batch dim."""
+def eager_text(text: Text) -> TextContext | TextByFrames:
+    assert isinstance(text, TextContext | TextByFrames)
+    return text
+
+
+def joined(texts: Sequence[Text]) -> TextContext | TextByFrames:
+    """Concatenate texts of one model along the batch dim; those by frames have frames in the same places."""
+    if mixed := [text.parts for text in texts if isinstance(text, TextByFrames)]:
+        places = zip(*mixed, strict=True)
+        return TextByFrames([(part[0][0], joined([text for _, text in part])) for part in places])
+    contexts = [text for text in texts if isinstance(text, TextContext)]
     text = tuple(concatenated(layer) for layer in zip(*(context.text for context in contexts), strict=True))
     images = [context.image for context in contexts if context.image is not None]
     return TextContext(text, tuple(concatenated(layer) for layer in zip(*images, strict=True)) if images else None)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import InferixError, SessionEnded, UsageError
-from ...models.wan.vae_checkpoint import Decoder
+from ...models.decoder import Decoder
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
 from ..engine_condition import EngineCondition

@@ -27,12 +27,12 @@ from inferix.export.run import ExportedEngine, normals
 from inferix.export.targets import TARGETS
 from inferix.export.word_table import known_words
 from inferix.kernels.philox import philox_normals
+from inferix.models.registry import PRESETS, make_preset
 from inferix.models.tinyworld.words import SKIPPED, WORDS
 from inferix.models.tinyworld.words import known_words as encoder_words
 from inferix.runtime.engine import Engine
 from inferix.runtime.sampler import Sampler
 from inferix.schemes.fixed_window import FixedWindow
-from inferix.schemes.presets import PRESETS, make_preset
 from inferix.schemes.sampler_spec import SamplerSpec
 
 GENERATOR = torch.Generator().manual_seed(1)

@@ -22,11 +22,11 @@ from inferix.graphs.show.plain import to_dict
 from inferix.graphs.types import BlockGraph, PassGraph, Role, Runs
 from inferix.graphs.validate import GraphError, validate
 from inferix.kernels.linear_lowp import linear_lowp, pack
+from inferix.models.registry import PRESETS, make_preset
 from inferix.models.wan.transformer import WanTransformer
 from inferix.runtime.capacity import costs
 from inferix.runtime.programs.block_graph import BlockGraphBuilder, ModelPass, SolverStep
 from inferix.runtime.programs.block_plan import plan_block
-from inferix.schemes.presets import PRESETS, make_preset
 
 SPEC = dataclasses.replace(TINY, dim=128, actions=())
 SIZE = (48, 32)
@@ -83,12 +83,12 @@ def values_of(preset: str, fuse_commit: bool = False) -> Values:
 
 
 @torch.no_grad()
-def run_plainly(preset: str, values: Values, names: tuple[str, ...]) -> Values:
-    """Passes as the modules themselves compute them, with no graph."""
-    builder = built(preset)
-    for planned in (planned for planned in builder.planned if planned.name in names):
+def run_plainly(builder: BlockGraphBuilder, values: Values, names: tuple[str, ...] | None = None) -> Values:
+    """Passes as the modules themselves compute them, with no graph; names: None for all."""
+    model = model_of(builder.preset.name)
+    for planned in (planned for planned in builder.planned if names is None or planned.name in names):
         values["timesteps"] = torch.tensor([planned.run.timesteps])
-        values |= ModelPass(model_of(preset), builder.layout(planned), builder.guidance)(values)
+        values |= ModelPass(model, builder.layout(planned), builder.guidance)(values)
         if planned.steps:
             values |= SolverStep(builder.sampler, planned.steps, builder.preset.num_frame_per_block)(values)
     return values
@@ -96,7 +96,7 @@ def run_plainly(preset: str, values: Values, names: tuple[str, ...]) -> Values:
 
 @cache
 def eager(preset: str) -> Values:
-    return run_plainly(preset, values_of(preset), tuple(planned.name for planned in built(preset).planned))
+    return run_plainly(built(preset), values_of(preset))
 
 
 def differences(preset: str, block: BlockGraph) -> float:
@@ -111,6 +111,28 @@ def test_the_traced_block_is_the_model(preset: str) -> None:
     block = block_of(preset)
     validate(block)
     assert differences(preset, block) < 1e-12
+
+
+STAGGERED = {  # two blocks in flight, each two steps ahead of the next, in key ranges of their own
+    "window_blocks": 2, "noise2clean_kvrange": [3, 2], "clean_chunk_kvrange": 1, "clean_text": "null",
+    "local_attn_size": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [{"window_blocks": 2}, STAGGERED], ids=["joint", "ranges"])
+def test_a_block_takes_several_passes_between_two_joins(overrides: dict) -> None:
+    builder = BlockGraphBuilder(SPEC, make_preset("self-forcing", **overrides), SIZE, torch.float64)
+    block = builder.build()
+    assert [graph.name for graph in block.passes] == ["denoise 0", "denoise 1", "commit"]
+    assert block.results == ("clean", "latents.0")
+    weights = dict(model_of("self-forcing").named_parameters())
+    given = random_values(block, weights, GRID, SPEC.head_dim)
+    wanted = run_plainly(builder, {name: tensor.clone() for name, tensor in given.items()})
+    for graph in (block, rewritten(block, chosen())):
+        validate(graph)
+        found = run_block(graph, {name: tensor.clone() for name, tensor in given.items()})
+        for name in (*block.results, "kv.0", "kv.1"):
+            assert (found[name] - wanted[name]).abs().max() < EXACT, name
 
 
 @pytest.mark.parametrize("preset", DISTINCT)
@@ -271,7 +293,7 @@ def test_a_commit_in_the_next_blocks_first_pass_equals_one_after_the_other() -> 
     for row, latents, name in ((0, "before", "commit"), (1, "latents", "denoise 0")):
         for what in ("pages", "page_table", "page_count", "rope_time"):
             plain[f"block.{what}"] = values[f"both.{what}"][row : row + 1]
-        plain |= run_plainly("self-forcing", plain | {"latents": values[latents]}, (name,))
+        plain |= run_plainly(built("self-forcing"), plain | {"latents": values[latents]}, (name,))
     for block in (block_of("self-forcing", True), rewritten(block_of("self-forcing", True), chosen())):
         validate(block)
         both = dataclasses.replace(block, passes=tuple(graph for graph in block.passes if "+" in graph.name))
@@ -301,7 +323,7 @@ def test_low_precision_layers_are_those_of_the_map(kind: str, monkeypatch: pytes
         return out.unflatten(0, x.shape[:-1])
 
     monkeypatch.setattr(F, "linear", linear)
-    values = run_plainly("self-forcing", values_of("self-forcing"), ("denoise 0",))
+    values = run_plainly(built("self-forcing"), values_of("self-forcing"), ("denoise 0",))
     monkeypatch.undo()
     found = run_block(dataclasses.replace(block, passes=block.passes[:1]), values_of("self-forcing"))
     assert torch.equal(found["latents"], values["latents"])

@@ -16,9 +16,8 @@ from inferix.graphs.show.outline import outline
 from inferix.graphs.show.svg import svg
 from inferix.graphs.show.text import text
 from inferix.graphs.types import BlockGraph, Role
-from inferix.models.wan.spec import MODELS
+from inferix.models.registry import MODELS, PRESETS
 from inferix.runtime.programs.block_graph import build_block_graph
-from inferix.schemes.presets import PRESETS
 
 DOCS = Path(__file__).parents[2] / "docs"
 AGAIN = "docs/graph.md: inferix graph --model wan-1.3b --preset self-forcing --svg docs/graph.svg"

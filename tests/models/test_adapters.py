@@ -9,7 +9,8 @@ import torch
 from small_checkpoint import OURS, SPEC, UP, Q, published, save, save_json, weights
 
 from inferix.errors import InferixError, UsageError
-from inferix.models.wan.checkpoint import build_transformer, merging, read_checkpoint
+from inferix.models.wan.checkpoint import merging, read_checkpoint
+from inferix.models.wan.family import WAN
 from inferix.models.wan.names import TABLES, to_format
 from inferix.runtime.execution.lora_adapter import Adapter
 
@@ -399,7 +400,7 @@ def test_only_the_published_pair_is_merged_unasked_and_once(tmp_path):
 
 
 def test_an_adapter_on_a_running_model_comes_off_exactly(checkpoint, tmp_path):
-    module = build_transformer(checkpoint, "reference", torch.float32, "cpu")
+    module = WAN.load(checkpoint, "reference", torch.float32, "cpu")
     before = {name: tensor.clone() for name, tensor in module.named_parameters()}
     adapter = Adapter(module)
     lora = save(named(), tmp_path / "lora.safetensors")

@@ -11,9 +11,8 @@ import pytest
 from inferix.errors import UsageError
 from inferix.export.checkpoint import write_random
 from inferix.models.hub import BASES, WAN21, is_hub_name, locate
+from inferix.models.registry import MODELS, PRESETS
 from inferix.models.wan.checkpoint import FORMATS
-from inferix.models.wan.spec import MODELS
-from inferix.schemes.presets import PRESETS
 
 from .hub import COMMIT, serving
 

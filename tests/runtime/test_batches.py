@@ -9,7 +9,7 @@ import torch
 from oracles import ROWS, SIZE, TINY, make_engine
 
 from inferix.errors import InferixError, SessionEnded, UsageError
-from inferix.models.wan.vae import TINY_VAE
+from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.capacity.memory_need import MemoryNeed
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import Limits

@@ -10,9 +10,8 @@ import torch
 
 from inferix.graphs.lowered import Lowered, lower_block
 from inferix.graphs.rewrites import chosen
-from inferix.models.wan.spec import MODELS
+from inferix.models.registry import MODELS, make_preset
 from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
-from inferix.schemes.presets import make_preset
 
 LAYERS = 3  # scratch is that of one layer, so it does not grow with their number
 SPEC = dataclasses.replace(MODELS["wan-1.3b"], num_layers=LAYERS)

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from inferix.errors import UsageError
 from inferix.export.checkpoint import random_lora
 from inferix.graphs.lowered import lower_block, with_pages
+from inferix.models.registry import PRESETS
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.programs.warmup import graph_keys
-from inferix.schemes.presets import PRESETS
 
 OTHER = ROWS.flip(0) * 1.5
 TOLERANCE = 1e-9  # float64; no rewrite: the same ops in the same order, so in fact equal

@@ -9,13 +9,13 @@ import torch
 from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
 
 from inferix.errors import InferixError, UsageError
+from inferix.models.registry import PRESETS
 from inferix.runtime.byte_sizes import format_bytes, parse_bytes
 from inferix.runtime.kv.contiguous_cache import BoundCache, ContiguousCache
 from inferix.runtime.kv.page_layout import layout_pass as LAYOUT_PASS
 from inferix.runtime.kv.pages import OutOfPages, PagePool
 from inferix.schemes.context import ContextPolicy
 from inferix.schemes.page_needs import page_needs
-from inferix.schemes.presets import PRESETS
 
 OTHER = ROWS.flip(0) * 1.5
 BLOCKS = {  # (blocks, overrides that make the window roll or the context restart within them)

@@ -14,9 +14,10 @@ from inferix.errors import UsageError
 from inferix.graphs.lowered import lower_block
 from inferix.graphs.rewrites import chosen
 from inferix.graphs.types import Role
-from inferix.models.wan.spec import MODELS
-from inferix.models.wan.taehv import TAEW21
-from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
+from inferix.models.registry import MODELS, PRESETS, make_preset
+from inferix.models.wan.family import WAN
+from inferix.models.wan.vae import CausalVae
+from inferix.models.wan.vae_spec import TAEW21, TINY_VAE, WAN21_VAE
 from inferix.runtime.capacity import planner
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
 from inferix.runtime.capacity.planner import Ceiling, Workload, longest_window, memory, needed, suggestions
@@ -25,7 +26,6 @@ from inferix.runtime.kv.page_store import KV_DTYPES
 from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.page_needs import page_needs
-from inferix.schemes.presets import PRESETS, make_preset
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
 FEW = {"causal-diffusion": {"num_steps": 2}}
@@ -135,7 +135,7 @@ def test_a_real_session(name):
 def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
     preset = make_preset(name, sink_size=1, sink_decay=0.9) if name == "longlive" else make_preset(name)
     dtypes = (torch.float32, {"float32": torch.float32, **KV_DTYPES}[kind])
-    store = KVManager(TINY, preset, dtypes, torch.device("cpu"), None).store(SIZE)
+    store = KVManager(TINY, WAN.build(TINY).rope, preset, dtypes, torch.device("cpu"), None).store(SIZE)
     split = memory(Workload(TINY, preset, TINY_VAE, 0, SIZE, "float32", kind))
     assert store.nbytes == split.each["pages"] + split.once["page_buffer"]
     assert (split.once["page_buffer"] > 0) == (kind != "float32")

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from oracles import ROWS, make_engine
 
+from inferix.models.registry import PRESETS, make_preset
 from inferix.runtime.kv import paged_cache
 from inferix.runtime.sampler import Sampler
 from inferix.schemes.block_schedule import next_block, recache_pass
-from inferix.schemes.presets import PRESETS, make_preset
 from inferix.schemes.timeline import Timeline
 
 FILE = Path(__file__).with_name("recorded_passes.json")

@@ -18,7 +18,7 @@ from oracles import ROWS, SIZE, TINY, make_engine, remade
 
 from inferix import load
 from inferix.errors import InferixError, SessionEnded, UsageError
-from inferix.models.wan.vae import TINY_VAE
+from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import DegradationStep, Limits
 from inferix.runtime.noise import InjectedNoise
