@@ -215,7 +215,7 @@ def exportable(model: Transformer) -> WanTransformer:
     """The model, if its passes can be exported; UsageError for one of another architecture."""
     spec = model.spec
     if not isinstance(model, WanTransformer) or model.rope.half_split or spec.kv_heads != spec.num_heads:
-        raise UsageError(f"model {spec.name} of family {spec.family} cannot be exported yet; expected one such as wan-tiny")
+        raise UsageError(f"model {spec.name} of family {spec.family} cannot be exported; expected one as wan-tiny")
     return model
 
 

@@ -30,7 +30,7 @@ LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkey
 UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "user_files", "user_yaml", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "files", "limits", "media", "media_input", "noise", "sampler",
-        "streams")  # fmt: skip
+        "streams", "y4m")  # fmt: skip
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
               "block_loop", "engine", "load")  # fmt: skip
 FAMILIES = {"wan", "tinyworld"}  # packages of `models`
