@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import UsageError, quoted
 from ..kernels import philox
+from ..models.family import TableEncoder
 from ..models.registry import default_model, default_preset, make_preset
-from ..models.tinyworld.words import SKIPPED, WORDS, WordEncoder
 from ..runtime.engine import Engine
 from ..runtime.load import load
 from ..runtime.sampler import Sampler, scheduled_blocks
@@ -29,7 +29,7 @@ from ..schemes.presets import FIELDS, Preset
 from ..version import __version__
 from .checkpoint import new_folder
 from .plan import FILE, FORMAT, VERSION, describe_files, preset_values
-from .programs import DecoderPrograms, Program, decoder_programs, exportable, pass_programs, solver_matrix
+from .programs import DecoderPrograms, Program, check_heads, decoder_programs, pass_programs, solver_matrix
 from .targets import Target, check_target, find_target
 from .to_onnx import OPSET, WEIGHTS, WeightFile, write_onnx
 
@@ -90,11 +90,12 @@ def write_engine(
 
 def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tuple[list[Program], DecoderPrograms]:
     """The programs of the transformer and of the decoder for pictures of one size."""
+    check_heads(engine.parts.transformer)
     preset, spec = engine.preset, engine.spec
     moving = preset.context.moving_positions
     frames = preset.num_frame_per_block if preset.block_size(0) == preset.num_frame_per_block else None
     sampler = Sampler(preset.sampler)
-    programs = pass_programs(exportable(engine.parts.transformer), size, sampler, moving, frames, unroll)
+    programs = pass_programs(engine.parts.transformer, size, sampler, moving, frames, unroll)
     latent = spec.latent_size(size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder
@@ -110,7 +111,7 @@ def write_programs(programs: Iterable[Program], folder: Path, progress: Callable
 
 def writes_words(engine: Engine) -> bool:
     """True if the text encoder is a table of words, which any reader can look up."""
-    return engine.parts.text is not None and isinstance(engine.parts.text(), WordEncoder)
+    return engine.parts.text is not None and isinstance(engine.parts.text(), TableEncoder)
 
 
 def write_text(engine: Engine, folder: Path, prompts: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -121,9 +122,10 @@ def write_text(engine: Engine, folder: Path, prompts: Mapping[str, Tensor]) -> d
         return facts | {"encoder": "prompts", "prompts": list(prompts), "rows": "prompts.npy"}
     assert engine.parts.text is not None
     encoder = engine.parts.text()
-    assert isinstance(encoder, WordEncoder)
-    np.save(folder / "words.npy", encoder.rows.weight.float().numpy())
-    return facts | {"encoder": "words", "words": list(WORDS), "skipped": list(SKIPPED), "rows": "words.npy"}
+    assert isinstance(encoder, TableEncoder)
+    words, skipped, rows = encoder.table()
+    np.save(folder / "words.npy", rows.float().numpy())
+    return facts | {"encoder": "words", "words": list(words), "skipped": list(skipped), "rows": "words.npy"}
 
 
 def describe_engine(
@@ -152,7 +154,6 @@ def describe_engine(
             "first": describe_sampler(sampler.first), "context_timestep": preset.sampler.context_noise,
             "guidance_scale": preset.sampler.guidance_scale,
         },
-        "time": {"dim": spec.freq_dim, "frequencies": time_frequencies(spec.freq_dim)},
         "rope": {
             "moving": preset.context.moving_positions, "pairs": list(rope.pairs),
             "frequencies": rope.time.tolist(),
@@ -184,11 +185,6 @@ def describe_sampler(sampler: Sampler) -> dict[str, Any]:
         "solver": sampler.spec.solver, "timesteps": list(sampler.timesteps), "sigmas": list(sampler.sigmas),
         "draws": len(matrix[0]) - 1, "matrix": matrix,
     }  # fmt: skip
-
-
-def time_frequencies(dim: int) -> list[float]:
-    """Frequencies of the sinusoid of a timestep: cosines of timestep times each, then sines."""
-    return torch.exp(-np.log(10000.0) * torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)).tolist()
 
 
 def describe_noise() -> dict[str, Any]:

@@ -13,7 +13,6 @@ move with the window they are stored as they are and rotated at each read. The m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,6 @@ from ..kernels.attention import attention
 from ..kernels.rope import Angles, rotate
 from ..models.decoder import Decoder, StreamState
 from ..models.transformer import TextContext, Transformer
-from ..models.wan.taehv import TinyDecoder
-from ..models.wan.transformer import TimeEmbedding, WanTransformer, sinusoid
 from ..runtime.sampler import Sampler
 
 FRAMES, PAST = "frames", "past"  # dimensions that differ from pass to pass
@@ -55,45 +52,33 @@ class WindowAttention:
     past: keys and values of each layer in turn. stored: angles of the whole window where positions move with it.
     """
 
-    def __init__(self, past: Sequence[Tensor], own: Angles, stored: Angles | None) -> None:
-        self.past, self.own, self.stored = past, own, stored
+    def __init__(self, past: Sequence[Tensor], own: Angles, stored: Angles | None, half_split: bool) -> None:
+        self.past, self.own, self.stored, self.half_split = past, own, stored, half_split
         self.new: list[Tensor] = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         past_k, past_v = self.past[2 * layer : 2 * layer + 2]
-        q = rotate(q, self.own, self.own.cos.dtype)
+        dtype = self.own.cos.dtype
+        q = rotate(q, self.own, dtype, self.half_split)
         if self.stored is None:
-            k = rotate(k, self.own, self.own.cos.dtype)
+            k = rotate(k, self.own, dtype, self.half_split)
         new_k, new_v = (part[0].unflatten(0, (-1, past_k.shape[1])) for part in (k, v))
         self.new += [new_k, new_v]
         keys, values = torch.cat((past_k, new_k)).flatten(0, 1)[None], torch.cat((past_v, new_v)).flatten(0, 1)[None]
         if self.stored is not None:
-            keys = rotate(keys, self.stored, self.stored.cos.dtype)
+            keys = rotate(keys, self.stored, dtype, self.half_split)
         return attention(q, keys, values)
-
-
-class GivenSinusoid(nn.Module):
-    """A time embedding whose timesteps come as their sinusoid [B, F, freq_dim], computed by the caller in float64."""
-
-    def __init__(self, plain: TimeEmbedding) -> None:
-        super().__init__()
-        self.plain = plain
-
-    def forward(self, features: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.plain.of_sinusoid(features, added)
 
 
 class NetworkPass(nn.Module):
     """A pass of the transformer over the latents of some frames. moving: positions move with the window."""
 
-    def __init__(self, model: WanTransformer, size: tuple[int, int], moving: bool) -> None:
+    def __init__(self, model: Transformer, size: tuple[int, int], moving: bool) -> None:
         super().__init__()
         spec = model.spec
         height, width = spec.latent_size(size)
         rows, columns = height // spec.patch[0], width // spec.patch[1]
-        self.model, self.moving, self.tokens = copy(model), moving, rows * columns
-        self.model._modules = dict(model._modules)  # the loaded model keeps its own time embedding
-        self.model.time_embedding = GivenSinusoid(model.time_embedding)
+        self.model, self.moving, self.tokens = model, moving, rows * columns
         _, by_row, by_column = model.rope.axis_angles([0], rows, columns)
         pairs = (by_row[:, None].expand(rows, columns, -1), by_column[None].expand(rows, columns, -1))
         space = torch.cat(pairs, dim=-1).flatten(0, 1)
@@ -101,16 +86,16 @@ class NetworkPass(nn.Module):
         self.register_buffer("space_sin", space.sin().float())
 
     def run(
-        self, latents: Tensor, time: Tensor, rope: Sequence[Tensor], text: Sequence[Tensor], past: Sequence[Tensor],
-        past_rope: Sequence[Tensor] | None, actions: Tensor | None,
+        self, latents: Tensor, timesteps: Tensor, rope: Sequence[Tensor], text: Sequence[Tensor],
+        past: Sequence[Tensor], past_rope: Sequence[Tensor] | None, actions: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Return the velocity, and the keys and values of the pass's frames by layer."""
         own, stored = self.angles(rope), None
         if past_rope is not None:
             stored = self.angles([torch.cat(parts) for parts in zip(past_rope, rope, strict=True)])
-        window = WindowAttention(past, own, stored)
+        window = WindowAttention(past, own, stored, self.model.rope.half_split)
         context = TextContext(tuple(zip(text[::2], text[1::2], strict=True)), None)
-        return self.model(latents, time, context, window, actions), window.new
+        return self.model(latents, timesteps, context, window, actions), window.new
 
     def angles(self, rope: Sequence[Tensor]) -> Angles:
         """Angles of each token from cosines and sines of each frame's position [frames, pairs of time].
@@ -128,40 +113,38 @@ class Step(NetworkPass):
     """One denoising pass: returns the velocity [1, F, C, H, W]."""
 
     def forward(
-        self, latents: Tensor, time: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
+        self, latents: Tensor, timesteps: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
         past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        return self.run(latents, time, rope, text, past, past_rope, actions)[0]
+        return self.run(latents, timesteps, rope, text, past, past_rope, actions)[0]
 
 
 class Commit(NetworkPass):
     """A pass over clean latents: returns keys and values [F, tokens, heads, channels] of each layer in turn."""
 
     def forward(
-        self, latents: Tensor, time: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
+        self, latents: Tensor, timesteps: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
         past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(self.run(latents, time, rope, text, past, past_rope, actions)[1])
+        return tuple(self.run(latents, timesteps, rope, text, past, past_rope, actions)[1])
 
 
 class Steps(NetworkPass):
     """All steps of a block: noise [draws, F, C, H, W] to clean latents [1, F, C, H, W]."""
 
-    def __init__(self, model: WanTransformer, size: tuple[int, int], moving: bool, sampler: Sampler) -> None:
+    def __init__(self, model: Transformer, size: tuple[int, int], moving: bool, sampler: Sampler) -> None:
         super().__init__(model, size, moving)
-        levels = torch.tensor(sampler.timesteps, dtype=torch.float32)
-        features = sinusoid(levels, model.spec.freq_dim, torch.float64).float()
         self.matrix = solver_matrix(sampler)
-        self.register_buffer("features", features)
+        self.register_buffer("levels", torch.tensor(sampler.timesteps, dtype=torch.float32))
 
     def forward(
         self, noise: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
         past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         seen, latents = list(noise.split(1)), noise[:1]
-        for row, features in zip(self.matrix, self.features, strict=True):
-            time = features[None, None].expand(1, noise.shape[1], -1)
-            velocity, _ = self.run(latents, time, rope, text, past, past_rope, actions)
+        for row, level in zip(self.matrix, self.levels, strict=True):
+            timesteps = level[None, None].expand(1, noise.shape[1])
+            velocity, _ = self.run(latents, timesteps, rope, text, past, past_rope, actions)
             seen.append(velocity)
             terms = [weight * part for weight, part in zip(row, seen, strict=False) if weight]
             latents = torch.stack(terms).sum(0)
@@ -171,7 +154,7 @@ class Steps(NetworkPass):
 class Prompt(nn.Module):
     """Rows of the text encoder [1, text_len, text_dim] to cross keys and values of each layer in turn."""
 
-    def __init__(self, model: WanTransformer) -> None:
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
@@ -211,12 +194,14 @@ class DecoderPrograms:
     pictures: int
 
 
-def exportable(model: Transformer) -> WanTransformer:
-    """The model, if its passes can be exported; UsageError for one of another architecture."""
+def check_heads(model: Transformer) -> None:
+    """UsageError for a model whose heads of keys and values are fewer than its heads of queries."""
     spec = model.spec
-    if not isinstance(model, WanTransformer) or model.rope.half_split or spec.kv_heads != spec.num_heads:
-        raise UsageError(f"model {spec.name} of family {spec.family} cannot be exported; expected one as wan-tiny")
-    return model
+    if spec.kv_heads != spec.num_heads:
+        raise UsageError(
+            f"model {spec.name} has {spec.kv_heads} heads of keys for {spec.num_heads} of queries, which cannot be "
+            "exported; expected as many"
+        )
 
 
 def solver_matrix(sampler: Sampler) -> list[list[float]]:
@@ -236,7 +221,7 @@ def solver_matrix(sampler: Sampler) -> list[list[float]]:
 
 
 def pass_programs(
-    model: WanTransformer, size: tuple[int, int], sampler: Sampler, moving: bool, frames: int | None, unroll: bool
+    model: Transformer, size: tuple[int, int], sampler: Sampler, moving: bool, frames: int | None, unroll: bool
 ) -> list[Program]:
     """Programs of the transformer. frames: of each block; None where the first block has another number."""
     spec = model.spec
@@ -252,7 +237,7 @@ def pass_programs(
         count = TRACED_FRAMES if block is None else block
         own: dict[int, dict[int, str]] = {axis: {} if block is not None else {axis: FRAMES} for axis in (0, 1)}
         latents = torch.zeros(1, count, spec.in_channels, height, width)
-        inputs: dict[str, Any] = {"latents": latents, "time": torch.zeros(1, count, spec.freq_dim)}
+        inputs: dict[str, Any] = {"latents": latents, "timesteps": torch.zeros(1, count)}
         if isinstance(module, Steps):
             draws = len(module.matrix[0]) - 1
             inputs = {"noise": latents.repeat(draws, 1, 1, 1, 1)}
@@ -265,7 +250,7 @@ def pass_programs(
             inputs["past_rope"] = zeros(2, TRACED_PAST, pairs)
         if spec.action_dim is not None:
             inputs["actions"] = torch.zeros(1, count, spec.action_dim)
-        dynamic = {key: own[1] for key in ("latents", "time", "noise", "actions")} | {"rope": own[0], "text": {}}
+        dynamic = {key: own[1] for key in ("latents", "timesteps", "noise", "actions")} | {"rope": own[0], "text": {}}
         dynamic |= {"past": {0: PAST}, "past_rope": {0: PAST}}
         flat = tuple(part for key in inputs for part in names.get(key, (key,)))
         return Program(name, module, inputs, {key: dynamic[key] for key in inputs}, flat, results)
@@ -294,27 +279,38 @@ def by_layer(name: str, layers: int) -> tuple[str, ...]:
 def decoder_programs(vae: Decoder, channels: int, height: int, width: int, zero_start: bool) -> DecoderPrograms:
     """Programs of a decoder over latents [1, channels, height, width], its slots read off a stream of two frames.
 
-    The tiny decoder, and a stream that starts from zero caches, begin with the program of every other frame.
+    One program serves every frame where the first differs only in how many of its pictures are kept.
     """
-    frame = torch.zeros(1, channels, height, width)
+    blank = torch.zeros(1, channels, height, width)
     state = vae.new_state()
-    vae.decode(frame, state)
+    kept = len(vae.decode(blank, state))
     at_first = sorted(state.history)
-    pictures = len(vae.decode(frame, state))
+    pictures = len(vae.decode(blank, state))
     slots = sorted(state.history)
     shapes = tuple(tuple(state.history[slot].shape) for slot in slots)
-    kept = tuple(slots.index(slot) for slot in at_first)
-    blank = [torch.zeros(shape) for shape in shapes]
+    indices = tuple(slots.index(slot) for slot in at_first)
 
     def describe(name: str, first: bool, given: list[Tensor], results: Sequence[int]) -> Program:
         names = ("latents", *(f"state_{index}" for index in range(len(given))))
         returned = ("pixels", *(f"next_{index}" for index in results))
-        inputs = {"latents": frame, "state": given}
+        inputs = {"latents": blank, "state": given}
         return Program(name, DecodeFrame(vae, slots, first), inputs, {key: {} for key in inputs}, names, returned)
 
-    following = describe("decode_next", False, blank, range(len(slots)))
-    if zero_start or isinstance(vae, TinyDecoder):
-        return DecoderPrograms((following,), shapes, "decode_next", tuple(range(len(slots))), 1, pictures)
-    first = describe("decode_first", True, [], kept)
-    return DecoderPrograms((first, following), shapes, "decode_first", kept, 1, pictures)
+    following = describe("decode_next", False, [torch.zeros(shape) for shape in shapes], range(len(slots)))
+    if zero_start or begins_as_it_goes_on(vae, blank.shape, shapes, slots):
+        every = tuple(range(len(slots)))
+        return DecoderPrograms((following,), shapes, "decode_next", every, kept, pictures)
+    first = describe("decode_first", True, [], indices)
+    return DecoderPrograms((first, following), shapes, "decode_first", indices, kept, pictures)
 
+
+def begins_as_it_goes_on(
+    vae: Decoder, shape: Sequence[int], shapes: Sequence[tuple[int, ...]], slots: Sequence[int]
+) -> bool:
+    """True if a stream's first pictures are the last that any later frame gives over a state of zeros."""
+    latents = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    first = StreamState()
+    later = StreamState({slot: torch.zeros(size) for slot, size in zip(slots, shapes, strict=True)}, 1)
+    begun, gone_on = vae.decode(latents, first), vae.decode(latents, later)
+    same = all(torch.equal(first.history[slot], later.history[slot]) for slot in first.history)
+    return same and first.history.keys() == later.history.keys() and torch.equal(begun, gone_on[-len(begun) :])

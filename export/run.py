@@ -271,9 +271,8 @@ class Stream:
         (group,) = run.groups
         position = dict(zip(group.context, group.positions, strict=True))
         values = branch.bind([frame for frame in group.context if frame not in group.frames])
-        frequencies, rope = self.plan["time"]["frequencies"], self.plan["rope"]["frequencies"]
-        angles = np.multiply.outer(run.timesteps, frequencies)
-        values["time"] = np.concatenate((np.cos(angles), np.sin(angles)), -1).astype(np.float32)[None]
+        rope = self.plan["rope"]["frequencies"]
+        values["timesteps"] = np.array([run.timesteps], np.float32)
         for name, frames in (("rope", group.frames), ("past", branch.slots.frames)):
             angles = np.multiply.outer(np.array([position[frame] for frame in frames], np.float64), rope)
             values |= {f"{name}_{part.__name__}": part(angles).astype(np.float32) for part in (np.cos, np.sin)}

@@ -118,13 +118,10 @@ class TimeEmbedding(nn.Module):
 
         The MLP is in modulation's dtype.
         """
-        return self.of_sinusoid(sinusoid(timesteps, self.freq_dim, self.precision.sinusoid), added)
-
-    def of_sinusoid(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same from the sinusoid of the timesteps [B, F, freq_dim]."""
         dtype = self.projection.weight.dtype
         wide = modulation_dtype(self.precision, dtype)
-        x = F.linear(x.to(wide), self.linear_1.weight.to(wide), self.linear_1.bias.to(wide))
+        x = sinusoid(timesteps, self.freq_dim, self.precision.sinusoid).to(wide)
+        x = F.linear(x, self.linear_1.weight.to(wide), self.linear_1.bias.to(wide))
         x = F.linear(F.silu(x), self.linear_2.weight.to(wide), self.linear_2.bias.to(wide)).to(dtype)
         if added is not None:
             x = x + added
