@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .models.registry import FORMATS, PRESETS, make_preset
     from .runtime.config import EngineConfig
     from .runtime.engine import Engine
+    from .runtime.execution.executors import Executor
+    from .runtime.executor_specs import EXECUTORS, ExecutorSpec
     from .runtime.limits import DegradationStep, Limits
     from .runtime.load import load
     from .runtime.noise import InjectedNoise
@@ -28,8 +30,11 @@ MODULES = {
     "About": "schemes.presets",
     "Block": "runtime.sessions.output_queue",
     "DegradationStep": "runtime.limits",
+    "EXECUTORS": "runtime.executor_specs",
     "Engine": "runtime.engine",
     "EngineConfig": "runtime.config",
+    "Executor": "runtime.execution.executors",
+    "ExecutorSpec": "runtime.executor_specs",
     "FORMATS": "models.registry",
     "Format": "models.family",
     "InjectedNoise": "runtime.noise",
@@ -42,6 +47,7 @@ MODULES = {
 }
 
 __all__ = [
+    "EXECUTORS",
     "FORMATS",
     "PRESETS",
     "About",
@@ -51,6 +57,8 @@ __all__ = [
     "DegradationStep",
     "Engine",
     "EngineConfig",
+    "Executor",
+    "ExecutorSpec",
     "Format",
     "InferixError",
     "InjectedNoise",
@@ -66,7 +74,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("media", "checkpoint"):
+    if name in ("media", "checkpoint", "evaluate"):
         return import_module(f".{name}", __name__)
     if name not in MODULES:
         raise AttributeError(f"module 'inferix' has no attribute {name!r}")
@@ -74,4 +82,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "checkpoint", "media"])
+    return sorted([*__all__, "checkpoint", "evaluate", "media"])

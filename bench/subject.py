@@ -28,6 +28,7 @@ from ..runtime.config import (
 )
 from ..runtime.engine import Engine
 from ..runtime.execution.loading import Components
+from ..runtime.executor_specs import REFERENCE
 from ..runtime.load import load
 from ..schemes.presets import FIELDS, Preset, no_setting
 from .work import blocks_until_full
@@ -36,7 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 ATTENTION_GAIN = 3**0.5  # of queries and of keys: logits with a standard deviation of 3, so few keys have most weight
 PROMPT = "a red robot in a snowy forest by day"
 PROMPT_ROWS = 1 / 4  # of the text encoder's rows; the rest is zero, as after a prompt's end
-ORACLE = "eager"  # the executor that computes the reference
+ORACLE = REFERENCE  # the executor that computes the reference
 FULL = {"lowp": None, "lowp_layers": EVERY_BLOCK, "lowp_keep": (), "kv_dtype": None}  # full precision
 
 

@@ -23,7 +23,8 @@ from ..runtime.byte_sizes import format_bytes, parse_bytes
 from ..runtime.capacity import planner
 from ..runtime.capacity.gpus import CARDS, Card
 from ..runtime.capacity.planner import Ceiling, Workload
-from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
+from ..runtime.config import DTYPES, FP8_CAPABILITY, check_choice
+from ..runtime.executor_specs import EXECUTORS, default_executor, executor_spec
 from ..runtime.kv.page_store import KV_DTYPES
 from ..schemes.page_needs import least_pages, window
 from .options import check_settings, counted, parse_settings, parse_size
@@ -48,7 +49,7 @@ def plan(
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
-    executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured]"),
+    executor: str | None = typer.Option(None, help=f"{', '.join(EXECUTORS)}.  [default: {default_executor('cuda')}]"),
     vae: str | None = typer.Option(None, help="taehv for the tiny decoder.  [default: the model's own VAE]"),
     text_encoder: bool = typer.Option(
         True, "--text-encoder/--no-text-encoder", help="Prompts as text, or as embeddings from a file."
@@ -116,7 +117,6 @@ def workload(
         raise UsageError(f"streams of {spec.name} are not in this version; wan-14b has the same layers without images")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
-    check_choice("--executor", executor or "eager", EXECUTORS)
     if vae not in (None, "taehv"):
         raise UsageError(
             f"--vae is {vae!r}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
@@ -128,6 +128,7 @@ def workload(
     pictures = parse_size(size) if size else spec.default_size
     text = family.text_parameters(spec) if text_encoder else 0
     runs = executor or default_executor("cuda")
+    executor_spec(runs, "--executor")
     return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
 
 

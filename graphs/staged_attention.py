@@ -1,4 +1,4 @@
-"""Self-attention of a pass over pages that are kept in fewer bits than the model computes in.
+"""Self-attention of a pass over pages stored in fewer bits than the model computes in.
 
 New keys and values are made in a small buffer in the model's dtype and quantised from there into their pages, a
 scale for each page and head. FP8 pages are then read where they lie; what the attention kernels cannot read, INT8

@@ -81,7 +81,7 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
 class Engine:
     """A model ready to run: weights, preset and limits. Made by `load`.
 
-    executor: in place of the one that `config` names.
+    executor: in place of the one that `config` names, with the capabilities of that name.
     """
 
     def __init__(
@@ -316,10 +316,10 @@ class Engine:
 
         An error that it raises becomes a warning. It may use `soon`, and no call that belongs between two blocks.
         """
-        self.manager.observers.append(callback("observer", observer))
+        self.manager.delivery.observers.append(callback("observer", observer))
 
     def start_profile(self) -> Profile:
-        """Time every pass from now on; returns the profile that collects them. UsageError for executor eager."""
+        """Time every pass from now on; returns the profile that collects them. UsageError without graphs."""
         config, card = self.config, card_of(self.device)
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))

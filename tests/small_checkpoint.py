@@ -44,5 +44,5 @@ def save_json(content: object, path: Path) -> Path:
     return path
 
 
-def same(found: dict, expected: dict) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+def same(actual: dict, expected: dict) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -29,8 +29,8 @@ AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "user_files", "user_yaml", "version"}
-BASE = ("arguments", "byte_sizes", "engine_condition", "files", "limits", "media", "media_input", "noise", "sampler",
-        "streams", "y4m")  # fmt: skip
+BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "limits", "media", "media_input",
+        "noise", "sampler", "sinks", "streams", "y4m")  # fmt: skip
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
               "block_loop", "engine", "load")  # fmt: skip
 FAMILIES = {"wan", "tinyworld"}  # packages of `models`

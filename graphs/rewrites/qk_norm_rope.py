@@ -82,15 +82,15 @@ def kernel_rotates(append: fx.Node) -> bool:
 
 def whole(match: Match) -> fx.Node | None:
     """The projection whose three parts are queries, keys and values; None if there is none."""
-    start, found = 0, set[fx.Node]()
+    start, sources = 0, set[fx.Node]()
     for name in ("q", "k", "v"):
         part = match.given[name]
         if part.target is not aten.slice.Tensor or part.args[2] != start:
             return None
         start = part.args[3]  # type: ignore[assignment]
-        found.add(peeled(part.args[0]))  # type: ignore[arg-type]
-    qkv = found.pop()
-    return qkv if not found and shape(qkv)[-1] == start else None
+        sources.add(peeled(part.args[0]))  # type: ignore[arg-type]
+    qkv = sources.pop()
+    return qkv if not sources and shape(qkv)[-1] == start else None
 
 
 def fuse(edit: Editor, match: Match, qkv: fx.Node) -> None:

@@ -25,6 +25,7 @@ from ...schemes.block_schedule import (
 )
 from ...schemes.page_needs import branches, page_needs, staging_slots, window
 from ...schemes.presets import FIELDS, Preset
+from ..executor_specs import REFERENCE, executor_spec
 from ..limits import Limits
 from ..sampler import scheduled_blocks
 from . import costs
@@ -42,7 +43,7 @@ class Workload:
 
     text: parameters of the text encoder; 0 where prompts are given as embeddings. dtype: of weights and activations,
     kv_dtype: of pages; names in `costs.ITEMSIZE`. narrow: kv_dtype to suggest where memory is short. executor: a name
-    in `config.EXECUTORS`.
+    in `EXECUTORS`.
     """
 
     spec: ModelSpec
@@ -54,7 +55,7 @@ class Workload:
     kv_dtype: str
     sessions: int = 1
     narrow: str = "fp8"
-    executor: str = "eager"
+    executor: str = REFERENCE
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.size)
@@ -137,7 +138,7 @@ def memory(load: Workload) -> Memory:
         "text_encoder": item * load.text,
         "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
         "decode_scratch": load.decoder.scratch_bytes(load.latent, preset.num_frame_per_block, item),
-        **({} if load.executor == "eager" else graph_memory(load)),
+        **(graph_memory(load) if executor_spec(load.executor).graphs else {}),
         "page_buffer": staged * costs.page_bytes(spec, load.tokens, load.dtype) // spec.num_layers,
     }
     each = {
@@ -365,7 +366,7 @@ def with_tiny_decoder(load: Workload, budget: int) -> Workload | None:
 
 
 def without_graphs(load: Workload, budget: int) -> Workload | None:
-    return replace(load, executor="eager")
+    return replace(load, executor=REFERENCE) if executor_spec(load.executor).graphs else None
 
 
 def with_narrow_pages(load: Workload, budget: int) -> Workload | None:

@@ -140,12 +140,12 @@ class DecodePipeline:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.device = device
         self.pool = self._new_pool()
-        self.jobs: dict[int, deque[Future[None]]] = {}
+        self.jobs: dict[str, deque[Future[None]]] = {}
 
     def _new_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "inferix-decode", make_current, (self.device,))
 
-    def submit(self, session: int, job: Callable[[], None]) -> None:
+    def submit(self, session: str, job: Callable[[], None]) -> None:
         """Queue `job`; on a GPU it starts after the work that the current stream has now."""
         launched = None
         if self.stream is not None:
@@ -164,7 +164,7 @@ class DecodePipeline:
         finally:
             self.condition.signal()
 
-    def wait(self, session: int) -> None:
+    def wait(self, session: str) -> None:
         """Wait for all jobs of a session; raises the error of a job."""
         jobs = self.jobs.get(session, deque())
         while jobs:
@@ -180,13 +180,13 @@ class DecodePipeline:
             if not jobs:
                 del self.jobs[session]
 
-    def after_fork(self) -> list[int]:
+    def after_fork(self) -> list[str]:
         """Begin with a new thread in a child process; returns the sessions whose jobs the old one had."""
         lost = [session for session, jobs in self.jobs.items() if any(not job.done() for job in jobs)]
         self.pool, self.jobs = self._new_pool(), {}
         return lost
 
-    def busy(self, session: int) -> bool:
+    def busy(self, session: str) -> bool:
         return any(not job.done() for job in self.jobs.get(session, ()))
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError
+from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
@@ -25,6 +25,7 @@ from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
+from ..executor_specs import REFERENCE, names_with
 from ..kv.page_store import KV_DTYPES
 from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, stores, tables
 from ..programs.graph_store import GraphStore
@@ -56,17 +57,17 @@ class MixedConditioning:
     groups: tuple[tuple[int, int], ...]
 
 
-Text: TypeAlias = TextContext | TextByFrames | Conditioning | MixedConditioning
+Text = object  # a conditioned prompt: what the executor's own `condition`, `join` or `mix` returned
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs passes of the network.
 
-    supports_whole_block: True if `run_block` can be called. batches: True if one pass can serve several sessions.
+    An entry of `EXECUTORS` makes it and has its capabilities. supports_whole_block: True if `run_block` can be called.
     """
 
     supports_whole_block: bool
-    batches: bool
 
     def condition(self, rows: Tensor) -> Text:
         """Prepare a prompt for passes, from the text encoder's rows [text_len, text_dim]."""
@@ -99,12 +100,14 @@ class Executor(Protocol):
     def bytes_by_owner(self) -> dict[str, int]:
         """Bytes of memory other than weights and pages, by owner."""
 
+    def fallbacks(self) -> list[str]:
+        """Reasons why passes ran another way than this executor's, such as calls that could not be captured."""
+
 
 class EagerExecutor:
     """Calls the model pass by pass. packed: the model with low-precision layers, used for passes only."""
 
     supports_whole_block = False
-    batches = True
 
     def __init__(self, model: Transformer, packed: Transformer | None = None) -> None:
         self.model, self.passes = model, packed or model
@@ -133,10 +136,13 @@ class EagerExecutor:
         """Do nothing: the model reads its weights at each pass."""
 
     def start_profile(self, profile: Profile) -> None:
-        raise UsageError("executor eager cannot be profiled; use fused, or captured on a GPU")
+        raise UsageError(f"executor {REFERENCE!r} cannot be profiled; use {names_with(lambda spec: spec.graphs)}")
 
     def bytes_by_owner(self) -> dict[str, int]:
         return {}
+
+    def fallbacks(self) -> list[str]:
+        return []
 
 
 class GraphExecutor:
@@ -145,8 +151,6 @@ class GraphExecutor:
     preset: as loaded, for block sizes and graph names; the window of a pass is in its page tables. rewrites: applied to
     every graph; None for the default ones. traces: number of graphs traced. prompts: number of runs of a prompt graph.
     """
-
-    batches = False
 
     def __init__(
         self,
@@ -175,7 +179,7 @@ class GraphExecutor:
         return Conditioning(rows[None])
 
     def join(self, texts: Sequence[Text]) -> Text:
-        (text,) = texts
+        (text,) = texts  # no batches
         return text
 
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> MixedConditioning:
@@ -207,6 +211,9 @@ class GraphExecutor:
 
     def bytes_by_owner(self) -> dict[str, int]:
         return self.launcher.bytes_by_owner()
+
+    def fallbacks(self) -> list[str]:
+        return list(self.launcher.fallbacks)
 
     def refresh_derived_weights(self) -> None:
         """Recompute the constants in place; captured graphs stay valid."""
@@ -314,7 +321,7 @@ def concatenated(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
 
 def paged(attention: KeyValues) -> OnPages:
     if not isinstance(attention, OnPages):
-        raise UsageError(f"graphs read pages, and {type(attention).__name__} has none; use executor eager")
+        raise UsageError(f"graphs read pages, and {type(attention).__name__} has none; use executor {REFERENCE!r}")
     return attention
 
 
@@ -324,11 +331,28 @@ def signed(seed: int) -> int:
 
 
 def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Executor:
-    """Make the executor that `config` names; UsageError for low-precision layers that the model does not have."""
+    """Make the executor that `config` names.
+
+    UsageError for low-precision layers that the model does not have, and for an entry that makes something else.
+    """
+    if config.precision_map is not None:
+        check_layers(parts.transformer, config.precision_map)
+    executor = config.executor_spec.maker(config, preset, parts)
+    if not isinstance(executor, Executor):
+        methods = [name for name in vars(Executor) if not name.startswith("_")] + [*Executor.__annotations__]
+        lacking = ", ".join(sorted(name for name in methods if not hasattr(executor, name)))
+        raise UsageError(f"executor {config.executor!r} made {quoted(executor)}, which is no Executor: no {lacking}")
+    return executor
+
+
+def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
-    if precision is not None:
-        check_layers(model, precision)
-    if config.executor == "eager":
-        return EagerExecutor(model, None if precision is None else with_packed_layers(model, precision))
-    backend = CudaGraphs(torch.device(config.device)) if config.executor == "captured" else None
-    return GraphExecutor(config, preset, parts, backend)
+    return EagerExecutor(model, None if precision is None else with_packed_layers(model, precision))
+
+
+def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:
+    return GraphExecutor(config, preset, parts)
+
+
+def make_captured(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:
+    return GraphExecutor(config, preset, parts, CudaGraphs(torch.device(config.device)))

@@ -150,14 +150,19 @@ class SolverStep(nn.Module):
 
 
 class BlockGraphBuilder:
-    """Builds the block graph of one model, preset and picture size, for a batch of `sessions`."""
+    """Builds the block graph of one model, preset and picture size, before any rewrite.
+
+    size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
+    the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
+    the first pass. kv_dtype: dtype of the pages; None for the model's. slots: of the staging buffer; None for enough.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         preset: Preset,
-        size: tuple[int, int],
-        dtype: torch.dtype,
+        size: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
         precision: str = "reference",
         sessions: int = 1,
@@ -171,7 +176,7 @@ class BlockGraphBuilder:
         self.rows = sessions * (1 if self.guidance == 1 else 2)
         self.sampler = Sampler(preset.sampler)
         self.planned = plan_block(preset, fuse_commit)
-        self.latent = (spec.out_channels, *spec.latent_size(size))
+        self.latent = (spec.out_channels, *spec.latent_size(size or spec.default_size))
         self.grid = (self.latent[1] // spec.patch[0], self.latent[2] // spec.patch[1])
         self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
         frames = max(len(planned.run.frames) for planned in self.planned)
@@ -182,6 +187,15 @@ class BlockGraphBuilder:
         self.traced: dict[Layout, PassGraph] = {}
 
     def build(self) -> BlockGraph:
+        """Build the graph; UsageError for a model or preset that has none."""
+        spec, preset = self.spec, self.preset
+        if spec.in_channels != spec.out_channels:
+            raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
+        if preset.window_blocks > 1 and self.sampler.begin().keeps_history:
+            raise UsageError(
+                f"window_blocks is {preset.window_blocks} with solver {preset.sampler.solver}, which keeps a history; "
+                "that has no graph, use renoise"
+            )
         passes = [self.one(planned) for planned in self.planned]
         flight = self.preset.window_blocks
         frames = self.preset.num_frame_per_block
@@ -303,34 +317,3 @@ class BlockGraphBuilder:
         values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
         module = SolverStep(self.sampler, planned.steps, frames, planned.lead)
         return trace("the solver's step", module, values, device=self.device)
-
-
-def build_block_graph(
-    spec: ModelSpec,
-    preset: Preset,
-    size: tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cpu",
-    precision: str = "reference",
-    sessions: int = 1,
-    pages: int | None = None,
-    fuse_commit: bool = False,
-    kv_dtype: torch.dtype | None = None,
-) -> BlockGraph:
-    """Build the graph of a block, before any rewrite; UsageError for a model or preset that has no graph.
-
-    size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
-    the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
-    the first pass. kv_dtype: dtype of the pages; None for the model's.
-    """
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
-    if preset.window_blocks > 1 and Sampler(preset.sampler).begin().keeps_history:
-        raise UsageError(
-            f"window_blocks is {preset.window_blocks} with solver {preset.sampler.solver}, which keeps a history; that "
-            "has no graph, use renoise"
-        )
-    size = size or spec.default_size
-    return BlockGraphBuilder(
-        spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kv_dtype
-    ).build()

@@ -365,7 +365,7 @@ class ActionsForm(SaveForm):
     key = "actions"
 
     def write(self, value: ActionTrack, file: SavedFields) -> None:
-        file.header["actions"] = {"starts": value.starts, "held": value.held}
+        file.header["actions"] = {"starts": value.starts, "held": value.indices}
 
     def check(self, file: SavedFields) -> None:
         header = fields_of("actions", file.header["actions"], ("starts", "held"))
@@ -379,7 +379,7 @@ class ActionsForm(SaveForm):
 
     def read(self, file: SavedFields) -> ActionTrack:
         actions = ActionTrack(file.resources.spec.actions)
-        actions.starts, actions.held = file.header["actions"]["starts"], file.header["actions"]["held"]
+        actions.starts, actions.indices = file.header["actions"]["starts"], file.header["actions"]["held"]
         return actions
 
 

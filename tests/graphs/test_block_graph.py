@@ -101,9 +101,9 @@ def eager(preset: str) -> Values:
 
 def differences(preset: str, block: BlockGraph) -> float:
     """The largest difference of results and states."""
-    found, wanted = run_block(block, values_of(preset)), eager(preset)
+    actual, expected = run_block(block, values_of(preset)), eager(preset)
     names = (*block.results, *(f"kv.{layer}" for layer in range(SPEC.num_layers)))
-    return max(float((found[name] - wanted[name]).abs().max()) for name in names)
+    return max(float((actual[name] - expected[name]).abs().max()) for name in names)
 
 
 @pytest.mark.parametrize("preset", DISTINCT)
@@ -140,14 +140,14 @@ def test_rewritten_blocks_compute_the_same(preset: str) -> None:
     """Each exact rewrite with those it needs, and all together."""
     block = block_of(preset)
     for name in chosen():
-        found = rewritten(block, ["merge-qkv", name])
-        validate(found)
-        assert differences(preset, found) < EXACT, name
-    found = all_done(preset)
-    validate(found)
-    assert differences(preset, found) < EXACT
-    assert all(change.places > 0 for change in found.changes), found.changes
-    assert block.changes == () and len(list(block.passes[0])) > len(list(found.passes[0]))
+        actual = rewritten(block, ["merge-qkv", name])
+        validate(actual)
+        assert differences(preset, actual) < EXACT, name
+    actual = all_done(preset)
+    validate(actual)
+    assert differences(preset, actual) < EXACT
+    assert all(change.places > 0 for change in actual.changes), actual.changes
+    assert block.changes == () and len(list(block.passes[0])) > len(list(actual.passes[0]))
 
 
 @pytest.mark.parametrize("preset", DISTINCT)
@@ -297,9 +297,9 @@ def test_a_commit_in_the_next_blocks_first_pass_equals_one_after_the_other() -> 
     for block in (block_of("self-forcing", True), rewritten(block_of("self-forcing", True), chosen())):
         validate(block)
         both = dataclasses.replace(block, passes=tuple(graph for graph in block.passes if "+" in graph.name))
-        found = run_block(both, {name: tensor.clone() for name, tensor in values.items()})
+        actual = run_block(both, {name: tensor.clone() for name, tensor in values.items()})
         for name in ("latents", "kv.0", "kv.1"):
-            assert (found[name] - plain[name]).abs().max() < EXACT, name
+            assert (actual[name] - plain[name]).abs().max() < EXACT, name
     with pytest.raises(ValueError, match=r"krea.*fuse_commit"):
         plan_block(PRESETS["krea"], fuse_commit=True)
 
@@ -312,11 +312,11 @@ def test_low_precision_layers_are_those_of_the_map(kind: str, monkeypatch: pytes
     validate(block)
     assert block.changes[0].places == 8 * len(block.passes)  # q, k, v, o; cross q, o; up, down of one layer
     model = model_of("self-forcing")
-    wanted = {id(p) for name, p in model.named_parameters() if packed.has(name.removesuffix(".weight"))}
+    expected = {id(p) for name, p in model.named_parameters() if packed.has(name.removesuffix(".weight"))}
     plain = F.linear
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if id(weight) not in wanted:
+        if id(weight) not in expected:
             return plain(x, weight, bias)
         (rows, scale), (low, low_scale) = (pack(part, KINDS[kind]) for part in (x.flatten(0, -2), weight))
         out = linear_lowp(rows, low, scale, low_scale, bias=bias, dtype=x.dtype)
@@ -325,15 +325,15 @@ def test_low_precision_layers_are_those_of_the_map(kind: str, monkeypatch: pytes
     monkeypatch.setattr(F, "linear", linear)
     values = run_plainly(built("self-forcing"), values_of("self-forcing"), ("denoise 0",))
     monkeypatch.undo()
-    found = run_block(dataclasses.replace(block, passes=block.passes[:1]), values_of("self-forcing"))
-    assert torch.equal(found["latents"], values["latents"])
+    actual = run_block(dataclasses.replace(block, passes=block.passes[:1]), values_of("self-forcing"))
+    assert torch.equal(actual["latents"], values["latents"])
     everything = rewritten(block_of("self-forcing"), chosen(["lowp"]), packed)
     validate(everything)
     calls = [name_of(node.target) for node in everything.passes[0]]
     assert calls.count("linear_lowp") == 6  # q, k and v are one
     fused = run_block(dataclasses.replace(everything, passes=everything.passes[:1]), values_of("self-forcing"))
     scale = eager("self-forcing")["latents"].abs().max()
-    assert (fused["latents"] - found["latents"]).abs().max() < 2e-2 * scale  # rounding goes another way at ties
+    assert (fused["latents"] - actual["latents"]).abs().max() < 2e-2 * scale  # rounding goes another way at ties
     with pytest.raises(ValueError, match=r"'blok\.\*'"):
         rewritten(block_of("self-forcing"), ["lowp"], PrecisionMap(kind, ("blok.*",)))
 
@@ -344,9 +344,9 @@ def test_operations_are_those_counted_from_sizes(preset: str) -> None:
     for graph, planned in zip(block.passes, built(preset).planned, strict=True):
         rows = built(preset).rows
         by_family = PassCost(graph).by_family()
-        wanted = costs.pass_flops(spec, GRID[0] * GRID[1], planned.run)
-        found = by_family["matmul"].flops + by_family["attention"].flops
-        assert found == rows * (wanted.total + costs.prompt_flops(spec))
+        expected = costs.pass_flops(spec, GRID[0] * GRID[1], planned.run)
+        actual = by_family["matmul"].flops + by_family["attention"].flops
+        assert actual == rows * (expected.total + costs.prompt_flops(spec))
 
 
 def test_a_block_as_plain_values_has_every_call_with_its_cost() -> None:

@@ -29,8 +29,8 @@ def lowered() -> Lowered:
 def test_scratch_is_at_most_1_3_times_what_is_alive_together(lowered: Lowered) -> None:
     plan = lowered.body.plan
     assert plan.size <= 1.3 * plan.live
-    held = plan.at(plan.peak)
-    assert held[0].size == HIDDEN  # the widest activation of a feed-forward network holds the peak
+    alive = plan.at(plan.peak)
+    assert alive[0].size == HIDDEN  # the widest activation of a feed-forward network holds the peak
     assert plan.size < 1.5 * HIDDEN
     assert f"arena {plan.size} bytes" in plan.text(lowered.body.program)
 

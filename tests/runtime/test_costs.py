@@ -69,12 +69,12 @@ def one_group(frames, context):
 
 
 class Live(TorchDispatchMode):
-    """Follows the bytes of storages that are alive, `held` ones from the start; `peak` is the most beyond those."""
+    """Follows the bytes of storages that are alive, `tensors` from the start; `peak` is the most beyond those."""
 
-    def __init__(self, *held):
+    def __init__(self, *tensors):
         super().__init__()
         self.sizes, self.now = {}, 0
-        for tensor in held:
+        for tensor in tensors:
             self.note(tensor)
         self.before = self.most = self.now
 
@@ -179,8 +179,8 @@ def test_a_page_is_a_frame_of_the_cache(dtype):
     cache = ContiguousCache(spec, (3, 5), False, torch.float64, kind, torch.device("cpu"))
     cache.set_window((0, 1))
     assert cache.nbytes == 2 * page_bytes(spec, 15, dtype)
-    for name, kept in ((dtype, kind), *KV_DTYPES.items()):
-        assert PageForm(spec, (3, 5), kind, kept).nbytes == page_bytes(spec, 15, name)
+    for name, kv_dtype in ((dtype, kind), *KV_DTYPES.items()):
+        assert PageForm(spec, (3, 5), kind, kv_dtype).nbytes == page_bytes(spec, 15, name)
 
 
 def test_published_figures():
@@ -245,10 +245,10 @@ def test_scratch_of_a_pass(name, monkeypatch):
     cache = ContiguousCache(spec, grid, False, torch.float64, torch.bfloat16, torch.device("meta"))
     cache.set_window(tuple(range(6)))
     pairs = [tensor for pair in text.text for tensor in pair]
-    held = (latents, times, *model.parameters(), *pairs, *cache.keys, *cache.values)
+    tensors = (latents, times, *model.parameters(), *pairs, *cache.keys, *cache.values)
     peaks = []
     for kv in (Opaque(), cache.bind(one_group(frames, 6))):
-        with Live(*held) as live:
+        with Live(*tensors) as live:
             model(latents, times, text, kv)
         peaks.append(live.peak)
     most = pass_scratch(spec, tokens, frames, "bfloat16")
@@ -272,9 +272,9 @@ def test_layers_that_run_on_every_token_and_what_packing_them_saves(name):
     called.clear()
     latents = torch.zeros(1, frames, spec.in_channels, *spec.latent_size((32, 32)))
     model(latents, torch.zeros(1, frames), text, values, actions)
-    found = [(layer, *sizes) for layer, rows, *sizes in called if rows == frames * tokens]
-    assert sorted(found) == sorted(token_layers(spec))
+    actual = [(layer, *sizes) for layer, rows, *sizes in called if rows == frames * tokens]
+    assert sorted(actual) == sorted(token_layers(spec))
     precision = PrecisionMap("fp8", ("*",), keep=("blocks.0.*",))
-    kept = {layer: model.get_submodule(layer).weight for layer, *_ in found if precision.has(layer)}
-    saved = sum(weight.nbytes - sum(part.nbytes for part in pack(weight, torch.int8)) for weight in kept.values())
+    packed = {layer: model.get_submodule(layer).weight for layer, *_ in actual if precision.has(layer)}
+    saved = sum(weight.nbytes - sum(part.nbytes for part in pack(weight, torch.int8)) for weight in packed.values())
     assert packing_saves(spec, "float32", precision) == saved
