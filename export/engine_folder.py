@@ -29,7 +29,7 @@ from ..schemes.presets import FIELDS, Preset
 from ..version import __version__
 from .checkpoint import new_folder
 from .plan import FILE, FORMAT, VERSION, describe_files, preset_values
-from .programs import DecoderPrograms, Program, check_heads, decoder_programs, pass_programs, solver_matrix
+from .programs import DecoderPrograms, Program, check_model, decoder_programs, pass_programs, solver_matrix
 from .targets import Target, check_target, find_target
 from .to_onnx import OPSET, WEIGHTS, WeightFile, write_onnx
 
@@ -90,12 +90,11 @@ def write_engine(
 
 def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tuple[list[Program], DecoderPrograms]:
     """The programs of the transformer and of the decoder for pictures of one size."""
-    check_heads(engine.parts.transformer)
+    check_model(engine.parts.transformer)
     preset, spec = engine.preset, engine.spec
-    moving = preset.context.moving_positions
     frames = preset.num_frame_per_block if preset.block_size(0) == preset.num_frame_per_block else None
     sampler = Sampler(preset.sampler)
-    programs = pass_programs(engine.parts.transformer, size, sampler, moving, frames, unroll)
+    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll)
     latent = spec.latent_size(size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder

@@ -6,8 +6,9 @@ all steps of a block, to clean latents. `decode_first`, `decode_next`: one laten
 state as inputs and outputs.
 
 The past is one tensor of keys and one of values per layer, [past, tokens of a frame, heads, channels], with the frames
-of the pass behind it; so no program scatters. Keys of the past are rotated where positions are absolute; where they
-move with the window they are stored as they are and rotated at each read. The model itself is unchanged.
+of the pass behind it; so no program scatters. Keys are stored rotated at their own position. Where positions move with
+the window, only the sink's distance to it changes, and who runs the programs rotates the sink's keys by the difference.
+The model itself is unchanged.
 """
 
 from __future__ import annotations
@@ -49,36 +50,33 @@ class Program:
 class WindowAttention:
     """Attention (`KeyValues`) over a past in plain tensors and the frames of the pass behind it; collects the latter.
 
-    past: keys and values of each layer in turn. stored: angles of the whole window where positions move with it.
+    past: rotated keys, and values, of each layer in turn. own: angles of the pass's tokens.
     """
 
-    def __init__(self, past: Sequence[Tensor], own: Angles, stored: Angles | None, half_split: bool) -> None:
-        self.past, self.own, self.stored, self.half_split = past, own, stored, half_split
+    def __init__(self, past: Sequence[Tensor], own: Angles, half_split: bool) -> None:
+        self.past, self.own, self.half_split = past, own, half_split
         self.new: list[Tensor] = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         past_k, past_v = self.past[2 * layer : 2 * layer + 2]
-        dtype = self.own.cos.dtype
-        q = rotate(q, self.own, dtype, self.half_split)
-        if self.stored is None:
-            k = rotate(k, self.own, dtype, self.half_split)
+        q, k = (rotate(part, self.own, self.own.cos.dtype, self.half_split) for part in (q, k))
         new_k, new_v = (part[0].unflatten(0, (-1, past_k.shape[1])) for part in (k, v))
         self.new += [new_k, new_v]
-        keys, values = torch.cat((past_k, new_k)).flatten(0, 1)[None], torch.cat((past_v, new_v)).flatten(0, 1)[None]
-        if self.stored is not None:
-            keys = rotate(keys, self.stored, dtype, self.half_split)
+        keys, values = (
+            torch.cat(parts).flatten(0, 1)[None] for parts in ((past_k, new_k), (past_v, new_v))
+        )
         return attention(q, keys, values)
 
 
 class NetworkPass(nn.Module):
-    """A pass of the transformer over the latents of some frames. moving: positions move with the window."""
+    """A pass of the transformer over the latents of some frames."""
 
-    def __init__(self, model: Transformer, size: tuple[int, int], moving: bool) -> None:
+    def __init__(self, model: Transformer, size: tuple[int, int]) -> None:
         super().__init__()
         spec = model.spec
         height, width = spec.latent_size(size)
         rows, columns = height // spec.patch[0], width // spec.patch[1]
-        self.model, self.moving, self.tokens = model, moving, rows * columns
+        self.model, self.tokens = model, rows * columns
         _, by_row, by_column = model.rope.axis_angles([0], rows, columns)
         pairs = (by_row[:, None].expand(rows, columns, -1), by_column[None].expand(rows, columns, -1))
         space = torch.cat(pairs, dim=-1).flatten(0, 1)
@@ -87,13 +85,10 @@ class NetworkPass(nn.Module):
 
     def run(
         self, latents: Tensor, timesteps: Tensor, rope: Sequence[Tensor], text: Sequence[Tensor],
-        past: Sequence[Tensor], past_rope: Sequence[Tensor] | None, actions: Tensor | None,
+        past: Sequence[Tensor], actions: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """Return the velocity, and the keys and values of the pass's frames by layer."""
-        own, stored = self.angles(rope), None
-        if past_rope is not None:
-            stored = self.angles([torch.cat(parts) for parts in zip(past_rope, rope, strict=True)])
-        window = WindowAttention(past, own, stored, self.model.rope.half_split)
+        window = WindowAttention(past, self.angles(rope), self.model.rope.half_split)
         context = TextContext(tuple(zip(text[::2], text[1::2], strict=True)), None)
         return self.model(latents, timesteps, context, window, actions), window.new
 
@@ -114,9 +109,9 @@ class Step(NetworkPass):
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
-        past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
+        actions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        return self.run(latents, timesteps, rope, text, past, past_rope, actions)[0]
+        return self.run(latents, timesteps, rope, text, past, actions)[0]
 
 
 class Commit(NetworkPass):
@@ -124,27 +119,27 @@ class Commit(NetworkPass):
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
-        past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
+        actions: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(self.run(latents, timesteps, rope, text, past, past_rope, actions)[1])
+        return tuple(self.run(latents, timesteps, rope, text, past, actions)[1])
 
 
 class Steps(NetworkPass):
     """All steps of a block: noise [draws, F, C, H, W] to clean latents [1, F, C, H, W]."""
 
-    def __init__(self, model: Transformer, size: tuple[int, int], moving: bool, sampler: Sampler) -> None:
-        super().__init__(model, size, moving)
+    def __init__(self, model: Transformer, size: tuple[int, int], sampler: Sampler) -> None:
+        super().__init__(model, size)
         self.matrix = solver_matrix(sampler)
         self.register_buffer("levels", torch.tensor(sampler.timesteps, dtype=torch.float32))
 
     def forward(
         self, noise: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
-        past_rope: list[Tensor] | None = None, actions: Tensor | None = None,
+        actions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         seen, latents = list(noise.split(1)), noise[:1]
         for row, level in zip(self.matrix, self.levels, strict=True):
             timesteps = level[None, None].expand(1, noise.shape[1])
-            velocity, _ = self.run(latents, timesteps, rope, text, past, past_rope, actions)
+            velocity, _ = self.run(latents, timesteps, rope, text, past, actions)
             seen.append(velocity)
             terms = [weight * part for weight, part in zip(row, seen, strict=False) if weight]
             latents = torch.stack(terms).sum(0)
@@ -194,13 +189,13 @@ class DecoderPrograms:
     pictures: int
 
 
-def check_heads(model: Transformer) -> None:
-    """UsageError for a model whose heads of keys and values are fewer than its heads of queries."""
+def check_model(model: Transformer) -> None:
+    """UsageError for a model with fewer heads of keys than of queries, or with a rotary embedding of half-splits."""
     spec = model.spec
-    if spec.kv_heads != spec.num_heads:
+    if spec.kv_heads != spec.num_heads or model.rope.half_split:
         raise UsageError(
-            f"model {spec.name} has {spec.kv_heads} heads of keys for {spec.num_heads} of queries, which cannot be "
-            "exported; expected as many"
+            f"model {spec.name} has {spec.kv_heads} heads of keys for {spec.num_heads} of queries, and half_split "
+            f"{model.rope.half_split}; expected as many, and False, for an export"
         )
 
 
@@ -221,7 +216,7 @@ def solver_matrix(sampler: Sampler) -> list[list[float]]:
 
 
 def pass_programs(
-    model: Transformer, size: tuple[int, int], sampler: Sampler, moving: bool, frames: int | None, unroll: bool
+    model: Transformer, size: tuple[int, int], sampler: Sampler, frames: int | None, unroll: bool
 ) -> list[Program]:
     """Programs of the transformer. frames: of each block; None where the first block has another number."""
     spec = model.spec
@@ -230,7 +225,6 @@ def pass_programs(
     pairs, tokens = len(model.rope.time), spec.tokens_per_frame(size)
     names = {
         "rope": ("rope_cos", "rope_sin"), "text": by_layer("text", layers), "past": by_layer("past", layers),
-        "past_rope": ("past_cos", "past_sin"),
     }  # fmt: skip
 
     def describe(name: str, module: nn.Module, block: int | None, results: tuple[str, ...]) -> Program:
@@ -246,23 +240,21 @@ def pass_programs(
             "text": zeros(2 * layers, 1, spec.text_len, heads, channels),
             "past": zeros(2 * layers, TRACED_PAST, tokens, spec.kv_heads, channels),
         }
-        if moving:
-            inputs["past_rope"] = zeros(2, TRACED_PAST, pairs)
         if spec.action_dim is not None:
             inputs["actions"] = torch.zeros(1, count, spec.action_dim)
         dynamic = {key: own[1] for key in ("latents", "timesteps", "noise", "actions")} | {"rope": own[0], "text": {}}
-        dynamic |= {"past": {0: PAST}, "past_rope": {0: PAST}}
+        dynamic["past"] = {0: PAST}
         flat = tuple(part for key in inputs for part in names.get(key, (key,)))
         return Program(name, module, inputs, {key: dynamic[key] for key in inputs}, flat, results)
 
     programs = [
         Program("prompt", Prompt(model), {"rows": torch.zeros(1, spec.text_len, spec.text_dim)}, {"rows": {}},
                 ("rows",), names["text"]),
-        describe("step", Step(model, size, moving), frames, ("velocity",)),
-        describe("commit", Commit(model, size, moving), None, by_layer("new", layers)),
+        describe("step", Step(model, size), frames, ("velocity",)),
+        describe("commit", Commit(model, size), None, by_layer("new", layers)),
     ]  # fmt: skip
     if unroll:
-        programs.append(describe("steps", Steps(model, size, moving, sampler), frames, ("clean",)))
+        programs.append(describe("steps", Steps(model, size, sampler), frames, ("clean",)))
     return programs
 
 

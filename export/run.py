@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError, exit_code, one_line, quoted
 from ..graphs.passes import Pass
@@ -32,13 +30,12 @@ from ..schemes.fixed_window import FixedWindow
 from ..schemes.page_needs import window
 from ..schemes.storyboard import Cue, schedule
 from ..schemes.timeline import Span, Timeline
+from .numerics import Array, normals, rotated
 from .plan import FILE, Plan, read_plan
 from .word_table import known_words, word_rows
 
-Array = NDArray[Any]
 Values = dict[str, Array]
 SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
-MASK = (1 << 32) - 1
 EXAMPLE = 'example: inferix-run world/ --prompt "a blue fox in a meadow by day" --actions "8R 4U" --out fox.y4m'
 
 
@@ -112,17 +109,26 @@ class Branch:
         size, model = plan["size"], plan["model"]
         shape = (window(plan.preset), size["tokens"], model["heads"], model["channels"])
         names = [f"{part}_{layer}" for layer in range(model["layers"]) for part in "kv"]
-        self.text, self.slots = text, FixedWindow()
+        self.text, self.slots, self.frequencies = text, FixedWindow(), plan["rope"]["frequencies"]
         self.past = {name: np.zeros(shape, np.float32) for name in names}
         self.pending: tuple[int, ...] = ()  # frames whose keys and values are in `new` and not yet in slots
         self.new: Values = {}
+        self.stored: dict[int, int] = {}  # position at which a frame's keys were rotated
+        self.shift: dict[int, int] = {}  # how much further they are rotated in their slot; 0 but for a moving sink
+        self.originals: dict[int, Values] = {}  # keys as stored, of frames that have been rotated further
 
-    def keep(self, frames: Iterable[int], new: Values) -> None:
-        """Take the keys and values that a pass left for its frames."""
+    def keep(self, frames: Sequence[int], positions: Sequence[int], new: Values) -> None:
+        """Take the keys and values that a pass left for its frames, at these positions."""
         self.pending, self.new = tuple(frames), new
+        self.stored |= dict(zip(frames, positions, strict=True))
+        self.shift |= dict.fromkeys(frames, 0)
+        self.originals = {frame: keys for frame, keys in self.originals.items() if frame not in frames}
 
-    def bind(self, past: Sequence[int]) -> Values:
-        """Bring the slots up to date for a pass that sees `past`; returns the inputs of the past and the prompt."""
+    def bind(self, past: Mapping[int, int]) -> Values:
+        """Bring the slots up to date for a pass that sees `past`, frames with their positions as the pass counts them.
+
+        Returns the inputs of the past and the prompt.
+        """
         update = self.slots.update(past, self.pending)
         for name, slots in self.past.items():
             for frame, slot in update.writes:
@@ -130,6 +136,16 @@ class Branch:
             for source, slot in update.moves:
                 slots[slot] = slots[source]
         self.pending, self.new = (), {}
+        for slot, frame in enumerate(self.slots.frames):
+            if (shift := past[frame] - self.stored[frame]) != self.shift[frame]:
+                keys = {name: slots for name, slots in self.past.items() if name.startswith("k")}
+                original = self.originals.setdefault(frame, {name: slots[slot].copy() for name, slots in keys.items()})
+                for name, slots in keys.items():
+                    slots[slot] = rotated(original[name], shift * np.array(self.frequencies))
+                self.shift[frame] = shift
+        for known in (self.stored, self.shift, self.originals):
+            for frame in known.keys() - past.keys():
+                del known[frame]
         return self.text | {f"past_{name}": slots[: len(past)] for name, slots in self.past.items()}
 
 
@@ -202,7 +218,7 @@ class Stream:
             values = self.pass_inputs(recache.run, branch) | {
                 "latents": np.stack([self.latents[frame] for frame in frames])[None]
             }
-            branch.keep(frames, self.engine.programs["commit"](values))
+            self.keep(branch, recache.run, values)
 
     def denoise(self) -> tuple[Span, Array]:
         """Admit a block and take all its steps; returns its clean latents [F, C, h, w]."""
@@ -242,7 +258,7 @@ class Stream:
         scheduled = commit_pass(self.timeline, span)
         for branch in self.branches:
             values = self.pass_inputs(scheduled.run, branch) | {"latents": latents[None]}
-            branch.keep(span.frames, self.engine.programs["commit"](values))
+            self.keep(branch, scheduled.run, values)
         context = scheduled.run.groups[0].context
         self.timeline.forget(context)
         self.latents |= dict(zip(span.frames, latents, strict=True))
@@ -266,41 +282,28 @@ class Stream:
         """Cross keys and values of a prompt, by input name."""
         return self.engine.programs["prompt"]({"rows": np.asarray(rows[None], np.float32)})
 
+    def keep(self, branch: Branch, run: Pass, values: Values) -> None:
+        """Run a pass over clean latents, and take its keys and values."""
+        positions = self.positions(run)
+        branch.keep(run.frames, [positions[frame] for frame in run.frames], self.engine.programs["commit"](values))
+
+    def positions(self, run: Pass) -> dict[int, int]:
+        """Position of each frame of a pass's context; where they move with the window, so that its own are absolute."""
+        (group,) = run.groups
+        moved = group.frames[0] - group.position_of(group.frames[0]) if self.plan["rope"]["moving"] else 0
+        return {frame: position + moved for frame, position in zip(group.context, group.positions, strict=True)}
+
     def pass_inputs(self, run: Pass, branch: Branch) -> Values:
         """All inputs of a pass but its latents."""
-        (group,) = run.groups
-        position = dict(zip(group.context, group.positions, strict=True))
-        values = branch.bind([frame for frame in group.context if frame not in group.frames])
-        rope = self.plan["rope"]["frequencies"]
+        positions = self.positions(run)
+        values = branch.bind({frame: at for frame, at in positions.items() if frame not in run.frames})
+        angles = np.multiply.outer([float(positions[frame]) for frame in run.frames], self.plan["rope"]["frequencies"])
+        values |= {"rope_cos": np.cos(angles).astype(np.float32), "rope_sin": np.sin(angles).astype(np.float32)}
         values["timesteps"] = np.array([run.timesteps], np.float32)
-        for name, frames in (("rope", group.frames), ("past", branch.slots.frames)):
-            angles = np.multiply.outer(np.array([position[frame] for frame in frames], np.float64), rope)
-            values |= {f"{name}_{part.__name__}": part(angles).astype(np.float32) for part in (np.cos, np.sin)}
         if self.names:
             numbers = [self.actions.of(frame) for frame in run.frames]
             values["actions"] = np.eye(len(self.names), dtype=np.float32)[numbers][None]
         return values
-
-
-def normals(seed: int, frames: Sequence[int], draw: int, shape: tuple[int, ...]) -> Array:
-    """Normals float32 [F, *shape] of absolute frames by Philox4x32-10; see `noise` in the plan."""
-    count = math.prod(shape)
-    quads = np.arange((count + 3) // 4, dtype=np.uint64)
-    words = [np.broadcast_to(quads, (len(frames), len(quads))), np.asarray(frames, np.uint64)[:, None],
-             np.uint64(draw), np.uint64(0)]  # fmt: skip
-    key, low = [seed & MASK, seed >> 32], np.uint64(MASK)
-    for _ in range(10):
-        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
-        words = [
-            (second >> np.uint64(32)) ^ words[1] ^ np.uint64(key[0]), second & low,
-            (first >> np.uint64(32)) ^ words[3] ^ np.uint64(key[1]), first & low,
-        ]  # fmt: skip
-        key = [(key[0] + 0x9E3779B9) & MASK, (key[1] + 0xBB67AE85) & MASK]
-    uniform = np.stack(np.broadcast_arrays(*words), -1).astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)
-    u = uniform.astype(np.float64)
-    radius, angle = np.sqrt(-2 * np.log(u[..., 0::2])), 2 * math.pi * u[..., 1::2]
-    pairs = np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1).astype(np.float32)
-    return pairs.reshape(len(frames), -1)[:, :count].reshape(len(frames), *shape)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,9 +21,10 @@ from oracles import SIZE, TINY, make_engine
 from inferix.errors import CheckpointError, InferixError, UsageError
 from inferix.export import engine_folder, run
 from inferix.export.engine_folder import describe_programs, export_engine, write_engine
+from inferix.export.numerics import normals
 from inferix.export.plan import FILE, SCHEMA, preset_of, preset_values, read_plan
 from inferix.export.programs import Program, solver_matrix
-from inferix.export.run import ExportedEngine, normals
+from inferix.export.run import ExportedEngine
 from inferix.export.targets import TARGETS
 from inferix.export.word_table import known_words
 from inferix.kernels.philox import philox_normals
