@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -143,7 +144,7 @@ def describe_engine(
             "name": spec.name, "source": engine.parts.source, "weights": engine.parts.form, "layers": spec.num_layers,
             "heads": spec.kv_heads, "channels": spec.head_dim, "actions": list(spec.actions), "fps": spec.fps,
         },
-        "preset": preset_values(preset),
+        "spec": asdict(spec), "preset": preset_values(preset),
         "size": {
             "picture": list(size), "latent": [spec.out_channels, height, width],
             "tokens": spec.tokens_per_frame(size), "pictures_per_latent": spec.vae_stride[0],
@@ -160,7 +161,7 @@ def describe_engine(
         "noise": describe_noise(),
         "text": text,
         "decoder": {
-            "first": decoder.first, "first_state": list(decoder.first_state),
+            "encodes": engine.parts.vae.spec.encodes, "first": decoder.first, "first_state": list(decoder.first_state),
             "first_pictures": decoder.first_pictures, "pictures": decoder.pictures,
             "state": [list(shape) for shape in decoder.shapes],
         },

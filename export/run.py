@@ -32,7 +32,7 @@ from ..schemes.storyboard import Cue, schedule
 from ..schemes.timeline import Span, Timeline
 from .numerics import Array, normals, rotated
 from .plan import FILE, Plan, read_plan
-from .word_table import known_words, word_rows
+from .word_table import PromptTable
 
 Values = dict[str, Array]
 SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
@@ -72,7 +72,7 @@ class ExportedEngine:
         self.plan = read_plan(folder)
         paths = {name: self.plan.program(name) for name in self.plan["programs"]}
         self.programs = {name: load(path) for name, path in paths.items() if path is not None}
-        self.rows = np.load(self.plan.folder / self.plan["text"]["rows"])
+        self.prompts = PromptTable(self.plan["text"], self.plan.folder)
 
     def open(
         self, prompt: str, seed: int = 0, actions: Sequence[str] = (), negative_prompt: str | None = None
@@ -85,21 +85,7 @@ class ExportedEngine:
             expected = "one, for a preset with guidance" if guided else "none, for a preset without guidance"
             raise UsageError(f"negative_prompt is {quoted(negative_prompt)}; expected {expected}")
         texts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-        return Stream(self, [self.encode(text) for text in texts], seed, actions)
-
-    def encode(self, prompt: str) -> Array:
-        """Rows [text_len, text_dim] of a prompt."""
-        text = self.plan["text"]
-        if text["encoder"] == "words":
-            return word_rows(known_words(prompt, text["words"], text["skipped"]), text, self.rows)
-        if prompt not in text["prompts"]:
-            listed = ", ".join(map(quoted, text["prompts"][:3]))
-            raise UsageError(
-                f"prompt {quoted(prompt)} is not in the engine, which was made for {len(text['prompts'])} prompts such "
-                f"as {listed}; use one of them, or export with --prompt"
-            )
-        rows: Array = self.rows[text["prompts"].index(prompt)]
-        return rows
+        return Stream(self, [self.prompts.encode(text) for text in texts], seed, actions)
 
 
 class Branch:
@@ -179,7 +165,7 @@ class Stream:
     def prompt(self, text: str) -> None:
         """Follow another prompt from the next block on, as the preset's `prompt_switch` says."""
         policy, prefix = self.plan.preset.context, self.plan.preset.scene_cut_prefix
-        rows = self.engine.encode(text)
+        rows = self.engine.prompts.encode(text)
         if prefix and text.startswith(prefix.strip()):
             self.timeline.cut_shot()
         blends = policy.prompt_switch == "blend" and self.timeline.next_frame > 0

@@ -6,6 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,27 @@ from numpy.typing import NDArray
 from ..errors import UsageError, quoted
 
 Array = NDArray[Any]
+
+
+class PromptTable:
+    """Rows of prompts in an engine's folder: of its words, or of whole prompts. text: the plan's part on it."""
+
+    def __init__(self, text: Mapping[str, Any], folder: Path) -> None:
+        self.text, self.rows = text, np.load(folder / text["rows"])
+
+    def encode(self, prompt: str) -> Array:
+        """Rows [text_len, text_dim] of a prompt. UsageError for one that the engine does not have."""
+        text = self.text
+        if text["encoder"] == "words":
+            return word_rows(known_words(prompt, text["words"], text["skipped"]), text, self.rows)
+        if prompt not in text["prompts"]:
+            listed = ", ".join(map(quoted, text["prompts"][:3]))
+            raise UsageError(
+                f"prompt {quoted(prompt)} is not in the engine, which was made for {len(text['prompts'])} prompts such "
+                f"as {listed}; use one of them, or export with --prompt"
+            )
+        rows: Array = self.rows[text["prompts"].index(prompt)]
+        return rows
 
 
 def known_words(prompt: str, words: Sequence[str], skipped: Sequence[str]) -> list[str]:
