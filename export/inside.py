@@ -25,6 +25,7 @@ from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.execution.executors import Text
 from ..runtime.execution.loading import Components
+from ..runtime.executor_specs import EXECUTORS, ExecutorSpec
 from ..runtime.limits import Limits
 from ..runtime.telemetry.profile import Profile
 from ..schemes.presets import FIELDS, Preset, with_settings
@@ -34,6 +35,11 @@ from .targets import TARGETS, check_target
 from .word_table import PromptTable
 
 KEPT = ("kv_memory", "kv_offload", "batches")  # settings of an engine that do not concern its programs
+
+EXECUTORS["exported"] = ExecutorSpec(
+    about="programs of an exported engine, pass by pass", make=f"{__name__}:make_exported", devices=("cpu",),
+    kv_dtypes=("float32",),
+)  # fmt: skip
 
 LoadProgram = Callable[[Path], Program]
 
@@ -54,11 +60,10 @@ def load_exported(
     check_target(TARGETS[plan["target"]], preset, plan["dtype"], False)
     kept = {key: value for key, value in settings.items() if key in KEPT}
     source = plan["model"]["source"]
-    config = EngineConfig.of(source, preset.name, device="cpu", dtype=plan["dtype"], engine=str(folder), **kept)
+    config = EngineConfig.of(source, preset.name, device="cpu", dtype=plan["dtype"],
+                            executor="exported", engine=str(folder), **kept)  # fmt: skip
     programs = {name: load_program(path) for name in plan["programs"] if (path := plan.program(name)) is not None}
-    parts = exported_components(plan, preset, programs)
-    executor = ExportedExecutor(programs, parts.transformer.rope, preset)
-    return Engine(config, preset, parts, limits, executor)
+    return Engine(config, preset, exported_components(plan, preset, programs), limits)
 
 
 def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Program]) -> Components:
@@ -77,6 +82,13 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
         form="exported",
         digest=lambda: plan["built"]["checkpoint"],
     )
+
+
+def make_exported(config: EngineConfig, preset: Preset, parts: Components) -> ExportedExecutor:
+    """Make the executor of `EXECUTORS["exported"]`. UsageError for a model that is not an exported engine."""
+    if not isinstance(parts.vae, ExportedDecoder):
+        raise UsageError(f"executor is {config.executor!r}, but {parts.source} is not exported; give engine")
+    return ExportedExecutor(parts.vae.programs, parts.transformer.rope, preset)
 
 
 class ExportedText:

@@ -25,11 +25,12 @@ def normals(seed: int, frames: Sequence[int], draw: int, shape: tuple[int, ...])
     """Normals float32 [F, *shape] of absolute frames by Philox4x32-10; see `noise` in the plan."""
     count = math.prod(shape)
     quads = np.arange((count + 3) // 4, dtype=np.uint64)
-    words = [np.broadcast_to(quads, (len(frames), len(quads))), np.asarray(frames, np.uint64)[:, None],
-             np.uint64(draw), np.uint64(0)]  # fmt: skip
+    words: list[Array] = [np.broadcast_to(quads, (len(frames), len(quads))), np.asarray(frames, np.uint64)[:, None],
+             np.array(draw, np.uint64), np.array(0, np.uint64)]  # fmt: skip
     key, low = [seed & MASK, seed >> 32], np.uint64(MASK)
     for _ in range(10):
-        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        first: Array = words[0] * np.uint64(0xD2511F53)
+        second: Array = words[2] * np.uint64(0xCD9E8D57)
         words = [
             (second >> np.uint64(32)) ^ words[1] ^ np.uint64(key[0]), second & low,
             (first >> np.uint64(32)) ^ words[3] ^ np.uint64(key[1]), first & low,

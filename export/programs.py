@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,9 @@ class WindowAttention:
 class NetworkPass(nn.Module):
     """A pass of the transformer over the latents of some frames."""
 
+    space_cos: Tensor
+    space_sin: Tensor
+
     def __init__(self, model: Transformer, size: tuple[int, int]) -> None:
         super().__init__()
         spec = model.spec
@@ -90,7 +94,8 @@ class NetworkPass(nn.Module):
         """Return the velocity, and the keys and values of the pass's frames by layer."""
         window = WindowAttention(past, self.angles(rope), self.model.rope.half_split)
         context = TextContext(tuple(zip(text[::2], text[1::2], strict=True)), None)
-        return self.model(latents, timesteps, context, window, actions), window.new
+        velocity: Tensor = self.model.forward(latents, timesteps, context, window, actions)
+        return velocity, window.new
 
     def angles(self, rope: Sequence[Tensor]) -> Angles:
         """Angles of each token from cosines and sines of each frame's position [frames, pairs of time].
@@ -126,6 +131,8 @@ class Commit(NetworkPass):
 
 class Steps(NetworkPass):
     """All steps of a block: noise [draws, F, C, H, W] to clean latents [1, F, C, H, W]."""
+
+    levels: Tensor
 
     def __init__(self, model: Transformer, size: tuple[int, int], sampler: Sampler) -> None:
         super().__init__(model, size)
@@ -210,7 +217,7 @@ def solver_matrix(sampler: Sampler) -> list[list[float]]:
     units = torch.eye(draws + count, dtype=torch.float64)
     solver, latents, rows = sampler.begin(), units[0], []
     for step in range(count):
-        latents = solver.advance(latents, units[draws + step], step, lambda following=step + 1: units[following])
+        latents = solver.advance(latents, units[draws + step], step, partial(units.__getitem__, step + 1))
         rows.append(latents[: draws + step + 1].tolist())
     return rows
 

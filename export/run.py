@@ -361,7 +361,7 @@ def save_array(path: Path, values: Array) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command in sys.argv: 0 for success, 1 for a run that failed, 2 for bad input."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment]
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     options = parse(arguments)
     try:
         made = run(options)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .programs import Program
 
@@ -39,8 +40,9 @@ class WeightFile:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def place(self, data: memoryview) -> tuple[int, int]:
-        """Offset and bytes of `data` in the file; it is appended if it is new."""
+    def place(self, tensor: NDArray[Any]) -> tuple[int, int]:
+        """Offset and bytes of a contiguous tensor in the file; it is appended if it is new."""
+        data = tensor.reshape(-1).view(np.uint8).data
         key = hashlib.sha256(data).digest()
         if key not in self.places:
             self.file.write(bytes(-self.file.tell() % ALIGNMENT))
@@ -70,9 +72,11 @@ def write_onnx(program: Program, folder: Path, weights: WeightFile) -> Path:
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.nbytes >= LEAST_EXTERNAL:
-            offset, length = weights.place(memoryview(np.ascontiguousarray(tensor.numpy())).cast("B"))
+            content = np.ascontiguousarray(tensor.numpy())
+            offset, length = weights.place(content)
+            shape = onnx_ir.Shape(content.shape)
             value.const_value = onnx_ir.ExternalTensor(
-                WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=folder
+                WEIGHTS, offset, length, tensor.dtype, shape=shape, name=value.name or "", base_dir=folder
             )
     path = folder / f"{program.name}.onnx"
     onnx_ir.save(model, path)

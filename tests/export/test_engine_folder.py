@@ -18,9 +18,11 @@ import pytest
 import torch
 from oracles import SIZE, TINY, make_engine
 
+import inferix
 from inferix.errors import CheckpointError, InferixError, UsageError
 from inferix.export import engine_folder, run
 from inferix.export.engine_folder import describe_programs, export_engine, write_engine
+from inferix.export.inside import load_exported
 from inferix.export.numerics import normals
 from inferix.export.plan import FILE, SCHEMA, preset_of, preset_values, read_plan
 from inferix.export.programs import Program, solver_matrix
@@ -32,7 +34,9 @@ from inferix.models.registry import PRESETS, make_preset
 from inferix.models.tinyworld.words import SKIPPED, WORDS
 from inferix.models.tinyworld.words import known_words as encoder_words
 from inferix.runtime.engine import Engine
+from inferix.runtime.limits import Limits
 from inferix.runtime.sampler import Sampler
+from inferix.runtime.sessions.session import Session
 from inferix.schemes.fixed_window import FixedWindow
 from inferix.schemes.sampler_spec import SamplerSpec
 
@@ -124,6 +128,56 @@ def test_runner_equals_eager(case: str, write: Callable[..., Path], tmp_path: Pa
     exported = as_modules(engine, write(engine, tmp_path / "engine", unroll=unroll), unroll)
     latents, pixels, share = steered(engine, exported, blocks, guided)
     assert latents <= 1e-4 and pixels <= 1 and share <= 1e-3
+
+
+def inside(engine: Engine, folder: Path, **settings: Any) -> Engine:
+    """The exported engine in Inferix, its programs as modules."""
+    programs, decoder = describe_programs(engine, SIZE, False)
+    modules = {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs]}
+    return load_exported(folder, Limits(), settings, lambda path: modules[path.stem])
+
+
+def test_sessions_on_an_exported_engine(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Two sessions in turn, a fork, a rewind and a restored file give what the model itself gives."""
+    model = make_engine("tinyworld", dtype="float32", spec=WORLD, rewind_blocks=2)
+    exported = inside(model, write(model, tmp_path / "engine"))
+    assert exported.config.executor == "exported"
+
+    def stream(engine: Engine) -> list[Any]:
+        one = engine.open("a hill", seed=1, actions=["left"]) if engine is exported else engine.open(
+            prompt_embeds=PROMPTS["a hill"], seed=1, actions=["left"], size=SIZE)  # fmt: skip
+        other = engine.open(prompt_embeds=PROMPTS["a lake"], seed=2, size=SIZE)
+        with one, other:
+            blocks = [block for _ in range(4) for session in (one, other) for block in session.stream(1)]
+            other.prompt(embeds=PROMPTS["a hill"])
+            blocks += list(other.stream(4))
+            with one.fork() as fork:
+                fork.act("right")
+                blocks += list(fork.stream(2))
+            one.rewind(2)
+            blocks += list(one.stream(5))
+            one.save(tmp_path / f"{engine is exported}.session")
+        with Session.restore(engine, tmp_path / f"{engine is exported}.session") as restored:
+            return blocks + list(restored.stream(2))
+
+    expected, blocks = stream(model), stream(exported)
+    assert [block.index for block in blocks] == [block.index for block in expected]
+    for made, block in zip(blocks, expected, strict=True):
+        torch.testing.assert_close(made.latents, block.latents, rtol=0, atol=1e-4)
+        assert np.abs(made.frames.astype(int) - block.frames.astype(int)).max() <= 1
+
+
+def test_what_an_exported_engine_refuses_inside(folder: Path, tmp_path: Path) -> None:
+    for settings, named in (({"lora": "style"}, "lora"), ({"dtype": "float16"}, "dtype"), ({"window_blocks": 2}, "blocks")):
+        with pytest.raises(UsageError, match=named):
+            load_exported(folder, Limits(), settings, lambda path: pytest.fail("no program is loaded"))
+    with pytest.raises(UsageError, match="engine"):
+        inferix.load("wan-tiny", engine=folder)
+    loaded = load_exported(folder, Limits(), {}, lambda path: lambda values: {})
+    with pytest.raises(UsageError, match="lora"):
+        loaded.use_lora(tmp_path / "style.safetensors")
+    with pytest.raises(UsageError, match="image"):
+        loaded.open("a hill", image=np.zeros((32, 32, 3), np.uint8), size=SIZE)
 
 
 def test_plan_fits_its_schema(write: Callable[..., Path], tmp_path: Path) -> None:
