@@ -7,6 +7,7 @@ pass gathers the pages that it sees into the tensors that a program reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,7 +69,8 @@ def load_exported(
 
 def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Program]) -> Components:
     """The parts of an engine: the transformer has no weights, which are in the programs."""
-    spec: ModelSpec = restored(ModelSpec, plan["spec"])
+    size = (plan["size"]["picture"][0], plan["size"]["picture"][1])
+    spec: ModelSpec = replace(restored(ModelSpec, plan["spec"]), default_size=size)
     family = family_of(spec)
     with torch.device("meta"):
         transformer = family.build(spec).eval().requires_grad_(False)
@@ -81,6 +83,7 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
         source=plan["model"]["source"],
         form="exported",
         digest=lambda: plan["built"]["checkpoint"],
+        size=size,
     )
 
 

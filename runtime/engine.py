@@ -169,6 +169,9 @@ class Engine:
     ) -> Session:
         preset, inputs = self.preset, self.inputs
         self.spec.latent_size(size)
+        if self.parts.size not in (None, size):
+            width, height = self.default_size
+            raise UsageError(f"size is {size[0]}x{size[1]}, but this engine makes pictures of {width}x{height} only")
         if strength is not None and video is None:
             raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:

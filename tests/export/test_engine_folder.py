@@ -168,14 +168,17 @@ def test_sessions_on_an_exported_engine(write: Callable[..., Path], tmp_path: Pa
 
 
 def test_what_an_exported_engine_refuses_inside(folder: Path, tmp_path: Path) -> None:
-    for settings, named in (({"lora": "style"}, "lora"), ({"dtype": "float16"}, "dtype"), ({"window_blocks": 2}, "blocks")):
-        with pytest.raises(UsageError, match=named):
-            load_exported(folder, Limits(), settings, lambda path: pytest.fail("no program is loaded"))
+    refused = {"lora": "style", "dtype": "float16", "window_blocks": 2}
+    for key, value in refused.items():
+        with pytest.raises(UsageError, match="blocks" if key == "window_blocks" else key):
+            load_exported(folder, Limits(), {key: value}, lambda path: pytest.fail("no program is loaded"))
     with pytest.raises(UsageError, match="engine"):
         inferix.load("wan-tiny", engine=folder)
     loaded = load_exported(folder, Limits(), {}, lambda path: lambda values: {})
     with pytest.raises(UsageError, match="lora"):
         loaded.use_lora(tmp_path / "style.safetensors")
+    with pytest.raises(UsageError, match="64x64"):
+        loaded.open("a hill", size=(64, 64))
     with pytest.raises(UsageError, match="image"):
         loaded.open("a hill", image=np.zeros((32, 32, 3), np.uint8), size=SIZE)
 
