@@ -35,7 +35,7 @@ from .run import OnnxProgram, Program
 from .targets import TARGETS, check_target
 from .word_table import PromptTable
 
-KEPT = ("kv_memory", "kv_offload", "batches")  # settings of an engine that do not concern its programs
+KEPT = ("kv_memory", "kv_offload", "batches", "drift_meter")  # settings of an engine that do not concern its programs
 
 EXECUTORS["exported"] = ExecutorSpec(
     about="programs of an exported engine, pass by pass", make=f"{__name__}:make_exported", devices=("cpu",),
