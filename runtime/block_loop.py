@@ -268,7 +268,8 @@ class BlockLoop:
     ) -> BlockSteps[Tensor]:
         """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided.
 
-        Branches without a weight run only where the pass writes to their past. A branch that does not run a frame has velocity 0 there.
+        Branches without a weight run only where the pass writes to their past. A branch that does not run a frame has
+        velocity 0 there.
         """
         guidance = state.preset.sampler.guide
         timesteps = {frame: group.timestep for group in run.groups for frame in group.frames}
