@@ -128,6 +128,11 @@ class ContextPolicy:
         return self.positions != "absolute"
 
     @property
+    def recomputes(self) -> bool:
+        """True where passes run over clean frames of earlier blocks: a recache, or a rebuild."""
+        return self.prompt_switch == "recache" or self.segment_frames > 0 or not self.commit
+
+    @property
     def has_key_ranges(self) -> bool:
         """True where a block's keys depend on its noise level."""
         return bool(self.noise2clean_kvrange or self.clean_chunk_kvrange)
