@@ -374,8 +374,8 @@ def generate(
     Example: inferix generate --preset longlive --prompt "a street" --prompt-at 2 "snow falls" --seconds 4
     """
     check_length(blocks, seconds)
-    given_parts = {"--model": model, "--preset": preset, "--base": base, "--vae": vae, "--text-encoder": text_encoder}
-    given_parts |= {"--lora": lora, "--size": size, "--device": device, "--dtype": dtype, "--executor": executor}
+    given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--base": base, "--vae": vae}
+    given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device, "--dtype": dtype, "--executor": executor}
     check_beside_engine(exported, given_parts | {"--graphs": graphs, "--profile": profile})
     model = str(exported) if exported is not None else model or default_model(preset)
     if prompt is not None and prompt_embeds is not None:
@@ -391,8 +391,8 @@ def generate(
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
     check_fit(fit)
     outputs = output_paths(out, latents_only, records, profile)
-    inputs = {"--model" if exported is None else "--engine": model, "--base": base, "--vae": vae, "--lora": lora}
-    inputs |= {"--prompt-embeds": prompt_embeds}
+    inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": model, "--base": base}
+    inputs |= {"--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
     inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
     inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
     inputs |= {"--text-encoder": text_encoder, "--set fast_vae": overrides.get("fast_vae")}
