@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, quoted
 from ..models.wan.spec import MODELS
 from ..models.wan.taehv import TinySpec
 from ..runtime.byte_sizes import format_bytes, parse_bytes
@@ -110,7 +110,7 @@ def workload(
     """Make the workload of the options. Raises UsageError that names the nearest choice for an unknown one."""
     if model is not None and model not in MODELS:
         raise UsageError(
-            f"--model is {model!r}{nearest(model, MODELS)}; plan knows models by name: {', '.join(MODELS)}"
+            f"--model is {quoted(model)}{nearest(model, MODELS)}; plan knows models by name: {', '.join(MODELS)}"
         )
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **settings)
     spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
@@ -121,7 +121,7 @@ def workload(
     check_choice("--executor", executor or "eager", EXECUTORS)
     if vae not in (None, "taehv"):
         raise UsageError(
-            f"--vae is {vae!r}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
+            f"--vae is {quoted(vae)}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
         )
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
@@ -134,13 +134,13 @@ def workload(
 
 def known_card(name: str) -> Card:
     if name.lower() not in CARDS:
-        raise UsageError(f"--gpu is {name!r}{nearest(name.lower(), CARDS)}; there are {', '.join(CARDS)}; or --memory")
+        raise UsageError(f"--gpu is {quoted(name)}{nearest(name.lower(), CARDS)}; there are {', '.join(CARDS)}; or --memory")
     return CARDS[name.lower()]
 
 
 def parse_memory(text: str) -> int:
     if text.strip().replace(".", "", 1).isdecimal():
-        raise UsageError(f"--memory is {text!r}, which has no unit; expected such as {text.strip()}GB")
+        raise UsageError(f"--memory is {quoted(text)}, which has no unit; expected such as {text.strip()}GB")
     return parse_bytes(text)
 
 

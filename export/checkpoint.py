@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest, quoted
 from ..models.files import finite, reason, save_pickle, write_json, write_tensors
+from ..models.scaled_weights import unscaled
 from ..models.text.tiny import write_tiny_text_encoder
 from ..models.text.umt5_checkpoint import ORIGINAL_TOKENIZER, find_text
 from ..models.wan.checkpoint import FORMATS, SHARD, merging, read_checkpoint
@@ -43,7 +44,7 @@ def write_random(spec_name: str, form: str, destination: str | Path, seed: int =
     """Write random weights of a named model as a folder in a format. Raises UsageError for unknown names."""
     for what, name, known in (("model", spec_name, MODELS), ("format", form, FORMATS), ("dtype", dtype, DTYPES)):
         if name not in known:
-            raise UsageError(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+            raise UsageError(f"no {what} {quoted(name)}{nearest(name, known)}; there are {', '.join(known)}")
     spec, kind = MODELS[spec_name], DTYPES[dtype]
     vae = vae_for(spec)
     with new_folder(destination) as folder:
@@ -127,9 +128,9 @@ def convert(
     Raises UsageError for bad arguments, InferixError for broken files or a full disk.
     """
     if form not in CONVERTED:
-        raise UsageError(f"format is {form!r}{nearest(form, CONVERTED)}; expected one of {', '.join(CONVERTED)}")
+        raise UsageError(f"format is {quoted(form)}{nearest(form, CONVERTED)}; expected one of {', '.join(CONVERTED)}")
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype is {quoted(dtype)}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
     if isinstance(max_shard, bool) or not isinstance(max_shard, int) or max_shard < 1:
         raise UsageError(f"max_shard is {max_shard}; expected bytes, 1 or more")
     checkpoint = read_checkpoint(source)
@@ -193,7 +194,7 @@ def write_transformer(
         file = SHARD if len(shards) == 1 else f"{stem}-{index + 1:05}-of-{len(shards):05}.safetensors"
         part = {}
         for name in names:
-            tensor = tensors[name]
+            tensor = unscaled(tensors[name])
             written = finite(file, name, change(name, tensor).to(dtype or tensor.dtype))
             part[to_format(form, name)] = written.contiguous()
         write_tensors(part, folder / file, {"format": "pt"})

@@ -110,9 +110,9 @@ class EngineConfig:
         if self.precision_map is None and (self.lowp_keep or self.lowp_layers != EVERY_BLOCK):
             raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
         if self.graphs is not None and self.executor == "eager":
-            raise UsageError(f"graphs is {self.graphs!r}, but executor eager has none; use fused, or captured on a GPU")
+            raise UsageError(f"graphs is {quoted(self.graphs)}, but executor eager has none; use fused, or captured on a GPU")
         if self.executor == "captured" and not self.device.startswith("cuda"):
-            raise UsageError(f"executor captured needs a GPU, and device is {self.device!r}; use fused")
+            raise UsageError(f"executor captured needs a GPU, and device is {quoted(self.device)}; use fused")
 
     @property
     def precision_map(self) -> PrecisionMap | None:
@@ -147,7 +147,7 @@ assert set(SETTINGS) == {setting.name for setting in fields(EngineConfig)}
 
 def check_choice(key: str, value: str, known: Collection[str]) -> None:
     if value not in known:
-        raise UsageError(f"{key} is {value!r}{nearest(str(value), known)}; expected {', '.join(known)}")
+        raise UsageError(f"{key} is {quoted(value)}{nearest(str(value), known)}; expected {', '.join(known)}")
 
 
 def check_device(name: str) -> None:
@@ -155,11 +155,11 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device is {name!r}; expected cpu, cuda or cuda:N") from error
+        raise UsageError(f"device is {quoted(name)}; expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {name!r}, but torch {torch.__version__} finds no GPU; use cpu, or see doctor")
+        raise UsageError(f"device is {quoted(name)}, but torch {torch.__version__} finds no GPU; use cpu, or see doctor")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+        raise UsageError(f"device is {quoted(name)}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
 
 
 def default_executor(device: str) -> str:

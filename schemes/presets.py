@@ -209,7 +209,7 @@ def default_preset(model: str) -> str:
 def make_preset(name: str, **overrides: Any) -> Preset:
     """The preset of that name with some fields replaced; UsageError names the nearest for an unknown one."""
     if name not in PRESETS:
-        raise UsageError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+        raise UsageError(f"no preset {quoted(name)}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     changes: dict[str | None, dict[str, Any]] = {None: {}, "sampler": {}, "context": {}}
     for key, value in overrides.items():
         if key not in FIELDS:
@@ -226,7 +226,7 @@ def make_preset(name: str, **overrides: Any) -> Preset:
 
 
 def no_setting(key: str, known: Collection[str]) -> UsageError:
-    return UsageError(f"no setting {key!r}{nearest(key, known)}; there are {', '.join(sorted(known))}")
+    return UsageError(f"no setting {quoted(key)}{nearest(key, known)}; there are {', '.join(sorted(known))}")
 
 
 LARGEST: Any = sys.float_info.max

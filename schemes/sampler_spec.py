@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 
 TRAIN_TIMESTEPS = 1000
 SOLVERS = ("renoise", "unipc")
@@ -35,7 +35,7 @@ class SamplerSpec:
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
         if self.solver not in SOLVERS:
-            raise UsageError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}")
+            raise UsageError(f"solver is {quoted(self.solver)}; expected one of {', '.join(SOLVERS)}")
         if self.solver == "unipc" and self.num_steps < 1:
             raise UsageError(f"num_steps is {self.num_steps}; expected 1 or more")
         if self.solver == "renoise":

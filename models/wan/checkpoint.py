@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, nearest, quoted
 from ..files import check_file, fill, read_json, read_tensors
+from ..scaled_weights import stored_dtype
 from ..state_dicts import (
     EXPERTS,
     WEIGHTS,
@@ -100,7 +101,7 @@ def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = T
     """Map a checkpoint file or folder. Raises UsageError if it is no transformer, CheckpointError for a broken file."""
     path = Path(path)
     if form is not None and form not in FORMATS:
-        raise UsageError(f"no checkpoint format {form!r}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
+        raise UsageError(f"no checkpoint format {quoted(form)}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
     source, config = find_transformer(path)
     content = read_weight_files(source)
     name = source.files[0].name
@@ -283,7 +284,7 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
         return known[0]
     if action_dim is not None:
         names = ", ".join(spec.name for spec in MODELS.values() if spec.actions)
-        raise UsageError(f"{str(path)!r} follows {action_dim} actions, which have no names here; known are {names}")
+        raise UsageError(f"{quoted(str(path))} follows {action_dim} actions, which have no names here; known are {names}")
     like = MODELS["wan-5b"] if sizes["out_channels"] == MODELS["wan-5b"].out_channels else MODELS["wan-1.3b"]
     return ModelSpec(
         name="custom", **sizes, **values, freq_dim=freq_dim, patch=facts["patch"], image_dim=image_dim,
@@ -424,7 +425,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "tensors": len(checkpoint.tensors),
         "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
+        "dtypes": sorted({str(stored_dtype(tensor)).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
         "lora": str(checkpoint.lora) if checkpoint.lora else None,
         "files": [str(file) for file in checkpoint.files],
         "vae": str(vae) if vae else "not beside it; give base",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import UsageError, quoted
 from ...models.files import finite
 from ...models.wan.lora import fitting, merged, read_lora
 
@@ -32,7 +32,7 @@ class Adapter:
         InferixError for a damaged file. Both leave the weights unchanged.
         """
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise UsageError(f"scale is {scale!r}; expected a number, 1 for the adapter as it is")
+            raise UsageError(f"scale is {quoted(scale)}; expected a number, 1 for the adapter as it is")
         updates = fitting(read_lora(lora), self.weights, partial)
         updates = {name: update.to(self.weights[name].device) for name, update in updates.items()}
         for name in updates:
