@@ -91,7 +91,7 @@ def graph(
         check_output(svg)
     stored = save or load
     if device is not None and stored is None:
-        raise UsageError(f"--device is {quoted(device)}, which is only for stored graphs; give --save or --load as well")
+        raise UsageError(f"--device is {quoted(device)}, which is only for stored graphs; give --save or --load, too")
     device = device or default_device()
     if load is not None and model is None and preset is None:
         model, preset = stored_for(load)

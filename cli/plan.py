@@ -134,7 +134,8 @@ def workload(
 
 def known_card(name: str) -> Card:
     if name.lower() not in CARDS:
-        raise UsageError(f"--gpu is {quoted(name)}{nearest(name.lower(), CARDS)}; there are {', '.join(CARDS)}; or --memory")
+        known = ", ".join(CARDS)
+        raise UsageError(f"--gpu is {quoted(name)}{nearest(name.lower(), CARDS)}; there are {known}; or --memory")
     return CARDS[name.lower()]
 
 

@@ -204,7 +204,7 @@ def check_archive(path: Path) -> None:
                 if part.filename.endswith("data.pkl"):
                     part.CRC = None  # type: ignore[assignment]  # torch can be set to write files without checksums
                     check_pickle(path, io.BytesIO(archive.read(part)))
-    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
         raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
 
 

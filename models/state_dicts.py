@@ -175,7 +175,8 @@ def refuse_quantised(path: object, tensors: Mapping[str, Tensor]) -> None:
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.dtype not in FLOATS or SCALES.search(name):
             raise UsageError(
-                f"{path} has {name[:200]} in {kind}; quantised weights are read only beside their scales, use the bfloat16 file"
+                f"{path} has {name[:200]} in {kind}; quantised weights need their scales beside them, "
+                "use the bfloat16 file"
             )
 
 

@@ -110,7 +110,7 @@ class EngineConfig:
         if self.precision_map is None and (self.lowp_keep or self.lowp_layers != EVERY_BLOCK):
             raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
         if self.graphs is not None and self.executor == "eager":
-            raise UsageError(f"graphs is {quoted(self.graphs)}, but executor eager has none; use fused, or captured on a GPU")
+            raise UsageError(f"graphs is {quoted(self.graphs)}, but executor eager has none; use fused or captured")
         if self.executor == "captured" and not self.device.startswith("cuda"):
             raise UsageError(f"executor captured needs a GPU, and device is {quoted(self.device)}; use fused")
 
@@ -157,7 +157,7 @@ def check_device(name: str) -> None:
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"device is {quoted(name)}; expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {quoted(name)}, but torch {torch.__version__} finds no GPU; use cpu, or see doctor")
+        raise UsageError(f"device is {quoted(name)}, but torch {torch.__version__} finds no GPU; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device is {quoted(name)}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
 

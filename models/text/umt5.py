@@ -95,7 +95,7 @@ def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int
         raise UsageError(f"{where} is {list(rows.shape)}; expected [1..{text_len}, {text_dim}]")
     if rows.dtype not in FLOATS or not rows.isfinite().all():
         kind = str(rows.dtype).removeprefix("torch.")
-        raise UsageError(f"{where} has {kind} or values that are not finite; expected finite numbers in 16 bits or more")
+        raise UsageError(f"{where} has {kind}, or values that are not finite; expected finite floats, 16 bits up")
     return torch.cat((rows, rows.new_zeros(text_len - len(rows), text_dim)))
 
 
@@ -104,7 +104,8 @@ def read_embeds(path: Path) -> Tensor:
     try:
         with safe_open(path, "pt") as file:
             if "prompt_embeds" not in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                raise UsageError(f"{quoted(str(path))} holds {quoted(list(file.keys()))}; expected a tensor 'prompt_embeds'")
+                names = quoted(list(file.keys()))
+                raise UsageError(f"{quoted(str(path))} holds {names}; expected a tensor 'prompt_embeds'")
             return file.get_tensor("prompt_embeds")
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot read {quoted(str(path))}: {reason(error)}; expected a safetensors file") from error

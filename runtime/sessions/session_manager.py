@@ -182,7 +182,7 @@ class SessionManager:
             try:
                 with shortages_named():
                     session.entering()
-            except BaseException as error:
+            except BaseException as error:  # raised again, once the session has ended and holds nothing
                 self._fail(session, error if isinstance(error, Exception) else interrupted("its opening", error))
                 raise
             session.entering = None
@@ -228,12 +228,12 @@ class SessionManager:
         try:
             with shortages_named():
                 yield
-        except Exception as error:
+        except Exception as error:  # of any kind: it ends this session, and the others go on
             if session.rollback_point is not None and isinstance(error, SHORTAGES):
                 self._rollback(session, error)
             else:
                 self._fail(session, error)
-        except BaseException as error:
+        except BaseException as error:  # an interruption, raised again
             if session.rollback_point is not None:
                 self._rollback(session)
             elif session.begun:
@@ -473,7 +473,7 @@ class SessionManager:
             with shortages_named():
                 _, frames = self._decode(session, record, latents, show=True)
                 self._deliver(session, record, latents, frames)
-        except BaseException as error:
+        except BaseException as error:  # of any kind: in this thread nobody else would see it
             session.decode_error = error if isinstance(error, Exception) else interrupted("decoding", error)
             self.condition.signal()
             session.output.wake_readers()
@@ -615,7 +615,7 @@ class SessionManager:
             try:
                 with self.thread.in_callback():
                     observer(record)
-            except Exception as error:
+            except Exception as error:  # the observer is the user's
                 message = f"an observer raised {type(error).__name__}: {error}; blocks and other observers go on"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
 

@@ -66,7 +66,7 @@ class Branch:
         try:
             for rows in texts:
                 branches.append(cls.new(resources, rows, size))
-        except BaseException:
+        except BaseException:  # raised again; Ctrl-C must not leak pages either
             for branch in branches:
                 branch.cache.release()
             raise
@@ -599,7 +599,7 @@ class SessionState:
             for name, form in cls.save_forms().items():
                 values[name] = form.read(file)
             return cls(**values)
-        except BaseException:
+        except BaseException:  # raised again; Ctrl-C must not leak pages either
             for branch in values.get("branches", ()):
                 branch.cache.release()
             raise
