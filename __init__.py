@@ -13,34 +13,41 @@ from .errors import AtCapacity, CheckpointError, InferixError, SessionEnded, Usa
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .models.wan.checkpoint import FORMATS, Format
+    from .models.family import Format
+    from .models.registry import FORMATS, PRESETS, make_preset
     from .runtime.config import EngineConfig
     from .runtime.engine import Engine
+    from .runtime.execution.executors import Executor
+    from .runtime.executor_specs import EXECUTORS, ExecutorSpec
     from .runtime.limits import DegradationStep, Limits
     from .runtime.load import load
     from .runtime.noise import InjectedNoise
     from .runtime.sessions.output_queue import Block
     from .runtime.sessions.session import Session
-    from .schemes.presets import PRESETS, About, Preset, make_preset
+    from .schemes.presets import About, Preset
 
 MODULES = {
     "About": "schemes.presets",
     "Block": "runtime.sessions.output_queue",
     "DegradationStep": "runtime.limits",
+    "EXECUTORS": "runtime.executor_specs",
     "Engine": "runtime.engine",
     "EngineConfig": "runtime.config",
-    "FORMATS": "models.wan.checkpoint",
-    "Format": "models.wan.checkpoint",
+    "Executor": "runtime.execution.executors",
+    "ExecutorSpec": "runtime.executor_specs",
+    "FORMATS": "models.registry",
+    "Format": "models.family",
     "InjectedNoise": "runtime.noise",
     "Limits": "runtime.limits",
-    "PRESETS": "schemes.presets",
+    "PRESETS": "models.registry",
     "Preset": "schemes.presets",
     "Session": "runtime.sessions.session",
     "load": "runtime.load",
-    "make_preset": "schemes.presets",
+    "make_preset": "models.registry",
 }
 
 __all__ = [
+    "EXECUTORS",
     "FORMATS",
     "PRESETS",
     "About",
@@ -50,6 +57,8 @@ __all__ = [
     "DegradationStep",
     "Engine",
     "EngineConfig",
+    "Executor",
+    "ExecutorSpec",
     "Format",
     "InferixError",
     "InjectedNoise",

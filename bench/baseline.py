@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..graphs.passes import Pass
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
-from ..models.wan.transformer import TextContext
+from ..models.transformer import TextContext
+from ..models.wan.transformer import WanTransformer
 from ..runtime.engine import Engine
 from ..runtime.execution.decode_pipeline import to_frames
 from ..runtime.inputs import Pixels
@@ -105,7 +107,10 @@ class PlainLoop:
 
     def __init__(self, engine: Engine, rows: Tensor, seed: int, size: tuple[int, int], compiled: LayerForward) -> None:
         self.engine, self.size, self.rows = engine, size, rows
-        self.transformer, self.spec = engine.parts.transformer, engine.spec
+        transformer = engine.parts.transformer
+        if not isinstance(transformer, WanTransformer):
+            raise UsageError(f"model {engine.spec.name!r} is no Wan transformer, which the plain loop is for; use none")
+        self.transformer, self.spec = transformer, engine.spec
         self.sampler, self.noise = Sampler(engine.preset.sampler), PhiloxNoise(seed, str(engine.device))
         self.timeline = Timeline(engine.preset)
         self.decoder = engine.parts.vae.new_state()

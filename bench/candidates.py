@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import InferixError, UsageError, nearest
 from ..runtime.engine import Engine
-from ..runtime.execution.executors import GraphExecutor
+from ..runtime.executor_specs import EXECUTORS, executor_spec
 from ..runtime.inputs import Pixels
 from ..runtime.sessions.output_queue import Block
 from .baseline import BlockOutput, PlainLoop, compiled_layer, run_layer, unsupported_reason
@@ -90,11 +90,6 @@ def block_output(block: Block) -> BlockOutput:
     return BlockOutput(block.latents, block.frames, dict(block.timings), tuple(block.record.passes))
 
 
-EXECUTOR_NOTES = {
-    ORACLE: "the engine's plain executor, pass by pass, all in the model's dtype: the reference for all others",
-    "fused": "the rewritten graph, its calls launched one by one",
-    "captured": "the rewritten graph, a whole block replayed as one CUDA graph where the preset allows it",
-}
 BASELINE_NOTES = {
     "plain": "a loop in the structure of the public reference: contiguous cache rolled by copying, embeddings in every "
     "pass, torch's attention",
@@ -104,11 +99,14 @@ BASELINE_NOTES = {
 
 def candidates(engine: Engine, rows: Tensor, subject: Subject) -> tuple[list[Candidate], dict[str, str]]:
     """Candidates that can run the engine's preset on its device, the oracle first, and the reasons of all others."""
-    left_out = {} if engine.device.type == "cuda" else {"captured": "it needs a GPU"}
+    left_out = {
+        name: f"it runs on {' or '.join(spec.devices)}"
+        for name, spec in EXECUTORS.items() if engine.device.type not in spec.devices
+    }  # fmt: skip
     if reason := unsupported_reason(engine.preset):
         left_out |= dict.fromkeys(BASELINE_NOTES, reason)
     available = [
-        executor_candidate(engine, name, rows, subject) for name in EXECUTOR_NOTES if name not in left_out
+        executor_candidate(engine, name, rows, subject) for name in EXECUTORS if name not in left_out
     ] + [baseline_candidate(engine, name, rows, subject) for name in BASELINE_NOTES if name not in left_out]
     return available, left_out
 
@@ -130,11 +128,10 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
         return {"cache": cache, "decoder state": session.current.decoder.nbytes, **engines[0].executor.bytes_by_owner()}
 
     def fallbacks() -> list[str]:
-        executors = [one.executor for one in engines]
-        return [reason for one in executors if isinstance(one, GraphExecutor) for reason in one.launcher.fallbacks]
+        return [reason for one in engines for reason in one.executor.fallbacks()]
 
     fewer_bits = name != ORACLE and uses_fewer_bits(engine.config)
-    return Candidate(name, EXECUTOR_NOTES[name], begin, owners, engines.clear, fewer_bits, fallbacks)
+    return Candidate(name, executor_spec(name).about, begin, owners, engines.clear, fewer_bits, fallbacks)
 
 
 def baseline_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject) -> Candidate:
@@ -167,7 +164,7 @@ def choose(
     names = [candidate.name for candidate in offered if candidate.name not in left_out]
     chosen: list[str] = []
     for option, asked, known in (
-        ("executor", executors, [*EXECUTOR_NOTES]), ("baseline", baselines, [*BASELINE_NOTES, NONE])
+        ("executor", executors, [*EXECUTORS]), ("baseline", baselines, [*BASELINE_NOTES, NONE])
     ):  # fmt: skip
         for name in asked:
             if name not in known:

@@ -31,6 +31,7 @@ from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec, architecture
 from ..runtime.engine import Engine
 from ..runtime.execution.executors import GraphExecutor
+from ..runtime.executor_specs import EXECUTORS
 from ..runtime.files import write_atomically
 from ..runtime.sampler import scheduled_blocks
 from ..runtime.streams import make_current
@@ -109,7 +110,7 @@ def check_graph(subject: Subject) -> tuple[dict[str, Any], list[str]]:
     """
     engine = open_engine(replace(subject, executor=ORACLE))
     rows, full = random_prompt(engine, subject.seed), blocks_until_full(engine.preset)
-    names = ["fused", "captured"] if engine.device.type == "cuda" else ["fused"]
+    names = [name for name, spec in EXECUTORS.items() if spec.graphs and engine.device.type in spec.devices]
     checker = candidates.make_checker(engine, rows, subject, [True] * (full + 2))
     facts: dict[str, Any] = {"environment": environment(str(engine.device)), "bits_off": checker.bits_off}
     wrong, outputs = [], {}
@@ -160,7 +161,7 @@ def check_captures(
     second.step(decode=False)
     first.close()
     second.close()
-    later, wrong = executor.launcher.captures - before, list(executor.launcher.fallbacks)
+    later, wrong = executor.launcher.captures - before, executor.fallbacks()
     plan = next(islice(scheduled_blocks(engine.preset), full + 1, None))
     expected = 1 + sum(scheduled.kind == "rebuild" for scheduled in plan.passes)
     if executor.supports_whole_block and launches["graphs"] != expected:

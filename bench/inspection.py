@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ..runtime.engine import Engine
+from ..runtime.executor_specs import EXECUTORS
 from ..runtime.telemetry.profile import Ceilings, Profile
-from .candidates import EXECUTOR_NOTES, Candidate, EngineStream, Stream, candidate_errors, failure_reason
+from .candidates import Candidate, EngineStream, Stream, candidate_errors, failure_reason
 from .machine import synchronize
 from .result import Series
-from .subject import ORACLE
 
 KERNELS = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 GRAPHS = ("cudaGraphLaunch", "cuGraphLaunch")
@@ -32,7 +32,7 @@ def inspect_block(candidate: Candidate, engine: Engine, full: int, ceilings: Map
     try:
         facts |= memory_and_launches(candidate, engine, full)
         candidate.drop()
-        if candidate.name in EXECUTOR_NOTES and candidate.name != ORACLE:
+        if candidate.name in EXECUTORS and EXECUTORS[candidate.name].graphs:
             facts["profile"] = profiled(candidate, full, ceilings)
     except candidate_errors() as error:
         facts["not_seen"] = failure_reason(error)

@@ -21,26 +21,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Final, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError
 from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
-from ..runtime.execution.executors import EagerExecutor, GraphExecutor
+from ..runtime.executor_specs import names_with
 from ..runtime.media import VideoWriter
 from ..runtime.sessions.batch_profile import BatchProfile, save_profile
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
+from ..runtime.sinks import Frames, Pump, Sink
 from .baseline import BlockOutput
 from .candidates import block_output, check_executor, executor_candidate, make_checker
 from .machine import environment, measure_ceilings, process_memory
 from .result import Result, Series
 from .subject import (
-    ORACLE,
     Subject,
     check_memory,
     describe,
@@ -54,7 +53,6 @@ from .subject import (
 from .work import blocks_until_full
 
 Log = Callable[[str], None]
-Frames = NDArray[np.uint8]
 SINKS = ("memory", "mp4")
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # folders of compiled kernels
 TENTHS = 10
@@ -100,31 +98,42 @@ class Options:
             raise UsageError(f"sink is {self.sink!r}; expected {' or '.join(SINKS)}")
 
 
-class Sink(Protocol):
-    """Destination of frames."""
-
-    def add(self, frames: Frames) -> None:
-        """Take uint8 frames [T, H, W, 3]."""
-
-
 class MemorySink:
     """Sink that counts frames in host memory and drops them."""
 
+    when_full: Final = "wait"
+    full = False
+
     def __init__(self) -> None:
         self.frames = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing: there is no output."""
 
     def add(self, frames: Frames) -> None:
         self.frames += len(frames)
 
 
-@contextmanager
-def open_sink(kind: str, engine: Engine, size: tuple[int, int]) -> Iterator[Sink]:
-    """Open a sink of `SINKS`; `mp4` encodes into a temporary file of frames of `size` (width, height)."""
-    if kind == "memory":
-        yield MemorySink()
-        return
-    with tempfile.TemporaryDirectory() as folder, VideoWriter(Path(folder) / "video.mp4", engine.fps, size) as writer:
-        yield writer
+class TemporaryVideo(VideoWriter):
+    """A video in a temporary folder, removed at the end."""
+
+    def __init__(self, fps: float, size: tuple[int, int]) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        super().__init__(Path(self.folder.name) / "video.mp4", fps, size)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self.folder:
+            super().__exit__(kind, error, trace)
+
+
+def make_sink(kind: str, engine: Engine, size: tuple[int, int]) -> Sink:
+    """A sink of `SINKS` for frames of `size` (width, height)."""
+    return MemorySink() if kind == "memory" else TemporaryVideo(engine.fps, size)
 
 
 @dataclass(frozen=True)
@@ -194,12 +203,16 @@ def check(options: Options) -> EngineConfig:
     config, preset = engine_settings(options.subject)
     blocks_until_full(preset)
     check_memory(options.subject)
-    if config.executor == ORACLE and uses_fewer_bits(config):
+    if uses_fewer_bits(config) and not config.executor_spec.fast_lowp:
         raise UsageError(
-            f"executor {ORACLE!r} in low precision is only a slow reference; choose 'fused', or 'captured' on a GPU"
+            f"executor {config.executor!r} in low precision is only a slow reference; choose "
+            f"{names_with(lambda spec: spec.fast_lowp)}"
         )
-    if options.batches is not None and not (EagerExecutor if config.executor == ORACLE else GraphExecutor).batches:
-        raise UsageError(f"executor {config.executor!r} runs no batches; choose executor 'eager', or leave batches out")
+    if options.batches is not None and not config.executor_spec.batches:
+        raise UsageError(
+            f"executor {config.executor!r} runs no batches; choose {names_with(lambda spec: spec.batches)}, or leave "
+            "batches out"
+        )
     return config
 
 
@@ -219,7 +232,7 @@ def run_in_thread(engine: Engine) -> Iterator[None]:
 
 def cold_starts(options: Options, log: Log) -> dict[str, list[dict[str, float]]]:
     """Time stamps of processes that start with empty caches (cold), and with those of an earlier process (stored)."""
-    executor = engine_settings(options.subject)[0].executor
+    graphs = engine_settings(options.subject)[0].executor_spec.graphs
     marks: dict[str, list[dict[str, float]]] = {"cold": [], "stored": []}
     for index in range(options.starts):
         with tempfile.TemporaryDirectory() as folder:
@@ -227,8 +240,8 @@ def cold_starts(options: Options, log: Log) -> dict[str, list[dict[str, float]]]
                 if name == "stored" and not any(Path(folder).iterdir()):
                     continue  # nothing was stored, so a second start would be cold as well
                 log(f"start {index + 1} of {options.starts}, {name}")
-                graphs = None if executor == ORACLE else f"{folder}/graphs"
-                marks[name].append(start(replace(options.subject, graphs=graphs), folder))
+                stored = f"{folder}/graphs" if graphs else None
+                marks[name].append(start(replace(options.subject, graphs=stored), folder))
     return {name: starts for name, starts in marks.items() if starts}
 
 
@@ -312,13 +325,13 @@ def time_streams(engine: Engine, options: Options, count: int, first: int = 0) -
         opened = [
             stack.enter_context(engine.open(**prompt, seed=subject.seed + index, size=size)) for index in range(count)
         ]
-        sinks = [stack.enter_context(open_sink(options.sink, engine, size)) for _ in opened]
-        streams = [session.stream() for session in opened]
+        streams = [
+            stack.enter_context(Pump(session.stream(), make_sink(options.sink, engine, size))) for session in opened
+        ]
         stack.enter_context(run_in_thread(engine))
         for number in range(full + options.blocks + 1):
-            for index, (stream, sink) in enumerate(zip(streams, sinks, strict=True)):
+            for index, stream in enumerate(streams):
                 block = next(stream)
-                sink.add(frames_of(block))
                 if number >= full:
                     arrivals[index].append(time.perf_counter())
                     frames[index].append(len(frames_of(block)))
@@ -342,10 +355,10 @@ def time_controls(engine: Engine, options: Options, log: Log) -> list[float]:
     senders = [control_sender(engine, index) for index in range(options.controls)]
     limit = full + 1 + BLOCKS_PER_CONTROL * options.controls
     opened = engine.open(**prompt_arguments(engine, subject.seed), seed=subject.seed, size=size)
-    with opened as session, open_sink(options.sink, engine, size) as sink, run_in_thread(engine):
+    sink = make_sink(options.sink, engine, size)
+    with opened as session, Pump(session.stream(), sink) as stream, run_in_thread(engine):
         before = time.perf_counter()
-        for index, block in enumerate(islice(session.stream(), limit)):
-            sink.add(frames_of(block))
+        for index, block in enumerate(islice(stream, limit)):
             now = time.perf_counter()
             arrived |= {ack.id: now for ack in block.acks}
             if len(arrived) == options.controls:
@@ -438,10 +451,10 @@ def long_run(engine: Engine, options: Options, log: Log) -> dict[str, Any]:
     log(f"a long run of {blocks} blocks")
     intervals, cpu_seconds, process, device, frames = [], [], [], [], []
     opened = engine.open(**prompt_arguments(engine, subject.seed), seed=subject.seed, size=size)
-    with opened as session, open_sink(options.sink, engine, size) as sink, run_in_thread(engine):
+    sink = make_sink(options.sink, engine, size)
+    with opened as session, Pump(session.stream(), sink) as stream, run_in_thread(engine):
         before, cpu = time.perf_counter(), time.process_time()
-        for block in islice(session.stream(), blocks):
-            sink.add(frames_of(block))
+        for block in islice(stream, blocks):
             now, cpu_now = time.perf_counter(), time.process_time()
             intervals.append(now - before)
             cpu_seconds.append(cpu_now - cpu)

@@ -1,7 +1,7 @@
 """The model of a benchmark: a checkpoint as `load` reads it, or random weights of a real size.
 
 Random weights are drawn on the device, tensor by tensor in the model's dtype, without a file or a copy on the host.
-Queries and keys are larger than in `models.wan.random`, so that attention concentrates on few keys and a wrong key
+Queries and keys are larger than in `models.random`, so that attention concentrates on few keys and a wrong key
 shows in the outputs.
 """
 
@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, nearest
 from ..models.hub import is_hub_name
-from ..models.wan.random import vae_for
-from ..models.wan.spec import MODELS, ModelSpec
-from ..models.wan.taehv import TinyDecoder
-from ..models.wan.transformer import WanTransformer
-from ..models.wan.vae import CausalVae
-from ..models.wan.vae_checkpoint import Decoder
+from ..models.registry import MODELS, PRESETS, default_preset, family_of, make_preset, shipped
+from ..models.spec import ModelSpec
 from ..runtime.capacity.memory_check import MemoryCheck
-from ..runtime.capacity.planner import tiny_for
 from ..runtime.config import (
     DTYPES,
     EVERY_BLOCK,
@@ -32,16 +27,17 @@ from ..runtime.config import (
     patterns,
 )
 from ..runtime.engine import Engine
-from ..runtime.execution.loading import SHIPPED, Components, random_text
+from ..runtime.execution.loading import Components
+from ..runtime.executor_specs import REFERENCE
 from ..runtime.load import load
-from ..schemes.presets import FIELDS, PRESETS, Preset, default_preset, make_preset, no_setting
+from ..schemes.presets import FIELDS, Preset, no_setting
 from .work import blocks_until_full
 
 Model = TypeVar("Model", bound=nn.Module)
 ATTENTION_GAIN = 3**0.5  # of queries and of keys: logits with a standard deviation of 3, so few keys have most weight
 PROMPT = "a red robot in a snowy forest by day"
 PROMPT_ROWS = 1 / 4  # of the text encoder's rows; the rest is zero, as after a prompt's end
-ORACLE = "eager"  # the executor that computes the reference
+ORACLE = REFERENCE  # the executor that computes the reference
 FULL = {"lowp": None, "lowp_layers": EVERY_BLOCK, "lowp_keep": (), "kv_dtype": None}  # full precision
 
 
@@ -80,7 +76,7 @@ class Subject:
     @property
     def is_named(self) -> bool:
         """True for a model that exists only by name, so that its weights are always random."""
-        return self.model in MODELS and self.model not in SHIPPED and not Path(self.model).exists()
+        return self.model in MODELS and shipped(self.model) is None and not Path(self.model).exists()
 
     @property
     def is_random(self) -> bool:
@@ -155,7 +151,7 @@ def check_memory(subject: Subject) -> None:
     config, preset = engine_settings(subject)
     if subject.is_random:
         spec = MODELS[subject.model]
-        decoder = tiny_for(spec) if config.vae else vae_for(spec)
+        decoder = family_of(spec).chosen_decoder_spec(spec, tiny=config.vae is not None)
         check = MemoryCheck(config, preset, subject.size, force=subject.force)
         check(spec, decoder, text=0, fast=None, made_on_host=False)
 
@@ -183,16 +179,14 @@ def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components
         raise UsageError(f"streams of {spec.name} are not in this version; measure another model")
     if config.vae not in (None, "taehv"):
         raise UsageError(f"vae is {config.vae!r}, but {spec.name} has random weights; leave it out, or use 'taehv'")
-    dtype = DTYPES[config.dtype]
+    dtype, family = DTYPES[config.dtype], family_of(spec)
     with torch.device("meta"):
-        transformer = WanTransformer(spec, config.precision)
-        decoder: Decoder = CausalVae(vae_for(spec))
-        if config.vae == "taehv":
-            decoder = TinyDecoder(tiny_for(spec))
+        transformer = family.build(spec, config.precision)
+        decoder = family.build_decoder(family.chosen_decoder_spec(spec, tiny=config.vae == "taehv"))
     return Components(
         transformer=draw_weights(transformer, seed, dtype, config.device),
         vae=draw_weights(decoder, seed + 1, dtype, config.device),
-        text=random_text(spec, dtype, config.device),
+        text=family.random_text(spec, dtype, config.device),
         source=spec.name,
         form="random",
         digest=lambda: None,

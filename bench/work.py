@@ -13,7 +13,8 @@ from itertools import islice
 from ..errors import UsageError
 from ..graphs.passes import Pass
 from ..graphs.rewrites.lowp import PrecisionMap
-from ..models.wan.spec import ModelSpec
+from ..models.decoder import DecoderSpec
+from ..models.spec import ModelSpec
 from ..runtime.capacity import costs
 from ..runtime.sampler import scheduled_blocks
 from ..schemes.block_schedule import ScheduledBlock
@@ -70,12 +71,12 @@ def pass_work(
     return Work(costs.pass_flops(spec, tokens, run).total, traffic)
 
 
-def decoder_work(spec: costs.DecoderSpec, latent: tuple[int, int], frames: int, dtype: str) -> Work:
+def decoder_work(spec: DecoderSpec, latent: tuple[int, int], frames: int, dtype: str) -> Work:
     """Work of decoding `frames` latent frames of (height, width) in the middle of a stream."""
     item, area = costs.ITEMSIZE[dtype], latent[0] * latent[1]
-    weights = sum(conv.parameters for conv in costs.convs(spec))
+    weights = spec.decoding_parameters
     pictures = 3 * area * spec.spatial_stride**2 * spec.temporal_stride
     moved = item * (weights + frames * (spec.z_dim * area + pictures))
     return Work(
-        frames * costs.decode_flops(spec, latent), moved + 2 * costs.decoder_state_bytes(spec, latent, dtype)
+        frames * spec.decode_flops(latent), moved + 2 * costs.decoder_state_bytes(spec, latent, dtype)
     )

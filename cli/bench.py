@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
-from ..schemes.presets import UNTRAINED
-from .options import FORCE, OFFLINE, parse_settings, parse_size
+from ..models.registry import UNTRAINED
+from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, OFFLINE, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.kernels import Options
@@ -128,7 +128,7 @@ def block(
     random_weights: bool = RANDOM,
     frames_in_window: int | None = typer.Option(None, help="Window in latent frames.  [default: the preset's]"),
     executor: list[str] = typer.Option(
-        [], metavar="NAME", help="eager, fused or captured; repeatable.  [default: all that can run]"
+        [], metavar="NAME", help=f"{EXECUTOR_NAMES}; repeatable.  [default: all that can run]"
     ),
     baseline: list[str] = typer.Option(
         [], metavar="NAME", help="plain, compiled or none; repeatable.  [default: all, on a CPU plain]"
@@ -186,7 +186,7 @@ def stream(
     batches: Path | None = typer.Option(
         None, metavar="FILE", help="Also run the sessions as one batch; write the times for load(batches=FILE)."
     ),
-    executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured on a GPU]"),
+    executor: str | None = EXECUTOR,
     minutes: float | None = typer.Option(None, help="Add a long run of N minutes of video."),
     sink: str = typer.Option("memory", help="memory, or mp4 to encode the video as well."),
     size: str | None = SIZE,

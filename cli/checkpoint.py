@@ -72,7 +72,7 @@ def inspect(
 
     Example: inferix checkpoint inspect tiny/ --json
     """
-    from ..models.wan.checkpoint import inspect as read_facts
+    from ..models.registry import inspect as read_facts
 
     facts = read_facts(path)
     if as_json:

@@ -43,7 +43,7 @@ def installed(name: str) -> str | None:
 
 def cpu_facts() -> dict[str, Any]:
     """Return the cores this process may use and the machine's memory in GiB (None if the system does not report it)."""
-    from ..models.wan.random import host_memory
+    from ..models.random import host_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = host_memory()

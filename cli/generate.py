@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -29,15 +29,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 
 from ..errors import InferixError, UsageError, nearest, one_line, quoted
+from ..models.registry import UNTRAINED, default_model
+from ..runtime.executor_specs import default_executor
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
 from ..runtime.media_input import check_fit, read_video
+from ..runtime.sinks import Pump
 from ..schemes.actions import read_actions
-from ..schemes.presets import UNTRAINED, default_model
 from ..schemes.storyboard import Cue, read_storyboard, schedule
 from ..user_files import read_yaml
 from ..version import __version__
-from .options import FORCE, OFFLINE, check_settings, counted, parse_settings, parse_size
+from .options import EXECUTOR, FORCE, OFFLINE, check_settings, counted, parse_settings, parse_size
 from .presets import print_presets
 
 if TYPE_CHECKING:
@@ -157,19 +159,15 @@ def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
         yield lambda fps: progress.update(task, advance=1, speed=f"{fps:.2f} FPS" if fps else "")
 
 
-def record_blocks(
-    session: Any, blocks: int, cues: dict[int, str], writer: VideoWriter | None, advance: Any, result: Result,
-    samples: list[Any],
-) -> None:  # fmt: skip
+def record_blocks(stream: Iterable[Any], blocks: int, advance: Any, result: Result, samples: list[Any]) -> None:
     """Run the stream; adds finished blocks to `result`, and latents or (label, frame)s for the sheet to `samples`."""
     start = time.perf_counter()
-    for block in steered(session, blocks, cues, decode=writer is not None):
+    for block in stream:
         made, count = len(result.blocks), 0
-        if writer is None:
+        if block.frames is None:
             samples.append(block.latents.detach().cpu())
         else:
             count = len(block.frames)
-            writer.add(block.frames)
             chosen = sheet_indices(count, made, blocks)
             samples += [(str(result.frames + index), block.frames[index].copy()) for index in chosen]
         result.blocks.append({"index": block.index, "frames": count, "timings": dict(block.timings)})
@@ -325,9 +323,7 @@ def generate(
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
-    executor: str | None = typer.Option(
-        None, help="Executor of passes: eager, fused, captured.  [default: captured on a GPU, else eager]"
-    ),
+    executor: str | None = EXECUTOR,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     profile: Path | None = typer.Option(
         None, metavar="DIR", help="Folder for a trace and a table of each block's time by call."
@@ -380,14 +376,14 @@ def generate(
     ctx.with_resource(noted_warnings(result.warnings))
     console = Console(stderr=True)
 
-    from ..runtime.config import default_device, default_executor
+    from ..runtime.config import default_device
     from ..runtime.load import load
     from ..runtime.telemetry.records import RecordFile
 
     parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder}
     parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
-    if profile is not None and executor is None and default_executor(device or default_device()) == "eager":
-        executor = "fused"  # eager has no calls of its own to be timed
+    if profile is not None and executor is None:  # only graphs have calls to be timed
+        executor = default_executor(device or default_device(), lambda spec: spec.graphs)
     parts |= {"executor": executor, "graphs": graphs}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
@@ -431,11 +427,11 @@ def generate(
                 changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
                 if not latents_only:
                     writer = VideoWriter(out, engine.fps, frame_size, max(1, SEEN // max(frame_size)))
-                    stack.enter_context(writer)
-                    if session.prefix_frames is not None:
-                        writer.add(session.prefix_frames)
+                stream = steered(session, count, changes, decode=writer is not None)
+                sinks = [writer] if writer is not None else []
+                blocks_made = stack.enter_context(Pump(stream, *sinks, first=session.prefix_frames))
                 advance = stack.enter_context(progress_bar(console, count))
-                record_blocks(session, count, changes, writer, advance, result, samples)
+                record_blocks(blocks_made, count, advance, result, samples)
         except KeyboardInterrupt:
             result.interrupted = True
         except (InferixError, RuntimeError, MemoryError) as error:

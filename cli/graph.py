@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import UsageError, nearest, quoted
-from ..models.wan.spec import MODELS
-from ..models.wan.transformer import PRECISIONS
+from ..models.registry import MODELS, default_preset, make_preset
+from ..models.transformer import PRECISIONS
 from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.kv.page_store import KV_DTYPES
-from ..schemes.presets import default_preset, make_preset
 from .generate import parse_settings, parse_size
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def graph(
     from ..graphs.rewrites import REWRITES, chosen, rewritten
     from ..graphs.rewrites.lowp import PrecisionMap
     from ..graphs.validate import validate
-    from ..runtime.programs.block_graph import build_block_graph
+    from ..runtime.programs.block_graph import BlockGraphBuilder
     from ..runtime.programs.graph_builder import GraphBuilder
     from ..runtime.programs.graph_store import stored_for
 
@@ -124,9 +123,9 @@ def graph(
     if plan and (only is not None or as_json):
         raise UsageError(f"--plan prints the buffer plan; leave {'--json' if as_json else '--pass'} out")
     fuse = "fuse-commit" in names
-    traced = build_block_graph(
+    traced = BlockGraphBuilder(
         spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kv_dtype=page_dtype
-    )
+    ).build()
     block = rewritten(traced, names, packed)
     validate(block)
     if only is not None and only not in {graph.name for graph in block.graphs}:

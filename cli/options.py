@@ -8,10 +8,17 @@ from typing import Any
 import typer
 
 from ..errors import UsageError, cut, quoted
+from ..runtime.executor_specs import EXECUTORS, default_executor
 from ..user_files import parse_yaml
 
 OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."
+)
+EXECUTOR_NAMES = ", ".join(EXECUTORS)
+EXECUTOR = typer.Option(
+    None,
+    help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU, else "
+    f"{default_executor('cpu')}]",
 )
 FORCE = typer.Option(False, "--force", help="Load even what by plan does not fit into memory.")
 

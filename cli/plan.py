@@ -18,16 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, nearest, quoted
-from ..models.wan.spec import MODELS
-from ..models.wan.taehv import TinySpec
+from ..models.registry import MODELS, default_preset, family_of, make_preset
 from ..runtime.byte_sizes import format_bytes, parse_bytes
 from ..runtime.capacity import planner
 from ..runtime.capacity.gpus import CARDS, Card
 from ..runtime.capacity.planner import Ceiling, Workload
-from ..runtime.config import DTYPES, EXECUTORS, FP8_CAPABILITY, check_choice, default_executor
+from ..runtime.config import DTYPES, FP8_CAPABILITY, check_choice
+from ..runtime.executor_specs import EXECUTORS, default_executor, executor_spec
 from ..runtime.kv.page_store import KV_DTYPES
 from ..schemes.page_needs import least_pages, window
-from ..schemes.presets import default_preset, make_preset
 from .options import check_settings, counted, parse_settings, parse_size
 
 DEFAULT_MODEL = "wan-1.3b"
@@ -50,7 +49,7 @@ def plan(
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
-    executor: str | None = typer.Option(None, help="eager, fused or captured.  [default: captured]"),
+    executor: str | None = typer.Option(None, help=f"{', '.join(EXECUTORS)}.  [default: {default_executor('cuda')}]"),
     vae: str | None = typer.Option(None, help="taehv for the tiny decoder.  [default: the model's own VAE]"),
     text_encoder: bool = typer.Option(
         True, "--text-encoder/--no-text-encoder", help="Prompts as text, or as embeddings from a file."
@@ -118,17 +117,18 @@ def workload(
         raise UsageError(f"streams of {spec.name} are not in this version; wan-14b has the same layers without images")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
-    check_choice("--executor", executor or "eager", EXECUTORS)
     if vae not in (None, "taehv"):
         raise UsageError(
             f"--vae is {quoted(vae)}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
         )
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
-    decoder = planner.tiny_for(spec) if vae else planner.own_vae(spec)
+    family = family_of(spec)
+    decoder = family.chosen_decoder_spec(spec, tiny=bool(vae))
     pictures = parse_size(size) if size else spec.default_size
-    text = planner.text_parameters(spec) if text_encoder else 0
+    text = family.text_parameters(spec) if text_encoder else 0
     runs = executor or default_executor("cuda")
+    executor_spec(runs, "--executor")
     return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
 
 
@@ -176,7 +176,7 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         "dtype": load.dtype,
         "kv_dtype": load.kv_dtype,
         "executor": load.executor,
-        "vae": "taehv" if isinstance(load.decoder, TinySpec) else "own",
+        "vae": "own" if load.decoder.encodes else "taehv",
         "text_encoder": load.text > 0,
         "sessions": load.sessions,
         "window": window(load.preset),

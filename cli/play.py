@@ -19,15 +19,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError
+from ..runtime.sinks import Frames, Pump, Sink
 from .generate import DEFAULT_PROMPT
-from .options import FORCE, OFFLINE
+from .options import EXECUTOR, FORCE, OFFLINE
 
 if TYPE_CHECKING:
     from ..runtime.sessions.output_queue import Block
@@ -143,26 +144,68 @@ def raw_terminal() -> Iterator[int]:
         termios.tcsetattr(file, termios.TCSADRAIN, before)
 
 
-class BlockThread(threading.Thread):
-    """Makes at most one block ahead of the pictures shown, so that keys take effect soon."""
+class TerminalSink:
+    """Sink of frames that the main thread shows; nothing more is added after `controls.quit`.
 
-    def __init__(self, session: Session, controls: Controls) -> None:
+    At most one block is ahead of the pictures, so that keys take effect soon.
+    """
+
+    when_full: Final = "wait"
+
+    def __init__(self, controls: Controls) -> None:
+        self.controls = controls
+        self.ready: queue.Queue[Frames] = queue.Queue(maxsize=1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing: the main thread shows what is still there."""
+
+    @property
+    def full(self) -> bool:
+        return self.ready.full()
+
+    def add(self, frames: Frames) -> None:
+        while not self.controls.quit:
+            try:
+                return self.ready.put(frames, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def take(self) -> Frames:
+        """The next frames [T, H, W, 3]; none after a short wait."""
+        try:
+            return self.ready.get(timeout=0.05)
+        except queue.Empty:
+            return np.empty((0, 0, 0, 3), np.uint8)
+
+
+class BlockThread(threading.Thread):
+    """Makes blocks for a sink. speed: frames per second of the last block."""
+
+    def __init__(self, session: Session, controls: Controls, sink: Sink) -> None:
         super().__init__(daemon=True)
-        self.session, self.controls = session, controls
-        self.ready: queue.Queue[tuple[NDArray[np.uint8], float]] = queue.Queue(maxsize=1)
-        self.status = ""
+        self.session, self.controls, self.sink = session, controls, sink
+        self.status, self.speed = "", 0.0
         self.failed: Exception | None = None
 
     def run(self) -> None:
         """Make blocks until `controls.quit`; stores an error in `failed`, which the showing thread raises."""
         try:
-            while not self.controls.quit:
-                start = time.perf_counter()
-                block = self.make()
-                assert block.frames is not None
-                self.put(block.frames, len(block.frames) / (time.perf_counter() - start))
+            with Pump(self.blocks(), self.sink) as stream:
+                deque(stream, maxlen=0)
         except (InferixError, RuntimeError, ValueError, AssertionError) as error:
             self.failed = error
+
+    def blocks(self) -> Iterator[Block]:
+        """Blocks until `controls.quit`, each made with the controls of its beginning."""
+        while not self.controls.quit:
+            start = time.perf_counter()
+            block = self.make()
+            assert block.frames is not None
+            self.speed = len(block.frames) / (time.perf_counter() - start)
+            yield block
 
     def make(self) -> Block:
         """Make the next block with the current controls; sets `status` to the new prompt or its warnings."""
@@ -178,28 +221,18 @@ class BlockThread(threading.Thread):
         self.status = " ".join(messages) or self.status
         return block
 
-    def put(self, frames: NDArray[np.uint8], speed: float) -> None:
-        while not self.controls.quit:
-            try:
-                return self.ready.put((frames, speed), timeout=0.1)
-            except queue.Full:
-                continue
-
 
 def show(
-    blocks: BlockThread, controls: Controls, file: int, scale: int, fps: int, seconds: float | None
+    blocks: BlockThread, sink: TerminalSink, controls: Controls, file: int, scale: int, fps: int, seconds: float | None
 ) -> tuple[int, float]:
     """Show blocks at `fps` until `controls.quit` or for `seconds`; returns the frames shown and the seconds it took."""
     decode = codecs.getincrementaldecoder("utf-8")(errors="ignore").decode
-    shown, speed, start = 0, 0.0, time.monotonic()
+    shown, start = 0, time.monotonic()
     due = start
     while not controls.quit and (seconds is None or shown < seconds * fps):
         if blocks.failed is not None:
             raise blocks.failed
-        try:
-            frames, speed = blocks.ready.get(timeout=0.05)
-        except queue.Empty:
-            frames = np.empty((0, 0, 0, 3), np.uint8)
+        frames, speed = sink.take(), blocks.speed
         if not shown:
             start = due = time.monotonic()
         for frame in frames:
@@ -233,9 +266,7 @@ def play(
     seed: int = typer.Option(0, help="Seed of the noise, which determines the land."),
     seconds: float | None = typer.Option(None, help="Quit after this many seconds of video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
-    executor: str | None = typer.Option(
-        None, help="Executor of passes: eager, fused, captured.  [default: captured on a GPU, else eager]"
-    ),
+    executor: str | None = EXECUTOR,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     offline: bool = OFFLINE,
     force: bool = FORCE,
@@ -257,11 +288,12 @@ def play(
     controls = Controls(engine.spec.actions)
     with engine.open(prompt=prompt, seed=seed) as session, raw_terminal() as file:
         scale = fitting_scale(session.size, os.get_terminal_size())
-        blocks = BlockThread(session, controls)
+        sink = TerminalSink(controls)
+        blocks = BlockThread(session, controls, sink)
         engine.hand_over()
         blocks.start()
         try:
-            shown, took = show(blocks, controls, file, scale, engine.fps, seconds)
+            shown, took = show(blocks, sink, controls, file, scale, engine.fps, seconds)
         finally:
             controls.quit = True
             blocks.join()

@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..models.registry import PRESETS
 from ..runtime.byte_sizes import format_bytes
 from ..runtime.capacity import planner
 from ..schemes.page_needs import window
-from ..schemes.presets import PRESETS
 from .plan import workload
 
 WIDTH = 100  # columns where the output is no terminal

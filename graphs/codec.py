@@ -173,9 +173,9 @@ def op_named(name: str) -> torch._ops.OpOverload:
     namespace, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")
     try:
-        found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+        op = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
     except AttributeError as error:
         raise InferixError(f"op {name} of the stored graph is not in this installation; make it again") from error
-    if not isinstance(found, torch._ops.OpOverload):
+    if not isinstance(op, torch._ops.OpOverload):
         raise InferixError(f"the stored graph calls {quoted(name)}, which is no op; make it again")
-    return found
+    return op

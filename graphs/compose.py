@@ -40,11 +40,11 @@ def chained(
 
 def copy_into(graph: fx.Graph, part: PassGraph, made: Mapping[str, fx.Node]) -> tuple[fx.Node, ...]:
     """Append the calls of `part` to a graph that has its inputs, by name, in `made`; returns its results."""
-    found: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, fx.Node] = {}
     for node in part.graph.nodes:
         if node.op == "placeholder":
-            found[node] = made[part.inputs[node.name].name]
+            copies[node] = made[part.inputs[node.name].name]
         elif node.op == "call_function":
-            found[node] = graph.node_copy(node, found.__getitem__)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
     results = part.graph.output_node().args[0]
-    return tuple(found[result] for result in results)  # type: ignore[union-attr, index]
+    return tuple(copies[result] for result in results)  # type: ignore[union-attr, index]

@@ -20,7 +20,7 @@ DESCRIPTION = ("module", "line")  # of a node's meta: where in the model it come
 
 @cache
 def fake_mode() -> FakeTensorMode:
-    """The one mode that all fake results belong to; made when first wanted, since it loads much of torch."""
+    """The one mode that all fake results belong to; made when first used, since it loads much of torch."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -62,8 +62,8 @@ class Editor:
 
     def like(self, node: fx.Node, size: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> fx.Node:
         """Scratch, by default of a node's shape and dtype."""
-        found = fake(node)
-        return self.scratch(shape(node) if size is None else size, dtype or found.dtype, found.device)
+        value = fake(node)
+        return self.scratch(shape(node) if size is None else size, dtype or value.dtype, value.device)
 
     def view(self, node: fx.Node, size: Sequence[int]) -> fx.Node:
         """The same memory under another shape; the node itself where it has that shape."""

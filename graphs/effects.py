@@ -37,7 +37,7 @@ def written(node: fx.Node) -> tuple[fx.Node, ...]:
 
 def read(node: fx.Node) -> tuple[fx.Node, ...]:
     """Nodes whose contents this one reads; what it only writes into is left out."""
-    return tuple(found for found in node.all_input_nodes if found not in written(node) or in_place(node, found))
+    return tuple(given for given in node.all_input_nodes if given not in written(node) or in_place(node, given))
 
 
 def in_place(node: fx.Node, given: fx.Node) -> bool:
@@ -72,9 +72,9 @@ def drop_dead(graph: fx.Graph) -> int:
     dropped = 0
     for node in reversed(graph.nodes):
         targets = [storage(target) for target in written(node)]
-        kept = node in needed or any(target in needed or target.op == "placeholder" for target in targets)
-        if node.op in ("placeholder", "output") or kept:
-            needed.update(storage(found) for found in node.all_input_nodes)
+        is_needed = node in needed or any(target in needed or target.op == "placeholder" for target in targets)
+        if node.op in ("placeholder", "output") or is_needed:
+            needed.update(storage(given) for given in node.all_input_nodes)
             needed.update(node.all_input_nodes)
         else:
             graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""A graph run node by node on real tensors: the meaning of a graph, which every faster execution is held against."""
+"""A graph run node by node on real tensors: the meaning of a graph, the reference of every faster execution."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def run_pass(graph: PassGraph, values: Mapping[str, Tensor]) -> dict[str, Tensor
 
     State is written in place. KeyError names a value that is missing.
     """
-    found: dict[fx.Node, Tensor] = {}
+    results_of: dict[fx.Node, Tensor] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             value = graph.inputs[node.name]
-            found[node] = values[value.name] if value.data is None else value.literal(node.meta["val"].device)
+            results_of[node] = values[value.name] if value.data is None else value.literal(node.meta["val"].device)
         elif node.op == "output":
             results = node.args[0]
         else:
-            args, kwargs = map_arg((node.args, node.kwargs), found.__getitem__)
-            found[node] = node.target(*args, **kwargs)
-    return {value.name: found[result] for value, result in zip(graph.outputs, results, strict=True)}
+            args, kwargs = map_arg((node.args, node.kwargs), results_of.__getitem__)
+            results_of[node] = node.target(*args, **kwargs)
+    return {value.name: results_of[result] for value, result in zip(graph.outputs, results, strict=True)}
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def run_block(
 
     `values` holds weights, states and inputs by name; what a graph hands on is added to a copy of it.
     """
-    found = dict(values)
+    computed = dict(values)
     for graph in block.graphs:
         if graph.runs in runs:
-            found |= run_pass(graph, found)
-    return found
+            computed |= run_pass(graph, computed)
+    return computed

@@ -78,9 +78,9 @@ def _given(buffer: Buffer, given: Mapping[str, Tensor]) -> Tensor:
     if buffer.name not in given:
         raise ValueError(f"{buffer.name} is not given; the program reads it as {buffer.role.value}")
     tensor = given[buffer.name].detach()
-    found = (tensor.dtype, tuple(tensor.shape), tensor.stride())
-    if found != (buffer.dtype, buffer.size, buffer.stride):
-        raise ValueError(f"{buffer.name} is {found}; expected {(buffer.dtype, buffer.size, buffer.stride)}")
+    layout = (tensor.dtype, tuple(tensor.shape), tensor.stride())
+    if layout != (buffer.dtype, buffer.size, buffer.stride):
+        raise ValueError(f"{buffer.name} is {layout}; expected {(buffer.dtype, buffer.size, buffer.stride)}")
     return tensor.as_strided((buffer.nbytes // tensor.itemsize,), (1,))
 
 
@@ -90,7 +90,7 @@ def _offset(flat: Tensor, ref: Ref) -> int:
 
 
 def _run_and_copy(call: Callable[[], Any], places: tuple[Tensor | None, ...]) -> None:
-    found = call()
-    for place, result in zip(places, found if isinstance(found, tuple) else (found,), strict=True):
+    returned = call()
+    for place, result in zip(places, returned if isinstance(returned, tuple) else (returned,), strict=True):
         if place is not None:
             place.copy_(result)

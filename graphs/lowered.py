@@ -95,18 +95,18 @@ def recipes(program: Program, made: Mapping[str, str] | None = None) -> dict[str
     The contents of a buffer are described by the calls that wrote it, down to weights and literals by name; `made` has
     the recipes of constants.
     """
-    held = {name: "fresh" for name, buffer in program.buffers.items() if buffer.role is Role.SCRATCH}
-    held |= made or {}
+    contents = {name: "fresh" for name, buffer in program.buffers.items() if buffer.role is Role.SCRATCH}
+    contents |= made or {}
 
     def described(argument: Any) -> str:
         if isinstance(argument, Ref):
-            content = held.get(argument.buffer, argument.buffer)
+            content = contents.get(argument.buffer, argument.buffer)
             return f"[{content} {argument.dtype} {argument.size} {argument.stride} {argument.offset}]"
         return f"({','.join(map(described, argument))})" if isinstance(argument, tuple) else repr(argument)
 
     for call in program.calls:
         did = f"{call.op.name()}{described(call.args)}{described(call.kwargs)}"
-        held |= {ref.buffer: digest(f"{did}{index}") for index, ref in enumerate(call.writes)}
+        contents |= {ref.buffer: digest(f"{did}{index}") for index, ref in enumerate(call.writes)}
     return {name: digest(described(ref)) for name, ref in program.outputs.items()}
 
 

@@ -43,22 +43,22 @@ def lower(graphs: Sequence[PassGraph], results: Sequence[str]) -> Program:
     results: names of values that are left at the end. Raises InferixError, naming the node, for an op that has no
     `out=` form and is not in `UNPLANNED`, for sizes that are not fixed, and for ops that read values on the host.
     """
-    recorder, sections, held = _Recorder(), [], dict[str, Tensor]()
+    recorder, sections, values = _Recorder(), [], dict[str, Tensor]()
     with torch.no_grad(), FakeTensorMode(), recorder:
         for graph in graphs:
             first = len(recorder.calls)
-            _Lowering(graph, recorder, held).run()
+            _Lowering(graph, recorder, values).run()
             sections.append(Section(graph.name, first, len(recorder.calls)))
-    outputs = {name: recorder.ref(held[name]) for name in results}
+    outputs = {name: recorder.ref(values[name]) for name in results}
     return Program(recorder.buffers, tuple(recorder.calls), outputs, tuple(sections))
 
 
 class _Lowering(fx.Interpreter):
-    """Runs a graph node by node on fake tensors; `held` has those of all values so far, by name."""
+    """Runs a graph node by node on fake tensors; `values` has those of all values so far, by name."""
 
-    def __init__(self, graph: PassGraph, recorder: _Recorder, held: dict[str, Tensor]) -> None:
+    def __init__(self, graph: PassGraph, recorder: _Recorder, values: dict[str, Tensor]) -> None:
         super().__init__(fx.GraphModule(torch.nn.Module(), graph.graph))
-        self.pass_graph, self.recorder, self.held = graph, recorder, held
+        self.pass_graph, self.recorder, self.values = graph, recorder, values
         self.given = {node.name: node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -77,17 +77,17 @@ class _Lowering(fx.Interpreter):
             raise InferixError(
                 f"cannot lower {self.recorder.node}: sizes {tuple(like.shape)} are not fixed; trace with fixed ones"
             )
-        if (name := value.name) not in self.held:
+        if (name := value.name) not in self.values:
             with self.recorder.paused():
                 fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
             self.recorder.define(fake, name, value.role)
-            self.held[name] = fake
-        held = self.held[name]
-        return held if held.stride() == like.stride() else held.contiguous()
+            self.values[name] = fake
+        tensor = self.values[name]
+        return tensor if tensor.stride() == like.stride() else tensor.contiguous()
 
     def output(self, target: Any, args: Any, kwargs: Any) -> None:
         outputs = self.pass_graph.outputs
-        self.held |= {value.name: tensor for value, tensor in zip(outputs, tensors(args[0]), strict=True)}
+        self.values |= {value.name: tensor for value, tensor in zip(outputs, tensors(args[0]), strict=True)}
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in CHECKS:
@@ -108,7 +108,7 @@ class _Recorder(TorchDispatchMode):
         self.buffers: dict[str, Buffer] = {}
         self.calls: list[Call] = []
         self.names: dict[int, str] = {}  # storage -> buffer
-        self.kept: list[Tensor] = []  # so that no storage's number is used again
+        self.alive: list[Tensor] = []  # so that no storage's number is used again
         self.node, self.active = "", True
 
     @contextmanager
@@ -140,9 +140,9 @@ class _Recorder(TorchDispatchMode):
             self.calls.append(
                 Call(aten.copy_.default, (places[0], self._argument(args[0])), (), (), Form.WRITES, self.node)
             )
-        elif (found := out_form(op)) is not None:
-            form, wanted = found
-            given = {name: value for name, value in kwargs.items() if name in wanted}
+        elif (out := out_form(op)) is not None:
+            form, keywords = out
+            given = {name: value for name, value in kwargs.items() if name in keywords}
             self._add(form, args, given, tuple(places), Form.OUT)
         elif op in UNPLANNED:
             self._add(op, args, kwargs, tuple(places), Form.COPIED)
@@ -153,7 +153,7 @@ class _Recorder(TorchDispatchMode):
 
     def define(self, tensor: Tensor, name: str, role: Role) -> Ref:
         """A new value, whose memory is this tensor's."""
-        self.kept.append(tensor)
+        self.alive.append(tensor)
         self.names[storage(tensor)] = name
         self.buffers[name] = Buffer(name, role, tensor.dtype, tuple(tensor.shape), tensor.stride())
         return self.ref(tensor)
@@ -205,15 +205,15 @@ def storage(tensor: Tensor) -> int:
 @cache
 def out_form(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     """The overload that takes the same arguments and writes its results, and which keywords it knows."""
-    wanted = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+    parameters = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
     for name in op.overloadpacket.overloads():
         form = getattr(op.overloadpacket, name)
         arguments = form._schema.arguments
         outs = [argument for argument in arguments if argument.is_out]
         known = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out]
         # A factory's `out=` form knows no dtype or device: they are those of the place.
-        missing = [name for name, _ in wanted if name not in dict(known)]
-        if outs and len(outs) == len(op._schema.returns) and set(known) <= set(wanted) and set(missing) <= FACTORY:
+        missing = [name for name, _ in parameters if name not in dict(known)]
+        if outs and len(outs) == len(op._schema.returns) and set(known) <= set(parameters) and set(missing) <= FACTORY:
             return form, tuple(name for name, _ in known)
     return None
 

@@ -38,8 +38,8 @@ class _Function(nn.Module):
         self.function, self.scalars = function, scalars
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = self.function(**values, **self.scalars)
-        results = found if isinstance(found, tuple) else () if found is None else (found,)
+        returned = self.function(**values, **self.scalars)
+        results = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
         return {str(index): result for index, result in enumerate(results)}
 
 
@@ -93,16 +93,16 @@ class Pattern:
     def matches(self, graph: fx.Graph) -> Iterator[Match]:
         """All matches, first to last; each may be replaced before the next is asked for."""
         for node in graph.find_nodes(op="call_function", target=self.anchor.target):
-            found = self.at(node)
-            if found is not None:
-                yield found
+            match = self.at(node)
+            if match is not None:
+                yield match
 
 
 @dataclass
 class Match:
-    """Where a pattern was found.
+    """A place that a pattern matches.
 
-    nodes: the call found for each of the pattern's. given: what was found for each of its inputs, without reshapes.
+    nodes: the call of each of the pattern's. given: the node of each of its inputs, without reshapes.
     seen: for inputs that the pattern uses as they are, the same with reshapes; for others `reshaped`: how pattern and
     model have it where it is used. sizes: for each of the pattern's, the one here. numbers: the same for scalars.
     """
@@ -135,18 +135,18 @@ class Match:
         """The node matched for an input, in the shape that the function takes it in, its memory in order."""
         if name in self.seen:
             return edit.dense(self.seen[name])
-        ours, found = map(shape, self.reshaped[name])  # the pattern added dimensions of 1
-        size = [here for one, here in zip(ours, found, strict=True) if one != 1]
+        ours, theirs = map(shape, self.reshaped[name])  # the pattern added dimensions of 1
+        size = [here for one, here in zip(ours, theirs, strict=True) if one != 1]
         return edit.view(edit.dense(self.given[name]), size)
 
     def replace(self, edit: Editor, *new: fx.Node) -> None:
         """Put new nodes in place of the results, each in the shape that the old one has, and remove what is left."""
-        for old, found in zip(self.results, new, strict=True):
-            old.replace_all_uses_with(edit.view(found, shape(old)))
+        for old, node in zip(self.results, new, strict=True):
+            old.replace_all_uses_with(edit.view(node, shape(old)))
         self.erase()
 
     def erase(self) -> None:
-        """Remove the found calls that nothing uses any more, with the reshapes between them."""
+        """Remove the matched calls that nothing uses any more, with the reshapes between them."""
         for node in sorted(self.nodes.values(), reverse=True):
             for view in [user for user in node.users if user.target is aten.view.default and not user.users]:
                 node.graph.erase_node(view)
@@ -165,15 +165,15 @@ class Match:
                 return False
         return True
 
-    def value(self, wanted: fx.Node, found: fx.Node) -> bool:
-        """Return True if `found` computes the same as `wanted`, given all nodes matched so far."""
-        base, here = peeled(wanted), peeled(found)
+    def value(self, pattern_node: fx.Node, node: fx.Node) -> bool:
+        """Return True if `node` computes the same as `pattern_node`, given all nodes matched so far."""
+        base, here = peeled(pattern_node), peeled(node)
         if base.op == "placeholder":
             name = self.pattern.graph.inputs[base.name].name
-            if base is wanted:
-                self.seen.setdefault(name, found)
-            elif len(shape(wanted)) == len(shape(found)):
-                self.reshaped.setdefault(name, (wanted, found))
+            if base is pattern_node:
+                self.seen.setdefault(name, node)
+            elif len(shape(pattern_node)) == len(shape(node)):
+                self.reshaped.setdefault(name, (pattern_node, node))
             else:
                 return False
             return self.given.setdefault(name, here) is here
@@ -204,20 +204,20 @@ class Match:
         same = same and all(self._argument(value, here.kwargs[name], False) for name, value in options.items())
         return same and self._shapes(base, args, here)
 
-    def _argument(self, wanted: Any, found: Any, free: bool) -> bool:
-        if isinstance(wanted, fx.Node):
-            return isinstance(found, fx.Node) and self.value(wanted, found)
-        if isinstance(wanted, list | tuple):
+    def _argument(self, expected: Any, actual: Any, free: bool) -> bool:
+        if isinstance(expected, fx.Node):
+            return isinstance(actual, fx.Node) and self.value(expected, actual)
+        if isinstance(expected, list | tuple):
             return (
-                isinstance(found, list | tuple)
-                and len(wanted) == len(found)
-                and all(self._argument(one, other, free) for one, other in zip(wanted, found, strict=True))
+                isinstance(actual, list | tuple)
+                and len(expected) == len(actual)
+                and all(self._argument(one, other, free) for one, other in zip(expected, actual, strict=True))
             )
         if free:
-            return self._size(wanted, found)
-        if isinstance(wanted, float) and wanted in self.pattern.scalars.values():
-            return isinstance(found, int | float) and self.numbers.setdefault(wanted, float(found)) == float(found)
-        return type(wanted) is type(found) and wanted == found
+            return self._size(expected, actual)
+        if isinstance(expected, float) and expected in self.pattern.scalars.values():
+            return isinstance(actual, int | float) and self.numbers.setdefault(expected, float(actual)) == float(actual)
+        return type(expected) is type(actual) and expected == actual
 
     def _shapes(self, base: fx.Node, args: Any, here: fx.Node) -> bool:
         """Return True if shapes agree where they matter.
@@ -227,31 +227,31 @@ class Match:
         """
         if base.target in LAST_DIM or is_scratch(base):
             return True
-        ours, found = ([shape(arg) for arg in part if isinstance(arg, fx.Node)] for part in (args, here.args))
+        ours, theirs = ([shape(arg) for arg in part if isinstance(arg, fx.Node)] for part in (args, here.args))
         if base.target in POINTWISE or torch.Tag.pointwise in base.target.tags:  # type: ignore[union-attr]
-            return self._spread(columns(ours), columns(found))
+            return self._spread(columns(ours), columns(theirs))
         return all(
-            len(one) == len(other) and all(map(self._size, one, other)) for one, other in zip(ours, found, strict=True)
+            len(one) == len(other) and all(map(self._size, one, other)) for one, other in zip(ours, theirs, strict=True)
         )
 
-    def _spread(self, ours: list[tuple[int, ...]], found: list[tuple[int, ...]]) -> bool:
+    def _spread(self, ours: list[tuple[int, ...]], theirs: list[tuple[int, ...]]) -> bool:
         """Compare sizes of operands by dimension, the last first. Leading dimensions that are spread alike, of which a
         model may have fewer or more, are not distinguished."""
         leading = len(ours)
         while leading and spread(ours[leading - 1]) == spread(ours[-1]):
             leading -= 1
-        if len(found) < leading:
+        if len(theirs) < leading:
             return False
-        for one, other in zip(ours[:leading], found, strict=False):
+        for one, other in zip(ours[:leading], theirs, strict=False):
             if not self._size(max(one), max(other)):
                 return False
-        pairs = [*zip(ours[:leading], found, strict=False), *((ours[-1], other) for other in found[leading:])]
+        pairs = [*zip(ours[:leading], theirs, strict=False), *((ours[-1], other) for other in theirs[leading:])]
         return all(spread(one) == spread(other) or max(other) == 1 for one, other in pairs)
 
-    def _size(self, wanted: int, found: int) -> bool:
-        if wanted == 1:
-            return found == 1
-        return self.sizes.setdefault(wanted, found) == found
+    def _size(self, expected: int, actual: int) -> bool:
+        if expected == 1:
+            return actual == 1
+        return self.sizes.setdefault(expected, actual) == actual
 
 
 def columns(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

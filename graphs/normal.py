@@ -55,20 +55,20 @@ class Normaliser:
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.edit = Editor(self.graph)
-        self.found: dict[fx.Node, fx.Node] = {}
+        self.copies: dict[fx.Node, fx.Node] = {}
         self.parts: dict[fx.Node, list[fx.Node]] = {}  # of calls that return several tensors
 
     def run(self, graph: fx.Graph) -> fx.Graph:
         for node in graph.nodes:
             self.edit.origin = node
             if node.op == "placeholder":
-                self.found[node] = self.graph.placeholder(node.name)
-                self.found[node].meta = dict(node.meta)
+                self.copies[node] = self.graph.placeholder(node.name)
+                self.copies[node].meta = dict(node.meta)
             elif node.op == "output":
-                self.graph.output(tuple(self.own(self.found[result]) for result in node.args[0]))
+                self.graph.output(tuple(self.own(self.copies[result]) for result in node.args[0]))
             elif node.target is operator.getitem:
                 whole, index = node.args
-                self.found[node] = self.parts[whole][index]
+                self.copies[node] = self.parts[whole][index]
             elif node.target not in CHECKS:
                 self.copy(node)
         drop_dead(self.graph)
@@ -81,14 +81,14 @@ class Normaliser:
 
     def copy(self, node: fx.Node) -> None:
         check_call(node)
-        mapped: Any = map_arg((node.args, node.kwargs), self.found.__getitem__)
+        mapped: Any = map_arg((node.args, node.kwargs), self.copies.__getitem__)
         args, kwargs = mapped
         if node.target in SPLITS:
             self.parts[node] = self.split(node, args[0])
         elif args and isinstance(args[0], fx.Node):
-            self.found[node] = self.call(node.target, args[0], args, kwargs, node.meta["val"])
+            self.copies[node] = self.call(node.target, args[0], args, kwargs, node.meta["val"])
         else:
-            self.found[node] = self.plain(node.target, args, kwargs, node.meta["val"])
+            self.copies[node] = self.plain(node.target, args, kwargs, node.meta["val"])
 
     def call(self, op: Any, x: fx.Node, args: Any, kwargs: Any, result: Any) -> fx.Node:
         """The normal form of a call on x."""
@@ -101,7 +101,7 @@ class Normaliser:
             return edit.view(x if self.viewable(x, size) else edit.dense(x), size)
         if op in TRANSPOSES:
             probe = torch.empty(tuple(range(2, 2 + len(size))), device="meta")
-            return self.permuted(x, [found - 2 for found in op(probe, *args[1:], **kwargs).shape])
+            return self.permuted(x, [place - 2 for place in op(probe, *args[1:], **kwargs).shape])
         if op in CASTS:
             return x if result.dtype == fake(x).dtype else edit.call(aten._to_copy.default, x, dtype=result.dtype)
         if op is aten.select.int:

@@ -23,7 +23,8 @@ class PagedAttention:
 
     parts: the pass's tables, in token order; rows of a part are the sessions' groups, session by session.
     kv: per layer [2, pages, P, n, c]; scales: per layer float32 [2, pages, n] for pages of low precision, or None.
-    rope_rows [H, b, 2] and rope_columns [W, c, 2]: of the token grid, P = H * W.
+    rope_rows [H, b, 2] and rope_columns [W, c, 2]: of the token grid, P = H * W. half_split: channels (j, j + pairs)
+    are rotated together, not (2j, 2j + 1).
     """
 
     parts: Sequence[PassTables]
@@ -31,11 +32,12 @@ class PagedAttention:
     rope_rows: Tensor
     rope_columns: Tensor
     scales: Sequence[Tensor] | None = None
+    half_split: bool = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate, write into the pages, and attend to those listed; all [B, T, n, c]."""
         kv, scale = self.kv[layer], None if self.scales is None else self.scales[layer]
-        queries = append(self.parts, q, k, v, self.rope_rows, self.rope_columns, kv, scale)
+        queries = append(self.parts, q, k, v, self.rope_rows, self.rope_columns, kv, scale, self.half_split)
         return attend_parts(self.parts, queries, q, kv, scale)
 
 
@@ -48,6 +50,7 @@ def append(
     rope_columns: Tensor,
     kv: Tensor,
     scale: Tensor | None,
+    half_split: bool,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Write keys and values of all parts; returns each part's queries [R, T, n, c], for the window and the sink."""
     queries = []
@@ -56,7 +59,7 @@ def append(
         q_sink = None if part.rope_sink is None else torch.empty_like(query)
         rotated = rope_append(
             query, key, value, part.rope_time, rope_rows, rope_columns, kv, part.pages,
-            rope_sink=part.rope_sink, q_sink=q_sink, kv_scale=scale,
+            rope_sink=part.rope_sink, q_sink=q_sink, kv_scale=scale, half_split=half_split,
         )  # fmt: skip
         queries.append((rotated, q_sink))
     return queries

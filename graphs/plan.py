@@ -86,16 +86,16 @@ def plan_buffers(program: Program) -> BufferPlan:
 
 def lifetimes(program: Program) -> dict[str, tuple[int, int]]:
     """First and last call that touches each scratch buffer."""
-    found: dict[str, tuple[int, int]] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for index, call in enumerate(program.calls):
         for name in call.touches:
             if program.buffers[name].role is Role.SCRATCH:
-                found[name] = (found.get(name, (index, index))[0], index)
+                spans[name] = (spans.get(name, (index, index))[0], index)
     end = len(program.calls) - 1
     for ref in program.outputs.values():
-        if ref.buffer in found:
-            found[ref.buffer] = (found[ref.buffer][0], end)
-    return found
+        if ref.buffer in spans:
+            spans[ref.buffer] = (spans[ref.buffer][0], end)
+    return spans
 
 
 def merged(program: Program, lives: dict[str, tuple[int, int]]) -> list[Slot]:

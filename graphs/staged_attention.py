@@ -1,4 +1,4 @@
-"""Self-attention of a pass over pages that are kept in fewer bits than the model computes in.
+"""Self-attention of a pass over pages stored in fewer bits than the model computes in.
 
 New keys and values are made in a small buffer in the model's dtype and quantised from there into their pages, a
 scale for each page and head. FP8 pages are then read where they lie; what the attention kernels cannot read, INT8
@@ -35,11 +35,12 @@ class StagedAttention:
     seen: tuple[Tensor, Tensor] | None
     rope_rows: Tensor
     rope_columns: Tensor
+    half_split: bool = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate, quantise into the pages, and attend to those listed; all [B, T, n, c]."""
         kv, scale = self.kv[layer], None if self.scales is None else self.scales[layer]
-        queries = append(self.parts, q, k, v, self.rope_rows, self.rope_columns, self.staging, None)
+        queries = append(self.parts, q, k, v, self.rope_rows, self.rope_columns, self.staging, None, self.half_split)
         kv_pages(self.staging, self.written[0], kv, self.written[1], target_scale=scale)
         if self.seen is None:
             return attend_parts(self.parts, queries, q, kv, scale)

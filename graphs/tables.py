@@ -21,6 +21,8 @@ class PassTables:
     rope_time: [R, F, a, 2], cosines and sines of the temporal rotation at which keys are stored.
     rope_sink and sink_count (int32 [R]): cosines and sines of the queries for the first `sink_count` listed pages,
     where positions count within the window; both or neither.
+    head_groups: 0 where all heads of a row read the same pages; with G lists a row, one for each of G equal groups of
+    heads, page_table is [R, G, max_pages], and page_count and sink_count are [R, G].
     """
 
     pages: Tensor
@@ -33,6 +35,10 @@ class PassTables:
     def __post_init__(self) -> None:
         if (self.rope_sink is None) != (self.sink_count is None):
             raise ValueError("rope_sink and sink_count come together")
+
+    @property
+    def head_groups(self) -> int:
+        return self.page_table.shape[1] if self.page_table.ndim == 3 else 0
 
     @property
     def rows(self) -> int:

@@ -2,7 +2,7 @@
 
 The pass is a module whose `forward` takes and returns named tensors. Nothing of it is run: inputs are fake tensors of
 the shapes that `inputs` declares, and so may its weights be (`fake_model`), which makes a graph of a model of any size
-in seconds. Only the normal form of what came out of `torch.export` is kept.
+in seconds. Only the normal form of what `torch.export` returns is stored.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def trace(
     for node in exported.graph.nodes:
         node.meta |= {"line": line_of(node), "module": module_of(node).removeprefix(model).lstrip(".")}
     graph = normal_form(exported.graph)
-    wanted, values = iter(inputs), dict[str, Value]()
+    values_given, values = iter(inputs), dict[str, Value]()
     for spec, node in zip(exported.graph_signature.input_specs, graph.find_nodes(op="placeholder"), strict=True):
         if spec.kind == InputKind.USER_INPUT:
-            values[node.name] = next(wanted)
+            values[node.name] = next(values_given)
         else:
             assert spec.target is not None
             literal = exported.constants.get(spec.target) if spec.kind == InputKind.CONSTANT_TENSOR else None
@@ -93,7 +93,7 @@ def own_value(name: str, node: fx.Node, literal: Tensor | None) -> Value:
 
 def state_writes(graph: fx.Graph, inputs: dict[str, Value]) -> tuple[str, ...]:
     """Names of the states that the graph writes; UsageError for a write into anything else that it was given."""
-    found = dict[str, None]()
+    states = dict[str, None]()
     for node in graph.nodes:
         for target in map(storage, written(node)):
             if target.op == "placeholder":
@@ -103,19 +103,19 @@ def state_writes(graph: fx.Graph, inputs: dict[str, Value]) -> tuple[str, ...]:
                         f"{node.target} at {node.meta['line']} writes into {value.role} {value.name!r}, which passes "
                         "only read; declare it as state, or write into a tensor of its own"
                     )
-                found[value.name] = None
-    return tuple(found)
+                states[value.name] = None
+    return tuple(states)
 
 
 def without_unused(graph: PassGraph) -> PassGraph:
     """Without the placeholders that nothing reads."""
-    kept = {}
+    inputs = {}
     for node in graph.graph.find_nodes(op="placeholder"):
         if node.users:
-            kept[node.name] = graph.inputs[node.name]
+            inputs[node.name] = graph.inputs[node.name]
         else:
             graph.graph.erase_node(node)
-    return replace(graph, inputs=kept)
+    return replace(graph, inputs=inputs)
 
 
 @contextmanager

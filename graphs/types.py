@@ -93,9 +93,9 @@ class Value:
     @classmethod
     def of_literal(cls, data: Sequence[float], shape: tuple[int, ...], dtype: torch.dtype) -> Value:
         """A constant written down; equal ones have one name."""
-        found = tuple(float(number) for number in data)
-        name = f"literal {list(found)} {list(shape)} {str(dtype).removeprefix('torch.')}"
-        return cls(name, Role.CONSTANT, shape, dtype, When.LOAD, found)
+        numbers = tuple(float(number) for number in data)
+        name = f"literal {list(numbers)} {list(shape)} {str(dtype).removeprefix('torch.')}"
+        return cls(name, Role.CONSTANT, shape, dtype, When.LOAD, numbers)
 
     def literal(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The tensor of a literal constant; ValueError for other values."""

@@ -26,9 +26,9 @@ def validate(block: BlockGraph) -> None:
     for graph in block.graphs:
         validate_pass(graph)
         for value in (*graph.inputs.values(), *graph.outputs):
-            found = (value.shape, value.dtype, value.data)
-            if known.setdefault(value.name, found) != found:
-                raise GraphError(f"{graph.name}: {value.name} is {found}, but {known[value.name]} elsewhere")
+            form = (value.shape, value.dtype, value.data)
+            if known.setdefault(value.name, form) != form:
+                raise GraphError(f"{graph.name}: {value.name} is {form}, but {known[value.name]} elsewhere")
     made = {value.name for graph in (block.fold, block.prompt) if graph is not None for value in graph.outputs}
     for graph in block.passes:
         for value in graph.inputs.values():
@@ -41,7 +41,7 @@ def validate(block: BlockGraph) -> None:
 def validate_pass(graph: PassGraph) -> None:
     """GraphError unless one graph is sound by itself."""
     filled: set[fx.Node] = set()
-    found: set[str] = set()
+    states: set[str] = set()
     placed: set[fx.Node] = set()
     for node in graph.graph.nodes:
         for given in node.all_input_nodes:
@@ -58,10 +58,10 @@ def validate_pass(graph: PassGraph) -> None:
                     raise GraphError(f"{graph.name}: {node.name} writes scratch {target.name} a second time")
                 filled.add(target)
             elif target.op == "placeholder":
-                found.add(written_state(graph, node, target))
+                states.add(written_state(graph, node, target))
             else:
                 raise GraphError(f"{graph.name}: {node.name} writes into {target.name}, the result of a call")
-    if lost := set(graph.writes) - found:
+    if lost := set(graph.writes) - states:
         raise GraphError(f"{graph.name}: the traced pass wrote {', '.join(sorted(lost))}; the graph no longer does")
     for value, result in zip(graph.outputs, graph.results, strict=True):
         if (shape(result), fake(result).dtype) != (value.shape, value.dtype):

@@ -31,33 +31,50 @@ def rope_angles(
 
     `positions` are the temporal positions of the frames; rows and columns count from 0.
     """
-    t, h, w = axis_angles(positions, height, width, head_dim)
-    frames = len(positions)
+    return token_angles(axis_angles(positions, height, width, head_dim), device)
+
+
+def token_angles(axes: tuple[Tensor, Tensor, Tensor], device: torch.device | str = "cpu") -> Angles:
+    """Angles of all tokens, column fastest, from those by frame [F, a], row [H, b] and column [W, c]."""
+    t, h, w = axes
+    grid = (len(t), len(h), len(w), -1)
     angle = torch.cat(
-        (
-            t[:, None, None].expand(frames, height, width, -1),
-            h[None, :, None].expand(frames, height, width, -1),
-            w[None, None, :].expand(frames, height, width, -1),
-        ),
-        dim=-1,
+        (t[:, None, None].expand(grid), h[None, :, None].expand(grid), w[None, None, :].expand(grid)), dim=-1
     ).flatten(0, 2)
     return Angles(angle.cos().to(device), angle.sin().to(device))
 
 
 def axis_angles(positions: Sequence[int], height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Angles of each pair by frame, row and column: float64 [F, a], [height, b], [width, b], a + 2b = head_dim / 2."""
-    spatial = 2 * (head_dim // 6)
-    axes = (
-        (torch.tensor(positions, dtype=torch.float64), head_dim - 2 * spatial),
-        (torch.arange(height, dtype=torch.float64), spatial),
-        (torch.arange(width, dtype=torch.float64), spatial),
+    places = (
+        torch.tensor(positions, dtype=torch.float64),
+        torch.arange(height, dtype=torch.float64),
+        torch.arange(width, dtype=torch.float64),
     )
-    t, h, w = (torch.outer(where, THETA ** (-torch.arange(0, dim, 2).double() / dim)) for where, dim in axes)
+    t, h, w = map(torch.outer, places, axis_frequencies(head_dim))
     return t, h, w
 
 
-def rotate(x: Tensor, angles: Angles, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Rotate x [B, T, heads, c] by the angles of its T tokens, computing in `dtype`; returns x's dtype."""
+def axis_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Angle of each pair at position 1, by time, row and column: float64 [a], [b], [b]."""
+    spatial = 2 * (head_dim // 6)
+    t, h, w = (
+        THETA ** (-torch.arange(0, dim, 2).double() / dim) for dim in (head_dim - 2 * spatial, spatial, spatial)
+    )
+    return t, h, w
+
+
+def rotate(x: Tensor, angles: Angles, dtype: torch.dtype = torch.float64, half_split: bool = False) -> Tensor:
+    """Rotate x [B, T, heads, c] by the angles [T, P] of its T tokens, computing in `dtype`; returns x's dtype.
+
+    The first 2 * P channels are rotated, in pairs (2j, 2j + 1), or with `half_split` (j, j + P).
+    """
+    width = 2 * angles.cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], angles, dtype, half_split), x[..., width:]), dim=-1)
     cos, sin = angles.cos[:, None].to(dtype), angles.sin[:, None].to(dtype)
+    if half_split:
+        one, other = x.to(dtype).chunk(2, dim=-1)
+        return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1).to(x.dtype)
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

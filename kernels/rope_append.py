@@ -27,14 +27,16 @@ def reference(
     rope_sink: Tensor | None,
     q_sink: Tensor | None,
     kv_scale: Tensor | None,
+    half_split: bool,
 ) -> None:
     """In float32 or better; see the public function for shapes."""
     wide = torch.promote_types(torch.promote_types(q.dtype, torch.float32), rope_time.dtype)
     cos_sin = token_cos_sin(rope_time, rope_rows, rope_columns).to(wide)
-    out.copy_(rotated(q.to(wide), cos_sin))
+    out.copy_(rotated(q.to(wide), cos_sin, half_split))
     if rope_sink is not None and q_sink is not None:
-        q_sink.copy_(rotated(q.to(wide), token_cos_sin(rope_sink, rope_rows, rope_columns).to(wide)))
-    write_pages(rotated(k.to(wide), cos_sin), v.to(wide), kv, pages, kv_scale)
+        sink_cos_sin = token_cos_sin(rope_sink, rope_rows, rope_columns).to(wide)
+        q_sink.copy_(rotated(q.to(wide), sink_cos_sin, half_split))
+    write_pages(rotated(k.to(wide), cos_sin, half_split), v.to(wide), kv, pages, kv_scale)
 
 
 QUERIES, KEYS = "rows frames*height*width heads dim", "rows frames*height*width kv_heads dim"
@@ -57,7 +59,7 @@ SPEC = OpSpec(
         "q_sink": Arg(QUERIES),
         "kv_scale": Arg("2 pages kv_heads", listed_by="pages"),
     },
-    rules=("time_pairs + row_pairs + column_pairs == dim // 2",),
+    rules=("time_pairs + row_pairs + column_pairs <= dim // 2",),
     needs=(("rope_sink", "q_sink"), ("q_sink", "rope_sink")),
     dense=False,
     family="pages",
@@ -80,18 +82,20 @@ def rope_append(
     rope_sink: Tensor | None = None,
     q_sink: Tensor | None = None,
     kv_scale: Tensor | None = None,
+    half_split: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k by the angles of their tokens and write k and v into their pages; returns the rotated queries.
 
     q, q_sink, out: [R, T, heads, D], T = F*H*W; k, v: [R, T, Hkv, D], normalised already. rope_time [R, F, a, 2],
-    rope_rows [H, b, 2], rope_columns [W, c, 2], a + b + c = D/2, float32 or float64. kv: [2, pages, H*W, Hkv, D],
+    rope_rows [H, b, 2], rope_columns [W, c, 2], a + b + c at most D/2, float32 or float64. kv: [2, pages, H*W, Hkv, D],
     in k's dtype, or FP8 with kv_scale float32 [2, pages, Hkv]. pages: int32 [R, F]. rope_sink with q_sink, or
-    neither: q rotated to the positions from which it sees the sink.
+    neither: q rotated to the positions from which it sees the sink. The first 2 * (a + b + c) channels are rotated, in
+    pairs (2j, 2j + 1), or with `half_split` (j, j + a + b + c).
 
     Raises UsageError naming the argument that does not fit. Pages are read on the device and not checked.
     Source: Wan 2.1 (arXiv 2503.20314); RoFormer (arXiv 2104.09864).
     """
     out = torch.empty_like(q) if out is None else out
-    OP(q, k, v, rope_time, rope_rows, rope_columns, out, kv, pages, rope_sink, q_sink, kv_scale)
+    OP(q, k, v, rope_time, rope_rows, rope_columns, out, kv, pages, rope_sink, q_sink, kv_scale, half_split)
     return out

@@ -68,15 +68,22 @@ class Arg:
     dtypes: those allowed, empty for any; the name of an argument stands for its dtype. Where the op computes in
     float64, float64 is allowed in the place of float32.
     listed_by: for a store of pages, [2, pages, ...]: the argument that lists the pages which a call touches.
+    or_dims: the dims of another form, with more dims or fewer; empty for none.
     """
 
     dims: str
     dtypes: tuple[torch.dtype | str, ...] = ()
     listed_by: str = ""
+    or_dims: str = ""
 
     @cached_property
     def sizes(self) -> tuple[str, ...]:
         return tuple(self.dims.split())
+
+    def sizes_for(self, rank: int) -> tuple[str, ...]:
+        """The sizes by name of a tensor with `rank` dims."""
+        other = tuple(self.or_dims.split())
+        return other if len(other) == rank != len(self.sizes) else self.sizes
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class OpSpec:
         given = dict(zip(self.names, args, strict=True))
         tensors = {name: given[name] for name in self.args if given[name] is not None}
         for name, tensor in tensors.items():
-            shape, sizes = tuple(tensor.shape), self.args[name].sizes
+            shape, sizes = tuple(tensor.shape), self.args[name].sizes_for(tensor.ndim)
             if len(shape) != len(sizes):
                 self._refuse(f"shape of {name}", shape, f"{len(sizes)} dims, [{', '.join(sizes)}]")
             if 0 in shape:
@@ -187,7 +194,7 @@ class OpSpec:
                 values = ", ".join(f"{name} is {dims[name]}" for name in names)
                 raise UsageError(f"{self.name}: {values}; expected {rule}")
         for name, tensor in tensors.items():
-            shape, sizes = tuple(tensor.shape), self.args[name].sizes
+            shape, sizes = tuple(tensor.shape), self.args[name].sizes_for(tensor.ndim)
             allowed = [tuple(evaluated(part, dims) for part in size.split("|")) for size in sizes]
             if any(size not in fitting for size, fitting in zip(shape, allowed, strict=True)):
                 expected = ", ".join(" or ".join(map(str, fitting)) for fitting in allowed)
@@ -219,7 +226,7 @@ class OpSpec:
             if store := name in self.args and self.args[name].listed_by:
                 room = math.prod(given[store].shape)
                 dims["listed"] = room if listed is None or not self.counted_by else listed
-                nbytes = nbytes // value.shape[1] * dims["listed"]
+                nbytes = nbytes // value.shape[1] * dims["listed"] // dims.get("head_groups", 1)
             key = memory(value), store
             moved[key] = max(moved.get(key, 0), nbytes)
         return Cost(int(evaluated(self.flops, dims)), sum(moved.values()), 1)
@@ -229,7 +236,8 @@ class OpSpec:
         dims = {name: value for name, value in given.items() if isinstance(value, int)}
         dims |= {f"has_{name}": int(given.get(name) is not None) for name in self.args}
         for name, arg in self.args.items():
-            for size, actual in zip(arg.sizes, getattr(given.get(name), "shape", ()), strict=False):
+            shape = getattr(given.get(name), "shape", ())
+            for size, actual in zip(arg.sizes_for(len(shape)), shape, strict=False):
                 if size.isidentifier():
                     dims.setdefault(size, actual)
         return dict(self.defaults) | dims

@@ -14,8 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..errors import InferixError, UsageError, nearest, quoted
-from ..schemes.presets import PRESETS, About
-from .wan.spec import MODELS
+from ..schemes.presets import About
+from .registry import MODELS, PRESETS
 
 NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<file>[^:]+))?")
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")

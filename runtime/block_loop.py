@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..errors import InferixError
 from ..graphs.passes import Pass
+from ..models.solvers import noised
 from ..schemes.block_schedule import (
+    ScheduledPass,
     commit_pass,
     denoise_pass,
     denoise_passes,
@@ -34,7 +36,6 @@ from .execution.decode_pipeline import to_frames
 from .kv.paged_cache import bind_together
 from .noise import PhiloxNoise
 from .resources import Resources
-from .sampler import noised
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session_state import BlockInFlight, PromptChange, SessionState
@@ -120,7 +121,8 @@ class BlockLoop:
         latents = state.recent_frames(run.frames)
         if scheduled.clears_cache:
             branch.cache.clear()
-        branch.cache.set_window(run.groups[-1].context)
+        if (window := scheduled.window) is not None:
+            branch.cache.set_window(window)
         yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
         return True
 
@@ -135,7 +137,7 @@ class BlockLoop:
         latents = self.rebuild_latents(state, run)
         for branch in state.branches:
             branch.cache.clear()
-        self.roll_caches(state, run)
+        self.roll_caches(state, scheduled)
         yield from self.network_pass(state, run, latents, record)
         if state.preset.context.restart_decoder:
             wait_for_decoder()
@@ -155,7 +157,7 @@ class BlockLoop:
         flight, timesteps = state.flight, state.sampler.of_block(state.next_block).timesteps
         clean = frozenset({0} if state.clamped is not None else ())
         for scheduled in denoise_passes(state.timeline, flight, timesteps, partial(self.admit, state), clean):
-            self.roll_caches(state, scheduled.run)
+            self.roll_caches(state, scheduled)
             latents = torch.cat([block.latents for block in flight])
             velocity = yield from self.network_pass(state, scheduled.run, latents, record)
             for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
@@ -167,7 +169,7 @@ class BlockLoop:
     ) -> BlockSteps[None]:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
         scheduled = commit_pass(state.timeline, span)
-        self.roll_caches(state, scheduled.run, scheduled.beside)
+        self.roll_caches(state, scheduled)
         yield from self.network_pass(state, scheduled.run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
@@ -182,8 +184,9 @@ class BlockLoop:
         block, (branch,) = self.admit(state), state.branches
         assert isinstance(state.noise, PhiloxNoise)
         frames, seed = block.span.frames, state.noise.seed
-        run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
-        self.roll_caches(state, run)
+        scheduled = denoise_pass(state.timeline, [block], state.sampler.timesteps)
+        self.roll_caches(state, scheduled)
+        run = scheduled.run
         bound, actions = branch.cache.bind(run), self.actions_of(state, run)
         with record.one_pass():
             executor = self.resources.executor
@@ -229,16 +232,13 @@ class BlockLoop:
         if state.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
 
-    def roll_caches(self, state: SessionState, run: Pass, beside: tuple[int, ...] = ()) -> None:
-        """Set the window of the caches to the context of a pass that writes; other passes leave it as it is.
-
-        beside: frames that stay in the caches although the pass does not see them.
-        """
-        window = window_of(run, beside)
-        if window is not None:
-            for branch in state.branches:
+    def roll_caches(self, state: SessionState, scheduled: ScheduledPass) -> None:
+        """Set the window of each branch's cache to what a pass that writes there sees; others leave it as it is."""
+        for number, branch in enumerate(state.branches):
+            run = scheduled.run.of_branch(number)
+            if run is not None and (window := window_of(run, scheduled.beside)) is not None:
                 branch.cache.set_window(window)
-            state.timeline.forget(window)
+                state.timeline.forget(window)
 
     def actions_of(self, state: SessionState, run: Pass) -> Tensor | None:
         """Action of each frame of a pass, one-hot [1, F, action_dim]; None for a model without actions."""
@@ -259,12 +259,24 @@ class BlockLoop:
     def network_pass(
         self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None = None
     ) -> BlockSteps[Tensor]:
-        """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided with two branches."""
-        actions, velocities = self.actions_of(state, run), []
+        """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided with two branches.
+
+        A branch that does not run a frame has velocity 0 there.
+        """
+        velocities = []
         timed: AbstractContextManager[None] = nullcontext() if record is None else record.one_pass()
         with timed:
-            for branch in state.branches:
-                velocities.append((yield ForwardRequest(branch, run, latents, actions)))
+            for number, branch in enumerate(state.branches):
+                own = run.of_branch(number)
+                if own is run:
+                    velocities.append((yield ForwardRequest(branch, run, latents, self.actions_of(state, run))))
+                    continue
+                velocity = torch.zeros_like(latents)
+                if own is not None:
+                    rows = [run.frames.index(frame) for frame in own.frames]
+                    request = ForwardRequest(branch, own, latents[rows], self.actions_of(state, own))
+                    velocity[rows] = yield request
+                velocities.append(velocity)
         if len(velocities) == 1:
             return velocities[0]
         conditional, negative = velocities
@@ -297,7 +309,7 @@ class BlockLoop:
         executor, device = self.resources.executor, self.resources.device
         latents = torch.stack([request.latents for request in requests])
         timesteps = torch.tensor(levels, dtype=torch.float32, device=device)
-        text = executor.join([request.branch.text for request in requests])
+        text = executor.join([request.text(executor) for request in requests])
         actions = [request.actions for request in requests if request.actions is not None]
         try:
             bound = bind_together(caches, [request.run for request in requests])

@@ -11,13 +11,13 @@ import torch
 
 from ..errors import UsageError, nearest, quoted
 from ..graphs.rewrites.lowp import PrecisionMap
-from ..models.wan.checkpoint import FORMATS
-from ..models.wan.transformer import PRECISIONS
+from ..models.registry import formats
+from ..models.transformer import PRECISIONS
 from .arguments import flag, number, path_text, text
 from .byte_sizes import parse_bytes
+from .executor_specs import REFERENCE, ExecutorSpec, default_executor, executor_spec, names_with
 from .kv.page_store import KV_DTYPES
 
-EXECUTORS = ("eager", "fused", "captured")
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -34,10 +34,10 @@ class EngineConfig:
     """Settings of an engine. `EngineConfig.of` fills in what depends on model and device, and coerces values.
 
     model: checkpoint file or folder, or a named model. preset: decoding scheme. device: cpu, cuda or cuda:N.
-    dtype: of weights and latents, a name of `DTYPES`. executor: one of `EXECUTORS`.
+    dtype: of weights and latents, a name of `DTYPES`. executor: a name of `EXECUTORS`.
     base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
-    one of them alone. checkpoint_format: a name of `FORMATS`; None detects it. use_ema: averaged weights of a training
-    file. precision: a name of `PRECISIONS`.
+    one of them alone. checkpoint_format: one of a family; None detects it. use_ema: averaged weights of a
+    training file. precision: a name of `PRECISIONS`.
     lora: adapter file or folder, merged into the weights `lora_scale` times; lora_partial: also one of which only a
     part fits. kv_memory: bytes for keys and values of all sessions; None starts with one session's need and grows.
     kv_dtype: of cached keys and values, a name of `KV_DTYPES`; None is the model's own. kv_offload: pages of a paused
@@ -51,7 +51,7 @@ class EngineConfig:
     preset: str
     device: str
     dtype: str
-    executor: str = "eager"
+    executor: str = REFERENCE
     base: str | None = None
     checkpoint_format: str | None = None
     vae: str | None = None
@@ -88,12 +88,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice("executor", self.executor, EXECUTORS)
         check_choice("precision", self.precision, PRECISIONS)
         if self.kv_dtype is not None:
             check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.checkpoint_format is not None:
-            check_choice("checkpoint_format", self.checkpoint_format, FORMATS)
+            check_choice("checkpoint_format", self.checkpoint_format, formats())
         if self.lora_scale != 1.0 and self.lora is None:
             raise UsageError(f"lora_scale is {self.lora_scale}, but there is no lora; give lora")
         if self.lora_partial and self.lora is None:
@@ -109,15 +108,39 @@ class EngineConfig:
                     )
         if self.precision_map is None and (self.lowp_keep or self.lowp_layers != EVERY_BLOCK):
             raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
-        if self.graphs is not None and self.executor == "eager":
-            raise UsageError(f"graphs is {quoted(self.graphs)}, but executor eager has none; use fused or captured")
-        if self.executor == "captured" and not self.device.startswith("cuda"):
-            raise UsageError(f"executor captured needs a GPU, and device is {quoted(self.device)}; use fused")
+        self._check_capabilities()
+
+    def _check_capabilities(self) -> None:
+        """UsageError for a setting that the executor does not take."""
+        spec, name = self.executor_spec, self.executor
+        for key, value, taken, capable in (
+            ("graphs", self.graphs, spec.graphs, lambda other: other.graphs),
+            ("lowp", self.lowp, self.lowp in spec.lowp, lambda other: self.lowp in other.lowp),
+            ("kv_dtype", self.kv_dtype, reads(spec, self.kv_dtype), lambda other: reads(other, self.kv_dtype)),
+        ):
+            if value is not None and not taken:
+                use = names_with(capable)
+                raise UsageError(f"{key} is {quoted(value)}, which executor {name!r} does not take; use {use}")
+        kind = torch.device(self.device).type
+        if kind not in spec.devices:
+            raise UsageError(
+                f"executor {name!r} runs on {' or '.join(spec.devices)}, and device is {quoted(self.device)}; use "
+                f"{names_with(lambda other: kind in other.devices)}"
+            )
+
+    @property
+    def executor_spec(self) -> ExecutorSpec:
+        """Capabilities of the executor."""
+        return executor_spec(self.executor)
 
     @property
     def precision_map(self) -> PrecisionMap | None:
         """Which linear layers run in low precision, and in which."""
         return None if self.lowp is None else PrecisionMap(self.lowp, self.lowp_layers, self.lowp_keep)
+
+
+def reads(spec: ExecutorSpec, kv_dtype: str | None) -> bool:
+    return spec.kv_dtypes is None or kv_dtype in spec.kv_dtypes
 
 
 def byte_count(key: str, value: Any) -> int:
@@ -160,11 +183,6 @@ def check_device(name: str) -> None:
         raise UsageError(f"device is {quoted(name)}, but torch {torch.__version__} finds no GPU; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device is {quoted(name)}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
-
-
-def default_executor(device: str) -> str:
-    """captured on a GPU, elsewhere eager."""
-    return "captured" if device.startswith("cuda") else "eager"
 
 
 def default_device() -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AtCapacity, UsageError, quoted
-from ..models.wan.spec import ModelSpec
+from ..models.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline
@@ -81,7 +81,7 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
 class Engine:
     """A model ready to run: weights, preset and limits. Made by `load`.
 
-    executor: in place of the one that `config` names.
+    executor: in place of the one that `config` names, with the capabilities of that name.
     """
 
     def __init__(
@@ -179,14 +179,13 @@ class Engine:
             clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
             prefix = inputs.prefix_latents(image, video, size, fit)
-        texts = [rows] if negative is None else [rows, negative]
         state = SessionState(
             size=size,
             timeline=Timeline(preset),
             sampler=sampler,
             noise=noise if noise is not None else PhiloxNoise(seed, str(self.device)),
             rows=rows,
-            branches=Branch.new_each(self.resources, texts, size),
+            branches=Branch.for_prompts(self.resources, preset, rows, negative, size),
             actions=ActionTrack(self.spec.actions, actions),
             decoder=DecoderTrack(
                 self.manager.decoder, preset.context.rewind_blocks, preset.context.decoder_zero_start
@@ -294,10 +293,17 @@ class Engine:
         executor.refresh_derived_weights()
         renewed: dict[int, tuple[Text, Text]] = {}  # (old, new) by the identity of the old one, which stays referenced
         states = [state for session in self.manager.sessions.values() for state in session.states]
-        for branch, rows in (pair for state in states for pair in state.conditionings):
-            if id(branch.text) not in renewed:
-                renewed[id(branch.text)] = branch.text, executor.condition(rows)
-            branch.text = renewed[id(branch.text)][1]
+
+        def renew(text: Text, rows: Tensor) -> Text:
+            if id(text) not in renewed:
+                renewed[id(text)] = text, executor.condition(rows)
+            return renewed[id(text)][1]
+
+        for state in states:
+            for branch, rows in state.conditionings:
+                branch.text = renew(branch.text, rows)
+                if branch.null is not None and state.negative is not None:
+                    branch.null = renew(branch.null, state.negative)
 
     # Measurements
 
@@ -310,10 +316,10 @@ class Engine:
 
         An error that it raises becomes a warning. It may use `soon`, and no call that belongs between two blocks.
         """
-        self.manager.observers.append(callback("observer", observer))
+        self.manager.delivery.observers.append(callback("observer", observer))
 
     def start_profile(self) -> Profile:
-        """Time every pass from now on; returns the profile that collects them. UsageError for executor eager."""
+        """Time every pass from now on; returns the profile that collects them. UsageError without graphs."""
         config, card = self.config, card_of(self.device)
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))

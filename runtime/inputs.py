@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UsageError, quoted
 from ..models.text.umt5 import clean_prompt, load_prompt_embeds
+from ..schemes.page_needs import branches, needs_negative
 from .media_input import read_image, read_video
 from .resources import Resources
 
@@ -52,9 +53,12 @@ class Inputs:
             )
 
     def negative_rows(self, prompt: str | None, embeds: Tensor | str | Path | None) -> Tensor | None:
-        """Rows [text_len, text_dim] of the negative prompt; None for a preset without guidance, which takes none."""
+        """Rows [text_len, text_dim] of the negative prompt; None for a preset that uses none.
+
+        It is what guidance keeps away from, and the null caption.
+        """
         preset = self.resources.preset
-        if preset.sampler.guidance_scale == 1:
+        if not needs_negative(preset):
             if prompt is not None or embeds is not None:
                 raise UsageError(f"{preset.name} uses no guidance, so a negative prompt would do nothing; drop it")
             return None
@@ -62,6 +66,9 @@ class Inputs:
             raise UsageError(
                 f"{preset.name} guides away from a negative prompt; give negative_prompt, "
                 "or set guidance_scale=1"
+                if branches(preset) == 2
+                else f"{preset.name} runs clean frames under a null caption; give negative_prompt, or set "
+                "clean_text=prompt"
             )
         return self.prompt_rows(prompt, embeds, empty=True)
 

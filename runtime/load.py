@@ -8,15 +8,14 @@ from typing import Any
 
 from ..errors import UsageError
 from ..models.hub import locate
-from ..models.wan.spec import MODELS
-from ..models.wan.taehv import TinyDecoder
-from ..schemes.presets import FIELDS, Preset, default_model, default_preset, make_preset, no_setting
+from ..models.registry import MODELS, default_model, default_preset, make_preset, shipped
+from ..schemes.presets import FIELDS, Preset, no_setting
 from .arguments import flag, instance, optional, path_text, text
 from .arguments import size as picture_size
 from .capacity.memory_check import MemoryCheck
 from .config import SETTINGS, EngineConfig
 from .engine import Engine
-from .execution.loading import SHIPPED, Components, load_components, random_components, shipped
+from .execution.loading import Components, load_components, random_components
 from .limits import Limits
 from .sessions.batch_profile import entries
 
@@ -66,7 +65,7 @@ def load(
         entries(Path(config.batches))  # so that a bad file is refused before weights are read
     check_tiny_decoder(scheme, config.vae == "taehv")
     parts = load_parts(config, preset, MemoryCheck(config, scheme, size, force=force), offline, text_prompts)
-    check_tiny_decoder(scheme, isinstance(parts.vae, TinyDecoder))
+    check_tiny_decoder(scheme, not parts.vae.spec.encodes)
     return Engine(config, scheme, parts, limits)
 
 
@@ -85,9 +84,10 @@ def load_parts(
     """
     model = config.model
     if model in MODELS and not Path(model).exists():
-        if model not in SHIPPED:
+        folder = shipped(model)
+        if folder is None:
             return random_components(MODELS[model], config, check)
-        files = replace(config, model=str(shipped(model)))
+        files = replace(config, model=str(folder))
     else:
         own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
         located = locate(model, preset, config.base, offline, own_parts)

@@ -16,14 +16,14 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import InferixError, UsageError, nearest, quoted
 from .files import PartFile, check_output, write_atomically, write_failed
 from .media_input import untagged_matrix
+from .sinks import Frames
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 FRAGMENTED = {"movflags": "delay_moov+default_base_moof", "frag_duration": "1000000"}  # of a second each
@@ -32,11 +32,8 @@ BT709, BT601, LIMITED = 1, 6, 1  # numbers of H.273; 1 is BT.709 for primaries a
 CELL_WIDTH = 240  # widest thumbnail of a contact sheet, in pixels
 LABEL_HEIGHT = 14  # room for one line of Pillow's built-in font, in pixels
 
-Frames = NDArray[np.uint8]
-
-
 class VideoWriter:
-    """H.264 (yuv420p) video file, as a context manager; a thread of its own encodes.
+    """H.264 (yuv420p) video file, a `Sink`; a thread of its own encodes.
 
     path: ends in .mp4, .mov or .mkv; its folder is made. fps: frames per second, > 0. size: even (W, H).
     scale: how many times wider and higher than `size` the file's pictures are.
@@ -45,6 +42,8 @@ class VideoWriter:
     far become a playable `path` (none: no file). A write that fails raises InferixError with the path and the reason,
     and what fits on the disk is kept: `frames` is then how many that are.
     """
+
+    when_full: Final = "wait"
 
     def __init__(self, path: str | Path, fps: float, size: tuple[int, int], scale: int = 1) -> None:
         width, height = size
@@ -88,6 +87,10 @@ class VideoWriter:
     @property
     def _format(self) -> str:
         return CONTAINERS[self.path.suffix.lower()]
+
+    @property
+    def full(self) -> bool:
+        return sum(not waiting.done() for waiting in self._waiting) >= WAITING
 
     def add(self, frames: Frames) -> None:
         """Append uint8 RGB frames [T, H, W, 3]; they are copied. An earlier frame's error may be raised here."""

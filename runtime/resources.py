@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.wan.spec import ModelSpec
+from ..models.spec import ModelSpec
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
 from .execution.executors import Executor, make_executor
@@ -45,5 +45,6 @@ def make_resources(
     make_current(device)
     executor = executor or make_executor(config, preset, parts)
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
-    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), device, config.kv_memory)
+    model = parts.transformer
+    kv_manager = KVManager(model.spec, model.rope, preset, (dtype, kv_dtype), device, config.kv_memory)
     return Resources(config, preset, parts, kv_manager, executor, device, dtype)

@@ -1,6 +1,6 @@
 """Actions of a world model: one per latent frame, from a script or set while the stream runs.
 
-Host integers only. Only changes are kept, so an endless stream costs no memory while nothing changes.
+Host integers only. Only changes are stored, so an endless stream costs no memory while nothing changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ActionTrack:
 
     def __init__(self, names: Sequence[str], script: Sequence[str] = ()) -> None:
         self.names = tuple(names)
-        self.starts, self.held = [0], [0]
+        self.starts, self.indices = [0], [0]
         for frame, name in enumerate(script, start=1):
             self.set_from(frame, name)
         if script:
@@ -33,20 +33,20 @@ class ActionTrack:
         """Set the action from `frame` on; actions set for later frames are dropped. UsageError for an unknown name."""
         index = self.names.index(check_action(name, self.names))
         keep = bisect_right(self.starts, frame - 1)
-        del self.starts[keep:], self.held[keep:]
-        if not self.held or self.held[-1] != index:
+        del self.starts[keep:], self.indices[keep:]
+        if not self.indices or self.indices[-1] != index:
             self.starts.append(frame)
-            self.held.append(index)
+            self.indices.append(index)
 
     def fork(self) -> ActionTrack:
         """Return an independent copy."""
         twin = ActionTrack(self.names)
-        twin.starts, twin.held = list(self.starts), list(self.held)
+        twin.starts, twin.indices = list(self.starts), list(self.indices)
         return twin
 
     def of(self, frame: int) -> int:
         """The number of a frame's action."""
-        return self.held[bisect_right(self.starts, frame) - 1]
+        return self.indices[bisect_right(self.starts, frame) - 1]
 
 
 def check_action(name: str, names: Sequence[str]) -> str:
@@ -70,7 +70,7 @@ def read_actions(text: str, names: Sequence[str]) -> list[str]:
             raise UsageError(f"actions {quoted(text)} must hold a list of names, such as {example}")
         check_script_length(len(listed))
         return [check_action(name, names) for name in listed]
-    found: list[str] = []
+    actions: list[str] = []
     for match in re.finditer(r"\S+", text):  # a list of the words could be many times larger than the text
         word = match[0]
         parts = re.fullmatch(r"([0-9]*)([A-Za-z_]+)", word)
@@ -82,11 +82,11 @@ def read_actions(text: str, names: Sequence[str]) -> list[str]:
             raise UsageError(f"actions hold {quoted(word)}; expected words such as {shorthand(names)}")
         check_action(full, names)
         count = int(parts[1][:10] or 1)  # more digits are too many already
-        check_script_length(len(found) + count)
-        found += [full] * count
-    if not found:
+        check_script_length(len(actions) + count)
+        actions += [full] * count
+    if not actions:
         raise UsageError(f"actions are empty; expected words such as {shorthand(names)}")
-    return found
+    return actions
 
 
 def check_script_length(count: int) -> None:

@@ -40,10 +40,15 @@ class ScheduledPass:
         """Frames that the cache holds for the pass; see `window_of`."""
         return window_of(self.run, self.beside)
 
+    def branch_runs(self, branches: int) -> tuple[Pass, ...]:
+        """The pass as each of some branches runs it; branches that run the same groups share one entry."""
+        runs = (self.run.of_branch(branch) for branch in range(branches))
+        return tuple(dict.fromkeys(run for run in runs if run is not None))
+
     @property
     def context(self) -> int:
-        """Latent frames that its last group sees, itself included."""
-        return len(self.run.groups[-1].context)
+        """Most latent frames that one of its groups sees, itself included."""
+        return max(len(group.context) for group in self.run.groups)
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,12 @@ B = TypeVar("B", bound=InFlight)
 def supports_whole_block(preset: Preset, block: int | None = None) -> bool:
     """True where all steps and the commit of a block can be one program: one block in flight, no guidance.
 
-    block: the number of a block, of which the first cannot if it has a step list of its own.
+    All of them then read the same page tables and text. block: the number of a block, of which the first cannot if it
+    has a step list of its own.
     """
     own_steps = block == 0 and bool(preset.sampler.denoising_step_list_first_chunk)
-    return preset.window_blocks == 1 and branches(preset) == 1 and not own_steps
+    alone = preset.window_blocks == 1 and branches(preset) == 1
+    return alone and preset.context.has_one_context and not own_steps
 
 
 def window_of(run: Pass, beside: Sequence[int] = ()) -> tuple[int, ...] | None:
@@ -115,10 +122,9 @@ def window_of(run: Pass, beside: Sequence[int] = ()) -> tuple[int, ...] | None:
     They are all that its groups see, except frames of groups that do not write: those have pages for this pass only.
     beside: frames that it holds as well.
     """
-    scratch = {frame for group in run.groups if not group.write for frame in group.frames}
-    if scratch.issuperset(run.frames):
+    if not run.written:
         return None
-    return tuple(sorted({*beside, *(frame for group in run.groups for frame in group.context)} - scratch))
+    return tuple(sorted({*beside, *(frame for group in run.groups for frame in group.context)} - {*run.scratch}))
 
 
 def recache_pass(timeline: Timeline) -> ScheduledPass | None:
@@ -141,16 +147,18 @@ def reencodes_head(preset: Preset, rebuild: Pass) -> bool:
 
 def joins(preset: Preset, flight: Sequence[InFlight]) -> bool:
     """True where a new block joins before the next denoising pass: once the newest has taken its share of the steps."""
-    steps_between = preset.sampler.steps // preset.window_blocks
-    return not flight or (len(flight) < preset.window_blocks and flight[-1].step >= steps_between)
+    return not flight or (len(flight) < preset.window_blocks and flight[-1].step >= preset.steps_between_joins)
 
 
 def denoise_pass(
     timeline: Timeline, flight: Sequence[InFlight], timesteps: Sequence[float], clean: frozenset[int] = frozenset()
 ) -> ScheduledPass:
     """One sampler step of all blocks in flight. timesteps: of each step; frames in `clean` get timestep 0."""
-    run = timeline.joint_pass([(block.span.frames, timesteps[block.step]) for block in flight], clean)
-    return ScheduledPass("denoise", run, tuple(block.span for block in flight), tuple(block.step for block in flight))
+    policy, steps = timeline.preset.context, tuple(block.step for block in flight)
+    ranges = [policy.key_range(step, len(timesteps)) for step in steps]
+    run = timeline.joint_pass([(block.span.frames, timesteps[block.step]) for block in flight], clean, ranges)
+    beside = timeline.beside(run) if policy.has_key_ranges else ()
+    return ScheduledPass("denoise", run, tuple(block.span for block in flight), steps, beside=beside)
 
 
 def denoise_passes(

@@ -12,6 +12,7 @@ from ..errors import UsageError, quoted
 POSITIONS = ("absolute", "window-relative", "contiguous")
 SWITCHES = ("cut", "recache", "blend")
 IMAGES = ("prefix", "clamp")
+TEXTS = ("prompt", "null")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class ContextPolicy:
     block at timestep 0 (`clamp`).
     sink_decay: what is kept of the sink when a frame leaves the window: the sink is sink_decay of itself and the rest
     of that frame; 1 leaves it as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
+    noise2clean_kvrange: blocks that a block sees, itself the last of them, in each of equally many shares of its steps,
+    the noisiest first; empty where the blocks in flight see each other and the window. clean_chunk_kvrange: blocks that
+    a commit sees, itself the last; 0 for the window. Sources: MAGI-1 (arXiv 2505.13211), whose names they are.
+    clean_text: what frames attend to in passes over clean latents: the `prompt`, or the `null` caption.
     """
 
     local_attn_size: int
@@ -60,15 +65,19 @@ class ContextPolicy:
     image: str = "prefix"
     sink_decay: float = 1.0
     rewind_blocks: int = 0
+    noise2clean_kvrange: tuple[int, ...] = ()
+    clean_chunk_kvrange: int = 0
+    clean_text: str = "prompt"
 
     def __post_init__(self) -> None:
-        choices = {"positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES}
+        choices = {"positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES, "clean_text": TEXTS}
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise UsageError(f"{key} is {quoted(getattr(self, key))}; expected one of {', '.join(known)}")
         if self.local_attn_size < 1 and self.local_attn_size != -1:
             raise UsageError(f"local_attn_size is {self.local_attn_size}; expected 1 or more, or -1 for all frames")
-        for key in ("sink_size", "segment_frames", "rebuild_frames", "shot_offset", "rewind_blocks"):
+        counts = ("sink_size", "segment_frames", "rebuild_frames", "shot_offset", "rewind_blocks")
+        for key in (*counts, "clean_chunk_kvrange"):
             if getattr(self, key) < 0:
                 raise UsageError(f"{key} is {getattr(self, key)}; expected 0 or more")
         if not 0 < self.sink_decay <= 1:
@@ -82,6 +91,17 @@ class ContextPolicy:
             )
         if self.rebuild_before_switch and self.prompt_switch == "recache":
             raise UsageError("rebuild_before_switch is true, but prompt_switch is 'recache'; use cut or blend")
+        if any(blocks < 1 for blocks in self.noise2clean_kvrange):
+            raise UsageError(f"noise2clean_kvrange is {list(self.noise2clean_kvrange)}; expected 1 block or more each")
+        if self.has_key_ranges and not self.commit_sees_sink:
+            raise UsageError(
+                "commit_sees_sink is false, but noise2clean_kvrange or clean_chunk_kvrange says what a block sees; "
+                "set it to true, or leave the ranges out"
+            )
+        if self.clean_text == "null" and self.prompt_switch == "recache":
+            raise UsageError(
+                "clean_text is 'null', so that the cache follows no prompt, but prompt_switch is 'recache'; use cut"
+            )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
         if (self.segment_frames > 0 or not self.commit) and self.rebuild_frames < 1:
@@ -101,6 +121,40 @@ class ContextPolicy:
     def moving_positions(self) -> bool:
         """Whether a frame's position changes while it is held."""
         return self.positions != "absolute"
+
+    @property
+    def has_key_ranges(self) -> bool:
+        """True where a block's keys depend on its noise level."""
+        return bool(self.noise2clean_kvrange or self.clean_chunk_kvrange)
+
+    @property
+    def has_one_context(self) -> bool:
+        """True where all passes of a block denoised alone see the same frames and the same text."""
+        return not self.has_key_ranges and self.clean_text == "prompt"
+
+    def key_range(self, step: int, steps: int) -> int | None:
+        """Blocks that a block sees at one of `steps` sampler steps, itself included; None for the whole window."""
+        ranges = self.noise2clean_kvrange
+        return ranges[step * len(ranges) // steps] if ranges else None
+
+    def check_key_ranges(self, frames: int, window_blocks: int, steps: int) -> None:
+        """UsageError unless the steps have equal shares, and what each block in flight sees lies in the window."""
+        ranges, size = self.noise2clean_kvrange, self.local_attn_size
+        if ranges and steps % len(ranges):
+            raise UsageError(
+                f"noise2clean_kvrange {list(ranges)} has {len(ranges)} entries for {steps} steps; expected a divisor"
+            )
+        if size == -1:
+            return
+        newer = [step * window_blocks // steps for step in range(steps)]  # blocks in flight behind it at each step
+        reach = [blocks + newer[step] for step in range(steps) if (blocks := self.key_range(step, steps)) is not None]
+        most = max([*reach, self.clean_chunk_kvrange + window_blocks - 1 if self.clean_chunk_kvrange else 0])
+        if most * frames + self.sink_size > size:
+            raise UsageError(
+                f"local_attn_size {size} is smaller than the {most} blocks of {frames} frames that "
+                f"noise2clean_kvrange {list(ranges)} and clean_chunk_kvrange {self.clean_chunk_kvrange} reach over, "
+                f"plus sink_size {self.sink_size}; widen the window or shrink the ranges"
+            )
 
     def check_blocks(self, frames: int, window_blocks: int) -> None:
         """UsageError unless blocks of `frames`, so many at a time, fit beside the sink."""

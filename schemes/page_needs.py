@@ -52,6 +52,11 @@ def branches(preset: Preset) -> int:
     return 1 if preset.sampler.guidance_scale == 1 else 2
 
 
+def needs_negative(preset: Preset) -> bool:
+    """True where passes use a negative prompt: as guidance's other conditioning, or as the null caption."""
+    return branches(preset) == 2 or preset.context.clean_text == "null"
+
+
 def least_pages(preset: Preset) -> int:
     """Pages that one session needs; where the window has no end, those of its first block."""
     return branches(preset) * (page_needs(preset).total or preset.num_frame_per_block)

@@ -8,17 +8,29 @@ from dataclasses import dataclass
 from ..errors import UsageError, quoted
 
 TRAIN_TIMESTEPS = 1000
-SOLVERS = ("renoise", "unipc")
+
+
+@dataclass(frozen=True)
+class SolverRules:
+    """Settings that a solver takes. step_list: its steps are `denoising_step_list`, from any noise level on; otherwise
+    it makes `num_steps` steps from pure noise.
+    """
+
+    step_list: bool
+
+
+SOLVERS: dict[str, SolverRules] = {"renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False)}
 
 
 @dataclass(frozen=True)
 class SamplerSpec:
     """How a block is denoised.
 
-    denoising_step_list (renoise): entries of 0..1000, descending; with `warp_denoising_step` they are places in
-    the schedule, else timesteps. denoising_step_list_first_chunk (renoise): the list of the first generated block where
-    it has one of its own, as models of one or two steps do (Causal-Forcing++, arXiv 2605.15141).
-    num_steps (unipc): steps evenly spaced before the shift. timestep_shift: S of sigma' = S*s / (1 + (S-1)*s).
+    solver: a name in `SOLVERS`. denoising_step_list (solvers with a step list): entries of 0..1000, descending; with
+    `warp_denoising_step` they are places in the schedule, else timesteps. denoising_step_list_first_chunk: the list of
+    the first generated block where it has one of its own, as models of one or two steps do (Causal-Forcing++, arXiv
+    2605.15141).
+    num_steps (other solvers): steps evenly spaced before the shift. timestep_shift: S of sigma' = S*s / (1 + (S-1)*s).
     context_noise: the network's timestep in the pass that commits the clean block (no noise is added).
     guidance_scale: 1 runs the prompt alone; otherwise v = u + scale * (c - u), with a cache for each of the two.
     """
@@ -36,13 +48,13 @@ class SamplerSpec:
         steps = self.denoising_step_list
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {quoted(self.solver)}; expected one of {', '.join(SOLVERS)}")
-        if self.solver == "unipc" and self.num_steps < 1:
+        if not self.has_step_list and self.num_steps < 1:
             raise UsageError(f"num_steps is {self.num_steps}; expected 1 or more")
-        if self.solver == "renoise":
+        if self.has_step_list:
             self.check_steps("denoising_step_list", steps)
         if self.denoising_step_list_first_chunk:
             self.check_steps("denoising_step_list_first_chunk", self.denoising_step_list_first_chunk)
-            if self.solver != "renoise":
+            if not self.has_step_list:
                 raise UsageError(
                     f"denoising_step_list_first_chunk is given, but solver {self.solver} has no step list; leave it out"
                 )
@@ -61,6 +73,11 @@ class SamplerSpec:
             raise UsageError(f"{name} {list(steps)} must hold whole numbers to be warped")
 
     @property
+    def has_step_list(self) -> bool:
+        """True if the steps are those of `denoising_step_list`."""
+        return SOLVERS[self.solver].step_list
+
+    @property
     def steps(self) -> int:
         """Denoising passes of a block; the first block may have others, `denoising_step_list_first_chunk`."""
-        return self.num_steps if self.solver == "unipc" else len(self.denoising_step_list)
+        return len(self.denoising_step_list) if self.has_step_list else self.num_steps

@@ -1,4 +1,4 @@
-"""Prompts over time: which block of a stream first follows which prompt.
+"""Prompts over time: the block of a stream at which each prompt begins.
 
 A storyboard is a list of (seconds, prompt), from the command's `--prompt-at` or a YAML file with entries
 `- at: 2.5` / `prompt: ...`. Each takes effect at the first block that begins at its time or later.
@@ -17,14 +17,14 @@ from .presets import Preset
 
 @dataclass(frozen=True)
 class Cue:
-    """A prompt that holds from `at` seconds of the video on."""
+    """A prompt and the time at which it begins, in seconds of the video."""
 
     at: float
     prompt: str
 
 
 def read_storyboard(path: str | Path) -> list[Cue]:
-    """Cues of a YAML file; UsageError if it cannot be read or an entry is not `at` and `prompt`."""
+    """Read the cues of a YAML file; UsageError if it cannot be read or an entry is not `at` and `prompt`."""
     entries, where = read_yaml(path, "storyboard"), f"storyboard {quoted(str(path))}"
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{where} is no list; expected entries of 'at: SECONDS' and 'prompt: TEXT'")
@@ -32,6 +32,7 @@ def read_storyboard(path: str | Path) -> list[Cue]:
 
 
 def read_cue(entry: Any, where: str) -> Cue:
+    """Check one entry. where: file and number of the entry, for messages."""
     if not isinstance(entry, dict) or set(entry) != {"at", "prompt"}:
         raise UsageError(f"{where} is {quoted(entry)}; expected 'at: SECONDS' and 'prompt: TEXT'")
     at, prompt = entry["at"], entry["prompt"]
@@ -41,13 +42,13 @@ def read_cue(entry: Any, where: str) -> Cue:
 
 
 def schedule(cues: list[Cue], preset: Preset, blocks: int, fps: int, stride: int, start: int = 0) -> dict[int, str]:
-    """Block number -> the prompt to change to before it.
+    """Return the new prompts by the number of the block that each precedes.
 
-    `stride` is pixel frames per latent frame and `start` the latent frames of a prefix. Raises UsageError for
-    cues out of order, at no time above 0, beyond the end, or two in one block.
+    stride: pixel frames per latent frame. start: latent frames of a prefix. Raises UsageError for cues out of order,
+    at no time above 0, beyond the end, or two in one block.
     """
-    found: dict[int, str] = {}
-    before, block, frame, begins = 0.0, 0, start, beginning(start, stride, fps)
+    changes: dict[int, str] = {}
+    before, block, frame, begins = 0.0, 0, start, start_time(start, stride, fps)
     for cue in cues:
         if cue.at == before == 0.0:
             raise UsageError("a prompt at 0 s is the first one: give it as --prompt, and those after it here")
@@ -61,14 +62,14 @@ def schedule(cues: list[Cue], preset: Preset, blocks: int, fps: int, stride: int
                     f"the prompt at {cue.at:g} s is beyond the last block, which begins at {begins:.2f} s of "
                     f"{((frame - 1) * stride + 1) / fps:.2f} s; make the video longer or the prompt earlier"
                 )
-            begins = beginning(frame, stride, fps)
-        if block in found:
+            begins = start_time(frame, stride, fps)
+        if block in changes:
             raise UsageError(f"two prompts fall on the block at {begins:.2f} s, which has one; move one of them")
-        found[block] = cue.prompt
+        changes[block] = cue.prompt
         before = cue.at
-    return found
+    return changes
 
 
-def beginning(frame: int, stride: int, fps: int) -> float:
-    """Seconds of video before a latent frame."""
+def start_time(frame: int, stride: int, fps: int) -> float:
+    """Return the seconds of video before a latent frame."""
     return max(0, (frame - 1) * stride + 1 if frame else 0) / fps

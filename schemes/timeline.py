@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ..graphs.passes import Group, Pass
+from ..graphs.passes import NULL, PROMPT, Group, Pass
 from .presets import Preset
 
 
@@ -82,6 +82,21 @@ class Timeline:
         """A group whose positions follow the policy."""
         return Group(tuple(frames), timestep, context, self.positions(context, write), write)
 
+    def clean_group(self, frames: Sequence[int], context: tuple[int, ...]) -> Group:
+        """A group over clean latents, which writes."""
+        text = NULL if self.preset.context.clean_text == "null" else PROMPT
+        return replace(self.group(frames, self.preset.sampler.context_noise, context), text=text)
+
+    def key_range(self, blocks: int | None, end: int, context: tuple[int, ...]) -> tuple[int, ...]:
+        """Frames of a context that the last of `blocks` blocks sees, which ends before `end`; None for all of them.
+
+        Sink and pinned frames stay visible.
+        """
+        if blocks is None:
+            return context
+        start, kept = end - blocks * self.preset.num_frame_per_block, {*self.sink, *self.pinned}
+        return tuple(frame for frame in context if frame < end and (frame >= start or frame in kept))
+
     def positions(self, context: tuple[int, ...], write: bool = True) -> tuple[int, ...]:
         """Temporal rotary position of each frame of a context."""
         kind = self.preset.context.positions
@@ -92,15 +107,19 @@ class Timeline:
             return tuple(range(last - len(context) + 1, last + 1))
         return tuple(self.places[frame] for frame in context)
 
-    def joint_pass(self, blocks: Sequence[tuple[range, float]], clean: frozenset[int]) -> Pass:
+    def joint_pass(
+        self, blocks: Sequence[tuple[range, float]], clean: frozenset[int], ranges: Sequence[int | None] = ()
+    ) -> Pass:
         """One denoising pass over blocks in flight, (frames, timestep) each; `clean` frames are told 0.
 
-        A block alone writes its keys and values where its clean ones will stand; several leave none.
+        A block alone writes its keys and values where its clean ones will stand; several leave none. ranges: how many
+        blocks each sees, itself the last; None, or no ranges, for all that the newest sees.
         """
-        context = self.visible(blocks[-1][0].stop)
+        visible = self.visible(blocks[-1][0].stop)
         write = self.preset.window_blocks == 1
         groups = []
-        for frames, timestep in blocks:
+        for (frames, timestep), seen in zip(blocks, ranges or [None] * len(blocks), strict=True):
+            context = self.key_range(seen, frames.stop, visible)
             for wanted, told in ((True, 0.0), (False, timestep)):
                 part = [frame for frame in frames if (frame in clean) == wanted]
                 if part:
@@ -110,15 +129,24 @@ class Timeline:
     def commit_pass(self, frames: range) -> Pass:
         """The pass over a clean block that leaves its keys and values."""
         policy, end = self.preset.context, frames.stop
-        if policy.commit_sees_sink:
+        if policy.clean_chunk_kvrange:
+            context = self.key_range(policy.clean_chunk_kvrange, end, self.visible(self.next_frame))
+        elif policy.commit_sees_sink:
             context = self.visible(end)
         else:
             first = self.origin if policy.local_attn_size == -1 else max(self.origin, end - policy.local_attn_size)
             context = tuple(range(first, end))
-        return Pass((self.group(frames, self.preset.sampler.context_noise, context),))
+        return Pass((self.clean_group(frames, context),))
 
     def beside(self, run: Pass) -> tuple[int, ...]:
-        """Frames of the sink that stand before all that a pass sees; the cache keeps them."""
+        """Frames that the cache keeps although a pass that writes does not see them.
+
+        They are those of the sink that stand before all that it sees; where blocks have key ranges, all clean frames in
+        the window of the newest block.
+        """
+        if self.preset.context.has_key_ranges:
+            end = max(run.written, default=-1) + 1
+            return tuple(frame for frame in self.visible(self.next_frame) if frame < end)
         first = min(group.context[0] for group in run.groups)
         return tuple(frame for frame in self.sink if self.origin <= frame < first)
 
@@ -141,7 +169,7 @@ class Timeline:
             context = self.visible(end)
         recomputed = recache_sink or first == self.origin
         frames = [frame for frame in context if recomputed or frame not in self.sink]
-        return Pass((self.group(frames, self.preset.sampler.context_noise, context),)) if frames else None
+        return Pass((self.clean_group(frames, context),)) if frames else None
 
     def rebuild_due(self) -> bool:
         """Whether the context must be rebuilt before the next block."""
@@ -157,9 +185,9 @@ class Timeline:
         self.sink = tuple(range(self.origin, self.origin + self.preset.context.sink_size))
         kept = range(self.origin, end)
         self.places = {frame: frame - self.origin for frame in kept}
-        step, noise = self.preset.num_frame_per_block, self.preset.sampler.context_noise
+        step = self.preset.num_frame_per_block
         blocks = [kept[start : start + step] for start in range(0, len(kept), step)]
-        return Pass(tuple(self.group(block, noise, tuple(range(self.origin, block[-1] + 1))) for block in blocks))
+        return Pass(tuple(self.clean_group(block, tuple(range(self.origin, block[-1] + 1))) for block in blocks))
 
     def forget(self, held: tuple[int, ...]) -> None:
         """Drop the places of frames that are gone for good, once `held` is what the cache holds."""

@@ -13,21 +13,21 @@ from inferix.kernels.rope import axis_angles
 def random_values(block: BlockGraph, weights: dict[str, Tensor], grid: tuple[int, int], dim: int) -> dict[str, Tensor]:
     """Every weight, input and state by name; each row of a table lists pages of its own, the written ones last."""
     generator = torch.Generator().manual_seed(7)
-    found = dict(weights)
+    actual = dict(weights)
     inputs = [name for name in block.values(Role.INPUT) if name.endswith("page_table")]
     for graph in block.graphs:
         for value in graph.inputs.values():
-            if value.name not in found and value.data is None and value.role in (Role.INPUT, Role.STATE):
-                found[value.name] = fill(value, block, grid, dim, generator)
+            if value.name not in actual and value.data is None and value.role in (Role.INPUT, Role.STATE):
+                actual[value.name] = fill(value, block, grid, dim, generator)
     for name in inputs:
-        pages, table = found[name.replace("page_table", "pages")], found[name]
-        count = found[name.replace("page_table", "page_count")]
+        pages, table = actual[name.replace("page_table", "pages")], actual[name]
+        count = actual[name.replace("page_table", "page_count")]
         for row, own in enumerate(pages.tolist()):
             rest = [page for page in torch.randperm(block.shape.pages, generator=generator).tolist() if page not in own]
             seen = (rest[: max(0, block.shape.max_pages - len(own) - row)] + own)[-block.shape.max_pages :]
             table[row, : len(seen)] = torch.tensor(seen, dtype=torch.int32)
             count[row] = len(seen)
-    return found
+    return actual
 
 
 def fill(value: Value, block: BlockGraph, grid: tuple[int, int], dim: int, generator: torch.Generator) -> Tensor:

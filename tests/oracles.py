@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
+from inferix.models.registry import MODELS, family_of, make_preset
+from inferix.models.spec import ModelSpec
 from inferix.models.wan.random import random_vae_state
-from inferix.models.wan.spec import MODELS, ModelSpec
 from inferix.models.wan.transformer import WanTransformer
-from inferix.models.wan.vae import TINY_VAE, CausalVae, VaeSpec
+from inferix.models.wan.vae import CausalVae
 from inferix.models.wan.vae_cpu import use_cpu_layers
+from inferix.models.wan.vae_spec import TINY_VAE, VaeSpec
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import Executor
-from inferix.runtime.execution.loading import Components, random_decoder
+from inferix.runtime.execution.loading import Components
 from inferix.runtime.kv.contiguous_cache import ContiguousCache
 from inferix.runtime.limits import Limits
 from inferix.runtime.sessions.output_queue import Block
-from inferix.schemes.presets import make_preset
 
 TINY = dataclasses.replace(
     MODELS["wan-tiny"], name="test", dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12
@@ -114,7 +115,7 @@ def make_engine(
     settings = {key: overrides.pop(key) for key in ours if key in overrides}
     config = EngineConfig.of("test", preset, device="cpu", dtype=dtype, **settings)
     kind = getattr(torch, dtype)
-    fast = random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
+    fast = family_of(spec).random_decoder(spec, True, kind, "cpu") if config.fast_vae else None
     vae = tiny_vae(vae_spec, kind)
     parts = Components(tiny_transformer(spec, kind), vae, None, "test", "random", lambda: None, fast)
     return Engine(config, make_preset(preset, **overrides), parts, limits)
@@ -132,7 +133,8 @@ def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache]
     def new_cache(size: tuple[int, int]) -> ContiguousCache:
         form, precision = engine.kv_manager.form(size), engine.parts.transformer.precision
         moves = moving or engine.preset.context.moving_positions
-        return kind(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device)
+        rope = engine.parts.transformer.rope
+        return kind(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device, rope)
 
     engine.kv_manager.new_cache = new_cache
     return engine

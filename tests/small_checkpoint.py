@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from inferix.models.registry import MODELS
 from inferix.models.wan.names import to_format
 from inferix.models.wan.random import random_transformer_state
-from inferix.models.wan.spec import MODELS
 
 SPEC = dataclasses.replace(
     MODELS["wan-tiny"], name="custom", dim=128, ffn_dim=32, num_heads=1, text_dim=8, default_size=(832, 480)
@@ -44,5 +44,5 @@ def save_json(content: object, path: Path) -> Path:
     return path
 
 
-def same(found: dict, expected: dict) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+def same(actual: dict, expected: dict) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)

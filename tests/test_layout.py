@@ -29,10 +29,12 @@ AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "user_files", "version"}
-BASE = ("arguments", "byte_sizes", "engine_condition", "files", "limits", "media", "media_input", "noise", "sampler",
-        "streams")  # fmt: skip
+BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "limits", "media", "media_input",
+        "noise", "sampler", "sinks", "streams")  # fmt: skip
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
               "block_loop", "engine", "load")  # fmt: skip
+FAMILIES = {"wan", "tinyworld"}  # packages of `models`
+MAY_NAME_A_FAMILY = {"inferix.evaluate.tinyworld", "inferix.bench.baseline"}
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
 
 
@@ -98,6 +100,22 @@ def wrong_runtime_imports(module: str, source: str) -> list[str]:
     ]
     height = RUNTIME[parts[2]]
     return [f"{module} imports {name}" for name in below if RUNTIME[name] > height]
+
+
+def named_families(module: str, source: str) -> list[str]:
+    """One line per import of a model family by a module that must ask the registry instead.
+
+    `models` itself holds the families. `evaluate.tinyworld` judges one family, and `bench.baseline` is an oracle that
+    shares no code with the registry; neither runs anyone else's model.
+    """
+    if layer(module) in ("models", *FOR_EVERYONE) or module in MAY_NAME_A_FAMILY:
+        return []
+    return [f"{module} imports {target}" for target in precisely(module, source) if names_a_family(target)]
+
+
+def names_a_family(target: str) -> bool:
+    parts = target.split(".")
+    return parts[:2] == ["inferix", "models"] and len(parts) > 2 and parts[2] in FAMILIES
 
 
 def precisely(module: str, source: str) -> Iterator[str]:
@@ -217,6 +235,26 @@ def test_planted_wrong_imports_are_found(module: str, source: str) -> None:
 )
 def test_downward_imports_are_accepted(module: str, source: str) -> None:
     assert wrong_imports(module, source) == []
+
+
+def test_only_models_and_oracles_name_a_family() -> None:
+    assert {name for name in packages(ROOT) if names_a_family(name)} == {f"inferix.models.{name}" for name in FAMILIES}
+    wrong = [line for name, path in modules(ROOT) for line in named_families(name, path.read_text("utf-8"))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("inferix.runtime.load", "from ..models.wan.spec import MODELS"),
+        ("inferix.runtime.load", "from ..models import wan"),
+        ("inferix.cli.plan", "def f():\n    from ..models.tinyworld import spec"),
+        ("inferix.checkpoint", "import inferix.models.wan.checkpoint"),
+        ("inferix.__init__", "if TYPE_CHECKING:\n    from .models.wan.family import WAN"),
+    ],
+)
+def test_planted_names_of_families_are_found(module: str, source: str) -> None:
+    assert named_families(module, source)
 
 
 def test_imports_inside_runtime_run_downwards() -> None:

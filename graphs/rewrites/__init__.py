@@ -52,14 +52,14 @@ def chosen(with_: Collection[str] = (), without: Collection[str] = ()) -> list[s
             raise UsageError(f"no rewrite {quoted(name)}{nearest(name, REWRITES)}; there are {', '.join(REWRITES)}")
     if both := sorted(set(with_) & set(without)):
         raise UsageError(f"rewrite {both[0]} is both asked for and left out; give one of --with and --without")
-    found: list[str] = []
+    names: list[str] = []
     for name, rewrite in REWRITES.items():
-        lacking = [need for need in rewrite.needs if need not in found]
+        lacking = [need for need in rewrite.needs if need not in names]
         if name in with_ and lacking:
             raise UsageError(f"rewrite {name} needs {lacking[0]}, which is left out; leave both out, or neither")
         if name not in without and not lacking and (rewrite.default or name in with_):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def rewritten(block: BlockGraph, names: Collection[str], precision: PrecisionMap = EVERY_LAYER) -> BlockGraph:
@@ -67,17 +67,17 @@ def rewritten(block: BlockGraph, names: Collection[str], precision: PrecisionMap
 
     precision: which layers `lowp` packs, and how.
     """
-    found = copied(block)
+    result = copied(block)
     for rewrite in REWRITES.values():
         if rewrite.apply is not None and rewrite.name in names:
-            before, known = counted(found), {node for graph in found.graphs for node in graph}
-            found, places = lowp(precision)(found) if rewrite.name == "lowp" else rewrite.apply(found)
-            after = counted(found)
-            for node in (node for graph in found.graphs for node in graph if node not in known):
+            before, known = counted(result), {node for graph in result.graphs for node in graph}
+            result, places = lowp(precision)(result) if rewrite.name == "lowp" else rewrite.apply(result)
+            after = counted(result)
+            for node in (node for graph in result.graphs for node in graph if node not in known):
                 node.meta["rewrite"] = rewrite.name
             change = Change(rewrite.name, places, before[0], after[0], before[1], after[1])
-            found = replace(found, changes=(*found.changes, change))
-    return found
+            result = replace(result, changes=(*result.changes, change))
+    return result
 
 
 def copied(block: BlockGraph) -> BlockGraph:

@@ -16,16 +16,16 @@ from .base import cleaned, launches, replaced
 def dead_work(block: BlockGraph) -> tuple[BlockGraph, int]:
     """Drop outputs that are read by nobody, and the calls made for them alone; counts those calls."""
     before = sum(len(launches(graph)) for graph in block.graphs)
-    wanted, kept = set(block.results), list[PassGraph]()
+    needed, graphs = set(block.results), list[PassGraph]()
     for graph in reversed(block.graphs):
-        kept.insert(0, cleaned(with_outputs(graph, wanted)))
-        wanted |= set(kept[0].reads)
-    return replaced(block, kept), before - sum(len(launches(graph)) for graph in kept)
+        graphs.insert(0, cleaned(with_outputs(graph, needed)))
+        needed |= set(graphs[0].reads)
+    return replaced(block, graphs), before - sum(len(launches(graph)) for graph in graphs)
 
 
-def with_outputs(graph: PassGraph, wanted: set[str]) -> PassGraph:
-    """The graph handing on only what is wanted."""
+def with_outputs(graph: PassGraph, needed: set[str]) -> PassGraph:
+    """The graph with only the outputs in `needed`."""
     node = graph.graph.output_node()
-    pairs = [pair for pair in zip(graph.outputs, node.args[0], strict=True) if pair[0].name in wanted]  # type: ignore[arg-type]
+    pairs = [pair for pair in zip(graph.outputs, node.args[0], strict=True) if pair[0].name in needed]  # type: ignore[arg-type]
     node.args = (tuple(result for _, result in pairs),)
     return replace(graph, outputs=tuple(value for value, _ in pairs))

@@ -84,8 +84,8 @@ def steps(graph: PassGraph, results: tuple[fx.Node, ...], velocity: fx.Node) -> 
         used = frozenset(node for node in terms or () if whole_of(node) is velocity)
         if terms is not None and used:
             blocks.setdefault(used, {})[place] = terms
-    found = (arranged(graph, outputs, velocity) for outputs in blocks.values())
-    return [step for step in found if step is not None]
+    steps = (arranged(graph, outputs, velocity) for outputs in blocks.values())
+    return [step for step in steps if step is not None]
 
 
 def whole_of(node: fx.Node) -> fx.Node:
@@ -233,11 +233,11 @@ def velocity_of(edit: Editor, by_frame: fx.Node, velocities: Mapping[fx.Node, fl
     """The head's tokens [R, T, k] of parts of the velocity, from [R, F, P, k]; summed with weights if there are two."""
     parts = []
     for node in velocities:
-        found = by_frame
+        selected = by_frame
         for part in reversed(list(slices_of(node))):
-            found = edit.call(aten.slice.Tensor, found, *part.args[1:])
-        rows, frames, tokens, each = shape(found)
-        parts.append(edit.view(edit.dense(found), (rows, frames * tokens, each)))
+            selected = edit.call(aten.slice.Tensor, selected, *part.args[1:])
+        rows, frames, tokens, each = shape(selected)
+        parts.append(edit.view(edit.dense(selected), (rows, frames * tokens, each)))
     weights = list(velocities.values())
     total = parts[0] if len(parts) == 1 else edit.call(aten.mul.Tensor, parts[0], weights[0])
     for part, weight in zip(parts[1:], weights[1:], strict=True):

@@ -91,15 +91,15 @@ def layers_of(graph: PassGraph, node: fx.Node) -> list[str]:
 def pack_layers(graph: PassGraph, precision: PrecisionMap) -> int:
     """Put `inferix::linear_lowp` in the place of the layers that the map has."""
     kind = KINDS[precision.kind]
-    wanted = [node for node in linears(graph) if (names := layers_of(graph, node)) and all(map(precision.has, names))]
+    layers = [node for node in linears(graph) if (names := layers_of(graph, node)) and all(map(precision.has, names))]
     edit = Editor(graph.graph)
     packed: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    for node in wanted:
+    for node in layers:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         with edit.before(node):
             if peeled(x) not in packed:
-                packed[peeled(x)] = quantised(edit, x, kind, wanted)
+                packed[peeled(x)] = quantised(edit, x, kind, layers)
             rows = prod(shape(x)[:-1])
             operand, scale = (edit.view(part, size) for part, size in zip(
                 packed[peeled(x)], ((rows, shape(x)[-1]), (rows,)), strict=True
@@ -112,14 +112,14 @@ def pack_layers(graph: PassGraph, precision: PrecisionMap) -> int:
             if not is_gelu:
                 node.replace_all_uses_with(edit.view(out, shape(node)))  # type: ignore[arg-type]
         graph.graph.erase_node(node)
-    return len(wanted)
+    return len(layers)
 
 
-def quantised(edit: Editor, x: fx.Node, kind: torch.dtype, wanted: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+def quantised(edit: Editor, x: fx.Node, kind: torch.dtype, layers: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
     """A layer's input in low precision, [.., K], and the scale of each token."""
     base = peeled(x)
     norm = next((user for user in base.users if user.target is ops.adaln.default and user.args[NORMED] is base), None)
-    if norm is not None and kind == FP8 and all(user in wanted or user is norm for user in users(base)):
+    if norm is not None and kind == FP8 and all(user in layers or user is norm for user in users(base)):
         with edit.before(norm):
             args = list(norm.args)
             args[NORMED] = edit.like(base, dtype=FP8)
@@ -147,6 +147,6 @@ def packing(size: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype, device
 
 def inlined(edit: Editor, x: fx.Node, kind: torch.dtype) -> tuple[fx.Node, fx.Node]:
     """The calls of `pack` on a matrix, here."""
-    found = fake(x)
-    packed, scale = copy_into(edit.graph, packing(shape(x), found.dtype, kind, found.device), {"x": x})
+    matrix = fake(x)
+    packed, scale = copy_into(edit.graph, packing(shape(x), matrix.dtype, kind, matrix.device), {"x": x})
     return packed, scale

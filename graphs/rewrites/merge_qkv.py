@@ -37,8 +37,8 @@ def projection(node: fx.Node) -> fx.Node | None:
     """The linear layer that a value comes from; None if there is another call on the way."""
     if node.target is aten.linear.default:
         return node
-    found = map(projection, node.all_input_nodes if node.target in ALONG else ())
-    return next((layer for layer in found if layer is not None), None)
+    layers = map(projection, node.all_input_nodes if node.target in ALONG else ())
+    return next((layer for layer in layers if layer is not None), None)
 
 
 def merge(edit: Editor, layers: list[fx.Node]) -> None:

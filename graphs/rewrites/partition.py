@@ -2,7 +2,7 @@
 
 `fold` takes what depends on weights, written numbers and positions of the grid alone, `hoist_prompt` what depends on
 the prompt besides. A value is moved if it is computed, not merely looked at, and something that stays reads it.
-Equal calls of several passes become one, so that a constant is made and kept once.
+Equal calls of several passes become one, so that a constant is made and stored once.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ def moved(block: BlockGraph, when: When, name: str, role: Role, runs: Runs) -> t
 
 def ranks_of(graph: PassGraph) -> dict[fx.Node, int]:
     """Rate at which the result of each node changes; scratch changes with the values written into it."""
-    found: dict[fx.Node, int] = {}
+    ranks: dict[fx.Node, int] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             value = graph.inputs[node.name]
-            found[node] = When.PASS.rank if value.role == Role.STATE else value.when.rank
+            ranks[node] = When.PASS.rank if value.role == Role.STATE else value.when.rank
         elif node.op == "output":
-            found[node] = When.PASS.rank + 1
+            ranks[node] = When.PASS.rank + 1
         else:
-            found[node] = max((found[given] for given in node.all_input_nodes), default=0)
+            ranks[node] = max((ranks[given] for given in node.all_input_nodes), default=0)
             for target in written(node):
-                found[storage(target)] = found[target] = found[node]
-    return found
+                ranks[storage(target)] = ranks[target] = ranks[node]
+    return ranks
 
 
 def all_users(node: fx.Node) -> Iterator[fx.Node]:
@@ -90,11 +90,11 @@ class Collected:
 
     def hand_over(self, graph: PassGraph, node: fx.Node) -> fx.Node:
         """Compute a node here; the placeholder in `graph` of its result."""
-        found = self.edit.dense(self.copy(graph, node))
-        if found not in self.outputs:
+        result = self.edit.dense(self.copy(graph, node))
+        if result not in self.outputs:
             name = f"{self.graph.name}.{len(self.outputs)}"
-            self.outputs[found] = Value(name, self.role, shape(found), fake(found).dtype, self.when)
-        return add_input(graph, self.outputs[found], fake(node).device)
+            self.outputs[result] = Value(name, self.role, shape(result), fake(result).dtype, self.when)
+        return add_input(graph, self.outputs[result], fake(node).device)
 
     def copy(self, graph: PassGraph, node: fx.Node) -> fx.Node:
         """A node, with all that it depends on, in this graph."""

@@ -1,7 +1,8 @@
 """qk-norm-rope: norm and rotation of queries and keys and the write into pages, in one kernel over one projection.
 
 Precondition: an RMS norm of queries and of keys over their full width, with one eps, feeds `rope_append`, and queries,
-keys and values are the three parts of one projection in this order (merge-qkv); pages are in the model's dtype.
+keys and values are the three parts of one projection in this order (merge-qkv); pages are in the model's dtype. Pairs
+are interleaved over the whole width of a head; other rotations stay `rope_append`.
 Claim: equal to rounding; the kernel does not round between norm and rotation.
 """
 
@@ -60,6 +61,8 @@ def qk_norm_rope(graph: PassGraph) -> int:
     edit, places = Editor(graph.graph), 0
     for append in graph.graph.find_nodes(op="call_function", target=ops.rope_append.default):
         time = append.args[3]
+        if not kernel_rotates(append):
+            continue
         for pattern in patterns(fake(append.args[0]).dtype, fake(time).dtype):
             match = pattern.at(append)
             qkv = None if match is None else whole(match)
@@ -70,17 +73,24 @@ def qk_norm_rope(graph: PassGraph) -> int:
     return places
 
 
+def kernel_rotates(append: fx.Node) -> bool:
+    """Return True if the kernel has the form of rotation: interleaved pairs over the whole width of a head."""
+    q, half_split = append.args[0], append.args[12]
+    pairs: int = sum(shape(axis)[-2] for axis in append.args[3:6])  # type: ignore[arg-type, misc]
+    return not half_split and 2 * pairs == shape(q)[-1]  # type: ignore[arg-type]
+
+
 def whole(match: Match) -> fx.Node | None:
     """The projection whose three parts are queries, keys and values; None if there is none."""
-    start, found = 0, set[fx.Node]()
+    start, sources = 0, set[fx.Node]()
     for name in ("q", "k", "v"):
         part = match.given[name]
         if part.target is not aten.slice.Tensor or part.args[2] != start:
             return None
         start = part.args[3]  # type: ignore[assignment]
-        found.add(peeled(part.args[0]))  # type: ignore[arg-type]
-    qkv = found.pop()
-    return qkv if not found and shape(qkv)[-1] == start else None
+        sources.add(peeled(part.args[0]))  # type: ignore[arg-type]
+    qkv = sources.pop()
+    return qkv if not sources and shape(qkv)[-1] == start else None
 
 
 def fuse(edit: Editor, match: Match, qkv: fx.Node) -> None:

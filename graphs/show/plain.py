@@ -63,7 +63,7 @@ def value_to_dict(value: Value) -> dict[str, Any]:
 
 def node_to_dict(node: fx.Node, costs: PassCost) -> dict[str, Any]:
     made = fake(node)
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": node.name,
         "op": str(node.target),
         "args": [plain(arg) for arg in node.args],
@@ -73,7 +73,7 @@ def node_to_dict(node: fx.Node, costs: PassCost) -> dict[str, Any]:
         **{key: node.meta[key] for key in DESCRIPTION if key in node.meta},
     }
     cost = costs[node]
-    return found | ({"flops": cost.flops, "bytes": cost.nbytes} if cost.launches else {})
+    return fields | ({"flops": cost.flops, "bytes": cost.nbytes} if cost.launches else {})
 
 
 def name(dtype: torch.dtype) -> str:

@@ -107,7 +107,7 @@ def summary(costs: PassCost) -> Iterator[str]:
 
 
 def section_lines(section: Section, every: bool) -> Iterator[str]:
-    """A layer's cost, and each of its launches if wanted."""
+    """A layer's cost, and each of its launches if asked for."""
     cost = section.cost
     total = f"{counted(cost.launches, 'launch')}, {in_units(cost.flops, 'FLOP')}, {in_units(cost.nbytes, 'B')}"
     yield f"  {section.name}: {total}"

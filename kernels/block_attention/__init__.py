@@ -22,8 +22,9 @@ QUERIES = "rows tokens heads dim"
 def check_values(given: Mapping[str, Any]) -> None:
     """UsageError for a count or a listed page that is out of range, or a scale that is not above 0."""
     table, sinks, pages = given["page_table"], given["sink_count"], given["kv"].shape[1]
-    width = table.shape[1]
-    for row, count in enumerate(given["page_count"].tolist()):
+    width = table.shape[-1]
+    table, sinks = table.reshape(-1, width), None if sinks is None else sinks.flatten()
+    for row, count in enumerate(given["page_count"].flatten().tolist()):
         if not 1 <= count <= width:
             raise UsageError(f"{SPEC.name}: page_count of row {row} is {count}; expected 1..{width}")
         expect_pages(SPEC.name, f"row {row} of page_table", table[row, :count], pages)
@@ -40,20 +41,21 @@ SPEC = KernelSpec(
     args={
         "q": Arg(QUERIES, ANY_FLOAT),
         "kv": Arg("2 pages page_tokens kv_heads dim", ("q", FP8), listed_by="page_table"),
-        "page_table": Arg("rows table_width", (torch.int32,)),
-        "page_count": Arg("rows", (torch.int32,)),
+        "page_table": Arg("rows table_width", (torch.int32,), or_dims="rows head_groups table_width"),
+        "page_count": Arg("rows", (torch.int32,), or_dims="rows head_groups"),
         "out": Arg(QUERIES, ("q",)),
         "q_sink": Arg(QUERIES, ("q",)),
-        "sink_count": Arg("rows", (torch.int32,)),
+        "sink_count": Arg("rows", (torch.int32,), or_dims="rows head_groups"),
         "kv_scale": Arg("2 pages kv_heads", (torch.float32,), listed_by="page_table"),
         "lse": Arg("rows heads tokens", (torch.float32,)),
     },
-    rules=("heads % kv_heads == 0",),
+    rules=("heads % kv_heads == 0", "heads % head_groups == 0"),
+    defaults={"head_groups": 1},
     needs=(("q_sink", "sink_count"), ("sink_count", "q_sink")),
     scaled={"kv": "kv_scale"},
     family="attention",
     label="attention",
-    flops="4 * tokens * heads * dim * listed * page_tokens",
+    flops="4 * tokens * heads // head_groups * dim * listed * page_tokens",
     counted_by="page_count",
     check_values=check_values,
     implementations=(
@@ -96,6 +98,8 @@ def block_attention(
     in float16. Hkv divides H. page_table: int32 [R, pages]. page_count: int32 [R], at least 1. q_sink: q rotated for
     the first `sink_count` (int32 [R]) listed pages, whose distance differs where positions count within the window;
     both or neither. scale: by default 1/sqrt(D), above 0.
+    Sparse attention lists pages for each of G equal groups of heads: page_table [R, G, pages], page_count and
+    sink_count [R, G]. Only the reference takes that form; the kernels refuse it.
     out: [R, T, H, D], where to write. lse: float32 [R, H, T], filled with the natural log of the sum of
     exponentials, with which `merge_partials` joins results over parts of the keys.
 
@@ -107,6 +111,10 @@ def block_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if not scale > 0:
         raise UsageError(f"{SPEC.name}: scale is {scale}; expected a number above 0")
+    for name, count in (("page_count", page_count), ("sink_count", sink_count)):
+        if count is not None and count.shape != page_table.shape[:-1]:
+            shape, expected = list(count.shape), list(page_table.shape[:-1])
+            raise UsageError(f"{SPEC.name}: shape of {name} is {shape}; expected {expected}, a number for each list")
     OP(q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale)
     return out
 

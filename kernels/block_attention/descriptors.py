@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..spec import architecture
 from .gpu import ANYWHERE, Config, candidates, variants
 from .gpu import block_attention as attend
+from .reference import expect_one_list
 
 # By architecture and head dim; on sm_120 the kernel spills, so it is not declared there.
 CONFIGS = {
@@ -35,6 +36,7 @@ def block_attention(
     config: Config | None = None,
 ) -> None:
     """For tensors that were checked; kv must begin at a multiple of 16 bytes, as every allocation does."""
+    expect_one_list("descriptors", page_table)
     if kv.data_ptr() % 16:
         raise ValueError(f"block_attention: kv begins at address {kv.data_ptr()}; descriptors need a multiple of 16")
     config = config or (CONFIGS[architecture(q.device), q.shape[3]] if q.device.type == "cuda" else ANYWHERE)

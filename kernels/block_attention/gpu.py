@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec import FRAME_480P, HALF, Case, architecture, expect_fp8
+from .reference import expect_one_list
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def block_attention(
 
     config: by default that of architecture and head dim. kv_tiles: a descriptor that loads whole tiles of kv.
     """
+    expect_one_list("triton", page_table)
     if kv_scale is not None:
         expect_fp8("block_attention", q.device)
     rows, tokens, heads, dim = q.shape

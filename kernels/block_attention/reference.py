@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import UsageError
 from ..spec import FP8, FRAME_480P, Case, indexable
 
 
@@ -24,22 +26,36 @@ def block_attention(
     lse: Tensor | None,
     scale: float,
 ) -> None:
-    """Row by row, in float32 or better; see the public function for shapes."""
+    """Row by row and list by list, in float32 or better; see the public function for shapes."""
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[2] // kv.shape[3]
-    for row in range(len(q)):
-        pages = page_table[row, : int(page_count[row])].long()
+    lists = page_table.shape[1] if page_table.ndim == 3 else 1
+    each = q.shape[2] // lists  # heads of a list
+    table, counts = page_table.reshape(len(q), lists, -1), page_count.reshape(len(q), lists)
+    sinks = None if sink_count is None else sink_count.reshape(len(q), lists)
+    for row, part in product(range(len(q)), range(lists)):
+        heads = slice(part * each, (part + 1) * each)
+        pages = table[row, part, : int(counts[row, part])].long()
         k, v = indexable(kv)[:, pages].view(kv.dtype).to(wide)
         if kv_scale is not None:
-            k, v = (part * by[:, None, :, None] for part, by in zip((k, v), kv_scale[:, pages].to(wide), strict=True))
-        k, v = (part.flatten(0, 1).repeat_interleave(groups, dim=1).transpose(0, 1) for part in (k, v))
-        scores = q[row].to(wide).transpose(0, 1) @ k.transpose(1, 2) * scale
-        if q_sink is not None and sink_count is not None:
-            early = int(sink_count[row]) * kv.shape[2]
-            scores[..., :early] = q_sink[row].to(wide).transpose(0, 1) @ k[:, :early].transpose(1, 2) * scale
-        out[row] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
+            k, v = (kept * by[:, None, :, None] for kept, by in zip((k, v), kv_scale[:, pages].to(wide), strict=True))
+        k, v = (kept.flatten(0, 1).repeat_interleave(groups, dim=1)[:, heads].transpose(0, 1) for kept in (k, v))
+        scores = q[row, :, heads].to(wide).transpose(0, 1) @ k.transpose(1, 2) * scale
+        if q_sink is not None and sinks is not None:
+            early = int(sinks[row, part]) * kv.shape[2]
+            scores[..., :early] = q_sink[row, :, heads].to(wide).transpose(0, 1) @ k[:, :early].transpose(1, 2) * scale
+        out[row, :, heads] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
         if lse is not None:
-            lse[row] = scores.logsumexp(-1).to(lse.dtype)
+            lse[row, heads] = scores.logsumexp(-1).to(lse.dtype)
+
+
+def expect_one_list(form: str, page_table: Tensor) -> None:
+    """UsageError for page lists by head group, which a form of the op does not read."""
+    if page_table.ndim != 2:
+        raise UsageError(
+            f"block_attention: implementation {form} reads one list of pages a row, but page_table is "
+            f"{list(page_table.shape)}, a list for each head group; use reference"
+        )
 
 
 def merge_partials(outs: Tensor, lses: Tensor) -> Tensor:

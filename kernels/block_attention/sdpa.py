@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UsageError
+from .reference import expect_one_list
 
 
 def pages_are_one_run(page_table: Tensor, page_count: Tensor) -> bool:
@@ -29,6 +30,7 @@ def runs_of(
     lse: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [tokens, Hkv, D] of each row, as views of the pages; UsageError for calls with other features."""
+    expect_one_list(form, page_table)
     for name, tensor in (("q_sink", q_sink), ("kv_scale", kv_scale), ("lse", lse)):
         if tensor is not None:
             raise UsageError(f"block_attention: implementation {form} takes no {name}; use triton or reference")

@@ -68,9 +68,17 @@ def token_cos_sin(time: Tensor, row: Tensor, column: Tensor) -> Tensor:
     ).flatten(1, 3)
 
 
-def rotated(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """x [R, T, n, D] with its pairs (2j, 2j + 1) rotated by cosines and sines [R, T, D/2, 2]."""
+def rotated(x: Tensor, cos_sin: Tensor, half_split: bool = False) -> Tensor:
+    """x [R, T, n, D] with its first 2 * P channels rotated by cosines and sines [R, T, P, 2].
+
+    half_split: channels (j, j + P) are a pair, not (2j, 2j + 1).
+    """
     cos, sin = cos_sin[:, :, None].unbind(-1)
+    if (width := 2 * cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotated(x[..., :width], cos_sin, half_split), x[..., width:]), dim=-1)
+    if half_split:
+        one, other = x.chunk(2, dim=-1)
+        return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 

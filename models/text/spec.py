@@ -17,6 +17,13 @@ class TextSpec:
     num_heads: int
     buckets: int
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the encoder; its layers have no bias."""
+        inner = self.num_heads * self.head_dim
+        layer = 4 * self.dim * inner + 3 * self.dim * self.ffn_dim + 2 * self.dim + self.buckets * self.num_heads
+        return self.vocabulary * self.dim + self.num_layers * layer + self.dim
+
 
 UMT5_XXL = TextSpec(
     vocabulary=256384, dim=4096, head_dim=64, ffn_dim=10240, num_layers=24, num_heads=64, buckets=32

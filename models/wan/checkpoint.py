@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, nearest, quoted
-from ..files import check_file, fill, read_json, read_tensors
-from ..scaled_weights import stored_dtype
+from ..family import Checkpoint, Format, merged
+from ..files import check_file, read_json, read_tensors
+from ..spec import ModelSpec
 from ..state_dicts import (
     EXPERTS,
     WEIGHTS,
@@ -31,27 +28,11 @@ from ..state_dicts import (
     refuse_two_experts,
     state_dicts,
 )
-from ..text.umt5_checkpoint import TEXT_FILES, find_text
-from .lora import fitting, merged, read_lora
+from ..text.umt5_checkpoint import TEXT_FILES
+from .lora import fitting, read_lora
 from .names import from_format
-from .spec import FAMILY, MODELS, ModelSpec
-from .transformer import WanTransformer
-from .vae_checkpoint import TINY_DECODERS, VAE_FILES, find_vae
-
-
-@dataclass(frozen=True)
-class Format:
-    """Layout of a published checkpoint.
-
-    names: key of `names.TABLES`. file: name of the file. weights: keys under which a training file stores the weights,
-    best first; none for a flat file. lora: file name of an adapter that belongs to it.
-    """
-
-    names: str
-    file: str
-    weights: tuple[str, ...] = ()
-    lora: str | None = None
-
+from .spec import FAMILY, MODELS
+from .vae_checkpoint import TINY_DECODERS, VAE_FILES
 
 SHARD = "diffusion_pytorch_model.safetensors"
 FORMATS: dict[str, Format] = {
@@ -71,39 +52,17 @@ HEAD_DIM = 128  # of every published model; used where there is no config to rea
 SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels", "text_dim")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A transformer's memory-mapped tensors under our names, with format, sizes and files."""
+def read_checkpoint(
+    path: str | Path, form: str | None = None, use_ema: bool = True, known: Collection[ModelSpec] | None = None
+) -> Checkpoint:
+    """Map a checkpoint file or folder; one of the sizes of a `known` model (Wan's, if None) is that model.
 
-    path: Path
-    form: str
-    files: tuple[Path, ...]
-    tensors: Mapping[str, Tensor]
-    spec: ModelSpec
-    lora: Path | None  # adapter published with the file
-
-    @property
-    def folder(self) -> Path:
-        """The folder in which VAE and text encoder may be."""
-        return self.path if self.path.is_dir() else self.path.parent
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the transformer's files, in order."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
-        return digest.hexdigest()
-
-
-def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = True) -> Checkpoint:
-    """Map a checkpoint file or folder. Raises UsageError if it is no transformer, CheckpointError for a broken file."""
-    path = Path(path)
+    Raises UsageError if it is no transformer, CheckpointError for a broken file.
+    """
+    path, known = Path(path), MODELS.values() if known is None else known
     if form is not None and form not in FORMATS:
         raise UsageError(f"no checkpoint format {quoted(form)}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
-    source, config = find_transformer(path)
+    source, config = find_transformer(path, known)
     content = read_weight_files(source)
     name = source.files[0].name
     place, raw = choose_state_dict(
@@ -125,7 +84,7 @@ def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = T
             if ours in tensors:
                 raise UsageError(f"{path} has {quoted(ours)} under two names; expected each tensor once")
             tensors[ours] = value
-    spec = read_spec(path, config, tensors)
+    spec = read_spec(path, config, tensors, known)
     return Checkpoint(path, form, source.files, tensors, spec, published_lora(source, layout))
 
 
@@ -168,14 +127,15 @@ def unfused(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {name.replace("to_qkv", part): piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
 
 
-def find_transformer(path: Path) -> tuple[WeightFiles, dict[str, Any] | None]:
+def find_transformer(path: Path, known: Collection[ModelSpec]) -> tuple[WeightFiles, dict[str, Any] | None]:
     """Find the transformer's files, and the config beside them if it is a Wan transformer's.
 
     Raises UsageError if there is no transformer at `path`, or more than one.
     """
     if not path.exists():
-        known = f"{nearest(str(path), MODELS)}; names of models are {', '.join(MODELS)}"
-        raise UsageError(f"no checkpoint {quoted(str(path))}: no such file or folder{known}")
+        names = [spec.name for spec in known]
+        listed = f"{nearest(str(path), names)}; names of models are {', '.join(names)}"
+        raise UsageError(f"no checkpoint {quoted(str(path))}: no such file or folder{listed}")
     refuse_experts(path)
     if not path.is_dir():
         check_file(path, "checkpoint")
@@ -259,7 +219,9 @@ def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str
     return "self-forcing" if names == "original" and {"generator", "generator_ema"} & set(place.keys) else names
 
 
-def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> ModelSpec:
+def read_spec(
+    path: Path, config: dict[str, Any] | None, tensors: Mapping[str, Tensor], named: Collection[ModelSpec]
+) -> ModelSpec:
     """Read sizes from shapes and heads from the config; a known model's spec if the sizes are its.
 
     Raises CheckpointError if tensors that show a size are missing, UsageError if the config contradicts the shapes.
@@ -289,7 +251,7 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
     facts = sizes | {"freq_dim": freq_dim, "patch": (patch.shape[3], patch.shape[4]), "image_dim": image_dim}
     known = [
         spec
-        for spec in MODELS.values()
+        for spec in named
         if all(getattr(spec, key) == sizes[key] for key in SIZES if key != "num_heads")
         and (spec.image_dim, spec.action_dim, spec.grid is not None) == (image_dim, action_dim, placed)
     ]
@@ -297,13 +259,13 @@ def read_spec(path: Path, config: dict[str, Any] | None, tensors: Mapping[str, T
     if known:
         return known[0]
     if action_dim is not None:
-        names = ", ".join(spec.name for spec in MODELS.values() if spec.actions)
+        names = ", ".join(spec.name for spec in named if spec.actions)
         raise UsageError(f"{quoted(str(path))} follows {action_dim} actions, which have no names; known are {names}")
     like = MODELS["wan-5b"] if sizes["out_channels"] == MODELS["wan-5b"].out_channels else MODELS["wan-1.3b"]
     return ModelSpec(
-        name="custom", **sizes, **values, freq_dim=freq_dim, patch=facts["patch"], image_dim=image_dim,
-        image_tokens=image_tokens, vae_stride=like.vae_stride, fps=like.fps, default_size=like.default_size, grid=None,
-        actions=(),
+        name="custom", family=like.family, **sizes, **values, kv_heads=values["num_heads"], freq_dim=freq_dim,
+        patch=facts["patch"], image_dim=image_dim, image_tokens=image_tokens, vae_stride=like.vae_stride,
+        fps=like.fps, default_size=like.default_size, grid=None, actions=(),
     )  # fmt: skip
 
 
@@ -384,21 +346,6 @@ def is_size(value: object, expected: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value == expected
 
 
-def build_transformer(
-    checkpoint: Checkpoint,
-    precision: str,
-    dtype: torch.dtype,
-    device: Any,
-    loras: Iterable[tuple[str | Path, float]] = (),
-    lora_partial: bool = False,
-) -> WanTransformer:
-    """Build the model of a checkpoint with its adapters merged into the weights."""
-    with torch.device("meta"):
-        module = WanTransformer(checkpoint.spec, precision)
-    change = merging(checkpoint, loras, lora_partial)
-    return fill(module, checkpoint.tensors, dtype, device, checkpoint.path, change)
-
-
 def merging(
     checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]], partial: bool = False
 ) -> Callable[[str, Tensor], Tensor]:
@@ -423,25 +370,3 @@ def merging(
         return tensor
 
     return change
-
-
-def inspect(path: str | Path) -> dict[str, Any]:
-    """Describe a checkpoint as plain values, without loading it: format, model, sizes, dtypes and files."""
-    checkpoint = read_checkpoint(path)
-    places = [checkpoint.folder]
-    vae, text = find_vae(places), find_text(places)
-    spec = checkpoint.spec
-    return {
-        "path": str(path),
-        "format": checkpoint.form,
-        "model": spec.name,
-        **{key: getattr(spec, key) for key in SIZES},
-        "head_dim": spec.head_dim,
-        "tensors": len(checkpoint.tensors),
-        "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
-        "dtypes": sorted({str(stored_dtype(tensor)).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
-        "lora": str(checkpoint.lora) if checkpoint.lora else None,
-        "files": [str(file) for file in checkpoint.files],
-        "vae": str(vae) if vae else "not beside it; give base",
-        "text_encoder": str(text[0]) if text else "not beside it; give base, or prompt embeddings",
-    }

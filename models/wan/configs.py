@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .spec import ModelSpec
-from .vae import VaeSpec
+from ..spec import ModelSpec
+from .vae_spec import VaeSpec
 
 
 def original_config(spec: ModelSpec) -> dict[str, Any]:

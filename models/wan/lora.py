@@ -457,11 +457,3 @@ def same_shape(update: Update, tensor: Tensor) -> bool:
     rows, columns = update.shape[0], math.prod(update.shape[1:])
     full = update.shape == tuple(tensor.shape)
     return full or (len(update.shape) == 2 and tensor.ndim >= 2 and [rows, columns] == [len(tensor), tensor[0].numel()])
-
-
-def merged(name: str, tensor: Tensor, updates: Mapping[str, Update], factor: float = 1.0) -> Tensor:
-    """Return a parameter with its update added, in the parameter's dtype; a parameter without one unchanged."""
-    update = updates.get(name)
-    if update is None:
-        return tensor
-    return (tensor.float() + update.change(factor).view(tensor.shape)).to(tensor.dtype)

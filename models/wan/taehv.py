@@ -7,7 +7,6 @@ Parameter names are the checkpoint's. Shapes inside: [1, C, H, W], one frame.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -15,32 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from .vae import StreamState
-
-
-@dataclass(frozen=True)
-class TinySpec:
-    """Sizes of a TAEHV decoder.
-
-    widths: channels of the three upsampling stages and of the last one. time: frames out per frame in, by stage.
-    """
-
-    z_dim: int
-    widths: tuple[int, int, int, int]
-    time: tuple[int, int, int]
-    patch: int
-
-    @property
-    def temporal_stride(self) -> int:
-        return self.time[0] * self.time[1] * self.time[2]
-
-    @property
-    def spatial_stride(self) -> int:
-        return 8 * self.patch
-
-
-TAEW21 = TinySpec(z_dim=16, widths=(256, 128, 64, 64), time=(1, 2, 2), patch=1)
-TAEW22 = TinySpec(z_dim=48, widths=(256, 128, 64, 64), time=(1, 2, 2), patch=2)
+from ..decoder import Decoder, StreamState
+from .vae_spec import TinySpec
 
 
 class MemoryBlock(nn.Module):
@@ -70,8 +45,10 @@ class Grow(nn.Module):
         return self.conv(x).chunk(self.factor, dim=1)
 
 
-class TinyDecoder(nn.Module):
-    """TAEHV's decoder from normalised latents to pixels, with the stream interface of `CausalVae`; it cannot encode."""
+class TinyDecoder(Decoder):
+    """TAEHV's decoder from normalised latents to pixels, as a stream; it cannot encode."""
+
+    spec: TinySpec
 
     def __init__(self, spec: TinySpec) -> None:
         super().__init__()
@@ -83,10 +60,6 @@ class TinyDecoder(nn.Module):
             layers += [nn.Conv2d(width, following, 3, padding=1, bias=False)]
         layers += [nn.ReLU(), nn.Conv2d(spec.widths[3], 3 * spec.patch**2, 3, padding=1)]
         self.decoder = nn.Sequential(*layers)
-
-    def new_state(self) -> StreamState:
-        """Return the state before the first frame of a stream."""
-        return StreamState()
 
     def encode(self, pixels: Tensor, state: StreamState) -> NoReturn:
         raise UsageError(

@@ -9,55 +9,16 @@ Source: Wan 2.1 (arXiv 2503.20314); Self-Forcing (arXiv 2506.08009) for the caus
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.attention import attention
-from .spec import ModelSpec
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Dtypes of the parts of a pass that may compute in more than the model's dtype.
-
-    modulation: time MLP, layer norms, modulation and residual sums; None is the model's dtype.
-    rope: rotation of queries and keys.
-    sinusoid: sines and cosines of the timestep.
-    """
-
-    modulation: torch.dtype | None
-    rope: torch.dtype
-    sinusoid: torch.dtype
-
-
-PRECISIONS: dict[str, Precision] = {
-    # As the causal checkpoints were distilled and are evaluated: the model's own dtype, bfloat16, in modulation.
-    "reference": Precision(modulation=None, rope=torch.float64, sinusoid=torch.float64),
-    # Nearer to exact modulation in bfloat16, but not the numbers the checkpoints were made with.
-    "diffusers": Precision(modulation=torch.float32, rope=torch.float32, sinusoid=torch.float32),
-}
-
-
-class KeyValues(Protocol):
-    """Self-attention over a cache of keys and values."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rotate q and k, write k and v to the cache where the pass does, and attend.
-
-        q, k, v and the result: [B, T, n, c]; q and k after their norms.
-        """
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """Cross-attention keys and values of each layer, [B, rows, n, c]; image rows only for I2V models."""
-
-    text: tuple[tuple[Tensor, Tensor], ...]
-    image: tuple[tuple[Tensor, Tensor], ...] | None
+from ...kernels.rope import axis_frequencies
+from ..cross_attention import TextKeyValues
+from ..rope import Rope
+from ..spec import ModelSpec
+from ..transformer import PRECISIONS, KeyValues, Precision, TextContext, Transformer
 
 
 class RMSNorm(nn.Module):
@@ -105,12 +66,9 @@ class CrossAttention(nn.Module):
     def _split(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, layer: int, context: TextContext) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: TextKeyValues) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        out = attention(q, *context.text[layer])  # all rows, the zero rows after the prompt too
-        if context.image is not None:
-            out = out + attention(q, *context.image[layer])
-        return self.o(out.flatten(2))
+        return self.o(context.attend(layer, q).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -133,7 +91,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(spec)
         self.ffn = FeedForward(spec)
 
-    def forward(self, x: Tensor, modulation: Tensor, context: TextContext, kv: KeyValues) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, context: TextKeyValues, kv: KeyValues) -> Tensor:
         """x [B, T, d], modulation [B, F, 6, d]."""
         wide = modulation_dtype(self.precision, x.dtype)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
@@ -222,7 +180,7 @@ class Head(nn.Module):
         return self.linear(modulated(x, shift, scale, self.eps))
 
 
-class WanTransformer(nn.Module):
+class WanTransformer(Transformer):
     """Predicts the flow velocity of F latent frames, each at its own timestep."""
 
     def __init__(self, spec: ModelSpec, precision: str = "reference") -> None:
@@ -239,6 +197,10 @@ class WanTransformer(nn.Module):
             self.image_embedding = ImageEmbedding(spec, spec.image_dim)
         self.blocks = nn.ModuleList(Block(spec, layer, self.precision) for layer in range(spec.num_layers))
         self.head = Head(spec, self.precision)
+
+    @property
+    def rope(self) -> Rope:
+        return Rope(*axis_frequencies(self.spec.head_dim))
 
     def embed_text(self, text: Tensor, image: Tensor | None = None) -> TextContext:
         """Compute the cross-attention keys and values of a prompt, once for all passes.
@@ -260,7 +222,7 @@ class WanTransformer(nn.Module):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        context: TextContext,
+        context: TextKeyValues,
         kv: KeyValues,
         actions: Tensor | None = None,
     ) -> Tensor:

@@ -9,108 +9,14 @@ Shapes inside: [1, C, T, H, W]. Source: Wan 2.1 (arXiv 2503.20314), section on t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class VaeSpec:
-    """Every size of a VAE; mean and std normalise its latents, one entry per channel.
-
-    patch: pixels a side that become channels; shortcuts: levels have averaging and repeating shortcuts.
-    """
-
-    z_dim: int
-    base_channels: int
-    decoder_channels: int
-    multipliers: tuple[int, ...]
-    num_res_blocks: int
-    temporal_down: tuple[bool, ...]
-    patch: int
-    shortcuts: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def temporal_stride(self) -> int:
-        return 2 ** sum(self.temporal_down)
-
-    @property
-    def spatial_stride(self) -> int:
-        return 2 ** len(self.temporal_down) * self.patch
-
-    @property
-    def picture_channels(self) -> int:
-        return 3 * self.patch**2
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level of the encoder, from pixels to latents."""
-        return tuple(self.base_channels * factor for factor in self.multipliers)
-
-    @property
-    def decoder_widths(self) -> tuple[int, ...]:
-        """Channels of each level of the decoder, from latents to pixels."""
-        return tuple(self.decoder_channels * factor for factor in reversed(self.multipliers))
-
-
-WAN21_VAE = VaeSpec(
-    z_dim=16,
-    base_channels=96,
-    decoder_channels=96,
-    multipliers=(1, 2, 4, 4),
-    num_res_blocks=2,
-    temporal_down=(False, True, True),
-    patch=1,
-    shortcuts=False,
-    mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-          0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-    std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)  # fmt: skip
-WAN22_VAE = VaeSpec(
-    z_dim=48,
-    base_channels=160,
-    decoder_channels=256,
-    multipliers=(1, 2, 4, 4),
-    num_res_blocks=2,
-    temporal_down=(False, True, True),
-    patch=2,
-    shortcuts=True,
-    mean=(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
-          -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-          -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-          -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-          -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
-          0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
-    std=(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
-         0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-         0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-         0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
-         0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
-)  # fmt: skip
-TINY_VAE = replace(WAN21_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
-TINY_VAE22 = replace(WAN22_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
-
-
-@dataclass
-class StreamState:
-    """State of an encoder or decoder in one stream: the last input frames by slot, and the count of frames so far."""
-
-    history: dict[int, Tensor] = field(default_factory=dict)
-    frames: int = 0
-
-    def clone(self) -> StreamState:
-        """Return an independent state; it shares the tensors, which are replaced and never written."""
-        return StreamState(dict(self.history), self.frames)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in tuple(self.history.values()))
+from ..decoder import Decoder as StreamDecoder
+from ..decoder import StreamState
+from .vae_spec import VaeSpec
 
 
 class CausalConv3d(nn.Conv3d):
@@ -340,8 +246,11 @@ class Decoder(nn.Module):
         return self.conv_out.stream(F.silu(self.norm_out(x)), state)
 
 
-class CausalVae(nn.Module):
+class CausalVae(StreamDecoder):
     """Encoder and decoder between pixels and normalised latents, both as streams."""
+
+    spec: VaeSpec
+    zero_start = True
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
@@ -352,10 +261,6 @@ class CausalVae(nn.Module):
         slots = [module for module in self.modules() if isinstance(module, CausalConv3d | Downsample)]
         for number, module in enumerate(slots):
             module.slot = number
-
-    def new_state(self) -> StreamState:
-        """Return the state before the first frame of a stream."""
-        return StreamState()
 
     def encode(self, pixels: Tensor, state: StreamState) -> Tensor:
         """Encode pixels [T, 3, H, W] in [-1, 1] to normalised latents [F, z, H/s, W/s]; advances `state`.

@@ -17,8 +17,9 @@ from ...errors import CheckpointError, UsageError, quoted
 from ..files import fill, read_json, read_tensors
 from ..state_dicts import choose_state_dict, find_weight_files
 from .taehv import TinyDecoder, tiny_spec_from_shapes
-from .vae import CausalVae, VaeSpec
+from .vae import CausalVae
 from .vae_names import to_original, vae_spec_from_shapes
+from .vae_spec import VaeSpec
 
 ORIGINAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 VAE_FILES = (  # as published: the original, then single files of other tools

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vae import CausalConv3d, ChannelNorm, StreamState, Upsample, by_clip, by_frame
+from ..decoder import StreamState
+from .vae import CausalConv3d, ChannelNorm, Upsample, by_clip, by_frame
 
 STACK_BYTES = 64 << 20  # limit of a part's stack; a part has at least one frame
 

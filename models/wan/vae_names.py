@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .vae import WAN21_VAE, WAN22_VAE, VaeSpec
+from .vae_spec import WAN21_VAE, WAN22_VAE, VaeSpec
 
 PREFIXES = {  # ours: original
     "quant_conv": "conv1",

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from ...models.wan.random import host_memory
+from ...models.random import host_memory
 from ..byte_sizes import format_bytes
 
 NO_LIMIT = 2**60  # bytes; version 1 of cgroups writes a larger number for none

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...errors import UsageError
-from ...models.wan.spec import ModelSpec
+from ...models.decoder import DecoderSpec
+from ...models.spec import ModelSpec
 from ...schemes.page_needs import page_needs
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
 from ..config import FP8_CAPABILITY, EngineConfig
 from . import costs, planner
 from .available_memory import Available, available_memory
-from .costs import ITEMSIZE, DecoderSpec
+from .costs import ITEMSIZE
 from .planner import Suggestion, Workload
 
 MOST_SUGGESTIONS = 4
@@ -64,7 +65,7 @@ class MemoryCheck:
 
     def more_bytes(self, load: Workload, fast: DecoderSpec | None) -> int:
         """Bytes of a second decoder, and of page memory beyond what the streams need."""
-        second = ITEMSIZE[load.dtype] * costs.decoder_parameters(fast) if fast is not None else 0
+        second = ITEMSIZE[load.dtype] * fast.parameters if fast is not None else 0
         pages = self.sessions * planner.memory(load).each["pages"]
         return second + max(0, (self.config.kv_memory or 0) - pages)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...models.wan.spec import ModelSpec
+from ...models.decoder import DecoderSpec
+from ...models.spec import ModelSpec
 from ...schemes.page_needs import least_pages
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
-from .costs import DecoderSpec, decoder_state_bytes, latent_bytes
+from .costs import decoder_state_bytes, latent_bytes
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,9 @@ from itertools import islice
 from typing import Any
 
 from ...errors import UsageError
-from ...models.text.spec import UMT5_XXL, tiny_text
-from ...models.tinyworld.spec import VAE as TINYWORLD_VAE
-from ...models.tinyworld.words import WORDS
-from ...models.wan.random import vae_for
-from ...models.wan.spec import ModelSpec
-from ...models.wan.taehv import TAEW21, TAEW22, TinySpec
-from ...models.wan.vae import VaeSpec
+from ...models.decoder import DecoderSpec
+from ...models.registry import family_of
+from ...models.spec import ModelSpec
 from ...schemes.block_schedule import (
     ScheduledBlock,
     blocks_before_repeat,
@@ -29,10 +25,11 @@ from ...schemes.block_schedule import (
 )
 from ...schemes.page_needs import branches, page_needs, staging_slots, window
 from ...schemes.presets import FIELDS, Preset
+from ..executor_specs import REFERENCE, executor_spec
 from ..limits import Limits
 from ..sampler import scheduled_blocks
 from . import costs
-from .costs import ITEMSIZE, DecoderSpec
+from .costs import ITEMSIZE
 from .memory_need import session_need
 
 LONGEST = 4096  # frames; the longest page table of the kernels
@@ -46,7 +43,7 @@ class Workload:
 
     text: parameters of the text encoder; 0 where prompts are given as embeddings. dtype: of weights and activations,
     kv_dtype: of pages; names in `costs.ITEMSIZE`. narrow: kv_dtype to suggest where memory is short. executor: a name
-    in `config.EXECUTORS`.
+    in `EXECUTORS`.
     """
 
     spec: ModelSpec
@@ -58,7 +55,7 @@ class Workload:
     kv_dtype: str
     sessions: int = 1
     narrow: str = "fp8"
-    executor: str = "eager"
+    executor: str = REFERENCE
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.size)
@@ -137,11 +134,11 @@ def memory(load: Workload) -> Memory:
     averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0  # frames
     once = {
         "transformer": item * costs.transformer_parameters(spec),
-        "vae": item * costs.decoder_parameters(load.decoder),
+        "vae": item * load.decoder.parameters,
         "text_encoder": item * load.text,
         "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
-        "decode_scratch": costs.decode_scratch(load.decoder, load.latent, preset.num_frame_per_block, load.dtype),
-        **({} if load.executor == "eager" else graph_memory(load)),
+        "decode_scratch": load.decoder.scratch_bytes(load.latent, preset.num_frame_per_block, item),
+        **(graph_memory(load) if executor_spec(load.executor).graphs else {}),
         "page_buffer": staged * costs.page_bytes(spec, load.tokens, load.dtype) // spec.num_layers,
     }
     each = {
@@ -167,7 +164,7 @@ def graph_memory(load: Workload) -> dict[str, int]:
         block, commit = load.preset.num_frame_per_block, load.preset.context.commit
         constants = costs.table_bytes(spec, block, sampler.steps, commit, dtype)
     arenas = [costs.arena_bytes(spec, load.tokens, count, dtype) for count in frames]
-    decoding = costs.decode_scratch(load.decoder, load.latent, load.preset.num_frame_per_block, dtype)
+    decoding = load.decoder.scratch_bytes(load.latent, load.preset.num_frame_per_block, ITEMSIZE[dtype])
     absent = decoding + arenas[0] if len(arenas) == 1 else min(arenas)
     return {
         "pass_scratch": sum(arenas),
@@ -292,13 +289,13 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
         seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, scheduled.run, load.dtype, load.kv_dtype))
     first = block.decoder_begins and not load.preset.context.decoder_zero_start
     decoding = [
-        costs.decode_flops(load.decoder, load.latent, first=first and frame == 0)
+        load.decoder.decode_flops(load.latent, first=first and frame == 0)
         for frame in range(block.decoded)
     ]
     traffic = costs.decode_traffic(load.decoder, load.latent, load.dtype)
     decoder_seconds = sum(ceiling.seconds(one, traffic) for one in decoding)
-    if block.encoded and isinstance(load.decoder, VaeSpec):
-        encoding = block.encoded * costs.encode_flops(load.decoder, load.latent)
+    if block.encoded and load.decoder.encodes:
+        encoding = block.encoded * load.decoder.encode_flops(load.latent)
         decoding.append(encoding)
         decoder_seconds += ceiling.seconds(encoding, 0)
     shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - 1) * block.first
@@ -309,8 +306,8 @@ def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tupl
     """FLOPs of a stream's first block, decoder included."""
     block, tokens, latent = next(scheduled_blocks(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
     passes = sum(costs.pass_flops(spec, tokens, scheduled.run).total for scheduled in block.passes)
-    decoding = costs.decode_flops(decoder, latent, first=True)
-    return branches(preset) * passes + decoding + (block.decoded - 1) * costs.decode_flops(decoder, latent)
+    decoding = decoder.decode_flops(latent, first=True)
+    return branches(preset) * passes + decoding + (block.decoded - 1) * decoder.decode_flops(latent)
 
 
 def long_on_cpu(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> str | None:
@@ -362,13 +359,14 @@ def in_half_precision(load: Workload, budget: int) -> Workload | None:
 
 
 def with_tiny_decoder(load: Workload, budget: int) -> Workload | None:
-    if isinstance(load.decoder, TinySpec) or load.preset.context.reencode_head:
+    tiny = family_of(load.spec).tiny_decoder_spec(load.spec)
+    if tiny is None or not load.decoder.encodes or load.preset.context.reencode_head:
         return None
-    return replace(load, decoder=tiny_for(load.spec))
+    return replace(load, decoder=tiny)
 
 
 def without_graphs(load: Workload, budget: int) -> Workload | None:
-    return replace(load, executor="eager")
+    return replace(load, executor=REFERENCE) if executor_spec(load.executor).graphs else None
 
 
 def with_narrow_pages(load: Workload, budget: int) -> Workload | None:
@@ -471,20 +469,3 @@ def suggestion(load: Workload, other: Workload, budget: int) -> Suggestion:
     }
     total = needed(other)
     return Suggestion({name: value for name, (value, differs) in changes.items() if differs}, total, total <= budget)
-
-
-def own_vae(spec: ModelSpec) -> VaeSpec:
-    """The VAE that goes with a model."""
-    return TINYWORLD_VAE if spec.name == "tinyworld" else vae_for(spec)
-
-
-def text_parameters(spec: ModelSpec) -> int:
-    """Of the encoder that goes with a model: the real one, the words of the small world, or the small stand-in."""
-    if spec.name == "tinyworld":
-        return len(WORDS) * spec.text_dim
-    return costs.text_parameters(UMT5_XXL if spec.text_dim == UMT5_XXL.dim else tiny_text(spec.text_dim))
-
-
-def tiny_for(spec: ModelSpec) -> TinySpec:
-    """Spec of the tiny decoder for the latents of a model."""
-    return TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21

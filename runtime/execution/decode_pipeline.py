@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import UsageError
-from ...models.wan.vae import CausalVae, StreamState
-from ...models.wan.vae_checkpoint import Decoder
+from ...models.decoder import Decoder, StreamState
 from ..engine_condition import EngineCondition
 from ..streams import claim, make_current
 
@@ -29,11 +28,11 @@ class DecoderTrack:
 
     checkpoints: (block, state before it), one every `rewind_blocks` blocks; states share tensors. decoded: (block,
     latents) since the first checkpoint. A rewind decodes again from the nearest checkpoint. zero_start: the stream
-    starts from zero caches; UsageError for a decoder other than `CausalVae`.
+    starts from zero caches; UsageError for a decoder that cannot.
     """
 
     def __init__(self, vae: Decoder, rewind_blocks: int, zero_start: bool = False) -> None:
-        if zero_start and not isinstance(vae, CausalVae):
+        if zero_start and not vae.zero_start:
             raise UsageError(
                 f"decoder_zero_start is true, but the decoder is a {type(vae).__name__}; use the full VAE, or leave "
                 "decoder_zero_start out"
@@ -60,14 +59,14 @@ class DecoderTrack:
     def advance(self, latents: Tensor) -> Tensor:
         """Decode latents [F, C, h, w] to pixels [T, 3, H, W], without a checkpoint."""
         begins, pixels = not self.state.history, self.vae.decode(latents, self.state)
-        if begins and self.zero_start and isinstance(self.vae, CausalVae):
+        if begins and self.zero_start and self.vae.zero_start:
             return pixels[self.vae.spec.temporal_stride - 1 :]
         return pixels
 
     def new_state(self) -> StreamState:
         """The state of a stream that has not begun."""
         state = self.vae.new_state()
-        if self.zero_start and isinstance(self.vae, CausalVae):
+        if self.zero_start and self.vae.zero_start:
             state.frames = 1  # no frame is the first: each is upsampled in time, over zeros at the start
         return state
 
@@ -141,12 +140,12 @@ class DecodePipeline:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.device = device
         self.pool = self._new_pool()
-        self.jobs: dict[int, deque[Future[None]]] = {}
+        self.jobs: dict[str, deque[Future[None]]] = {}
 
     def _new_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "inferix-decode", make_current, (self.device,))
 
-    def submit(self, session: int, job: Callable[[], None]) -> None:
+    def submit(self, session: str, job: Callable[[], None]) -> None:
         """Queue `job`; on a GPU it starts after the work that the current stream has now."""
         launched = None
         if self.stream is not None:
@@ -165,7 +164,7 @@ class DecodePipeline:
         finally:
             self.condition.signal()
 
-    def wait(self, session: int) -> None:
+    def wait(self, session: str) -> None:
         """Wait for all jobs of a session; raises the error of a job."""
         jobs = self.jobs.get(session, deque())
         while jobs:
@@ -181,13 +180,13 @@ class DecodePipeline:
             if not jobs:
                 del self.jobs[session]
 
-    def after_fork(self) -> list[int]:
+    def after_fork(self) -> list[str]:
         """Begin with a new thread in a child process; returns the sessions whose jobs the old one had."""
         lost = [session for session, jobs in self.jobs.items() if any(not job.done() for job in jobs)]
         self.pool, self.jobs = self._new_pool(), {}
         return lost
 
-    def busy(self, session: int) -> bool:
+    def busy(self, session: str) -> bool:
         return any(not job.done() for job in self.jobs.get(session, ()))
 
 

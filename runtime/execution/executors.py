@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, UsageError
+from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, lower_block, with_pages
 from ...graphs.rewrites import chosen
-from ...models.wan.transformer import KeyValues, TextContext, WanTransformer
+from ...models.cross_attention import TextByFrames
+from ...models.transformer import KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
+from ..executor_specs import REFERENCE, names_with
 from ..kv.page_store import KV_DTYPES
 from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, stores, tables
 from ..programs.graph_store import GraphStore
@@ -33,31 +35,48 @@ from .loading import Components
 from .lowp_reference import check_layers, with_packed_layers
 
 
-@dataclass
+@dataclass(eq=False)
 class Conditioning:
-    """Prompt input of graphs: rows [1, text_len, text_dim], and cached outputs of prompt graphs, by recipe."""
+    """Prompt input of graphs: rows [1, text_len, text_dim], and cached outputs of prompt graphs.
+
+    cached: by recipe; of graphs that read other texts too, by recipe and those texts.
+    """
 
     rows: Tensor
-    cached: dict[str, Tensor] = field(default_factory=dict)
+    cached: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
 
-Text = TextContext | Conditioning
+@dataclass(frozen=True)
+class MixedConditioning:
+    """Prompt input of a pass whose frames follow different texts.
+
+    texts: by their numbers in a pass, ascending. groups: (text, frames) in token order.
+    """
+
+    texts: Mapping[int, Conditioning]
+    groups: tuple[tuple[int, int], ...]
 
 
+Text = object  # a conditioned prompt: what the executor's own `condition`, `join` or `mix` returned
+
+
+@runtime_checkable
 class Executor(Protocol):
     """Runs passes of the network.
 
-    supports_whole_block: True if `run_block` can be called. batches: True if one pass can serve several sessions.
+    An entry of `EXECUTORS` makes it and has its capabilities. supports_whole_block: True if `run_block` can be called.
     """
 
     supports_whole_block: bool
-    batches: bool
 
     def condition(self, rows: Tensor) -> Text:
         """Prepare a prompt for passes, from the text encoder's rows [text_len, text_dim]."""
 
     def join(self, texts: Sequence[Text]) -> Text:
         """Join the prompts of several sessions for one pass."""
+
+    def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> Text:
+        """Return the prompt of a pass whose frames follow different texts: (text, frames) in token order."""
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
@@ -81,28 +100,31 @@ class Executor(Protocol):
     def bytes_by_owner(self) -> dict[str, int]:
         """Bytes of memory other than weights and pages, by owner."""
 
+    def fallbacks(self) -> list[str]:
+        """Reasons why passes ran another way than this executor's, such as calls that could not be captured."""
+
 
 class EagerExecutor:
     """Calls the model pass by pass. packed: the model with low-precision layers, used for passes only."""
 
     supports_whole_block = False
-    batches = True
 
-    def __init__(self, model: WanTransformer, packed: WanTransformer | None = None) -> None:
+    def __init__(self, model: Transformer, packed: Transformer | None = None) -> None:
         self.model, self.passes = model, packed or model
 
     def condition(self, rows: Tensor) -> TextContext:
         return self.model.embed_text(rows[None])
 
-    def join(self, texts: Sequence[Text]) -> TextContext:
-        contexts = [text for text in texts if isinstance(text, TextContext)]
-        return contexts[0] if len(contexts) == 1 else joined(contexts)
+    def join(self, texts: Sequence[Text]) -> Text:
+        return texts[0] if len(texts) == 1 else joined(texts)
+
+    def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> TextByFrames:
+        return TextByFrames([(frames, eager_text(texts[text])) for text, frames in groups])
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
-        assert isinstance(text, TextContext)
-        velocity: Tensor = self.passes(latents, timesteps, text, attention, actions)
+        velocity: Tensor = self.passes(latents, timesteps, eager_text(text), attention, actions)
         return velocity
 
     def run_block(
@@ -114,10 +136,13 @@ class EagerExecutor:
         """Do nothing: the model reads its weights at each pass."""
 
     def start_profile(self, profile: Profile) -> None:
-        raise UsageError("executor eager cannot be profiled; use fused, or captured on a GPU")
+        raise UsageError(f"executor {REFERENCE!r} cannot be profiled; use {names_with(lambda spec: spec.graphs)}")
 
     def bytes_by_owner(self) -> dict[str, int]:
         return {}
+
+    def fallbacks(self) -> list[str]:
+        return []
 
 
 class GraphExecutor:
@@ -126,8 +151,6 @@ class GraphExecutor:
     preset: as loaded, for block sizes and graph names; the window of a pass is in its page tables. rewrites: applied to
     every graph; None for the default ones. traces: number of graphs traced. prompts: number of runs of a prompt graph.
     """
-
-    batches = False
 
     def __init__(
         self,
@@ -156,14 +179,20 @@ class GraphExecutor:
         return Conditioning(rows[None])
 
     def join(self, texts: Sequence[Text]) -> Text:
-        (text,) = texts
+        (text,) = texts  # no batches
         return text
+
+    def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> MixedConditioning:
+        read = sorted({text for text, _ in groups})
+        single = {text: found for text in read if isinstance(found := texts[text], Conditioning)}
+        return MixedConditioning(single, groups)
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
         given = {"latents": latents, "timesteps": timesteps}
-        key = GraphKey.of(latents, paged(attention), whole=False)
+        texts = text.groups if isinstance(text, MixedConditioning) else ()
+        key = GraphKey.of(latents, paged(attention), whole=False, texts=texts)
         return self.run(key, given, text, attention, actions)["velocity"]
 
     def run_block(
@@ -183,6 +212,9 @@ class GraphExecutor:
     def bytes_by_owner(self) -> dict[str, int]:
         return self.launcher.bytes_by_owner()
 
+    def fallbacks(self) -> list[str]:
+        return list(self.launcher.fallbacks)
+
     def refresh_derived_weights(self) -> None:
         """Recompute the constants in place; captured graphs stay valid."""
         self.launcher.refresh_derived_weights()
@@ -190,22 +222,27 @@ class GraphExecutor:
     def run(
         self, key: GraphKey, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
     ) -> dict[str, Tensor]:
-        assert isinstance(text, Conditioning) and isinstance(attention, OnPages)
+        assert isinstance(text, Conditioning | MixedConditioning) and isinstance(attention, OnPages)
         loaded = self.load(key, attention)
         inputs = {**given, **tables(key, attention), **self.prompt_inputs(loaded, text)}
         if actions is not None:
             inputs["block.actions"] = actions
         return self.launcher.run(loaded.body, inputs)
 
-    def prompt_inputs(self, loaded: Loaded, text: Conditioning) -> dict[str, Tensor]:
+    def prompt_inputs(self, loaded: Loaded, text: Conditioning | MixedConditioning) -> dict[str, Tensor]:
         """The graph's prompt inputs; runs the prompt graph once for each prompt and caches the result."""
+        if isinstance(text, Conditioning):
+            owner, others, rows = text, tuple[Conditioning, ...](), {"text": text.rows}
+        else:  # the prompt, first of the texts, is replaced most often: what is cached with it goes with it
+            owner, *rest = text.texts.values()
+            others, rows = tuple(rest), {f"text.{number}": single.rows for number, single in text.texts.items()}
         if loaded.prompt is None:
-            return {"text": text.rows}
-        if any(recipe not in text.cached for recipe in loaded.recipes.values()):
+            return rows
+        if any((recipe, *others) not in owner.cached for recipe in loaded.recipes.values()):
             self.prompts += 1
-            outputs = self.launcher.run(loaded.prompt, {"text": text.rows})
-            text.cached |= {loaded.recipes[name]: tensor for name, tensor in outputs.items()}
-        return {name: text.cached[recipe] for name, recipe in loaded.recipes.items()}
+            outputs = self.launcher.run(loaded.prompt, rows)
+            owner.cached |= {(loaded.recipes[name], *others): tensor for name, tensor in outputs.items()}
+        return {name: owner.cached[(recipe, *others)] for name, recipe in loaded.recipes.items()}
 
     def load(self, key: GraphKey, attention: OnPages) -> Loaded:
         """Return the program of a key, bound to the page tensors; binds it again if they have moved.
@@ -260,8 +297,17 @@ class GraphExecutor:
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
 
 
-def joined(contexts: Sequence[TextContext]) -> TextContext:
-    """Concatenate contexts of one model along the batch dim."""
+def eager_text(text: Text) -> TextContext | TextByFrames:
+    assert isinstance(text, TextContext | TextByFrames)
+    return text
+
+
+def joined(texts: Sequence[Text]) -> TextContext | TextByFrames:
+    """Concatenate texts of one model along the batch dim; those by frames have frames in the same places."""
+    if mixed := [text.parts for text in texts if isinstance(text, TextByFrames)]:
+        places = zip(*mixed, strict=True)
+        return TextByFrames([(part[0][0], joined([text for _, text in part])) for part in places])
+    contexts = [text for text in texts if isinstance(text, TextContext)]
     text = tuple(concatenated(layer) for layer in zip(*(context.text for context in contexts), strict=True))
     images = [context.image for context in contexts if context.image is not None]
     return TextContext(text, tuple(concatenated(layer) for layer in zip(*images, strict=True)) if images else None)
@@ -275,7 +321,7 @@ def concatenated(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
 
 def paged(attention: KeyValues) -> OnPages:
     if not isinstance(attention, OnPages):
-        raise UsageError(f"graphs read pages, and {type(attention).__name__} has none; use executor eager")
+        raise UsageError(f"graphs read pages, and {type(attention).__name__} has none; use executor {REFERENCE!r}")
     return attention
 
 
@@ -285,11 +331,28 @@ def signed(seed: int) -> int:
 
 
 def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Executor:
-    """Make the executor that `config` names; UsageError for low-precision layers that the model does not have."""
+    """Make the executor that `config` names.
+
+    UsageError for low-precision layers that the model does not have, and for an entry that makes something else.
+    """
+    if config.precision_map is not None:
+        check_layers(parts.transformer, config.precision_map)
+    executor = config.executor_spec.maker(config, preset, parts)
+    if not isinstance(executor, Executor):
+        methods = [name for name in vars(Executor) if not name.startswith("_")] + [*Executor.__annotations__]
+        lacking = ", ".join(sorted(name for name in methods if not hasattr(executor, name)))
+        raise UsageError(f"executor {config.executor!r} made {quoted(executor)}, which is no Executor: no {lacking}")
+    return executor
+
+
+def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
-    if precision is not None:
-        check_layers(model, precision)
-    if config.executor == "eager":
-        return EagerExecutor(model, None if precision is None else with_packed_layers(model, precision))
-    backend = CudaGraphs(torch.device(config.device)) if config.executor == "captured" else None
-    return GraphExecutor(config, preset, parts, backend)
+    return EagerExecutor(model, None if precision is None else with_packed_layers(model, precision))
+
+
+def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:
+    return GraphExecutor(config, preset, parts)
+
+
+def make_captured(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:
+    return GraphExecutor(config, preset, parts, CudaGraphs(torch.device(config.device)))

@@ -10,17 +10,20 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UsageError, quoted
+from ...models.family import merged
 from ...models.files import finite
-from ...models.wan.lora import fitting, merged, read_lora
+from ...models.registry import family_of
+from ...models.transformer import Transformer
 
 
 class Adapter:
     """Applies LoRAs to a model. Owns copies of the original weights of changed layers, by name."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Transformer) -> None:
+        self.family = family_of(model.spec)
         self.weights = dict(model.named_parameters())
         self.originals: dict[str, Tensor] = {}
 
@@ -33,11 +36,12 @@ class Adapter:
         """
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise UsageError(f"scale is {quoted(scale)}; expected a number, 1 for the adapter as it is")
-        updates = fitting(read_lora(lora), self.weights, partial)
+        updates = self.family.read_adapter(lora, self.weights, partial)
         updates = {name: update.to(self.weights[name].device) for name, update in updates.items()}
         for name in updates:
-            weight = self.weights[name]
-            finite(lora, name, merged(name, self.originals.get(name, weight).to(weight.device), updates, scale))
+            weight, original = self.weights[name], self.originals.get(name)
+            before = weight if original is None else original.to(weight.device)
+            finite(lora, name, merged(name, before, updates, scale))
         self.remove()
         for name in updates:
             weight = self.weights[name]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...graphs.rewrites.lowp import KINDS, PrecisionMap
 from ...kernels.linear_lowp.reference import linear_lowp, pack
-from ...models.wan.transformer import WanTransformer
+from ...models.transformer import Transformer
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
         return out.unflatten(0, x.shape[:-1])
 
 
-def with_packed_layers(model: WanTransformer, precision: PrecisionMap) -> WanTransformer:
+def with_packed_layers(model: Transformer, precision: PrecisionMap) -> Transformer:
     """Copy a model, sharing its weights, with the layers of the precision map replaced by `PackedLinear`."""
 
     def converted(part: nn.Module, name: str) -> nn.Module:
@@ -43,7 +43,7 @@ def with_packed_layers(model: WanTransformer, precision: PrecisionMap) -> WanTra
         return copied
 
     packed = converted(model, "")
-    assert isinstance(packed, WanTransformer)
+    assert isinstance(packed, Transformer)
     return packed
 
 

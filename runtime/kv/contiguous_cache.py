@@ -11,26 +11,31 @@ from torch import Tensor
 
 from ...graphs.passes import Group, Pass
 from ...kernels.attention import attention
-from ...kernels.rope import Angles, rope_angles, rotate
-from ...models.wan.spec import ModelSpec
+from ...kernels.rope import Angles, axis_frequencies, rotate, token_angles
+from ...models.rope import Rope
+from ...models.spec import ModelSpec
 
 
 class ContiguousCache:
-    """Keys and values [1, frames*P, n, c] of the cached frames, per layer."""
+    """Keys and values [1, frames*P, k, c] of the cached frames, per layer.
+
+    rope: the model's; None for three axes over the whole head. rope_dtype: in which it is computed.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         grid: tuple[int, int],
         moving_positions: bool,
-        rope: torch.dtype,
+        rope_dtype: torch.dtype,
         dtype: torch.dtype,
         device: torch.device,
+        rope: Rope | None = None,
     ) -> None:
-        self.grid, self.moving_positions, self.rope = grid, moving_positions, rope
-        self.head_dim, self.device = spec.head_dim, device
+        self.grid, self.moving_positions, self.rope_dtype = grid, moving_positions, rope_dtype
+        self.rope, self.device = rope or Rope(*axis_frequencies(spec.head_dim)), device
         self.tokens = grid[0] * grid[1]
-        empty = torch.empty(1, 0, spec.num_heads, spec.head_dim, dtype=dtype, device=device)
+        empty = torch.empty(1, 0, spec.kv_heads, spec.head_dim, dtype=dtype, device=device)
         self.frames: tuple[int, ...] = ()
         self.keys = [empty] * spec.num_layers
         self.values = [empty] * spec.num_layers
@@ -74,26 +79,33 @@ class BoundCache:
 
     def __init__(self, cache: ContiguousCache, run: Pass) -> None:
         self.cache, self.run = cache, run
-        scratch = tuple(frame for group in run.groups if not group.write for frame in group.frames)
         # Frames of groups without `write` are seen by this pass only; their slots come after the cached ones.
-        self.slots = {frame: slot for slot, frame in enumerate(cache.frames + scratch)}
+        self.slots = {frame: slot for slot, frame in enumerate(cache.frames + run.scratch)}
         self.query = self._angles([group.position_of(frame) for group in run.groups for frame in group.frames])
-        self.reads = [self._angles(group.positions) for group in run.groups] if cache.moving_positions else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        q = rotate(q, self.query, cache.rope)
+        q = rotate(q, self.query, cache.rope_dtype, cache.rope.half_split)
         if not cache.moving_positions:
-            k = rotate(k, self.query, cache.rope)
+            k = rotate(k, self.query, cache.rope_dtype, cache.rope.half_split)
         keys = self._store(cache.keys[layer], k)
         values = self._store(cache.values[layer], v)
         out = []
-        for index, (group, rows) in enumerate(self._groups()):
-            seen_keys, seen_values = self._read(keys, group.context), self._read(values, group.context)
-            if self.reads is not None:
-                seen_keys = rotate(seen_keys, self.reads[index], cache.rope)
-            out.append(attention(q[:, rows], seen_keys, seen_values))
+        for group, rows in self._groups():
+            lists = group.head_contexts or (group.context,)
+            queries, k_parts, v_parts = (part.chunk(len(lists), dim=2) for part in (q[:, rows], keys, values))
+            parts = zip(queries, k_parts, v_parts, lists, strict=True)
+            heads = [self._attended(group, *part) for part in parts]
+            out.append(torch.cat(heads, dim=2))
         return torch.cat(out, dim=1)
+
+    def _attended(self, group: Group, q: Tensor, keys: Tensor, values: Tensor, frames: tuple[int, ...]) -> Tensor:
+        """Attention of a group's queries to some frames of its context, with as many heads as q has."""
+        keys, values = self._read(keys, frames), self._read(values, frames)
+        if self.cache.moving_positions:
+            angles = self._angles([group.position_of(frame) for frame in frames])
+            keys = rotate(keys, angles, self.cache.rope_dtype, self.cache.rope.half_split)
+        return attention(q, keys, values)
 
     def _store(self, cached: Tensor, new: Tensor) -> Tensor:
         """Store the groups with `write` in `cached`; returns it followed by the other groups' tokens."""
@@ -126,4 +138,4 @@ class BoundCache:
         return groups
 
     def _angles(self, positions: list[int] | tuple[int, ...]) -> Angles:
-        return rope_angles(positions, *self.cache.grid, self.cache.head_dim, self.cache.device)
+        return token_angles(self.cache.rope.axis_angles(positions, *self.cache.grid), self.cache.device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...errors import UsageError
-from ...models.wan.spec import ModelSpec
+from ...models.rope import Rope
+from ...models.spec import ModelSpec
 from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
@@ -24,12 +25,14 @@ class KVManager:
     def __init__(
         self,
         spec: ModelSpec,
+        rope: Rope,
         preset: Preset,
         dtypes: tuple[torch.dtype, torch.dtype],
         device: torch.device,
         budget: int | None,
     ) -> None:
-        self.spec, self.preset, self.dtypes, self.device, self.budget = spec, preset, dtypes, device, budget
+        self.spec, self.rope, self.preset, self.dtypes = spec, rope, preset, dtypes
+        self.device, self.budget = device, budget
         self.stores: dict[tuple[int, int], PagedStore] = {}  # by token grid
 
     def new_cache(self, size: tuple[int, int]) -> PagedCache:
@@ -47,7 +50,9 @@ class KVManager:
                 used = sum(store.nbytes for store in self.stores.values())
                 staging = slots * form.slot_bytes(form.model_dtype) if form.staged else 0
                 pages = pages_in(self.budget, form.nbytes, staging + used, self.preset)
-            self.stores[form.grid] = PagedStore(form, pages, slots, self.device, grows=self.budget is None)
+            self.stores[form.grid] = PagedStore(
+                form, self.rope, pages, slots, self.device, grows=self.budget is None
+            )
         return self.stores[form.grid]
 
     def batches(self, size: tuple[int, int]) -> bool:

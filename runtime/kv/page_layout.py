@@ -21,7 +21,8 @@ class GroupPages:
 
     pages, positions: of the group's own frames, where keys are written and at which position they are rotated.
     listed: pages that the group reads. sinks: how many of them, the first, are read by queries rotated at
-    `sink_positions`; the rest are read by queries at `positions`.
+    `sink_positions`; the rest are read by queries at `positions`. head_lists: (pages, sinks) as each group of heads
+    reads them, in place of `listed` and `sinks`; empty where all heads read the same.
     """
 
     pages: tuple[int, ...]
@@ -29,12 +30,17 @@ class GroupPages:
     listed: tuple[int, ...]
     sinks: int
     sink_positions: tuple[int, ...]
+    head_lists: tuple[tuple[tuple[int, ...], int], ...] = ()
+
+    @property
+    def lists(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """(pages, sinks) of each group of heads, of which there is one where all read the same."""
+        return self.head_lists or ((self.listed, self.sinks),)
 
 
 def fresh_pages(run: Pass, table: PageTable) -> int:
     """Free pages that a pass needs: to replace shared pages that it writes, and as scratch."""
-    written = sum(table.count_shared(group.frames) for group in run.groups if group.write)
-    return written + sum(len(group.frames) for group in run.groups if not group.write) - len(table.scratch)
+    return table.count_shared(run.written) + len(run.scratch) - len(table.scratch)
 
 
 def layout_pass(run: Pass, table: PageTable, moving: bool) -> list[GroupPages]:
@@ -51,7 +57,7 @@ def layout_pass(run: Pass, table: PageTable, moving: bool) -> list[GroupPages]:
         if group.write:
             table.write(group.frames, stored)
         positions |= dict(zip(group.frames, stored, strict=True))
-    table.alloc_scratch([frame for group in run.groups if not group.write for frame in group.frames])
+    table.alloc_scratch(run.scratch)
     pages = table.pages | table.scratch
     return [_row(group, pages, positions) for group in run.groups]
 
@@ -72,12 +78,18 @@ def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> Grou
     window = [frame for frame in group.context if shifts[frame] == own]
     sink_shift = others[0] if others else own
     at = [group.position_of(frame) for frame in group.frames]
+
+    def read(frames: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        early, late = ([frame for frame in part if frame in frames] for part in (sinks, window))
+        return tuple(pages[frame] for frame in early + late), len(early)
+
     return GroupPages(
         pages=tuple(pages[frame] for frame in group.frames),
         positions=tuple(positions[frame] for frame in group.frames),
         listed=tuple(pages[frame] for frame in sinks + window),
         sinks=len(sinks),
         sink_positions=tuple(position + sink_shift for position in at),
+        head_lists=tuple(map(read, group.head_contexts)),
     )
 
 
@@ -125,7 +137,11 @@ def through_slots(rows: list[GroupPages], read_in_place: bool) -> ThroughSlots:
 
     def staged(row: GroupPages) -> GroupPages:
         pages = tuple(slot[page] for page in row.pages)
-        return replace(row, pages=pages, listed=row.listed if read_in_place else tuple(slot[p] for p in row.listed))
+        if read_in_place:
+            return replace(row, pages=pages)
+        listed = tuple(slot[page] for page in row.listed)
+        lists = tuple((tuple(slot[page] for page in part), sinks) for part, sinks in row.head_lists)
+        return replace(row, pages=pages, listed=listed, head_lists=lists)
 
     if read_in_place:
         return ThroughSlots([staged(row) for row in rows], len(own), None)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.kv_pages import LIMITS, kv_pages
 from ...kernels.qk_norm_rope_append import rope_cos_sin
-from ...kernels.rope import axis_angles
-from ...models.wan.spec import ModelSpec
+from ...models.rope import Rope
+from ...models.spec import ModelSpec
 from ..streams import Transfer, to_device
 from .pages import PagePool
 
@@ -34,8 +35,8 @@ class PageForm:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(tokens, heads, head dim) of one frame."""
-        return self.grid[0] * self.grid[1], self.spec.num_heads, self.spec.head_dim
+        """(tokens, heads of keys and values, head dim) of one frame."""
+        return self.grid[0] * self.grid[1], self.spec.kv_heads, self.spec.head_dim
 
     @property
     def scaled(self) -> bool:
@@ -55,12 +56,12 @@ class PageForm:
     @property
     def nbytes(self) -> int:
         """Bytes of a page: keys and values of one latent frame in all layers, and their scales."""
-        scales = self.spec.num_heads * torch.float32.itemsize if self.scaled else 0
+        scales = self.spec.kv_heads * torch.float32.itemsize if self.scaled else 0
         return 2 * self.spec.num_layers * (self.slot_bytes(self.kv_dtype) // 2 + scales)
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the keys and values of one latent frame in one layer."""
-        return 2 * self.shape[0] * self.spec.dim * dtype.itemsize
+        return 2 * self.shape[0] * self.spec.kv_dim * dtype.itemsize
 
 
 class PagedStore:
@@ -71,8 +72,10 @@ class PagedStore:
     rope_rows, rope_columns: cosines and sines of the token grid, [n, pairs, 2]. users: number of open caches.
     """
 
-    def __init__(self, form: PageForm, pages: int, slots: int, device: torch.device, grows: bool) -> None:
-        self.form, self.device, self.grows = form, device, grows
+    def __init__(
+        self, form: PageForm, rope: Rope, pages: int, slots: int, device: torch.device, grows: bool
+    ) -> None:
+        self.form, self.rope, self.device, self.grows = form, rope, device, grows
         self.users = 0
         self.pool = PagePool(pages)
         self.transfer = Transfer(device)
@@ -149,12 +152,12 @@ class PagedStore:
 
     def rope_cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines and sines [n, pairs, 2] of temporal `positions`, of grid rows and of grid columns."""
-        angles = axis_angles(positions, *self.form.grid, self.form.spec.head_dim)
+        angles = self.rope.axis_angles(positions, *self.form.grid)
         dtype = torch.float64 if self.form.model_dtype == torch.float64 else torch.float32
         time, row, column = (to_device(rope_cos_sin(axis, dtype), self.device) for axis in angles)
         return time, row, column
 
-    def ints(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    def ints(self, values: Sequence[Any]) -> Tensor:
         """An int32 tensor on the store's device."""
         return to_device(torch.tensor(values, dtype=torch.int32), self.device)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.passes import Pass
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
-from ...models.wan.transformer import KeyValues
+from ...models.transformer import KeyValues
 from ...schemes.context import ContextPolicy
 from .offload import Offloaded
 from .page_layout import GroupPages, fresh_pages, interleaved, layout_pass, parts_of, rotates_for_sink, through_slots
@@ -164,7 +165,9 @@ class PagedCache:
     def _attention(self, rows: list[GroupPages]) -> KeyValues:
         store = self.store
         if not store.form.staged:
-            return PagedAttention(self._parts(rows), store.kv, store.rope_rows, store.rope_columns)
+            return PagedAttention(
+                self._parts(rows), store.kv, store.rope_rows, store.rope_columns, half_split=store.rope.half_split
+            )
         own = [page for row in rows for page in row.pages]
         through = through_slots(rows, store.form.read_in_place)
         staging = store.slots(through.slots)
@@ -172,7 +175,7 @@ class PagedCache:
             self._parts(through.rows), store.kv, store.scales, staging,
             written=(store.ints(list(range(len(own)))), store.ints(own)),
             seen=None if through.seen is None else (store.ints(through.seen), store.ints(list(range(through.slots)))),
-            rope_rows=store.rope_rows, rope_columns=store.rope_columns,
+            rope_rows=store.rope_rows, rope_columns=store.rope_columns, half_split=store.rope.half_split,
         )  # fmt: skip
 
     def _average(self, leaving: list[int], pages_needed: int) -> None:
@@ -191,7 +194,7 @@ class PagedCache:
         for frame, kv in zip(leaving, leaving_kv.unbind(2), strict=True):
             at = (frame - frames[0]) % len(frames)  # each frame goes to the sink frame of its phase
             (cos_sin,), *_ = store.rope_cos_sin([table.positions[frames[at]] - table.positions[frame]])
-            new[:, :, at] = average_frame(new[:, :, at], kv, cos_sin, self.policy.sink_decay)
+            new[:, :, at] = average_frame(new[:, :, at], kv, store.rope, cos_sin, self.policy.sink_decay)
         table.write(frames, [table.positions[frame] for frame in frames])
         store.replace([table.pages[frame] for frame in frames], new)
         self.sink = new
@@ -203,14 +206,20 @@ class PagedCache:
         ints, rope_cos_sin = self.store.ints, self.store.rope_cos_sin
         sinks = rotates_for_sink(self.policy, rows)
         width = max(self.table.room, *(len(row.listed) for row in rows))
-        listed = [row.listed + (0,) * (width - len(row.listed)) for row in rows]
+        lists = [[(*pages, *(0,) * (width - len(pages))) for pages, _ in row.lists] for row in rows]
+        counts = [[len(pages) for pages, _ in row.lists] for row in rows]
+        early = [[count for _, count in row.lists] for row in rows]
+
+        def by_list(values: Sequence[Sequence[Any]]) -> Tensor:
+            return ints(values) if rows[0].head_lists else ints(values)[:, 0]
+
         return PassTables(
             pages=ints([row.pages for row in rows]),
-            page_table=ints(listed),
-            page_count=ints([len(row.listed) for row in rows]),
+            page_table=by_list(lists),
+            page_count=by_list(counts),
             rope_time=torch.stack([rope_cos_sin(row.positions)[0] for row in rows]),
             rope_sink=torch.stack([rope_cos_sin(row.sink_positions)[0] for row in rows]) if sinks else None,
-            sink_count=ints([row.sinks for row in rows]) if sinks else None,
+            sink_count=by_list(early) if sinks else None,
         )
 
 

@@ -12,19 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...models.rope import Rope
 
-def average_frame(sink: Tensor, leaving: Tensor, cos_sin: Tensor, decay: float) -> Tensor:
+
+def average_frame(sink: Tensor, leaving: Tensor, rope: Rope, cos_sin: Tensor, decay: float) -> Tensor:
     """Return decay * sink + (1 - decay) * leaving, keys and values [layers, 2, page_tokens, heads, head_dim].
 
     cos_sin: [temporal pairs, 2], the rotation from the position of the leaving frame to that of the sink frame.
     """
     keys, values = leaving.to(sink.dtype).unbind(1)
-    return decay * sink + (1 - decay) * torch.stack((rotate_time(keys, cos_sin.to(sink.dtype)), values), dim=1)
-
-
-def rotate_time(keys: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate the first, temporal pairs of keys [..., head_dim] by cos_sin [temporal pairs, 2]."""
-    cos, sin = cos_sin.unbind(-1)
-    even, odd = keys[..., : 2 * len(cos_sin)].unflatten(-1, (-1, 2)).unbind(-1)
-    time = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.cat((time, keys[..., 2 * len(cos_sin) :]), dim=-1)
+    keys = rope.rotate_time(keys, cos_sin.to(sink.dtype))
+    return decay * sink + (1 - decay) * torch.stack((keys, values), dim=1)

@@ -20,12 +20,13 @@ from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
-from ...kernels.rope import axis_angles
-from ...models.wan.spec import ModelSpec
-from ...models.wan.transformer import KeyValues, WanTransformer
+from ...models.cross_attention import TextByFrames, TextKeyValues
+from ...models.registry import family_of
+from ...models.spec import ModelSpec
+from ...models.transformer import KeyValues, Transformer
 from ...schemes.presets import Preset
 from ..kv.page_store import PageForm
-from ..sampler import Sampler, UniPCSolver
+from ..sampler import Sampler
 from .block_plan import PlannedPass, latent_names, plan_block
 
 TABLES = ("pages", "page_table", "page_count", "rope_time", "rope_sink", "sink_count")
@@ -39,7 +40,8 @@ class Layout:
 
     parts: (groups, frames of each). latents: names of the input latents, in order. tables: prefix of the names of its
     tables. sinks: True if queries are rotated once more for the sink. slots: size of the staging buffer; 0 where pages
-    have the model's dtype.
+    have the model's dtype. texts: (text, frames) in token order where frames follow different ones, else empty.
+    head_groups: groups of heads that read lists of their own; 0 for one list for all.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -47,10 +49,17 @@ class Layout:
     tables: str
     sinks: bool
     slots: int = 0
+    texts: tuple[tuple[int, int], ...] = ()
+    head_groups: int = 0
 
     @property
     def frames(self) -> int:
         return sum(groups * frames for groups, frames in self.parts)
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """Names of the texts' rows, ascending by number."""
+        return tuple(f"text.{text}" for text in sorted({text for text, _ in self.texts})) or ("text",)
 
     def table(self, part: int, what: str) -> str:
         """Name of table `what` of one part within the block graph."""
@@ -63,9 +72,10 @@ class ModelPass(nn.Module):
     With guidance the batch has 2*B rows, the conditional ones first, and the velocity is the guided one.
     """
 
-    def __init__(self, model: WanTransformer, layout: Layout, guidance: float) -> None:
+    def __init__(self, model: Transformer, layout: Layout, guidance: float) -> None:
         super().__init__()
         self.model, self.layout, self.guidance = model, layout, guidance
+        self.half_split = model.rope.half_split
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         layout, spec = self.layout, self.model.spec
@@ -75,31 +85,41 @@ class ModelPass(nn.Module):
         ]
         kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
         rope = values["rope_rows"], values["rope_columns"]
-        attention: KeyValues = PagedAttention(parts, kv, *rope)
+        attention: KeyValues = PagedAttention(parts, kv, *rope, half_split=self.half_split)
         if layout.slots:
             slots, pages = (values[f"{layout.tables}.{what}"] for what in WRITTEN)
             seen = [values[name] for what in SEEN if (name := f"{layout.tables}.{what}") in values]
             scales = [values[f"scale.{index}"] for index in range(spec.num_layers)] if "scale.0" in values else None
             written, through = (slots, pages), (seen[0], seen[1]) if seen else None
-            attention = StagedAttention(parts, kv, scales, values["staging"], written, through, *rope)
+            attention = StagedAttention(
+                parts, kv, scales, values["staging"], written, through, *rope, half_split=self.half_split
+            )
         latents = [values[name] for name in layout.latents]
         x = latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
         guided = self.guidance != 1
         rows = torch.cat((x, x)) if guided else x
         timesteps = values["timesteps"].expand(len(rows), -1)
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
-        velocity = self.model(rows, timesteps, self.model.embed_text(values["text"]), attention, actions)
+        velocity = self.model(rows, timesteps, self.text(values), attention, actions)
         if guided:
             conditional, negative = velocity.split(len(x))
             velocity = negative + self.guidance * (conditional - negative)
         return {"velocity": velocity}
 
+    def text(self, values: dict[str, Tensor]) -> TextKeyValues:
+        """Cross-attention of the pass, each frame's to the text that it follows."""
+        texts = {name: self.model.embed_text(values[name]) for name in self.layout.text_names}
+        if not self.layout.texts:
+            return texts["text"]
+        return TextByFrames([(frames, texts[f"text.{text}"]) for text, frames in self.layout.texts])
+
 
 class SolverStep(nn.Module):
     """Solver step over each block in flight: velocity in, latents of the next noise level out.
 
-    A single block keeps the name `latents`. Of several, each takes the name of the one before it, and the first, which
-    is clean now, is `clean`. The history of a multistep solver is named after the step that made it.
+    A single block keeps the name `latents`. Of several, each keeps its name until the first is clean: that is `clean`
+    then, and each other takes the name of the one before it. The history of a multistep solver is named after the step
+    that made it.
     """
 
     def __init__(self, sampler: Sampler, steps: tuple[int, ...], frames: int, lead: int = 0) -> None:
@@ -109,18 +129,17 @@ class SolverStep(nn.Module):
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         results, names = dict[str, Tensor](), latent_names(len(self.steps))
-        after = names if len(names) == 1 else ("clean", *names)
+        finished = len(names) > 1 and self.steps[0] + 1 == len(self.sampler.sigmas)
+        after = ("clean", *names) if finished else names
         for slot, step in enumerate(self.steps):
             rows = slice(slot * self.frames, (slot + 1) * self.frames)
             latents = values[names[slot]]
             draw = partial(self.draw, values, latents, rows, step + 1)
             solver = self.sampler.begin()
-            if isinstance(solver, UniPCSolver):
-                resume(solver, step, values)
+            solver.resume(step, values)
             velocity = values["velocity"][:, self.lead + rows.start : self.lead + rows.stop]
             results[after[slot]] = solver.advance(latents, velocity, step, draw)
-            if isinstance(solver, UniPCSolver) and solver.before is not None:
-                results |= {f"x0@{step}": solver.predictions[-1], f"corrected@{step}": solver.before}
+            results |= solver.written(step)
         return results
 
     def draw(self, values: dict[str, Tensor], latents: Tensor, rows: slice, draw: int) -> Tensor:
@@ -130,23 +149,20 @@ class SolverStep(nn.Module):
         return noise.to(latents.dtype)
 
 
-def resume(solver: UniPCSolver, step: int, values: dict[str, Tensor]) -> None:
-    """Restore the state of a solver before `step` from the named history."""
-    if step > 0:
-        solver.predictions = [values[f"x0@{earlier}"] for earlier in range(max(0, step - 2), step)]
-        solver.before = values[f"corrected@{step - 1}"]
-        solver.order = min(2, len(solver.sigmas) - step + 1, len(solver.predictions))
-
-
 class BlockGraphBuilder:
-    """Builds the block graph of one model, preset and picture size, for a batch of `sessions`."""
+    """Builds the block graph of one model, preset and picture size, before any rewrite.
+
+    size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
+    the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
+    the first pass. kv_dtype: dtype of the pages; None for the model's. slots: of the staging buffer; None for enough.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         preset: Preset,
-        size: tuple[int, int],
-        dtype: torch.dtype,
+        size: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
         precision: str = "reference",
         sessions: int = 1,
@@ -160,17 +176,26 @@ class BlockGraphBuilder:
         self.rows = sessions * (1 if self.guidance == 1 else 2)
         self.sampler = Sampler(preset.sampler)
         self.planned = plan_block(preset, fuse_commit)
-        self.latent = (spec.out_channels, *spec.latent_size(size))
+        self.latent = (spec.out_channels, *spec.latent_size(size or spec.default_size))
         self.grid = (self.latent[1] // spec.patch[0], self.latent[2] // spec.patch[1])
         self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
         frames = max(len(planned.run.frames) for planned in self.planned)
         self.pages = pages if pages is not None else self.rows * (self.max_pages + frames)
         self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
-        self.model = fake_model(lambda: WanTransformer(spec, precision), dtype, device)
+        self.model = fake_model(lambda: family_of(spec).build(spec, precision), dtype, device)
         self.traced: dict[Layout, PassGraph] = {}
 
     def build(self) -> BlockGraph:
+        """Build the graph; UsageError for a model or preset that has none."""
+        spec, preset = self.spec, self.preset
+        if spec.in_channels != spec.out_channels:
+            raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
+        if preset.window_blocks > 1 and self.sampler.begin().keeps_history:
+            raise UsageError(
+                f"window_blocks is {preset.window_blocks} with solver {preset.sampler.solver}, which keeps a history; "
+                "that has no graph, use renoise"
+            )
         passes = [self.one(planned) for planned in self.planned]
         flight = self.preset.window_blocks
         frames = self.preset.num_frame_per_block
@@ -214,13 +239,16 @@ class BlockGraphBuilder:
     def layout(self, planned: PlannedPass) -> Layout:
         policy = self.preset.context
         sinks = policy.moving_positions and policy.sink_size > 0  # in every pass, as in `rotates_for_sink`
-        return Layout(planned.parts, planned.latents, planned.tables, sinks, self.slots)
+        lists = len(planned.run.groups[0].head_contexts)
+        return Layout(
+            planned.parts, planned.latents, planned.tables, sinks, self.slots, planned.run.mixed_texts, lists
+        )
 
     def inputs(self, layout: Layout) -> list[Value]:
         """Inputs and states of the model's pass."""
         spec, frames, (height, width) = self.spec, layout.frames, self.grid
         rope_dtype = torch.promote_types(self.dtype, torch.float32)
-        time, row, column = (angles.shape for angles in axis_angles([0], height, width, spec.head_dim))
+        time, row, column = self.model.rope.pairs
 
         def given(name: str, when: When, size: tuple[int, ...], dtype: torch.dtype, owned: bool = False) -> Value:
             return Value(name, Role.INPUT, size, dtype, when, owned=owned)
@@ -230,18 +258,19 @@ class BlockGraphBuilder:
         text = (self.rows, spec.text_len, spec.text_dim)
         values += [
             given("timesteps", When.LOAD, (1, frames), torch.float32),
-            given("text", When.PROMPT, text, self.dtype),
+            *(given(name, When.PROMPT, text, self.dtype) for name in layout.text_names),
         ]
         if spec.action_dim is not None:
             actions = (self.rows, frames, spec.action_dim)
             values.append(given(f"{layout.tables}.actions", When.BLOCK, actions, self.dtype))
         for part, (groups, part_frames) in enumerate(layout.parts):
             rows = self.rows * groups
+            lists = (rows, layout.head_groups) if layout.head_groups else (rows,)
             shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 "pages": ((rows, part_frames), torch.int32),
-                "page_table": ((rows, self.max_pages), torch.int32),
-                "page_count": ((rows,), torch.int32),
-                "rope_time": ((rows, part_frames, time[1], 2), rope_dtype),
+                "page_table": ((*lists, self.max_pages), torch.int32),
+                "page_count": (lists, torch.int32),
+                "rope_time": ((rows, part_frames, time, 2), rope_dtype),
             }
             if layout.sinks:
                 shapes["rope_sink"] = shapes["rope_time"]
@@ -250,7 +279,7 @@ class BlockGraphBuilder:
                 given(layout.table(part, what), When.BLOCK, size, dtype, owned=what == "pages")
                 for what, (size, dtype) in shapes.items()
             ]
-        for name, size in (("rope_rows", row), ("rope_columns", column)):
+        for name, size in (("rope_rows", (height, row)), ("rope_columns", (width, column))):
             values.append(given(name, When.LOAD, (*size, 2), rope_dtype))
         return values + self.pages_of(layout)
 
@@ -260,7 +289,7 @@ class BlockGraphBuilder:
         stores: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         stores += [(f"kv.{index}", (2, self.pages, *form.shape), form.kv_dtype) for index in layers]
         if form.scaled:
-            stores += [(f"scale.{index}", (2, self.pages, self.spec.num_heads), torch.float32) for index in layers]
+            stores += [(f"scale.{index}", (2, self.pages, self.spec.kv_heads), torch.float32) for index in layers]
         lists: list[tuple[str, int]] = []
         if layout.slots:
             stores.append(("staging", (2, layout.slots, *form.shape), self.dtype))
@@ -284,38 +313,7 @@ class BlockGraphBuilder:
         ]
         latents = (self.sessions, frames, *self.latent)
         values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
-        if self.preset.sampler.solver == "unipc":
-            step = planned.steps[0]
-            history = [f"x0@{earlier}" for earlier in range(max(0, step - 2), step)]
-            history += [f"corrected@{step - 1}"] if step else []
-            values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
+        history = self.sampler.begin().reads(planned.steps[0])
+        values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
         module = SolverStep(self.sampler, planned.steps, frames, planned.lead)
         return trace("the solver's step", module, values, device=self.device)
-
-
-def build_block_graph(
-    spec: ModelSpec,
-    preset: Preset,
-    size: tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cpu",
-    precision: str = "reference",
-    sessions: int = 1,
-    pages: int | None = None,
-    fuse_commit: bool = False,
-    kv_dtype: torch.dtype | None = None,
-) -> BlockGraph:
-    """Build the graph of a block, before any rewrite; UsageError for a model or preset that has no graph.
-
-    size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
-    the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
-    the first pass. kv_dtype: dtype of the pages; None for the model's.
-    """
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
-    if preset.window_blocks > 1 and preset.sampler.solver != "renoise":
-        raise UsageError(f"window_blocks is {preset.window_blocks} with solver unipc; that has no graph, use renoise")
-    size = size or spec.default_size
-    return BlockGraphBuilder(
-        spec, preset, size, dtype, device, precision, sessions, pages, fuse_commit, kv_dtype
-    ).build()

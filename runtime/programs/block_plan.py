@@ -74,8 +74,13 @@ def planned_pass(preset: Preset, scheduled: ScheduledPass) -> PlannedPass:
         runs = Runs.REBUILD if preset.context.commit else Runs.BLOCK
         return PlannedPass("recompute", run, ("recompute.latents",), "recompute", runs)
     if scheduled.kind == "commit":
-        return PlannedPass("commit", run, ("latents" if single else "clean",), "block")
-    name, tables = (f"denoise {scheduled.steps[0]}", "block") if single else ("denoise", "joint")
+        tables = "block" if not single or preset.context.has_one_context else "commit"
+        return PlannedPass("commit", run, ("latents" if single else "clean",), tables)
+    step = scheduled.steps[-1]  # of the newest block: passes between two joins differ by it
+    name = f"denoise {step}" if preset.steps_between_joins > 1 else "denoise"
+    tables = "block" if single else "joint"
+    if preset.context.noise2clean_kvrange and preset.steps_between_joins > 1:
+        tables = f"{tables}.{step}"
     return PlannedPass(name, run, latent_names(len(scheduled.blocks)), tables, steps=scheduled.steps)
 
 

@@ -17,7 +17,7 @@ from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
-from ...models.wan.spec import ModelSpec
+from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 
@@ -31,7 +31,9 @@ class GraphKey:
 
     whole: a block with its solver steps and commit, or one pass. parts: (rows, frames of each) of the tables.
     latent: [F, C, H, W]. width: columns of the page table, rounded up so that a growing window seldom needs a new
-    graph. pages: size of the store. slots: size of the staging buffer; 0 where pages have the model's dtype.
+    graph. pages: size of the store. slots: size of the staging buffer; 0 where pages have the model's dtype. texts:
+    (text, frames) where frames follow different texts, else empty. head_groups: lists of pages of a row, one for each
+    group of heads; 0 for one list.
     """
 
     whole: bool
@@ -41,10 +43,14 @@ class GraphKey:
     width: int
     pages: int
     slots: int = 0
+    texts: tuple[tuple[int, int], ...] = ()
+    head_groups: int = 0
 
     @classmethod
-    def of(cls, latents: Tensor, attention: OnPages, whole: bool) -> GraphKey:
-        listed = max(part.page_table.shape[1] for part in attention.parts)
+    def of(
+        cls, latents: Tensor, attention: OnPages, whole: bool, texts: tuple[tuple[int, int], ...] = ()
+    ) -> GraphKey:
+        listed = max(part.page_table.shape[-1] for part in attention.parts)
         return cls(
             whole=whole,
             parts=tuple((part.rows, part.frames) for part in attention.parts),
@@ -53,6 +59,8 @@ class GraphKey:
             width=padded_width(listed),
             pages=attention.kv[0].shape[1],
             slots=attention.staging.shape[1] if isinstance(attention, StagedAttention) else 0,
+            texts=texts,
+            head_groups=attention.parts[0].head_groups,
         )
 
     def size(self, spec: ModelSpec) -> tuple[int, int]:
@@ -62,7 +70,7 @@ class GraphKey:
     @property
     def layout(self) -> Layout:
         """Layout of the pass, which names its tables."""
-        return Layout(self.parts, ("latents",), "block", self.sinks, self.slots)
+        return Layout(self.parts, ("latents",), "block", self.sinks, self.slots, self.texts, self.head_groups)
 
 
 def padded_width(listed: int) -> int:
@@ -148,7 +156,7 @@ def tables(key: GraphKey, attention: OnPages) -> dict[str, Tensor]:
             if (tensor := getattr(part, what)) is not None:
                 named[key.layout.table(index, what)] = tensor
         name = key.layout.table(index, "page_table")
-        named[name] = F.pad(named[name], (0, key.width - named[name].shape[1]))
+        named[name] = F.pad(named[name], (0, key.width - named[name].shape[-1]))
     if isinstance(attention, StagedAttention):
         lists = dict(zip(WRITTEN, attention.written, strict=True))
         if attention.seen is not None:  # unused slots restore page 0, which nothing reads

@@ -26,7 +26,7 @@ from ...version import __version__
 from ..files import write_atomically
 from .graph_builder import GraphBuilder, GraphKey
 
-FORMAT = 3
+FORMAT = 4
 IDENTITY = "identity.json"
 KERNELS = "triton"
 
@@ -164,8 +164,8 @@ def load_program(path: Path) -> tuple[GraphKey, Lowered]:
 
 def key_of(data: dict[str, Any]) -> GraphKey:
     """Graph key from the plain values of its file."""
-    parts = tuple((rows, frames) for rows, frames in data["parts"])
-    return GraphKey(**{**data, "parts": parts, "latent": tuple(data["latent"])})
+    pairs = {name: tuple((one, other) for one, other in data[name]) for name in ("parts", "texts")}
+    return GraphKey(**{**data, **pairs, "latent": tuple(data["latent"])})
 
 
 def difference(stored: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

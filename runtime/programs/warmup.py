@@ -8,14 +8,15 @@ from __future__ import annotations
 from itertools import islice
 
 from ...errors import UsageError
-from ...models.wan.spec import ModelSpec
+from ...graphs.passes import Pass
+from ...models.spec import ModelSpec
 from ...schemes.block_schedule import (
     ScheduledPass,
     blocks_before_repeat,
     repeat_period,
     supports_whole_block,
 )
-from ...schemes.page_needs import least_pages, page_needs, staging_slots
+from ...schemes.page_needs import branches, least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..kv.page_layout import layout_pass, parts_of, rotates_for_sink
 from ..kv.pages import PagePool, PageTable
@@ -27,7 +28,7 @@ class KeyCollector:
     """Collects the graph keys of one stream, each once, in the order in which they come up."""
 
     def __init__(self, spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool) -> None:
-        self.policy, self.pages = preset.context, least_pages(preset)
+        self.policy, self.pages, self.branches = preset.context, least_pages(preset), branches(preset)
         self.channels, self.latent = spec.out_channels, spec.latent_size(size)
         self.slots = staging_slots(preset) if staged else 0
         held = page_needs(preset).held or 0
@@ -36,11 +37,15 @@ class KeyCollector:
 
     def add(self, table: PageTable, scheduled: ScheduledPass, whole: bool) -> None:
         """Add the key of a pass laid out over `table`, or with `whole`, of the block whose passes read these tables."""
-        run = scheduled.run
         if scheduled.clears_cache:
             table.set_window(())
         if (frames := scheduled.window) is not None:
             table.set_window(frames)
+        for run in scheduled.branch_runs(self.branches):
+            self.add_pass(table, run, whole)
+
+    def add_pass(self, table: PageTable, run: Pass, whole: bool) -> None:
+        """Add the key of a pass as one branch runs it."""
         rows = layout_pass(run, table, self.policy.moving_positions)
         listed = max(table.room, *(len(row.listed) for row in rows))
         key = GraphKey(
@@ -51,6 +56,8 @@ class KeyCollector:
             width=padded_width(listed),
             pages=self.pages,
             slots=self.slots,
+            texts=run.mixed_texts,
+            head_groups=len(run.groups[0].head_contexts),
         )
         self.keys[key] = None
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ...graphs.passes import Pass
+from ..execution.executors import Executor, Text
 from .session_state import Branch
 
 T = TypeVar("T")
@@ -30,12 +31,17 @@ class ForwardRequest:
 
     @property
     def batch_key(self) -> Hashable:
-        """Equal for requests that one run can answer: same page store, latent shape and group sizes.
+        """Equal for requests that one run can answer: same page store, latent shape, group sizes and texts.
 
         Timesteps, positions and contexts may differ.
         """
-        groups = tuple(len(group.frames) for group in self.run.groups)
-        return id(self.branch.cache.store), tuple(self.latents.shape), groups
+        groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
+        return id(self.branch.cache.store), tuple(self.latents.shape), groups, self.run.mixed_texts
+
+    def text(self, executor: Executor) -> Text:
+        """What the frames attend to in cross-attention."""
+        (text, _), *others = self.run.texts
+        return executor.mix(self.branch.texts, self.run.texts) if others else self.branch.texts[text]
 
 
 ForwardResult = Tensor | Exception  # a velocity [F, C, H, W], or why there is none

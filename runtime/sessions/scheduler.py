@@ -41,9 +41,9 @@ class Scheduler:
     """Entries by session id: those that are in, and those that wait for room, in the order they came."""
 
     limits: Limits
-    admitted: dict[int, SchedulerEntry] = field(default_factory=dict)
-    waiting: dict[int, SchedulerEntry] = field(default_factory=dict)
-    resting: dict[int, SchedulerEntry] = field(default_factory=dict)  # their pages are away; they may be waiting, too
+    admitted: dict[str, SchedulerEntry] = field(default_factory=dict)
+    waiting: dict[str, SchedulerEntry] = field(default_factory=dict)
+    resting: dict[str, SchedulerEntry] = field(default_factory=dict)  # their pages are away; they may be waiting, too
     block_seconds: dict[Hashable, float] = field(default_factory=dict)  # measured, by kind
     batch_profiles: dict[Hashable, BatchProfile] = field(default_factory=dict)  # measured, by kind
     batch_room: float = math.inf  # sessions that have memory to run as one
@@ -71,7 +71,7 @@ class Scheduler:
         admitted = [*self.admitted.values(), *([extra] if extra else [])]
         return sum(self.block_seconds.get(entry.kind, 0.0) / entry.period for entry in admitted)
 
-    def join(self, session: int, entry: SchedulerEntry) -> bool:
+    def join(self, session: str, entry: SchedulerEntry) -> bool:
         """Admit a session, or have it wait; returns False if it waits.
 
         Raises UsageError for one that can never fit, AtCapacity for one that is refused.
@@ -88,18 +88,18 @@ class Scheduler:
         self.waiting[session] = entry
         return False
 
-    def rest(self, session: int) -> None:
+    def rest(self, session: str) -> None:
         """Lend the room of a session's pages, which are in host memory, to others."""
         self.waiting.pop(session, None)
         if session in self.admitted:
             self.resting[session] = self.admitted.pop(session)
 
-    def wake(self, session: int) -> None:
+    def wake(self, session: str) -> None:
         """Have a resting session wait for room again."""
         if session in self.resting:
             self.waiting[session] = self.resting[session]
 
-    def admit_waiting(self) -> list[int]:
+    def admit_waiting(self) -> list[str]:
         """Admit waiting sessions in order, as far as there is room; returns them."""
         admitted = []
         while self.waiting:
@@ -111,12 +111,12 @@ class Scheduler:
             admitted.append(session)
         return admitted
 
-    def leave(self, session: int) -> None:
+    def leave(self, session: str) -> None:
         self.admitted.pop(session, None)
         self.waiting.pop(session, None)
         self.resting.pop(session, None)
 
-    def check_alone(self, session: int, entry: SchedulerEntry) -> None:
+    def check_alone(self, session: str, entry: SchedulerEntry) -> None:
         """UsageError for a session that would not fit if it were the only one."""
         budget = self.limits.memory_bytes
         if budget is not None and entry.need.total > budget:
@@ -125,7 +125,7 @@ class Scheduler:
                 "give more, or choose a smaller size, local_attn_size or rewind_blocks"
             )
 
-    def obstacle(self, session: int, entry: SchedulerEntry) -> str | None:
+    def obstacle(self, session: str, entry: SchedulerEntry) -> str | None:
         """The reason, with numbers, why a session cannot be admitted now; None if it can."""
         most, budget, inside = self.most_sessions, self.limits.memory_bytes, len(self.admitted)
         if most is not None and inside >= most:
@@ -153,8 +153,8 @@ class Scheduler:
             )
         return None
 
-    def pick(self, ready: Collection[int], blocked: Collection[int], now: float) -> int | None:
-        """Pick the session whose block comes next from `ready`; None if that is empty.
+    def pick(self, ready: Collection[str], blocked: Collection[str], now: float) -> str | None:
+        """Pick the session whose block comes next from `ready`, in the order they were opened; None if that is empty.
 
         `blocked` sessions wait for their readers or are paused, so they cannot be late: a passed deadline is void.
         """
@@ -169,7 +169,7 @@ class Scheduler:
         self.admitted[chosen].turn = self.turns
         return chosen
 
-    def pick_batch(self, chosen: int, compatible: Collection[int], now: float) -> list[int]:
+    def pick_batch(self, chosen: str, compatible: Collection[str], now: float) -> list[str]:
         """The chosen session and those of `compatible` to batch with it: as many as the measured profile favours.
 
         Without a measurement it is alone, and so it is where a batch would make it late that is in time alone.
@@ -186,20 +186,20 @@ class Scheduler:
             self.admitted[session].turn = self.turns
         return [chosen, *others]
 
-    def urgency(self, session: int) -> tuple[float, int]:
+    def urgency(self, session: str) -> tuple[float, int]:
         """Sort key: smaller is sooner. A stream that has not begun to play has a deadline in the past."""
         entry = self.admitted[session]
         by_deadline = self.limits.schedule == "earliest-deadline"
         due = (-math.inf if entry.due is None else entry.due) if by_deadline else 0.0
         return due, entry.turn
 
-    def measured(self, session: int, seconds: float) -> None:
+    def measured(self, session: str, seconds: float) -> None:
         """Update a session's measured block time with `seconds`; a batch counts its share per session."""
         if entry := self.admitted.get(session):
             before = self.block_seconds.get(entry.kind, seconds)
             self.block_seconds[entry.kind] = before + SMOOTHING * (seconds - before)
 
-    def shown(self, session: int, now: float, seconds: float) -> float | None:
+    def shown(self, session: str, now: float, seconds: float) -> float | None:
         """Move the deadline on by a finished block's `seconds` of video; returns its slack (s), None for the first."""
         entry = self.admitted.get(session)
         if entry is None or not self.limits.realtime:

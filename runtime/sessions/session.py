@@ -47,6 +47,15 @@ class Demand:
     error: Exception | None = None
 
 
+class Reading(Protocol):
+    """The part of delivery that sessions call."""
+
+    def submit_demand(self, session: Session, demand: Demand) -> Demand: ...
+    def withdraw_demand(self, demand: Demand) -> None: ...
+    def next_block(self, session: Session, demand: Demand, ready: threading.Event) -> Block | None: ...
+    async def await_block(self, session: Session, demand: Demand, ready: asyncio.Event) -> Block | None: ...
+
+
 class SessionServices(Protocol):
     """The part of the session manager that sessions call."""
 
@@ -54,14 +63,13 @@ class SessionServices(Protocol):
     limits: Limits
     resources: Resources
 
+    @property
+    def delivery(self) -> Reading: ...
+
     def is_owner(self) -> bool: ...
     def check_owner(self, call: str) -> None: ...
     def check_prompt(self, prompt: object) -> None: ...
     def is_waiting(self, session: Session) -> bool: ...
-    def submit_demand(self, session: Session, demand: Demand) -> Demand: ...
-    def withdraw_demand(self, demand: Demand) -> None: ...
-    def next_block(self, session: Session, demand: Demand, ready: threading.Event) -> Block | None: ...
-    async def await_block(self, session: Session, demand: Demand, ready: asyncio.Event) -> Block | None: ...
     def fork(self, session: Session) -> Session: ...
     def rewind(self, session: Session, block: int) -> None: ...
     def save(self, session: Session, path: Path) -> None: ...
@@ -79,12 +87,12 @@ class HasManager(Protocol):
 class Session:
     """A video being made. Opened by `Engine.open`; ended by `close()` or by leaving a `with`.
 
-    current: all that the next block depends on. rewind_points: the states at the start of the last blocks.
-    rollback_point: where the block in progress rolls back to until it is denoised and committed.
+    id: 32 random hex digits. current: all that the next block depends on. rewind_points: the states at the start of the
+    last blocks. rollback_point: where the block in progress rolls back to until it is denoised and committed.
     """
 
-    def __init__(self, number: int, state: SessionState, manager: SessionServices) -> None:
-        self.id, self.current, self.manager = number, state, manager
+    def __init__(self, id: str, state: SessionState, manager: SessionServices) -> None:
+        self.id, self.current, self.manager = id, state, manager
         self.life = Lifecycle()
         self.controls = ControlQueue(manager.condition)
         self.output = OutputQueue(manager.condition, manager.limits.queue_blocks)
@@ -158,7 +166,7 @@ class Session:
     def _blocks(self, blocks: float, decode: bool) -> Iterator[Block]:
         ready, left = threading.Event(), blocks
         with self.output.waking(ready.set), self._requesting(blocks, decode) as demand:
-            while left > 0 and (block := self.manager.next_block(self, demand, ready)) is not None:
+            while left > 0 and (block := self.manager.delivery.next_block(self, demand, ready)) is not None:
                 left -= 1
                 yield block
 
@@ -179,18 +187,18 @@ class Session:
                 loop.call_soon_threadsafe(ready.set)
 
         with self.output.waking(wake), self._requesting(blocks, decode) as demand:
-            while left > 0 and (block := await self.manager.await_block(self, demand, ready)) is not None:
+            while left > 0 and (block := await self.manager.delivery.await_block(self, demand, ready)) is not None:
                 left -= 1
                 yield block
 
     @contextmanager
     def _requesting(self, blocks: float, decode: bool) -> Iterator[Demand]:
         """Request blocks, those that are under way included, for as long as they are read."""
-        demand = self.manager.submit_demand(self, Demand(blocks - len(self.output), decode))
+        demand = self.manager.delivery.submit_demand(self, Demand(blocks - len(self.output), decode))
         try:
             yield demand
         finally:
-            self.manager.withdraw_demand(demand)
+            self.manager.delivery.withdraw_demand(demand)
 
     def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> int:
         """Change the prompt from the next block that begins, in the way of the preset's `prompt_switch`.

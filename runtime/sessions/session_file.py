@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import InferixError, UsageError, quoted
 from ...models.files import check_file, parse_json, reason, write_tensors
+from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from ..files import check_output, check_paths, write_atomically
 from ..resources import Resources
@@ -60,7 +61,7 @@ def made_by(resources: Resources, preset: Preset) -> dict[str, Any]:
     fields, config, parts = asdict(preset), resources.config, resources.parts
     settings = {**fields.pop("sampler"), **fields.pop("context"), **fields}
     made = {
-        "model": asdict(resources.spec),
+        "model": model_sizes(resources.spec),
         "preset": {name: value for name, value in settings.items() if name not in IRRELEVANT},
         "decoder": asdict(parts.vae.spec),
         "dtype": {
@@ -71,6 +72,15 @@ def made_by(resources: Resources, preset: Preset) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps(made))  # as a file gives it: lists for tuples
     return plain
+
+
+def model_sizes(spec: ModelSpec) -> dict[str, Any]:
+    """Sizes of a model as saved files have them: older ones lack the family and heads of keys and values."""
+    sizes = asdict(spec)
+    del sizes["family"]  # weights and sizes identify a model
+    if spec.kv_heads == spec.num_heads:
+        del sizes["kv_heads"]
+    return sizes
 
 
 def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:

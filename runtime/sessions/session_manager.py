@@ -1,13 +1,13 @@
-"""The sessions of one engine: admission, turns, delivery, overload and failures.
+"""The sessions of one engine: admission, turns, overload and failures.
 
-One thread drives the engine and owns everything here but control queues, output queues and the decoder's thread. What
-crosses threads is guarded by the condition. No heavy work is done while the condition is held.
+One thread drives the engine and owns everything here but control queues, output queues and the decoder's thread (see
+`delivery`). What crosses threads is guarded by the condition. No heavy work is done while the condition is held.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
+import secrets
 import threading
 import time
 import traceback
@@ -18,32 +18,27 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import InferixError, SessionEnded, UsageError
-from ...models.wan.vae_checkpoint import Decoder
+from ...models.decoder import Decoder
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
 from ..engine_condition import EngineCondition
-from ..execution.decode_pipeline import DecodePipeline, to_frames
 from ..limits import DegradationStep, Limits
 from ..resources import Resources
-from ..telemetry.records import Ack, BlockRecord, Metrics, Stopwatch
+from ..telemetry.records import BlockRecord, Metrics, Stopwatch
 from .control_queue import LIFECYCLE_CONTROLS, Control
+from .delivery import Delivery, interrupted
 from .engine_thread import SHORTAGES, EngineThread, shortages_named
 from .lifecycle import ENDED, State
-from .output_queue import Block
 from .scheduler import Scheduler, SchedulerEntry
-from .session import Demand, Session
+from .session import Session
 from .session_file import read_session, write_session
 from .session_state import SessionState
 
-OWNER_WAIT = 10.0  # seconds that a reader waits for some thread to drive the engine
 MANAGERS: weakref.WeakSet[SessionManager] = weakref.WeakSet()
 FORK_LOCKS: list[EngineCondition] = []  # held while the process is forked
 
@@ -74,14 +69,13 @@ class SessionManager:
         self.condition = EngineCondition()
         self.thread = EngineThread(self.condition, resources.device)
         self.scheduler = Scheduler(limits)
-        self.pipeline = DecodePipeline(resources.device, self.condition)
         self.metrics = Metrics()
-        self.observers: list[Callable[[dict[str, Any]], None]] = []
-        self.sessions: dict[int, Session] = {}
+        self.delivery = Delivery(
+            resources, self.condition, self.thread, self.scheduler, self.metrics, step, self._fail
+        )
+        self.sessions: dict[str, Session] = {}  # in the order they were opened
         for degradation in limits.overload:
             self._check_degradation(degradation)
-        self.seen = 0  # changes of the condition when sessions were last picked
-        self.ids = 0
         MANAGERS.add(self)
 
     @property
@@ -118,7 +112,7 @@ class SessionManager:
         with self.thread.running():
             while not self.thread.halted and (keep or self.sessions or self.thread.calls):
                 if not self.step():
-                    self.condition.wait_after(self.seen, self.limits.consumer_timeout)
+                    self.condition.wait_after(self.thread.seen, self.limits.consumer_timeout)
 
     # Admission and end
 
@@ -127,7 +121,7 @@ class SessionManager:
 
         UsageError or InferixError for a session that is refused: it then holds nothing.
         """
-        session = Session(self._new_id(), state, self)
+        session = Session(new_id(), state, self)
         session.entering = entering
         self._join(session)
         return session
@@ -135,7 +129,7 @@ class SessionManager:
     def fork(self, session: Session) -> Session:
         """Admit a copy of a session, its rewind points included."""
         self.settle(session)
-        twin = Session(self._new_id(), session.current.fork(), self)
+        twin = Session(new_id(), session.current.fork(), self)
         twin.rewind_points = [state.fork(twin.current.decoder) for state in session.rewind_points]
         self._join(twin)
         return twin
@@ -153,14 +147,9 @@ class SessionManager:
 
     def close(self, session: Session) -> None:
         """End a session once its last block is decoded; finished blocks may still be taken."""
-        self.pipeline.wait(session.id)
+        self.delivery.pipeline.wait(session.id)
         if session.state is not State.FAILED:
             self._end(session, State.CLOSED)
-
-    def _new_id(self) -> int:
-        with self.condition:
-            self.ids += 1
-            return self.ids
 
     def _join(self, session: Session) -> None:
         self.check_owner("open()")
@@ -203,7 +192,7 @@ class SessionManager:
 
     def _fail(self, session: Session, error: Exception) -> None:
         """End a session with an error, unless it has ended. The traceback loses its frames' local variables."""
-        self.pipeline.wait(session.id)
+        self.delivery.pipeline.wait(session.id)
         traceback.clear_frames(error.__traceback__)
         if session.state in ENDED:
             return
@@ -259,14 +248,14 @@ class SessionManager:
     def prepare_step(self) -> tuple[Session, ...]:
         """Apply lifecycle controls and calls, admit and degrade; then pick the sessions whose blocks come next."""
         self.check_owner("step()")
-        self.seen = self.condition.changes
-        self.pipeline.collect()
+        self.thread.seen = self.condition.changes
+        self.delivery.pipeline.collect()
         for session in list(self.sessions.values()):
             with self.isolate_failures(session):
                 self._tend(session)
         self.thread.answer_calls()
         with self.condition:
-            admitted = [self.sessions[index] for index in self.scheduler.admit_waiting()]
+            admitted = [self.sessions[name] for name in self.scheduler.admit_waiting()]
             degradation = self.scheduler.next_degradation()
         for session in admitted:
             with self.isolate_failures(session):
@@ -287,11 +276,11 @@ class SessionManager:
             if chosen is None:
                 return ()
             others = self._compatible_with(self.sessions[chosen], ready)
-            return tuple(self.sessions[index] for index in self.scheduler.pick_batch(chosen, others, now))
+            return tuple(self.sessions[name] for name in self.scheduler.pick_batch(chosen, others, now))
 
-    def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[int]:
+    def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[str]:
         """Sessions whose next blocks can be batched with the chosen one's."""
-        if not self.resources.executor.batches or not self.resources.kv_manager.batches(chosen.size):
+        if not self.resources.config.executor_spec.batches or not self.resources.kv_manager.batches(chosen.size):
             return []
         key = chosen.current.batch_key
         return [session.id for session in ready if session is not chosen and session.current.batch_key == key]
@@ -339,7 +328,7 @@ class SessionManager:
             session.unshown.append((control, block, refused))
         self.metrics.count("controls")
         self.metrics.observe("control_wait_seconds", waited)
-        self._notify({
+        self.delivery.notify({
             "session": session.id, "control": control.id, "kind": control.kind, "block": block, "waited": waited,
             "refused": refused,
         })  # fmt: skip
@@ -372,10 +361,10 @@ class SessionManager:
         if step.kind == "decoder":
             for session in list(self.sessions.values()):
                 with self.isolate_failures(session):
-                    self.pipeline.wait(session.id)
+                    self.delivery.pipeline.wait(session.id)
                     session.current.decoder.change_decoder(self.decoder)
         elif step.kind == "sessions":
-            admitted = [self.sessions[index] for index in self.scheduler.admitted]
+            admitted = [self.sessions[name] for name in self.scheduler.admitted]
             for session in admitted[step.value :]:
                 if session.life.can(State.PAUSED):
                     session.paused_by = None
@@ -388,7 +377,7 @@ class SessionManager:
 
     def settle(self, session: Session) -> None:
         """Wait for the decoder. A failure there ends the session and is raised."""
-        self.pipeline.wait(session.id)
+        self.delivery.pipeline.wait(session.id)
         if session.decode_error is not None:
             self._fail(session, session.decode_error)
             session.check_open()
@@ -446,178 +435,16 @@ class SessionManager:
         if beside:
             state.remember(latents, None, stride)
             session.rollback_point = None
-            self.pipeline.submit(session.id, partial(self._complete_beside, session, record, latents))
+            self.delivery.decode_beside(session, record, latents)
         else:
             self.settle(session)
             with state.decoder.undone_on_error():
                 if state.preset.context.needs_pixels:
-                    pixels, frames = self._decode(session, record, latents, decode)
+                    pixels, frames = self.delivery.decode(session, record, latents, decode)
                 state.remember(latents, pixels, stride)
                 session.rollback_point = None
-            self._deliver(session, record, latents, frames)
+            self.delivery.deliver(session, record, latents, frames)
         session.begun = False
-
-    def _decode(
-        self, session: Session, record: BlockRecord, latents: Tensor, show: bool
-    ) -> tuple[Tensor, NDArray[np.uint8] | None]:
-        """Pixels [T, 3, H, W] of a block and, to show, its frames uint8 [T, H, W, 3]."""
-        with record.span("decode"):
-            pixels = session.current.decoder.decode(record.block, latents)
-            return pixels, to_frames(pixels) if show else None
-
-    def _complete_beside(self, session: Session, record: BlockRecord, latents: Tensor) -> None:
-        """Decode and deliver on the decoder's thread. Any error there fails this session, in the engine's thread."""
-        if session.decode_error is not None:
-            return  # an earlier block is missing
-        try:
-            with shortages_named():
-                _, frames = self._decode(session, record, latents, show=True)
-                self._deliver(session, record, latents, frames)
-        except BaseException as error:  # of any kind: in this thread nobody else would see it
-            session.decode_error = error if isinstance(error, Exception) else interrupted("decoding", error)
-            self.condition.signal()
-            session.output.wake_readers()
-
-    def _deliver(
-        self, session: Session, record: BlockRecord, latents: Tensor, frames: NDArray[np.uint8] | None
-    ) -> None:
-        """Put the finished block into the output queue with its acks and its slack to the deadline (s)."""
-        spans, seconds, spec = record.spans, record.seconds, self.resources.spec
-        made, decoded = spans["commit"][1] - spans["encode"][0], seconds.get("decode", 0.0)
-        waited = session.current.preset.context.needs_pixels
-        shown = len(latents) * spec.vae_stride[0] if frames is None else len(frames)
-        with self.condition:
-            now = time.perf_counter()
-            record.acks = tuple(
-                Ack(control.id, control.kind, record.block, now - control.asked, refused)
-                for control, block, refused in session.unshown
-                if block <= record.block
-            )
-            session.unshown = [entry for entry in session.unshown if entry[1] > record.block]
-            share = made / record.batch
-            self.scheduler.measured(session.id, share + decoded if waited else max(share, decoded))
-            record.slack = self.scheduler.shown(session.id, now, shown / spec.fps)
-            record.degradations = tuple(step.kind for step in self.scheduler.degradations)
-            record.marks["emit"] = (now, now)
-            session.output.put(Block(record.block, latents, frames, seconds, record.acks, record))
-        self._measure(record, seconds, shown)
-
-    def _measure(self, record: BlockRecord, seconds: dict[str, float], frames: int) -> None:
-        self.metrics.count("blocks")
-        self.metrics.count("blocks_in_batches", int(record.batch > 1))
-        self.metrics.count("frames", frames)
-        for stage, value in seconds.items():
-            self.metrics.observe(f"{stage}_seconds", value)
-        for ack in record.acks:
-            self.metrics.observe("control_to_pixel_seconds", ack.seconds)
-        if record.slack is not None:
-            self.metrics.observe("deadline_slack_seconds", record.slack)
-            self.metrics.count("deadlines_missed", int(record.slack < 0))
-
-    # Readers
-
-    def submit_demand(self, session: Session, demand: Demand) -> Demand:
-        """Make `demand` the session's one request for blocks."""
-        with self.condition:
-            session.demand = demand
-            self.condition.signal()
-            session.output.wake_readers()  # of the stream before
-        return demand
-
-    def withdraw_demand(self, demand: Demand) -> None:
-        """Begin no more blocks for a request."""
-        with self.condition:
-            demand.left = 0
-
-    def next_block(self, session: Session, demand: Demand, ready: threading.Event) -> Block | None:
-        """The session's next block, made in this thread or waited for; None where there will be none.
-
-        ready: set when there is something to look at.
-        """
-        while True:
-            ready.clear()
-            seen = self.condition.changes
-            block, ended = self._poll(session, demand)
-            if block is not None or ended:
-                return block
-            if self.is_owner():
-                with self.thread.looping():
-                    if not self.step():
-                        self._rest(session)
-            elif not ready.wait(OWNER_WAIT):
-                self._check_driven(session, seen)
-
-    async def await_block(self, session: Session, demand: Demand, ready: asyncio.Event) -> Block | None:
-        """The session's next block, as another thread makes it; None where there will be none."""
-        while True:
-            ready.clear()
-            seen = self.condition.changes
-            block, ended = self._poll(session, demand)
-            if block is not None or ended:
-                return block
-            if self.thread.owner is threading.current_thread():
-                raise UsageError("astream() is read in the thread that drives the engine; call engine.run() in another")
-            try:
-                async with asyncio.timeout(OWNER_WAIT):
-                    await ready.wait()
-            except TimeoutError:
-                self._check_driven(session, seen)
-
-    def _poll(self, session: Session, demand: Demand) -> tuple[Block | None, bool]:
-        """The next block if it is ready, and True if there will be none. Raises what ended the stream."""
-        if session.demand is not demand:
-            raise InferixError(f"another stream of session {session.id} has begun; read that one")
-        if (block := session.output.take()) is not None:
-            try:
-                return self._taken(block), False
-            except BaseException:  # an interruption, or a warning that is an error
-                session.output.put_back(block)
-                raise
-        if failure := session.life.failure or session.decode_error:
-            if session.decode_error is not None and self.is_owner():
-                self._fail(session, session.decode_error)
-            raise failure
-        if demand.error is not None and not session.output.unfinished:
-            raise demand.error
-        return None, session.state is State.CLOSED
-
-    def _check_driven(self, session: Session, seen: int) -> None:
-        """InferixError if no thread makes blocks, and nothing has changed since `seen`."""
-        if not self.thread.loops and self.condition.changes == seen:
-            raise InferixError(
-                f"session {session.id} waits for a block, but thread {self.thread.name!r}, which drives the "
-                "engine, makes none; call engine.run() there, or engine.hand_over()"
-            )
-
-    def _rest(self, session: Session) -> None:
-        """Wait for the decoder or another thread. InferixError where neither can change anything."""
-        obstacle = None
-        with self.condition:
-            if session.output.unfinished or self.condition.changes != self.seen:
-                pass
-            elif self.is_waiting(session):
-                obstacle = self.scheduler.obstacle(session.id, self.scheduler.waiting[session.id])
-            elif session.state is State.PAUSED and session.paused_by in (None, threading.get_ident()):
-                obstacle = f"session {session.id} is paused"
-        if obstacle is not None:
-            raise InferixError(f"{obstacle}, and this thread, which drives the engine, would wait for ever")
-        self.condition.wait_after(self.seen)
-
-    def _taken(self, block: Block) -> Block:
-        begin, _ = block.record.marks["emit"]
-        block.record.marks["emit"] = (begin, time.perf_counter())
-        if self.observers:
-            self._notify(block.record.as_dict())
-        return block
-
-    def _notify(self, record: dict[str, Any]) -> None:
-        for observer in tuple(self.observers):
-            try:
-                with self.thread.in_callback():
-                    observer(record)
-            except Exception as error:  # the observer is the user's
-                message = f"an observer raised {type(error).__name__}: {error}; blocks and other observers go on"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     @property
     def pages_in_use(self) -> int:
@@ -634,8 +461,8 @@ class SessionManager:
         """Make a child process whole: it has one thread, and none of what the decoder's thread had under way."""
         self.thread.after_fork()
         self.metrics.lock = threading.Lock()
-        for index in self.pipeline.after_fork():
-            if session := self.sessions.get(index):
+        for name in self.delivery.pipeline.after_fork():
+            if session := self.sessions.get(name):
                 session.decode_error = SessionEnded("a block was being decoded when the process was forked")
 
     def gauges(self) -> dict[str, float]:
@@ -653,8 +480,9 @@ class SessionManager:
             return values
 
 
-def interrupted(what: str, error: BaseException) -> SessionEnded:
-    return SessionEnded(f"{what} was interrupted by {type(error).__name__}")
+def new_id() -> str:
+    """A session's id: 128 random bits in hex, which nobody guesses and no order follows."""
+    return secrets.token_hex(16)
 
 
 def before_fork() -> None:

@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import UsageError, quoted
-from ...models.wan.vae import StreamState
+from ...graphs.passes import NULL, PROMPT
+from ...models.decoder import StreamState
+from ...models.solvers import Solver
 from ...schemes.actions import ActionTrack
+from ...schemes.page_needs import branches, needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
@@ -31,7 +34,7 @@ from ..execution.executors import Text
 from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
-from ..sampler import Sampler, Solver, UniPCSolver
+from ..sampler import Sampler
 from .saved_values import (
     LARGEST,
     InvalidField,
@@ -49,28 +52,48 @@ from .saved_values import (
 
 @dataclass
 class Branch:
-    """One conditioning with the cache of its own past; guidance has two."""
+    """One conditioning with the cache of its own past; guidance has two.
+
+    null: the null caption, for presets whose passes use it.
+    """
 
     text: Text
     cache: PagedCache
+    null: Text | None = None
+
+    @property
+    def texts(self) -> dict[int, Text]:
+        """What groups of a pass attend to, by its number."""
+        return {PROMPT: self.text} if self.null is None else {PROMPT: self.text, NULL: self.null}
 
     @classmethod
-    def new(cls, resources: Resources, rows: Tensor, size: tuple[int, int]) -> Branch:
-        """A conditioning from the text encoder's rows [text_len, text_dim], with an empty cache."""
-        return cls(resources.executor.condition(rows), resources.kv_manager.new_cache(size))
+    def new_each(
+        cls, resources: Resources, texts: Sequence[Tensor], size: tuple[int, int], null: Tensor | None = None
+    ) -> list[Branch]:
+        """One branch with an empty cache for each of `texts`, rows [text_len, text_dim]; an error leaves none.
 
-    @classmethod
-    def new_each(cls, resources: Resources, texts: Sequence[Tensor], size: tuple[int, int]) -> list[Branch]:
-        """One branch for each of `texts`; an error leaves none."""
+        null: rows of the null caption.
+        """
         branches: list[Branch] = []
+        null_text = None if null is None else resources.executor.condition(null)
         try:
             for rows in texts:
-                branches.append(cls.new(resources, rows, size))
+                text = resources.executor.condition(rows)
+                branches.append(cls(text, resources.kv_manager.new_cache(size), null_text))
         except BaseException:  # raised again; Ctrl-C must not leak pages either
             for branch in branches:
                 branch.cache.release()
             raise
         return branches
+
+    @classmethod
+    def for_prompts(
+        cls, resources: Resources, preset: Preset, rows: Tensor, negative: Tensor | None, size: tuple[int, int]
+    ) -> list[Branch]:
+        """The branches of a session that follows `rows` and, where the preset needs them, `negative`."""
+        guided = negative is not None and branches(preset) == 2
+        null = negative if preset.context.clean_text == "null" else None
+        return cls.new_each(resources, [rows, negative] if guided and negative is not None else [rows], size, null)
 
     def fork(self) -> Branch:
         """The same conditioning; the fork's cache shares pages until either side writes."""
@@ -88,7 +111,7 @@ class BlockInFlight:
     committed: bool = False
 
     def fork(self) -> BlockInFlight:
-        return replace(self, solver=copy(self.solver))
+        return replace(self, solver=self.solver.fork())
 
 
 @dataclass
@@ -119,8 +142,8 @@ class SavedFields:
             self.tensors[name] = tensor
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor on the engine's device; KeyError for one that the file lacks."""
-        return self.tensors[name].to(self.resources.device)
+        """A tensor on the engine's device, in memory of its own; KeyError for one that the file lacks."""
+        return self.tensors[name].to(self.resources.device, copy=True)  # unaligned in the file: matmuls round otherwise
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
@@ -132,7 +155,7 @@ class SavedFields:
 
     @property
     def branches(self) -> int:
-        return 1 if self.preset.sampler.guidance_scale == 1 else 2
+        return branches(self.preset)
 
 
 class SaveForm(ABC):
@@ -221,7 +244,7 @@ class SamplerForm(SaveForm):
 
     def check(self, file: SavedFields) -> None:
         strength = finite("strength", file.header["strength"])
-        if not 0 < strength <= 1 or (strength < 1 and file.preset.sampler.solver != "renoise"):
+        if not 0 < strength <= 1 or (strength < 1 and not file.preset.sampler.has_step_list):
             raise invalid("strength", strength, "a number above 0, up to 1, and 1 for a solver that starts from noise")
 
     def read(self, file: SavedFields) -> Sampler:
@@ -327,8 +350,8 @@ class BranchesForm(SaveForm):
                 check_tensor(f"cache.{index}.sink", tensors["sink"], (layers, 2, policy.sink_size, *form.shape))
 
     def read(self, file: SavedFields) -> list[Branch]:
-        texts = [file.tensor(name) for name in ("rows", "negative") if name in file.tensors]
-        return Branch.new_each(file.resources, texts, SizeForm().read(file))
+        negative = file.optional("negative")
+        return Branch.for_prompts(file.resources, file.preset, file.tensor("rows"), negative, SizeForm().read(file))
 
     def fill(self, value: list[Branch], file: SavedFields) -> None:
         for index, (branch, header) in enumerate(zip(value, file.header["caches"], strict=True)):
@@ -342,7 +365,7 @@ class ActionsForm(SaveForm):
     key = "actions"
 
     def write(self, value: ActionTrack, file: SavedFields) -> None:
-        file.header["actions"] = {"starts": value.starts, "held": value.held}
+        file.header["actions"] = {"starts": value.starts, "held": value.indices}
 
     def check(self, file: SavedFields) -> None:
         header = fields_of("actions", file.header["actions"], ("starts", "held"))
@@ -356,7 +379,7 @@ class ActionsForm(SaveForm):
 
     def read(self, file: SavedFields) -> ActionTrack:
         actions = ActionTrack(file.resources.spec.actions)
-        actions.starts, actions.held = file.header["actions"]["starts"], file.header["actions"]["held"]
+        actions.starts, actions.indices = file.header["actions"]["starts"], file.header["actions"]["held"]
         return actions
 
 
@@ -369,43 +392,38 @@ class FlightForm(SaveForm):
             name, solver, frames = f"flight.{index}", block.solver, block.span.frames
             header = {"index": block.span.index, "start": frames.start, "stop": frames.stop, "step": block.step}
             file.put(name, block.latents)
-            if isinstance(solver, UniPCSolver):
-                header |= {"order": solver.order, "predictions": len(solver.predictions)}
-                for number, x0 in enumerate(solver.predictions):
-                    file.put(f"{name}.x0.{number}", x0)
-                file.put(f"{name}.before", solver.before)
-            file.header["flight"].append(header)
+            numbers, tensors = solver.save()
+            for part, tensor in tensors.items():
+                file.put(f"{name}.{part}", tensor)
+            file.header["flight"].append(header | numbers)
 
     def check(self, file: SavedFields) -> None:
         timeline, flight = file.header["timeline"], list_of("flight", file.header["flight"])
         solver, steps = SamplerForm().read(file).begin(), len(SamplerForm().read(file).timesteps)
         if len(flight) > file.preset.window_blocks:
             raise invalid("flight", len(flight), f"at most {file.preset.window_blocks} blocks")
-        more = ("order", "predictions") if isinstance(solver, UniPCSolver) else ()
         for index, block in enumerate(flight):
             name = f"flight.{index}"
-            fields_of(name, block, ("index", "start", "stop", "step", *more))
+            fields_of(name, block, ("index", "start", "stop", "step", *solver.saved_numbers))
             integer(f"{name}.index", block["index"], 0, timeline["next_block"])
             start = integer(f"{name}.start", block["start"], 0, timeline["next_frame"])
             stop = integer(f"{name}.stop", block["stop"], start + 1, timeline["next_frame"])
             integer(f"{name}.step", block["step"], 0, steps)
             shape = stop - start, *file.latent_shape
             check_tensor(name, file.tensors.get(name), shape)
-            if more:
-                count = integer(f"{name}.predictions", block["predictions"], 0, 2)
-                integer(f"{name}.order", block["order"], 1, max(1, count))
-                x0s = [f"{name}.x0.{number}" for number in range(count)]
-                for tensor in (*x0s, *([f"{name}.before"] if count else [])):
-                    check_tensor(tensor, file.tensors.get(tensor), shape)
+            numbers: dict[str, int] = {}
+            for number in solver.saved_numbers:
+                least, most = solver.number_range(number, numbers)
+                numbers[number] = integer(f"{name}.{number}", block[number], least, most)
+            for part in solver.saved_tensors(numbers):
+                check_tensor(f"{name}.{part}", file.tensors.get(f"{name}.{part}"), shape)
 
     def read(self, file: SavedFields) -> list[BlockInFlight]:
         sampler, flight = SamplerForm().read(file), []
         for index, header in enumerate(file.header["flight"]):
             name, solver = f"flight.{index}", sampler.begin()
-            if isinstance(solver, UniPCSolver):
-                solver.order = header["order"]
-                solver.predictions = [file.tensor(f"{name}.x0.{number}") for number in range(header["predictions"])]
-                solver.before = file.optional(f"{name}.before")
+            numbers = {number: header[number] for number in solver.saved_numbers}
+            solver.restore(numbers, {part: file.tensor(f"{name}.{part}") for part in solver.saved_tensors(numbers)})
             span = Span(header["index"], range(header["start"], header["stop"]))
             flight.append(BlockInFlight(span, file.tensor(name), solver, header["step"]))
         return flight
@@ -493,7 +511,7 @@ def forked(save: SaveForm | None, copy: Callable[[Any], Any], rollback: bool = T
     return {"rule": FieldRule(copy, save, rollback)}
 
 
-NEGATIVE = TensorForm("negative", rows_shape, lambda file: file.branches == 2)
+NEGATIVE = TensorForm("negative", rows_shape, lambda file: needs_negative(file.preset))
 
 
 def fork_all(items: list[Any]) -> list[Any]:
@@ -504,7 +522,8 @@ def fork_all(items: list[Any]) -> list[Any]:
 class SessionState:
     """The fields, each with its rule. Shapes: rows and negative [text_len, text_dim], latents [F, C, H, W].
 
-    size: (width, height) in pixels. rows: the prompt in force. negative: the prompt that guidance keeps away from.
+    size: (width, height) in pixels. rows: the prompt in force. negative: the prompt that guidance keeps away from,
+    which is the null caption too.
     source: latents of the video that blocks start from. clamped: latents of an image held as the first frame.
     flight: blocks being denoised, oldest first. recent: the last clean latents, as many as a rebuild or recache reads.
     pixels: the last decoded pictures [T, 3, H, W], where a rebuild encodes one again. prefix_frames: uint8

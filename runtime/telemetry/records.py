@@ -71,13 +71,13 @@ class Stopwatch:
 class BlockRecord:
     """Record of one block.
 
-    batch: size of the batch, this session included; network stages are timed for the whole batch. marks: (begin, end)
-    of each stage. pass_marks: (begin, end) of each pass, in order. pages: pages in use by all sessions when the block
-    was done. slack: seconds from the end of the block to its deadline; None without a deadline. degradations: steps
-    taken under overload so far.
+    session: the session's id. batch: size of the batch, this session included; network stages are timed for the whole
+    batch. marks: (begin, end) of each stage. pass_marks: (begin, end) of each pass, in order. pages: pages in use by
+    all sessions when the block was done. slack: seconds from the end of the block to its deadline; None without a
+    deadline. degradations: steps taken under overload so far.
     """
 
-    session: int
+    session: str
     block: int
     watch: Stopwatch
     batch: int = 1

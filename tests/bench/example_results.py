@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from inferix.bench.result import Result, Series, as_in_a_file
-from inferix.schemes.presets import PRESETS
+from inferix.models.registry import PRESETS
 
 CPU = {"type": "cpu", "name": "Some Processor"}
 FULL = {

@@ -31,14 +31,13 @@ from inferix.bench.subject import Subject, draw_weights, full_precision_engine, 
 from inferix.bench.work import blocks_until_full, decoder_work, pass_work, stays_full
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
-from inferix.models.wan.spec import MODELS
+from inferix.models.registry import MODELS, PRESETS, make_preset
 from inferix.models.wan.transformer import WanTransformer
-from inferix.models.wan.vae import WAN21_VAE
+from inferix.models.wan.vae_spec import WAN21_VAE
 from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.execution.decode_pipeline import DecoderTrack
 from inferix.runtime.execution.launcher import owns_storage
 from inferix.runtime.sampler import scheduled_blocks
-from inferix.schemes.presets import PRESETS, make_preset
 
 SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
 OPTIONS = Options(SMALL, rounds=1, blocks=4)

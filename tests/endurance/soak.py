@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / 
 from oracles import ROWS, SIZE, make_engine  # noqa: E402
 
 from inferix.errors import AtCapacity, InferixError, SessionEnded  # noqa: E402
-from inferix.models.wan.vae import TINY_VAE  # noqa: E402
+from inferix.models.wan.vae_spec import TINY_VAE  # noqa: E402
 from inferix.runtime.limits import Limits  # noqa: E402
 from inferix.runtime.sessions.session import Session  # noqa: E402
 

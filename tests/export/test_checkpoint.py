@@ -17,10 +17,9 @@ from inferix import load
 from inferix.errors import InferixError, UsageError
 from inferix.export.checkpoint import convert, random_lora, write_random
 from inferix.models.files import read_tensors, write_tensors
+from inferix.models.registry import FORMATS, MODELS, inspect, read_checkpoint
 from inferix.models.state_dicts import bare_name
-from inferix.models.wan.checkpoint import FORMATS, inspect, read_checkpoint
 from inferix.models.wan.random import random_tiny_decoder_state
-from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TinyDecoder
 
 SIZE = (32, 32)
@@ -284,10 +283,11 @@ PEAK = """
 import resource, sys
 import torch
 from pathlib import Path
-from inferix.models.wan.checkpoint import build_transformer, read_checkpoint
+from inferix.models.wan.checkpoint import read_checkpoint
+from inferix.models.wan.family import WAN
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 checkpoint = read_checkpoint(sys.argv[1])
-model = build_transformer(checkpoint, "reference", torch.float32, "cpu")
+model = WAN.load(checkpoint, "reference", torch.float32, "cpu")
 total = sum(float(parameter.sum()) for parameter in model.parameters())
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024)
 """
@@ -405,7 +405,7 @@ def test_destinations_that_cannot_be(folders, tmp_path):
 
 def test_two_writers_of_one_folder_do_not_mix(folders, tmp_path, monkeypatch):
     """The second begins while the first writes: one of them ends with the folder, whole, the other with an error."""
-    from inferix.export import checkpoint as module
+    from inferix.models.wan import family as module
 
     plain, begun = module.write_vae, []
 

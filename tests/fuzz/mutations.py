@@ -460,7 +460,7 @@ def change_archive(content: bytes, random: Random) -> bytes:
 
 def change_opcode(content: bytes, random: Random) -> bytes:
     """A pickle with one of its numbers, names or instructions changed."""
-    places = [found.start() + 1 for found in re.finditer(rb"[KMJX]", content)]
+    places = [actual.start() + 1 for actual in re.finditer(rb"[KMJX]", content)]
     if places and random.random() < 0.6:
         first = random.choice(places)
         value = random.choice((b"\0", b"\x01", b"\xff", b"\x7f", b"\xff\xff\xff\x7f", b"\0\0\0\x40"))

@@ -26,24 +26,26 @@ from inferix.cli.generate import parse_cue
 from inferix.cli.main import app
 from inferix.errors import InferixError
 from inferix.models import tinyworld
+from inferix.models.random import random_state
+from inferix.models.registry import make_preset
 from inferix.models.text import umt5_checkpoint
 from inferix.models.text.tiny import write_tiny_text_encoder
 from inferix.models.text.umt5 import load_prompt_embeds
 from inferix.models.tinyworld.words import WordEncoder
-from inferix.models.wan.checkpoint import build_transformer, merging, read_checkpoint
+from inferix.models.wan.checkpoint import merging, read_checkpoint
 from inferix.models.wan.configs import diffusers_config, diffusers_vae_config
+from inferix.models.wan.family import WAN
 from inferix.models.wan.names import to_format
-from inferix.models.wan.random import random_state, random_transformer_state, random_vae_state
-from inferix.models.wan.taehv import TinyDecoder, TinySpec
-from inferix.models.wan.vae import TINY_VAE
+from inferix.models.wan.random import random_transformer_state, random_vae_state
+from inferix.models.wan.taehv import TinyDecoder
 from inferix.models.wan.vae_checkpoint import load_decoder, load_vae
+from inferix.models.wan.vae_spec import TINY_VAE, TinySpec
 from inferix.runtime.config import SETTINGS, EngineConfig
 from inferix.runtime.media_input import read_image, read_video
 from inferix.runtime.programs.graph_store import GraphStore, stored_for
 from inferix.runtime.sessions.batch_profile import BatchProfile, read_profiles, save_profile
 from inferix.runtime.sessions.session import Session
 from inferix.schemes.actions import read_actions
-from inferix.schemes.presets import make_preset
 from inferix.schemes.storyboard import read_storyboard, schedule
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +103,7 @@ def make_training_file(folder: Path) -> None:
 
 
 def build(path: Path) -> None:
-    build_transformer(read_checkpoint(path), "reference", torch.float32, "cpu")
+    WAN.load(read_checkpoint(path), "reference", torch.float32, "cpu")
 
 
 def adapter() -> dict[str, torch.Tensor]:

@@ -22,11 +22,11 @@ from inferix.graphs.show.plain import to_dict
 from inferix.graphs.types import BlockGraph, PassGraph, Role, Runs
 from inferix.graphs.validate import GraphError, validate
 from inferix.kernels.linear_lowp import linear_lowp, pack
+from inferix.models.registry import PRESETS, make_preset
 from inferix.models.wan.transformer import WanTransformer
 from inferix.runtime.capacity import costs
 from inferix.runtime.programs.block_graph import BlockGraphBuilder, ModelPass, SolverStep
 from inferix.runtime.programs.block_plan import plan_block
-from inferix.schemes.presets import PRESETS, make_preset
 
 SPEC = dataclasses.replace(TINY, dim=128, actions=())
 SIZE = (48, 32)
@@ -83,12 +83,12 @@ def values_of(preset: str, fuse_commit: bool = False) -> Values:
 
 
 @torch.no_grad()
-def run_plainly(preset: str, values: Values, names: tuple[str, ...]) -> Values:
-    """Passes as the modules themselves compute them, with no graph."""
-    builder = built(preset)
-    for planned in (planned for planned in builder.planned if planned.name in names):
+def run_plainly(builder: BlockGraphBuilder, values: Values, names: tuple[str, ...] | None = None) -> Values:
+    """Passes as the modules themselves compute them, with no graph; names: None for all."""
+    model = model_of(builder.preset.name)
+    for planned in (planned for planned in builder.planned if names is None or planned.name in names):
         values["timesteps"] = torch.tensor([planned.run.timesteps])
-        values |= ModelPass(model_of(preset), builder.layout(planned), builder.guidance)(values)
+        values |= ModelPass(model, builder.layout(planned), builder.guidance)(values)
         if planned.steps:
             values |= SolverStep(builder.sampler, planned.steps, builder.preset.num_frame_per_block)(values)
     return values
@@ -96,14 +96,14 @@ def run_plainly(preset: str, values: Values, names: tuple[str, ...]) -> Values:
 
 @cache
 def eager(preset: str) -> Values:
-    return run_plainly(preset, values_of(preset), tuple(planned.name for planned in built(preset).planned))
+    return run_plainly(built(preset), values_of(preset))
 
 
 def differences(preset: str, block: BlockGraph) -> float:
     """The largest difference of results and states."""
-    found, wanted = run_block(block, values_of(preset)), eager(preset)
+    actual, expected = run_block(block, values_of(preset)), eager(preset)
     names = (*block.results, *(f"kv.{layer}" for layer in range(SPEC.num_layers)))
-    return max(float((found[name] - wanted[name]).abs().max()) for name in names)
+    return max(float((actual[name] - expected[name]).abs().max()) for name in names)
 
 
 @pytest.mark.parametrize("preset", DISTINCT)
@@ -113,19 +113,41 @@ def test_the_traced_block_is_the_model(preset: str) -> None:
     assert differences(preset, block) < 1e-12
 
 
+STAGGERED = {  # two blocks in flight, each two steps ahead of the next, in key ranges of their own
+    "window_blocks": 2, "noise2clean_kvrange": [3, 2], "clean_chunk_kvrange": 1, "clean_text": "null",
+    "local_attn_size": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [{"window_blocks": 2}, STAGGERED], ids=["joint", "ranges"])
+def test_a_block_takes_several_passes_between_two_joins(overrides: dict) -> None:
+    builder = BlockGraphBuilder(SPEC, make_preset("self-forcing", **overrides), SIZE, torch.float64)
+    block = builder.build()
+    assert [graph.name for graph in block.passes] == ["denoise 0", "denoise 1", "commit"]
+    assert block.results == ("clean", "latents.0")
+    weights = dict(model_of("self-forcing").named_parameters())
+    given = random_values(block, weights, GRID, SPEC.head_dim)
+    wanted = run_plainly(builder, {name: tensor.clone() for name, tensor in given.items()})
+    for graph in (block, rewritten(block, chosen())):
+        validate(graph)
+        found = run_block(graph, {name: tensor.clone() for name, tensor in given.items()})
+        for name in (*block.results, "kv.0", "kv.1"):
+            assert (found[name] - wanted[name]).abs().max() < EXACT, name
+
+
 @pytest.mark.parametrize("preset", DISTINCT)
 def test_rewritten_blocks_compute_the_same(preset: str) -> None:
     """Each exact rewrite with those it needs, and all together."""
     block = block_of(preset)
     for name in chosen():
-        found = rewritten(block, ["merge-qkv", name])
-        validate(found)
-        assert differences(preset, found) < EXACT, name
-    found = all_done(preset)
-    validate(found)
-    assert differences(preset, found) < EXACT
-    assert all(change.places > 0 for change in found.changes), found.changes
-    assert block.changes == () and len(list(block.passes[0])) > len(list(found.passes[0]))
+        actual = rewritten(block, ["merge-qkv", name])
+        validate(actual)
+        assert differences(preset, actual) < EXACT, name
+    actual = all_done(preset)
+    validate(actual)
+    assert differences(preset, actual) < EXACT
+    assert all(change.places > 0 for change in actual.changes), actual.changes
+    assert block.changes == () and len(list(block.passes[0])) > len(list(actual.passes[0]))
 
 
 @pytest.mark.parametrize("preset", DISTINCT)
@@ -271,13 +293,13 @@ def test_a_commit_in_the_next_blocks_first_pass_equals_one_after_the_other() -> 
     for row, latents, name in ((0, "before", "commit"), (1, "latents", "denoise 0")):
         for what in ("pages", "page_table", "page_count", "rope_time"):
             plain[f"block.{what}"] = values[f"both.{what}"][row : row + 1]
-        plain |= run_plainly("self-forcing", plain | {"latents": values[latents]}, (name,))
+        plain |= run_plainly(built("self-forcing"), plain | {"latents": values[latents]}, (name,))
     for block in (block_of("self-forcing", True), rewritten(block_of("self-forcing", True), chosen())):
         validate(block)
         both = dataclasses.replace(block, passes=tuple(graph for graph in block.passes if "+" in graph.name))
-        found = run_block(both, {name: tensor.clone() for name, tensor in values.items()})
+        actual = run_block(both, {name: tensor.clone() for name, tensor in values.items()})
         for name in ("latents", "kv.0", "kv.1"):
-            assert (found[name] - plain[name]).abs().max() < EXACT, name
+            assert (actual[name] - plain[name]).abs().max() < EXACT, name
     with pytest.raises(ValueError, match=r"krea.*fuse_commit"):
         plan_block(PRESETS["krea"], fuse_commit=True)
 
@@ -290,28 +312,28 @@ def test_low_precision_layers_are_those_of_the_map(kind: str, monkeypatch: pytes
     validate(block)
     assert block.changes[0].places == 8 * len(block.passes)  # q, k, v, o; cross q, o; up, down of one layer
     model = model_of("self-forcing")
-    wanted = {id(p) for name, p in model.named_parameters() if packed.has(name.removesuffix(".weight"))}
+    expected = {id(p) for name, p in model.named_parameters() if packed.has(name.removesuffix(".weight"))}
     plain = F.linear
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if id(weight) not in wanted:
+        if id(weight) not in expected:
             return plain(x, weight, bias)
         (rows, scale), (low, low_scale) = (pack(part, KINDS[kind]) for part in (x.flatten(0, -2), weight))
         out = linear_lowp(rows, low, scale, low_scale, bias=bias, dtype=x.dtype)
         return out.unflatten(0, x.shape[:-1])
 
     monkeypatch.setattr(F, "linear", linear)
-    values = run_plainly("self-forcing", values_of("self-forcing"), ("denoise 0",))
+    values = run_plainly(built("self-forcing"), values_of("self-forcing"), ("denoise 0",))
     monkeypatch.undo()
-    found = run_block(dataclasses.replace(block, passes=block.passes[:1]), values_of("self-forcing"))
-    assert torch.equal(found["latents"], values["latents"])
+    actual = run_block(dataclasses.replace(block, passes=block.passes[:1]), values_of("self-forcing"))
+    assert torch.equal(actual["latents"], values["latents"])
     everything = rewritten(block_of("self-forcing"), chosen(["lowp"]), packed)
     validate(everything)
     calls = [name_of(node.target) for node in everything.passes[0]]
     assert calls.count("linear_lowp") == 6  # q, k and v are one
     fused = run_block(dataclasses.replace(everything, passes=everything.passes[:1]), values_of("self-forcing"))
     scale = eager("self-forcing")["latents"].abs().max()
-    assert (fused["latents"] - found["latents"]).abs().max() < 2e-2 * scale  # rounding goes another way at ties
+    assert (fused["latents"] - actual["latents"]).abs().max() < 2e-2 * scale  # rounding goes another way at ties
     with pytest.raises(ValueError, match=r"'blok\.\*'"):
         rewritten(block_of("self-forcing"), ["lowp"], PrecisionMap(kind, ("blok.*",)))
 
@@ -322,9 +344,9 @@ def test_operations_are_those_counted_from_sizes(preset: str) -> None:
     for graph, planned in zip(block.passes, built(preset).planned, strict=True):
         rows = built(preset).rows
         by_family = PassCost(graph).by_family()
-        wanted = costs.pass_flops(spec, GRID[0] * GRID[1], planned.run)
-        found = by_family["matmul"].flops + by_family["attention"].flops
-        assert found == rows * (wanted.total + costs.prompt_flops(spec))
+        expected = costs.pass_flops(spec, GRID[0] * GRID[1], planned.run)
+        actual = by_family["matmul"].flops + by_family["attention"].flops
+        assert actual == rows * (expected.total + costs.prompt_flops(spec))
 
 
 def test_a_block_as_plain_values_has_every_call_with_its_cost() -> None:

@@ -16,9 +16,8 @@ from inferix.graphs.show.outline import outline
 from inferix.graphs.show.svg import svg
 from inferix.graphs.show.text import text
 from inferix.graphs.types import BlockGraph, Role
-from inferix.models.wan.spec import MODELS
-from inferix.runtime.programs.block_graph import build_block_graph
-from inferix.schemes.presets import PRESETS
+from inferix.models.registry import MODELS, PRESETS
+from inferix.runtime.programs.block_graph import BlockGraphBuilder
 
 DOCS = Path(__file__).parents[2] / "docs"
 AGAIN = "docs/graph.md: inferix graph --model wan-1.3b --preset self-forcing --svg docs/graph.svg"
@@ -26,7 +25,7 @@ AGAIN = "docs/graph.md: inferix graph --model wan-1.3b --preset self-forcing --s
 
 @cache
 def traced() -> BlockGraph:
-    return build_block_graph(MODELS["wan-1.3b"], PRESETS["self-forcing"], dtype=torch.bfloat16)
+    return BlockGraphBuilder(MODELS["wan-1.3b"], PRESETS["self-forcing"], dtype=torch.bfloat16).build()
 
 
 @cache

@@ -49,9 +49,9 @@ def test_equal_to_the_function_with_its_writes_and_no_view_left() -> None:
     args = [arg.clone() for arg in ARGS]
     launches = bound(program, *args)
     launches.run()
-    wanted = [arg.clone() for arg in ARGS]
-    assert torch.equal(result(launches), block(*wanted))
-    assert torch.equal(args[3], wanted[3])
+    expected = [arg.clone() for arg in ARGS]
+    assert torch.equal(result(launches), block(*expected))
+    assert torch.equal(args[3], expected[3])
     assert not torch.equal(args[3], ARGS[3])
     assert all(call.writes for call in program.calls)
     assert {call.op.name() for call in program.calls if call.allocates} == {

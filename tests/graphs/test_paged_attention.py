@@ -47,15 +47,15 @@ def test_two_sessions_with_unequal_parts_over_scattered_pages() -> None:
         PassTables(ints([9], [5]), ints(*pages), ints([5, 5])[0], time[None, :1].repeat(2, 1, 1, 1)),
         PassTables(ints([0, 4], [3, 8]), ints(*pages), ints([5, 5])[0], time[None, 1:].repeat(2, 1, 1, 1)),
     ]
-    found = PagedAttention(parts, [kv], row, column).attend(0, *new)
+    actual = PagedAttention(parts, [kv], row, column).attend(0, *new)
 
     angles = rope_angles([12, 13, 14], HEIGHT, WIDTH, DIM)
     q, k = (rotate(part, angles) for part in new[:2])
     past = torch.stack(
         [rotate(old_k[session, None], rope_angles([10, 11], HEIGHT, WIDTH, DIM))[0] for session in range(2)]
     )
-    wanted = attention(q, torch.cat((past, k), 1), torch.cat((old_v, new[2]), 1))
-    assert (found - wanted).abs().max() < 1e-12
+    expected = attention(q, torch.cat((past, k), 1), torch.cat((old_v, new[2]), 1))
+    assert (actual - expected).abs().max() < 1e-12
 
 
 def test_a_sink_nearer_than_it_was_stored() -> None:
@@ -68,14 +68,14 @@ def test_a_sink_nearer_than_it_was_stored() -> None:
     nearer = turns([2])[0]  # window positions 0, 1, 2: the sink stands two before the query, at stored place 0
     tables = PassTables(ints([2]), ints([0, 1, 2]), ints([3])[0], time[None], nearer[None], ints([1])[0])
     last = slice(2 * P, 3 * P)
-    found = PagedAttention([tables], [kv], row, column).attend(0, q[:, last], k[:, last], v[:, last])
+    actual = PagedAttention([tables], [kv], row, column).attend(0, q[:, last], k[:, last], v[:, last])
 
     at_read = rotate(k, rope_angles([0, 1, 2], HEIGHT, WIDTH, DIM))
-    wanted = attention(rotate(q[:, last], rope_angles([2], HEIGHT, WIDTH, DIM)), at_read, v)
-    assert (found - wanted).abs().max() < 1e-12
+    expected = attention(rotate(q[:, last], rope_angles([2], HEIGHT, WIDTH, DIM)), at_read, v)
+    assert (actual - expected).abs().max() < 1e-12
     wrong = PassTables(ints([2]), ints([0, 1, 2]), ints([3])[0], time[None])
     assert (
-        PagedAttention([wrong], [kv], row, column).attend(0, q[:, last], k[:, last], v[:, last]) - wanted
+        PagedAttention([wrong], [kv], row, column).attend(0, q[:, last], k[:, last], v[:, last]) - expected
     ).abs().max() > 1e-3
 
 

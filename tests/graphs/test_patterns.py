@@ -32,8 +32,8 @@ class Function(nn.Module):
         self.function = function
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = self.function(**values)
-        return {str(at): part for at, part in enumerate(found if isinstance(found, tuple) else (found,))}
+        actual = self.function(**values)
+        return {str(at): part for at, part in enumerate(actual if isinstance(actual, tuple) else (actual,))}
 
 
 def traced(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> PassGraph:
@@ -48,18 +48,18 @@ def rewritten(
     """Places, and the calls after it; the result is held against the function."""
     graph = traced(function)
     places = change(graph)
-    found = cleaned(graph)
-    validate_pass(found)
+    actual = cleaned(graph)
+    validate_pass(actual)
     generator = torch.Generator().manual_seed(3)
     given = {
         value.name: torch.randn(value.shape, generator=generator, dtype=torch.float64)
         for value in graph.inputs.values()
     }
-    wanted = function(**given)
-    parts = wanted if isinstance(wanted, tuple) else (wanted,)
-    for part, result in zip(parts, run_pass(found, given).values(), strict=True):
+    expected = function(**given)
+    parts = expected if isinstance(expected, tuple) else (expected,)
+    for part, result in zip(parts, run_pass(actual, given).values(), strict=True):
         assert (part - result).abs().max() < 1e-12
-    return places, [name_of(node.target) for node in found]
+    return places, [name_of(node.target) for node in actual]
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -44,16 +44,16 @@ def function(steps: list[tuple[str, int, int]]):
 
 def meetings(program: Program, made: BufferPlan) -> list[tuple[str, str]]:
     """Pairs of buffers that share bytes while both are alive, other than one written over the other at its end."""
-    lives, found = lifetimes(program), []
+    lives, actual = lifetimes(program), []
     places = {name: (made.offsets[name], made.offsets[name] + program.buffers[name].nbytes) for name in lives}
     for one, (first, last) in lives.items():
         for other, (begin, _) in lives.items():
             share = places[one][0] < places[other][1] and places[other][0] < places[one][1]
             if one != other and share and first <= begin < last:
-                found.append((one, other))
+                actual.append((one, other))
             if one < other and share and first == begin:
-                found.append((one, other))
-    return found
+                actual.append((one, other))
+    return actual
 
 
 @settings(max_examples=25, deadline=None)
@@ -67,8 +67,8 @@ def test_any_program_on_its_arena_gives_what_its_function_gives(steps: list[tupl
     assert made.live <= made.size
     launches = bound(program, x, y)
     launches.run()
-    for found, wanted in zip(launches.outputs.values(), function(steps)(x, y), strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(launches.outputs.values(), function(steps)(x, y), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_writing_over_an_input_that_is_still_needed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,15 +66,15 @@ def test_a_model_that_is_not_wan_is_traced_fused_and_run() -> None:
     validate(block)
     values = random_values(block, dict(model.named_parameters()), GRID, DIM)
     own = {name: tensor.clone() for name, tensor in values.items()}
-    wanted = model(own | {"timesteps": torch.full((1, FRAMES), 700.0)})
-    found = rewritten(block, chosen())
-    validate(found)
-    for graph in (block, found):
+    expected = model(own | {"timesteps": torch.full((1, FRAMES), 700.0)})
+    actual = rewritten(block, chosen())
+    validate(actual)
+    for graph in (block, actual):
         results = run_block(graph, {name: tensor.clone() for name, tensor in values.items()})
-        assert (results["latents"] - wanted["latents"]).abs().max() < 1e-9
+        assert (results["latents"] - expected["latents"]).abs().max() < 1e-9
         for layer in range(LAYERS):
             assert (results[f"kv.{layer}"] - own[f"kv.{layer}"]).abs().max() < 1e-9
-    places = {change.rewrite: change.places for change in found.changes}
+    places = {change.rewrite: change.places for change in actual.changes}
     assert places == {
         "dead-work": 0, "merge-qkv": 2, "qk-norm-rope": 2, "rms-norm": 0, "adaln": 4, "denoise-step": 1, "gelu": 2,
         "hoist-prompt": 1, "fold": 4,

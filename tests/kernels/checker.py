@@ -38,14 +38,14 @@ def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def check(spec: KernelSpec, run: Callable[..., None], case: Case, dtype: torch.dtype, seed: int = 0) -> None:
     """AssertionError unless `run` computes a case as the reference does, within the spec's tolerance."""
     inputs = spec.make_inputs(case, dtype, "cpu", seed)
-    wanted = exact(spec, inputs)
+    expected = exact(spec, inputs)
     names = [name for name in spec.outputs if inputs[name] is not None]
     wholes = {}
     for name in names:
         inputs[name], wholes[name] = guarded(inputs[name])
     run(**inputs)
     for name in names:
-        got, want = inputs[name].double(), wanted[name].double()
+        got, want = inputs[name].double(), expected[name].double()
         assert got.isfinite().all(), f"{case.name}: {name} has places that are not finite or were not written"
         error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-3))
         limit = LIMITS.get(inputs[name].dtype, spec.tolerance[dtype])

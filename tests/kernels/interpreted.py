@@ -102,11 +102,11 @@ def changed(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
     path = folder / "wrong.py"
     path.write_text(source.replace(old, new), "utf-8")
-    found = importlib.util.spec_from_file_location(f"{module.__package__}.wrong", path)
-    wrong = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = wrong
+    actual = importlib.util.spec_from_file_location(f"{module.__package__}.wrong", path)
+    wrong = importlib.util.module_from_spec(actual)
+    sys.modules[actual.name] = wrong
     linecache.checkcache(str(path))
-    found.loader.exec_module(wrong)
+    actual.loader.exec_module(wrong)
     return wrong
 
 

@@ -9,7 +9,8 @@ import torch
 from small_checkpoint import OURS, SPEC, UP, Q, published, save, save_json, weights
 
 from inferix.errors import InferixError, UsageError
-from inferix.models.wan.checkpoint import build_transformer, merging, read_checkpoint
+from inferix.models.wan.checkpoint import merging, read_checkpoint
+from inferix.models.wan.family import WAN
 from inferix.models.wan.names import TABLES, to_format
 from inferix.runtime.execution.lora_adapter import Adapter
 
@@ -304,6 +305,7 @@ REFUSED = {  # parts of a file, and a word of the reason
     "flat": ({f"{Q}.lora_A.weight": DOWN.flatten(), f"{Q}.lora_B.weight": UPWARD}, Q),
     "not-finite": (named() | {f"{Q}.lora_A.weight": DOWN / 0}, Q),
     "alpha-not-finite": (named() | {f"{Q}.alpha": torch.tensor(math.nan)}, "alpha"),
+    "alpha-in-fp8": (named() | {f"{Q}.alpha": torch.tensor(1.0).to(torch.float8_e4m3fn)}, "alpha"),
     "two-alphas": (named() | {f"{Q}.alpha": torch.ones(2)}, "alpha"),
     "integers": ({name: tensor.to(torch.int8) for name, tensor in named().items()}, "int8"),
     "fp8": ({name: tensor.to(torch.float8_e4m3fn) for name, tensor in named().items()}, "float8_e4m3fn"),
@@ -377,6 +379,18 @@ def test_factors(checkpoint, tmp_path, factor):
         changes(checkpoint, save(named(), tmp_path / "lora.safetensors"), factor)
 
 
+@pytest.mark.parametrize("key", ["generator_lora", "lora"])
+def test_an_adapter_beside_the_weights_of_a_training_file_is_named_and_not_merged(tmp_path, key):
+    file = save({"generator": published(), key: FORMS["peft"], "step": 5}, tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match=key):
+        checkpoint = read_checkpoint(file)
+    change = merging(checkpoint, [])
+    name = f"{Q}.weight"
+    assert torch.equal(change(name, checkpoint.tensors[name]), weights()[name])
+    change = merging(checkpoint, [(file, 1.0)])
+    assert (change(name, weights()[name]) - weights()[name] - PRODUCT).abs().max() <= 1e-4
+
+
 def test_only_the_published_pair_is_merged_unasked_and_once(tmp_path):
     adapter = {"generator_lora": FORMS["peft"]}
     lora = save(adapter, tmp_path / "lora.pt")
@@ -399,7 +413,7 @@ def test_only_the_published_pair_is_merged_unasked_and_once(tmp_path):
 
 
 def test_an_adapter_on_a_running_model_comes_off_exactly(checkpoint, tmp_path):
-    module = build_transformer(checkpoint, "reference", torch.float32, "cpu")
+    module = WAN.load(checkpoint, "reference", torch.float32, "cpu")
     before = {name: tensor.clone() for name, tensor in module.named_parameters()}
     adapter = Adapter(module)
     lora = save(named(), tmp_path / "lora.safetensors")

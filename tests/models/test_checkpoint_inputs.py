@@ -12,8 +12,9 @@ from small_checkpoint import SPEC, WEIGHTS, published, same, save, save_json, we
 
 from inferix.errors import InferixError, UsageError
 from inferix.models.files import LARGEST_JSON, quoted, read_json, read_tensors
-from inferix.models.wan.checkpoint import build_transformer, read_checkpoint
+from inferix.models.wan.checkpoint import read_checkpoint
 from inferix.models.wan.configs import diffusers_config, original_config
+from inferix.models.wan.family import WAN
 
 RIGHT, WRONG = weights(), published(seed=1)
 SECOND = "blocks.1.ffn.0.weight"
@@ -185,8 +186,8 @@ def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path, layout, key,
 
 def test_heads_of_a_known_model_are_not_taken_from_a_config(tmp_path):
     import inferix.models.wan.random as random
+    from inferix.models.registry import MODELS
     from inferix.models.wan.names import to_format
-    from inferix.models.wan.spec import MODELS
 
     state = random.random_transformer_state(MODELS["wan-tiny"], 0, torch.bfloat16)
     file = save({to_format("original", name): tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
@@ -346,7 +347,7 @@ def test_other_parts_in_a_node_editors_file(tmp_path):
 def test_a_tensor_that_has_two_names_or_is_of_no_model(tmp_path, more):
     file = save(published() | more, tmp_path / "x.pt")
     with pytest.raises(InferixError, match=r"x\.pt"):
-        build_transformer(read_checkpoint(file), "reference", torch.float32, "cpu")
+        WAN.load(read_checkpoint(file), "reference", torch.float32, "cpu")
 
 
 # dtypes
@@ -378,11 +379,11 @@ def test_weights_that_are_not_finite(tmp_path):
     broken[3, 5] = float("nan")
     file = save(published() | {SECOND: broken}, tmp_path / "x.safetensors")
     with pytest.raises(InferixError, match=r"blocks\.1\.ffn\.up\.weight"):
-        build_transformer(read_checkpoint(file), "reference", torch.float32, "cpu")
+        WAN.load(read_checkpoint(file), "reference", torch.float32, "cpu")
     large = save(published() | {SECOND: broken.nan_to_num(1e6)}, tmp_path / "y.safetensors")
-    build_transformer(read_checkpoint(large), "reference", torch.float32, "cpu")
+    WAN.load(read_checkpoint(large), "reference", torch.float32, "cpu")
     with pytest.raises(InferixError, match="float16"):
-        build_transformer(read_checkpoint(large), "reference", torch.float16, "cpu")
+        WAN.load(read_checkpoint(large), "reference", torch.float16, "cpu")
 
 
 # what is no checkpoint, or costs more than it is
@@ -456,7 +457,7 @@ def test_pipes_and_devices_are_not_read(tmp_path, make, name):
 def test_layers_are_counted_not_taken_from_a_name(tmp_path, number):
     file = save(published() | {f"blocks.{number}.norm3.weight": torch.zeros(2)}, tmp_path / "x.pt")
     with pytest.raises(InferixError, match="blocks"):
-        build_transformer(read_checkpoint(file), "reference", torch.float32, "cpu")
+        WAN.load(read_checkpoint(file), "reference", torch.float32, "cpu")
 
 
 def test_sizes_that_are_none(tmp_path):
@@ -465,7 +466,7 @@ def test_sizes_that_are_none(tmp_path):
                         ("patch_embedding.weight", (128, 16, 1, 0, 2)), ("time_embedding.0.weight",
                         (128, 0))):  # fmt: skip
         with pytest.raises(InferixError):
-            build_transformer(
+            WAN.load(
                 read_checkpoint(save(published() | {name: torch.zeros(shape)}, tmp_path / "x.pt")), "reference",
                 torch.float32, "cpu",
             )  # fmt: skip
@@ -496,6 +497,36 @@ def test_tensors_that_are_not_plain(tmp_path):
         torch.save({"a": tensor}, tmp_path / "x.pt")
         with pytest.raises(InferixError, match=r"x\.pt"):
             read_tensors(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_pickle_that_claims_memory_is_refused(tmp_path, archive):
+    """Unpickling plain values may call `bytearray`, here with 1 TiB."""
+    torch.save({"a": torch.ones(2), "b": torch.Size([7])}, tmp_path / "x.pt", _use_new_zipfile_serialization=archive)
+    claim = b"cbuiltins\nbytearray\n\x8a\x06" + (1 << 40).to_bytes(6, "little") + b"\x85R"
+    if archive:
+        with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
+            for part in old.infolist():
+                pickled = b"\x80\x02}X\x01\x00\x00\x00a" + claim + b"s."
+                new.writestr(part.filename, pickled if part.filename.endswith(".pkl") else old.read(part))
+    else:
+        size = b"ctorch\nSize\n"
+        content = (tmp_path / "x.pt").read_bytes()
+        assert content.count(size) == 1
+        (tmp_path / "y.pt").write_bytes(content.replace(size, claim + b"0" + size))
+    with pytest.raises(CheckpointError, match="bytearray"):
+        read_tensors(tmp_path / "y.pt")
+
+
+def test_an_archive_without_checksums_is_read(tmp_path):
+    content = bytearray(save(published(), tmp_path / "x.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        part = next(part for part in archive.infolist() if part.filename.endswith("data.pkl"))
+    for place in range(len(content)):
+        if content[place : place + 4] == part.CRC.to_bytes(4, "little"):
+            content[place : place + 4] = b"\0\0\0\0"
+    (tmp_path / "y.pt").write_bytes(content)
+    assert read_tensors(tmp_path / "y.pt").keys() == published().keys()
 
 
 def test_dicts_that_refer_to_each_other_end(tmp_path):

@@ -11,9 +11,8 @@ import pytest
 from inferix.errors import UsageError
 from inferix.export.checkpoint import write_random
 from inferix.models.hub import BASES, WAN21, is_hub_name, locate
+from inferix.models.registry import MODELS, PRESETS
 from inferix.models.wan.checkpoint import FORMATS
-from inferix.models.wan.spec import MODELS
-from inferix.schemes.presets import PRESETS
 
 from .hub import COMMIT, serving
 
@@ -73,10 +72,10 @@ def filled(tmp_path_factory):
 
 
 def test_a_preset_is_downloaded_once_with_its_base(filled):
-    home, found, requests = filled
+    home, actual, requests = filled
     folder = snapshot(home, SELF_FORCING.weights)
     model, base = folder / SELF_FORCING.files[0], snapshot(home, WAN21.repository)
-    assert found == [[str(model), str(base)]] * 4
+    assert actual == [[str(model), str(base)]] * 4
     assert model.read_bytes() == b"transformer"
     assert all((base / name).read_bytes() == name.encode() for name in WAN21.names)
     assert not (folder / "checkpoints/other.pt").exists() and not (base / "README.md").exists()
@@ -116,7 +115,7 @@ def test_every_missing_file_is_named_where_nothing_answers(tmp_path):
 def test_repositories_files_and_bases_by_name(tmp_path):
     file = "nobody/single:model.pt"
     with serving(REPOSITORIES) as (endpoint, _):
-        found = look_up(
+        actual = look_up(
             tmp_path, endpoint, {"model": "nobody/folder"}, {"model": "nobody/single"}, {"model": file},
             {"model": file, "preset": "self-forcing"}, {"model": file, "base": "nobody/folder"},
             {"model": file, "preset": "self-forcing", "alone": True},
@@ -126,10 +125,10 @@ def test_repositories_files_and_bases_by_name(tmp_path):
     names = ("nobody/folder", "nobody/single", WAN21.repository)
     folder, single, base = (str(snapshot(tmp_path, name)) for name in names)
     model = f"{single}/model.pt"
-    assert found[:6] == [[folder, None], [model, None], [model, None], [model, base], [model, folder], [model, None]]
+    assert actual[:6] == [[folder, None], [model, None], [model, None], [model, base], [model, folder], [model, None]]
     assert not (Path(folder) / "a.mp4").exists()
-    many, none, misnamed, no_base = found[6:]
-    assert {one["error"] for one in found[6:]} == {"UsageError"}
+    many, none, misnamed, no_base = actual[6:]
+    assert {one["error"] for one in actual[6:]} == {"UsageError"}
     assert "a.pt, b.pt" in many["message"] and "'nobody/none'" in none["message"]
     assert "'modle.pt'" in misnamed["message"] and "'model.pt'" in misnamed["message"]
     assert "'nobody/single'" in no_base["message"]
@@ -174,8 +173,8 @@ def test_paths_and_models_of_the_package_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     for model in (*MODELS, "org/name", "org/missing", "models/model.pt", "./org/model", "/org/name", str(tmp_path)):
-        found = locate(model, base="org/name")
-        assert (found.model, found.base) == (model, "org/name")
+        actual = locate(model, base="org/name")
+        assert (actual.model, actual.base) == (model, "org/name")
 
 
 @pytest.mark.parametrize("model", ["self-forcing-framewise", "causal-diffusion"])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from small_checkpoint import save, save_json
 
 from inferix.errors import InferixError, UsageError
+from inferix.models.registry import MODELS
 from inferix.models.text.tiny import write_tiny_text_encoder
 from inferix.models.text.umt5_checkpoint import (
     ORIGINAL_FILE,
@@ -20,11 +21,10 @@ from inferix.models.text.umt5_checkpoint import (
 )
 from inferix.models.wan.configs import diffusers_vae_config
 from inferix.models.wan.random import random_tiny_decoder_state, random_vae_state
-from inferix.models.wan.spec import MODELS
 from inferix.models.wan.taehv import TinyDecoder
-from inferix.models.wan.vae import TINY_VAE
 from inferix.models.wan.vae_checkpoint import VAE_FILES, find_vae, load_decoder, load_vae
 from inferix.models.wan.vae_names import to_original
+from inferix.models.wan.vae_spec import TINY_VAE
 
 VAE = random_vae_state(TINY_VAE, 0, torch.float32)
 ORIGINAL_VAE = {to_original(name, TINY_VAE): tensor for name, tensor in VAE.items()}

@@ -9,9 +9,11 @@ from small_checkpoint import UP, Q, published, save
 
 from inferix.errors import UsageError
 from inferix.export.checkpoint import convert, write_random
+from inferix.models.registry import inspect
 from inferix.models.scaled_weights import ScaledTensor, unscaled, with_scales
 from inferix.models.text.umt5_checkpoint import find_text, load_text
-from inferix.models.wan.checkpoint import build_transformer, inspect, read_checkpoint
+from inferix.models.wan.checkpoint import read_checkpoint
+from inferix.models.wan.family import WAN
 from inferix.models.wan.vae_checkpoint import load_decoder
 
 FP8, FP8_WIDE, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
@@ -72,7 +74,7 @@ def test_transformer(tmp_path: Path, layout, prefix: str, suffix: str) -> None:
         tensors |= parts
     file = save({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, tmp_path / f"model{suffix}")
     checkpoint = read_checkpoint(file)
-    module = build_transformer(checkpoint, "reference", torch.float32, "cpu").state_dict()
+    module = WAN.load(checkpoint, "reference", torch.float32, "cpu").state_dict()
     for name, product in products.items():
         assert torch.equal(module[name], product)
         assert type(module[name]) is torch.Tensor

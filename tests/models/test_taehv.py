@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from oracles import randomise
 
 from inferix.errors import UsageError
-from inferix.models.wan.taehv import TAEW21, TAEW22, Grow, MemoryBlock, TinyDecoder, TinySpec, tiny_spec_from_shapes
+from inferix.models.wan.taehv import Grow, MemoryBlock, TinyDecoder, tiny_spec_from_shapes
 from inferix.models.wan.vae_cpu import use_cpu_layers
+from inferix.models.wan.vae_spec import TAEW21, TAEW22, TinySpec
 
 SMALL = [TinySpec(16, (12, 8, 8, 4), (1, 2, 2), 1), TinySpec(48, (12, 8, 8, 4), (1, 2, 2), 2)]
 

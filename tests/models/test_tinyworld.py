@@ -11,15 +11,14 @@ import train_tinyworld as train
 
 from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles, rotate
+from inferix.models.registry import MODELS, make_preset
 from inferix.models.tinyworld.data import Clips, along_things, errands, random_clip, random_walk
 from inferix.models.tinyworld.words import WordEncoder, known_words
 from inferix.models.tinyworld.world import ACTIONS, MOVES, STEP, Scene, World, draw_number, mix, scenes
-from inferix.models.wan.spec import MODELS
 from inferix.models.wan.vae import CausalVae
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.loading import Components
-from inferix.schemes.presets import make_preset
 
 SCENE = Scene("red", "robot", "snowy forest", "by day")
 SPEC = MODELS["tinyworld"]

@@ -10,8 +10,8 @@ import pytest
 import inferix
 from inferix.errors import InferixError
 from inferix.evaluate.tinyworld import facing_after, hero_is, shift_between
+from inferix.models.registry import FAMILIES
 from inferix.models.tinyworld.world import FRAMES, MOVES, Scene
-from inferix.runtime.execution import loading
 
 SCENE = Scene("red", "robot", "green meadow", "by day")
 WALK = ["right"] * 3 + ["down"] * 3
@@ -86,7 +86,7 @@ def test_window_and_sink_hold_over_300_blocks(engine):
 
 
 def test_missing_weights_ask_for_a_new_installation(monkeypatch, tmp_path):
-    monkeypatch.setitem(loading.SHIPPED, "tinyworld", tmp_path / "gone")
+    monkeypatch.setitem(FAMILIES["tinyworld"].shipped, "tinyworld", tmp_path / "gone")
     with pytest.raises(InferixError, match=r"tinyworld.*gone'.*reinstall"):
         inferix.load(device="cpu")
 

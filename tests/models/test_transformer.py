@@ -9,10 +9,11 @@ from oracles import TINY, DenseAttention, tiny_transformer
 
 from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles
+from inferix.models.random import random_state
+from inferix.models.registry import MODELS
+from inferix.models.transformer import PRECISIONS
 from inferix.models.wan.names import from_format, to_format
-from inferix.models.wan.random import random_state
-from inferix.models.wan.spec import MODELS
-from inferix.models.wan.transformer import PRECISIONS, WanTransformer
+from inferix.models.wan.transformer import WanTransformer
 
 I2V = dataclasses.replace(TINY, in_channels=36, image_dim=24)
 FLF2V = dataclasses.replace(I2V, image_tokens=10)
@@ -106,6 +107,6 @@ def test_sizes_name_the_nearest():
 
 
 def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
-    monkeypatch.setattr("inferix.models.wan.random.host_memory", lambda: 1000)
+    monkeypatch.setattr("inferix.models.random.host_memory", lambda: 1000)
     with pytest.raises(UsageError, match=r"GB.*inferix plan"):
         random_state(WanTransformer(TINY), 0, torch.float32)

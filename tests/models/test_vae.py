@@ -8,10 +8,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from oracles import randomise
 
+from inferix.models.decoder import StreamState
 from inferix.models.wan import vae_cpu
-from inferix.models.wan.vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae, StreamState, VaeSpec
+from inferix.models.wan.vae import CausalVae
 from inferix.models.wan.vae_cpu import use_cpu_layers
 from inferix.models.wan.vae_names import to_original, vae_spec_from_shapes
+from inferix.models.wan.vae_spec import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, VaeSpec
 
 SMALL = dataclasses.replace(WAN21_VAE, base_channels=8, decoder_channels=8)
 SMALL22 = dataclasses.replace(WAN22_VAE, base_channels=8, decoder_channels=16)

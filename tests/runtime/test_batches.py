@@ -9,7 +9,7 @@ import torch
 from oracles import ROWS, SIZE, TINY, make_engine
 
 from inferix.errors import InferixError, SessionEnded, UsageError
-from inferix.models.wan.vae import TINY_VAE
+from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.capacity.memory_need import MemoryNeed
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import Limits
@@ -21,6 +21,7 @@ from inferix.runtime.sessions.session import Demand
 
 PROMPTS = [ROWS, ROWS.flip(0) * 1.5, ROWS * 0.5]
 SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
+IDS = A, B, C, D, E, F = "fedcba"  # in the order they join, which is not that of their values
 FASTER = BatchProfile({1: 1.0, 2: 1.5, 3: 2.0, 4: 2.5, 8: 4.0})
 SLOWER = BatchProfile({1: 1.0, 2: 2.2, 3: 3.3})
 
@@ -60,30 +61,30 @@ def test_sessions_of_a_batch_equal_each_alone(name):
     engine, extra = engine_of(name, **settings_of(name)), NEGATIVE.get(name, {})
     decode = name in ("self-forcing", "causvid")
     sessions = [opened(engine, seed, **extra) for seed in range(3)]
-    found = [list(sessions[0].stream(2, decode)), [], []]
+    actual = [list(sessions[0].stream(2, decode)), [], []]
     streams = [session.stream(4, decode) for session in sessions]
     for made in range(4):
-        for blocks, stream in zip(found, streams, strict=True):
+        for blocks, stream in zip(actual, streams, strict=True):
             blocks.append(next(stream))
         if made == 1:
             shown = sessions[1].next_block
             sessions[1].prompt(embeds=PROMPTS[2])
     engine.check_integrity()
-    sizes = [block.record.batch for blocks in found for block in blocks]
+    sizes = [block.record.batch for blocks in actual for block in blocks]
     assert sizes[:2] == [1, 1] and sizes.count(3) >= (1 if decode else 6)  # one that is full of pictures stays out
     for session in sessions:
         session.close()
     engine.check_integrity()
     lone = engine_of(name, times=None, **settings_of(name))
-    for seed, blocks in enumerate(found):
+    for seed, blocks in enumerate(actual):
         with opened(lone, seed, **extra) as session:
             for block in blocks:
                 if seed == 1 and block.index == shown:
                     session.prompt(embeds=PROMPTS[2])
-                (wanted,) = session.stream(1, decode)
-                assert wanted.index == block.index and wanted.record.batch == 1
-                assert (block.latents - wanted.latents).abs().max() <= 1e-9
-                assert not decode or abs(block.frames.astype(int) - wanted.frames).max() <= 1
+                (expected,) = session.stream(1, decode)
+                assert expected.index == block.index and expected.record.batch == 1
+                assert (block.latents - expected.latents).abs().max() <= 1e-9
+                assert not decode or abs(block.frames.astype(int) - expected.frames).max() <= 1
     assert engine.metrics()["counters"]["blocks_in_batches"] == sum(size > 1 for size in sizes)
 
 
@@ -102,14 +103,14 @@ def test_pages_of_fewer_bits_float32_and_actions(settings, bound):
     sessions = [opened(engine, seed) for seed in range(2)]
     if engine.spec.actions:
         sessions[1].act("left")
-    found = list(zip(*(session.stream(4, decode=False) for session in sessions), strict=True))
-    assert sum(block.record.batch == 2 for row in found for block in row) >= 6
+    blocks = list(zip(*(session.stream(4, decode=False) for session in sessions), strict=True))
+    assert sum(block.record.batch == 2 for row in blocks for block in row) >= 6
     for seed in range(2):
         with opened(lone, seed) as session:
             if seed and engine.spec.actions:
                 session.act("left")
-            for row, wanted in zip(found, session.stream(4, decode=False), strict=True):
-                off = (row[seed].latents - wanted.latents).abs().max() / wanted.latents.abs().max()
+            for row, expected in zip(blocks, session.stream(4, decode=False), strict=True):
+                off = (row[seed].latents - expected.latents).abs().max() / expected.latents.abs().max()
                 assert off <= bound
 
 
@@ -120,12 +121,12 @@ def test_forked_and_rewound_sessions_go_on_in_a_batch():
     past = list(session.stream(2, decode=False))
     twin = session.fork()
     twin.prompt(embeds=PROMPTS[1])
-    found = list(zip(session.stream(3, decode=False), twin.stream(3, decode=False), strict=True))
-    assert [row[0].record.batch for row in found] == [1, 2, 2]
+    blocks = list(zip(session.stream(3, decode=False), twin.stream(3, decode=False), strict=True))
+    assert [row[0].record.batch for row in blocks] == [1, 2, 2]
     engine.check_integrity()
     twin.rewind(4)
     (again,) = twin.stream(1, decode=False)
-    assert (again.latents - found[2][1].latents).abs().max() <= 1e-9
+    assert (again.latents - blocks[2][1].latents).abs().max() <= 1e-9
     engine.check_integrity()
     lone = engine_of(times=None)
     for column, prompt in enumerate((None, PROMPTS[1])):
@@ -133,8 +134,8 @@ def test_forked_and_rewound_sessions_go_on_in_a_batch():
             assert all(torch.equal(a.latents, b.latents) for a, b in zip(past, other.stream(2, False), strict=True))
             if prompt is not None:
                 other.prompt(embeds=prompt)
-            for row, wanted in zip(found, other.stream(3, decode=False), strict=True):
-                assert (row[column].latents - wanted.latents).abs().max() <= 1e-9
+            for row, expected in zip(blocks, other.stream(3, decode=False), strict=True):
+                assert (row[column].latents - expected.latents).abs().max() <= 1e-9
 
 
 # Ends
@@ -172,7 +173,7 @@ def reader_is_gone(engine, session):
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (not_a_number, "is not finite"),
         (no_pages, "pages of KV memory are needed"),
@@ -180,26 +181,26 @@ def reader_is_gone(engine, session):
         (reader_is_gone, "nobody took its blocks"),
     ],
 )
-def test_a_session_that_fails_in_a_batch_ends_alone(harm, said):
+def test_a_session_that_fails_in_a_batch_ends_alone(harm, message):
     """The other two go on, within 1e-9 of each alone, and every page that the third had is free again."""
     engine = engine_of(limits=Limits(consumer_timeout=1e5))
     sessions = [opened(engine, seed) for seed in range(3)]
     streams = [session.stream(5, decode=False) for session in sessions]
-    found = [[next(stream) for stream in streams] for _ in range(2)]
+    actual = [[next(stream) for stream in streams] for _ in range(2)]
     harm(engine, sessions[1])
-    with pytest.raises(InferixError, match=said):
+    with pytest.raises(InferixError, match=message):
         while True:
-            found.append([next(streams[0]), None, next(streams[2])])
+            actual.append([next(streams[0]), None, next(streams[2])])
             next(streams[1])
-    found += ([a, None, b] for a, b in zip(streams[0], streams[2], strict=True))
+    actual += ([a, None, b] for a, b in zip(streams[0], streams[2], strict=True))
     assert sessions[1].state is State.FAILED and sessions[0].state is sessions[2].state is State.RUNNING
     engine.check_integrity()
-    assert {block.record.batch for row in found for block in row if block} >= {2, 3}
+    assert {block.record.batch for row in actual for block in row if block} >= {2, 3}
     lone = engine_of(times=None)
     for seed in (0, 2):
         with opened(lone, seed) as session:
-            for row, wanted in zip(found, session.stream(5, decode=False), strict=True):
-                assert (row[seed].latents - wanted.latents).abs().max() <= 1e-9
+            for row, expected in zip(actual, session.stream(5, decode=False), strict=True):
+                assert (row[seed].latents - expected.latents).abs().max() <= 1e-9
     for session in sessions:
         session.close()
     assert engine.manager.pages_in_use == 0 and engine.metrics()["counters"]["sessions_failed"] == 1
@@ -209,7 +210,7 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
     engine = engine_of()
     sessions = [opened(engine, seed) for seed in range(3)]
     streams = [session.stream(5, decode=False) for session in sessions]
-    found = [[next(stream)] for stream in streams]
+    actual = [[next(stream)] for stream in streams]
     place, failed = sessions[1].current.branches[0].cache._layout, []
 
     def failing(run):
@@ -221,20 +222,20 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
     sessions[1].current.branches[0].cache._layout = failing
     with pytest.raises(OutOfPages):
         for _ in range(4):
-            for blocks, stream in zip(found, streams, strict=True):
+            for blocks, stream in zip(actual, streams, strict=True):
                 blocks.append(next(stream))
     engine.check_integrity()
     assert len(failed) == 2 and all(session.state is State.RUNNING for session in sessions)
-    streams[1] = sessions[1].stream(5 - len(found[1]), decode=False)
-    for blocks, stream in zip(found, streams, strict=True):
+    streams[1] = sessions[1].stream(5 - len(actual[1]), decode=False)
+    for blocks, stream in zip(actual, streams, strict=True):
         blocks.extend(stream)
     counters = engine.metrics()["counters"]
     assert counters["blocks_rolled_back"] == 1 and "batches_split" not in counters
     lone = engine_of(times=None)
-    for seed, blocks in enumerate(found):
+    for seed, blocks in enumerate(actual):
         with opened(lone, seed) as session:
-            for block, wanted in zip(blocks, session.stream(5, decode=False), strict=True):
-                assert (block.latents - wanted.latents).abs().max() <= 1e-9
+            for block, expected in zip(blocks, session.stream(5, decode=False), strict=True):
+                assert (block.latents - expected.latents).abs().max() <= 1e-9
 
 
 def test_a_batch_that_does_not_fit_is_run_in_turns_and_not_tried_again():
@@ -250,17 +251,17 @@ def test_a_batch_that_does_not_fit_is_run_in_turns_and_not_tried_again():
     engine.executor.forward = failing
     streams = [opened(engine, seed).stream(4, decode=False) for seed in range(3)]
     with pytest.warns(UserWarning, match=r"\b3\b.*CUDA out of memory"):
-        found = [[next(stream) for stream in streams] for _ in range(2)]
+        actual = [[next(stream) for stream in streams] for _ in range(2)]
     tried = len(sizes)
-    found += [[next(stream) for stream in streams] for _ in range(2)]
+    actual += [[next(stream) for stream in streams] for _ in range(2)]
     assert 3 in sizes[:tried] and 2 in sizes[tried:] and max(sizes[tried:]) == 2
     assert engine.metrics()["counters"]["batches_split"] >= 1
     engine.check_integrity()
     lone = engine_of(times=None)
     for seed in range(3):
         with opened(lone, seed) as session:
-            for row, wanted in zip(found, session.stream(4, decode=False), strict=True):
-                assert (row[seed].latents - wanted.latents).abs().max() <= 1e-9
+            for row, expected in zip(actual, session.stream(4, decode=False), strict=True):
+                assert (row[seed].latents - expected.latents).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt, State.RUNNING), (ZeroDivisionError, State.FAILED)])
@@ -275,12 +276,12 @@ def test_an_interrupted_batch_is_taken_back_and_an_error_ends_all_that_are_in_it
         raise error
 
     engine.executor.forward = interrupted
-    with pytest.raises(error) as held:
+    with pytest.raises(error) as raised:
         for _ in range(2):
             for stream, indices in zip(streams, taken, strict=True):
                 indices.append(next(stream).index)
     engine.executor.forward = forward
-    assert [session.state for session in sessions] == [state, state, State.NEW], held.value
+    assert [session.state for session in sessions] == [state, state, State.NEW], raised.value
     engine.check_integrity()
     if state is State.RUNNING:
         for session, indices in zip(sessions[:2], taken, strict=True):
@@ -305,13 +306,13 @@ def test_an_interrupted_batch_is_taken_back_and_an_error_ends_all_that_are_in_it
 def test_sessions_take_turns_where_a_batch_is_not_faster(given):
     """And then they are, bit for bit, as each alone."""
     engine, lone = engine_of(**given), engine_of(times=None)
-    found = list(zip(*(opened(engine, seed).stream(3, decode=False) for seed in range(3)), strict=True))
-    assert {block.record.batch for row in found for block in row} == {1}
+    blocks = list(zip(*(opened(engine, seed).stream(3, decode=False) for seed in range(3)), strict=True))
+    assert {block.record.batch for row in blocks for block in row} == {1}
     assert engine.metrics()["counters"]["blocks_in_batches"] == 0
     for seed in range(3):
         with opened(lone, seed) as session:
-            for row, wanted in zip(found, session.stream(3, decode=False), strict=True):
-                assert torch.equal(row[seed].latents, wanted.latents)
+            for row, expected in zip(blocks, session.stream(3, decode=False), strict=True):
+                assert torch.equal(row[seed].latents, expected.latents)
 
 
 def test_only_blocks_that_match_run_as_one():
@@ -324,10 +325,10 @@ def test_only_blocks_that_match_run_as_one():
         *(engine.open(prompt_embeds=ROWS, size=(32, 48), seed=seed) for seed in range(2)),
     ]  # fmt: skip
     for session in sessions:
-        engine.manager.submit_demand(session, Demand(2, decode=False))
-    turns = [sorted(session.id for session in engine.step()) for _ in range(6)]
-    assert turns[:3] == [[1, 2], [3], [4, 5]]
-    assert turns[3:] == [[1, 2, 3], [4, 5], []]
+        engine.manager.delivery.submit_demand(session, Demand(2, decode=False))
+    steps = [sorted(sessions.index(session) for session in engine.step()) for _ in range(6)]
+    assert steps[:3] == [[0, 1], [2], [3, 4]]
+    assert steps[3:] == [[0, 1, 2], [3, 4], []]
     engine.check_integrity()
 
 
@@ -338,50 +339,50 @@ def test_images_held_as_the_first_frame_make_passes_of_two_parts():
     engine, lone = engine_of("longlive2", **settings), engine_of("longlive2", times=None, **settings)
     sessions = [opened(engine, seed, image=images[seed]) for seed in range(2)]
     for session in sessions:
-        engine.manager.submit_demand(session, Demand(2, decode=False))
+        engine.manager.delivery.submit_demand(session, Demand(2, decode=False))
     assert [len(engine.step()) for _ in range(3)] == [2, 2, 0]
     for seed, session in enumerate(sessions):
         with opened(lone, seed, image=images[seed]) as other:
-            for wanted in other.stream(2, decode=False):
-                assert (session.output.take().latents - wanted.latents).abs().max() <= 1e-9
+            for expected in other.stream(2, decode=False):
+                assert (session.output.take().latents - expected.latents).abs().max() <= 1e-9
 
 
 def test_int8_pages_of_a_budget_are_not_bound_at_a_time():
     """Their staging buffer is sized for one session."""
     for budget, sizes in ((None, {1, 2}), (10**6, {1})):
         engine = engine_of(dtype="float32", kv_dtype="int8", kv_memory=budget)
-        found = list(zip(*(opened(engine, seed).stream(3, decode=False) for seed in range(2)), strict=True))
-        assert {block.record.batch for row in found for block in row} == sizes
+        blocks = list(zip(*(opened(engine, seed).stream(3, decode=False) for seed in range(2)), strict=True))
+        assert {block.record.batch for row in blocks for block in row} == sizes
 
 
-def scheduler(admitted, times=FASTER, **limits):
-    found = Scheduler(Limits(**limits), batch_profiles={"small": times})
-    for session in range(1, admitted + 1):
-        found.join(session, SchedulerEntry(MemoryNeed(), "small", 1.0))
-    return found
+def new_scheduler(admitted, times=FASTER, **limits):
+    scheduler = Scheduler(Limits(**limits), batch_profiles={"small": times})
+    for session in IDS[:admitted]:
+        scheduler.join(session, SchedulerEntry(MemoryNeed(), "small", 1.0))
+    return scheduler
 
 
 def test_as_many_as_measured_times_say_and_the_most_urgent_first():
-    found = scheduler(6)
-    assert found.pick([1, 2, 3, 4, 5, 6], [], 0.0) == 1
-    assert found.pick_batch(1, [2, 3, 4, 5, 6], 0.0) == [1, 2, 3, 4]
-    assert found.pick([1, 2, 3, 4, 5, 6], [], 0.0) == 5
-    assert found.pick_batch(5, [1, 2, 3, 4, 6], 0.0) == [5, 6, 1, 2]
-    assert found.pick_batch(3, [], 0.0) == [3]
-    assert scheduler(3, SLOWER).pick_batch(1, [2, 3], 0.0) == [1]
-    assert scheduler(3, BatchProfile({1: 1.0, 2: 2.0})).pick_batch(1, [2, 3], 0.0) == [1]
-    assert scheduler(5, BatchProfile({1: 1.0, 4: 2.0})).pick_batch(1, [2, 3], 0.0) == [1]
-    assert scheduler(6, batch=2).pick_batch(1, [2, 3, 4], 0.0) == [1, 2]
-    found.batch_room = 3
-    assert found.pick_batch(1, [2, 3, 4, 5, 6], 0.0) == [1, 3, 4]
+    scheduler = new_scheduler(6)
+    assert scheduler.pick([A, B, C, D, E, F], [], 0.0) == A
+    assert scheduler.pick_batch(A, [B, C, D, E, F], 0.0) == [A, B, C, D]
+    assert scheduler.pick([A, B, C, D, E, F], [], 0.0) == E
+    assert scheduler.pick_batch(E, [A, B, C, D, F], 0.0) == [E, F, A, B]
+    assert scheduler.pick_batch(C, [], 0.0) == [C]
+    assert new_scheduler(3, SLOWER).pick_batch(A, [B, C], 0.0) == [A]
+    assert new_scheduler(3, BatchProfile({1: 1.0, 2: 2.0})).pick_batch(A, [B, C], 0.0) == [A]
+    assert new_scheduler(5, BatchProfile({1: 1.0, 4: 2.0})).pick_batch(A, [B, C], 0.0) == [A]
+    assert new_scheduler(6, batch=2).pick_batch(A, [B, C, D], 0.0) == [A, B]
+    scheduler.batch_room = 3
+    assert scheduler.pick_batch(A, [B, C, D, E, F], 0.0) == [A, C, D]
 
 
 def test_a_batch_makes_no_session_late_that_is_in_time_alone():
-    found = scheduler(4, realtime=True)
-    found.admitted[1].due = 11.7
-    assert found.pick_batch(1, [2, 3, 4], 10.0) == [1, 2]
-    assert found.pick_batch(1, [2, 3, 4], 10.5) == [1]
-    assert found.pick_batch(1, [2, 3, 4], 11.0) == [1, 3, 4, 2]  # it is late in any case
+    scheduler = new_scheduler(4, realtime=True)
+    scheduler.admitted[A].due = 11.7
+    assert scheduler.pick_batch(A, [B, C, D], 10.0) == [A, B]
+    assert scheduler.pick_batch(A, [B, C, D], 10.5) == [A]
+    assert scheduler.pick_batch(A, [B, C, D], 11.0) == [A, C, D, B]  # it is late in any case
 
 
 def test_a_batch_counts_for_its_share_of_real_time():
@@ -447,33 +448,33 @@ def test_a_soak_of_300_blocks_in_batches():
     engine, rng = engine_of("self-forcing-framewise", **settings), random.Random(1)
     sessions = [opened(engine, seed) for seed in range(6)]
     streams = [session.stream(50, decode=False) for session in sessions]
-    told = [{} for _ in sessions]
-    found = [[] for _ in sessions]
+    sent = [{} for _ in sessions]
+    actual = [[] for _ in sessions]
     for made in range(50):
         for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
             if rng.random() < 0.1:
                 session.prompt(embeds=rng.choice(PROMPTS))
-                told[place].setdefault(session.next_block, []).append(session.controls.waiting[-1])
+                sent[place].setdefault(session.next_block, []).append(session.controls.waiting[-1])
             elif rng.random() < 0.1:
                 session.act(rng.choice(("stay", "left")))
-                told[place].setdefault(session.next_block, []).append(session.controls.waiting[-1])
+                sent[place].setdefault(session.next_block, []).append(session.controls.waiting[-1])
             elif rng.random() < 0.05:
                 session.pause()
                 session.resume()
-            found[place].append(next(stream))
+            actual[place].append(next(stream))
         if made % 10 == 0:
             engine.check_integrity()
-    sizes = [block.record.batch for blocks in found for block in blocks]
+    sizes = [block.record.batch for blocks in actual for block in blocks]
     assert len(sizes) == 300 and set(sizes) > {1, 2, 3}
     for session in sessions:
         session.close()
     engine.check_integrity()
     assert engine.manager.pages_in_use == 0 and not engine.manager.scheduler.admitted
     lone = engine_of("self-forcing-framewise", times=None, **settings)
-    for seed, blocks in enumerate(found):
+    for seed, blocks in enumerate(actual):
         with opened(lone, seed) as session:
             for block in blocks:
-                for control in told[seed].get(block.index, ()):
+                for control in sent[seed].get(block.index, ()):
                     session.controls.put(control.kind, control.value)
-                (wanted,) = session.stream(1, decode=False)
-                assert (block.latents - wanted.latents).abs().max() <= 1e-9, (seed, block.index)
+                (expected,) = session.stream(1, decode=False)
+                assert (block.latents - expected.latents).abs().max() <= 1e-9, (seed, block.index)

@@ -10,9 +10,8 @@ import torch
 
 from inferix.graphs.lowered import Lowered, lower_block
 from inferix.graphs.rewrites import chosen
-from inferix.models.wan.spec import MODELS
+from inferix.models.registry import MODELS, make_preset
 from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
-from inferix.schemes.presets import make_preset
 
 LAYERS = 3  # scratch is that of one layer, so it does not grow with their number
 SPEC = dataclasses.replace(MODELS["wan-1.3b"], num_layers=LAYERS)
@@ -30,8 +29,8 @@ def lowered() -> Lowered:
 def test_scratch_is_at_most_1_3_times_what_is_alive_together(lowered: Lowered) -> None:
     plan = lowered.body.plan
     assert plan.size <= 1.3 * plan.live
-    held = plan.at(plan.peak)
-    assert held[0].size == HIDDEN  # the widest activation of a feed-forward network holds the peak
+    alive = plan.at(plan.peak)
+    assert alive[0].size == HIDDEN  # the widest activation of a feed-forward network holds the peak
     assert plan.size < 1.5 * HIDDEN
     assert f"arena {plan.size} bytes" in plan.text(lowered.body.program)
 

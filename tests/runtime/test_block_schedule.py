@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from itertools import islice
 
 import numpy as np
@@ -12,6 +11,7 @@ from oracles import ROWS, SIZE, make_engine
 
 from inferix.graphs.passes import Group, Pass
 from inferix.graphs.types import Runs
+from inferix.models.registry import PRESETS, make_preset
 from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.programs.block_plan import plan_block
 from inferix.runtime.sampler import Sampler, scheduled_blocks
@@ -25,7 +25,7 @@ from inferix.schemes.block_schedule import (
     window_of,
 )
 from inferix.schemes.page_needs import window
-from inferix.schemes.presets import PRESETS, Preset, make_preset
+from inferix.schemes.presets import Preset
 from inferix.schemes.timeline import Timeline
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
@@ -154,8 +154,7 @@ def test_the_schedule_is_a_plain_loop_over_the_timeline(name: str, overrides: di
 
 def test_blocks_join_once_the_newest_has_taken_its_share_of_the_steps() -> None:
     """With two blocks in flight and four steps each, a block joins every second step."""
-    preset = copy(make_preset("self-forcing"))
-    object.__setattr__(preset, "window_blocks", 2)  # a preset admits only one block a step so far
+    preset = make_preset("self-forcing", window_blocks=2)
     first, second, third = islice(scheduled_blocks(preset), 3)
 
     def steps(passes: tuple[ScheduledPass, ...]) -> list[tuple[int, ...]]:
@@ -163,6 +162,9 @@ def test_blocks_join_once_the_newest_has_taken_its_share_of_the_steps() -> None:
 
     assert steps(first.passes) == [(0,), (1,), (2, 0), (3, 1)]
     assert steps(second.passes) == steps(third.passes) == [(2, 0), (3, 1)]
+    planned = [(one.name, one.tables, one.latents, one.steps) for one in plan_block(preset)]
+    flight = ("latents.0", "latents.1")
+    assert planned[:2] == [("denoise 0", "joint", flight, (2, 0)), ("denoise 1", "joint", flight, (3, 1))]
     assert [span.index for span in second.passes[0].blocks] == [1, 2]
 
 

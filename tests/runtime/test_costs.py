@@ -14,24 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from inferix.graphs.passes import Group, Pass
 from inferix.graphs.rewrites.lowp import PrecisionMap
 from inferix.kernels.linear_lowp import pack
+from inferix.models.registry import MODELS
 from inferix.models.text.spec import UMT5_XXL, tiny_text
-from inferix.models.wan.spec import MODELS
-from inferix.models.wan.taehv import TAEW21, TAEW22, TinyDecoder, TinySpec
+from inferix.models.wan.taehv import TinyDecoder
 from inferix.models.wan.transformer import WanTransformer
-from inferix.models.wan.vae import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, CausalVae
+from inferix.models.wan.vae import CausalVae
+from inferix.models.wan.vae_spec import TAEW21, TAEW22, TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, TinySpec
 from inferix.runtime.capacity.costs import (
     cross_bytes,
-    decode_flops,
-    decode_scratch,
-    decoder_parameters,
     decoder_state_bytes,
-    encode_flops,
     packing_saves,
     page_bytes,
     pass_flops,
     pass_scratch,
     prompt_flops,
-    text_parameters,
     token_layers,
     transformer_parameters,
 )
@@ -73,12 +69,12 @@ def one_group(frames, context):
 
 
 class Live(TorchDispatchMode):
-    """Follows the bytes of storages that are alive, `held` ones from the start; `peak` is the most beyond those."""
+    """Follows the bytes of storages that are alive, `tensors` from the start; `peak` is the most beyond those."""
 
-    def __init__(self, *held):
+    def __init__(self, *tensors):
         super().__init__()
         self.sizes, self.now = {}, 0
-        for tensor in held:
+        for tensor in tensors:
             self.note(tensor)
         self.before = self.most = self.now
 
@@ -112,7 +108,7 @@ def test_parameters_of_every_model(name):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_parameters_of_every_decoder(name):
-    assert decoder_parameters(DECODERS[name]) == count(decoder(DECODERS[name]))
+    assert DECODERS[name].parameters == count(decoder(DECODERS[name]))
 
 
 @pytest.mark.parametrize("spec", [UMT5_XXL, tiny_text(64)], ids=["xxl", "tiny"])
@@ -125,7 +121,7 @@ def test_parameters_of_the_text_encoders(spec):
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     with torch.device("meta"):
-        assert text_parameters(spec) == count(UMT5EncoderModel(config))
+        assert spec.parameters == count(UMT5EncoderModel(config))
 
 
 @pytest.mark.parametrize(
@@ -156,16 +152,16 @@ def test_decoding_at_full_size(name):
     state = module.new_state()
     frames = torch.empty(3, spec.z_dim, *latent, device="meta", dtype=torch.bfloat16)
     for first in (True, False):
-        assert counted(module.decode, frames[:1], state) == decode_flops(spec, latent, first)
+        assert counted(module.decode, frames[:1], state) == spec.decode_flops(latent, first)
     assert state.nbytes == decoder_state_bytes(spec, latent, "bfloat16")
     with Live(frames, *module.parameters(), *state.history.values()) as live:
         module.decode(frames, state)
-    assert live.peak <= decode_scratch(spec, latent, 3, "bfloat16") <= 1.2 * live.peak
+    assert live.peak <= spec.scratch_bytes(latent, 3, 2) <= 1.2 * live.peak
     if name == "2.1":
         assert round(state.nbytes / 2**20) == 1801
-        assert [round(decode_flops(spec, latent, first) / 1e12, 2) for first in (True, False)] == [4.35, 13.55]
+        assert [round(spec.decode_flops(latent, first) / 1e12, 2) for first in (True, False)] == [4.35, 13.55]
     if name == "taehv-2.1":
-        assert round(3 * decode_flops(spec, latent) / 1e12, 2) == 1.63
+        assert round(3 * spec.decode_flops(latent) / 1e12, 2) == 1.63
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -174,7 +170,7 @@ def test_encoding_a_picture(name):
     spec, latent = VAES[name], (6, 4)
     module = decoder(spec)
     picture = torch.empty(1, 3, *(side * spec.spatial_stride for side in latent), device="meta", dtype=torch.bfloat16)
-    assert counted(module.encode, picture, module.new_state()) == encode_flops(spec, latent)
+    assert counted(module.encode, picture, module.new_state()) == spec.encode_flops(latent)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -183,8 +179,8 @@ def test_a_page_is_a_frame_of_the_cache(dtype):
     cache = ContiguousCache(spec, (3, 5), False, torch.float64, kind, torch.device("cpu"))
     cache.set_window((0, 1))
     assert cache.nbytes == 2 * page_bytes(spec, 15, dtype)
-    for name, kept in ((dtype, kind), *KV_DTYPES.items()):
-        assert PageForm(spec, (3, 5), kind, kept).nbytes == page_bytes(spec, 15, name)
+    for name, kv_dtype in ((dtype, kind), *KV_DTYPES.items()):
+        assert PageForm(spec, (3, 5), kind, kv_dtype).nbytes == page_bytes(spec, 15, name)
 
 
 def test_published_figures():
@@ -235,7 +231,7 @@ class Opaque:
 @torch.no_grad()
 def test_scratch_of_a_pass(name, monkeypatch):
     """Never less than what a pass takes, with the rotation in float64 and without any."""
-    monkeypatch.setattr("inferix.models.wan.transformer.attention", lambda q, k, v: torch.empty_like(q))
+    monkeypatch.setattr("inferix.models.transformer.attention", lambda q, k, v: torch.empty_like(q))
     monkeypatch.setattr("inferix.runtime.kv.contiguous_cache.attention", lambda q, k, v: torch.empty_like(q))
     spec = MODELS[name]
     height, width = spec.latent_size(spec.default_size)
@@ -249,10 +245,10 @@ def test_scratch_of_a_pass(name, monkeypatch):
     cache = ContiguousCache(spec, grid, False, torch.float64, torch.bfloat16, torch.device("meta"))
     cache.set_window(tuple(range(6)))
     pairs = [tensor for pair in text.text for tensor in pair]
-    held = (latents, times, *model.parameters(), *pairs, *cache.keys, *cache.values)
+    tensors = (latents, times, *model.parameters(), *pairs, *cache.keys, *cache.values)
     peaks = []
     for kv in (Opaque(), cache.bind(one_group(frames, 6))):
-        with Live(*held) as live:
+        with Live(*tensors) as live:
             model(latents, times, text, kv)
         peaks.append(live.peak)
     most = pass_scratch(spec, tokens, frames, "bfloat16")
@@ -276,9 +272,9 @@ def test_layers_that_run_on_every_token_and_what_packing_them_saves(name):
     called.clear()
     latents = torch.zeros(1, frames, spec.in_channels, *spec.latent_size((32, 32)))
     model(latents, torch.zeros(1, frames), text, values, actions)
-    found = [(layer, *sizes) for layer, rows, *sizes in called if rows == frames * tokens]
-    assert sorted(found) == sorted(token_layers(spec))
+    actual = [(layer, *sizes) for layer, rows, *sizes in called if rows == frames * tokens]
+    assert sorted(actual) == sorted(token_layers(spec))
     precision = PrecisionMap("fp8", ("*",), keep=("blocks.0.*",))
-    kept = {layer: model.get_submodule(layer).weight for layer, *_ in found if precision.has(layer)}
-    saved = sum(weight.nbytes - sum(part.nbytes for part in pack(weight, torch.int8)) for weight in kept.values())
+    packed = {layer: model.get_submodule(layer).weight for layer, *_ in actual if precision.has(layer)}
+    saved = sum(weight.nbytes - sum(part.nbytes for part in pack(weight, torch.int8)) for weight in packed.values())
     assert packing_saves(spec, "float32", precision) == saved

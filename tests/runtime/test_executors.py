@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from inferix.errors import UsageError
 from inferix.export.checkpoint import random_lora
 from inferix.graphs.lowered import lower_block, with_pages
+from inferix.models.registry import PRESETS
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.programs.warmup import graph_keys
-from inferix.schemes.presets import PRESETS
 
 OTHER = ROWS.flip(0) * 1.5
 TOLERANCE = 1e-9  # float64; no rewrite: the same ops in the same order, so in fact equal
@@ -47,16 +47,16 @@ def stream(engine: Engine, blocks: int = 5, **given: object) -> torch.Tensor:
     if engine.preset.sampler.guidance_scale != 1:
         given["negative_embeds"] = OTHER
     with engine.open(prompt_embeds=ROWS.to(engine.dtype), size=SIZE, **given) as session:
-        found = [block.latents for block in session.stream(2, decode=False)]
+        actual = [block.latents for block in session.stream(2, decode=False)]
         session.prompt(embeds=OTHER.to(engine.dtype))
-        return torch.cat(found + [block.latents for block in session.stream(blocks - 2, decode=False)])
+        return torch.cat(actual + [block.latents for block in session.stream(blocks - 2, decode=False)])
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_fused_equals_eager(preset: str) -> None:
     eager, fused = (make_engine(preset, executor=name, **SMALL[preset]) for name in ("eager", "fused"))
-    wanted, found = stream(eager), stream(fused)
-    assert (found - wanted).abs().max() <= TOLERANCE
+    expected, actual = stream(eager), stream(fused)
+    assert (actual - expected).abs().max() <= TOLERANCE
     assert fused.executor.supports_whole_block == (preset not in PASSWISE)
     assert any(key.whole for key in fused.executor.loaded) == (preset not in PASSWISE)
     assert set(fused.executor.loaded) <= set(graph_keys(fused.spec, fused.preset, SIZE))
@@ -69,11 +69,11 @@ def test_graphs_over_pages_in_fewer_bits(preset: str, kind: str) -> None:
     """Read as they lie, or through the buffer, a rotated sink; pass by pass too. Not what pages of all bits give."""
     backend = FakeGraphs()
     settings = {**SMALL[preset], "kv_dtype": kind} | ({"local_attn_size": 6} if preset == "self-forcing" else {})
-    wanted, engine = stream(make_engine(preset, **settings)), captured_engine(backend, preset, **settings)
-    assert (stream(engine) - wanted).abs().max() <= TOLERANCE
+    expected, engine = stream(make_engine(preset, **settings)), captured_engine(backend, preset, **settings)
+    assert (stream(engine) - expected).abs().max() <= TOLERANCE
     assert backend.captures == len(engine.executor.loaded)
     settings.pop("kv_dtype")
-    assert (stream(make_engine(preset, **settings)) - wanted).abs().max() > 1e-4
+    assert (stream(make_engine(preset, **settings)) - expected).abs().max() > 1e-4
     asked = graph_keys(engine.spec, engine.preset, SIZE, staged=True)
     assert {dataclasses.replace(key, pages=0) for key in engine.executor.loaded} <= {
         dataclasses.replace(key, pages=0) for key in asked
@@ -82,15 +82,15 @@ def test_graphs_over_pages_in_fewer_bits(preset: str, kind: str) -> None:
 
 def test_a_difference_between_executors_is_seen() -> None:
     fused = make_engine(executor="fused", local_attn_size=6)
-    wanted = stream(make_engine(local_attn_size=6))
+    expected = stream(make_engine(local_attn_size=6))
     with torch.no_grad():
         fused.parts.transformer.blocks[0].ffn.down.bias[0] += 1e-6
-    assert (stream(fused) - wanted).abs().max() > TOLERANCE
+    assert (stream(fused) - expected).abs().max() > TOLERANCE
 
 
 def test_float32_agrees_to_rounding() -> None:
-    wanted, found = (stream(make_engine(dtype="float32", executor=name)) for name in ("eager", "fused"))
-    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    expected, actual = (stream(make_engine(dtype="float32", executor=name)) for name in ("eager", "fused"))
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> None:
@@ -101,12 +101,12 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
         ("self-forcing", {}, {"noise": noise}, 0),
         ("self-forcing", {}, {"video": np.repeat(image[None], 9, 0), "strength": 0.6}, 0),
     ):
-        wanted, found = [], []
-        for name, latents in (("eager", wanted), ("fused", found)):
+        expected, actual = [], []
+        for name, latents in (("eager", expected), ("fused", actual)):
             engine = make_engine(preset, executor=name, **overrides)
             with engine.open(prompt_embeds=ROWS, size=SIZE, **given) as session:
                 latents += [block.latents for block in session.stream(1 + wholes, decode=False)]
-        assert (torch.cat(found) - torch.cat(wanted)).abs().max() <= TOLERANCE
+        assert (torch.cat(actual) - torch.cat(expected)).abs().max() <= TOLERANCE
         assert sum(key.whole for key in engine.executor.loaded) == wholes
         if preset == "longlive2":  # the held frame and the other one are two groups; their commit is one
             assert {key.parts for key in engine.executor.loaded if not key.whole} == {((2, 1),), ((1, 2),)}
@@ -114,10 +114,10 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 48), (32, 16)])
 def test_pictures_one_patch_wide_or_high(size: tuple[int, int]) -> None:
-    wanted, found = (
+    expected, actual = (
         first_block(make_engine(executor=name, dtype="float32"), size) for name in ("eager", "fused")
     )
-    assert (found - wanted).abs().max() <= 1e-4
+    assert (actual - expected).abs().max() <= 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +138,16 @@ def test_linear_layers_in_low_precision(kind: str, most: float, plain: torch.Ten
             make_engine(dtype="float32", executor=name, local_attn_size=6, lowp=kind, **settings)
             for name in ("eager", "fused")
         )
-        found = stream(fused, 3)
+        actual = stream(fused, 3)
         (body,) = [loaded.lowered.body.program for loaded in fused.executor.loaded.values()]
         assert sum("linear_lowp" in call.op.name() for call in body.calls) == launched
-        assert off(found, plain) == pytest.approx(off(stream(eager, 3), plain), rel=0.1)
-        return off(found, plain)
+        assert off(actual, plain) == pytest.approx(off(stream(eager, 3), plain), rel=0.1)
+        return off(actual, plain)
 
     layers, passes = TINY.num_layers, 5
     every = share(6 * layers * passes - 5)  # q, k and v are one; the last layer of the commit has no more
-    kept = share(6 * (layers - 1) * passes - 5, lowp_keep=("blocks.0.*",))
-    assert 0 < kept < every < most
+    all_but_first = share(6 * (layers - 1) * passes - 5, lowp_keep=("blocks.0.*",))
+    assert 0 < all_but_first < every < most
     share(6 * layers * passes - 5, kv_dtype="fp8")
 
 
@@ -157,11 +157,11 @@ def test_packed_layers_in_graphs_are_those_of_plain_modules(kind: str) -> None:
     settings: dict[str, object] = {"dtype": "float32", "denoising_step_list": (1000,)}
     full = first_block(make_engine(**settings))
     for layers in (("blocks.*",), ("*",), ("blocks.*.self_attn.*", "*.up")):
-        wanted, found = (
+        expected, actual = (
             first_block(make_engine(executor=name, lowp=kind, lowp_layers=layers, **settings))
             for name in ("eager", "fused")
         )
-        assert off(found, wanted) < 0.1 * off(wanted, full)
+        assert off(actual, expected) < 0.1 * off(expected, full)
 
 
 def first_block(engine: Engine, size: tuple[int, int] = SIZE) -> torch.Tensor:
@@ -170,8 +170,8 @@ def first_block(engine: Engine, size: tuple[int, int] = SIZE) -> torch.Tensor:
     return block.latents
 
 
-def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+def off(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def test_packed_layers_follow_weights_and_leave_the_model_alone() -> None:
@@ -193,26 +193,26 @@ def captured_engine(backend: FakeGraphs, preset: str = "self-forcing", **overrid
     return remade(engine, GraphExecutor(engine.config, engine.preset, engine.parts, backend))
 
 
-@pytest.mark.parametrize("kept", [None, "fp8"])
-def test_pages_that_grow_are_followed_without_a_trace_and_the_old_ones_are_let_go(kept: str | None) -> None:
-    engine = make_engine(dtype="float32", executor="fused", local_attn_size=6, kv_dtype=kept)
+@pytest.mark.parametrize("kv_dtype", [None, "fp8"])
+def test_pages_that_grow_are_followed_without_a_trace_and_the_old_ones_are_let_go(kv_dtype: str | None) -> None:
+    engine = make_engine(dtype="float32", executor="fused", local_attn_size=6, kv_dtype=kv_dtype)
     backend = FakeGraphs()
     engine = remade(engine, GraphExecutor(engine.config, engine.preset, engine.parts, backend))
     first = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
-    found = [block.latents for block in first.stream(2, decode=False)]
+    actual = [block.latents for block in first.stream(2, decode=False)]
     (store,) = engine.kv_manager.stores.values()
     pages, old = store.kv[0].shape[1], [weakref.ref(kv) for kv in store.kv]
     second = engine.open(prompt_embeds=OTHER.float(), size=SIZE)
     list(second.stream(1, decode=False))
-    found += [block.latents for block in first.stream(2, decode=False)]
+    actual += [block.latents for block in first.stream(2, decode=False)]
     assert store.kv[0].shape[1] > pages and (engine.executor.traces, backend.captures) == (1, 2)
     assert {key.pages for key in engine.executor.loaded} == {store.kv[0].shape[1]}
     gc.collect()
     assert not any(kv() is not None for kv in old)
-    plain = make_engine(dtype="float32", local_attn_size=6, kv_dtype=kept)
+    plain = make_engine(dtype="float32", local_attn_size=6, kv_dtype=kv_dtype)
     with plain.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
-        wanted = torch.cat([block.latents for block in session.stream(4, decode=False)])
-    assert off(torch.cat(found), wanted) < 1e-3
+        expected = torch.cat([block.latents for block in session.stream(4, decode=False)])
+    assert off(torch.cat(actual), expected) < 1e-3
 
 
 @pytest.mark.parametrize("settings", [{}, {"kv_dtype": "fp8"}, {"preset": "longlive-infinity"}])
@@ -255,7 +255,7 @@ def test_an_adapter_goes_on_and_off_in_place(tmp_path) -> None:
     time = {"lora_A": torch.ones(1, TINY.freq_dim) * 0.01, "lora_B": torch.ones(TINY.dim, 1)}  # in constants of graphs
     adapter = random_lora(TINY, 3) | {f"time_embedding.0.{part}.weight": tensor for part, tensor in time.items()}
     save_file(adapter, tmp_path / "lora.safetensors")
-    backend, found = FakeGraphs(), []
+    backend, actual = FakeGraphs(), []
     for engine in (make_engine(local_attn_size=6), captured_engine(backend, local_attn_size=6)):
         weights = {name: weight.clone() for name, weight in engine.parts.transformer.named_parameters()}
         plain = stream(engine)
@@ -277,18 +277,18 @@ def test_an_adapter_goes_on_and_off_in_place(tmp_path) -> None:
         assert (torch.cat(made)[:6] - plain[:6]).abs().max() == 0
         assert all(torch.equal(weights[name], now) for name, now in engine.parts.transformer.named_parameters())
         assert torch.equal(stream(engine), plain)
-        found.append(torch.cat(made))
-    assert (found[1] - found[0]).abs().max() <= TOLERANCE
+        actual.append(torch.cat(made))
+    assert (actual[1] - actual[0]).abs().max() <= TOLERANCE
     with make_engine(local_attn_size=6).open(prompt_embeds=ROWS, size=SIZE) as session:
         without = torch.cat([block.latents for block in session.stream(5, decode=False)])
-    assert (found[0] - without)[6:12].abs().max() > 1e-3
+    assert (actual[0] - without)[6:12].abs().max() > 1e-3
     assert (backend.captures, engine.executor.traces, engine.executor.prompts) == (1, 1, 9)
 
 
 def test_replays_give_what_eager_gives() -> None:
     backend = FakeGraphs()
-    found = stream(captured_engine(backend, local_attn_size=6))
-    assert (found - stream(make_engine(local_attn_size=6))).abs().max() <= TOLERANCE
+    actual = stream(captured_engine(backend, local_attn_size=6))
+    assert (actual - stream(make_engine(local_attn_size=6))).abs().max() <= TOLERANCE
     assert (backend.captures, backend.replays) == (1, 5)
 
 
@@ -336,10 +336,10 @@ def test_the_prompt_graph_runs_once_for_each_prompt(monkeypatch) -> None:
 def test_pages_that_move_are_followed() -> None:
     """Without a budget the store grows for a second session; the program is bound to the new pages."""
     engine = make_engine(executor="fused", local_attn_size=6)
-    wanted = stream(make_engine(local_attn_size=6))
+    expected = stream(make_engine(local_attn_size=6))
     with engine.open(prompt_embeds=OTHER, size=SIZE) as other:
         list(other.stream(1, decode=False))
-        assert (stream(engine) - wanted).abs().max() <= TOLERANCE
+        assert (stream(engine) - expected).abs().max() <= TOLERANCE
 
 
 def test_what_contradicts_is_refused() -> None:
@@ -347,7 +347,7 @@ def test_what_contradicts_is_refused() -> None:
         plain = EngineConfig.of("test", "self-forcing", device="cpu", dtype="float32")
         return dataclasses.replace(plain, **changes)
 
-    with pytest.raises(UsageError, match=r"executor captured.*'cpu'"):
+    with pytest.raises(UsageError, match=r"executor 'captured'.*cuda.*'cpu'"):
         config(executor="captured")
     with pytest.raises(UsageError, match=r"executor is 'fuse'.*'fused'"):
         config(executor="fuse")

@@ -94,16 +94,16 @@ def test_one_capture_serves_every_run() -> None:
     launcher = Launcher({}, CPU, backend)
     loaded = launcher.load(lowered(lambda x: x * 2, X), {})
     for shift in range(5):
-        (found,) = launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X + shift)).values()
-        assert torch.equal(found, (X + shift) * 2)
+        (actual,) = launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X + shift)).values()
+        assert torch.equal(actual, (X + shift) * 2)
     assert (backend.captures, backend.replays, launcher.captures) == (1, 5, 1)
 
 
 def test_what_cannot_be_captured_is_launched_and_named_once() -> None:
     def run(x: Tensor) -> Tensor:
-        kept = x * 1
-        unsafe(kept)
-        return kept + 1
+        copy = x * 1
+        unsafe(copy)
+        return copy + 1
 
     for launched, backend, named in (
         (
@@ -139,8 +139,8 @@ def test_merged_weights_are_stored_once() -> None:
     assert {part.untyped_storage().data_ptr() for part in model.values()} == {constant.untyped_storage().data_ptr()}
     assert torch.equal(torch.cat(tuple(model.values())), constant)
     model["k"].add_(5)
-    (found,) = launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X)).values()
-    assert torch.equal(found, X @ torch.cat((X, X + 6, X + 2)).mT)
+    (actual,) = launcher.run(loaded.body, dict.fromkeys(loaded.body.inputs, X)).values()
+    assert torch.equal(actual, X @ torch.cat((X, X + 6, X + 2)).mT)
     launcher.refresh_derived_weights()
     assert torch.equal(torch.cat(tuple(model.values())), torch.cat((X, X + 6, X + 2)))
 

@@ -9,9 +9,10 @@ from oracles import ROWS, SIZE, TINY, TOKENS, DenseAttention, frame_mask, make_e
 from inferix.errors import InferixError, UsageError
 from inferix.graphs.passes import Group, Pass
 from inferix.kernels.rope import rope_angles
+from inferix.models.registry import make_preset
+from inferix.models.solvers import noised
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.sampler import Sampler, noised
-from inferix.schemes.presets import make_preset
+from inferix.runtime.sampler import Sampler
 from inferix.schemes.timeline import Span, Timeline
 
 

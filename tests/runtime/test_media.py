@@ -144,11 +144,11 @@ def test_a_full_disk_keeps_what_fits(tmp_path: Path, suffix: str, share: float, 
     command = [sys.executable, "-c", FULL_DISK, str(path), str(int(size * share)), str(frames)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kept = int(done.stdout)
-    assert least <= kept < frames
-    if kept:
-        assert len(read_video(path, (64, 64))) == kept and path.stat().st_size <= size * share
-    assert list(tmp_path.iterdir()) == [path] * bool(kept)
+    written = int(done.stdout)
+    assert least <= written < frames
+    if written:
+        assert len(read_video(path, (64, 64))) == written and path.stat().st_size <= size * share
+    assert list(tmp_path.iterdir()) == [path] * bool(written)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov"])
@@ -222,7 +222,7 @@ def test_frames_are_copied_before_they_are_encoded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "fps", "size", "said"),
+    ("name", "fps", "size", "message"),
     [
         ("out.mp5", 16, SIZE, "did you mean '.mp4'"),
         ("out", 16, SIZE, "must end in"),
@@ -232,10 +232,10 @@ def test_frames_are_copied_before_they_are_encoded(tmp_path: Path) -> None:
     ],
 )
 def test_writer_refuses_before_work(
-    tmp_path: Path, name: str, fps: float, size: tuple[int, int], said: str
+    tmp_path: Path, name: str, fps: float, size: tuple[int, int], message: str
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         VideoWriter(tmp_path / name, fps, size)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 

@@ -33,8 +33,8 @@ MATRICES = {  # of the display, for the same orientations: a, b, c, d in (x, y) 
 }  # fmt: skip
 
 
-def near(found: np.ndarray, right: object, bound: float = 8) -> bool:
-    return bool(np.abs(found.astype(float) - np.asarray(right, float)).max() <= bound)
+def near(actual: np.ndarray, right: object, bound: float = 8) -> bool:
+    return bool(np.abs(actual.astype(float) - np.asarray(right, float)).max() <= bound)
 
 
 def corners(pixels: np.ndarray) -> list[list[int]]:
@@ -94,8 +94,8 @@ def test_a_video_lies_as_its_display_matrix_says(tmp_path: Path, orientation: in
     a, b, c, d = (value << 16 for value in MATRICES[orientation])
     content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     (tmp_path / "turned.mp4").write_bytes(content)
-    found = read_video(tmp_path / "turned.mp4", (96, 64))
-    assert found.shape == (3, 64, 96, 3) and near(np.array(corners(found[0])), corners(QUARTERS))
+    frames = read_video(tmp_path / "turned.mp4", (96, 64))
+    assert frames.shape == (3, 64, 96, 3) and near(np.array(corners(frames[0])), corners(QUARTERS))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (32, 64), (64, 32)])
@@ -106,17 +106,17 @@ def test_fits(tmp_path: Path, size: tuple[int, int]) -> None:
     high[40:80, 10:50, 0] = 255  # a square in the middle
     Image.fromarray(high).save(tmp_path / "in.png")
     for fit in ("crop", "pad", "stretch"):
-        found = read_image(tmp_path / "in.png", size, fit)
-        assert found.shape == (size[1], size[0], 3)
-        red = found[:, :, 0] > 128
+        frames = read_image(tmp_path / "in.png", size, fit)
+        assert frames.shape == (size[1], size[0], 3)
+        red = frames[:, :, 0] > 128
         wide, tall = int(red.any(0).sum()), int(red.any(1).sum())
         square = {"crop": max(size[0] / 60, size[1] / 120), "pad": min(size[0] / 60, size[1] / 120)}
         right = (40 * square[fit],) * 2 if fit in square else (size[0] * 40 / 60, size[1] * 40 / 120)
         assert abs(wide - min(right[0], size[0])) <= 2 and abs(tall - min(right[1], size[1])) <= 2
         top = {"crop": 255 * (120 - min(120, size[1] / square["crop"])) / 240, "pad": 0, "stretch": 0}[fit]
-        assert near(found[0, size[0] // 2, 1], top, 6)
+        assert near(frames[0, size[0] // 2, 1], top, 6)
         bars = {"crop": 0, "stretch": 0, "pad": size[0] - round(60 * square["pad"])}[fit]
-        assert int((found[-1, :, 1] < 5).sum()) == pytest.approx(bars, abs=1)
+        assert int((frames[-1, :, 1] < 5).sum()) == pytest.approx(bars, abs=1)
     assert (read_image(tmp_path / "in.png", size) == read_image(tmp_path / "in.png", size, "crop")).all()
 
 
@@ -132,8 +132,8 @@ def test_pixels_that_are_not_square(tmp_path: Path) -> None:
     path = save(tmp_path / "in.mp4", [QUARTERS], sample_aspect_ratio=Fraction(2, 1))
     ramp = np.tile(np.linspace(0, 255, 96).astype(np.uint8)[None, :, None], (64, 1, 3))
     save(path, [ramp], sample_aspect_ratio=Fraction(2, 1))
-    found = read_video(path, (64, 64))[0, 32, :, 0]
-    assert near(found[[0, -1]], [255 / 3, 255 * 2 / 3], 6)
+    frames = read_video(path, (64, 64))[0, 32, :, 0]
+    assert near(frames[[0, -1]], [255 / 3, 255 * 2 / 3], 6)
 
 
 def test_grey_of_16_bits_keeps_its_upper_8(tmp_path: Path) -> None:
@@ -161,16 +161,16 @@ def test_colour_of_16_bits_keeps_its_upper_8(tmp_path: Path, channels: int) -> N
     pixels[..., 0] = np.arange(8) * 8192
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     (tmp_path / "in.png").write_bytes(png(8, 8, 16, {3: 2, 4: 6, 2: 4}[channels], rows))
-    found = read_image(tmp_path / "in.png", (8, 8))
-    assert near(found[0, :, 0], np.arange(8) * 32, 1)
-    assert (found[..., 1] == (found[..., 0] if channels == 2 else 255)).all()
+    frames = read_image(tmp_path / "in.png", (8, 8))
+    assert near(frames[0, :, 0], np.arange(8) * 32, 1)
+    assert (frames[..., 1] == (frames[..., 0] if channels == 2 else 255)).all()
 
 
 def test_grey_of_16_bits_with_a_transparent_value(tmp_path: Path) -> None:
     rows = b"".join(b"\0" + np.array([1000] * 4 + [32768] * 4, ">u2").tobytes() for _ in range(8))
     (tmp_path / "in.png").write_bytes(png(8, 8, 16, 0, rows, (b"tRNS", struct.pack(">H", 1000))))
-    found = read_image(tmp_path / "in.png", (8, 8))
-    assert found[0, 0].tolist() == list(BACKDROP) and found[0, 7].tolist() == [128] * 3
+    frames = read_image(tmp_path / "in.png", (8, 8))
+    assert frames[0, 0].tolist() == list(BACKDROP) and frames[0, 7].tolist() == [128] * 3
 
 
 def test_floating_point_from_0_to_1(tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ def test_transparent_pixels_lie_over_the_backdrop(tmp_path: Path, kind: str) -> 
         plain.save(path, transparency=plain.getpixel((0, 0)))
     else:
         image.convert(mode).save(path, **({"lossless": True} if name == "webp" else {}))
-    found = read_image(path, (64, 64))
-    assert (found[:, :30] == BACKDROP).all()
-    assert near(found[32, 50], [76] * 3 if mode in ("LA", "L+") else (255, 0, 0), 1)
-    assert not ((found[..., 1] > 40) & (found[..., 0] < 40)).any()  # no green at the edge
+    frames = read_image(path, (64, 64))
+    assert (frames[:, :30] == BACKDROP).all()
+    assert near(frames[32, 50], [76] * 3 if mode in ("LA", "L+") else (255, 0, 0), 1)
+    assert not ((frames[..., 1] > 40) & (frames[..., 0] < 40)).any()  # no green at the edge
 
 
 def test_half_transparent_pixels_are_mixed(tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_a_transparent_video_lies_over_the_backdrop(tmp_path: Path) -> None:
     pixels = np.zeros((32, 32, 4), np.uint8)
     pixels[:, :16], pixels[:, 16:] = (0, 255, 0, 0), (255, 0, 0, 255)
     path = save(tmp_path / "in.mov", [pixels] * 2, codec="qtrle", form="argb")
-    found = read_video(path, (32, 32))[0]
-    assert found[16, 4].tolist() == list(BACKDROP) and found[16, 28].tolist() == [255, 0, 0]
+    frames = read_video(path, (32, 32))[0]
+    assert frames[16, 4].tolist() == list(BACKDROP) and frames[16, 28].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
@@ -273,11 +273,11 @@ def test_hdr_is_warned_of(tmp_path: Path) -> None:
 def test_a_video_is_sampled_at_the_rate_asked_for(tmp_path: Path, rate: int, suffix: str) -> None:
     """A second: each frame is the nearest in time; at the same rate they are taken one for one."""
     path = save(tmp_path / f"in.{suffix}", greys(4 * place for place in range(rate)), rate)
-    found = np.round(np.array(levels(path, 16)) / 4)
-    assert len(found) == 16
-    assert np.abs(found - np.arange(16) * rate / 16).max() <= 0.5
+    actual = np.round(np.array(levels(path, 16)) / 4)
+    assert len(actual) == 16
+    assert np.abs(actual - np.arange(16) * rate / 16).max() <= 0.5
     if rate == 16:
-        assert found.tolist() == list(range(16))
+        assert actual.tolist() == list(range(16))
     assert len(levels(path, None)) == rate
 
 
@@ -290,9 +290,9 @@ def test_a_variable_rate(tmp_path: Path) -> None:
     """A still second, then ten pictures in half a second, then a still half: the still parts stay still."""
     times = [0, *range(1000, 1500, 50), 2000]
     path = save(tmp_path / "in.mkv", greys(range(0, 240, 20)), 30, times)
-    found = levels(path, 16)
-    assert set(found[:15]) == {0} and found == sorted(found) and 30 <= len(found) <= 34
-    assert set(found[25:31]) == {200}
+    actual = levels(path, 16)
+    assert set(actual[:15]) == {0} and actual == sorted(actual) and 30 <= len(actual) <= 34
+    assert set(actual[25:31]) == {200}
 
 
 def test_times_that_begin_late_or_jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

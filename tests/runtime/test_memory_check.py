@@ -8,13 +8,12 @@ import torch
 from inferix import UsageError, load
 from inferix.bench.subject import Subject, open_engine
 from inferix.export.checkpoint import write_random
-from inferix.models.wan.spec import MODELS
+from inferix.models.family import Family
+from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.runtime.capacity import memory_check
 from inferix.runtime.capacity.available_memory import Available, available_memory, host_available
 from inferix.runtime.capacity.planner import needed
 from inferix.runtime.config import EngineConfig
-from inferix.runtime.execution import loading
-from inferix.schemes.presets import make_preset
 
 GB = 10**9
 MEMINFO = "MemTotal: 40000000 kB\nMemFree: 1 kB\nMemAvailable: 20000000 kB\n"
@@ -81,7 +80,7 @@ def memory(monkeypatch):
     def unread(*arguments):
         raise AssertionError("weights are made")
 
-    monkeypatch.setattr(loading, "random_transformer_state", unread)
+    monkeypatch.setattr(Family, "random_state", unread)
     return lambda count: monkeypatch.setattr(memory_check, "available_memory", lambda device: Available(count, "here"))
 
 
@@ -131,7 +130,7 @@ def test_settings_are_checked_first(wrong, memory):
 
 def test_a_checkpoint_is_compared_before_its_weights_are_read(memory, tmp_path, monkeypatch):
     folder = write_random("wan-tiny", "self-forcing", tmp_path / "tiny")
-    monkeypatch.setattr(loading, "build_transformer", lambda *given: pytest.fail("weights are read"))
+    monkeypatch.setattr(Family, "load", lambda *given: pytest.fail("weights are read"))
     memory(0)
     with pytest.raises(UsageError, match="tiny with self-forcing"):
         load(folder, device="cpu")
@@ -148,13 +147,13 @@ def test_pages_asked_for_and_a_second_decoder_count():
     config = EngineConfig.of("wan-tiny", "self-forcing", device="cpu")
     spec, preset = MODELS["wan-tiny"], make_preset("self-forcing")
     plain = memory_check.MemoryCheck(config, preset)
-    load_of = plain.workload(spec, memory_check.planner.own_vae(spec), 0)
+    load_of = plain.workload(spec, family_of(spec).decoder_spec(spec), 0)
     pages = memory_check.planner.memory(load_of).each["pages"]
     asked = EngineConfig.of("wan-tiny", "self-forcing", device="cpu", kv_memory=3 * pages)
     more = memory_check.MemoryCheck(asked, preset)
     assert plain.more_bytes(load_of, None) == 0
     assert more.more_bytes(load_of, None) == 2 * pages
-    assert plain.more_bytes(load_of, memory_check.planner.tiny_for(spec)) > 10**6
+    assert plain.more_bytes(load_of, family_of(spec).tiny_decoder_spec(spec)) > 10**6
 
 
 def test_a_stream_without_a_window_counts_with_its_first(memory):
@@ -162,7 +161,7 @@ def test_a_stream_without_a_window_counts_with_its_first(memory):
     spec = MODELS["wan-1.3b"]
     endless = memory_check.MemoryCheck(config, make_preset("self-forcing", local_attn_size=-1))
     bounded = memory_check.MemoryCheck(config, make_preset("self-forcing"))
-    decoder = memory_check.planner.own_vae(spec)
+    decoder = family_of(spec).decoder_spec(spec)
     assert needed(endless.workload(spec, decoder, 0)) < needed(bounded.workload(spec, decoder, 0))
 
 

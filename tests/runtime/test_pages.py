@@ -9,13 +9,13 @@ import torch
 from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
 
 from inferix.errors import InferixError, UsageError
+from inferix.models.registry import PRESETS
 from inferix.runtime.byte_sizes import format_bytes, parse_bytes
 from inferix.runtime.kv.contiguous_cache import BoundCache, ContiguousCache
 from inferix.runtime.kv.page_layout import layout_pass as LAYOUT_PASS
 from inferix.runtime.kv.pages import OutOfPages, PagePool
 from inferix.schemes.context import ContextPolicy
 from inferix.schemes.page_needs import page_needs
-from inferix.schemes.presets import PRESETS
 
 OTHER = ROWS.flip(0) * 1.5
 BLOCKS = {  # (blocks, overrides that make the window roll or the context restart within them)
@@ -69,27 +69,27 @@ def stream(engine, blocks, **kwargs):
 def test_pages_equal_the_contiguous_cache(name, monkeypatch):
     """In float64, with pages in runs and with pages anywhere."""
     blocks, overrides = BLOCKS[name]
-    wanted = stream(contiguous(make_engine(name, **overrides)), blocks)
-    assert (stream(make_engine(name, **overrides), blocks) - wanted).abs().max() <= 1e-10
+    expected = stream(contiguous(make_engine(name, **overrides)), blocks)
+    assert (stream(make_engine(name, **overrides), blocks) - expected).abs().max() <= 1e-10
     monkeypatch.setattr("inferix.runtime.kv.page_store.PagePool", Scattered)
-    assert (stream(make_engine(name, **overrides), blocks) - wanted).abs().max() <= 1e-10
+    assert (stream(make_engine(name, **overrides), blocks) - expected).abs().max() <= 1e-10
 
 
 @torch.no_grad()
 def test_a_wrong_page_or_place_does_not_go_unseen(monkeypatch):
     """The same comparison fails where a sink is seen at the distance it was stored at, or a page is another's."""
-    wanted = stream(contiguous(make_engine("longlive-infinity")), 7)
+    expected = stream(contiguous(make_engine("longlive-infinity")), 7)
     with monkeypatch.context() as patch:
         patch.setattr(
             "inferix.runtime.kv.paged_cache.layout_pass",
             lambda *args: [dataclasses.replace(row, sink_positions=row.positions) for row in LAYOUT_PASS(*args)],
         )
-        assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
+        assert (stream(make_engine("longlive-infinity"), 7) - expected).abs().max() > 1e-6
     monkeypatch.setattr(
         "inferix.runtime.kv.paged_cache.layout_pass",
         lambda *args: [dataclasses.replace(row, listed=row.listed[1:] + row.listed[-1:]) for row in LAYOUT_PASS(*args)],
     )
-    assert (stream(make_engine("longlive-infinity"), 7) - wanted).abs().max() > 1e-6
+    assert (stream(make_engine("longlive-infinity"), 7) - expected).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("name", ["longlive", "longlive-infinity"])
@@ -133,7 +133,7 @@ def out_of_memory(*_):
 @torch.no_grad()
 def test_pages_go_to_the_host_and_back(given, monkeypatch):
     """Bit for bit, with what forks share still shared; others use the pages meanwhile."""
-    wanted = stream(make_engine("longlive", "float32", kv_dtype=given), 6)
+    expected = stream(make_engine("longlive", "float32", kv_dtype=given), 6)
     engine = make_engine("longlive", "float32", kv_dtype=given)
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         made = list(session.stream(3, decode=False))
@@ -176,7 +176,7 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
             pool.check_integrity([cache.table])
             cache.offload()
     assert pool.used == 0
-    assert torch.equal(torch.cat([block.latents for block in made]), wanted)
+    assert torch.equal(torch.cat([block.latents for block in made]), expected)
 
 
 @torch.no_grad()
@@ -263,9 +263,9 @@ class AveragedSink(ContiguousCache):
 def test_a_moving_average_sink(positions):
     """Averages of stored, rotated keys equal averages of plain ones; a fork's sink goes its own way."""
     overrides = {"positions": positions, "sink_decay": AveragedSink.decay, "prompt_switch": "cut"}
-    wanted = stream(contiguous(make_engine("longlive", **overrides), True, AveragedSink), 8)
-    assert (stream(make_engine("longlive", **overrides), 8) - wanted).abs().max() <= 1e-10
-    assert (stream(make_engine("longlive", **overrides | {"sink_decay": 1.0}), 8) - wanted).abs().max() > 1e-4
+    expected = stream(contiguous(make_engine("longlive", **overrides), True, AveragedSink), 8)
+    assert (stream(make_engine("longlive", **overrides), 8) - expected).abs().max() <= 1e-10
+    assert (stream(make_engine("longlive", **overrides | {"sink_decay": 1.0}), 8) - expected).abs().max() > 1e-4
     with make_engine("longlive", **overrides).open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(6, decode=False))
         cache = session.current.branches[0].cache
@@ -281,7 +281,7 @@ def test_a_moving_average_sink(positions):
 def test_averages_of_a_moving_sink_go_to_the_host_with_its_pages(monkeypatch):
     """Once for all that share them, and a resting stream goes on bit for bit, or not if they are left out."""
     overrides = {"sink_decay": 0.9, "rewind_blocks": 1, "kv_offload": True}
-    wanted = stream_of(make_engine("longlive", **overrides), 7)
+    expected = stream_of(make_engine("longlive", **overrides), 7)
 
     def rested(spoil):
         engine = make_engine("longlive", **overrides)
@@ -300,7 +300,7 @@ def test_averages_of_a_moving_sink_go_to_the_host_with_its_pages(monkeypatch):
             made += session.stream(2, decode=False)
         return torch.cat([block.latents for block in made])
 
-    assert torch.equal(rested(1), wanted) and not torch.equal(rested(1.5), wanted)
+    assert torch.equal(rested(1), expected) and not torch.equal(rested(1.5), expected)
 
 
 class Rounded(BoundCache):
@@ -327,10 +327,10 @@ def test_pages_in_fewer_bits_equal_rounded_keys_and_values(kept):
             return Rounded(self, run)
 
     RoundedCache.kept = kept
-    wanted = stream(contiguous(make_engine("longlive"), kind=RoundedCache), 7)
-    found = stream(make_engine("longlive", kv_dtype=kept), 7)
-    assert (found - wanted).abs().max() <= 1e-6
-    assert (found - stream(make_engine("longlive"), 7)).abs().max() > 1e-4
+    expected = stream(contiguous(make_engine("longlive"), kind=RoundedCache), 7)
+    actual = stream(make_engine("longlive", kv_dtype=kept), 7)
+    assert (actual - expected).abs().max() <= 1e-6
+    assert (actual - stream(make_engine("longlive"), 7)).abs().max() > 1e-4
 
 
 BOUNDS = {"bfloat16": 7e-4, "float16": 1e-4, "fp8": 1.5e-2, "int8": 3.5e-3}
@@ -388,8 +388,8 @@ def test_a_fixed_budget_is_not_passed():
     assert pool.used == 3 + 3
     pool.release(taken)
     made += one.stream(2, decode=False)
-    wanted = stream_of(make_engine("self-forcing", "float32", local_attn_size=6), 3)
-    assert torch.equal(torch.cat([block.latents for block in made]), wanted)
+    expected = stream_of(make_engine("self-forcing", "float32", local_attn_size=6), 3)
+    assert torch.equal(torch.cat([block.latents for block in made]), expected)
     one.current.branches[0].cache.offload()  # its pages are free until `onload`
     with pytest.raises(UsageError, match="kv_memory"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
@@ -404,9 +404,9 @@ def test_without_a_budget_there_is_room_for_more(monkeypatch):
     """A window without an end, and a second session, make the store grow; what is held moves with it, or nothing."""
     engine = make_engine("self-forcing", local_attn_size=-1)
     assert page_needs(engine.preset).total is None
-    found = stream_of(engine, 4)
+    actual = stream_of(engine, 4)
     assert engine.kv_manager.store(SIZE).pool.size == 12
-    assert (found - stream_of(contiguous(make_engine("self-forcing", local_attn_size=-1)), 4)).abs().max() <= 1e-10
+    assert (actual - stream_of(contiguous(make_engine("self-forcing", local_attn_size=-1)), 4)).abs().max() <= 1e-10
     engine = make_engine("self-forcing", local_attn_size=6)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as one, engine.open(prompt_embeds=ROWS, size=SIZE, seed=1) as other:
         made = [torch.cat([next(s.stream(1, decode=False)).latents for _ in range(3)]) for s in (one, other)]
@@ -456,7 +456,7 @@ def test_fp8_asks_for_a_gpu_that_has_it(monkeypatch):
     config = make_engine("longlive", "float32").config
     monkeypatch.setattr("inferix.runtime.config.check_device", lambda name: None)
     for capability, named in (((8, 0), "8.0.*8.9"), ((8, 9), None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, actual=capability: actual)
         if named is None:
             dataclasses.replace(config, kv_dtype="fp8", device="cuda")
         else:

@@ -14,9 +14,10 @@ from inferix.errors import UsageError
 from inferix.graphs.lowered import lower_block
 from inferix.graphs.rewrites import chosen
 from inferix.graphs.types import Role
-from inferix.models.wan.spec import MODELS
-from inferix.models.wan.taehv import TAEW21
-from inferix.models.wan.vae import TINY_VAE, WAN21_VAE, CausalVae
+from inferix.models.registry import MODELS, PRESETS, make_preset
+from inferix.models.wan.family import WAN
+from inferix.models.wan.vae import CausalVae
+from inferix.models.wan.vae_spec import TAEW21, TINY_VAE, WAN21_VAE
 from inferix.runtime.capacity import planner
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
 from inferix.runtime.capacity.planner import Ceiling, Workload, longest_window, memory, needed, suggestions
@@ -25,7 +26,6 @@ from inferix.runtime.kv.page_store import KV_DTYPES
 from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.page_needs import page_needs
-from inferix.schemes.presets import PRESETS, make_preset
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
 FEW = {"causal-diffusion": {"num_steps": 2}}
@@ -74,7 +74,7 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
         for planned in islice(scheduled_blocks(engine.preset), 10):
             (block,) = session.stream(1)
-            ran = [found for kind, found in done if kind == "pass"]
+            ran = [actual for kind, actual in done if kind == "pass"]
             assert ran == [shape(scheduled.run) for scheduled in planned.passes]
             assert sum(count for kind, count in done if kind == "decode") == planned.decoded
             assert sum(count for kind, count in done if kind == "encode") == planned.encoded
@@ -99,7 +99,7 @@ SMALL = {  # presets with a past that is soon full
 def countable(engine):
     """The same engine with a smaller VAE, over the plain cache, whose attention torch can count."""
     engine = remade(engine, vae=CausalVae(SMALL_VAE).eval().requires_grad_(False))
-    engine.manager.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
+    engine.manager.delivery.pipeline.submit = lambda session, job: job()  # counted in the thread that counts
     return contiguous(engine)
 
 
@@ -118,16 +118,16 @@ def test_a_real_session(name):
                 next(iter(session.stream(1)))
             speed = planner.speed(load, block, TOP)
             assert counter.get_total_flops() == speed.transformer_flops + speed.decoder_flops
-        held = memory(load).each
+        planned = memory(load).each
         keys = [tensor.nbytes for branch in session.current.branches for pair in branch.text.text for tensor in pair]
-        kept = [tensor.nbytes for tensor in (session.current.recent, session.current.pixels) if tensor is not None]
-        kept += [block.latents.nbytes for block in session.current.flight]
+        latents = [tensor.nbytes for tensor in (session.current.recent, session.current.pixels) if tensor is not None]
+        latents += [block.latents.nbytes for block in session.current.flight]
         scratch = page_needs(load.preset).scratch  # pages for the length of a pass
         pages = sum(branch.cache.nbytes for branch in session.current.branches)
-        assert pages + scratch * page_bytes(TINY, load.tokens, "float32") == held["pages"]
-        assert sum(keys) + len(session.current.branches) * session.current.rows.nbytes == held["cross_keys"]
-        assert session.current.decoder.state.nbytes == held["decoder_state"]
-        assert sum(kept) <= held["latents"]
+        assert pages + scratch * page_bytes(TINY, load.tokens, "float32") == planned["pages"]
+        assert sum(keys) + len(session.current.branches) * session.current.rows.nbytes == planned["cross_keys"]
+        assert session.current.decoder.state.nbytes == planned["decoder_state"]
+        assert sum(latents) <= planned["latents"]
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "int8"])
@@ -135,7 +135,7 @@ def test_a_real_session(name):
 def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
     preset = make_preset(name, sink_size=1, sink_decay=0.9) if name == "longlive" else make_preset(name)
     dtypes = (torch.float32, {"float32": torch.float32, **KV_DTYPES}[kind])
-    store = KVManager(TINY, preset, dtypes, torch.device("cpu"), None).store(SIZE)
+    store = KVManager(TINY, WAN.build(TINY).rope, preset, dtypes, torch.device("cpu"), None).store(SIZE)
     split = memory(Workload(TINY, preset, TINY_VAE, 0, SIZE, "float32", kind))
     assert store.nbytes == split.each["pages"] + split.once["page_buffer"]
     assert (split.once["page_buffer"] > 0) == (kind != "float32")
@@ -246,11 +246,11 @@ def test_sessions_share_what_is_there_once():
 
 def test_suggestions_say_what_would_fit():
     load = full("self-forcing", text=5_000_000_000, sessions=2, dtype="float32", kv_dtype="float32")
-    found = suggestions(load, 24 * 10**9)
-    single, combined = found[:-1], found[-1]
+    actual = suggestions(load, 24 * 10**9)
+    single, combined = actual[:-1], actual[-1]
     assert not any(change.fits for change in single) and combined.fits
     assert combined.options[:2] == ("--no-text-encoder", "--dtype bfloat16")
-    assert all(change.needed < needed(load) for change in found)
+    assert all(change.needed < needed(load) for change in actual)
     load = full("krea", "wan-14b")
     assert not any("taehv" in option for change in suggestions(load, 10**9) for option in change.options)
     assert not any(change.fits for change in suggestions(load, 10**9))

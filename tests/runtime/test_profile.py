@@ -145,9 +145,9 @@ def test_packed_layers_have_a_ceiling_of_their_own(kind: str, monkeypatch: pytes
     profile = engine.start_profile()
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         list(session.stream(1, decode=False))
-    found = profile.families(profile.blocks[0])
-    assert found[PACKED].flops > 0 and found[PACKED].least == pytest.approx(found[PACKED].flops / 2e9)
-    assert found["attention"].least == pytest.approx(found["attention"].flops / 1e9)
+    actual = profile.families(profile.blocks[0])
+    assert actual[PACKED].flops > 0 and actual[PACKED].least == pytest.approx(actual[PACKED].flops / 2e9)
+    assert actual["attention"].least == pytest.approx(actual["attention"].flops / 1e9)
     assert Ceilings(1e9, 1e9, 1e8).least(PACKED, 10**9, 0) == 1.0  # numbers can always be widened
     assert (measure_ceilings(torch.device("cpu"), torch.float32, kind).packed or 0) > 0
     assert "packed 2 GFLOP/s" in profile.text()

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from oracles import ROWS, make_engine
 
+from inferix.models.registry import PRESETS, make_preset
 from inferix.runtime.kv import paged_cache
 from inferix.runtime.sampler import Sampler
 from inferix.schemes.block_schedule import next_block, recache_pass
-from inferix.schemes.presets import PRESETS, make_preset
 from inferix.schemes.timeline import Timeline
 
 FILE = Path(__file__).with_name("recorded_passes.json")
@@ -112,7 +112,7 @@ def test_the_block_schedule_lists_the_recorded_passes(name):
 
 def test_the_recording_rejects_a_sink_that_is_left_out(monkeypatch):
     recorded = json.loads(FILE.read_text("utf-8"))["longlive"]["sha256"]
-    found = digests(passes_of("longlive", monkeypatch, sink_size=0))
+    actual = digests(passes_of("longlive", monkeypatch, sink_size=0))
     rolls = PRESETS["longlive"].context.local_attn_size // PRESETS["longlive"].num_frame_per_block
-    assert found[:rolls] == recorded[:rolls]
-    assert all(one != other for one, other in zip(found[rolls:], recorded[rolls:], strict=True))
+    assert actual[:rolls] == recorded[:rolls]
+    assert all(one != other for one, other in zip(actual[rolls:], recorded[rolls:], strict=True))

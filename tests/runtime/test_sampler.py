@@ -5,7 +5,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from inferix.errors import UsageError
-from inferix.runtime.sampler import Sampler, noised
+from inferix.models.solvers import noised
+from inferix.runtime.sampler import Sampler
 from inferix.schemes.sampler_spec import SamplerSpec
 
 
@@ -37,7 +38,7 @@ def test_unwarped_timesteps_take_the_nearest_sigma():
 
 @pytest.mark.parametrize(("shift", "timestep"), [(5.0, 4.98), (8.0, 7.94)])
 def test_smallest_sigma(shift, timestep):
-    assert sampler((1000,), shift=shift).sigma_at(0) * 1000 == pytest.approx(timestep, abs=5e-3)
+    assert sampler((0,), shift=shift).sigmas[0] * 1000 == pytest.approx(timestep, abs=5e-3)
 
 
 def test_formulas():

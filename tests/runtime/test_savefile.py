@@ -79,12 +79,12 @@ session.save(sys.argv[1])
 
 def test_another_process_goes_on_bit_for_bit_and_its_death_leaves_the_old_file(saved, tmp_path):
     """Decoder included; the process is killed while it writes over the file it came from."""
-    source, wanted = saved
+    source, expected = saved
     path = tmp_path / "world.safetensors"
     path.write_bytes(source.read_bytes())
     child = subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, str(path)], stdout=subprocess.PIPE, text=True)
     try:
-        assert child.stdout.readline() == f"[3, 4] {wanted}\n"
+        assert child.stdout.readline() == f"[3, 4] {expected}\n"
         assert child.stdout.readline() == "half\n"
     finally:
         child.send_signal(signal.SIGKILL)
@@ -94,10 +94,10 @@ def test_another_process_goes_on_bit_for_bit_and_its_death_leaves_the_old_file(s
     with Session.restore(engine, path) as session:
         with pytest.warns(UserWarning, match=r"world\.safetensors"):  # of what the killed one left
             session.save(path)
-        assert hash_of(session.stream(2)) == wanted
+        assert hash_of(session.stream(2)) == expected
     assert len(list(tmp_path.glob("*.part"))) == 1 and len(list(tmp_path.iterdir())) == 2
     with Session.restore(engine, path) as session:
-        assert hash_of(session.stream(2)) == wanted
+        assert hash_of(session.stream(2)) == expected
 
 
 def full_disk(handle):
@@ -124,8 +124,8 @@ def test_cut_and_foreign_files_are_refused_in_one_line(saved, tmp_path):
     whole, path = source.read_bytes(), tmp_path / "world.safetensors"
     engine = make_engine("longlive", "float32", **SETTINGS)
 
-    def refused(said, by=engine, kind=InferixError):
-        with pytest.raises(kind, match=said) as caught:
+    def refused(message, by=engine, kind=InferixError):
+        with pytest.raises(kind, match=message) as caught:
             Session.restore(by, path)
         assert "\n" not in str(caught.value)
         by.check_integrity()
@@ -161,8 +161,8 @@ def test_cut_and_foreign_files_are_refused_in_one_line(saved, tmp_path):
         "another preset: denoising_step_list is": {"denoising_step_list": [1000]},
         "another dtype: kv is None there and 'int8' here": {"kv_dtype": "int8"},
     }
-    for said, change in others.items():
-        refused(said, make_engine("longlive", "float32", **SETTINGS | change), UsageError)
+    for message, change in others.items():
+        refused(message, make_engine("longlive", "float32", **SETTINGS | change), UsageError)
     refused("another dtype: dtype is 'float32' there", make_engine("longlive", **SETTINGS), UsageError)
     weights = make_engine("longlive", "float32", **SETTINGS)
     randomise(weights.parts.transformer, seed=1)
@@ -248,7 +248,7 @@ def test_a_header_that_is_no_single_json_object_is_refused(header, small, tmp_pa
 
 def test_a_restore_that_fails_on_its_way_leaves_nothing(saved, small, monkeypatch):
     """In reading, and in loading pages, by an error of no known kind."""
-    path, wanted = saved
+    path, expected = saved
     for owner, name in ((DecoderForm, "read"), (DecoderForm, "fill"), (PagedStore, "write")):
         for error in (ZeroDivisionError, KeyboardInterrupt):
 
@@ -263,11 +263,11 @@ def test_a_restore_that_fails_on_its_way_leaves_nothing(saved, small, monkeypatc
             assert not small.manager.sessions and not small.manager.pages_in_use
             assert not any(store.users for store in small.kv_manager.stores.values())
     with Session.restore(small, path) as session:
-        assert hash_of(session.stream(2)) == wanted
+        assert hash_of(session.stream(2)) == expected
 
 
 def test_a_restored_session_needs_room_like_any_other(saved):
-    path, wanted = saved
+    path, expected = saved
     engine = make_engine("longlive", "float32", limits=Limits(sessions=1, when_full="queue"), **SETTINGS)
     first = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     queued = Session.restore(engine, path)
@@ -275,7 +275,7 @@ def test_a_restored_session_needs_room_like_any_other(saved):
         queued.save(path)
     assert queued.state is State.NEW and engine.manager.pages_in_use == 0
     first.close()
-    assert hash_of(queued.stream(2)) == wanted
+    assert hash_of(queued.stream(2)) == expected
     with pytest.raises(UsageError, match="block 3"):
         queued.rewind(3)
 
@@ -289,6 +289,6 @@ def test_noise_that_was_given_is_saved_too(tmp_path):
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, noise=noise) as session:
         list(session.stream(2))
         session.save(tmp_path / "a.safetensors")
-        wanted = hash_of(session.stream(2))
+        expected = hash_of(session.stream(2))
     with Session.restore(engine, tmp_path / "a.safetensors") as session:
-        assert hash_of(session.stream(2)) == wanted
+        assert hash_of(session.stream(2)) == expected

@@ -14,11 +14,11 @@ from oracles import ROWS, SIZE, FrameAttention, make_engine, run
 from inferix.errors import InferixError, UsageError
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
-from inferix.models.wan.vae import StreamState
+from inferix.models.decoder import StreamState
+from inferix.models.registry import PRESETS
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sampler import Sampler, scheduled_blocks
 from inferix.schemes.page_needs import page_needs
-from inferix.schemes.presets import PRESETS
 from inferix.schemes.timeline import Span, Timeline
 
 OTHER = ROWS.flip(0) * 1.5
@@ -597,7 +597,7 @@ def test_a_video_is_started_from_with_a_strength():
     [
         ("krea", {"rebuild_frames": 0}, "rebuild_frames is 0"),
         ("causvid", {"segment_frames": 5}, "segment_frames 5"),
-        ("rolling-forcing", {"window_blocks": 3}, "expected 1, or 5"),
+        ("rolling-forcing", {"window_blocks": 3}, "window_blocks is 3.*5 steps"),
         ("rolling-forcing", {"local_attn_size": 15}, "5 at a time"),
         ("longlive2", {"num_steps": 0}, "num_steps"),
         ("longlive", {"prompt_switch": "re-cache"}, "recache"),

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import threading
 import traceback
@@ -18,11 +19,11 @@ from oracles import ROWS, SIZE, TINY, make_engine, remade
 
 from inferix import load
 from inferix.errors import InferixError, SessionEnded, UsageError
-from inferix.models.wan.vae import TINY_VAE
+from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import DegradationStep, Limits
 from inferix.runtime.noise import InjectedNoise
-from inferix.runtime.sessions import control_queue, session_manager
+from inferix.runtime.sessions import control_queue, delivery, session_manager
 from inferix.runtime.sessions.lifecycle import State
 from inferix.runtime.sessions.session import Demand, Session
 from inferix.runtime.telemetry.records import RecordFile
@@ -49,9 +50,9 @@ def alone(blocks, decode=False, seed=0, **overrides):
         return list(session.stream(blocks, decode))
 
 
-def same(found, wanted):
+def same(actual, expected):
     """Whether blocks are equal bit for bit, pictures too where there are some."""
-    pairs = list(zip(found, wanted, strict=True))
+    pairs = list(zip(actual, expected, strict=True))
     assert [a.index for a, _ in pairs] == [b.index for _, b in pairs]
     pictures = all(a.frames is None or (a.frames == b.frames).all() for a, b in pairs)
     return pictures and all(torch.equal(a.latents, b.latents) for a, b in pairs)
@@ -59,13 +60,13 @@ def same(found, wanted):
 
 def in_thread(call, name="reader"):
     """Call something in a thread of its own; returns what waits for its end and gives its result, or its error."""
-    found = []
+    results = []
 
     def run():
         try:
-            found.append(call())
+            results.append(call())
         except InferixError as error:
-            found.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=run, daemon=True, name=name)
     thread.start()
@@ -73,7 +74,7 @@ def in_thread(call, name="reader"):
     def wait():
         thread.join(WAIT)
         assert not thread.is_alive()
-        return found[0]
+        return results[0]
 
     return wait
 
@@ -104,24 +105,24 @@ def test_fork_rewind_and_restore_equal_a_stream_never_interrupted(name, tmp_path
         session.prompt(embeds=OTHER)
         return session, blocks + list(session.stream(2, decode))
 
-    whole, wanted = begun()
-    wanted += whole.stream(2, decode)
+    whole, expected = begun()
+    expected += whole.stream(2, decode)
     whole.close()
     session, blocks = begun()
     twin = session.fork()
     session.save(tmp_path / "world.safetensors")
     engine.check_integrity()
-    assert same(blocks + list(session.stream(2, decode)), wanted)
-    assert same(list(twin.stream(2, decode)), wanted[4:])
+    assert same(blocks + list(session.stream(2, decode)), expected)
+    assert same(list(twin.stream(2, decode)), expected[4:])
     engine.check_integrity()
     session.rewind(4)
-    assert same(list(session.stream(2, decode)), wanted[4:])
+    assert same(list(session.stream(2, decode)), expected[4:])
     twin.rewind(4)
     twin.prompt(embeds=PROMPT)
     *_, other = twin.stream(2, decode)  # a blend may begin with the old prompt alone
-    assert not torch.equal(other.latents, wanted[5].latents)
+    assert not torch.equal(other.latents, expected[5].latents)
     restored = Session.restore(engine, tmp_path / "world.safetensors")
-    assert same(list(restored.stream(2, decode)), wanted[4:])
+    assert same(list(restored.stream(2, decode)), expected[4:])
     engine.check_integrity()
     for each in (session, twin, restored):
         each.close()
@@ -147,11 +148,11 @@ def test_a_fork_shares_pages_and_decoder_state_until_it_goes_on():
     assert past[0] == past[1]
     assert not torch.equal(two[0][0].latents, two[0][1].latents)
     assert torch.equal(cache.export_pages().kv[:, :, :6], twin.current.branches[0].cache.export_pages().kv[:, :, :6])
-    for prompt, found in ((OTHER, [a for a, _ in two]), (PROMPT * 0.5, [b for _, b in two])):
+    for prompt, actual in ((OTHER, [a for a, _ in two]), (PROMPT * 0.5, [b for _, b in two])):
         with opened(small_engine(local_attn_size=12)) as other:
             assert same(list(other.stream(2)), blocks)
             other.prompt(embeds=prompt)
-            assert same(list(other.stream(2)), found)
+            assert same(list(other.stream(2)), actual)
     session.close()
     engine.check_integrity()
     assert engine.manager.pages_in_use == 12
@@ -162,29 +163,29 @@ def test_a_fork_shares_pages_and_decoder_state_until_it_goes_on():
 def test_rewinding_far_decodes_from_a_kept_state_on_again():
     """Eight blocks back, over snapshots taken every eight, with blocks made ahead dropped; memory is bounded."""
     engine = small_engine(rewind_blocks=8, num_frame_per_block=1, local_attn_size=3)
-    wanted = alone(20, decode=True, num_frame_per_block=1, local_attn_size=3)
+    expected = alone(20, decode=True, num_frame_per_block=1, local_attn_size=3)
     with opened(engine) as session:
         stream = session.stream(20)
-        found = [next(stream) for _ in range(12)]
+        actual = [next(stream) for _ in range(12)]
         session.rewind(5)
-        found[5:] = list(stream)  # what was dropped is made again, and the stream is as long as asked for
-        assert len(found) == 13 and same(found, wanted[:13])
-        assert same(list(session.stream(7)), wanted[13:])
+        actual[5:] = list(stream)  # what was dropped is made again, and the stream is as long as asked for
+        assert len(actual) == 13 and same(actual, expected[:13])
+        assert same(list(session.stream(7)), expected[13:])
         decoder = session.current.decoder
         assert len(session.rewind_points) == 8 and len(decoder.checkpoints) <= 2 and len(decoder.decoded) <= 16
         for block in (19, 15, 12):
             session.rewind(block)
             assert session.next_block == block
             engine.check_integrity()
-        assert same(list(session.stream(1)), wanted[12:13])
+        assert same(list(session.stream(1)), expected[12:13])
 
 
 def test_interleaved_sessions_equal_each_alone():
     engine = small_engine()
     sessions = [opened(engine, seed) for seed in range(3)]
-    found = list(zip(*(session.stream(3, decode=False) for session in sessions), strict=True))
+    blocks = list(zip(*(session.stream(3, decode=False) for session in sessions), strict=True))
     for seed, session in enumerate(sessions):
-        assert same([row[seed] for row in found], alone(3, seed=seed))
+        assert same([row[seed] for row in blocks], alone(3, seed=seed))
         session.close()
 
 
@@ -197,7 +198,7 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
     Either waits for the other: block b is not denoised before the decoder is at b - 1, which goes on once b is.
     """
     engine = small_engine()
-    wanted = alone(4, decode=True)
+    expected = alone(4, decode=True)
     denoised, decoding = ([threading.Event() for _ in range(4)] for _ in range(2))
     velocity, decode, threads = engine.loop.network_pass, engine.parts.vae.decode, []
 
@@ -216,13 +217,13 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
 
     monkeypatch.setattr(engine.loop, "network_pass", denoise)
     monkeypatch.setattr(engine.parts.vae, "decode", slow)
-    told = []
-    engine.observe(told.append)
+    records = []
+    engine.observe(records.append)
     with opened(engine) as session:
         blocks = list(session.stream(4))
-    assert same(blocks, wanted)
+    assert same(blocks, expected)
     assert all(name.startswith("inferix-decode") for name in threads)
-    for before, after in pairwise(record["spans"] for record in told):
+    for before, after in pairwise(record["spans"] for record in records):
         assert before["decode"][0] < after["denoise"][1] and after["denoise"][0] < before["decode"][1]
 
 
@@ -248,7 +249,7 @@ def test_blocks_are_awaited_on_one_loop_and_each_reader_wakes_for_its_own():
             return [block async for block in sessions[index].astream(2 if index < 3 else 1, decode=index != 1)]
 
     async def serve():
-        found = await asyncio.gather(*map(read, range(4)))
+        actual = await asyncio.gather(*map(read, range(4)))
         sessions[2].stop()
         sessions[0].current.noise = None
         with pytest.raises(AttributeError):
@@ -257,7 +258,7 @@ def test_blocks_are_awaited_on_one_loop_and_each_reader_wakes_for_its_own():
             await asyncio.wrap_future(engine.soon(sessions[0].fork))
         async with asyncio.timeout(WAIT):
             rest = [block async for block in sessions[1].astream(3)]
-        return found, rest
+        return actual, rest
 
     def loop():
         try:
@@ -277,9 +278,9 @@ def test_blocks_are_awaited_on_one_loop_and_each_reader_wakes_for_its_own():
     engine.hand_over()
     drive = in_thread(lambda: engine.run(keep=True))
     engine.soon(lambda: 1).result(WAIT)
-    found, rest = loop()
+    actual, rest = loop()
     drive()
-    for seed, blocks in enumerate(found):
+    for seed, blocks in enumerate(actual):
         assert same(blocks, alone(len(blocks), decode=seed != 1, seed=seed))
     assert [block.index for block in rest] == [2, 3, 4]
     assert 1 <= wakes[3] < wakes[0] <= 6  # its demand and its blocks, not those of others
@@ -303,15 +304,15 @@ def test_a_blocked_reader_stops_its_own_session_only():
         assert taken.wait(WAIT)
         blocks = list(quick.stream(8))
         with engine.manager.condition:
-            held = len(slow.output), slow.next_block
+            queued = len(slow.output), slow.next_block
         go_on.set()
         quick.stop()
-        return blocks, held
+        return blocks, queued
 
     waits = [in_thread(read) for read in (read_slowly, read_quickly)]
     engine.run()
-    blocks, (held, begun) = waits[1]()
-    assert held <= 2 and begun <= 3  # one was taken, two wait
+    blocks, (queued, begun) = waits[1]()
+    assert queued <= 2 and begun <= 3  # one was taken, two wait
     assert same(blocks, alone(8, decode=True, seed=2))
     assert same(waits[0](), alone(6, decode=True, seed=1))
     assert slow.state is quick.state is State.CLOSED and not engine.manager.sessions
@@ -320,24 +321,24 @@ def test_a_blocked_reader_stops_its_own_session_only():
 def test_controls_of_other_threads_count_from_the_next_block_and_are_acknowledged():
     """Told while block 1 is being made: the prompt shows in block 2, and so says its id."""
     engine = small_engine("self-forcing-framewise", spec=replace(TINY, actions=("stay", "left")))
-    velocity, told = engine.loop.network_pass, []
+    velocity, controls = engine.loop.network_pass, []
 
     def interrupted(state, run, latents, record):
-        if record.block == 1 and not told:
-            told.extend(in_thread(lambda: (session.prompt(embeds=OTHER), session.act("left")))())
+        if record.block == 1 and not controls:
+            controls.extend(in_thread(lambda: (session.prompt(embeds=OTHER), session.act("left")))())
         return velocity(state, run, latents, record)
 
     engine.loop.network_pass = interrupted
     with opened(engine) as session:
         blocks = list(session.stream(4, decode=False))
     acks = [[(ack.id, ack.kind) for ack in block.acks] for block in blocks]
-    assert acks == [[], [], [(told[0], "prompt"), (told[1], "act")], []]
+    assert acks == [[], [], [(controls[0], "prompt"), (controls[1], "act")], []]
     assert all(ack.block == 2 and ack.seconds > 0 and ack.refused is None for ack in blocks[2].acks)
     with opened(small_engine("self-forcing-framewise", spec=replace(TINY, actions=("stay", "left")))) as session:
-        wanted = list(session.stream(2, decode=False))
+        expected = list(session.stream(2, decode=False))
         session.prompt(embeds=OTHER)
         session.act("left")
-        assert same(blocks, wanted + list(session.stream(2, decode=False)))
+        assert same(blocks, expected + list(session.stream(2, decode=False)))
 
 
 def test_with_several_blocks_in_flight_an_action_shows_in_the_one_that_joins_next():
@@ -419,12 +420,12 @@ def test_one_thread_drives_and_others_are_told_so(monkeypatch):
         assert isinstance(error, UsageError), name
         assert f"{name}() was called in thread 'outsider', but 'MainThread' drives this engine" in str(error)
         engine.check_integrity()
-    monkeypatch.setattr(session_manager, "OWNER_WAIT", 0.05)
+    monkeypatch.setattr(delivery, "OWNER_WAIT", 0.05)
     error = in_thread(lambda: next(session.stream(1)))()
     assert "'MainThread', which drives the engine, makes none" in str(error)
     engine.hand_over()
-    found = in_thread(lambda: list(session.stream(2, decode=False)))()
-    assert same(found, alone(2))
+    actual = in_thread(lambda: list(session.stream(2, decode=False)))()
+    assert same(actual, alone(2))
     assert len(list(session.stream(1))) == 1  # that thread has ended, so the engine is free again
     session.close()
 
@@ -436,17 +437,36 @@ def test_the_driving_thread_opens_and_forks_for_others():
         with engine.soon(lambda: opened(engine)).result(WAIT) as session:
             first = list(session.stream(2, decode=False))
             with engine.soon(session.fork).result(WAIT) as twin:
-                found = first + list(twin.stream(2, decode=False))
+                actual = first + list(twin.stream(2, decode=False))
         failed = engine.soon(session.fork).exception(WAIT)
         engine.halt()
-        return found, failed
+        return actual, failed
 
     wait = in_thread(serve)
     engine.run(keep=True)
-    found, failed = wait()
-    assert same(found, alone(4))
+    actual, failed = wait()
+    assert same(actual, alone(4))
     assert isinstance(failed, InferixError)
     assert engine.soon(lambda: 3).result(WAIT) == 3
+
+
+@pytest.mark.parametrize("ids", ["abc", "cba"])
+def test_sessions_run_in_the_order_they_were_opened_whatever_their_ids_are(ids, monkeypatch):
+    engine, given = small_engine(), iter(ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(session_manager, "new_id", lambda: next(given))
+        sessions = [opened(engine, seed) for seed in range(2)]
+        sessions.append(sessions[0].fork())
+    for session in sessions:
+        engine.manager.delivery.submit_demand(session, Demand(2, decode=False))
+    order = [session.id for _ in range(6) for session in engine.step()]
+    assert order == [*ids, *ids]
+
+
+def test_nobody_guesses_an_id():
+    engine = small_engine()
+    ids = [opened(engine, seed).id for seed in range(8)]
+    assert len(set(ids)) == 8 and all(re.fullmatch(r"[0-9a-f]{32}", name) for name in ids)
 
 
 def test_waiting_for_ever_is_an_error():
@@ -454,18 +474,18 @@ def test_waiting_for_ever_is_an_error():
     session = opened(engine)
     next(session.stream(1, decode=False))
     session.pause()
-    with pytest.raises(InferixError, match=r"session 1\b.*paused"):
+    with pytest.raises(InferixError, match=f"{session.id} .*paused"):
         next(session.stream(1, decode=False))
     session.resume()
     waiting = opened(engine, 1)
-    with pytest.raises(InferixError, match=r"session 2\b.*\b1\b.*\b1\b"):
+    with pytest.raises(InferixError, match=f"{waiting.id} .* 1 .* 1 "):
         next(waiting.stream(1, decode=False))
     with pytest.raises(InferixError, match="room"):
         waiting.fork()
     stream = session.stream(3, decode=False)
     next(stream)
     list(session.stream(1, decode=False))
-    with pytest.raises(InferixError, match="session 1"):
+    with pytest.raises(InferixError, match=session.id):
         next(stream)
     session.close()
     assert same(list(waiting.stream(2, decode=False)), alone(2, seed=1))
@@ -513,26 +533,26 @@ def broken_decoder(engine, session):
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [(not_a_number, "block 0 is not finite"), (out_of_memory, "out of memory"), (broken_decoder, "no memory for pict")],
 )
-def test_a_session_that_fails_ends_alone(harm, said):
+def test_a_session_that_fails_ends_alone(harm, message):
     engine = small_engine(rewind_blocks=1)
     session, other = opened(engine, 1), opened(engine, 2)
     harm(engine, session)
     stream, beside = session.stream(6), other.stream(6)
-    found = []
-    with pytest.raises((InferixError, MemoryError, torch.OutOfMemoryError), match=said):
+    results = []
+    with pytest.raises((InferixError, MemoryError, torch.OutOfMemoryError), match=message):
         while True:
-            found.append(next(beside))
+            results.append(next(beside))
             next(stream)
-    found += beside
+    results += beside
     assert session.state is State.FAILED and session.id not in engine.manager.sessions
-    assert same(found, alone(6, decode=True, seed=2))
+    assert same(results, alone(6, decode=True, seed=2))
     engine.check_integrity()
-    with pytest.raises(InferixError, match=f"session 1.*{said}"):
+    with pytest.raises(InferixError, match=f"{session.id} .*{message}"):
         session.fork()
-    with pytest.raises(InferixError, match=f"session 1.*{said}"):
+    with pytest.raises(InferixError, match=f"{session.id} .*{message}"):
         session.act("left")
     session.close()  # frees nothing more, and hides no reason
     assert session.state is State.FAILED
@@ -554,7 +574,7 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
     twin = session.fork()
     for each in (session, twin):
         each.prompt(embeds=OTHER)
-    wanted = list(twin.stream(3))
+    expected = list(twin.stream(3))
     twin.close()
     pool, failed = engine.kv_manager.store(SIZE).pool, 0
     whole = (engine.executor, "run_block")
@@ -569,15 +589,15 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
             left -= 1
             if left < 0 and where == "page" and args[0]:
                 raise OutOfPages("no page is left")
-            found = plain(*args, **kwargs)
+            blocks = plain(*args, **kwargs)
             if left < 0 and where != "page":
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return found
+            return blocks
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, verb, failing)
             try:
-                found = list(session.stream(1))
+                blocks = list(session.stream(1))
                 break
             except (OutOfPages, torch.OutOfMemoryError):
                 failed += 1
@@ -586,10 +606,10 @@ def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch
         assert max(session.current.branches[0].cache.frames, default=0) < 3 * engine.preset.num_frame_per_block
         beside += other.stream(1)
     assert failed > (where == "pass") and engine.metrics()["counters"]["blocks_rolled_back"] == failed
-    found += session.stream(2)
-    assert same(found, wanted)
+    blocks += session.stream(2)
+    assert same(blocks, expected)
     session.rewind(5)
-    assert same(list(session.stream(1)), wanted[-1:])
+    assert same(list(session.stream(1)), expected[-1:])
     engine.check_integrity()
     session.close()
     other.close()
@@ -629,7 +649,7 @@ def interruptible(engine, session):
         "controls": (engine, "_change_prompt"), "acknowledge": (engine.manager, "acknowledge"),
         "prepare": (engine.loop, "follow_prompt"), "pass": (engine.loop, "forward"), "draw": (engine.loop, "draw"),
         "finish": (session.current, "remember"), "decode": (engine.parts.vae, "decode"),
-        "taken": (engine.manager, "_taken"),
+        "taken": (engine.manager.delivery, "_taken"),
     }  # fmt: skip
 
 
@@ -637,11 +657,11 @@ def interruptible(engine, session):
 def test_ctrl_c_takes_the_block_back_wherever_it_comes(preset, monkeypatch):
     engine = small_engine(preset, rewind_blocks=1)
     with opened(engine, 1) as whole:
-        wanted = list(whole.stream(2))
+        expected = list(whole.stream(2))
         whole.prompt(embeds=OTHER)
-        wanted += whole.stream(2)
+        expected += whole.stream(2)
     session = opened(engine, 1)
-    found = list(session.stream(2))
+    blocks = list(session.stream(2))
     session.prompt(embeds=OTHER)
     for place, (owner, name) in interruptible(engine, session).items():
         if place == "decode" and preset == "self-forcing":
@@ -660,11 +680,11 @@ def test_ctrl_c_takes_the_block_back_wherever_it_comes(preset, monkeypatch):
         assert session.state is State.RUNNING and session.next_block >= 2, place
         assert not session.output.unfinished and len(session.output.ready) == (place == "taken"), place
         engine.check_integrity()
-    found += session.stream(2)
-    assert same(found, wanted)
-    assert [ack.kind for block in found for ack in block.acks] == ["prompt"]
+    blocks += session.stream(2)
+    assert same(blocks, expected)
+    assert [ack.kind for block in blocks for ack in block.acks] == ["prompt"]
     session.rewind(3)
-    assert same(list(session.stream(1)), wanted[-1:])
+    assert same(list(session.stream(1)), expected[-1:])
     session.close()
     assert engine.manager.pages_in_use == 0
 
@@ -798,9 +818,9 @@ def test_an_observer_that_raises_loses_no_block():
 def test_a_forked_process_makes_blocks_or_says_why_not(driven):
     engine = small_engine()
     session, busy = opened(engine), opened(engine, 1)
-    wanted = [*session.stream(1), *busy.stream(1)]
+    expected = [*session.stream(1), *busy.stream(1)]
     twin = session.fork()
-    wanted += twin.stream(1)
+    expected += twin.stream(1)
     begun, release = threading.Event(), threading.Event()
     decode = busy.current.decoder.decode
 
@@ -817,7 +837,7 @@ def test_a_forked_process_makes_blocks_or_says_why_not(driven):
         stream = in_thread(lambda: list(busy.stream(1)))
     else:
         stream = busy.stream(1, decode=True)
-        engine.manager.submit_demand(busy, Demand(1, decode=True))
+        engine.manager.delivery.submit_demand(busy, Demand(1, decode=True))
         engine.step()
     assert begun.wait(WAIT)
 
@@ -829,7 +849,7 @@ def test_a_forked_process_makes_blocks_or_says_why_not(driven):
                 next(session.stream(1))
             assert isinstance(engine.soon(lambda: 1).exception(WAIT), SessionEnded)
             return
-        assert same(list(session.stream(1)), wanted[2:])
+        assert same(list(session.stream(1)), expected[2:])
         with pytest.raises(SessionEnded):
             next(busy.stream(1))
         engine.check_integrity()
@@ -867,7 +887,7 @@ def test_a_session_whose_reader_is_gone_ends(monkeypatch):
     next(other_stream)
     assert session.state is State.FAILED
     next(stream)  # what was finished is not lost
-    with pytest.raises(InferixError, match=r"session 1\b.*\b[67]\.?\d* s"):
+    with pytest.raises(InferixError, match=rf"{session.id} .*\b[67]\.?\d* s"):
         list(stream)
     engine.check_integrity()
 
@@ -882,10 +902,10 @@ def test_bad_input_leaves_everything_whole():
         (lambda: session.rewind(1), "cannot be rewound to block 1: the next is 3, and blocks from 2 on are kept"),
         (lambda: session.rewind(7), "cannot be rewound to block 7"),
         (lambda: session.rewind(-1), "cannot be rewound to block -1"),
-        (closed.fork, "session 2 is closed; open a new one"),
-        (closed.close, "session 2 is closed already"),
-        (lambda: closed.prompt(embeds=OTHER), "session 2 is closed"),
-        (lambda: closed.stream(1), "session 2 is closed"),
+        (closed.fork, f"{closed.id} is closed"),
+        (closed.close, f"{closed.id} is closed"),
+        (lambda: closed.prompt(embeds=OTHER), f"{closed.id} is closed"),
+        (lambda: closed.stream(1), f"{closed.id} is closed"),
         (lambda: session.act("jump"), "no action 'jump'; there are stay, left"),
         (lambda: session.act(("left", "left")), "action"),
         (lambda: session.act(3), "action is 3"),
@@ -901,8 +921,8 @@ def test_bad_input_leaves_everything_whole():
         (lambda: small_engine(limits=Limits(overload=(DegradationStep("decoder"),))), "there is none; give fast_vae"),
         (lambda: engine.open(prompt_embeds=PROMPT, size=(30, 32)), "multiple of 16"),
     ]
-    for call, said in cases:
-        with pytest.raises(InferixError, match=said):
+    for call, message in cases:
+        with pytest.raises(InferixError, match=message):
             call()
         engine.check_integrity()
     session.stop()
@@ -934,10 +954,10 @@ def test_a_queued_session_begins_with_its_video_once_there_is_room():
     queued = opened(engine, 1, video=video)
     assert queued.prefix_frames is None and engine.metrics()["gauges"]["sessions_waiting"] == 1
     first.close()
-    found = list(queued.stream(2))
+    blocks = list(queued.stream(2))
     assert len(queued.prefix_frames) == 13
     with opened(small_engine("self-forcing-framewise"), 1, video=video) as session:
-        assert same(found, list(session.stream(2)))
+        assert same(blocks, list(session.stream(2)))
 
 
 @pytest.mark.parametrize("rewind_blocks", [0, 1])
@@ -947,13 +967,13 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypa
         limits=Limits(when_full="queue"),
     )  # fmt: skip
     resting, other = opened(engine, 1), opened(engine, 2)
-    found = list(resting.stream(3, decode=False))
-    with pytest.raises(InferixError, match=r"session 2\b.*pages"):
+    blocks = list(resting.stream(3, decode=False))
+    with pytest.raises(InferixError, match=f"{other.id} .*pages"):
         next(other.stream(1, decode=False))
     with monkeypatch.context() as patch:
         patch.setattr(resting, "offload", lambda: torch.empty(10**15))
         resting.pause()
-        with pytest.warns(UserWarning, match="session 1.*allocate memory"):
+        with pytest.warns(UserWarning, match=f"{resting.id} .*allocate memory"):
             engine.step()
     resting.resume()
     resting.pause()
@@ -963,12 +983,12 @@ def test_pages_of_a_paused_session_make_room_for_another(rewind_blocks, monkeypa
     with pytest.raises(InferixError, match="in host memory"):
         resting.fork()
     resting.resume()
-    with pytest.raises(InferixError, match=r"session 1\b.*pages"):
+    with pytest.raises(InferixError, match=f"{resting.id} .*pages"):
         next(resting.stream(1, decode=False))
     beside += other.stream(1, decode=False)
     other.close()
-    found += resting.stream(2, decode=False)
-    assert same(found, alone(5, seed=1)) and same(beside, alone(4, seed=2))
+    blocks += resting.stream(2, decode=False)
+    assert same(blocks, alone(5, seed=1)) and same(beside, alone(4, seed=2))
     engine.check_integrity()
 
 
@@ -992,7 +1012,7 @@ def test_overload_takes_its_steps_and_says_so():
     assert blocks[-1].record.as_dict()["overload"] == ["window", "decoder", "sessions"]
     assert second.state is State.PAUSED and first.state is State.RUNNING
     assert len(first.current.branches[0].cache.frames) == 3
-    with pytest.raises(InferixError, match=r"session 3\b.*\b2\b.*\b1\b"):
+    with pytest.raises(InferixError, match=r"session [0-9a-f]{32} .* 2 .* 1 "):
         opened(engine, 3)
     assert engine.metrics()["counters"]["overload_steps"] == 3
     first.close()
@@ -1048,28 +1068,28 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
     rng = random.Random(0)
     sessions = [opened(engine, seed) for seed in range(8)]
     streams = [session.stream(250, decode=False) for session in sessions]
-    told = [{} for _ in sessions]  # by block: what it is the first to follow
-    found = [[] for _ in sessions]
+    sent = [{} for _ in sessions]  # by block: what it is the first to follow
+    actual = [[] for _ in sessions]
     memory, process, pool = [], psutil.Process(), engine.kv_manager.store(SIZE).pool
     for made in range(250):
         for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
             chance = rng.random()
             if chance < 0.05:
                 session.prompt(embeds=rng.choice(prompts))
-                told[place].setdefault(made, []).append(session.controls.waiting[-1])
+                sent[place].setdefault(made, []).append(session.controls.waiting[-1])
             elif chance < 0.15:
                 session.act(rng.choice(("stay", "left")))
-                told[place].setdefault(made, []).append(session.controls.waiting[-1])
+                sent[place].setdefault(made, []).append(session.controls.waiting[-1])
             elif chance < 0.17:
                 session.pause()
                 session.resume()
             block = next(stream)
             assert block.index == made
-            found[place].append(block.latents.sum().item())
+            actual[place].append(block.latents.sum().item())
         assert pool.used <= 8 * least_pages(engine.preset)
         if made in (60, 249):
             gc.collect()
-            memory.append((pool.size, len(engine.manager.sessions), len(engine.manager.pipeline.jobs)))
+            memory.append((pool.size, len(engine.manager.sessions), len(engine.manager.delivery.pipeline.jobs)))
             memory.append(process.memory_info().rss)
     engine.check_integrity()
     assert memory[0] == memory[2]
@@ -1082,17 +1102,17 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
     for seed in range(8):
         with opened(small_engine("self-forcing-framewise", **settings), seed) as session:
             for made in range(250):
-                for control in told[seed].get(made, ()):
+                for control in sent[seed].get(made, ()):
                     session.controls.put(control.kind, control.value)
                 (block,) = session.stream(1, decode=False)
-                assert block.latents.sum().item() == found[seed][made], (seed, made)
+                assert block.latents.sum().item() == actual[seed][made], (seed, made)
 
 
 def test_a_prompt_that_is_no_text_or_empty_is_refused_at_once():
     engine = load("wan-tiny", device="cpu", dtype="float32", local_attn_size=6)
     with engine.open(prompt="a boat", size=(32, 32)) as session:
-        for prompt, said in ((5, "is 5"), (" ", "prompt")):
-            with pytest.raises(UsageError, match=said):
+        for prompt, message in ((5, "is 5"), (" ", "prompt")):
+            with pytest.raises(UsageError, match=message):
                 session.prompt(prompt)
-            with pytest.raises(UsageError, match=said):
+            with pytest.raises(UsageError, match=message):
                 engine.open(prompt=prompt, size=(32, 32))

@@ -3,7 +3,7 @@
 import pytest
 
 from inferix.errors import UsageError
-from inferix.schemes.presets import PRESETS
+from inferix.models.registry import PRESETS
 from inferix.schemes.storyboard import Cue, read_storyboard, schedule
 
 PRESET = PRESETS["self-forcing"]  # blocks begin at frames 0, 9, 21, 33, ...

@@ -1,0 +1,100 @@
+"""Decoders of latents as the runtime sees them: streams with an explicit state, and what they cost by their sizes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass
+class StreamState:
+    """State of an encoder or decoder in one stream: the last input frames by slot, and the count of frames so far."""
+
+    history: dict[int, Tensor] = field(default_factory=dict)
+    frames: int = 0
+
+    def clone(self) -> StreamState:
+        """Return an independent state; it shares the tensors, which are replaced and never written."""
+        return StreamState(dict(self.history), self.frames)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in tuple(self.history.values()))
+
+
+@dataclass(frozen=True)
+class DecoderSpec(ABC):
+    """Sizes of a decoder, and its costs as integers: FLOPs (a multiply and an add are 2), entries and bytes.
+
+    z_dim: channels of the latents. latent: (height, width) of a latent frame.
+    """
+
+    z_dim: int
+
+    @property
+    @abstractmethod
+    def temporal_stride(self) -> int:
+        """Pictures of one latent frame."""
+
+    @property
+    @abstractmethod
+    def spatial_stride(self) -> int:
+        """Pixels a side of one latent pixel."""
+
+    @property
+    @abstractmethod
+    def encodes(self) -> bool:
+        """True if there is an encoder, too."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Parameters loaded, those of an encoder included."""
+
+    @property
+    @abstractmethod
+    def decoding_parameters(self) -> int:
+        """Parameters that decoding reads."""
+
+    @abstractmethod
+    def state_entries(self, latent: tuple[int, int]) -> int:
+        """Entries of a stream's decoder state after two latent frames."""
+
+    @abstractmethod
+    def decode_flops(self, latent: tuple[int, int], first: bool = False) -> int:
+        """FLOPs of decoding one latent frame, the first of a stream or a later one."""
+
+    @abstractmethod
+    def encode_flops(self, latent: tuple[int, int]) -> int:
+        """FLOPs of encoding one picture, the first of a stream; 0 without an encoder."""
+
+    @abstractmethod
+    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
+        """Upper bound of the bytes of decoding `frames` latent frames at once, besides weights, state and latents.
+
+        item: bytes of an entry.
+        """
+
+
+class Decoder(nn.Module, ABC):
+    """Decodes a stream of latents to pictures; with an encoder where its spec has one.
+
+    zero_start: a stream can start from zero caches, so that its first latent frame gives as many pictures as others.
+    """
+
+    spec: DecoderSpec
+    zero_start = False
+
+    def new_state(self) -> StreamState:
+        """Return the state before the first frame of a stream."""
+        return StreamState()
+
+    @abstractmethod
+    def encode(self, pixels: Tensor, state: StreamState) -> Tensor:
+        """Encode pixels [T, 3, H, W] in [-1, 1] to normalised latents [F, z, H/s, W/s]; advances `state`."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, state: StreamState) -> Tensor:
+        """Decode normalised latents [F, z, h, w] to pixels [T, 3, s*h, s*w] in [-1, 1]; advances `state`."""

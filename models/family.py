@@ -1,0 +1,252 @@
+"""`Family`: all that the runtime asks of one kind of model. `registry` lists families.
+
+A family has sizes, presets and checkpoint formats as data, and builds, reads and writes the parts of its models. What a
+family does not define is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, quoted
+from ..schemes.presets import Preset
+from .decoder import Decoder, DecoderSpec
+from .files import fill
+from .random import random_state
+from .spec import ModelSpec
+from .transformer import Transformer
+
+Merge = Callable[[str, Tensor], Tensor]  # name and weight to the weight with adapters merged
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A transformer's memory-mapped tensors under our names, with format, sizes and files."""
+
+    path: Path
+    form: str
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Tensor]
+    spec: ModelSpec
+    lora: Path | None  # adapter published with the file
+
+    @property
+    def folder(self) -> Path:
+        """The folder in which VAE and text encoder may be."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the transformer's files, in order."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Format:
+    """Layout of a published checkpoint.
+
+    names: the family's name for a set of tensor names. file: name of the file. weights: keys under which a training
+    file stores the weights, best first; none for a flat file. lora: file name of an adapter that belongs to it.
+    """
+
+    names: str
+    file: str
+    weights: tuple[str, ...] = ()
+    lora: str | None = None
+
+
+class PromptEncoder(Protocol):
+    """Text encoder: a prompt to the rows that the transformer attends to."""
+
+    def encode(self, prompt: str) -> Tensor:
+        """Encode a prompt to rows [text_len, text_dim], zero after its end."""
+
+
+class AdapterUpdate(Protocol):
+    """What an adapter adds to one weight."""
+
+    def to(self, device: torch.device) -> AdapterUpdate:
+        """Return the update with its tensors on a device."""
+
+    def change(self, factor: float) -> Tensor:
+        """Return `factor` times the update of a weight, in float32."""
+
+
+def merged(name: str, tensor: Tensor, updates: Mapping[str, AdapterUpdate], factor: float = 1.0) -> Tensor:
+    """Return a parameter with its update added, in the parameter's dtype; a parameter without one unchanged."""
+    update = updates.get(name)
+    if update is None:
+        return tensor
+    return (tensor.float() + update.change(factor).view(tensor.shape)).to(tensor.dtype)
+
+
+class Family(ABC):
+    """One kind of model.
+
+    name: what `ModelSpec.family` says. models: sizes by name. presets: decoding schemes, the default one first.
+    formats: checkpoint formats by name. shipped: folder of the weights of models that are in the package, by name.
+    demo: the named model that runs where a preset of the family is named alone.
+    """
+
+    name: str
+    models: Mapping[str, ModelSpec]
+    presets: Sequence[Preset]
+    formats: Mapping[str, Format] = {}
+    shipped: Mapping[str, Path] = {}
+    demo: str
+
+    # Transformer
+
+    @abstractmethod
+    def build(self, spec: ModelSpec, precision: str = "reference") -> Transformer:
+        """Build a transformer on torch's default device, which may be the meta device.
+
+        precision: a name of `transformer.PRECISIONS`.
+        """
+
+    def random_state(self, spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Draw random weights of a transformer, by name."""
+        with torch.device("meta"):
+            module = self.build(spec)
+        return random_state(module, seed, dtype)
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        precision: str,
+        dtype: torch.dtype,
+        device: Any,
+        loras: Iterable[tuple[str | Path, float]] = (),
+        lora_partial: bool = False,
+    ) -> Transformer:
+        """Build the transformer of a checkpoint with its adapters merged into the weights."""
+        with torch.device("meta"):
+            module = self.build(checkpoint.spec, precision)
+        change = self.merging(checkpoint, loras, lora_partial)
+        return fill(module, checkpoint.tensors, dtype, device, checkpoint.path, change)
+
+    # Checkpoints
+
+    def recognises(self, path: Path) -> bool:
+        """True for a checkpoint file or folder of this family; False where another family may look."""
+        return False
+
+    def read(self, path: Path, form: str | None, use_ema: bool, known: Collection[ModelSpec]) -> Checkpoint:
+        """Map a checkpoint file or folder.
+
+        form: a name of `formats`; None detects it. known: named sizes of all families that read with this function.
+        Raises UsageError if it is no transformer of the family, CheckpointError for a broken file.
+        """
+        raise self.lacks("checkpoint reader", quoted(str(path)))
+
+    def parts_beside(self, checkpoint: Checkpoint) -> dict[str, Path | None]:
+        """Find the other parts of a model beside its transformer, by the argument of `load` that names each."""
+        return {}
+
+    def write_random(self, folder: Path, spec: ModelSpec, form: str, seed: int, dtype: torch.dtype) -> None:
+        """Write random weights of all parts of a model to a folder, in a format."""
+        raise self.lacks("checkpoint writer", form)
+
+    def write(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        form: str,
+        dtype: torch.dtype | None,
+        max_shard: int,
+        change: Merge,
+        progress: Callable[[str], None],
+    ) -> None:
+        """Write a checkpoint, and the VAE and text encoder beside it, to a folder as safetensors.
+
+        form: `original` or `diffusers`. dtype: None for that of the file. max_shard: bytes per file. progress: called
+        with the name of each written file.
+        """
+        raise self.lacks("checkpoint writer", form)
+
+    # Adapters
+
+    def merging(
+        self, checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]], partial: bool = False
+    ) -> Merge:
+        """Return a function (name, weight) -> weight that merges `loras`, (path, factor) each."""
+        for path, _ in loras:
+            raise self.lacks("adapters", quoted(str(path)))
+        return lambda name, tensor: tensor
+
+    def read_adapter(self, path: str | Path, weights: Mapping[str, Tensor], partial: bool) -> dict[str, AdapterUpdate]:
+        """Read an adapter for these weights, by name. UsageError for one that does not fit (partial: of no layer)."""
+        raise self.lacks("adapters", quoted(str(path)))
+
+    # Decoders
+
+    @abstractmethod
+    def decoder_spec(self, spec: ModelSpec) -> DecoderSpec:
+        """Return the sizes of a model's decoder."""
+
+    def tiny_decoder_spec(self, spec: ModelSpec) -> DecoderSpec | None:
+        """Return the sizes of a smaller decoder for the latents of a model; None where there is none."""
+        return None
+
+    def chosen_decoder_spec(self, spec: ModelSpec, tiny: bool) -> DecoderSpec:
+        """Return the sizes of a model's decoder, or of its tiny one. UsageError for a model without a tiny one."""
+        sizes = self.tiny_decoder_spec(spec) if tiny else self.decoder_spec(spec)
+        if sizes is None:
+            raise self.lacks("tiny decoder", f"vae of {spec.name}")
+        return sizes
+
+    @abstractmethod
+    def build_decoder(self, spec: DecoderSpec) -> Decoder:
+        """Build a decoder on torch's default device, which may be the meta device."""
+
+    def random_decoder(self, spec: ModelSpec, tiny: bool, dtype: torch.dtype, device: Any) -> Decoder:
+        """Make a decoder with random weights, ready to run on a device."""
+        sizes = self.chosen_decoder_spec(spec, tiny)
+        with torch.device("meta"):
+            module = self.build_decoder(sizes)
+        return fill(module, random_state(module, 1, dtype), dtype, device, spec.name)
+
+    def find_decoder(self, name: str | None, folders: Sequence[Path]) -> Path:
+        """Find the file of a decoder. name: None for the one in `folders`, `taehv` for a tiny one, or a path."""
+        raise self.lacks("decoder files", name or "vae")
+
+    def load_decoder(self, path: Path, dtype: torch.dtype, device: Any) -> Decoder:
+        """Load a decoder, ready to run on a device."""
+        raise self.lacks("decoder files", str(path))
+
+    # Text
+
+    def text_parameters(self, spec: ModelSpec) -> int:
+        """Count the parameters of the text encoder that goes with a model; 0 without one."""
+        return 0
+
+    def load_text(
+        self, path: str | None, folders: Sequence[Path], spec: ModelSpec, dtype: torch.dtype, device: Any
+    ) -> Callable[[], PromptEncoder] | None:
+        """Find the text encoder at `path`, or without one in `folders`; returns a function that loads it once.
+
+        None if `folders` have no encoder; UsageError if `path` has none.
+        """
+        return None
+
+    def random_text(self, spec: ModelSpec, dtype: torch.dtype, device: Any) -> Callable[[], PromptEncoder] | None:
+        """Return a function that makes a random text encoder; None for a family that has none."""
+        return None
+
+    def lacks(self, what: str, value: str) -> UsageError:
+        """Make the error for a part that the family does not have."""
+        return UsageError(f"{self.name} has no {what} ({value}); use a model of another family, or leave it out")

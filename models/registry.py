@@ -1,0 +1,151 @@
+"""The registry of model families, with the models and presets of all of them by name.
+
+`register` adds a family from outside; what is registered here is what the runtime, the benches and the command know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import InferixError, UsageError, nearest, quoted
+from ..schemes.presets import Preset, with_settings
+from .family import Checkpoint, Family, Format
+from .scaled_weights import stored_dtype
+from .spec import ModelSpec
+from .tinyworld.family import TINYWORLD
+from .wan.checkpoint import FORMATS as WAN_FORMATS
+from .wan.family import WAN
+
+FAMILIES: dict[str, Family] = {}
+MODELS: dict[str, ModelSpec] = {}  # named sizes
+PRESETS: dict[str, Preset] = {}
+FORMATS: dict[str, Format] = WAN_FORMATS  # of Wan checkpoints; another layout of them is one more entry
+UNTRAINED: str = WAN.demo  # a named model whose random weights are made in no time
+SIZES = ("dim", "ffn_dim", "num_heads", "kv_heads", "num_layers", "in_channels", "out_channels", "text_dim")
+
+
+def register(family: Family) -> None:
+    """Add a family with its models and presets. UsageError for a name that is taken."""
+    presets = {preset.name: preset for preset in family.presets}
+    names: tuple[tuple[str, Iterable[str], Iterable[str]], ...] = (
+        ("family", [family.name], FAMILIES), ("model", family.models, MODELS), ("preset", presets, PRESETS),
+        ("format", family.formats, formats()),
+    )  # fmt: skip
+    for what, new, taken in names:
+        if both := set(new) & set(taken):
+            raise UsageError(f"family {family.name!r}: {what} {min(both)!r} is registered already; give another name")
+    for spec in family.models.values():
+        if spec.family != family.name:
+            raise UsageError(f"model {spec.name!r} has family {spec.family!r}; expected {family.name!r}")
+    FAMILIES[family.name] = family
+    MODELS.update(family.models)
+    PRESETS.update(presets)
+
+
+def unregister(family: Family) -> None:
+    """Remove a family, its models and its presets."""
+    del FAMILIES[family.name]
+    for known, names in ((MODELS, family.models), (PRESETS, [preset.name for preset in family.presets])):
+        for name in names:
+            known.pop(name, None)
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """Return the family of a model; UsageError for one that is not registered."""
+    if spec.family not in FAMILIES:
+        known = f"{nearest(spec.family, FAMILIES)}; there are {', '.join(FAMILIES)}"
+        raise UsageError(f"model {spec.name!r} has family {spec.family!r}, which is not registered{known}")
+    return FAMILIES[spec.family]
+
+
+def formats() -> list[str]:
+    """Names of the checkpoint formats of all families."""
+    return list(dict.fromkeys(name for family in FAMILIES.values() for name in family.formats))
+
+
+def shipped(name: str) -> Path | None:
+    """Folder of the weights of a named model that are in the package; None for other models.
+
+    InferixError if they are missing.
+    """
+    folder = family_of(MODELS[name]).shipped.get(name) if name in MODELS else None
+    if folder is not None and not folder.is_dir():
+        raise InferixError(
+            f"the weights of {name} are missing: no folder {quoted(str(folder))}; reinstall the package from its "
+            f"clone or wheel, or git checkout models/{name}/weights"
+        )
+    return folder
+
+
+# Checkpoints
+
+
+def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = True) -> Checkpoint:
+    """Map a checkpoint file or folder, read by the family that has the format or recognises the file.
+
+    Raises UsageError if it is no transformer, CheckpointError for a broken file.
+    """
+    path = Path(path)
+    family = reader_of(path, form)
+    alike = [other for other in FAMILIES.values() if type(other).read is type(family).read]
+    return family.read(path, form, use_ema, [spec for other in alike for spec in other.models.values()])
+
+
+def reader_of(path: Path, form: str | None) -> Family:
+    """Return the family that reads a file: the newest that has the format or recognises it, else the first."""
+    for family in reversed(FAMILIES.values()):
+        if family.recognises(path) if form is None else form in family.formats:
+            return family
+    return next(iter(FAMILIES.values()))
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe a checkpoint as plain values, without loading it: format, model, sizes, dtypes and files."""
+    checkpoint = read_checkpoint(path)
+    spec = checkpoint.spec
+    absent = {"vae": "not beside it; give base", "text_encoder": "not beside it; give base, or prompt embeddings"}
+    parts = family_of(spec).parts_beside(checkpoint)
+    return {
+        "path": str(path),
+        "format": checkpoint.form,
+        "model": spec.name,
+        **{key: getattr(spec, key) for key in SIZES},
+        "head_dim": spec.head_dim,
+        "tensors": len(checkpoint.tensors),
+        "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
+        "dtypes": sorted({str(stored_dtype(tensor)).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
+        "lora": str(checkpoint.lora) if checkpoint.lora else None,
+        "files": [str(file) for file in checkpoint.files],
+        **{name: absent.get(name, "not beside it") if part is None else str(part) for name, part in parts.items()},
+    }
+
+
+# Presets
+
+
+def default_model(preset: str | None) -> str:
+    """Return what runs where no model is named: the demo of the preset's family, or the small world."""
+    base = PRESETS[preset].about.base if preset in PRESETS else ""
+    family = TINYWORLD if preset is None else family_of(MODELS[base]) if base in MODELS else WAN
+    return family.demo
+
+
+def default_preset(model: str) -> str:
+    """Return the scheme of a named model that has one of its own name, else its family's first."""
+    if model in PRESETS:
+        return model
+    family = family_of(MODELS[model]) if model in MODELS else WAN
+    return family.presets[0].name
+
+
+def make_preset(name: str, **overrides: Any) -> Preset:
+    """Return the preset of that name with some fields replaced; UsageError names the nearest for an unknown one."""
+    if name not in PRESETS:
+        raise UsageError(f"no preset {quoted(name)}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    return with_settings(PRESETS[name], **overrides)
+
+
+for built_in in (WAN, TINYWORLD):
+    register(built_in)

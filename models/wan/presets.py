@@ -1,0 +1,110 @@
+"""Decoding schemes of the models of the Wan family. Sources are the papers and repositories named in each entry."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ...schemes.context import ContextPolicy
+from ...schemes.presets import About, Preset
+from ...schemes.sampler_spec import SamplerSpec
+
+APACHE, NON_COMMERCIAL = "Apache-2.0", "CC BY-NC-SA 4.0"
+FOUR_STEPS = SamplerSpec(
+    denoising_step_list=(1000, 750, 500, 250), warp_denoising_step=True, timestep_shift=5.0, context_noise=0.0
+)
+SELF_FORCING = Preset(
+    name="self-forcing",
+    about=About("wan-1.3b", APACHE, "gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",)),
+    num_frame_per_block=3,
+    independent_first_frame=False,
+    sampler=FOUR_STEPS,
+    # The published model stops at 21 frames; rolling there is the same up to it and goes on after it.
+    context=ContextPolicy(local_attn_size=21, sink_size=0, positions="absolute"),
+)
+LONGLIVE = dataclasses.replace(
+    SELF_FORCING,
+    name="longlive",
+    about=About(
+        "wan-1.3b", APACHE, "Efficient-Large-Model/LongLive-1.3B", ("models/longlive_base.pt", "models/lora.pt")
+    ),
+    context=ContextPolicy(local_attn_size=12, sink_size=3, positions="absolute", prompt_switch="recache"),
+)
+PRESETS: tuple[Preset, ...] = (
+    SELF_FORCING,
+    dataclasses.replace(
+        SELF_FORCING,
+        name="self-forcing-framewise",
+        about=dataclasses.replace(SELF_FORCING.about, files=()),
+        num_frame_per_block=1,
+    ),
+    dataclasses.replace(
+        SELF_FORCING,
+        name="causal-forcing",
+        about=About("wan-1.3b", APACHE, "zhuhz22/Causal-Forcing", ("chunkwise/causal_forcing.pt",)),
+    ),
+    dataclasses.replace(
+        SELF_FORCING,
+        name="causvid",
+        about=About("wan-1.3b", NON_COMMERCIAL, "tianweiy/CausVid", ("autoregressive_checkpoint/model.pt",)),
+        sampler=SamplerSpec(
+            denoising_step_list=(1000, 757, 522), warp_denoising_step=False, timestep_shift=8.0, context_noise=0.0
+        ),
+        context=ContextPolicy(
+            local_attn_size=-1, sink_size=0, positions="absolute",
+            segment_frames=21, rebuild_frames=3, reencode_head=True, restart_decoder=True,
+        ),
+    ),
+    LONGLIVE,
+    dataclasses.replace(
+        LONGLIVE,
+        name="longlive-infinity",
+        context=dataclasses.replace(LONGLIVE.context, positions="window-relative"),
+    ),
+    dataclasses.replace(
+        SELF_FORCING,
+        name="krea",
+        about=About(
+            "wan-14b", NON_COMMERCIAL, "krea/krea-realtime-video", ("krea-realtime-video-14b.safetensors",)
+        ),
+        sampler=dataclasses.replace(FOUR_STEPS, denoising_step_list=(1000, 666, 333, 0)),
+        context=ContextPolicy(
+            local_attn_size=-1, sink_size=0, positions="absolute", commit=False,
+            rebuild_frames=3, reencode_head=True, prompt_switch="blend", blend_blocks=4,
+            rebuild_before_switch=True,
+        ),
+    ),
+    Preset(
+        name="longlive2",
+        about=About("wan-5b", APACHE, "Efficient-Large-Model/LongLive-2.0-5B", ("model_bf16.pt",)),
+        num_frame_per_block=8,
+        independent_first_frame=False,
+        sampler=SamplerSpec(
+            denoising_step_list=(), warp_denoising_step=False, timestep_shift=5.0, context_noise=0.0,
+            solver="unipc", num_steps=4,
+        ),
+        context=ContextPolicy(
+            local_attn_size=32, sink_size=8, positions="absolute", shot_offset=8, image="clamp"
+        ),
+        scene_cut_prefix="The scene transitions. ",
+    ),
+    dataclasses.replace(
+        SELF_FORCING,
+        name="rolling-forcing",
+        about=About(
+            "wan-1.3b", "Tencent, see its repository", "TencentARC/RollingForcing",
+            ("checkpoints/rolling_forcing_dmd.pt",),
+        ),
+        sampler=dataclasses.replace(FOUR_STEPS, denoising_step_list=(1000, 800, 600, 400, 200)),
+        context=ContextPolicy(local_attn_size=21, sink_size=3, positions="contiguous", commit_sees_sink=False),
+        window_blocks=5,
+    ),
+    dataclasses.replace(
+        SELF_FORCING,
+        name="causal-diffusion",
+        about=About("wan-1.3b", APACHE, "gdhe17/Self-Forcing (not distilled)"),
+        sampler=SamplerSpec(
+            denoising_step_list=(), warp_denoising_step=False, timestep_shift=5.0, context_noise=0.0,
+            solver="unipc", num_steps=50, guidance_scale=5.0,
+        ),
+    ),
+)  # fmt: skip
