@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_checkpoint import SPEC, WEIGHTS, published, same, save, save_json, weights
 
-from inferix.errors import InferixError, UsageError
+from inferix.errors import CheckpointError, InferixError, UsageError
 from inferix.models.files import LARGEST_JSON, quoted, read_json, read_tensors
 from inferix.models.wan.checkpoint import read_checkpoint
 from inferix.models.wan.configs import diffusers_config, original_config
