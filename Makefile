@@ -1,5 +1,6 @@
 # `make demo` and `make test` work from a fresh clone: each makes .venv and installs into it first.
-# The small CPU build of torch:  make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# On Linux cpu.txt needs the CPU build of torch, since torch 2.13.0 of the package index requires another triton:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # A machine with an NVIDIA GPU:  make demo CONSTRAINTS=constraints/gpu.txt
 
 PYTHON ?= python3
@@ -34,18 +35,19 @@ help:
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
+	@echo "on Linux without a GPU:  PIP_ARGS=\"--extra-index-url https://download.pytorch.org/whl/cpu\""
 	@echo "variables:   PYTHON=$(PYTHON)  CONSTRAINTS=$(CONSTRAINTS)  PIP_ARGS=\"$(PIP_ARGS)\""
 
 demo: .venv/.base
 	mkdir -p outputs
 	$(BIN)/inferix generate --out outputs/demo.mp4
 
-# Files run in two processes, a file always in one.
+# Two processes: each begins with half of the tests in order; an idle one takes over half of what the other has left.
 test: lint
-	$(BIN)/pytest tests -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest tests -n 2 --dist worksteal -m "not slow"
 
 test-all: lint
-	$(BIN)/pytest tests -n 2 --dist loadfile
+	$(BIN)/pytest tests -n 2 --dist worksteal
 
 quick: .venv/.dev
 	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/runtime/test_page_pool.py \

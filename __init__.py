@@ -74,7 +74,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("media", "checkpoint"):
+    if name in ("media", "checkpoint", "evaluate"):
         return import_module(f".{name}", __name__)
     if name not in MODULES:
         raise AttributeError(f"module 'inferix' has no attribute {name!r}")
@@ -82,4 +82,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "checkpoint", "media"])
+    return sorted([*__all__, "checkpoint", "evaluate", "media"])

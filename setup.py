@@ -80,10 +80,13 @@ EXTRAS = {
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "ml_dtypes",
         "matplotlib",
+        "jsonschema",
         "mkdocs-material",
+        "opencv-python-headless>=4.10,<6",
         "mkdocstrings[python]",
     ],
     "bench": ["matplotlib"],
+    "eval": ["opencv-python-headless>=4.10,<6"],
     "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }
 
@@ -145,6 +148,7 @@ setup(
     package_data={
         "inferix": ["py.typed"],
         "inferix.bench": ["compiled/*.json"],
+        "inferix.evaluate": ["drift_results.schema.json"],
         **{package: ["tuned/*.json"] for package in PACKAGES if package.startswith("inferix.kernels.")},
         "inferix.models.tinyworld": ["README.md", "weights/*", "weights/*/*"],
     },

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..errors import UsageError
 from ..version import __version__
+from . import eval_drift
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -19,7 +20,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 def common() -> None:
     """Measure the quality of a model's video.
 
-    Example: inferix eval tinyworld
+    drift scores any video files, run makes videos and scores them, compare sets two runs side by side.
+
+    Example: inferix eval drift outputs/*.mp4
     """
 
 
@@ -73,3 +76,6 @@ def tinyworld(
     for name, value in figures["drift"].items():
         table.add_row(f"drift, {name}", f"{value:.3g}", f"simulator {figures['simulator_drift'][name]:.2g}", "")
     Console().print(table)
+
+
+eval_drift.register(app)

@@ -122,7 +122,7 @@ def fitting_scale(size: tuple[int, int], terminal: os.terminal_size) -> int:
 
 
 def check_terminal() -> None:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not all(file is not None and file.isatty() for file in (sys.stdin, sys.stdout)):  # None: closed
         raise UsageError("play needs a terminal for keys and pictures; use inferix generate to write a file")
 
 

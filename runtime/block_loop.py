@@ -14,14 +14,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InferixError
 from ..graphs.passes import Pass
 from ..models.solvers import noised
 from ..schemes.block_schedule import (
-    ScheduledPass,
     commit_pass,
     denoise_pass,
     denoise_passes,
@@ -33,8 +31,9 @@ from ..schemes.block_schedule import (
 )
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
-from .kv.paged_cache import bind_together
+from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
+from .plans import PassLayout, PassPlan, WholeBlock
 from .resources import Resources
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
@@ -106,7 +105,7 @@ class BlockLoop:
         change.left -= 1
         share = 1 - change.left / (change.blocks - 1) if change.blocks > 1 else 1.0
         state.rows = torch.lerp(change.old, change.new, share)
-        state.branches[0].text = self.resources.executor.condition(state.rows)
+        state.branches[0].text = self.resources.client.condition(state.rows)
         if change.left == 0:
             state.change = None
         if (yield from self.recache(state)):
@@ -137,7 +136,7 @@ class BlockLoop:
         latents = self.rebuild_latents(state, run)
         for branch in state.branches:
             branch.cache.clear()
-        self.roll_caches(state, scheduled)
+        self.roll_caches(state, run, scheduled.beside)
         yield from self.network_pass(state, run, latents, record)
         if state.preset.context.restart_decoder:
             wait_for_decoder()
@@ -157,7 +156,7 @@ class BlockLoop:
         flight, timesteps = state.flight, state.sampler.of_block(state.next_block).timesteps
         clean = frozenset({0} if state.clamped is not None else ())
         for scheduled in denoise_passes(state.timeline, flight, timesteps, partial(self.admit, state), clean):
-            self.roll_caches(state, scheduled)
+            self.roll_caches(state, scheduled.run, scheduled.beside)
             latents = torch.cat([block.latents for block in flight])
             velocity = yield from self.network_pass(state, scheduled.run, latents, record)
             for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
@@ -169,14 +168,14 @@ class BlockLoop:
     ) -> BlockSteps[None]:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
         scheduled = commit_pass(state.timeline, span)
-        self.roll_caches(state, scheduled)
+        self.roll_caches(state, scheduled.run, scheduled.beside)
         yield from self.network_pass(state, scheduled.run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
         """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
         clamped = state.clamped is not None and state.timeline.next_frame == 0
         plain = isinstance(state.noise, PhiloxNoise) and state.sampler.strength == 1
-        whole = self.resources.executor.supports_whole_block and supports_whole_block(state.preset, state.next_block)
+        whole = self.resources.worker.supports_whole_block and supports_whole_block(state.preset, state.next_block)
         return whole and plain and not clamped
 
     def run_whole(self, state: SessionState, record: BlockRecord) -> BlockInFlight:
@@ -184,13 +183,12 @@ class BlockLoop:
         block, (branch,) = self.admit(state), state.branches
         assert isinstance(state.noise, PhiloxNoise)
         frames, seed = block.span.frames, state.noise.seed
-        scheduled = denoise_pass(state.timeline, [block], state.sampler.timesteps)
-        self.roll_caches(state, scheduled)
-        run = scheduled.run
-        bound, actions = branch.cache.bind(run), self.actions_of(state, run)
+        run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
+        self.roll_caches(state, run)
+        request = ForwardRequest(branch, run, block.latents, self.actions_of(state, run))
+        layout = branch.cache.layout(run)
         with record.one_pass():
-            executor = self.resources.executor
-            block.latents = executor.run_block(block.latents, branch.text, bound, frames, seed, actions)
+            (block.latents,) = self.execute([request], layout, WholeBlock(frames.start, seed))
         branch.cache.end_pass()
         self.check_finite(block)
         block.committed = state.preset.context.commit
@@ -232,21 +230,22 @@ class BlockLoop:
         if state.clamped is not None and block.span.frames.start == 0:
             block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
 
-    def roll_caches(self, state: SessionState, scheduled: ScheduledPass) -> None:
-        """Set the window of each branch's cache to what a pass that writes there sees; others leave it as it is."""
+    def roll_caches(self, state: SessionState, run: Pass, beside: tuple[int, ...] = ()) -> None:
+        """Set the window of each branch's cache to what a pass that writes there sees; others leave it as it is.
+
+        beside: frames that stay in the caches although the pass does not see them.
+        """
         for number, branch in enumerate(state.branches):
-            run = scheduled.run.of_branch(number)
-            if run is not None and (window := window_of(run, scheduled.beside)) is not None:
+            own = run.of_branch(number)
+            if own is not None and (window := window_of(own, beside)) is not None:
                 branch.cache.set_window(window)
                 state.timeline.forget(window)
 
-    def actions_of(self, state: SessionState, run: Pass) -> Tensor | None:
-        """Action of each frame of a pass, one-hot [1, F, action_dim]; None for a model without actions."""
-        spec, resources = self.resources.spec, self.resources
-        if spec.action_dim is None:
-            return None
-        actions = torch.tensor([[state.actions.of(frame) for frame in run.frames]], device=resources.device)
-        return F.one_hot(actions, spec.action_dim).to(resources.dtype)
+    def actions_of(self, state: SessionState, run: Pass) -> tuple[int, ...]:
+        """Number of the action of each frame of a pass; none for a model without actions."""
+        if self.resources.spec.action_dim is None:
+            return ()
+        return tuple(state.actions.of(frame) for frame in run.frames)
 
     def draw(self, state: SessionState, span: Span, draw: int) -> Tensor:
         """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
@@ -305,19 +304,25 @@ class BlockLoop:
     def forward(self, requests: Sequence[ForwardRequest]) -> list[Tensor]:
         """Run the network once for compatible requests; returns the velocity [F, C, H, W] of each."""
         caches = [request.branch.cache for request in requests]
-        levels = [request.run.timesteps for request in requests]
-        executor, device = self.resources.executor, self.resources.device
-        latents = torch.stack([request.latents for request in requests])
-        timesteps = torch.tensor(levels, dtype=torch.float32, device=device)
-        text = executor.join([request.text(executor) for request in requests])
-        actions = [request.actions for request in requests if request.actions is not None]
         try:
-            bound = bind_together(caches, [request.run for request in requests])
-            velocity = executor.forward(latents, timesteps, text, bound, torch.cat(actions) if actions else None)
+            return self.execute(requests, layout_together(caches, [request.run for request in requests]))
         finally:
             for cache in caches:
                 cache.end_pass()
-        return list(velocity)
+
+    def execute(
+        self, requests: Sequence[ForwardRequest], layout: PassLayout, whole: WholeBlock | None = None
+    ) -> list[Tensor]:
+        """Have the worker run one pass, or a whole block; returns the result [F, C, H, W] of each request."""
+        plan = PassPlan(
+            layout=layout,
+            timesteps=tuple(request.run.timesteps for request in requests),
+            texts=tuple(request.texts for request in requests),
+            actions=tuple(request.actions for request in requests if request.actions),
+            whole=whole,
+        )
+        (result,) = self.resources.client.execute(plan, torch.stack([request.latents for request in requests]))
+        return list(result)
 
     # Outside of a block
 

@@ -43,7 +43,7 @@ from .arguments import size as picture_size
 from .block_loop import BlockLoop
 from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
-from .execution.executors import Executor, Text
+from .execution.executors import Executor
 from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .inputs import Inputs, Pixels
@@ -51,6 +51,7 @@ from .kv.kv_manager import KVManager
 from .limits import Limits
 from .media_input import FITS
 from .noise import SEED, Noise, PhiloxNoise
+from .plans import RefreshWeights
 from .programs.graph_store import card_of
 from .resources import make_resources
 from .sampler import Sampler
@@ -62,6 +63,7 @@ from .sessions.session import Session
 from .sessions.session_manager import SessionManager
 from .sessions.session_state import Branch, SessionState
 from .telemetry.profile import Profile, measure_ceilings
+from .worker_client import Worker
 
 T = TypeVar("T")
 
@@ -81,7 +83,8 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
 class Engine:
     """A model ready to run: weights, preset and limits. Made by `load`.
 
-    executor: in place of the one that `config` names, with the capabilities of that name.
+    executor: in place of the one that `config` names, with the capabilities of that name. worker: in place of one in
+    this process.
     """
 
     def __init__(
@@ -91,8 +94,9 @@ class Engine:
         parts: Components,
         limits: Limits = Limits(),  # noqa: B008
         executor: Executor | None = None,
+        worker: Worker | None = None,
     ) -> None:
-        self.resources = make_resources(config, preset, parts, executor)
+        self.resources = make_resources(config, preset, parts, executor, worker)
         self.inputs = Inputs(self.resources)
         self.manager = SessionManager(self.resources, limits, self.step, self.inputs.check_prompt)
         self.loop = BlockLoop(self.resources, self.manager.split_batches)
@@ -289,21 +293,7 @@ class Engine:
     @torch.no_grad()
     def refresh_derived_weights(self) -> None:
         """Recompute all tensors derived from the weights after an in-place change. Captured graphs stay valid."""
-        executor = self.resources.executor
-        executor.refresh_derived_weights()
-        renewed: dict[int, tuple[Text, Text]] = {}  # (old, new) by the identity of the old one, which stays referenced
-        states = [state for session in self.manager.sessions.values() for state in session.states]
-
-        def renew(text: Text, rows: Tensor) -> Text:
-            if id(text) not in renewed:
-                renewed[id(text)] = text, executor.condition(rows)
-            return renewed[id(text)][1]
-
-        for state in states:
-            for branch, rows in state.conditionings:
-                branch.text = renew(branch.text, rows)
-                if branch.null is not None and state.negative is not None:
-                    branch.null = renew(branch.null, state.negative)
+        self.resources.client.execute(RefreshWeights())
 
     # Measurements
 

@@ -238,6 +238,31 @@ def video_frames(
             yield pixels.copy()
 
 
+def video_facts(path: str | Path) -> tuple[tuple[int, int], float]:
+    """Size (width, height) of a video as it is shown, and its mean frame rate; UsageError if it cannot be read.
+
+    The display matrix and the shape of pixels are applied, as `video_frames` does.
+    """
+    with opened_video(path) as (container, stream):
+        picture = next(container.decode(stream), None)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if picture is None:
+            raise UsageError(f"video {quoted(str(path))} holds no frame; expected a file with a video stream")
+        if not rate > 0:
+            raise UsageError(f"video {quoted(str(path))} has no frame rate; write it again with one")
+        size = max(1, round(picture.width * float(stream.sample_aspect_ratio or 1))), picture.height
+        turn = display_turn(picture)
+        return (size if turn is None or not turn_swaps(turn) else (size[1], size[0])), rate
+
+
+def video_seconds(path: str | Path) -> float:
+    """Length of a video in seconds, by its header or else by its packets; UsageError if it cannot be read."""
+    with opened_video(path) as (container, stream):
+        if container.duration:
+            return float(container.duration) / 1e6
+        return float(sum(packet.size > 0 for packet in container.demux(stream)) * frame_time(stream))
+
+
 class opened_video:
     """A container and its first video stream, as a context manager; errors of FFmpeg's become UsageError."""
 

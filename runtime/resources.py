@@ -9,26 +9,28 @@ import torch
 from ..models.spec import ModelSpec
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
-from .execution.executors import Executor, make_executor
+from .execution.executors import Executor
 from .execution.loading import Components
 from .kv.kv_manager import KVManager
 from .kv.page_store import KV_DTYPES
-from .streams import make_current
+from .worker import LocalWorker
+from .worker_client import Worker, WorkerClient
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Settings, weights, page memory and executor of one engine.
+    """Settings, components, page ids and worker of one engine.
 
     preset: as loaded; page memory and graphs are sized for it. An overloaded engine can narrow the window of sessions:
-    `SessionManager.preset` is that narrower preset.
+    `SessionManager.preset` is that narrower preset. parts: what this process encodes and decodes with, and the weights
+    of a worker in this process.
     """
 
     config: EngineConfig
     preset: Preset
     parts: Components
     kv_manager: KVManager
-    executor: Executor
+    client: WorkerClient
     device: torch.device
     dtype: torch.dtype
 
@@ -36,15 +38,27 @@ class Resources:
     def spec(self) -> ModelSpec:
         return self.parts.transformer.spec
 
+    @property
+    def worker(self) -> Worker:
+        return self.client.worker
+
+    @property
+    def executor(self) -> Executor:
+        """The executor of a worker in this process."""
+        assert isinstance(self.worker, LocalWorker)
+        return self.worker.executor
+
 
 def make_resources(
-    config: EngineConfig, preset: Preset, parts: Components, executor: Executor | None = None
+    config: EngineConfig,
+    preset: Preset,
+    parts: Components,
+    executor: Executor | None = None,
+    worker: Worker | None = None,
 ) -> Resources:
-    """Allocate page memory and make the executor that `config` names, unless one is given."""
+    """Make the worker with the executor that `config` names, unless one is given, and the book of its pages."""
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
-    make_current(device)
-    executor = executor or make_executor(config, preset, parts)
+    client = WorkerClient(worker or LocalWorker(config, preset, parts, executor))
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
-    model = parts.transformer
-    kv_manager = KVManager(model.spec, model.rope, preset, (dtype, kv_dtype), device, config.kv_memory)
-    return Resources(config, preset, parts, kv_manager, executor, device, dtype)
+    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), client, config.kv_memory)
+    return Resources(config, preset, parts, kv_manager, client, device, dtype)

@@ -118,6 +118,11 @@ class ContextPolicy:
         return 0 if self.commit_sees_sink else self.sink_size
 
     @property
+    def rotates_sink(self) -> bool:
+        """True where queries can need another rotation for the sink than for the window."""
+        return self.moving_positions and self.sink_size > 0
+
+    @property
     def moving_positions(self) -> bool:
         """Whether a frame's position changes while it is held."""
         return self.positions != "absolute"

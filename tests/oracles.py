@@ -10,6 +10,7 @@ import torch
 import train_tinyworld as train
 from torch import Tensor, nn
 
+from inferix.graphs.passes import Pass
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
 from inferix.models.registry import MODELS, family_of, make_preset
@@ -24,7 +25,9 @@ from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import Executor
 from inferix.runtime.execution.loading import Components
 from inferix.runtime.kv.contiguous_cache import ContiguousCache
+from inferix.runtime.kv.page_store import PagedStore
 from inferix.runtime.limits import Limits
+from inferix.runtime.plans import PassLayout
 from inferix.runtime.sessions.output_queue import Block
 
 TINY = dataclasses.replace(
@@ -129,15 +132,29 @@ def remade(engine: Engine, executor: Executor | None = None, **parts: object) ->
 
 def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache] = ContiguousCache) -> Engine:
     """The same engine over the plain cache; `moving` rotates keys when they are read, whatever the policy."""
+    worker = engine.resources.worker
+
+    class Bound(kind):
+        """Gives the worker its attention in place of a layout."""
+
+        def layout(self, run: Pass) -> PassLayout:
+            bound = self.bind(run)
+            worker.attention = lambda plan: bound
+            return PassLayout(self.grid, (), 0, False)
 
     def new_cache(size: tuple[int, int]) -> ContiguousCache:
         form, precision = engine.kv_manager.form(size), engine.parts.transformer.precision
         moves = moving or engine.preset.context.moving_positions
         rope = engine.parts.transformer.rope
-        return kind(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device, rope)
+        return Bound(engine.spec, form.grid, moves, precision.rope, engine.dtype, engine.device, rope)
 
     engine.kv_manager.new_cache = new_cache
     return engine
+
+
+def page_tensors(engine: Engine) -> PagedStore:
+    """The worker's page tensors for pictures of `SIZE`."""
+    return engine.resources.worker.stores[engine.kv_manager.form(SIZE).grid]
 
 
 def run(engine: Engine, blocks: int, **kwargs: object) -> list[Block]:

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 import inferix
-from inferix import checkpoint, load, media
+from inferix import checkpoint, evaluate, load, media
 from inferix.export.checkpoint import write_random
 from inferix.models.registry import FORMATS, PRESETS
 from inferix.runtime.limits import Limits
 
-PARTS = (checkpoint, media)
+PARTS = (checkpoint, evaluate, media)
 DOCS = Path(__file__).parents[1] / "docs"
 DOC = (DOCS / "models.md").read_text("utf-8")
 
@@ -47,6 +47,12 @@ def test_the_examples_about_sessions(tmp_path, monkeypatch, capsys):
     assert re.search(r"block 2 .*\d s later", printed)
     assert re.search(r"session [0-9a-f]{32} .*1\.248 MB.*3\.7\d* MB.*4 MB", printed)
     assert all(f"`{field}`" in text for field in vars(Limits()))
+
+
+def test_the_example_about_drift(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "drift.md").read_text("utf-8"), re.DOTALL)
+    exec(compile(example, "docs/drift.md", "exec"), {})
+    assert re.fullmatch(r"\[0.77, .*, 0.41\]\nVDE 8.44, vde2 -0.32\n", capsys.readouterr().out)
 
 
 def test_every_preset_and_format_is_documented():

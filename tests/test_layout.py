@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkey
 UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "user_files", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "limits", "media", "media_input",
-        "noise", "sampler", "sinks", "streams")  # fmt: skip
-ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "resources", "sessions", "inputs",
-              "block_loop", "engine", "load")  # fmt: skip
+        "noise", "plans", "sampler", "sinks", "streams", "worker_client")  # fmt: skip
+ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "resources", "sessions",
+              "inputs", "block_loop", "engine", "load")  # fmt: skip
 FAMILIES = {"wan", "tinyworld"}  # packages of `models`
 MAY_NAME_A_FAMILY = {"inferix.evaluate.tinyworld", "inferix.bench.baseline"}
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
@@ -330,6 +331,42 @@ def test_an_unpacked_wheel_runs(built: Built) -> None:
     file, version = done.stdout.splitlines()
     assert Path(file) == built.wheel / "inferix" / "__init__.py"
     assert version == f"inferix {project_version()}"
+
+
+USER_FILE = """import inferix
+
+engine = inferix.load(device="cpu")
+with engine.open(prompt="a red fox", seed=0) as session:
+    for block in session.stream(blocks=2):
+        reveal_type(block.index)
+    session.act(3)
+reveal_type(engine)
+engine.opne()
+"""
+
+
+def test_mypy_sees_the_types_in_a_user_s_file(built: Built, tmp_path: Path) -> None:
+    """In an environment of its own that holds the wheel and nothing else; without py.typed mypy refuses the package."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    shutil.copytree(built.wheel / "inferix", site / "inferix")
+    (tmp_path / "user.py").write_text(USER_FILE)
+    places = ("--python-executable", str(tmp_path / "venv/bin/python"), "--cache-dir", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "mypy", *places, "--config-file", os.devnull, "user.py"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")}
+
+    def messages() -> dict[int, str]:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.stderr == "" and done.returncode == 1, done.stdout + done.stderr
+        found = re.findall(r"^user\.py:(\d+): (?:error|note): (.*)$", done.stdout, re.MULTILINE)
+        return {int(line): message for line, message in reversed(found)}
+
+    seen = messages()
+    assert seen.keys() == {6, 7, 8, 9}
+    assert '"builtins.int"' in seen[6] and "[arg-type]" in seen[7]
+    assert '"inferix.runtime.engine.Engine"' in seen[8] and "[attr-defined]" in seen[9]
+    (site / "inferix/py.typed").unlink()
+    assert "[import-untyped]" in messages()[1]
 
 
 def test_source_distribution_holds_every_file_of_the_repository(built: Built) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
-from ...graphs.lowered import Lowered, lower_block, with_pages
+from ...graphs.lowered import Lowered, with_pages
 from ...graphs.rewrites import chosen
 from ...models.cross_attention import TextByFrames
 from ...models.transformer import KeyValues, TextContext, Transformer
@@ -27,7 +27,7 @@ from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
 from ..executor_specs import REFERENCE, names_with
 from ..kv.page_store import KV_DTYPES
-from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, stores, tables
+from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
 from ..programs.graph_store import GraphStore
 from ..telemetry.profile import Profile
 from .launcher import Launcher, Loaded, NotEnoughMemory
@@ -149,7 +149,8 @@ class GraphExecutor:
     """Traces, lowers and launches block graphs; with a backend, captures them. Owns the launcher and loaded programs.
 
     preset: as loaded, for block sizes and graph names; the window of a pass is in its page tables. rewrites: applied to
-    every graph; None for the default ones. traces: number of graphs traced. prompts: number of runs of a prompt graph.
+    every graph; None for the default ones. traces: number of programs not read from a
+    store. prompts: number of runs of a prompt graph.
     """
 
     def __init__(
@@ -276,11 +277,11 @@ class GraphExecutor:
         return with_pages(self.programs[least], key.pages)
 
     def stored_or_traced(self, key: GraphKey) -> Lowered:
-        """Return the stored program, or trace and store one; tracing needs no memory for weights."""
+        """Return the stored program, or build and store one; tracing needs no memory for weights."""
         if self.store is not None and (stored := self.store.find(key)) is not None:
             return stored
         self.traces += 1
-        lowered = lower_block(self.graph_of(key))
+        lowered = lowered_graph(self.graph_of, key)
         if self.store is not None:
             self.store.keep(key, lowered)
         return lowered

@@ -1,22 +1,23 @@
-"""KV manager: the page stores of an engine, one for each picture size, within one memory budget."""
+"""KV manager: the pages of an engine, a store for each picture size, within one memory budget."""
 
 from __future__ import annotations
 
 import torch
 
 from ...errors import UsageError
-from ...models.rope import Rope
 from ...models.spec import ModelSpec
 from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
-from .page_store import PagedStore, PageForm
+from ..worker_client import WorkerClient
+from .page_space import PageSpace
+from .page_store import PageForm
 from .paged_cache import PagedCache
 from .pages import PageTable
 
 
 class KVManager:
-    """Owns the page stores.
+    """Owns the page ids of all stores, and has the worker open and close them.
 
     preset: as loaded; the narrower window of an overloaded engine needs no more pages. budget: bytes of all stores,
     allocated once. None: stores begin with the pages of one session, and grow.
@@ -25,34 +26,31 @@ class KVManager:
     def __init__(
         self,
         spec: ModelSpec,
-        rope: Rope,
         preset: Preset,
         dtypes: tuple[torch.dtype, torch.dtype],
-        device: torch.device,
+        client: WorkerClient,
         budget: int | None,
     ) -> None:
-        self.spec, self.rope, self.preset, self.dtypes = spec, rope, preset, dtypes
-        self.device, self.budget = device, budget
-        self.stores: dict[tuple[int, int], PagedStore] = {}  # by token grid
+        self.spec, self.preset, self.dtypes, self.client, self.budget = spec, preset, dtypes, client, budget
+        self.stores: dict[tuple[int, int], PageSpace] = {}  # by token grid
 
     def new_cache(self, size: tuple[int, int]) -> PagedCache:
         """Return an empty cache for pictures of `size` (width, height), in the store of that size."""
         store = self.store(size)
         return PagedCache(store, PageTable(store.pool, page_needs(self.preset).held or 0), self.preset.context)
 
-    def store(self, size: tuple[int, int]) -> PagedStore:
+    def store(self, size: tuple[int, int]) -> PageSpace:
         """Return the store for pictures of `size`; UsageError if the budget is too small for one session."""
         form = self.form(size)
         if form.grid not in self.stores:
-            self.stores = {grid: store for grid, store in self.stores.items() if store.users}
+            for grid in [grid for grid, store in self.stores.items() if not store.users]:
+                self.stores.pop(grid).close()
             slots, pages = staging_slots(self.preset), least_pages(self.preset)
             if self.budget is not None:
                 used = sum(store.nbytes for store in self.stores.values())
                 staging = slots * form.slot_bytes(form.model_dtype) if form.staged else 0
                 pages = pages_in(self.budget, form.nbytes, staging + used, self.preset)
-            self.stores[form.grid] = PagedStore(
-                form, self.rope, pages, slots, self.device, grows=self.budget is None
-            )
+            self.stores[form.grid] = PageSpace(form, pages, slots, self.client, grows=self.budget is None)
         return self.stores[form.grid]
 
     def batches(self, size: tuple[int, int]) -> bool:

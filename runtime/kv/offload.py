@@ -12,21 +12,20 @@ from contextlib import ExitStack
 
 from torch import Tensor
 
-from .page_store import PagedStore
+from ..plans import JoinTransfer, Offload, Onload, ReadHost
+from .page_space import PageSpace
 from .pages import PageTable
 
 
 class Offloaded:
     """The pages of `tables` in host memory; the tables have no pages until `prefetch` or `onload`."""
 
-    def __init__(self, store: PagedStore, tables: Sequence[PageTable]) -> None:
-        self.store = store
+    def __init__(self, store: PageSpace, tables: Sequence[PageTable]) -> None:
+        self.store, self.grid, self.host = store, store.form.grid, store.client.handle()
         for table in tables:
             table.free_scratch()
         pages = sorted({page for table in tables for page in table.pages.values()})
-        with store.transfer.beside():
-            self.kv, self.scales = store.read(pages, host=True)
-        store.transfer.join()  # the freed pages may be written only after the copy
+        store.client.execute(Offload(self.grid, self.host.number, tuple(pages)))
         index = {page: slot for slot, page in enumerate(pages)}
         self.tables = [(table, {frame: index[page] for frame, page in table.pages.items()}) for table in tables]
         for table in tables:
@@ -34,17 +33,14 @@ class Offloaded:
             table.pages = {}
         self.prefetched = self.complete = False
 
-    @property
-    def nbytes(self) -> int:
-        return self.kv.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
     def frames(self, table: PageTable) -> tuple[int, ...]:
         return tuple(self._slots(table))
 
     def read(self, table: PageTable) -> tuple[Tensor, Tensor | None]:
-        """Return the host copy of a table's pages, as `PagedStore.read` does, after the copy is complete."""
-        self.store.transfer.wait()
-        return self._host_pages(list(self._slots(table).values()))
+        """Return the host copy of a table's pages, and their scales, after the copy is complete."""
+        slots = tuple(self._slots(table).values())
+        kv, *scales = self.store.client.execute(ReadHost(self.grid, self.host.number, slots))
+        return kv, scales[0] if scales else None
 
     def prefetch(self) -> None:
         """Allocate pages and start copying into them; OutOfPages leaves everything in host memory."""
@@ -56,9 +52,8 @@ class Offloaded:
         pages = dict(zip(needed, pool.acquire(len(needed), room=len(needed)), strict=True))
         with ExitStack() as on_failure:
             on_failure.callback(pool.release, pages.values())
-            kv, scales = self._host_pages(needed)
-            with self.store.transfer.beside():
-                self.store.write(list(pages.values()), kv, scales)
+            plan = Onload(self.grid, self.host.number, tuple(needed), tuple(pages.values()))
+            self.store.client.execute(plan)
             on_failure.pop_all()
         for slot, count in references.items():
             pool.share([pages[slot]] * (count - 1))
@@ -69,22 +64,15 @@ class Offloaded:
     def onload(self) -> None:
         """Copy the pages back; passes that are launched from now on run after the copy."""
         self.prefetch()
-        self.store.transfer.join()
+        self.store.client.execute(JoinTransfer(self.grid))
         self.complete = True
-        del self.kv, self.scales
+        del self.host
 
     def discard(self, table: PageTable) -> None:
         """Remove a table that is closed, so that its pages are not copied back."""
         if self.prefetched:
-            self.store.transfer.join()  # its pages are free for others only after the copy
+            self.store.client.execute(JoinTransfer(self.grid))  # its pages are free only after the copy
         self.tables = [(other, slots) for other, slots in self.tables if other is not table]
-
-    def _host_pages(self, slots: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Host copy of some slots. All slots in order: the pinned tensors themselves, without waiting for a copy."""
-        if slots == list(range(self.kv.shape[2])):
-            return self.kv, self.scales
-        self.store.transfer.wait()
-        return self.kv[:, :, slots], None if self.scales is None else self.scales[:, :, slots]
 
     def _slots(self, table: PageTable) -> dict[int, int]:
         return next(slots for other, slots in self.tables if other is table)

@@ -11,31 +11,8 @@ from dataclasses import dataclass, replace
 
 from ...errors import InferixError, UsageError
 from ...graphs.passes import Group, Pass
-from ...schemes.context import ContextPolicy
+from ..plans import GroupPages
 from .pages import PageTable
-
-
-@dataclass(frozen=True)
-class GroupPages:
-    """Pages and temporal positions of one group of a pass.
-
-    pages, positions: of the group's own frames, where keys are written and at which position they are rotated.
-    listed: pages that the group reads. sinks: how many of them, the first, are read by queries rotated at
-    `sink_positions`; the rest are read by queries at `positions`. head_lists: (pages, sinks) as each group of heads
-    reads them, in place of `listed` and `sinks`; empty where all heads read the same.
-    """
-
-    pages: tuple[int, ...]
-    positions: tuple[int, ...]
-    listed: tuple[int, ...]
-    sinks: int
-    sink_positions: tuple[int, ...]
-    head_lists: tuple[tuple[tuple[int, ...], int], ...] = ()
-
-    @property
-    def lists(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        """(pages, sinks) of each group of heads, of which there is one where all read the same."""
-        return self.head_lists or ((self.listed, self.sinks),)
 
 
 def fresh_pages(run: Pass, table: PageTable) -> int:
@@ -93,7 +70,7 @@ def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> Grou
     )
 
 
-def parts_of(rows: list[GroupPages]) -> list[list[GroupPages]]:
+def parts_of(rows: Sequence[GroupPages]) -> list[list[GroupPages]]:
     """Runs of neighbouring groups with equally many frames; each run is one launch."""
     parts: list[list[GroupPages]] = []
     for row in rows:
@@ -104,17 +81,18 @@ def parts_of(rows: list[GroupPages]) -> list[list[GroupPages]]:
     return parts
 
 
-def interleaved(passes: Sequence[list[GroupPages]]) -> list[GroupPages]:
+def interleaved(passes: Sequence[Sequence[GroupPages]]) -> list[GroupPages]:
     """Join passes whose parts have equal sizes: within each part, the rows of one pass after those of the other."""
     return [row for parts in zip(*map(parts_of, passes), strict=True) for part in parts for row in part]
 
 
-def rotates_for_sink(policy: ContextPolicy, rows: list[GroupPages]) -> bool:
+def rotates_for_sink(rotates: bool, rows: Sequence[GroupPages]) -> bool:
     """True if a part needs queries rotated for the sink.
 
-    Where the policy can need them, every pass has them, so that the shapes of the tables stay the same.
+    rotates: the policy can need them (`ContextPolicy.rotates_sink`). Every pass has them then, so that the shapes of
+    the tables stay the same.
     """
-    return (policy.moving_positions and policy.sink_size > 0) or any(row.sinks for row in rows)
+    return rotates or any(row.sinks for row in rows)
 
 
 @dataclass(frozen=True)
@@ -129,7 +107,7 @@ class ThroughSlots:
     seen: list[int] | None
 
 
-def through_slots(rows: list[GroupPages], read_in_place: bool) -> ThroughSlots:
+def through_slots(rows: Sequence[GroupPages], read_in_place: bool) -> ThroughSlots:
     """Lay the pass out over a staging buffer: written through it, and read through it unless `read_in_place`."""
     own = [page for row in rows for page in row.pages]
     seen = list(dict.fromkeys([*own, *(page for row in rows for page in row.listed)]))

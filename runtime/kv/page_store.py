@@ -1,6 +1,6 @@
 """Page tensors: keys and values of the cached frames of all sessions, by layer and page.
 
-The tensors are allocated once and do not move, unless the store may grow. `PagePool` says which pages are in use. Pages
+The tensors are allocated once and do not move, unless the store grows. `PageSpace` says which pages are in use. Pages
 can have another dtype than the model; then keys and values pass through a staging buffer of one layer in the model's.
 """
 
@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...graphs.paged_attention import PagedAttention
+from ...graphs.staged_attention import StagedAttention
+from ...graphs.tables import PassTables
 from ...kernels.kv_pages import LIMITS, kv_pages
 from ...kernels.qk_norm_rope_append import rope_cos_sin
 from ...models.rope import Rope
 from ...models.spec import ModelSpec
+from ...models.transformer import KeyValues
+from ..plans import GroupPages, PassLayout
 from ..streams import Transfer, to_device
-from .pages import PagePool
+from .page_layout import parts_of, rotates_for_sink, through_slots
 
 FP8 = torch.float8_e4m3fn
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": FP8, "int8": torch.int8}
@@ -65,19 +70,15 @@ class PageForm:
 
 
 class PagedStore:
-    """Owns the page tensors of one picture size, and the pool of their page ids.
+    """Owns the page tensors of one picture size.
 
     kv: per layer [2, pages, page_tokens, heads, head_dim], keys then values. scales: per layer float32
     [2, pages, heads], or None. staging: [2, slots, page_tokens, heads, head_dim] in the model's dtype, or None.
-    rope_rows, rope_columns: cosines and sines of the token grid, [n, pairs, 2]. users: number of open caches.
+    rope_rows, rope_columns: cosines and sines of the token grid, [n, pairs, 2].
     """
 
-    def __init__(
-        self, form: PageForm, rope: Rope, pages: int, slots: int, device: torch.device, grows: bool
-    ) -> None:
-        self.form, self.rope, self.device, self.grows = form, rope, device, grows
-        self.users = 0
-        self.pool = PagePool(pages)
+    def __init__(self, form: PageForm, rope: Rope, pages: int, slots: int, device: torch.device) -> None:
+        self.form, self.rope, self.device = form, rope, device
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)
         self.staging = self._stage(slots) if form.staged else None
@@ -88,19 +89,51 @@ class PagedStore:
         staging = [] if self.staging is None else [self.staging]
         return sum(tensor.nbytes for tensor in (*self.kv, *(self.scales or ()), *staging))
 
-    def make_room(self, count: int) -> None:
-        """Grow the store until `count` pages are free, at least to twice its size; its tensors move.
+    def grow(self, pages: int) -> None:
+        """Grow to `pages` pages; the tensors move."""
+        self.transfer.join()
+        old, old_scales, size = self.kv, self.scales, self.kv[0].shape[1]
+        self.kv, self.scales = self._allocate(pages)
+        for new, before in zip((*self.kv, *(self.scales or ())), (*old, *(old_scales or ())), strict=True):
+            new[:, :size] = before
 
-        Does nothing where the store has a fixed size.
-        """
-        if self.grows and (missing := count - len(self.pool.free)) > 0:
-            self.transfer.join()
-            old, old_scales, size = self.kv, self.scales, self.pool.size
-            more = max(missing, size)
-            self.kv, self.scales = self._allocate(size + more)
-            self.pool.grow(more)
-            for new, before in zip((*self.kv, *(self.scales or ())), (*old, *(old_scales or ())), strict=True):
-                new[:, :size] = before
+    def attention(self, layout: PassLayout) -> KeyValues:
+        """The attention of one pass, whose frames are listed by page."""
+        if not self.form.staged:
+            parts, half_split = self._parts(layout, layout.rows), self.rope.half_split
+            return PagedAttention(parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split)
+        own = [page for row in layout.rows for page in row.pages]
+        through = through_slots(layout.rows, self.form.read_in_place)
+        staging = self.slots(through.slots)
+        slots = self.ints(list(range(through.slots)))
+        return StagedAttention(
+            self._parts(layout, through.rows), self.kv, self.scales, staging,
+            written=(self.ints(list(range(len(own)))), self.ints(own)),
+            seen=None if through.seen is None else (self.ints(through.seen), slots),
+            rope_rows=self.rope_rows, rope_columns=self.rope_columns, half_split=self.rope.half_split,
+        )  # fmt: skip
+
+    def _parts(self, layout: PassLayout, rows: Sequence[GroupPages]) -> list[PassTables]:
+        return [self._part(layout, part) for part in parts_of(rows)]
+
+    def _part(self, layout: PassLayout, rows: list[GroupPages]) -> PassTables:
+        ints, sinks = self.ints, rotates_for_sink(layout.rotates_sink, rows)
+        width = max(layout.width, *(len(row.listed) for row in rows))
+        lists = [[(*pages, *(0,) * (width - len(pages))) for pages, _ in row.lists] for row in rows]
+        counts = [[len(pages) for pages, _ in row.lists] for row in rows]
+        early = [[count for _, count in row.lists] for row in rows]
+
+        def by_list(values: Sequence[Sequence[Any]]) -> Tensor:
+            return ints(values) if rows[0].head_lists else ints(values)[:, 0]
+
+        return PassTables(
+            pages=ints([row.pages for row in rows]),
+            page_table=by_list(lists),
+            page_count=by_list(counts),
+            rope_time=torch.stack([self.rope_cos_sin(row.positions)[0] for row in rows]),
+            rope_sink=torch.stack([self.rope_cos_sin(row.sink_positions)[0] for row in rows]) if sinks else None,
+            sink_count=by_list(early) if sinks else None,
+        )
 
     def slots(self, count: int) -> Tensor:
         """Return the staging buffer with at least `count` slots; it moves if it grows."""

@@ -7,24 +7,29 @@ offloaded to host memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ...errors import InferixError
-from ...graphs.paged_attention import PagedAttention
 from ...graphs.passes import Pass
-from ...graphs.staged_attention import StagedAttention
-from ...graphs.tables import PassTables
-from ...models.transformer import KeyValues
 from ...schemes.context import ContextPolicy
+from ..plans import (
+    AverageSink,
+    LoadSink,
+    OffloadSink,
+    PassLayout,
+    ReadPages,
+    ReadSink,
+    SetSink,
+    WritePages,
+    WriteSink,
+)
+from ..worker_client import Handle
 from .offload import Offloaded
-from .page_layout import GroupPages, fresh_pages, interleaved, layout_pass, parts_of, rotates_for_sink, through_slots
-from .page_store import PagedStore
+from .page_layout import fresh_pages, interleaved, layout_pass
+from .page_space import PageSpace
 from .pages import PageTable
-from .sink_average import average_frame
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,10 @@ class ExportedPages:
 class PagedCache:
     """Keys and values of one branch: a page table over `store`, under a context policy."""
 
-    def __init__(self, store: PagedStore, table: PageTable, policy: ContextPolicy) -> None:
+    def __init__(self, store: PageSpace, table: PageTable, policy: ContextPolicy) -> None:
         self.store, self.table, self.policy = store, table, policy
-        self.sink: Tensor | None = None  # averages [layers, 2, sink_size, page_tokens, heads, head_dim]
+        self.grid, self.client = store.form.grid, store.client
+        self.sink: Handle | None = None  # averages, which forks share
         self.last_offload: Offloaded | None = None
         self.open = True
         store.users += 1
@@ -86,9 +92,12 @@ class PagedCache:
         self.sink = None
         self.table.set_window(())
 
-    def bind(self, run: Pass) -> KeyValues:
-        """Return the attention of one pass over the pages; its scratch pages last until `end_pass`."""
-        return self._attention(self._layout(run))
+    def layout(self, run: Pass) -> PassLayout:
+        """Lay one pass out over the pages; its scratch pages last until `end_pass`."""
+        self._check_onloaded()
+        self.store.make_room(fresh_pages(run, self.table))
+        rows = layout_pass(run, self.table, self.policy.moving_positions)
+        return PassLayout(self.grid, tuple(rows), self.table.room, self.policy.rotates_sink)
 
     def end_pass(self) -> None:
         """Free the scratch pages of the pass."""
@@ -120,16 +129,21 @@ class PagedCache:
         if self.offloaded is not None:
             kv, scales = self.offloaded.read(self.table)
         else:
-            kv, scales = self.store.read(list(self.table.pages.values()))
-        return ExportedPages(self.frames, dict(self.table.positions), kv, scales, self.sink)
+            kv, *more = self.client.execute(ReadPages(self.grid, tuple(self.table.pages.values())))
+            scales = more[0] if more else None
+        sink = None if self.sink is None else self.client.execute(ReadSink(self.sink.number))[0]
+        return ExportedPages(self.frames, dict(self.table.positions), kv, scales, sink)
 
     def import_pages(self, exported: ExportedPages) -> None:
         """Replace the cached frames by exported ones, in fresh pages; ValueError for another shape or dtype."""
         self.clear()
         self.set_window(exported.frames)
         self.table.positions |= exported.positions
-        self.store.write(list(self.table.pages.values()), exported.kv, exported.scales)
-        self.sink = None if exported.sink is None else exported.sink.to(self.store.device)
+        pages = [exported.kv] if exported.scales is None else [exported.kv, exported.scales]
+        self.client.execute(WritePages(self.grid, tuple(self.table.pages.values())), *pages)
+        if exported.sink is not None:
+            self.sink = self.client.handle()
+            self.client.execute(SetSink(self.grid, self.sink.number), exported.sink)
 
     def offload(self, *others: PagedCache) -> None:
         """Move the pages of this cache and `others` to host memory; shared pages are copied once.
@@ -137,11 +151,13 @@ class PagedCache:
         No pass can run until `onload`. Sink averages are moved too, and return when the next frame is averaged.
         """
         caches = [cache for cache in (self, *others) if cache.offloaded is None]
-        sinks = {id(cache.sink): cache.sink for cache in caches if cache.sink is not None}
-        hosted = {key: self.store.to_host(sink) for key, sink in sinks.items()}
+        hosted: dict[Handle | None, Handle | None] = {None: None}
+        for sink in dict.fromkeys(cache.sink for cache in caches if cache.sink is not None):
+            result = hosted[sink] = self.client.handle()
+            self.client.execute(OffloadSink(self.grid, sink.number, result.number))
         offloaded = Offloaded(self.store, [cache.table for cache in caches])
         for cache in caches:
-            cache.last_offload, cache.sink = offloaded, hosted.get(id(cache.sink))
+            cache.last_offload, cache.sink = offloaded, hosted[cache.sink]
 
     def prefetch(self) -> None:
         """Start copying the pages back, ahead of `onload`; OutOfPages leaves them in host memory."""
@@ -157,78 +173,36 @@ class PagedCache:
         if self.offloaded is not None:
             raise InferixError("the pages of this session are in host memory; resume it first")
 
-    def _layout(self, run: Pass) -> list[GroupPages]:
-        self._check_onloaded()
-        self.store.make_room(fresh_pages(run, self.table))
-        return layout_pass(run, self.table, self.policy.moving_positions)
-
-    def _attention(self, rows: list[GroupPages]) -> KeyValues:
-        store = self.store
-        if not store.form.staged:
-            return PagedAttention(
-                self._parts(rows), store.kv, store.rope_rows, store.rope_columns, half_split=store.rope.half_split
-            )
-        own = [page for row in rows for page in row.pages]
-        through = through_slots(rows, store.form.read_in_place)
-        staging = store.slots(through.slots)
-        return StagedAttention(
-            self._parts(through.rows), store.kv, store.scales, staging,
-            written=(store.ints(list(range(len(own)))), store.ints(own)),
-            seen=None if through.seen is None else (store.ints(through.seen), store.ints(list(range(through.slots)))),
-            rope_rows=store.rope_rows, rope_columns=store.rope_columns, half_split=store.rope.half_split,
-        )  # fmt: skip
-
     def _average(self, leaving: list[int], pages_needed: int) -> None:
         """Average leaving frames into the sink and rewrite its pages; checks that `pages_needed` more are free."""
         frames = self.frames[: self.policy.sink_size]
-        table, store = self.table, self.store
+        table, store, client = self.table, self.store, self.client
         needed = max(0, pages_needed) + table.count_shared(frames)
         store.make_room(needed)
         store.pool.require(needed)
-        wide = torch.promote_types(store.form.model_dtype, torch.float32)
-        sink_pages = [table.pages[frame] for frame in frames]
-        old = store.restored(sink_pages, wide) if self.sink is None else self.sink.to(store.device, non_blocking=True)
-        leaving_kv = store.restored([table.pages[frame] for frame in leaving], wide)
-        self.sink = old  # still valid if a write below fails
-        new = old.clone()  # forks may share the old one
-        for frame, kv in zip(leaving, leaving_kv.unbind(2), strict=True):
+        if self.sink is None:
+            sink = client.handle()
+            client.execute(LoadSink(self.grid, sink.number, tuple(table.pages[frame] for frame in frames)))
+            self.sink = sink  # valid if a write below fails, too
+        moves = []
+        for frame in leaving:
             at = (frame - frames[0]) % len(frames)  # each frame goes to the sink frame of its phase
-            (cos_sin,), *_ = store.rope_cos_sin([table.positions[frames[at]] - table.positions[frame]])
-            new[:, :, at] = average_frame(new[:, :, at], kv, store.rope, cos_sin, self.policy.sink_decay)
-        table.write(frames, [table.positions[frame] for frame in frames])
-        store.replace([table.pages[frame] for frame in frames], new)
-        self.sink = new
-
-    def _parts(self, rows: list[GroupPages]) -> list[PassTables]:
-        return [self._part(part) for part in parts_of(rows)]
-
-    def _part(self, rows: list[GroupPages]) -> PassTables:
-        ints, rope_cos_sin = self.store.ints, self.store.rope_cos_sin
-        sinks = rotates_for_sink(self.policy, rows)
-        width = max(self.table.room, *(len(row.listed) for row in rows))
-        lists = [[(*pages, *(0,) * (width - len(pages))) for pages, _ in row.lists] for row in rows]
-        counts = [[len(pages) for pages, _ in row.lists] for row in rows]
-        early = [[count for _, count in row.lists] for row in rows]
-
-        def by_list(values: Sequence[Sequence[Any]]) -> Tensor:
-            return ints(values) if rows[0].head_lists else ints(values)[:, 0]
-
-        return PassTables(
-            pages=ints([row.pages for row in rows]),
-            page_table=by_list(lists),
-            page_count=by_list(counts),
-            rope_time=torch.stack([rope_cos_sin(row.positions)[0] for row in rows]),
-            rope_sink=torch.stack([rope_cos_sin(row.sink_positions)[0] for row in rows]) if sinks else None,
-            sink_count=by_list(early) if sinks else None,
+            moves.append((table.pages[frame], at, table.positions[frames[at]] - table.positions[frame]))
+        result = client.handle()
+        client.execute(
+            AverageSink(self.grid, self.sink.number, result.number, tuple(moves), self.policy.sink_decay)
         )
+        table.write(frames, [table.positions[frame] for frame in frames])
+        client.execute(WriteSink(self.grid, result.number, tuple(table.pages[frame] for frame in frames)))
+        self.sink = result
 
 
-def bind_together(caches: Sequence[PagedCache], passes: Sequence[Pass]) -> KeyValues:
-    """Return the attention of one pass over several caches; call `end_pass` of each cache after it.
+def layout_together(caches: Sequence[PagedCache], passes: Sequence[Pass]) -> PassLayout:
+    """Lay one pass out over several caches; call `end_pass` of each cache after it.
 
     The passes have groups of equal sizes, and the caches share a store. Caches are in the order of the batch dim.
     """
-    first, *others = caches
+    first, *others = (cache.layout(run) for cache, run in zip(caches, passes, strict=True))
     if not others:
-        return first.bind(passes[0])
-    return first._attention(interleaved([cache._layout(run) for cache, run in zip(caches, passes, strict=True)]))
+        return first
+    return replace(first, rows=tuple(interleaved([first.rows, *(other.rows for other in others)])))

@@ -237,8 +237,7 @@ class BlockGraphBuilder:
         return self.traced[layout]
 
     def layout(self, planned: PlannedPass) -> Layout:
-        policy = self.preset.context
-        sinks = policy.moving_positions and policy.sink_size > 0  # in every pass, as in `rotates_for_sink`
+        sinks = self.preset.context.rotates_sink  # in every pass, as in `rotates_for_sink`
         lists = len(planned.run.groups[0].head_contexts)
         return Layout(
             planned.parts, planned.latents, planned.tables, sinks, self.slots, planned.run.mixed_texts, lists

@@ -6,22 +6,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...graphs.compose import chained
+from ...graphs.lowered import Lowered, lower_block
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
+from ...models.family import Family
+from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 
 WIDTH_STEP = 16  # pages
+PROGRAMS = 64  # of a process, kept for engines of the same configuration
 OnPages = PagedAttention | StagedAttention
 
 
@@ -139,6 +144,17 @@ class GraphBuilder:
             fold=None,
             results=results,
         )
+
+
+def lowered_graph(graphs: GraphBuilder, key: GraphKey) -> Lowered:
+    """Build the program of a key once in a process. It holds no tensor, so engines of one configuration share it."""
+    return cached_program(family_of(graphs.spec), graphs, key)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def cached_program(family: Family, graphs: GraphBuilder, key: GraphKey) -> Lowered:
+    """family: part of the cache's key, since another family may be registered under the same name."""
+    return lower_block(graphs(key))
 
 
 def stores(attention: OnPages) -> dict[str, Tensor]:

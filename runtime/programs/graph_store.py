@@ -20,11 +20,11 @@ import torch
 
 from ...errors import InferixError, UsageError, cut, quoted
 from ...graphs.codec import decode_lowered, encode_lowered
-from ...graphs.lowered import Lowered, digest, lower_block
+from ...graphs.lowered import Lowered, digest
 from ...models.files import check_file, parse_json, reason
 from ...version import __version__
 from ..files import write_atomically
-from .graph_builder import GraphBuilder, GraphKey
+from .graph_builder import GraphBuilder, GraphKey, lowered_graph
 
 FORMAT = 4
 IDENTITY = "identity.json"
@@ -135,7 +135,7 @@ class GraphStore:
         """Build and store the missing graphs of keys; returns their number."""
         missing = [key for key in keys if self.find(key) is None]
         for key in missing:
-            self.keep(key, lower_block(graphs(key)))
+            self.keep(key, lowered_graph(graphs, key))
         return len(missing)
 
     def programs(self) -> list[tuple[GraphKey, Lowered]]:

@@ -52,7 +52,7 @@ class KeyCollector:
             whole=whole,
             parts=tuple((len(part), len(part[0].pages)) for part in parts_of(rows)),
             latent=(len(run.frames), self.channels, *self.latent),
-            sinks=any(rotates_for_sink(self.policy, part) for part in parts_of(rows)),
+            sinks=any(rotates_for_sink(self.policy.rotates_sink, part) for part in parts_of(rows)),
             width=padded_width(listed),
             pages=self.pages,
             slots=self.slots,

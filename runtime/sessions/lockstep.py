@@ -14,7 +14,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from ...graphs.passes import Pass
-from ..execution.executors import Executor, Text
 from .session_state import Branch
 
 T = TypeVar("T")
@@ -22,12 +21,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
-    """One pass of one conditioning: latents [F, C, H, W], actions [1, F, action_dim] or None."""
+    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any."""
 
     branch: Branch
     run: Pass
     latents: Tensor
-    actions: Tensor | None
+    actions: tuple[int, ...]
 
     @property
     def batch_key(self) -> Hashable:
@@ -38,10 +37,10 @@ class ForwardRequest:
         groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
         return id(self.branch.cache.store), tuple(self.latents.shape), groups, self.run.mixed_texts
 
-    def text(self, executor: Executor) -> Text:
-        """What the frames attend to in cross-attention."""
-        (text, _), *others = self.run.texts
-        return executor.mix(self.branch.texts, self.run.texts) if others else self.branch.texts[text]
+    @property
+    def texts(self) -> tuple[tuple[int, int, int], ...]:
+        """(text, number of the prompt, frames) in token order: what the frames attend to in cross-attention."""
+        return tuple((text, self.branch.texts[text].number, frames) for text, frames in self.run.texts)
 
 
 ForwardResult = Tensor | Exception  # a velocity [F, C, H, W], or why there is none

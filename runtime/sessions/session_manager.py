@@ -206,6 +206,7 @@ class SessionManager:
             self.condition.signal()
             session.output.wake_readers()
         session.free()
+        self.resources.client.release()
         self.metrics.count(f"sessions_{state}")
 
     @contextmanager

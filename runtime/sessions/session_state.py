@@ -30,11 +30,11 @@ from ...schemes.page_needs import branches, needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
-from ..execution.executors import Text
 from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
 from ..sampler import Sampler
+from ..worker_client import Handle
 from .saved_values import (
     LARGEST,
     InvalidField,
@@ -57,12 +57,12 @@ class Branch:
     null: the null caption, for presets whose passes use it.
     """
 
-    text: Text
+    text: Handle
     cache: PagedCache
-    null: Text | None = None
+    null: Handle | None = None
 
     @property
-    def texts(self) -> dict[int, Text]:
+    def texts(self) -> dict[int, Handle]:
         """What groups of a pass attend to, by its number."""
         return {PROMPT: self.text} if self.null is None else {PROMPT: self.text, NULL: self.null}
 
@@ -75,10 +75,10 @@ class Branch:
         null: rows of the null caption.
         """
         branches: list[Branch] = []
-        null_text = None if null is None else resources.executor.condition(null)
+        null_text = None if null is None else resources.client.condition(null)
         try:
             for rows in texts:
-                text = resources.executor.condition(rows)
+                text = resources.client.condition(rows)
                 branches.append(cls(text, resources.kv_manager.new_cache(size), null_text))
         except BaseException:  # raised again; Ctrl-C must not leak pages either
             for branch in branches:
@@ -571,12 +571,6 @@ class SessionState:
         size = timeline.preset.block_size(timeline.next_frame)
         return self.size, size, timesteps, steps, timeline.rebuild_due(), clamped
 
-    @property
-    def conditionings(self) -> list[tuple[Branch, Tensor]]:
-        """Each branch with the text encoder's rows that it follows."""
-        rows = [self.rows, self.rows if self.negative is None else self.negative]
-        return list(zip(self.branches, rows, strict=False))
-
     def fork(self, decoder: DecoderTrack | None = None) -> Self:
         """An independent copy that holds the same pages once more.
 
@@ -675,7 +669,7 @@ class RollbackPoint:
     """
 
     values: dict[str, Any]
-    texts: list[Text]
+    texts: list[Handle]
 
     @classmethod
     def of(cls, state: SessionState) -> RollbackPoint:

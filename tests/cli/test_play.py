@@ -4,12 +4,14 @@ import os
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from oracles import write_untrained_world
 from typer.testing import CliRunner
 
+from inferix.cli import play
 from inferix.cli.main import app
 from inferix.cli.play import KEY_SECONDS, Controls, fitting_scale, half_blocks, split_keys
 from inferix.errors import UsageError
@@ -66,7 +68,10 @@ def test_a_terminal_may_be_too_small_or_large_enough_for_more():
         fitting_scale((64, 64), size((80, 24)))
 
 
-def test_without_a_terminal_it_is_refused():
+@pytest.mark.parametrize("closed", [False, True])
+def test_without_a_terminal_it_is_refused(monkeypatch, closed):
+    if closed:  # a process that is started without a standard input
+        monkeypatch.setattr(play, "sys", SimpleNamespace(stdin=None, stdout=sys.stdout))
     done = CliRunner().invoke(app, ["play"])
     assert done.exit_code == 2
     assert "terminal" in done.stderr and "inferix generate" in done.stderr

@@ -110,7 +110,7 @@ def test_the_mask_of_land_seen_before():
 
 
 def test_every_bar_is_judged_for_a_model(engine):
-    figures, sheet = evaluation.evaluate(engine, walks=1, seeds=1, minutes=1.0)
+    figures, sheet = evaluation.evaluate(engine, walks=1, seeds=1, minutes=0.2)
     assert set(figures["passed"]) == set(evaluation.BARS)
     assert set(figures["drift"]) == set(figures["simulator_drift"]) == {*evaluation.SIGNALS, "frozen feature"}
     assert sheet.shape == (1, 10, 64, 64, 3)

@@ -72,10 +72,11 @@ def test_the_camera_goes_where_the_action_says(engine):
     assert right / total >= 0.6  # a landmark may stand in the way
 
 
-def test_window_and_sink_hold_over_300_blocks(engine):
+@pytest.mark.parametrize("blocks", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_window_and_sink_hold_over_a_long_walk(engine, blocks):
     policy = engine.preset.context
     with engine.open(prompt=SCENE.prompt, actions=(["right"] * 4 + ["up"] * 4) * 38) as session:
-        for block in session.stream(299, decode=False):
+        for block in session.stream(blocks - 1, decode=False):
             frames = session.current.branches[0].cache.frames
             assert len(frames) == min(block.index + 1, policy.local_attn_size)
             assert (frames[0], frames[-1]) == (0, block.index)

@@ -158,14 +158,14 @@ def no_pages(engine, session):
 
 
 def no_table(engine, session):
-    place = session.current.branches[0].cache._layout
+    place = session.current.branches[0].cache.layout
 
     def failing(run):
         if run.frames[-1] > 8:
             raise InferixError("frames [3] are attended to, but nothing has written them")
         return place(run)
 
-    session.current.branches[0].cache._layout = failing
+    session.current.branches[0].cache.layout = failing
 
 
 def reader_is_gone(engine, session):
@@ -211,7 +211,7 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
     sessions = [opened(engine, seed) for seed in range(3)]
     streams = [session.stream(5, decode=False) for session in sessions]
     actual = [[next(stream)] for stream in streams]
-    place, failed = sessions[1].current.branches[0].cache._layout, []
+    place, failed = sessions[1].current.branches[0].cache.layout, []
 
     def failing(run):
         if run.frames[-1] > 8 and len(failed) < 2:  # in the batch, and by itself
@@ -219,7 +219,7 @@ def test_a_block_of_a_batch_that_memory_runs_out_for_is_taken_back_alone():
             raise OutOfPages("5 pages of KV memory are needed, 3 of 9 are free")
         return place(run)
 
-    sessions[1].current.branches[0].cache._layout = failing
+    sessions[1].current.branches[0].cache.layout = failing
     with pytest.raises(OutOfPages):
         for _ in range(4):
             for blocks, stream in zip(actual, streams, strict=True):

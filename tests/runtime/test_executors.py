@@ -200,7 +200,7 @@ def test_pages_that_grow_are_followed_without_a_trace_and_the_old_ones_are_let_g
     engine = remade(engine, GraphExecutor(engine.config, engine.preset, engine.parts, backend))
     first = engine.open(prompt_embeds=ROWS.float(), size=SIZE)
     actual = [block.latents for block in first.stream(2, decode=False)]
-    (store,) = engine.kv_manager.stores.values()
+    (store,) = engine.resources.worker.stores.values()
     pages, old = store.kv[0].shape[1], [weakref.ref(kv) for kv in store.kv]
     second = engine.open(prompt_embeds=OTHER.float(), size=SIZE)
     list(second.stream(1, decode=False))

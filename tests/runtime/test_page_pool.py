@@ -1,6 +1,7 @@
 """Page pool and page tables against a model of sets, over thousands of random operations; a page is one number."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch
 from inferix.errors import InferixError, UsageError
 from inferix.graphs.passes import Group, Pass
 from inferix.runtime.kv.offload import Offloaded
-from inferix.runtime.kv.page_layout import GroupPages, fresh_pages, layout_pass, parts_of, through_slots
+from inferix.runtime.kv.page_layout import fresh_pages, layout_pass, parts_of, through_slots
 from inferix.runtime.kv.pages import OutOfPages, PagePool, PageTable
-from inferix.runtime.streams import Transfer
+from inferix.runtime.plans import GroupPages, JoinTransfer, Offload, Onload, Plan
+from inferix.runtime.worker_client import WorkerClient
 
 PAGES = 60
 
@@ -18,20 +20,28 @@ PAGES = 60
 Branch = tuple[PageTable, dict[int, int]]
 
 
-class Numbers:
-    """A store in which a page holds what was written last: one number."""
+class Numbers(WorkerClient):
+    """Pages of a worker in which a page holds what was written last: one number."""
+
+    form = SimpleNamespace(grid=(1, 1))
 
     def __init__(self, pool: PagePool) -> None:
-        self.pool, self.transfer, self.content = pool, Transfer(torch.device("cpu")), dict[int, int]()
+        super().__init__(self)
+        self.pool, self.client = pool, self
+        self.content, self.hosts = dict[int, int](), dict[int, list[int]]()
 
     def make_room(self, count: int) -> None:
         pass
 
-    def read(self, pages: list[int], host: bool) -> tuple[torch.Tensor, None]:
-        return torch.tensor([[[self.content[page] for page in pages]]]), None
-
-    def write(self, pages: list[int], kv: torch.Tensor, scales: None) -> None:
-        self.content |= dict(zip(pages, kv[0, 0].tolist(), strict=True))
+    def execute(self, plan: Plan) -> list[torch.Tensor]:
+        if isinstance(plan, Offload):
+            self.hosts[plan.host] = [self.content[page] for page in plan.pages]
+        elif isinstance(plan, Onload):
+            numbers = [self.hosts[plan.host][slot] for slot in plan.slots]
+            self.content |= dict(zip(plan.pages, numbers, strict=True))
+        else:
+            assert isinstance(plan, JoinTransfer)
+        return []
 
 
 class Model:

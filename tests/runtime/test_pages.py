@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine
+from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine, page_tensors
 
 from inferix.errors import InferixError, UsageError
 from inferix.models.registry import PRESETS
@@ -71,7 +71,7 @@ def test_pages_equal_the_contiguous_cache(name, monkeypatch):
     blocks, overrides = BLOCKS[name]
     expected = stream(contiguous(make_engine(name, **overrides)), blocks)
     assert (stream(make_engine(name, **overrides), blocks) - expected).abs().max() <= 1e-10
-    monkeypatch.setattr("inferix.runtime.kv.page_store.PagePool", Scattered)
+    monkeypatch.setattr("inferix.runtime.kv.page_space.PagePool", Scattered)
     assert (stream(make_engine(name, **overrides), blocks) - expected).abs().max() <= 1e-10
 
 
@@ -148,7 +148,7 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
             with pytest.raises(InferixError, match="in host memory"):
                 cache.set_window(cache.frames)
             taken = pool.acquire(pool.size)
-            for tensor in cache.store.kv:
+            for tensor in page_tensors(engine).kv:
                 tensor.view(torch.uint8).fill_(77)
             cache.store.grows = False
             with pytest.raises(OutOfPages):
@@ -156,7 +156,7 @@ def test_pages_go_to_the_host_and_back(given, monkeypatch):
             cache.store.grows = True
             pool.release(taken)
             with monkeypatch.context() as patch:
-                patch.setattr(cache.store, "write", out_of_memory)
+                patch.setattr(page_tensors(engine), "write", out_of_memory)
                 with pytest.raises(torch.OutOfMemoryError):
                     cache.prefetch()
                 assert pool.used == 0
@@ -266,13 +266,15 @@ def test_a_moving_average_sink(positions):
     expected = stream(contiguous(make_engine("longlive", **overrides), True, AveragedSink), 8)
     assert (stream(make_engine("longlive", **overrides), 8) - expected).abs().max() <= 1e-10
     assert (stream(make_engine("longlive", **overrides | {"sink_decay": 1.0}), 8) - expected).abs().max() > 1e-4
-    with make_engine("longlive", **overrides).open(prompt_embeds=ROWS, size=SIZE) as session:
+    engine = make_engine("longlive", **overrides)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         list(session.stream(6, decode=False))
         cache = session.current.branches[0].cache
         with session.fork() as other:
             sink, there = cache.sink, other.current.branches[0].cache
             list(other.stream(1, decode=False))
-            assert cache.sink is sink and not torch.equal(there.sink, sink)
+            sinks = engine.resources.worker.sinks
+            assert cache.sink is sink and not torch.equal(sinks[there.sink.number], sinks[sink.number])
             assert not {there.table.pages[frame] for frame in range(3)} & set(cache.table.pages.values())
             cache.store.pool.check_integrity([cache.table, there.table])
 
@@ -289,13 +291,15 @@ def test_averages_of_a_moving_sink_go_to_the_host_with_its_pages(monkeypatch):
             made = list(session.stream(5, decode=False))
             here, kept = session.caches
             kept.sink = here.sink
-            before, copies, to_host = here.sink, [], here.store.to_host
-            monkeypatch.setattr(here.store, "to_host", lambda tensor: copies.append(to_host(tensor)) or copies[-1])
+            sinks, store, copies = engine.resources.worker.sinks, page_tensors(engine), []
+            before, to_host = sinks[here.sink.number], store.to_host
+            monkeypatch.setattr(store, "to_host", lambda tensor: copies.append(to_host(tensor)) or copies[-1])
             session.pause()
             engine.step()
-            assert here.offloaded is not None and here.sink is kept.sink is copies[0] and len(copies) == 1
-            assert torch.equal(here.sink, before) and here.sink is not before
-            here.sink = here.sink * spoil
+            assert here.offloaded is not None and here.sink is kept.sink and len(copies) == 1
+            hosted = sinks[here.sink.number]
+            assert hosted is copies[0] and torch.equal(hosted, before) and hosted is not before
+            sinks[here.sink.number] = hosted * spoil
             session.resume()
             made += session.stream(2, decode=False)
         return torch.cat([block.latents for block in made])
@@ -413,10 +417,10 @@ def test_without_a_budget_there_is_room_for_more(monkeypatch):
         store = engine.kv_manager.store(SIZE)
         assert store.pool.size == 12
         with monkeypatch.context() as patch:
-            patch.setattr(store, "_allocate", out_of_memory)
+            patch.setattr(page_tensors(engine), "_allocate", out_of_memory)
             with pytest.raises(torch.OutOfMemoryError):
                 store.make_room(1)
-            assert store.pool.size == store.kv[0].shape[1] == 12
+            assert store.pool.size == page_tensors(engine).kv[0].shape[1] == 12
     for seed, latents in enumerate(made):
         assert torch.equal(latents, stream_of(make_engine("self-forcing", local_attn_size=6), 3, seed=seed))
 

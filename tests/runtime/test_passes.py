@@ -24,7 +24,6 @@ from inferix.runtime.engine import Engine
 from inferix.runtime.noise import PhiloxNoise
 from inferix.runtime.sampler import Sampler
 from inferix.runtime.sessions.session import Session
-from inferix.schemes.block_schedule import ScheduledPass
 
 NEGATIVE = ROWS.flip(0) * 0.5
 FORMS = ["eager", "fused", "contiguous"]
@@ -98,7 +97,7 @@ def open_session(engine: Engine, **kwargs: object) -> Session:
 @torch.no_grad()
 def velocity(engine: Engine, session: Session, run: Pass) -> Tensor:
     """Run one hand-made pass of a session: its frames of `latents_of(15)`."""
-    engine.loop.roll_caches(session.current, ScheduledPass("denoise", run))
+    engine.loop.roll_caches(session.current, run)
     return engine.loop.velocity(session.current, run, latents_of(15)[list(run.frames)])
 
 

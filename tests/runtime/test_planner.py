@@ -22,10 +22,12 @@ from inferix.runtime.capacity import planner
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
 from inferix.runtime.capacity.planner import Ceiling, Workload, longest_window, memory, needed, suggestions
 from inferix.runtime.kv.kv_manager import KVManager
-from inferix.runtime.kv.page_store import KV_DTYPES
+from inferix.runtime.kv.page_space import PageSpace
+from inferix.runtime.kv.page_store import KV_DTYPES, PagedStore
 from inferix.runtime.programs.graph_builder import GraphBuilder, GraphKey
 from inferix.runtime.sampler import scheduled_blocks
-from inferix.schemes.page_needs import page_needs
+from inferix.runtime.worker_client import WorkerClient
+from inferix.schemes.page_needs import least_pages, page_needs, staging_slots
 
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
 FEW = {"causal-diffusion": {"num_steps": 2}}
@@ -119,7 +121,8 @@ def test_a_real_session(name):
             speed = planner.speed(load, block, TOP)
             assert counter.get_total_flops() == speed.transformer_flops + speed.decoder_flops
         planned = memory(load).each
-        keys = [tensor.nbytes for branch in session.current.branches for pair in branch.text.text for tensor in pair]
+        prompts = [engine.resources.worker.prompts[branch.text.number] for branch in session.current.branches]
+        keys = [tensor.nbytes for prompt in prompts for pair in prompt.text.text for tensor in pair]
         latents = [tensor.nbytes for tensor in (session.current.recent, session.current.pixels) if tensor is not None]
         latents += [block.latents.nbytes for block in session.current.flight]
         scratch = page_needs(load.preset).scratch  # pages for the length of a pass
@@ -130,12 +133,22 @@ def test_a_real_session(name):
         assert sum(latents) <= planned["latents"]
 
 
+class Idle:
+    """A worker that does nothing."""
+
+    def execute(self, plan, tensors=()):
+        return []
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "int8"])
 @pytest.mark.parametrize("name", ["longlive", "krea", "rolling-forcing", "causal-diffusion"])
 def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
     preset = make_preset(name, sink_size=1, sink_decay=0.9) if name == "longlive" else make_preset(name)
     dtypes = (torch.float32, {"float32": torch.float32, **KV_DTYPES}[kind])
-    store = KVManager(TINY, WAN.build(TINY).rope, preset, dtypes, torch.device("cpu"), None).store(SIZE)
+    form = KVManager(TINY, preset, dtypes, WorkerClient(Idle()), None).form(SIZE)
+    pages, slots = least_pages(preset), staging_slots(preset)
+    store = PagedStore(form, WAN.build(TINY).rope, pages, slots, torch.device("cpu"))
+    assert PageSpace(form, pages, slots, WorkerClient(Idle()), grows=True).nbytes == store.nbytes
     split = memory(Workload(TINY, preset, TINY_VAE, 0, SIZE, "float32", kind))
     assert store.nbytes == split.each["pages"] + split.once["page_buffer"]
     assert (split.once["page_buffer"] > 0) == (kind != "float32")

@@ -1057,7 +1057,8 @@ def test_records_and_metrics_are_plain_data(tmp_path):
 # For long
 
 
-def test_a_soak_of_2000_blocks_over_8_sessions():
+@pytest.mark.parametrize("blocks", [60, pytest.param(250, marks=pytest.mark.slow)])
+def test_a_soak_over_8_sessions(blocks):
     """Under random controls nothing is left over, memory is flat, and every block is as if its session were alone."""
     settings = {
         "spec": replace(TINY, num_layers=1, actions=("stay", "left")), "local_attn_size": 4, "sink_size": 1,
@@ -1067,11 +1068,11 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
     prompts = [PROMPT, OTHER, PROMPT * 0.5]
     rng = random.Random(0)
     sessions = [opened(engine, seed) for seed in range(8)]
-    streams = [session.stream(250, decode=False) for session in sessions]
+    streams = [session.stream(blocks, decode=False) for session in sessions]
     sent = [{} for _ in sessions]  # by block: what it is the first to follow
     actual = [[] for _ in sessions]
     memory, process, pool = [], psutil.Process(), engine.kv_manager.store(SIZE).pool
-    for made in range(250):
+    for made in range(blocks):
         for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
             chance = rng.random()
             if chance < 0.05:
@@ -1087,7 +1088,7 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
             assert block.index == made
             actual[place].append(block.latents.sum().item())
         assert pool.used <= 8 * least_pages(engine.preset)
-        if made in (60, 249):
+        if made in (blocks // 4, blocks - 1):
             gc.collect()
             memory.append((pool.size, len(engine.manager.sessions), len(engine.manager.delivery.pipeline.jobs)))
             memory.append(process.memory_info().rss)
@@ -1098,10 +1099,10 @@ def test_a_soak_of_2000_blocks_over_8_sessions():
         session.close()
     engine.check_integrity()
     assert engine.manager.pages_in_use == 0 and not engine.manager.scheduler.admitted
-    assert engine.metrics()["counters"]["blocks"] == 2000
+    assert engine.metrics()["counters"]["blocks"] == 8 * blocks
     for seed in range(8):
         with opened(small_engine("self-forcing-framewise", **settings), seed) as session:
-            for made in range(250):
+            for made in range(blocks):
                 for control in sent[seed].get(made, ()):
                     session.controls.put(control.kind, control.value)
                 (block,) = session.stream(1, decode=False)

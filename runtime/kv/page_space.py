@@ -1,0 +1,37 @@
+"""The pages of one picture size as bookkeeping sees them: sizes, the pool of page ids, and the worker that has them."""
+
+from __future__ import annotations
+
+from ..plans import CloseStore, GrowStore, OpenStore
+from ..worker_client import WorkerClient
+from .page_store import PageForm
+from .pages import PagePool
+
+
+class PageSpace:
+    """Owns the page ids of a worker's store. slots: frames of its staging buffer. users: number of open caches."""
+
+    def __init__(self, form: PageForm, pages: int, slots: int, client: WorkerClient, grows: bool) -> None:
+        self.form, self.slots, self.client, self.grows = form, slots, client, grows
+        self.users = 0
+        client.execute(OpenStore(form.grid, pages, slots))
+        self.pool = PagePool(pages)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the store as it was allocated or has grown."""
+        form = self.form
+        return self.pool.size * form.nbytes + (self.slots * form.slot_bytes(form.model_dtype) if form.staged else 0)
+
+    def make_room(self, count: int) -> None:
+        """Grow the store until `count` pages are free, at least to twice its size.
+
+        Does nothing where the store has a fixed size.
+        """
+        if self.grows and (missing := count - len(self.pool.free)) > 0:
+            more = max(missing, self.pool.size)
+            self.client.execute(GrowStore(self.form.grid, self.pool.size + more))
+            self.pool.grow(more)
+
+    def close(self) -> None:
+        self.client.execute(CloseStore(self.form.grid))

@@ -1,0 +1,204 @@
+"""The worker of one rank in this process: weights, page stores, prompts and the executor, driven by plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.transformer import KeyValues
+from ..schemes.presets import Preset
+from .config import DTYPES, EngineConfig
+from .execution.executors import Executor, Text, make_executor
+from .execution.loading import Components
+from .kv.page_store import KV_DTYPES, PagedStore, PageForm
+from .kv.sink_average import average_frame
+from .plans import (
+    AverageSink,
+    CloseStore,
+    Condition,
+    Grid,
+    GrowStore,
+    JoinTransfer,
+    LoadSink,
+    Offload,
+    OffloadSink,
+    Onload,
+    OpenStore,
+    PassPlan,
+    Plan,
+    ReadHost,
+    ReadPages,
+    ReadSink,
+    RefreshWeights,
+    Release,
+    SetSink,
+    WritePages,
+    WriteSink,
+)
+from .streams import make_current
+
+
+@dataclass
+class Prompt:
+    """Rows [text_len, text_dim] of the text encoder, and what the executor made of them."""
+
+    rows: Tensor
+    text: Text
+
+
+class LocalWorker:
+    """Owns the tensors of one rank: weights (`parts`), page stores, sink averages, pages in host memory, prompts.
+
+    preset: as loaded, for which graphs are made. executor: in place of the one that `config` names.
+    """
+
+    def __init__(
+        self, config: EngineConfig, preset: Preset, parts: Components, executor: Executor | None = None
+    ) -> None:
+        self.parts, self.device, self.dtype = parts, torch.device(config.device), DTYPES[config.dtype]
+        make_current(self.device)
+        self.executor = executor or make_executor(config, preset, parts)
+        self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
+        self.stores: dict[Grid, PagedStore] = {}
+        self.prompts: dict[int, Prompt] = {}
+        self.sinks: dict[int, Tensor] = {}  # [layers, 2, sink frames, page_tokens, heads, head_dim]
+        self.hosts: dict[int, tuple[Tensor, Tensor | None]] = {}  # keys and values, scales
+        self.runs: dict[type[Any], Callable[..., list[Tensor] | None]] = {
+            PassPlan: self.run_pass,
+            OpenStore: self.open_store,
+            GrowStore: lambda plan: self.stores[plan.grid].grow(plan.pages),
+            CloseStore: self.close_store,
+            ReadPages: lambda plan: given(self.stores[plan.grid].read(list(plan.pages))),
+            WritePages: lambda plan, kv, scales=None: self.stores[plan.grid].write(list(plan.pages), kv, scales),
+            Offload: self.offload,
+            ReadHost: self.read_host,
+            Onload: self.onload,
+            JoinTransfer: lambda plan: self.stores[plan.grid].transfer.join(),
+            LoadSink: self.load_sink,
+            AverageSink: self.average_sink,
+            WriteSink: lambda plan: self.stores[plan.grid].replace(list(plan.pages), self.sinks[plan.sink]),
+            OffloadSink: self.offload_sink,
+            ReadSink: lambda plan: [self.sinks[plan.sink]],
+            SetSink: self.set_sink,
+            Condition: self.condition,
+            RefreshWeights: self.refresh_weights,
+            Release: self.release,
+        }
+
+    @property
+    def supports_whole_block(self) -> bool:
+        return self.executor.supports_whole_block
+
+    def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Run a plan with the tensors that it takes; returns those that it gives."""
+        return self.runs[type(plan)](plan, *tensors) or []
+
+    # Passes
+
+    def run_pass(self, plan: PassPlan, latents: Tensor) -> list[Tensor]:
+        executor, attention = self.executor, self.attention(plan)
+        text = executor.join([self.text(parts) for parts in plan.texts])
+        actions = None
+        if plan.actions:
+            numbers, kinds = torch.tensor(plan.actions, device=self.device), self.parts.transformer.spec.action_dim
+            assert kinds is not None
+            actions = F.one_hot(numbers, kinds).to(self.dtype)
+        if plan.whole is not None:
+            frames = range(plan.whole.first, plan.whole.first + latents.shape[1])
+            return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions)[None]]
+        timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
+        return [executor.forward(latents, timesteps, text, attention, actions)]
+
+    def attention(self, plan: PassPlan) -> KeyValues:
+        return self.stores[plan.layout.grid].attention(plan.layout)
+
+    def text(self, parts: tuple[tuple[int, int, int], ...]) -> Text:
+        """What the frames of one session attend to: (text, number of the prompt, frames) in token order."""
+        (_, number, _), *others = parts
+        if not others:
+            return self.prompts[number].text
+        texts = {text: self.prompts[number].text for text, number, _ in parts}
+        return self.executor.mix(texts, tuple((text, frames) for text, _, frames in parts))
+
+    def condition(self, plan: Condition, rows: Tensor) -> None:
+        self.prompts[plan.prompt] = Prompt(rows, self.executor.condition(rows))
+
+    def refresh_weights(self, plan: RefreshWeights) -> None:
+        self.executor.refresh_derived_weights()
+        for prompt in self.prompts.values():
+            prompt.text = self.executor.condition(prompt.rows)
+
+    # Pages
+
+    def open_store(self, plan: OpenStore) -> None:
+        form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype)
+        self.stores[plan.grid] = PagedStore(form, self.parts.transformer.rope, plan.pages, plan.slots, self.device)
+
+    def close_store(self, plan: CloseStore) -> None:
+        del self.stores[plan.grid]
+
+    def offload(self, plan: Offload) -> None:
+        store = self.stores[plan.grid]
+        with store.transfer.beside():
+            self.hosts[plan.host] = store.read(list(plan.pages), host=True)
+        store.transfer.join()  # the freed pages may be written only after the copy
+
+    def read_host(self, plan: ReadHost) -> list[Tensor]:
+        self.stores[plan.grid].transfer.wait()
+        return given(self.host_pages(plan.grid, plan.host, plan.slots))
+
+    def onload(self, plan: Onload) -> None:
+        store = self.stores[plan.grid]
+        kv, scales = self.host_pages(plan.grid, plan.host, plan.slots)
+        with store.transfer.beside():
+            store.write(list(plan.pages), kv, scales)
+
+    def host_pages(self, grid: Grid, host: int, slots: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """Host copy of some slots. All slots in order: the pinned tensors themselves, without waiting for a copy."""
+        kv, scales = self.hosts[host]
+        if slots == tuple(range(kv.shape[2])):
+            return kv, scales
+        self.stores[grid].transfer.wait()
+        chosen = list(slots)
+        return kv[:, :, chosen], None if scales is None else scales[:, :, chosen]
+
+    # Sink averages
+
+    @property
+    def sink_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def load_sink(self, plan: LoadSink) -> None:
+        store = self.stores[plan.grid]
+        self.sinks[plan.sink] = store.restored(list(plan.pages), self.sink_dtype)
+
+    def average_sink(self, plan: AverageSink) -> None:
+        store = self.stores[plan.grid]
+        self.sinks[plan.sink] = self.sinks[plan.sink].to(store.device, non_blocking=True)
+        leaving = store.restored([page for page, _, _ in plan.leaving], self.sink_dtype)
+        new = self.sinks[plan.sink].clone()  # forks may share the old one
+        for (_, at, shift), kv in zip(plan.leaving, leaving.unbind(2), strict=True):
+            (cos_sin,), *_ = store.rope_cos_sin([shift])
+            new[:, :, at] = average_frame(new[:, :, at], kv, store.rope, cos_sin, plan.decay)
+        self.sinks[plan.result] = new
+
+    def offload_sink(self, plan: OffloadSink) -> None:
+        self.sinks[plan.result] = self.stores[plan.grid].to_host(self.sinks[plan.sink])
+
+    def set_sink(self, plan: SetSink, sink: Tensor) -> None:
+        self.sinks[plan.sink] = sink.to(self.stores[plan.grid].device)
+
+    def release(self, plan: Release) -> None:
+        for kept in (self.prompts, self.sinks, self.hosts):
+            for number in plan.numbers:
+                kept.pop(number, None)
+
+
+def given(pages: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+    kv, scales = pages
+    return [kv] if scales is None else [kv, scales]
