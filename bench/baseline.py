@@ -31,6 +31,7 @@ from ..runtime.inputs import Pixels
 from ..runtime.noise import PhiloxNoise
 from ..runtime.sampler import Sampler, scheduled_blocks
 from ..schemes.block_schedule import ScheduledPass
+from ..schemes.page_needs import branches
 from ..schemes.presets import Preset
 from ..schemes.timeline import Span, Timeline
 from .machine import synchronize
@@ -47,7 +48,7 @@ def unsupported_reason(preset: Preset) -> str | None:
         return "positions move with its window"
     if preset.context.decoder_zero_start:
         return "its decoder starts from zero caches"
-    if preset.sampler.guidance_scale != 1:
+    if branches(preset) > 1:
         return "it uses guidance"
     return None
 

@@ -19,6 +19,7 @@ from ..runtime.capacity.planner import long_on_cpu
 from ..runtime.engine import Engine
 from ..runtime.sampler import scheduled_blocks
 from ..schemes.block_schedule import ScheduledBlock
+from ..schemes.page_needs import branches
 from .baseline import BlockOutput
 from .candidates import (
     Candidate,
@@ -288,10 +289,10 @@ def work_facts(engine: Engine, plan: ScheduledBlock, subject: Subject) -> dict[s
     With low-precision layers or pages, `fewer_bits` has the same for the passes in that precision.
     """
     config, size = engine.config, subject.size or engine.default_size
-    branches = 2 if engine.preset.sampler.guidance_scale != 1 else 1
+    runs_each = branches(engine.preset)
 
     def count(*bits: Any) -> dict[str, Any]:
-        runs = [scheduled.run for scheduled in plan.passes for _ in range(branches)]
+        runs = [scheduled.run for scheduled in plan.passes for _ in range(runs_each)]
         passes = [pass_work(engine.spec, run, size, config.dtype, *bits) for run in runs]
         return {"passes": [asdict(work) for work in passes], "transformer": asdict(sum(passes, Work(0, 0)))}
 

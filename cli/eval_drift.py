@@ -243,7 +243,7 @@ def score_and_show(
             advance()
 
         results = score_videos(videos, settings, on_video, lambda count: note(f"{count} frames"))
-    if not results["videos"]:
+    if not results["videos"] and not was_interrupted(results):
         reasons = "; ".join(entry["reason"] for entry in results["skipped"][:3])
         raise InferixError(f"none of {len(videos)} videos could be scored: {reasons}")
     show(results, outputs, as_json, title)
@@ -268,8 +268,16 @@ def show(results: dict[str, Any], outputs: dict[str, Path], as_json: bool, title
         print_table(results)
         for output in outputs.values():
             typer.echo(str(output))
+    if was_interrupted(results):
+        raise typer.Exit(130)
     if has_faults(results):
         raise typer.Exit(1)
+
+
+def was_interrupted(results: dict[str, Any]) -> bool:
+    from ..evaluate.results import INTERRUPTED
+
+    return any(entry["reason"] == INTERRUPTED for entry in results["skipped"])
 
 
 SHOWN_FIGURES = {

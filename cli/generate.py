@@ -145,7 +145,7 @@ def sheet_indices(count: int, block: int, blocks: int) -> list[int]:
 
 @contextmanager
 def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
-    """Yield `advance(fps)`, to be called after each block."""
+    """Yield `advance(fps, drift)`, to be called after each block; drift: of its record, or None."""
     columns = (
         TextColumn("block"),
         MofNCompleteColumn(),
@@ -156,7 +156,15 @@ def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("blocks", total=blocks, speed="")
-        yield lambda fps: progress.update(task, advance=1, speed=f"{fps:.2f} FPS" if fps else "")
+
+        def advance(fps: float, drift: dict[str, float] | None = None) -> None:
+            facts = [f"{fps:.2f} FPS"] if fps else []
+            if drift:
+                name = max(drift, key=lambda name: abs(drift[name]))
+                facts.append(f"{name} {drift[name]:+.0%}")
+            progress.update(task, advance=1, speed=", ".join(facts))
+
+        yield advance
 
 
 def record_blocks(stream: Iterable[Any], blocks: int, advance: Any, result: Result, samples: list[Any]) -> None:
@@ -170,10 +178,12 @@ def record_blocks(stream: Iterable[Any], blocks: int, advance: Any, result: Resu
             count = len(block.frames)
             chosen = sheet_indices(count, made, blocks)
             samples += [(str(result.frames + index), block.frames[index].copy()) for index in chosen]
-        result.blocks.append({"index": block.index, "frames": count, "timings": dict(block.timings)})
+        made_block = {"index": block.index, "frames": count, "timings": dict(block.timings)}
+        drift = block.record.drift
+        result.blocks.append(made_block if drift is None else made_block | {"drift": drift})
         result.frames += count
         result.seconds = time.perf_counter() - start
-        advance(result.frames / result.seconds)
+        advance(result.frames / result.seconds, drift)
 
 
 def steered(session: Any, blocks: int, cues: dict[int, str], decode: bool) -> Iterator[Any]:
@@ -330,6 +340,9 @@ def generate(
     ),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Engine setting; repeatable."),
     records: Path | None = typer.Option(None, help="File for measurements, a JSON line per block and control."),
+    drift_meter: bool = typer.Option(
+        False, "--drift-meter", help="Show and record how far the pictures have moved from the first two seconds."
+    ),
     config: Path | None = typer.Option(
         None, callback=read_config, is_eager=True, help="YAML file of options, settings in 'set'; flags win."
     ),
@@ -384,7 +397,7 @@ def generate(
     parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
     if profile is not None and executor is None:  # only graphs have calls to be timed
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)
-    parts |= {"executor": executor, "graphs": graphs}
+    parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
     engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)

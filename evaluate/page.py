@@ -107,7 +107,8 @@ def plot(results: dict[str, Any], name: str) -> str:
     lines = [np.array(video["metrics"][name]["curve"], dtype=float) for video in there[:MOST_LINES]]
     mean, low, high, middle = segment_means(there, name)
     values = np.concatenate([line[:, 1] for line in lines] + [low, high])
-    bottom, top = rounded_range(float(values.min()), float(values.max()))
+    marks = ticks(float(values.min()), float(values.max()))
+    bottom, top = marks[0], marks[-1]
     end = max(video["frames"] / video["fps"] for video in there)
 
     def at(seconds: NDArray[Any], scores: NDArray[Any]) -> str:
@@ -116,14 +117,15 @@ def plot(results: dict[str, Any], name: str) -> str:
         return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
 
     drawn = [f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="#fafbfc" stroke="#e4e8ee"/>']
+    for value in marks:
+        y = TOP + (top - value) / (top - bottom) * HEIGHT
+        drawn.append(f'<path d="M{LEFT} {y:.1f}h{WIDTH}" stroke="#e4e8ee"/>')
+        drawn.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>')
     drawn += [f'<polyline points="{at(line[:, 0], line[:, 1])}" fill="none" stroke="#9db4d0" stroke-width=".8"/>'
               for line in lines]  # fmt: skip
     band = f"{at(middle, high)} {at(middle[::-1], low[::-1])}"
     drawn.append(f'<polygon points="{band}" fill="#2f6db5" fill-opacity=".2"/>')
     drawn.append(f'<polyline points="{at(middle, mean)}" fill="none" stroke="#1d4e89" stroke-width="2.2"/>')
-    for value in (bottom, (bottom + top) / 2, top):
-        y = TOP + (top - value) / (top - bottom) * HEIGHT
-        drawn.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
     for share in (0, 0.5, 1):
         drawn.append(f'<text x="{LEFT + share * WIDTH:.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">'
                      f"{share * end:.3g} s</text>")  # fmt: skip
@@ -152,10 +154,15 @@ def segment_means(videos: Sequence[dict[str, Any]], name: str) -> tuple[NDArray[
     return mean, low, high, middle
 
 
-def rounded_range(low: float, high: float) -> tuple[float, float]:
-    """A range around values with a margin; a constant is in its middle."""
-    margin = 0.06 * (high - low) or max(abs(high), 1e-3) * 0.1
-    return low - margin, high + margin
+def ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers from below `low` to above `high`, at steps of 1, 2 or 5 times a power of ten."""
+    if high - low < 1e-9 * max(abs(high), 1e-3):
+        margin = max(abs(high), 1e-3) * 0.1
+        low, high = low - margin, high + margin
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 4)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [float(f"{index * step:.10g}") for index in range(first, last + 1)]
 
 
 def sheet(entry: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ SCHEMA = "inferix-drift/1"
 CURVE_POINTS = 240  # of a curve in the results
 LAG_POINTS = 48  # of a curve of similarity at a lag
 LARGEST_RESULTS = 1 << 28  # bytes
+INTERRUPTED = "interrupted"  # reason of the videos that Ctrl-C left unscored
 FIGURES = (
     *(f"vde.{weights}" for weights in VDE_WEIGHTS),
     *(f"vde2.{weights}.{form}" for weights in VDE2_WEIGHTS for form in ("absolute", "signed", "loss")),
@@ -205,6 +206,7 @@ def score_videos(
 ) -> dict[str, Any]:
     """Score video files. One that cannot be read or is too short is skipped, with the reason in the results.
 
+    Ctrl-C skips the rest, so that the finished ones are not lost.
     on_video: called after each with its index, itself, and its entry or None. Raises UsageError for bad settings.
     """
     settings.describe()  # an unknown metric is refused before the first video
@@ -216,6 +218,9 @@ def score_videos(
             entries.append(entry)
         except UsageError as error:
             skipped.append({"video": str(video.path), "reason": str(error)})
+        except KeyboardInterrupt:
+            skipped += [{"video": str(rest.path), "reason": INTERRUPTED} for rest in videos[index:]]
+            break
         if on_video is not None:
             on_video(index, video, entry)
     return results_of(entries, skipped, settings, seed)

@@ -6,7 +6,7 @@ levels. Host integers only: nothing here knows a tensor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 PROMPT, NULL = 0, 1  # texts of a group
@@ -100,6 +100,18 @@ class Pass:
         if groups == self.groups:
             return self
         return Pass(groups) if groups else None
+
+    def without_past(self) -> Pass:
+        """The pass with each group seeing itself alone, at positions from 0, and leaving no keys and values."""
+        return Pass(
+            tuple(
+                replace(
+                    group, context=tuple(sorted(group.frames)), positions=tuple(range(len(group.frames))), write=False,
+                    head_contexts=(),
+                )
+                for group in self.groups
+            )
+        )  # fmt: skip
 
     @property
     def written(self) -> tuple[int, ...]:

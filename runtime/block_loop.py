@@ -29,12 +29,14 @@ from ..schemes.block_schedule import (
     supports_whole_block,
     window_of,
 )
+from ..schemes.guidance import FOLLOWING
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
 from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
 from .plans import PassLayout, PassPlan, WholeBlock
 from .resources import Resources
+from .sampler import guided
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session_state import BlockInFlight, PromptChange, SessionState
@@ -105,7 +107,10 @@ class BlockLoop:
         change.left -= 1
         share = 1 - change.left / (change.blocks - 1) if change.blocks > 1 else 1.0
         state.rows = torch.lerp(change.old, change.new, share)
-        state.branches[0].text = self.resources.client.condition(state.rows)
+        text = self.resources.client.condition(state.rows)
+        for branch in state.branches:
+            if branch.role.text == "prompt":
+                branch.text = text
         if change.left == 0:
             state.change = None
         if (yield from self.recache(state)):
@@ -113,16 +118,19 @@ class BlockLoop:
 
     def recache(self, state: SessionState) -> BlockSteps[bool]:
         """Pass the visible past through the network under the prompt in force; False where the policy asks for none."""
-        scheduled, branch = recache_pass(state.timeline), state.branches[0]
+        scheduled = recache_pass(state.timeline)
         if scheduled is None:
             return False
         run = scheduled.run
         latents = state.recent_frames(run.frames)
-        if scheduled.clears_cache:
-            branch.cache.clear()
-        if (window := scheduled.window) is not None:
-            branch.cache.set_window(window)
-        yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
+        for branch in state.branches:
+            if branch.role != FOLLOWING:  # it has no past under the prompt
+                continue
+            if scheduled.clears_cache:
+                branch.cache.clear()
+            if (window := scheduled.window) is not None:
+                branch.cache.set_window(window)
+            yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
         return True
 
     def rebuild_context(
@@ -137,7 +145,7 @@ class BlockLoop:
         for branch in state.branches:
             branch.cache.clear()
         self.roll_caches(state, run, scheduled.beside)
-        yield from self.network_pass(state, run, latents, record)
+        yield from self.write_pass(state, run, latents, record)
         if state.preset.context.restart_decoder:
             wait_for_decoder()
             state.decoder.restart(state.next_block, latents)
@@ -169,7 +177,7 @@ class BlockLoop:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
         scheduled = commit_pass(state.timeline, span)
         self.roll_caches(state, scheduled.run, scheduled.beside)
-        yield from self.network_pass(state, scheduled.run, latents, record)
+        yield from self.write_pass(state, scheduled.run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
         """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
@@ -236,7 +244,7 @@ class BlockLoop:
         beside: frames that stay in the caches although the pass does not see them.
         """
         for number, branch in enumerate(state.branches):
-            own = run.of_branch(number)
+            own = run.of_branch(number) if branch.role.sees_past else None
             if own is not None and (window := window_of(own, beside)) is not None:
                 branch.cache.set_window(window)
                 state.timeline.forget(window)
@@ -258,28 +266,44 @@ class BlockLoop:
     def network_pass(
         self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None = None
     ) -> BlockSteps[Tensor]:
-        """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided with two branches.
+        """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided.
 
-        A branch that does not run a frame has velocity 0 there.
+        Branches without a weight are left out. A branch that does not run a frame has velocity 0 there.
         """
-        velocities = []
+        guidance = state.preset.sampler.guide
+        timesteps = {frame: group.timestep for group in run.groups for frame in group.frames}
+        levels = [timesteps[frame] for frame in run.frames]
+        velocities = yield from self.branch_passes(state, run, latents, guidance.branches_at(levels), record)
+        return guided(guidance, velocities, levels)
+
+    def write_pass(
+        self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None = None
+    ) -> BlockSteps[None]:
+        """Run one pass over clean latents [F, C, H, W] in every branch that keeps a past, for its keys and values."""
+        pasts = [number for number, branch in enumerate(state.branches) if branch.role.sees_past]
+        yield from self.branch_passes(state, run, latents, pasts, record)
+
+    def branch_passes(
+        self, state: SessionState, run: Pass, latents: Tensor, numbers: Sequence[int], record: BlockRecord | None
+    ) -> BlockSteps[dict[int, Tensor]]:
+        """Run one pass over latents [F, C, H, W] in some branches; returns their velocities by number."""
+        velocities = dict[int, Tensor]()
         timed: AbstractContextManager[None] = nullcontext() if record is None else record.one_pass()
         with timed:
-            for number, branch in enumerate(state.branches):
-                own = run.of_branch(number)
-                if own is run:
-                    velocities.append((yield ForwardRequest(branch, run, latents, self.actions_of(state, run))))
+            for number in numbers:
+                branch, own = state.branches[number], run.of_branch(number)
+                if own is not None and not branch.role.sees_past:
+                    own = own.without_past()
+                if own is not None and own.frames == run.frames:
+                    velocities[number] = yield ForwardRequest(branch, own, latents, self.actions_of(state, own))
                     continue
                 velocity = torch.zeros_like(latents)
                 if own is not None:
                     rows = [run.frames.index(frame) for frame in own.frames]
                     request = ForwardRequest(branch, own, latents[rows], self.actions_of(state, own))
                     velocity[rows] = yield request
-                velocities.append(velocity)
-        if len(velocities) == 1:
-            return velocities[0]
-        conditional, negative = velocities
-        return negative + state.preset.sampler.guidance_scale * (conditional - negative)
+                velocities[number] = velocity
+        return velocities
 
     def answer(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
         """Return the results of requests, in order; compatible ones run as one batch."""

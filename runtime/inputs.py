@@ -66,7 +66,7 @@ class Inputs:
             raise UsageError(
                 f"{preset.name} guides away from a negative prompt; give negative_prompt, "
                 "or set guidance_scale=1"
-                if branches(preset) == 2
+                if branches(preset) > 1
                 else f"{preset.name} runs clean frames under a null caption; give negative_prompt, or set "
                 "clean_text=prompt"
             )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
+
+from torch import Tensor
 
 from ..errors import UsageError
 from ..models.solvers import CLASSES, Schedule, Solver
 from ..schemes.block_schedule import ScheduledBlock, stream_blocks
+from ..schemes.guidance import Guidance
 from ..schemes.presets import Preset
 from ..schemes.sampler_spec import SamplerSpec
 
@@ -56,6 +60,20 @@ class Sampler:
     def sigmas(self) -> tuple[float, ...]:
         """Noise level of each step."""
         return self.schedule.sigmas
+
+
+def guided(guidance: Guidance, velocities: Mapping[int, Tensor], timesteps: Sequence[float]) -> Tensor:
+    """Join the velocities [..., F, C, H, W] of some branches, by number, of F frames at `timesteps`.
+
+    Branches that are left out have no weight.
+    """
+    numbers = sorted(velocities)
+    joined = velocities[numbers[-1]]
+    for number, weaker in reversed(list(pairwise(numbers))):
+        scales = [guidance.scales_at(timestep)[number] for timestep in timesteps]
+        by_frame = joined.new_tensor(scales)[:, None, None, None] if len(set(scales)) > 1 else scales[0]
+        joined = joined + by_frame * (velocities[number] - velocities[weaker])
+    return joined
 
 
 def scheduled_blocks(preset: Preset) -> Iterator[ScheduledBlock]:

@@ -48,18 +48,21 @@ def window(preset: Preset) -> int:
 
 
 def branches(preset: Preset) -> int:
-    """Pasts that a session keeps: guidance has one for each of its two conditionings."""
-    return 1 if preset.sampler.guidance_scale == 1 else 2
+    """Runs of the network over each pass: guidance has several."""
+    return len(preset.sampler.guide.branches)
 
 
 def needs_negative(preset: Preset) -> bool:
     """True where passes use a negative prompt: as guidance's other conditioning, or as the null caption."""
-    return branches(preset) == 2 or preset.context.clean_text == "null"
+    texts = [branch.text for branch in preset.sampler.guide.branches]
+    return "negative" in texts or preset.context.clean_text == "null"
 
 
 def least_pages(preset: Preset) -> int:
     """Pages that one session needs; where the window has no end, those of its first block."""
-    return branches(preset) * (page_needs(preset).total or preset.num_frame_per_block)
+    pasts = sum(branch.sees_past for branch in preset.sampler.guide.branches)
+    pages = pasts * (page_needs(preset).total or preset.num_frame_per_block)
+    return pages + (branches(preset) > pasts) * preset.window_blocks * preset.num_frame_per_block  # for the pass
 
 
 def staging_slots(preset: Preset) -> int:

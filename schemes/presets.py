@@ -81,7 +81,7 @@ FIELDS: dict[str, tuple[str | None, str]] = {  # flat name -> (part of the prese
     field.name: (part, str(field.type))
     for part, cls in PARTS
     for field in dataclasses.fields(cls)
-    if field.name not in ("name", "about", "sampler", "context")
+    if field.name not in ("name", "about", "sampler", "context", "guidance")
 }
 
 

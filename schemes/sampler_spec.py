@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import UsageError, quoted
+from .guidance import Guidance, classifier_free
 
 TRAIN_TIMESTEPS = 1000
 
@@ -33,6 +34,7 @@ class SamplerSpec:
     num_steps (other solvers): steps evenly spaced before the shift. timestep_shift: S of sigma' = S*s / (1 + (S-1)*s).
     context_noise: the network's timestep in the pass that commits the clean block (no noise is added).
     guidance_scale: 1 runs the prompt alone; otherwise v = u + scale * (c - u), with a cache for each of the two.
+    guidance: any other guidance; None for that of `guidance_scale`.
     """
 
     denoising_step_list: tuple[float, ...]
@@ -43,6 +45,7 @@ class SamplerSpec:
     num_steps: int = 0
     guidance_scale: float = 1.0
     denoising_step_list_first_chunk: tuple[float, ...] = ()
+    guidance: Guidance | None = None
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
@@ -64,6 +67,8 @@ class SamplerSpec:
             raise UsageError(f"context_noise is {self.context_noise}; expected a timestep in 0..1000")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(f"guidance_scale is {self.guidance_scale}; expected 0 or more, 1 for none")
+        if self.guidance is not None and self.guidance_scale != 1:
+            raise UsageError(f"guidance_scale is {self.guidance_scale}, but guidance has its own scales; leave it at 1")
 
     def check_steps(self, name: str, steps: tuple[float, ...]) -> None:
         """UsageError, which names the setting, unless `steps` is a list that the schedule has."""
@@ -71,6 +76,11 @@ class SamplerSpec:
             raise UsageError(f"{name} {list(steps)} must be numbers that descend within 1000..0")
         if self.warp_denoising_step and any(step != int(step) for step in steps):
             raise UsageError(f"{name} {list(steps)} must hold whole numbers to be warped")
+
+    @property
+    def guide(self) -> Guidance:
+        """The guidance in force."""
+        return classifier_free(self.guidance_scale) if self.guidance is None else self.guidance
 
     @property
     def has_step_list(self) -> bool:

@@ -12,8 +12,7 @@ from inferix.models.wan.names import to_format
 from inferix.models.wan.random import random_transformer_state
 
 SPEC = dataclasses.replace(
-    MODELS["wan-tiny"], name="custom", dim=128, ffn_dim=32, num_heads=1, kv_heads=1, text_dim=8,
-    default_size=(832, 480),
+    MODELS["wan-tiny"], name="custom", dim=128, ffn_dim=32, num_heads=1, kv_heads=1, text_dim=8, default_size=(832, 480)
 )
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Q, UP = "blocks.0.self_attn.q", "blocks.0.ffn.0"  # a square layer and one that is not, in the original's names

@@ -24,9 +24,10 @@ from ...models.cross_attention import TextByFrames, TextKeyValues
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...models.transformer import KeyValues, Transformer
+from ...schemes.guidance import Guidance
 from ...schemes.presets import Preset
 from ..kv.page_store import PageForm
-from ..sampler import Sampler
+from ..sampler import Sampler, guided
 from .block_plan import PlannedPass, latent_names, plan_block
 
 TABLES = ("pages", "page_table", "page_count", "rope_time", "rope_sink", "sink_count")
@@ -69,10 +70,10 @@ class Layout:
 class ModelPass(nn.Module):
     """The model over pages: named tensors in, velocity [B, F, C, H, W] of B sessions out.
 
-    With guidance the batch has 2*B rows, the conditional ones first, and the velocity is the guided one.
+    With guidance of n branches the batch has n*B rows, branch by branch, and the velocity is the guided one.
     """
 
-    def __init__(self, model: Transformer, layout: Layout, guidance: float) -> None:
+    def __init__(self, model: Transformer, layout: Layout, guidance: Guidance) -> None:
         super().__init__()
         self.model, self.layout, self.guidance = model, layout, guidance
         self.half_split = model.rope.half_split
@@ -96,14 +97,13 @@ class ModelPass(nn.Module):
             )
         latents = [values[name] for name in layout.latents]
         x = latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
-        guided = self.guidance != 1
-        rows = torch.cat((x, x)) if guided else x
+        count = len(self.guidance.branches)
+        rows = torch.cat([x] * count) if count > 1 else x
         timesteps = values["timesteps"].expand(len(rows), -1)
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
         velocity = self.model(rows, timesteps, self.text(values), attention, actions)
-        if guided:
-            conditional, negative = velocity.split(len(x))
-            velocity = negative + self.guidance * (conditional - negative)
+        if count > 1:
+            velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}
 
     def text(self, values: dict[str, Tensor]) -> TextKeyValues:
@@ -172,8 +172,8 @@ class BlockGraphBuilder:
         slots: int | None = None,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
-        self.guidance = preset.sampler.guidance_scale
-        self.rows = sessions * (1 if self.guidance == 1 else 2)
+        self.guidance = preset.sampler.guide
+        self.rows = sessions * len(self.guidance.branches)
         self.sampler = Sampler(preset.sampler)
         self.planned = plan_block(preset, fuse_commit)
         self.latent = (spec.out_channels, *spec.latent_size(size or spec.default_size))
@@ -191,6 +191,11 @@ class BlockGraphBuilder:
         spec, preset = self.spec, self.preset
         if spec.in_channels != spec.out_channels:
             raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
+        if len(self.guidance.scales) > 1:
+            raise UsageError(
+                f"guidance of {preset.name} has scales by timestep, which have no graph of a whole block; engines run "
+                "its passes one by one"
+            )
         if preset.window_blocks > 1 and self.sampler.begin().keeps_history:
             raise UsageError(
                 f"window_blocks is {preset.window_blocks} with solver {preset.sampler.solver}, which keeps a history; "

@@ -117,8 +117,8 @@ class GraphBuilder:
         preset, size = self.preset, key.size(self.spec)
         if key.whole:
             preset = replace(preset, num_frame_per_block=key.latent[0], independent_first_frame=False)
-        else:  # guidance joins the velocities of two passes, outside of them
-            preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0))
+        else:  # guidance joins the velocities of its branches outside of them
+            preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0, guidance=None))
         builder = BlockGraphBuilder(
             self.spec, preset, size, self.dtype, self.device, self.precision, pages=key.pages, kv_dtype=self.kv_dtype,
             slots=key.slots,

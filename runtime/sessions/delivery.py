@@ -93,6 +93,10 @@ class Delivery:
         self, session: Session, record: BlockRecord, latents: Tensor, frames: NDArray[np.uint8] | None
     ) -> None:
         """Put the finished block into the output queue with its acks and its slack to the deadline (s)."""
+        signals, meter = None, session.drift_meter
+        if meter is not None and frames is not None:
+            with record.span("drift"):
+                signals = meter.read(frames)
         spans, seconds, spec = record.spans, record.seconds, self.resources.spec
         made, decoded = spans["commit"][1] - spans["encode"][0], seconds.get("decode", 0.0)
         waited = session.current.preset.context.needs_pixels
@@ -105,6 +109,9 @@ class Delivery:
                 if block <= record.block
             )
             session.unshown = [entry for entry in session.unshown if entry[1] > record.block]
+            if meter is not None and signals is not None:
+                changed = any(ack.kind == "prompt" and ack.refused is None for ack in record.acks)
+                record.drift = meter.compare(signals, shown, restart=changed)
             share = made / record.batch
             self.scheduler.measured(session.id, share + decoded if waited else max(share, decoded))
             record.slack = self.scheduler.shown(session.id, now, shown / spec.fps)
@@ -124,6 +131,8 @@ class Delivery:
         if record.slack is not None:
             self.metrics.observe("deadline_slack_seconds", record.slack)
             self.metrics.count("deadlines_missed", int(record.slack < 0))
+        for signal, change in (record.drift or {}).items():
+            self.metrics.observe(f"drift_{signal}_share", abs(change))
 
     def submit_demand(self, session: Session, demand: Demand) -> Demand:
         """Make `demand` the session's one request for blocks."""

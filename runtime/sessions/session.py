@@ -28,6 +28,7 @@ from ..engine_condition import EngineCondition
 from ..kv.paged_cache import PagedCache
 from ..limits import Limits
 from ..resources import Resources
+from ..telemetry.drift_meter import DriftMeter
 from ..telemetry.records import BlockRecord, Stopwatch
 from .control_queue import Control, ControlQueue
 from .lifecycle import ENDED, Lifecycle, State
@@ -107,6 +108,8 @@ class Session:
         self.decode_error: Exception | None = None  # raised in the decoder's thread
         self.ready_since: float | None = None
         self.record = BlockRecord(self.id, -1, Stopwatch(manager.resources.device))
+        metered = manager.resources.config.drift_meter
+        self.drift_meter = DriftMeter(manager.resources.spec.fps) if metered else None
 
     def __repr__(self) -> str:
         width, height = self.size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from ...errors import InferixError, UsageError, quoted
 from ...models.files import check_file, parse_json, reason, write_tensors
 from ...models.spec import ModelSpec
+from ...schemes.context import ContextPolicy
 from ...schemes.presets import Preset
+from ...schemes.sampler_spec import SamplerSpec
 from ..files import check_output, check_paths, write_atomically
 from ..resources import Resources
 from .saved_values import InvalidField, fields_of, invalid, list_of
@@ -28,6 +30,12 @@ from .session_state import SavedFields, SessionState
 KEY = "inferix-session"  # of the header's JSON
 VERSION = 2
 MODEL_PATHS = ("model", "base", "vae", "lora", "text_encoder", "fast_vae")  # settings that name files read
+DEFAULTS = {  # settings of presets as a file gives them; one saved before there was a setting lacks it
+    setting.name: json.loads(json.dumps(setting.default))
+    for part in (Preset, SamplerSpec, ContextPolicy)
+    for setting in fields(part)
+    if setting.default is not MISSING
+}
 SAMPLED = 64  # values of each weight that go into a fingerprint
 COMMON = ("version", "made_by", "tensors", "checksum")  # in the header, besides the fields
 IRRELEVANT = ("name", "about", "rewind_blocks")  # settings of a preset that change no block
@@ -160,7 +168,7 @@ def check_header(header: Any, resources: Resources, preset: Preset, path: Path) 
         if not isinstance(there, dict):
             raise invalid(f"made_by.{part}", there, "a JSON object")
         for name, value in values.items():
-            if there.get(name) != value:
+            if there.get(name, DEFAULTS.get(name)) != value:
                 raise UsageError(
                     f"{quoted(str(path))} was saved with another {part}: {name} is {quoted(there.get(name))} there and "
                     f"{quoted(value)} here; load the engine as it was loaded then"

@@ -26,6 +26,7 @@ from ...graphs.passes import NULL, PROMPT
 from ...models.decoder import StreamState
 from ...models.solvers import Solver
 from ...schemes.actions import ActionTrack
+from ...schemes.guidance import FOLLOWING, GuidanceBranch
 from ...schemes.page_needs import branches, needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
@@ -52,14 +53,15 @@ from .saved_values import (
 
 @dataclass
 class Branch:
-    """One conditioning with the cache of its own past; guidance has two.
+    """One conditioning with the cache of its own past; guidance has several.
 
-    null: the null caption, for presets whose passes use it.
+    role: its text and past as guidance has them. null: the null caption, for presets whose passes use it.
     """
 
     text: Handle
     cache: PagedCache
     null: Handle | None = None
+    role: GuidanceBranch = FOLLOWING
 
     @property
     def texts(self) -> dict[int, Handle]:
@@ -67,33 +69,26 @@ class Branch:
         return {PROMPT: self.text} if self.null is None else {PROMPT: self.text, NULL: self.null}
 
     @classmethod
-    def new_each(
-        cls, resources: Resources, texts: Sequence[Tensor], size: tuple[int, int], null: Tensor | None = None
+    def for_prompts(
+        cls, resources: Resources, preset: Preset, rows: Tensor, negative: Tensor | None, size: tuple[int, int]
     ) -> list[Branch]:
-        """One branch with an empty cache for each of `texts`, rows [text_len, text_dim]; an error leaves none.
+        """The branches of a session, with empty caches; an error leaves none.
 
-        null: rows of the null caption.
+        rows and negative: [text_len, text_dim], of the prompt and, where the preset needs it, the negative prompt.
         """
+        condition = resources.client.condition
+        null = condition(negative) if negative is not None and preset.context.clean_text == "null" else None
         branches: list[Branch] = []
-        null_text = None if null is None else resources.client.condition(null)
         try:
-            for rows in texts:
-                text = resources.client.condition(rows)
-                branches.append(cls(text, resources.kv_manager.new_cache(size), null_text))
-        except BaseException:  # raised again; Ctrl-C must not leak pages either
+            for role in preset.sampler.guide.branches:
+                own = rows if role.text == "prompt" else negative
+                assert own is not None  # `Inputs.negative_rows` asks for one
+                branches.append(cls(condition(own), resources.kv_manager.new_cache(size), null, role))
+        except BaseException:
             for branch in branches:
                 branch.cache.release()
             raise
         return branches
-
-    @classmethod
-    def for_prompts(
-        cls, resources: Resources, preset: Preset, rows: Tensor, negative: Tensor | None, size: tuple[int, int]
-    ) -> list[Branch]:
-        """The branches of a session that follows `rows` and, where the preset needs them, `negative`."""
-        guided = negative is not None and branches(preset) == 2
-        null = negative if preset.context.clean_text == "null" else None
-        return cls.new_each(resources, [rows, negative] if guided and negative is not None else [rows], size, null)
 
     def fork(self) -> Branch:
         """The same conditioning; the fork's cache shares pages until either side writes."""

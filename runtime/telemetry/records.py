@@ -74,7 +74,8 @@ class BlockRecord:
     session: the session's id. batch: size of the batch, this session included; network stages are timed for the whole
     batch. marks: (begin, end) of each stage. pass_marks: (begin, end) of each pass, in order. pages: pages in use by
     all sessions when the block was done. slack: seconds from the end of the block to its deadline; None without a
-    deadline. degradations: steps taken under overload so far.
+    deadline. degradations: steps taken under overload so far. drift: changes against the first seconds by
+    `drift_meter.py`; None without a meter or without pictures, empty during the first seconds.
     """
 
     session: str
@@ -87,6 +88,7 @@ class BlockRecord:
     slack: float | None = None
     acks: tuple[Ack, ...] = ()
     degradations: tuple[str, ...] = ()
+    drift: dict[str, float] | None = None
 
     @contextmanager
     def span(self, stage: str) -> Iterator[None]:
@@ -124,6 +126,7 @@ class BlockRecord:
             "slack": self.slack,
             "acks": [vars(ack) for ack in self.acks],
             "overload": list(self.degradations),
+            "drift": self.drift,
         }
 
 

@@ -14,7 +14,7 @@ from planted import FPS, planted
 
 from inferix import evaluate
 from inferix.cli.main import app
-from inferix.evaluate.results import SCHEMA, compare, read_results
+from inferix.evaluate.results import SCHEMA, compare, read_results, score_video
 from inferix.runtime.media import VideoWriter
 from inferix.runtime.media_input import video_facts, video_seconds
 
@@ -77,6 +77,21 @@ def test_unusable_videos_are_skipped_and_listed(videos, tmp_path):
     assert "12 frames" in skipped[str(paths[2])]
     assert all(str(path) in run.stderr for path in skipped)
     assert inferix("eval", "drift", *paths[:1], *METRICS).exit_code == 1
+
+
+def test_an_interrupted_run_keeps_what_is_scored(videos, tmp_path, monkeypatch):
+    def interrupted(video, *arguments):
+        if video.id == "none":
+            raise KeyboardInterrupt
+        return score_video(video, *arguments)
+
+    monkeypatch.setattr("inferix.evaluate.results.score_video", interrupted)
+    paths = [videos / "fade.mp4", videos / "none.mp4"]
+    run = inferix("eval", "drift", *paths, "--metrics", "exposure", "--out", tmp_path)
+    assert run.exit_code == 130
+    results = read_results(tmp_path / "drift.json")
+    assert [video["id"] for video in results["videos"]] == ["fade"]
+    assert [entry["video"] for entry in results["skipped"]] == [str(paths[1])]
 
 
 def test_mixed_sizes_and_rates_are_noted_and_can_be_made_one(videos, tmp_path):

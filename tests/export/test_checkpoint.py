@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from inferix import load
 from inferix.errors import InferixError, UsageError
-from inferix.export.checkpoint import convert, random_lora, write_random
+from inferix.export.checkpoint import convert, write_random
 from inferix.models.files import read_tensors, write_tensors
 from inferix.models.registry import FORMATS, MODELS, inspect, read_checkpoint
 from inferix.models.state_dicts import bare_name
 from inferix.models.wan.random import random_tiny_decoder_state
 from inferix.models.wan.taehv import TinyDecoder
+from inferix.models.wan.write_checkpoint import random_lora
 
 SIZE = (32, 32)
 
@@ -296,7 +297,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024)
 @pytest.mark.parametrize("form", ["original", "self-forcing"])
 def test_peak_memory_stays_under_the_checkpoint_and_a_fifth(tmp_path, form, monkeypatch):
     """A 300 MB transformer, every weight touched; the other weights of a training file stay unread."""
-    wide = dataclasses.replace(MODELS["wan-tiny"], name="wide", dim=1024, ffn_dim=4096, num_heads=8, num_layers=4)
+    sizes = {"dim": 1024, "ffn_dim": 4096, "num_heads": 8, "kv_heads": 8, "num_layers": 4}
+    wide = dataclasses.replace(MODELS["wan-tiny"], name="wide", **sizes)
     monkeypatch.setitem(MODELS, "wide", wide)
     folder = write_random("wide", form, tmp_path / "wide")
     file = next(iter([*folder.glob("*.pt"), *folder.glob("*.safetensors")]))

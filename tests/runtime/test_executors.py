@@ -15,9 +15,9 @@ from recording import FakeGraphs
 from safetensors.torch import save_file
 
 from inferix.errors import UsageError
-from inferix.export.checkpoint import random_lora
 from inferix.graphs.lowered import lower_block, with_pages
 from inferix.models.registry import PRESETS
+from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor

@@ -1,0 +1,83 @@
+"""Guidance as data: how often a pass runs, which text and past each run sees, and how their velocities are joined.
+
+A run is a branch. Classifier-free guidance has two: one that follows the prompt, and one that follows the negative
+prompt. A third may see no past at all, so that text and past have weights of their own (MAGI-1, arXiv 2505.13211).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..errors import UsageError
+
+TEXTS = ("prompt", "negative")
+
+
+@dataclass(frozen=True)
+class GuidanceBranch:
+    """One run of the network over the frames of a pass.
+
+    text: the prompt, or the negative prompt. sees_past: it has a cache of its own past; otherwise each group of frames
+    sees itself alone, at positions from 0, and leaves no keys and values.
+    """
+
+    text: str = "prompt"
+    sees_past: bool = True
+
+    def __post_init__(self) -> None:
+        if self.text not in TEXTS:
+            raise UsageError(f"text of a guidance branch is {self.text!r}; expected one of {', '.join(TEXTS)}")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Branches, from the one with most conditions to the one with fewest, and the scales that join their velocities.
+
+    scales: (least timestep, scales), ascending from timestep 0. Those of the last entry at or below a frame's timestep
+    join its velocities: v = v[-1] + sum over i of scales[i] * (v[i] - v[i + 1]). A scale of 1 for all but the last
+    branch is the first branch alone.
+    """
+
+    branches: tuple[GuidanceBranch, ...]
+    scales: tuple[tuple[float, tuple[float, ...]], ...] = ((0.0, ()),)
+
+    def __post_init__(self) -> None:
+        if not self.branches or self.branches[0] != GuidanceBranch():
+            raise UsageError("the first branch of guidance must follow the prompt and see the past")
+        starts = [start for start, _ in self.scales]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise UsageError(f"scales of guidance start at timesteps {starts}; expected them to ascend from 0")
+        for _, scales in self.scales:
+            if len(scales) != len(self.branches) - 1 or not all(map(math.isfinite, scales)):
+                raise UsageError(
+                    f"scales of guidance are {list(scales)} for {len(self.branches)} branches; expected a number for "
+                    "each but the last"
+                )
+
+    def scales_at(self, timestep: float) -> tuple[float, ...]:
+        """Scales of a frame at a timestep."""
+        return next(scales for start, scales in reversed(self.scales) if start <= timestep)
+
+    def weights_at(self, timestep: float) -> tuple[float, ...]:
+        """Weight of each branch's velocity at a timestep; they sum to 1."""
+        scales = (0.0, *self.scales_at(timestep), 1.0)
+        return tuple(scale - before for before, scale in pairwise(scales))
+
+    def branches_at(self, timesteps: Sequence[float]) -> tuple[int, ...]:
+        """Numbers of the branches that have a weight for any of these timesteps."""
+        weights = [self.weights_at(timestep) for timestep in timesteps]
+        return tuple(number for number in range(len(self.branches)) if any(row[number] for row in weights))
+
+
+FOLLOWING = GuidanceBranch()  # the branch of a stream without guidance
+ALONE = Guidance((FOLLOWING,))
+
+
+def classifier_free(scale: float) -> Guidance:
+    """Guidance away from the negative prompt: v = u + scale * (c - u); the prompt alone at scale 1."""
+    if scale == 1:
+        return ALONE
+    return Guidance((FOLLOWING, GuidanceBranch("negative")), ((0.0, (scale,)),))
