@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -128,7 +129,11 @@ class Client:
         finally:
             self.soak.remove(session)
             for one in sessions:
-                self.soon(one.close)
+                self.soon(partial(self.close, one))
+
+    def close(self, session: Session) -> None:
+        if not session.closed:  # one that was stopped closes itself, between two blocks
+            session.close()
 
     def stream(self, session: Session, fails: bool) -> None:
         if fails:
