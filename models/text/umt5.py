@@ -95,7 +95,7 @@ def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int
         raise UsageError(f"{where} is {list(rows.shape)}; expected [1..{text_len}, {text_dim}]")
     if rows.dtype not in FLOATS or not rows.isfinite().all():
         kind = str(rows.dtype).removeprefix("torch.")
-        raise UsageError(f"{where} has {kind}, or values that are not finite; expected finite floats, 16 bits up")
+        raise UsageError(f"{where} has {kind}, or values that are not finite; expected finite floating-point numbers")
     return torch.cat((rows, rows.new_zeros(text_len - len(rows), text_dim)))
 
 
