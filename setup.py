@@ -84,8 +84,12 @@ EXTRAS = {
         "mkdocs-material",
         "opencv-python-headless>=4.10,<6",
         "mkdocstrings[python]",
+        "onnx>=1.23,<2",
+        "onnxscript>=0.7,<1",
+        "onnxruntime>=1.32,<2",
     ],
     "bench": ["matplotlib"],
+    "onnx": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.32,<2"],
     "eval": ["opencv-python-headless>=4.10,<6"],
     "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }
@@ -148,12 +152,13 @@ setup(
     package_data={
         "inferix": ["py.typed"],
         "inferix.bench": ["compiled/*.json"],
+        "inferix.export": ["plan.schema.json"],
         "inferix.evaluate": ["drift_results.schema.json"],
         **{package: ["tuned/*.json"] for package in PACKAGES if package.startswith("inferix.kernels.")},
         "inferix.models.tinyworld": ["README.md", "weights/*", "weights/*/*"],
     },
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["inferix = inferix.cli.main:main"]},
+    entry_points={"console_scripts": ["inferix = inferix.cli.main:main", "inferix-run = inferix.export.run:main"]},
     cmdclass={"build_py": BuildPackage},
 )

@@ -36,8 +36,9 @@ from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
 from ..runtime.media_input import check_fit, read_video
 from ..runtime.sinks import Pump
 from ..schemes.actions import read_actions
+from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
 from ..schemes.storyboard import Cue, read_storyboard, schedule
-from ..user_files import read_yaml
+from ..user_yaml import read_yaml
 from ..version import __version__
 from .options import EXECUTOR, FORCE, OFFLINE, check_settings, counted, parse_settings, parse_size
 from .presets import print_presets
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from ..runtime.telemetry.profile import Profile
 
-DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models; untrained ones cannot follow it
-DEFAULT_BLOCKS = 3
-DEFAULT_ACTIONS = "6R 4D 6L 4U"  # for a model with actions if no length is given: a walk back to the start
 SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
 LONGEST = 1_000_000  # blocks, or seconds
 SHEET_FRAMES = 24  # frames on the contact sheet, at most, unless one block has more

@@ -17,6 +17,7 @@ from ..errors import InferixError, exit_code, no_memory, one_line
 from ..version import __version__
 from . import bench, checkpoint, evaluate
 from .doctor import doctor
+from .export import export
 from .flags import with_flags
 from .generate import PromptAt, generate
 from .graph import graph
@@ -49,6 +50,7 @@ app.command()(play)
 app.command()(plan)
 app.command()(doctor)
 app.command()(graph)
+app.command()(export)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")

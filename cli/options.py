@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UsageError, cut, quoted
 from ..runtime.executor_specs import EXECUTORS, default_executor
-from ..user_files import parse_yaml
+from ..user_yaml import parse_yaml
 
 OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."

@@ -1,1 +1,1 @@
-"""Writers of checkpoints in the formats that other programs read."""
+"""What leaves for other programs: engines of other runtimes, and checkpoints in published formats."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -74,6 +74,14 @@ class PromptEncoder(Protocol):
 
     def encode(self, prompt: str) -> Tensor:
         """Encode a prompt to rows [text_len, text_dim], zero after its end."""
+
+
+@runtime_checkable
+class TableEncoder(PromptEncoder, Protocol):
+    """A text encoder that looks up each word of a prompt."""
+
+    def table(self) -> tuple[Sequence[str], Sequence[str], Tensor]:
+        """Return the words, the words that are skipped, and the row of each word [words, text_dim]."""
 
 
 class AdapterUpdate(Protocol):

@@ -44,7 +44,8 @@ class EngineConfig:
     session move to host memory. fast_vae: a second decoder, as in `vae`, that overload may switch to.
     graphs: folder of stored graphs; missing ones are added. lowp: `fp8` or `int8` for linear layers, those that a
     pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference in eager. batches: file of
-    measured batch times. drift_meter: blocks' records have the drift of their pictures.
+    measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
+    engine, whose programs run in place of the model.
     """
 
     model: str
@@ -71,6 +72,7 @@ class EngineConfig:
     lowp_keep: tuple[str, ...] = ()
     batches: str | None = None
     drift_meter: bool = False
+    engine: str | None = None
 
     @classmethod
     def of(cls, model: str | Path, preset: str, **settings: Any) -> EngineConfig:
@@ -159,7 +161,8 @@ def patterns(key: str, value: Any) -> tuple[str, ...]:
 COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preset", "device", "dtype", "executor", "checkpoint_format"), text),
     **dict.fromkeys(("precision", "kv_dtype", "lowp"), text),
-    **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae", "graphs", "batches"), path_text),
+    **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae"), path_text),
+    **dict.fromkeys(("graphs", "batches", "engine"), path_text),
     **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter"), flag),
     **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
     "lora_scale": number,

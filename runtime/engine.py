@@ -169,6 +169,9 @@ class Engine:
     ) -> Session:
         preset, inputs = self.preset, self.inputs
         self.spec.latent_size(size)
+        if self.parts.size not in (None, size):
+            width, height = self.default_size
+            raise UsageError(f"size is {size[0]}x{size[1]}, but this engine makes pictures of {width}x{height} only")
         if strength is not None and video is None:
             raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:
@@ -394,11 +397,7 @@ class Engine:
 
     def blocks_for_frames(self, latent_frames: int) -> int:
         """How many blocks make at least that many latent frames from the start."""
-        latent_frames = integer()("latent_frames", latent_frames)
-        first = self.preset.block_size(0)
-        if latent_frames <= first:
-            return int(latent_frames > 0)
-        return 1 - (first - latent_frames) // self.preset.num_frame_per_block
+        return self.preset.blocks_for_frames(integer()("latent_frames", latent_frames))
 
     def describe(self) -> dict[str, Any]:
         """Every setting, as plain values."""

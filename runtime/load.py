@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..models.hub import locate
 from ..models.registry import MODELS, default_model, default_preset, make_preset, shipped
 from ..schemes.presets import FIELDS, Preset, no_setting
@@ -19,6 +20,7 @@ from .execution.loading import Components, load_components, random_components
 from .limits import Limits
 from .sessions.batch_profile import entries
 
+EXPORTED = "inferix.export.inside:load_exported"  # imported for an exported engine only
 ABOUT_LOADING = ("limits", "offline", "text_prompts", "size", "force")  # arguments of `load` that no engine keeps
 
 
@@ -31,6 +33,7 @@ def load(
     text_prompts: bool = True,
     size: tuple[int, int] | None = None,
     force: bool = False,
+    engine: str | Path | None = None,
     **settings: Any,
 ) -> Engine:
     """Load an engine for a checkpoint (file or folder), or for a named model with random weights.
@@ -46,6 +49,9 @@ def load(
     is before weights are read; too little is refused unless `force`. The text encoder is counted, and loaded when a
     prompt is first text; with `text_prompts=False` there is none, and prompts come as embeddings.
 
+    engine: a folder that `inferix export` wrote. Its programs run in place of a model, with its preset, size and dtype;
+    settings may be `kv_memory`, `kv_offload`, and fields of the preset that do not need other programs.
+
     Raises UsageError for unknown names, bad values and too little memory, InferixError for broken files and for files
     that cannot be downloaded.
     """
@@ -53,6 +59,11 @@ def load(
     model, preset = optional(path_text)("model", model), optional(text)("preset", preset)
     size, force = optional(picture_size)("size", size), flag("force", force)
     offline, text_prompts = flag("offline", offline), flag("text_prompts", text_prompts)
+    if (folder := optional(path_text)("engine", engine)) is not None:
+        if model is not None or preset is not None or size is not None:
+            raise UsageError(f"engine {quoted(folder)} has a model, preset and size of its own; leave these out")
+        loaded: Engine = resolve_name(EXPORTED)(folder, limits, settings)
+        return loaded
     for key in settings:
         if key not in FIELDS and key not in SETTINGS:
             raise no_setting(key, {*FIELDS, *SETTINGS, *ABOUT_LOADING})

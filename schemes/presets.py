@@ -75,6 +75,13 @@ class Preset:
         """Latent frames of the block that starts at absolute frame `start`."""
         return 1 if self.independent_first_frame and start == 0 else self.num_frame_per_block
 
+    def blocks_for_frames(self, latent_frames: int) -> int:
+        """How many blocks make at least that many latent frames from the start."""
+        first = self.block_size(0)
+        if latent_frames <= first:
+            return int(latent_frames > 0)
+        return 1 - (first - latent_frames) // self.num_frame_per_block
+
 
 PARTS: tuple[tuple[str | None, type], ...] = ((None, Preset), ("sampler", SamplerSpec), ("context", ContextPolicy))
 FIELDS: dict[str, tuple[str | None, str]] = {  # flat name -> (part of the preset, declared type)

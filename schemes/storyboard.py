@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, quoted
-from ..user_files import read_yaml
 from .presets import Preset
 
 
@@ -25,6 +24,8 @@ class Cue:
 
 def read_storyboard(path: str | Path) -> list[Cue]:
     """Read the cues of a YAML file; UsageError if it cannot be read or an entry is not `at` and `prompt`."""
+    from ..user_yaml import read_yaml
+
     entries, where = read_yaml(path, "storyboard"), f"storyboard {quoted(str(path))}"
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{where} is no list; expected entries of 'at: SECONDS' and 'prompt: TEXT'")

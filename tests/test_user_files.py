@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from inferix.errors import UsageError, quoted
-from inferix.user_files import LARGEST_TEXT, check_regular, parse_yaml, read_json, read_text, read_yaml
+from inferix.user_files import LARGEST_TEXT, check_regular, read_json, read_text
+from inferix.user_yaml import parse_yaml, read_yaml
 
 ENDLESS: list[object] = []
 ENDLESS.append(ENDLESS)

@@ -55,6 +55,10 @@ class WordEncoder(nn.Module):
         """Look up word numbers [..., text_len], -1 for no word; returns rows [..., text_len, dim]."""
         return self.rows(words.clamp(min=0)) * (words >= 0)[..., None]
 
+    def table(self) -> tuple[tuple[str, ...], tuple[str, ...], Tensor]:
+        """Return the words, the words that are skipped, and the row of each word [words, dim]."""
+        return WORDS, SKIPPED, self.rows.weight
+
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
         """Return the rows [text_len, dim] of a prompt. Warns of unknown words; raises UsageError if none is known."""

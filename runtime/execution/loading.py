@@ -30,7 +30,8 @@ class Components:
     """A model ready to run.
 
     text: loads the text encoder at its first call; None without an encoder. digest: hash of the checkpoint, or None for
-    random weights. fast_vae: decoder to switch to under overload.
+    random weights. fast_vae: decoder to switch to under overload. size: the one size (width, height) of pictures that
+    it makes; None where any does.
     """
 
     transformer: Transformer
@@ -40,6 +41,7 @@ class Components:
     form: str
     digest: Callable[[], str | None]
     fast_vae: Decoder | None = None
+    size: tuple[int, int] | None = None
 
 
 def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:

@@ -1,0 +1,90 @@
+"""`inferix export`: a model under a preset as a folder of programs for another runtime."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UsageError, quoted
+from ..export.targets import FEATURES, TARGETS, presets_of
+from ..models.registry import PRESETS, UNTRAINED
+from .options import FORCE, OFFLINE, check_settings, parse_settings, parse_size
+
+WIDTH = 100  # columns where the output is no terminal
+
+
+def print_targets(value: bool) -> None:
+    """Print what each target can, and exit."""
+    if not value:
+        return
+    table = Table("feature", *TARGETS, "used by", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for feature, use in FEATURES.items():
+        table.add_row(feature, *("yes" if feature in target.can else "-" for target in TARGETS.values()), use)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(table, "")
+    for name, target in TARGETS.items():
+        console.print(f"{name}: presets {', '.join(presets_of(target, PRESETS))}; run on {target.ran}", highlight=False)
+    raise typer.Exit
+
+
+def export(
+    ctx: typer.Context,
+    model: str | None = typer.Option(
+        None, help=f"As of generate.  [default: tinyworld, or {UNTRAINED} with --preset]"
+    ),
+    base: str | None = typer.Option(None, help="Folder with VAE and text encoder, or org/name, if not with the model."),
+    vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
+    text_encoder: str | None = typer.Option(None, help="Text encoder file or folder, if not with model or base."),
+    lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
+    lora_scale: float = typer.Option(1.0, help="Factor of the adapter's weights."),
+    preset: str | None = typer.Option(None, help="Named scheme.  [default: the model's own, or self-forcing]"),
+    size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
+    target: str = typer.Option("onnx", help=f"Format of the programs: {', '.join(TARGETS)}."),
+    out: Path | None = typer.Option(None, help="Folder to write; it must be new or empty."),
+    dtype: str = typer.Option("float32", help="Of weights and activations."),
+    unroll: bool = typer.Option(False, "--unroll", help="Write one program more, with all steps of a block."),
+    prompt: Path | None = typer.Option(
+        None, metavar="FILE", help="Prompts that the engine can follow, one a line, instead of a text encoder."
+    ),
+    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Setting of the preset; repeatable."),
+    list_targets: bool = typer.Option(
+        False, "--list", callback=print_targets, is_eager=True, help="Show what each target can."
+    ),
+    offline: bool = OFFLINE,
+    force: bool = FORCE,
+    as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
+) -> None:
+    """Write an engine: programs, weights and plan.json in one folder, which inferix-run plays without torch.
+
+    The small world takes its words along; other engines have the prompts of --prompt, or the default prompt.
+
+    Example: inferix export --out world
+
+    Example: inferix export --model self-forcing --prompt prompts.txt --size 832x480 --out engine
+    """
+    from ..export.engine_folder import export_engine, read_prompts
+    from ..export.plan import FILE, read_plan
+
+    if out is None:
+        raise UsageError("--out is missing; give the folder to write")
+    overrides = parse_settings(settings)
+    check_settings(ctx, overrides)
+    parts = {"base": base, "vae": vae, "text_encoder": text_encoder, "lora": lora}
+    given = {key: value for key, value in parts.items() if value is not None}
+    folder = export_engine(
+        model, preset, out=out, target=target, size=parse_size(size) if size else None, dtype=dtype, unroll=unroll,
+        prompts=read_prompts(prompt) if prompt else (), progress=lambda line: typer.echo(line, err=True),
+        lora_scale=lora_scale, offline=offline, force=force, **given, **overrides,
+    )  # fmt: skip
+    plan = read_plan(folder)
+    programs, size_bytes = list(plan["programs"]), sum(facts["bytes"] for facts in plan["files"].values())
+    if as_json:
+        facts = {"out": str(folder), "plan": str(folder / FILE), "programs": programs, "bytes": size_bytes}
+        typer.echo(json.dumps(facts))
+    else:
+        typer.echo(f"wrote {quoted(str(folder))}: {', '.join(programs)}; {size_bytes / 1e6:.1f} MB")

@@ -1,0 +1,235 @@
+"""Export of an engine: a folder of programs, a plan, and the text encoder's part that the programs need.
+
+A folder appears when it is complete; a failed export leaves none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, quoted
+from ..kernels import philox
+from ..models.family import TableEncoder
+from ..models.registry import default_model, default_preset, make_preset
+from ..runtime.engine import Engine
+from ..runtime.load import load
+from ..runtime.sampler import Sampler, scheduled_blocks
+from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
+from ..schemes.presets import FIELDS, Preset
+from ..version import __version__
+from .checkpoint import new_folder
+from .plan import FILE, FORMAT, VERSION, describe_files, preset_values
+from .programs import DecoderPrograms, Program, check_model, decoder_programs, pass_programs, solver_matrix
+from .targets import Target, check_target, find_target
+from .to_onnx import OPSET, WEIGHTS, WeightFile, write_onnx
+
+CHECKED_BLOCKS = 12  # blocks whose windows the plan lists, for readers to check themselves with
+CHECKED_NOISE = {"seed": 7, "frame": 3, "draw": 1}
+
+
+def export_engine(
+    model: str | Path | None = None,
+    preset: str | None = None,
+    *,
+    out: str | Path,
+    target: str = "onnx",
+    size: tuple[int, int] | None = None,
+    dtype: str = "float32",
+    unroll: bool = False,
+    prompts: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Path:
+    """Export a model under a preset as an engine for pictures of one size; returns its folder.
+
+    model, preset and settings are those of `load`. out: a new folder. prompts: those that the engine can follow, if its
+    text encoder is not exported; without any, the default prompt. unroll: one program more, with all steps of a block.
+    Raises UsageError for what the target cannot do, before weights are read, and for bad values.
+    """
+    name = default_model(preset) if model is None else str(model)
+    fields = {key: value for key, value in settings.items() if key in FIELDS}
+    scheme = make_preset(preset or default_preset(name), **fields)
+    chosen = find_target(target)
+    check_target(chosen, scheme, dtype, unroll)
+    progress(f"loading {name}")
+    engine = load(name, preset, device="cpu", executor="eager", dtype=dtype, size=size, **settings)
+    lines = list(prompts) or ([] if writes_words(engine) else [DEFAULT_PROMPT])
+    rows = {line: engine.inputs.prompt_rows(line, None, empty=True) for line in lines}
+    return write_engine(engine, out, engine.default_size if size is None else size, chosen, rows, unroll, progress)
+
+
+def write_engine(
+    engine: Engine,
+    out: str | Path,
+    size: tuple[int, int],
+    target: Target,
+    prompts: Mapping[str, Tensor],
+    unroll: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write a loaded engine as a folder. prompts: rows [text_len, text_dim] by text; none to write the word encoder."""
+    with new_folder(out) as folder, torch.no_grad():
+        programs, decoder = describe_programs(engine, size, unroll)
+        write_programs([*programs, *decoder.programs], folder, progress)
+        text = write_text(engine, folder, prompts)
+        plan = describe_engine(engine, size, target, programs, decoder, text)
+        plan["files"] = describe_files(folder)
+        (folder / FILE).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
+    return Path(out)
+
+
+def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tuple[list[Program], DecoderPrograms]:
+    """The programs of the transformer and of the decoder for pictures of one size."""
+    check_model(engine.parts.transformer)
+    preset, spec = engine.preset, engine.spec
+    frames = preset.num_frame_per_block if preset.block_size(0) == preset.num_frame_per_block else None
+    sampler = Sampler(preset.sampler)
+    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll)
+    latent = spec.latent_size(size)
+    decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
+    return programs, decoder
+
+
+def write_programs(programs: Iterable[Program], folder: Path, progress: Callable[[str], None]) -> None:
+    with ExitStack() as stack:
+        weights = stack.enter_context(WeightFile(folder / WEIGHTS))
+        for program in programs:
+            progress(f"exporting {program.name}")
+            write_onnx(program, folder, weights)
+
+
+def writes_words(engine: Engine) -> bool:
+    """True if the text encoder is a table of words, which any reader can look up."""
+    return engine.parts.text is not None and isinstance(engine.parts.text(), TableEncoder)
+
+
+def write_text(engine: Engine, folder: Path, prompts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write the rows of prompts, or the table of a word encoder; returns the plan's part on them."""
+    facts = {"length": engine.spec.text_len, "dim": engine.spec.text_dim}
+    if prompts:
+        np.save(folder / "prompts.npy", torch.stack(list(prompts.values())).float().numpy())
+        return facts | {"encoder": "prompts", "prompts": list(prompts), "rows": "prompts.npy"}
+    assert engine.parts.text is not None
+    encoder = engine.parts.text()
+    assert isinstance(encoder, TableEncoder)
+    words, skipped, rows = encoder.table()
+    np.save(folder / "words.npy", rows.float().numpy())
+    return facts | {"encoder": "words", "words": list(words), "skipped": list(skipped), "rows": "words.npy"}
+
+
+def describe_engine(
+    engine: Engine, size: tuple[int, int], target: Target, programs: list[Program], decoder: DecoderPrograms,
+    text: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The plan, but for the hashes of the files."""
+    spec, preset = engine.spec, engine.preset
+    height, width = spec.latent_size(size)
+    sampler = Sampler(preset.sampler)
+    rope = engine.parts.transformer.rope
+    packages = ("torch", "onnx", "onnxscript", "onnx-ir")
+    return {
+        "format": FORMAT, "version": VERSION, "target": target.name,
+        "model": {
+            "name": spec.name, "source": engine.parts.source, "weights": engine.parts.form, "layers": spec.num_layers,
+            "heads": spec.kv_heads, "channels": spec.head_dim, "actions": list(spec.actions), "fps": spec.fps,
+        },
+        "spec": asdict(spec), "preset": preset_values(preset),
+        "size": {
+            "picture": list(size), "latent": [spec.out_channels, height, width],
+            "tokens": spec.tokens_per_frame(size), "pictures_per_latent": spec.vae_stride[0],
+        },
+        "dtype": engine.config.dtype,
+        "sampler": describe_sampler(sampler) | {
+            "first": describe_sampler(sampler.first), "context_timestep": preset.sampler.context_noise,
+            "guidance_scale": preset.sampler.guidance_scale,
+        },
+        "rope": {
+            "moving": preset.context.moving_positions, "pairs": list(rope.pairs),
+            "frequencies": rope.time.tolist(),
+        },
+        "noise": describe_noise(),
+        "text": text,
+        "decoder": {
+            "encodes": engine.parts.vae.spec.encodes, "first": decoder.first, "first_state": list(decoder.first_state),
+            "first_pictures": decoder.first_pictures, "pictures": decoder.pictures,
+            "state": [list(shape) for shape in decoder.shapes],
+        },
+        "programs": {program.name: describe_program(program) for program in [*programs, *decoder.programs]},
+        "defaults": {
+            "prompt": text["prompts"][0] if "prompts" in text else DEFAULT_PROMPT, "seed": 0, "blocks": DEFAULT_BLOCKS,
+            "actions": DEFAULT_ACTIONS if spec.actions else None,
+        },
+        "check": {"windows": check_windows(preset)},
+        "built": {
+            "inferix": __version__, "opset": OPSET, "checkpoint": engine.parts.digest(),
+            "packages": {name: metadata.version(name) for name in packages},
+        },
+    }  # fmt: skip
+
+
+def describe_sampler(sampler: Sampler) -> dict[str, Any]:
+    """Timesteps, noise levels and solver weights of a block; see `solver_matrix`."""
+    matrix = solver_matrix(sampler)
+    return {
+        "solver": sampler.spec.solver, "timesteps": list(sampler.timesteps), "sigmas": list(sampler.sigmas),
+        "draws": len(matrix[0]) - 1, "matrix": matrix,
+    }  # fmt: skip
+
+
+def describe_noise() -> dict[str, Any]:
+    """The generator of noise, with its first numbers for one frame."""
+    shape = (2, 2, 2)
+    frame, draw, seed = CHECKED_NOISE["frame"], CHECKED_NOISE["draw"], CHECKED_NOISE["seed"]
+    normals = philox.philox_normals(seed, range(frame, frame + 1), draw, shape)
+    return {
+        "generator": "philox4x32-10", "rounds": philox.ROUNDS, "multipliers": list(philox.MULTIPLIERS),
+        "weyl": list(philox.WEYL), "key": ["seed & 0xFFFFFFFF", "seed >> 32"],
+        "counter": ["element // 4", "frame", "draw", "0"],
+        "uniform": "float32(word) * 2**-32 + 2**-33, in float32",
+        "normals": "words (0, 1) and (2, 3): r = sqrt(-2 ln u0), a = 2 pi u1, in float64; r cos a, r sin a as float32",
+        "check": CHECKED_NOISE | {"normals": normals.flatten().tolist()},
+    }  # fmt: skip
+
+
+def describe_program(program: Program) -> dict[str, Any]:
+    """File, inputs and outputs of a program; a dimension that differs from pass to pass has a name."""
+    inputs = []
+    names = iter(program.names)
+    for key, value in program.inputs.items():
+        for tensor in value if isinstance(value, list) else [value]:
+            axes = program.dynamic[key]
+            shape = [axes.get(axis, length) for axis, length in enumerate(tensor.shape)]
+            inputs.append({"name": next(names), "shape": shape})
+    return {"file": f"{program.name}.onnx", "inputs": inputs, "outputs": list(program.results)}
+
+
+def check_windows(preset: Preset) -> list[dict[str, Any]]:
+    """Frames and positions that the first blocks of a stream see under one prompt."""
+    windows = []
+    for block in islice(scheduled_blocks(preset), CHECKED_BLOCKS):
+        (group,) = block.passes[-1].run.groups
+        windows.append({
+            "frames": list(group.frames), "context": list(group.context), "positions": list(group.positions)
+        })  # fmt: skip
+    return windows
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a text file, one a line. UsageError if it has none."""
+    from ..user_files import read_text
+
+    lines = [line.strip() for line in read_text(path, "prompt").splitlines()]
+    if not any(lines):
+        raise UsageError(f"prompt file {quoted(str(path))} is empty; expected one prompt a line")
+    return [line for line in lines if line]

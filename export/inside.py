@@ -1,0 +1,216 @@
+"""An exported engine inside Inferix: its programs behind the executor, decoder and text encoder that sessions use.
+
+Keys and values stay in the pages of sessions, so forks, rewinds, saves and several sessions work as on any engine. A
+pass gathers the pages that it sees into the tensors that a program reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, quoted
+from ..graphs.paged_attention import PagedAttention
+from ..models.decoder import Decoder, DecoderSpec, StreamState
+from ..models.registry import family_of
+from ..models.rope import Rope
+from ..models.spec import ModelSpec
+from ..models.transformer import KeyValues
+from ..runtime.config import EngineConfig
+from ..runtime.engine import Engine
+from ..runtime.execution.executors import Text
+from ..runtime.execution.loading import Components
+from ..runtime.executor_specs import EXECUTORS, ExecutorSpec
+from ..runtime.limits import Limits
+from ..runtime.telemetry.profile import Profile
+from ..schemes.presets import FIELDS, Preset, with_settings
+from .plan import Plan, read_plan, restored
+from .run import OnnxProgram, Program
+from .targets import TARGETS, check_target
+from .word_table import PromptTable
+
+KEPT = ("kv_memory", "kv_offload", "batches", "drift_meter")  # settings of an engine that do not concern its programs
+
+EXECUTORS["exported"] = ExecutorSpec(
+    about="programs of an exported engine, pass by pass", make=f"{__name__}:make_exported", devices=("cpu",),
+    kv_dtypes=("float32",),
+)  # fmt: skip
+
+LoadProgram = Callable[[Path], Program]
+
+
+def load_exported(
+    folder: str | Path, limits: Limits, settings: Mapping[str, Any], load_program: LoadProgram = OnnxProgram
+) -> Engine:
+    """Load an exported engine. settings: `KEPT` ones, and fields of the preset that its programs do not depend on.
+
+    Raises UsageError for a setting that the engine was not made for, CheckpointError for a damaged folder.
+    """
+    plan = read_plan(folder)
+    for key in settings:
+        if key not in KEPT and key not in FIELDS:
+            raise UsageError(f"{key} is {quoted(settings[key])}, but the engine {quoted(str(folder))} has its own; "
+                             "leave it out, or export another engine")  # fmt: skip
+    preset = with_settings(plan.preset, **{key: value for key, value in settings.items() if key in FIELDS})
+    check_target(TARGETS[plan["target"]], preset, plan["dtype"], False)
+    kept = {key: value for key, value in settings.items() if key in KEPT}
+    source = plan["model"]["source"]
+    config = EngineConfig.of(source, preset.name, device="cpu", dtype=plan["dtype"],
+                            executor="exported", engine=str(folder), **kept)  # fmt: skip
+    programs = {name: load_program(path) for name in plan["programs"] if (path := plan.program(name)) is not None}
+    return Engine(config, preset, exported_components(plan, preset, programs), limits)
+
+
+def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Program]) -> Components:
+    """The parts of an engine: the transformer has no weights, which are in the programs."""
+    size = (plan["size"]["picture"][0], plan["size"]["picture"][1])
+    spec: ModelSpec = replace(restored(ModelSpec, plan["spec"]), default_size=size)
+    family = family_of(spec)
+    with torch.device("meta"):
+        transformer = family.build(spec).eval().requires_grad_(False)
+    sizes = family.chosen_decoder_spec(spec, not plan["decoder"]["encodes"])
+    table = PromptTable(plan["text"], plan.folder)
+    return Components(
+        transformer=transformer,
+        vae=ExportedDecoder(sizes, plan["decoder"], programs, preset.context.decoder_zero_start),
+        text=lambda: ExportedText(table),
+        source=plan["model"]["source"],
+        form="exported",
+        digest=lambda: plan["built"]["checkpoint"],
+        size=size,
+    )
+
+
+def make_exported(config: EngineConfig, preset: Preset, parts: Components) -> ExportedExecutor:
+    """Make the executor of `EXECUTORS["exported"]`. UsageError for a model that is not an exported engine."""
+    if not isinstance(parts.vae, ExportedDecoder):
+        raise UsageError(f"executor is {config.executor!r}, but {parts.source} is not exported; give engine")
+    return ExportedExecutor(parts.vae.programs, parts.transformer.rope, preset)
+
+
+class ExportedText:
+    """The text encoder of an engine: rows of its words or its prompts."""
+
+    def __init__(self, table: PromptTable) -> None:
+        self.table = table
+
+    def encode(self, prompt: str) -> Tensor:
+        return torch.from_numpy(np.array(self.table.encode(prompt)))
+
+
+class ExportedDecoder(Decoder):
+    """A decoder by programs; the slots of its state are those of the plan."""
+
+    def __init__(
+        self, spec: DecoderSpec, facts: Mapping[str, Any], programs: Mapping[str, Program], zero_start: bool
+    ) -> None:
+        super().__init__()
+        self.spec, self.facts, self.programs, self.zero_start = spec, facts, programs, zero_start
+
+    def encode(self, pixels: Tensor, state: StreamState) -> NoReturn:
+        raise UsageError("an exported engine has no encoder; begin without an image or video, or load the model itself")
+
+    def decode(self, latents: Tensor, state: StreamState) -> Tensor:
+        """Decode normalised latents [F, z, h, w] to pixels [T, 3, H, W] in [-1, 1]; advances `state`."""
+        pixels = []
+        for frame in latents.split(1):
+            begins = state.frames == 0
+            values = {
+                f"state_{slot}": state.history[slot].numpy() if slot in state.history else np.zeros(shape, np.float32)
+                for slot, shape in enumerate(self.facts["state"])
+            }
+            program = self.programs[self.facts["first"] if begins else "decode_next"]
+            made = program(values | {"latents": frame.numpy()})
+            results = {name: torch.from_numpy(value) for name, value in made.items()}
+            pictures = results.pop("pixels")
+            pixels.append(pictures[-self.facts["first_pictures"] :] if begins else pictures)
+            state.history |= {int(name.removeprefix("next_")): value for name, value in results.items()}
+            state.frames += 1
+        return torch.cat(pixels)
+
+
+class ExportedExecutor:
+    """Runs passes by programs over pages of float32; see `Executor`. A pass has one group."""
+
+    supports_whole_block = False
+
+    def __init__(self, programs: Mapping[str, Program], rope: Rope, preset: Preset) -> None:
+        self.programs, self.rope, self.context_timestep = programs, rope, preset.sampler.context_noise
+
+    def condition(self, rows: Tensor) -> dict[str, Any]:
+        return self.programs["prompt"]({"rows": rows[None].numpy()})
+
+    def join(self, texts: Sequence[Text]) -> Text:
+        (text,) = texts
+        return text
+
+    def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> Text:
+        raise AssertionError("passes of an exported engine follow one text")
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+    ) -> Tensor:
+        """Run `step`, and for a pass over clean latents `commit`, whose keys and values go to its pages."""
+        values, own, stores = self.inputs(latents, timesteps, text, attention, actions)
+        if bool((timesteps == self.context_timestep).all()):
+            for name, value in self.programs["commit"](values).items():
+                _, part, layer = name.split("_")
+                stores[int(layer)][int(part == "v"), own] = torch.from_numpy(value)
+        return torch.from_numpy(self.programs["step"](values)["velocity"])
+
+    def inputs(
+        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+    ) -> tuple[dict[str, Any], list[int], Sequence[Tensor]]:
+        """Inputs of a pass by name, the pages of its own frames, and the page store of each layer."""
+        if not isinstance(attention, PagedAttention) or attention.scales is not None:
+            raise UsageError("pages of an exported engine are float32; leave kv_dtype out")
+        if len(attention.parts) != 1 or attention.parts[0].rows != 1:
+            raise UsageError("an exported engine runs passes of one group; begin without an image")
+        part, rope = attention.parts[0], attention.parts[0].rope_time[0].float()
+        own = part.pages[0].tolist()
+        listed = part.page_table[0, : int(part.page_count[0])].tolist()
+        seen = [page for page in listed if page not in own]
+        assert isinstance(text, dict)
+        values = text | {
+            "latents": latents.numpy(), "timesteps": timesteps.numpy(), "rope_cos": rope[..., 0].numpy(),
+            "rope_sin": rope[..., 1].numpy(),
+        }  # fmt: skip
+        if actions is not None:
+            values["actions"] = actions.numpy()
+        sinks = 0 if part.sink_count is None else int(part.sink_count[0])
+        for layer, store in enumerate(attention.kv):
+            keys, kept = store[:, seen].unbind(0)
+            if sinks and part.rope_sink is not None:
+                moved = between(part.rope_sink[0, 0], part.rope_time[0, 0])
+                keys = torch.cat((self.rope.rotate_time(keys[:sinks], moved), keys[sinks:]))
+            values |= {f"past_k_{layer}": keys.contiguous().numpy(), f"past_v_{layer}": kept.contiguous().numpy()}
+        return values, own, attention.kv
+
+    def run_block(
+        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+    ) -> Tensor:
+        raise AssertionError("an exported engine runs pass by pass")
+
+    def refresh_derived_weights(self) -> None:
+        """Do nothing: the weights are in the programs."""
+
+    def start_profile(self, profile: Profile) -> None:
+        raise UsageError("an exported engine cannot be profiled by calls; use executor fused")
+
+    def bytes_by_owner(self) -> dict[str, int]:
+        return {}
+
+    def fallbacks(self) -> list[str]:
+        return []
+
+
+def between(first: Tensor, second: Tensor) -> Tensor:
+    """Cosines and sines [a, 2] of the rotation from one to another."""
+    (c1, s1), (c2, s2) = first.unbind(-1), second.unbind(-1)
+    return torch.stack((c2 * c1 + s2 * s1, s2 * c1 - c2 * s1), dim=-1)

@@ -1,0 +1,126 @@
+"""`plan.json` of an exported engine: all that a reader in any language needs besides the programs.
+
+Nothing here needs torch. `plan.schema.json` describes the file, `docs/export.md` what a reader does with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, UsageError, quoted
+from ..schemes.context import ContextPolicy
+from ..schemes.presets import About, Preset
+from ..schemes.sampler_spec import SamplerSpec
+from ..user_files import read_json
+
+FORMAT, VERSION = "inferix-engine", 1
+FILE = "plan.json"
+SCHEMA = Path(__file__).parent / "plan.schema.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of the engine in `folder`; `values` is the content of its file."""
+
+    folder: Path
+    values: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    @cached_property
+    def preset(self) -> Preset:
+        return preset_of(self.values["preset"])
+
+    def program(self, name: str) -> Path | None:
+        """The file of a program; None if the engine has none."""
+        entry = self.values["programs"].get(name)
+        return None if entry is None else self.folder / entry["file"]
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """Read the plan of an engine and check its version and the hash of every file.
+
+    Raises UsageError for a path that is no engine, CheckpointError for an engine of another version and for a file that
+    is missing or is not the one that was exported.
+    """
+    folder = Path(folder)
+    where = quoted(str(folder))
+    if not (folder / FILE).is_file():
+        raise UsageError(f"engine {where} has no {FILE}; expected a folder that inferix export wrote")
+    values = read_json(folder / FILE, "plan")
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(f"{FILE} in {where} is not the plan of an engine; export it again")
+    if values.get("version") != VERSION:
+        raise CheckpointError(
+            f"engine {where} has version {quoted(values.get('version'))}; expected {VERSION}: export it again with "
+            "this version of inferix, or read it with the one that wrote it"
+        )
+    required = json.loads(SCHEMA.read_text("utf-8"))["required"]
+    if missing := [key for key in required if key not in values]:
+        raise CheckpointError(f"{FILE} in {where} has no {missing[0]}; export the engine again")
+    plan = Plan(folder, values)
+    check_files(plan)
+    return plan
+
+
+def check_files(plan: Plan) -> None:
+    """CheckpointError for a file of the plan that is missing, cut or changed."""
+    for name, facts in plan["files"].items():
+        path = plan.folder / name
+        where = quoted(str(path))
+        if not path.is_file():
+            raise CheckpointError(f"{where} is missing; copy the whole engine, or export it again")
+        if (size := path.stat().st_size) != facts["bytes"]:
+            raise CheckpointError(f"{where} has {size} bytes, expected {facts['bytes']}; copy it again or export again")
+        if (digest := file_hash(path)) != facts["sha256"]:
+            raise CheckpointError(
+                f"{where} has SHA-256 {digest}, expected {facts['sha256']}: it is not the file that was exported; "
+                "copy it again or export again"
+            )
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and hash of each file in a folder, by name."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(folder.iterdir()) if path.name != FILE
+    }  # fmt: skip
+
+
+def preset_values(preset: Preset) -> dict[str, Any]:
+    """A preset as plain values."""
+    return asdict(preset)
+
+
+def preset_of(values: dict[str, Any]) -> Preset:
+    """The preset with these values, as `preset_values` gives them. CheckpointError for fields of another version."""
+    try:
+        parts = {
+            "about": restored(About, values["about"]),
+            "sampler": restored(SamplerSpec, values["sampler"]),
+            "context": restored(ContextPolicy, values["context"]),
+        }
+        preset: Preset = restored(Preset, values | parts)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"preset in {FILE} is not of this version: {error}; export it again") from error
+    return preset
+
+
+def restored(cls: Any, values: dict[str, Any]) -> Any:
+    """A dataclass from plain values, in which its tuples are lists. TypeError or KeyError if a field is missing."""
+    known = {field.name for field in fields(cls)}
+    if unknown := sorted(values.keys() - known):
+        raise TypeError(f"unknown field {unknown[0]}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

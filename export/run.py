@@ -1,0 +1,379 @@
+"""`inferix-run`: play an exported engine with numpy and ONNX Runtime alone.
+
+The block schedule is that of the engine (`schemes`), the programs are those of the folder, and between them is little:
+noise, angles, the solver's weights, and which frame is in which slot of the past. PyAV, if there, writes an MP4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import InferixError, UsageError, exit_code, one_line, quoted
+from ..graphs.passes import Pass
+from ..runtime.files import check_paths, write_atomically
+from ..runtime.media import CONTAINERS, VideoWriter
+from ..runtime.y4m import STDOUT, Y4mWriter
+from ..schemes.actions import ActionTrack, check_action, read_actions
+from ..schemes.block_schedule import BlockProgress, commit_pass, denoise_passes, recache_pass
+from ..schemes.fixed_window import FixedWindow
+from ..schemes.page_needs import window
+from ..schemes.storyboard import Cue, schedule
+from ..schemes.timeline import Span, Timeline
+from .numerics import Array, normals, rotated
+from .plan import FILE, Plan, read_plan
+from .word_table import PromptTable
+
+Values = dict[str, Array]
+SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
+EXAMPLE = 'example: inferix-run world/ --prompt "a blue fox in a meadow by day" --actions "8R 4U" --out fox.y4m'
+
+
+class Program(Protocol):
+    """A program of an engine: tensors by name to tensors by name."""
+
+    def __call__(self, values: Mapping[str, Array]) -> Values: ...
+
+
+class OnnxProgram:
+    """A program run by ONNX Runtime on the CPU. threads: 0 for one per core."""
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        if find_spec("onnxruntime") is None:
+            raise InferixError("onnxruntime is not installed; pip install onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def __call__(self, values: Mapping[str, Array]) -> Values:
+        results = self.session.run(self.outputs, {name: values[name] for name in self.inputs})
+        return dict(zip(self.outputs, results, strict=True))
+
+
+class ExportedEngine:
+    """The programs and the plan of a folder; `open` begins a stream. load: makes a program from its file."""
+
+    def __init__(self, folder: str | Path, load: Callable[[Path], Program] = OnnxProgram) -> None:
+        self.plan = read_plan(folder)
+        paths = {name: self.plan.program(name) for name in self.plan["programs"]}
+        self.programs = {name: load(path) for name, path in paths.items() if path is not None}
+        self.prompts = PromptTable(self.plan["text"], self.plan.folder)
+
+    def open(
+        self, prompt: str, seed: int = 0, actions: Sequence[str] = (), negative_prompt: str | None = None
+    ) -> Stream:
+        """Begin a stream. UsageError for a prompt or an action that the engine does not know."""
+        if not 0 <= seed < 1 << 64:
+            raise UsageError(f"seed is {seed}; expected a whole number in 0..2**64-1")
+        guided = self.plan["sampler"]["guidance_scale"] != 1
+        if guided != (negative_prompt is not None):
+            expected = "one, for a preset with guidance" if guided else "none, for a preset without guidance"
+            raise UsageError(f"negative_prompt is {quoted(negative_prompt)}; expected {expected}")
+        texts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
+        return Stream(self, [self.prompts.encode(text) for text in texts], seed, actions)
+
+
+class Branch:
+    """A past under one prompt: cross keys by input name, and keys and values of the frames in each slot."""
+
+    def __init__(self, plan: Plan, text: Values) -> None:
+        size, model = plan["size"], plan["model"]
+        shape = (window(plan.preset), size["tokens"], model["heads"], model["channels"])
+        names = [f"{part}_{layer}" for layer in range(model["layers"]) for part in "kv"]
+        self.text, self.slots, self.frequencies = text, FixedWindow(), plan["rope"]["frequencies"]
+        self.past = {name: np.zeros(shape, np.float32) for name in names}
+        self.pending: tuple[int, ...] = ()  # frames whose keys and values are in `new` and not yet in slots
+        self.new: Values = {}
+        self.stored: dict[int, int] = {}  # position at which a frame's keys were rotated
+        self.shift: dict[int, int] = {}  # how much further they are rotated in their slot; 0 but for a moving sink
+        self.originals: dict[int, Values] = {}  # keys as stored, of frames that have been rotated further
+
+    def keep(self, frames: Sequence[int], positions: Sequence[int], new: Values) -> None:
+        """Take the keys and values that a pass left for its frames, at these positions."""
+        self.pending, self.new = tuple(frames), new
+        self.stored |= dict(zip(frames, positions, strict=True))
+        self.shift |= dict.fromkeys(frames, 0)
+        self.originals = {frame: keys for frame, keys in self.originals.items() if frame not in frames}
+
+    def bind(self, past: Mapping[int, int]) -> Values:
+        """Bring the slots up to date for a pass that sees `past`, frames with their positions as the pass counts them.
+
+        Returns the inputs of the past and the prompt.
+        """
+        update = self.slots.update(past, self.pending)
+        for name, slots in self.past.items():
+            for frame, slot in update.writes:
+                slots[slot] = self.new[f"new_{name}"][self.pending.index(frame)]
+            for source, slot in update.moves:
+                slots[slot] = slots[source]
+        self.pending, self.new = (), {}
+        for slot, frame in enumerate(self.slots.frames):
+            if (shift := past[frame] - self.stored[frame]) != self.shift[frame]:
+                keys = {name: slots for name, slots in self.past.items() if name.startswith("k")}
+                original = self.originals.setdefault(frame, {name: slots[slot].copy() for name, slots in keys.items()})
+                for name, slots in keys.items():
+                    slots[slot] = rotated(original[name], shift * np.array(self.frequencies))
+                self.shift[frame] = shift
+        for known in (self.stored, self.shift, self.originals):
+            for frame in known.keys() - past.keys():
+                del known[frame]
+        return self.text | {f"past_{name}": slots[: len(past)] for name, slots in self.past.items()}
+
+
+@dataclass(frozen=True)
+class MadeBlock:
+    """latents [F, C, h, w] float32; frames uint8 [T, H, W, 3], none if it was not decoded; seconds by part."""
+
+    index: int
+    latents: Array
+    frames: Array | None
+    seconds: dict[str, float]
+
+
+class Stream:
+    """One stream of an exported engine."""
+
+    def __init__(self, engine: ExportedEngine, rows: list[Array], seed: int, actions: Sequence[str]) -> None:
+        plan = engine.plan
+        self.engine, self.plan, self.seed = engine, plan, seed
+        self.names = tuple(plan["model"]["actions"])
+        for action in actions:
+            check_action(action, self.names)
+        self.timeline, self.actions = Timeline(plan.preset), ActionTrack(self.names, actions)
+        self.rows: Array = rows[0]
+        self.change: tuple[Array, Array, int, int] | None = None  # old rows, new rows, blocks left, blocks
+        self.branches = [Branch(plan, self.condition(row)) for row in rows]
+        self.latents: dict[int, Array] = {}  # clean latents by frame, as far back as a recache goes
+        self.state = [np.zeros(shape, np.float32) for shape in plan["decoder"]["state"]]
+        self.decoded = 0
+
+    def prompt(self, text: str) -> None:
+        """Follow another prompt from the next block on, as the preset's `prompt_switch` says."""
+        policy, prefix = self.plan.preset.context, self.plan.preset.scene_cut_prefix
+        rows = self.engine.prompts.encode(text)
+        if prefix and text.startswith(prefix.strip()):
+            self.timeline.cut_shot()
+        blends = policy.prompt_switch == "blend" and self.timeline.next_frame > 0
+        blocks = policy.blend_blocks if blends else 1
+        self.change = self.rows, rows, blocks, blocks
+
+    def act(self, action: str) -> None:
+        """Set the action of the next block's frames and all later ones."""
+        self.actions.set_from(self.timeline.next_frame, action)
+
+    def next_block(self, decode: bool = True) -> MadeBlock:
+        """Make the next block: follow the prompt, denoise, commit, decode."""
+        marks = [time.perf_counter()]
+        self.follow_prompt()
+        span, latents = self.denoise()
+        marks.append(time.perf_counter())
+        self.commit(span, latents)
+        marks.append(time.perf_counter())
+        pictures = self.decode(latents) if decode else None
+        marks.append(time.perf_counter())
+        seconds = dict(zip(("denoise", "commit", "decode"), np.diff(marks).tolist(), strict=True))
+        return MadeBlock(span.index, latents, pictures, seconds)
+
+    def follow_prompt(self) -> None:
+        """Move one block further towards a new prompt, and recompute the past under it where the preset does so."""
+        if self.change is None:
+            return
+        old, new, left, blocks = self.change
+        share = 1 - (left - 1) / (blocks - 1) if blocks > 1 else 1.0
+        self.rows = new if share == 1 else old + np.float32(share) * (new - old)
+        self.change = (old, new, left - 1, blocks) if left > 1 else None
+        branch = self.branches[0]
+        branch.text = self.condition(self.rows)
+        if (recache := recache_pass(self.timeline)) is not None:
+            frames = recache.run.frames
+            values = self.pass_inputs(recache.run, branch) | {
+                "latents": np.stack([self.latents[frame] for frame in frames])[None]
+            }
+            self.keep(branch, recache.run, values)
+
+    def denoise(self) -> tuple[Span, Array]:
+        """Admit a block and take all its steps; returns its clean latents [F, C, h, w]."""
+        sampler = self.plan["sampler"]
+        first = self.timeline.next_block == 0 and sampler["first"]["matrix"] != sampler["matrix"]
+        solver = sampler["first"] if first else sampler
+        whole = self.engine.programs.get("steps") if not first and len(self.branches) == 1 else None
+        flight: list[BlockProgress] = []
+        seen: list[Array] = []  # draws of noise, then velocities: what a row of the matrix weighs
+        latents: Array = np.empty(0)
+        admit = self.timeline.admit
+        for scheduled in denoise_passes(self.timeline, flight, solver["timesteps"], lambda: BlockProgress(admit())):
+            run, block = scheduled.run, flight[0]
+            if not seen:
+                shape = tuple(self.plan["size"]["latent"])
+                seen = [normals(self.seed, run.frames, draw, shape) for draw in range(solver["draws"])]
+                latents = seen[0]
+            inputs = [self.pass_inputs(run, branch) for branch in self.branches]
+            if whole is not None:
+                latents = whole(inputs[0] | {"noise": np.stack(seen)})["clean"][0]
+                block.step = len(solver["timesteps"])
+                continue
+            velocities = [self.engine.programs["step"](values | {"latents": latents[None]}) for values in inputs]
+            velocity, *negative = (result["velocity"][0] for result in velocities)
+            if negative:
+                velocity = negative[0] + np.float32(sampler["guidance_scale"]) * (velocity - negative[0])
+            seen.append(velocity)
+            terms = zip(solver["matrix"][block.step], seen, strict=True)
+            latents = sum(weight * part.astype(np.float64) for weight, part in terms if weight).astype(np.float32)
+            block.step += 1
+        if not np.isfinite(latents).all():
+            raise InferixError(f"block {flight[0].span.index} is not finite; export another checkpoint")
+        return flight[0].span, latents
+
+    def commit(self, span: Span, latents: Array) -> None:
+        """Run the pass over clean latents that leaves their keys and values."""
+        scheduled = commit_pass(self.timeline, span)
+        for branch in self.branches:
+            values = self.pass_inputs(scheduled.run, branch) | {"latents": latents[None]}
+            self.keep(branch, scheduled.run, values)
+        context = scheduled.run.groups[0].context
+        self.timeline.forget(context)
+        self.latents |= dict(zip(span.frames, latents, strict=True))
+        oldest = span.frames.stop - window(self.plan.preset)
+        self.latents = {frame: x for frame, x in self.latents.items() if frame >= oldest or frame in context}
+
+    def decode(self, latents: Array) -> Array:
+        """Decode latents [F, C, h, w] to frames uint8 [T, H, W, 3]."""
+        decoder, pictures = self.plan["decoder"], []
+        for frame in latents:
+            name = "decode_next" if self.decoded else decoder["first"]
+            values = {f"state_{slot}": value for slot, value in enumerate(self.state)} | {"latents": frame[None]}
+            results = self.engine.programs[name](values)
+            self.state = [results.get(f"next_{slot}", value) for slot, value in enumerate(self.state)]
+            pixels = results["pixels"] if self.decoded else results["pixels"][-decoder["first_pictures"] :]
+            pictures.append(np.rint((pixels * np.float32(0.5) + np.float32(0.5)) * np.float32(255)).astype(np.uint8))
+            self.decoded += 1
+        return np.ascontiguousarray(np.concatenate(pictures).transpose(0, 2, 3, 1))
+
+    def condition(self, rows: Array) -> Values:
+        """Cross keys and values of a prompt, by input name."""
+        return self.engine.programs["prompt"]({"rows": np.asarray(rows[None], np.float32)})
+
+    def keep(self, branch: Branch, run: Pass, values: Values) -> None:
+        """Run a pass over clean latents, and take its keys and values."""
+        positions = self.positions(run)
+        branch.keep(run.frames, [positions[frame] for frame in run.frames], self.engine.programs["commit"](values))
+
+    def positions(self, run: Pass) -> dict[int, int]:
+        """Position of each frame of a pass's context; where they move with the window, so that its own are absolute."""
+        (group,) = run.groups
+        moved = group.frames[0] - group.position_of(group.frames[0]) if self.plan["rope"]["moving"] else 0
+        return {frame: position + moved for frame, position in zip(group.context, group.positions, strict=True)}
+
+    def pass_inputs(self, run: Pass, branch: Branch) -> Values:
+        """All inputs of a pass but its latents."""
+        positions = self.positions(run)
+        values = branch.bind({frame: at for frame, at in positions.items() if frame not in run.frames})
+        angles = np.multiply.outer([float(positions[frame]) for frame in run.frames], self.plan["rope"]["frequencies"])
+        values |= {"rope_cos": np.cos(angles).astype(np.float32), "rope_sin": np.sin(angles).astype(np.float32)}
+        values["timesteps"] = np.array([run.timesteps], np.float32)
+        if self.names:
+            numbers = [self.actions.of(frame) for frame in run.frames]
+            values["actions"] = np.eye(len(self.names), dtype=np.float32)[numbers][None]
+        return values
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("inferix-run", description=f"{__doc__ or ''}".splitlines()[0], epilog=EXAMPLE)
+    parser.add_argument("engine", type=Path, help="folder of the engine")
+    parser.add_argument("--prompt", help="content of the video [default: as inferix generate]")
+    parser.add_argument("--prompt-at", nargs=2, action="append", default=[], metavar=("SECONDS", "PROMPT"),
+                        help="change the prompt at a time; repeatable")  # fmt: skip
+    parser.add_argument("--negative-prompt", help="content to avoid, for presets with guidance")
+    parser.add_argument("--actions", help="one per latent frame, such as '8R 4U stay'")
+    parser.add_argument("--blocks", type=int, help="length in blocks")
+    parser.add_argument("--seconds", type=float, help="length in seconds, rounded up to whole blocks")
+    parser.add_argument("--seed", type=int, help="seed of the noise [default: 0]")
+    parser.add_argument("--out", type=Path, help=f"video: .y4m, {', '.join(CONTAINERS)} where PyAV is installed, or - "
+                        "for y4m on stdout [default: out.mp4, or out.y4m without PyAV]")  # fmt: skip
+    parser.add_argument("--latents", type=Path, metavar="FILE.npy", help="write the latents [F, C, h, w] too")
+    parser.add_argument("--threads", type=int, default=0, help="threads of a program [default: one per core]")
+    parser.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Play an engine into files; returns what was made."""
+    out = options.out or Path("out.mp4" if find_spec("av") else "out.y4m")
+    if out != STDOUT and out.suffix not in (".y4m", *CONTAINERS):
+        raise UsageError(f"--out {quoted(str(out))} must end in one of .y4m, {', '.join(CONTAINERS)}")
+    check_paths({"engine": options.engine / FILE}, {"--out": out, "--latents": options.latents})
+    engine = ExportedEngine(options.engine, lambda path: OnnxProgram(path, options.threads))
+    plan, defaults, preset = engine.plan, engine.plan["defaults"], engine.plan.preset
+    fps, stride, size = plan["model"]["fps"], plan["size"]["pictures_per_latent"], tuple(plan["size"]["picture"])
+    count = options.blocks
+    if options.seconds is not None:
+        count = preset.blocks_for_frames(-(-(round(options.seconds * fps) - 1) // stride) + 1)
+    actions = options.actions or (defaults["actions"] if count is None else None)
+    script = read_actions(actions, plan["model"]["actions"]) if actions else []
+    if count is None:
+        count = preset.blocks_for_frames(len(script) + 1) if script else defaults["blocks"]
+    if count < 1 or (script and preset.blocks_for_frames(len(script) + 1) != count):
+        raise UsageError(f"the length is {count} blocks, with {len(script)} actions; expected one block or more, and "
+                         "one action for each latent frame but the first")  # fmt: skip
+    cues = schedule([Cue(float(at), text) for at, text in options.prompt_at], preset, count, fps, stride)
+    prompt, seed = options.prompt or defaults["prompt"], defaults["seed"] if options.seed is None else options.seed
+    stream = engine.open(prompt, seed, script, options.negative_prompt)
+    latents, begun, frames = [], time.perf_counter(), 0
+    scale = max(1, SEEN // max(size))
+    with Y4mWriter(out, fps, size) if out.suffix not in CONTAINERS else VideoWriter(out, fps, size, scale) as writer:
+        for index in range(count):
+            if index in cues:
+                stream.prompt(cues[index])
+            block = stream.next_block()
+            assert block.frames is not None
+            writer.add(block.frames)
+            latents.append(block.latents)
+            frames += len(block.frames)
+            print(f"\rblock {index + 1}/{count}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    outputs = [str(out)]
+    if options.latents is not None:
+        made = np.concatenate(latents)
+        write_atomically(options.latents, lambda part: save_array(part, made))
+        outputs.append(str(options.latents))
+    return {"blocks": count, "frames": frames, "seconds": time.perf_counter() - begun, "outputs": outputs}
+
+
+def save_array(path: Path, values: Array) -> None:
+    with path.open("wb") as file:  # by name, numpy would append .npy
+        np.save(file, values)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command in sys.argv: 0 for success, 1 for a run that failed, 2 for bad input."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    options = parse(arguments)
+    try:
+        made = run(options)
+    except InferixError as error:
+        print(one_line(error), file=sys.stderr)
+        raise SystemExit(exit_code(error)) from error
+    if options.json:
+        print(json.dumps(made))
+    elif options.out != STDOUT:
+        facts = f"{made['blocks']} blocks, {made['frames']} frames, {made['seconds']:.1f} s"
+        print(f"{facts}: {', '.join(made['outputs'])}")
+
+
+if __name__ == "__main__":
+    main()

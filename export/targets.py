@@ -1,0 +1,103 @@
+"""Targets of an export, and what each can do: one table that the exporter obeys and `inferix export --list` prints.
+
+Nothing here needs torch or a target's packages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from ..errors import InferixError, UsageError, nearest
+from ..schemes.page_needs import page_needs
+from ..schemes.presets import Preset
+
+FEATURES = {  # what a preset or a command may ask of an engine
+    "one block in flight": "window_blocks 1: each block is denoised alone",
+    "several blocks in flight": "window_blocks above 1, as in rolling-forcing",
+    "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
+    "averaged sink": "sink_decay below 1",
+    "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
+    "endless window": "local_attn_size -1",
+    "first block of one frame": "independent_first_frame",
+    "guidance": "guidance_scale other than 1: two pasts under two prompts",
+    "recache": "prompt_switch recache",
+    "blend": "prompt_switch blend",
+    "scene cuts": "shot_offset above 0",
+    "unrolled steps": "--unroll: all steps of a block in one program",
+    "float32": "--dtype float32",
+    "float16": "--dtype float16",
+    "bfloat16": "--dtype bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format of programs. packages: imported to export. can: features of `FEATURES`. ran: where it has been run."""
+
+    name: str
+    suffix: str
+    packages: tuple[str, ...]
+    extra: str
+    can: frozenset[str]
+    ran: str
+
+
+SINGLE = frozenset(FEATURES) - {
+    "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
+    "endless window", "float16", "bfloat16",
+}  # fmt: skip
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", SINGLE, "CPU, by ONNX Runtime"),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """Return the target of a name. UsageError for an unknown one, InferixError if a package it needs is missing."""
+    if name not in TARGETS:
+        raise UsageError(f"target is {name!r}{nearest(name, TARGETS)}; expected one of {', '.join(TARGETS)}")
+    target = TARGETS[name]
+    if missing := [package for package in target.packages if find_spec(package) is None]:
+        raise InferixError(
+            f"target {name} needs {' and '.join(missing)}; pip install 'inferix-runtime[{target.extra}]'"
+        )
+    return target
+
+
+def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
+    """Features that an engine of a preset needs, in the table's order."""
+    context = preset.context
+    asked = {
+        "one block in flight": preset.window_blocks == 1,
+        "several blocks in flight": preset.window_blocks > 1,
+        "recomputed context": context.segment_frames > 0 or not context.commit,
+        "averaged sink": context.sink_decay < 1,
+        "context by noise level": not context.has_one_context,
+        "endless window": page_needs(preset).held is None,
+        "first block of one frame": preset.independent_first_frame and preset.num_frame_per_block > 1,
+        "guidance": preset.sampler.guidance_scale != 1,
+        "recache": context.prompt_switch == "recache",
+        "blend": context.prompt_switch == "blend",
+        "scene cuts": context.shot_offset > 0,
+        "unrolled steps": unroll,
+        dtype: True,
+    }
+    return [feature for feature in FEATURES if asked.get(feature)]
+
+
+def check_target(target: Target, preset: Preset, dtype: str, unroll: bool) -> None:
+    """UsageError for a preset or a setting that needs what the target cannot."""
+    if lacking := [feature for feature in needed_features(preset, dtype, unroll) if feature not in target.can]:
+        listed = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in lacking)
+        raise UsageError(
+            f"target {target.name} cannot export preset {preset.name} in {dtype}: it has no {listed}; "
+            "inferix export --list shows what each target can"
+        )
+
+
+def presets_of(target: Target, presets: dict[str, Preset]) -> list[str]:
+    """Names of the presets that a target can export in float32."""
+    return [name for name, preset in presets.items() if target.can >= set(needed_features(preset, "float32", False))]

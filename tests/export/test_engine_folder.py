@@ -1,0 +1,353 @@
+"""Exported engines: the runner against the engine itself, the plan, and engines that are refused.
+
+Most tests run the programs as torch modules, which takes no export; `test_onnx.py` runs the files of the targets.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from oracles import SIZE, TINY, make_engine
+
+import inferix
+from inferix.errors import CheckpointError, InferixError, UsageError
+from inferix.export import engine_folder, run
+from inferix.export.engine_folder import describe_programs, export_engine, write_engine
+from inferix.export.inside import load_exported
+from inferix.export.numerics import normals
+from inferix.export.plan import FILE, SCHEMA, preset_of, preset_values, read_plan
+from inferix.export.programs import Program, solver_matrix
+from inferix.export.run import ExportedEngine
+from inferix.export.targets import TARGETS
+from inferix.export.word_table import known_words
+from inferix.kernels.philox import philox_normals
+from inferix.models.registry import PRESETS, make_preset
+from inferix.models.tinyworld.words import SKIPPED, WORDS
+from inferix.models.tinyworld.words import known_words as encoder_words
+from inferix.runtime.engine import Engine
+from inferix.runtime.limits import Limits
+from inferix.runtime.sampler import Sampler
+from inferix.runtime.sessions.session import Session
+from inferix.schemes.fixed_window import FixedWindow
+from inferix.schemes.sampler_spec import SamplerSpec
+
+GENERATOR = torch.Generator().manual_seed(1)
+PROMPTS = {text: torch.randn(TINY.text_len, TINY.text_dim, generator=GENERATOR) for text in ("a hill", "a lake")}
+WORLD = dataclasses.replace(TINY, actions=("stay", "left", "right"), fps=8)
+
+
+class ModuleProgram:
+    """A program run as its torch module: the plain reference of its exported file."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __call__(self, values: Any) -> dict[str, Any]:
+        names = iter(self.program.names)
+        inputs = {
+            key: [torch.from_numpy(values[next(names)]) for _ in value] if isinstance(value, list)
+            else torch.from_numpy(values[next(names)])
+            for key, value in self.program.inputs.items()
+        }  # fmt: skip
+        with torch.no_grad():
+            results = self.program.module(**inputs)
+        tensors = results if isinstance(results, tuple) else (results,)
+        return {name: tensor.numpy() for name, tensor in zip(self.program.results, tensors, strict=True)}
+
+
+def write_empty(program: Program, folder: Path, weights: object) -> None:
+    (folder / f"{program.name}.onnx").write_bytes(program.name.encode())
+
+
+@pytest.fixture
+def write(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write an engine whose programs are stand-ins, which no test reads."""
+    monkeypatch.setattr(engine_folder, "write_onnx", write_empty)
+    return partial(write_engine, size=SIZE, target=TARGETS["onnx"], prompts=PROMPTS)
+
+
+def as_modules(engine: Engine, folder: Path, unroll: bool = False) -> ExportedEngine:
+    programs, decoder = describe_programs(engine, SIZE, unroll)
+    modules = {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs]}
+    return ExportedEngine(folder, lambda path: modules[path.stem])
+
+
+def steered(engine: Engine, exported: ExportedEngine, blocks: int, guided: bool = False) -> tuple[float, float, float]:
+    """Stream both under the same controls; returns the largest error of latents and pixels, and the share of pixels."""
+    script = ["left", "right", "left"] if engine.spec.actions else []
+    negative = {"negative_embeds": PROMPTS["a lake"]} if guided else {}
+    stream = exported.open("a hill", 7, script, "a lake" if guided else None)
+    latents, pixels, share = [], [], []
+    with engine.open(prompt_embeds=PROMPTS["a hill"], seed=7, actions=script, size=SIZE, **negative) as session:
+        for index in range(blocks):
+            if index in (2, blocks - 4):
+                text = "a lake" if index == 2 else "a hill"
+                stream.prompt(text)
+                session.prompt(embeds=PROMPTS[text])
+            if index == blocks - 3 and script:
+                stream.act("right")
+                session.act("right")
+            made, (block,) = stream.next_block(), session.stream(1)
+            assert made.index == block.index and made.frames is not None
+            latents.append(np.abs(made.latents - block.latents.numpy()).max())
+            difference = np.abs(made.frames.astype(int) - block.frames.astype(int))
+            pixels.append(difference.max())
+            share.append((difference > 0).mean())
+    return max(latents), max(pixels), float(np.mean(share))
+
+
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "moving positions, recached sink, actions": ("tinyworld", 10, {"spec": WORLD}),
+    "unrolled": ("tinyworld", 8, {"spec": WORLD, "unroll": True}),
+    "recache beside a sink": ("longlive", 7, {}),
+    "single first frame": ("self-forcing", 6, {"independent_first_frame": True, "local_attn_size": 9}),
+    "guidance": ("causal-diffusion", 6, {"num_steps": 3, "local_attn_size": 9, "guided": True}),
+    "first block of two steps": (
+        "self-forcing-framewise", 7,
+        {"local_attn_size": 4, "denoising_step_list_first_chunk": (1000, 500), "unroll": True},
+    ),
+    "blend": ("self-forcing-framewise", 9, {"local_attn_size": 4, "prompt_switch": "blend", "blend_blocks": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runner_equals_eager(case: str, write: Callable[..., Path], tmp_path: Path) -> None:
+    preset, blocks, settings = CASES[case]
+    settings = dict(settings)
+    unroll, guided = settings.pop("unroll", False), settings.pop("guided", False)
+    engine = make_engine(preset, dtype="float32", **settings)
+    exported = as_modules(engine, write(engine, tmp_path / "engine", unroll=unroll), unroll)
+    latents, pixels, share = steered(engine, exported, blocks, guided)
+    assert latents <= 1e-4 and pixels <= 1 and share <= 1e-3
+
+
+def inside(engine: Engine, folder: Path, **settings: Any) -> Engine:
+    """The exported engine in Inferix, its programs as modules."""
+    programs, decoder = describe_programs(engine, SIZE, False)
+    modules = {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs]}
+    return load_exported(folder, Limits(), settings, lambda path: modules[path.stem])
+
+
+def test_sessions_on_an_exported_engine(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Two sessions in turn, a fork, a rewind and a restored file give what the model itself gives."""
+    model = make_engine("tinyworld", dtype="float32", spec=WORLD, rewind_blocks=2)
+    exported = inside(model, write(model, tmp_path / "engine"))
+    assert exported.config.executor == "exported"
+
+    def stream(engine: Engine) -> list[Any]:
+        one = engine.open("a hill", seed=1, actions=["left"]) if engine is exported else engine.open(
+            prompt_embeds=PROMPTS["a hill"], seed=1, actions=["left"], size=SIZE)  # fmt: skip
+        other = engine.open(prompt_embeds=PROMPTS["a lake"], seed=2, size=SIZE)
+        with one, other:
+            blocks = [block for _ in range(4) for session in (one, other) for block in session.stream(1)]
+            other.prompt(embeds=PROMPTS["a hill"])
+            blocks += list(other.stream(4))
+            with one.fork() as fork:
+                fork.act("right")
+                blocks += list(fork.stream(2))
+            one.rewind(2)
+            blocks += list(one.stream(5))
+            one.save(tmp_path / f"{engine is exported}.session")
+        with Session.restore(engine, tmp_path / f"{engine is exported}.session") as restored:
+            return blocks + list(restored.stream(2))
+
+    expected, blocks = stream(model), stream(exported)
+    assert [block.index for block in blocks] == [block.index for block in expected]
+    for made, block in zip(blocks, expected, strict=True):
+        torch.testing.assert_close(made.latents, block.latents, rtol=0, atol=1e-4)
+        assert np.abs(made.frames.astype(int) - block.frames.astype(int)).max() <= 1
+
+
+def test_what_an_exported_engine_refuses_inside(folder: Path, tmp_path: Path) -> None:
+    refused = {"lora": "style", "dtype": "float16", "window_blocks": 2}
+    for key, value in refused.items():
+        with pytest.raises(UsageError, match="blocks" if key == "window_blocks" else key):
+            load_exported(folder, Limits(), {key: value}, lambda path: pytest.fail("no program is loaded"))
+    with pytest.raises(UsageError, match="engine"):
+        inferix.load("wan-tiny", engine=folder)
+    loaded = load_exported(folder, Limits(), {}, lambda path: lambda values: {})
+    with pytest.raises(UsageError, match="lora"):
+        loaded.use_lora(tmp_path / "style.safetensors")
+    with pytest.raises(UsageError, match="64x64"):
+        loaded.open("a hill", size=(64, 64))
+    with pytest.raises(UsageError, match="image"):
+        loaded.open("a hill", image=np.zeros((32, 32, 3), np.uint8), size=SIZE)
+
+
+def test_plan_fits_its_schema(write: Callable[..., Path], tmp_path: Path) -> None:
+    engine = make_engine("tinyworld", dtype="float32", spec=WORLD)
+    folder = write(engine, tmp_path / "engine")
+    plan = json.loads((folder / FILE).read_text("utf-8"))
+    schema = json.loads(SCHEMA.read_text("utf-8"))
+    jsonschema.validate(plan, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(plan | {"version": 2}, schema)
+    check = plan["noise"]["check"]
+    drawn = normals(check["seed"], [check["frame"]], check["draw"], (2, 2, 2))
+    np.testing.assert_array_equal(drawn.ravel(), np.array(check["normals"], np.float32))
+
+
+def test_a_failed_export_leaves_nothing(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(program: Program, folder: Path, weights: object) -> None:
+        write_empty(program, folder, weights)
+        if program.name == "commit":
+            raise InferixError("no room")
+
+    monkeypatch.setattr(engine_folder, "write_onnx", fail)
+    with pytest.raises(InferixError, match="no room"):
+        write(make_engine("self-forcing", dtype="float32"), tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine with stand-ins for programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_folder, "write_onnx", write_empty)
+        engine = make_engine("self-forcing", dtype="float32")
+        return write_engine(engine, tmp_path_factory.mktemp("exported") / "engine", SIZE, TARGETS["onnx"], PROMPTS)
+
+
+def copied(folder: Path, place: Path) -> Path:
+    place.mkdir()
+    for file in folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda folder: (folder / "step.onnx").unlink(), "step.onnx"),
+    "cut": (lambda folder: (folder / "step.onnx").write_bytes(b"ste"), "step.onnx"),
+    "swapped": (lambda folder: (folder / "commit.onnx").write_bytes(b"prompt"), "commit.onnx"),
+    "other version": (
+        lambda folder: (folder / FILE).write_text((folder / FILE).read_text().replace('"version": 1', '"version": 9')),
+        "9",
+    ),
+    "other format": (lambda folder: (folder / FILE).write_text("{}"), FILE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_engine_is_refused(damage: str, folder: Path, tmp_path: Path) -> None:
+    harm, named = DAMAGE[damage]
+    broken = copied(folder, tmp_path / "engine")
+    read_plan(broken)
+    harm(broken)
+    with pytest.raises(CheckpointError, match=named):
+        read_plan(broken)
+
+
+def test_what_an_engine_was_not_made_for(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=FILE):
+        read_plan(tmp_path)
+    exported = ExportedEngine(folder, lambda path: pytest.fail("no program runs"))
+    for arguments, named in (
+        ({"prompt": "a desert"}, "a desert"), ({"prompt": "a hill", "negative_prompt": "fog"}, "negative_prompt"),
+        ({"prompt": "a hill", "seed": -1}, "-1"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=named):
+            exported.open(**arguments)
+
+
+def test_without_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.raises(InferixError, match="onnxruntime"):
+        ExportedEngine(folder)
+
+
+def test_the_runner_imports_numpy_alone() -> None:
+    """Refuse every import but numpy, onnxruntime, this package and the standard library."""
+    script = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        first = name.split(".")[0]
+        if first not in ("numpy", "onnxruntime", "inferix") and first not in sys.stdlib_module_names:
+            raise ImportError(f"{name} is refused")
+sys.meta_path.insert(0, Refuse())
+import inferix.export.run
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_that_cannot_be_exported_are_refused_before_weights(name: str, tmp_path: Path) -> None:
+    """No file of weights is there, so an error of another kind would show that it was looked for."""
+    if name in ("causvid", "krea", "rolling-forcing"):
+        with pytest.raises(UsageError, match=name):
+            export_engine(tmp_path / "none.safetensors", name, out=tmp_path / "engine")
+    else:
+        with pytest.raises(InferixError, match="none"):
+            export_engine(tmp_path / "none.safetensors", name, out=tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_bad_arguments_of_an_export(tmp_path: Path) -> None:
+    for settings, named in (({"target": "onyx"}, "onyx"), ({"dtype": "float8"}, "float8")):
+        with pytest.raises(UsageError, match=named):
+            export_engine("tinyworld", out=tmp_path / "engine", **settings)
+
+
+def test_a_preset_survives_the_plan() -> None:
+    for preset in PRESETS.values():
+        assert preset_of(json.loads(json.dumps(preset_values(preset)))) == preset
+    with pytest.raises(CheckpointError, match="later"):
+        preset_of(preset_values(make_preset("longlive")) | {"later": 1})
+
+
+@pytest.mark.parametrize("prompt", ["a red robott in a snowy forest by day", "The Blue FOX!, zzz", "wizard"])
+def test_words_are_those_of_the_encoder(prompt: str) -> None:
+    with pytest.warns() if "robott" in prompt or "zzz" in prompt else pytest.MonkeyPatch.context():
+        assert known_words(prompt, WORDS, SKIPPED) == encoder_words(prompt)
+
+
+def test_numpy_noise_is_the_engines() -> None:
+    seed, frames = (1 << 63) + 12345, range(1000, 1003)
+    expected = philox_normals(seed, frames, 3, (5, 3, 3)).numpy()
+    np.testing.assert_allclose(normals(seed, frames, 3, (5, 3, 3)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["renoise", "unipc"])
+def test_solver_weights_are_the_solver(solver: str) -> None:
+    steps = (1000, 750, 500, 250) if solver == "renoise" else ()
+    sampler = Sampler(SamplerSpec(steps, bool(steps), 5.0, 0.0, solver, 0 if steps else 6))
+    generator = torch.Generator().manual_seed(0)
+    matrix = solver_matrix(sampler)
+    draws = len(matrix[0]) - 1
+    seen = [torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(draws)]
+    latents, running = seen[0], sampler.begin()
+    for step, row in enumerate(matrix):
+        velocity = torch.randn(7, generator=generator, dtype=torch.float64)
+        latents = running.advance(latents, velocity, step, lambda following=step + 1: seen[following])
+        seen.append(velocity)
+        total = sum(weight * part for weight, part in zip(row, seen, strict=True))
+        torch.testing.assert_close(total, latents, rtol=1e-9, atol=1e-9)
+
+
+def test_slots_hold_what_is_seen() -> None:
+    window, content = FixedWindow(), {}
+    pending: tuple[int, ...] = ()
+    for past in [(), (0, 1), (0, 1, 2, 3), (0, 3, 4, 5), (0, 5, 6, 7), (5, 7), (5, 7, 8), ()]:
+        new = tuple(frame for frame in past if frame not in window.frames) or pending
+        update = window.update(past, new)
+        for frame, slot in update.writes:
+            content[slot] = frame
+        for source, slot in update.moves:
+            content[slot] = content[source]
+        assert sorted(window.frames) == sorted(past)
+        assert [content[slot] for slot in range(len(past))] == window.frames
+    with pytest.raises(AssertionError):
+        window.update((1,), ())
