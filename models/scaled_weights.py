@@ -28,25 +28,25 @@ LONGEST_MARK = 4096  # bytes
 class ScaledTensor(Tensor):
     """A float32 tensor that stores values [out, in, ...] and their scales; an operation on it computes the product."""
 
-    values: Tensor
+    stored: Tensor
     scales: Tensor
-    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl  # type: ignore[misc]
+    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, values: Tensor, scales: Tensor) -> ScaledTensor:
-        make: Callable[..., ScaledTensor] = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Callable[..., ScaledTensor] = Tensor._make_wrapper_subclass
         made = make(cls, values.shape, dtype=torch.float32, device=values.device)
-        made.values, made.scales = values, scales
+        made.stored, made.scales = values, scales
         return made
 
     def product(self) -> Tensor:
-        return self.values.float() * self.scales.float()
+        return self.stored.float() * self.scales.float()
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"<ScaledTensor {list(self.shape)} of {self.values.dtype}>"
+        return f"<ScaledTensor {list(self.shape)} of {self.stored.dtype}>"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(cls, cls.product, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -57,7 +57,7 @@ def unscaled(tensor: Tensor) -> Tensor:
 
 
 def stored_dtype(tensor: Tensor) -> torch.dtype:
-    return tensor.values.dtype if isinstance(tensor, ScaledTensor) else tensor.dtype
+    return tensor.stored.dtype if isinstance(tensor, ScaledTensor) else tensor.dtype
 
 
 def with_scales(path: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
