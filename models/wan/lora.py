@@ -197,8 +197,9 @@ def adapter_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]
         if expert := next((word for word in place.words if word == "transformer_2"), None):
             refuse_two_experts(path, expert)
     keys = {place.keys for place in groups}
-    if len(keys) > 1:
-        keys = {key for key in keys if "generator_lora" in key} or keys
+    for word in ("generator_lora", "lora"):
+        if len(keys) > 1:
+            keys = {key for key in keys if word in key} or keys
     if len(keys) > 1:
         some = ", ".join(sorted(".".join(key) or "the top level" for key in keys))
         raise UsageError(f"{path} holds several adapters ({some}); save one of them to its own file")
