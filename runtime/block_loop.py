@@ -316,7 +316,7 @@ class BlockLoop:
         try:
             with shortages_named():
                 return self.forward(requests)
-        except Exception as error:  # it is its session's, whose reader gets it
+        except Exception as error:  # of any kind: it is its session's, whose reader gets it
             if len(requests) == 1:
                 return [error]
             message = str(error)  # the error itself would keep tensors alive by its traceback

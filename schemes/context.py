@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 
 POSITIONS = ("absolute", "window-relative", "contiguous")
 SWITCHES = ("cut", "recache", "blend")
@@ -73,7 +73,7 @@ class ContextPolicy:
         choices = {"positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES, "clean_text": TEXTS}
         for key, known in choices.items():
             if getattr(self, key) not in known:
-                raise UsageError(f"{key} is {getattr(self, key)!r}; expected one of {', '.join(known)}")
+                raise UsageError(f"{key} is {quoted(getattr(self, key))}; expected one of {', '.join(known)}")
         if self.local_attn_size < 1 and self.local_attn_size != -1:
             raise UsageError(f"local_attn_size is {self.local_attn_size}; expected 1 or more, or -1 for all frames")
         counts = ("sink_size", "segment_frames", "rebuild_frames", "shot_offset", "rewind_blocks")

@@ -115,7 +115,7 @@ def with_settings(preset: Preset, /, **overrides: Any) -> Preset:
 
 
 def no_setting(key: str, known: Collection[str]) -> UsageError:
-    return UsageError(f"no setting {key!r}{nearest(key, known)}; there are {', '.join(sorted(known))}")
+    return UsageError(f"no setting {quoted(key)}{nearest(key, known)}; there are {', '.join(sorted(known))}")
 
 
 LARGEST: Any = sys.float_info.max
