@@ -39,7 +39,17 @@ from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
 from ..schemes.storyboard import Cue, read_storyboard, schedule
 from ..user_yaml import read_yaml
 from ..version import __version__
-from .options import EXECUTOR, FORCE, OFFLINE, UNTRAINED, check_settings, counted, parse_settings, parse_size
+from .options import (
+    EXECUTOR,
+    FORCE,
+    OFFLINE,
+    UNTRAINED,
+    check_beside_engine,
+    check_settings,
+    counted,
+    parse_settings,
+    parse_size,
+)
 from .presets import print_presets
 
 if TYPE_CHECKING:
@@ -298,6 +308,9 @@ def generate(
         help="Checkpoint file or folder, the name of a preset with published weights, org/name[:file] of the Hugging "
         f"Face hub, or a named model.  [default: tinyworld, or {UNTRAINED} with --preset]",
     ),
+    exported: Path | None = typer.Option(
+        None, "--engine", metavar="DIR", help="Folder that inferix export wrote, in place of a model."
+    ),
     base: str | None = typer.Option(None, help="Folder with VAE and text encoder, or org/name, if not with the model."),
     vae: str | None = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one."),
     text_encoder: str | None = typer.Option(None, help="Text encoder file or folder, if not with model or base."),
@@ -370,6 +383,10 @@ def generate(
     Example: inferix generate --preset longlive --prompt "a street" --prompt-at 2 "snow falls" --seconds 4
     """
     check_length(blocks, seconds)
+    given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--base": base, "--vae": vae}
+    given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
+    given_parts |= {"--dtype": dtype, "--executor": executor}
+    check_beside_engine(exported, given_parts | {"--graphs": graphs, "--profile": profile})
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
     suffixes = [*CONTAINERS, ".safetensors"] if latents_only else list(CONTAINERS)
@@ -383,7 +400,9 @@ def generate(
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
     check_fit(fit)
     outputs = output_paths(out, latents_only, records, profile)
-    inputs = {"--model": model, "--base": base, "--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
+    inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": exported or model}
+    inputs["--base"] = base
+    inputs |= {"--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
     inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
     inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
     inputs |= {"--text-encoder": text_encoder, "--set fast_vae": overrides.get("fast_vae")}
@@ -399,7 +418,7 @@ def generate(
     from ..runtime.load import load
     from ..runtime.telemetry.records import RecordFile
 
-    model = model or default_model(preset)
+    model = str(exported) if exported is not None else model or default_model(preset)
     parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder}
     parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
     if profile is not None and executor is None:  # only graphs have calls to be timed
@@ -407,7 +426,11 @@ def generate(
     parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
-    engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
+    if exported is not None:
+        engine = load(engine=exported, **overrides)
+        prompt = default_prompt(exported) if prompt is None and prompt_embeds is None else prompt
+    else:
+        engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(message, highlight=False, soft_wrap=True)
@@ -481,6 +504,14 @@ def generate(
         raise typer.Exit(128 + (came[0] if came else signal.SIGINT))
     if lost:
         raise typer.Exit(1)
+
+
+def default_prompt(engine: Path) -> str:
+    """The prompt of an exported engine where none is given."""
+    from ..export.plan import FILE
+
+    prompt: str = json.loads((engine / FILE).read_text("utf-8"))["defaults"]["prompt"]
+    return prompt
 
 
 def failures(*writes: Callable[[], object]) -> list[InferixError]:

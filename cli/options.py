@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import typer
@@ -55,3 +55,9 @@ def check_settings(ctx: typer.Context, settings: Iterable[str]) -> None:
     for key in settings:
         if option := options.get(key.replace("-", "_")):
             raise UsageError(f"--set {cut(key)}: this setting has its own option; use {option}")
+
+
+def check_beside_engine(engine: object, given: Mapping[str, object]) -> None:
+    """Raise UsageError for flags, by name, that an exported engine has its own answer to."""
+    if engine is not None and (flags := [flag for flag, value in given.items() if value is not None]):
+        raise UsageError(f"--engine {quoted(str(engine))} has {flags[0]} of its own; leave it out")

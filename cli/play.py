@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ..errors import InferixError, UsageError
 from ..runtime.sinks import Frames, Pump, Sink
 from .generate import DEFAULT_PROMPT
-from .options import EXECUTOR, FORCE, OFFLINE
+from .options import EXECUTOR, FORCE, OFFLINE, check_beside_engine
 
 if TYPE_CHECKING:
     from ..runtime.sessions.output_queue import Block
@@ -261,7 +261,12 @@ def read_keys(controls: Controls, file: int, until: float, decode: Any) -> None:
 
 
 def play(
-    model: str = typer.Option("tinyworld", help="Checkpoint folder, or org/name, of a model that follows actions."),
+    model: str | None = typer.Option(
+        None, help="Checkpoint folder, or org/name, of a model that follows actions.  [default: tinyworld]"
+    ),
+    exported: Path | None = typer.Option(
+        None, "--engine", metavar="DIR", help="Folder that inferix export wrote, in place of a model."
+    ),
     prompt: str = typer.Option(DEFAULT_PROMPT, help="Content of the world, as text."),
     seed: int = typer.Option(0, help="Seed of the noise, which determines the land."),
     seconds: float | None = typer.Option(None, help="Quit after this many seconds of video."),
@@ -281,10 +286,16 @@ def play(
 
     from ..runtime.load import load
 
+    given = {"--model": model, "--device": device, "--executor": executor, "--graphs": graphs}
+    check_beside_engine(exported, given)
     checks: dict[str, Any] = {"offline": offline, "force": force}
-    engine = load(model, preset="tinyworld", device=device, executor=executor, graphs=graphs, **checks)
+    if exported is not None:
+        engine = load(engine=exported)
+    else:
+        named = model or "tinyworld"
+        engine = load(named, preset="tinyworld", device=device, executor=executor, graphs=graphs, **checks)
     if not engine.spec.actions:
-        raise UsageError(f"{model} follows no actions; --model must be one that does, such as tinyworld")
+        raise UsageError(f"{engine.parts.source} follows no actions; --model must be one that does, such as tinyworld")
     controls = Controls(engine.spec.actions)
     with engine.open(prompt=prompt, seed=seed) as session, raw_terminal() as file:
         scale = fitting_scale(session.size, os.get_terminal_size())

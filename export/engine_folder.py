@@ -29,10 +29,10 @@ from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
 from ..schemes.presets import FIELDS, Preset
 from ..version import __version__
 from .checkpoint import new_folder
-from .plan import FILE, FORMAT, VERSION, describe_files, preset_values
+from .plan import FILE, FORMAT, VERSION, WEIGHTS, describe_files, preset_values
 from .programs import DecoderPrograms, Program, check_model, decoder_programs, pass_programs, solver_matrix
 from .targets import Target, check_target, find_target
-from .to_onnx import OPSET, WEIGHTS, WeightFile, write_onnx
+from .to_onnx import OPSET, WeightFile, write_onnx
 
 CHECKED_BLOCKS = 12  # blocks whose windows the plan lists, for readers to check themselves with
 CHECKED_NOISE = {"seed": 7, "frame": 3, "draw": 1}

@@ -30,7 +30,7 @@ from ..runtime.executor_specs import EXECUTORS, ExecutorSpec
 from ..runtime.limits import Limits
 from ..runtime.telemetry.profile import Profile
 from ..schemes.presets import FIELDS, Preset, with_settings
-from .plan import Plan, read_plan, restored
+from .plan import WEIGHTS, Plan, read_plan, restored
 from .run import OnnxProgram, Program
 from .targets import TARGETS, check_target
 from .word_table import PromptTable
@@ -84,6 +84,7 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
         form="exported",
         digest=lambda: plan["built"]["checkpoint"],
         size=size,
+        fingerprints=dict.fromkeys(("transformer", "decoder"), plan["files"][WEIGHTS]["sha256"][:16]),
     )
 
 

@@ -20,6 +20,7 @@ from ..user_files import read_json
 
 FORMAT, VERSION = "inferix-engine", 1
 FILE = "plan.json"
+WEIGHTS = "weights.bin"
 SCHEMA = Path(__file__).parent / "plan.schema.json"
 
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .plan import WEIGHTS
 from .programs import Program
 
 OPSET = 23
 ALIGNMENT = 4096  # of each tensor in the file of weights: a page of memory
 LEAST_EXTERNAL = 1024  # bytes; smaller tensors stay in the program
-WEIGHTS = "weights.bin"
 
 
 class WeightFile:

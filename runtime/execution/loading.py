@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,7 +31,7 @@ class Components:
 
     text: loads the text encoder at its first call; None without an encoder. digest: hash of the checkpoint, or None for
     random weights. fast_vae: decoder to switch to under overload. size: the one size (width, height) of pictures that
-    it makes; None where any does.
+    it makes; None where any does. fingerprints: of the weights of transformer and decoder, where they are not in these.
     """
 
     transformer: Transformer
@@ -42,6 +42,7 @@ class Components:
     digest: Callable[[], str | None]
     fast_vae: Decoder | None = None
     size: tuple[int, int] | None = None
+    fingerprints: Mapping[str, str] | None = None
 
 
 def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:
@@ -106,7 +107,7 @@ def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -
         raise UsageError(f"streams of {spec.name} are not supported; its transformer and checkpoints are")
     for key in ("vae", "fast_vae"):
         if (name := getattr(config, key)) not in (None, "taehv"):
-            raise UsageError(f"{key} is {name!r}, but {spec.name} has random weights; leave it out, or use taehv")
+            raise UsageError(f"{key} is {quoted(name)}, but {spec.name} has random weights; leave it out, or use taehv")
     family = family_of(spec)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
     check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)

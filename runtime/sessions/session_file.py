@@ -76,7 +76,8 @@ def made_by(resources: Resources, preset: Preset) -> dict[str, Any]:
             "dtype": config.dtype, "precision": config.precision, "kv": config.kv_dtype,
             "lowp": None if config.precision_map is None else asdict(config.precision_map),
         },
-        "weights": {"transformer": fingerprint(parts.transformer), "decoder": fingerprint(parts.vae)},
+        "weights": parts.fingerprints
+        or {"transformer": fingerprint(parts.transformer), "decoder": fingerprint(parts.vae)},
     }
     plain: dict[str, Any] = json.loads(json.dumps(made))  # as a file gives it: lists for tuples
     return plain

@@ -106,16 +106,16 @@ def steered(engine: Engine, exported: ExportedEngine, blocks: int, guided: bool 
 
 
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "moving positions, recached sink, actions": ("tinyworld", 10, {"spec": WORLD}),
-    "unrolled": ("tinyworld", 8, {"spec": WORLD, "unroll": True}),
+    "moving positions, recached sink, actions": ("tinyworld", 9, {"spec": WORLD}),
+    "unrolled": ("tinyworld", 6, {"spec": WORLD, "unroll": True}),
     "recache beside a sink": ("longlive", 7, {}),
-    "single first frame": ("self-forcing", 6, {"independent_first_frame": True, "local_attn_size": 9}),
-    "guidance": ("causal-diffusion", 6, {"num_steps": 3, "local_attn_size": 9, "guided": True}),
+    "single first frame": ("self-forcing", 5, {"independent_first_frame": True, "local_attn_size": 9}),
+    "guidance": ("causal-diffusion", 5, {"num_steps": 3, "local_attn_size": 9, "guided": True}),
     "first block of two steps": (
-        "self-forcing-framewise", 7,
+        "self-forcing-framewise", 6,
         {"local_attn_size": 4, "denoising_step_list_first_chunk": (1000, 500), "unroll": True},
     ),
-    "blend": ("self-forcing-framewise", 9, {"local_attn_size": 4, "prompt_switch": "blend", "blend_blocks": 3}),
+    "blend": ("self-forcing-framewise", 7, {"local_attn_size": 4, "prompt_switch": "blend", "blend_blocks": 3}),
 }  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def test_what_an_exported_engine_refuses_inside(folder: Path, tmp_path: Path) ->
     with pytest.raises(UsageError, match="64x64"):
         loaded.open("a hill", size=(64, 64))
     with pytest.raises(UsageError, match="image"):
-        loaded.open("a hill", image=np.zeros((32, 32, 3), np.uint8), size=SIZE)
+        loaded.open("a hill", video=np.zeros((9, 32, 32, 3), np.uint8), size=SIZE)
 
 
 def test_plan_fits_its_schema(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_damaged_engine_is_refused(damage: str, folder: Path, tmp_path: Path) 
 def test_what_an_engine_was_not_made_for(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=FILE):
         read_plan(tmp_path)
-    exported = ExportedEngine(folder, lambda path: pytest.fail("no program runs"))
+    exported = ExportedEngine(folder, lambda path: lambda values: pytest.fail("no program runs"))
     for arguments, named in (
         ({"prompt": "a desert"}, "a desert"), ({"prompt": "a hill", "negative_prompt": "fog"}, "negative_prompt"),
         ({"prompt": "a hill", "seed": -1}, "-1"),

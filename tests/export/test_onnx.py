@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from oracles import SIZE, TINY, make_engine, randomise, remade
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import inferix
+from inferix.cli.main import app
 from inferix.export.engine_folder import export_engine, write_engine
 from inferix.export.run import ExportedEngine
 from inferix.export.targets import TARGETS
@@ -95,6 +98,18 @@ assert not {"torch", "yaml", "typer", "safetensors"} & set(sys.modules)
     assert header.startswith(b"YUV4MPEG2 W32 H32 F8:1") and len(body) == 5 * (6 + 3 * 32 * 32)
     refused = subprocess.run([*command, "--prompt", "a desert"], capture_output=True, text=True)
     assert refused.returncode == 2 and "a desert" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_generate_runs_an_engine(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    command = ["generate", "--engine", str(folder), "--blocks", "2", "--latents-only", "--out", str(out)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    stream = ExportedEngine(folder).open(PROMPTS[0])
+    made = np.concatenate([stream.next_block(decode=False).latents for _ in range(2)])
+    np.testing.assert_allclose(load_file(out)["latents"].numpy(), made, rtol=0, atol=1e-4)
+    refused = CliRunner().invoke(app, [*command, "--size", "64x64"])
+    assert refused.exit_code == 2 and "--size" in refused.stderr
 
 
 LONG: dict[str, tuple[str, dict[str, Any], list[str], float]] = {
