@@ -451,7 +451,8 @@ def loaded_by(code, modules):
     [
         (["--help"], 0), (["--version"], 0), (["generate", "--help"], 0), (["play", "--help"], 0),
         (["plan", "--help"], 0), (["graph", "--help"], 0), (["bench", "block", "--help"], 0), (["eval", "--help"], 0),
-        (["checkpoint", "--help"], 0), (["export", "--help"], 0), (["doctor", "--help"], 0), (["generate", "--no-such-option"], 2),
+        (["checkpoint", "--help"], 0), (["export", "--help"], 0), (["doctor", "--help"], 0),
+        (["generate", "--no-such-option"], 2),
         (["generate", "--size", "3"], 2), (["generate", "--blocks", "0"], 2), (["no-such-command"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
