@@ -14,11 +14,13 @@ INPUTS := setup.py version.py $(CONSTRAINTS)
 
 # One thread per process keeps sums in one order; the safe path keeps the root's folders (kernels, ...)
 # from shadowing public packages of the same name.
-test test-all quick lint fuzz: export OMP_NUM_THREADS := 1
-test test-all quick lint fuzz: export OPENBLAS_NUM_THREADS := 1
-test test-all quick lint fuzz: export PYTHONSAFEPATH := 1
+test test-all quick lint fuzz kills soak: export OMP_NUM_THREADS := 1
+test test-all quick lint fuzz kills soak: export OPENBLAS_NUM_THREADS := 1
+test test-all quick lint fuzz kills soak: export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-all quick lint fuzz docs copy sizes clean
+KILLS ?= 200
+
+.PHONY: help demo test test-all quick lint fuzz kills soak docs copy sizes clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +30,8 @@ help:
 	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
 	@echo "make lint    ruff, and mypy on an installed copy"
 	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
+	@echo "make kills   writers of files killed at random moments; KILLS=200 SEED=0"
+	@echo "make soak    one engine driven from many threads; MINUTES=10 SEED=0"
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
@@ -51,6 +55,12 @@ quick: .venv/.dev
 
 fuzz: .venv/.dev
 	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) --seed $(SEED)
+
+kills: .venv/.dev
+	$(BIN)/python tests/endurance/kills.py --kills $(KILLS) --seed $(SEED)
+
+soak: .venv/.dev
+	$(BIN)/python tests/endurance/soak.py --minutes $(MINUTES) --seed $(SEED)
 
 sizes:
 	@$(PYTHON) tools/sizes.py

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, quoted
 from ..models.registry import UNTRAINED
 from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, OFFLINE, parse_settings, parse_size
 
@@ -91,7 +91,7 @@ def kernels(
     from ..runtime.config import DTYPES, check_device, default_device
 
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise UsageError(f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}; expected bfloat16, float16 or float32")
+        raise UsageError(f"--dtype is {quoted(dtype)}{nearest(dtype, DTYPES)}; expected bfloat16, float16 or float32")
     device = device or default_device()
     check_device(device)
     if tune:

@@ -82,7 +82,7 @@ def graph(
         return
     if model is not None and model not in MODELS:
         known = f"graph knows models by name: {', '.join(MODELS)}"
-        raise UsageError(f"--model is {model!r}{nearest(model, MODELS)}; {known}")
+        raise UsageError(f"--model is {quoted(model)}{nearest(model, MODELS)}; {known}")
     if svg is not None:
         if not svg.parent.is_dir():
             raise UsageError(f"cannot write {quoted(str(svg))}: there is no folder {quoted(str(svg.parent))}")
@@ -90,7 +90,7 @@ def graph(
         check_output(svg)
     stored = save or load
     if device is not None and stored is None:
-        raise UsageError(f"--device is {device!r}, which is only for stored graphs; give --save or --load as well")
+        raise UsageError(f"--device is {quoted(device)}, which is only for stored graphs; give --save or --load, too")
     device = device or default_device()
     if load is not None and model is None and preset is None:
         model, preset = stored_for(load)
@@ -130,7 +130,7 @@ def graph(
     validate(block)
     if only is not None and only not in {graph.name for graph in block.graphs}:
         passes = ", ".join(repr(graph.name) for graph in block.graphs)
-        raise UsageError(f"--pass is {only!r}; this block has {passes}")
+        raise UsageError(f"--pass is {quoted(only)}; this block has {passes}")
     if svg is not None:
         from ..graphs.show.svg import svg as drawn
 

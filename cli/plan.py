@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, quoted
 from ..models.registry import MODELS, default_preset, family_of, make_preset
 from ..runtime.byte_sizes import format_bytes, parse_bytes
 from ..runtime.capacity import planner
@@ -109,7 +109,7 @@ def workload(
     """Make the workload of the options. Raises UsageError that names the nearest choice for an unknown one."""
     if model is not None and model not in MODELS:
         raise UsageError(
-            f"--model is {model!r}{nearest(model, MODELS)}; plan knows models by name: {', '.join(MODELS)}"
+            f"--model is {quoted(model)}{nearest(model, MODELS)}; plan knows models by name: {', '.join(MODELS)}"
         )
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **settings)
     spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
@@ -119,7 +119,7 @@ def workload(
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
     if vae not in (None, "taehv"):
         raise UsageError(
-            f"--vae is {vae!r}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
+            f"--vae is {quoted(vae)}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
         )
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
@@ -134,13 +134,14 @@ def workload(
 
 def known_card(name: str) -> Card:
     if name.lower() not in CARDS:
-        raise UsageError(f"--gpu is {name!r}{nearest(name.lower(), CARDS)}; there are {', '.join(CARDS)}; or --memory")
+        known = ", ".join(CARDS)
+        raise UsageError(f"--gpu is {quoted(name)}{nearest(name.lower(), CARDS)}; there are {known}; or --memory")
     return CARDS[name.lower()]
 
 
 def parse_memory(text: str) -> int:
     if text.strip().replace(".", "", 1).isdecimal():
-        raise UsageError(f"--memory is {text!r}, which has no unit; expected such as {text.strip()}GB")
+        raise UsageError(f"--memory is {quoted(text)}, which has no unit; expected such as {text.strip()}GB")
     return parse_bytes(text)
 
 

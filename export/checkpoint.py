@@ -33,7 +33,7 @@ def write_random(spec_name: str, form: str, destination: str | Path, seed: int =
     formats = family_of(MODELS[spec_name]).formats if spec_name in MODELS else {}
     for what, name, known in (("model", spec_name, MODELS), ("format", form, formats), ("dtype", dtype, DTYPES)):
         if name not in known:
-            raise UsageError(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+            raise UsageError(f"no {what} {quoted(name)}{nearest(name, known)}; there are {', '.join(known)}")
     spec = MODELS[spec_name]
     with new_folder(destination) as folder:
         family_of(spec).write_random(folder, spec, form, seed, DTYPES[dtype])
@@ -59,9 +59,9 @@ def convert(
     Raises UsageError for bad arguments, InferixError for broken files or a full disk.
     """
     if form not in CONVERTED:
-        raise UsageError(f"format is {form!r}{nearest(form, CONVERTED)}; expected one of {', '.join(CONVERTED)}")
+        raise UsageError(f"format is {quoted(form)}{nearest(form, CONVERTED)}; expected one of {', '.join(CONVERTED)}")
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype is {quoted(dtype)}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
     if isinstance(max_shard, bool) or not isinstance(max_shard, int) or max_shard < 1:
         raise UsageError(f"max_shard is {max_shard}; expected bytes, 1 or more")
     checkpoint = read_checkpoint(source)

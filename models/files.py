@@ -7,8 +7,11 @@ takes.
 
 from __future__ import annotations
 
+import io
 import json
+import mmap
 import pickle
+import pickletools
 import stat
 import struct
 import zipfile
@@ -23,8 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UsageError, quoted
+from .scaled_weights import unscaled
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
+OLD_PICKLES = 5  # of such a file, before the values of its tensors
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 64_000_000  # bytes; the largest published, a tokenizer, has 17 MB
 MOST_SHARING = 4  # times that tensors of one file may use its bytes, as tied weights do
@@ -172,7 +177,9 @@ def file_kind(path: Path) -> str:
         return "safetensors"
     if head == b"":
         raise CheckpointError(f"cannot read {path}: it is empty; the file is damaged or no checkpoint")
-    if not head.startswith(OLD_MAGIC):
+    if head.startswith(OLD_MAGIC):
+        check_old_file(path)
+    else:
         why = (
             "it was cut short" if head.startswith(b"PK")
             else "it was not written by torch.save, and is no safetensors file"
@@ -182,14 +189,43 @@ def file_kind(path: Path) -> str:
 
 
 def check_archive(path: Path) -> None:
-    """Raise CheckpointError for an archive with compressed members; torch.save writes none, and they may be huge."""
+    """Raise CheckpointError for an archive with compressed members; torch.save writes none, and they may be huge.
+
+    Its pickle is checked, too.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            if packed:
+                raise CheckpointError(
+                    f"{path} is a compressed archive ({quoted(packed[0])}), not one of torch.save; unpack it"
+                )
+            for part in archive.infolist():
+                if part.filename.endswith("data.pkl"):
+                    part.CRC = None  # type: ignore[assignment]  # torch can be set to write files without checksums
+                    check_pickle(path, io.BytesIO(archive.read(part)))
+    except (OSError, ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
         raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
-    if packed:
-        raise CheckpointError(f"{path} is a compressed archive ({quoted(packed[0])}), not one of torch.save; unpack it")
+
+
+def check_old_file(path: Path) -> None:
+    """Check the pickles at the start of a file of torch before 1.6; raises CheckpointError."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for _ in range(OLD_PICKLES):
+                check_pickle(path, content)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+
+
+def check_pickle(path: Path, stream: Any) -> None:
+    """Raise CheckpointError for a pickle that calls `bytearray`, ValueError for one that is damaged.
+
+    The reader of plain pickles allows the call, and its argument may be a length that takes all of the memory.
+    """
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise CheckpointError(f"{path} holds a bytearray, which is no tensor; the file is damaged or no checkpoint")
 
 
 def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
@@ -248,7 +284,8 @@ def fill(
         more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
     state = {
-        name: finite(source, name, change(name, tensors[name]).to(device=device, dtype=dtype)) for name in expected
+        name: finite(source, name, change(name, unscaled(tensors[name])).to(device=device, dtype=dtype))
+        for name in expected
     }
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)

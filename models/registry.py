@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.presets import Preset, with_settings
 from .family import Checkpoint, Family, Format
+from .scaled_weights import stored_dtype
 from .spec import ModelSpec
 from .tinyworld.family import TINYWORLD
 from .wan.checkpoint import FORMATS as WAN_FORMATS
@@ -72,7 +73,7 @@ def shipped(name: str) -> Path | None:
     folder = family_of(MODELS[name]).shipped.get(name) if name in MODELS else None
     if folder is not None and not folder.is_dir():
         raise InferixError(
-            f"the weights of {name} are missing: no folder {str(folder)!r}; reinstall the package from its "
+            f"the weights of {name} are missing: no folder {quoted(str(folder))}; reinstall the package from its "
             f"clone or wheel, or git checkout models/{name}/weights"
         )
     return folder
@@ -114,7 +115,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "tensors": len(checkpoint.tensors),
         "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
+        "dtypes": sorted({str(stored_dtype(tensor)).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
         "lora": str(checkpoint.lora) if checkpoint.lora else None,
         "files": [str(file) for file in checkpoint.files],
         **{name: absent.get(name, "not beside it") if part is None else str(part) for name, part in parts.items()},
@@ -142,7 +143,7 @@ def default_preset(model: str) -> str:
 def make_preset(name: str, **overrides: Any) -> Preset:
     """Return the preset of that name with some fields replaced; UsageError names the nearest for an unknown one."""
     if name not in PRESETS:
-        raise UsageError(f"no preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+        raise UsageError(f"no preset {quoted(name)}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     return with_settings(PRESETS[name], **overrides)
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UsageError, quoted
 from .files import check_file, read_json, read_tensors
+from .scaled_weights import FLOATS, with_scales
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}  # anywhere in a name
@@ -37,7 +37,6 @@ SCALES = re.compile(
     r"(^|\.)(scale_weight|weight_scale(_inv|_2)?|scale_input|input_scale|scaled_fp8|comfy_quant|absmax|quant_map|"
     r"nested_absmax|nested_quant_map|SCB|qweight|qzeros|g_idx|quant_state\..+)$"
 )
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOST_DICTS = 64  # state dicts per file; a limit against files that refer to themselves
 
 
@@ -109,7 +108,9 @@ def choose_state_dict(
 
     With `use_ema` a moving average is preferred. order: keys of a known training file, best first. Tensors beside it
     that belong to no known part are included, so that `fill` reports them as unexpected.
-    Raises UsageError if there is no such state dict, if there are several, or if it is quantised.
+    Weights with scales
+    of a published layout are joined with them. Raises UsageError if there is no such state dict, if there are several,
+    or if it is quantised in another way.
     """
     groups = state_dicts(path, content, order)
     fit = {place: group for place, group in groups.items() if is_kind(group) and not TRAINING & set(place.words)}
@@ -133,7 +134,7 @@ def choose_state_dict(
     place = (ordered or chosen)[0]
     counters = AVERAGE_COUNTERS if place.averaged else ()
     own = {name: tensor for name, tensor in fit[place].items() if name not in counters}
-    tensors = own | strays(path, place, fit, groups)
+    tensors = with_scales(path, own | strays(path, place, fit, groups))
     refuse_quantised(path, tensors)
     return place, tensors
 
@@ -174,7 +175,8 @@ def refuse_quantised(path: object, tensors: Mapping[str, Tensor]) -> None:
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.dtype not in FLOATS or SCALES.search(name):
             raise UsageError(
-                f"{path} has {name[:200]} in {kind}; this version reads no quantised weights, use the bfloat16 file"
+                f"{path} has {name[:200]} in {kind}; quantised weights need their scales beside them, "
+                "use the bfloat16 file"
             )
 
 

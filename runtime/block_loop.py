@@ -145,7 +145,7 @@ class BlockLoop:
         for branch in state.branches:
             branch.cache.clear()
         self.roll_caches(state, run, scheduled.beside)
-        yield from self.write_pass(state, run, latents, record)
+        yield from self.network_pass(state, run, latents, record)
         if state.preset.context.restart_decoder:
             wait_for_decoder()
             state.decoder.restart(state.next_block, latents)
@@ -177,7 +177,7 @@ class BlockLoop:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
         scheduled = commit_pass(state.timeline, span)
         self.roll_caches(state, scheduled.run, scheduled.beside)
-        yield from self.write_pass(state, scheduled.run, latents, record)
+        yield from self.network_pass(state, scheduled.run, latents, record)
 
     def runs_whole(self, state: SessionState) -> bool:
         """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
@@ -268,20 +268,20 @@ class BlockLoop:
     ) -> BlockSteps[Tensor]:
         """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided.
 
-        Branches without a weight are left out. A branch that does not run a frame has velocity 0 there.
+        Branches without a weight run only where the pass writes to their past. A branch that does not run a frame has
+        velocity 0 there.
         """
         guidance = state.preset.sampler.guide
         timesteps = {frame: group.timestep for group in run.groups for frame in group.frames}
         levels = [timesteps[frame] for frame in run.frames]
-        velocities = yield from self.branch_passes(state, run, latents, guidance.branches_at(levels), record)
-        return guided(guidance, velocities, levels)
-
-    def write_pass(
-        self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None = None
-    ) -> BlockSteps[None]:
-        """Run one pass over clean latents [F, C, H, W] in every branch that keeps a past, for its keys and values."""
-        pasts = [number for number, branch in enumerate(state.branches) if branch.role.sees_past]
-        yield from self.branch_passes(state, run, latents, pasts, record)
+        weighted = guidance.branches_at(levels)
+        numbers = [
+            number
+            for number, branch in enumerate(state.branches)
+            if number in weighted or (branch.role.sees_past and run.written)
+        ]
+        velocities = yield from self.branch_passes(state, run, latents, numbers, record)
+        return guided(guidance, {number: velocities[number] for number in weighted}, levels)
 
     def branch_passes(
         self, state: SessionState, run: Pass, latents: Tensor, numbers: Sequence[int], record: BlockRecord | None
@@ -316,7 +316,7 @@ class BlockLoop:
         try:
             with shortages_named():
                 return self.forward(requests)
-        except Exception as error:  # it is its session's, whose reader gets it
+        except Exception as error:  # of any kind: it is its session's, whose reader gets it
             if len(requests) == 1:
                 return [error]
             message = str(error)  # the error itself would keep tensors alive by its traceback

@@ -18,7 +18,7 @@ def parse_bytes(given: int | str) -> int:
         raise UsageError(f"memory is {quoted(given)}; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
     count = int(float(match[1]) * UNITS[match[2].upper()]) if match[1] != "." else 0
     if count < 1:
-        raise UsageError(f"memory is {given!r}; expected more than 0 bytes")
+        raise UsageError(f"memory is {quoted(given)}; expected more than 0 bytes")
     return count
 
 

@@ -123,11 +123,11 @@ class EngineConfig:
         ):
             if value is not None and not taken:
                 use = names_with(capable)
-                raise UsageError(f"{key} is {value!r}, which executor {name!r} does not take; use {use}")
+                raise UsageError(f"{key} is {quoted(value)}, which executor {name!r} does not take; use {use}")
         kind = torch.device(self.device).type
         if kind not in spec.devices:
             raise UsageError(
-                f"executor {name!r} runs on {' or '.join(spec.devices)}, and device is {self.device!r}; use "
+                f"executor {name!r} runs on {' or '.join(spec.devices)}, and device is {quoted(self.device)}; use "
                 f"{names_with(lambda other: kind in other.devices)}"
             )
 
@@ -174,7 +174,7 @@ assert set(SETTINGS) == {setting.name for setting in fields(EngineConfig)}
 
 def check_choice(key: str, value: str, known: Collection[str]) -> None:
     if value not in known:
-        raise UsageError(f"{key} is {value!r}{nearest(str(value), known)}; expected {', '.join(known)}")
+        raise UsageError(f"{key} is {quoted(value)}{nearest(str(value), known)}; expected {', '.join(known)}")
 
 
 def check_device(name: str) -> None:
@@ -182,11 +182,11 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device is {name!r}; expected cpu, cuda or cuda:N") from error
+        raise UsageError(f"device is {quoted(name)}; expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {name!r}, but torch {torch.__version__} finds no GPU; use cpu, or see doctor")
+        raise UsageError(f"device is {quoted(name)}, but torch {torch.__version__} finds no GPU; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+        raise UsageError(f"device is {quoted(name)}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
 
 
 def default_device() -> str:

@@ -288,7 +288,7 @@ class opened_video:
             check_pixels("video", Path(self.path), stream.width, stream.height)
             stream.codec_context.options = {"max_pixels": str(LARGEST_PICTURE)}
             stream.thread_type = "AUTO"
-        except BaseException as error:
+        except BaseException as error:  # raised again, or as a UsageError; the file is closed in any case
             self.file.close()
             self._refuse(error)
             raise

@@ -71,7 +71,8 @@ def read_actions(text: str, names: Sequence[str]) -> list[str]:
         check_script_length(len(listed))
         return [check_action(name, names) for name in listed]
     actions: list[str] = []
-    for word in text.split():
+    for match in re.finditer(r"\S+", text):  # a list of the words could be many times larger than the text
+        word = match[0]
         parts = re.fullmatch(r"([0-9]*)([A-Za-z_]+)", word)
         if parts is None:
             raise UsageError(f"actions hold {quoted(word)}; expected words such as {shorthand(names)}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 
 POSITIONS = ("absolute", "window-relative", "contiguous")
 SWITCHES = ("cut", "recache", "blend")
@@ -73,7 +73,7 @@ class ContextPolicy:
         choices = {"positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES, "clean_text": TEXTS}
         for key, known in choices.items():
             if getattr(self, key) not in known:
-                raise UsageError(f"{key} is {getattr(self, key)!r}; expected one of {', '.join(known)}")
+                raise UsageError(f"{key} is {quoted(getattr(self, key))}; expected one of {', '.join(known)}")
         if self.local_attn_size < 1 and self.local_attn_size != -1:
             raise UsageError(f"local_attn_size is {self.local_attn_size}; expected 1 or more, or -1 for all frames")
         counts = ("sink_size", "segment_frames", "rebuild_frames", "shot_offset", "rewind_blocks")
@@ -126,6 +126,11 @@ class ContextPolicy:
     def moving_positions(self) -> bool:
         """Whether a frame's position changes while it is held."""
         return self.positions != "absolute"
+
+    @property
+    def recomputes(self) -> bool:
+        """True where passes run over clean frames of earlier blocks: a recache, or a rebuild."""
+        return self.prompt_switch == "recache" or self.segment_frames > 0 or not self.commit
 
     @property
     def has_key_ranges(self) -> bool:

@@ -60,6 +60,12 @@ class Preset:
                 "block joins after equally many steps"
             )
         self.context.check_key_ranges(self.num_frame_per_block, self.window_blocks, steps)
+        if self.window_blocks > 1 and self.context.recomputes:
+            raise UsageError(
+                f"window_blocks is {self.window_blocks}, but prompt_switch is {self.context.prompt_switch!r}, "
+                f"segment_frames {self.context.segment_frames} and commit {self.context.commit}: clean frames would be "
+                "recomputed while blocks are in flight; use window_blocks=1, or cut, 0 and true"
+            )
         if self.window_blocks > 1 and self.sampler.denoising_step_list_first_chunk:
             raise UsageError(
                 f"denoising_step_list_first_chunk with window_blocks {self.window_blocks}: blocks denoised together "
@@ -109,7 +115,7 @@ def with_settings(preset: Preset, /, **overrides: Any) -> Preset:
 
 
 def no_setting(key: str, known: Collection[str]) -> UsageError:
-    return UsageError(f"no setting {key!r}{nearest(key, known)}; there are {', '.join(sorted(known))}")
+    return UsageError(f"no setting {quoted(key)}{nearest(key, known)}; there are {', '.join(sorted(known))}")
 
 
 LARGEST: Any = sys.float_info.max

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from .guidance import Guidance, classifier_free
 
 TRAIN_TIMESTEPS = 1000
@@ -50,7 +50,7 @@ class SamplerSpec:
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
         if self.solver not in SOLVERS:
-            raise UsageError(f"solver is {self.solver!r}; expected one of {', '.join(SOLVERS)}")
+            raise UsageError(f"solver is {quoted(self.solver)}; expected one of {', '.join(SOLVERS)}")
         if not self.has_step_list and self.num_steps < 1:
             raise UsageError(f"num_steps is {self.num_steps}; expected 1 or more")
         if self.has_step_list:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from ...errors import UsageError, nearest
+from ...errors import UsageError, nearest, quoted
 from ..compose import chained
 from ..types import BlockGraph, Change
 from .adaln import adaln
@@ -49,7 +49,7 @@ def chosen(with_: Collection[str] = (), without: Collection[str] = ()) -> list[s
     """
     for name in (*with_, *without):
         if name not in REWRITES:
-            raise UsageError(f"no rewrite {name!r}{nearest(name, REWRITES)}; there are {', '.join(REWRITES)}")
+            raise UsageError(f"no rewrite {quoted(name)}{nearest(name, REWRITES)}; there are {', '.join(REWRITES)}")
     if both := sorted(set(with_) & set(without)):
         raise UsageError(f"rewrite {both[0]} is both asked for and left out; give one of --with and --without")
     names: list[str] = []

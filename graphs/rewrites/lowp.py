@@ -17,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
-from ...errors import UsageError
+from ...errors import UsageError, quoted
 from ...kernels.linear_lowp import pack
 from ..compose import copy_into
 from ..edit import Editor, aten, fake, shape
@@ -45,7 +45,7 @@ class PrecisionMap:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UsageError(f"low precision is {self.kind!r}; expected one of {', '.join(KINDS)}")
+            raise UsageError(f"low precision is {quoted(self.kind)}; expected one of {', '.join(KINDS)}")
 
     def has(self, layer: str) -> bool:
         """Return True for a layer, by the name of its module, that runs in low precision."""
@@ -57,7 +57,7 @@ class PrecisionMap:
         known = sorted(filter(of_tokens, layers))
         for pattern in (*self.layers, *self.keep):
             if not any(fnmatchcase(layer, pattern) for layer in known):
-                raise UsageError(f"no linear layer of tokens is called {pattern!r}; there is {known[0]!r}")
+                raise UsageError(f"no linear layer of tokens is called {quoted(pattern)}; there is {quoted(known[0])}")
 
 
 def of_tokens(layer: str) -> bool:

@@ -14,6 +14,7 @@ from ...kernels.spec import Cost
 from ..cost import PassCost, family, name_of, spec_of
 from ..edit import fake, shape
 from ..effects import written
+from ..passes import NULL
 from ..program import Call
 from ..types import PassGraph
 
@@ -103,5 +104,7 @@ def in_units(number: float, unit: str) -> str:
 def attends(graph: PassGraph) -> Iterator[str]:
     """One line for each group of a pass: its frames, timestep and how many frames it attends to."""
     for group in graph.groups:
+        branch = "" if group.branch is None else f" of branch {group.branch}"
+        text = ", under the null caption" if group.text == NULL else ""
         end = "" if group.write else ", leaving no keys"
-        yield f"{len(group.frames)} frames at t={group.timestep:g} see {len(group.context)}{end}"
+        yield f"{len(group.frames)} frames{branch} at t={group.timestep:g} see {len(group.context)}{text}{end}"

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import UsageError, quoted
-from ..files import check_file
+from ..files import check_file, reason
+from ..scaled_weights import FLOATS
 
 LONGEST_PROMPT = 20_000  # characters; far beyond what 512 tokens hold
 
@@ -86,14 +87,15 @@ def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int
     source: a tensor, or a safetensors file with a tensor `prompt_embeds`. Raises UsageError for other shapes, values
     that are not finite, or an unreadable file.
     """
-    where = "prompt_embeds" if isinstance(source, Tensor) else repr(str(source))
+    where = "prompt_embeds" if isinstance(source, Tensor) else quoted(str(source))
     rows = source if isinstance(source, Tensor) else read_embeds(Path(source))
     if rows.ndim == 3 and len(rows) == 1:
         rows = rows[0]
     if rows.ndim != 2 or rows.shape[1] != text_dim or not 1 <= len(rows) <= text_len:
         raise UsageError(f"{where} is {list(rows.shape)}; expected [1..{text_len}, {text_dim}]")
-    if not rows.is_floating_point() or not rows.isfinite().all():
-        raise UsageError(f"{where} has values that are not finite floating-point numbers; encode it again")
+    if rows.dtype not in FLOATS or not rows.isfinite().all():
+        kind = str(rows.dtype).removeprefix("torch.")
+        raise UsageError(f"{where} has {kind}, or values that are not finite; expected finite floating-point numbers")
     return torch.cat((rows, rows.new_zeros(text_len - len(rows), text_dim)))
 
 
@@ -102,7 +104,8 @@ def read_embeds(path: Path) -> Tensor:
     try:
         with safe_open(path, "pt") as file:
             if "prompt_embeds" not in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                raise UsageError(f"{str(path)!r} holds {list(file.keys())}; expected a tensor 'prompt_embeds'")
+                names = quoted(list(file.keys()))
+                raise UsageError(f"{quoted(str(path))} holds {names}; expected a tensor 'prompt_embeds'")
             return file.get_tensor("prompt_embeds")
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot read {str(path)!r}: {error}; expected a safetensors file") from error
+        raise UsageError(f"cannot read {quoted(str(path))}: {reason(error)}; expected a safetensors file") from error

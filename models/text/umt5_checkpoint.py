@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, UsageError, quoted
 from ..files import check_file, finite, read_json, reason
+from ..scaled_weights import unscaled
 from ..state_dicts import (
     WeightFiles,
     check_names_one_file,
@@ -107,7 +108,9 @@ def load_text(paths: tuple[Path, Path], text_len: int, dtype: torch.dtype, devic
             if name in state and state[name].shape != tensor.shape
         ),
     )
-    weights = {name: nn.Parameter(finite(encoder, name, state[name].to(device, dtype)), False) for name in empty}
+    weights = {
+        name: nn.Parameter(finite(encoder, name, unscaled(state[name]).to(device, dtype)), False) for name in empty
+    }
     weights[TIED] = weights["shared.weight"]  # one Parameter under both names keeps them tied
     model.load_state_dict(weights, strict=True, assign=True)
     return TextEncoder(tokens, model.eval().to(device), text_len)
@@ -213,7 +216,7 @@ def read_tokenizer(path: Path) -> Any:
             read_json(file)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
+    except Exception as error:  # the tokenizers library raises Exception itself, so there is no kind to name
         raise CheckpointError(f"cannot read the tokenizer in {path}: {reason(error)}; fetch it again") from error
 
 

@@ -90,7 +90,7 @@ def known_words(prompt: str) -> list[str]:
             unknown.append(word)
             continue
         if near[0] != word:
-            warnings.warn(f"the small world does not know {word!r}; taken for {near[0]!r}", stacklevel=2)
+            warnings.warn(f"the small world does not know {quoted(word)}; taken for {quoted(near[0])}", stacklevel=2)
         words.append(near[0])
     if not words and prompt.strip():
         raise UsageError(f"the small world knows no word of {quoted(prompt)}; say for example {GRAMMAR}")

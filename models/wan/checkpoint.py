@@ -26,6 +26,7 @@ from ..state_dicts import (
     find_weight_files,
     read_weight_files,
     refuse_two_experts,
+    state_dicts,
 )
 from ..text.umt5_checkpoint import TEXT_FILES
 from .lora import fitting, read_lora
@@ -60,13 +61,18 @@ def read_checkpoint(
     """
     path, known = Path(path), MODELS.values() if known is None else known
     if form is not None and form not in FORMATS:
-        raise UsageError(f"no checkpoint format {form!r}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
+        raise UsageError(f"no checkpoint format {quoted(form)}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
     source, config = find_transformer(path, known)
     content = read_weight_files(source)
     name = source.files[0].name
     place, raw = choose_state_dict(
         path, content, "Wan transformer", is_transformer, use_ema, expected_keys(form, name, content)
     )
+    if adapters := adapters_in(path, content):
+        warnings.warn(
+            f"{path} holds an adapter, too ({adapters[0]}), which is not merged; give the file as lora to merge it",
+            stacklevel=2,
+        )
     form = form or detect_format(name, place, raw)
     layout = FORMATS[form]
     if place.keys and layout.weights and not set(place.keys) & set(layout.weights):
@@ -80,6 +86,14 @@ def read_checkpoint(
             tensors[ours] = value
     spec = read_spec(path, config, tensors, known)
     return Checkpoint(path, form, source.files, tensors, spec, published_lora(source, layout))
+
+
+def adapters_in(path: Path, content: Mapping[Any, Any]) -> list[str]:
+    """Return the places of the adapters in a training file."""
+    groups = state_dicts(path, content, ("generator_lora", "lora"))
+    return sorted(
+        str(place) for place, group in groups.items() if place.keys and any(".lora_" in name for name in group)
+    )
 
 
 def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
@@ -246,7 +260,7 @@ def read_spec(
         return known[0]
     if action_dim is not None:
         names = ", ".join(spec.name for spec in named if spec.actions)
-        raise UsageError(f"{str(path)!r} follows {action_dim} actions, which have no names here; known are {names}")
+        raise UsageError(f"{quoted(str(path))} follows {action_dim} actions, which have no names; known are {names}")
     like = MODELS["wan-5b"] if sizes["out_channels"] == MODELS["wan-5b"].out_channels else MODELS["wan-1.3b"]
     return ModelSpec(
         name="custom", family=like.family, **sizes, **values, kv_heads=values["num_heads"], freq_dim=freq_dim,

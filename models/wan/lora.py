@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, quoted
 from ..files import check_file, parse_json, read_json, read_metadata, read_tensors, reason
-from ..state_dicts import FLOATS, SCALES, WEIGHTS, bare_name, refuse_two_experts, state_dicts
+from ..scaled_weights import FLOATS
+from ..state_dicts import SCALES, WEIGHTS, bare_name, refuse_two_experts, state_dicts
 from .names import is_parameter, our_module
 
 PART = re.compile(
@@ -196,8 +197,9 @@ def adapter_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]
         if expert := next((word for word in place.words if word == "transformer_2"), None):
             refuse_two_experts(path, expert)
     keys = {place.keys for place in groups}
-    if len(keys) > 1:
-        keys = {key for key in keys if "generator_lora" in key} or keys
+    for word in ("generator_lora", "lora"):
+        if len(keys) > 1:
+            keys = {key for key in keys if word in key} or keys
     if len(keys) > 1:
         some = ", ".join(sorted(".".join(key) or "the top level" for key in keys))
         raise UsageError(f"{path} holds several adapters ({some}); save one of them to its own file")
@@ -236,8 +238,10 @@ def module_and_kind(part: re.Match[str]) -> tuple[str, str]:
 def check_values(path: Path, name: str, tensor: Tensor, kind: str) -> None:
     """Raise UsageError for a quantised tensor, CheckpointError for values that are not finite."""
     if kind == "alpha":
-        if tensor.numel() != 1 or tensor.is_complex():
-            raise CheckpointError(f"{path}: {quoted(name)} has {tensor.numel()} values; expected one number")
+        if tensor.numel() != 1 or tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in FLOATS):
+            raise CheckpointError(
+                f"{path}: {quoted(name)} has {tensor.numel()} values in {tensor.dtype}; expected one number"
+            )
     elif tensor.dtype not in FLOATS or SCALES.search(name):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UsageError(f"{path} has {quoted(name)} in {dtype}; this version reads no quantised adapters")

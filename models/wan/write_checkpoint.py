@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files import finite, save_pickle, write_json, write_tensors
+from ..scaled_weights import unscaled
 from ..spec import ModelSpec
 from ..text.umt5_checkpoint import ORIGINAL_TOKENIZER
 from .checkpoint import FORMATS, SHARD
@@ -123,7 +124,7 @@ def write_transformer(
         file = SHARD if len(shards) == 1 else f"{stem}-{index + 1:05}-of-{len(shards):05}.safetensors"
         part = {}
         for name in names:
-            tensor = tensors[name]
+            tensor = unscaled(tensors[name])
             written = finite(file, name, change(name, tensor).to(dtype or tensor.dtype))
             part[to_format(form, name)] = written.contiguous()
         write_tensors(part, folder / file, {"format": "pt"})

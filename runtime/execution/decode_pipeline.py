@@ -76,7 +76,7 @@ class DecoderTrack:
         before = self.state.clone(), list(self.checkpoints), list(self.decoded), self.last
         try:
             yield
-        except BaseException:
+        except BaseException:  # raised again; Ctrl-C must not leave half a block either
             self.state, self.checkpoints, self.decoded, self.last = before
             raise
 

@@ -107,7 +107,7 @@ def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -
         raise UsageError(f"streams of {spec.name} are not supported; its transformer and checkpoints are")
     for key in ("vae", "fast_vae"):
         if (name := getattr(config, key)) not in (None, "taehv"):
-            raise UsageError(f"{key} is {name!r}, but {spec.name} has random weights; leave it out, or use taehv")
+            raise UsageError(f"{key} is {quoted(name)}, but {spec.name} has random weights; leave it out, or use taehv")
     family = family_of(spec)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
     check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)

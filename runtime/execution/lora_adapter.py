@@ -35,7 +35,7 @@ class Adapter:
         InferixError for a damaged file. Both leave the weights unchanged.
         """
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise UsageError(f"scale is {scale!r}; expected a number, 1 for the adapter as it is")
+            raise UsageError(f"scale is {quoted(scale)}; expected a number, 1 for the adapter as it is")
         if any(weight.is_meta for weight in self.weights.values()):
             raise UsageError(f"lora is {quoted(str(lora))}, but the weights are in the programs of an exported engine; "
                              "merge it at the export")  # fmt: skip

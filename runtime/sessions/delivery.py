@@ -84,7 +84,7 @@ class Delivery:
             with shortages_named():
                 _, frames = self.decode(session, record, latents, show=True)
                 self.deliver(session, record, latents, frames)
-        except BaseException as error:
+        except BaseException as error:  # of any kind: in this thread nobody else would see it
             session.decode_error = error if isinstance(error, Exception) else interrupted("decoding", error)
             self.condition.signal()
             session.output.wake_readers()
@@ -228,7 +228,7 @@ class Delivery:
             try:
                 with self.thread.in_callback():
                     observer(record)
-            except Exception as error:
+            except Exception as error:  # the observer is the user's
                 message = f"an observer raised {type(error).__name__}: {error}; blocks and other observers go on"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
 

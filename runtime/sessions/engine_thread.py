@@ -24,6 +24,35 @@ SHORTAGES = (OutOfPages, MemoryError, torch.OutOfMemoryError)  # there may be me
 T = TypeVar("T")
 
 
+class CallFuture(Future[T]):
+    """The result of a call that the thread of an engine makes.
+
+    A wait in that thread makes the calls that wait, or is a UsageError in a callback, which the calls come after.
+    """
+
+    def __init__(self, thread: EngineThread) -> None:
+        super().__init__()
+        self.thread = thread
+
+    def result(self, timeout: float | None = None) -> T:
+        self._prevent_deadlock()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._prevent_deadlock()
+        return super().exception(timeout)
+
+    def _prevent_deadlock(self) -> None:
+        if self.done() or self.thread.owner is not threading.current_thread():
+            return
+        if self.thread.callbacks:
+            raise UsageError(
+                "the result of engine.soon() was awaited by an observer or while a block is made, and the call is made "
+                "after it; use add_done_callback(), or wait in another thread"
+            )
+        self.thread.answer_calls()
+
+
 class EngineThread:
     """Owns the claim to an engine and the calls that wait for its thread."""
 
@@ -116,7 +145,7 @@ class EngineThread:
 
         The future ends in the result or in the error, an InferixError where no thread drives the engine any more.
         """
-        done: Future[T] = Future()
+        done = CallFuture[T](self)
         if self.owner is threading.current_thread() and not self.callbacks and self.unusable is None:
             answer(call, done)
             return done
@@ -173,9 +202,9 @@ def answer(call: Callable[[], T], done: Future[T]) -> None:
     try:
         with shortages_named():
             result = call()
-    except Exception as error:
+    except Exception as error:  # the call is the user's, and so is what it raises
         done.set_exception(error)
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C or SystemExit: the future is answered, and the loop ends
         done.set_exception(SessionEnded(f"the call was interrupted by {type(error).__name__}"))
         raise
     else:

@@ -171,7 +171,7 @@ class SessionManager:
             try:
                 with shortages_named():
                     session.entering()
-            except BaseException as error:
+            except BaseException as error:  # raised again, once the session has ended and holds nothing
                 self._fail(session, error if isinstance(error, Exception) else interrupted("its opening", error))
                 raise
             session.entering = None
@@ -218,12 +218,12 @@ class SessionManager:
         try:
             with shortages_named():
                 yield
-        except Exception as error:
+        except Exception as error:  # of any kind: it ends this session, and the others go on
             if session.rollback_point is not None and isinstance(error, SHORTAGES):
                 self._rollback(session, error)
             else:
                 self._fail(session, error)
-        except BaseException as error:
+        except BaseException as error:  # an interruption, raised again
             if session.rollback_point is not None:
                 self._rollback(session)
             elif session.begun:

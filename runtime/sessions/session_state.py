@@ -84,7 +84,7 @@ class Branch:
                 own = rows if role.text == "prompt" else negative
                 assert own is not None  # `Inputs.negative_rows` asks for one
                 branches.append(cls(condition(own), resources.kv_manager.new_cache(size), null, role))
-        except BaseException:
+        except BaseException:  # raised again; Ctrl-C must not leak pages either
             for branch in branches:
                 branch.cache.release()
             raise
@@ -607,7 +607,7 @@ class SessionState:
             for name, form in cls.save_forms().items():
                 values[name] = form.read(file)
             return cls(**values)
-        except BaseException:
+        except BaseException:  # raised again; Ctrl-C must not leak pages either
             for branch in values.get("branches", ()):
                 branch.cache.release()
             raise

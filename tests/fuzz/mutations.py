@@ -49,10 +49,10 @@ def mutate(files: Files, targets: tuple[str, ...], structured: bool, random: Ran
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         mutation = by_format(name) if structured else random.choice(BYTES)
         try:
-            content = mutation(content, random)
+            content = mutation(content, random)[:LARGEST]
         except DAMAGED:  # by an earlier mutation, or with a value that cannot be written
-            content = random.choice(BYTES)(content, random)
-    return {**files, name: content[:LARGEST]}
+            content = random.choice(BYTES)(content, random)[:LARGEST]
+    return {**files, name: content}
 
 
 class Unreadable(Exception):
@@ -227,7 +227,7 @@ def change_words(content: bytes, random: Random) -> bytes:
     first = random.randrange(len(words))
     action = random.choice(("replace", "remove", "insert", "repeat"))
     if action == "repeat":
-        words[first:first] = words * random.choice((1, 5, 2000))
+        words[first:first] = words * min(random.choice((1, 5, 2000)), LARGEST // len(words))
     elif action == "remove":
         del words[first]
     else:

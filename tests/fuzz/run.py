@@ -73,20 +73,27 @@ def main() -> int:
         if options.input is not None:
             return one(samples, options)
         until = monotonic() + 60 * options.minutes
-        tallies = run(samples.values(), options.seed, Limits(), options.inputs, until, options.processes, progress)
-        failures = [failure for tally in tallies.values() for failure in tally.failures.values()]
+        saved: dict[tuple[str, ...], Failure] = {}
+
+        def report(tallies: dict[str, Tally]) -> None:
+            """Show the progress, and save each failure when it is first seen."""
+            progress(tallies)
+            for tally in tallies.values():
+                for cause, failure in tally.failures.items() - saved.items():
+                    saved[cause] = failure
+                    folder = save(failure, samples[failure.reader], options.seed, options.out)
+                    print(f"\n{failure.kind}: {folder}; {again(failure, options.seed)}", file=sys.stderr, flush=True)
+
+        tallies = run(samples.values(), options.seed, Limits(), options.inputs, until, options.processes, report)
         print(file=sys.stderr)
         if options.json:
             print(json.dumps({name: dict(zip(HEAD, figures(tally), strict=True)) for name, tally in tallies.items()}))
         else:
             print(table(tallies))
-        for failure in failures:
-            folder = save(failure, samples[failure.reader], options.seed, options.out)
-            print(f"{failure.kind}: {folder}; {again(failure, options.seed)}", file=sys.stderr)
         few = [name for name, tally in tallies.items() if tally.inputs < min(ENOUGH, options.inputs)]
         if few:
             print(f"fewer than {ENOUGH} inputs, give more minutes: {', '.join(few)}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if saved else 0
 
 
 def progress(tallies: dict[str, Tally]) -> None:

@@ -305,6 +305,7 @@ REFUSED = {  # parts of a file, and a word of the reason
     "flat": ({f"{Q}.lora_A.weight": DOWN.flatten(), f"{Q}.lora_B.weight": UPWARD}, Q),
     "not-finite": (named() | {f"{Q}.lora_A.weight": DOWN / 0}, Q),
     "alpha-not-finite": (named() | {f"{Q}.alpha": torch.tensor(math.nan)}, "alpha"),
+    "alpha-in-fp8": (named() | {f"{Q}.alpha": torch.tensor(1.0).to(torch.float8_e4m3fn)}, "alpha"),
     "two-alphas": (named() | {f"{Q}.alpha": torch.ones(2)}, "alpha"),
     "integers": ({name: tensor.to(torch.int8) for name, tensor in named().items()}, "int8"),
     "fp8": ({name: tensor.to(torch.float8_e4m3fn) for name, tensor in named().items()}, "float8_e4m3fn"),
@@ -376,6 +377,18 @@ def test_folders(checkpoint, tmp_path):
 def test_factors(checkpoint, tmp_path, factor):
     with pytest.raises(UsageError, match="lora_scale"):
         changes(checkpoint, save(named(), tmp_path / "lora.safetensors"), factor)
+
+
+@pytest.mark.parametrize("key", ["generator_lora", "lora"])
+def test_an_adapter_beside_the_weights_of_a_training_file_is_named_and_not_merged(tmp_path, key):
+    file = save({"generator": published(), key: FORMS["peft"], "step": 5}, tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match=key):
+        checkpoint = read_checkpoint(file)
+    change = merging(checkpoint, [])
+    name = f"{Q}.weight"
+    assert torch.equal(change(name, checkpoint.tensors[name]), weights()[name])
+    change = merging(checkpoint, [(file, 1.0)])
+    assert (change(name, weights()[name]) - weights()[name] - PRODUCT).abs().max() <= 1e-4
 
 
 def test_only_the_published_pair_is_merged_unasked_and_once(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_checkpoint import SPEC, WEIGHTS, published, same, save, save_json, weights
 
-from inferix.errors import InferixError, UsageError
+from inferix.errors import CheckpointError, InferixError, UsageError
 from inferix.models.files import LARGEST_JSON, quoted, read_json, read_tensors
 from inferix.models.wan.checkpoint import read_checkpoint
 from inferix.models.wan.configs import diffusers_config, original_config
@@ -497,6 +497,36 @@ def test_tensors_that_are_not_plain(tmp_path):
         torch.save({"a": tensor}, tmp_path / "x.pt")
         with pytest.raises(InferixError, match=r"x\.pt"):
             read_tensors(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_pickle_that_claims_memory_is_refused(tmp_path, archive):
+    """Unpickling plain values may call `bytearray`, here with 1 TiB."""
+    torch.save({"a": torch.ones(2), "b": torch.Size([7])}, tmp_path / "x.pt", _use_new_zipfile_serialization=archive)
+    claim = b"cbuiltins\nbytearray\n\x8a\x06" + (1 << 40).to_bytes(6, "little") + b"\x85R"
+    if archive:
+        with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
+            for part in old.infolist():
+                pickled = b"\x80\x02}X\x01\x00\x00\x00a" + claim + b"s."
+                new.writestr(part.filename, pickled if part.filename.endswith(".pkl") else old.read(part))
+    else:
+        size = b"ctorch\nSize\n"
+        content = (tmp_path / "x.pt").read_bytes()
+        assert content.count(size) == 1
+        (tmp_path / "y.pt").write_bytes(content.replace(size, claim + b"0" + size))
+    with pytest.raises(CheckpointError, match="bytearray"):
+        read_tensors(tmp_path / "y.pt")
+
+
+def test_an_archive_without_checksums_is_read(tmp_path):
+    content = bytearray(save(published(), tmp_path / "x.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        part = next(part for part in archive.infolist() if part.filename.endswith("data.pkl"))
+    for place in range(len(content)):
+        if content[place : place + 4] == part.CRC.to_bytes(4, "little"):
+            content[place : place + 4] = b"\0\0\0\0"
+    (tmp_path / "y.pt").write_bytes(content)
+    assert read_tensors(tmp_path / "y.pt").keys() == published().keys()
 
 
 def test_dicts_that_refer_to_each_other_end(tmp_path):

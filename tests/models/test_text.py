@@ -237,6 +237,22 @@ def test_unfit_embeds_are_refused(tmp_path, embeds, message):
         load_prompt_embeds(embeds_file(tmp_path, prompt_embeds=embeds), text_len=6, text_dim=8)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8", "bool", "complex64"])
+def test_embeddings_in_a_dtype_of_no_embeddings(tmp_path, dtype):
+    embeds = torch.ones(3, 8).to(getattr(torch, dtype))
+    with pytest.raises(UsageError, match=dtype):
+        load_prompt_embeds(embeds, 6, 8)
+    with pytest.raises(UsageError, match=dtype):
+        load_prompt_embeds(embeds_file(tmp_path, prompt_embeds=embeds), 6, 8)
+
+
+def test_long_names_are_cut_in_the_message(tmp_path):
+    path = embeds_file(tmp_path, **{"x" * 5000: torch.ones(1)})
+    with pytest.raises(UsageError) as caught:
+        load_prompt_embeds(path, 6, 8)
+    assert "xxx" in str(caught.value) and len(str(caught.value)) < 1000
+
+
 def test_unreadable_embeds_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match="absent"):
         load_prompt_embeds(tmp_path / "absent.safetensors", 6, 8)

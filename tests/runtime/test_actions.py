@@ -61,3 +61,8 @@ def test_a_file_of_something_else_and_a_model_without_actions(tmp_path):
         engine.open(prompt_embeds=rows, size=(32, 32), actions=["up"])
     with engine.open(prompt_embeds=rows, size=(32, 32)) as session, pytest.raises(UsageError, match="actions"):
         session.act("up")
+
+
+def test_a_long_text_is_refused_by_its_actions():
+    with pytest.raises(UsageError, match="100000"):
+        read_actions("stay " * 200_000, NAMES)

@@ -230,6 +230,9 @@ def test_staggered_chunks_with_key_ranges_are_a_dense_loop(form: str, tmp_path) 
         ({"clean_chunk_kvrange": 3}, "clean_chunk_kvrange 3"),
         ({"commit_sees_sink": False, "sink_size": 1, "local_attn_size": 7}, "commit_sees_sink"),
         ({"clean_text": "caption"}, "clean_text"),
+        ({"clean_text": "prompt", "prompt_switch": "recache"}, "window_blocks is 2.*recache"),
+        ({"segment_frames": 6, "rebuild_frames": 2}, "window_blocks is 2.*segment_frames 6"),
+        ({"commit": False, "rebuild_frames": 2}, "window_blocks is 2.*commit False"),
         ({"clean_text": "null", "prompt_switch": "recache"}, "clean_text"),
     ],
 )

@@ -736,6 +736,35 @@ def test_calls_are_answered_around_halt():
     assert late.result(WAIT) == 1
 
 
+def test_waiting_for_a_call_in_the_thread_that_makes_it():
+    """In an observer it is an error, which becomes a warning; between two blocks the call is made at once."""
+    engine = small_engine()
+    futures, errors = [], []
+
+    def observe(record):
+        futures.append(engine.soon(lambda: 5))
+        for wait in (futures[-1].result, futures[-1].exception):
+            try:
+                wait()
+            except UsageError as error:
+                errors.append(error)
+
+    engine.observe(observe)
+    with opened(engine) as session:
+        assert len(list(session.stream(2, decode=False))) == 2
+    assert len(errors) == 2 * len(futures) >= 2 and all("engine.soon()" in str(error) for error in errors)
+    late = []
+    in_thread(lambda: late.append(engine.soon(lambda: 7)))()
+    assert late[0].result() == 7 and futures[0].result() == 5
+
+
+def test_an_observer_that_waits_fails_with_a_warning_and_blocks_go_on():
+    engine = small_engine()
+    engine.observe(lambda record: engine.soon(lambda: 5).result())
+    with opened(engine) as session, pytest.warns(RuntimeWarning, match="UsageError"):
+        assert len(list(session.stream(2, decode=False))) == 2
+
+
 def test_an_error_of_no_known_kind_ends_its_session_alone(monkeypatch):
     """In the decoder's thread and in a block, as the reader drives and as another thread does."""
     for driven in (False, True):
