@@ -375,8 +375,9 @@ def generate(
     """
     check_length(blocks, seconds)
     given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--base": base, "--vae": vae}
-    given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device, "--dtype": dtype, "--executor": executor}
-    check_beside_engine(exported, given_parts | {"--graphs": graphs, "--profile": profile})
+    given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
+    given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
+    check_beside_engine(exported, given_parts)
     model = str(exported) if exported is not None else model or default_model(preset)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
