@@ -385,8 +385,8 @@ def generate(
     check_length(blocks, seconds)
     given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--base": base, "--vae": vae}
     given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
-    given_parts |= {"--dtype": dtype, "--executor": executor}
-    check_beside_engine(exported, given_parts | {"--graphs": graphs, "--profile": profile})
+    given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
+    check_beside_engine(exported, given_parts)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
     suffixes = [*CONTAINERS, ".safetensors"] if latents_only else list(CONTAINERS)
