@@ -60,12 +60,12 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from inferix import load
+    import inferix
 
     torch.set_num_threads(1)
     executor = "fused" if given["candidate"] == "fused" else "eager"
     settings = {"preset": given["preset"], "device": "cpu", "dtype": given["dtype"], "executor": executor}
-    engine = load(given["model"], **settings, **given["settings"])
+    engine = inferix.load(given["model"], **settings, **given["settings"])
     rows, size = prompt_rows(engine), tuple(given["size"])
     if given["candidate"] in ("plain", "diffusers"):
         stream: Any = LoopBlocks(engine, rows, size, given["candidate"])
