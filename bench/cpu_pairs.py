@@ -26,11 +26,8 @@ import typer
 
 from ..errors import InferixError, UsageError, quoted
 from ..export.checkpoint import new_folder
-from ..models.registry import MODELS
+from ..models.registry import MODELS, family_of
 from ..models.spec import ModelSpec
-from ..models.wan.family import WAN
-from ..models.wan.random import random_vae_state
-from ..models.wan.write_checkpoint import write_random_transformer, write_vae
 from ..runtime.capacity.cpu_features import bfloat16_unit, cpu_flags
 from .machine import environment, measure_ceilings
 from .result import Result, Series, write_result
@@ -125,11 +122,9 @@ def worker(name: str, case: Case, model: str, dtype: str, tree: Path, frames: Pa
 
 
 def write_model(spec: ModelSpec, folder: Path) -> Path:
-    """Write random weights of a transformer and its VAE."""
-    vae = WAN.decoder_spec(spec)
+    """Write random weights of a model."""
     with new_folder(folder) as part:
-        write_random_transformer(part, spec, "diffusers", 0, torch.float32)
-        write_vae(part, "diffusers", vae, random_vae_state(vae, 1, torch.float32))
+        family_of(spec).write_random(part, spec, "diffusers", 0, torch.float32)
     return folder
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from importlib import import_module
 from typing import Any
 
 
@@ -29,13 +30,11 @@ class LoopBlocks:
 
     def __init__(self, engine: Any, rows: Any, size: tuple[int, int], name: str) -> None:
         if name == "diffusers":
-            from inferix.bench.diffusers_loop import DiffusersLoop
-
-            self.loop: Any = DiffusersLoop(engine, rows, 0, size)
+            loops = import_module("inferix.bench.diffusers_loop")
+            self.loop: Any = loops.DiffusersLoop(engine, rows, 0, size)
         else:
-            from inferix.bench.baseline import PlainLoop, run_layer
-
-            self.loop = PlainLoop(engine, rows, 0, size, run_layer)
+            loops = import_module("inferix.bench.baseline")
+            self.loop = loops.PlainLoop(engine, rows, 0, size, loops.run_layer)
 
     def run(self, blocks: int, decode: bool) -> list[Any]:
         return [self.loop.step(decode).frames for _ in range(blocks)]
@@ -60,12 +59,11 @@ def main() -> None:
     import numpy as np
     import torch
 
-    import inferix
-
     torch.set_num_threads(1)
     executor = "fused" if given["candidate"] == "fused" else "eager"
     settings = {"preset": given["preset"], "device": "cpu", "dtype": given["dtype"], "executor": executor}
-    engine = inferix.load(given["model"], **settings, **given["settings"])
+    load = import_module("inferix").load  # of the tree to measure
+    engine = load(given["model"], **settings, **given["settings"])
     rows, size = prompt_rows(engine), tuple(given["size"])
     if given["candidate"] in ("plain", "diffusers"):
         stream: Any = LoopBlocks(engine, rows, size, given["candidate"])

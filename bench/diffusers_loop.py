@@ -8,16 +8,13 @@ are not compared with the engine's; only its time means something.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..graphs.passes import Pass
+from ..models.registry import family_of
 from ..models.spec import ModelSpec
-from ..models.transformer import Transformer
-from ..models.wan.configs import diffusers_config
-from ..models.wan.names import to_format
 from ..runtime.engine import Engine
 from ..schemes.presets import Preset
 from .baseline import PlainLoop, passes_until_full, run_layer
@@ -28,23 +25,11 @@ def unsupported_reason(spec: ModelSpec, preset: Preset) -> str | None:
     """The reason why this loop cannot run a model under a preset; None if it can."""
     if find_spec("diffusers") is None:
         return "diffusers is not installed; pip install diffusers"
-    if spec.grid is not None or spec.action_dim is not None or spec.image_dim is not None:
+    if not family_of(spec).is_in_diffusers(spec):
         return "diffusers has no such model"
     if any(scheduled.kind not in ("denoise", "commit") for scheduled in passes_until_full(preset)):
         return "its context is computed again"
     return unsupported_by_plain_loop(preset)
-
-
-def diffusers_model(model: Transformer) -> Any:
-    """Make diffusers' transformer with the weights of a model, which it shares."""
-    from diffusers import WanTransformer3DModel
-
-    with torch.device("meta"):
-        made = WanTransformer3DModel.from_config(diffusers_config(model.spec))
-    state = {to_format("diffusers", name): weight for name, weight in model.state_dict().items()}
-    made.load_state_dict(state, strict=True, assign=True)
-    made.rope = type(made.rope)(model.spec.head_dim, (1, *model.spec.patch), 1024)  # its tables are no weights
-    return made.eval().requires_grad_(False)
 
 
 class DiffusersLoop(PlainLoop):
@@ -53,7 +38,7 @@ class DiffusersLoop(PlainLoop):
     def __init__(self, engine: Engine, rows: Tensor, seed: int, size: tuple[int, int]) -> None:
         super().__init__(engine, rows, seed, size, run_layer)
         self.caches = []
-        self.network = diffusers_model(engine.parts.transformer)
+        self.network = family_of(engine.spec).diffusers_network(engine.parts.transformer)
 
     def forward(self, run: Pass, latents: Tensor) -> Tensor:
         """Run the frames of a pass's context through the network; returns the velocity of its own frames."""

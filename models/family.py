@@ -237,6 +237,16 @@ class Family(ABC):
         """Load a decoder, ready to run on a device."""
         raise self.lacks("decoder files", str(path))
 
+    # Comparison
+
+    def is_in_diffusers(self, spec: ModelSpec) -> bool:
+        """Return True if diffusers has a network for the weights of a model."""
+        return False
+
+    def diffusers_network(self, model: Transformer) -> nn.Module:
+        """Make the network of diffusers that benchmarks compare with, over the weights of a model."""
+        raise self.lacks("network of diffusers", model.spec.name)
+
     # CPU
 
     def on_cpu(self, module: Part) -> Part:
