@@ -151,7 +151,7 @@ class PlainLoop:
             velocity = self.forward(timeline.joint_pass([(span.frames, timestep)], frozenset()), latents)
             latents = solver.advance(latents, velocity, step, partial(self.draw, span, step + 1))
         if self.engine.preset.context.commit:
-            self.forward(timeline.commit_pass(span.frames), latents)
+            self.commit(timeline.commit_pass(span.frames), latents)
         timeline.forget(self.frames)
         pixels = frames = None
         timings = {}
@@ -202,6 +202,10 @@ class PlainLoop:
             x = layer_forward(layer, x, modulation, text, layer_cache)
         velocity: Tensor = model.unpatchify(model.head(x, e), *latents.shape[-2:])
         return velocity[0]
+
+    def commit(self, run: Pass, latents: Tensor) -> None:
+        """Write the keys and values of clean latents into the caches."""
+        self.forward(run, latents)
 
     def make_room(self, context: tuple[int, ...]) -> None:
         """Roll the caches so that the frames of `context` are at their front, in order."""

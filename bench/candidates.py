@@ -23,6 +23,8 @@ from ..runtime.executor_specs import EXECUTORS, executor_spec
 from ..runtime.inputs import Pixels
 from ..runtime.sessions.output_queue import Block
 from .baseline import BlockOutput, PlainLoop, compiled_layer, run_layer, unsupported_reason
+from .diffusers_loop import DiffusersLoop
+from .diffusers_loop import unsupported_reason as no_diffusers_loop
 from .kernels import launch_errors
 from .subject import ORACLE, Subject, full_precision_engine, uses_fewer_bits, with_executor
 
@@ -49,7 +51,7 @@ class Candidate:
 
     about: one line for the report. open: begins a stream. owners: bytes of a stream by owner. drop: frees the memory
     that is shared between streams. fewer_bits: True if layers or pages have another precision than the oracle's.
-    fallbacks: reasons why graphs could not be captured.
+    fallbacks: reasons why graphs could not be captured. compared: False for one that computes another function.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Candidate:
     drop: Callable[[], None] = lambda: None
     fewer_bits: bool = False
     fallbacks: Callable[[], list[str]] = list
+    compared: bool = True
 
 
 class EngineStream:
@@ -94,6 +97,8 @@ BASELINE_NOTES = {
     "plain": "a loop in the structure of the public reference: contiguous cache rolled by copying, embeddings in every "
     "pass, torch's attention",
     "compiled": "the plain loop with every layer through torch.compile",
+    "diffusers": "diffusers' transformer over the whole window in every step, without a cache; its outputs are another "
+    "function of the weights, so only its time is taken",
 }
 
 
@@ -105,6 +110,8 @@ def candidates(engine: Engine, rows: Tensor, subject: Subject) -> tuple[list[Can
     }  # fmt: skip
     if reason := unsupported_reason(engine.preset):
         left_out |= dict.fromkeys(BASELINE_NOTES, reason)
+    if reason := no_diffusers_loop(engine.spec, engine.preset):
+        left_out["diffusers"] = reason
     available = [
         executor_candidate(engine, name, rows, subject) for name in EXECUTORS if name not in left_out
     ] + [baseline_candidate(engine, name, rows, subject) for name in BASELINE_NOTES if name not in left_out]
@@ -135,16 +142,18 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
 
 
 def baseline_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject) -> Candidate:
-    """The plain loop over the engine's weights, eager or compiled."""
+    """A loop over the engine's weights: the plain one, eager or compiled, or that of diffusers."""
 
     def begin() -> PlainLoop:
+        if name == "diffusers":
+            return DiffusersLoop(engine, rows, subject.seed, subject.size or engine.default_size)
         layer = compiled_layer() if name == "compiled" else run_layer
         return PlainLoop(engine, rows, subject.seed, subject.size or engine.default_size, layer)
 
     def owners(stream: PlainLoop) -> dict[str, int]:
         return {"cache": stream.cache_bytes, "decoder state": stream.decoder.nbytes}
 
-    return Candidate(name, BASELINE_NOTES[name], begin, owners)
+    return Candidate(name, BASELINE_NOTES[name], begin, owners, compared=name != "diffusers")
 
 
 def choose(
@@ -156,11 +165,14 @@ def choose(
 ) -> list[Candidate]:
     """Candidates named in `executors` and `baselines`; an empty tuple selects all.
 
-    `compiled` takes minutes on a CPU, so it must be named there; otherwise the reason goes into `left_out`. Raises
-    UsageError for an unknown name and for a candidate that cannot run.
+    `compiled` takes minutes on a CPU, and `diffusers` on a GPU with a large model, so they must be named there;
+    otherwise the reason goes into `left_out`. Raises UsageError for an unknown name and for a candidate that cannot
+    run.
     """
     if torch.device(device).type == "cpu" and "compiled" not in (*left_out, *baselines):
         left_out["compiled"] = "torch.compile takes long on a CPU; name it in baselines to run it"
+    if torch.device(device).type != "cpu" and "diffusers" not in (*left_out, *baselines):
+        left_out["diffusers"] = "a whole window in every step takes long; name it in baselines to run it"
     names = [candidate.name for candidate in offered if candidate.name not in left_out]
     chosen: list[str] = []
     for option, asked, known in (
@@ -213,6 +225,8 @@ class OutputChecker:
 
         outputs: at most as many blocks as the reference has.
         """
+        if not candidate.compared:
+            return None
         allowed = self.allowed(candidate)
         for index, (got, want) in enumerate(zip(outputs, self.reference[: len(outputs)], strict=True)):
             if got.latents.shape != want.latents.shape:
@@ -243,7 +257,8 @@ class OutputChecker:
             outputs = outputs_of(candidate.open(), self.decoded[:blocks])
         except candidate_errors() as error:
             return None, failure_reason(error)
-        return self.largest_difference(outputs), self.refusal(candidate, outputs)
+        difference = self.largest_difference(outputs) if candidate.compared else None
+        return difference, self.refusal(candidate, outputs)
 
 
 def make_checker(engine: Engine, rows: Tensor, subject: Subject, decoded: Sequence[bool]) -> OutputChecker:

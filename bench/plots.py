@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 from ..runtime.files import write_atomically
 from .compare import interval
+from .report_tables import pairs_of
 from .result import Result
 
 INK, SOFT, GRID = "#1f2430", "#6b7280", "#d9dde3"
 COLOURS = {
     "captured": "#0b7a75", "fused": "#2f6fbb", "eager": "#8a5fbf", "plain": "#b7791f", "compiled": "#b0413e",
+    "diffusers": "#6b7280",
 }  # fmt: skip
 SPARE = ("#3d5a80", "#98a33b", "#c06c84", "#5c6f7b")
 
@@ -280,8 +282,37 @@ def long_run(result: Result, path: Path) -> Path | None:
     return picture(path, result, "A long run: block time and memory", paint)
 
 
+def pair_ratios(result: Result, path: Path) -> Path | None:
+    """Bars of the speedup of a paired run: of blocks over the older tree, of the transformer over the public loop."""
+    bars = [
+        (f"{row.case}, {row.part}, {row.threads}t, to {over}", name, ratio)
+        for row in pairs_of(result)
+        for over in (("before",) if row.part == "block" else ("before", "plain"))
+        for name in ("after", "fused")
+        if (ratio := row.ratio(name, over)) is not None
+    ]
+    if not bars:
+        return None
+    colours = {"after": COLOURS["eager"], "fused": COLOURS["fused"]}
+
+    def paint(axis: Any) -> None:
+        labels = list(dict.fromkeys(label for label, _, _ in bars))[::-1]
+        for label, name, ratio in bars:
+            place = labels.index(label) + (0.2 if name == "after" else -0.2)
+            axis.barh(place, ratio, height=0.36, color=colours[name])
+            axis.annotate(f"{ratio:.2f} {name}", (ratio, place), (4, 0), textcoords="offset points", va="center")
+        axis.axvline(1, color=INK, linewidth=1)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_xlim(0, max(ratio for _, _, ratio in bars) * 1.25)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("times as fast, by CPU time; median of the ratios within rounds")
+
+    return picture(path, result, "Speed against the older tree and the public loop", paint, 1.2 + 0.2 * len(bars))
+
+
 PLOTS: dict[str, tuple[Callable[[Result, Path], Path | None], ...]] = {
     "block": (ratio_bars, growth, roofline),
     "stream": (intervals, sessions, long_run),
     "kernels": (),
+    "pairs": (pair_ratios,),
 }

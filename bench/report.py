@@ -25,6 +25,7 @@ from .report_tables import (
     cut,
     in_flops,
     kernels_part,
+    pairs_part,
     precision_of,
     stream_part,
     table,
@@ -202,7 +203,7 @@ def goal_row(goal: Goal, gpu: dict[str, Result]) -> tuple[str, str, str, str]:
 
 def section(name: str, result: Result, pictures: Iterable[str]) -> str:
     """Section of one result: title, circumstances, tables and pictures."""
-    kind = {"block": block_part, "stream": stream_part, "kernels": kernels_part}[result.kind]
+    kind = {"block": block_part, "stream": stream_part, "kernels": kernels_part, "pairs": pairs_part}[result.kind]
     parts = [f"### {title(result)}", circumstances(name, result), *kind(result)]
     parts += [f"![{Path(link).stem}]({link})" for link in pictures]
     return "\n\n".join(parts)
@@ -212,6 +213,8 @@ def title(result: Result) -> str:
     device = f"{device_type(result)}, {result.device_name}"
     if result.kind == "kernels":
         return f"Kernels ({device})"
+    if result.kind == "pairs":
+        return f"Pairs: {result.facts['before']} and after, {result.settings['config']['dtype']} ({device})"
     width, height = result.settings["size"]
     preset, precision = result.settings["preset"]["name"], ", ".join(precision_of(result.settings["config"]))
     return f"{result.kind.title()}: {result.subject['model']}, {preset}, {width}x{height}, {precision} ({device})"
@@ -236,7 +239,7 @@ def circumstances(name: str, result: Result) -> str:
         lines.append(f"GPU at the start: {', '.join(readings(clocks)) or 'no readings'}")
     if states := result.facts.get("clocks_in_between"):
         lines.append(in_between(states))
-    if result.kind != "kernels":
+    if result.kind in ("block", "stream"):
         lines.append(weights_line(result))
     ceilings, lowp = result.ceilings, ""
     if "packed_flops" in ceilings:

@@ -88,6 +88,11 @@ class Candidate(NamedTuple):
         low, high = interval(block, plain)
         return f"{plain.median / block.median:.2f} ({low:.2f} to {high:.2f})"
 
+    def difference(self) -> str:
+        if self.facts["refused"]:
+            return ""
+        return "not compared" if self.facts["difference"] is None else f"{self.facts['difference']:.1e}"
+
     def passes(self) -> list[Series]:
         """Times of the passes; empty if they do not run one by one."""
         series = [self.series(f"pass {index}") for index in range(len(self.result.facts["block"]["passes"]))]
@@ -104,7 +109,7 @@ CANDIDATE_COLUMNS = (
     Column("decoder, ms", lambda row: milliseconds(row.series("decode"))),
     Column("transformer, of matmul", lambda row: row.share_of_matmul()),
     Column("speedup over plain (95 % interval)", lambda row: row.speedup()),
-    Column("difference", lambda row: "" if row.facts["refused"] else f"{row.facts['difference']:.1e}"),
+    Column("difference", lambda row: row.difference()),
 )
 
 
@@ -332,6 +337,73 @@ def kernels_part(result: Result) -> Iterator[str]:
         KERNEL_COLUMNS,
         [(row, name, form) for row in result.facts["rows"] for name, form in row["forms"].items()],
     )
+
+
+class Pair(NamedTuple):
+    """A row of a paired run: one case, count of threads and part of a block, with all its candidates."""
+
+    result: Result
+    case: str
+    threads: int
+    part: str
+
+    def series(self, candidate: str, clock: str = "cpu") -> Series | None:
+        return self.result.series.get(f"{self.case}/{self.threads}/{candidate}/{self.part} {clock}")
+
+    def times(self, candidate: str) -> str:
+        """Median CPU and wall milliseconds a block."""
+        cpu, wall = self.series(candidate), self.series(candidate, "wall")
+        return f"{cpu.median * 1e3:.4g} ({wall.median * 1e3:.4g})" if cpu and wall else ""
+
+    def ratio(self, candidate: str, over: str) -> float | None:
+        """Median of the ratios of CPU time within a round: that of `over` to the candidate's."""
+        fast, slow = self.series(candidate), self.series(over)
+        if fast is None or slow is None:
+            return None
+        return Series("x", tuple(b / a for a, b in zip(fast.samples, slow.samples, strict=True)), "more").median
+
+
+def pairs_of(result: Result) -> list[Pair]:
+    """Rows of a paired run, in the order of its cases."""
+    counts, parts = result.settings["threads"], ("block", "transformer")
+    return [Pair(result, case, count, part) for case in result.facts["cases"] for part in parts for count in counts]
+
+
+def times_column(candidate: str) -> Column:
+    return Column(candidate, lambda row: row.times(candidate))
+
+
+def ratio_column(candidate: str, over: str) -> Column:
+    def cell(row: Pair) -> str:
+        ratio = row.ratio(candidate, over)
+        return "" if ratio is None else f"{ratio:.2f}"
+
+    return Column(f"{over} / {candidate}", cell)
+
+
+def pairs_part(result: Result) -> Iterator[str]:
+    """Times of all candidates, their ratios within rounds, and the difference of pictures."""
+    candidates = result.facts["candidates"]
+    yield (
+        f"`before` is commit {result.facts['before']}, `after` and `fused` this one with executors eager and fused, "
+        "`plain` the public loop, `diffusers` its transformer without a cache. Milliseconds a block, medians: CPU time "
+        "(wall time). Ratios are of CPU time, medians over the rounds; above 1 is faster than what it is compared with."
+    )
+    columns = [
+        Column("case", lambda row: row.case), Column("part", lambda row: row.part),
+        Column("threads", lambda row: str(row.threads)),
+        *map(times_column, candidates),
+    ]  # fmt: skip
+    columns += [ratio_column(name, over) for over in ("before", "plain") for name in ("after", "fused")]
+    yield table(columns, pairs_of(result))
+    levels = "; ".join(
+        f"{case}: " + ", ".join(f"{name} {most}" for name, most in found.items())
+        for case, found in result.facts["levels"].items()
+    )
+    yield f"Largest difference of the first pictures to those of `before`, in levels of 255: {levels}."
+    if result.settings["config"]["dtype"] == "bfloat16":
+        unit = result.facts["bfloat16_unit"] or "no instructions for it, so larger cases are left out"
+        yield f"bfloat16 on this CPU: {unit}."
 
 
 def spread(series: Series, scale: float = 1e3) -> str:

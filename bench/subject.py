@@ -185,7 +185,7 @@ def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components
         decoder = family.build_decoder(family.chosen_decoder_spec(spec, tiny=config.vae == "taehv"))
     return Components(
         transformer=draw_weights(transformer, seed, dtype, config.device),
-        vae=draw_weights(decoder, seed + 1, dtype, config.device),
+        vae=family.on_cpu(draw_weights(decoder, seed + 1, dtype, config.device)),
         text=family.random_text(spec, dtype, config.device),
         source=spec.name,
         form="random",

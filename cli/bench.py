@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
-from ..models.registry import UNTRAINED
-from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, OFFLINE, parse_settings, parse_size
+from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, OFFLINE, UNTRAINED, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.kernels import Options
@@ -131,7 +130,8 @@ def block(
         [], metavar="NAME", help=f"{EXECUTOR_NAMES}; repeatable.  [default: all that can run]"
     ),
     baseline: list[str] = typer.Option(
-        [], metavar="NAME", help="plain, compiled or none; repeatable.  [default: all, on a CPU plain]"
+        [], metavar="NAME",
+        help="plain, compiled, diffusers or none; repeatable.  [default: plain; compiled on a GPU, diffusers on a CPU]",
     ),
     rounds: int = typer.Option(3, help="Streams of each candidate, interleaved."),
     blocks: int = typer.Option(5, help="Blocks timed at a full window in each round."),
@@ -151,8 +151,9 @@ def block(
 
     The latents of each candidate are first compared with the eager executor's; a candidate that differs is refused and
     not timed. Running the stream fills the window, which also gives block times at each smaller window. Baselines with
-    the same weights run in the same process: `plain`, the public reference's loop, and `compiled`, that loop with
-    torch.compile. The machine's matmul and copy are timed in the same run.
+    the same weights run in the same process: `plain`, the public reference's loop, `compiled`, that loop with
+    torch.compile, and `diffusers`, whose whole window runs in every step without a cache and is not compared. The
+    machine's matmul and copy are timed in the same run.
 
     With --set lowp=fp8, kv_dtype=fp8 or both, fused and captured have low-precision layers and pages. The other
     candidates stay in the model's dtype, and all are compared with eager in that dtype.
@@ -371,7 +372,7 @@ def print_block(result: Result) -> None:
             f"{block['pixel_frames'] / (interval.median if interval else whole):.3g}",
             in_unit(transformer.median, "s") if transformer else "", f"{share:.0%}" if share else "",
             in_unit(decode.median, "s") if decode else "", f"{plain.median / whole:.2f}x" if plain else "",
-            f"{facts['difference']:.1e}",
+            "not compared" if facts["difference"] is None else f"{facts['difference']:.1e}",
         )  # fmt: skip
     console = plain_console()
     console.print(table)

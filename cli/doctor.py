@@ -42,12 +42,18 @@ def installed(name: str) -> str | None:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """Return the cores this process may use and the machine's memory in GiB (None if the system does not report it)."""
+    """Return the cores of this process, the memory in GiB (None if unknown), and the instructions for bfloat16."""
     from ..models.random import host_memory
+    from ..runtime.capacity.cpu_features import bfloat16_unit, cpu_flags
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = host_memory()
-    return {"machine": platform.machine(), "cores": cores, "memory_gib": memory and round(memory / 2**30, 1)}
+    return {
+        "machine": platform.machine(),
+        "cores": cores,
+        "memory_gib": memory and round(memory / 2**30, 1),
+        "bfloat16": bfloat16_unit(cpu_flags()),
+    }
 
 
 def gpu_facts() -> list[dict[str, Any]]:
@@ -65,8 +71,9 @@ def gpu_facts() -> list[dict[str, Any]]:
     ]
 
 
-def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dict[str, str]:
+def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: dict[str, Any]) -> dict[str, str]:
     """Return the state of each feature in one line."""
+    unit = cpu["bfloat16"]
 
     def needs(name: str) -> str:
         return "works" if packages[name] else f"missing: pip install {name}"
@@ -74,6 +81,10 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> dic
     without = "compile here" if packages["triton"] else "compile where triton is (pip install triton)"
     return {
         "generate on the CPU": "works",
+        "bfloat16 on the CPU": (
+            f"faster than float32, by {unit} (--dtype bfloat16)" if unit
+            else "works, but slower than float32: no AVX-512 BF16 or AMX"
+        ),
         "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
         "video files": needs("av"),
         "prompts as text": needs("transformers"),
@@ -100,15 +111,15 @@ def chosen_kernels(gpus: list[dict[str, Any]]) -> dict[str, str]:
 
 def report() -> dict[str, Any]:
     packages = {name: installed(name) for name in GIVES}
-    gpus = gpu_facts()
+    gpus, cpu = gpu_facts(), cpu_facts()
     return {
         "inferix": __version__,
         "python": platform.python_version(),
         "packages": packages,
-        "cpu": cpu_facts(),
+        "cpu": cpu,
         "gpus": gpus,
         "kernels": chosen_kernels(gpus),
-        "features": verdicts(packages, gpus),
+        "features": verdicts(packages, gpus, cpu),
     }
 
 

@@ -12,8 +12,7 @@ from rich.table import Table
 
 from ..errors import UsageError, quoted
 from ..export.targets import FEATURES, TARGETS, presets_of
-from ..models.registry import PRESETS, UNTRAINED
-from .options import FORCE, OFFLINE, check_settings, parse_settings, parse_size
+from .options import FORCE, OFFLINE, UNTRAINED, check_settings, parse_settings, parse_size
 
 WIDTH = 100  # columns where the output is no terminal
 
@@ -22,6 +21,8 @@ def print_targets(value: bool) -> None:
     """Print what each target can, and exit."""
     if not value:
         return
+    from ..models.registry import PRESETS
+
     table = Table("feature", *TARGETS, "used by", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for feature, use in FEATURES.items():
         table.add_row(feature, *("yes" if feature in target.can else "-" for target in TARGETS.values()), use)

@@ -29,7 +29,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 
 from ..errors import InferixError, UsageError, nearest, one_line, quoted
-from ..models.registry import UNTRAINED, default_model
 from ..runtime.executor_specs import default_executor
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
@@ -44,6 +43,7 @@ from .options import (
     EXECUTOR,
     FORCE,
     OFFLINE,
+    UNTRAINED,
     check_beside_engine,
     check_settings,
     counted,
@@ -131,6 +131,15 @@ def warn_of_slow_cpu(engine: Engine, size: tuple[int, int], console: Console) ->
     message = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
     if engine.device.type == "cpu" and message:
         console.print(message, highlight=False, soft_wrap=True)
+
+
+def advise_dtype(engine: Engine, console: Console) -> None:
+    """Print advice on the dtype if the engine runs on a CPU and another one is faster there."""
+    from ..runtime.capacity.cpu_features import cpu_flags, dtype_advice
+
+    advice = dtype_advice(engine.config.dtype, cpu_flags()) if engine.device.type == "cpu" else None
+    if advice:
+        console.print(f"{advice} (--dtype)", highlight=False, soft_wrap=True)
 
 
 def check_length(blocks: int | None, seconds: float | None) -> None:
@@ -378,7 +387,6 @@ def generate(
     given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
     given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
     check_beside_engine(exported, given_parts)
-    model = str(exported) if exported is not None else model or default_model(preset)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
     suffixes = [*CONTAINERS, ".safetensors"] if latents_only else list(CONTAINERS)
@@ -392,7 +400,8 @@ def generate(
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
     check_fit(fit)
     outputs = output_paths(out, latents_only, records, profile)
-    inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": model, "--base": base}
+    inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": exported or model}
+    inputs["--base"] = base
     inputs |= {"--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
     inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
     inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
@@ -404,10 +413,12 @@ def generate(
     ctx.with_resource(noted_warnings(result.warnings))
     console = Console(stderr=True)
 
+    from ..models.registry import default_model
     from ..runtime.config import default_device
     from ..runtime.load import load
     from ..runtime.telemetry.records import RecordFile
 
+    model = str(exported) if exported is not None else model or default_model(preset)
     parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder}
     parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
     if profile is not None and executor is None:  # only graphs have calls to be timed
@@ -439,6 +450,7 @@ def generate(
         )
     frame_size = chosen_size or engine.default_size
     warn_of_slow_cpu(engine, frame_size, console)
+    advise_dtype(engine, console)
     source: Any = video
     if video is not None and strength is not None:
         source, count = read_source(video, engine, frame_size, fit, count, bool(blocks or seconds or script))

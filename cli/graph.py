@@ -10,18 +10,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import UsageError, nearest, quoted
-from ..models.registry import MODELS, default_preset, make_preset
-from ..models.transformer import PRECISIONS
-from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
 from ..runtime.files import check_output, check_paths, write_atomically
-from ..runtime.kv.page_store import KV_DTYPES
-from .generate import parse_settings, parse_size
+from .options import DEFAULT_MODEL, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..graphs.lowered import Lowered
     from ..runtime.programs.graph_builder import GraphBuilder, GraphKey
-
-DEFAULT_MODEL = "wan-1.3b"
 
 
 def graph(
@@ -32,7 +26,7 @@ def graph(
         None, help="Of weights and activations.  [default: bfloat16; with --save and --load the device's default]"
     ),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
-    precision: str = typer.Option("reference", help=f"Parts of a pass in wider dtypes: {', '.join(PRECISIONS)}."),
+    precision: str = typer.Option("reference", help="Parts of a pass in wider dtypes: reference, diffusers."),
     sessions: int = typer.Option(1, min=1, help="Sessions batched in one pass."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Setting of the preset; repeatable."),
     with_: list[str] = typer.Option([], "--with", metavar="REWRITE", help="Also apply this rewrite; repeatable."),
@@ -72,6 +66,10 @@ def graph(
     from ..graphs.rewrites import REWRITES, chosen, rewritten
     from ..graphs.rewrites.lowp import PrecisionMap
     from ..graphs.validate import validate
+    from ..models.registry import MODELS, default_preset, make_preset
+    from ..models.transformer import PRECISIONS
+    from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
+    from ..runtime.kv.page_store import KV_DTYPES
     from ..runtime.programs.block_graph import BlockGraphBuilder
     from ..runtime.programs.graph_builder import GraphBuilder
     from ..runtime.programs.graph_store import stored_for

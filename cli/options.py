@@ -21,6 +21,9 @@ EXECUTOR = typer.Option(
     f"{default_executor('cpu')}]",
 )
 FORCE = typer.Option(False, "--force", help="Load even what by plan does not fit into memory.")
+DEFAULT_MODEL = "wan-1.3b"  # of plan and graph, which load nothing
+UNTRAINED = "wan-tiny"  # `models.registry.UNTRAINED`, whose import takes torch
+
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """Parse `key=value` strings to a dict; values are YAML, so 3, true and [1, 2] have their types."""

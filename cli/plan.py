@@ -1,42 +1,16 @@
-"""`inferix plan`: memory that streams need, and lower bounds of their time, before anything is loaded.
-
-Everything is computed from sizes (`runtime/capacity/planner.py`). Every time is a lower bound ("floor"), not a
-measurement, and should not be quoted as one.
-"""
+"""`inferix plan`: memory and a lower bound of the time of streams, before a model is downloaded or loaded."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from ..errors import UsageError, nearest, quoted
-from ..models.registry import MODELS, default_preset, family_of, make_preset
-from ..runtime.byte_sizes import format_bytes, parse_bytes
-from ..runtime.capacity import planner
-from ..runtime.capacity.gpus import CARDS, Card
-from ..runtime.capacity.planner import Ceiling, Workload
-from ..runtime.config import DTYPES, FP8_CAPABILITY, check_choice
-from ..runtime.executor_specs import EXECUTORS, default_executor, executor_spec
-from ..runtime.kv.page_store import KV_DTYPES
-from ..schemes.page_needs import least_pages, window
-from .options import check_settings, counted, parse_settings, parse_size
-
-DEFAULT_MODEL = "wan-1.3b"
-HALF = ("bfloat16", "float16")  # dtypes of makers' figures
-TABLE_ROWS = (
-    ("wan-1.3b", "self-forcing"), ("wan-1.3b", "longlive"), ("wan-1.3b", "rolling-forcing"),
-    ("wan-5b", "longlive2"), ("wan-14b", "self-forcing"), ("wan-14b", "longlive"), ("wan-14b", "krea"),
-)  # fmt: skip
-TABLE_MEMORIES = (16, 24, 80, 141)
-TABLE_CARDS = ("rtx-4090", "rtx-5090", "h200", "b200")
+from ..errors import UsageError
+from ..runtime.capacity.gpus import CARDS
+from ..runtime.executor_specs import EXECUTORS, default_executor
+from .options import DEFAULT_MODEL, check_settings, parse_settings
 
 
 def plan(
@@ -73,316 +47,25 @@ def plan(
 
     Example: inferix plan --preset longlive --gpu h200 --tflops 790 --bandwidth 4300
     """
+    from ..runtime.config import FP8_CAPABILITY
+    from . import plan_report as report
+
     if table:
-        typer.echo("\n\n".join(tables()))
+        typer.echo("\n\n".join(report.tables()))
         return
     overrides = parse_settings(settings)
     check_settings(ctx, overrides)
-    load = workload(model, preset, size, sessions, dtype, kv_dtype, executor, vae, text_encoder, overrides)
-    card = known_card(gpu) if gpu is not None else None
+    load = report.workload(model, preset, size, sessions, dtype, kv_dtype, executor, vae, text_encoder, overrides)
+    card = report.known_card(gpu) if gpu is not None else None
     if card is not None and card.capability < FP8_CAPABILITY:
         if kv_dtype == "fp8":
             raise UsageError(f"--kv-dtype is 'fp8', which {card.name} has no support for; use int8")
         load = replace(load, narrow="int8")
-    budget = parse_memory(memory) if memory else card.memory_gb * 10**9 if card else None
-    facts = describe(load, budget, ceiling(card, tflops, bandwidth, load.dtype))
+    budget = report.parse_memory(memory) if memory else card.memory_gb * 10**9 if card else None
+    facts = report.describe(load, budget, report.ceiling(card, tflops, bandwidth, load.dtype))
     if as_json:
         typer.echo(json.dumps(facts))
     else:
-        print_plan(load, facts)
+        report.print_plan(load, facts)
     if facts["fits"] is False:
         raise typer.Exit(1)
-
-
-def workload(
-    model: str | None,
-    preset: str | None,
-    size: str | None,
-    sessions: int,
-    dtype: str,
-    kv_dtype: str | None,
-    executor: str | None,
-    vae: str | None,
-    text_encoder: bool,
-    settings: dict[str, Any],
-) -> Workload:
-    """Make the workload of the options. Raises UsageError that names the nearest choice for an unknown one."""
-    if model is not None and model not in MODELS:
-        raise UsageError(
-            f"--model is {quoted(model)}{nearest(model, MODELS)}; plan knows models by name: {', '.join(MODELS)}"
-        )
-    scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **settings)
-    spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(f"streams of {spec.name} are not in this version; wan-14b has the same layers without images")
-    check_choice("--dtype", dtype, DTYPES)
-    check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
-    if vae not in (None, "taehv"):
-        raise UsageError(
-            f"--vae is {quoted(vae)}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
-        )
-    if vae and scheme.context.reencode_head:
-        raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
-    family = family_of(spec)
-    decoder = family.chosen_decoder_spec(spec, tiny=bool(vae))
-    pictures = parse_size(size) if size else spec.default_size
-    text = family.text_parameters(spec) if text_encoder else 0
-    runs = executor or default_executor("cuda")
-    executor_spec(runs, "--executor")
-    return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
-
-
-def known_card(name: str) -> Card:
-    if name.lower() not in CARDS:
-        known = ", ".join(CARDS)
-        raise UsageError(f"--gpu is {quoted(name)}{nearest(name.lower(), CARDS)}; there are {known}; or --memory")
-    return CARDS[name.lower()]
-
-
-def parse_memory(text: str) -> int:
-    if text.strip().replace(".", "", 1).isdecimal():
-        raise UsageError(f"--memory is {quoted(text)}, which has no unit; expected such as {text.strip()}GB")
-    return parse_bytes(text)
-
-
-def ceiling(card: Card | None, tflops: float | None, bandwidth: float | None, dtype: str) -> Ceiling | None:
-    """Return the ceiling for floors: the given figures, else the GPU's; None if there are none for the dtype."""
-    for name, value in (("--tflops", tflops), ("--bandwidth", bandwidth)):
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"{name} is {value:g}; expected a number above 0")
-    if tflops is not None and bandwidth is not None:
-        return Ceiling(tflops, bandwidth, "given")
-    if card is None:
-        if tflops is not None or bandwidth is not None:
-            raise UsageError("--tflops and --bandwidth make a ceiling together; give both, or a --gpu for the other")
-        return None
-    if tflops is None and dtype not in HALF:
-        return None
-    partly = "" if tflops is None and bandwidth is None else ", one given"
-    return Ceiling(tflops or card.tflops, bandwidth or card.bandwidth, f"{card.name}, maker's figures{partly}")
-
-
-def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[str, Any]:
-    """Return the whole plan as plain values, in bytes and seconds."""
-    split = planner.memory(load)
-    total = split.needed(load.sessions)
-    fits = None if budget is None else total <= budget
-    limit = top or Ceiling(float("inf"), float("inf"), "none")
-    blocks = {"first": planner.first_speed(load, limit), "steady": planner.steady_speed(load, limit)}
-    facts: dict[str, Any] = {
-        "model": load.spec.name,
-        "preset": load.preset.name,
-        "size": load.size,
-        "dtype": load.dtype,
-        "kv_dtype": load.kv_dtype,
-        "executor": load.executor,
-        "vae": "own" if load.decoder.encodes else "taehv",
-        "text_encoder": load.text > 0,
-        "sessions": load.sessions,
-        "window": window(load.preset),
-        "pages": least_pages(load.preset),
-        "memory": {
-            "once": split.once,
-            "each_session": split.each,
-            "needed": total,
-            "given": budget,
-        },
-        "fits": fits,
-        "work": {
-            name: {
-                "frames": one.frames,
-                "transformer_flops": round(one.transformer_flops),
-                "decoder_flops": round(one.decoder_flops),
-            }
-            for name, one in blocks.items()
-        },
-        "predicted": None,
-        "changes": [],
-    }
-    if budget is not None:
-        facts["sessions_that_fit"] = planner.most_sessions(load, budget)
-        facts["longest_window"] = planner.longest_window(load, budget)
-    if fits is False and budget is not None:
-        facts["changes"] = [
-            {"options": change.options, "needed": change.needed, "fits": change.fits}
-            for change in planner.suggestions(load, budget)
-        ]
-    if top is not None:
-        facts["predicted"] = {
-            "kind": "floor: every operation at the ceiling; a prediction, not a measurement",
-            "assumed_efficiency": 1.0,
-            "ceiling": asdict(top),
-            "blocks": {
-                name: {
-                    "transformer_seconds": one.transformer_seconds,
-                    "decoder_seconds": one.decoder_seconds,
-                    "seconds": one.seconds,
-                    "fps": one.fps,
-                }
-                for name, one in blocks.items()
-            },
-            "new_prompt_seconds": planner.prompt_seconds(load, top),
-            "sessions_in_real_time": int(blocks["steady"].fps // load.spec.fps),
-        }
-    return facts
-
-
-PARTS = {
-    "transformer": "transformer weights",
-    "vae": "VAE weights",
-    "text_encoder": "text encoder weights",
-    "pass_scratch": "scratch of passes, at most",
-    "constants": "constants of graphs",
-    "static_inputs": "inputs of graphs",
-    "making": "more, while graphs are made",
-    "decode_scratch": "scratch of decoding, at most",
-    "page_buffer": "buffer for pages of another dtype",
-    "pages": "KV pages",
-    "moving_sink": "averages of a moving sink",
-    "cross_keys": "cross-attention keys",
-    "decoder_state": "decoder state",
-    "latents": "latents in flight and stored",
-}
-
-
-def print_plan(load: Workload, facts: dict[str, Any]) -> None:
-    """Print the plan as tables and its conclusions as sentences."""
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    echo = partial(console.print, highlight=False, soft_wrap=True)
-    vae = "TAEHV" if facts["vae"] == "taehv" else "its own VAE"
-    echo(
-        f"{load.spec.name} with preset {load.preset.name} and {vae}: {load.size[0]}x{load.size[1]}, {load.dtype}, "
-        f"pages in {load.kv_dtype}, executor {load.executor}, window of {facts['window']} latent frames"
-    )
-    console.print(memory_table(load, facts["memory"]))
-    if facts["predicted"] is not None:
-        console.print(floor_table(facts))
-    for line in verdict(load, facts):
-        echo(line)
-
-
-def memory_table(load: Workload, memory: dict[str, Any]) -> Table:
-    unit, scale = ("GB", 1e9) if memory["needed"] >= 1e9 else ("MB", 1e6)
-    table = Table("part", unit, title="Memory", title_justify="left")
-    table.columns[1].justify = "right"
-    for name, count in memory["once"].items():
-        if count:
-            table.add_row(PARTS[name], f"{count / scale:.2f}")
-    table.add_section()
-    times = f" x {load.sessions} sessions" if load.sessions > 1 else ""
-    for name, count in memory["each_session"].items():
-        if count:
-            table.add_row(PARTS[name] + times, f"{count * load.sessions / scale:.2f}")
-    table.add_section()
-    table.add_row("needed", f"{memory['needed'] / scale:.2f}")
-    if memory["given"] is not None:
-        table.add_row("given", f"{memory['given'] / scale:.2f}")
-    return table
-
-
-def floor_table(facts: dict[str, Any]) -> Table:
-    """Make the table of predicted floors, of the first block and of a steady one."""
-    top = facts["predicted"]["ceiling"]
-    title = f"Predicted floor, 100 % of {top['tflops']:g} TFLOP/s and {top['bandwidth']:g} GB/s ({top['source']})"
-    table = Table("block", "part", "TFLOP", "seconds", "FPS at most", title=title, title_justify="left")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for name, predicted in facts["predicted"]["blocks"].items():
-        work = facts["work"][name]
-        for part in ("transformer", "decoder"):
-            flops, seconds = work[f"{part}_flops"], predicted[f"{part}_seconds"]
-            table.add_row(name, part, f"{flops / 1e12:.4g}", f"{seconds:.3g}", "")
-        table.add_row(name, f"{work['frames']:g} frames", "", f"{predicted['seconds']:.3g}", f"{predicted['fps']:.1f}")
-        table.add_section()
-    return table
-
-
-def verdict(load: Workload, facts: dict[str, Any]) -> Iterator[str]:
-    """Yield the conclusions of a plan, one line each."""
-    predicted, given = facts["predicted"], facts["memory"]["given"]
-    if predicted is None:
-        total = sum(facts["work"]["steady"][f"{part}_flops"] for part in ("transformer", "decoder"))
-        yield f"A steady block is {total / 1e12:.4g} TFLOP; for its floor in seconds give --tflops and --bandwidth" + (
-            f" ({load.dtype} is not what makers' figures are for)." if load.dtype not in HALF else ", or a --gpu."
-        )
-    else:
-        yield (
-            "Floors are predictions with every operation at the ceiling and no waiting. They are not measurements; "
-            "real runs are slower."
-        )
-        count = predicted["sessions_in_real_time"]
-        yield (
-            f"At this floor, {counted(count, 'session')} would run in real time ({load.spec.fps} FPS)." if count
-            else f"Even at this floor, no session would run in real time ({load.spec.fps} FPS)."
-        )
-    if given is None:
-        yield "Give --memory or --gpu to see what fits."
-    elif facts["fits"]:
-        count = facts["sessions_that_fit"]
-        yield (
-            f"It fits: there is memory for {counted(count, 'session')}, or for {load.sessions} with a window of "
-            f"{facts['longest_window']} latent frames (a model is trained for one window)."
-        )
-    else:
-        yield f"It does not fit: {format_bytes(facts['memory']['needed'] - given)} too much. Options:"
-        for change in facts["changes"]:
-            end = "fits" if change["fits"] else f"still {format_bytes(change['needed'] - given)} too much"
-            yield f"  {' '.join(change['options'])}: {format_bytes(change['needed'])}, {end}"
-        if not any(change["fits"] for change in facts["changes"]):
-            least = min((change["needed"] for change in facts["changes"]), default=facts["memory"]["needed"])
-            yield f"  No option is enough: {format_bytes(least)} need {larger_cards(least)}."
-
-
-def larger_cards(needed: int) -> str:
-    """Name the smallest known GPUs with at least `needed` bytes."""
-    ascending = sorted(CARDS.values(), key=lambda card: card.memory_gb)
-    names = [card.name for card in ascending if card.memory_gb * 10**9 >= needed][:4]
-    return f"a GPU such as {', '.join(names)}" if names else "more than any known GPU has"
-
-
-def tables() -> list[str]:
-    """Return the tables of docs/plan.md: memory needs, and floors of a steady block."""
-    return ["\n".join(markdown(rows)) for rows in (memory_rows(), floor_rows())]
-
-
-def markdown(rows: list[list[str]]) -> Iterator[str]:
-    for index, row in enumerate(rows):
-        yield f"| {' | '.join(row)} |"
-        if index == 0:
-            yield "|" + "---|" * len(row)
-
-
-def table_workloads() -> Iterator[tuple[str, Workload]]:
-    """Yield each row as published, then with the smallest pages and decoder that its preset allows."""
-    for model, preset in TABLE_ROWS:
-        plain = workload(model, preset, None, 1, "bfloat16", None, None, None, False, {})
-        tiny = None if plain.preset.context.reencode_head else "taehv"
-        small = workload(model, preset, None, 1, "bfloat16", "fp8", None, tiny, False, {})
-        yield "as published", plain
-        yield "fp8 pages" + (", TAEHV" if tiny else ""), small
-
-
-def memory_rows() -> list[list[str]]:
-    rows = [["model", "preset", "", "needs", *(f"{memory} GB" for memory in TABLE_MEMORIES)]]
-    for form, load in table_workloads():
-        cells = []
-        for memory in TABLE_MEMORIES:
-            count, longest = (
-                limit(load, memory * 10**9) for limit in (planner.most_sessions, planner.longest_window)
-            )
-            cells.append(f"{count}; {longest}" if count else "no")
-        needs = f"{planner.needed(load) / 1e9:.1f} GB"
-        rows.append([load.spec.name, f"`{load.preset.name}`", form, needs, *cells])
-    return rows
-
-
-def floor_rows() -> list[list[str]]:
-    rows = [["model", "preset", "", "TFLOP", *(f"{name}: seconds, FPS" for name in TABLE_CARDS)]]
-    for form, load in table_workloads():
-        cells = []
-        for name in TABLE_CARDS:
-            steady = planner.steady_speed(load, Ceiling(CARDS[name].tflops, CARDS[name].bandwidth, name))
-            cells.append(f"{steady.seconds:.3f}, {steady.fps:.1f}")
-        total = f"{(steady.transformer_flops + steady.decoder_flops) / 1e12:.0f}"
-        rows.append([load.spec.name, f"`{load.preset.name}`", form, total, *cells])
-    return rows

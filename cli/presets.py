@@ -9,11 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..models.registry import PRESETS
 from ..runtime.byte_sizes import format_bytes
-from ..runtime.capacity import planner
 from ..schemes.page_needs import window
-from .plan import workload
 
 WIDTH = 100  # columns where the output is no terminal
 
@@ -22,6 +19,10 @@ def print_presets(value: bool) -> None:
     """Print the presets and exit."""
     if not value:
         return
+    from ..models.registry import PRESETS
+    from ..runtime.capacity import planner
+    from .plan_report import workload
+
     narrow = partial(Table, box=None, pad_edge=False, padding=(0, 2, 0, 0))  # fits 80 columns
     scheme = narrow("preset", "for", "block", "window", "sink", "steps", "passes", "needs")
     for column in scheme.columns[2:]:

@@ -17,9 +17,12 @@ from .spec import KernelSpec, OpSpec
 
 SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
-    for spec in (BLOCK_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, LINEAR_LOWP, KV_PAGES, RMS_NORM, RMS_SILU)
-}
-PLAIN: dict[str, OpSpec] = {spec.name: spec for spec in (ROPE_APPEND, LINEAR_GELU, FRAME_NOISE)}  # torch's own ops
+    for spec in (
+        BLOCK_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, LINEAR_LOWP, KV_PAGES, RMS_NORM, RMS_SILU,
+        ROPE_APPEND,
+    )
+}  # fmt: skip
+PLAIN: dict[str, OpSpec] = {spec.name: spec for spec in (LINEAR_GELU, FRAME_NOISE)}  # torch's own ops
 
 
 def op_spec(name: str) -> OpSpec | None:

@@ -31,12 +31,9 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _multiply(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32x32-bit product, in 16-bit halves because int64 has a sign."""
-    low_part = words * (factor & 0xFFFF)
-    high_part = words * (factor >> 16)
-    low = (low_part + ((high_part & 0xFFFF) << 16)) & MASK
-    carry = (low_part + ((high_part & 0xFFFF) << 16)) >> 32
-    return (high_part >> 16) + carry, low
+    """High and low word of a 32x32-bit product; int64 wraps round, which leaves the bits of both words as they are."""
+    product = words * factor
+    return (product >> 32) & MASK, product & MASK
 
 
 def normals(words: Tensor) -> Tensor:

@@ -1,17 +1,20 @@
-"""`rope_append`: rotate queries and keys, write keys and values into their pages; plain torch on every device.
+"""`rope_append`: rotate queries and keys, write keys and values into their pages.
 
-Models are traced with it, and the graph compiler puts `qk_norm_rope_append` in its place, so it has no kernel of
-its own. It never waits for the device.
+Models are traced with it, and the graph compiler puts `qk_norm_rope_append` in its place, so on a GPU it has no kernel
+of its own. There it never waits for the device.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .op import Op
+from .qk_norm_rope_append import reference as with_norm
 from .qk_norm_rope_append.reference import rotated, token_cos_sin, write_pages
-from .spec import Arg, OpSpec
+from .spec import Arg, Case, Implementation, KernelSpec
 
 
 def reference(
@@ -39,8 +42,20 @@ def reference(
     write_pages(rotated(k.to(wide), cos_sin, half_split), v.to(wide), kv, pages, kv_scale)
 
 
+def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    inputs = with_norm.make_inputs(case, dtype, device, seed)
+    heads, kv_heads, dim = case["heads"], case["kv_heads"], case["dim"]
+    parts = inputs.pop("qkv").split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in parts)
+    out = inputs.pop("q")
+    for name in ("q_weight", "k_weight", "eps"):
+        del inputs[name]
+    return {"q": q, "k": k, "v": v, "out": out, "half_split": bool(case.options.get("half_split")), **inputs}
+
+
+HALF_SPLIT = Case("pairs that lie apart", with_norm.sizes(1, 2, 2, 3, 2, 1, 64), {"half_split": True})
 QUERIES, KEYS = "rows frames*height*width heads dim", "rows frames*height*width kv_heads dim"
-SPEC = OpSpec(
+SPEC = KernelSpec(
     name="rope_append",
     reference=reference,
     outputs=("out", "kv", "q_sink"),
@@ -65,6 +80,12 @@ SPEC = OpSpec(
     family="pages",
     label="rope, append",
     flops="8 * rows * frames * height * width * (heads + kv_heads) * dim",
+    implementations=(Implementation("cpu", ".qk_norm_rope_append.cpu:rope_append", cpu=True),),
+    make_inputs=make_inputs,
+    test_cases=(*with_norm.TEST_CASES, HALF_SPLIT),
+    bench_cases=with_norm.BENCH_CASES,
+    tolerance=with_norm.TOLERANCE,
+    reads_host=("cpu",),
 )
 OP = Op(SPEC)
 

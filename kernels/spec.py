@@ -33,6 +33,7 @@ GRID_480P = (30, 52)  # rows and columns of tokens in a latent frame of 832x480,
 FRAME_480P = GRID_480P[0] * GRID_480P[1]
 FAMILIES = ("matmul", "packed matmul", "attention", "norm and gate", "pages", "solver", "elementwise", "copy")
 NO_BUILTINS: dict[str, Any] = {"__builtins__": {}}  # of expressions: arithmetic of dims, no calls
+MAX_ACCEPTED = 1024  # layouts of calls that an op remembers
 CHOSEN: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", default=None)
 
 
@@ -91,8 +92,9 @@ class Implementation:
     """One form of an op: `run` is "module:function" inside this package, with the reference's signature.
 
     architectures: those a GPU form is declared for; empty where it runs wherever torch does. dtypes and last_dims
-    (empty: any): of the tensors it is for; others are left to the reference. A module that has `compile_cases` is
-    compiled by Triton; it also has its `Config` and `candidates(architecture)`, the configs worth trying there.
+    (empty: any): of the tensors it is for; others are left to the reference. cpu: the form that a CPU takes, for all
+    dtypes and sizes. A module that has `compile_cases` is compiled by Triton; it also has its `Config` and
+    `candidates(architecture)`, the configs worth trying there.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Implementation:
     architectures: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = HALF
     last_dims: tuple[int, ...] = ()
+    cpu: bool = False
 
     def serves(self, capability: int, dtype: torch.dtype, last_dim: int | None = None) -> bool:
         """Return True for tensors that this form is declared for on an architecture."""
@@ -175,7 +178,23 @@ class OpSpec:
         return "reference"
 
     def check(self, *args: Any) -> None:
-        """Raise UsageError, with argument, value and expectation, unless the arguments fit each other."""
+        """Raise UsageError, with argument, value and expectation, unless the arguments fit each other.
+
+        Shapes, dtypes, devices and strides that have passed once are not compared again.
+        """
+        layout = tuple(map(layout_of, args))
+        if layout not in self.accepted or debugging():
+            self._check(*args)
+            if len(self.accepted) >= MAX_ACCEPTED:
+                self.accepted.clear()
+            self.accepted.add(layout)
+
+    @cached_property
+    def accepted(self) -> set[tuple[object, ...]]:
+        """Layouts of arguments that passed `check`."""
+        return set()
+
+    def _check(self, *args: Any) -> None:
         given = dict(zip(self.names, args, strict=True))
         tensors = {name: given[name] for name in self.args if given[name] is not None}
         for name, tensor in tensors.items():
@@ -290,6 +309,8 @@ class KernelSpec(OpSpec):
             for form in self.implementations:
                 if form.serves(capability, dtype, last_dim):
                     return form.name
+        elif device.type == "cpu":
+            return next((form.name for form in self.implementations if form.cpu), "reference")
         return "reference"
 
     def form(self, name: str) -> Implementation:
@@ -348,6 +369,13 @@ def evaluated(expression: str, dims: Mapping[str, int]) -> int:
     if expression in dims:
         return dims[expression]
     value: int = eval(compiled(expression), NO_BUILTINS, dims)
+    return value
+
+
+def layout_of(value: Any) -> object:
+    """What `OpSpec.check` compares of an argument."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device, value.stride()
     return value
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
 from ..schemes.presets import Preset
@@ -25,6 +25,7 @@ from .random import random_state
 from .spec import ModelSpec
 from .transformer import Transformer
 
+Part = TypeVar("Part", bound=nn.Module)
 Merge = Callable[[str, Tensor], Tensor]  # name and weight to the weight with adapters merged
 
 
@@ -235,6 +236,25 @@ class Family(ABC):
     def load_decoder(self, path: Path, dtype: torch.dtype, device: Any) -> Decoder:
         """Load a decoder, ready to run on a device."""
         raise self.lacks("decoder files", str(path))
+
+    # Comparison
+
+    def is_in_diffusers(self, spec: ModelSpec) -> bool:
+        """Return True if diffusers has a network for the weights of a model."""
+        return False
+
+    def diffusers_network(self, model: Transformer) -> nn.Module:
+        """Make the network of diffusers that benchmarks compare with, over the weights of a model."""
+        raise self.lacks("network of diffusers", model.spec.name)
+
+    # CPU
+
+    def on_cpu(self, module: Part) -> Part:
+        """Return a transformer or decoder with faster layers if it is on a CPU; otherwise, or without any, unchanged.
+
+        Weights are shared. A decoder may be changed in place.
+        """
+        return module
 
     # Text
 

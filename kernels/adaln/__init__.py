@@ -41,7 +41,10 @@ SPEC = KernelSpec(
     label="adaln",
     flops="12 * rows * tokens * dim",
     detail=detail,
-    implementations=(Implementation("triton", ".adaln.gpu:adaln", ARCHITECTURES, FLOATS),),
+    implementations=(
+        Implementation("triton", ".adaln.gpu:adaln", ARCHITECTURES, FLOATS),
+        Implementation("cpu", ".adaln.cpu:adaln", cpu=True),
+    ),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
     bench_cases=reference.BENCH_CASES,

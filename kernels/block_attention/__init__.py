@@ -63,12 +63,13 @@ SPEC = KernelSpec(
         Implementation("descriptors", ".block_attention.descriptors:block_attention", (90, 100), last_dims=HEAD_DIMS),
         Implementation("sdpa", ".block_attention.sdpa:block_attention"),
         Implementation("flash_attn", ".block_attention.flash:block_attention"),
+        Implementation("cpu", ".block_attention.cpu:block_attention", cpu=True),
     ),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
     bench_cases=reference.BENCH_CASES,
     tolerance=reference.TOLERANCE,
-    reads_host=("reference", "sdpa", "flash_attn"),
+    reads_host=("reference", "sdpa", "flash_attn", "cpu"),
     tensor_cores=True,
     shape_names={"q": ("tokens",), "kv": ("pages", "page_tokens")},
 )
@@ -99,7 +100,7 @@ def block_attention(
     the first `sink_count` (int32 [R]) listed pages, whose distance differs where positions count within the window;
     both or neither. scale: by default 1/sqrt(D), above 0.
     Sparse attention lists pages for each of G equal groups of heads: page_table [R, G, pages], page_count and
-    sink_count [R, G]. Only the reference takes that form; the kernels refuse it.
+    sink_count [R, G]. The reference and the CPU form take that; the GPU kernels refuse it.
     out: [R, T, H, D], where to write. lse: float32 [R, H, T], filled with the natural log of the sum of
     exponentials, with which `merge_partials` joins results over parts of the keys.
 

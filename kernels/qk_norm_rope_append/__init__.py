@@ -48,7 +48,11 @@ SPEC = KernelSpec(
     family="norm and gate",
     label="qk norm, rope",
     flops="8 * rows * frames * height * width * (heads + kv_heads) * dim",
-    implementations=(Implementation("triton", ".qk_norm_rope_append.gpu:qk_norm_rope_append", ARCHITECTURES, FLOATS),),
+    implementations=(
+        Implementation("triton", ".qk_norm_rope_append.gpu:qk_norm_rope_append", ARCHITECTURES, FLOATS),
+        Implementation("cpu", ".qk_norm_rope_append.cpu:qk_norm_rope_append", cpu=True),
+    ),
+    reads_host=("cpu",),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
     bench_cases=reference.BENCH_CASES,

@@ -18,7 +18,10 @@ SPEC = KernelSpec(
     family="norm and gate",
     label="rms norm",
     flops="4 * rows * dim",
-    implementations=(Implementation("triton", ".rms_norm.gpu:rms_norm", ARCHITECTURES, FLOATS),),
+    implementations=(
+        Implementation("triton", ".rms_norm.gpu:rms_norm", ARCHITECTURES, FLOATS),
+        Implementation("cpu", ".rms_norm.cpu:rms_norm", cpu=True),
+    ),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
     bench_cases=reference.BENCH_CASES,

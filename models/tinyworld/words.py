@@ -34,12 +34,15 @@ GRAMMAR = (
 
 
 class WordEncoder(nn.Module):
-    """An embedding table of words; `encode` returns the rows [text_len, dim] of a prompt."""
+    """An embedding table of words; `encode` returns the rows [text_len, dim] of a prompt.
 
-    def __init__(self, dim: int, text_len: int) -> None:
+    rows: the table [words, dim]; without one it is drawn.
+    """
+
+    def __init__(self, dim: int, text_len: int, rows: Tensor | None = None) -> None:
         super().__init__()
         self.text_len = text_len
-        self.rows = nn.Embedding(len(WORDS), dim)
+        self.rows = nn.Embedding(len(WORDS), dim) if rows is None else nn.Embedding.from_pretrained(rows)
 
     @classmethod
     def from_file(cls, path: Path, text_len: int, dtype: torch.dtype, device: Any) -> WordEncoder:
@@ -47,8 +50,8 @@ class WordEncoder(nn.Module):
         rows = tensors.get("rows.weight")
         if not isinstance(rows, Tensor) or rows.ndim != 2:
             raise CheckpointError(f"{path} is no word encoder: it has no rows.weight; reinstall inferix")
-        with torch.device("meta"):
-            module = cls(rows.shape[1], text_len)
+        # Drawing a table on the meta device would import torch's compiler, which takes a second.
+        module = cls(rows.shape[1], text_len, torch.empty(len(WORDS), rows.shape[1], device="meta"))
         return fill(module, tensors, dtype, device, path)
 
     def forward(self, words: Tensor) -> Tensor:

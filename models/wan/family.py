@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import UsageError, quoted
 from ...schemes.presets import Preset
 from ..decoder import Decoder, DecoderSpec
-from ..family import AdapterUpdate, Checkpoint, Family, Format, Merge, PromptEncoder
+from ..family import AdapterUpdate, Checkpoint, Family, Format, Merge, Part, PromptEncoder
 from ..spec import ModelSpec
 from ..text.spec import UMT5_XXL, tiny_text
 from ..text.tiny import write_tiny_text_encoder
 from ..text.umt5_checkpoint import TEXT_FILES, find_text, load_text
+from ..transformer import Transformer
 from .checkpoint import FORMATS, merging, read_checkpoint
+from .diffusers_network import diffusers_network
 from .lora import fitting, read_lora
 from .presets import PRESETS
 from .random import random_vae_state
 from .spec import MODELS
 from .taehv import TinyDecoder
 from .transformer import WanTransformer
+from .transformer_cpu import with_cpu_layers
 from .vae import CausalVae
 from .vae_checkpoint import TINY_DECODERS, find_tiny_decoder, find_vae, load_decoder, load_vae
 from .vae_cpu import use_cpu_layers
@@ -113,6 +116,19 @@ class WanFamily(Family):
 
     def load_decoder(self, path: Path, dtype: torch.dtype, device: Any) -> Decoder:
         return use_cpu_layers(load_decoder(path, dtype, device))
+
+    # Comparison
+
+    def is_in_diffusers(self, spec: ModelSpec) -> bool:
+        return spec.grid is None and spec.action_dim is None and spec.image_dim is None
+
+    def diffusers_network(self, model: Transformer) -> nn.Module:
+        return diffusers_network(model)
+
+    # CPU
+
+    def on_cpu(self, module: Part) -> Part:
+        return with_cpu_layers(module) if isinstance(module, WanTransformer) else use_cpu_layers(module)
 
     # Text
 

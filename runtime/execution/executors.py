@@ -6,7 +6,7 @@ same function; `eager` is the reference of the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -19,6 +19,7 @@ from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, with_pages
 from ...graphs.rewrites import chosen
 from ...models.cross_attention import TextByFrames
+from ...models.registry import family_of
 from ...models.transformer import KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
@@ -105,12 +106,22 @@ class Executor(Protocol):
 
 
 class EagerExecutor:
-    """Calls the model pass by pass. packed: the model with low-precision layers, used for passes only."""
+    """Calls the model pass by pass.
+
+    packed: the model with low-precision layers, used for passes only. faster: makes a copy of it over the same weights
+    that is faster on its device.
+    """
 
     supports_whole_block = False
 
-    def __init__(self, model: Transformer, packed: Transformer | None = None) -> None:
-        self.model, self.passes = model, packed or model
+    def __init__(
+        self,
+        model: Transformer,
+        packed: Transformer | None = None,
+        faster: Callable[[Transformer], Transformer] = lambda model: model,
+    ) -> None:
+        self.model, self.plain, self.faster = model, packed or model, faster
+        self.passes = faster(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
         return self.model.embed_text(rows[None])
@@ -133,7 +144,8 @@ class EagerExecutor:
         raise AssertionError("eager runs pass by pass")
 
     def refresh_derived_weights(self) -> None:
-        """Do nothing: the model reads its weights at each pass."""
+        """Forget what the faster layers keep; the model reads its weights at each pass."""
+        self.passes = self.faster(self.plain)
 
     def start_profile(self, profile: Profile) -> None:
         raise UsageError(f"executor {REFERENCE!r} cannot be profiled; use {names_with(lambda spec: spec.graphs)}")
@@ -348,7 +360,8 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
 
 def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
-    return EagerExecutor(model, None if precision is None else with_packed_layers(model, precision))
+    packed = None if precision is None else with_packed_layers(model, precision)
+    return EagerExecutor(model, packed, family_of(model.spec).on_cpu)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:

@@ -68,6 +68,8 @@ class PageForm:
         """Bytes of the keys and values of one latent frame in one layer."""
         return 2 * self.shape[0] * self.spec.kv_dim * dtype.itemsize
 
+MAX_TABLES = 8  # layouts whose tables are kept: the branches of a few sessions
+
 
 class PagedStore:
     """Owns the page tensors of one picture size.
@@ -82,6 +84,7 @@ class PagedStore:
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)
         self.staging = self._stage(slots) if form.staged else None
+        self.tables: dict[tuple[bool, int, tuple[GroupPages, ...]], list[PassTables]] = {}
         _, self.rope_rows, self.rope_columns = self.rope_cos_sin([0])
 
     @property
@@ -114,7 +117,13 @@ class PagedStore:
         )  # fmt: skip
 
     def _parts(self, layout: PassLayout, rows: Sequence[GroupPages]) -> list[PassTables]:
-        return [self._part(layout, part) for part in parts_of(rows)]
+        """Tables of a pass; those of the last passes are kept, since the steps of a block have the same."""
+        key = layout.rotates_sink, layout.width, tuple(rows)
+        if key not in self.tables:
+            if len(self.tables) >= MAX_TABLES:
+                del self.tables[next(iter(self.tables))]
+            self.tables[key] = [self._part(layout, part) for part in parts_of(rows)]
+        return self.tables[key]
 
     def _part(self, layout: PassLayout, rows: list[GroupPages]) -> PassTables:
         ints, sinks = self.ints, rotates_for_sink(layout.rotates_sink, rows)

@@ -21,9 +21,10 @@ from oracles import write_untrained_world
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from inferix.cli import doctor
+from inferix.cli import doctor, options
 from inferix.cli.main import app
 from inferix.errors import InferixError
+from inferix.models import registry
 from inferix.runtime.media import VideoWriter
 
 RUN = [sys.executable, "-m", "inferix"]
@@ -252,7 +253,7 @@ def cats(tmp_path, monkeypatch):
         ["--out", "trace.mp4", "--profile", "."],
         ["--image", "p/trace.json", "--out", "new.mp4", "--profile", "p"],
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_no_output_is_an_input_or_another_output(cats, arguments):
     """Refused before anything is loaded or written."""
@@ -436,3 +437,43 @@ def test_doctor_and_help():
     for verb in verbs:
         shown = inferix(*verb.split(), "--help")
         assert shown.exit_code == 0 and ("Example" in shown.stdout or verb == "doctor")
+
+
+def loaded_by(code, modules):
+    """Those of `modules` that a process has loaded after running `code`."""
+    script = f"import sys\n{code}\nprint(*[name for name in {modules!r} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return done.stderr.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0), (["--version"], 0), (["generate", "--help"], 0), (["play", "--help"], 0),
+        (["plan", "--help"], 0), (["graph", "--help"], 0), (["bench", "block", "--help"], 0), (["eval", "--help"], 0),
+        (["checkpoint", "--help"], 0), (["export", "--help"], 0), (["doctor", "--help"], 0),
+        (["generate", "--no-such-option"], 2),
+        (["generate", "--size", "3"], 2), (["generate", "--blocks", "0"], 2), (["no-such-command"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_help_and_bad_options_load_no_torch(arguments, code):
+    run = (
+        "from inferix.cli.main import main\n"
+        f"sys.argv = ['inferix', *{arguments!r}]\n"
+        f"try:\n    main()\nexcept SystemExit as end:\n    assert end.code == {code}, end.code"
+    )
+    assert loaded_by(run, ["torch", "transformers", "av", "PIL"]) == []
+
+
+def test_a_block_of_the_small_world_loads_no_compiler():
+    run = (
+        "from inferix import load\n"
+        "session = load(device='cpu').open(prompt='a red robot in a snowy forest by day')\n"
+        "next(iter(session.stream(1)))"
+    )
+    assert loaded_by(run, ["torch._dynamo", "sympy", "transformers"]) == []
+
+
+def test_the_untrained_model_of_the_help_is_the_registry_s():
+    assert options.UNTRAINED == registry.UNTRAINED
