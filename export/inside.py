@@ -26,7 +26,7 @@ from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.execution.executors import Text
 from ..runtime.execution.loading import Components
-from ..runtime.executor_specs import EXECUTORS, ExecutorSpec
+from ..runtime.executor_specs import MODEL_EXECUTORS, ExecutorSpec
 from ..runtime.limits import Limits
 from ..runtime.telemetry.profile import Profile
 from ..schemes.presets import FIELDS, Preset, with_settings
@@ -37,7 +37,7 @@ from .word_table import PromptTable
 
 KEPT = ("kv_memory", "kv_offload", "batches", "drift_meter")  # settings of an engine that do not concern its programs
 
-EXECUTORS["exported"] = ExecutorSpec(
+MODEL_EXECUTORS["exported"] = ExecutorSpec(
     about="programs of an exported engine, pass by pass", make=f"{__name__}:make_exported", devices=("cpu",),
     kv_dtypes=("float32",),
 )  # fmt: skip
@@ -89,7 +89,7 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
 
 
 def make_exported(config: EngineConfig, preset: Preset, parts: Components) -> ExportedExecutor:
-    """Make the executor of `EXECUTORS["exported"]`. UsageError for a model that is not an exported engine."""
+    """Make the executor of `MODEL_EXECUTORS["exported"]`. UsageError for a model that is not an exported engine."""
     if not isinstance(parts.vae, ExportedDecoder):
         raise UsageError(f"executor is {config.executor!r}, but {parts.source} is not exported; give engine")
     return ExportedExecutor(parts.vae.programs, parts.transformer.rope, preset)

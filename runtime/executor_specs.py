@@ -66,11 +66,14 @@ EXECUTORS = {  # from the plain reference to the fastest
         make=f"{HERE}:make_captured", graphs=True, devices=("cuda",), default_on=("cuda",), lowp=LOWP, fast_lowp=True,
     ),
 }  # fmt: skip
+MODEL_EXECUTORS: dict[str, ExecutorSpec] = {}  # come with a model's files (exported engines); for no other model
 REFERENCE = "eager"  # whose output all others must have
 
 
 def executor_spec(name: str, argument: str = "executor") -> ExecutorSpec:
-    """The entry of a name; UsageError, with all names, for one that is not in `EXECUTORS`."""
+    """The entry of a name in `EXECUTORS` or `MODEL_EXECUTORS`; UsageError, with the names of the first, for others."""
+    if name in MODEL_EXECUTORS:
+        return MODEL_EXECUTORS[name]
     if name not in EXECUTORS:
         raise UsageError(f"{argument} is {quoted(name)}{nearest(name, EXECUTORS)}; expected {', '.join(EXECUTORS)}")
     return EXECUTORS[name]
