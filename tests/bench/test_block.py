@@ -134,7 +134,7 @@ def plant(
         available, left_out = offer(engine, rows, subject)
         more = [
             replace(
-                available[-1], name=name, fewer_bits=fewer_bits,
+                available[-1], name=name, fewer_bits=fewer_bits, compared=True,
                 open=lambda make=make: make(engine, rows, 0, (32, 32), run_layer),
             )
             for name, make in streams.items()
