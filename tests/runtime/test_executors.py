@@ -328,7 +328,8 @@ def test_the_prompt_graph_runs_once_for_each_prompt(monkeypatch) -> None:
     for one, after in ((fork, 3), (session, 3), (other, 4)):
         list(one.stream(2, decode=False))
         assert len(launched) == engine.executor.prompts == after
-    other.current.branches[0].text.cached.clear()  # the prompt graph must run again
+    prompt = other.current.branches[0].text.number
+    engine.resources.worker.prompts[prompt].text.cached.clear()  # the prompt graph must run again
     list(other.stream(1, decode=False))
     assert len(launched) == 5
 

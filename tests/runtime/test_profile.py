@@ -134,7 +134,7 @@ def test_bytes_and_operations_of_calls() -> None:
 
 
 def test_eager_has_no_calls_to_time() -> None:
-    with pytest.raises(UsageError, match=r"executor eager.*fused"):
+    with pytest.raises(UsageError, match=r"executor 'eager'.*fused"):
         make_engine().executor.start_profile(None)
 
 
