@@ -12,7 +12,7 @@ from oracles import ROWS, SIZE, make_engine
 import inferix
 from inferix.bench.candidates import candidates
 from inferix.bench.subject import Subject
-from inferix.cli.plan import workload
+from inferix.cli.plan_report import workload
 from inferix.errors import UsageError
 from inferix.runtime.capacity.planner import memory
 from inferix.runtime.config import EngineConfig
