@@ -158,7 +158,7 @@ def file_kind(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(512)
         archive = zipfile.is_zipfile(path)
-    except OSError as error:
+    except (OSError, zipfile.BadZipFile) as error:  # an archive in several parts
         raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
     if head.startswith(LFS_POINTER):
         raise UsageError(f"{quoted(str(path))} is a Git LFS pointer, not the weights; run git lfs pull")

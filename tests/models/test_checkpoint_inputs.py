@@ -529,6 +529,16 @@ def test_an_archive_without_checksums_is_read(tmp_path):
     assert read_tensors(tmp_path / "y.pt").keys() == published().keys()
 
 
+def test_an_archive_in_several_parts_is_refused(tmp_path):
+    content = bytearray(save(published(), tmp_path / "x.pt").read_bytes())
+    end = content.rindex(b"PK\5\6")
+    record = struct.pack("<4sLQL", b"PK\6\7", 0, 0, 9)  # the locator of a large archive's end, in 9 parts
+    content[end:end] = record
+    (tmp_path / "y.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"y\.pt"):
+        read_tensors(tmp_path / "y.pt")
+
+
 def test_dicts_that_refer_to_each_other_end(tmp_path):
     part = {"a": torch.ones(2)}
     for _ in range(40):
