@@ -1,1 +1,1 @@
-"""What leaves for other programs: engines of other runtimes, and checkpoints in published formats."""
+"""Exports: engines for other runtimes, and checkpoints in published formats."""

@@ -373,7 +373,7 @@ def evaluated(expression: str, dims: Mapping[str, int]) -> int:
 
 
 def layout_of(value: Any) -> object:
-    """What `OpSpec.check` compares of an argument."""
+    """Layout of an argument, as `OpSpec.check` compares it."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype, value.device, value.stride()
     return value

@@ -86,7 +86,7 @@ class TableEncoder(PromptEncoder, Protocol):
 
 
 class AdapterUpdate(Protocol):
-    """What an adapter adds to one weight."""
+    """Update of one weight by an adapter."""
 
     def to(self, device: torch.device) -> AdapterUpdate:
         """Return the update with its tensors on a device."""

@@ -118,7 +118,7 @@ class LocalWorker:
         return self.stores[plan.layout.grid].attention(plan.layout)
 
     def text(self, parts: tuple[tuple[int, int, int], ...]) -> Text:
-        """What the frames of one session attend to: (text, number of the prompt, frames) in token order."""
+        """Join the texts of one session: (text, number of the prompt, frames that attend to it), in token order."""
         (_, number, _), *others = parts
         if not others:
             return self.prompts[number].text

@@ -1,4 +1,4 @@
-"""How bookkeeping talks to a worker: plans and tensors out, tensors in, and numbers for what the worker keeps."""
+"""Client of a worker: sends plans and tensors, receives tensors, and numbers the objects that the worker keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a video shows and how long it is where a user does not say."""
+"""Default prompt, actions and length of a video."""
 
 DEFAULT_PROMPT = "a red robot in a snowy forest by day"  # for named models; untrained ones cannot follow it
 DEFAULT_BLOCKS = 3

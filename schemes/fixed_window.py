@@ -27,7 +27,7 @@ class FixedWindow:
     def update(self, past: Collection[int], new: Collection[int]) -> SlotUpdate:
         """Make `past` the frames of the slots: evict all others, and place those of `new` that are in `past`.
 
-        A frame of `new` that has a slot already is evicted and placed anew. Every frame of `past` is in a slot or new.
+        A frame of `new` that has a slot already is evicted and placed again. Every frame of `past` is in a slot or new.
         """
         holes = [slot for slot, frame in enumerate(self.frames) if frame not in past or frame in new]
         writes, moves = [], []

@@ -72,8 +72,8 @@ def tokens(kv: Tensor, pages: list[int], kv_scale: Tensor | None, dtype: torch.d
     """
     spans = runs(pages)
     store = indexable(kv)
-    found = [store[:, first:stop] for first, stop in spans]
-    listed = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    views = [store[:, first:stop] for first, stop in spans]
+    listed = views[0] if len(views) == 1 else torch.cat(views, dim=1)
     if kv_scale is not None:
         wide = torch.promote_types(dtype, torch.float32)
         listed = listed.view(kv.dtype).to(wide) * kv_scale[:, pages].to(wide)[:, :, None, :, None]

@@ -65,7 +65,7 @@ class Branch:
 
     @property
     def texts(self) -> dict[int, Handle]:
-        """What groups of a pass attend to, by its number."""
+        """Prompt rows that groups of a pass attend to, by the number of the text."""
         return {PROMPT: self.text} if self.null is None else {PROMPT: self.text, NULL: self.null}
 
     @classmethod
