@@ -6,6 +6,7 @@ The outcome of an input is right if the call returns, or raises one of the reade
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import resource
 import signal
@@ -195,6 +196,7 @@ class Worker:
 
     def prepare(self) -> None:
         """Quiet, in a folder of its own, in which also temporary files and caches would appear."""
+        gc.freeze()  # garbage of the process that forked is not finalised here, where its threads do not exist
         self.sentinel.mkdir(exist_ok=True)
         for path in self.sentinel.iterdir():
             path.unlink()
