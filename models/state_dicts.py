@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError, UsageError, quoted
-from .files import check_file, read_json, read_tensors
+from .files import alike_in_file, check_file, read_json, read_tensors
 from .scaled_weights import FLOATS, with_scales
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -103,13 +103,14 @@ def choose_state_dict(
     is_kind: Callable[[Mapping[str, Tensor]], bool],
     use_ema: bool = True,
     order: tuple[str, ...] = (),
+    first: str | None = None,
 ) -> tuple[Place, dict[str, Tensor]]:
     """Choose the state dict of a `kind` of part; returns its place and tensors.
 
-    With `use_ema` a moving average is preferred. order: keys of a known training file, best first. Tensors beside it
-    that belong to no known part are included, so that `fill` reports them as unexpected.
-    Weights with scales
-    of a published layout are joined with them. Raises UsageError if there is no such state dict, if there are several,
+    With `use_ema` a moving average is preferred. order: keys of a known training file, best first. first: a tensor of
+    every part of the kind, for an error that shows the names like it. Tensors beside the state dict that belong to no
+    known part are included, so that `fill` reports them as unexpected. Weights with scales of a published layout are
+    joined with them. Raises UsageError if there is no such state dict, if there are several,
     or if it is quantised in another way.
     """
     groups = state_dicts(path, content, order)
@@ -120,7 +121,10 @@ def choose_state_dict(
         if any(".lora_" in name for name in group) and not fit:
             raise UsageError(f"{path} is a LoRA adapter; give the {kind} it belongs to, and the adapter as lora")
     if not fit:
-        some = ", ".join(sorted(str(name)[:80] for name in listed_names(content, groups))[:4]) or "nothing"
+        held = list(listed_names(content, groups))
+        if first is not None and groups:
+            raise UsageError(f"{path} is no {kind}: no {first!r} in it{alike_in_file(first, held)}; give names for it")
+        some = ", ".join(sorted(str(name)[:80] for name in held)[:4]) or "nothing"
         raise UsageError(f"{path} is no {kind}: it holds {some}")
     averaged = [place for place in fit if place.averaged]
     plain = [place for place in fit if not place.averaged]
