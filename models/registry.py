@@ -196,7 +196,7 @@ def find_spec(model: str, names: str | Path | None = None) -> ModelSpec:
     if Path(model).exists():
         return read_checkpoint(model, names=names).spec
     known = f"{nearest(model, MODELS)}; expected a path, or one of {', '.join(MODELS)}"
-    raise UsageError(f"no model {quoted(model)}{known}")
+    raise UsageError(f"model is {quoted(model)}{known}")
 
 
 def register_installed() -> None:
