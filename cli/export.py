@@ -89,4 +89,4 @@ def export(
         facts = {"out": str(folder), "plan": str(folder / FILE), "programs": programs, "bytes": size_bytes}
         typer.echo(json.dumps(facts))
     else:
-        typer.echo(f"wrote {quoted(str(folder))}: {', '.join(programs)}; {size_bytes / 1e6:.1f} MB")
+        typer.echo(f"wrote {quoted(folder)}: {', '.join(programs)}; {size_bytes / 1e6:.1f} MB")

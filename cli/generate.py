@@ -394,7 +394,7 @@ def generate(
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
     suffixes = [*CONTAINERS, ".safetensors"] if latents_only else list(CONTAINERS)
     if out.suffix.lower() not in suffixes:
-        raise UsageError(f"--out {quoted(str(out))} must end in one of {', '.join(suffixes)}")
+        raise UsageError(f"--out {quoted(out)} must end in one of {', '.join(suffixes)}")
     overrides = {**ctx.meta.get("inferix.settings", {}), **parse_settings(settings)}
     check_settings(ctx, overrides)
     chosen_size = parse_size(size) if size else None

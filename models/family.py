@@ -163,7 +163,7 @@ class Family(ABC):
         form: a name of `formats`; None detects it. known: named sizes of all families that read with this function.
         Raises UsageError if it is no transformer of the family, CheckpointError for a broken file.
         """
-        raise self.lacks("checkpoint reader", quoted(str(path)))
+        raise self.lacks("checkpoint reader", quoted(path))
 
     def read_named(self, path: Path, layout: Format, use_ema: bool, known: Collection[ModelSpec]) -> Checkpoint:
         """Map a checkpoint file or folder in a layout that has a table of names of its own; as `read`."""
@@ -205,12 +205,12 @@ class Family(ABC):
     ) -> Merge:
         """Return a function (name, weight) -> weight that merges `loras`, (path, factor) each."""
         for path, _ in loras:
-            raise self.lacks("adapters", quoted(str(path)))
+            raise self.lacks("adapters", quoted(path))
         return lambda name, tensor: tensor
 
     def read_adapter(self, path: str | Path, weights: Mapping[str, Tensor], partial: bool) -> dict[str, AdapterUpdate]:
         """Read an adapter for these weights, by name. UsageError for one that does not fit (partial: of no layer)."""
-        raise self.lacks("adapters", quoted(str(path)))
+        raise self.lacks("adapters", quoted(path))
 
     # Decoders
 

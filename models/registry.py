@@ -77,7 +77,7 @@ def shipped(name: str) -> Path | None:
     folder = family_of(MODELS[name]).shipped.get(name) if name in MODELS else None
     if folder is not None and not folder.is_dir():
         raise InferixError(
-            f"the weights of {name} are missing: no folder {quoted(str(folder))}; reinstall the package from its "
+            f"the weights of {name} are missing: no folder {quoted(folder)}; reinstall the package from its "
             f"clone or wheel, or git checkout models/{name}/weights"
         )
     return folder

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import CheckpointError, UsageError, nearest, quoted
+from ...errors import CheckpointError, UsageError, nearest, quoted, quoted_all
 from ..family import Checkpoint, Format, merged
 from ..files import alike_in_file, check_file, read_json, read_tensors
 from ..spec import ModelSpec
@@ -78,18 +78,22 @@ def read_checkpoint(
     )  # fmt: skip
     if adapters := adapters_in(path, content):
         warnings.warn(
-            f"{path} holds an adapter, too ({adapters[0]}), which is not merged; give the file as lora to merge it",
+            f"{quoted(path)} holds an adapter, too ({quoted(adapters[0])}), which is not merged; give the file as "
+            "lora to merge it",
             stacklevel=2,
         )
     form = form or detect_format(name, place, raw)
     layout = FORMATS[form] if isinstance(form, str) else form
     if place.keys and layout.weights and not set(place.keys) & set(layout.weights):
-        raise UsageError(f"{path} holds {place}; expected {' or '.join(layout.weights)}, or another checkpoint_format")
+        raise UsageError(
+            f"{quoted(path)} holds {quoted(str(place))}; expected {' or '.join(layout.weights)}, or another "
+            "checkpoint_format"
+        )
     tensors: dict[str, Tensor] = {}
     for bare, ours in from_format(layout.names, layout.strip, raw).items():
         for part, value in unfused(ours, raw[bare]).items() if not bare.startswith(LEFTOVERS) else ():
             if part in tensors:
-                raise UsageError(f"{path} has {quoted(part)} under two names; expected each tensor once")
+                raise UsageError(f"{quoted(path)} has {quoted(part)} under two names; expected each tensor once")
             tensors[part] = value
     spec = read_spec(path, config, tensors, known)
     label = form if isinstance(form, str) else layout.file
@@ -150,7 +154,7 @@ def find_transformer(path: Path, known: Collection[ModelSpec]) -> tuple[WeightFi
     if not path.exists():
         names = [spec.name for spec in known]
         listed = f"{nearest(str(path), names)}; names of models are {', '.join(names)}"
-        raise UsageError(f"no checkpoint {quoted(str(path))}: no such file or folder{listed}")
+        raise UsageError(f"no checkpoint {quoted(path)}: no such file or folder{listed}")
     refuse_experts(path)
     if not path.is_dir():
         check_file(path, "checkpoint")
@@ -160,13 +164,13 @@ def find_transformer(path: Path, known: Collection[ModelSpec]) -> tuple[WeightFi
     folders = [folder for name in TRANSFORMER_FOLDERS if (folder := path / name).is_dir()]
     right_here = find_weight_files(path, stem) if is_transformer_folder(path) else None
     if right_here and folders:
-        raise UsageError(f"{quoted(str(path))} holds a transformer and a folder {folders[0].name}; name one of them")
+        raise UsageError(f"{quoted(path)} holds a transformer and a folder {quoted(folders[0].name)}; name one of them")
     if right_here:
         return right_here, transformer_config(path)
     for folder in folders or [path]:
         if source := find_weight_files(folder, stem) or only_file(folder):
             return source, transformer_config(folder)
-    raise UsageError(f"{quoted(str(path))} holds no transformer; expected {SHARD}, its shards or a .pt")
+    raise UsageError(f"{quoted(path)} holds no transformer; expected {SHARD}, its shards or a .pt")
 
 
 def is_transformer_folder(folder: Path) -> bool:
@@ -179,8 +183,8 @@ def only_file(folder: Path) -> WeightFiles | None:
     others = {*TEXT_FILES, *VAE_FILES, *TINY_DECODERS, "words.safetensors", *(form.lora for form in FORMATS.values())}
     files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.name not in others)
     if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise UsageError(f"{quoted(str(folder))} holds several checkpoints ({names[:200]}); name one of them")
+        names = quoted_all(file.name for file in files)
+        raise UsageError(f"{quoted(folder)} holds several checkpoints ({names}); name one of them")
     if not files:
         return None
     check_names_one_file(files[0])
@@ -263,9 +267,9 @@ def read_spec(
         action_dim = None if action is None else action.shape[1]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         near = alike_in_file(str(error).strip("'"), tensors)
-        raise CheckpointError(f"{path} is no complete Wan transformer: no {error} in it{near}") from error
+        raise CheckpointError(f"{quoted(path)} is no complete Wan transformer: no {error} in it{near}") from error
     if 0 in (*sizes.values(), freq_dim):
-        raise CheckpointError(f"{path} is no Wan transformer: a size is 0 ({sizes})")
+        raise CheckpointError(f"{quoted(path)} is no Wan transformer: a size is 0 ({sizes})")
     placed = "position_embedding" in tensors
     facts = sizes | {"freq_dim": freq_dim, "patch": (patch.shape[3], patch.shape[4]), "image_dim": image_dim}
     known = [
@@ -279,7 +283,7 @@ def read_spec(
         return known[0]
     if action_dim is not None:
         names = ", ".join(spec.name for spec in named if spec.actions)
-        raise UsageError(f"{quoted(str(path))} follows {action_dim} actions, which have no names; known are {names}")
+        raise UsageError(f"{quoted(path)} follows {action_dim} actions, which have no names; known are {names}")
     like = MODELS["wan-5b"] if sizes["out_channels"] == MODELS["wan-5b"].out_channels else MODELS["wan-1.3b"]
     return ModelSpec(
         name="custom", family=like.family, **sizes, **values, kv_heads=values["num_heads"], freq_dim=freq_dim,
@@ -293,9 +297,9 @@ def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:
     layers = {layer[1] for name in tensors if (layer := re.match(r"blocks\.(\d+)\.", name))}
     for number in range(len(layers)):
         if str(number) not in layers:
-            some = ", ".join(sorted(layers, key=len)[-3:])[:200]
+            some = quoted_all(sorted(layers, key=len)[-3:])
             raise CheckpointError(
-                f"{path} has {len(layers)} layers, but none called blocks.{number} (it has {some}); "
+                f"{quoted(path)} has {len(layers)} layers, but none called blocks.{number} (it has {some}); "
                 "the file is not complete"
             )
     return len(layers)
@@ -348,10 +352,14 @@ def read_config(
         elif key == "eps" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1):
             wrong.append(f"eps is {quoted(value)}, expected a small number")
     if wrong:
-        raise UsageError(f"config.json beside {path} is not of this model: {'; '.join(wrong)}; remove or replace it")
+        raise UsageError(
+            f"config.json beside {quoted(path)} is not of this model: {'; '.join(wrong)}; remove or replace it"
+        )
     values |= stated
     if "num_heads" not in stated and dim % HEAD_DIM and not like:
-        raise UsageError(f"{path} is {dim} wide, and no config.json beside it has num_heads; put the model's there")
+        raise UsageError(
+            f"{quoted(path)} is {dim} wide, and no config.json beside it has num_heads; put the model's there"
+        )
     return values
 
 
@@ -376,11 +384,16 @@ def merging(
     adapters = [(Path(path), factor) for path, factor in loras]
     published = checkpoint.lora
     if published and not any(path.exists() and path.samefile(published) for path, _ in adapters):
-        warnings.warn(f"{published} is merged, too: it is published with {checkpoint.files[0].name}", stacklevel=3)
+        warnings.warn(
+            f"{quoted(published)} is merged, too: it is published with {quoted(checkpoint.files[0].name)}",
+            stacklevel=3,
+        )
         adapters.insert(0, (published, 1.0))
     for path, factor in adapters:
         if not math.isfinite(factor):
-            raise UsageError(f"lora_scale is {factor} for {path}; expected a number, 1 for the adapter as it is")
+            raise UsageError(
+                f"lora_scale is {factor} for {quoted(path)}; expected a number, 1 for the adapter as it is"
+            )
     updates = [(fitting(read_lora(path), checkpoint.tensors, partial), factor) for path, factor in adapters]
 
     def change(name: str, tensor: Tensor) -> Tensor:

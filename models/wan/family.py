@@ -170,7 +170,7 @@ class WanFamily(Family):
 
 def choose_decoder(name: str | None, folders: Sequence[Path]) -> Path:
     """Find the file of a decoder. name: None for the VAE in `folders`, `taehv` for its tiny decoder, or a path."""
-    where = " or ".join(map(str, folders))
+    where = " or ".join(map(quoted, folders))
     if name == "taehv":
         if file := find_tiny_decoder(folders):
             return file
@@ -181,7 +181,7 @@ def choose_decoder(name: str | None, folders: Sequence[Path]) -> Path:
         return Path(name)
     if file := find_vae([Path(name)] if name else folders):
         return file
-    raise UsageError(f"no VAE in {name or where}; give base, a folder that has one")
+    raise UsageError(f"no VAE in {quoted(name) if name else where}; give base, a folder that has one")
 
 
 WAN: WanFamily = WanFamily()

@@ -91,7 +91,7 @@ def matching_decoder(name: str | None, folders: list[Path], spec: ModelSpec, con
     strides = (vae.spec.temporal_stride, vae.spec.spatial_stride)
     if vae.spec.z_dim != spec.out_channels or strides != spec.vae_stride:
         raise UsageError(
-            f"{file} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
+            f"{quoted(file)} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
             f"{spec.out_channels} at {spec.vae_stride}: use the VAE that came with the model"
         )
     return vae
