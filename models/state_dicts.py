@@ -125,11 +125,11 @@ def choose_state_dict(
                 f"{quoted(path)} is a LoRA adapter; give the {kind} it belongs to, and the adapter as lora"
             )
     if not fit:
-        names = sorted(listed_names(content, groups))
+        present = sorted(listed_names(content, groups))
         if first is not None and groups:
-            near = alike_in_file(first, names)
+            near = alike_in_file(first, present)
             raise UsageError(f"{quoted(path)} is no {kind}: no {first!r} in it{near}; give names for it")
-        raise UsageError(f"{quoted(path)} is no {kind}: it holds {quoted_all(names) or 'nothing'}")
+        raise UsageError(f"{quoted(path)} is no {kind}: it holds {quoted_all(present) or 'nothing'}")
     averaged = [place for place in fit if place.averaged]
     plain = [place for place in fit if not place.averaged]
     if not use_ema and not plain:
