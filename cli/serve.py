@@ -106,7 +106,7 @@ def serve(
     from ..serve.server import serve as run
     from ..serve.settings import ServeSettings, check_limits, read_token
 
-    own = {"sessions": sessions, "queue": queue, "behind": behind}
+    own: dict[str, Any] = {"sessions": sessions, "queue": queue, "behind": behind}
     for name in check_limits(limits):
         if name in own:
             raise UsageError(f"--limit {name}: this limit has its own option; use --{name}")

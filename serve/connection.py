@@ -219,15 +219,11 @@ class Connection:
         message = await self.socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
-        text = message.get("text")
-        data = message.get("bytes") if text is None else text
-        settings = self.hub.settings
+        text: str | None = message.get("text")
+        data: str | bytes = message["bytes"] if text is None else text
         try:
-            if len(data) > settings.message_bytes:
-                limit = ("message_bytes", settings.message_bytes)
-                raise Refusal("too_long", f"a message has {len(data)} bytes", 413, limit)
             if not self.bucket.take():
-                limit = ("messages_per_second", settings.messages_per_second)
+                limit = ("messages_per_second", self.bucket.rate)
                 raise Refusal("too_many", "messages come too fast", 429, limit, retry_after=1)
             control = self.codec.read(data)
         except Refusal as refusal:

@@ -134,11 +134,13 @@ class Pane {
     this.element = document.createElement("div");
     this.element.className = "pane";
     this.element.innerHTML = `
+      <canvas class="glow" width="16" height="16" aria-hidden="true"></canvas>
       <div class="screen"><canvas width="64" height="64" role="img" aria-label="Live picture of the world" tabindex="0"></canvas></div>
       <div class="hud"><span class="chip now" hidden></span><span class="chip rec" hidden>● REC</span></div>
-      <button class="close" type="button" hidden>Close this world</button>
+      <button class="close" type="button" aria-label="Close this world" title="Close this world" hidden><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M5 5l14 14M19 5 5 19"/></svg></button>
       <div class="wait"><div class="spinner"></div><span>Opening the world</span></div>`;
-    this.canvas = this.element.querySelector("canvas");
+    this.canvas = this.element.querySelector(".screen canvas");
+    this.glow = this.element.querySelector(".glow").getContext("2d");
     this.player = new Player(this.canvas, (entry) => this.drawn(entry));
     this.world = new World(this);
     this.blocks = []; // {block, seconds, thumbnail}
@@ -196,6 +198,7 @@ class Pane {
 
   drawn(entry) {
     if (!this.element.querySelector(".wait").hidden) this.wait(null);
+    this.glow.drawImage(this.canvas, 0, 0, 16, 16);
     if (entry.first !== false && entry.first !== undefined) {
       const shown = this.awaited.filter(({ block }) => block <= entry.block);
       this.awaited = this.awaited.filter(({ block }) => block > entry.block);
@@ -586,7 +589,7 @@ function meter(id, values, limit, kind) {
   const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();
   const { width, height } = canvas, output = element.querySelector("output"), last = values.at(-1);
   const slack = id === "meter-slack";
-  output.textContent = last === undefined ? "–" : Math.abs(last) < 10 ? `${Math.round(last * 1000)} ms` : `${last.toFixed(1)} s`;
+  output.textContent = last === undefined ? "–" : Math.abs(last) < 1 ? `${Math.round(last * 1000)} ms` : `${last.toFixed(2)} s`;
   const late = (value) => limit !== null && (slack ? value < limit : value > limit);
   output.classList.toggle("late", last !== undefined && late(last));
   context.clearRect(0, 0, width, height);
