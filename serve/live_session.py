@@ -16,7 +16,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..errors import InferixError, SessionEnded, one_line
 from ..runtime.sessions.output_queue import Block
@@ -52,12 +52,14 @@ from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
 from .worlds import Worlds
 
-if TYPE_CHECKING:
-    from .connection import Connection
-
 LOG = logging.getLogger("inferix.serve")
 RATE_BLOCKS = 8  # blocks that the rate is measured over
-GRACE = 5.0  # seconds that a stopped block may take before its session is closed under it
+
+
+class Viewer(Protocol):
+    """A connection, as a session sees it."""
+
+    def displace(self) -> None: ...
 
 
 class Hub(Protocol):
@@ -102,7 +104,7 @@ class LiveSession:
         self.hub, self.start, self.behind = hub, start, behind
         self.id, self.resume = secrets.token_hex(16), secrets.token_urlsafe(32)
         self.outbox = Outbox(hub.settings.behind_blocks)
-        self.viewer: Connection | None = None
+        self.viewer: Viewer | None = None
         self.rollout, self.paused, self.stopping = 0, False, False
         self.detached_at: float | None = time.monotonic()
         self.controlled_at = time.monotonic()
@@ -128,7 +130,7 @@ class LiveSession:
         self.times: deque[tuple[float, int]] = deque(maxlen=RATE_BLOCKS)
         self.pacer.restart()
 
-    def attach(self, viewer: Connection) -> None:
+    def attach(self, viewer: Viewer) -> None:
         """Show the stream to a connection; an earlier one loses it."""
         if self.viewer is not None:
             self.viewer.displace()
@@ -139,7 +141,7 @@ class LiveSession:
         if self._producer is None and not self.outbox.finished:
             self._produce()
 
-    def detach(self, viewer: Connection) -> None:
+    def detach(self, viewer: Viewer) -> None:
         """Have the stream wait for its client to come back."""
         if self.viewer is viewer:
             self.viewer, self.detached_at = None, time.monotonic()
