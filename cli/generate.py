@@ -178,7 +178,7 @@ def label_of(engine: Engine, script: list[str]) -> Callable[[int], str]:
     def label(frame: int) -> str:
         latent = -(-frame // stride)
         action = (script[latent - 1] if latent <= len(script) else rest) if script and latent else ""
-        return f"{frame / engine.fps:.1f} s {action}".rstrip()
+        return f"{frame / engine.fps:.1f} s" + (f", {action}" if action else "")
 
     return label
 

@@ -23,6 +23,7 @@ from .graph import graph
 from .help import Command, Group, group
 from .plan import plan
 from .play import play
+from .serve import serve
 
 
 class Commands(Group):
@@ -47,6 +48,7 @@ class Commands(Group):
 app = group(Commands)
 app.command(cls=PromptAt)(generate)
 app.command(cls=Command)(play)
+app.command(cls=Command)(serve)
 app.command(cls=Command)(plan)
 app.command(cls=Command)(doctor)
 app.command(cls=Command)(graph)
@@ -71,9 +73,9 @@ def common(
 ) -> None:
     """Run block-diffusion video models, block by block.
 
-    Start with generate, which makes a video of the small world in this package. play walks through it in the terminal,
-    doctor shows what works on this machine, and plan shows what a real model needs. Every option is also an environment
-    variable, such as INFERIX_GENERATE_SEED=7.
+    Start with generate, which makes a video of the small world in this package. play walks through it in the terminal
+    and serve in the browser, doctor shows what works on this machine, and plan shows what a real model needs. Every
+    option is also an environment variable, such as INFERIX_GENERATE_SEED=7.
 
     Example: inferix generate --out video.mp4
     """

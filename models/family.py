@@ -111,7 +111,8 @@ class Family(ABC):
 
     name: what `ModelSpec.family` says. models: sizes by name. presets: decoding schemes, the default one first.
     formats: checkpoint formats by name. shipped: folder of the weights of models that are in the package, by name.
-    demo: the named model that runs where a preset of the family is named alone.
+    demo: the named model that runs where a preset of the family is named alone. examples: prompts that its models
+    follow.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Family(ABC):
     formats: Mapping[str, Format] = {}
     shipped: Mapping[str, Path] = {}
     demo: str
+    examples: Sequence[str] = ()
 
     # Transformer
 

@@ -79,6 +79,16 @@ def test_the_examples_about_sessions(tmp_path, monkeypatch, capsys):
     assert all(f"`{field}`" in text for field in vars(Limits()))
 
 
+def test_every_limit_control_and_route_of_a_server_is_documented():
+    from inferix.serve.protocol import json_schema
+    from inferix.serve.settings import LIMITS
+
+    text = (DOCS / "serving.md").read_text("utf-8")
+    verbs = json_schema()["controls"]["discriminator"]["mapping"]
+    events = json_schema()["events"]["discriminator"]["mapping"]
+    assert all(f"`{name}`" in text for name in (*LIMITS, *verbs, *events))
+
+
 def test_the_example_about_drift(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "drift.md").read_text("utf-8"), re.DOTALL)
     exec(compile(example, "docs/drift.md", "exec"), {})
