@@ -233,7 +233,7 @@ def palette_graph(width: int, height: int, fps: Fraction) -> Any:
     import av
 
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / fps)
+    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / fps)
     split, made = graph.add("split"), graph.add("palettegen", "stats_mode=single")
     used, sink = graph.add("paletteuse", "new=1:dither=sierra2_4a"), graph.add("buffersink")
     source.link_to(split)
