@@ -403,7 +403,7 @@ def play(
     seed: int = typer.Option(0, help="Seed of the noise, which determines the land."),
     seconds: float | None = typer.Option(None, help="Quit after this many seconds of video."),
     record: Path = typer.Option(
-        RECORDING, help=f"Name of recordings, to which a number is added: {', '.join(CONTAINERS)}."
+        RECORDING, help="Name of recordings, to which a number is added: .mp4, .mov, .mkv, .webm or .gif."
     ),
     save: Path = typer.Option(WORLD, help="File that S saves the world to and l loads it from."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
