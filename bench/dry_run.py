@@ -175,7 +175,7 @@ class Address:
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype, self.shape, self.strides = tensor.dtype, tuple(tensor.shape), tensor.stride()
-        self.offset = tensor.storage_offset() * tensor.itemsize
+        self.offset = int(tensor.storage_offset()) * tensor.itemsize
 
     def stride(self) -> tuple[int, ...]:
         return self.strides

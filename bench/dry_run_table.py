@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -58,7 +59,7 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
     latents, parts = (scheme.num_frame_per_block, *builder.latent), {}
     for name in decoders:
         sizes = family.chosen_decoder_spec(spec, name == "taehv")
-        decoded = run_decoder(architecture, lambda sizes=sizes: family.build_decoder(sizes), latents, builder.dtype)
+        decoded = run_decoder(architecture, partial(family.build_decoder, sizes), latents, builder.dtype)
         parts[name] = facts(decoded, rates, block)["parts"]["decoder"]
     return result | {"decoders": parts}
 

@@ -76,6 +76,15 @@ RATES = {
 }  # fmt: skip
 
 
+def rates_of(architecture: int, values: Mapping[str, str]) -> Rates | None:
+    """Rates of an architecture with constants replaced; None where none are stated, UsageError to replace those."""
+    rates = RATES.get(architecture)
+    if rates is None and values:
+        known = ", ".join(f"sm_{one}" for one in RATES)
+        raise UsageError(f"assume is {quoted(str(dict(values)))}, but rates are stated for {known} only; leave it out")
+    return rates and rates.changed(values)
+
+
 def tiles_of(size: tuple[int, ...]) -> int:
     """Tiles of a matrix product with results [..., M, N]."""
     *batch, rows, columns = size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inferix.bench.dry_run import DryRun, FakeCard, Recorder, WithoutDriver, dry_run, facts, run_decoder, summary
-from inferix.bench.time_model import RATES, tiles_of
+from inferix.bench.time_model import RATES, rates_of, tiles_of
 from inferix.errors import InferixError, UsageError
 from inferix.graphs.lowered import lower_block
 from inferix.graphs.program import Form
@@ -131,6 +131,9 @@ def test_the_time_model_takes_other_constants_by_name():
     assert RATES[90].changed({"attention": "600"}).attention == 600
     with pytest.raises(UsageError, match="atention"):
         RATES[90].changed({"atention": "600"})
+    assert rates_of(80, {}) is None
+    with pytest.raises(UsageError, match="attention"):
+        rates_of(80, {"attention": "600"})
     with pytest.raises(UsageError, match="'fast'"):
         RATES[90].changed({"attention": "fast"})
 
