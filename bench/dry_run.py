@@ -133,6 +133,9 @@ class WithoutDriver(TorchFunctionMode):
             return aten.copy.default(*args, **(kwargs or {}))
         if func in (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default):
             return attended(*args, **(kwargs or {}))
+        if func is Tensor.new_zeros:
+            size = args[1] if isinstance(args[1], list | tuple) else args[1:]
+            return aten.new_zeros.default(args[0], list(size), **(kwargs or {}))
         if func is Tensor.contiguous:
             return dense(*args, **(kwargs or {}))
         if func is not Tensor.__getitem__:
@@ -217,7 +220,8 @@ class Recorder(TorchDispatchMode):
     def launch(self, op: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run an ATen call on fake tensors and note it."""
         given = list(tensors([*args, *kwargs.values()]))
-        if torch.Tag.nondeterministic_seeded in op.tags and op is not ATTENTION:  # it has dropout, which is 0
+        draws = torch.Tag.nondeterministic_seeded in op.tags and op is not ATTENTION  # whose dropout is 0
+        if draws:
             self.refuse(op, "draws random numbers of a generator")
         try:
             result = op(*args, **kwargs)
@@ -232,6 +236,8 @@ class Recorder(TorchDispatchMode):
             fresh += sum(tensor.nbytes for tensor in results)
         if op in ROOM or op is aten.lift_fresh.default:
             self.note(str(op.name()), "copy", 0, 0, fresh, launched=False)
+        elif draws:
+            self.note(op.name(), "elementwise", 0, sum(tensor.nbytes for tensor in (*given, *results)), fresh)
         elif op is aten.copy.default:
             self.note_aten(aten.copy_.default, args, kwargs, results, 0)
         elif fresh or op._schema.is_mutable:

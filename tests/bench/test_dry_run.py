@@ -76,8 +76,6 @@ def test_a_decoder_runs_on_fake_tensors_of_a_card(tiny):
 def test_reads_on_the_host_are_refused():
     with pytest.raises(InferixError, match="_local_scalar_dense"):
         recorded(lambda tensor: tensor.sum().item())
-    with pytest.raises(InferixError, match="nonzero"):
-        recorded(lambda tensor: tensor.nonzero())
 
 
 def test_copies_between_host_and_card_and_random_numbers_are_faults():
@@ -121,7 +119,7 @@ def test_the_time_model_counts_waves_bytes_and_starts():
     assert rates.full(444) == pytest.approx(444 / 528)  # 37 tiles of queries, 12 heads, on 132 multiprocessors
     assert rates.full(0) == rates.full(132) == 1
     start = rates.start * 1e-6
-    assert rates.seconds("", 0, 3_000_000_000, 0) == pytest.approx(1 + start)
+    assert rates.seconds("", 0, 3_000_000_000_000, 0) == pytest.approx(1 + start)
     assert rates.seconds("matmul", 700 * 10**12, 0, 0) == pytest.approx(1 + start)
     assert rates.seconds("matmul", 700 * 10**12, 0, 66) == pytest.approx(2 + start)
     assert tiles_of((2, 129, 512)) == 8
