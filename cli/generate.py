@@ -263,7 +263,7 @@ def frames_of(engine: Engine, blocks: int) -> int:
     latent = 0
     for _ in range(blocks):
         latent += engine.preset.block_size(latent)
-    return (latent - 1) * engine.spec.vae_stride[0] + 1
+    return engine.spec.pictures(latent)
 
 
 def read_source(

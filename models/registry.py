@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.presets import Preset, with_settings
 from .family import Checkpoint, Family, Format
+from .magi.family import MAGI
 from .scaled_weights import stored_dtype
 from .spec import ModelSpec
 from .tinyworld.family import TINYWORLD
@@ -147,5 +148,5 @@ def make_preset(name: str, **overrides: Any) -> Preset:
     return with_settings(PRESETS[name], **overrides)
 
 
-for built_in in (WAN, TINYWORLD):
+for built_in in (WAN, TINYWORLD, MAGI):
     register(built_in)

@@ -186,6 +186,9 @@ class Engine:
             clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
             prefix = inputs.prefix_latents(image, video, size, fit)
+            if preset.context.image == "paste":
+                whole = len(prefix) // preset.num_frame_per_block * preset.num_frame_per_block
+                prefix, clamped = prefix[:whole] if whole else None, prefix[whole:] if whole < len(prefix) else None
         state = SessionState(
             size=size,
             timeline=Timeline(preset),
@@ -393,7 +396,7 @@ class Engine:
     def blocks_for(self, seconds: float) -> int:
         """How many blocks make at least that many seconds of video from the start."""
         seconds = above_zero()("seconds", seconds)
-        return self.blocks_for_frames(-(-(round(seconds * self.fps) - 1) // self.spec.vae_stride[0]) + 1)
+        return self.blocks_for_frames(self.spec.latent_frames(round(seconds * self.fps)))
 
     def blocks_for_frames(self, latent_frames: int) -> int:
         """How many blocks make at least that many latent frames from the start."""

@@ -298,7 +298,7 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
         encoding = block.encoded * load.decoder.encode_flops(load.latent)
         decoding.append(encoding)
         decoder_seconds += ceiling.seconds(encoding, 0)
-    shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - 1) * block.first
+    shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - spec.first_pictures) * block.first
     return Speed(times * flops, sum(decoding), times * seconds, decoder_seconds, shown)
 
 

@@ -259,7 +259,7 @@ class BlockGraphBuilder:
 
         each = frames // len(layout.latents)
         values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
-        text = (self.rows, spec.text_len, spec.text_dim)
+        text = (self.rows, spec.text_rows, spec.text_dim)
         values += [
             given("timesteps", When.LOAD, (1, frames), torch.float32),
             *(given(name, When.PROMPT, text, self.dtype) for name in layout.text_names),
