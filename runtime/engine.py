@@ -185,10 +185,7 @@ class Engine:
         elif image is not None and preset.context.image == "clamp" and video is None:
             clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
-            prefix = inputs.prefix_latents(image, video, size, fit)
-            if preset.context.image == "paste":
-                whole = len(prefix) // preset.num_frame_per_block * preset.num_frame_per_block
-                prefix, clamped = prefix[:whole] if whole else None, prefix[whole:] if whole < len(prefix) else None
+            prefix, clamped = inputs.prefix_latents(image, video, size, fit)
         state = SessionState(
             size=size,
             timeline=Timeline(preset),

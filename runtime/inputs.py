@@ -83,16 +83,23 @@ class Inputs:
         """Latents [1, C, H, W] of an image that is held as the first frame."""
         return self.encoded(self.pixels_of(image, size, True, fit), keep_end=False, whole_blocks=False)
 
-    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int], fit: str = "crop") -> Tensor:
+    def prefix_latents(
+        self, image: Any, video: Any, size: tuple[int, int], fit: str = "crop"
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Latents [F, C, H, W] that the stream continues, the end of a video kept.
 
-        They are whole blocks, unless the policy pastes the frames that are left over the first block.
+        They are those of whole blocks, and where the policy pastes them, those left over for the start of the next.
         """
         if image is not None and video is not None:
             raise UsageError("image and video both begin the stream; give one of them")
         still = image is not None
         pixels = self.pixels_of(image if still else video, size, still, fit)
-        return self.encoded(pixels, keep_end=True, whole_blocks=self.resources.preset.context.image != "paste")
+        if self.resources.preset.context.image != "paste":
+            return self.encoded(pixels, keep_end=True), None
+        latents = self.encoded(pixels, keep_end=True, whole_blocks=False)
+        left_over = len(latents) % self.resources.preset.num_frame_per_block
+        whole, left = latents.split([len(latents) - left_over, left_over])
+        return whole if len(whole) else None, left if len(left) else None
 
     def pixels_of(self, given: Any, size: tuple[int, int], still: bool, fit: str = "crop") -> Pixels:
         """Frames uint8 [T, H, W, 3] of an image or video, from a file or an array; UsageError if they do not fit."""

@@ -187,7 +187,8 @@ def denoise_pass(
         run = Pass((*timeline.commit_pass(finished.frames).groups, *run.groups))
     run = replace(run, condition=timeline.preset.sampler.condition(steps[-1]))
     beside = timeline.beside(run) if policy.has_key_ranges else ()
-    return ScheduledPass("denoise", run, tuple(block.span for block in flight), steps, beside=beside, committed=finished)
+    blocks = tuple(block.span for block in flight)
+    return ScheduledPass("denoise", run, blocks, steps, beside=beside, committed=finished)
 
 
 def denoise_passes(

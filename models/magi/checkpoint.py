@@ -149,9 +149,9 @@ def read_spec(
     return replace(shown, **stated)
 
 
-def stated_fields(path: Path, config: Mapping[str, Any], shown: MagiSpec) -> dict[str, float]:
+def stated_fields(path: Path, config: Mapping[str, Any], shown: MagiSpec) -> dict[str, Any]:
     """The fields that only the config states. UsageError that names each value which contradicts the tensors."""
-    values, wrong, stated = asdict(shown), [], {}
+    values, wrong, stated = asdict(shown), list[str](), dict[str, Any]()
     for key, name in CONFIG_KEYS.items():
         if key not in config:
             continue

@@ -1,7 +1,7 @@
 """The solver of MAGI-1: Euler steps from noise, time 0, to clean, time 1, along the network's velocity.
 
-Times of N even steps u are t = s*u^2 / (1 + (s - 1)*u^2) with s = 1 / timestep_shift. The quarters of the steps end at times
-0.0217, 0.1, 0.3 and 1 for every N. Twelve steps take the first two of four steps of a quarter as one.
+Times of N even steps u are t = s*u^2 / (1 + (s - 1)*u^2) with s = 1 / timestep_shift. With a shift of 3 the quarters
+of the steps end at times 0.0217, 0.1, 0.3 and 1. Twelve steps take the first two of four steps of each quarter as one.
 Source: MAGI-1 (arXiv 2505.13211); github.com/SandAI-org/MAGI-1.
 """
 

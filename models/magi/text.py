@@ -24,7 +24,10 @@ from ..text.umt5_checkpoint import read_tokenizer
 NAME = "t5-v1_1-xxl"
 FOLDERS = (f"t5/{NAME}", NAME, "text_encoder", "")
 ENDINGS = "(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)"
-DASHES = "-\\u00ad\\u058a\\u05be\\u1400\\u1806\\u2010-\\u2015\\u2e17\\u2e1a\\u2e3a\\u2e3b\\u2e40\\u301c\\u3030\\u30a0\\ufe31\\ufe32\\ufe58\\ufe63\\uff0d"
+DASHES = (
+    "-\\u00ad\\u058a\\u05be\\u1400\\u1806\\u2010-\\u2015\\u2e17\\u2e1a\\u2e3a\\u2e3b\\u2e40\\u301c\\u3030\\u30a0"
+    "\\ufe31\\ufe32\\ufe58\\ufe63\\uff0d"
+)
 BEFORE_REPAIR: tuple[tuple[str, str], ...] = (  # (pattern, replacement), in order
     (r"@\w+\b", ""),  # names of accounts
     ("[\\u31c0-\\u9fff]", ""),  # Chinese and Japanese signs
@@ -58,7 +61,10 @@ AFTER_REPAIR: tuple[tuple[str, str], ...] = (
 EDGES: tuple[tuple[str, str], ...] = (
     (r"^[\"']([\w\W]+)[\"']$", r"\1"), (r"^['_,\-:;]", ""), (r"['_,\-:+]$", ""), (r"^\.\S+$", ""),
 )  # fmt: skip
-LINKS = r"\b(?:https?:(?:/{1,3}|[a-zA-Z0-9%])|www\.|[a-zA-Z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it))[\w/\-.?=&%#]*/?(?!@)"
+LINKS = (
+    r"\b(?:https?:(?:/{1,3}|[a-zA-Z0-9%])|www\.|[a-zA-Z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it))"
+    r"[\w/\-.?=&%#]*/?(?!@)"
+)
 
 
 class PlainText(HTMLParser):
@@ -143,11 +149,13 @@ def write_tiny_text(folder: Path, dim: int, seed: int, dtype: torch.dtype) -> No
     model = T5EncoderModel(
         T5Config(
             vocab_size=spec.vocabulary, d_model=dim, d_kv=spec.head_dim, d_ff=spec.ffn_dim, num_layers=spec.num_layers,
-            num_heads=spec.num_heads, dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            num_heads=spec.num_heads, dropout_rate=0.0, feed_forward_proj="gated-gelu",
         )
     )  # fmt: skip
     for name, tensor in sorted(model.named_parameters()):
         noise: Tensor = torch.randn(tensor.shape, generator=generator) * 0.3
         tensor.data.copy_(noise + 1.0 if "norm" in name else noise)
-    model.to(dtype).save_pretrained(folder)
+    for tensor in model.parameters():
+        tensor.data = tensor.data.to(dtype)
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

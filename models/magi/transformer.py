@@ -2,7 +2,7 @@
 
 Times run from 0, pure noise, to 1, clean: timesteps are 1000 times that, and the velocity is that towards clean.
 Self- and cross-attention of a layer read the same normalised input and share their output projection.
-Shapes: B batch, F latent frames, P tokens per frame, T = F*P, n heads, k heads of keys and values, c head width, d width.
+Shapes: B batch, F latent frames, P tokens per frame, T = F*P, k heads of keys and values, c head width, d width.
 Source: MAGI-1 (arXiv 2505.13211); github.com/SandAI-org/MAGI-1.
 """
 
@@ -232,7 +232,8 @@ class MagiTransformer(Transformer):
         """Compute what passes need of rows [B, text_len + 1, text_dim]; caption rows of zeros are not seen."""
         dtype = self.spec_dtype
         caption, row = text[:, :-1], text[:, -1]
-        (cross, _), (adaln,) = self.y_embedder.y_proj_xattn, self.y_embedder.y_proj_adaln
+        cross, adaln = self.y_embedder.y_proj_xattn[0], self.y_embedder.y_proj_adaln[0]
+        assert isinstance(cross, nn.Linear) and isinstance(adaln, nn.Linear)
         rows = F.silu(linear(caption, cross, wide(dtype))).to(dtype)
         keys = tuple(layer.self_attention.text_keys(rows) for layer in self.blocks)
         mask = (caption != 0).any(dim=-1)[:, None, None]

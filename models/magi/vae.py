@@ -7,7 +7,6 @@ Source: MAGI-1 (arXiv 2505.13211); github.com/SandAI-org/MAGI-1.
 
 from __future__ import annotations
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,7 +112,7 @@ class TileDecoder(VisionTransformer):
         self.last_layer = nn.Conv3d(spec.channels, 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Pictures [1, 3, 4T, 8H, 8W] of the latents of a tile [1, z, T, H, W]; one picture of a single latent frame."""
+        """Pictures [1, 3, 4T, 8H, 8W] of the latents of a tile [1, z, T, H, W]; one of a single latent frame."""
         t, h, w = latents.shape[2:]
         x = self.layers(self.proj_in(latents.flatten(2).transpose(1, 2)), (t, h, w))
         x = x.unflatten(2, (*self.patch, -1)).unflatten(1, (t, h, w))  # [1, T, H, W, 4, 8, 8, channels]

@@ -37,7 +37,10 @@ def is_vae(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> VitVae:
-    """Load an autoencoder. UsageError for a file of another, CheckpointError for a broken one. dtype: None as stored."""
+    """Load an autoencoder. dtype: None as stored.
+
+    Raises UsageError for a file of another, CheckpointError for a broken one.
+    """
     _, tensors = choose_state_dict(path, read_weight_files(WeightFiles((path,))), "MAGI-1 autoencoder", is_vae)
     spec = read_spec(path, tensors, (read_json(path.parent / "config.json") or {}).get(CONFIG) or {})
     with torch.device("meta"):
@@ -49,7 +52,7 @@ def read_spec(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
     """Read sizes from shapes, and the heads and the grid of positions from the config, else from their counts."""
     wrong = [f"{key} is {quoted(config[key])}" for key, value in FIXED.items() if config.get(key, value) is not value]
     if wrong:
-        raise UsageError(f"{CONFIG} beside {path} is of another autoencoder ({'; '.join(wrong)}); use the published one")
+        raise UsageError(f"{CONFIG} beside {path} is of another autoencoder ({'; '.join(wrong)}); use MAGI-1's")
     try:
         dim, _, *patch = tensors["encoder.patch_embed.proj.weight"].shape
         places = tensors["encoder.pos_embed"].shape[1] - 1
@@ -63,7 +66,8 @@ def read_spec(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
     heads = config.get("num_heads", dim // 64)
     if frames * side * side != places or heads < 1 or dim % heads or len(patch) != 3 or dim % math.prod(patch):
         raise CheckpointError(
-            f"{path} is no MAGI-1 autoencoder: {places} positions for {frames} x {side} x {side}, {heads} heads, {dim} wide"
+            f"{path} is no MAGI-1 autoencoder: {places} positions for {frames} x {side} x {side}, "
+            f"{heads} heads, {dim} wide"
         )
     return replace(
         VIT_VAE, z_dim=z, dim=dim, num_layers=layers, num_heads=heads, ffn_dim=ffn,

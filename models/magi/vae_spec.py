@@ -16,8 +16,8 @@ PICTURES = 12  # of a tile, half a second
 class VitVaeSpec(DecoderSpec):
     """Sizes of two vision transformers, from pictures to latents and back, which run over overlapping tiles.
 
-    patch: pictures, pixel rows and pixel columns of a latent pixel. grid: latent frames, rows and columns of the learned
-    position embedding, resized for other tiles; its rows and columns are those of a tile.
+    patch: pictures, pixel rows and pixel columns of a latent pixel. grid: latent frames, rows and columns of the
+    learned position embedding, resized for other tiles; its rows and columns are those of a tile.
     """
 
     dim: int
@@ -50,7 +50,7 @@ class VitVaeSpec(DecoderSpec):
         return self.dim // math.prod(self.patch)
 
     def tiles(self, length: int, axis: int) -> list[tuple[int, int]]:
-        """(start, stop) of the tiles along an axis of latents, 1 for rows, 2 for columns; a quarter of each overlaps."""
+        """(start, stop) of tiles along an axis of latents, 1 for rows, 2 for columns; a quarter of each overlaps."""
         tile = self.grid[axis]
         return [(start, min(start + tile, length)) for start in range(0, length, self.tile_stride(axis))]
 

@@ -1,11 +1,11 @@
-"""Streams of MAGI-1 equal the same passes over whole sequences, in which each chunk sees what the published masks say."""
+"""Streams of MAGI-1 equal the same passes over whole sequences, each chunk seeing what the published masks say."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
-from toy_family import DenseFrames
 from torch import Tensor
+from toy_family import DenseFrames
 
 import inferix
 from inferix.models.cross_attention import TextByFrames
