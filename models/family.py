@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
 from ..schemes.presets import Preset
+from .costs import TransformerCosts
 from .decoder import Decoder, DecoderSpec
 from .files import fill
 from .random import random_state
@@ -126,6 +127,10 @@ class Family(ABC):
 
         precision: a name of `transformer.PRECISIONS`.
         """
+
+    @abstractmethod
+    def costs(self, spec: ModelSpec) -> TransformerCosts:
+        """Return the costs of a transformer."""
 
     def random_state(self, spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Draw random weights of a transformer, by name."""

@@ -155,6 +155,12 @@ class ContextPolicy:
         ranges = self.noise2clean_kvrange
         return ranges[step * len(ranges) // steps] if ranges else None
 
+    def blocks_reached(self, window_blocks: int, steps: int) -> int:
+        """Most blocks from the oldest that a block in flight sees by its key range to the newest; 0 without ranges."""
+        newer = [step * window_blocks // steps for step in range(steps)]  # blocks in flight behind it at each step
+        reach = [blocks + newer[step] for step in range(steps) if (blocks := self.key_range(step, steps)) is not None]
+        return max([*reach, self.clean_chunk_kvrange + window_blocks - 1 if self.clean_chunk_kvrange else 0])
+
     def check_key_ranges(self, frames: int, window_blocks: int, steps: int) -> None:
         """UsageError unless the steps have equal shares, and what each block in flight sees lies in the window."""
         ranges, size = self.noise2clean_kvrange, self.local_attn_size
@@ -162,12 +168,8 @@ class ContextPolicy:
             raise UsageError(
                 f"noise2clean_kvrange {list(ranges)} has {len(ranges)} entries for {steps} steps; expected a divisor"
             )
-        if size == -1:
-            return
-        newer = [step * window_blocks // steps for step in range(steps)]  # blocks in flight behind it at each step
-        reach = [blocks + newer[step] for step in range(steps) if (blocks := self.key_range(step, steps)) is not None]
-        most = max([*reach, self.clean_chunk_kvrange + window_blocks - 1 if self.clean_chunk_kvrange else 0])
-        if most * frames + self.sink_size > size:
+        most = self.blocks_reached(window_blocks, steps)
+        if size != -1 and most * frames + self.sink_size > size:
             raise UsageError(
                 f"local_attn_size {size} is smaller than the {most} blocks of {frames} frames that "
                 f"noise2clean_kvrange {list(ranges)} and clean_chunk_kvrange {self.clean_chunk_kvrange} reach over, "

@@ -21,6 +21,7 @@ from ..random import random_state
 from ..spec import ModelSpec
 from ..text.spec import TextSpec, tiny_text
 from .checkpoint import FORMATS, read_checkpoint, recognises, write_transformer
+from .costs import MagiCosts
 from .presets import PRESETS
 from .spec import MAGI_4B, MODELS, MagiSpec
 from .text import NAME, check_folder, find_text, load_text, write_tiny_text
@@ -43,6 +44,10 @@ class MagiFamily(Family):
     def build(self, spec: ModelSpec, precision: str = "reference") -> MagiTransformer:
         assert isinstance(spec, MagiSpec)
         return MagiTransformer(spec)
+
+    def costs(self, spec: ModelSpec) -> MagiCosts:
+        assert isinstance(spec, MagiSpec)
+        return MagiCosts(spec)
 
     def random_state(self, spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Draw random weights; rotary frequencies, and norms that store their factor minus 1, are as initialised."""
