@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
 from ..schemes.presets import Preset
+from ..schemes.sampler_spec import SOLVERS
 from .costs import TransformerCosts
 from .decoder import Decoder, DecoderSpec
 from .files import fill
@@ -109,7 +110,8 @@ class Family(ABC):
 
     name: what `ModelSpec.family` says. models: sizes by name. presets: decoding schemes, the default one first.
     formats: checkpoint formats by name. shipped: folder of the weights of models that are in the package, by name.
-    demo: the named model that runs where a preset of the family is named alone.
+    demo: the named model that runs where a preset of the family is named alone. to_clean: direction of the velocity of
+    its networks, as in `SolverRules`.
     """
 
     name: str
@@ -118,6 +120,16 @@ class Family(ABC):
     formats: Mapping[str, Format] = {}
     shipped: Mapping[str, Path] = {}
     demo: str
+    to_clean: bool = False
+
+    def check_preset(self, preset: Preset, model: str) -> None:
+        """UsageError for a preset whose solver takes another velocity than the networks of this family make."""
+        if SOLVERS[preset.sampler.solver].to_clean != self.to_clean:
+            own = ", ".join(own.name for own in self.presets)
+            raise UsageError(
+                f"preset {preset.name!r} is for a model of another family than {model}, which is {self.name}; "
+                f"use one of {own}"
+            )
 
     # Transformer
 

@@ -75,7 +75,7 @@ def load(
     if config.batches is not None:
         entries(Path(config.batches))  # so that a bad file is refused before weights are read
     check_tiny_decoder(scheme, config.vae == "taehv")
-    parts = load_parts(config, preset, MemoryCheck(config, scheme, size, force=force), offline, text_prompts)
+    parts = load_parts(config, scheme, preset, MemoryCheck(config, scheme, size, force=force), offline, text_prompts)
     check_tiny_decoder(scheme, not parts.vae.spec.encodes)
     return Engine(config, scheme, parts, limits)
 
@@ -87,7 +87,7 @@ def check_tiny_decoder(preset: Preset, tiny: bool) -> None:
 
 
 def load_parts(
-    config: EngineConfig, preset: str | None, check: MemoryCheck, offline: bool, text_prompts: bool
+    config: EngineConfig, scheme: Preset, preset: str | None, check: MemoryCheck, offline: bool, text_prompts: bool
 ) -> Components:
     """Load the weights that a config names: of files, of the hub, in the package, or random ones.
 
@@ -97,10 +97,10 @@ def load_parts(
     if model in MODELS and not Path(model).exists():
         folder = shipped(model)
         if folder is None:
-            return random_components(MODELS[model], config, check)
+            return random_components(MODELS[model], config, scheme, check)
         files = replace(config, model=str(folder))
     else:
         own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
         located = locate(model, preset, config.base, offline, own_parts)
         files = replace(config, model=located.model, base=located.base)
-    return replace(load_components(files, check, text_prompts), source=model)  # its name, wherever its files are
+    return replace(load_components(files, scheme, check, text_prompts), source=model)  # not where its files are

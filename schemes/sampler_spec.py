@@ -17,12 +17,15 @@ class SolverRules:
     """Settings that a solver takes. step_list: its steps are `denoising_step_list`, from any noise level on; otherwise
     it makes `num_steps` steps from pure noise.
 
+    to_clean: the network's velocity leads from noise to clean latents, and its timesteps ascend with it, as MAGI-1's
+    do; otherwise both are those of noise.
     condition: (num_steps, step) to what the network is given of that step besides its timestep, as distilled ones are;
     None where it is given the timestep only.
     """
 
     step_list: bool
     condition: Callable[[int, int], float] | None = None
+    to_clean: bool = False
 
 
 SOLVERS: dict[str, SolverRules] = {"renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False)}

@@ -7,7 +7,7 @@ Sizes come from the tensors. What no tensor shows, the factor of the latents and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,14 @@ def weight_files(path: Path) -> WeightFiles | None:
 
 
 def recognises(path: Path) -> bool:
-    """True for a file or folder with the tensors of a transformer; False for any other, or one that cannot be read."""
+    """True for a file or folder with the names of a transformer; False for any other, or one that cannot be read."""
     try:
-        files = weight_files(path) if path.exists() else None
-        if files is None:
-            return False
-        names = files.index if files.index is not None else read_tensors(files.files[0])
+        indices = [index for name in FOLDERS if (index := path / name / f"{STEM}.safetensors.index.json").is_file()]
+        if indices:  # files that it lists may be missing
+            names: Iterable[Any] = (read_json(indices[0]) or {}).get("weight_map") or ()
+        else:
+            files = weight_files(path) if path.exists() else None
+            names = read_tensors(files.files[0]) if files is not None else ()
         return any(LAYER.match(str(name)) for name in names)
     except (UsageError, CheckpointError):
         return False

@@ -40,6 +40,7 @@ class MagiFamily(Family):
     presets: Sequence[Preset] = PRESETS
     formats: Mapping[str, Format] = FORMATS
     demo: str = "magi-tiny"
+    to_clean = True
 
     def build(self, spec: ModelSpec, precision: str = "reference") -> MagiTransformer:
         assert isinstance(spec, MagiSpec)

@@ -34,11 +34,11 @@ CONTEXT = ContextPolicy(
 )  # fmt: skip
 
 
-def base(name: str, steps: int, folder: str) -> Preset:
+def base(name: str, steps: int) -> Preset:
     """The scheme of a base model: guidance by text and by the past."""
     return Preset(
         name=name,
-        about=About(name, "Apache-2.0", "sand-ai/MAGI-1", (f"ckpt/magi/{folder}/inference_weight",)),
+        about=About(name, "Apache-2.0", "sand-ai/MAGI-1"),
         num_frame_per_block=6,
         independent_first_frame=False,
         sampler=SamplerSpec(
@@ -50,22 +50,21 @@ def base(name: str, steps: int, folder: str) -> Preset:
     )  # fmt: skip
 
 
-def distilled(model: str, steps: int, folder: str) -> Preset:
+def distilled(model: str, steps: int) -> Preset:
     """The scheme of a distilled model: one pass, and steps of 64, 32, 16, 12 or 8."""
-    preset = base(model, steps, folder)
+    preset = base(model, steps)
     return replace(
         preset,
         name=f"{model}-distill",
-        about=replace(preset.about, files=(f"ckpt/magi/{folder}/inference_weight.distill",)),
         sampler=replace(preset.sampler, solver=DistilledMagiSolver.name, guidance=MIXED_PAST),
     )
 
 
 PRESETS: tuple[Preset, ...] = (
-    base("magi-4.5b", 64, "4.5B_base"),
-    distilled("magi-4.5b", 16, "4.5B_distill"),
-    base("magi-24b", 32, "24B_base"),
-    distilled("magi-24b", 16, "24B_distill"),
-    base("magi-tiny", 16, "4.5B_base"),
-    distilled("magi-tiny", 8, "4.5B_distill"),
+    base("magi-4.5b", 64),
+    distilled("magi-4.5b", 16),
+    base("magi-24b", 32),
+    distilled("magi-24b", 16),
+    base("magi-tiny", 16),
+    distilled("magi-tiny", 8),
 )

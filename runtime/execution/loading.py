@@ -13,6 +13,7 @@ from ...models.family import Checkpoint, PromptEncoder
 from ...models.registry import family_of, read_checkpoint
 from ...models.spec import ModelSpec
 from ...models.transformer import Transformer
+from ...schemes.presets import Preset
 from ..config import DTYPES, EngineConfig
 
 
@@ -45,7 +46,9 @@ class Components:
     fingerprints: Mapping[str, str] | None = None
 
 
-def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:
+def load_components(
+    config: EngineConfig, preset: Preset, check: SizeCheck, text_prompts: bool = True
+) -> Components:
     """Load the model's checkpoint, and its VAE and text encoder from beside it or from `base`.
 
     Find all parts, read the decoders and call `check` before the transformer's weights are read. No text encoder is
@@ -54,6 +57,7 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     family = family_of(spec)
+    family.check_preset(preset, config.model)
     if spec.in_channels != spec.out_channels:
         raise UsageError(
             f"{config.model} takes {spec.in_channels} channels with image conditioning; streams of such models "
@@ -101,14 +105,15 @@ def loras(config: EngineConfig) -> list[tuple[str, float]]:
     return [(config.lora, config.lora_scale)] if config.lora else []
 
 
-def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -> Components:
+def random_components(spec: ModelSpec, config: EngineConfig, preset: Preset, check: SizeCheck) -> Components:
     """Make a named model with random weights and a small random text encoder, after a call of `check`."""
+    family = family_of(spec)
+    family.check_preset(preset, spec.name)
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not supported; its transformer and checkpoints are")
     for key in ("vae", "fast_vae"):
         if (name := getattr(config, key)) not in (None, "taehv"):
             raise UsageError(f"{key} is {quoted(name)}, but {spec.name} has random weights; leave it out, or use taehv")
-    family = family_of(spec)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
     check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device
