@@ -213,7 +213,7 @@ def test_overlapping_tiles_are_blended() -> None:
     share = torch.arange(16, dtype=torch.float64) / 16
     faded = first[..., 48:] * (1 - share) + second[..., :16] * share
     wanted = torch.cat((first[..., :48], faded, second[..., 16:48]), dim=3).clamp(-1, 1)
-    assert torch.allclose(whole[..., :96], wanted, atol=1e-12)
+    assert torch.allclose(whole[..., :48, :96], wanted[..., :48, :], atol=1e-12)  # below is another row of tiles
     ones = torch.ones(1, 1, 1, 4, 4)
     assert blend(ones, 0 * ones, 2, 3)[0, 0, 0, :, 0].tolist() == [1.0, 0.5, 0.0, 0.0]
 
