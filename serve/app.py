@@ -12,18 +12,17 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi import Path as InPath
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
-from ..errors import InferixError, cut, quoted
+from ..errors import InferixError
 from ..models.registry import family_of
 from ..runtime.engine import Engine
 from ..runtime.files import PartFile
 from ..runtime.sessions.session_file import read_session
 from ..version import __version__
 from .access import Access
+from .answers import add_error_answers, errors
 from .connection import Connection
 from .engine_host import EngineHost
 from .live_sessions import LiveSessions
@@ -31,6 +30,8 @@ from .metrics import ServerMetrics
 from .protocol import json_schema
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
+from .video_jobs import VideoJobs
+from .video_routes import video_routes
 from .worlds import SUFFIX, Worlds
 
 PAGE = Path(__file__).parent / "page"
@@ -47,26 +48,6 @@ POLICY = (
 ENCODER_THREADS = 2
 
 WorldId = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
-
-
-class LimitInfo(BaseModel):
-    """Name and value of the setting that was reached."""
-
-    name: str
-    value: bool | float | str | None
-
-
-class ErrorInfo(BaseModel):
-    """A refusal. code: one word for programs."""
-
-    code: str
-    message: str
-    limit: LimitInfo | None = None
-    retry_after: int | None = None
-
-
-class ErrorBody(BaseModel):
-    error: ErrorInfo
 
 
 class Health(BaseModel):
@@ -105,11 +86,6 @@ class World(BaseModel):
     bytes: int
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers of a route besides its own, for the OpenAPI document."""
-    return {status: {"model": ErrorBody} for status in (400, 401, 403, 422, *statuses)}
-
-
 class Server:
     """An engine, its live sessions and what is shared by all routes."""
 
@@ -118,6 +94,7 @@ class Server:
         self.host = EngineHost(engine)
         self.metrics = ServerMetrics(engine)
         self.worlds = Worlds(folder / "worlds", settings.worlds)
+        self.jobs = VideoJobs(self.host, settings, folder / "videos")
         self.live = LiveSessions(self.host, settings, self.worlds, self.metrics)
         self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
 
@@ -126,12 +103,14 @@ class Server:
         """Run the engine and look after the sessions; at the end drain them."""
         self.host.on_control(asyncio.get_running_loop(), self.live.control_applied)
         self.host.start()
+        self.jobs.start()
         sweeper = asyncio.create_task(self.live.sweep())
         try:
             yield
         finally:
             sweeper.cancel()
             await self.drain()
+            await self.jobs.stop()
             await asyncio.to_thread(self.host.stop)
             self.pool.shutdown(cancel_futures=True)
 
@@ -190,6 +169,7 @@ def make_app(server: Server) -> Access:
     add_facts(app, server)
     add_worlds(app, server)
     add_live(app, server)
+    app.include_router(video_routes(server.jobs))
     return Access(app, server.settings.token, tuple(PAGE_FILES), server.settings.upload_bytes)
 
 
@@ -200,30 +180,6 @@ def lifespan(server: Server) -> Callable[[FastAPI], AbstractAsyncContextManager[
             yield
 
     return running
-
-
-def add_error_answers(app: FastAPI) -> None:
-    """Answer every error in one JSON form."""
-
-    @app.exception_handler(InferixError)
-    async def refused(request: Request, error: InferixError) -> Response:
-        refusal = refusal_of(error)
-        return JSONResponse({"error": refusal.as_dict()}, refusal.status, refusal.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return answer("invalid", f"{cut(place)} is {quoted(first.get('input'))}: {first['msg']}", 422)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        code = {404: "not_found", 405: "not_allowed"}.get(error.status_code, "refused")
-        return answer(code, str(error.detail), error.status_code, dict(error.headers or {}))
-
-
-def answer(code: str, message: str, status: int, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": Refusal(code, message).as_dict()}, status, headers)
 
 
 def add_page(app: FastAPI) -> None:

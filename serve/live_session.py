@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InferixError, SessionEnded, one_line
+from ..runtime.engine import Engine
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
 from .engine_host import EngineHost
@@ -462,6 +463,18 @@ def check_prompt(text: str, settings: ServeSettings) -> None:
     if len(text) > most:
         message = f"the prompt has {len(text)} characters; expected at most {most}"
         raise Refusal("too_long", message, 413, limit=("prompt_characters", most))
+
+
+def check_size(size: tuple[int, int], engine: Engine, settings: ServeSettings) -> None:
+    """UsageError for a size that the model cannot make, Refusal for one that is too large for this server."""
+    width, height = engine.default_size
+    most = settings.picture_pixels or width * height
+    if size[0] * size[1] > most:
+        message = f"size is {size[0]}x{size[1]}; expected at most {most} pixels"
+        raise Refusal("too_long", message, 400, limit=("picture_pixels", most))
+    engine.spec.latent_size(size)
+    if engine.parts.size not in (None, size):
+        raise Refusal("invalid", f"size is {size[0]}x{size[1]}; this engine makes {width}x{height} only")
 
 
 def entered_at(session: Session) -> Entered:
