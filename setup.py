@@ -73,6 +73,8 @@ EXTRAS = {
         "python-multipart>=0.0.20",
         "httpx>=0.28,<1",
         "playwright>=1.50,<2",
+        "openai==3.57.*",  # the newest whose client has the videos API
+        "schemathesis>=4,<5",
         "pytest",
         "pytest-xdist",
         "ruff",
