@@ -83,7 +83,8 @@ async def view(url: str, token: str | None, seconds: float, prompt: str, seed: i
         opened: dict[str, Any] = {}
         asked: dict[int, float] = {}  # controls by id
         shown: dict[int, list[float]] = {}  # by the block that shows them: when they were sent
-        player, last, blocks, next_control, actions = Player(1.0), 0.0, 0, float("inf"), []
+        actions: list[str] = []
+        player, last, blocks, next_control = Player(1.0), 0.0, 0, float("inf")
         while (now := time.perf_counter()) < start + seconds:
             if now >= next_control:
                 asked[len(asked) + 1] = now
