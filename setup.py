@@ -73,6 +73,7 @@ EXTRAS = {
         "python-multipart>=0.0.20",
         "httpx>=0.28,<1",
         "playwright>=1.50,<2",
+        "aiortc>=1.13,<2",
         "openai==3.57.*",  # the newest whose client has the videos API
         "schemathesis>=4,<5",
         "pytest",
@@ -110,6 +111,7 @@ EXTRAS = {
         "prometheus_client>=0.21,<1",
         "python-multipart>=0.0.20",
     ],
+    "webrtc": ["aiortc>=1.13,<2"],
     "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }
 

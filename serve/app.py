@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, Query, Request, WebSocket
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel
@@ -27,11 +27,12 @@ from .connection import Connection
 from .engine_host import EngineHost
 from .live_sessions import LiveSessions
 from .metrics import ServerMetrics
-from .protocol import json_schema
+from .protocol import Attach, Open, json_schema
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
 from .video_jobs import VideoJobs
 from .video_routes import video_routes
+from .whep import LONGEST_SDP, Whep
 from .worlds import SUFFIX, Worlds
 
 PAGE = Path(__file__).parent / "page"
@@ -47,7 +48,7 @@ POLICY = (
 )
 ENCODER_THREADS = 2
 
-WorldId = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
+Id = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
 
 
 class Health(BaseModel):
@@ -96,6 +97,7 @@ class Server:
         self.worlds = Worlds(folder / "worlds", settings.worlds)
         self.jobs = VideoJobs(self.host, settings, folder / "videos")
         self.live = LiveSessions(self.host, settings, self.worlds, self.metrics)
+        self.whep = Whep(self.live)
         self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
 
     @asynccontextmanager
@@ -110,6 +112,7 @@ class Server:
         finally:
             sweeper.cancel()
             await self.drain()
+            await self.whep.close()
             await self.jobs.stop()
             await asyncio.to_thread(self.host.stop)
             self.pool.shutdown(cancel_futures=True)
@@ -169,6 +172,7 @@ def make_app(server: Server) -> Access:
     add_facts(app, server)
     add_worlds(app, server)
     add_live(app, server)
+    add_whep(app, server)
     app.include_router(video_routes(server.jobs))
     return Access(app, server.settings.token, tuple(PAGE_FILES), server.settings.upload_bytes)
 
@@ -229,7 +233,7 @@ def add_worlds(app: FastAPI, server: Server) -> None:
         return await server.receive_world(request)
 
     @app.get("/v1/worlds/{world}", responses=errors(404), response_class=FileResponse)
-    def download(world: WorldId) -> FileResponse:
+    def download(world: Id) -> FileResponse:
         """Download a saved world."""
         path = server.worlds.path(world)
         return FileResponse(path, media_type="application/octet-stream", filename=f"world-{world[:8]}{SUFFIX}")
@@ -239,3 +243,33 @@ def add_live(app: FastAPI, server: Server) -> None:
     @app.websocket("/v1/live")
     async def live(socket: WebSocket) -> None:
         await Connection(socket, server.live, server.pool).serve()
+
+
+def add_whep(app: FastAPI, server: Server) -> None:
+    sdp = {"content": {"application/sdp": {"schema": {"type": "string", "maxLength": LONGEST_SDP}}}}
+    answers: dict[int | str, dict[str, Any]] = {201: {"description": "The answer", **sdp}}
+
+    @app.post(
+        "/v1/whep", status_code=201, responses={**answers, **errors(404, 413, 501, 503)}, response_class=Response,
+        openapi_extra={"requestBody": {"required": True, **sdp}},
+    )  # fmt: skip
+    async def offer(
+        request: Request,
+        prompt: str | None = None,
+        seed: Annotated[int, Query(ge=0, lt=2**53)] = 0,
+        session: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$")] = None,
+        resume: Annotated[str, Query(max_length=128)] = "",
+    ) -> Response:
+        """Watch a session by WebRTC (WHEP): a new one for a prompt, or one that waits, such as a fork."""
+        begin: Open | Attach = Open(id=0, type="open", prompt=prompt, seed=seed)
+        if session is not None:
+            begin = Attach(id=0, type="attach", session=session, resume=resume or "-")
+        text = (await request.body()).decode("utf-8", "replace")
+        answer, id = await server.whep.offer(text, begin)
+        return Response(answer, 201, {"Location": f"/v1/whep/{id}"}, "application/sdp")
+
+    @app.delete("/v1/whep/{id}", responses=errors(404))
+    async def end(id: Id) -> dict[str, str]:
+        """End a session that is watched by WebRTC."""
+        server.whep.end(id)
+        return {"id": id, "object": "session.ended"}

@@ -31,10 +31,13 @@ from .protocol import (
     Act,
     Applied,
     Control,
+    ControlId,
     Ended,
     Fork,
+    MediaFormat,
     Notice,
     Open,
+    Opened,
     Pause,
     Ping,
     Pong,
@@ -141,6 +144,22 @@ class LiveSession:
         self._attached.set()
         if self._producer is None and not self.outbox.finished:
             self._produce()
+
+    def greeting(self, id: ControlId, media: MediaFormat) -> Opened:
+        """The answer to the control that a viewer begins with."""
+        engine, settings = self.hub.host.engine, self.hub.settings
+        return Opened(
+            id=id, session=self.id, resume=self.resume, resume_seconds=settings.resume_seconds,
+            model=engine.parts.source, preset=engine.preset.name, media=media, actions=list(engine.spec.actions),
+            rest=self.keys.rest, rewind_blocks=engine.preset.context.rewind_blocks,
+            frames_per_block=engine.preset.num_frame_per_block * engine.spec.vae_stride[0], behind=self.behind,
+            prompt=self.start.prompt, seed=self.start.seed, paused=self.paused, next_block=self.session.next_block,
+        )  # fmt: skip
+
+    def state_for_viewer(self, state: State) -> State:
+        """A block's state, with what waits for its viewer now."""
+        state.waiting, state.skipped = self.outbox.blocks, self.outbox.skipped
+        return state
 
     def detach(self, viewer: Viewer) -> None:
         """Have the stream wait for its client to come back."""
