@@ -16,6 +16,7 @@ from ..kernels.attention import attention
 from .cross_attention import TextKeyValues
 from .rope import Rope
 from .spec import ModelSpec
+from .tile import WHOLE, Tile
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,16 @@ class Transformer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, latents: Tensor, timesteps: Tensor, context: TextKeyValues, kv: KeyValues, actions: Tensor | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: TextKeyValues,
+        kv: KeyValues,
+        actions: Tensor | None = None,
+        tile: Tile = WHOLE,
     ) -> Tensor:
         """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 
         timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
-        each frame.
+        each frame. tile: the part of the picture that the latents are, for models with a learned position embedding.
         """
