@@ -1,8 +1,8 @@
 """A pass divided over ranks: each rank runs the network on a tile of every frame, and attention exchanges tokens.
 
-Layouts differ in the part of the cache that a rank has. `heads` (Ulysses): all tokens of some heads; queries, keys and
-values go to the ranks of their heads in one all-to-all, and results return in another. `tokens` (pass-Q): the tile's
-tokens of all heads; queries go to all ranks, and partial results return to be merged by their log-sum-exp.
+Layouts differ in the part of the cache that a rank has. `ulysses`: all tokens of some heads; queries, keys and values
+go to the ranks of their heads in one all-to-all, and results return in another. `pass-q`: the tile's tokens of all
+heads; queries go to all ranks, and partial results return to be merged by their log-sum-exp.
 
 The eager runtime and the tracer call the same functions, so both run the same ops. Keys and values never travel twice.
 Source: DeepSpeed-Ulysses (arXiv 2309.14509); Context Parallelism (arXiv 2411.01783) for pass-Q.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,22 +29,21 @@ OnPages = PagedAttention | StagedAttention
 class Shard:
     """A rank's part of every pass.
 
-    layout: `heads` or `tokens`, the part of the cache. group: number of its `RankGroup`, ranks: its size. rows,
-    columns: the tiles of a frame by token grid, see `tiles_of`.
+    layout: `ulysses` or `pass-q`. group: number of its `RankGroup`; ranks: its size.
     """
 
-    layout: str = "heads"
+    layout: str = "ulysses"
     ranks: int = 1
     rank: int = 0
     group: int = 0
 
     @property
     def head_shards(self) -> int:
-        return self.ranks if self.layout == "heads" else 1
+        return self.ranks if self.layout == "ulysses" else 1
 
     @property
     def token_shards(self) -> int:
-        return self.ranks if self.layout == "tokens" else 1
+        return self.ranks if self.layout == "pass-q" else 1
 
     def tiles(self, grid: tuple[int, int]) -> Tiles:
         return Tiles(*tiles_of(grid, self.ranks), self.rank)
@@ -66,6 +64,13 @@ class Tiles:
     def place(self) -> tuple[int, int]:
         """Row and column of the rank's tile."""
         return divmod(self.rank, self.columns)
+
+    def origin(self, grid: tuple[int, int], positions: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Row and column of the tile's first token in a grid of `positions`, whose middle the picture takes."""
+        if positions is None:
+            return None
+        (row, column), height, width = self.place, grid[0] // self.rows, grid[1] // self.columns
+        return (positions[0] - grid[0]) // 2 + row * height, (positions[1] - grid[1]) // 2 + column * width
 
     def cut(self, x: Tensor) -> Tensor:
         """The rank's tile of latents [..., H, W]."""
@@ -172,18 +177,24 @@ class TokenShards:
 
 
 def run_on_tile(
-    forward: Callable[..., Tensor], shard: Shard, grid: tuple[int, int], latents: Tensor, attention: OnPages, **given: Any
+    forward: Callable[..., Tensor],
+    shard: Shard,
+    grid: tuple[int, int],
+    positions: tuple[int, int] | None,
+    latents: Tensor,
+    attention: OnPages,
 ) -> Tensor:
     """The velocity [B, F, C, H, W] of latents [B, F, C, H, W], computed by all ranks of a shard.
 
-    forward: the network on the rank's tile, called with latents, `kv` and `given`; arguments as of a model's forward.
-    grid: (rows, columns) of tokens of a whole frame.
+    forward: the network on the rank's tile, of (latents, attention, origin) as a model's forward takes them. grid:
+    (rows, columns) of tokens of a whole frame; positions: those of a learned position embedding, or None.
     """
     tiles = shard.tiles(grid)
-    if shard.layout == "heads":
-        kv: HeadShards | TokenShards = HeadShards(attention, shard, grid)
+    kv: HeadShards | TokenShards
+    if shard.layout == "ulysses":
+        kv = HeadShards(attention, shard, grid)
     else:
         assert isinstance(attention, PagedAttention)
         kv = TokenShards(attention, shard)
-    velocity = forward(tiles.cut(latents), kv=kv, **given)
+    velocity = forward(tiles.cut(latents), kv, tiles.origin(grid, positions))
     return tiles.joined(all_gather(velocity, ranks=shard.ranks, group=shard.group))

@@ -7,15 +7,20 @@ travel as they are, so every dtype does, and a result has the same bits on every
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import InferixError, UsageError
 from .op import Op
 from .spec import Arg, OpSpec
+
+
+class CollectiveFailed(InferixError):
+    """A collective that ended because another rank did, or that waited for one for too long."""
 
 
 @dataclass(eq=False)
@@ -33,15 +38,23 @@ class RankGroup:
     calls: int = 0
     since: float | None = None
 
-    def wait(self, work: Any, sent: int) -> None:
-        """Wait for a collective in which this rank sends `sent` bytes to others."""
+    def wait(self, begin: Callable[[], Any], sent: int) -> None:
+        """Run a collective in which this rank sends `sent` bytes to others; CollectiveFailed where others are gone."""
         self.since = time.monotonic()
         try:
-            work().wait()
+            begin().wait()
+        except RuntimeError as error:
+            raise CollectiveFailed(f"a collective of {self.size} ranks failed: {str(error).splitlines()[0]}") from error
         finally:
             self.since = None
         self.sent += sent
         self.calls += 1
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Copy a tensor of rank 0 to all ranks; not counted, since it is no part of a pass."""
+        before = self.sent, self.calls
+        self.wait(lambda: self.process_group.broadcast([as_bytes(tensor)]), 0)
+        self.sent, self.calls = before
 
 
 GROUPS: dict[int, RankGroup] = {}  # of this process, by number

@@ -16,7 +16,6 @@ from ..kernels.attention import attention
 from .cross_attention import TextKeyValues
 from .rope import Rope
 from .spec import ModelSpec
-from .tile import WHOLE, Tile
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,11 @@ class Transformer(nn.Module, ABC):
         context: TextKeyValues,
         kv: KeyValues,
         actions: Tensor | None = None,
-        tile: Tile = WHOLE,
+        origin: tuple[int, int] | None = None,
     ) -> Tensor:
         """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 
         timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
-        each frame. tile: the part of the picture that the latents are, for models with a learned position embedding.
+        each frame. origin: row and column of the first token in the grid of a learned position embedding, for a tile of a
+        picture; None for a whole one.
         """

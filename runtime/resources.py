@@ -60,5 +60,5 @@ def make_resources(
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     client = WorkerClient(worker or LocalWorker(config, preset, parts, executor))
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
-    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), client, config.kv_memory)
+    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), client, config.kv_memory, parts.shard)
     return Resources(config, preset, parts, kv_manager, client, device, dtype)

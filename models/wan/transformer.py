@@ -18,7 +18,6 @@ from ...kernels.rope import axis_frequencies
 from ..cross_attention import TextKeyValues
 from ..rope import Rope
 from ..spec import ModelSpec
-from ..tile import WHOLE, Tile
 from ..transformer import PRECISIONS, KeyValues, Precision, TextContext, Transformer
 
 
@@ -230,27 +229,31 @@ class WanTransformer(Transformer):
         context: TextKeyValues,
         kv: KeyValues,
         actions: Tensor | None = None,
-        tile: Tile = WHOLE,
+        origin: tuple[int, int] | None = None,
     ) -> Tensor:
         """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 
         timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
-        each frame. tile: the part of the picture that the latents are.
+        each frame. origin: see `embed_latents`.
         """
         if (actions is None) != (self.spec.action_dim is None):
             raise ValueError(f"{self.spec.name}: actions are {'missing' if actions is None else 'not used'}")
         height, width = latents.shape[-2:]
-        x = self.embed_latents(latents, tile)
+        x = self.embed_latents(latents, origin)
         e, modulation = self.time_embedding(timesteps, None if actions is None else self.action_embedding(actions))
         for block in self.blocks:
             x = block(x, modulation, context, kv)
         return self.unpatchify(self.head(x, e), height, width)
 
-    def embed_latents(self, latents: Tensor, tile: Tile = WHOLE) -> Tensor:
-        """Tokens [B, T, d] of latents [B, F, C, H, W]; a smaller picture uses the middle of the position grid."""
+    def embed_latents(self, latents: Tensor, origin: tuple[int, int] | None = None) -> Tensor:
+        """Tokens [B, T, d] of latents [B, F, C, H, W].
+
+        origin: row and column of the first token in the position grid; None for the middle of the grid.
+        """
         x = self.patch_embedding(latents.transpose(1, 2))
         if self.spec.grid is not None:
-            top, left = tile.origin(self.spec.grid, (x.shape[3], x.shape[4]))
+            middle = ((most - size) // 2 for most, size in zip(self.spec.grid, x.shape[3:], strict=True))
+            top, left = origin or middle
             positions = self.position_embedding[top : top + x.shape[3], left : left + x.shape[4]]
             x = x + positions.permute(2, 0, 1)[:, None]
         return x.flatten(2).transpose(1, 2)

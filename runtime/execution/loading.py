@@ -32,6 +32,7 @@ class Components:
     text: loads the text encoder at its first call; None without an encoder. digest: hash of the checkpoint, or None for
     random weights. fast_vae: decoder to switch to under overload. size: the one size (width, height) of pictures that
     it makes; None where any does. fingerprints: of the weights of transformer and decoder, where they are not in these.
+    shard: part of every pass that this rank computes.
     """
 
     transformer: Transformer
@@ -43,6 +44,7 @@ class Components:
     fast_vae: Decoder | None = None
     size: tuple[int, int] | None = None
     fingerprints: Mapping[str, str] | None = None
+    shard: Shard = ALONE
 
 
 def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:
