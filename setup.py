@@ -41,6 +41,7 @@ PACKAGES = [
     "inferix.runtime.kv",
     "inferix.runtime.capacity",
     "inferix.runtime.telemetry",
+    "inferix.runtime.parallel",
     "inferix.runtime.programs",
     "inferix.runtime.execution",
     "inferix.runtime.sessions",

@@ -287,6 +287,8 @@ class Engine:
         """
         lora, scale, partial = optional(path)("lora", lora), number("scale", scale), flag("partial", partial)
         self.manager.check_owner("use_lora()")
+        if self.config.gpus > 1:
+            raise UsageError(f"use_lora changes the weights of one rank, and gpus is {self.config.gpus}; give lora to load")
         if lora is None:
             self.adapter.remove()
         else:

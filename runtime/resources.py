@@ -13,6 +13,7 @@ from .execution.executors import Executor
 from .execution.loading import Components
 from .kv.kv_manager import KVManager
 from .kv.page_store import KV_DTYPES
+from .parallel.ranked_worker import RankedWorker
 from .worker import LocalWorker
 from .worker_client import Worker, WorkerClient
 
@@ -44,8 +45,8 @@ class Resources:
 
     @property
     def executor(self) -> Executor:
-        """The executor of a worker in this process."""
-        assert isinstance(self.worker, LocalWorker)
+        """The executor of this process: of its worker, or of rank 0 of several."""
+        assert isinstance(self.worker, LocalWorker | RankedWorker)
         return self.worker.executor
 
 

@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,18 @@ import torch.distributed as dist
 from ...errors import InferixError, UsageError, quoted
 from ...graphs.shards import Shard
 from ...kernels.collectives import RankGroup, add_group
+from ...models.decoder import DecoderSpec
+from ...models.spec import ModelSpec
+from ...schemes.layouts import Divided, choose_layout
+from ...schemes.presets import Preset
 from ..config import EngineConfig
-from .identity import difference
+from ..execution.loading import Components, SizeCheck
+from ..worker import LocalWorker
+from .identity import difference, identity
 from .messages import Connection, Message
 from .peers import Peer, Peers
 from .rank_process import ADDRESS
+from .ranked_worker import RankedWorker
 from .rendezvous import LOCAL, START, Place, join_group, join_store
 
 COLLECTIVE = 4  # a collective ends by itself after this many times the timeout of a rank
@@ -43,22 +51,76 @@ class World:
     group: RankGroup
     shard: Shard
 
-    def ready(self) -> None:
-        """Wait until all ranks have loaded."""
+    def worker(
+        self, config: EngineConfig, preset: Preset, parts: Components
+    ) -> tuple[RankedWorker, Components]:
+        """The worker of all ranks, and the parts of this one; waits until all have loaded."""
+        parts = replace(parts, shard=self.shard)
+        local = LocalWorker(config, preset, parts)
         self.peers.replies()
+        return RankedWorker(local, self.peers, self.group), parts
+
+
+@dataclass
+class Start:
+    """Start of the ranks of an engine, once sizes are known and before weights are read.
+
+    check: of sizes and memory, made first. size: of pictures, None for the model's own. name, settings, offline:
+    arguments of `load`.
+    """
+
+    config: EngineConfig
+    preset: Preset
+    check: SizeCheck
+    size: tuple[int, int] | None
+    name: str | None
+    settings: Mapping[str, Any]
+    offline: bool
+    world: World | None = None
+
+    def __call__(
+        self,
+        spec: ModelSpec,
+        decoder: DecoderSpec,
+        text: int,
+        fast: DecoderSpec | None,
+        made_on_host: bool,
+        files: Sequence[Path] = (),
+    ) -> None:
+        """Raise UsageError for sizes that the ranks cannot divide; start them."""
+        self.check(spec, decoder, text, fast, made_on_host, files)
+        size = self.size or spec.default_size
+        layout = choose_layout(divided(spec, size), self.config.gpus, self.config.parallel)
+        if layout == "pass-q" and self.config.kv_dtype not in (None, self.config.dtype):
+            raise UsageError(
+                f"kv_dtype is {quoted(self.config.kv_dtype)} with parallel=pass-q, whose pages have the model's dtype; "
+                "leave kv_dtype out, or use parallel=ulysses"
+            )
+        mine = identity(spec, self.preset, files)
+        self.world = start(self.config, layout, mine, self.name, self.settings, self.offline)
+
+    def close(self) -> None:
+        if self.world is not None:
+            self.world.peers.close()
+
+
+def divided(spec: ModelSpec, size: tuple[int, int]) -> Divided:
+    """Heads of a model and tokens of its pictures of `size`, which ranks divide."""
+    height, width = spec.latent_size(size)
+    return Divided(spec.num_heads, spec.kv_heads, (height // spec.patch[0], width // spec.patch[1]))
 
 
 def start(
     config: EngineConfig,
     layout: str,
-    identity: Mapping[str, Any],
+    mine: Mapping[str, Any],
     preset: str | None,
     settings: Mapping[str, Any],
     offline: bool,
 ) -> World:
     """Start `config.gpus` - 1 ranks, or join them, and have them load what this one loads.
 
-    preset and settings: arguments of `load`. InferixError, naming the rank, where one has other weights or versions.
+    mine: what this rank loads, see `identity`. preset and settings: arguments of `load`. InferixError, naming the rank, where one has other weights or versions.
     """
     ranks, place = config.gpus, Place.of()
     number = next(WORLDS)
@@ -92,7 +154,7 @@ def start(
         except TypeError as error:
             raise UsageError(f"settings of an engine with gpus={ranks} must be plain values: {error}") from error
         for peer, reply in zip(peers.peers, peers.replies(), strict=True):
-            if (differing := difference(identity, reply.values["identity"])) is not None:
+            if (differing := difference(mine, reply.values["identity"])) is not None:
                 what, here, there = differing
                 raise UsageError(
                     f"{peer} has {what} {quoted(there)}, and rank 0 has {quoted(here)}; give all ranks the same files "

@@ -26,6 +26,7 @@ from ...models.decoder import DecoderSpec
 from ...models.registry import make_preset
 from ...models.spec import ModelSpec
 from ..config import EngineConfig
+from ..execution.loading import load_parts
 from ..plans import decode_plan
 from ..worker import LocalWorker
 from .identity import identity
@@ -97,7 +98,7 @@ def serve(place: Place) -> None:
                 run(worker, inbox, message)
             except Exception as error:  # rank 0 decides: it may have failed in the same way
                 inbox.send(Message("error", {"number": number, "error": f"{type(error).__name__}: {error}"}))
-    except BaseException as error:
+    except Exception as error:
         inbox.send(Message("error", {"number": number, "error": f"{type(error).__name__}: {error}"}))
         raise
 
@@ -118,12 +119,9 @@ def run(worker: LocalWorker, inbox: Inbox, message: Message) -> None:
 
 def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
     """Load the model that rank 0 names, once it agrees that it is the same one."""
-    from ..load import load_parts  # runtime.load imports this package
-
     setup = inbox.next("setup").values
     torch.set_num_threads(setup["threads"])
-    config = EngineConfig(**{**setup["config"], "device": device_of(setup["config"]["device"], place)})
-    config = replace(config, lowp_layers=tuple(config.lowp_layers), lowp_keep=tuple(config.lowp_keep))
+    config = EngineConfig.of(**{**setup["config"], "device": device_of(setup["config"]["device"], place)})
     preset, shard = make_preset(config.preset, **setup["settings"]), Shard(setup["layout"], place.ranks, place.rank)
 
     def agree(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import RankFailed
 from ...graphs.shards import Shard
 from ...kernels.collectives import CollectiveFailed, RankGroup
+from ..execution.executors import Executor
 from ..plans import (
     CloseStore,
     Grid,
@@ -50,7 +51,7 @@ class RankedWorker:
         return self.local.supports_whole_block
 
     @property
-    def executor(self) -> object:
+    def executor(self) -> Executor:
         return self.local.executor
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
