@@ -42,13 +42,16 @@ from ..version import __version__
 from .options import (
     EXECUTOR,
     FORCE,
+    GPUS,
     OFFLINE,
+    PARALLEL,
     UNTRAINED,
     check_beside_engine,
     check_settings,
     counted,
     parse_settings,
     parse_size,
+    ranks_of_launcher,
 )
 from .presets import print_presets
 
@@ -353,6 +356,8 @@ def generate(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = EXECUTOR,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     profile: Path | None = typer.Option(
         None, metavar="DIR", help="Folder for a trace and a table of each block's time by call."
@@ -381,11 +386,14 @@ def generate(
     Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
 
     Example: inferix generate --preset longlive --prompt "a street" --prompt-at 2 "snow falls" --seconds 4
+
+    Example: inferix generate --model krea --prompt "a street" --gpus 4
     """
     check_length(blocks, seconds)
     given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--base": base, "--vae": vae}
     given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
     given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
+    given_parts |= {"--gpus": gpus, "--parallel": parallel}
     check_beside_engine(exported, given_parts)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
@@ -424,6 +432,7 @@ def generate(
     if profile is not None and executor is None:  # only graphs have calls to be timed
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)
     parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
+    parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
     if exported is not None:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ..errors import InferixError, UsageError
 from ..runtime.sinks import Frames, Pump, Sink
 from .generate import DEFAULT_PROMPT
-from .options import EXECUTOR, FORCE, OFFLINE, check_beside_engine
+from .options import EXECUTOR, FORCE, GPUS, OFFLINE, PARALLEL, check_beside_engine, ranks_of_launcher
 
 if TYPE_CHECKING:
     from ..runtime.sessions.output_queue import Block
@@ -272,6 +272,8 @@ def play(
     seconds: float | None = typer.Option(None, help="Quit after this many seconds of video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     executor: str | None = EXECUTOR,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     offline: bool = OFFLINE,
     force: bool = FORCE,
@@ -286,14 +288,16 @@ def play(
 
     from ..runtime.load import load
 
-    given = {"--model": model, "--device": device, "--executor": executor, "--graphs": graphs}
+    given: dict[str, object] = {"--model": model, "--device": device, "--executor": executor, "--graphs": graphs}
+    given |= {"--gpus": gpus, "--parallel": parallel}
     check_beside_engine(exported, given)
     checks: dict[str, Any] = {"offline": offline, "force": force}
     if exported is not None:
         engine = load(engine=exported)
     else:
         named = model or "tinyworld"
-        engine = load(named, preset="tinyworld", device=device, executor=executor, graphs=graphs, **checks)
+        ranks: dict[str, Any] = {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
+        engine = load(named, preset="tinyworld", device=device, executor=executor, graphs=graphs, **ranks, **checks)
     if not engine.spec.actions:
         raise UsageError(f"{engine.parts.source} follows no actions; --model must be one that does, such as tinyworld")
     controls = Controls(engine.spec.actions)

@@ -93,6 +93,6 @@ class Transformer(nn.Module, ABC):
         """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 
         timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
-        each frame. origin: row and column of the first token in the grid of a learned position embedding, for a tile of a
-        picture; None for a whole one.
+        each frame. origin: row and column of the first token in the grid of a learned position embedding, for a tile
+        of a picture; None for a whole one.
         """

@@ -46,8 +46,8 @@ class EngineConfig:
     graphs: folder of stored graphs; missing ones are added. lowp: `fp8` or `int8` for linear layers, those that a
     pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference in eager. batches: file of
     measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
-    engine, whose programs run in place of the model. gpus: ranks that share each pass. parallel: their layout, a name of
-    `LAYOUTS`, or auto. rank_timeout: seconds after which a rank that does not answer counts as hung.
+    engine, whose programs run in place of the model. gpus: ranks that share each pass. parallel: their layout, a name
+    of `LAYOUTS`, or auto. rank_timeout: seconds after which a rank that does not answer counts as hung.
     """
 
     model: str
@@ -129,8 +129,6 @@ class EngineConfig:
         if self.device.startswith("cuda") and torch.cuda.device_count() < self.gpus:
             count = torch.cuda.device_count()
             raise UsageError(f"gpus is {self.gpus}, but there are {count} here; give gpus={count}, or device=cpu")
-        if ":" in self.device:
-            raise UsageError(f"device is {quoted(self.device)} with gpus={self.gpus}; ranks take GPUs 0, 1, ...: give cuda")
 
     def _check_capabilities(self) -> None:
         """UsageError for a setting that the executor does not take."""

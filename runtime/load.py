@@ -17,6 +17,7 @@ from .engine import Engine
 from .execution.loading import load_parts
 from .limits import Limits
 from .parallel.launch import Start
+from .parallel.rank_process import serve_if_ranked
 from .sessions.batch_profile import entries
 
 EXPORTED = "inferix.export.inside:load_exported"  # imported for an exported engine only
@@ -50,7 +51,8 @@ def load(
 
     gpus: ranks that share each pass; those beside this process are started, or joined under torchrun. parallel: their
     layout, `ulysses` or `pass-q`; `auto` takes the first that fits. On the CPU a rank is a process. What one of them
-    fails at is a RankFailed that names it, `rank_timeout` seconds after it hangs at the latest.
+    fails at is a RankFailed that names it, `rank_timeout` seconds after it hangs at the latest. Under torchrun the call
+    returns on rank 0 alone; the others serve it until it ends.
 
     engine: a folder that `inferix export` wrote. Its programs run in place of a model, with its preset, size and dtype;
     settings may be `kv_memory`, `kv_offload`, and fields of the preset that do not need other programs.
@@ -84,6 +86,7 @@ def load(
         parts = load_parts(config, preset, check, offline, text_prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         return Engine(config, scheme, parts, limits)
+    serve_if_ranked()
     start = Start(config, scheme, check, size, preset, plain, offline)
     try:
         parts = load_parts(config, preset, start, offline, text_prompts)

@@ -64,7 +64,8 @@ class KVManager:
     def form(self, size: tuple[int, int]) -> PageForm:
         """Sizes and dtypes of a page for pictures of `size` (width, height)."""
         height, width = self.spec.latent_size(size)
-        return PageForm(self.spec, (height // self.spec.patch[0], width // self.spec.patch[1]), *self.dtypes, self.shard)
+        grid = height // self.spec.patch[0], width // self.spec.patch[1]
+        return PageForm(self.spec, grid, *self.dtypes, self.shard)
 
 
 def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset) -> int:

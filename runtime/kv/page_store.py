@@ -48,6 +48,11 @@ class PageForm:
         return tokens // self.shard.token_shards, heads // self.shard.head_shards, self.spec.head_dim
 
     @property
+    def whole(self) -> PageForm:
+        """The page of all ranks, as sessions are saved."""
+        return replace(self, shard=ALONE)
+
+    @property
     def scaled(self) -> bool:
         """True if a page has a scale for each head."""
         return self.kv_dtype in LIMITS

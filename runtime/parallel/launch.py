@@ -38,7 +38,7 @@ from .rank_process import ADDRESS
 from .ranked_worker import RankedWorker
 from .rendezvous import LOCAL, START, Place, join_group, join_store
 
-COLLECTIVE = 4  # a collective ends by itself after this many times the timeout of a rank
+COLLECTIVE = 1.25  # a collective ends by itself after so many timeouts of a rank, whose process may be out of reach
 WORLDS = count(1)  # of this process
 JOINED: list[dist.TCPStore] = []  # by ranks of a launcher, which serve one world
 
@@ -88,6 +88,10 @@ class Start:
         files: Sequence[Path] = (),
     ) -> None:
         """Raise UsageError for sizes that the ranks cannot divide; start them."""
+        config = self.config
+        if ":" in config.device:
+            message = f"device is {quoted(config.device)} with gpus={config.gpus}"
+            raise UsageError(f"{message}; ranks take GPUs 0, 1, ...: use cuda")
         self.check(spec, decoder, text, fast, made_on_host, files)
         size = self.size or spec.default_size
         layout = choose_layout(divided(spec, size), self.config.gpus, self.config.parallel)
@@ -120,7 +124,8 @@ def start(
 ) -> World:
     """Start `config.gpus` - 1 ranks, or join them, and have them load what this one loads.
 
-    mine: what this rank loads, see `identity`. preset and settings: arguments of `load`. InferixError, naming the rank, where one has other weights or versions.
+    mine: what this rank loads, see `identity`. preset and settings: arguments of `load`. RankFailed or UsageError, naming
+    the rank, where one cannot load or has other weights or versions.
     """
     ranks, place = config.gpus, Place.of()
     number = next(WORLDS)

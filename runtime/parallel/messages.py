@@ -6,6 +6,7 @@ As bytes: `INFR`, the lengths of three parts (little-endian, 4, 4 and 8 bytes), 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -81,10 +82,8 @@ class Connection:
         return bytes(data)
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # closed by the other end
             self.stream.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # closed by the other end
         self.stream.close()
 
 

@@ -20,7 +20,7 @@ from ...kernels.collectives import RankGroup
 from .messages import Connection, Message
 
 LOOK = 0.1  # seconds between looks for ranks that hang
-GRACE = 0.5  # seconds: for a rank to end by itself; and from a rank's error to the end of a collective that waits for it
+GRACE = 0.5  # seconds for a rank to end by itself, and for a collective to end after a rank's error
 
 
 @dataclass(eq=False)

@@ -73,12 +73,16 @@ class Inbox:
         return message
 
 
-def main() -> None:
-    """Serve as the rank that the environment names, until rank 0 ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0
+def serve_if_ranked() -> None:
+    """Serve as the rank that the environment names, until rank 0 ends; return at once for rank 0 and for one alone."""
     place = Place.of()
-    assert place is not None and place.rank > 0, "no rank above 0 in the environment"
-    serve(place)
+    if place is None or place.rank == 0:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0
+    try:
+        serve(place)
+    except InferixError as error:  # rank 0 reports it
+        raise SystemExit(1) from error
 
 
 @torch.no_grad()
@@ -147,4 +151,4 @@ def device_of(device: str, place: Place) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    serve_if_ranked()

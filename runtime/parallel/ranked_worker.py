@@ -66,10 +66,10 @@ class RankedWorker:
         shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
         moved = isinstance(plan, PassPlan)  # its tensors are the same on all ranks, and on their device
         values, encoded = {"number": number, "shapes": shapes if moved else []}, encode_plan(plan)
-        self.peers.send(
-            lambda peer: Message("plan", values, encoded, () if moved else tuple(parts[peer.rank]))
-        )  # fmt: skip
         try:
+            self.peers.send(
+                lambda peer: Message("plan", values, encoded, () if moved else tuple(parts[peer.rank]))
+            )  # fmt: skip
             if moved:
                 for tensor in parts[0]:
                     self.group.broadcast(tensor)

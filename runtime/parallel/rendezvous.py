@@ -95,7 +95,7 @@ def join_group(store: dist.TCPStore, place: Place, name: str, device: torch.devi
         options._timeout = limit
         group = dist.ProcessGroupNCCL(inner, place.rank, place.ranks, options)
     else:
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = limit
         host = {"hostname": place.host} if place.host in (LOCAL, "localhost") else {}
         options._devices = [

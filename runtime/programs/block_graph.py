@@ -71,8 +71,8 @@ class Layout:
 class ModelPass(nn.Module):
     """The model over pages: named tensors in, velocity [B, F, C, H, W] of B sessions out.
 
-    With guidance of n branches the batch has n*B rows, branch by branch, and the velocity is the guided one. shard: part
-    of the pass that this rank computes; velocities are whole on every rank.
+    With guidance of n branches the batch has n*B rows, branch by branch, and the velocity is the guided one. shard:
+    part of the pass that this rank computes; velocities are whole on every rank.
     """
 
     def __init__(self, model: Transformer, layout: Layout, guidance: Guidance, shard: Shard = ALONE) -> None:
