@@ -70,11 +70,11 @@ def test_settings_that_ranks_cannot_divide_are_refused_with_the_nearest_that_wor
         with pytest.raises(UsageError, match=str(gpus) if parallel != "uliss" else parallel) as error:
             load("wan-ranks", device="cpu", gpus=gpus, parallel=parallel)
         assert nearest in str(error.value)
-    with pytest.raises(UsageError, match="gpus"):
+    with pytest.raises(UsageError, match=r"gpus"):
         load("wan-ranks", device="cpu", gpus=0)
-    with pytest.raises(UsageError, match="size|tokens"):
+    with pytest.raises(UsageError, match=r"size|tokens"):
         ranked.open(prompt_embeds=ROWS, size=(80, 80))
-    with pytest.raises(UsageError, match="use_lora"):
+    with pytest.raises(UsageError, match=r"use_lora"):
         ranked.use_lora("style.safetensors")
 
 
@@ -96,7 +96,7 @@ def test_a_killed_rank_is_named_and_all_processes_end(ranked: Engine) -> None:
             blocks(session, 3)
         assert time.monotonic() - begun < 20  # seconds; no measure of speed: without the fault it would wait for 30
     assert peer.process is not None and peer.process.poll() == -signal.SIGKILL
-    with pytest.raises(RankFailed, match="rank 1"):
+    with pytest.raises(RankFailed, match=r"rank 1"):
         ranked.open(prompt_embeds=ROWS)
 
 
@@ -111,7 +111,7 @@ def test_an_error_of_one_rank_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ValueError("out of luck")
 
         monkeypatch.setattr(rank_process, "run", fails)
-        with pytest.raises(RankFailed, match="rank 1 .*out of luck"):
+        with pytest.raises(RankFailed, match=r"rank 1 .*out of luck"):
             blocks(session, 1)
 
 
@@ -129,5 +129,5 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.Monkey
 
         engine.resources.worker.peers.timeout = 0.5
         monkeypatch.setattr(rank_process, "run", hangs)
-        with pytest.raises(RankFailed, match="rank 1 .*0.5 s: it hangs"):
+        with pytest.raises(RankFailed, match=r"rank 1 .*0.5 s: it hangs"):
             blocks(session, 1)
