@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
-from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, OFFLINE, UNTRAINED, parse_settings, parse_size
+from .help import Command, group
+from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.kernels import Options
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from ..bench.subject import Subject
 
 MODEL = typer.Option(UNTRAINED, help="Checkpoint file or folder, or a name: tinyworld, wan-1.3b, org/name, ...")
-PRESET = typer.Option(None, help="Sampler and context settings.  [default: the model's own, or self-forcing]")
 RANDOM = typer.Option(False, "--random-weights", help="Untrained weights of a named model, made on the device.")
 SIZE = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480.  [default: the model's]")
 VAE = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one.")
@@ -36,7 +36,7 @@ SETTINGS = typer.Option(
 OUT = typer.Option(None, help="JSON file for the result, with every sample.")
 JSON = typer.Option(False, "--json", help="The result as one JSON line on stdout.")
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = group()
 
 
 @app.callback()
@@ -47,11 +47,11 @@ def common() -> None:
     plain loop, `stream` the whole path from a prompt to pixels. `report` makes a page from results, `compare` lists the
     changes between two results.
 
-    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/block.json
+    Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json
     """
 
 
-@app.command()
+@app.command(cls=Command)
 def kernels(
     op: list[str] = typer.Option([], metavar="OP", help="An op by name; repeatable.  [default: all]"),
     case: list[str] = typer.Option(
@@ -73,9 +73,9 @@ def kernels(
     sageattention, and the plain torch sequence with and without torch.compile, each as a share of the first time.
     `--tune` writes kernels/OP/tuned/CARD.json, which later runs read. Only `--tune` searches.
 
-    Example: inferix bench kernels --op block_attention --shape q=512,kv=4096,heads=8,dim=128
+    Example: inferix bench kernels --op block_attention --shape page_tokens=64,q=64,kv=256,heads=2 --dtype float32
 
-    Example: inferix bench kernels --compile-only
+    Example: inferix bench kernels --compile-only --op rms_norm
     """
     console = Console(stderr=True)
     if compile_only:
@@ -120,7 +120,7 @@ def kernels(
     plain_console().print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def block(
     model: str = MODEL,
     preset: str | None = PRESET,
@@ -138,6 +138,7 @@ def block(
     size: str | None = SIZE,
     vae: str | None = VAE,
     base: str | None = BASE,
+    names: str | None = NAMES,
     device: str | None = DEVICE,
     dtype: str | None = DTYPE,
     seed: int = SEED,
@@ -158,23 +159,24 @@ def block(
     With --set lowp=fp8, kv_dtype=fp8 or both, fused and captured have low-precision layers and pages. The other
     candidates stay in the model's dtype, and all are compared with eager in that dtype.
 
-    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
+    Example: inferix bench block --model tinyworld --executor eager --baseline none --rounds 1 --blocks 4
 
-    Example: inferix bench block --model wan-1.3b --random-weights --set lowp=fp8 --set kv_dtype=fp8
+    Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --set lowp=int8 --set kv_dtype=int8
 
-    Example: inferix bench block --model tinyworld --executor eager --executor fused --baseline none --blocks 10
+    On a GPU: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
     """
     from ..bench import block as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
-    )
+        model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings, offline,
+        force,
+    )  # fmt: skip
     options = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out, {"--model": model, "--vae": vae, "--base": base})
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_block)
 
 
-@app.command()
+@app.command(cls=Command)
 def stream(
     model: str = MODEL,
     preset: str | None = PRESET,
@@ -193,6 +195,7 @@ def stream(
     size: str | None = SIZE,
     vae: str | None = VAE,
     base: str | None = BASE,
+    names: str | None = NAMES,
     device: str | None = DEVICE,
     dtype: str | None = DTYPE,
     seed: int = SEED,
@@ -208,24 +211,25 @@ def stream(
     ones. Then, at a full window: time between blocks (p50, p95, p99, worst), FPS with the decoder, jitter, late blocks,
     and the time from a control to the first block that shows it.
 
-    Example: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
+    Example: inferix bench stream --size 64x64 --blocks 4 --starts 1 --sessions 2 --batches batches.json
 
-    Example: inferix bench stream --random-weights --sessions 4 --batches batches.json --executor eager
+    Example: inferix bench stream --model tinyworld --blocks 8 --minutes 0.1 --starts 0 --out results/long.json
 
-    Example: inferix bench stream --model tinyworld --minutes 10 --starts 0 --out results/long.json
+    On a GPU: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
     """
     from ..bench import stream as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
-    )
+        model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings, offline,
+        force,
+    )  # fmt: skip
     subject = replace(subject, executor=executor)
     options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_stream)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     folder: Path = typer.Argument(metavar="DIR", help="Folder of results, read with its subfolders."),
     out: Path = typer.Option(Path("performance.md"), help="Page to write; its pictures go into a folder beside it."),
@@ -235,7 +239,7 @@ def report(
 
     GPU and CPU results have separate sections; goals are shown only for GPUs.
 
-    Example: inferix bench report bench/results --out docs/performance.md
+    Example: inferix bench report results --out performance.md
     """
     from ..bench.plots import has_matplotlib
     from ..bench.report import write_report
@@ -246,7 +250,7 @@ def report(
     typer.echo(json.dumps([str(path) for path in written]) if as_json else f"{out}, {len(written) - 1} pictures")
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     a: Path = typer.Argument(metavar="A.json", help="The earlier result."),
     b: Path = typer.Argument(metavar="B.json", help="The later result."),
@@ -260,7 +264,7 @@ def compare(
     no change if it lies entirely within; otherwise the verdict is `unsure`. Both results must have the same kind, model
     and type of device; other differences are listed.
 
-    Example: inferix bench compare results/before.json results/after.json --fail-on-slower
+    Example: inferix bench compare results/before.json results/block.json
     """
     from ..bench.compare import STATISTIC
     from ..bench.compare import compare as compared
@@ -301,6 +305,7 @@ def the_subject(
     size: str | None,
     vae: str | None,
     base: str | None,
+    names: str | None,
     device: str | None,
     dtype: str | None,
     seed: int,
@@ -313,8 +318,8 @@ def the_subject(
 
     return Subject(
         model=model, preset=preset, random_weights=random_weights, frames_in_window=frames_in_window,
-        size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, seed=seed,
-        overrides=parse_settings(settings), offline=offline, force=force,
+        size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, names=names,
+        seed=seed, overrides=parse_settings(settings), offline=offline, force=force,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ GIVES = {
     "flash-attn": "one more form of block attention, for comparison and where it is asked for",
     "tensorrt": "running exported engines; this version does not use it yet",
     "onnx": "exported graphs; this version does not use it yet",
+    "uvicorn": "inferix serve, with the other packages of the extra serve",
     "diffusers": "the other implementation that the tests compare with",
 }
 
@@ -87,6 +88,7 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: d
         ),
         "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
         "video files": needs("av"),
+        "serving": "works" if packages["uvicorn"] else "missing: pip install 'inferix-runtime[serve]'",
         "prompts as text": needs("transformers"),
         "prompt cleaning": needs("ftfy"),
         "GPU kernels": needs("triton") if gpus else f"{without}, run where there is a GPU",

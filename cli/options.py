@@ -25,6 +25,10 @@ GPUS = typer.Option(
     None, metavar="N", help="GPUs for a pass, or processes with --device cpu.  [default: 1, or torchrun's ranks]"
 )
 PARALLEL = typer.Option(None, help=f"Layout over --gpus: {', '.join(LAYOUTS)}.  [default: auto, the first that fits]")
+PRESET = typer.Option(
+    None, help="Decoding scheme: a name, or a .yaml file.  [default: the model's own, or self-forcing]"
+)
+NAMES = typer.Option(None, metavar="FILE", help="YAML file of the checkpoint's tensor names (docs/models.md).")
 FORCE = typer.Option(False, "--force", help="Load even what by plan does not fit into memory.")
 DEFAULT_MODEL = "wan-1.3b"  # of plan and graph, which load nothing
 UNTRAINED = "wan-tiny"  # `models.registry.UNTRAINED`, whose import takes torch
