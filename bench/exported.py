@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..export.run import ExportedEngine, OnnxProgram
+from ..export.run import ExportedEngine
 from ..runtime.load import load
 from .machine import command, environment
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-3  # largest difference of latents between two runners of one str
 
 def makers(folder: Path, executors: list[str], seed: int, threads: int) -> dict[str, Callable[[], Any]]:
     """A function for each runner that makes its next block, decoded."""
-    exported = ExportedEngine(folder, lambda path: OnnxProgram(path, threads))
+    exported = ExportedEngine(folder, threads)
     plan, stream = exported.plan, exported.open(exported.plan["defaults"]["prompt"], seed)
     made: dict[str, Callable[[], Any]] = {"onnxruntime": stream.next_block}
     size = (plan["size"]["picture"][0], plan["size"]["picture"][1])
