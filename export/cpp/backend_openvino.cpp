@@ -24,8 +24,8 @@ class OpenVinoProgram final : public Program {
         for (const std::string& name : entry_.outputs) {
             ov::Tensor result = request_.get_tensor(name);
             const float* data = result.data<float>();
-            Shape shape(result.get_shape().begin(), result.get_shape().end());
-            made.emplace_back(std::move(shape), std::vector<float>(data, data + result.get_size()));
+            ov::Shape sizes = result.get_shape();
+            made.emplace_back(Shape(sizes.begin(), sizes.end()), std::vector<float>(data, data + result.get_size()));
         }
         return made;
     }
