@@ -33,7 +33,7 @@ GIVES = {
     "onnxscript": "export to the targets onnx and openvino, with onnx",
     "onnxruntime": "runs engines of target onnx",
     "openvino": "exports and runs engines of target openvino",
-    "tensorrt": "nothing in this version",
+    "tensorrt": "builds and runs engines of target tensorrt, which nobody has done yet",
     "diffusers": "the other implementation that the tests compare with",
 }
 
@@ -82,7 +82,9 @@ def engines(target: Target) -> str:
     if missing:
         install = f"pip install 'inferix-runtime[{target.extra}]'"
         return f"can be run; to export: {install}" if runs else f"missing: {install}"
-    return "can be exported and run" if runs else f"can be exported; to run: pip install {target.runtime}"
+    if not runs:
+        return f"can be exported; to run: pip install {target.runtime}"
+    return f"can be exported and run; run on {target.ran}"
 
 
 def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: dict[str, Any]) -> dict[str, str]:

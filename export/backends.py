@@ -108,6 +108,44 @@ class AotInductor:
         return program
 
 
+class TensorRt:
+    """Programs by TensorRT on the GPU. Never run: no GPU was available to this version.
+
+    Raises CheckpointError for an engine that TensorRT refuses, such as one built for another GPU or version.
+    """
+
+    device = "cuda"
+
+    def __init__(self, plan: Plan, threads: int = 0) -> None:
+        import tensorrt
+
+        self.runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
+        self.version = tensorrt.__version__
+
+    def load(self, path: Path, inputs: list[str], outputs: list[str]) -> Program:
+        import torch
+
+        engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise CheckpointError(f"TensorRT {self.version} refuses {quoted(str(path))}; export it again on this GPU "
+                                  "and with this version")  # fmt: skip
+        context = engine.create_execution_context()
+        spare = torch.zeros(1, device=self.device)  # an address for tensors without elements, which have none
+
+        def program(values: Mapping[str, Array]) -> Values:
+            given = {name: torch.from_numpy(values[name]).to(self.device) for name in inputs}
+            for name, tensor in given.items():
+                context.set_input_shape(name, tuple(tensor.shape))
+            made = {name: torch.empty(tuple(context.get_tensor_shape(name)), device=self.device) for name in outputs}
+            for name, tensor in (given | made).items():
+                context.set_tensor_address(name, tensor.data_ptr() or spare.data_ptr())
+            if not context.execute_async_v3(0):  # torch's default stream, in which its copies are ordered too
+                raise InferixError(f"TensorRT {self.version} failed to run {quoted(str(path))}; its log has the reason")
+            return {name: tensor.cpu().numpy() for name, tensor in made.items()}
+
+        return program
+
+
 def release(version: str) -> str:
     """Major and minor number of a version: `2.13` of `2.13.0+cpu`."""
     return ".".join(version.split(".")[:2])

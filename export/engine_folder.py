@@ -26,11 +26,21 @@ from ..runtime.engine import Engine
 from ..runtime.load import load
 from ..runtime.sampler import Sampler, scheduled_blocks
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
+from ..schemes.page_needs import window
 from ..schemes.presets import FIELDS, Preset
 from ..version import __version__
 from .checkpoint import new_folder
 from .plan import FILE, FORMAT, VERSION, describe_files, preset_values
-from .programs import DecoderPrograms, Program, check_model, decoder_programs, pass_programs, solver_matrix
+from .programs import (
+    FRAMES,
+    PAST,
+    DecoderPrograms,
+    Program,
+    check_model,
+    decoder_programs,
+    pass_programs,
+    solver_matrix,
+)
 from .targets import Target, check_target, find_target
 from .trace import Writer
 
@@ -99,7 +109,9 @@ def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tu
     preset, spec = engine.preset, engine.spec
     frames = preset.num_frame_per_block if preset.block_size(0) == preset.num_frame_per_block else None
     sampler = Sampler(preset.sampler)
-    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll)
+    most, block = window(preset), preset.num_frame_per_block
+    limits = {FRAMES: (1, block, most), PAST: (0, most - block, most)}
+    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits)
     latent = spec.latent_size(size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder

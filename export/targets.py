@@ -36,7 +36,7 @@ class Target:
     """A format of programs.
 
     packages: imported to export. runtime: the package imported to run, by `backend`. writer, backend: places of a
-    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: where it has been run.
+    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: what it has been run on.
     """
 
     name: str
@@ -67,6 +67,8 @@ EVERY = (
            f"{HERE}.backends:OpenVino", "openvino", SINGLE, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
            SINGLE, "CPU, by torch"),
+    Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",
+           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, "nothing yet: no GPU was available to this version"),
 )  # fmt: skip
 TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 

@@ -40,8 +40,5 @@ std::unique_ptr<Backend> make_openvino(int threads);
 #ifdef INFERIX_TORCH
 std::unique_ptr<Backend> make_aotinductor(const Plan& plan, int threads);
 #endif
-#ifdef INFERIX_TENSORRT
-std::unique_ptr<Backend> make_tensorrt();
-#endif
 
 }  // namespace inferix
