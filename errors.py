@@ -11,6 +11,8 @@ import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import PurePath
 
 
 class InferixError(Exception):
@@ -77,8 +79,18 @@ class ShortRepr(reprlib.Repr):
 
 
 def quoted(value: object, limit: int = LONGEST_QUOTE) -> str:
-    """A user's value for a message: its repr, at most `limit` characters of it, in bounded time for any value."""
+    """A user's value for a message: its repr, at most `limit` characters of it, in bounded time for any value.
+
+    A path is quoted as its text.
+    """
+    value = str(value) if isinstance(value, PurePath) else value
     return cut(repr(value[: limit + 1]) if isinstance(value, str) else ShortRepr().repr(value), limit)
+
+
+def quoted_all(values: Iterable[object], most: int = 4) -> str:
+    """The first values of a user's, each `quoted` within 80 characters; dots for the rest."""
+    first = [quoted(value, 80) for value in islice(values, most + 1)]
+    return ", ".join([*first[:most], "..."] if len(first) > most else first)
 
 
 def cut(text: str, limit: int = LONGEST_QUOTE) -> str:
@@ -87,6 +99,6 @@ def cut(text: str, limit: int = LONGEST_QUOTE) -> str:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string."""
-    found = difflib.get_close_matches(name[:LONGEST_QUOTE], list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    """`" (did you mean 'x'?)"` for the closest of `choices`, or an empty string."""
+    close = difflib.get_close_matches(name[:LONGEST_QUOTE], list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {quoted(close[0])}?)" if close else ""

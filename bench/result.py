@@ -128,7 +128,7 @@ ENVIRONMENT = ("date", "command", "commit", "device", "host", "driver", "clocks"
 
 def read_result(path: str | Path) -> Result:
     """Read a result's file. Raises UsageError for another format or schema and for a missing or damaged field."""
-    where = f"result {quoted(str(path))}"
+    where = f"result {quoted(path)}"
     content = read_json(path, "result")
     if not isinstance(content, dict) or not isinstance(content.get("schema"), int) or "kind" not in content:
         raise UsageError(f"{where} was not written by inferix bench: it has no schema and kind; leave it out")

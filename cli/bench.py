@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
-from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, OFFLINE, UNTRAINED, parse_settings, parse_size
+from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.kernels import Options
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..bench.subject import Subject
 
 MODEL = typer.Option(UNTRAINED, help="Checkpoint file or folder, or a name: tinyworld, wan-1.3b, org/name, ...")
-PRESET = typer.Option(None, help="Sampler and context settings.  [default: the model's own, or self-forcing]")
 RANDOM = typer.Option(False, "--random-weights", help="Untrained weights of a named model, made on the device.")
 SIZE = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480.  [default: the model's]")
 VAE = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one.")
@@ -138,6 +137,7 @@ def block(
     size: str | None = SIZE,
     vae: str | None = VAE,
     base: str | None = BASE,
+    names: str | None = NAMES,
     device: str | None = DEVICE,
     dtype: str | None = DTYPE,
     seed: int = SEED,
@@ -167,8 +167,9 @@ def block(
     from ..bench import block as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
-    )
+        model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings, offline,
+        force,
+    )  # fmt: skip
     options = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out, {"--model": model, "--vae": vae, "--base": base})
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_block)
@@ -193,6 +194,7 @@ def stream(
     size: str | None = SIZE,
     vae: str | None = VAE,
     base: str | None = BASE,
+    names: str | None = NAMES,
     device: str | None = DEVICE,
     dtype: str | None = DTYPE,
     seed: int = SEED,
@@ -217,8 +219,9 @@ def stream(
     from ..bench import stream as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
-    )
+        model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings, offline,
+        force,
+    )  # fmt: skip
     subject = replace(subject, executor=executor)
     options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
@@ -301,6 +304,7 @@ def the_subject(
     size: str | None,
     vae: str | None,
     base: str | None,
+    names: str | None,
     device: str | None,
     dtype: str | None,
     seed: int,
@@ -313,8 +317,8 @@ def the_subject(
 
     return Subject(
         model=model, preset=preset, random_weights=random_weights, frames_in_window=frames_in_window,
-        size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, seed=seed,
-        overrides=parse_settings(settings), offline=offline, force=force,
+        size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, names=names,
+        seed=seed, overrides=parse_settings(settings), offline=offline, force=force,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ GIVES = {
     "onnxruntime": "runs engines of target onnx",
     "openvino": "exports and runs engines of target openvino",
     "tensorrt": "builds and runs engines of target tensorrt, which nobody has done yet",
+    "uvicorn": "inferix serve, with the other packages of the extra serve",
     "diffusers": "the other implementation that the tests compare with",
 }
 
@@ -103,6 +104,7 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: d
         ),
         "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
         "video files": needs("av"),
+        "serving": "works" if packages["uvicorn"] else "missing: pip install 'inferix-runtime[serve]'",
         "prompts as text": needs("transformers"),
         "prompt cleaning": needs("ftfy"),
         "GPU kernels": needs("triton") if gpus else f"{without}, run where there is a GPU",

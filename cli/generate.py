@@ -36,13 +36,16 @@ from ..runtime.media_input import check_fit, read_video
 from ..runtime.sinks import Pump
 from ..schemes.actions import read_actions
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
+from ..schemes.preset_file import is_preset_file
 from ..schemes.storyboard import Cue, read_storyboard, schedule
 from ..user_yaml import read_yaml
 from ..version import __version__
 from .options import (
     EXECUTOR,
     FORCE,
+    NAMES,
     OFFLINE,
+    PRESET,
     UNTRAINED,
     check_beside_engine,
     check_settings,
@@ -317,9 +320,8 @@ def generate(
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
     lora_scale: float = typer.Option(1.0, help="Factor of the adapter's weights."),
     lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter that fits only in part."),
-    preset: str | None = typer.Option(
-        None, help="Named sampler and context settings.  [default: the model's own, or self-forcing]"
-    ),
+    preset: str | None = PRESET,
+    names: Path | None = NAMES,
     prompt: str | None = typer.Option(None, help="Content of the video, as text."),
     prompt_embeds: Path | None = typer.Option(None, help="File of text-encoder output, instead of a prompt."),
     seconds: float | None = typer.Option(None, help="Length in seconds, rounded up to whole blocks."),
@@ -383,7 +385,8 @@ def generate(
     Example: inferix generate --preset longlive --prompt "a street" --prompt-at 2 "snow falls" --seconds 4
     """
     check_length(blocks, seconds)
-    given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--base": base, "--vae": vae}
+    given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--names": names, "--base": base}
+    given_parts["--vae"] = vae
     given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
     given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
     check_beside_engine(exported, given_parts)
@@ -391,7 +394,7 @@ def generate(
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
     suffixes = [*CONTAINERS, ".safetensors"] if latents_only else list(CONTAINERS)
     if out.suffix.lower() not in suffixes:
-        raise UsageError(f"--out {quoted(str(out))} must end in one of {', '.join(suffixes)}")
+        raise UsageError(f"--out {quoted(out)} must end in one of {', '.join(suffixes)}")
     overrides = {**ctx.meta.get("inferix.settings", {}), **parse_settings(settings)}
     check_settings(ctx, overrides)
     chosen_size = parse_size(size) if size else None
@@ -401,7 +404,7 @@ def generate(
     check_fit(fit)
     outputs = output_paths(out, latents_only, records, profile)
     inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": exported or model}
-    inputs["--base"] = base
+    inputs |= {"--base": base, "--names": names, "--preset": preset if preset and is_preset_file(preset) else None}
     inputs |= {"--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
     inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
     inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
@@ -419,7 +422,7 @@ def generate(
     from ..runtime.telemetry.records import RecordFile
 
     model = str(exported) if exported is not None else model or default_model(preset)
-    parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder}
+    parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder, "names": names}
     parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
     if profile is not None and executor is None:  # only graphs have calls to be timed
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)

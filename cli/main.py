@@ -23,6 +23,7 @@ from .generate import PromptAt, generate
 from .graph import graph
 from .plan import plan
 from .play import play
+from .serve import serve
 
 
 class Commands(TyperGroup):
@@ -47,6 +48,7 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command(cls=PromptAt)(generate)
 app.command()(play)
+app.command()(serve)
 app.command()(plan)
 app.command()(doctor)
 app.command()(graph)
@@ -71,8 +73,8 @@ def common(
 ) -> None:
     """Run block-diffusion video models, block by block.
 
-    Start with generate, which makes a video of the small world in this package. play walks through it in the terminal,
-    doctor shows what works on this machine, and plan shows what a real model needs.
+    Start with generate, which makes a video of the small world in this package. play walks through it in the terminal
+    and serve in the browser, doctor shows what works on this machine, and plan shows what a real model needs.
 
     Example: inferix generate --out video.mp4
     """

@@ -20,6 +20,10 @@ EXECUTOR = typer.Option(
     help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU, else "
     f"{default_executor('cpu')}]",
 )
+PRESET = typer.Option(
+    None, help="Decoding scheme: a name, or a .yaml file.  [default: the model's own, or self-forcing]"
+)
+NAMES = typer.Option(None, metavar="FILE", help="YAML file of the checkpoint's tensor names (docs/models.md).")
 FORCE = typer.Option(False, "--force", help="Load even what by plan does not fit into memory.")
 DEFAULT_MODEL = "wan-1.3b"  # of plan and graph, which load nothing
 UNTRAINED = "wan-tiny"  # `models.registry.UNTRAINED`, whose import takes torch

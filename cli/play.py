@@ -25,7 +25,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from ..errors import InferixError, UsageError
+from ..errors import InferixError, UsageError, quoted
 from ..runtime.sinks import Frames, Pump, Sink
 from .generate import DEFAULT_PROMPT
 from .options import EXECUTOR, FORCE, OFFLINE, check_beside_engine
@@ -295,7 +295,8 @@ def play(
         named = model or "tinyworld"
         engine = load(named, preset="tinyworld", device=device, executor=executor, graphs=graphs, **checks)
     if not engine.spec.actions:
-        raise UsageError(f"{engine.parts.source} follows no actions; --model must be one that does, such as tinyworld")
+        model = quoted(engine.parts.source)
+        raise UsageError(f"{model} follows no actions; --model must be one that does, such as tinyworld")
     controls = Controls(engine.spec.actions)
     with engine.open(prompt=prompt, seed=seed) as session, raw_terminal() as file:
         scale = fitting_scale(session.size, os.get_terminal_size())

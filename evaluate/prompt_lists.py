@@ -56,7 +56,7 @@ def read_prompts(path: str | Path) -> list[PromptEntry]:
     """Read a list of prompts. Raises UsageError for another format, an empty list, or an entry without a prompt."""
     path = Path(path)
     suffix = path.suffix.lower()
-    where = f"prompts {quoted(str(path))}"
+    where = f"prompts {quoted(path)}"
     if suffix == ".txt":
         lines = read_text(path, "prompts", LARGEST_LIST).splitlines()
         entries = [PromptEntry((Cue(0.0, line.strip()),)) for line in lines if line.strip()]
@@ -185,8 +185,8 @@ def videos_in(folder: str | Path) -> list[Path]:
     """Video files of a folder by name. Raises UsageError if it is no folder or has none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UsageError(f"videos {quoted(str(folder))} is no folder; expected one with {', '.join(VIDEO_SUFFIXES)}")
+        raise UsageError(f"videos {quoted(folder)} is no folder; expected one with {', '.join(VIDEO_SUFFIXES)}")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     if not paths:
-        raise UsageError(f"videos {quoted(str(folder))} has no video; expected files of {', '.join(VIDEO_SUFFIXES)}")
+        raise UsageError(f"videos {quoted(folder)} has no video; expected files of {', '.join(VIDEO_SUFFIXES)}")
     return paths

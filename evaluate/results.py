@@ -234,7 +234,7 @@ def write_results(results: dict[str, Any], path: Path) -> Path:
 
 def read_results(path: str | Path) -> dict[str, Any]:
     """Read a file of `write_results`. Raises UsageError for another schema, or parts that are missing."""
-    where = f"results {quoted(str(path))}"
+    where = f"results {quoted(path)}"
     try:
         data = json.loads(read_text(path, "results", LARGEST_RESULTS))
     except (ValueError, RecursionError) as error:

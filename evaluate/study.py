@@ -75,7 +75,7 @@ def make_video(
         record = read_json(take.record, "record")
         if not isinstance(record, dict) or record.get("settings") != settings:
             raise UsageError(
-                f"record {quoted(str(take.record))} is of another run's settings; choose another folder, or remove it"
+                f"record {quoted(take.record)} is of another run's settings; choose another folder, or remove it"
             )
         return False
     check_output(take.path)

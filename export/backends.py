@@ -90,7 +90,7 @@ class AotInductor:
         built = {"torch": release(plan["built"]["packages"]["torch"]), "CPU": plan["built"]["options"]["cpu"]}
         for what, value in built.items():
             if here[what] != value:
-                raise CheckpointError(f"engine {quoted(str(plan.folder))} was compiled for {what} {quoted(value)}, but "
+                raise CheckpointError(f"engine {quoted(plan.folder)} was compiled for {what} {quoted(value)}, but "
                                       f"this is {here[what]}; export it again here")  # fmt: skip
         if threads:
             torch.set_num_threads(threads)
@@ -127,7 +127,7 @@ class TensorRt:
 
         engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise CheckpointError(f"TensorRT {self.version} refuses {quoted(str(path))}; export it again on this GPU "
+            raise CheckpointError(f"TensorRT {self.version} refuses {quoted(path)}; export it again on this GPU "
                                   "and with this version")  # fmt: skip
         context = engine.create_execution_context()
         spare = torch.zeros(1, device=self.device)  # an address for tensors without elements, which have none
@@ -140,7 +140,7 @@ class TensorRt:
             for name, tensor in (given | made).items():
                 context.set_tensor_address(name, tensor.data_ptr() or spare.data_ptr())
             if not context.execute_async_v3(0):  # torch's default stream, in which its copies are ordered too
-                raise InferixError(f"TensorRT {self.version} failed to run {quoted(str(path))}; its log has the reason")
+                raise InferixError(f"TensorRT {self.version} failed to run {quoted(path)}; its log has the reason")
             return {name: tensor.cpu().numpy() for name, tensor in made.items()}
 
         return program
@@ -159,7 +159,7 @@ def program_loader(plan: Plan, threads: int = 0) -> LoadProgram:
     """
     if plan["target"] not in TARGETS:
         raise CheckpointError(
-            f"engine {quoted(str(plan.folder))} has target {quoted(plan['target'])}; expected one of "
+            f"engine {quoted(plan.folder)} has target {quoted(plan['target'])}; expected one of "
             f"{', '.join(TARGETS)}: export it again with this version of inferix"
         )
     target = TARGETS[plan["target"]]

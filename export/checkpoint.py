@@ -81,7 +81,7 @@ def refuse_inside(destination: str | Path, *sources: str | Path) -> None:
         folder = origin if origin.is_dir() else origin.parent
         if target == origin or target in origin.parents or (origin.is_dir() and folder in target.parents):
             raise UsageError(
-                f"destination {quoted(str(destination))} lies in or above the input {quoted(str(source))}; "
+                f"destination {quoted(destination)} lies in or above the input {quoted(source)}; "
                 "name a folder elsewhere"
             )
 
@@ -104,7 +104,7 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
         part = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}.part")
         part.mkdir()
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write to {quoted(str(destination))}: {reason(error)}; name a new folder") from error
+        raise UsageError(f"cannot write to {quoted(destination)}: {reason(error)}; name a new folder") from error
     try:
         yield part
         for file in part.rglob("*"):
@@ -115,7 +115,7 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
         settle_on_disk(destination.parent)
     except OSError as error:
         raise InferixError(
-            f"writing {quoted(str(destination))} failed: {reason(error)}; free some space or choose another place"
+            f"writing {quoted(destination)} failed: {reason(error)}; free some space or choose another place"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

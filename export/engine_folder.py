@@ -238,5 +238,5 @@ def read_prompts(path: Path) -> list[str]:
 
     lines = [line.strip() for line in read_text(path, "prompt").splitlines()]
     if not any(lines):
-        raise UsageError(f"prompt file {quoted(str(path))} is empty; expected one prompt a line")
+        raise UsageError(f"prompt file {quoted(path)} is empty; expected one prompt a line")
     return [line for line in lines if line]

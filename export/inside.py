@@ -54,7 +54,7 @@ def load_exported(
     plan = read_plan(folder)
     for key in settings:
         if key not in KEPT and key not in FIELDS:
-            raise UsageError(f"{key} is {quoted(settings[key])}, but the engine {quoted(str(folder))} has its own; "
+            raise UsageError(f"{key} is {quoted(settings[key])}, but the engine {quoted(folder)} has its own; "
                              "leave it out, or export another engine")  # fmt: skip
     preset = with_settings(plan.preset, **{key: value for key, value in settings.items() if key in FIELDS})
     check_target(TARGETS[plan["target"]], preset, plan["dtype"], False)
@@ -91,7 +91,7 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
 def make_exported(config: EngineConfig, preset: Preset, parts: Components) -> ExportedExecutor:
     """Make the executor of `MODEL_EXECUTORS["exported"]`. UsageError for a model that is not an exported engine."""
     if not isinstance(parts.vae, ExportedDecoder):
-        raise UsageError(f"executor is {config.executor!r}, but {parts.source} is not exported; give engine")
+        raise UsageError(f"executor is {config.executor!r}, but {quoted(parts.source)} is not exported; give engine")
     return ExportedExecutor(parts.vae.programs, parts.transformer.rope, preset)
 
 

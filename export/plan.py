@@ -56,7 +56,7 @@ def read_plan(folder: str | Path) -> Plan:
     is missing or is not the one that was exported.
     """
     folder = Path(folder)
-    where = quoted(str(folder))
+    where = quoted(folder)
     if not (folder / FILE).is_file():
         raise UsageError(f"engine {where} has no {FILE}; expected a folder that inferix export wrote")
     values = read_json(folder / FILE, "plan")
@@ -79,7 +79,7 @@ def check_files(plan: Plan) -> None:
     """CheckpointError for a file of the plan that is missing, cut or changed."""
     for name, facts in plan["files"].items():
         path = plan.folder / name
-        where = quoted(str(path))
+        where = quoted(path)
         if not path.is_file():
             raise CheckpointError(f"{where} is missing; copy the whole engine, or export it again")
         if (size := path.stat().st_size) != facts["bytes"]:

@@ -294,7 +294,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Play an engine into files; returns what was made."""
     out = options.out or Path("out.mp4" if find_spec("av") else "out.y4m")
     if out != STDOUT and out.suffix not in (".y4m", *CONTAINERS):
-        raise UsageError(f"--out {quoted(str(out))} must end in one of .y4m, {', '.join(CONTAINERS)}")
+        raise UsageError(f"--out {quoted(out)} must end in one of .y4m, {', '.join(CONTAINERS)}")
     check_paths({"engine": options.engine / FILE}, {"--out": out, "--latents": options.latents})
     engine = ExportedEngine(options.engine, options.threads)
     plan, defaults, preset = engine.plan, engine.plan["defaults"], engine.plan.preset

@@ -94,7 +94,7 @@ def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
         "recomputed context": context.segment_frames > 0 or not context.commit,
         "averaged sink": context.sink_decay < 1,
         "context by noise level": not context.has_one_context,
-        "endless window": page_needs(preset).held is None,
+        "endless window": page_needs(preset).context is None,
         "first block of one frame": preset.independent_first_frame and preset.num_frame_per_block > 1,
         "guidance": preset.sampler.guidance_scale != 1,
         "recache": context.prompt_switch == "recache",

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from .spec import CHOSEN, KernelSpec, architecture
 
 SCHEMA = 1
@@ -57,8 +57,8 @@ def choices(spec: KernelSpec, card: str, capability: int) -> Mapping[str, Callab
     try:
         return read(spec, json.loads(path.read_text("utf-8")), capability)
     except ValueError as error:
-        wrong = f"{path}: {error}; write it again with inferix bench kernels --op {spec.name} --tune, or delete it"
-        raise UsageError(wrong) from None
+        again = f"inferix bench kernels --op {spec.name} --tune"
+        raise UsageError(f"{quoted(path)}: {error}; write it again with {again}, or delete it") from None
 
 
 def read(spec: KernelSpec, table: Any, capability: int) -> dict[str, Callable[..., None]]:

@@ -7,6 +7,7 @@ takes.
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import mmap
@@ -16,7 +17,8 @@ import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, UsageError, quoted
+from ..errors import LONGEST_QUOTE, CheckpointError, UsageError, quoted, quoted_all
 from .scaled_weights import unscaled
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
 OLD_PICKLES = 5  # of such a file, before the values of its tensors
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 64_000_000  # bytes; the largest published, a tokenizer, has 17 MB
+MOST_COMPARED = 4000  # names of a file, for an error about one that it lacks
 MOST_SHARING = 4  # times that tensors of one file may use its bytes, as tied weights do
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,10 +45,10 @@ def check_file(path: Path, kind: str) -> None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise UsageError(f"no {kind} {quoted(str(path))}: no such file") from error
+        raise UsageError(f"no {kind} {quoted(path)}: no such file") from error
     if not stat.S_ISREG(mode):
         form = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise UsageError(f"{kind} {quoted(str(path))} is {form}; expected a file")
+        raise UsageError(f"{kind} {quoted(path)} is {form}; expected a file")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -54,13 +57,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     check_file(path, "JSON file")
     if path.stat().st_size > LARGEST_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
+        raise CheckpointError(f"{quoted(path)} has {path.stat().st_size} bytes; expected at most {LARGEST_JSON}")
     try:
         content = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {reason(error)}; download it again") from error
+        raise CheckpointError(f"cannot read {quoted(path)}: {reason(error)}; download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again")
+        raise CheckpointError(f"{quoted(path)} holds no JSON object; download it again")
     return content
 
 
@@ -103,7 +106,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     try:
         save_file(dict(tensors), path, dict(metadata or {}) or None)
     except SafetensorError as error:
-        raise OSError(f"{path.name}: {reason(error)}") from error
+        raise OSError(f"{quoted(path.name)}: {reason(error)}") from error
     path.chmod(mode)
 
 
@@ -112,7 +115,7 @@ def save_pickle(content: dict[str, Any], path: Path) -> None:
     try:
         torch.save(content, path)
     except RuntimeError as error:  # torch's archive writer raises this for an error of the disk
-        raise OSError(f"{path.name}: {reason(error)}") from error
+        raise OSError(f"{quoted(path.name)}: {reason(error)}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -123,7 +126,9 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(
+            f"cannot read {quoted(path)}: {reason(error)}; the file is damaged or no checkpoint"
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -139,14 +144,16 @@ def read_tensors(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
         why = "it holds more than tensors and plain values, which is not loaded, since that can run code"
-        raise CheckpointError(f"cannot read {path}: {why}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(f"cannot read {quoted(path)}: {why}; the file is damaged or no checkpoint") from error
     except (
         OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError,
         ArithmeticError, struct.error, SafetensorError,
     ) as error:  # fmt: skip
-        raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(
+            f"cannot read {quoted(path)}: {reason(error)}; the file is damaged or no checkpoint"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
+        raise CheckpointError(f"{quoted(path)} holds a {type(content).__name__}; expected a dict of tensors")
     check_storage(path, content)
     return content
 
@@ -159,24 +166,24 @@ def file_kind(path: Path) -> str:
             head = file.read(512)
         archive = zipfile.is_zipfile(path)
     except (OSError, zipfile.BadZipFile) as error:  # an archive in several parts
-        raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
+        raise CheckpointError(f"cannot read {quoted(path)}: {reason(error)}") from error
     if head.startswith(LFS_POINTER):
-        raise UsageError(f"{quoted(str(path))} is a Git LFS pointer, not the weights; run git lfs pull")
+        raise UsageError(f"{quoted(path)} is a Git LFS pointer, not the weights; run git lfs pull")
     if head.startswith(b"GGUF"):
-        raise UsageError(f"{quoted(str(path))} is a GGUF file; quantised weights are not read, use the bfloat16 file")
+        raise UsageError(f"{quoted(path)} is a GGUF file; quantised weights are not read, use the bfloat16 file")
     if archive:
         if path.suffix == ".safetensors":
-            raise UsageError(f"{quoted(str(path))} was written by torch.save, in spite of its name; rename it to .pt")
+            raise UsageError(f"{quoted(path)} was written by torch.save, in spite of its name; rename it to .pt")
         check_archive(path)
         return "zip"
     if path.suffix.lower() == ".json" or head.lstrip()[:1] in (b"{", b"["):
-        raise UsageError(f"{quoted(str(path))} is an index or a config in JSON, not the weights; name its folder")
+        raise UsageError(f"{quoted(path)} is an index or a config in JSON, not the weights; name its folder")
     if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
-        raise UsageError(f"{quoted(str(path))} is a web page, not the weights; download the file itself")
+        raise UsageError(f"{quoted(path)} is a web page, not the weights; download the file itself")
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         return "safetensors"
     if head == b"":
-        raise CheckpointError(f"cannot read {path}: it is empty; the file is damaged or no checkpoint")
+        raise CheckpointError(f"cannot read {quoted(path)}: it is empty; the file is damaged or no checkpoint")
     if head.startswith(OLD_MAGIC):
         check_old_file(path)
     else:
@@ -184,7 +191,7 @@ def file_kind(path: Path) -> str:
             "it was cut short" if head.startswith(b"PK")
             else "it was not written by torch.save, and is no safetensors file"
         )  # fmt: skip
-        raise CheckpointError(f"cannot read {path}: {why}; the file is damaged or no checkpoint")
+        raise CheckpointError(f"cannot read {quoted(path)}: {why}; the file is damaged or no checkpoint")
     return "pickle"
 
 
@@ -198,14 +205,16 @@ def check_archive(path: Path) -> None:
             packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
             if packed:
                 raise CheckpointError(
-                    f"{path} is a compressed archive ({quoted(packed[0])}), not one of torch.save; unpack it"
+                    f"{quoted(path)} is a compressed archive ({quoted(packed[0])}), not one of torch.save; unpack it"
                 )
             for part in archive.infolist():
                 if part.filename.endswith("data.pkl"):
                     part.CRC = None  # type: ignore[assignment]  # torch can be set to write files without checksums
                     check_pickle(path, io.BytesIO(archive.read(part)))
     except (OSError, ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(
+            f"cannot read {quoted(path)}: {reason(error)}; the file is damaged or no checkpoint"
+        ) from error
 
 
 def check_old_file(path: Path) -> None:
@@ -215,7 +224,9 @@ def check_old_file(path: Path) -> None:
             for _ in range(OLD_PICKLES):
                 check_pickle(path, content)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {reason(error)}; the file is damaged or no checkpoint") from error
+        raise CheckpointError(
+            f"cannot read {quoted(path)}: {reason(error)}; the file is damaged or no checkpoint"
+        ) from error
 
 
 def check_pickle(path: Path, stream: Any) -> None:
@@ -225,7 +236,9 @@ def check_pickle(path: Path, stream: Any) -> None:
     """
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
-            raise CheckpointError(f"{path} holds a bytearray, which is no tensor; the file is damaged or no checkpoint")
+            raise CheckpointError(
+                f"{quoted(path)} holds a bytearray, which is no tensor; the file is damaged or no checkpoint"
+            )
 
 
 def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
@@ -234,18 +247,21 @@ def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
     for name, tensor in all_tensors(content):
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = f"{tensor.layout}, {tensor.dtype}, {tensor.device}"
-            raise CheckpointError(f"{path}: {quoted(name)} is no plain tensor ({kind}); save it as one")
+            raise CheckpointError(f"{quoted(path)}: {quoted(name)} is no plain tensor ({kind}); save it as one")
         storage = tensor.untyped_storage()
         if tensor.numel() * tensor.itemsize > storage.nbytes():
             raise CheckpointError(
-                f"{path}: {quoted(name)} is {list(tensor.shape)} over {storage.nbytes()} bytes, so it repeats values; "
+                f"{quoted(path)}: {quoted(name)} is {list(tensor.shape)} over {storage.nbytes()} bytes, so it repeats "
+                "values; "
                 "save it contiguous"
             )
         claimed += tensor.numel() * tensor.itemsize
         storages[storage.data_ptr()] = storage.nbytes()
     stored = sum(storages.values())
     if claimed > MOST_SHARING * stored:
-        raise CheckpointError(f"{path}: its tensors claim {claimed} bytes and have {stored}; save each by itself")
+        raise CheckpointError(
+            f"{quoted(path)}: its tensors claim {claimed} bytes and have {stored}; save each by itself"
+        )
 
 
 def all_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -260,6 +276,13 @@ def all_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
                 left.append(part)
 
 
+def alike_in_file(name: str, names: Iterable[str]) -> str:
+    """Format the ten of `names` that are most like `name`, for an error about a tensor that a file lacks."""
+    cuts = [other[:LONGEST_QUOTE] for other in islice(names, MOST_COMPARED)]
+    found = difflib.get_close_matches(name[:LONGEST_QUOTE], cuts, n=10, cutoff=0.0)
+    return f"; nearest in the file: {quoted_all(found, 10)}" if found else ""
+
+
 def fill(
     module: Model,
     tensors: Mapping[str, Tensor],
@@ -270,11 +293,12 @@ def fill(
 ) -> Model:
     """Load tensors into a meta-device module, one at a time, each through `change`.
 
-    Raises CheckpointError that lists every missing, unexpected or mis-shaped tensor, or names one that is not finite.
+    Raises CheckpointError that lists the missing, unexpected or mis-shaped tensors and the ten in the file that are
+    most like the first missing one, or names one that is not finite.
     """
     expected = module.state_dict()
     wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in expected.items() if name not in tensors]
-    wrong += [f"{name[:200]} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in expected]
+    wrong += [f"{quoted(name)} {list(tensors[name].shape)}: unexpected" for name in tensors if name not in expected]
     wrong += [
         f"{name}: {list(tensors[name].shape)}, expected {list(empty.shape)}"
         for name, empty in expected.items()
@@ -282,7 +306,10 @@ def fill(
     ]
     if wrong:
         more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}")
+        missing = next((name for name in expected if name not in tensors), None)
+        others = [name for name in tensors if name not in expected] or tensors
+        near = alike_in_file(missing, others) if missing else ""
+        raise CheckpointError(f"{quoted(source)} does not fit the model: {'; '.join(wrong[:12])}{more}{near}")
     state = {
         name: finite(source, name, change(name, unscaled(tensors[name])).to(device=device, dtype=dtype))
         for name in expected
@@ -295,5 +322,7 @@ def finite(source: object, name: str, tensor: Tensor) -> Tensor:
     """Return the tensor. Raises CheckpointError if a value is infinite or NaN."""
     if not tensor.isfinite().all():
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{source}: {name} is not finite in {kind}; the file is damaged, or take another dtype")
+        raise CheckpointError(
+            f"{quoted(source)}: {quoted(name)} is not finite in {kind}; the file is damaged, or take another dtype"
+        )
     return tensor

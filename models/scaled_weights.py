@@ -76,9 +76,9 @@ def with_scales(path: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         weight = f"{name.rpartition('.')[0]}.weight"
         values = left.get(weight)
         if values is None:
-            raise UsageError(f"{path} has the scale {quoted(name)}, but not its weight; fetch the file again")
+            raise UsageError(f"{quoted(path)} has the scale {quoted(name)}, but not its weight; fetch the file again")
         if isinstance(values, ScaledTensor):
-            raise UsageError(f"{path} has two scales of {quoted(weight)}; expected one")
+            raise UsageError(f"{quoted(path)} has two scales of {quoted(weight)}; expected one")
         left[weight] = ScaledTensor(values, scale_of(path, name, values, scale))
         del left[name]
     return left
@@ -91,11 +91,12 @@ def scale_of(path: object, name: str, values: Tensor, scale: Tensor) -> Tensor:
     readable = values.dtype in FP8 or (values.dtype == torch.int8 and rows)
     if not readable or scale.dtype not in FLOATS or not (single or rows):
         raise UsageError(
-            f"{path} has {quoted(name)} {list(scale.shape)} in {plain(scale)} for a weight {list(values.shape)} in "
+            f"{quoted(path)} has {quoted(name)} {list(scale.shape)} in {plain(scale)} for a weight "
+            f"{list(values.shape)} in "
             f"{plain(values)}; expected FP8 with one scale, or FP8 or INT8 with one for each row: use the bfloat16 file"
         )
     if not scale.isfinite().all():
-        raise UsageError(f"{path}: {quoted(name)} is not finite; the file is damaged")
+        raise UsageError(f"{quoted(path)}: {quoted(name)} is not finite; the file is damaged")
     return scale.reshape(()) if single else scale.reshape(-1, 1)
 
 
@@ -106,11 +107,12 @@ def check_mark(path: object, name: str, mark: Tensor) -> None:
         try:
             content = json.loads(bytes(mark.flatten().tolist()))
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: {quoted(name)} is no JSON; the file is damaged") from error
+            raise UsageError(f"{quoted(path)}: {quoted(name)} is no JSON; the file is damaged") from error
     form = content.get("format") if isinstance(content, dict) else None
     if form not in COMFY_FORMATS:
         raise UsageError(
-            f"{path} has {quoted(name)} of format {quoted(form)}; expected one of {', '.join(COMFY_FORMATS)}: use the "
+            f"{quoted(path)} has {quoted(name)} of format {quoted(form)}; expected one of {', '.join(COMFY_FORMATS)}: "
+            "use the "
             "bfloat16 file"
         )
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError, UsageError, quoted
-from .files import check_file, read_json, read_tensors
+from ..errors import CheckpointError, UsageError, quoted, quoted_all
+from .files import alike_in_file, check_file, read_json, read_tensors
 from .scaled_weights import FLOATS, with_scales
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -77,12 +77,14 @@ def state_dicts(path: object, content: Mapping[Any, Any], more: Iterable[str] = 
                 prefix, name = bare_name(key, containers)
                 group = groups.setdefault(Place(keys, prefix), {})
                 if name in group:
-                    raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
+                    raise UsageError(f"{quoted(path)} has {quoted(name)} under two names; expected each tensor once")
                 group[name] = value
             elif isinstance(value, dict) and (key in containers or key in WRAPPERS or AVERAGE.search(key)):
                 dicts += 1
                 if dicts > MOST_DICTS:
-                    raise CheckpointError(f"{path} holds more than {MOST_DICTS} state dicts; expected a model's")
+                    raise CheckpointError(
+                        f"{quoted(path)} holds more than {MOST_DICTS} state dicts; expected a model's"
+                    )
                 left.append(((*keys, key) if key not in WRAPPERS else keys, value))
     return groups
 
@@ -103,13 +105,14 @@ def choose_state_dict(
     is_kind: Callable[[Mapping[str, Tensor]], bool],
     use_ema: bool = True,
     order: tuple[str, ...] = (),
+    first: str | None = None,
 ) -> tuple[Place, dict[str, Tensor]]:
     """Choose the state dict of a `kind` of part; returns its place and tensors.
 
-    With `use_ema` a moving average is preferred. order: keys of a known training file, best first. Tensors beside it
-    that belong to no known part are included, so that `fill` reports them as unexpected.
-    Weights with scales
-    of a published layout are joined with them. Raises UsageError if there is no such state dict, if there are several,
+    With `use_ema` a moving average is preferred. order: keys of a known training file, best first. first: a tensor of
+    every part of the kind, for an error that shows the names like it. Tensors beside the state dict that belong to no
+    known part are included, so that `fill` reports them as unexpected. Weights with scales of a published layout are
+    joined with them. Raises UsageError if there is no such state dict, if there are several,
     or if it is quantised in another way.
     """
     groups = state_dicts(path, content, order)
@@ -118,19 +121,29 @@ def choose_state_dict(
         if expert := next((word for word in place.words if word in EXPERTS), None):
             refuse_two_experts(path, expert)
         if any(".lora_" in name for name in group) and not fit:
-            raise UsageError(f"{path} is a LoRA adapter; give the {kind} it belongs to, and the adapter as lora")
+            raise UsageError(
+                f"{quoted(path)} is a LoRA adapter; give the {kind} it belongs to, and the adapter as lora"
+            )
     if not fit:
-        some = ", ".join(sorted(str(name)[:80] for name in listed_names(content, groups))[:4]) or "nothing"
-        raise UsageError(f"{path} is no {kind}: it holds {some}")
+        present = sorted(listed_names(content, groups))
+        if first is not None and groups:
+            near = alike_in_file(first, present)
+            raise UsageError(f"{quoted(path)} is no {kind}: no {first!r} in it{near}; give names for it")
+        raise UsageError(f"{quoted(path)} is no {kind}: it holds {quoted_all(present) or 'nothing'}")
     averaged = [place for place in fit if place.averaged]
     plain = [place for place in fit if not place.averaged]
     if not use_ema and not plain:
-        raise UsageError(f"use_ema is False, but {path} has only averaged weights ({averaged[0]}); leave use_ema out")
+        raise UsageError(
+            f"use_ema is False, but {quoted(path)} has only averaged weights ({quoted(str(averaged[0]))}); leave "
+            "use_ema out"
+        )
     chosen = averaged if use_ema and averaged else plain
     ordered = [place for key in order for place in chosen if key in place.words]
     if len(chosen) > 1 and not ordered:
-        names = ", ".join(sorted(map(str, chosen)))
-        raise UsageError(f"{path} holds several state dicts of a {kind}: {names}; save one of them to its own file")
+        names = quoted_all(sorted(map(str, chosen)))
+        raise UsageError(
+            f"{quoted(path)} holds several state dicts of a {kind}: {names}; save one of them to its own file"
+        )
     place = (ordered or chosen)[0]
     counters = AVERAGE_COUNTERS if place.averaged else ()
     own = {name: tensor for name, tensor in fit[place].items() if name not in counters}
@@ -156,7 +169,7 @@ def strays(
             continue
         for name, tensor in group.items():
             if name in groups[place]:
-                raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
+                raise UsageError(f"{quoted(path)} has {quoted(name)} under two names; expected each tensor once")
             if not place.prefix or name.split(".")[0] not in OTHER_PARTS:
                 unclaimed[".".join((*other.prefix, name))] = tensor
     return unclaimed
@@ -164,7 +177,8 @@ def strays(
 
 def refuse_two_experts(path: object, name: str) -> None:
     raise UsageError(
-        f"{path} is of a two-expert model ({name}): a second transformer runs the steps of the other noise levels; "
+        f"{quoted(path)} is of a two-expert model ({quoted(name)}): a second transformer runs the steps of the other "
+        "noise levels; "
         "this version does not run models with two transformers"
     )
 
@@ -175,7 +189,7 @@ def refuse_quantised(path: object, tensors: Mapping[str, Tensor]) -> None:
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.dtype not in FLOATS or SCALES.search(name):
             raise UsageError(
-                f"{path} has {name[:200]} in {kind}; quantised weights need their scales beside them, "
+                f"{quoted(path)} has {quoted(name)} in {kind}; quantised weights need their scales beside them, "
                 "use the bfloat16 file"
             )
 
@@ -184,7 +198,7 @@ def check_names_one_file(path: Path) -> None:
     """Raise UsageError for one shard of several."""
     shard = SHARD.search(path.name)
     if shard and int(shard[2]) > 1:
-        raise UsageError(f"{quoted(str(path))} is shard {int(shard[1])} of {int(shard[2])}; name the folder it is in")
+        raise UsageError(f"{quoted(path)} is shard {int(shard[1])} of {int(shard[2])}; name the folder it is in")
 
 
 @dataclass(frozen=True)
@@ -213,8 +227,8 @@ def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
     if shards and len(shards) == len(files):
         return WeightFiles(complete_shards(folder, shards))
     if len(files) > 1:
-        names = ", ".join(path.name for path in files)
-        raise UsageError(f"{quoted(str(folder))} holds several checkpoints ({names[:200]}); name one of them")
+        names = quoted_all(path.name for path in files)
+        raise UsageError(f"{quoted(folder)} holds several checkpoints ({names}); name one of them")
     return WeightFiles((files[0],)) if files else None
 
 
@@ -224,12 +238,14 @@ def complete_shards(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
     counts = {shard[2] for shard in numbers.values() if shard}
     starts = {path.name[: shard.start()] for path, shard in numbers.items() if shard}
     if len(counts) > 1 or len(starts) > 1:
-        raise UsageError(f"{quoted(str(folder))} holds shards of several checkpoints; keep those of one")
+        raise UsageError(f"{quoted(folder)} holds shards of several checkpoints; keep those of one")
     total = int(counts.pop())
     missing = sorted(set(range(1, total + 1)) - {int(shard[1]) for shard in numbers.values() if shard})
     if missing or len(shards) != total:
         some = ", ".join(f"{number:05}-of-{total:05}" for number in missing[:8])
-        raise CheckpointError(f"{folder} lacks shards {some or 'of ' + str(total)}; the download is not complete")
+        raise CheckpointError(
+            f"{quoted(folder)} lacks shards {some or 'of ' + str(total)}; the download is not complete"
+        )
     return tuple(shards)
 
 
@@ -237,14 +253,15 @@ def indexed_files(index: Path) -> WeightFiles:
     """Read an index. Raises CheckpointError if it names no files, files outside its folder, or missing files."""
     names = (read_json(index) or {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise CheckpointError(f"{index} maps no tensors to files (weight_map is {quoted(names)}); download it again")
+        raise CheckpointError(
+            f"{quoted(index)} maps no tensors to files (weight_map is {quoted(names)}); download it again"
+        )
     files = sorted(set(names.values()))
     for file in files:
         if Path(file).name != file or "\0" in file:
-            raise CheckpointError(f"{index} names the file {quoted(file)}; expected one in its own folder")
+            raise CheckpointError(f"{quoted(index)} names the file {quoted(file)}; expected one in its own folder")
     if missing := [file for file in files if not (index.parent / file).exists()]:
-        names_missing = ", ".join(missing[:8])[:400]
-        raise CheckpointError(f"{index.parent} lacks shards {names_missing}; the download is not complete")
+        raise CheckpointError(f"{quoted(index.parent)} lacks {quoted_all(missing)}; the download is not complete")
     return WeightFiles(tuple(index.parent / file for file in files), names)
 
 
@@ -256,9 +273,13 @@ def read_weight_files(source: WeightFiles) -> dict[str, Any]:
         part = read_tensors(file)
         for name, value in part.items():
             if name in content:
-                raise CheckpointError(f"{quoted(name)} stands in {file.name} and in another shard; download them again")
+                raise CheckpointError(
+                    f"{quoted(name)} stands in {quoted(file.name)} and in another shard; download them again"
+                )
             if source.index is not None and source.index.get(name) != file.name:
-                raise CheckpointError(f"{file} holds {quoted(name)}, which its index does not list; fetch both again")
+                raise CheckpointError(
+                    f"{quoted(file)} holds {quoted(name)}, which its index does not list; fetch both again"
+                )
             content[name] = value
     if source.index is not None and (missing := [name for name in source.index if name not in content]):
         raise CheckpointError(f"the index names {quoted(missing[0])}, which no shard holds; download the shards again")

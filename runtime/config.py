@@ -36,8 +36,8 @@ class EngineConfig:
     model: checkpoint file or folder, or a named model. preset: decoding scheme. device: cpu, cuda or cuda:N.
     dtype: of weights and latents, a name of `DTYPES`. executor: a name of `EXECUTORS`.
     base: folder with the VAE and text encoder, if they are not beside the model; vae and text_encoder name
-    one of them alone. checkpoint_format: one of a family; None detects it. use_ema: averaged weights of a
-    training file. precision: a name of `PRECISIONS`.
+    one of them alone. checkpoint_format: one of a family; None detects it. names: YAML file of the
+    checkpoint's tensor names. use_ema: averaged weights of a training file. precision: a name of `PRECISIONS`.
     lora: adapter file or folder, merged into the weights `lora_scale` times; lora_partial: also one of which only a
     part fits. kv_memory: bytes for keys and values of all sessions; None starts with one session's need and grows.
     kv_dtype: of cached keys and values, a name of `KV_DTYPES`; None is the model's own. kv_offload: pages of a paused
@@ -57,6 +57,7 @@ class EngineConfig:
     checkpoint_format: str | None = None
     vae: str | None = None
     text_encoder: str | None = None
+    names: str | None = None
     use_ema: bool = True
     precision: str = "reference"
     lora: str | None = None
@@ -162,7 +163,7 @@ COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preset", "device", "dtype", "executor", "checkpoint_format"), text),
     **dict.fromkeys(("precision", "kv_dtype", "lowp"), text),
     **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae"), path_text),
-    **dict.fromkeys(("graphs", "batches", "engine"), path_text),
+    **dict.fromkeys(("graphs", "batches", "engine", "names"), path_text),
     **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter"), flag),
     **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
     "lora_scale": number,

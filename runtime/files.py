@@ -38,9 +38,9 @@ def check_output(path: str | Path) -> Path:
             mode = path.stat().st_mode
             if stat.S_ISDIR(mode):
                 example = quoted(str(path / "out.mp4"))
-                raise UsageError(f"output {quoted(str(path))} is a folder; expected a file name such as {example}")
+                raise UsageError(f"output {quoted(path)} is a folder; expected a file name such as {example}")
             if not stat.S_ISREG(mode):
-                raise UsageError(f"output {quoted(str(path))} is a device or FIFO; expected the name of a file")
+                raise UsageError(f"output {quoted(path)} is a device or FIFO; expected the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):  # access bits do not tell about read-only file systems
             pass
@@ -49,9 +49,9 @@ def check_output(path: str | Path) -> Path:
         if isinstance(error, UsageError):
             raise
         reason = (isinstance(error, OSError) and error.strerror) or error
-        raise UsageError(f"cannot write {quoted(str(path))}: {reason}; choose another place") from error
+        raise UsageError(f"cannot write {quoted(path)}: {reason}; choose another place") from error
     for part in left:
-        warnings.warn(f"a run that was stopped left {quoted(str(part))}, which is not used; remove it", stacklevel=2)
+        warnings.warn(f"a run that was stopped left {quoted(part)}, which is not used; remove it", stacklevel=2)
     return path
 
 
@@ -64,12 +64,12 @@ def check_paths(inputs: Mapping[str, str | Path | None], outputs: Mapping[str, s
     given = {name: Path(path) for name, path in outputs.items() if path is not None}
     for (one, first), (other, second) in combinations(given.items(), 2):
         if same_file(first, second):
-            raise UsageError(f"{one} and {other} are both written to {quoted(str(first))}; choose another name for one")
+            raise UsageError(f"{one} and {other} are both written to {quoted(first)}; choose another name for one")
     for name, path in given.items():
-        for source, read in inputs.items():
+        for argument, read in inputs.items():
             if read is not None and is_read(path, Path(read)):
                 raise UsageError(
-                    f"{name} would be written over {quoted(str(path))}, which {source} is read from; "
+                    f"{name} would be written over {quoted(path)}, which {argument} is read from; "
                     "choose another name for what is written"
                 )
 
@@ -211,4 +211,4 @@ def settle_on_disk(path: Path) -> None:
 
 def write_failed(path: Path, error: OSError) -> InferixError:
     reason = error.strerror or error
-    return InferixError(f"writing {quoted(str(path))} failed: {reason}; free some space or choose another place")
+    return InferixError(f"writing {quoted(path)} failed: {reason}; free some space or choose another place")

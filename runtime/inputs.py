@@ -48,7 +48,7 @@ class Inputs:
         clean_prompt(prompt, empty)
         if self.resources.parts.text is None:
             raise UsageError(
-                f"{self.resources.parts.source} has no text encoder; give base, a folder that has one, "
+                f"{quoted(self.resources.parts.source)} has no text encoder; give base, a folder that has one, "
                 "or prompt_embeds"
             )
 

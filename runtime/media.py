@@ -49,7 +49,7 @@ class VideoWriter:
         width, height = size
         if Path(path).suffix.lower() not in CONTAINERS:
             hint = nearest(Path(path).suffix.lower(), CONTAINERS)
-            raise UsageError(f"video {quoted(str(path))} must end in one of {', '.join(CONTAINERS)}{hint}")
+            raise UsageError(f"video {quoted(path)} must end in one of {', '.join(CONTAINERS)}{hint}")
         if not fps > 0:
             raise UsageError(f"fps is {fps}; expected a number above 0")
         if width < 2 or height < 2 or width % 2 or height % 2:
@@ -149,7 +149,7 @@ class VideoWriter:
             self._container.close()
             written = count_packets(self._part.part)  # FFmpeg does not report every write that fails
             if written < self.frames:
-                raise InferixError(f"writing {quoted(str(self.path))} failed: not all of it is there; free some space")
+                raise InferixError(f"writing {quoted(self.path)} failed: not all of it is there; free some space")
             if self._format == "matroska" or not self._index_in_front():
                 self._part.keep()
         except OSError as error:
@@ -170,7 +170,7 @@ class VideoWriter:
         finally:
             if whole is not None:
                 whole.discard()
-        warnings.warn(f"no room for the index of {quoted(str(self.path))} in front; it is in fragments", stacklevel=2)
+        warnings.warn(f"no room for the index of {quoted(self.path)} in front; it is in fragments", stacklevel=2)
         return False
 
     def _save_fragments(self) -> None:

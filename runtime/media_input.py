@@ -57,7 +57,7 @@ def read_image(path: str | Path, size: tuple[int, int], fit: str = "crop") -> Fr
     check_fit(fit)
     path = check_regular(path, "image")
     if (length := path.stat().st_size) > LARGEST_IMAGE_FILE:
-        raise UsageError(f"image {quoted(str(path))} has {length} bytes; expected at most {LARGEST_IMAGE_FILE}")
+        raise UsageError(f"image {quoted(path)} has {length} bytes; expected at most {LARGEST_IMAGE_FILE}")
     Image.init()
     formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
     try:
@@ -68,7 +68,7 @@ def read_image(path: str | Path, size: tuple[int, int], fit: str = "crop") -> Fr
         raise
     except (*BROKEN_IMAGE, Image.DecompressionBombError) as error:
         known = ", ".join(IMAGE_FORMATS)
-        raise UsageError(f"cannot read image {quoted(str(path))}: {cut(str(error))}; expected {known}") from error
+        raise UsageError(f"cannot read image {quoted(path)}: {cut(str(error))}; expected {known}") from error
 
 
 def upright_pixels(image: Image, size: tuple[int, int], fit: str) -> Frames:
@@ -147,7 +147,7 @@ def check_fit(fit: str) -> None:
 def check_pixels(kind: str, path: Path, width: int, height: int) -> None:
     if not 0 < width * height <= LARGEST_PICTURE:
         raise UsageError(
-            f"{kind} {quoted(str(path))} is {width}x{height}, {width * height} pixels; "
+            f"{kind} {quoted(path)} is {width}x{height}, {width * height} pixels; "
             f"expected 1 to {LARGEST_PICTURE}: make it smaller"
         )
 
@@ -208,7 +208,7 @@ def check_duration(path: str | Path, size: tuple[int, int], fps: float | None, m
 
 def too_long(path: str | Path, length: str, size: tuple[int, int], most: int) -> UsageError:
     return UsageError(
-        f"video {quoted(str(path))} has {length}; expected at most {most} of {size[0]}x{size[1]}: cut it"
+        f"video {quoted(path)} has {length}; expected at most {most} of {size[0]}x{size[1]}: cut it"
     )
 
 
@@ -227,9 +227,9 @@ def video_frames(
         pictures = timed(container, stream)
         first = next(pictures, None)
         if first is None:
-            raise UsageError(f"video {quoted(str(path))} holds no frame; expected a file with a video stream")
+            raise UsageError(f"video {quoted(path)} holds no frame; expected a file with a video stream")
         if first[1].color_trc in HDR_CURVES:
-            warnings.warn(f"video {quoted(str(path))} is HDR; its colours are taken without tone mapping", stacklevel=2)
+            warnings.warn(f"video {quoted(path)} is HDR; its colours are taken without tone mapping", stacklevel=2)
         last, pixels = None, np.empty((0, 0, 3), np.uint8)
         for picture in sampled(first, pictures, stream, fps):
             if picture is not last:  # one that is repeated is converted once
@@ -247,9 +247,9 @@ def video_facts(path: str | Path) -> tuple[tuple[int, int], float]:
         picture = next(container.decode(stream), None)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if picture is None:
-            raise UsageError(f"video {quoted(str(path))} holds no frame; expected a file with a video stream")
+            raise UsageError(f"video {quoted(path)} holds no frame; expected a file with a video stream")
         if not rate > 0:
-            raise UsageError(f"video {quoted(str(path))} has no frame rate; write it again with one")
+            raise UsageError(f"video {quoted(path)} has no frame rate; write it again with one")
         size = max(1, round(picture.width * float(stream.sample_aspect_ratio or 1))), picture.height
         turn = display_turn(picture)
         return (size if turn is None or not turn_swaps(turn) else (size[1], size[0])), rate
@@ -281,10 +281,10 @@ class opened_video:
             cover = av.stream.Disposition.attached_pic
             streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
             if not streams:
-                raise UsageError(f"video {quoted(str(self.path))} holds no frame; expected a file with a video stream")
+                raise UsageError(f"video {quoted(self.path)} holds no frame; expected a file with a video stream")
             stream = streams[0]
             if stream.codec_context is None:
-                raise UsageError(f"video {quoted(str(self.path))} is in an unknown codec; expected one of FFmpeg's")
+                raise UsageError(f"video {quoted(self.path)} is in an unknown codec; expected one of FFmpeg's")
             check_pixels("video", Path(self.path), stream.width, stream.height)
             stream.codec_context.options = {"max_pixels": str(LARGEST_PICTURE)}
             stream.thread_type = "AUTO"
@@ -305,7 +305,7 @@ class opened_video:
         if isinstance(error, OSError | av.error.FFmpegError):
             reason = cut(str(error.strerror or error))
             raise UsageError(
-                f"cannot read video {quoted(str(self.path))}: {reason}; "
+                f"cannot read video {quoted(self.path)}: {reason}; "
                 "expected mp4, mov, mkv, webm, avi, ts, ogg or gif"
             ) from error
 

@@ -202,8 +202,8 @@ def next_block(
     span = flight.pop(0).span
     if policy.commit:
         passes.append(commit_pass(timeline, span))
-    if (held := passes[-1].window) is not None:
-        timeline.forget(held)
+    if (cached := passes[-1].window) is not None:
+        timeline.forget(cached)
     restarted = len(rebuild.run.frames) if rebuild is not None and policy.restart_decoder else 0
     encoded = int(rebuild is not None and reencodes_head(timeline.preset, rebuild.run))
     return ScheduledBlock(span, tuple(passes), recache, restarted + len(span.frames), encoded)

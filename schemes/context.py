@@ -1,4 +1,4 @@
-"""How the past is kept, as data: which frames a block may see, at which positions, and when it is made anew.
+"""Policy of the past, as data: which frames a block may see, at which positions, and when it is recomputed.
 
 `Timeline` applies a policy to one stream; nothing here knows a tensor.
 """
@@ -39,8 +39,8 @@ class ContextPolicy:
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
     image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
     block at timestep 0 (`clamp`).
-    sink_decay: what is kept of the sink when a frame leaves the window: the sink is sink_decay of itself and the rest
-    of that frame; 1 leaves it as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
+    sink_decay: share of the sink that stays when a frame leaves the window, whose share is the rest; 1 leaves the sink
+    as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
     noise2clean_kvrange: blocks that a block sees, itself the last of them, in each of equally many shares of its steps,
     the noisiest first; empty where the blocks in flight see each other and the window. clean_chunk_kvrange: blocks that
     a commit sees, itself the last; 0 for the window. Sources: MAGI-1 (arXiv 2505.13211), whose names they are.
@@ -124,7 +124,7 @@ class ContextPolicy:
 
     @property
     def moving_positions(self) -> bool:
-        """Whether a frame's position changes while it is held."""
+        """True where a frame's position changes while the cache holds it."""
         return self.positions != "absolute"
 
     @property

@@ -9,42 +9,42 @@ from .presets import Preset
 
 @dataclass(frozen=True)
 class PageNeeds:
-    """Pages of one branch of a session: held, lent to a pass as scratch, and kept back for rewinding.
+    """Pages of one branch of a session: context, scratch lent to a pass, and reserve for rewinding.
 
-    held is None where the window has no end.
+    context is None where the window has no end.
     """
 
-    held: int | None
+    context: int | None
     scratch: int
-    kept_back: int
+    reserve: int
 
     @property
     def total(self) -> int | None:
-        return None if self.held is None else self.held + self.scratch + self.kept_back
+        return None if self.context is None else self.context + self.scratch + self.reserve
 
 
 def page_needs(preset: Preset) -> PageNeeds:
-    """What the policy can ask for at most."""
+    """Pages that the policy can ask for at most."""
     policy, block = preset.context, preset.num_frame_per_block
     limits = [policy.local_attn_size + policy.sink_beside_window] if policy.local_attn_size != -1 else []
     if policy.segment_frames:
         limits.append(policy.segment_frames)
     if not policy.commit:
         limits.append(policy.rebuild_frames + block)
-    held = min(limits, default=None)
-    kept_back = policy.rewind_blocks * (block if policy.commit else block + policy.rebuild_frames)
+    context = min(limits, default=None)
+    reserve = policy.rewind_blocks * (block if policy.commit else block + policy.rebuild_frames)
     if policy.rewind_blocks and policy.segment_frames:
-        kept_back += policy.rebuild_frames
+        reserve += policy.rebuild_frames
     if policy.rewind_blocks and policy.prompt_switch == "recache":
-        kept_back += held or 0
-    return PageNeeds(held, preset.window_blocks * block if preset.window_blocks > 1 else 0, kept_back)
+        reserve += context or 0
+    return PageNeeds(context, preset.window_blocks * block if preset.window_blocks > 1 else 0, reserve)
 
 
 def window(preset: Preset) -> int:
     """Latent frames that a block sees at most, itself included, for a preset whose window has an end."""
-    held = page_needs(preset).held
-    assert held is not None, preset.name
-    return held - preset.context.sink_beside_window
+    context = page_needs(preset).context
+    assert context is not None, preset.name
+    return context - preset.context.sink_beside_window
 
 
 def branches(preset: Preset) -> int:
@@ -68,4 +68,4 @@ def least_pages(preset: Preset) -> int:
 def staging_slots(preset: Preset) -> int:
     """Frames that the buffer before pages of another dtype has room for."""
     needs = page_needs(preset)
-    return (needs.held or preset.num_frame_per_block) + needs.scratch
+    return (needs.context or preset.num_frame_per_block) + needs.scratch

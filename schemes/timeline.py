@@ -72,11 +72,11 @@ class Timeline:
         if size == -1 or end - self.origin <= size:
             return tuple(range(self.origin, end))
         start = end - (size - len(self.sink))
-        kept = set(self.sink)
+        pinned = set(self.sink)
         if any(frame < start for frame in self.pinned):
-            kept |= set(self.pinned)
-            start = end - (size - len(kept))
-        return tuple(sorted(kept | set(range(start, end))))
+            pinned |= set(self.pinned)
+            start = end - (size - len(pinned))
+        return tuple(sorted(pinned | set(range(start, end))))
 
     def group(self, frames: Sequence[int], timestep: float, context: tuple[int, ...], write: bool = True) -> Group:
         """A group whose positions follow the policy."""
@@ -94,8 +94,8 @@ class Timeline:
         """
         if blocks is None:
             return context
-        start, kept = end - blocks * self.preset.num_frame_per_block, {*self.sink, *self.pinned}
-        return tuple(frame for frame in context if frame < end and (frame >= start or frame in kept))
+        start, pinned = end - blocks * self.preset.num_frame_per_block, {*self.sink, *self.pinned}
+        return tuple(frame for frame in context if frame < end and (frame >= start or frame in pinned))
 
     def positions(self, context: tuple[int, ...], write: bool = True) -> tuple[int, ...]:
         """Temporal rotary position of each frame of a context."""
@@ -110,7 +110,7 @@ class Timeline:
     def joint_pass(
         self, blocks: Sequence[tuple[range, float]], clean: frozenset[int], ranges: Sequence[int | None] = ()
     ) -> Pass:
-        """One denoising pass over blocks in flight, (frames, timestep) each; `clean` frames are told 0.
+        """One denoising pass over blocks in flight, (frames, timestep) each; `clean` frames have timestep 0.
 
         A block alone writes its keys and values where its clean ones will stand; several leave none. ranges: how many
         blocks each sees, itself the last; None, or no ranges, for all that the newest sees.
@@ -120,10 +120,10 @@ class Timeline:
         groups = []
         for (frames, timestep), seen in zip(blocks, ranges or [None] * len(blocks), strict=True):
             context = self.key_range(seen, frames.stop, visible)
-            for wanted, told in ((True, 0.0), (False, timestep)):
-                part = [frame for frame in frames if (frame in clean) == wanted]
+            for is_clean, level in ((True, 0.0), (False, timestep)):
+                part = [frame for frame in frames if (frame in clean) == is_clean]
                 if part:
-                    groups.append(self.group(part, told, context, write))
+                    groups.append(self.group(part, level, context, write))
         return Pass(tuple(groups))
 
     def commit_pass(self, frames: range) -> Pass:
@@ -172,7 +172,7 @@ class Timeline:
         return Pass((self.clean_group(frames, context),)) if frames else None
 
     def rebuild_due(self) -> bool:
-        """Whether the context must be rebuilt before the next block."""
+        """True where the context must be rebuilt before the next block."""
         policy, have = self.preset.context, self.next_frame - self.origin
         size = self.preset.block_size(self.next_frame)
         too_long = policy.segment_frames > 0 and have + size > policy.segment_frames
@@ -183,15 +183,15 @@ class Timeline:
         end = self.next_frame
         self.origin = max(self.origin, end - self.preset.context.rebuild_frames)
         self.sink = tuple(range(self.origin, self.origin + self.preset.context.sink_size))
-        kept = range(self.origin, end)
-        self.places = {frame: frame - self.origin for frame in kept}
+        frames = range(self.origin, end)
+        self.places = {frame: frame - self.origin for frame in frames}
         step = self.preset.num_frame_per_block
-        blocks = [kept[start : start + step] for start in range(0, len(kept), step)]
+        blocks = [frames[start : start + step] for start in range(0, len(frames), step)]
         return Pass(tuple(self.clean_group(block, tuple(range(self.origin, block[-1] + 1))) for block in blocks))
 
-    def forget(self, held: tuple[int, ...]) -> None:
-        """Drop the places of frames that are gone for good, once `held` is what the cache holds."""
+    def forget(self, cached: tuple[int, ...]) -> None:
+        """Drop the places of frames that are gone for good, once the cache holds the frames `cached`."""
         size = self.preset.context.local_attn_size
-        oldest = self.origin if size == -1 else held[-1] + 1 - size
-        kept = {*held, *self.sink, *self.pinned}
-        self.places = {frame: place for frame, place in self.places.items() if frame >= oldest or frame in kept}
+        oldest = self.origin if size == -1 else cached[-1] + 1 - size
+        needed = {*cached, *self.sink, *self.pinned}
+        self.places = {frame: place for frame, place in self.places.items() if frame >= oldest or frame in needed}

@@ -25,11 +25,11 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_PACKAGES = {"tests", "tools", "build", "dist", "outputs"}
-BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "evaluate", "bench"]
+BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "serve", "evaluate", "bench"]
 AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
-FOR_EVERYONE = {"errors", "user_files", "user_yaml", "version"}
+FOR_EVERYONE = {"errors", "plugins", "user_files", "user_yaml", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "limits", "media", "media_input",
         "noise", "plans", "sampler", "sinks", "streams", "worker_client", "y4m")  # fmt: skip
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "resources", "sessions",

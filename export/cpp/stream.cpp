@@ -313,7 +313,7 @@ void Stream::keep(Branch& branch, const Pass& pass, Values values) {
 
 std::map<int64_t, int64_t> Stream::positions(const Pass& pass) const {
     // where positions move with the window, they count on from the pass's own frames, so that keys can stay as they are
-    int64_t moved = engine_->policy.relative ? pass.frames[0] - pass.position_of(pass.frames[0]) : 0;
+    int64_t moved = engine_->policy.moving ? pass.frames[0] - pass.position_of(pass.frames[0]) : 0;
     std::map<int64_t, int64_t> made;
     for (size_t index = 0; index < pass.context.size(); ++index)
         made[pass.context[index]] = pass.positions[index] + moved;

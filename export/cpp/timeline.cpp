@@ -28,6 +28,7 @@ Policy::Policy(const Json& preset) {
     shot_offset = context.at("shot_offset").integer();
     blend_blocks = context.at("blend_blocks").integer();
     relative = context.at("positions").string() == "window-relative";
+    moving = context.at("positions").string() != "absolute";
     commit_sees_sink = context.at("commit_sees_sink").truth();
     recaches = context.at("prompt_switch").string() == "recache";
     blends = context.at("prompt_switch").string() == "blend";

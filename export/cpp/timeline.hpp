@@ -17,7 +17,7 @@ using Frames = std::vector<int64_t>;
 // The settings of a preset that a stream follows.
 struct Policy {
     int64_t block, window, sink_size, shot_offset, blend_blocks;
-    bool single_first, relative, commit_sees_sink, recaches, recache_sink, blends;
+    bool single_first, relative, moving, commit_sees_sink, recaches, recache_sink, blends;
 
     explicit Policy(const Json& preset);
     int64_t block_size(int64_t frame) const { return frame == 0 && single_first ? 1 : block; }

@@ -87,7 +87,7 @@ def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int
     source: a tensor, or a safetensors file with a tensor `prompt_embeds`. Raises UsageError for other shapes, values
     that are not finite, or an unreadable file.
     """
-    where = "prompt_embeds" if isinstance(source, Tensor) else quoted(str(source))
+    where = "prompt_embeds" if isinstance(source, Tensor) else quoted(source)
     rows = source if isinstance(source, Tensor) else read_embeds(Path(source))
     if rows.ndim == 3 and len(rows) == 1:
         rows = rows[0]
@@ -105,7 +105,7 @@ def read_embeds(path: Path) -> Tensor:
         with safe_open(path, "pt") as file:
             if "prompt_embeds" not in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 names = quoted(list(file.keys()))
-                raise UsageError(f"{quoted(str(path))} holds {names}; expected a tensor 'prompt_embeds'")
+                raise UsageError(f"{quoted(path)} holds {names}; expected a tensor 'prompt_embeds'")
             return file.get_tensor("prompt_embeds")
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot read {quoted(str(path))}: {reason(error)}; expected a safetensors file") from error
+        raise UsageError(f"cannot read {quoted(path)}: {reason(error)}; expected a safetensors file") from error

@@ -124,10 +124,10 @@ def encoder_files(path: Path) -> tuple[WeightFiles, dict[str, Any]]:
         return WeightFiles((path,)), {}
     config = read_json(path / "config.json")
     if config is None:
-        raise UsageError(f"no config.json in {quoted(str(path))}; expected a text_encoder folder")
+        raise UsageError(f"no config.json in {quoted(path)}; expected a text_encoder folder")
     source = find_weight_files(path, "model") or find_weight_files(path, "pytorch_model")
     if source is None:
-        raise UsageError(f"no weights in {quoted(str(path))}; expected model.safetensors or its shards")
+        raise UsageError(f"no weights in {quoted(path)}; expected model.safetensors or its shards")
     return source, config
 
 
@@ -154,7 +154,9 @@ def hf_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours = ours.replace("*", layer[1]) if layer else ours
         ours = "shared.weight" if ours == TIED else ours
         if ours in state and not torch.equal(state[ours], tensor):
-            raise UsageError(f"{path} gives {ours} twice, with different values; save the encoder again")
+            raise UsageError(
+                f"{quoted(path)} gives {quoted(ours)} twice, with different values; save the encoder again"
+            )
         state[ours] = tensor
     return state
 
@@ -176,12 +178,14 @@ def encoder_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
         inner = state[f"{block}.0.SelfAttention.q.weight"].shape[0]
         ffn = state[f"{block}.1.DenseReluDense.wi_1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is no UMT5 encoder: its sizes are not in it ({error})") from error
+        raise CheckpointError(f"{quoted(path)} is no UMT5 encoder: its sizes are not in it ({error})") from error
     layers = {layer[1] for name in state if (layer := re.match(r"encoder\.block\.(\d+)\.", name))}
     if missing := [number for number in range(len(layers)) if str(number) not in layers]:
-        raise CheckpointError(f"{path} has {len(layers)} layers, but none called {missing[0]}; it is not complete")
+        raise CheckpointError(
+            f"{quoted(path)} has {len(layers)} layers, but none called {missing[0]}; it is not complete"
+        )
     if 0 in (vocabulary, dim, buckets, heads, inner, ffn) or inner % heads:
-        raise CheckpointError(f"{path} is no UMT5 encoder: {inner} wide attention of {heads} heads")
+        raise CheckpointError(f"{quoted(path)} is no UMT5 encoder: {inner} wide attention of {heads} heads")
     return {
         "vocab_size": vocabulary, "d_model": dim, "d_kv": inner // heads, "d_ff": ffn, "num_layers": len(layers),
         "num_heads": heads, "relative_attention_num_buckets": buckets,
@@ -197,7 +201,9 @@ def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any]
         if key in config and config[key] != expected[key]
     ]
     if wrong:
-        raise CheckpointError(f"config.json in {path} is not of its weights: {'; '.join(wrong)}; fetch both again")
+        raise CheckpointError(
+            f"config.json in {quoted(path)} is not of its weights: {'; '.join(wrong)}; fetch both again"
+        )
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -206,7 +212,7 @@ def read_tokenizer(path: Path) -> Any:
 
     if not path.is_dir():
         raise UsageError(
-            f"no tokenizer folder {quoted(str(path))}; put {' or '.join(TOKENIZERS)} beside the text encoder, "
+            f"no tokenizer folder {quoted(path)}; put {' or '.join(TOKENIZERS)} beside the text encoder, "
             "or give base, a folder that has it"
         )
     for file in path.iterdir():
@@ -217,7 +223,9 @@ def read_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself, so there is no kind to name
-        raise CheckpointError(f"cannot read the tokenizer in {path}: {reason(error)}; fetch it again") from error
+        raise CheckpointError(
+            f"cannot read the tokenizer in {quoted(path)}: {reason(error)}; fetch it again"
+        ) from error
 
 
 def refuse_misfits(path: Path, **misfits: Iterable[str]) -> None:
@@ -225,4 +233,4 @@ def refuse_misfits(path: Path, **misfits: Iterable[str]) -> None:
     listed = {kind: sorted(names) for kind, names in misfits.items()}
     problems = "; ".join(f"{kind}: {', '.join(names[:12])[:1000]}" for kind, names in listed.items() if names)
     if problems:
-        raise CheckpointError(f"{path} does not fit a UMT5 encoder ({problems}); use the one of a Wan model")
+        raise CheckpointError(f"{quoted(path)} does not fit a UMT5 encoder ({problems}); use the one of a Wan model")

@@ -49,7 +49,7 @@ class WordEncoder(nn.Module):
         tensors = read_tensors(path)
         rows = tensors.get("rows.weight")
         if not isinstance(rows, Tensor) or rows.ndim != 2:
-            raise CheckpointError(f"{path} is no word encoder: it has no rows.weight; reinstall inferix")
+            raise CheckpointError(f"{quoted(path)} is no word encoder: it has no rows.weight; reinstall inferix")
         # Drawing a table on the meta device would import torch's compiler, which takes a second.
         module = cls(rows.shape[1], text_len, torch.empty(len(WORDS), rows.shape[1], device="meta"))
         return fill(module, tensors, dtype, device, path)

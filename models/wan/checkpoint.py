@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import CheckpointError, UsageError, nearest, quoted
+from ...errors import CheckpointError, UsageError, nearest, quoted, quoted_all
 from ..family import Checkpoint, Format, merged
-from ..files import check_file, read_json, read_tensors
+from ..files import alike_in_file, check_file, read_json, read_tensors
 from ..spec import ModelSpec
 from ..state_dicts import (
     EXPERTS,
@@ -45,6 +45,7 @@ FORMATS: dict[str, Format] = {
     "rolling-forcing": Format("original", "rolling_forcing_dmd.pt", ("generator_ema", "generator")),
     "longlive2": Format("original", "model_bf16.pt", ("generator", "model")),
 }
+FIRST_TENSOR = "patch_embedding.weight"  # in every transformer
 TRANSFORMER_FOLDERS = ("transformer", "unet", "diffusion_models")  # of a pipeline or of ComfyUI's models
 LEFTOVERS = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")  # training's critic, not the generator
 LONGEST_TEXT = 4096  # rows that a config may ask for
@@ -53,39 +54,55 @@ SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channe
 
 
 def read_checkpoint(
-    path: str | Path, form: str | None = None, use_ema: bool = True, known: Collection[ModelSpec] | None = None
+    path: str | Path,
+    form: str | Format | None = None,
+    use_ema: bool = True,
+    known: Collection[ModelSpec] | None = None,
 ) -> Checkpoint:
     """Map a checkpoint file or folder; one of the sizes of a `known` model (Wan's, if None) is that model.
 
-    Raises UsageError if it is no transformer, CheckpointError for a broken file.
+    form: a name of `FORMATS`, or a layout that has none. Raises UsageError if it is no transformer, CheckpointError for
+    a broken file.
     """
     path, known = Path(path), MODELS.values() if known is None else known
-    if form is not None and form not in FORMATS:
+    if isinstance(form, str) and form not in FORMATS:
         raise UsageError(f"no checkpoint format {quoted(form)}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
     source, config = find_transformer(path, known)
     content = read_weight_files(source)
     name = source.files[0].name
+    given = FORMATS[form] if isinstance(form, str) else form
+    layouts = list(own_layouts().values()) if given is None else [given]
     place, raw = choose_state_dict(
-        path, content, "Wan transformer", is_transformer, use_ema, expected_keys(form, name, content)
-    )
+        path, content, "Wan transformer", lambda tensors: any(is_transformer(tensors, one) for one in (None, *layouts)),
+        use_ema, expected_keys(given, name, content), FIRST_TENSOR,
+    )  # fmt: skip
     if adapters := adapters_in(path, content):
         warnings.warn(
-            f"{path} holds an adapter, too ({adapters[0]}), which is not merged; give the file as lora to merge it",
+            f"{quoted(path)} holds an adapter, too ({quoted(adapters[0])}), which is not merged; give the file as "
+            "lora to merge it",
             stacklevel=2,
         )
     form = form or detect_format(name, place, raw)
-    layout = FORMATS[form]
+    layout = FORMATS[form] if isinstance(form, str) else form
     if place.keys and layout.weights and not set(place.keys) & set(layout.weights):
-        raise UsageError(f"{path} holds {place}; expected {' or '.join(layout.weights)}, or another checkpoint_format")
+        raise UsageError(
+            f"{quoted(path)} holds {quoted(str(place))}; expected {' or '.join(layout.weights)}, or another "
+            "checkpoint_format"
+        )
     tensors: dict[str, Tensor] = {}
-    for bare, tensor in raw.items():
-        for part, value in unfused(bare, tensor).items() if not bare.startswith(LEFTOVERS) else ():
-            ours = from_format(layout.names, part)
-            if ours in tensors:
-                raise UsageError(f"{path} has {quoted(ours)} under two names; expected each tensor once")
-            tensors[ours] = value
+    for bare, ours in from_format(layout.names, layout.strip, raw).items():
+        for part, value in unfused(ours, raw[bare]).items() if not bare.startswith(LEFTOVERS) else ():
+            if part in tensors:
+                raise UsageError(f"{quoted(path)} has {quoted(part)} under two names; expected each tensor once")
+            tensors[part] = value
     spec = read_spec(path, config, tensors, known)
-    return Checkpoint(path, form, source.files, tensors, spec, published_lora(source, layout))
+    label = form if isinstance(form, str) else layout.file
+    return Checkpoint(path, label, source.files, tensors, spec, published_lora(source, layout))
+
+
+def own_layouts() -> dict[str, Format]:
+    """Return the formats that have a table of names of their own."""
+    return {form: layout for form, layout in FORMATS.items() if not isinstance(layout.names, str)}
 
 
 def adapters_in(path: Path, content: Mapping[Any, Any]) -> list[str]:
@@ -96,16 +113,18 @@ def adapters_in(path: Path, content: Mapping[Any, Any]) -> list[str]:
     )
 
 
-def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
-    """Return True for the names of a Wan transformer, in any format."""
-    return "patch_embedding.weight" in tensors and any(name.startswith("blocks.") for name in tensors)
+def is_transformer(tensors: Mapping[str, Tensor], layout: Format | None = None) -> bool:
+    """Return True for the names of a Wan transformer, in any published format or in a layout of its own."""
+    names = tensors if layout is None else from_format(layout.names, layout.strip, tensors).values()
+    return FIRST_TENSOR in names and any(name.startswith("blocks.") for name in names)
 
 
-def expected_keys(form: str | None, file: str, content: Mapping[Any, Any]) -> tuple[str, ...]:
+def expected_keys(layout: Format | None, file: str, content: Mapping[Any, Any]) -> tuple[str, ...]:
     """Return the keys of a file's weights, best first: those of its format, or of the format that its name suggests."""
-    if form is None:
+    if layout is None:
         form = next((name for name in named_after(file) if set(FORMATS[name].weights) & content.keys()), "original")
-    return FORMATS[form].weights
+        layout = FORMATS[form]
+    return layout.weights
 
 
 def named_after(file: str) -> list[str]:
@@ -135,7 +154,7 @@ def find_transformer(path: Path, known: Collection[ModelSpec]) -> tuple[WeightFi
     if not path.exists():
         names = [spec.name for spec in known]
         listed = f"{nearest(str(path), names)}; names of models are {', '.join(names)}"
-        raise UsageError(f"no checkpoint {quoted(str(path))}: no such file or folder{listed}")
+        raise UsageError(f"no checkpoint {quoted(path)}: no such file or folder{listed}")
     refuse_experts(path)
     if not path.is_dir():
         check_file(path, "checkpoint")
@@ -145,13 +164,13 @@ def find_transformer(path: Path, known: Collection[ModelSpec]) -> tuple[WeightFi
     folders = [folder for name in TRANSFORMER_FOLDERS if (folder := path / name).is_dir()]
     right_here = find_weight_files(path, stem) if is_transformer_folder(path) else None
     if right_here and folders:
-        raise UsageError(f"{quoted(str(path))} holds a transformer and a folder {folders[0].name}; name one of them")
+        raise UsageError(f"{quoted(path)} holds a transformer and a folder {quoted(folders[0].name)}; name one of them")
     if right_here:
         return right_here, transformer_config(path)
     for folder in folders or [path]:
         if source := find_weight_files(folder, stem) or only_file(folder):
             return source, transformer_config(folder)
-    raise UsageError(f"{quoted(str(path))} holds no transformer; expected {SHARD}, its shards or a .pt")
+    raise UsageError(f"{quoted(path)} holds no transformer; expected {SHARD}, its shards or a .pt")
 
 
 def is_transformer_folder(folder: Path) -> bool:
@@ -164,8 +183,8 @@ def only_file(folder: Path) -> WeightFiles | None:
     others = {*TEXT_FILES, *VAE_FILES, *TINY_DECODERS, "words.safetensors", *(form.lora for form in FORMATS.values())}
     files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.name not in others)
     if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise UsageError(f"{quoted(str(folder))} holds several checkpoints ({names[:200]}); name one of them")
+        names = quoted_all(file.name for file in files)
+        raise UsageError(f"{quoted(folder)} holds several checkpoints ({names}); name one of them")
     if not files:
         return None
     check_names_one_file(files[0])
@@ -207,6 +226,9 @@ def transformer_config(folder: Path) -> dict[str, Any] | None:
 
 def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str:
     """Detect a file's format: that of its published name if keys and names agree, else by keys and names."""
+    if not is_transformer(tensors):  # names of its own
+        forms = [form for form, layout in own_layouts().items() if is_transformer(tensors, layout)]
+        return next((form for form in named_after(file) if form in forms), forms[0])
     fused = any(".self_attn.to_qkv." in name for name in tensors)
     names = "diffusers" if "condition_embedder.time_embedder.linear_1.weight" in tensors else "original"
     for form in named_after(file):
@@ -227,7 +249,7 @@ def read_spec(
     Raises CheckpointError if tensors that show a size are missing, UsageError if the config contradicts the shapes.
     """
     try:
-        patch = tensors["patch_embedding.weight"]
+        patch = tensors[FIRST_TENSOR]
         sizes: dict[str, Any] = {
             "dim": patch.shape[0],
             "ffn_dim": tensors["blocks.0.ffn.up.weight"].shape[0],
@@ -244,9 +266,10 @@ def read_spec(
         action = tensors.get("action_embedding.linear_1.weight")
         action_dim = None if action is None else action.shape[1]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} is no complete Wan transformer: no {error} in it") from error
+        near = alike_in_file(str(error).strip("'"), tensors)
+        raise CheckpointError(f"{quoted(path)} is no complete Wan transformer: no {error} in it{near}") from error
     if 0 in (*sizes.values(), freq_dim):
-        raise CheckpointError(f"{path} is no Wan transformer: a size is 0 ({sizes})")
+        raise CheckpointError(f"{quoted(path)} is no Wan transformer: a size is 0 ({sizes})")
     placed = "position_embedding" in tensors
     facts = sizes | {"freq_dim": freq_dim, "patch": (patch.shape[3], patch.shape[4]), "image_dim": image_dim}
     known = [
@@ -260,7 +283,7 @@ def read_spec(
         return known[0]
     if action_dim is not None:
         names = ", ".join(spec.name for spec in named if spec.actions)
-        raise UsageError(f"{quoted(str(path))} follows {action_dim} actions, which have no names; known are {names}")
+        raise UsageError(f"{quoted(path)} follows {action_dim} actions, which have no names; known are {names}")
     like = MODELS["wan-5b"] if sizes["out_channels"] == MODELS["wan-5b"].out_channels else MODELS["wan-1.3b"]
     return ModelSpec(
         name="custom", family=like.family, **sizes, **values, kv_heads=values["num_heads"], freq_dim=freq_dim,
@@ -274,9 +297,9 @@ def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:
     layers = {layer[1] for name in tensors if (layer := re.match(r"blocks\.(\d+)\.", name))}
     for number in range(len(layers)):
         if str(number) not in layers:
-            some = ", ".join(sorted(layers, key=len)[-3:])[:200]
+            some = quoted_all(sorted(layers, key=len)[-3:])
             raise CheckpointError(
-                f"{path} has {len(layers)} layers, but none called blocks.{number} (it has {some}); "
+                f"{quoted(path)} has {len(layers)} layers, but none called blocks.{number} (it has {some}); "
                 "the file is not complete"
             )
     return len(layers)
@@ -329,10 +352,14 @@ def read_config(
         elif key == "eps" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1):
             wrong.append(f"eps is {quoted(value)}, expected a small number")
     if wrong:
-        raise UsageError(f"config.json beside {path} is not of this model: {'; '.join(wrong)}; remove or replace it")
+        raise UsageError(
+            f"config.json beside {quoted(path)} is not of this model: {'; '.join(wrong)}; remove or replace it"
+        )
     values |= stated
     if "num_heads" not in stated and dim % HEAD_DIM and not like:
-        raise UsageError(f"{path} is {dim} wide, and no config.json beside it has num_heads; put the model's there")
+        raise UsageError(
+            f"{quoted(path)} is {dim} wide, and no config.json beside it has num_heads; put the model's there"
+        )
     return values
 
 
@@ -357,11 +384,16 @@ def merging(
     adapters = [(Path(path), factor) for path, factor in loras]
     published = checkpoint.lora
     if published and not any(path.exists() and path.samefile(published) for path, _ in adapters):
-        warnings.warn(f"{published} is merged, too: it is published with {checkpoint.files[0].name}", stacklevel=3)
+        warnings.warn(
+            f"{quoted(published)} is merged, too: it is published with {quoted(checkpoint.files[0].name)}",
+            stacklevel=3,
+        )
         adapters.insert(0, (published, 1.0))
     for path, factor in adapters:
         if not math.isfinite(factor):
-            raise UsageError(f"lora_scale is {factor} for {path}; expected a number, 1 for the adapter as it is")
+            raise UsageError(
+                f"lora_scale is {factor} for {quoted(path)}; expected a number, 1 for the adapter as it is"
+            )
     updates = [(fitting(read_lora(path), checkpoint.tensors, partial), factor) for path, factor in adapters]
 
     def change(name: str, tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ..transformer import Transformer
 from .checkpoint import FORMATS, merging, read_checkpoint
 from .diffusers_network import diffusers_network
 from .lora import fitting, read_lora
+from .names import changed_table
 from .presets import PRESETS
 from .random import random_vae_state
 from .spec import MODELS
@@ -51,6 +52,12 @@ class WanFamily(Family):
     def read(self, path: Path, form: str | None, use_ema: bool, known: Collection[ModelSpec]) -> Checkpoint:
         return read_checkpoint(path, form, use_ema, known)
 
+    def read_named(self, path: Path, layout: Format, use_ema: bool, known: Collection[ModelSpec]) -> Checkpoint:
+        return read_checkpoint(path, layout, use_ema, known)
+
+    def changed_names(self, base: str, changes: Mapping[str, str]) -> Mapping[str, str]:
+        return changed_table(FORMATS[base].names, changes)
+
     def parts_beside(self, checkpoint: Checkpoint) -> dict[str, Path | None]:
         text = find_text([checkpoint.folder])
         return {"vae": find_vae([checkpoint.folder]), "text_encoder": text[0] if text else None}
@@ -60,7 +67,8 @@ class WanFamily(Family):
         vae = self.decoder_spec(spec)
         write_random_transformer(folder, spec, form, seed, dtype)
         write_vae(folder, form, vae, random_vae_state(vae, seed + 1, dtype))
-        write_tiny_text_encoder(folder, FORMATS[form].names, spec.text_dim, seed + 3, dtype)
+        layout = "diffusers" if FORMATS[form].names == "diffusers" else "original"
+        write_tiny_text_encoder(folder, layout, spec.text_dim, seed + 3, dtype)
 
     def write(
         self,
@@ -162,7 +170,7 @@ class WanFamily(Family):
 
 def choose_decoder(name: str | None, folders: Sequence[Path]) -> Path:
     """Find the file of a decoder. name: None for the VAE in `folders`, `taehv` for its tiny decoder, or a path."""
-    where = " or ".join(map(str, folders))
+    where = " or ".join(map(quoted, folders))
     if name == "taehv":
         if file := find_tiny_decoder(folders):
             return file
@@ -173,7 +181,7 @@ def choose_decoder(name: str | None, folders: Sequence[Path]) -> Path:
         return Path(name)
     if file := find_vae([Path(name)] if name else folders):
         return file
-    raise UsageError(f"no VAE in {name or where}; give base, a folder that has one")
+    raise UsageError(f"no VAE in {quoted(name) if name else where}; give base, a folder that has one")
 
 
 WAN: WanFamily = WanFamily()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, UsageError, quoted
+from ...errors import CheckpointError, UsageError, quoted, quoted_all
 from ..files import check_file, parse_json, read_json, read_metadata, read_tensors, reason
 from ..scaled_weights import FLOATS
 from ..state_dicts import SCALES, WEIGHTS, bare_name, refuse_two_experts, state_dicts
@@ -97,7 +97,7 @@ class Lora:
 class Strength:
     """Scale of an adapter by its config: one alpha for all layers, others for layers whose name ends in a pattern."""
 
-    source: str
+    where: str
     rank: int | None
     alpha: float
     stabilised: bool
@@ -136,7 +136,9 @@ def read_lora(path: str | Path) -> Lora:
     for name, tensor in tensors.items():
         for mark, method in OTHER_METHODS.items():
             if mark in name:
-                raise UsageError(f"{path} is a {method} adapter ({quoted(name)}), not in this version; use a LoRA")
+                raise UsageError(
+                    f"{quoted(path)} is a {method} adapter ({quoted(name)}), not in this version; use a LoRA"
+                )
         part = PART.match(name)
         module, kind = module_and_kind(part) if part else ("", "")
         if part is None or not kind or our_lora_module(module) is None:
@@ -147,14 +149,14 @@ def read_lora(path: str | Path) -> Lora:
             adapters.add(part["adapter"])
         halves = parts.setdefault(module, {})
         if kind in halves:
-            raise UsageError(f"{path} gives {kind} of {quoted(module)} twice; expected one adapter")
+            raise UsageError(f"{quoted(path)} gives {kind} of {quoted(module)} twice; expected one adapter")
         halves[kind] = tensor
     if len(adapters) > 1:
-        names = ", ".join(sorted(adapters))[:200]
-        raise UsageError(f"{path} holds several adapters ({names}); save one of them to its own file")
+        names = quoted_all(sorted(adapters))
+        raise UsageError(f"{quoted(path)} holds several adapters ({names}); save one of them to its own file")
     if not any(halves.keys() - {"alpha"} for halves in parts.values()):
         some = ", ".join(quoted(name, 80) for name in (*unknown, *parts)[:4]) or "no tensors"
-        raise UsageError(f"{path} is no LoRA: it holds {some}; expected names that end in .lora_A.weight")
+        raise UsageError(f"{quoted(path)} is no LoRA: it holds {some}; expected names that end in .lora_A.weight")
     scales = strengths(source, path, parts)
     updates: dict[str, Update] = {}
     for name, halves in parts.items():
@@ -162,10 +164,12 @@ def read_lora(path: str | Path) -> Lora:
         assert ours is not None
         for parameter, update in module_updates(path, name, ours, halves, scales.get(name, 1.0)):
             if parameter in updates:
-                raise UsageError(f"{path} changes {parameter} twice; expected one update of each weight")
+                raise UsageError(
+                    f"{quoted(path)} changes {quoted(parameter)} twice; expected one update of each weight"
+                )
             updates[parameter] = update
     if all(not any(value.any() for value in tensors_of(update)[-1:]) for update in updates.values()):
-        warnings.warn(f"{path} changes nothing: all of its updates are 0", stacklevel=2)
+        warnings.warn(f"{quoted(path)} changes nothing: all of its updates are 0", stacklevel=2)
     return Lora(path, updates, tuple(unknown))
 
 
@@ -176,14 +180,14 @@ def tensors_of(update: Update) -> tuple[Tensor, ...]:
 def lora_file(path: Path) -> Path:
     """Find the file of tensors of an adapter's file or folder."""
     if not path.exists():
-        raise UsageError(f"no LoRA {quoted(str(path))}: no such file or folder")
+        raise UsageError(f"no LoRA {quoted(path)}: no such file or folder")
     if not path.is_dir():
         check_file(path, "LoRA")
         return path
     files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
     exact = [file for file in files if file.stem == PEFT_FILE]
     if len(files) != 1 and len(exact) != 1:
-        raise UsageError(f"LoRA folder {quoted(str(path))} holds {len(files)} weight files; name the one to use")
+        raise UsageError(f"LoRA folder {quoted(path)} holds {len(files)} weight files; name the one to use")
     return (exact or files)[0]
 
 
@@ -201,13 +205,13 @@ def adapter_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]
         if len(keys) > 1:
             keys = {key for key in keys if word in key} or keys
     if len(keys) > 1:
-        some = ", ".join(sorted(".".join(key) or "the top level" for key in keys))
-        raise UsageError(f"{path} holds several adapters ({some}); save one of them to its own file")
+        some = quoted_all(sorted(".".join(key) or "the top level" for key in keys))
+        raise UsageError(f"{quoted(path)} holds several adapters ({some}); save one of them to its own file")
     tensors: dict[str, Tensor] = {}
     for place, group in groups.items():
         for name, tensor in group.items() if place.keys in keys else ():
             if name in tensors:
-                raise UsageError(f"{path} has {quoted(name)} under two names; expected each tensor once")
+                raise UsageError(f"{quoted(path)} has {quoted(name)} under two names; expected each tensor once")
             tensors[name] = tensor
     return tensors
 
@@ -240,13 +244,13 @@ def check_values(path: Path, name: str, tensor: Tensor, kind: str) -> None:
     if kind == "alpha":
         if tensor.numel() != 1 or tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in FLOATS):
             raise CheckpointError(
-                f"{path}: {quoted(name)} has {tensor.numel()} values in {tensor.dtype}; expected one number"
+                f"{quoted(path)}: {quoted(name)} has {tensor.numel()} values in {tensor.dtype}; expected one number"
             )
     elif tensor.dtype not in FLOATS or SCALES.search(name):
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise UsageError(f"{path} has {quoted(name)} in {dtype}; this version reads no quantised adapters")
+        raise UsageError(f"{quoted(path)} has {quoted(name)} in {dtype}; this version reads no quantised adapters")
     if not tensor.isfinite().all():
-        raise CheckpointError(f"{path}: {quoted(name)} is not finite; the adapter is damaged")
+        raise CheckpointError(f"{quoted(path)}: {quoted(name)} is not finite; the adapter is damaged")
 
 
 def module_updates(
@@ -259,11 +263,12 @@ def module_updates(
         if down is None or up is None or not fits_together(down, up):
             shapes = [list(half.shape) for half in (down, up) if half is not None]
             raise CheckpointError(
-                f"{path}: {quoted(name)} has no matching pair of LoRA matrices ({shapes}); the file is not complete"
+                f"{quoted(path)}: {quoted(name)} has no matching pair of LoRA matrices ({shapes}); the file is not "
+                "complete"
             )
         yield weight, LowRank(down, up, scale)
     elif "alpha" in halves or "bias" in halves:
-        raise CheckpointError(f"{path}: {quoted(name)} has no LoRA matrices; the file is not complete")
+        raise CheckpointError(f"{quoted(path)}: {quoted(name)} has no LoRA matrices; the file is not complete")
     if "bias" in halves:
         yield f"{module}.bias", Difference(halves["bias"], scale)
     if "diff" in halves:
@@ -298,24 +303,30 @@ def strengths(source: Path, path: Path, parts: Mapping[str, Mapping[str, Tensor]
     if beside and (own or not stated):
         if not own and (beside.rank is None or beside.targets is None):
             raise UsageError(
-                f"{beside.source} has no r and target_modules that say whether it is of {path.name}; give their "
+                f"{beside.where} has no r and target_modules that say whether it is of {quoted(path.name)}; give "
+                "their "
                 "folder, or move the config away"
             )
         configs.append(beside)
     for config in configs:
         modules = {bare_name(name)[1]: rank for name, rank in ranks.items()}
         if wrong := config.mismatch(modules, strict=config is beside and not own):
-            raise UsageError(f"{config.source} is not of {path}: {wrong}; remove it, or take the one it came with")
+            raise UsageError(
+                f"{config.where} is not of {quoted(path)}: {wrong}; remove it, or take the one it came with"
+            )
         for name, rank in ranks.items():
             scale = config.scale(bare_name(name)[1], rank)
             if not math.isclose(scales.setdefault(name, scale), scale, rel_tol=1e-5):
                 raise UsageError(
-                    f"{path}: {quoted(name)} is merged {scales[name]:.5g} times by the file and {scale:.5g} times by "
-                    f"{config.source}; remove one"
+                    f"{quoted(path)}: {quoted(name)} is merged {scales[name]:.5g} times by the file and {scale:.5g} "
+                    "times by "
+                    f"{config.where}; remove one"
                 )
     network, kohya = metadata.get("ss_network_alpha"), any(KOHYA.match(name) for name in pairs)
     if kohya and len(scales) < len(pairs) and network not in (None, metadata.get("ss_network_dim")):
-        raise UsageError(f"{path} has ss_network_alpha {quoted(network)}, but no alpha of its layers; save it again")
+        raise UsageError(
+            f"{quoted(path)} has ss_network_alpha {quoted(network)}, but no alpha of its layers; save it again"
+        )
     return scales
 
 
@@ -323,19 +334,22 @@ def metadata_strength(path: Path, metadata: Mapping[str, str]) -> Strength | Non
     """Read the strength in a safetensors header: diffusers' lora_adapter_metadata, or plain r and lora_alpha."""
     if METADATA not in metadata:
         plain = {key: metadata[key] for key in ("r", "rank", "lora_alpha") if key in metadata}
-        numbers = {("r" if key == "rank" else key): number(f"{path} ({key})", value) for key, value in plain.items()}
-        return read_strength(numbers, f"the header of {path.name}") if "lora_alpha" in numbers else None
+        place = f"the header of {quoted(path.name)}"
+        numbers = {("r" if key == "rank" else key): number(f"{place}: {key}", value) for key, value in plain.items()}
+        return read_strength(numbers, place) if "lora_alpha" in numbers else None
     try:
         content = parse_json(metadata[METADATA])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {METADATA} is no JSON: {reason(error)}; save the adapter again") from error
+        raise CheckpointError(
+            f"{quoted(path)}: {METADATA} is no JSON: {reason(error)}; save the adapter again"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: {METADATA} is {quoted(content)}; expected an object")
+        raise CheckpointError(f"{quoted(path)}: {METADATA} is {quoted(content)}; expected an object")
     if any(key.startswith("transformer_2.") for key in content):
         refuse_two_experts(path, "transformer_2")
     prefix = "transformer."
     named = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
-    return read_strength(named or content, f"{METADATA} of {path.name}")
+    return read_strength(named or content, f"{METADATA} of {quoted(path.name)}")
 
 
 def number(where: str, text: str) -> Any:
@@ -348,14 +362,14 @@ def number(where: str, text: str) -> Any:
 
 def config_strength(path: Path) -> Strength | None:
     config = read_json(path.parent / CONFIG)
-    return read_strength(config, str(path.parent / CONFIG)) if config else None
+    return read_strength(config, quoted(path.parent / CONFIG)) if config else None
 
 
-def read_strength(config: Mapping[str, Any], source: str) -> Strength | None:
+def read_strength(config: Mapping[str, Any], where: str) -> Strength | None:
     """Read and check the strength in an adapter's config; None if it has neither rank nor alpha."""
 
     def bad(key: str, expected: str) -> UsageError:
-        return UsageError(f"{source}: {key} is {quoted(config.get(key))}; expected {expected}")
+        return UsageError(f"{where}: {key} is {quoted(config.get(key))}; expected {expected}")
 
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise bad("peft_type", "LORA, the one kind in this version")
@@ -386,9 +400,9 @@ def read_strength(config: Mapping[str, Any], source: str) -> Strength | None:
         if not all(is_number(value) and (key == "alpha_pattern" or is_rank(value)) for value in values):
             raise bad(key, "names of layers with a number each")
     for name in (*(targets or ()), *patterns["rank_pattern"], *patterns["alpha_pattern"]):
-        check_pattern(source, name)
+        check_pattern(where, name)
     return Strength(
-        source, rank, float(alpha), stabilised, patterns["rank_pattern"], patterns["alpha_pattern"],
+        where, rank, float(alpha), stabilised, patterns["rank_pattern"], patterns["alpha_pattern"],
         None if targets is None else tuple(targets),
     )  # fmt: skip
 
@@ -401,15 +415,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def check_pattern(source: str, pattern: str) -> None:
+def check_pattern(where: str, pattern: str) -> None:
     """Raise UsageError for an invalid expression, or one that could take unbounded time to match."""
     repeats = len(re.findall(r"[*+{]", pattern))
     try:
         if len(pattern) > 2000 or repeats > 2 or re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern):
-            raise UsageError(f"{source}: {quoted(pattern)} is too complex an expression; expected names of layers")
+            raise UsageError(f"{where}: {quoted(pattern)} is too complex an expression; expected names of layers")
         re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"{source}: {quoted(pattern)} is no expression ({error}); expected names of layers") from error
+        raise UsageError(f"{where}: {quoted(pattern)} is no expression ({error}); expected names of layers") from error
 
 
 def ends_in(pattern: str, module: str) -> bool:
@@ -429,25 +443,29 @@ def fitting(lora: Lora, tensors: Mapping[str, Tensor], partial: bool = False) ->
     Raises UsageError that lists the updates which do not fit and the names that no format has. With `partial` the list
     is a warning, and the error is raised only if nothing fits.
     """
-    wrong = [f"{name[:200]}: not a published name" for name in lora.unknown]
+    wrong = [f"{quoted(name)}: not a published name" for name in lora.unknown]
     fit = {}
     for name, update in lora.updates.items():
         tensor = tensors.get(name)
         if tensor is None:
-            wrong.append(f"{name}: not in the model")
+            wrong.append(f"{quoted(name)}: not in the model")
         elif not same_shape(update, tensor):
-            wrong.append(f"{name}: {list(update.shape)}, the model has {list(tensor.shape)}")
+            wrong.append(f"{quoted(name)}: {list(update.shape)}, the model has {list(tensor.shape)}")
         else:
             fit[name] = update
     listed = f"{'; '.join(wrong[:8])}{f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''}"
     if not fit:
-        raise UsageError(f"LoRA {lora.path} is for another base model: {listed}")
+        raise UsageError(f"LoRA {quoted(lora.path)} is for another base model: {listed}")
     if wrong and not partial:
         raise UsageError(
-            f"LoRA {lora.path} fits in part: {listed}; take one for this model, or merge the rest with lora_partial"
+            f"LoRA {quoted(lora.path)} fits in part: {listed}; take one for this model, or merge the rest with "
+            "lora_partial"
         )
     if wrong:
-        warnings.warn(f"{lora.path}: {len(fit)} updates are merged and {len(wrong)} left out: {listed}", stacklevel=3)
+        warnings.warn(
+            f"{quoted(lora.path)}: {len(fit)} updates are merged and {len(wrong)} left out: {listed}",
+            stacklevel=3,
+        )
     return fit
 
 

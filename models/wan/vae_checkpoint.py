@@ -95,7 +95,7 @@ def load_tiny_decoder(path: Path, dtype: torch.dtype, device: Any) -> TinyDecode
     try:
         spec = tiny_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} is no TAEHV decoder: its sizes are not in it ({error})") from error
+        raise CheckpointError(f"{quoted(path)} is no TAEHV decoder: its sizes are not in it ({error})") from error
     with torch.device("meta"):
         module = TinyDecoder(spec)
     return fill(module, tensors, dtype, device, path)
@@ -108,10 +108,12 @@ def load_vae(path: Path, dtype: torch.dtype | None, device: Any) -> CausalVae:
     try:
         spec = vae_spec_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} is no Wan VAE: tensors that show its sizes are missing ({error})") from error
+        raise CheckpointError(
+            f"{quoted(path)} is no Wan VAE: tensors that show its sizes are missing ({error})"
+        ) from error
     sizes = (spec.z_dim, spec.base_channels, spec.decoder_channels, spec.num_res_blocks, spec.patch, *spec.multipliers)
     if min(sizes) < 1 or len(spec.temporal_down) != len(spec.multipliers) - 1:
-        raise CheckpointError(f"{path} is no Wan VAE: {len(spec.multipliers)} levels of sizes {sizes}")
+        raise CheckpointError(f"{quoted(path)} is no Wan VAE: {len(spec.multipliers)} levels of sizes {sizes}")
     spec = with_statistics(path, spec)
     if "conv2.weight" in tensors:
         with torch.device("meta"):
@@ -132,7 +134,8 @@ def with_statistics(path: Path, spec: VaeSpec) -> VaeSpec:
     for key, size in (("z_dim", spec.z_dim), ("base_dim", spec.base_channels), ("num_res_blocks", spec.num_res_blocks)):
         if config.get(key, size) != size:
             raise UsageError(
-                f"config.json beside {path} is not of this VAE: {key} is {quoted(config[key])}, the tensors have "
+                f"config.json beside {quoted(path)} is not of this VAE: {key} is {quoted(config[key])}, the tensors "
+                "have "
                 f"{size}; remove or replace it"
             )
     mean, deviation = config.get("latents_mean", spec.mean), config.get("latents_std", spec.std)
@@ -141,6 +144,6 @@ def with_statistics(path: Path, spec: VaeSpec) -> VaeSpec:
             isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6 for value in values
         )
         if not numbers or len(values) != spec.z_dim or (key == "latents_std" and min(values) <= 0):
-            where = f"config.json beside {path}" if key in config else path
+            where = f"config.json beside {quoted(path)}" if key in config else quoted(path)
             raise UsageError(f"{where}: {key} is {quoted(values)}; expected {spec.z_dim} numbers")
     return replace(spec, mean=tuple(mean), std=tuple(deviation))

@@ -53,7 +53,7 @@ class MemoryCheck:
     def workload(self, spec: ModelSpec, decoder: DecoderSpec, text: int) -> Workload:
         """Workload for the planner; a stream that keeps every frame counts with its first window."""
         config, preset = self.config, self.preset
-        if page_needs(preset).held is None:
+        if page_needs(preset).context is None:
             preset = planner.with_window(preset, planner.shortest_window(preset))
         load = Workload(
             spec, preset, decoder, text, self.size or spec.default_size, config.dtype, config.kv_dtype or config.dtype,

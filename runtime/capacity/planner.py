@@ -61,7 +61,7 @@ class Workload:
         self.spec.latent_size(self.size)
         if self.sessions < 1:
             raise UsageError(f"sessions is {self.sessions}; expected 1 or more")
-        if page_needs(self.preset).held is None:
+        if page_needs(self.preset).context is None:
             raise UsageError(
                 f"local_attn_size is -1 ({self.preset.name} keeps every frame), so its memory has no limit; plan for a "
                 "window such as local_attn_size=21"

@@ -301,7 +301,7 @@ class GraphExecutor:
     def advice(self, key: GraphKey, missing: int) -> str:
         """Settings that need `missing` bytes less, as text."""
         config, spec = self.config, self.graph_of.spec
-        if page_needs(self.preset).held is None:
+        if page_needs(self.preset).context is None:
             return "give a window such as local_attn_size=21"
         kv_dtype = config.kv_dtype or config.dtype
         load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype)

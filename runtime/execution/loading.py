@@ -51,7 +51,7 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     Find all parts, read the decoders and call `check` before the transformer's weights are read. No text encoder is
     loaded if `text_prompts` is False.
     """
-    checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema)
+    checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema, config.names)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     family = family_of(spec)
     if spec.in_channels != spec.out_channels:
@@ -91,7 +91,7 @@ def matching_decoder(name: str | None, folders: list[Path], spec: ModelSpec, con
     strides = (vae.spec.temporal_stride, vae.spec.spatial_stride)
     if vae.spec.z_dim != spec.out_channels or strides != spec.vae_stride:
         raise UsageError(
-            f"{file} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
+            f"{quoted(file)} reads {vae.spec.z_dim} channels at strides {strides}; the model of {config.model} makes "
             f"{spec.out_channels} at {spec.vae_stride}: use the VAE that came with the model"
         )
     return vae
@@ -108,6 +108,8 @@ def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -
     for key in ("vae", "fast_vae"):
         if (name := getattr(config, key)) not in (None, "taehv"):
             raise UsageError(f"{key} is {quoted(name)}, but {spec.name} has random weights; leave it out, or use taehv")
+    if config.names is not None:
+        raise UsageError(f"names is {quoted(config.names)}, but {spec.name} has random weights; leave it out")
     family = family_of(spec)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
     check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)

@@ -37,7 +37,7 @@ class Adapter:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise UsageError(f"scale is {quoted(scale)}; expected a number, 1 for the adapter as it is")
         if any(weight.is_meta for weight in self.weights.values()):
-            raise UsageError(f"lora is {quoted(str(lora))}, but the weights are in the programs of an exported engine; "
+            raise UsageError(f"lora is {quoted(lora)}, but the weights are in the programs of an exported engine; "
                              "merge it at the export")  # fmt: skip
         updates = self.family.read_adapter(lora, self.weights, partial)
         updates = {name: update.to(self.weights[name].device) for name, update in updates.items()}

@@ -37,7 +37,7 @@ class KVManager:
     def new_cache(self, size: tuple[int, int]) -> PagedCache:
         """Return an empty cache for pictures of `size` (width, height), in the store of that size."""
         store = self.store(size)
-        return PagedCache(store, PageTable(store.pool, page_needs(self.preset).held or 0), self.preset.context)
+        return PagedCache(store, PageTable(store.pool, page_needs(self.preset).context or 0), self.preset.context)
 
     def store(self, size: tuple[int, int]) -> PageSpace:
         """Return the store for pictures of `size`; UsageError if the budget is too small for one session."""

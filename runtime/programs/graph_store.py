@@ -82,7 +82,7 @@ def stored_for(folder: Path) -> tuple[str, str]:
 
 
 def no_graphs(folder: Path) -> UsageError:
-    return UsageError(f"{folder} has no graphs; store some with `inferix graph --save {folder}`")
+    return UsageError(f"{quoted(folder)} has no graphs; store some with `inferix graph --save {quoted(folder)}`")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class GraphStore:
         if differing := difference(read(path), expected):
             what, stored, here = differing
             raise InferixError(
-                f"the graphs in {folder} are for {cut(what)} {quoted(stored)}, but the engine has {quoted(here)}; "
+                f"the graphs in {quoted(folder)} are for {cut(what)} {quoted(stored)}, but the engine has "
+                f"{quoted(here)}; "
                 "use another folder, or delete this one to trace them again"
             )
         if graphs.device.startswith("cuda"):
@@ -122,7 +123,7 @@ class GraphStore:
         try:
             stored, lowered = load_program(path)
             if stored != key:
-                raise InferixError(f"{path} is of another graph")
+                raise InferixError(f"{quoted(path)} is of another graph")
         except InferixError as error:
             warnings.warn(f"{error}; the graph is traced and stored again", stacklevel=2)
             return None
@@ -157,9 +158,9 @@ def load_program(path: Path) -> tuple[GraphKey, Lowered]:
     try:
         return key_of(data["key"]), decode_lowered(data["lowered"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InferixError(f"cannot read {path}: {quoted(str(error))} is missing or wrong") from error
+        raise InferixError(f"cannot read {quoted(path)}: {quoted(str(error))} is missing or wrong") from error
     except InferixError as error:
-        raise InferixError(f"cannot read {path}: {error}") from error
+        raise InferixError(f"cannot read {quoted(path)}: {error}") from error
 
 
 def key_of(data: dict[str, Any]) -> GraphKey:
@@ -185,10 +186,12 @@ def read(path: Path) -> dict[str, Any]:
         check_file(path, "graph")
         content = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InferixError(f"cannot read {path}: {reason(error)}; delete it to trace the graph again") from error
+        raise InferixError(
+            f"cannot read {quoted(path)}: {reason(error)}; delete it to trace the graph again"
+        ) from error
     if not isinstance(content, dict):
         raise InferixError(
-            f"cannot read {path}: {quoted(content)} is no JSON object; delete it to trace the graph again"
+            f"cannot read {quoted(path)}: {quoted(content)} is no JSON object; delete it to trace the graph again"
         )
     return content
 

@@ -31,8 +31,8 @@ class KeyCollector:
         self.policy, self.pages, self.branches = preset.context, least_pages(preset), branches(preset)
         self.channels, self.latent = spec.out_channels, spec.latent_size(size)
         self.slots = staging_slots(preset) if staged else 0
-        held = page_needs(preset).held or 0
-        self.table = PageTable(PagePool(4 * self.pages + held), held)
+        context = page_needs(preset).context or 0
+        self.table = PageTable(PagePool(4 * self.pages + context), context)
         self.keys: dict[GraphKey, None] = {}
 
     def add(self, table: PageTable, scheduled: ScheduledPass, whole: bool) -> None:
@@ -68,7 +68,7 @@ def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: b
     These are the graphs of its first blocks, of blocks with a full window, and of the passes of a rebuild or a new
     prompt. staged: True if pages have another dtype than the model. UsageError for a window without an end.
     """
-    if page_needs(preset).held is None:
+    if page_needs(preset).context is None:
         raise UsageError(
             f"local_attn_size is -1 ({preset.name} keeps every frame), so the number of graphs has no limit; give a "
             "window such as local_attn_size=21"

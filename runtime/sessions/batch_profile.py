@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import InferixError, UsageError, cut
+from ...errors import InferixError, UsageError, cut, quoted
 from ..files import write_atomically
 
 
@@ -56,10 +56,11 @@ def entries(path: Path) -> list[dict[str, Any]]:
     try:
         measurements = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        message = f"cannot read {path}: {cut(str(error))}; make it with inferix bench stream --batches {path}"
+        again = f"inferix bench stream --batches {quoted(path)}"
+        message = f"cannot read {quoted(path)}: {cut(str(error))}; make it with {again}"
         raise InferixError(message) from error
     if not isinstance(measurements, list) or not all(map(is_entry, measurements)):
-        raise InferixError(f"{path} holds no measured times of batches; give another file, or delete it")
+        raise InferixError(f"{quoted(path)} holds no measured times of batches; give another file, or delete it")
     return measurements
 
 

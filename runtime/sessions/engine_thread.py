@@ -27,30 +27,68 @@ T = TypeVar("T")
 class CallFuture(Future[T]):
     """The result of a call that the thread of an engine makes.
 
-    A wait in that thread makes the calls that wait, or is a UsageError in a callback, which the calls come after.
+    A wait in that thread makes the pending calls first. In a callback, which the calls come after, it is a UsageError.
+    `concurrent.futures.wait` and `as_completed` call no method of a future that could refuse. They lock the condition
+    of each and then append to its waiters, so both of these are extended here.
     """
 
     def __init__(self, thread: EngineThread) -> None:
         super().__init__()
         self.thread = thread
+        self._condition = CallCondition(self)
+        self._waiters = CallWaiters(self)
 
     def result(self, timeout: float | None = None) -> T:
-        self._prevent_deadlock()
+        self.refuse_deadlock()
+        self.answer_in_owner()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._prevent_deadlock()
+        self.refuse_deadlock()
+        self.answer_in_owner()
         return super().exception(timeout)
 
-    def _prevent_deadlock(self) -> None:
-        if self.done() or self.thread.owner is not threading.current_thread():
-            return
-        if self.thread.callbacks:
+    def waits_in_owner(self) -> bool:
+        return self.thread.owner is threading.current_thread() and not self.done()
+
+    def refuse_deadlock(self) -> None:
+        """UsageError in a callback in the owning thread, unless the call is done."""
+        if self.thread.callbacks and self.waits_in_owner():
             raise UsageError(
                 "the result of engine.soon() was awaited by an observer or while a block is made, and the call is made "
                 "after it; use add_done_callback(), or wait in another thread"
             )
-        self.thread.answer_calls()
+
+    def answer_in_owner(self) -> None:
+        """Make the pending calls in the owning thread, outside of callbacks."""
+        if not self.thread.callbacks and self.waits_in_owner():
+            self.thread.answer_calls()
+
+
+class CallCondition(threading.Condition):
+    """The condition of a future, whose `acquire` begins a wait for several futures; `with` does not go through it."""
+
+    def __init__(self, future: CallFuture[Any]) -> None:
+        super().__init__()
+        self.lock_acquire = self.acquire
+        self.acquire = self.answer_and_acquire  # type: ignore[method-assign]
+        self.future = future
+
+    def answer_and_acquire(self, *args: Any, **kwargs: Any) -> bool:
+        self.future.answer_in_owner()
+        return self.lock_acquire(*args, **kwargs)
+
+
+class CallWaiters(list[Any]):
+    """The waits for several futures that include this one."""
+
+    def __init__(self, future: CallFuture[Any]) -> None:
+        super().__init__()
+        self.future = future
+
+    def append(self, waiter: Any) -> None:
+        self.future.refuse_deadlock()
+        super().append(waiter)
 
 
 class EngineThread:

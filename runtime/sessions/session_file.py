@@ -115,7 +115,7 @@ def fingerprint(module: nn.Module) -> str:
 def read_session(path: Path, resources: Resources, preset: Preset) -> SavedFields:
     """Read a saved session. UsageError for a file that this engine cannot continue, InferixError for a broken one."""
     check_file(path, "saved session")
-    name = quoted(str(path))
+    name = quoted(path)
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(KEY)
@@ -159,7 +159,7 @@ def check_header(header: Any, resources: Resources, preset: Preset, path: Path) 
             raise InvalidField(f"the header lacks {name!r}")
     if header["version"] != VERSION:
         raise UsageError(
-            f"{quoted(str(path))} has version {quoted(header['version'])} of the format, this is version {VERSION}; "
+            f"{quoted(path)} has version {quoted(header['version'])} of the format, this is version {VERSION}; "
             "restore it with the version of inferix that saved it"
         )
     here = made_by(resources, preset)
@@ -171,6 +171,6 @@ def check_header(header: Any, resources: Resources, preset: Preset, path: Path) 
         for name, value in values.items():
             if there.get(name, DEFAULTS.get(name)) != value:
                 raise UsageError(
-                    f"{quoted(str(path))} was saved with another {part}: {name} is {quoted(there.get(name))} there and "
+                    f"{quoted(path)} was saved with another {part}: {name} is {quoted(there.get(name))} there and "
                     f"{quoted(value)} here; load the engine as it was loaded then"
                 )

@@ -249,12 +249,12 @@ WRITERS: dict[str, Writer] = {
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: after `delay` seconds. fault: what was wrong, None if nothing was. kept: a finished file was there."""
+    """One kill: after `delay` seconds. fault: what was wrong, None if nothing was. finished: there was a whole file."""
 
     writer: str
     signal: signal.Signals
     delay: float
-    kept: bool
+    finished: bool
     fault: str | None
 
 
@@ -283,8 +283,8 @@ def kill(writer: Writer, number: signal.Signals, delay: float, folder: Path) -> 
             check_kept(folder, os.waitstatus_to_exitcode(status))
     except (AssertionError, InferixError, OSError, ValueError) as error:
         fault = "".join(traceback.format_exception_only(error)).strip()
-    kept = any(not path.name.endswith(".part") for path in folder.iterdir())
-    return Kill(writer.name, number, delay, kept, fault)
+    finished = any(not path.name.endswith(".part") for path in folder.iterdir())
+    return Kill(writer.name, number, delay, finished, fault)
 
 
 def check_kept(folder: Path, code: int) -> None:
@@ -298,7 +298,7 @@ def check_kept(folder: Path, code: int) -> None:
         return
     assert code == 143, f"exit code {code}"
     record = json.loads((folder / "a.json").read_text("utf-8"))
-    assert blocks >= len(record["blocks"]) >= blocks - 1, f"{blocks} blocks are recorded, {len(record['blocks'])} kept"
+    assert blocks >= len(record["blocks"]) >= blocks - 1, f"{blocks} blocks, {len(record['blocks'])} recorded"
     assert not list(folder.glob("*.part")), "a part file is left"
 
 
@@ -355,8 +355,8 @@ def table(kills: list[Kill]) -> str:
     for name in (*dict.fromkeys(one.writer for one in kills), "all"):
         own = [one for one in kills if name in (one.writer, "all")]
         terms = Counter(one.signal for one in own)[signal.SIGTERM]
-        kept, faults = sum(one.kept for one in own), sum(one.fault is not None for one in own)
-        lines.append(f"{name:12}{len(own):7}{terms:9}{kept:10}{faults:8}")
+        finished, faults = sum(one.finished for one in own), sum(one.fault is not None for one in own)
+        lines.append(f"{name:12}{len(own):7}{terms:9}{finished:10}{faults:8}")
     return "\n".join(lines)
 
 

@@ -328,13 +328,13 @@ def change_tensor(header: dict[str, Any], data: bytes, name: str, random: Random
             raise Unreadable
         entry["shape"], part = shape, (part * (count // max(1, len(part)) + 1))[:count].ljust(count, b"\0")
     added = len(part) - (last - first)
-    for other, kept in header.items():
-        if other != "__metadata__" and kept["data_offsets"][0] >= last and (kept is not entry):
-            kept["data_offsets"] = [offset + added for offset in kept["data_offsets"]]
+    for other, other_entry in header.items():
+        if other != "__metadata__" and other_entry["data_offsets"][0] >= last and (other_entry is not entry):
+            other_entry["data_offsets"] = [offset + added for offset in other_entry["data_offsets"]]
     if name in header:
         header[name]["data_offsets"] = [first, first + len(part)]
     elif action == "rename":
-        next(kept for kept in header.values() if kept is entry)["data_offsets"] = [first, last]
+        next(other_entry for other_entry in header.values() if other_entry is entry)["data_offsets"] = [first, last]
     return with_header(json_text(header), data[:first] + part + data[last:])
 
 

@@ -16,8 +16,8 @@ from inferix.graphs.launch import LaunchPlan
 
 def function(x: Tensor, y: Tensor) -> Tensor:
     """Literals of every kind that a call can hold."""
-    kept = torch.cat((x.to(torch.float32), y), -1).to(torch.float64).clamp(min=-0.5)
-    return torch.nn.functional.gelu(kept.mT.contiguous(), approximate="tanh").sum((0, 1), keepdim=True) * float("inf")
+    joined = torch.cat((x.to(torch.float32), y), -1).to(torch.float64).clamp(min=-0.5)
+    return torch.nn.functional.gelu(joined.mT.contiguous(), approximate="tanh").sum((0, 1), keepdim=True) * float("inf")
 
 
 def test_what_is_read_equals_what_was_written() -> None:

@@ -17,11 +17,11 @@ def sessions(page_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list
     generator = torch.Generator().manual_seed(page_tokens)
     pages = torch.randperm(sum(HISTORIES) + 4, generator=generator).tolist()
     kv = torch.full((2, len(pages), page_tokens, KV_HEADS, DIM), float("nan"), dtype=dtype)  # unlisted pages are NaN
-    held = [[pages.pop() for _ in range(frames)] for frames in HISTORIES]
-    for page in [page for row in held for page in row]:
+    session_pages = [[pages.pop() for _ in range(frames)] for frames in HISTORIES]
+    for page in [page for row in session_pages for page in row]:
         kv[:, page] = torch.randn(2, page_tokens, KV_HEADS, DIM, generator=generator).to(dtype)
-    q = torch.randn(len(held), page_tokens, HEADS, DIM, generator=generator).to(dtype)
-    return q, kv, held
+    q = torch.randn(len(session_pages), page_tokens, HEADS, DIM, generator=generator).to(dtype)
+    return q, kv, session_pages
 
 
 def tables(lists: list[list[int]], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -42,12 +42,13 @@ def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 def shuffled_pages_equal_tokens_in_order(window: int, sinks: int, page_tokens: int, dtype: torch.dtype) -> float:
     """Largest difference between pages listed in any order and a masked pass over whole histories in order."""
-    q, kv, held = sessions(page_tokens, dtype)
-    seen = [[frame < sinks or frame >= len(row) - window for frame in range(len(row))] for row in held]
-    lists = [[page for page, sees in zip(row, saw, strict=True) if sees] for row, saw in zip(held, seen, strict=True)]
+    q, kv, session_pages = sessions(page_tokens, dtype)
+    seen = [[frame < sinks or frame >= len(row) - window for frame in range(len(row))] for row in session_pages]
+    rows = zip(session_pages, seen, strict=True)
+    lists = [[page for page, sees in zip(row, saw, strict=True) if sees] for row, saw in rows]
     got = block_attention(q, kv, *tables(lists, torch.Generator().manual_seed(window)))
     off = 0.0
-    for row, (pages, saw) in enumerate(zip(held, seen, strict=True)):
+    for row, (pages, saw) in enumerate(zip(session_pages, seen, strict=True)):
         k, v = kv[:, pages].flatten(1, 2)
         want = dense(q[row], k, v, torch.tensor(saw).repeat_interleave(page_tokens))
         off = max(off, float((got[row] - want).abs().max()))
@@ -57,22 +58,22 @@ def shuffled_pages_equal_tokens_in_order(window: int, sinks: int, page_tokens: i
 def turned_queries_equal_keys_rotated_at_read(window: int, sinks: int, dtype: torch.dtype) -> float:
     """Largest difference between one more rotation of the query for the sink and keys rotated at read."""
     height, width = 3, 5
-    raw_q, raw_kv, held = sessions(height * width, torch.float64)
+    raw_q, raw_kv, session_pages = sessions(height * width, torch.float64)
     table, counts, q, q_sink, want = [], [], [], [], []
     kv = raw_kv.clone()
-    for row, pages in enumerate(held):
+    for row, pages in enumerate(session_pages):
         frames = range(len(pages))
         kv[0, pages] = rotated(raw_kv[0, pages], list(frames), height, width)  # stored at absolute positions
-        kept = [frame for frame in frames if frame < sinks or frame >= len(pages) - window]
-        moved = rotated(raw_kv[0, [pages[frame] for frame in kept]], list(range(len(kept))), height, width)
-        last, early = len(pages) - 1, min(sinks, len(kept))
+        visible = [frame for frame in frames if frame < sinks or frame >= len(pages) - window]
+        moved = rotated(raw_kv[0, [pages[frame] for frame in visible]], list(range(len(visible))), height, width)
+        last, early = len(pages) - 1, min(sinks, len(visible))
         query = raw_q[row].view(1, height * width, HEADS, DIM)
         q.append(rotated(query, [last], height, width)[0])
-        q_sink.append(rotated(query, [len(kept) - 1], height, width)[0])
-        k, v = moved.flatten(0, 1), raw_kv[1, [pages[frame] for frame in kept]].flatten(0, 1)
+        q_sink.append(rotated(query, [len(visible) - 1], height, width)[0])
+        k, v = moved.flatten(0, 1), raw_kv[1, [pages[frame] for frame in visible]].flatten(0, 1)
         want.append(dense(q_sink[-1], k, v, torch.ones(len(k), dtype=torch.bool)))
-        rest = torch.randperm(len(kept) - early, generator=torch.Generator().manual_seed(row)).tolist()
-        table.append([pages[kept[index]] for index in [*range(early), *(early + place for place in rest)]])
+        rest = torch.randperm(len(visible) - early, generator=torch.Generator().manual_seed(row)).tolist()
+        table.append([pages[visible[index]] for index in [*range(early), *(early + place for place in rest)]])
         counts.append(early)
     got = block_attention(
         torch.stack(q).to(dtype), kv.to(dtype), *tables(table), q_sink=torch.stack(q_sink).to(dtype),

@@ -32,8 +32,8 @@ def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
     """Values of one floating dtype as another, both as the interpreter holds them (bits for small ones)."""
     if source.name not in NUMPY or target.name not in NUMPY:
         return _convert(values, source, target, rounding)
-    held = values if values.dtype == NUMPY[source.name] else values.view(NUMPY[source.name])
-    wide = held.astype(np.float64 if "fp64" in (source.name, target.name) else np.float32)
+    typed = values if values.dtype == NUMPY[source.name] else values.view(NUMPY[source.name])
+    wide = typed.astype(np.float64 if "fp64" in (source.name, target.name) else np.float32)
     if target.name in LARGEST:
         limit = LARGEST[target.name]
         wide = np.where(np.isnan(wide), wide, np.clip(wide, -limit, limit))

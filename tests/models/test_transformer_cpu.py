@@ -47,14 +47,14 @@ def test_a_pass_equals_that_of_the_plain_layers(dtype, allowed):
 def test_kept_time_embeddings_follow_values_and_shapes():
     plain = model_of(torch.float64)
     fast = with_cpu_layers(plain)
-    embed, kept = plain.time_embedding, fast.time_embedding
-    assert type(embed) is TimeEmbedding and type(kept) is CpuTimeEmbedding
+    embed, cached = plain.time_embedding, fast.time_embedding
+    assert type(embed) is TimeEmbedding and type(cached) is CpuTimeEmbedding
     added = torch.ones(1, 1, SPEC.dim, dtype=torch.float64)
     for timesteps in (torch.tensor([[900.0, 250.0]]), torch.tensor([[900.0], [250.0]]), torch.tensor([[900.0, 251.0]])):
         for more in (None, added, 2 * added):
-            for got, want in zip(kept(timesteps, more), embed(timesteps, more), strict=True):
+            for got, want in zip(cached(timesteps, more), embed(timesteps, more), strict=True):
                 assert torch.equal(got, want)
-            assert kept(timesteps, more) is kept(timesteps.clone(), more)
+            assert cached(timesteps, more) is cached(timesteps.clone(), more)
 
 
 def test_weights_are_shared_and_the_plain_model_stays_as_it_is():

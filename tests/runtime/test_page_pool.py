@@ -50,7 +50,7 @@ class Model:
     def __init__(self, seed: int, pool: PagePool, kind: type[PageTable] = PageTable) -> None:
         self.random, self.pool, self.kind = random.Random(seed), pool, kind
         self.tables: list[Branch] = []
-        self.kept: list[Branch] = []  # for rewinding
+        self.rewind_points: list[Branch] = []  # for rewinding
         self.resting: list[tuple[Offloaded, list[Branch]]] = []
         self.store = Numbers(pool)
         self.content = self.store.content
@@ -84,8 +84,8 @@ class Model:
         for branch in self.some(self.tables):
             table, expected = branch
             end = max(table.pages, default=-1) + 4
-            kept = {*table.frames[:2], *[frame for frame in table.frames if frame >= end - 9]}
-            frames = tuple(sorted(kept | set(range(end - 3, end))))
+            visible = {*table.frames[:2], *[frame for frame in table.frames if frame >= end - 9]}
+            frames = tuple(sorted(visible | set(range(end - 3, end))))
             table.set_window(frames)
             for frame in set(expected) - set(frames):
                 del expected[frame]
@@ -101,17 +101,17 @@ class Model:
 
     def keep(self) -> None:
         for table, expected in self.some(self.tables):
-            self.kept.append((self.copy(table), dict(expected)))
+            self.rewind_points.append((self.copy(table), dict(expected)))
 
     def rewind(self) -> None:
-        if self.kept and self.tables:
+        if self.rewind_points and self.tables:
             self.tables.pop(self.random.randrange(len(self.tables)))[0].release()
-            self.tables.append(self.kept.pop(self.random.randrange(len(self.kept))))
+            self.tables.append(self.rewind_points.pop(self.random.randrange(len(self.rewind_points))))
 
     def forget(self) -> None:
-        for branch in self.some(self.kept):
+        for branch in self.some(self.rewind_points):
             branch[0].release()
-            self.kept.remove(branch)
+            self.rewind_points.remove(branch)
 
     def close(self) -> None:
         for branch in self.some(self.tables):
@@ -160,7 +160,8 @@ class Model:
         return [self.random.choice(branches)] if branches else []
 
     def check(self) -> None:
-        here = [*self.tables, *self.kept, *(b for away, branches in self.resting if away.prefetched for b in branches)]
+        prefetched = (branch for away, branches in self.resting if away.prefetched for branch in branches)
+        here = [*self.tables, *self.rewind_points, *prefetched]
         away = [table for away, branches in self.resting if not away.prefetched for table, _ in branches]
         assert not any(table.pages for table in away)
         self.pool.check_integrity([table for table, _ in here])
@@ -179,7 +180,8 @@ def test_thousands_of_random_operations(seed):
     for _ in range(1500):
         model.step()
     assert model.refused > 10 and model.stamp > 500
-    for table, _ in [*model.tables, *model.kept, *(branch for _, branches in model.resting for branch in branches)]:
+    resting = (branch for _, branches in model.resting for branch in branches)
+    for table, _ in [*model.tables, *model.rewind_points, *resting]:
         table.release()
     assert pool.used == 0 and pool.free_runs() == [range(PAGES)]
 

@@ -59,7 +59,7 @@ def stream(engine, blocks, **kwargs):
             store.pool.check_integrity([cache.table for cache in caches])
             needs = page_needs(engine.preset)
             assert store.pool.size == len(caches) * needs.total  # what one session needs, and no growth
-            assert max(len(cache.frames) for cache in caches) <= needs.held
+            assert max(len(cache.frames) for cache in caches) <= needs.context
     assert all(store.pool.used == 0 for store in engine.kv_manager.stores.values())
     return torch.cat([block.latents for block in made])
 
@@ -110,10 +110,10 @@ def test_a_fork_shares_pages_until_it_writes_them(name):
         list(session.stream(blocks, decode=False))
         table = session.current.branches[0].cache.table
         pool = table.pool
-        held = pool.used
+        used = pool.used
         with session.fork() as other:
             shared = set(table.pages.values())
-            assert pool.used == held and set(other.current.branches[0].cache.table.pages.values()) == shared
+            assert pool.used == used and set(other.current.branches[0].cache.table.pages.values()) == shared
             other.prompt(embeds=OTHER)
             changed = torch.cat([block.latents for block in other.stream(3, decode=False)])
             pool.check_integrity([session.current.branches[0].cache.table, other.current.branches[0].cache.table])
@@ -232,15 +232,15 @@ def test_exported_pages_continue_in_another_engine(given):
     first, second = (make_engine("longlive", "float32", **overrides) for _ in range(2))
     with first.open(prompt_embeds=ROWS.float(), size=SIZE) as session:
         list(session.stream(5, decode=False))
-        held = session.current.branches[0].cache.export_pages()
+        exported = session.current.branches[0].cache.export_pages()
         with second.open(prompt_embeds=ROWS.float(), size=SIZE) as other:
             other.current.timeline = copy.deepcopy(session.current.timeline)
             other.current.recent = session.current.recent
-            other.current.branches[0].cache.import_pages(held)
+            other.current.branches[0].cache.import_pages(exported)
             went_on = [block.latents for block in other.stream(2, decode=False)]
         assert torch.equal(torch.cat(went_on), torch.cat([b.latents for b in session.stream(2, decode=False)]))
         with pytest.raises(ValueError, match="expected torch"):
-            session.current.branches[0].cache.import_pages(dataclasses.replace(held, kv=held.kv.double()))
+            session.current.branches[0].cache.import_pages(dataclasses.replace(exported, kv=exported.kv.double()))
 
 
 class AveragedSink(ContiguousCache):
@@ -289,14 +289,14 @@ def test_averages_of_a_moving_sink_go_to_the_host_with_its_pages(monkeypatch):
         engine = make_engine("longlive", **overrides)
         with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
             made = list(session.stream(5, decode=False))
-            here, kept = session.caches
-            kept.sink = here.sink
+            here, other = session.caches
+            other.sink = here.sink
             sinks, store, copies = engine.resources.worker.sinks, page_tensors(engine), []
             before, to_host = sinks[here.sink.number], store.to_host
             monkeypatch.setattr(store, "to_host", lambda tensor: copies.append(to_host(tensor)) or copies[-1])
             session.pause()
             engine.step()
-            assert here.offloaded is not None and here.sink is kept.sink and len(copies) == 1
+            assert here.offloaded is not None and here.sink is other.sink and len(copies) == 1
             hosted = sinks[here.sink.number]
             assert hosted is copies[0] and torch.equal(hosted, before) and hosted is not before
             sinks[here.sink.number] = hosted * spoil
@@ -310,29 +310,29 @@ def test_averages_of_a_moving_sink_go_to_the_host_with_its_pages(monkeypatch):
 class Rounded(BoundCache):
     """Keys and values rounded as they are stored, by frame and head."""
 
-    def _store(self, held, new):
+    def _store(self, stored, new):
         frames = new.unflatten(1, (-1, TOKENS))
-        limit = {"fp8": 448, "int8": 127}.get(self.cache.kept)
+        limit = {"fp8": 448, "int8": 127}.get(self.cache.kv_dtype)
         if limit is None:
-            rounded = frames.to(getattr(torch, self.cache.kept)).to(frames)
+            rounded = frames.to(getattr(torch, self.cache.kv_dtype)).to(frames)
         else:
             scale = frames.abs().amax((2, 4), keepdim=True) / limit
             small = frames / scale
             small = small.to(torch.float8_e4m3fn).to(frames) if limit == 448 else (small + 0.5).floor()
             rounded = small * scale.float().to(frames)
-        return super()._store(held, rounded.flatten(1, 2))
+        return super()._store(stored, rounded.flatten(1, 2))
 
 
-@pytest.mark.parametrize("kept", ["bfloat16", "float16", "fp8", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "fp8", "int8"])
 @torch.no_grad()
-def test_pages_in_fewer_bits_equal_rounded_keys_and_values(kept):
+def test_pages_in_fewer_bits_equal_rounded_keys_and_values(kv_dtype):
     class RoundedCache(ContiguousCache):
         def bind(self, run):
             return Rounded(self, run)
 
-    RoundedCache.kept = kept
+    RoundedCache.kv_dtype = kv_dtype
     expected = stream(contiguous(make_engine("longlive"), kind=RoundedCache), 7)
-    actual = stream(make_engine("longlive", kv_dtype=kept), 7)
+    actual = stream(make_engine("longlive", kv_dtype=kv_dtype), 7)
     assert (actual - expected).abs().max() <= 1e-6
     assert (actual - stream(make_engine("longlive"), 7)).abs().max() > 1e-4
 
@@ -340,9 +340,9 @@ def test_pages_in_fewer_bits_equal_rounded_keys_and_values(kept):
 BOUNDS = {"bfloat16": 7e-4, "float16": 1e-4, "fp8": 1.5e-2, "int8": 3.5e-3}
 
 
-@pytest.mark.parametrize("kept", BOUNDS)
+@pytest.mark.parametrize("kv_dtype", BOUNDS)
 @torch.no_grad()
-def test_what_fewer_bits_cost(kept):
+def test_what_fewer_bits_cost(kv_dtype):
     """Relative error of one velocity over a given past of twelve frames, random weights, within stated bounds."""
     past = torch.randn(12, 16, 4, 4, generator=torch.Generator().manual_seed(3))
     x = torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(4))
@@ -356,8 +356,8 @@ def test_what_fewer_bits_cost(kept):
             return engine.loop.velocity(session.current, run, x)
 
     plain = velocity(None)
-    error = float((velocity(kept) - plain).norm() / plain.norm())
-    assert BOUNDS[kept] / 10 < error < BOUNDS[kept], error
+    error = float((velocity(kv_dtype) - plain).norm() / plain.norm())
+    assert BOUNDS[kv_dtype] / 10 < error < BOUNDS[kv_dtype], error
 
 
 def test_memory_is_counted_before_it_is_taken():
@@ -431,7 +431,7 @@ def stream_of(engine, blocks, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "held", "scratch", "kept_back"),
+    ("name", "overrides", "context", "scratch", "reserve"),
     [
         ("self-forcing", {}, 21, 0, 0),
         ("longlive", {"rewind_blocks": 2}, 12, 0, 6 + 12),
@@ -441,9 +441,9 @@ def stream_of(engine, blocks, **kwargs):
         ("self-forcing", {"local_attn_size": -1}, None, 0, 0),
     ],
 )
-def test_page_needs(name, overrides, held, scratch, kept_back):
+def test_page_needs(name, overrides, context, scratch, reserve):
     needs = page_needs(make_engine(name, "float32", **overrides).preset)
-    assert (needs.held, needs.scratch, needs.kept_back) == (held, scratch, kept_back)
+    assert (needs.context, needs.scratch, needs.reserve) == (context, scratch, reserve)
 
 
 def test_words_for_bytes_and_back():

@@ -46,8 +46,8 @@ def dense_block(engine, past, rows, span, text=ROWS):
     x, solver = noise[0], sampler.begin()
     for step, timestep in enumerate(sampler.timesteps):
         timesteps = [0.0] * len(past) + [timestep] * len(x)
-        told = velocity(engine, torch.cat((past, x)), timesteps, rows, text)[len(past) :]
-        x = solver.advance(x, told, step, lambda step=step: noise[step + 1])
+        predicted = velocity(engine, torch.cat((past, x)), timesteps, rows, text)[len(past) :]
+        x = solver.advance(x, predicted, step, lambda step=step: noise[step + 1])
     return x
 
 
@@ -141,35 +141,35 @@ def test_causvid_restarts_from_three_frames_the_first_encoded_again():
     assert abs(blocks[7].frames.astype(int) - ((again * 0.5 + 0.5) * 255).permute(0, 2, 3, 1).numpy()).max() <= 0.51
 
 
-@pytest.mark.parametrize("kept", [3, 6])
+@pytest.mark.parametrize("rebuild_frames", [3, 6])
 @torch.no_grad()
-def test_krea_recomputes_its_context_before_each_block(kept):
-    engine = make_engine("krea", rebuild_frames=kept)
+def test_krea_recomputes_its_context_before_each_block(rebuild_frames):
+    engine = make_engine("krea", rebuild_frames=rebuild_frames)
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(4, decode=False))
     assert (dense_block(engine, blocks[0].latents, block_causal(3, 3), Span(1, range(3, 6))) - blocks[1].latents).abs(
     ).max() <= 1e-10  # the first frames are taken as they are
     vae = engine.parts.vae
     pixels = vae.decode(torch.cat([block.latents for block in blocks[:3]]), vae.new_state())
-    head = vae.encode(pixels[-(kept - 1) * 4 - 1 :][:1], vae.new_state())
-    past = torch.cat((head, torch.cat([block.latents for block in blocks[:3]])[1 - kept :]))
-    want = dense_block(engine, past, block_causal(kept, 3), Span(3, range(9, 12)))
+    head = vae.encode(pixels[-(rebuild_frames - 1) * 4 - 1 :][:1], vae.new_state())
+    past = torch.cat((head, torch.cat([block.latents for block in blocks[:3]])[1 - rebuild_frames :]))
+    want = dense_block(engine, past, block_causal(rebuild_frames, 3), Span(3, range(9, 12)))
     assert (blocks[3].latents - want).abs().max() <= 1e-10
 
 
 class FrameCache:
     """Keys, not rotated, and values of single frames, as a plain loop keeps them; `shown` is what a pass sees.
 
-    frames: those of the pass. shown: the position of each frame it sees. kept: frames that it does not overwrite.
+    frames: those of the pass. shown: the position of each frame it sees. read_only: frames that it does not overwrite.
     """
 
     def __init__(self) -> None:
-        self.kv, self.frames, self.shown, self.kept = {}, (), {}, ()
+        self.kv, self.frames, self.shown, self.read_only = {}, (), {}, ()
 
     def attend(self, layer, q, k, v):
         q, k, v = (part.unflatten(1, (-1, GRID[0] * GRID[1])) for part in (q, k, v))
         for index, frame in enumerate(self.frames):
-            if frame not in self.kept:
+            if frame not in self.read_only:
                 self.kv[layer, frame] = k[:, index], v[:, index]
 
         def at(tokens, position):
@@ -180,9 +180,9 @@ class FrameCache:
         places = [self.shown.get(frame, frame) for frame in self.frames]
         return attention(torch.cat([at(q[:, i], place) for i, place in enumerate(places)], dim=1), keys, values)
 
-    def run(self, engine, latents, timesteps, frames, shown, text=ROWS, kept=()):
+    def run(self, engine, latents, timesteps, frames, shown, text=ROWS, read_only=()):
         """Velocity [F, C, H, W] of one pass."""
-        self.frames, self.shown, self.kept = tuple(frames), shown, tuple(kept)
+        self.frames, self.shown, self.read_only = tuple(frames), shown, tuple(read_only)
         model = engine.parts.transformer
         context = model.embed_text(engine.inputs.prompt_rows(None, text)[None])
         return model(latents[None], torch.tensor([timesteps], dtype=torch.float32), context, self)[0]
@@ -193,8 +193,8 @@ class FrameCache:
         noise = draws(engine, span) if noise is None else noise
         x, solver = noise[0], sampler.begin()
         for step, timestep in enumerate(sampler.timesteps):
-            told = self.run(engine, x, [timestep] * len(x), span.frames, shown, text)
-            x = solver.advance(x, told, step, lambda step=step: noise[step + 1])
+            predicted = self.run(engine, x, [timestep] * len(x), span.frames, shown, text)
+            x = solver.advance(x, predicted, step, lambda step=step: noise[step + 1])
         return x
 
 
@@ -280,8 +280,8 @@ def test_longlive_recaches_the_sink_until_the_window_rolls(name, before):
     end = before * 3
     frames = range(max(0, end - 12), end)
     latents = torch.cat(streamed[:before])[frames.start :]
-    kept = range(3) if frames.start > 0 else ()
-    cache.run(engine, latents, [0.0] * len(frames), frames, shown(end), OTHER, kept)
+    read_only = range(3) if frames.start > 0 else ()
+    cache.run(engine, latents, [0.0] * len(frames), frames, shown(end), OTHER, read_only)
     for block in range(before, before + 2):
         span = Span(block, range(block * 3, block * 3 + 3))
         want = cache.denoise(engine, span, shown(span.frames.stop), OTHER)
@@ -298,7 +298,7 @@ def test_longlive_recache_equals_a_dense_pass(recache_sink, before):
     with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
         blocks = list(session.stream(before, decode=False))
         cache = session.current.branches[0].cache
-        old = held(cache)
+        old = cached(cache)
         session.prompt(embeds=OTHER)
         engine._apply_controls(session)
         engine.loop.run_alone(engine.loop.follow_prompt(session.current, lambda: None))
@@ -313,14 +313,14 @@ def test_longlive_recache_equals_a_dense_pass(recache_sink, before):
         kv = WithSink(old, frames, sinks=0 if recomputed else 3)
         text = model.embed_text(engine.inputs.prompt_rows(None, OTHER)[None])
         model(latents[frames][None], torch.zeros(1, len(frames)), text, kv)
-        for (keys, values), (wanted_keys, wanted_values) in zip(held(cache), kv.made, strict=True):
+        for (keys, values), (wanted_keys, wanted_values) in zip(cached(cache), kv.made, strict=True):
             assert (keys - wanted_keys).abs().max() <= 1e-10
             assert (values - wanted_values).abs().max() <= 1e-10
         (after,) = session.stream(1, decode=False)
     assert (after.latents - run(engine, before + 1)[before].latents).abs().max() > 1e-3
 
 
-def held(cache):
+def cached(cache):
     """Keys and values [1, frames*P, n, c] of each layer."""
     return [(k.flatten(0, 1)[None], v.flatten(0, 1)[None]) for k, v in cache.export_pages().kv]
 
@@ -434,8 +434,8 @@ def test_the_rolling_window_equals_the_same_groups_in_dense_calls():
         past = torch.cat(clean) if clean else torch.zeros(0, 16, 4, 4, dtype=torch.float64)
         rows = [*clean_rows, *[(context, shown)] * (end - len(past))]
         timesteps = [0.0] * len(past) + [sampler.timesteps[b["step"]] for b in flight for _ in range(3)]
-        told = velocity(engine, torch.cat((past, *[b["x"] for b in flight])), timesteps, rows)[len(past) :]
-        for block, part in zip(flight, told.split(3), strict=True):
+        predicted = velocity(engine, torch.cat((past, *[b["x"] for b in flight])), timesteps, rows)[len(past) :]
+        for block, part in zip(flight, predicted.split(3), strict=True):
             step = block["step"]
             block["x"] = sampler.begin().advance(block["x"], part, step, lambda b=block, s=step: b["noise"][s + 1])
             block["step"] += 1
@@ -462,7 +462,7 @@ def test_a_rolling_commit_sees_the_last_21_frames_without_the_anchor():
             streamed.append(block.latents)
             frames = session.current.branches[0].cache.frames
             most = max(most, len(frames))
-        assert frames == (0, 1, 2, *range(9, 30)) and most == 24 == page_needs(engine.preset).held
+        assert frames == (0, 1, 2, *range(9, 30)) and most == 24 == page_needs(engine.preset).context
     sampler, cache = Sampler(engine.preset.sampler), FrameCache()
     noise = [draws(engine, Span(index, range(index * 3, index * 3 + 3))) for index in range(14)]
     x, steps = [drawn[0] for drawn in noise], [0] * 14
@@ -475,8 +475,8 @@ def test_a_rolling_commit_sees_the_last_21_frames_without_the_anchor():
             anchor = first - len(working) - 3
             shown = {frame: anchor + frame for frame in range(3)} | {frame: frame for frame in working} | shown
         levels = [sampler.timesteps[steps[block]] for block in flight for _ in range(3)]
-        told = cache.run(engine, torch.cat([x[block] for block in flight]), levels, range(first, end), shown)
-        for block, part in zip(flight, told.split(3), strict=True):
+        predicted = cache.run(engine, torch.cat([x[block] for block in flight]), levels, range(first, end), shown)
+        for block, part in zip(flight, predicted.split(3), strict=True):
             step, drawn = steps[block], noise[block]
             x[block] = sampler.begin().advance(x[block], part, step, lambda drawn=drawn, step=step: drawn[step + 1])
             steps[block] += 1
@@ -533,8 +533,8 @@ def test_an_image_is_clamped_as_the_first_frame():
     x, solver = torch.cat((head, noise[0][1:])), sampler.begin()
     everything = tuple(range(8))
     for step, timestep in enumerate(sampler.timesteps):
-        told = velocity(engine, x, [0.0] + [timestep] * 7, [(everything, everything)] * 8)
-        x = torch.cat((head, solver.advance(x, told, step, lambda: noise[0])[1:]))
+        predicted = velocity(engine, x, [0.0] + [timestep] * 7, [(everything, everything)] * 8)
+        x = torch.cat((head, solver.advance(x, predicted, step, lambda: noise[0])[1:]))
     assert (first.latents - x).abs().max() <= 1e-10
     assert not torch.equal(second.latents[:1], head)
 
@@ -554,12 +554,12 @@ def test_guidance_equals_two_separate_runs():
             negative.current.timeline.admit()
             x, solver = plain.loop.draw(prompted.current, span, 0), sampler.begin()
             for step, timestep in enumerate(sampler.timesteps):
-                told = []
+                predicted = []
                 for session in (prompted, negative):
                     this = session.current.timeline.joint_pass([(span.frames, timestep)], frozenset())
                     plain.loop.roll_caches(session.current, this)
-                    told.append(plain.loop.velocity(session.current, this, x))
-                x = solver.advance(x, told[1] + 4.0 * (told[0] - told[1]), step, lambda x=x: x)
+                    predicted.append(plain.loop.velocity(session.current, this, x))
+                x = solver.advance(x, predicted[1] + 4.0 * (predicted[0] - predicted[1]), step, lambda x=x: x)
             for session in (prompted, negative):
                 plain.loop.run_alone(plain.loop.commit(session.current, span, x))
             assert (block.latents - x).abs().max() <= 1e-10
@@ -593,7 +593,7 @@ def test_a_video_is_started_from_with_a_strength():
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "said"),
+    ("name", "overrides", "message"),
     [
         ("krea", {"rebuild_frames": 0}, "rebuild_frames is 0"),
         ("causvid", {"segment_frames": 5}, "segment_frames 5"),
@@ -610,6 +610,6 @@ def test_a_video_is_started_from_with_a_strength():
         ("causal-diffusion", {"guidance_scale": -1}, "guidance_scale"),
     ],
 )
-def test_bad_settings(name, overrides, said):
-    with pytest.raises(UsageError, match=said):
+def test_bad_settings(name, overrides, message):
+    with pytest.raises(UsageError, match=message):
         make_engine(name, **overrides)

@@ -9,6 +9,8 @@ import re
 import signal
 import threading
 import traceback
+from concurrent.futures import Future, as_completed
+from concurrent.futures import wait as wait_for_all
 from dataclasses import replace
 from itertools import pairwise
 
@@ -736,26 +738,41 @@ def test_calls_are_answered_around_halt():
     assert late.result(WAIT) == 1
 
 
+def next_completed(*futures):
+    return next(as_completed(futures))
+
+
 def test_waiting_for_a_call_in_the_thread_that_makes_it():
     """In an observer it is an error, which becomes a warning; between two blocks the call is made at once."""
     engine = small_engine()
     futures, errors = [], []
 
     def observe(record):
-        futures.append(engine.soon(lambda: 5))
-        for wait in (futures[-1].result, futures[-1].exception):
+        future = engine.soon(lambda: 5)
+        done = Future()
+        done.set_result(1)
+        for wait in (
+            future.result,
+            future.exception,
+            lambda: wait_for_all([done, future]),
+            lambda: next_completed(future, done),
+        ):
             try:
                 wait()
             except UsageError as error:
                 errors.append(error)
+        assert next_completed(done) is done and wait_for_all([done]).done == {done}
+        futures.append(future)
 
     engine.observe(observe)
     with opened(engine) as session:
         assert len(list(session.stream(2, decode=False))) == 2
-    assert len(errors) == 2 * len(futures) >= 2 and all("engine.soon()" in str(error) for error in errors)
-    late = []
-    in_thread(lambda: late.append(engine.soon(lambda: 7)))()
-    assert late[0].result() == 7 and futures[0].result() == 5
+    assert len(errors) == 4 * len(futures) >= 4 and all("engine.soon()" in str(error) for error in errors)
+    assert not wait_for_all(futures).not_done and {future.result() for future in futures} == {5}
+    for wait in (lambda future: future, lambda future: wait_for_all([future]).done.pop(), next_completed):
+        late = []
+        in_thread(lambda: late.append(engine.soon(lambda: 7)))()  # noqa: B023
+        assert wait(late[0]).result() == 7
 
 
 def test_an_observer_that_waits_fails_with_a_warning_and_blocks_go_on():

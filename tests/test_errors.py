@@ -1,0 +1,54 @@
+"""How values of users stand in messages: in one line, cut, without what a terminal would act on."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inferix.errors import nearest, quoted, quoted_all
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = {"path", "folder", "file", "source", "destination"}  # names of variables that hold a path or text of a user's
+LIBRARY = ("checkpoint.py", "media.py", "cli", "models", "runtime", "export", "evaluate", "schemes", "kernels", "bench")
+
+
+def bare_paths(source: str) -> Iterator[str]:
+    """Paths that stand in the message of an error or warning as they are."""
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call) or not ast.unparse(call.func).endswith(("Error", "warn")):
+            continue
+        for value in ast.walk(call):
+            if isinstance(value, ast.FormattedValue) and ast.unparse(value.value).split(".")[-1] in PATHS:
+                yield f"line {value.lineno}: {ast.unparse(value.value)}"
+
+
+def test_messages_quote_paths() -> None:
+    files = [path for name in LIBRARY for path in sorted((ROOT / name).rglob("*.py")) or [ROOT / name]]
+    wrong = {str(path.relative_to(ROOT)): list(bare_paths(path.read_text("utf-8"))) for path in files}
+    assert {name: lines for name, lines in wrong.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    ['raise UsageError(f"no {path}")', 'warn(f"{lora.path} is {1}")', 'raise errors.UsageError(f"{source}: no")'],
+)
+def test_a_planted_bare_path_is_found(planted: str) -> None:
+    assert len(list(bare_paths(planted))) == 1
+    assert list(bare_paths('raise UsageError(f"no {quoted(path)} {path.stat().st_size}")')) == []
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[31mred", "a\0b", "\udcff", "x" * 5000])
+def test_quoted_text_is_one_short_printable_line(text: str) -> None:
+    for value in (text, Path(text)):
+        assert quoted(value).isprintable() and len(quoted(value)) <= 200
+        assert quoted(value)[1:4] == repr(text)[1:4]
+    several = quoted_all([text] * 9)
+    assert several.isprintable() and len(several) <= 400 and several.endswith(", ...")
+    assert quoted_all(["a", Path("b")]) == "'a', 'b'"
+    assert nearest(text, [text, "other"]).isprintable()
+
+
+def test_the_nearest_name_stands_in_brackets() -> None:
+    assert nearest("fuse", ["eager", "fused"]) == " (did you mean 'fused'?)"
+    assert nearest("fuse", ["eager"]) == ""
