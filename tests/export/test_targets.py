@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles import SIZE
 from safetensors.torch import load_file
-from small_engine import PROMPTS, compare, compare_small, convert_small, export_small, small_engine
+from small_engine import PROMPTS, ROWS, compare, compare_small, convert_small, export_small, small_engine
 from typer.testing import CliRunner
 
 import inferix
+from inferix.bench import engines
 from inferix.cli.main import app
+from inferix.errors import InferixError
 from inferix.export.engine_folder import export_engine
+from inferix.export.plan import Plan
 from inferix.export.run import ExportedEngine
 
 
@@ -68,6 +72,28 @@ def test_generate_runs_an_engine(onnx_folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(load_file(out)["latents"].numpy(), made, rtol=0, atol=1e-4)
     refused = CliRunner().invoke(app, [*command, "--size", "64x64"])
     assert refused.exit_code == 2 and "--size" in refused.stderr
+
+
+def test_engines_are_timed_beside_executors(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small model stands in for the one that the plan names; a stream of another seed is refused."""
+    seeds = {"eager": 4, "other": 5}
+
+    def maker(plan: Plan, name: str, seed: int) -> engines.Maker:
+        session = small_engine().open(prompt_embeds=ROWS[0], seed=seeds[name], size=SIZE)
+
+        def make() -> tuple[Any, dict[str, float]]:
+            (block,) = session.stream(1)
+            return block.latents, {part: block.timings[part] for part in engines.PARTS}
+
+        return make
+
+    monkeypatch.setattr(engines, "executor_maker", maker)
+    times = engines.measure([onnx_folder], ["eager"], 2, 4, 1, lambda line: None)
+    assert [len(one.blocks) for one in times.values()] == [2, 2] and times[str(onnx_folder)].difference <= 1e-4
+    made = engines.facts(times)["candidates"]
+    assert made["eager"]["over_first"] == 1 and set(made[str(onnx_folder)]["parts"]) == set(engines.PARTS)
+    with pytest.raises(InferixError, match="other"):
+        engines.measure([onnx_folder], ["eager", "other"], 2, 4, 1, lambda line: None)
 
 
 LONG: dict[str, tuple[str, dict[str, Any], list[str], float]] = {
