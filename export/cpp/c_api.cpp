@@ -3,6 +3,7 @@
 #include <exception>
 #include <string>
 
+#include "error.hpp"
 #include "stream.hpp"
 
 struct inferix_stream {
@@ -26,47 +27,57 @@ bool succeeded(Call call) {
     return false;
 }
 
+// What a pointer points to; UsageError for NULL.
+template <class Value>
+Value& given(Value* value, const char* name) {
+    if (value == nullptr) throw inferix::UsageError(std::string(name) + " is NULL; expected a value");
+    return *value;
+}
+
+const char* text(const char* value, const char* name) { return &given(value, name); }
+
 }  // namespace
 
 inferix_stream* inferix_open(const char* folder, const char* prompt, const char* negative_prompt, uint64_t seed,
                              int threads) {
     inferix_stream* made = nullptr;
     succeeded([&] {
-        auto engine = std::make_shared<const inferix::Engine>(folder, threads);
+        auto engine = std::make_shared<const inferix::Engine>(text(folder, "folder"), threads);
         std::optional<std::string> negative;
         if (negative_prompt != nullptr) negative = negative_prompt;
-        made = new inferix_stream{inferix::Stream(engine, prompt, seed, {}, negative), {}};
+        made = new inferix_stream{inferix::Stream(engine, text(prompt, "prompt"), seed, {}, negative), {}};
     });
     return made;
 }
 
 int inferix_prompt(inferix_stream* stream, const char* prompt) {
-    return succeeded([&] { stream->stream.prompt(prompt); }) ? 0 : -1;
+    return succeeded([&] { given(stream, "stream").stream.prompt(text(prompt, "prompt")); }) ? 0 : -1;
 }
 
 int inferix_act(inferix_stream* stream, const char* action) {
-    return succeeded([&] { stream->stream.act(action); }) ? 0 : -1;
+    return succeeded([&] { given(stream, "stream").stream.act(text(action, "action")); }) ? 0 : -1;
 }
 
 int inferix_next_block(inferix_stream* stream, inferix_block* block) {
     return succeeded([&] {
-        inferix::MadeBlock& made = stream->block = stream->stream.next_block();
+        inferix_block& result = given(block, "block");
+        inferix::MadeBlock& made = given(stream, "stream").block = stream->stream.next_block();
         std::vector<int64_t> size = stream->stream.engine().plan.at("size").at("picture").integers();
         const inferix::Shape& shape = made.latents.shape;
-        *block = {made.index, made.frames.data(), made.pictures, size[1], size[0], made.latents.data.data(),
+        result = {made.index, made.frames.data(), made.pictures, size[1], size[0], made.latents.data.data(),
                   shape[0], shape[1], shape[2], shape[3]};
     }) ? 0 : -1;
 }
 
 int inferix_save(const inferix_stream* stream, const char* path) {
-    return succeeded([&] { stream->stream.save(path); }) ? 0 : -1;
+    return succeeded([&] { given(stream, "stream").stream.save(text(path, "path")); }) ? 0 : -1;
 }
 
 inferix_stream* inferix_restore(const char* folder, const char* path, int threads) {
     inferix_stream* made = nullptr;
     succeeded([&] {
-        auto engine = std::make_shared<const inferix::Engine>(folder, threads);
-        made = new inferix_stream{inferix::Stream::restore(engine, path), {}};
+        auto engine = std::make_shared<const inferix::Engine>(text(folder, "folder"), threads);
+        made = new inferix_stream{inferix::Stream::restore(engine, text(path, "path")), {}};
     });
     return made;
 }

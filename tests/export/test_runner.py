@@ -217,5 +217,8 @@ def test_the_c_interface(built: Built, engines: Callable[[str], Path], tmp_path:
     assert library.inferix_act(stream, b"fly") == -1 and b"fly" in library.inferix_error()
     assert library.inferix_prompt(stream, b"a desert") == -1 and b"a desert" in library.inferix_error()
     assert next_block(stream)[0] == 6
+    assert library.inferix_prompt(stream, None) == -1 and b"prompt" in library.inferix_error()
+    assert library.inferix_act(None, b"left") == -1 and b"stream" in library.inferix_error()
     library.inferix_close(stream)
+    library.inferix_close(None)
     assert not library.inferix_open(b"/none", b"", None, ctypes.c_uint64(0), 1) and b"/none" in library.inferix_error()
