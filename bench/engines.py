@@ -96,9 +96,8 @@ def changed_settings(preset: Preset) -> dict[str, Any]:
 
 def executor_maker(plan: Plan, name: str, seed: int) -> Maker:
     """Blocks of the model that an engine was made of."""
-    tiny = {} if plan["decoder"]["encodes"] else {"vae": "taehv"}
-    engine = load(plan["model"]["source"], plan.preset.name, device="cpu", executor=name,
-                  **tiny, **changed_settings(plan.preset))  # fmt: skip
+    settings = changed_settings(plan.preset) | ({} if plan["decoder"]["encodes"] else {"vae": "taehv"})
+    engine = load(plan["model"]["source"], plan.preset.name, device="cpu", executor=name, **settings)
     size = (plan["size"]["picture"][0], plan["size"]["picture"][1])
     session = engine.open(plan["defaults"]["prompt"], seed=seed, size=size)
 
