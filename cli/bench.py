@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
+from .help import Command, group
 from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, parse_settings, parse_size
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ SETTINGS = typer.Option(
 OUT = typer.Option(None, help="JSON file for the result, with every sample.")
 JSON = typer.Option(False, "--json", help="The result as one JSON line on stdout.")
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = group()
 
 
 @app.callback()
@@ -47,11 +48,11 @@ def common() -> None:
     plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors.
     `report` makes a page from results, `compare` lists the changes between two results.
 
-    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/block.json
+    Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json
     """
 
 
-@app.command()
+@app.command(cls=Command)
 def kernels(
     op: list[str] = typer.Option([], metavar="OP", help="An op by name; repeatable.  [default: all]"),
     case: list[str] = typer.Option(
@@ -73,9 +74,9 @@ def kernels(
     sageattention, and the plain torch sequence with and without torch.compile, each as a share of the first time.
     `--tune` writes kernels/OP/tuned/CARD.json, which later runs read. Only `--tune` searches.
 
-    Example: inferix bench kernels --op block_attention --shape q=512,kv=4096,heads=8,dim=128
+    Example: inferix bench kernels --op block_attention --shape page_tokens=64,q=64,kv=256,heads=2 --dtype float32
 
-    Example: inferix bench kernels --compile-only
+    Example: inferix bench kernels --compile-only --op rms_norm
     """
     console = Console(stderr=True)
     if compile_only:
@@ -120,7 +121,7 @@ def kernels(
     plain_console().print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def block(
     model: str = MODEL,
     preset: str | None = PRESET,
@@ -159,11 +160,11 @@ def block(
     With --set lowp=fp8, kv_dtype=fp8 or both, fused and captured have low-precision layers and pages. The other
     candidates stay in the model's dtype, and all are compared with eager in that dtype.
 
-    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
+    Example: inferix bench block --model tinyworld --executor eager --baseline none --rounds 1 --blocks 4
 
-    Example: inferix bench block --model wan-1.3b --random-weights --set lowp=fp8 --set kv_dtype=fp8
+    Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --set lowp=int8 --set kv_dtype=int8
 
-    Example: inferix bench block --model tinyworld --executor eager --executor fused --baseline none --blocks 10
+    On a GPU: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
     """
     from ..bench import block as bench
 
@@ -176,7 +177,7 @@ def block(
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_block)
 
 
-@app.command()
+@app.command(cls=Command)
 def stream(
     model: str = MODEL,
     preset: str | None = PRESET,
@@ -211,11 +212,11 @@ def stream(
     ones. Then, at a full window: time between blocks (p50, p95, p99, worst), FPS with the decoder, jitter, late blocks,
     and the time from a control to the first block that shows it.
 
-    Example: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
+    Example: inferix bench stream --size 64x64 --blocks 4 --starts 1 --sessions 2 --batches batches.json
 
-    Example: inferix bench stream --random-weights --sessions 4 --batches batches.json --executor eager
+    Example: inferix bench stream --model tinyworld --blocks 8 --minutes 0.1 --starts 0 --out results/long.json
 
-    Example: inferix bench stream --model tinyworld --minutes 10 --starts 0 --out results/long.json
+    On a GPU: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
     """
     from ..bench import stream as bench
 
@@ -229,7 +230,7 @@ def stream(
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_stream)
 
 
-@app.command()
+@app.command(cls=Command)
 def engines(
     engine: list[Path] = typer.Option(
         ..., metavar="DIR", help="Folder that inferix export wrote; repeatable, for several targets of one model."
@@ -246,7 +247,7 @@ def engines(
     All make the same stream, a block of each in turn, and latents are compared with the first executor's. The model is
     the one that the engines' plans name.
 
-    Example: inferix bench engines --engine world --engine world-openvino --blocks 30
+    Example: inferix bench engines --engine world --blocks 5
     """
     from ..bench import engines as bench
     from ..runtime.files import write_atomically
@@ -269,7 +270,7 @@ def engines(
     plain_console().print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     folder: Path = typer.Argument(metavar="DIR", help="Folder of results, read with its subfolders."),
     out: Path = typer.Option(Path("performance.md"), help="Page to write; its pictures go into a folder beside it."),
@@ -279,7 +280,7 @@ def report(
 
     GPU and CPU results have separate sections; goals are shown only for GPUs.
 
-    Example: inferix bench report bench/results --out docs/performance.md
+    Example: inferix bench report results --out performance.md
     """
     from ..bench.plots import has_matplotlib
     from ..bench.report import write_report
@@ -290,7 +291,7 @@ def report(
     typer.echo(json.dumps([str(path) for path in written]) if as_json else f"{out}, {len(written) - 1} pictures")
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     a: Path = typer.Argument(metavar="A.json", help="The earlier result."),
     b: Path = typer.Argument(metavar="B.json", help="The later result."),
@@ -304,7 +305,7 @@ def compare(
     no change if it lies entirely within; otherwise the verdict is `unsure`. Both results must have the same kind, model
     and type of device; other differences are listed.
 
-    Example: inferix bench compare results/before.json results/after.json --fail-on-slower
+    Example: inferix bench compare results/before.json results/block.json
     """
     from ..bench.compare import STATISTIC
     from ..bench.compare import compare as compared
