@@ -97,9 +97,12 @@ EXTRAS = {
         "onnx>=1.23,<2",
         "onnxscript>=0.7,<1",
         "onnxruntime>=1.32,<2",
+        "openvino>=2026.4,<2027",
     ],
     "bench": ["matplotlib"],
     "onnx": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.32,<2"],
+    "openvino": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "openvino>=2026.4,<2027"],
+    "tensorrt": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "tensorrt>=10.15; platform_system == 'Linux'"],
     "eval": ["opencv-python-headless>=4.10,<6"],
     "serve": [
         "fastapi>=0.115,<1",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import typer
@@ -44,8 +45,8 @@ def common() -> None:
     """Measure speed beside the machine's limit.
 
     Outputs are checked before anything is timed. `kernels` times single ops, `block` one block by stages beside the
-    plain loop, `stream` the whole path from a prompt to pixels. `report` makes a page from results, `compare` lists the
-    changes between two results.
+    plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors.
+    `report` makes a page from results, `compare` lists the changes between two results.
 
     Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json
     """
@@ -227,6 +228,46 @@ def stream(
     options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_stream)
+
+
+@app.command(cls=Command)
+def engines(
+    engine: list[Path] = typer.Option(
+        ..., metavar="DIR", help="Folder that inferix export wrote; repeatable, for several targets of one model."
+    ),
+    executor: list[str] = typer.Option(["eager", "fused"], metavar="NAME", help=f"{EXECUTOR_NAMES}; repeatable."),
+    blocks: int = typer.Option(20, min=2, help="Blocks timed at a full window."),
+    threads: int = typer.Option(0, min=0, help="Threads of each program.  [default: one per core]"),
+    seed: int = SEED,
+    out: Path | None = typer.Option(None, help="JSON file for the times, with every sample."),
+    as_json: bool = JSON,
+) -> None:
+    """Time exported engines beside the executors of the model that they were made of.
+
+    All make the same stream, a block of each in turn, and latents are compared with the first executor's. The model is
+    the one that the engines' plans name.
+
+    Example: inferix bench engines --engine world --blocks 5
+    """
+    from ..bench import engines as bench
+    from ..runtime.files import write_atomically
+
+    check_out(out, {"--engine": engine[0]})
+    console = Console(stderr=True)
+    show = lambda line: console.print(line, highlight=False, soft_wrap=True)  # noqa: E731
+    times = bench.measure(engine, executor, blocks, seed, threads, show)
+    text = json.dumps(bench.facts(times))
+    if out is not None:
+        write_atomically(out, lambda part: part.write_text(text + "\n", "utf-8"))
+    if as_json:
+        return typer.echo(text)
+    first = next(iter(times.values()))
+    table = Table("candidate", "block", *bench.PARTS, f"{next(iter(times))} / it", "off by")
+    for name, one in times.items():
+        ratio = median(a / b for a, b in zip(first.blocks, one.blocks, strict=True))
+        cells = (in_unit(median(one.parts[part]), "s") for part in bench.PARTS)
+        table.add_row(name, in_unit(one.median, "s"), *cells, f"{ratio:.2f}", f"{one.difference:.1e}")
+    plain_console().print(table)
 
 
 @app.command(cls=Command)
