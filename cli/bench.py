@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.defaults import DEFAULT_PROMPT
+from .help import Command, group
 from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, parse_settings, parse_size
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ SETTINGS = typer.Option(
 OUT = typer.Option(None, help="JSON file for the result, with every sample.")
 JSON = typer.Option(False, "--json", help="The result as one JSON line on stdout.")
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = group()
 
 
 @app.callback()
@@ -44,14 +46,14 @@ def common() -> None:
     """Measure speed beside the machine's limit.
 
     Outputs are checked before anything is timed. `kernels` times single ops, `block` one block by stages beside the
-    plain loop, `stream` the whole path from a prompt to pixels. `report` makes a page from results, `compare` lists the
-    changes between two results.
+    plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors.
+    `report` makes a page from results, `compare` lists the changes between two results.
 
-    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/block.json
+    Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json
     """
 
 
-@app.command()
+@app.command(cls=Command)
 def kernels(
     op: list[str] = typer.Option([], metavar="OP", help="An op by name; repeatable.  [default: all]"),
     case: list[str] = typer.Option(
@@ -73,9 +75,9 @@ def kernels(
     sageattention, and the plain torch sequence with and without torch.compile, each as a share of the first time.
     `--tune` writes kernels/OP/tuned/CARD.json, which later runs read. Only `--tune` searches.
 
-    Example: inferix bench kernels --op block_attention --shape q=512,kv=4096,heads=8,dim=128
+    Example: inferix bench kernels --op block_attention --shape page_tokens=64,q=64,kv=256,heads=2 --dtype float32
 
-    Example: inferix bench kernels --compile-only
+    Example: inferix bench kernels --compile-only --op rms_norm
     """
     console = Console(stderr=True)
     if compile_only:
@@ -120,7 +122,7 @@ def kernels(
     plain_console().print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def block(
     model: str = MODEL,
     preset: str | None = PRESET,
@@ -159,11 +161,11 @@ def block(
     With --set lowp=fp8, kv_dtype=fp8 or both, fused and captured have low-precision layers and pages. The other
     candidates stay in the model's dtype, and all are compared with eager in that dtype.
 
-    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
+    Example: inferix bench block --model tinyworld --executor eager --baseline none --rounds 1 --blocks 4
 
-    Example: inferix bench block --model wan-1.3b --random-weights --set lowp=fp8 --set kv_dtype=fp8
+    Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --set lowp=int8 --set kv_dtype=int8
 
-    Example: inferix bench block --model tinyworld --executor eager --executor fused --baseline none --blocks 10
+    On a GPU: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
     """
     from ..bench import block as bench
 
@@ -176,7 +178,7 @@ def block(
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_block)
 
 
-@app.command()
+@app.command(cls=Command)
 def stream(
     model: str = MODEL,
     preset: str | None = PRESET,
@@ -211,11 +213,11 @@ def stream(
     ones. Then, at a full window: time between blocks (p50, p95, p99, worst), FPS with the decoder, jitter, late blocks,
     and the time from a control to the first block that shows it.
 
-    Example: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
+    Example: inferix bench stream --size 64x64 --blocks 4 --starts 1 --sessions 2 --batches batches.json
 
-    Example: inferix bench stream --random-weights --sessions 4 --batches batches.json --executor eager
+    Example: inferix bench stream --model tinyworld --blocks 8 --minutes 0.1 --starts 0 --out results/long.json
 
-    Example: inferix bench stream --model tinyworld --minutes 10 --starts 0 --out results/long.json
+    On a GPU: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
     """
     from ..bench import stream as bench
 
@@ -229,7 +231,7 @@ def stream(
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_stream)
 
 
-@app.command()
+@app.command(cls=Command)
 def serve(
     url: str | None = typer.Option(None, help="A running server, such as http://127.0.0.1:8000.  [default: start one]"),
     sessions: int = typer.Option(4, min=1, help="Measure 1 to N sessions at a time, until one is refused."),
@@ -293,7 +295,47 @@ def in_milliseconds(quantiles: dict[str, float] | None) -> str:
     return "" if quantiles is None else " / ".join(f"{value * 1e3:.0f}" for value in quantiles.values()) + " ms"
 
 
-@app.command()
+@app.command(cls=Command)
+def engines(
+    engine: list[Path] = typer.Option(
+        ..., metavar="DIR", help="Folder that inferix export wrote; repeatable, for several targets of one model."
+    ),
+    executor: list[str] = typer.Option(["eager", "fused"], metavar="NAME", help=f"{EXECUTOR_NAMES}; repeatable."),
+    blocks: int = typer.Option(20, min=2, help="Blocks timed at a full window."),
+    threads: int = typer.Option(0, min=0, help="Threads of each program.  [default: one per core]"),
+    seed: int = SEED,
+    out: Path | None = typer.Option(None, help="JSON file for the times, with every sample."),
+    as_json: bool = JSON,
+) -> None:
+    """Time exported engines beside the executors of the model that they were made of.
+
+    All make the same stream, a block of each in turn, and latents are compared with the first executor's. The model is
+    the one that the engines' plans name.
+
+    Example: inferix bench engines --engine world --blocks 5
+    """
+    from ..bench import engines as bench
+    from ..runtime.files import write_atomically
+
+    check_out(out, {"--engine": engine[0]})
+    console = Console(stderr=True)
+    show = lambda line: console.print(line, highlight=False, soft_wrap=True)  # noqa: E731
+    times = bench.measure(engine, executor, blocks, seed, threads, show)
+    text = json.dumps(bench.facts(times))
+    if out is not None:
+        write_atomically(out, lambda part: part.write_text(text + "\n", "utf-8"))
+    if as_json:
+        return typer.echo(text)
+    first = next(iter(times.values()))
+    table = Table("candidate", "block", *bench.PARTS, f"{next(iter(times))} / it", "off by")
+    for name, one in times.items():
+        ratio = median(a / b for a, b in zip(first.blocks, one.blocks, strict=True))
+        cells = (in_unit(median(one.parts[part]), "s") for part in bench.PARTS)
+        table.add_row(name, in_unit(one.median, "s"), *cells, f"{ratio:.2f}", f"{one.difference:.1e}")
+    plain_console().print(table)
+
+
+@app.command(cls=Command)
 def report(
     folder: Path = typer.Argument(metavar="DIR", help="Folder of results, read with its subfolders."),
     out: Path = typer.Option(Path("performance.md"), help="Page to write; its pictures go into a folder beside it."),
@@ -303,7 +345,7 @@ def report(
 
     GPU and CPU results have separate sections; goals are shown only for GPUs.
 
-    Example: inferix bench report bench/results --out docs/performance.md
+    Example: inferix bench report results --out performance.md
     """
     from ..bench.plots import has_matplotlib
     from ..bench.report import write_report
@@ -314,7 +356,7 @@ def report(
     typer.echo(json.dumps([str(path) for path in written]) if as_json else f"{out}, {len(written) - 1} pictures")
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     a: Path = typer.Argument(metavar="A.json", help="The earlier result."),
     b: Path = typer.Argument(metavar="B.json", help="The later result."),
@@ -328,7 +370,7 @@ def compare(
     no change if it lies entirely within; otherwise the verdict is `unsure`. Both results must have the same kind, model
     and type of device; other differences are listed.
 
-    Example: inferix bench compare results/before.json results/after.json --fail-on-slower
+    Example: inferix bench compare results/before.json results/block.json
     """
     from ..bench.compare import STATISTIC
     from ..bench.compare import compare as compared

@@ -67,7 +67,7 @@ def export(
 
     Example: inferix export --out world
 
-    Example: inferix export --model self-forcing --prompt prompts.txt --size 832x480 --out engine
+    Example: inferix export --model tiny/ --preset self-forcing --prompt prompts.txt --size 64x64 --out engine
     """
     from ..export.engine_folder import export_engine, read_prompts
     from ..export.plan import FILE, read_plan

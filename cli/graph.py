@@ -57,11 +57,11 @@ def graph(
     in a folder for one model, preset, precision, GPU and set of versions. A run with --graphs DIR then traces nothing.
     --load reads them back and refuses graphs for another model or preset than the named one.
 
-    Example: inferix graph --model wan-1.3b --preset self-forcing --svg block.svg
+    Example: inferix graph --model wan-tiny --preset self-forcing --svg block.svg
 
-    Example: inferix graph --preset longlive --without adaln --without gelu
+    Example: inferix graph --model wan-tiny --preset longlive --without adaln --without gelu
 
-    Example: inferix graph --preset krea --lowp fp8 --keep 'blocks.0.*' --pass recompute
+    Example: inferix graph --model wan-tiny --preset krea --lowp fp8 --keep 'blocks.0.*' --pass recompute
 
     Example: inferix graph --model tinyworld --save graphs/ && inferix generate --executor fused --graphs graphs/
     """

@@ -47,7 +47,7 @@ def plan(
 
     Example: inferix plan --preset longlive --gpu rtx-4090
 
-    Example: inferix plan --model wan-14b --preset krea --memory 80GB --sessions 2 --vae taehv
+    Example: inferix plan --model wan-14b --preset longlive --memory 141GB --sessions 2 --vae taehv
 
     Example: inferix plan --preset longlive --gpu h200 --tflops 790 --bandwidth 4300
     """

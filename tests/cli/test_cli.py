@@ -109,8 +109,13 @@ def test_a_world_follows_actions(tmp_path):
     assert count_frames(tmp_path / "a.mp4") == 1 + 3 * 4
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["opened_with"]["actions"] == "['right', 'right', 'up']"
+    for repeat, expected in (((), "['right', 'up']"), (("--repeat-actions",), "['right', 'up', 'right', 'up']")):
+        longer = ("--prompt", "a fox", "--actions", "R U", "--blocks", "5", "-o", tmp_path / "c.gif", *repeat)
+        assert inferix("generate", *world, *longer).exit_code == 0
+        assert count_frames(tmp_path / "c.gif") == 1 + 4 * 4
+        assert json.loads((tmp_path / "c.json").read_text())["opened_with"]["actions"] == expected
     for arguments, words in (
-        ((*world, "--prompt", "a fox", "--actions", "3R", "--blocks", "9"), "--actions.*3.*9 blocks"),
+        ((*world, "--prompt", "a fox", "--repeat-actions"), "--actions"),
         ((*world, "--prompt", "a fox", "--actions", "3Q"), "actions.*'3Q'.*8S"),
         ((*world, "--prompt", "qqq"), "'qqq'"),
         (("--model", "wan-tiny", "--actions", "3R"), "actions"),
