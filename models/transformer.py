@@ -101,10 +101,18 @@ class Transformer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, latents: Tensor, timesteps: Tensor, context: TextKeyValues, kv: KeyValues, actions: Tensor | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: TextKeyValues,
+        kv: KeyValues,
+        actions: Tensor | None = None,
+        origin: tuple[int, int] | None = None,
     ) -> Tensor:
         """Predict the velocity [B, F, C, H, W] of latents [B, F, C, H, W]: noise - x0, or as the solver takes it.
 
         timesteps: [B, F] in 0..1000, as the solver's schedule has them; [B, F, 2] where the solver has step conditions,
         which stand second. actions: [B, F, action_dim], for models that have them: the action that leads to each frame.
+        origin: row and column of the first token in the grid of a learned position embedding, for a tile of a picture;
+        None for a whole one.
         """

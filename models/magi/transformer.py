@@ -247,7 +247,13 @@ class MagiTransformer(Transformer):
     # Passes
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, context: TextKeyValues, kv: KeyValues, actions: Tensor | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: TextKeyValues,
+        kv: KeyValues,
+        actions: Tensor | None = None,
+        origin: tuple[int, int] | None = None,
     ) -> Tensor:
         """Predict the velocity, x0 - noise, [B, F, C, H, W] of latents [B, F, C, H, W].
 
