@@ -10,12 +10,14 @@ from ..compose import chained
 from ..types import BlockGraph, Change
 from .adaln import adaln
 from .base import Rewrite, launches, on_each_graph
+from .cross_attention import cross_attention
 from .dead_work import dead_work
 from .denoise_step import denoise_step
 from .gelu import gelu
 from .lowp import PrecisionMap, lowp
 from .merge_qkv import merge_qkv
 from .partition import fold, hoist_prompt
+from .patch_embedding import patch_embedding
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 
@@ -25,12 +27,17 @@ REWRITES: dict[str, Rewrite] = {
     for rewrite in (
         Rewrite("fuse-commit", "a block's commit in the next one's first pass", None, default=False),
         Rewrite("dead-work", "what no later pass, result or state needs is not computed", dead_work),
+        Rewrite("patch-embedding", "a convolution over patches as a matmul", on_each_graph(patch_embedding)),
         Rewrite("merge-qkv", "queries, keys and values in one matmul", on_each_graph(merge_qkv)),
         Rewrite(
             "qk-norm-rope", "norm, rotation and the write into pages in one kernel", on_each_graph(qk_norm_rope),
             needs=("merge-qkv",),
         ),
         Rewrite("rms-norm", "norms that no rotation follows in one kernel", on_each_graph(rms_norm)),
+        Rewrite(
+            "cross-attention", "attention to the prompt over one page of its keys and values, without a copy",
+            on_each_graph(cross_attention),
+        ),
         Rewrite("adaln", "residual, layer norm and modulation in one kernel", on_each_graph(adaln)),
         Rewrite("denoise-step", "unpatchify, solver step and noise in one kernel", on_each_graph(denoise_step)),
         Rewrite("gelu", "GELU in the last step of its matmul", on_each_graph(gelu)),
