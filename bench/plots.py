@@ -309,7 +309,7 @@ def long_run(result: Result, path: Path) -> Path | None:
                   label=f"slowest block, {times[worst] * 1e3:.4g} ms")  # fmt: skip
         real_time(axis, limit, "real time, the video in a block")
         axis.set_ylim(0, top)
-        axis.legend(loc="upper left", bbox_to_anchor=(0, 0.82), ncols=3, fontsize=8)
+        axis.legend(loc="upper left", bbox_to_anchor=(0, 0.82), ncols=3, fontsize=8, columnspacing=1, handlelength=1.2)
         axis.set_ylabel("milliseconds per block")
         owner = "device" if facts["device_memory"] else "process"
         gigabytes = [max(memory[at : at + width]) / 1e9 for at in starts]

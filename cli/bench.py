@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
+from ..schemes.defaults import DEFAULT_PROMPT
 from .help import Command, group
 from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, parse_settings, parse_size
 
@@ -44,8 +46,8 @@ def common() -> None:
     """Measure speed beside the machine's limit.
 
     Outputs are checked before anything is timed. `kernels` times single ops, `block` one block by stages beside the
-    plain loop, `stream` the whole path from a prompt to pixels. `report` makes a page from results, `compare` lists the
-    changes between two results.
+    plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors.
+    `report` makes a page from results, `compare` lists the changes between two results.
 
     Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json
     """
@@ -227,6 +229,110 @@ def stream(
     options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_stream)
+
+
+@app.command(cls=Command)
+def serve(
+    url: str | None = typer.Option(None, help="A running server, such as http://127.0.0.1:8000.  [default: start one]"),
+    sessions: int = typer.Option(4, min=1, help="Measure 1 to N sessions at a time, until one is refused."),
+    seconds: float = typer.Option(20.0, min=1.0, help="Length of each measurement."),
+    prompt: str = typer.Option(DEFAULT_PROMPT, help="Prompt of all sessions."),
+    media: str = typer.Option("jpeg", help="h264, vp9, fmp4, jpeg or raw."),
+    token: Path | None = typer.Option(None, metavar="FILE", help="File with the server's token."),
+    arguments: list[str] = typer.Option(
+        [], "--with", metavar="OPTION", help="An option for the server that is started, such as --with=--model=DIR."
+    ),
+    out: Path | None = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Measure live sessions of a server as clients see them.
+
+    Each session plays at the video's rate and sends a control every one to two and a half seconds. The table has, for 1
+    to N sessions at a time: first picture, interval between blocks, control to pixel (p50, p95, p99), late blocks, and
+    the times that a player had nothing to show. A refusal of the next session ends it, and is shown with its numbers.
+
+    Example: inferix bench serve --sessions 3 --seconds 30
+    """
+    from ..bench import serve as bench
+    from ..runtime.files import check_output, write_atomically
+    from ..serve.settings import read_token
+    from .serve import check_packages
+
+    check_packages()
+    if out is not None:
+        check_output(out)
+    secret = None if token is None else read_token(token)
+    console = Console(stderr=True)
+    result = bench.run(
+        url, [*arguments, f"--sessions={sessions}"], sessions, seconds, prompt, media, secret, console.print
+    )
+    if out is not None:
+        write_atomically(out, lambda part: part.write_text(json.dumps(result, indent=1), "utf-8"))
+    if as_json:
+        typer.echo(json.dumps(result["rows"]))
+    else:
+        print_serve(result["rows"])
+
+
+def print_serve(rows: list[dict[str, Any]]) -> None:
+    """Print the table of `bench serve`."""
+    table = Table("sessions", "first picture", "interval p50/p95/p99", "control to pixel p50/p95/p99", "blocks", "late",
+                  "underruns", "server memory")  # fmt: skip
+    for row in rows:
+        cells = [in_milliseconds(row[name]) for name in ("first_picture", "interval", "control_to_pixel")]
+        cells[0] = cells[0].partition(" / ")[0] + " ms"
+        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f} MB"
+        counts = (str(row[name]) for name in ("blocks", "late_blocks", "underruns"))
+        table.add_row(str(row["sessions"]), *cells, *counts, memory)
+    console = plain_console()
+    console.print(table)
+    for row in rows:
+        if row["refused"]:
+            console.print(f"session {row['sessions'] + 1} was refused: {row['refused']}")
+
+
+def in_milliseconds(quantiles: dict[str, float] | None) -> str:
+    return "" if quantiles is None else " / ".join(f"{value * 1e3:.0f}" for value in quantiles.values()) + " ms"
+
+
+@app.command(cls=Command)
+def engines(
+    engine: list[Path] = typer.Option(
+        ..., metavar="DIR", help="Folder that inferix export wrote; repeatable, for several targets of one model."
+    ),
+    executor: list[str] = typer.Option(["eager", "fused"], metavar="NAME", help=f"{EXECUTOR_NAMES}; repeatable."),
+    blocks: int = typer.Option(20, min=2, help="Blocks timed at a full window."),
+    threads: int = typer.Option(0, min=0, help="Threads of each program.  [default: one per core]"),
+    seed: int = SEED,
+    out: Path | None = typer.Option(None, help="JSON file for the times, with every sample."),
+    as_json: bool = JSON,
+) -> None:
+    """Time exported engines beside the executors of the model that they were made of.
+
+    All make the same stream, a block of each in turn, and latents are compared with the first executor's. The model is
+    the one that the engines' plans name.
+
+    Example: inferix bench engines --engine world --blocks 5
+    """
+    from ..bench import engines as bench
+    from ..runtime.files import write_atomically
+
+    check_out(out, {"--engine": engine[0]})
+    console = Console(stderr=True)
+    show = lambda line: console.print(line, highlight=False, soft_wrap=True)  # noqa: E731
+    times = bench.measure(engine, executor, blocks, seed, threads, show)
+    text = json.dumps(bench.facts(times))
+    if out is not None:
+        write_atomically(out, lambda part: part.write_text(text + "\n", "utf-8"))
+    if as_json:
+        return typer.echo(text)
+    first = next(iter(times.values()))
+    table = Table("candidate", "block", *bench.PARTS, f"{next(iter(times))} / it", "off by")
+    for name, one in times.items():
+        ratio = median(a / b for a, b in zip(first.blocks, one.blocks, strict=True))
+        cells = (in_unit(median(one.parts[part]), "s") for part in bench.PARTS)
+        table.add_row(name, in_unit(one.median, "s"), *cells, f"{ratio:.2f}", f"{one.difference:.1e}")
+    plain_console().print(table)
 
 
 @app.command(cls=Command)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InferixError, SessionEnded, one_line
+from ..runtime.engine import Engine
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
 from .engine_host import EngineHost
@@ -30,10 +31,13 @@ from .protocol import (
     Act,
     Applied,
     Control,
+    ControlId,
     Ended,
     Fork,
+    MediaFormat,
     Notice,
     Open,
+    Opened,
     Pause,
     Ping,
     Pong,
@@ -140,6 +144,22 @@ class LiveSession:
         self._attached.set()
         if self._producer is None and not self.outbox.finished:
             self._produce()
+
+    def greeting(self, id: ControlId, media: MediaFormat) -> Opened:
+        """The answer to the control that a viewer begins with."""
+        engine, settings = self.hub.host.engine, self.hub.settings
+        return Opened(
+            id=id, session=self.id, resume=self.resume, resume_seconds=settings.resume_seconds,
+            model=engine.parts.source, preset=engine.preset.name, media=media, actions=list(engine.spec.actions),
+            rest=self.keys.rest, rewind_blocks=engine.preset.context.rewind_blocks,
+            frames_per_block=engine.preset.num_frame_per_block * engine.spec.vae_stride[0], behind=self.behind,
+            prompt=self.start.prompt, seed=self.start.seed, paused=self.paused, next_block=self.session.next_block,
+        )  # fmt: skip
+
+    def state_for_viewer(self, state: State) -> State:
+        """A block's state, with what waits for its viewer now."""
+        state.waiting, state.skipped = self.outbox.blocks, self.outbox.skipped
+        return state
 
     def detach(self, viewer: Viewer) -> None:
         """Have the stream wait for its client to come back."""
@@ -462,6 +482,18 @@ def check_prompt(text: str, settings: ServeSettings) -> None:
     if len(text) > most:
         message = f"the prompt has {len(text)} characters; expected at most {most}"
         raise Refusal("too_long", message, 413, limit=("prompt_characters", most))
+
+
+def check_size(size: tuple[int, int], engine: Engine, settings: ServeSettings) -> None:
+    """UsageError for a size that the model cannot make, Refusal for one that is too large for this server."""
+    width, height = engine.default_size
+    most = settings.picture_pixels or width * height
+    if size[0] * size[1] > most:
+        message = f"size is {size[0]}x{size[1]}; expected at most {most} pixels"
+        raise Refusal("too_long", message, 400, limit=("picture_pixels", most))
+    engine.spec.latent_size(size)
+    if engine.parts.size not in (None, size):
+        raise Refusal("invalid", f"size is {size[0]}x{size[1]}; this engine makes {width}x{height} only")
 
 
 def entered_at(session: Session) -> Entered:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InferixError
 from .engine_host import EngineHost
-from .live_session import LiveSession, Start, check_prompt, open_session
+from .live_session import LiveSession, Start, check_prompt, check_size, open_session
 from .metrics import ServerMetrics
 from .protocol import Attach, Open
 from .refusals import RETRY_AFTER, Refusal
@@ -42,6 +42,8 @@ class LiveSessions:
         """
         if control.prompt is not None:
             check_prompt(control.prompt, self.settings)
+        if control.size is not None:
+            check_size(control.size, self.host.engine, self.settings)
         world = None if control.world is None else self.worlds.path(control.world)
         if world is None and control.prompt is None:
             raise Refusal("invalid", "open has neither prompt nor world; send one of them")

@@ -33,6 +33,7 @@ class ServeSettings:
     jobs_waiting: int = 16
     jobs_kept: int = 100
     job_seconds: float = 60.0
+    picture_pixels: int | None = None
     prompt_characters: int = 2000
     message_bytes: int = 65536
     messages_per_second: float = 60.0
@@ -65,6 +66,7 @@ MEANINGS = {
     "jobs_waiting": "video jobs that wait",
     "jobs_kept": "finished video jobs that are kept; the oldest go first",
     "job_seconds": "seconds of video that a job may ask for",
+    "picture_pixels": "pixels of a session's pictures; without a number those of the model's own size",
     "prompt_characters": "characters of a prompt",
     "message_bytes": "bytes of one WebSocket message of a client",
     "messages_per_second": "WebSocket messages of a client, over two seconds",
@@ -87,6 +89,7 @@ CHECKS: dict[str, Any] = {
     **dict.fromkeys(("sessions", "jobs", "jobs_kept", "prompt_characters", "worlds", "behind_blocks"), integer(1)),
     **dict.fromkeys(("queue", "jobs_waiting"), integer(0)),
     **dict.fromkeys(("message_bytes", "upload_bytes", "upload_pixels"), integer(1024)),
+    "picture_pixels": optional(integer(1)),
     "messages_per_second": above_zero(),
     **dict.fromkeys(("job_seconds", "start_seconds", "idle_seconds", "stall_seconds"), above_zero("seconds")),
     **dict.fromkeys(("resume_seconds", "drain_seconds"), above_zero("seconds")),

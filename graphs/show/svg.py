@@ -21,7 +21,7 @@ OP, PLACE, FLOPS, BYTES, SHARE, REWRITE = 28, 172, 380, 455, 530, 672  # x of th
 COLOURS = dict(
     zip(
         FAMILIES,
-        ("#2f6db5", "#1d8a9e", "#d07a1f", "#2f8f63", "#9a7b1c", "#8457a8", "#b44a54", "#7b838c"),
+        ("#2f6db5", "#1d8a9e", "#d07a1f", "#2f8f63", "#9a7b1c", "#8457a8", "#b44a54", "#7b838c", "#4f56a8"),
         strict=True,
     )
 )

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FILES = {  # file or folder that examples read: the command that makes it, or its text
     "tiny/": "inferix checkpoint random --spec wan-tiny --format diffusers tiny/",
     "prompts.txt": "a red robot in a snowy forest by day\na white fox in a green meadow at sunset\n",
+    "world": "inferix export --out world",
     "outputs": "inferix generate --actions 30R -o outputs/walk.mp4",
     "outputs/*.mp4": "inferix generate --actions 30R -o outputs/walk.mp4",
     "outputs/a/drift.json": "inferix eval drift outputs/*.mp4 --out outputs/a",
