@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -70,3 +71,39 @@ def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path
     expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
     assert difference(found, expected) <= LIMIT
     assert ranked.resources.worker.group.sent > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_controls_forks_and_rewinds_make_the_same_streams(layout: str) -> None:
+    alone, ranked = pair(
+        "longlive", layout, vae_spec=SMALL_VAE, local_attn_size=6, sink_size=1, denoising_step_list=[1000],
+        rewind_blocks=2,
+    )  # fmt: skip
+    assert difference(walk(ranked, Random(layout)), walk(alone, Random(layout))) <= LIMIT
+
+
+@torch.no_grad()
+def walk(engine: Engine, random: Random, steps: int = 14) -> Tensor:
+    """Blocks of up to three sessions under controls drawn from `random`."""
+    sessions = [engine.open(prompt_embeds=ROWS, size=SIZE, seed=3)]
+    made = []
+    for _ in range(steps):
+        session = random.choice(sessions)
+        match random.choice(("block", "block", "prompt", "fork", "rewind", "offload")):
+            case "block":
+                made += [block.latents for block in session.stream(1, decode=False)]
+            case "prompt":
+                session.prompt(embeds=ROWS * random.uniform(0.5, 2))
+            case "fork" if len(sessions) < 3:
+                sessions.append(session.fork())
+            case "rewind" if session.current.next_block > 1:
+                session.rewind(session.current.next_block - 1)
+            case "offload":
+                cache = session.current.branches[0].cache
+                cache.offload()
+                cache.onload()
+    for session in sessions:
+        made += [block.latents for block in session.stream(1, decode=False)]
+        session.close()
+    engine.check_integrity()
+    return torch.cat(made)
