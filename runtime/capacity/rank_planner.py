@@ -50,7 +50,8 @@ def read_link(name: str) -> Link:
         content = parse_json(path.read_text("utf-8"))
         bandwidth, latency = float(content["bandwidth"]), float(content["latency"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"link is {quoted(name)}; expected bandwidth and latency in it: {quoted(str(error))}") from error
+        message = f"link is {quoted(name)}; expected bandwidth and latency in it"
+        raise UsageError(f"{message}: {quoted(str(error))}") from error
     if not (0 < bandwidth < float("inf") and 0 <= latency < float("inf")):
         raise UsageError(f"link is {quoted(name)} with bandwidth {bandwidth} and latency {latency}; expected above 0")
     return Link(bandwidth, latency, f"{path.name}, measured")

@@ -12,6 +12,7 @@ from oracles import ROWS, SIZE, TINY
 from thread_ranks import difference, pair
 from torch import Tensor
 
+from inferix.models.registry import MODELS
 from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.session import Session
@@ -37,11 +38,11 @@ QUICK = {  # the others run with the slow tests
 
 
 @torch.no_grad()
-def stream(engine: Engine, path: Path, size: tuple[int, int] = SIZE) -> Tensor:
+def stream(engine: Engine, path: Path) -> Tensor:
     """Blocks with another prompt, a fork, a rest in host memory, a rewind and a restored session."""
     more: dict[str, object] = {"actions": ["left", "right"]} if engine.spec.actions else {}
     more |= {"negative_embeds": OTHER} if engine.preset.name == "causal-diffusion" else {}
-    with engine.open(prompt_embeds=ROWS, size=size, seed=11, **more) as session:
+    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=11, **more) as session:
         made = [block.latents for block in session.stream(3, decode=False)]
         session.prompt(embeds=OTHER)
         made += [block.latents for block in session.stream(1, decode=False)]
@@ -71,6 +72,32 @@ def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path
     expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
     assert difference(found, expected) <= LIMIT
     assert ranked.resources.worker.group.sent > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "layout"),
+    [
+        ("wan-ranks-gqa", 2, "ulysses"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                ("wan-ranks", 4, "ulysses"), ("wan-ranks", 4, "pass-q"), ("wan-ranks-6", 3, "ulysses"),
+                ("wan-ranks-6", 6, "ulysses"), ("wan-ranks-6", 4, "pass-q"), ("wan-ranks-gqa", 4, "pass-q"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_other_heads_and_more_ranks_make_the_stream_of_one(model: str, ranks: int, layout: str) -> None:
+    spec = MODELS[model]
+    alone, ranked = pair("self-forcing", layout, ranks, spec=spec, local_attn_size=6, denoising_step_list=[1000, 500])
+    rows = torch.randn(3, spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    made = []
+    for engine in (alone, ranked):
+        with engine.open(prompt_embeds=rows, size=spec.default_size, seed=1) as session:
+            made.append(torch.cat([block.latents for block in session.stream(4, decode=False)]))
+    assert difference(*made) <= LIMIT
+    form = ranked.kv_manager.form(spec.default_size)
+    assert form.nbytes * ranks == form.whole.nbytes  # of pages, nothing is on two ranks
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
