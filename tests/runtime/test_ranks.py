@@ -152,10 +152,11 @@ def test_graphs_with_collectives_make_the_stream_of_eager(preset: str, layout: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]])
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]])
 def test_the_command_starts_ranks_or_joins_those_of_torchrun(launcher: list[str], tmp_path: Path) -> None:
     ranks = [] if launcher else ["--gpus", "2"]
-    options = ["--model", "wan-ranks", "--device", "cpu", "--prompt", "fog", "--blocks", "2", "--set", "local_attn_size=6"]
+    options = ["--model", "wan-ranks", "--device", "cpu", "--prompt", "fog", "--blocks", "2"]
+    options += ["--set", "local_attn_size=6"]
     out = ["--latents-only", "--out", str(tmp_path / "out.safetensors"), "--json"]
     command = [sys.executable, *launcher, "-m", "inferix", "generate", *options, *ranks, *out]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ)
