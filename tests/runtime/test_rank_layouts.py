@@ -68,10 +68,10 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("name", "layout"), cases())
 def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path) -> None:
     preset, overrides = STREAMS[name]
-    alone, ranked = pair(preset, layout, vae_spec=SMALL_VAE, **overrides)
-    expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
+    with pair(preset, layout, vae_spec=SMALL_VAE, **overrides) as (alone, ranked):
+        expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
+        assert ranked.resources.worker.group.sent > 0
     assert difference(found, expected) <= LIMIT
-    assert ranked.resources.worker.group.sent > 0
 
 
 @pytest.mark.parametrize(
@@ -89,24 +89,23 @@ def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path
 )  # fmt: skip
 def test_other_heads_and_more_ranks_make_the_stream_of_one(model: str, ranks: int, layout: str) -> None:
     spec = MODELS[model]
-    alone, ranked = pair("self-forcing", layout, ranks, spec=spec, local_attn_size=6, denoising_step_list=[1000, 500])
-    rows = torch.randn(3, spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    made = []
-    for engine in (alone, ranked):
-        with engine.open(prompt_embeds=rows, size=spec.default_size, seed=1) as session:
-            made.append(torch.cat([block.latents for block in session.stream(4, decode=False)]))
-    assert difference(*made) <= LIMIT
-    form = ranked.kv_manager.form(spec.default_size)
-    assert form.nbytes * ranks == form.whole.nbytes  # of pages, nothing is on two ranks
+    settings = {"local_attn_size": 6, "denoising_step_list": [1000, 500]}
+    with pair("self-forcing", layout, ranks, spec=spec, **settings) as (alone, ranked):
+        rows = torch.randn(3, spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        made = []
+        for engine in (alone, ranked):
+            with engine.open(prompt_embeds=rows, size=spec.default_size, seed=1) as session:
+                made.append(torch.cat([block.latents for block in session.stream(4, decode=False)]))
+        assert difference(*made) <= LIMIT
+        form = ranked.kv_manager.form(spec.default_size)
+        assert form.nbytes * ranks == form.whole.nbytes  # of pages, nothing is on two ranks
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_controls_forks_and_rewinds_make_the_same_streams(layout: str) -> None:
-    alone, ranked = pair(
-        "longlive", layout, vae_spec=SMALL_VAE, local_attn_size=6, sink_size=1, denoising_step_list=[1000],
-        rewind_blocks=2,
-    )  # fmt: skip
-    assert difference(walk(ranked, Random(layout)), walk(alone, Random(layout))) <= LIMIT
+    settings = {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000], "rewind_blocks": 2}
+    with pair("longlive", layout, vae_spec=SMALL_VAE, **settings) as (alone, ranked):
+        assert difference(walk(ranked, Random(layout)), walk(alone, Random(layout))) <= LIMIT
 
 
 @torch.no_grad()

@@ -41,16 +41,16 @@ def options(load: Workload, gpus: int, link: str = "nvlink", memory: int = H200.
     ],
 )
 def test_bytes_sent_in_a_block_equal_the_formula(preset: str, settings: dict[str, object], layout: str) -> None:
-    _, engine = pair(preset, layout, **settings)
-    load = replace(workload("wan-tiny", preset, **settings), spec=engine.spec, size=SIZE, dtype="float64")
-    group = engine.resources.worker.group
-    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
-        list(session.stream(3, decode=False))
-        before = group.sent, group.calls
-        list(session.stream(1, decode=False))
-    (block,) = steady_blocks(load.preset)
-    assert group.sent - before[0] == rank_planner.block_bytes(load, block, layout, 2)
-    assert group.calls - before[1] == len(block.passes) * rank_planner.collectives(load, layout)
+    with pair(preset, layout, **settings) as (_, engine):
+        load = replace(workload("wan-tiny", preset, **settings), spec=engine.spec, size=SIZE, dtype="float64")
+        group = engine.resources.worker.group
+        with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+            list(session.stream(3, decode=False))
+            before = group.sent, group.calls
+            list(session.stream(1, decode=False))
+        (block,) = steady_blocks(load.preset)
+        assert group.sent - before[0] == rank_planner.block_bytes(load, block, layout, 2)
+        assert group.calls - before[1] == len(block.passes) * rank_planner.collectives(load, layout)
 
 
 def test_latency_takes_the_shortest_block_and_throughput_the_most_frames() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import SIZE
 from thread_ranks import difference, pair
 from torch import Tensor
 
@@ -106,8 +107,7 @@ def test_a_killed_rank_is_named_and_all_processes_end(ranked: Engine) -> None:
 def test_an_error_of_one_rank_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from inferix.runtime.parallel import rank_process
 
-    _, engine = pair("self-forcing", "ulysses")
-    with engine.open(prompt_embeds=ROWS[:, :16], size=(32, 32)) as session:
+    with pair("self-forcing", "ulysses") as (_, engine), engine.open(prompt_embeds=ROWS[:, :16], size=SIZE) as session:
         blocks(session, 1)
 
         def fails(worker, inbox, message) -> None:
@@ -121,9 +121,8 @@ def test_an_error_of_one_rank_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     from inferix.runtime.parallel import rank_process
 
-    _, engine = pair("self-forcing", "ulysses")
     run = rank_process.run
-    with engine.open(prompt_embeds=ROWS[:, :16], size=(32, 32)) as session:
+    with pair("self-forcing", "ulysses") as (_, engine), engine.open(prompt_embeds=ROWS[:, :16], size=SIZE) as session:
         blocks(session, 1)
 
         def hangs(worker, inbox, message) -> None:
