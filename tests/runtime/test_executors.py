@@ -10,13 +10,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, make_engine, remade
+from oracles import ROWS, SIZE, TINY, WAN_PRESETS, make_engine, remade
 from recording import FakeGraphs
 from safetensors.torch import save_file
 
 from inferix.errors import UsageError
 from inferix.graphs.lowered import lower_block, with_pages
-from inferix.models.registry import PRESETS
 from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
@@ -52,7 +51,7 @@ def stream(engine: Engine, blocks: int = 5, **given: object) -> torch.Tensor:
         return torch.cat(actual + [block.latents for block in session.stream(blocks - 2, decode=False)])
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted(WAN_PRESETS))
 def test_fused_equals_eager(preset: str) -> None:
     eager, fused = (make_engine(preset, executor=name, **SMALL[preset]) for name in ("eager", "fused"))
     expected, actual = stream(eager), stream(fused)
