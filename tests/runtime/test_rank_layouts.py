@@ -9,9 +9,10 @@ from random import Random
 import pytest
 import torch
 from oracles import ROWS, SIZE, TINY
-from thread_ranks import difference, pair
+from thread_ranks import difference, pair, thread_engine
 from torch import Tensor
 
+from inferix import load
 from inferix.models.registry import MODELS
 from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.engine import Engine
@@ -99,6 +100,18 @@ def test_other_heads_and_more_ranks_make_the_stream_of_one(model: str, ranks: in
         assert difference(*made) <= LIMIT
         form = ranked.kv_manager.form(spec.default_size)
         assert form.nbytes * ranks == form.whole.nbytes  # of pages, nothing is on two ranks
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_in_flight_with_guidance_by_timestep_make_the_stream_of_one(layout: str) -> None:
+    alone = load("magi-tiny", device="cpu", dtype="float64", num_steps=8)
+    rows = torch.randn(3, alone.spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    made = []
+    with thread_engine(alone, 2, layout) as ranked:
+        for engine in (alone, ranked):
+            with engine.open(prompt_embeds=rows, seed=1) as session:
+                made.append(torch.cat([block.latents for block in session.stream(1, decode=False)]))
+    assert difference(*made) <= LIMIT
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
