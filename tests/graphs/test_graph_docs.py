@@ -62,8 +62,8 @@ def test_figures_of_wan() -> None:
     assert [launch.op for launch in last.launches] == ["adaln", "linear", "qk_norm_rope_append"]
     assert not any(value.name.startswith("time_") for value in commit.named(Role.WEIGHT).values())
     assert {name_of(node.target) for node in block.passes[0]} == {
-        "view", "conv3d", "permute", "clone", "empty", "select", "adaln", "linear", "linear_gelu", "rms_norm",
-        "qk_norm_rope_append", "block_attention", "scaled_dot_product_attention", "denoise_step",
+        "view", "permute", "clone", "empty", "select", "adaln", "linear", "linear_gelu", "rms_norm",
+        "qk_norm_rope_append", "block_attention", "denoise_step",
     }  # fmt: skip
     before, after = (sum(PassCost(graph).total.launches for graph in made.passes) for made in (traced(), block))
     assert after < before / 4
