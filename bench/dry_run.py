@@ -266,7 +266,7 @@ class Recorder(TorchDispatchMode):
         """Note a Triton kernel of the op whose form runs, with the op's cost."""
         spec = self.spec
         assert spec is not None, f"{name} was launched outside of an op"
-        cost = spec.cost(self.given, self.listed, memory=storage)  # type: ignore[arg-type]
+        cost = spec.cost(self.given, self.listed, memory=memory_of)  # type: ignore[arg-type]
         rate, like = "", self.given[spec.like].dtype
         if spec.family == "attention":
             rate = "fp8_attention" if self.given["kv"].dtype == FP8 else "attention"
@@ -292,9 +292,13 @@ class Recorder(TorchDispatchMode):
 
 
 def reference(tensor: Tensor) -> Ref:
-    """A fake tensor as programs refer to one; the buffer is its storage."""
-    offset = int(tensor.storage_offset())
-    return Ref(str(storage(tensor)), tensor.dtype, tuple(tensor.shape), tensor.stride(), offset)
+    """A fake tensor as programs refer to one."""
+    return Ref(memory_of(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def memory_of(tensor: Tensor) -> str:
+    """A name of the memory that a tensor begins at; buffers of one arena have different ones."""
+    return f"{storage(tensor)} {int(tensor.storage_offset()) * tensor.itemsize}"
 
 
 def referred(value: Any) -> Any:

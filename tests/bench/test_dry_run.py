@@ -15,10 +15,11 @@ from torch import Tensor
 from inferix.bench.dry_run import DryRun, FakeCard, Recorder, WithoutDriver, dry_run, facts, run_decoder, summary
 from inferix.bench.time_model import RATES, rates_of, tiles_of
 from inferix.errors import InferixError, UsageError
+from inferix.graphs.cost import PassCost
 from inferix.graphs.lowered import lower_block
 from inferix.graphs.program import Form
 from inferix.graphs.rewrites import chosen, rewritten
-from inferix.graphs.types import BlockGraph
+from inferix.graphs.types import BlockGraph, Runs
 from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.runtime.programs.block_graph import BlockGraphBuilder
 
@@ -46,6 +47,11 @@ def test_a_dry_run_launches_every_call_of_the_program():
     assert len(run.of("block")) == len(program.calls)
     attention = [launch for launch in run.of("block") if launch.op == "inferix::block_attention"]
     assert len(attention) == 2 * (5 * SPEC.num_layers - 1)  # the commit's last layer only writes its pages
+    costs = [PassCost(graph).total for graph in block().passes if graph.runs is Runs.BLOCK]
+    assert sum(launch.flops for launch in run.of("block")) == sum(cost.flops for cost in costs)
+    assert sum(launch.nbytes for launch in run.of("block")) == pytest.approx(
+        sum(cost.nbytes for cost in costs), rel=0.01
+    )
     assert not any(launch.allocated for launch in run.of("block"))
     assert {launch.rate for launch in attention} == {"attention"}
     assert all(launch.tiles for launch in attention)
