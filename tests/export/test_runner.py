@@ -36,7 +36,8 @@ class Built:
     targets: tuple[str, ...]
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([self.runner, *map(str, arguments)], capture_output=True, text=True)
+        command = [self.runner, "--threads", "1", *map(str, arguments)]  # threads that spin would wait for each other
+        return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +82,7 @@ def engine(request: pytest.FixtureRequest, built: Built, engines: Callable[[str]
 def in_python(folder: Path, seed: int, blocks: int) -> list[MadeBlock]:
     """The stream of `CONTROLS` by the runner in Python."""
     script = ["left", "right", "left", "left", "stay", *["right"] * 6]
-    stream, made = ExportedEngine(folder).open(PROMPTS[0], seed, script), []
+    stream, made = ExportedEngine(folder, 1).open(PROMPTS[0], seed, script), []
     for index in range(blocks):
         if index == 2:  # the first block that begins 0.6 s into a video of 8 frames a second
             stream.prompt(PROMPTS[1])
