@@ -47,7 +47,7 @@ def test_a_small_run_of_every_part(tmp_path):
     out, times = tmp_path / "stream.json", tmp_path / "batches.json"
     done = CliRunner().invoke(
         app, ["bench", "stream", "--size", "32x32", "--frames-in-window", "6", "--device", "cpu", "--starts", "1",
-              "--blocks", "2", "--controls", "2", "--sessions", "2", "--minutes", "0.14", "--sink", "mp4", "--json",
+              "--blocks", "2", "--controls", "2", "--sessions", "2", "--minutes", "0.27", "--sink", "mp4", "--json",
               "--batches", str(times), "--out", str(out)]
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -67,11 +67,11 @@ def test_a_small_run_of_every_part(tmp_path):
     (entry,) = json.loads(times.read_text())
     assert entry["size"] == [32, 32] and entry["seconds"] == {"1": single["batch"], "2": pair["batch"]}
     long = result.facts["long"]
-    assert len(long["intervals"]) == len(long["process_memory"]) == long["blocks"] == 12
+    assert len(long["intervals"]) == len(long["process_memory"]) == long["blocks"] == 22
     assert len(long["interval_by_tenth"]) == 10 and long["device_memory"] is None
     text = page({"stream.json": result}, "results", "page.md", {})
     assert "| a block each in turns, ms |" in text
-    assert "Long run: 0.14 minutes" in text and "| CPU time, median, ms |" in text
+    assert "Long run: 0.27 minutes" in text and "| CPU time, median, ms |" in text
 
 
 @pytest.mark.slow
