@@ -20,7 +20,7 @@ test test-all quick lint fuzz kills soak: export PYTHONSAFEPATH := 1
 
 KILLS ?= 200
 
-.PHONY: help demo test test-all quick lint fuzz kills soak docs copy sizes clean
+.PHONY: help demo test test-all quick lint fuzz kills soak runner docs copy sizes clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
 	@echo "make kills   writers of files killed at random moments; KILLS=200 SEED=0"
 	@echo "make soak    one engine driven from many threads; MINUTES=10 SEED=0"
+	@echo "make runner  inferix-runner in C++ into outputs/runner, and its tests by ctest"
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
@@ -61,6 +62,16 @@ kills: .venv/.dev
 
 soak: .venv/.dev
 	$(BIN)/python tests/endurance/soak.py --minutes $(MINUTES) --seed $(SEED)
+
+# Without the backend of libtorch, which would make the runner need it. onnxruntime_c_api.h, if it is somewhere:
+#   make runner ONNXRUNTIME_INCLUDE_DIR=/path
+ONNXRUNTIME_INCLUDE_DIR ?=
+
+runner: .venv/.dev
+	$(BIN)/cmake -S . -B outputs/runner -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python -DINFERIX_TORCH=OFF \
+		$(if $(ONNXRUNTIME_INCLUDE_DIR),-DONNXRUNTIME_INCLUDE_DIR=$(ONNXRUNTIME_INCLUDE_DIR))
+	$(BIN)/cmake --build outputs/runner
+	$(BIN)/ctest --test-dir outputs/runner --output-on-failure
 
 sizes:
 	@$(PYTHON) tools/sizes.py

@@ -41,9 +41,11 @@ PACKAGES = [
     "inferix.runtime.kv",
     "inferix.runtime.capacity",
     "inferix.runtime.telemetry",
+    "inferix.runtime.parallel",
     "inferix.runtime.programs",
     "inferix.runtime.execution",
     "inferix.runtime.sessions",
+    "inferix.serve",
     "inferix.evaluate",
     "inferix.bench",
 ]
@@ -64,6 +66,17 @@ DEPENDENCIES = [
 
 EXTRAS = {
     "dev": [
+        "fastapi>=0.115,<1",
+        "uvicorn>=0.34,<1",
+        "websockets>=15",
+        "msgpack>=1.1,<2",
+        "prometheus_client>=0.21,<1",
+        "python-multipart>=0.0.20",
+        "httpx>=0.28,<1",
+        "playwright>=1.50,<2",
+        "aiortc>=1.13,<2",
+        "openai==3.57.*",  # the newest whose client has the videos API
+        "schemathesis>=4,<5",
         "pytest",
         "pytest-xdist",
         "ruff",
@@ -87,10 +100,22 @@ EXTRAS = {
         "onnx>=1.23,<2",
         "onnxscript>=0.7,<1",
         "onnxruntime>=1.32,<2",
+        "openvino>=2026.4,<2027",
     ],
     "bench": ["matplotlib"],
     "onnx": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.32,<2"],
+    "openvino": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "openvino>=2026.4,<2027"],
+    "tensorrt": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "tensorrt>=10.15; platform_system == 'Linux'"],
     "eval": ["opencv-python-headless>=4.10,<6"],
+    "serve": [
+        "fastapi>=0.115,<1",
+        "uvicorn>=0.34,<1",
+        "websockets>=15",
+        "msgpack>=1.1,<2",
+        "prometheus_client>=0.21,<1",
+        "python-multipart>=0.0.20",
+    ],
+    "webrtc": ["aiortc>=1.13,<2"],
     "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }
 
@@ -153,6 +178,7 @@ setup(
         "inferix": ["py.typed"],
         "inferix.bench": ["compiled/*.json"],
         "inferix.export": ["plan.schema.json"],
+        "inferix.serve": ["page/*"],
         "inferix.evaluate": ["drift_results.schema.json"],
         **{package: ["tuned/*.json"] for package in PACKAGES if package.startswith("inferix.kernels.")},
         "inferix.models.tinyworld": ["README.md", "weights/*", "weights/*/*"],

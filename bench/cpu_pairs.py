@@ -1,4 +1,4 @@
-"""Paired benchmark on a CPU: an older tree, this one, the public loop and diffusers.
+"""Paired benchmark on a CPU: an older tree, this one, the public loop, diffusers and exported engines.
 
 Each candidate has a process of its own, so that the older tree runs its own code. The processes take turns, one at a
 time, and each round begins with another candidate; a ratio is the median of the ratios within a round. CPU time is that
@@ -26,9 +26,13 @@ import typer
 
 from ..errors import InferixError, UsageError, quoted
 from ..export.checkpoint import new_folder
+from ..export.engine_folder import write_engine
+from ..export.targets import TARGETS, find_target
 from ..models.registry import MODELS, family_of
 from ..models.spec import ModelSpec
 from ..runtime.capacity.cpu_features import bfloat16_unit, cpu_flags
+from ..runtime.load import load
+from .cpu_worker import prompt_rows
 from .machine import environment, measure_ceilings
 from .result import Result, Series, write_result
 
@@ -65,6 +69,7 @@ MIDDLE = replace(
     MODELS["wan-tiny"], name="wan-tiny-118m", dim=768, ffn_dim=3072, num_heads=12, num_layers=12, default_size=(96, 96)
 )
 CASE_HELP = "small world, wan-tiny 64x64, wan-tiny 128x128 or 118M 96x96; repeatable.  [default: all]"
+TARGET_HELP = f"An engine exported to a target as well: {', '.join(TARGETS)}; repeatable."
 WINDOW = {"local_attn_size": 21}
 CASES = (
     Case("small world", MODELS["tinyworld"], "tinyworld", (64, 64), {}, 8, 6),
@@ -98,11 +103,18 @@ class Worker:
 
 
 @contextmanager
-def worker(name: str, case: Case, model: str, dtype: str, tree: Path, frames: Path | None) -> Iterator[Worker]:
-    """Start a candidate over the package in `tree`, and wait until its window is full."""
+def worker(
+    name: str, case: Case, model: str, dtype: str, tree: Path, frames: Path | None, engine: Path | None,
+    threads: Sequence[int],
+) -> Iterator[Worker]:  # fmt: skip
+    """Start a candidate over the package in `tree`, and wait until its window is full.
+
+    engine: folder of an exported engine, in place of the model. threads: counts that commands will ask for.
+    """
     given = {
         "candidate": name, "model": model, "preset": case.preset, "size": case.size, "dtype": dtype,
         "settings": case.settings, "fill": case.fill, "pictures": PICTURES, "frames": frames and str(frames),
+        "engine": engine and str(engine), "threads": list(threads),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "inferix").symlink_to(tree.resolve(), target_is_directory=True)
@@ -128,6 +140,12 @@ def write_model(spec: ModelSpec, folder: Path) -> Path:
     return folder
 
 
+def export_case(case: Case, model: str, target: str, folder: Path) -> Path:
+    """Export the model of a case, with the prompt of the other candidates."""
+    engine = load(model, case.preset, device="cpu", executor="eager", dtype="float32", **case.settings)
+    return write_engine(engine, folder, case.size, find_target(target), {"bench": prompt_rows(engine)})
+
+
 def candidates_of(case: Case) -> list[str]:
     """Candidates that can run a case: the loops have no windows that move, and diffusers must be there."""
     if case.spec.actions:
@@ -136,18 +154,22 @@ def candidates_of(case: Case) -> list[str]:
 
 
 def run_case(
-    case: Case, dtype: str, before: Path, rounds: int, threads: Sequence[int], place: Path
+    case: Case, dtype: str, before: Path, rounds: int, threads: Sequence[int], targets: Sequence[str], place: Path
 ) -> tuple[dict[str, Series], dict[str, int]]:
     """Measure one case; returns its series and the largest difference of pictures to `before`, in levels of 255."""
     shipped = "tinyworld" if case.spec.actions else str(write_model(case.spec, place / case.spec.name))
     here, samples = Path(__file__).parent.parent, dict[str, list[float]]()
+    engines: dict[str, Path] = {}
+    for target in targets:
+        print(f"{case.name}: exporting to {target}", flush=True)
+        engines[target] = export_case(case, shipped, target, place / target)
     with ExitStack() as stack:
         workers, pictures = [], dict[str, Path]()
-        for name in candidates_of(case):
+        for name in [*candidates_of(case), *engines]:
             if name not in LOOPS:
                 pictures[name] = place / f"{name}.npy"
             tree = before if name == BEFORE else here
-            opened = worker(name, case, shipped, dtype, tree, pictures.get(name))
+            opened = worker(name, case, shipped, dtype, tree, pictures.get(name), engines.get(name), threads)
             workers.append(stack.enter_context(opened))
             print(f"{case.name}, {dtype}: {name} is ready", flush=True)
         for index in range(rounds):
@@ -165,14 +187,17 @@ def run_case(
     return {name: Series("s", tuple(values)) for name, values in samples.items()}, levels
 
 
-def run(before: Path, dtype: str, cases: Sequence[Case], rounds: int, threads: Sequence[int]) -> Result:
-    """Measure the cases in one dtype."""
+def run(
+    before: Path, dtype: str, cases: Sequence[Case], rounds: int, threads: Sequence[int], targets: Sequence[str] = ()
+) -> Result:
+    """Measure the cases in one dtype; exported engines are in float32 only."""
+    targets = targets if dtype == "float32" else ()
     begun, series, levels = environment("cpu"), dict[str, Series](), dict[str, dict[str, int]]()
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     ceilings = measure_ceilings("cpu", kind)
     for case in cases:
         with tempfile.TemporaryDirectory() as place:
-            found, levels[case.name] = run_case(case, dtype, before, rounds, threads, Path(place))
+            found, levels[case.name] = run_case(case, dtype, before, rounds, threads, targets, Path(place))
             series |= found
     commit = subprocess.run(
         ["git", "-C", str(before), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
@@ -184,7 +209,7 @@ def run(before: Path, dtype: str, cases: Sequence[Case], rounds: int, threads: S
         facts={
             "before": commit.stdout.strip() or before.name, "bfloat16_unit": bfloat16_unit(cpu_flags()),
             "levels": levels, "cases": {case.name: asdict(case) | {"spec": case.spec.name} for case in cases},
-            "candidates": list(CANDIDATES),
+            "candidates": [*CANDIDATES, *targets],
         },
     )  # fmt: skip
 
@@ -196,8 +221,9 @@ def main(
     dtype: list[str] = typer.Option(["float32", "bfloat16"], help="float32 or bfloat16; repeatable."),
     case: list[str] = typer.Option([], help=CASE_HELP),
     threads: list[int] = typer.Option([1, 2], help="Threads of torch; repeatable."),
+    target: list[str] = typer.Option([], help=TARGET_HELP),
 ) -> None:
-    """Measure an older tree, this one, the public loop and diffusers in turns, and write the results.
+    """Measure an older tree, this one, the public loop, diffusers and engines in turns, and write the results.
 
     In bfloat16, the larger cases are left out where the CPU has no instructions for it.
 
@@ -210,6 +236,8 @@ def main(
     for name in dtype:
         if name not in ("float32", "bfloat16"):
             raise UsageError(f"dtype is {quoted(name)}; expected float32 or bfloat16")
+    for name in target:
+        find_target(name)
     if not (before / "runtime" / "engine.py").is_file():
         raise UsageError(f"before is {quoted(str(before))}, which is no tree of this package; expected a checkout")
     out.mkdir(parents=True, exist_ok=True)
@@ -217,7 +245,8 @@ def main(
         slow = name == "bfloat16" and bfloat16_unit(cpu_flags()) is None
         chosen = [one for one in CASES if (not case or one.name in case) and not (slow and one.slow)]
         if chosen:
-            print(write_result(run(before, name, chosen, rounds, threads), out / f"pairs-cpu-{name}.json"), flush=True)
+            result = run(before, name, chosen, rounds, threads, target)
+            print(write_result(result, out / f"pairs-cpu-{name}.json"), flush=True)
 
 
 if __name__ == "__main__":

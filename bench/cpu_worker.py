@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
 
 class EngineBlocks:
@@ -40,6 +40,20 @@ class LoopBlocks:
         return [self.loop.step(decode).frames for _ in range(blocks)]
 
 
+class ExportedBlocks:
+    """Blocks of an exported engine, by its runtime alone; `run` of the stream for the current count of threads."""
+
+    def __init__(self, folder: str, threads: list[int]) -> None:
+        exported = import_module("inferix.export.run").ExportedEngine
+        engines = {count: exported(folder, count) for count in threads}
+        prompt = engines[threads[0]].plan["defaults"]["prompt"]
+        self.streams = {count: engine.open(prompt, seed=0) for count, engine in engines.items()}
+        self.threads = threads[0]
+
+    def run(self, blocks: int, decode: bool) -> list[Any]:
+        return [self.streams[self.threads].next_block(decode).frames for _ in range(blocks)]
+
+
 def prompt_rows(engine: Any) -> Any:
     """Random rows of a text encoder [text_len, text_dim], zero after the first quarter."""
     import torch
@@ -56,10 +70,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else is printed is no answer
     given = json.loads(sys.argv[1])
-    import numpy as np
     import torch
 
     torch.set_num_threads(1)
+    if given["engine"] is not None:
+        return answer(ExportedBlocks(given["engine"], given["threads"]), given, answers)
     executor = "fused" if given["candidate"] == "fused" else "eager"
     settings = {"preset": given["preset"], "device": "cpu", "dtype": given["dtype"], "executor": executor}
     load = import_module("inferix").load  # of the tree to measure
@@ -69,15 +84,29 @@ def main() -> None:
         stream: Any = LoopBlocks(engine, rows, size, given["candidate"])
     else:
         stream = EngineBlocks(engine, rows, size)
+    answer(stream, given, answers)
+
+
+def answer(stream: Any, given: dict[str, Any], answers: TextIO) -> None:
+    """Fill the window of a stream, then run the commands on standard input."""
+    import numpy as np
+    import torch
+
     begin = given["pictures"] if given["frames"] else 0
     frames = stream.run(begin, True)
     if begin:
         np.save(given["frames"], np.concatenate(frames))
     stream.run(given["fill"] - begin, False)
+    exported = isinstance(stream, ExportedBlocks)
+    for count in given["threads"][1:] if exported else ():
+        stream.threads = count
+        stream.run(given["fill"], False)
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
         torch.set_num_threads(command["threads"])
+        if exported:
+            stream.threads = command["threads"]
         wall, cpu = time.perf_counter(), time.process_time()
         stream.run(command["blocks"], command["decode"])
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -386,7 +386,8 @@ def pairs_part(result: Result) -> Iterator[str]:
     candidates = result.facts["candidates"]
     yield (
         f"`before` is commit {result.facts['before']}, `after` and `fused` this one with executors eager and fused, "
-        "`plain` the public loop, `diffusers` its transformer without a cache. Milliseconds a block, medians: CPU time "
+        "`plain` the public loop, `diffusers` its transformer without a cache; targets of an export are engines run by "
+        "their runtimes. Milliseconds a block, medians: CPU time "
         "(wall time). Ratios are of CPU time, medians over the rounds; above 1 is faster than what it is compared with."
     )
     columns = [
@@ -394,7 +395,10 @@ def pairs_part(result: Result) -> Iterator[str]:
         Column("threads", lambda row: str(row.threads)),
         *map(times_column, candidates),
     ]  # fmt: skip
+    torch_paths = ("before", "after", "fused", "plain", "diffusers")
+    engines = [name for name in candidates if name not in torch_paths]
     columns += [ratio_column(name, over) for over in ("before", "plain") for name in ("after", "fused")]
+    columns += [ratio_column(name, over) for over in ("before", "fused") for name in engines]
     yield table(columns, pairs_of(result))
     levels = "; ".join(
         f"{case}: " + ", ".join(f"{name} {most}" for name, most in found.items())

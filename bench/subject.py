@@ -66,6 +66,7 @@ class Subject:
     dtype: str | None = None
     vae: str | None = None
     base: str | None = None
+    names: str | None = None
     executor: str | None = None
     graphs: str | None = None
     seed: int = 0
@@ -127,7 +128,7 @@ def engine_settings(subject: Subject) -> tuple[EngineConfig, Preset]:
     name, settings = subject.preset or default_preset(subject.model), subject.settings()
     config = EngineConfig.of(
         subject.model, name, device=subject.device, dtype=subject.dtype, base=subject.base, vae=subject.vae,
-        executor=subject.executor, graphs=subject.graphs, **settings.bits,
+        names=subject.names, executor=subject.executor, graphs=subject.graphs, **settings.bits,
     )  # fmt: skip
     return config, make_preset(name, **settings.preset)
 
@@ -141,8 +142,8 @@ def open_engine(subject: Subject) -> Engine:
     settings = subject.settings()
     return load(
         subject.model, preset=config.preset, device=config.device, dtype=subject.dtype, vae=subject.vae,
-        base=subject.base, executor=config.executor, graphs=subject.graphs, size=subject.size, offline=subject.offline,
-        force=subject.force, **settings.bits, **settings.preset,
+        base=subject.base, names=subject.names, executor=config.executor, graphs=subject.graphs, size=subject.size,
+        offline=subject.offline, force=subject.force, **settings.bits, **settings.preset,
     )  # fmt: skip
 
 

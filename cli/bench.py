@@ -7,14 +7,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
-from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, OFFLINE, UNTRAINED, parse_settings, parse_size
+from ..schemes.defaults import DEFAULT_PROMPT
+from .help import Command, group
+from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.kernels import Options
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
     from ..bench.subject import Subject
 
 MODEL = typer.Option(UNTRAINED, help="Checkpoint file or folder, or a name: tinyworld, wan-1.3b, org/name, ...")
-PRESET = typer.Option(None, help="Sampler and context settings.  [default: the model's own, or self-forcing]")
 RANDOM = typer.Option(False, "--random-weights", help="Untrained weights of a named model, made on the device.")
 SIZE = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480.  [default: the model's]")
 VAE = typer.Option(None, help="Decoder: a file or folder, or taehv for the tiny one.")
@@ -36,7 +38,7 @@ SETTINGS = typer.Option(
 OUT = typer.Option(None, help="JSON file for the result, with every sample.")
 JSON = typer.Option(False, "--json", help="The result as one JSON line on stdout.")
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = group()
 
 
 @app.callback()
@@ -44,14 +46,14 @@ def common() -> None:
     """Measure speed beside the machine's limit.
 
     Outputs are checked before anything is timed. `kernels` times single ops, `block` one block by stages beside the
-    plain loop, `stream` the whole path from a prompt to pixels. `report` makes a page from results, `compare` lists the
-    changes between two results.
+    plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors.
+    `report` makes a page from results, `compare` lists the changes between two results.
 
-    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/block.json
+    Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json
     """
 
 
-@app.command()
+@app.command(cls=Command)
 def kernels(
     op: list[str] = typer.Option([], metavar="OP", help="An op by name; repeatable.  [default: all]"),
     case: list[str] = typer.Option(
@@ -73,9 +75,9 @@ def kernels(
     sageattention, and the plain torch sequence with and without torch.compile, each as a share of the first time.
     `--tune` writes kernels/OP/tuned/CARD.json, which later runs read. Only `--tune` searches.
 
-    Example: inferix bench kernels --op block_attention --shape q=512,kv=4096,heads=8,dim=128
+    Example: inferix bench kernels --op block_attention --shape page_tokens=64,q=64,kv=256,heads=2 --dtype float32
 
-    Example: inferix bench kernels --compile-only
+    Example: inferix bench kernels --compile-only --op rms_norm
     """
     console = Console(stderr=True)
     if compile_only:
@@ -120,7 +122,7 @@ def kernels(
     plain_console().print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def block(
     model: str = MODEL,
     preset: str | None = PRESET,
@@ -138,6 +140,7 @@ def block(
     size: str | None = SIZE,
     vae: str | None = VAE,
     base: str | None = BASE,
+    names: str | None = NAMES,
     device: str | None = DEVICE,
     dtype: str | None = DTYPE,
     seed: int = SEED,
@@ -158,23 +161,24 @@ def block(
     With --set lowp=fp8, kv_dtype=fp8 or both, fused and captured have low-precision layers and pages. The other
     candidates stay in the model's dtype, and all are compared with eager in that dtype.
 
-    Example: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
+    Example: inferix bench block --model tinyworld --executor eager --baseline none --rounds 1 --blocks 4
 
-    Example: inferix bench block --model wan-1.3b --random-weights --set lowp=fp8 --set kv_dtype=fp8
+    Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --set lowp=int8 --set kv_dtype=int8
 
-    Example: inferix bench block --model tinyworld --executor eager --executor fused --baseline none --blocks 10
+    On a GPU: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
     """
     from ..bench import block as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
-    )
+        model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings, offline,
+        force,
+    )  # fmt: skip
     options = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out, {"--model": model, "--vae": vae, "--base": base})
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_block)
 
 
-@app.command()
+@app.command(cls=Command)
 def stream(
     model: str = MODEL,
     preset: str | None = PRESET,
@@ -193,6 +197,7 @@ def stream(
     size: str | None = SIZE,
     vae: str | None = VAE,
     base: str | None = BASE,
+    names: str | None = NAMES,
     device: str | None = DEVICE,
     dtype: str | None = DTYPE,
     seed: int = SEED,
@@ -208,24 +213,129 @@ def stream(
     ones. Then, at a full window: time between blocks (p50, p95, p99, worst), FPS with the decoder, jitter, late blocks,
     and the time from a control to the first block that shows it.
 
-    Example: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
+    Example: inferix bench stream --size 64x64 --blocks 4 --starts 1 --sessions 2 --batches batches.json
 
-    Example: inferix bench stream --random-weights --sessions 4 --batches batches.json --executor eager
+    Example: inferix bench stream --model tinyworld --blocks 8 --minutes 0.1 --starts 0 --out results/long.json
 
-    Example: inferix bench stream --model tinyworld --minutes 10 --starts 0 --out results/long.json
+    On a GPU: inferix bench stream --model wan-1.3b --preset longlive --random-weights --sessions 4
     """
     from ..bench import stream as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, device, dtype, seed, settings, offline, force
-    )
+        model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings, offline,
+        force,
+    )  # fmt: skip
     subject = replace(subject, executor=executor)
     options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
     check_out(out, {"--model": model, "--vae": vae, "--base": base, "--batches": batches})
     finish(bench.run(options, progress_printer(subject)), out, as_json, print_stream)
 
 
-@app.command()
+@app.command(cls=Command)
+def serve(
+    url: str | None = typer.Option(None, help="A running server, such as http://127.0.0.1:8000.  [default: start one]"),
+    sessions: int = typer.Option(4, min=1, help="Measure 1 to N sessions at a time, until one is refused."),
+    seconds: float = typer.Option(20.0, min=1.0, help="Length of each measurement."),
+    prompt: str = typer.Option(DEFAULT_PROMPT, help="Prompt of all sessions."),
+    media: str = typer.Option("jpeg", help="h264, vp9, fmp4, jpeg or raw."),
+    token: Path | None = typer.Option(None, metavar="FILE", help="File with the server's token."),
+    arguments: list[str] = typer.Option(
+        [], "--with", metavar="OPTION", help="An option for the server that is started, such as --with=--model=DIR."
+    ),
+    out: Path | None = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Measure live sessions of a server as clients see them.
+
+    Each session plays at the video's rate and sends a control every one to two and a half seconds. The table has, for 1
+    to N sessions at a time: first picture, interval between blocks, control to pixel (p50, p95, p99), late blocks, and
+    the times that a player had nothing to show. A refusal of the next session ends it, and is shown with its numbers.
+
+    Example: inferix bench serve --sessions 3 --seconds 30
+    """
+    from ..bench import serve as bench
+    from ..runtime.files import check_output, write_atomically
+    from ..serve.settings import read_token
+    from .serve import check_packages
+
+    check_packages()
+    if out is not None:
+        check_output(out)
+    secret = None if token is None else read_token(token)
+    console = Console(stderr=True)
+    result = bench.run(
+        url, [*arguments, f"--sessions={sessions}"], sessions, seconds, prompt, media, secret, console.print
+    )
+    if out is not None:
+        write_atomically(out, lambda part: part.write_text(json.dumps(result, indent=1), "utf-8"))
+    if as_json:
+        typer.echo(json.dumps(result["rows"]))
+    else:
+        print_serve(result["rows"])
+
+
+def print_serve(rows: list[dict[str, Any]]) -> None:
+    """Print the table of `bench serve`."""
+    table = Table("sessions", "first picture", "interval p50/p95/p99", "control to pixel p50/p95/p99", "blocks", "late",
+                  "underruns", "server memory")  # fmt: skip
+    for row in rows:
+        cells = [in_milliseconds(row[name]) for name in ("first_picture", "interval", "control_to_pixel")]
+        cells[0] = cells[0].partition(" / ")[0] + " ms"
+        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f} MB"
+        counts = (str(row[name]) for name in ("blocks", "late_blocks", "underruns"))
+        table.add_row(str(row["sessions"]), *cells, *counts, memory)
+    console = plain_console()
+    console.print(table)
+    for row in rows:
+        if row["refused"]:
+            console.print(f"session {row['sessions'] + 1} was refused: {row['refused']}")
+
+
+def in_milliseconds(quantiles: dict[str, float] | None) -> str:
+    return "" if quantiles is None else " / ".join(f"{value * 1e3:.0f}" for value in quantiles.values()) + " ms"
+
+
+@app.command(cls=Command)
+def engines(
+    engine: list[Path] = typer.Option(
+        ..., metavar="DIR", help="Folder that inferix export wrote; repeatable, for several targets of one model."
+    ),
+    executor: list[str] = typer.Option(["eager", "fused"], metavar="NAME", help=f"{EXECUTOR_NAMES}; repeatable."),
+    blocks: int = typer.Option(20, min=2, help="Blocks timed at a full window."),
+    threads: int = typer.Option(0, min=0, help="Threads of each program.  [default: one per core]"),
+    seed: int = SEED,
+    out: Path | None = typer.Option(None, help="JSON file for the times, with every sample."),
+    as_json: bool = JSON,
+) -> None:
+    """Time exported engines beside the executors of the model that they were made of.
+
+    All make the same stream, a block of each in turn, and latents are compared with the first executor's. The model is
+    the one that the engines' plans name.
+
+    Example: inferix bench engines --engine world --blocks 5
+    """
+    from ..bench import engines as bench
+    from ..runtime.files import write_atomically
+
+    check_out(out, {"--engine": engine[0]})
+    console = Console(stderr=True)
+    show = lambda line: console.print(line, highlight=False, soft_wrap=True)  # noqa: E731
+    times = bench.measure(engine, executor, blocks, seed, threads, show)
+    text = json.dumps(bench.facts(times))
+    if out is not None:
+        write_atomically(out, lambda part: part.write_text(text + "\n", "utf-8"))
+    if as_json:
+        return typer.echo(text)
+    first = next(iter(times.values()))
+    table = Table("candidate", "block", *bench.PARTS, f"{next(iter(times))} / it", "off by")
+    for name, one in times.items():
+        ratio = median(a / b for a, b in zip(first.blocks, one.blocks, strict=True))
+        cells = (in_unit(median(one.parts[part]), "s") for part in bench.PARTS)
+        table.add_row(name, in_unit(one.median, "s"), *cells, f"{ratio:.2f}", f"{one.difference:.1e}")
+    plain_console().print(table)
+
+
+@app.command(cls=Command)
 def report(
     folder: Path = typer.Argument(metavar="DIR", help="Folder of results, read with its subfolders."),
     out: Path = typer.Option(Path("performance.md"), help="Page to write; its pictures go into a folder beside it."),
@@ -235,7 +345,7 @@ def report(
 
     GPU and CPU results have separate sections; goals are shown only for GPUs.
 
-    Example: inferix bench report bench/results --out docs/performance.md
+    Example: inferix bench report results --out performance.md
     """
     from ..bench.plots import has_matplotlib
     from ..bench.report import write_report
@@ -246,7 +356,7 @@ def report(
     typer.echo(json.dumps([str(path) for path in written]) if as_json else f"{out}, {len(written) - 1} pictures")
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     a: Path = typer.Argument(metavar="A.json", help="The earlier result."),
     b: Path = typer.Argument(metavar="B.json", help="The later result."),
@@ -260,7 +370,7 @@ def compare(
     no change if it lies entirely within; otherwise the verdict is `unsure`. Both results must have the same kind, model
     and type of device; other differences are listed.
 
-    Example: inferix bench compare results/before.json results/after.json --fail-on-slower
+    Example: inferix bench compare results/before.json results/block.json
     """
     from ..bench.compare import STATISTIC
     from ..bench.compare import compare as compared
@@ -301,6 +411,7 @@ def the_subject(
     size: str | None,
     vae: str | None,
     base: str | None,
+    names: str | None,
     device: str | None,
     dtype: str | None,
     seed: int,
@@ -313,8 +424,8 @@ def the_subject(
 
     return Subject(
         model=model, preset=preset, random_weights=random_weights, frames_in_window=frames_in_window,
-        size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, seed=seed,
-        overrides=parse_settings(settings), offline=offline, force=force,
+        size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, names=names,
+        seed=seed, overrides=parse_settings(settings), offline=offline, force=force,
     )  # fmt: skip
 
 

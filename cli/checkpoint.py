@@ -9,18 +9,20 @@ from pathlib import Path
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+from .help import Command, group
+
+app = group()
 
 
 @app.callback()
 def checkpoint() -> None:
     """Write, convert and inspect checkpoints.
 
-    Example: inferix checkpoint inspect model.safetensors
+    Example: inferix checkpoint inspect tiny/
     """
 
 
-@app.command()
+@app.command(cls=Command)
 def random(
     destination: Path = typer.Argument(..., metavar="DST", help="File or folder to write."),
     spec: str = typer.Option(..., help="Name of the model's sizes, such as wan-tiny or wan-1.3b."),
@@ -38,7 +40,7 @@ def random(
     typer.echo(f"wrote {destination}: {spec}, random weights, format {format}, {dtype}, seed {seed}")
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     source: Path = typer.Argument(..., metavar="SRC", help="Checkpoint file or folder, in any format."),
     destination: Path = typer.Argument(..., metavar="DST", help="Folder to write."),
@@ -53,7 +55,7 @@ def convert(
 
     A VAE and a text encoder beside the transformer are converted too.
 
-    Example: inferix checkpoint convert longlive/ longlive-diffusers/ --dtype bfloat16
+    Example: inferix checkpoint convert tiny/ tiny-original/ --format original --dtype bfloat16
     """
     from ..export.checkpoint import convert as write
 
@@ -63,7 +65,7 @@ def convert(
     typer.echo(f"wrote {destination}: {source} in format {format}")
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     path: Path = typer.Argument(..., help="Checkpoint file or folder."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line instead of text."),

@@ -10,12 +10,14 @@ import json
 import os
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..export.targets import TARGETS, Target
 from ..version import __version__
 from .options import counted
 
@@ -27,8 +29,12 @@ GIVES = {
     "triton": "the GPU kernels of inferix.kernels",
     "cuda-python": "nothing yet: CUDA graphs and device facts come from torch and NVML; in no extra",
     "flash-attn": "one more form of block attention, for comparison and where it is asked for",
-    "tensorrt": "running exported engines; this version does not use it yet",
-    "onnx": "exported graphs; this version does not use it yet",
+    "onnx": "export to the targets onnx and openvino, with onnxscript",
+    "onnxscript": "export to the targets onnx and openvino, with onnx",
+    "onnxruntime": "runs engines of target onnx",
+    "openvino": "exports and runs engines of target openvino",
+    "tensorrt": "builds and runs engines of target tensorrt, which nobody has done yet",
+    "uvicorn": "inferix serve, with the other packages of the extra serve",
     "diffusers": "the other implementation that the tests compare with",
 }
 
@@ -71,6 +77,17 @@ def gpu_facts() -> list[dict[str, Any]]:
     ]
 
 
+def engines(target: Target) -> str:
+    """Return whether engines of a target can be exported and run here."""
+    runs, missing = find_spec(target.runtime) is not None, target.missing
+    if missing:
+        install = f"pip install 'inferix-runtime[{target.extra}]'"
+        return f"can be run; to export: {install}" if runs else f"missing: {install}"
+    if not runs:
+        return f"can be exported; to run: pip install {target.runtime}"
+    return f"can be exported and run; run on {target.ran}"
+
+
 def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: dict[str, Any]) -> dict[str, str]:
     """Return the state of each feature in one line."""
     unit = cpu["bfloat16"]
@@ -87,11 +104,11 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: d
         ),
         "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
         "video files": needs("av"),
+        "serving": "works" if packages["uvicorn"] else "missing: pip install 'inferix-runtime[serve]'",
         "prompts as text": needs("transformers"),
         "prompt cleaning": needs("ftfy"),
         "GPU kernels": needs("triton") if gpus else f"{without}, run where there is a GPU",
-        "export to engines": "not in this version",
-    }
+    } | {f"engines of target {target.name}": engines(target) for target in TARGETS.values()}
 
 
 def chosen_kernels(gpus: list[dict[str, Any]]) -> dict[str, str]:

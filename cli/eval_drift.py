@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import InferixError, UsageError
+from .help import Command
 from .options import FORCE, OFFLINE, parse_settings, parse_size
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ LVBENCH = {
 def register(app: typer.Typer) -> None:
     """Add the commands to `inferix eval`."""
     for command in (drift, lvbench, compare, run):
-        app.command()(command)
+        app.command(cls=Command)(command)
 
 
 def drift(
@@ -62,7 +63,7 @@ def drift(
 
     A video that cannot be read or has fewer frames than segments is skipped and listed, and the exit code is 1.
 
-    Example: inferix eval drift outputs/*.mp4 --out outputs/drift
+    Example: inferix eval drift outputs/*.mp4 --out outputs/a
     """
     settings = settings_of(metrics, segments, fps, size)
     entries = None
@@ -86,7 +87,7 @@ def lvbench(
     metrics scored here have other names, and their figures are not LV-Bench's. Prompt changes do not end segments,
     since the published code does not know them; `inferix eval drift --prompts` does.
 
-    Example: inferix eval lvbench --videos outputs/minutes --prompts prompts.jsonl --out outputs/lvbench
+    Example: inferix eval lvbench --videos outputs --out outputs/lvbench
     """
     from ..evaluate.prompt_lists import read_prompts, videos_in
 
@@ -109,7 +110,7 @@ def compare(
     Videos of the same names in both are compared in pairs, which narrows the intervals. A difference counts if its
     interval does not contain 0.
 
-    Example: inferix eval compare outputs/a/drift.json outputs/b/drift.json
+    Example: inferix eval compare outputs/a/drift.json outputs/lvbench/drift.json
     """
     from ..evaluate.results import compare as compared
     from ..evaluate.results import read_results
@@ -155,7 +156,7 @@ def run(
     Every prompt is made with every seed. A run that was stopped goes on where it was when started again with the same
     folder: finished videos and scores are used as they are. A model with actions takes a random walk of the seed.
 
-    Example: inferix eval run --prompts prompts.txt --seconds 60 --seeds 4 --out outputs/study
+    Example: inferix eval run --prompts prompts.txt --seconds 5 --seeds 2 --out outputs/study
     """
     from ..evaluate.prompt_lists import read_prompts
     from ..evaluate.results import results_of

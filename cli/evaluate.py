@@ -12,8 +12,9 @@ from rich.table import Table
 from ..errors import UsageError
 from ..version import __version__
 from . import eval_drift
+from .help import Command, group
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = group()
 
 
 @app.callback()
@@ -26,7 +27,7 @@ def common() -> None:
     """
 
 
-@app.command()
+@app.command(cls=Command)
 def tinyworld(
     model: str = typer.Option("tinyworld", help="Checkpoint folder of a model trained on the small world."),
     walks: int = typer.Option(32, min=1, help="Walks for each figure, and free streams of 60 s."),
@@ -41,7 +42,7 @@ def tinyworld(
     Figures: camera moves that follow the action, PSNR where the simulator determines the picture, landmarks that
     return, the hero, drift over 60 s, and collapse in long runs. A full run takes about half an hour on two cores.
 
-    Example: inferix eval tinyworld --walks 8 --seeds 2 --minutes 1 --out outputs/eval
+    Example: inferix eval tinyworld --walks 1 --seeds 1 --minutes 1 --out outputs/eval
     """
     if not minutes >= 1:
         raise UsageError(f"--minutes is {minutes:g}; expected 1 or more, since drift is measured over 60 s")

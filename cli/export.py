@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..errors import UsageError, quoted
 from ..export.targets import FEATURES, TARGETS, presets_of
-from .options import FORCE, OFFLINE, UNTRAINED, check_settings, parse_settings, parse_size
+from .options import FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, check_settings, parse_settings, parse_size
 
 WIDTH = 100  # columns where the output is no terminal
 
@@ -43,7 +43,8 @@ def export(
     text_encoder: str | None = typer.Option(None, help="Text encoder file or folder, if not with model or base."),
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
     lora_scale: float = typer.Option(1.0, help="Factor of the adapter's weights."),
-    preset: str | None = typer.Option(None, help="Named scheme.  [default: the model's own, or self-forcing]"),
+    preset: str | None = PRESET,
+    names: Path | None = NAMES,
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
     target: str = typer.Option("onnx", help=f"Format of the programs: {', '.join(TARGETS)}."),
     out: Path | None = typer.Option(None, help="Folder to write; it must be new or empty."),
@@ -66,7 +67,7 @@ def export(
 
     Example: inferix export --out world
 
-    Example: inferix export --model self-forcing --prompt prompts.txt --size 832x480 --out engine
+    Example: inferix export --model tiny/ --preset self-forcing --prompt prompts.txt --size 64x64 --out engine
     """
     from ..export.engine_folder import export_engine, read_prompts
     from ..export.plan import FILE, read_plan
@@ -75,7 +76,7 @@ def export(
         raise UsageError("--out is missing; give the folder to write")
     overrides = parse_settings(settings)
     check_settings(ctx, overrides)
-    parts = {"base": base, "vae": vae, "text_encoder": text_encoder, "lora": lora}
+    parts = {"base": base, "vae": vae, "text_encoder": text_encoder, "lora": lora, "names": names}
     given = {key: value for key, value in parts.items() if value is not None}
     folder = export_engine(
         model, preset, out=out, target=target, size=parse_size(size) if size else None, dtype=dtype, unroll=unroll,

@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from itertools import islice, pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from typer.core import TyperCommand
 
 from ..errors import InferixError, UsageError, nearest, one_line, quoted
 from ..runtime.executor_specs import default_executor
@@ -36,19 +35,26 @@ from ..runtime.media_input import check_fit, read_video
 from ..runtime.sinks import Pump
 from ..schemes.actions import read_actions
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
+from ..schemes.preset_file import is_preset_file
 from ..schemes.storyboard import Cue, read_storyboard, schedule
 from ..user_yaml import read_yaml
 from ..version import __version__
+from .help import Command
 from .options import (
     EXECUTOR,
     FORCE,
+    GPUS,
+    NAMES,
     OFFLINE,
+    PARALLEL,
+    PRESET,
     UNTRAINED,
     check_beside_engine,
     check_settings,
     counted,
     parse_settings,
     parse_size,
+    ranks_of_launcher,
 )
 from .presets import print_presets
 
@@ -109,7 +115,7 @@ def parse_cue(text: str) -> Cue:
         raise UsageError(f'--prompt-at {quoted(seconds)} is no time; expected SECONDS "PROMPT"') from error
 
 
-class PromptAt(TyperCommand):
+class PromptAt(Command):
     """A command whose `--prompt-at` takes two values; they are joined to one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -152,11 +158,32 @@ def check_length(blocks: int | None, seconds: float | None) -> None:
 
 
 def sheet_indices(count: int, block: int, blocks: int) -> list[int]:
-    """Choose the frames of a block with `count` frames for the contact sheet, which stays small for a long video."""
+    """Choose the frames of a block for the contact sheet, its last among them; a long video's sheet stays small."""
     if block % math.ceil(blocks / SHEET_FRAMES):
         return []
     chosen = min(count, max(1, SHEET_FRAMES // blocks))
-    return [index * count // chosen for index in range(chosen)]
+    return [(index + 1) * count // chosen - 1 for index in range(chosen)]
+
+
+def fitted(script: list[str], frames: int, repeat: bool, console: Console) -> list[str]:
+    """Return the actions for a video of `frames` latent frames after the first: cut, or repeated if asked."""
+    if repeat:
+        return list(islice(cycle(script), frames))
+    if len(script) > frames:
+        console.print(f"--actions has {counted(len(script), 'action')}; the video ends after {frames}", highlight=False)
+    return script[:frames]
+
+
+def label_of(engine: Engine, script: list[str]) -> Callable[[int], str]:
+    """Return a function that labels a frame by its number: its time and, with a script, its action."""
+    stride, rest = engine.spec.vae_stride[0], next(iter(engine.spec.actions), "")
+
+    def label(frame: int) -> str:
+        latent = -(-frame // stride)
+        action = (script[latent - 1] if latent <= len(script) else rest) if script and latent else ""
+        return f"{frame / engine.fps:.1f} s" + (f", {action}" if action else "")
+
+    return label
 
 
 @contextmanager
@@ -183,8 +210,18 @@ def progress_bar(console: Console, blocks: int) -> Iterator[Any]:
         yield advance
 
 
-def record_blocks(stream: Iterable[Any], blocks: int, advance: Any, result: Result, samples: list[Any]) -> None:
-    """Run the stream; adds finished blocks to `result`, and latents or (label, frame)s for the sheet to `samples`."""
+def record_blocks(
+    stream: Iterable[Any],
+    blocks: int,
+    advance: Any,
+    result: Result,
+    samples: list[Any],
+    label: Callable[[int], str],
+) -> None:
+    """Run the stream; adds finished blocks to `result`, and latents or (label, frame)s for the sheet to `samples`.
+
+    label: of a frame's number.
+    """
     start = time.perf_counter()
     for block in stream:
         made, count = len(result.blocks), 0
@@ -193,7 +230,7 @@ def record_blocks(stream: Iterable[Any], blocks: int, advance: Any, result: Resu
         else:
             count = len(block.frames)
             chosen = sheet_indices(count, made, blocks)
-            samples += [(str(result.frames + index), block.frames[index].copy()) for index in chosen]
+            samples += [(label(result.frames + index), block.frames[index].copy()) for index in chosen]
         made_block = {"index": block.index, "frames": count, "timings": dict(block.timings)}
         drift = block.record.drift
         result.blocks.append(made_block if drift is None else made_block | {"drift": drift})
@@ -260,10 +297,7 @@ def noted_warnings(notes: list[str]) -> Iterator[None]:
 
 def frames_of(engine: Engine, blocks: int) -> int:
     """Return the pixel frames of the first `blocks` blocks."""
-    latent = 0
-    for _ in range(blocks):
-        latent += engine.preset.block_size(latent)
-    return (latent - 1) * engine.spec.vae_stride[0] + 1
+    return (engine.preset.latent_frames(blocks) - 1) * engine.spec.vae_stride[0] + 1
 
 
 def read_source(
@@ -317,15 +351,16 @@ def generate(
     lora: str | None = typer.Option(None, help="LoRA adapter, file or folder, merged into the weights."),
     lora_scale: float = typer.Option(1.0, help="Factor of the adapter's weights."),
     lora_partial: bool = typer.Option(False, "--lora-partial", help="Merge an adapter that fits only in part."),
-    preset: str | None = typer.Option(
-        None, help="Named sampler and context settings.  [default: the model's own, or self-forcing]"
-    ),
+    preset: str | None = PRESET,
+    names: Path | None = NAMES,
     prompt: str | None = typer.Option(None, help="Content of the video, as text."),
     prompt_embeds: Path | None = typer.Option(None, help="File of text-encoder output, instead of a prompt."),
     seconds: float | None = typer.Option(None, help="Length in seconds, rounded up to whole blocks."),
     blocks: int | None = typer.Option(None, help=f"Length in blocks.  [default: {DEFAULT_BLOCKS}, or as --actions]"),
     seed: int = typer.Option(0, help="Seed of the noise."),
-    out: Path = typer.Option(Path("out.mp4"), help="Video to write; .json and .png go beside it."),
+    out: Path = typer.Option(
+        Path("out.mp4"), "--out", "-o", help="Video to write: .mp4, .mov, .mkv, .webm, .gif; .json and .png beside it."
+    ),
     image: Path | None = typer.Option(None, help="First picture of the video."),
     video: Path | None = typer.Option(None, help="Video to continue."),
     fit: str = typer.Option(
@@ -345,14 +380,20 @@ def generate(
     actions: str | None = typer.Option(
         None,
         metavar='"8R 8U ..."',
-        help="Actions of the hero, one per latent frame: 8R, 4U, stay; or a .json file with a list of names.  "
+        help="Actions of the hero, one per latent frame: 8R, 4U, stay; or a .json file with a list of names. A longer "
+        "video rests after them.  "
         f"[default for the small world: {DEFAULT_ACTIONS}, unless a length is given]",
+    ),
+    repeat_actions: bool = typer.Option(
+        False, "--repeat-actions", help="Repeat --actions to the end of the video, instead of a rest after them."
     ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = EXECUTOR,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     profile: Path | None = typer.Option(
         None, metavar="DIR", help="Folder for a trace and a table of each block's time by call."
@@ -376,16 +417,21 @@ def generate(
 
     Example: inferix generate --prompt "a purple wizard in a sandy desert by day" --actions "8R 4U 4S" --out wizard.mp4
 
-    Example: inferix generate --model self-forcing --prompt "a paper boat on a canal" --seconds 5
+    Example: inferix generate --model tiny/ --size 64x64 --blocks 2 --set local_attn_size=6 -o boat.gif
 
-    Example: inferix generate --model model.pt --base Wan2.1-T2V-1.3B --seconds 5 --set local_attn_size=21
+    Example: inferix generate --preset longlive --size 64x64 --prompt "a street" --prompt-at 1 "snow" --seconds 2
 
-    Example: inferix generate --preset longlive --prompt "a street" --prompt-at 2 "snow falls" --seconds 4
+    Over two ranks: inferix generate --preset longlive --size 64x64 --gpus 2 --device cpu
+
+    With published weights, which are downloaded (some 20 GB): inferix generate --model self-forcing --prompt "a paper
+    boat on a canal" --seconds 5
     """
     check_length(blocks, seconds)
-    given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--base": base, "--vae": vae}
+    given_parts: dict[str, object] = {"--model": model, "--preset": preset, "--names": names, "--base": base}
+    given_parts["--vae"] = vae
     given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
     given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
+    given_parts |= {"--gpus": gpus, "--parallel": parallel}
     check_beside_engine(exported, given_parts)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
@@ -395,13 +441,15 @@ def generate(
     overrides = {**ctx.meta.get("inferix.settings", {}), **parse_settings(settings)}
     check_settings(ctx, overrides)
     chosen_size = parse_size(size) if size else None
+    if repeat_actions and actions is None:
+        raise UsageError("--repeat-actions is given without --actions; give the actions to repeat")
     if prompt_at and storyboard:
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
     check_fit(fit)
     outputs = output_paths(out, latents_only, records, profile)
     inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": exported or model}
-    inputs["--base"] = base
+    inputs |= {"--base": base, "--names": names, "--preset": preset if preset and is_preset_file(preset) else None}
     inputs |= {"--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
     inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
     inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
@@ -419,11 +467,12 @@ def generate(
     from ..runtime.telemetry.records import RecordFile
 
     model = str(exported) if exported is not None else model or default_model(preset)
-    parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder}
+    parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder, "names": names}
     parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
     if profile is not None and executor is None:  # only graphs have calls to be timed
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)
     parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
+    parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
     if exported is not None:
@@ -443,11 +492,7 @@ def generate(
     if script and count is None:
         count = engine.blocks_for_frames(len(script) + 1)
     count = count or DEFAULT_BLOCKS
-    if script and engine.blocks_for_frames(len(script) + 1) != count:
-        raise UsageError(
-            f"--actions has {len(script)} actions, for {len(script) + 1} latent frames, but the video has {count} "
-            "blocks; leave the length out, or make them agree"
-        )
+    script = fitted(script, engine.preset.latent_frames(count) - 1, repeat_actions, console)
     frame_size = chosen_size or engine.default_size
     warn_of_slow_cpu(engine, frame_size, console)
     advise_dtype(engine, console)
@@ -475,7 +520,8 @@ def generate(
                 sinks = [writer] if writer is not None else []
                 blocks_made = stack.enter_context(Pump(stream, *sinks, first=session.prefix_frames))
                 advance = stack.enter_context(progress_bar(console, count))
-                record_blocks(blocks_made, count, advance, result, samples)
+                label = label_of(engine, script if begun == 0 else [])
+                record_blocks(blocks_made, count, advance, result, samples, label)
         except KeyboardInterrupt:
             result.interrupted = True
         except (InferixError, RuntimeError, MemoryError) as error:

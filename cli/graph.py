@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..errors import UsageError, nearest, quoted
+from ..errors import UsageError, quoted
 from ..runtime.files import check_output, check_paths, write_atomically
-from .options import DEFAULT_MODEL, parse_settings, parse_size
+from .options import DEFAULT_MODEL, NAMES, PRESET, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..graphs.lowered import Lowered
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 
 def graph(
-    model: str | None = typer.Option(None, help=f"Name of the model.  [default: the preset's, or {DEFAULT_MODEL}]"),
-    preset: str | None = typer.Option(None, help="Named scheme.  [default: the model's own, or self-forcing]"),
+    model: str | None = typer.Option(
+        None, help=f"Name of a model, or a checkpoint.  [default: the preset's, or {DEFAULT_MODEL}]"
+    ),
+    preset: str | None = PRESET,
+    names: Path | None = NAMES,
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
     dtype: str | None = typer.Option(
         None, help="Of weights and activations.  [default: bfloat16; with --save and --load the device's default]"
@@ -54,11 +57,11 @@ def graph(
     in a folder for one model, preset, precision, GPU and set of versions. A run with --graphs DIR then traces nothing.
     --load reads them back and refuses graphs for another model or preset than the named one.
 
-    Example: inferix graph --model wan-1.3b --preset self-forcing --svg block.svg
+    Example: inferix graph --model wan-tiny --preset self-forcing --svg block.svg
 
-    Example: inferix graph --preset longlive --without adaln --without gelu
+    Example: inferix graph --model wan-tiny --preset longlive --without adaln --without gelu
 
-    Example: inferix graph --preset krea --lowp fp8 --keep 'blocks.0.*' --pass recompute
+    Example: inferix graph --model wan-tiny --preset krea --lowp fp8 --keep 'blocks.0.*' --pass recompute
 
     Example: inferix graph --model tinyworld --save graphs/ && inferix generate --executor fused --graphs graphs/
     """
@@ -66,7 +69,7 @@ def graph(
     from ..graphs.rewrites import REWRITES, chosen, rewritten
     from ..graphs.rewrites.lowp import PrecisionMap
     from ..graphs.validate import validate
-    from ..models.registry import MODELS, default_preset, make_preset
+    from ..models.registry import default_preset, find_spec, make_preset
     from ..models.transformer import PRECISIONS
     from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
     from ..runtime.kv.page_store import KV_DTYPES
@@ -78,9 +81,6 @@ def graph(
         for rewrite in REWRITES.values():
             typer.echo(f"{rewrite.name:<14}{'on ' if rewrite.default else 'off'}  {rewrite.claim}")
         return
-    if model is not None and model not in MODELS:
-        known = f"graph knows models by name: {', '.join(MODELS)}"
-        raise UsageError(f"--model is {quoted(model)}{nearest(model, MODELS)}; {known}")
     if svg is not None:
         if not svg.parent.is_dir():
             raise UsageError(f"cannot write {quoted(str(svg))}: there is no folder {quoted(str(svg.parent))}")
@@ -98,12 +98,12 @@ def graph(
     check_choice("--precision", precision, PRECISIONS)
     page_dtype = None if kv_dtype in (None, dtype) else KV_DTYPES[kv_dtype]
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **parse_settings(settings))
-    spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
+    spec = find_spec(model or (scheme.about.base if preset else DEFAULT_MODEL), names)
     if lowp is None and (layers or keep):
         raise UsageError(f"{'--layers' if layers else '--keep'} chooses layers of --lowp; give --lowp as well")
     added = [*with_, *(["lowp"] if lowp is not None and "lowp" not in with_ else [])]
     skipped = [name for name in REWRITES if name not in added] if "all" in without else without
-    names = chosen(added, skipped)
+    applied = chosen(added, skipped)
     packed = PrecisionMap(lowp or "fp8", tuple(layers) or EVERY_BLOCK, tuple(keep))
     pictures = parse_size(size) if size else None
     if stored is not None:
@@ -115,16 +115,16 @@ def graph(
         if save is not None and load is not None:
             raise UsageError("--save makes graphs and --load reads them; give one of them")
         low = packed if lowp is not None else None
-        graphs = GraphBuilder(spec, scheme, precision, DTYPES[dtype], device, tuple(names), low, page_dtype)
+        graphs = GraphBuilder(spec, scheme, precision, DTYPES[dtype], device, tuple(applied), low, page_dtype)
         print_stored(graphs, pictures or spec.default_size, stored, save is not None, plan)
         return
     if plan and (only is not None or as_json):
         raise UsageError(f"--plan prints the buffer plan; leave {'--json' if as_json else '--pass'} out")
-    fuse = "fuse-commit" in names
+    fuse = "fuse-commit" in applied
     traced = BlockGraphBuilder(
         spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kv_dtype=page_dtype
     ).build()
-    block = rewritten(traced, names, packed)
+    block = rewritten(traced, applied, packed)
     validate(block)
     if only is not None and only not in {graph.name for graph in block.graphs}:
         passes = ", ".join(repr(graph.name) for graph in block.graphs)

@@ -6,12 +6,13 @@ with the flags of the arguments that they name (`flags.py`); any other exception
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 import warnings
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..errors import InferixError, exit_code, no_memory, one_line
 from ..version import __version__
@@ -21,11 +22,13 @@ from .export import export
 from .flags import with_flags
 from .generate import PromptAt, generate
 from .graph import graph
+from .help import Command, Group, group
 from .plan import plan
 from .play import play
+from .serve import serve
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """The group of all commands; it prints the errors that any of them raises while it parses options or runs."""
 
     def invoke(self, ctx: Any) -> Any:  # the context's class has moved between versions of typer
@@ -44,16 +47,20 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = group(Commands)
 app.command(cls=PromptAt)(generate)
-app.command()(play)
-app.command()(plan)
-app.command()(doctor)
-app.command()(graph)
-app.command()(export)
+app.command(cls=Command)(play)
+app.command(cls=Command)(serve)
+app.command(cls=Command)(plan)
+app.command(cls=Command)(doctor)
+app.command(cls=Command)(graph)
+app.command(cls=Command)(export)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
+
+
+OF_RANKS = (["generate"], ["play"])  # commands that several ranks run
 
 
 def print_version(value: bool) -> None:
@@ -71,14 +78,22 @@ def common(
 ) -> None:
     """Run block-diffusion video models, block by block.
 
-    Start with generate, which makes a video of the small world in this package. play walks through it in the terminal,
-    doctor shows what works on this machine, and plan shows what a real model needs.
+    Start with generate, which makes a video of the small world in this package. play walks through it in the terminal
+    and serve in the browser, doctor shows what works on this machine, and plan shows what a real model needs. Every
+    option is also an environment variable, such as INFERIX_GENERATE_SEED=7.
 
     Example: inferix generate --out video.mp4
     """
 
 
 def main() -> None:
-    """Run the command in sys.argv and exit with its code; typer exits with 2 and 130 itself."""
+    """Run the command in sys.argv and exit with its code; typer exits with 2 and 130 itself.
+
+    A rank above 0 of torchrun or srun takes everything from rank 0.
+    """
+    if sys.argv[1:2] in OF_RANKS and {"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ):
+        from ..runtime.parallel.rank_process import serve_if_ranked
+
+        serve_if_ranked()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     app(prog_name="inferix")

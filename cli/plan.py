@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import typer
 
 from ..errors import UsageError
 from ..runtime.capacity.gpus import CARDS
 from ..runtime.executor_specs import EXECUTORS, default_executor
-from .options import DEFAULT_MODEL, check_settings, parse_settings
+from .options import DEFAULT_MODEL, NAMES, PRESET, check_settings, parse_settings
 
 
 def plan(
     ctx: typer.Context,
-    model: str | None = typer.Option(None, help=f"Name of the model.  [default: the preset's, or {DEFAULT_MODEL}]"),
-    preset: str | None = typer.Option(None, help="Named scheme.  [default: the model's own, or self-forcing]"),
+    model: str | None = typer.Option(
+        None, help=f"Name of a model, or a checkpoint.  [default: the preset's, or {DEFAULT_MODEL}]"
+    ),
+    preset: str | None = PRESET,
+    names: Path | None = NAMES,
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
     memory: str | None = typer.Option(None, help="Available memory, such as 24GB (10^9 bytes) or 22GiB (2^30)."),
     gpu: str | None = typer.Option(None, help=f"A known card, for memory and speed: {', '.join(CARDS)}."),
@@ -43,7 +47,7 @@ def plan(
 
     Example: inferix plan --preset longlive --gpu rtx-4090
 
-    Example: inferix plan --model wan-14b --preset krea --memory 80GB --sessions 2 --vae taehv
+    Example: inferix plan --model wan-14b --preset longlive --memory 141GB --sessions 2 --vae taehv
 
     Example: inferix plan --preset longlive --gpu h200 --tflops 790 --bandwidth 4300
     """
@@ -55,7 +59,9 @@ def plan(
         return
     overrides = parse_settings(settings)
     check_settings(ctx, overrides)
-    load = report.workload(model, preset, size, sessions, dtype, kv_dtype, executor, vae, text_encoder, overrides)
+    load = report.workload(
+        model, preset, size, sessions, dtype, kv_dtype, executor, vae, text_encoder, overrides, names
+    )
     card = report.known_card(gpu) if gpu is not None else None
     if card is not None and card.capability < FP8_CAPABILITY:
         if kv_dtype == "fp8":

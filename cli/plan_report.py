@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, nearest, quoted
-from ..models.registry import MODELS, default_preset, family_of, make_preset
+from ..models.registry import default_preset, family_of, find_spec, make_preset
 from ..runtime.byte_sizes import format_bytes, parse_bytes
 from ..runtime.capacity import planner
 from ..runtime.capacity.gpus import CARDS, Card
@@ -47,14 +48,11 @@ def workload(
     vae: str | None,
     text_encoder: bool,
     settings: dict[str, Any],
+    names: Path | None = None,
 ) -> Workload:
     """Make the workload of the options. Raises UsageError that names the nearest choice for an unknown one."""
-    if model is not None and model not in MODELS:
-        raise UsageError(
-            f"--model is {quoted(model)}{nearest(model, MODELS)}; plan knows models by name: {', '.join(MODELS)}"
-        )
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **settings)
-    spec = MODELS[model or (scheme.about.base if preset else DEFAULT_MODEL)]
+    spec = find_spec(model or (scheme.about.base if preset else DEFAULT_MODEL), names)
     if spec.in_channels != spec.out_channels:
         raise UsageError(f"streams of {spec.name} are not in this version; wan-14b has the same layers without images")
     check_choice("--dtype", dtype, DTYPES)

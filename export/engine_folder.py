@@ -6,12 +6,12 @@ A folder appears when it is complete; a failed export leaves none.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,23 @@ from ..runtime.engine import Engine
 from ..runtime.load import load
 from ..runtime.sampler import Sampler, scheduled_blocks
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
+from ..schemes.page_needs import window
 from ..schemes.presets import FIELDS, Preset
 from ..version import __version__
 from .checkpoint import new_folder
-from .plan import FILE, FORMAT, VERSION, WEIGHTS, describe_files, preset_values
-from .programs import DecoderPrograms, Program, check_model, decoder_programs, pass_programs, solver_matrix
+from .plan import FILE, FORMAT, VERSION, describe_files, preset_values
+from .programs import (
+    FRAMES,
+    PAST,
+    DecoderPrograms,
+    Program,
+    check_model,
+    decoder_programs,
+    pass_programs,
+    solver_matrix,
+)
 from .targets import Target, check_target, find_target
-from .to_onnx import OPSET, WeightFile, write_onnx
+from .trace import Writer
 
 CHECKED_BLOCKS = 12  # blocks whose windows the plan lists, for readers to check themselves with
 CHECKED_NOISE = {"seed": 7, "frame": 3, "draw": 1}
@@ -81,9 +91,13 @@ def write_engine(
     """Write a loaded engine as a folder. prompts: rows [text_len, text_dim] by text; none to write the word encoder."""
     with new_folder(out) as folder, torch.no_grad():
         programs, decoder = describe_programs(engine, size, unroll)
-        write_programs([*programs, *decoder.programs], folder, progress)
+        writer: type[Writer] = resolve_name(target.writer)
+        with writer(folder) as file:
+            for program in [*programs, *decoder.programs]:
+                progress(f"exporting {program.name}")
+                file.write(program)
         text = write_text(engine, folder, prompts)
-        plan = describe_engine(engine, size, target, programs, decoder, text)
+        plan = describe_engine(engine, size, target, programs, decoder, text, writer.options)
         plan["files"] = describe_files(folder)
         (folder / FILE).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
     return Path(out)
@@ -95,18 +109,12 @@ def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tu
     preset, spec = engine.preset, engine.spec
     frames = preset.num_frame_per_block if preset.block_size(0) == preset.num_frame_per_block else None
     sampler = Sampler(preset.sampler)
-    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll)
+    most, block = window(preset), preset.num_frame_per_block
+    limits = {FRAMES: (1, block, most), PAST: (0, most - block, most)}
+    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits)
     latent = spec.latent_size(size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder
-
-
-def write_programs(programs: Iterable[Program], folder: Path, progress: Callable[[str], None]) -> None:
-    with ExitStack() as stack:
-        weights = stack.enter_context(WeightFile(folder / WEIGHTS))
-        for program in programs:
-            progress(f"exporting {program.name}")
-            write_onnx(program, folder, weights)
 
 
 def writes_words(engine: Engine) -> bool:
@@ -130,14 +138,13 @@ def write_text(engine: Engine, folder: Path, prompts: Mapping[str, Tensor]) -> d
 
 def describe_engine(
     engine: Engine, size: tuple[int, int], target: Target, programs: list[Program], decoder: DecoderPrograms,
-    text: dict[str, Any],
+    text: dict[str, Any], options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The plan, but for the hashes of the files."""
     spec, preset = engine.spec, engine.preset
     height, width = spec.latent_size(size)
     sampler = Sampler(preset.sampler)
     rope = engine.parts.transformer.rope
-    packages = ("torch", "onnx", "onnxscript", "onnx-ir")
     return {
         "format": FORMAT, "version": VERSION, "target": target.name,
         "model": {
@@ -165,15 +172,15 @@ def describe_engine(
             "first_pictures": decoder.first_pictures, "pictures": decoder.pictures,
             "state": [list(shape) for shape in decoder.shapes],
         },
-        "programs": {program.name: describe_program(program) for program in [*programs, *decoder.programs]},
+        "programs": {program.name: describe_program(program, target) for program in [*programs, *decoder.programs]},
         "defaults": {
             "prompt": text["prompts"][0] if "prompts" in text else DEFAULT_PROMPT, "seed": 0, "blocks": DEFAULT_BLOCKS,
             "actions": DEFAULT_ACTIONS if spec.actions else None,
         },
         "check": {"windows": check_windows(preset)},
         "built": {
-            "inferix": __version__, "opset": OPSET, "checkpoint": engine.parts.digest(),
-            "packages": {name: metadata.version(name) for name in packages},
+            "inferix": __version__, "options": options, "checkpoint": engine.parts.digest(),
+            "packages": {name: metadata.version(name) for name in dict.fromkeys(("torch", *target.packages))},
         },
     }  # fmt: skip
 
@@ -202,7 +209,7 @@ def describe_noise() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def describe_program(program: Program) -> dict[str, Any]:
+def describe_program(program: Program, target: Target) -> dict[str, Any]:
     """File, inputs and outputs of a program; a dimension that differs from pass to pass has a name."""
     inputs = []
     names = iter(program.names)
@@ -211,7 +218,7 @@ def describe_program(program: Program) -> dict[str, Any]:
             axes = program.dynamic[key]
             shape = [axes.get(axis, length) for axis, length in enumerate(tensor.shape)]
             inputs.append({"name": next(names), "shape": shape})
-    return {"file": f"{program.name}.onnx", "inputs": inputs, "outputs": list(program.results)}
+    return {"file": f"{program.name}{target.suffix}", "inputs": inputs, "outputs": list(program.results)}
 
 
 def check_windows(preset: Preset) -> list[dict[str, Any]]:

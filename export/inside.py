@@ -6,7 +6,7 @@ pass gathers the pages that it sees into the tensors that a program reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,8 +30,8 @@ from ..runtime.executor_specs import MODEL_EXECUTORS, ExecutorSpec
 from ..runtime.limits import Limits
 from ..runtime.telemetry.profile import Profile
 from ..schemes.presets import FIELDS, Preset, with_settings
-from .plan import WEIGHTS, Plan, read_plan, restored
-from .run import OnnxProgram, Program
+from .backends import LoadProgram, Program, program_loader
+from .plan import Plan, read_plan, restored
 from .targets import TARGETS, check_target
 from .word_table import PromptTable
 
@@ -42,15 +42,14 @@ MODEL_EXECUTORS["exported"] = ExecutorSpec(
     kv_dtypes=("float32",),
 )  # fmt: skip
 
-LoadProgram = Callable[[Path], Program]
-
 
 def load_exported(
-    folder: str | Path, limits: Limits, settings: Mapping[str, Any], load_program: LoadProgram = OnnxProgram
+    folder: str | Path, limits: Limits, settings: Mapping[str, Any], load: LoadProgram | None = None
 ) -> Engine:
     """Load an exported engine. settings: `KEPT` ones, and fields of the preset that its programs do not depend on.
 
-    Raises UsageError for a setting that the engine was not made for, CheckpointError for a damaged folder.
+    load: makes a program from its file; by default the backend of the plan's target. Raises UsageError for a setting
+    that the engine was not made for, CheckpointError for a damaged folder, InferixError for a missing runtime.
     """
     plan = read_plan(folder)
     for key in settings:
@@ -63,7 +62,8 @@ def load_exported(
     source = plan["model"]["source"]
     config = EngineConfig.of(source, preset.name, device="cpu", dtype=plan["dtype"],
                             executor="exported", engine=str(folder), **kept)  # fmt: skip
-    programs = {name: load_program(path) for name in plan["programs"] if (path := plan.program(name)) is not None}
+    load = load or program_loader(plan)
+    programs = {name: load(path) for name in plan["programs"] if (path := plan.program(name)) is not None}
     return Engine(config, preset, exported_components(plan, preset, programs), limits)
 
 
@@ -84,7 +84,7 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
         form="exported",
         digest=lambda: plan["built"]["checkpoint"],
         size=size,
-        fingerprints=dict.fromkeys(("transformer", "decoder"), plan["files"][WEIGHTS]["sha256"][:16]),
+        fingerprints=dict.fromkeys(("transformer", "decoder"), plan.fingerprint),
     )
 
 

@@ -20,7 +20,6 @@ from ..user_files import read_json
 
 FORMAT, VERSION = "inferix-engine", 1
 FILE = "plan.json"
-WEIGHTS = "weights.bin"
 SCHEMA = Path(__file__).parent / "plan.schema.json"
 
 
@@ -37,6 +36,12 @@ class Plan:
     @cached_property
     def preset(self) -> Preset:
         return preset_of(self.values["preset"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the hashes of all files."""
+        hashes = "".join(facts["sha256"] for _, facts in sorted(self.values["files"].items()))
+        return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
     def program(self, name: str) -> Path | None:
         """The file of a program; None if the engine has none."""

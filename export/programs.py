@@ -13,8 +13,8 @@ The model itself is unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ class Program:
     """A module to export.
 
     inputs: a tensor, or a list of tensors, by argument. dynamic: the axes of each argument's tensors that have a name.
-    names and results: of each tensor, in order.
+    names and results: of each tensor, in order. limits: least, usual and largest size of each named axis.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Program:
     dynamic: dict[str, dict[int, str]]
     names: tuple[str, ...]
     results: tuple[str, ...]
+    limits: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 class WindowAttention:
@@ -223,9 +224,13 @@ def solver_matrix(sampler: Sampler) -> list[list[float]]:
 
 
 def pass_programs(
-    model: Transformer, size: tuple[int, int], sampler: Sampler, frames: int | None, unroll: bool
-) -> list[Program]:
-    """Programs of the transformer. frames: of each block; None where the first block has another number."""
+    model: Transformer, size: tuple[int, int], sampler: Sampler, frames: int | None, unroll: bool,
+    limits: Mapping[str, tuple[int, int, int]],
+) -> list[Program]:  # fmt: skip
+    """Programs of the transformer. frames: of each block; None where the first block has another number.
+
+    limits: least, usual and largest number of frames of a pass and of its past.
+    """
     spec = model.spec
     height, width = spec.latent_size(size)
     heads, channels, layers = spec.num_heads, spec.head_dim, spec.num_layers
@@ -252,7 +257,7 @@ def pass_programs(
         dynamic = {key: own[1] for key in ("latents", "timesteps", "noise", "actions")} | {"rope": own[0], "text": {}}
         dynamic["past"] = {0: PAST}
         flat = tuple(part for key in inputs for part in names.get(key, (key,)))
-        return Program(name, module, inputs, {key: dynamic[key] for key in inputs}, flat, results)
+        return Program(name, module, inputs, {key: dynamic[key] for key in inputs}, flat, results, limits)
 
     programs = [
         Program("prompt", Prompt(model), {"rows": torch.zeros(1, spec.text_len, spec.text_dim)}, {"rows": {}},

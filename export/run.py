@@ -1,4 +1,4 @@
-"""`inferix-run`: play an exported engine with numpy and ONNX Runtime alone.
+"""`inferix-run`: play an exported engine with numpy and its runtime alone.
 
 The block schedule is that of the engine (`schemes`), the programs are those of the folder, and between them is little:
 noise, angles, the solver's weights, and which frame is in which slot of the past. PyAV, if there, writes an MP4.
@@ -11,11 +11,11 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -30,46 +30,25 @@ from ..schemes.fixed_window import FixedWindow
 from ..schemes.page_needs import window
 from ..schemes.storyboard import Cue, schedule
 from ..schemes.timeline import Span, Timeline
+from .backends import LoadProgram, Values, program_loader
 from .numerics import Array, normals, rotated
 from .plan import FILE, Plan, read_plan
 from .word_table import PromptTable
 
-Values = dict[str, Array]
 SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
 EXAMPLE = 'example: inferix-run world/ --prompt "a blue fox in a meadow by day" --actions "8R 4U" --out fox.y4m'
 
 
-class Program(Protocol):
-    """A program of an engine: tensors by name to tensors by name."""
-
-    def __call__(self, values: Mapping[str, Array]) -> Values: ...
-
-
-class OnnxProgram:
-    """A program run by ONNX Runtime on the CPU. threads: 0 for one per core."""
-
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        if find_spec("onnxruntime") is None:
-            raise InferixError("onnxruntime is not installed; pip install onnxruntime")
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.inputs = [value.name for value in self.session.get_inputs()]
-        self.outputs = [value.name for value in self.session.get_outputs()]
-
-    def __call__(self, values: Mapping[str, Array]) -> Values:
-        results = self.session.run(self.outputs, {name: values[name] for name in self.inputs})
-        return dict(zip(self.outputs, results, strict=True))
-
-
 class ExportedEngine:
-    """The programs and the plan of a folder; `open` begins a stream. load: makes a program from its file."""
+    """The programs and the plan of a folder; `open` begins a stream.
 
-    def __init__(self, folder: str | Path, load: Callable[[Path], Program] = OnnxProgram) -> None:
+    threads: of each program, 0 for one per core. load: makes a program from its file, by default the backend of the
+    plan's target. Raises CheckpointError for a damaged folder, InferixError for a missing runtime.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 0, load: LoadProgram | None = None) -> None:
         self.plan = read_plan(folder)
+        load = load or program_loader(self.plan, threads)
         paths = {name: self.plan.program(name) for name in self.plan["programs"]}
         self.programs = {name: load(path) for name, path in paths.items() if path is not None}
         self.prompts = PromptTable(self.plan["text"], self.plan.folder)
@@ -317,7 +296,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if out != STDOUT and out.suffix not in (".y4m", *CONTAINERS):
         raise UsageError(f"--out {quoted(out)} must end in one of .y4m, {', '.join(CONTAINERS)}")
     check_paths({"engine": options.engine / FILE}, {"--out": out, "--latents": options.latents})
-    engine = ExportedEngine(options.engine, lambda path: OnnxProgram(path, options.threads))
+    engine = ExportedEngine(options.engine, options.threads)
     plan, defaults, preset = engine.plan, engine.plan["defaults"], engine.plan.preset
     fps, stride, size = plan["model"]["fps"], plan["size"]["pictures_per_latent"], tuple(plan["size"]["picture"])
     count = options.blocks

@@ -33,26 +33,44 @@ FEATURES = {  # what a preset or a command may ask of an engine
 
 @dataclass(frozen=True)
 class Target:
-    """A format of programs. packages: imported to export. can: features of `FEATURES`. ran: where it has been run."""
+    """A format of programs.
+
+    packages: imported to export. runtime: the package imported to run, by `backend`. writer, backend: places of a
+    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: what it has been run on.
+    """
 
     name: str
     suffix: str
     packages: tuple[str, ...]
     extra: str
+    writer: str
+    backend: str
+    runtime: str
     can: frozenset[str]
     ran: str
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages of the export that are not installed."""
+        return [package for package in self.packages if find_spec(package) is None]
 
 
 SINGLE = frozenset(FEATURES) - {
     "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
     "endless window", "float16", "bfloat16",
 }  # fmt: skip
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", SINGLE, "CPU, by ONNX Runtime"),
-    )
-}
+HERE = __package__
+EVERY = (
+    Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
+           f"{HERE}.backends:OnnxRuntime", "onnxruntime", SINGLE, "CPU, by ONNX Runtime"),
+    Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
+           f"{HERE}.backends:OpenVino", "openvino", SINGLE, "CPU, by OpenVINO"),
+    Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
+           SINGLE, "CPU, by torch"),
+    Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",
+           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, "nothing yet: no GPU was available to this version"),
+)  # fmt: skip
+TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 
 
 def find_target(name: str) -> Target:
@@ -60,9 +78,9 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"target is {name!r}{nearest(name, TARGETS)}; expected one of {', '.join(TARGETS)}")
     target = TARGETS[name]
-    if missing := [package for package in target.packages if find_spec(package) is None]:
+    if target.missing:
         raise InferixError(
-            f"target {name} needs {' and '.join(missing)}; pip install 'inferix-runtime[{target.extra}]'"
+            f"target {name} needs {' and '.join(target.missing)}; pip install 'inferix-runtime[{target.extra}]'"
         )
     return target
 

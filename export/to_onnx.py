@@ -7,21 +7,18 @@ into memory. Opset 23 is the first with attention and RMS norm as operators.
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .plan import WEIGHTS
 from .programs import Program
+from .trace import quiet, trace
 
 OPSET = 23
+WEIGHTS = "weights.bin"
 ALIGNMENT = 4096  # of each tensor in the file of weights: a page of memory
 LEAST_EXTERNAL = 1024  # bytes; smaller tensors stay in the program
 
@@ -34,12 +31,6 @@ class WeightFile:
         self.places: dict[bytes, tuple[int, int]] = {}  # (offset, bytes) by hash
         self.file: BinaryIO = path.open("wb")
 
-    def __enter__(self) -> WeightFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
     def place(self, tensor: NDArray[Any]) -> tuple[int, int]:
         """Offset and bytes of a contiguous tensor in the file; it is appended if it is new."""
         data = tensor.reshape(-1).view(np.uint8).data
@@ -51,52 +42,37 @@ class WeightFile:
         return self.places[key]
 
 
-def write_onnx(program: Program, folder: Path, weights: WeightFile) -> Path:
-    """Write a program to `<name>.onnx`; returns the path."""
-    import onnx_ir
+class OnnxWriter:
+    """Writes programs as ONNX; see `Writer`."""
 
-    dims: dict[str, Any] = {}
-    shapes = {
-        key: like(program.inputs[key], {axis: dims.setdefault(name, torch.export.Dim(name, min=0)) for axis, name in
-                                        axes.items()})
-        for key, axes in program.dynamic.items()
-    }  # fmt: skip
-    with quiet(), torch.no_grad():
-        exported = torch.export.export(program.module.eval(), (), program.inputs, dynamic_shapes=shapes, strict=False)
-        result = torch.onnx.export(
-            exported, dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=list(program.names), output_names=list(program.results),
-        )  # fmt: skip
-    assert result is not None
-    model = result.model
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= LEAST_EXTERNAL:
-            content = np.ascontiguousarray(tensor.numpy())
-            offset, length = weights.place(content)
-            shape = onnx_ir.Shape(content.shape)
-            value.const_value = onnx_ir.ExternalTensor(
-                WEIGHTS, offset, length, tensor.dtype, shape=shape, name=value.name or "", base_dir=folder
-            )
-    path = folder / f"{program.name}.onnx"
-    onnx_ir.save(model, path)
-    return path
+    options: ClassVar[dict[str, Any]] = {"opset": OPSET}
 
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.weights = folder, WeightFile(folder / WEIGHTS)
 
-def like(inputs: Any, axes: dict[int, Any]) -> Any:
-    """The same axes for a tensor, or for each of a list."""
-    return [axes] * len(inputs) if isinstance(inputs, list) else axes
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.weights.file.close()
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the exporter's notes on packages and renamed axes; errors are raised as they are."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    def write(self, program: Program) -> None:
+        import onnx_ir
+
+        with quiet(), torch.no_grad():
+            result = torch.onnx.export(
+                trace(program), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=list(program.names), output_names=list(program.results),
+            )  # fmt: skip
+        assert result is not None
+        model = result.model
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes >= LEAST_EXTERNAL:
+                content = np.ascontiguousarray(tensor.numpy())
+                offset, length = self.weights.place(content)
+                shape = onnx_ir.Shape(content.shape)
+                value.const_value = onnx_ir.ExternalTensor(
+                    WEIGHTS, offset, length, tensor.dtype, shape=shape, name=value.name or "", base_dir=self.folder
+                )
+        onnx_ir.save(model, self.folder / f"{program.name}.onnx")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from ..errors import UsageError, quoted
+from ..plugins import installed
 from .adaln import SPEC as ADALN
 from .block_attention import SPEC as BLOCK_ATTENTION
+from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC
 from .denoise_step import SPEC as DENOISE_STEP
 from .frame_noise import SPEC as FRAME_NOISE
 from .kv_pages import SPEC as KV_PAGES
@@ -22,9 +25,22 @@ SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
         ROPE_APPEND,
     )
 }  # fmt: skip
-PLAIN: dict[str, OpSpec] = {spec.name: spec for spec in (LINEAR_GELU, FRAME_NOISE)}  # torch's own ops
+PLAIN: dict[str, OpSpec] = {
+    spec.name: spec for spec in (LINEAR_GELU, FRAME_NOISE, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC)
+}  # torch's own ops
 
 
 def op_spec(name: str) -> OpSpec | None:
     """The spec of `inferix::<name>`; None for an op that is not in the catalog."""
     return SPECS.get(name) or PLAIN.get(name)
+
+
+def register_installed() -> None:
+    """Add the ops of installed packages. UsageError for a name that is taken."""
+    for name, spec in installed("inferix.ops", KernelSpec):
+        if op_spec(spec.name) is not None:
+            raise UsageError(f"entry point {quoted(name)} has op {quoted(spec.name)}, which there is; rename the op")
+        SPECS[spec.name] = spec
+
+
+register_installed()

@@ -60,14 +60,17 @@ class Checkpoint:
 class Format:
     """Layout of a published checkpoint.
 
-    names: the family's name for a set of tensor names. file: name of the file. weights: keys under which a training
-    file stores the weights, best first; none for a flat file. lora: file name of an adapter that belongs to it.
+    names: the family's name for a set of tensor names, or a table of its own, from the family's names to the file's,
+    with `*` for the layer number. file: name of the file. weights: keys under which a training file stores the
+    weights, best first; none for a flat file. lora: file name of an adapter that belongs to it. strip: prefixes of the
+    file's names that the table does not have.
     """
 
-    names: str
+    names: str | Mapping[str, str]
     file: str
     weights: tuple[str, ...] = ()
     lora: str | None = None
+    strip: tuple[str, ...] = ()
 
 
 class PromptEncoder(Protocol):
@@ -108,7 +111,8 @@ class Family(ABC):
 
     name: what `ModelSpec.family` says. models: sizes by name. presets: decoding schemes, the default one first.
     formats: checkpoint formats by name. shipped: folder of the weights of models that are in the package, by name.
-    demo: the named model that runs where a preset of the family is named alone.
+    demo: the named model that runs where a preset of the family is named alone. examples: prompts that its models
+    follow.
     """
 
     name: str
@@ -117,6 +121,7 @@ class Family(ABC):
     formats: Mapping[str, Format] = {}
     shipped: Mapping[str, Path] = {}
     demo: str
+    examples: Sequence[str] = ()
 
     # Transformer
 
@@ -161,6 +166,14 @@ class Family(ABC):
         Raises UsageError if it is no transformer of the family, CheckpointError for a broken file.
         """
         raise self.lacks("checkpoint reader", quoted(path))
+
+    def read_named(self, path: Path, layout: Format, use_ema: bool, known: Collection[ModelSpec]) -> Checkpoint:
+        """Map a checkpoint file or folder in a layout that has a table of names of its own; as `read`."""
+        raise self.lacks("reader for other tensor names", quoted(str(path)))
+
+    def changed_names(self, base: str, changes: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the table of names of the format `base` with some changed. UsageError for names it does not have."""
+        raise self.lacks("reader for other tensor names", base)
 
     def parts_beside(self, checkpoint: Checkpoint) -> dict[str, Path | None]:
         """Find the other parts of a model beside its transformer, by the argument of `load` that names each."""

@@ -7,6 +7,7 @@ takes.
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import mmap
@@ -16,7 +17,8 @@ import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, UsageError, quoted
+from ..errors import LONGEST_QUOTE, CheckpointError, UsageError, quoted, quoted_all
 from .scaled_weights import unscaled
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
 OLD_PICKLES = 5  # of such a file, before the values of its tensors
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 64_000_000  # bytes; the largest published, a tokenizer, has 17 MB
+MOST_COMPARED = 4000  # names of a file, for an error about one that it lacks
 MOST_SHARING = 4  # times that tensors of one file may use its bytes, as tied weights do
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -273,6 +276,13 @@ def all_tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
                 left.append(part)
 
 
+def alike_in_file(name: str, names: Iterable[str]) -> str:
+    """Format the ten of `names` that are most like `name`, for an error about a tensor that a file lacks."""
+    cuts = [other[:LONGEST_QUOTE] for other in islice(names, MOST_COMPARED)]
+    found = difflib.get_close_matches(name[:LONGEST_QUOTE], cuts, n=10, cutoff=0.0)
+    return f"; nearest in the file: {quoted_all(found, 10)}" if found else ""
+
+
 def fill(
     module: Model,
     tensors: Mapping[str, Tensor],
@@ -283,7 +293,8 @@ def fill(
 ) -> Model:
     """Load tensors into a meta-device module, one at a time, each through `change`.
 
-    Raises CheckpointError that lists every missing, unexpected or mis-shaped tensor, or names one that is not finite.
+    Raises CheckpointError that lists the missing, unexpected or mis-shaped tensors and the ten in the file that are
+    most like the first missing one, or names one that is not finite.
     """
     expected = module.state_dict()
     wrong = [f"{name} {list(empty.shape)}: missing" for name, empty in expected.items() if name not in tensors]
@@ -295,7 +306,10 @@ def fill(
     ]
     if wrong:
         more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise CheckpointError(f"{quoted(source)} does not fit the model: {'; '.join(wrong[:12])}{more}")
+        missing = next((name for name in expected if name not in tensors), None)
+        others = [name for name in tensors if name not in expected] or tensors
+        near = alike_in_file(missing, others) if missing else ""
+        raise CheckpointError(f"{quoted(source)} does not fit the model: {'; '.join(wrong[:12])}{more}{near}")
     state = {
         name: finite(source, name, change(name, unscaled(tensors[name])).to(device=device, dtype=dtype))
         for name in expected

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.presets import About
-from .registry import MODELS, PRESETS
+from .registry import MODELS, PRESETS, find_preset
 
 NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<file>[^:]+))?")
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -109,8 +109,8 @@ def published(model: str, preset: str | None, offline: bool) -> tuple[Files, str
     owner = next((one.about for one in PRESETS.values() if one.about.weights == repository and one.about.files), None)
     if owner is not None and file in (None, owner.files[0]):
         return Files(repository, owner.files), owner.files[0], owner
-    if owner is None and preset in PRESETS:
-        owner = PRESETS[preset].about
+    if owner is None and preset is not None:
+        owner = find_preset(preset).about
     if file is not None:
         return Files(repository, (file,)), file, owner
     names = listing(repository, offline)

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InferixError, UsageError, nearest, quoted
+from ..plugins import installed
+from ..schemes.preset_file import is_preset_file, read_preset
 from ..schemes.presets import Preset, with_settings
 from .family import Checkpoint, Family, Format
+from .format_file import read_format_file
 from .scaled_weights import stored_dtype
 from .spec import ModelSpec
 from .tinyworld.family import TINYWORLD
@@ -82,15 +86,44 @@ def shipped(name: str) -> Path | None:
 # Checkpoints
 
 
-def read_checkpoint(path: str | Path, form: str | None = None, use_ema: bool = True) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, form: str | None = None, use_ema: bool = True, names: str | Path | None = None
+) -> Checkpoint:
     """Map a checkpoint file or folder, read by the family that has the format or recognises the file.
 
-    Raises UsageError if it is no transformer, CheckpointError for a broken file.
+    names: YAML file with the checkpoint's tensor names (`format_file`), instead of a format. Raises UsageError if it is
+    no transformer, CheckpointError for a broken file.
     """
     path = Path(path)
+    if names is not None:
+        if form is not None:
+            raise UsageError(f"checkpoint_format is {quoted(form)}, and names say the format too; leave one out")
+        family, layout = read_layout(names)
+        return family.read_named(path, layout, use_ema, known_to(family))
     family = reader_of(path, form)
+    return family.read(path, form, use_ema, known_to(family))
+
+
+def known_to(family: Family) -> list[ModelSpec]:
+    """Return the named sizes of all families that read checkpoints as this one does."""
     alike = [other for other in FAMILIES.values() if type(other).read is type(family).read]
-    return family.read(path, form, use_ema, [spec for other in alike for spec in other.models.values()])
+    return [spec for other in alike for spec in other.models.values()]
+
+
+def read_layout(names: str | Path) -> tuple[Family, Format]:
+    """Read a file of tensor names: the family that has its base format, and the layout. UsageError for a bad one."""
+    file = read_format_file(names)
+    where = f"names {quoted(str(names))}"
+    family = next((one for one in reversed(FAMILIES.values()) if file.base in one.formats), None)
+    if family is None:
+        known = f"{nearest(file.base, formats())}; there are {', '.join(formats())}"
+        raise UsageError(f"{where}: no checkpoint format {quoted(file.base)}{known}")
+    try:
+        table = family.changed_names(file.base, file.names)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    weights = file.containers or family.formats[file.base].weights
+    return family, Format(table, Path(names).name, weights, strip=file.strip)
 
 
 def reader_of(path: Path, form: str | None) -> Family:
@@ -125,11 +158,22 @@ def inspect(path: str | Path) -> dict[str, Any]:
 # Presets
 
 
+def find_preset(name: str) -> Preset:
+    """Return the preset of that name, or of that YAML file; UsageError names the nearest for an unknown one."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if is_preset_file(name):
+        return read_preset(name, PRESETS)
+    known = f"{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}, or give a .yaml file"
+    raise UsageError(f"no preset {quoted(name)}{known}")
+
+
 def default_model(preset: str | None) -> str:
     """Return what runs where no model is named: the demo of the preset's family, or the small world."""
-    base = PRESETS[preset].about.base if preset in PRESETS else ""
-    family = TINYWORLD if preset is None else family_of(MODELS[base]) if base in MODELS else WAN
-    return family.demo
+    if preset is None:
+        return TINYWORLD.demo
+    base = find_preset(preset).about.base
+    return family_of(MODELS[base]).demo if base in MODELS else WAN.demo
 
 
 def default_preset(model: str) -> str:
@@ -141,11 +185,37 @@ def default_preset(model: str) -> str:
 
 
 def make_preset(name: str, **overrides: Any) -> Preset:
-    """Return the preset of that name with some fields replaced; UsageError names the nearest for an unknown one."""
-    if name not in PRESETS:
-        raise UsageError(f"no preset {quoted(name)}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
-    return with_settings(PRESETS[name], **overrides)
+    """Return the preset of that name or YAML file with some fields replaced."""
+    return with_settings(find_preset(name), **overrides)
+
+
+def find_spec(model: str, names: str | Path | None = None) -> ModelSpec:
+    """Return the sizes of a named model, or of a checkpoint file or folder, without its weights."""
+    if model in MODELS:
+        return MODELS[model]
+    if Path(model).exists():
+        return read_checkpoint(model, names=names).spec
+    known = f"{nearest(model, MODELS)}; expected a path, or one of {', '.join(MODELS)}"
+    raise UsageError(f"model is {quoted(model)}{known}")
+
+
+def register_installed() -> None:
+    """Add the presets and formats of installed packages, under the names of their entry points.
+
+    UsageError for a name that is taken.
+    """
+    for name, preset in installed("inferix.presets", Preset):
+        add_installed("preset", PRESETS, name, replace(preset, name=name))
+    for name, layout in installed("inferix.formats", Format):
+        add_installed("format", FORMATS, name, layout)
+
+
+def add_installed(what: str, known: dict[str, Any], name: str, value: object) -> None:
+    if name in known:
+        raise UsageError(f"an installed package has the {what} {quoted(name)}, which is registered already; rename it")
+    known[name] = value
 
 
 for built_in in (WAN, TINYWORLD):
     register(built_in)
+register_installed()

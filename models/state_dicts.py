@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError, UsageError, quoted, quoted_all
-from .files import check_file, read_json, read_tensors
+from .files import alike_in_file, check_file, read_json, read_tensors
 from .scaled_weights import FLOATS, with_scales
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -105,13 +105,14 @@ def choose_state_dict(
     is_kind: Callable[[Mapping[str, Tensor]], bool],
     use_ema: bool = True,
     order: tuple[str, ...] = (),
+    first: str | None = None,
 ) -> tuple[Place, dict[str, Tensor]]:
     """Choose the state dict of a `kind` of part; returns its place and tensors.
 
-    With `use_ema` a moving average is preferred. order: keys of a known training file, best first. Tensors beside it
-    that belong to no known part are included, so that `fill` reports them as unexpected.
-    Weights with scales
-    of a published layout are joined with them. Raises UsageError if there is no such state dict, if there are several,
+    With `use_ema` a moving average is preferred. order: keys of a known training file, best first. first: a tensor of
+    every part of the kind, for an error that shows the names like it. Tensors beside the state dict that belong to no
+    known part are included, so that `fill` reports them as unexpected. Weights with scales of a published layout are
+    joined with them. Raises UsageError if there is no such state dict, if there are several,
     or if it is quantised in another way.
     """
     groups = state_dicts(path, content, order)
@@ -124,8 +125,11 @@ def choose_state_dict(
                 f"{quoted(path)} is a LoRA adapter; give the {kind} it belongs to, and the adapter as lora"
             )
     if not fit:
-        some = quoted_all(sorted(listed_names(content, groups))) or "nothing"
-        raise UsageError(f"{quoted(path)} is no {kind}: it holds {some}")
+        present = sorted(listed_names(content, groups))
+        if first is not None and groups:
+            near = alike_in_file(first, present)
+            raise UsageError(f"{quoted(path)} is no {kind}: no {first!r} in it{near}; give names for it")
+        raise UsageError(f"{quoted(path)} is no {kind}: it holds {quoted_all(present) or 'nothing'}")
     averaged = [place for place in fit if place.averaged]
     plain = [place for place in fit if not place.averaged]
     if not use_ema and not plain:

@@ -82,10 +82,17 @@ class Transformer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, latents: Tensor, timesteps: Tensor, context: TextKeyValues, kv: KeyValues, actions: Tensor | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: TextKeyValues,
+        kv: KeyValues,
+        actions: Tensor | None = None,
+        origin: tuple[int, int] | None = None,
     ) -> Tensor:
         """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 
         timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
-        each frame.
+        each frame. origin: row and column of the first token in the grid of a learned position embedding, for a tile
+        of a picture; None for a whole one.
         """

@@ -39,7 +39,7 @@ class Limits:
     sessions: admitted sessions at a time. memory_bytes: bytes that all of them may need together (pages, decoder
     state, latents). None: no limit.
     realtime: each block has a deadline, the end of the previous one's playback. A session is admitted only if, by
-    measured block times, all sessions meet theirs.
+    measured block times, all sessions meet theirs; with `overcommit` also another one.
     late_blocks: consecutive late blocks that trigger the next degradation step of `overload`.
     queue_blocks: blocks of a session, in progress or finished, that its consumer has not taken.
     consumer_timeout: seconds after which a session whose blocks are not taken is ended; None for never.
@@ -52,6 +52,7 @@ class Limits:
     sessions: int | None = None
     memory_bytes: int | None = None
     realtime: bool = False
+    overcommit: bool = False
     late_blocks: int = 3
     overload: tuple[DegradationStep, ...] = ()
     queue_blocks: int = 2
@@ -73,7 +74,7 @@ def steps(name: str, value: Any) -> tuple[DegradationStep, ...]:
 CHECKS = {
     "schedule": choice(SCHEDULES),
     "when_full": choice(WHEN_FULL),
-    "realtime": flag,
+    **dict.fromkeys(("realtime", "overcommit"), flag),
     "overload": steps,
     "consumer_timeout": optional(above_zero("seconds")),
     **dict.fromkeys(("late_blocks", "queue_blocks"), integer(1)),

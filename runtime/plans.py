@@ -203,6 +203,7 @@ class OffloadSink:
 class ReadSink:
     """Give sink averages [layers, 2, sink frames, page_tokens, heads, head_dim]."""
 
+    grid: Grid
     sink: int
 
 
@@ -239,7 +240,7 @@ Plan = Union[  # noqa: UP007  its members are listed at run time
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")
-MAGIC, VERSION = b"INFP", 1
+MAGIC, VERSION = b"INFP", 2
 
 
 def encode_plan(plan: Plan) -> bytes:

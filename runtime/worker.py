@@ -136,7 +136,7 @@ class LocalWorker:
     # Pages
 
     def open_store(self, plan: OpenStore) -> None:
-        form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype)
+        form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype, self.parts.shard)
         self.stores[plan.grid] = PagedStore(form, self.parts.transformer.rope, plan.pages, plan.slots, self.device)
 
     def close_store(self, plan: CloseStore) -> None:

@@ -81,6 +81,10 @@ class Preset:
         """Latent frames of the block that starts at absolute frame `start`."""
         return 1 if self.independent_first_frame and start == 0 else self.num_frame_per_block
 
+    def latent_frames(self, blocks: int) -> int:
+        """Latent frames of the first `blocks` blocks."""
+        return sum(self.block_size(0) if block == 0 else self.num_frame_per_block for block in range(blocks))
+
     def blocks_for_frames(self, latent_frames: int) -> int:
         """How many blocks make at least that many latent frames from the start."""
         first = self.block_size(0)

@@ -25,15 +25,15 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_PACKAGES = {"tests", "tools", "build", "dist", "outputs"}
-BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "evaluate", "bench"]
+BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "serve", "evaluate", "bench"]
 AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
-FOR_EVERYONE = {"errors", "user_files", "user_yaml", "version"}
+FOR_EVERYONE = {"errors", "plugins", "user_files", "user_yaml", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "limits", "media", "media_input",
         "noise", "plans", "sampler", "sinks", "streams", "worker_client", "y4m")  # fmt: skip
-ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "resources", "sessions",
-              "inputs", "block_loop", "engine", "load")  # fmt: skip
+ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "parallel", "resources",
+              "sessions", "inputs", "block_loop", "engine", "load")  # fmt: skip
 FAMILIES = {"wan", "tinyworld"}  # packages of `models`
 MAY_NAME_A_FAMILY = {"inferix.evaluate.tinyworld", "inferix.bench.baseline"}
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}

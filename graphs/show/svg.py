@@ -23,7 +23,7 @@ FRAME, HEAD = 8, 20  # of a layer's frame: padding, and room for its name
 COLOURS = dict(
     zip(
         FAMILIES,
-        ("#2f6db5", "#1d8a9e", "#d07a1f", "#2f8f63", "#9a7b1c", "#8457a8", "#b44a54", "#7b838c"),
+        ("#2f6db5", "#1d8a9e", "#d07a1f", "#2f8f63", "#9a7b1c", "#8457a8", "#b44a54", "#7b838c", "#4f56a8"),
         strict=True,
     )
 )

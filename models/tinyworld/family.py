@@ -24,6 +24,14 @@ class TinyWorld(WanFamily):
     presets = (PRESET,)
     formats: Mapping[str, Format] = {}  # Wan's reader finds it by its sizes
     demo = SPEC.name
+    examples = (
+        "a red robot in a snowy forest by day",
+        "a blue fox in a green meadow at sunset",
+        "a white ghost in an autumn wood at night",
+        "a purple wizard in a sandy desert by day",
+        "an orange fox in a snowy forest in fog",
+        "a yellow robot in an autumn wood at sunset",
+    )
     shipped: Mapping[str, Path] = {SPEC.name: Path(__file__).parent / "weights"}
 
     def decoder_spec(self, spec: ModelSpec) -> VaeSpec:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, nearest, quoted, quoted_all
 from ..family import Checkpoint, Format, merged
-from ..files import check_file, read_json, read_tensors
+from ..files import alike_in_file, check_file, read_json, read_tensors
 from ..spec import ModelSpec
 from ..state_dicts import (
     EXPERTS,
@@ -45,6 +45,7 @@ FORMATS: dict[str, Format] = {
     "rolling-forcing": Format("original", "rolling_forcing_dmd.pt", ("generator_ema", "generator")),
     "longlive2": Format("original", "model_bf16.pt", ("generator", "model")),
 }
+FIRST_TENSOR = "patch_embedding.weight"  # in every transformer
 TRANSFORMER_FOLDERS = ("transformer", "unet", "diffusion_models")  # of a pipeline or of ComfyUI's models
 LEFTOVERS = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")  # training's critic, not the generator
 LONGEST_TEXT = 4096  # rows that a config may ask for
@@ -53,21 +54,28 @@ SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channe
 
 
 def read_checkpoint(
-    path: str | Path, form: str | None = None, use_ema: bool = True, known: Collection[ModelSpec] | None = None
+    path: str | Path,
+    form: str | Format | None = None,
+    use_ema: bool = True,
+    known: Collection[ModelSpec] | None = None,
 ) -> Checkpoint:
     """Map a checkpoint file or folder; one of the sizes of a `known` model (Wan's, if None) is that model.
 
-    Raises UsageError if it is no transformer, CheckpointError for a broken file.
+    form: a name of `FORMATS`, or a layout that has none. Raises UsageError if it is no transformer, CheckpointError for
+    a broken file.
     """
     path, known = Path(path), MODELS.values() if known is None else known
-    if form is not None and form not in FORMATS:
+    if isinstance(form, str) and form not in FORMATS:
         raise UsageError(f"no checkpoint format {quoted(form)}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
     source, config = find_transformer(path, known)
     content = read_weight_files(source)
     name = source.files[0].name
+    given = FORMATS[form] if isinstance(form, str) else form
+    layouts = list(own_layouts().values()) if given is None else [given]
     place, raw = choose_state_dict(
-        path, content, "Wan transformer", is_transformer, use_ema, expected_keys(form, name, content)
-    )
+        path, content, "Wan transformer", lambda tensors: any(is_transformer(tensors, one) for one in (None, *layouts)),
+        use_ema, expected_keys(given, name, content), FIRST_TENSOR,
+    )  # fmt: skip
     if adapters := adapters_in(path, content):
         warnings.warn(
             f"{quoted(path)} holds an adapter, too ({quoted(adapters[0])}), which is not merged; give the file as "
@@ -75,21 +83,26 @@ def read_checkpoint(
             stacklevel=2,
         )
     form = form or detect_format(name, place, raw)
-    layout = FORMATS[form]
+    layout = FORMATS[form] if isinstance(form, str) else form
     if place.keys and layout.weights and not set(place.keys) & set(layout.weights):
         raise UsageError(
             f"{quoted(path)} holds {quoted(str(place))}; expected {' or '.join(layout.weights)}, or another "
             "checkpoint_format"
         )
     tensors: dict[str, Tensor] = {}
-    for bare, tensor in raw.items():
-        for part, value in unfused(bare, tensor).items() if not bare.startswith(LEFTOVERS) else ():
-            ours = from_format(layout.names, part)
-            if ours in tensors:
-                raise UsageError(f"{quoted(path)} has {quoted(ours)} under two names; expected each tensor once")
-            tensors[ours] = value
+    for bare, ours in from_format(layout.names, layout.strip, raw).items():
+        for part, value in unfused(ours, raw[bare]).items() if not bare.startswith(LEFTOVERS) else ():
+            if part in tensors:
+                raise UsageError(f"{quoted(path)} has {quoted(part)} under two names; expected each tensor once")
+            tensors[part] = value
     spec = read_spec(path, config, tensors, known)
-    return Checkpoint(path, form, source.files, tensors, spec, published_lora(source, layout))
+    label = form if isinstance(form, str) else layout.file
+    return Checkpoint(path, label, source.files, tensors, spec, published_lora(source, layout))
+
+
+def own_layouts() -> dict[str, Format]:
+    """Return the formats that have a table of names of their own."""
+    return {form: layout for form, layout in FORMATS.items() if not isinstance(layout.names, str)}
 
 
 def adapters_in(path: Path, content: Mapping[Any, Any]) -> list[str]:
@@ -100,16 +113,18 @@ def adapters_in(path: Path, content: Mapping[Any, Any]) -> list[str]:
     )
 
 
-def is_transformer(tensors: Mapping[str, Tensor]) -> bool:
-    """Return True for the names of a Wan transformer, in any format."""
-    return "patch_embedding.weight" in tensors and any(name.startswith("blocks.") for name in tensors)
+def is_transformer(tensors: Mapping[str, Tensor], layout: Format | None = None) -> bool:
+    """Return True for the names of a Wan transformer, in any published format or in a layout of its own."""
+    names = tensors if layout is None else from_format(layout.names, layout.strip, tensors).values()
+    return FIRST_TENSOR in names and any(name.startswith("blocks.") for name in names)
 
 
-def expected_keys(form: str | None, file: str, content: Mapping[Any, Any]) -> tuple[str, ...]:
+def expected_keys(layout: Format | None, file: str, content: Mapping[Any, Any]) -> tuple[str, ...]:
     """Return the keys of a file's weights, best first: those of its format, or of the format that its name suggests."""
-    if form is None:
+    if layout is None:
         form = next((name for name in named_after(file) if set(FORMATS[name].weights) & content.keys()), "original")
-    return FORMATS[form].weights
+        layout = FORMATS[form]
+    return layout.weights
 
 
 def named_after(file: str) -> list[str]:
@@ -211,6 +226,9 @@ def transformer_config(folder: Path) -> dict[str, Any] | None:
 
 def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str:
     """Detect a file's format: that of its published name if keys and names agree, else by keys and names."""
+    if not is_transformer(tensors):  # names of its own
+        forms = [form for form, layout in own_layouts().items() if is_transformer(tensors, layout)]
+        return next((form for form in named_after(file) if form in forms), forms[0])
     fused = any(".self_attn.to_qkv." in name for name in tensors)
     names = "diffusers" if "condition_embedder.time_embedder.linear_1.weight" in tensors else "original"
     for form in named_after(file):
@@ -231,7 +249,7 @@ def read_spec(
     Raises CheckpointError if tensors that show a size are missing, UsageError if the config contradicts the shapes.
     """
     try:
-        patch = tensors["patch_embedding.weight"]
+        patch = tensors[FIRST_TENSOR]
         sizes: dict[str, Any] = {
             "dim": patch.shape[0],
             "ffn_dim": tensors["blocks.0.ffn.up.weight"].shape[0],
@@ -248,7 +266,8 @@ def read_spec(
         action = tensors.get("action_embedding.linear_1.weight")
         action_dim = None if action is None else action.shape[1]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{quoted(path)} is no complete Wan transformer: no {error} in it") from error
+        near = alike_in_file(str(error).strip("'"), tensors)
+        raise CheckpointError(f"{quoted(path)} is no complete Wan transformer: no {error} in it{near}") from error
     if 0 in (*sizes.values(), freq_dim):
         raise CheckpointError(f"{quoted(path)} is no Wan transformer: a size is 0 ({sizes})")
     placed = "position_embedding" in tensors

@@ -23,8 +23,9 @@ from ..transformer import Transformer
 from .checkpoint import FORMATS, merging, read_checkpoint
 from .diffusers_network import diffusers_network
 from .lora import fitting, read_lora
+from .names import changed_table
 from .presets import PRESETS
-from .random import random_vae_state
+from .random import random_vae_state, vae_for
 from .spec import MODELS
 from .taehv import TinyDecoder
 from .transformer import WanTransformer
@@ -32,7 +33,7 @@ from .transformer_cpu import with_cpu_layers
 from .vae import CausalVae
 from .vae_checkpoint import TINY_DECODERS, find_tiny_decoder, find_vae, load_decoder, load_vae
 from .vae_cpu import use_cpu_layers
-from .vae_spec import TAEW21, TAEW22, TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, TinySpec, VaeSpec
+from .vae_spec import TAEW21, TAEW22, TinySpec, VaeSpec
 from .write_checkpoint import copy_text, write_random_transformer, write_transformer, write_vae
 
 
@@ -51,6 +52,12 @@ class WanFamily(Family):
     def read(self, path: Path, form: str | None, use_ema: bool, known: Collection[ModelSpec]) -> Checkpoint:
         return read_checkpoint(path, form, use_ema, known)
 
+    def read_named(self, path: Path, layout: Format, use_ema: bool, known: Collection[ModelSpec]) -> Checkpoint:
+        return read_checkpoint(path, layout, use_ema, known)
+
+    def changed_names(self, base: str, changes: Mapping[str, str]) -> Mapping[str, str]:
+        return changed_table(FORMATS[base].names, changes)
+
     def parts_beside(self, checkpoint: Checkpoint) -> dict[str, Path | None]:
         text = find_text([checkpoint.folder])
         return {"vae": find_vae([checkpoint.folder]), "text_encoder": text[0] if text else None}
@@ -60,7 +67,8 @@ class WanFamily(Family):
         vae = self.decoder_spec(spec)
         write_random_transformer(folder, spec, form, seed, dtype)
         write_vae(folder, form, vae, random_vae_state(vae, seed + 1, dtype))
-        write_tiny_text_encoder(folder, FORMATS[form].names, spec.text_dim, seed + 3, dtype)
+        layout = "diffusers" if FORMATS[form].names == "diffusers" else "original"
+        write_tiny_text_encoder(folder, layout, spec.text_dim, seed + 3, dtype)
 
     def write(
         self,
@@ -94,10 +102,8 @@ class WanFamily(Family):
     # Decoders
 
     def decoder_spec(self, spec: ModelSpec) -> VaeSpec:
-        """Return the sizes of a model's decoder: small for the tiny models, Wan's for all others."""
-        if spec.vae_stride[1] == WAN22_VAE.spatial_stride:
-            return TINY_VAE22 if "tiny" in spec.name else WAN22_VAE
-        return TINY_VAE if "tiny" in spec.name else WAN21_VAE
+        """Return the sizes of a model's decoder: small for the small models, Wan's for all others."""
+        return vae_for(spec)
 
     def tiny_decoder_spec(self, spec: ModelSpec) -> TinySpec:
         return TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21

@@ -1,12 +1,17 @@
 """Transformer tensor names of each published format, as one explicit table from our names per format.
 
-An entry renames a module path; `*` is the layer number. A name that no entry matches stays unchanged, so a wrong file
-shows up as unexpected names when the model is filled.
+An entry renames a module path; `*` is the layer number, anywhere in a name. A name that no entry matches stays
+unchanged, so a wrong file shows up as unexpected names when the model is filled.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+
+from ...errors import UsageError, nearest, quoted
 
 SHARED_ATTENTION = {
     f"blocks.*.{attn}.{part}": f"blocks.*.{attn}.{part}"
@@ -76,10 +81,12 @@ DIFFUSERS: dict[str, str] = {
     "head.linear": "proj_out",
 }
 
-TABLES: dict[str, dict[str, str]] = {"original": ORIGINAL, "diffusers": DIFFUSERS}
+TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType({"original": ORIGINAL, "diffusers": DIFFUSERS})
 INVERSE: dict[str, dict[str, str]] = {
     form: {theirs: ours for ours, theirs in table.items()} for form, table in TABLES.items()
 }
+FUSED = "blocks.*.self_attn.to_qkv"  # query, key and value in one tensor, which the reader splits
+NUMBER = re.compile(r"\d+")
 LAYER = re.compile(r"(?<=^blocks\.)(\d+)(?=\.)")
 UNDERSCORED = {  # kohya's trainers write an underscore for every dot
     theirs.replace(".", "_"): ours for table in TABLES.values() for ours, theirs in table.items()
@@ -88,14 +95,48 @@ UNDERSCORED_LAYER = re.compile(r"^blocks_(\d+)_")
 PARAMETERS = {"blocks.*.modulation", "head.modulation", "image_embedding.position"}  # entries that are no modules
 
 
-def to_format(form: str, name: str) -> str:
-    """Convert one of our tensor names to a format of `TABLES`."""
-    return _rename(TABLES[form], name)
+def table_of(names: str | Mapping[str, str]) -> Mapping[str, str]:
+    """Return the table of a `Format.names`: a name of `TABLES`, or a table itself."""
+    return TABLES[names] if isinstance(names, str) else names
 
 
-def from_format(form: str, name: str) -> str:
-    """Convert a format's tensor name to ours."""
-    return _rename(INVERSE[form], name)
+def to_format(names: str | Mapping[str, str], name: str) -> str:
+    """Convert one of our tensor names to those of a table, or of a name of `TABLES`."""
+    return _rename(table_of(names), name)
+
+
+def from_format(names: str | Mapping[str, str], strip: Collection[str], tensors: Iterable[str]) -> dict[str, str]:
+    """Map a file's tensor names to ours, first without the longest of the prefixes `strip`."""
+    inverse = {theirs: ours for ours, theirs in table_of(names).items()}
+    prefixes = sorted(strip, key=len, reverse=True)
+
+    def bare(name: str) -> str:
+        return name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
+
+    return {name: _rename(inverse, bare(name)) for name in tensors}
+
+
+def changed_table(base: str | Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
+    """Return a table with some names changed; a key such as `blocks.*` changes the beginning of all names under it.
+
+    Raises UsageError for a key that is none of our names or their beginning, and for two entries of one name.
+    """
+    table = dict(table_of(base))
+    for ours, theirs in sorted(changes.items(), key=lambda item: len(item[0])):
+        below = [name for name in ORIGINAL if name.startswith(f"{ours}.")]
+        if ours not in ORIGINAL and ours != FUSED and not below:
+            raise UsageError(
+                f"names has {quoted(ours)}, which is no tensor of this family{nearest(ours, ORIGINAL)}; expected "
+                f"{', '.join(list(ORIGINAL)[-8:])}, ..., or the beginning of such names"
+            )
+        if ours in ORIGINAL or ours == FUSED:
+            table[ours] = theirs
+        for name in below:
+            if table[name].startswith(f"{ours}."):
+                table[name] = theirs + table[name].removeprefix(ours)
+    if twice := [name for name, count in Counter(table.values()).items() if count > 1]:
+        raise UsageError(f"names has {quoted(twice[0])} for two tensors; expected a name of its own for each")
+    return table
 
 
 def our_module(name: str) -> str | None:
@@ -113,14 +154,13 @@ def is_parameter(module: str) -> bool:
     return LAYER.sub("*", module) in PARAMETERS
 
 
-def _rename(table: dict[str, str], name: str) -> str:
-    layer = LAYER.search(name)
-    generic = LAYER.sub("*", name)
-    module, _, leaf = generic.rpartition(".")
-    if generic in table:
-        renamed = table[generic]
-    elif module in table:
-        renamed = f"{table[module]}.{leaf}"
-    else:
-        return name
-    return renamed.replace("*", layer[1]) if layer else renamed
+def _rename(table: Mapping[str, str], name: str) -> str:
+    """Rename a tensor by its own name or its module's; each number in it may be the layer's, `*` in the table."""
+    for layer in (None, *NUMBER.finditer(name)):
+        generic = name if layer is None else f"{name[: layer.start()]}*{name[layer.end() :]}"
+        module, _, leaf = generic.rpartition(".")
+        if (renamed := table.get(generic)) is None and module in table:
+            renamed = f"{table[module]}.{leaf}"
+        if renamed is not None:
+            return renamed if layer is None else renamed.replace("*", layer[0])
+    return name

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import UsageError
 from ...graphs.compose import chained
 from ...graphs.paged_attention import PagedAttention
+from ...graphs.shards import ALONE, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
@@ -73,12 +74,13 @@ class Layout:
 class ModelPass(nn.Module):
     """The model over pages: named tensors in, velocity [B, F, C, H, W] of B sessions out.
 
-    With guidance of n branches the batch has n*B rows, branch by branch, and the velocity is the guided one.
+    With guidance of n branches the batch has n*B rows, branch by branch, and the velocity is the guided one. shard:
+    part of the pass that this rank computes; velocities are whole on every rank.
     """
 
-    def __init__(self, model: Transformer, layout: Layout, guidance: Guidance) -> None:
+    def __init__(self, model: Transformer, layout: Layout, guidance: Guidance, shard: Shard = ALONE) -> None:
         super().__init__()
-        self.model, self.layout, self.guidance = model, layout, guidance
+        self.model, self.layout, self.guidance, self.shard = model, layout, guidance, shard
         self.half_split = model.rope.half_split
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +91,7 @@ class ModelPass(nn.Module):
         ]
         kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
         rope = values["rope_rows"], values["rope_columns"]
-        attention: KeyValues = PagedAttention(parts, kv, *rope, half_split=self.half_split)
+        attention: OnPages = PagedAttention(parts, kv, *rope, half_split=self.half_split)
         if layout.slots:
             slots, pages = (values[f"{layout.tables}.{what}"] for what in WRITTEN)
             seen = [values[name] for what in SEEN if (name := f"{layout.tables}.{what}") in values]
@@ -104,7 +106,18 @@ class ModelPass(nn.Module):
         rows = torch.cat([x] * count) if count > 1 else x
         timesteps = values["timesteps"].expand(len(rows), -1)
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
-        velocity = self.model(rows, timesteps, self.text(values), attention, actions)
+        text = self.text(values)
+
+        def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
+            more = () if origin is None else (origin,)
+            result: Tensor = self.model(latents, timesteps, text, kv, actions, *more)
+            return result
+
+        if self.shard.ranks == 1:
+            velocity = run(rows, attention)
+        else:
+            grid = rows.shape[-2] // spec.patch[0], rows.shape[-1] // spec.patch[1]
+            velocity = run_on_tile(run, self.shard, grid, spec.grid, rows, attention)
         if count > 1:
             velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}
@@ -173,9 +186,11 @@ def fake_transformer(source: PassSource) -> Transformer:
 
 
 @lru_cache(maxsize=TRACES)
-def traced_pass(source: PassSource, layout: Layout, guidance: Guidance, inputs: tuple[Value, ...]) -> PassGraph:
+def traced_pass(
+    source: PassSource, layout: Layout, guidance: Guidance, shard: Shard, inputs: tuple[Value, ...]
+) -> PassGraph:
     """Trace a pass of the model once in a process; nothing changes the graph, which builders copy."""
-    module = ModelPass(fake_transformer(source), layout, guidance)
+    module = ModelPass(fake_transformer(source), layout, guidance, shard)
     return trace("the model's pass", module, inputs, model="model", device=source.device)
 
 
@@ -193,6 +208,7 @@ class BlockGraphBuilder:
     size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
     the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
     the first pass. kv_dtype: dtype of the pages; None for the model's. slots: of the staging buffer; None for enough.
+    shard: part of each pass that this rank computes.
     """
 
     def __init__(
@@ -208,6 +224,7 @@ class BlockGraphBuilder:
         fuse_commit: bool = False,
         kv_dtype: torch.dtype | None = None,
         slots: int | None = None,
+        shard: Shard = ALONE,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
         self.guidance = preset.sampler.guide
@@ -219,7 +236,8 @@ class BlockGraphBuilder:
         self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
         frames = max(len(planned.run.frames) for planned in self.planned)
         self.pages = pages if pages is not None else self.rows * (self.max_pages + frames)
-        self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype)
+        self.shard = shard
+        self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype, shard)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
         self.source = PassSource(family_of(spec), spec, precision, dtype, device)
         self.model = fake_transformer(self.source)
@@ -272,7 +290,7 @@ class BlockGraphBuilder:
 
     def model_pass(self, layout: Layout) -> PassGraph:
         """Traced pass of a layout."""
-        return traced_pass(self.source, layout, self.guidance, tuple(self.inputs(layout)))
+        return traced_pass(self.source, layout, self.guidance, self.shard, tuple(self.inputs(layout)))
 
     def layout(self, planned: PlannedPass) -> Layout:
         sinks = self.preset.context.rotates_sink  # in every pass, as in `rotates_for_sink`
@@ -284,6 +302,9 @@ class BlockGraphBuilder:
     def inputs(self, layout: Layout) -> list[Value]:
         """Inputs and states of the model's pass."""
         spec, frames, (height, width) = self.spec, layout.frames, self.grid
+        if self.shard.token_shards > 1:
+            tiles = self.shard.tiles(self.grid)
+            height, width = height // tiles.rows, width // tiles.columns
         rope_dtype = torch.promote_types(self.dtype, torch.float32)
         time, row, column = self.model.rope.pairs
 
@@ -326,7 +347,7 @@ class BlockGraphBuilder:
         stores: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         stores += [(f"kv.{index}", (2, self.pages, *form.shape), form.kv_dtype) for index in layers]
         if form.scaled:
-            stores += [(f"scale.{index}", (2, self.pages, self.spec.kv_heads), torch.float32) for index in layers]
+            stores += [(f"scale.{index}", (2, self.pages, form.shape[1]), torch.float32) for index in layers]
         lists: list[tuple[str, int]] = []
         if layout.slots:
             stores.append(("staging", (2, layout.slots, *form.shape), self.dtype))

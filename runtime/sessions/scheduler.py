@@ -145,7 +145,8 @@ class Scheduler:
                 f"{format_bytes(entry.page_room)} are reserved for those that are in"
             )
         seconds = self.block_seconds.get(entry.kind)
-        if self.limits.realtime and seconds is not None and self.admitted and self.load(entry) > 1:
+        admits = not self.limits.realtime or self.limits.overcommit
+        if not admits and seconds is not None and self.admitted and self.load(entry) > 1:
             return (
                 f"session {session} would make others late: a block takes {seconds:.3f} s (measured) and plays for "
                 f"{entry.period:.3f} s, {seconds / entry.period:.0%} of the time, beside {self.load():.0%} for the "

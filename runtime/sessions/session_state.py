@@ -326,7 +326,7 @@ class BranchesForm(SaveForm):
         stop, caches = file.header["timeline"]["next_frame"], list_of("caches", file.header["caches"])
         if len(caches) != file.branches:
             raise invalid("caches", len(caches), f"{file.branches}, one for each conditioning")
-        form, policy = file.resources.kv_manager.form(SizeForm().read(file)), file.preset.context
+        form, policy = file.resources.kv_manager.form(SizeForm().read(file)).whole, file.preset.context
         layers = file.resources.spec.num_layers
         for index, cache in enumerate(caches):
             name = f"caches.{index}"

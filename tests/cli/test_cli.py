@@ -109,8 +109,13 @@ def test_a_world_follows_actions(tmp_path):
     assert count_frames(tmp_path / "a.mp4") == 1 + 3 * 4
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["opened_with"]["actions"] == "['right', 'right', 'up']"
+    for repeat, expected in (((), "['right', 'up']"), (("--repeat-actions",), "['right', 'up', 'right', 'up']")):
+        longer = ("--prompt", "a fox", "--actions", "R U", "--blocks", "5", "-o", tmp_path / "c.gif", *repeat)
+        assert inferix("generate", *world, *longer).exit_code == 0
+        assert count_frames(tmp_path / "c.gif") == 1 + 4 * 4
+        assert json.loads((tmp_path / "c.json").read_text())["opened_with"]["actions"] == expected
     for arguments, words in (
-        ((*world, "--prompt", "a fox", "--actions", "3R", "--blocks", "9"), "--actions.*3.*9 blocks"),
+        ((*world, "--prompt", "a fox", "--repeat-actions"), "--actions"),
         ((*world, "--prompt", "a fox", "--actions", "3Q"), "actions.*'3Q'.*8S"),
         ((*world, "--prompt", "qqq"), "'qqq'"),
         (("--model", "wan-tiny", "--actions", "3R"), "actions"),
@@ -433,7 +438,8 @@ def test_doctor_and_help():
     done = inferix("doctor", "--json")
     assert done.exit_code == 0, done.stderr
     assert isinstance(json.loads(done.stdout), dict)
-    verbs = ("generate", "play", "eval tinyworld", "bench kernels", "doctor", "checkpoint random", "checkpoint inspect")
+    verbs = ("generate", "play", "eval tinyworld", "bench kernels", "doctor", "checkpoint random", "checkpoint inspect",
+             "serve")  # fmt: skip
     for verb in verbs:
         shown = inferix(*verb.split(), "--help")
         assert shown.exit_code == 0 and ("Example" in shown.stdout or verb == "doctor")
@@ -451,7 +457,7 @@ def test_help_and_bad_options_load_no_torch():
     ends = [
         (["--help"], 0), (["--version"], 0), (["generate", "--help"], 0), (["play", "--help"], 0),
         (["plan", "--help"], 0), (["graph", "--help"], 0), (["bench", "block", "--help"], 0), (["eval", "--help"], 0),
-        (["checkpoint", "--help"], 0), (["export", "--help"], 0), (["doctor", "--help"], 0),
+        (["checkpoint", "--help"], 0), (["export", "--help"], 0), (["doctor", "--help"], 0), (["serve", "--help"], 0),
         (["generate", "--no-such-option"], 2),
         (["generate", "--size", "3"], 2), (["generate", "--blocks", "0"], 2), (["no-such-command"], 2),
     ]  # fmt: skip

@@ -90,7 +90,7 @@ def test_defaults_of_model_and_preset():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "wan1.3b"], "--model.*'wan1.3b'.*'wan-1.3b'"),
+        (["--model", "wan1.3b"], "model.*'wan1.3b'.*'wan-1.3b'"),
         (["--model", "wan-14b-i2v"], "wan-14b-i2v.*wan-14b"),
         (["--preset", "longlve"], "'longlve'.*'longlive"),
         (["--gpu", "h20"], "--gpu.*'h20'.*'h200'"),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonschema
 import numpy as np
@@ -20,14 +20,14 @@ from oracles import SIZE, TINY, make_engine
 
 import inferix
 from inferix.errors import CheckpointError, InferixError, UsageError
-from inferix.export import engine_folder, run
+from inferix.export import backends
 from inferix.export.engine_folder import describe_programs, export_engine, write_engine
 from inferix.export.inside import load_exported
 from inferix.export.numerics import normals
 from inferix.export.plan import FILE, SCHEMA, preset_of, preset_values, read_plan
 from inferix.export.programs import Program, solver_matrix
 from inferix.export.run import ExportedEngine
-from inferix.export.targets import TARGETS
+from inferix.export.targets import TARGETS, Target
 from inferix.export.word_table import known_words
 from inferix.kernels.philox import philox_normals
 from inferix.models.registry import PRESETS, make_preset
@@ -64,21 +64,41 @@ class ModuleProgram:
         return {name: tensor.numpy() for name, tensor in zip(self.program.results, tensors, strict=True)}
 
 
-def write_empty(program: Program, folder: Path, weights: object) -> None:
-    (folder / f"{program.name}.onnx").write_bytes(program.name.encode())
+class NameWriter:
+    """Writes a program's name in its place; tests take the module instead."""
+
+    options: ClassVar[dict[str, Any]] = {"opset": 0}
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> "NameWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, program: Program) -> None:
+        (self.folder / f"{program.name}.onnx").write_bytes(program.name.encode())
 
 
-@pytest.fixture
-def write(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Write an engine whose programs are stand-ins, which no test reads."""
-    monkeypatch.setattr(engine_folder, "write_onnx", write_empty)
-    return partial(write_engine, size=SIZE, target=TARGETS["onnx"], prompts=PROMPTS)
+class FullDisk(NameWriter):
+    """Fails at the third program."""
+
+    def write(self, program: Program) -> None:
+        super().write(program)
+        if program.name == "commit":
+            raise InferixError("no room")
+
+
+NAMES = dataclasses.replace(TARGETS["onnx"], writer=f"{__name__}:NameWriter")
+write = partial(write_engine, size=SIZE, target=NAMES, prompts=PROMPTS)
 
 
 def as_modules(engine: Engine, folder: Path, unroll: bool = False) -> ExportedEngine:
     programs, decoder = describe_programs(engine, SIZE, unroll)
     modules = {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs]}
-    return ExportedEngine(folder, lambda path: modules[path.stem])
+    return ExportedEngine(folder, load=lambda path: modules[path.stem])
 
 
 def steered(engine: Engine, exported: ExportedEngine, blocks: int, guided: bool = False) -> tuple[float, float, float]:
@@ -120,7 +140,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_runner_equals_eager(case: str, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_runner_equals_eager(case: str, tmp_path: Path) -> None:
     preset, blocks, settings = CASES[case]
     settings = dict(settings)
     unroll, guided = settings.pop("unroll", False), settings.pop("guided", False)
@@ -137,7 +157,7 @@ def inside(engine: Engine, folder: Path, **settings: Any) -> Engine:
     return load_exported(folder, Limits(), settings, lambda path: modules[path.stem])
 
 
-def test_sessions_on_an_exported_engine(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_sessions_on_an_exported_engine(tmp_path: Path) -> None:
     """Two sessions in turn, a fork, a rewind and a restored file give what the model itself gives."""
     model = make_engine("tinyworld", dtype="float32", spec=WORLD, rewind_blocks=2)
     exported = inside(model, write(model, tmp_path / "engine"))
@@ -183,7 +203,7 @@ def test_what_an_exported_engine_refuses_inside(folder: Path, tmp_path: Path) ->
         loaded.open("a hill", video=np.zeros((9, 32, 32, 3), np.uint8), size=SIZE)
 
 
-def test_plan_fits_its_schema(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_plan_fits_its_schema(tmp_path: Path) -> None:
     engine = make_engine("tinyworld", dtype="float32", spec=WORLD)
     folder = write(engine, tmp_path / "engine")
     plan = json.loads((folder / FILE).read_text("utf-8"))
@@ -196,27 +216,17 @@ def test_plan_fits_its_schema(write: Callable[..., Path], tmp_path: Path) -> Non
     np.testing.assert_array_equal(drawn.ravel(), np.array(check["normals"], np.float32))
 
 
-def test_a_failed_export_leaves_nothing(
-    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(program: Program, folder: Path, weights: object) -> None:
-        write_empty(program, folder, weights)
-        if program.name == "commit":
-            raise InferixError("no room")
-
-    monkeypatch.setattr(engine_folder, "write_onnx", fail)
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    target = dataclasses.replace(NAMES, writer=f"{__name__}:FullDisk")
     with pytest.raises(InferixError, match="no room"):
-        write(make_engine("self-forcing", dtype="float32"), tmp_path / "engine")
+        write(make_engine("self-forcing", dtype="float32"), tmp_path / "engine", target=target)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine with stand-ins for programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_folder, "write_onnx", write_empty)
-        engine = make_engine("self-forcing", dtype="float32")
-        return write_engine(engine, tmp_path_factory.mktemp("exported") / "engine", SIZE, TARGETS["onnx"], PROMPTS)
+    return write(make_engine("self-forcing", dtype="float32"), tmp_path_factory.mktemp("exported") / "engine")
 
 
 def copied(folder: Path, place: Path) -> Path:
@@ -251,7 +261,7 @@ def test_a_damaged_engine_is_refused(damage: str, folder: Path, tmp_path: Path) 
 def test_what_an_engine_was_not_made_for(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=FILE):
         read_plan(tmp_path)
-    exported = ExportedEngine(folder, lambda path: lambda values: pytest.fail("no program runs"))
+    exported = ExportedEngine(folder, load=lambda path: lambda values: pytest.fail("no program runs"))
     for arguments, named in (
         ({"prompt": "a desert"}, "a desert"), ({"prompt": "a hill", "negative_prompt": "fog"}, "negative_prompt"),
         ({"prompt": "a hill", "seed": -1}, "-1"),
@@ -260,10 +270,37 @@ def test_what_an_engine_was_not_made_for(folder: Path, tmp_path: Path) -> None:
             exported.open(**arguments)
 
 
-def test_without_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
-    with pytest.raises(InferixError, match="onnxruntime"):
-        ExportedEngine(folder)
+def with_plan(folder: Path, place: Path, **values: Any) -> Path:
+    """A copy of an engine with other values in its plan."""
+    copied(folder, place)
+    plan = json.loads((place / FILE).read_text("utf-8"))
+    (place / FILE).write_text(json.dumps(plan | values), "utf-8")
+    return place
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_without_the_runtime(target: Target, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    engine = with_plan(folder, tmp_path / "engine", target=target.name)
+    with pytest.raises(InferixError, match=f"pip install {target.runtime}"):
+        ExportedEngine(engine)
+
+
+def test_an_unknown_target_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="onyx"):
+        ExportedEngine(with_plan(folder, tmp_path / "engine", target="onyx"))
+
+
+@pytest.mark.parametrize("torch_version, cpu, named", [("1.0.0", None, "1.0"), (None, "PDP11", "PDP11")])
+def test_programs_compiled_elsewhere_are_refused(
+    torch_version: str | None, cpu: str | None, named: str, folder: Path, tmp_path: Path
+) -> None:
+    built = {
+        "packages": {"torch": torch_version or torch.__version__},
+        "options": {"cpu": cpu or torch.backends.cpu.get_cpu_capability()},
+    }
+    with pytest.raises(CheckpointError, match=named):
+        ExportedEngine(with_plan(folder, tmp_path / "engine", target="aoti", built=built))
 
 
 def test_the_runner_imports_numpy_alone() -> None:

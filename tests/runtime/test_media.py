@@ -269,11 +269,19 @@ def test_contact_sheet(tmp_path: Path) -> None:
     path = contact_sheet(list(clip(8)), tmp_path / "new" / "sheet.png", columns=3)
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
     sheet = np.asarray(Image.open(path))
-    width, height = 3 * 64, 3 * 48  # small frames are enlarged
-    assert sheet.shape == (3 * (height + 14), 3 * width, 3)
+    width, height, gap = 3 * 64, 3 * 48, 4  # small frames are enlarged
+    assert sheet.shape == (3 * (height + 14 + gap) - gap, 3 * (width + gap) - gap, 3)
     assert tuple(sheet[14 + height // 2, width // 2]) == (20, 0, 90)  # middle of the first frame
-    assert sheet[:14, :width].max() > 200  # its label is drawn
-    assert sheet[2 * (height + 14) :, 2 * width :].max() == 0  # the ninth cell is empty
+    assert sheet[:14, :width].min() < 60  # its label is drawn
+    assert sheet[2 * (height + 14 + gap) :, 2 * (width + gap) :].min() == 255  # the ninth cell is empty
+
+
+def test_contact_sheet_keeps_pixels_and_fills_its_rows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (8, 10, 3), np.uint8) for _ in range(21)]
+    sheet = np.asarray(Image.open(contact_sheet(frames, tmp_path / "sheet.png")))
+    assert sheet.shape[1] == 7 * 244 - 4
+    assert (sheet[14 : 14 + 192, :240] == frames[0].repeat(24, 0).repeat(24, 1)).all()
 
 
 def test_contact_sheet_shrinks_and_takes_labels(tmp_path: Path) -> None:
@@ -297,3 +305,15 @@ def test_small_pictures_are_written_larger(tmp_path: Path) -> None:
     assert np.abs(large.astype(int) - frames.repeat(3, 1).repeat(3, 2)).mean() < 8
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.video[0].width == 3 * SIZE[0]
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".gif"])
+def test_other_containers_hold_the_same_pictures(tmp_path: Path, suffix: str) -> None:
+    frames = clip(7)
+    with VideoWriter(tmp_path / f"out{suffix}", 8, SIZE, scale=2) as writer:
+        writer.add(frames[:3])
+        writer.add(frames[3:])
+    with av.open(str(tmp_path / f"out{suffix}")) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 7
+    assert np.abs(np.stack(shown).astype(int) - frames.repeat(2, 1).repeat(2, 2)).mean() < 8

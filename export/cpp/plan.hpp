@@ -1,0 +1,53 @@
+// plan.json of an engine, its files checked by hash, and the rows of its prompts.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "json.hpp"
+#include "tensor.hpp"
+
+namespace inferix {
+
+// Names of a program's inputs and outputs, in order.
+struct ProgramEntry {
+    std::filesystem::path path;
+    std::vector<std::string> inputs, outputs;
+};
+
+struct Plan {
+    std::filesystem::path folder;
+    Json json;
+
+    // Read a plan and check the hash of every file. UsageError for a folder that is no engine of this version, or in
+    // which a file is missing or is not the one that was exported.
+    static Plan read(const std::filesystem::path& folder);
+
+    const Json& at(const std::string& key) const { return json.at(key); }
+    bool has_program(const std::string& name) const { return at("programs").has(name); }
+    ProgramEntry program(const std::string& name) const;
+    // Hash of the hashes of all files.
+    std::string fingerprint() const;
+};
+
+// Rows [1, text_len, text_dim] of prompts: of the engine's words, or of whole prompts.
+class PromptTable {
+   public:
+    explicit PromptTable(const Plan& plan);
+
+    // UsageError for a prompt or a word that the engine does not have.
+    Tensor encode(const std::string& prompt) const;
+
+   private:
+    bool words_;
+    std::vector<std::string> known_, skipped_;
+    int64_t length_, dim_;
+    Tensor rows_;
+};
+
+std::string read_file(const std::filesystem::path& path);
+std::string sha256(const std::string& bytes);
+std::string file_sha256(const std::filesystem::path& path);
+
+}  // namespace inferix

@@ -1,0 +1,1 @@
+"""Serving: one engine behind HTTP and WebSocket, for a browser and for programs."""

@@ -1,0 +1,275 @@
+"""The routes of a server: the page, the live WebSocket, worlds, models, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request, WebSocket
+from fastapi import Path as InPath
+from fastapi.responses import FileResponse, Response
+from pydantic import BaseModel
+
+from ..errors import InferixError
+from ..models.registry import family_of
+from ..runtime.engine import Engine
+from ..runtime.files import PartFile
+from ..runtime.sessions.session_file import read_session
+from ..version import __version__
+from .access import Access
+from .answers import add_error_answers, errors
+from .connection import Connection
+from .engine_host import EngineHost
+from .live_sessions import LiveSessions
+from .metrics import ServerMetrics
+from .protocol import Attach, Open, json_schema
+from .refusals import Refusal, refusal_of
+from .settings import ServeSettings
+from .video_jobs import VideoJobs
+from .video_routes import video_routes
+from .whep import LONGEST_SDP, Whep
+from .worlds import SUFFIX, Worlds
+
+PAGE = Path(__file__).parent / "page"
+PAGE_FILES = {  # by path: file and media type
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/live.css": ("live.css", "text/css; charset=utf-8"),
+    "/live.js": ("live.js", "text/javascript; charset=utf-8"),
+    "/player.js": ("player.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'"
+)
+ENCODER_THREADS = 2
+
+Id = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
+
+
+class Health(BaseModel):
+    """status: ok, draining or failed. sessions: live ones; places: how many there may be."""
+
+    status: str
+    sessions: int
+    places: int
+
+
+class ModelInfo(BaseModel):
+    """A model that the server runs. examples: prompts that it follows."""
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = "inferix"
+    preset: str
+    size: tuple[int, int]
+    fps: int
+    actions: list[str]
+    rewind_blocks: int
+    examples: list[str]
+
+
+class ModelList(BaseModel):
+    object: str = "list"
+    data: list[ModelInfo]
+
+
+class World(BaseModel):
+    """A saved world."""
+
+    id: str
+    object: str = "world"
+    bytes: int
+
+
+class Server:
+    """An engine, its live sessions and what is shared by all routes."""
+
+    def __init__(self, engine: Engine, settings: ServeSettings, folder: Path) -> None:
+        self.settings = settings
+        self.host = EngineHost(engine)
+        self.metrics = ServerMetrics(engine)
+        self.worlds = Worlds(folder / "worlds", settings.worlds)
+        self.jobs = VideoJobs(self.host, settings, folder / "videos")
+        self.live = LiveSessions(self.host, settings, self.worlds, self.metrics)
+        self.whep = Whep(self.live)
+        self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the engine and look after the sessions; at the end drain them."""
+        self.host.on_control(asyncio.get_running_loop(), self.live.control_applied)
+        self.host.start()
+        self.jobs.start()
+        sweeper = asyncio.create_task(self.live.sweep())
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            await self.drain()
+            await self.whep.close()
+            await self.jobs.stop()
+            await asyncio.to_thread(self.host.stop)
+            self.pool.shutdown(cancel_futures=True)
+
+    async def drain(self) -> None:
+        """End all sessions within `drain_seconds`."""
+        try:
+            async with asyncio.timeout(self.settings.drain_seconds):
+                await self.live.drain()
+        except TimeoutError:
+            return
+
+    def health(self) -> Health:
+        status = "ok" if self.host.alive else "failed"
+        if self.live.draining:
+            status = "draining"
+        return Health(status=status, sessions=len(self.live.sessions), places=self.settings.sessions)
+
+    def models(self) -> ModelList:
+        engine = self.host.engine
+        info = ModelInfo(
+            id=engine.parts.source, preset=engine.preset.name, size=engine.default_size, fps=engine.fps,
+            actions=list(engine.spec.actions), rewind_blocks=engine.preset.context.rewind_blocks,
+            examples=list(family_of(engine.spec).examples),
+        )  # fmt: skip
+        return ModelList(data=[info])
+
+    async def receive_world(self, request: Request) -> World:
+        """Store an uploaded world, if this engine can go on from it."""
+        world, path = self.worlds.new()
+        engine = self.host.engine
+        part = PartFile(path)
+        try:
+            with part.part.open("wb") as file:
+                async for piece in request.stream():
+                    file.write(piece)
+            await self.host.call(partial(read_session, part.part, engine.resources, engine.preset))
+            part.keep()
+        except InferixError as error:
+            refusal = refusal_of(error)
+            message = str(refusal).replace(str(part.part), "the file")
+            raise Refusal(refusal.code, message, min(refusal.status, 499), refusal.limit) from error
+        finally:
+            part.discard()
+        self.worlds.trim()
+        return World(id=world, bytes=path.stat().st_size)
+
+
+def make_app(server: Server) -> Access:
+    """The ASGI application: the routes behind the check of `Access`."""
+    app = FastAPI(
+        title="Inferix", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan(server),
+        description="Live sessions and video jobs of a block-diffusion world model.",
+    )  # fmt: skip
+    add_error_answers(app)
+    add_page(app)
+    add_facts(app, server)
+    add_worlds(app, server)
+    add_live(app, server)
+    add_whep(app, server)
+    app.include_router(video_routes(server.jobs))
+    return Access(app, server.settings.token, tuple(PAGE_FILES), server.settings.upload_bytes)
+
+
+def lifespan(server: Server) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def running(_: FastAPI) -> AsyncIterator[None]:
+        async with server.running():
+            yield
+
+    return running
+
+
+def add_page(app: FastAPI) -> None:
+    """The page: files that lie in the package."""
+    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+
+    def add(path: str, name: str, kind: str) -> None:
+        @app.get(path, include_in_schema=False)
+        def file() -> Response:
+            return FileResponse(PAGE / name, media_type=kind, headers=headers)
+
+    for path, (name, kind) in PAGE_FILES.items():
+        add(path, name, kind)
+
+
+def add_facts(app: FastAPI, server: Server) -> None:
+    @app.get("/health", responses={503: {"model": Health}, **errors()})
+    def health(response: Response) -> Health:
+        """Show whether the server takes sessions; status 503 where it does not."""
+        facts = server.health()
+        response.status_code = 200 if facts.status == "ok" else 503
+        return facts
+
+    @app.get("/metrics", responses=errors())
+    def metrics() -> Response:
+        """Metrics in the text format of Prometheus."""
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models", responses=errors())
+    def models() -> ModelList:
+        """The models that the server runs."""
+        return server.models()
+
+    @app.get("/v1/live/schema", responses=errors())
+    def schema() -> dict[str, Any]:
+        """JSON schema of the messages of the WebSocket `/v1/live`."""
+        return json_schema()
+
+
+def add_worlds(app: FastAPI, server: Server) -> None:
+    file = {"schema": {"type": "string", "format": "binary"}}
+    body = {"requestBody": {"required": True, "content": {"application/octet-stream": file}}}
+
+    @app.post("/v1/worlds", status_code=201, responses=errors(413, 503), openapi_extra=body)
+    async def upload(request: Request) -> World:
+        """Upload a saved world, to open or restore it."""
+        return await server.receive_world(request)
+
+    @app.get("/v1/worlds/{world}", responses=errors(404), response_class=FileResponse)
+    def download(world: Id) -> FileResponse:
+        """Download a saved world."""
+        path = server.worlds.path(world)
+        return FileResponse(path, media_type="application/octet-stream", filename=f"world-{world[:8]}{SUFFIX}")
+
+
+def add_live(app: FastAPI, server: Server) -> None:
+    @app.websocket("/v1/live")
+    async def live(socket: WebSocket) -> None:
+        await Connection(socket, server.live, server.pool).serve()
+
+
+def add_whep(app: FastAPI, server: Server) -> None:
+    sdp = {"content": {"application/sdp": {"schema": {"type": "string", "maxLength": LONGEST_SDP}}}}
+    answers: dict[int | str, dict[str, Any]] = {201: {"description": "The answer", **sdp}}
+
+    @app.post(
+        "/v1/whep", status_code=201, responses={**answers, **errors(404, 413, 501, 503)}, response_class=Response,
+        openapi_extra={"requestBody": {"required": True, **sdp}},
+    )  # fmt: skip
+    async def offer(
+        request: Request,
+        prompt: str | None = None,
+        seed: Annotated[int, Query(ge=0, lt=2**53)] = 0,
+        session: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$")] = None,
+        resume: Annotated[str, Query(max_length=128)] = "",
+    ) -> Response:
+        """Watch a session by WebRTC (WHEP): a new one for a prompt, or one that waits, such as a fork."""
+        begin: Open | Attach = Open(id=0, type="open", prompt=prompt, seed=seed)
+        if session is not None:
+            begin = Attach(id=0, type="attach", session=session, resume=resume or "-")
+        text = (await request.body()).decode("utf-8", "replace")
+        answer, id = await server.whep.offer(text, begin)
+        return Response(answer, 201, {"Location": f"/v1/whep/{id}"}, "application/sdp")
+
+    @app.delete("/v1/whep/{id}", responses=errors(404))
+    async def end(id: Id) -> dict[str, str]:
+        """End a session that is watched by WebRTC."""
+        server.whep.end(id)
+        return {"id": id, "object": "session.ended"}

@@ -1,0 +1,168 @@
+"""The live sessions of a server: places, a queue for them, coming back, and the end of those that nobody uses."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import InferixError
+from .engine_host import EngineHost
+from .live_session import LiveSession, Start, check_prompt, check_size, open_session
+from .metrics import ServerMetrics
+from .protocol import Attach, Open
+from .refusals import RETRY_AFTER, Refusal
+from .settings import ServeSettings
+from .worlds import Worlds
+
+LOG = logging.getLogger("inferix.serve")
+SWEEP_SECONDS = 1.0  # between two looks for sessions that nobody uses
+
+
+class LiveSessions:
+    """All live sessions, by id. draining: none is opened any more."""
+
+    def __init__(self, host: EngineHost, settings: ServeSettings, worlds: Worlds, metrics: ServerMetrics) -> None:
+        self.host, self.settings, self.worlds, self.metrics = host, settings, worlds, metrics
+        self.sessions: dict[str, LiveSession] = {}
+        self.draining = False
+        self._places = 0  # taken, by sessions or on their behalf
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    # Opening and coming back
+
+    async def open(self, control: Open, queued: Callable[[int], object]) -> LiveSession:
+        """Open a session. queued: called with the number of clients before this one, where it has to wait.
+
+        Refusal where there is no room, or the session cannot be opened.
+        """
+        if control.prompt is not None:
+            check_prompt(control.prompt, self.settings)
+        if control.size is not None:
+            check_size(control.size, self.host.engine, self.settings)
+        world = None if control.world is None else self.worlds.path(control.world)
+        if world is None and control.prompt is None:
+            raise Refusal("invalid", "open has neither prompt nor world; send one of them")
+        await self._wait_for_place(queued)
+        try:
+            entered = await open_session(self.host, control, world)
+        except BaseException:
+            self.release_place()
+            raise
+        start = Start(control.prompt, control.seed)
+        if control.world is not None:
+            start = Start(*self.worlds.about(control.world))
+        live = LiveSession(self, entered, start, control.behind or self.settings.behind)
+        self._add(live)
+        return live
+
+    def attach(self, control: Attach) -> LiveSession:
+        """The session that a client comes back to; Refusal unless it knows its resume token."""
+        live = self.sessions.get(control.session)
+        known = "" if live is None else live.resume
+        if not hmac.compare_digest(known.encode(), control.resume.encode("utf-8", "replace")) or live is None:
+            raise Refusal("not_found", "there is no such session, or it has another resume token", 404, close=4404)
+        return live
+
+    async def _wait_for_place(self, queued: Callable[[int], object]) -> None:
+        obstacle = self._obstacle()
+        if obstacle is None and not self._waiting:
+            self._places += 1
+            return
+        if obstacle is not None and (obstacle.code == "draining" or len(self._waiting) >= self.settings.queue):
+            raise obstacle
+        place = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        queued(len(self._waiting) - 1)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self.release_place()
+            elif place in self._waiting:
+                self._waiting.remove(place)
+            raise
+
+    def _obstacle(self) -> Refusal | None:
+        """The reason why no session can be opened now."""
+        if self.draining:
+            return Refusal("draining", "the server is being stopped", 503, None, RETRY_AFTER, close=1013)
+        if self._places >= self.settings.sessions:
+            message, limit = f"{self._places} sessions are open", ("sessions", self.settings.sessions)
+        elif self.settings.realtime and (late := self.host.obstacle()) is not None:
+            message, limit = late, ("realtime", True)
+        else:
+            return None
+        waiting = f", and {len(self._waiting)} clients wait" if self._waiting else ""
+        return Refusal("at_capacity", message + waiting, 503, limit, RETRY_AFTER, close=1013)
+
+    # What sessions call
+
+    def take_place(self) -> None:
+        """Take a place for a fork; Refusal where there is none."""
+        if (obstacle := self._obstacle()) is not None:
+            raise obstacle
+        self._places += 1
+
+    def release_place(self) -> None:
+        self._places -= 1
+        while self._waiting and self._places < self.settings.sessions:
+            place = self._waiting.popleft()
+            if not place.done():
+                self._places += 1
+                place.set_result(None)
+
+    def add_twin(self, twin: LiveSession) -> None:
+        self._add(twin)
+
+    def _add(self, live: LiveSession) -> None:
+        self.sessions[live.id] = live
+        self.metrics.live.set(len(self.sessions))
+        LOG.info("session %s opened", live.id)
+
+    def ended(self, live: LiveSession) -> None:
+        """Forget a session that has freed its memory."""
+        if self.sessions.pop(live.id, None) is not None:
+            self.metrics.live.set(len(self.sessions))
+            self.release_place()
+            LOG.info("session %s ended", live.id)
+
+    def control_applied(self, record: dict[str, Any]) -> None:
+        """Pass the record of an applied control on to its session."""
+        for live in self.sessions.values():
+            if live.session.id == record["session"]:
+                return live.control_applied(record)
+
+    # Ends
+
+    async def sweep(self) -> None:
+        """End sessions whose clients are gone or idle, for as long as the server runs."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = time.monotonic()
+            for live in tuple(self.sessions.values()):
+                away = 0.0 if live.detached_at is None else now - live.detached_at
+                if away > self.settings.resume_seconds:
+                    live.end("gone", f"its client was away for more than {self.settings.resume_seconds:g} s")
+                elif now - live.controlled_at > self.settings.idle_seconds:
+                    live.end("idle", f"it had no control for more than {self.settings.idle_seconds:g} s")
+
+    async def drain(self) -> None:
+        """Open nothing more, and end all sessions; those that wait for a place are refused."""
+        self.draining = True
+        for place in self._waiting:
+            place.set_exception(Refusal("draining", "the server is being stopped", 503, None, RETRY_AFTER, close=1013))
+        self._waiting.clear()
+        lives = tuple(self.sessions.values())
+        results = await asyncio.gather(*(live.drain() for live in lives), return_exceptions=True)
+        for live, result in zip(lives, results, strict=True):
+            if isinstance(result, InferixError):
+                LOG.warning("session %s was not drained: %s", live.id, result)
+            elif isinstance(result, BaseException):
+                raise result
+        for live in lives:
+            await live.closed()

@@ -1,0 +1,93 @@
+"""Running a server: the socket, uvicorn, and an end that drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from ..errors import UsageError, quoted
+from .access import LOOPBACK
+from .app import Server, make_app
+
+LOG = logging.getLogger("inferix.serve")
+PING_SECONDS = 20.0  # between two pings of a WebSocket; a client that answers none is disconnected after as long
+
+
+class DrainingServer(uvicorn.Server):
+    """Drains live sessions at the first SIGTERM or Ctrl-C, then ends; a second one ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self.server, self.ready = server, ready
+        self._draining: asyncio.Task[None] | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.loop = asyncio.get_running_loop()
+        if self.started:
+            self.ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None or self.loop is None:
+            self.force_exit = self.should_exit = True
+            return
+        LOG.info("%s: draining for at most %g s", signal.Signals(sig).name, self.server.settings.drain_seconds)
+        self.request_drain()
+
+    def request_drain(self) -> None:
+        """Drain the live sessions and end; free to any thread once the server has started."""
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        await self.server.drain()
+        self.should_exit = True
+
+
+def listen(host: str, port: int, token: str | None) -> socket.socket:
+    """A socket that listens; UsageError for an address that is open to others without a token, or not free."""
+    if token is None and host not in LOOPBACK:
+        raise UsageError(
+            f"host is {quoted(host)}, which other machines reach, and there is no token; give token, a file with one"
+        )
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        message = f"cannot listen on {quoted(host)}, port {port}: {error}; choose another port or host"
+        raise UsageError(message) from error
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def make_config(server: Server, log_level: str = "warning") -> uvicorn.Config:
+    """The settings of uvicorn."""
+    settings = server.settings
+    return uvicorn.Config(
+        make_app(server), ws_max_size=settings.message_bytes, ws_max_queue=16, ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PING_SECONDS, ws_per_message_deflate=False, log_level=log_level, log_config=None,
+        timeout_graceful_shutdown=max(1, int(settings.drain_seconds)), server_header=False,
+    )  # fmt: skip
+
+
+def serve(server: Server, listener: socket.socket, ready: Callable[[], object], log_level: str = "warning") -> None:
+    """Serve until SIGTERM or Ctrl-C. ready: called once requests are answered."""
+    DrainingServer(make_config(server, log_level), server, ready).run(sockets=[listener])
