@@ -92,7 +92,9 @@ def test_missing_weights_ask_for_a_new_installation(monkeypatch, tmp_path):
         inferix.load(device="cpu")
 
 
+@pytest.mark.slow
 def test_the_rewritten_graph_makes_the_same_video(engine):
+    """In pictures; test_tiny.py compares the latents."""
     fused = inferix.load("tinyworld", device="cpu", executor="fused")
     difference = pictures(fused).astype(int) - pictures(engine)
     assert np.abs(difference).max() <= 1
