@@ -34,6 +34,7 @@ PACKAGES = [
     "inferix.schemes",
     "inferix.models",
     "inferix.models.wan",
+    "inferix.models.magi",
     "inferix.models.text",
     "inferix.models.tinyworld",
     "inferix.export",

@@ -297,7 +297,7 @@ def noted_warnings(notes: list[str]) -> Iterator[None]:
 
 def frames_of(engine: Engine, blocks: int) -> int:
     """Return the pixel frames of the first `blocks` blocks."""
-    return (engine.preset.latent_frames(blocks) - 1) * engine.spec.vae_stride[0] + 1
+    return engine.spec.pictures(engine.preset.latent_frames(blocks))
 
 
 def read_source(

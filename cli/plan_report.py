@@ -64,6 +64,7 @@ def workload(
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
     family = family_of(spec)
+    family.check_preset(scheme, spec.name)
     decoder = family.chosen_decoder_spec(spec, tiny=bool(vae))
     pictures = parse_size(size) if size else spec.default_size
     text = family.text_parameters(spec) if text_encoder else 0

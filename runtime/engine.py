@@ -189,7 +189,7 @@ class Engine:
         elif image is not None and preset.context.image == "clamp" and video is None:
             clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
-            prefix = inputs.prefix_latents(image, video, size, fit)
+            prefix, clamped = inputs.prefix_latents(image, video, size, fit)
         state = SessionState(
             size=size,
             timeline=Timeline(preset),
@@ -400,7 +400,7 @@ class Engine:
     def blocks_for(self, seconds: float) -> int:
         """How many blocks make at least that many seconds of video from the start."""
         seconds = above_zero()("seconds", seconds)
-        return self.blocks_for_frames(-(-(round(seconds * self.fps) - 1) // self.spec.vae_stride[0]) + 1)
+        return self.blocks_for_frames(self.spec.latent_frames(round(seconds * self.fps)))
 
     def blocks_for_frames(self, latent_frames: int) -> int:
         """How many blocks make at least that many latent frames from the start."""

@@ -21,6 +21,7 @@ from ..text.tiny import write_tiny_text_encoder
 from ..text.umt5_checkpoint import TEXT_FILES, find_text, load_text
 from ..transformer import Transformer
 from .checkpoint import FORMATS, merging, read_checkpoint
+from .costs import WanCosts
 from .diffusers_network import diffusers_network
 from .lora import fitting, read_lora
 from .names import changed_table
@@ -46,6 +47,9 @@ class WanFamily(Family):
 
     def build(self, spec: ModelSpec, precision: str = "reference") -> WanTransformer:
         return WanTransformer(spec, precision)
+
+    def costs(self, spec: ModelSpec) -> WanCosts:
+        return WanCosts(spec)
 
     # Checkpoints
 

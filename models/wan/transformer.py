@@ -18,6 +18,7 @@ from ...kernels.rope import axis_frequencies
 from ..cross_attention import TextKeyValues
 from ..rope import Rope
 from ..spec import ModelSpec
+from ..time_embedding import sinusoid
 from ..transformer import PRECISIONS, KeyValues, Precision, TextContext, Transformer
 
 
@@ -280,10 +281,3 @@ def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + gate * update per frame, in the gate's dtype."""
     scaled = update.to(gate.dtype).unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]
     return (x.to(gate.dtype) + scaled.flatten(1, 2)).to(x.dtype)
-
-
-def sinusoid(timesteps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """[cos, sin] of timesteps times 10000^(-i / (dim/2)), [..., dim], computed in `dtype`."""
-    index = torch.arange(dim // 2, dtype=dtype, device=timesteps.device)
-    angle = timesteps.to(dtype)[..., None] * torch.exp(-math.log(10000.0) * index / (dim // 2))
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)

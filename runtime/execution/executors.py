@@ -335,7 +335,14 @@ def joined(texts: Sequence[Text]) -> TextContext | TextByFrames:
     contexts = [text for text in texts if isinstance(text, TextContext)]
     text = tuple(concatenated(layer) for layer in zip(*(context.text for context in contexts), strict=True))
     images = [context.image for context in contexts if context.image is not None]
-    return TextContext(text, tuple(concatenated(layer) for layer in zip(*images, strict=True)) if images else None)
+    masks = [context.mask for context in contexts if context.mask is not None]
+    vectors = [context.vector for context in contexts if context.vector is not None]
+    return TextContext(
+        text,
+        tuple(concatenated(layer) for layer in zip(*images, strict=True)) if images else None,
+        torch.cat(masks) if masks else None,
+        torch.cat(vectors) if vectors else None,
+    )
 
 
 def concatenated(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

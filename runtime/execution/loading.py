@@ -12,7 +12,7 @@ from ...graphs.shards import ALONE, Shard
 from ...models.decoder import Decoder, DecoderSpec
 from ...models.family import Checkpoint, PromptEncoder
 from ...models.hub import locate
-from ...models.registry import MODELS, family_of, read_checkpoint, shipped
+from ...models.registry import MODELS, family_of, find_preset, read_checkpoint, shipped
 from ...models.spec import ModelSpec
 from ...models.transformer import Transformer
 from ..config import DTYPES, EngineConfig
@@ -87,6 +87,7 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema, config.names)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     family = family_of(spec)
+    family.check_preset(find_preset(config.preset), config.model)
     if spec.in_channels != spec.out_channels:
         raise UsageError(
             f"{config.model} takes {spec.in_channels} channels with image conditioning; streams of such models "
@@ -144,6 +145,7 @@ def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -
     if config.names is not None:
         raise UsageError(f"names is {quoted(config.names)}, but {spec.name} has random weights; leave it out")
     family = family_of(spec)
+    family.check_preset(find_preset(config.preset), spec.name)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
     check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device

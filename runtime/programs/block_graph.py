@@ -104,7 +104,8 @@ class ModelPass(nn.Module):
         x = latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
         count = len(self.guidance.branches)
         rows = torch.cat([x] * count) if count > 1 else x
-        timesteps = values["timesteps"].expand(len(rows), -1)
+        timesteps = values["timesteps"]
+        timesteps = timesteps.expand(len(rows), *timesteps.shape[1:])
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
         text = self.text(values)
 
@@ -281,7 +282,9 @@ class BlockGraphBuilder:
         """Graph of one planned pass: the traced model with the timesteps of the pass, then the solver step."""
         model = self.model_pass(self.layout(planned))
         timesteps = planned.run.timesteps
-        literals = {"timesteps": Value.of_literal(timesteps, (1, len(timesteps)), torch.float32)}
+        condition = [] if planned.run.condition is None else [planned.run.condition]
+        rows = [number for timestep in timesteps for number in (timestep, *condition)]
+        literals = {"timesteps": Value.of_literal(rows, self.timesteps_shape(len(timesteps)), torch.float32)}
         step = self.step(planned) if planned.steps else None
         graph = chained(planned.name, model, step, literals)
         if step is None:  # the pass is run for the pages it writes; nothing reads its velocity
@@ -291,6 +294,10 @@ class BlockGraphBuilder:
     def model_pass(self, layout: Layout) -> PassGraph:
         """Traced pass of a layout."""
         return traced_pass(self.source, layout, self.guidance, self.shard, tuple(self.inputs(layout)))
+
+    def timesteps_shape(self, frames: int) -> tuple[int, ...]:
+        """Shape of the timesteps of a pass, with the conditions of steps where the network takes them."""
+        return (1, frames) if self.preset.sampler.condition(0) is None else (1, frames, 2)
 
     def layout(self, planned: PlannedPass) -> Layout:
         sinks = self.preset.context.rotates_sink  # in every pass, as in `rotates_for_sink`
@@ -313,9 +320,9 @@ class BlockGraphBuilder:
 
         each = frames // len(layout.latents)
         values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
-        text = (self.rows, spec.text_len, spec.text_dim)
+        text = (self.rows, spec.text_rows, spec.text_dim)
         values += [
-            given("timesteps", When.LOAD, (1, frames), torch.float32),
+            given("timesteps", When.LOAD, self.timesteps_shape(frames), torch.float32),
             *(given(name, When.PROMPT, text, self.dtype) for name in layout.text_names),
         ]
         if spec.action_dim is not None:

@@ -106,7 +106,8 @@ class GraphBuilder:
         if key.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
             return self.rewritten(self.block(key, builder, passes, ("latents",)))
-        timesteps = Value("timesteps", Role.INPUT, (1, key.latent[0]), torch.float32, When.PASS)
+        shape = builder.timesteps_shape(key.latent[0])
+        timesteps = Value("timesteps", Role.INPUT, shape, torch.float32, When.PASS)
         graph = chained("pass", builder.model_pass(key.layout), None, {"timesteps": timesteps})
         return self.rewritten(self.block(key, builder, (graph,), ("velocity",)))
 

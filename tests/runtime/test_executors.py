@@ -10,13 +10,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, make_engine, remade
+from oracles import ROWS, SIZE, TINY, WAN_PRESETS, make_engine, remade
 from recording import FakeGraphs
 from safetensors.torch import save_file
 
 from inferix.errors import UsageError
 from inferix.graphs.lowered import lower_block, with_pages
-from inferix.models.registry import PRESETS
 from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.config import EngineConfig
@@ -56,7 +55,7 @@ def stream(engine: Engine, blocks: int = 5, **given: object) -> torch.Tensor:
         return torch.cat(actual + [block.latents for block in session.stream(blocks - 2, decode=False)])
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted(WAN_PRESETS))
 def test_fused_equals_eager(preset: str) -> None:
     spec = TINY if preset in ("self-forcing", "longlive") else ONE_LAYER
     settings = SMALL[preset] | {"spec": spec, "vae_spec": SMALL_VAE}
