@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import AtCapacity, CheckpointError, InferixError, SessionEnded, UsageError
+from .errors import AtCapacity, CheckpointError, InferixError, RankFailed, SessionEnded, UsageError
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ __all__ = [
     "InjectedNoise",
     "Limits",
     "Preset",
+    "RankFailed",
     "Session",
     "SessionEnded",
     "UsageError",

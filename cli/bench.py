@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import InferixError, UsageError, nearest, quoted
+from ..schemes.defaults import DEFAULT_PROMPT
 from .help import Command, group
 from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, parse_settings, parse_size
 
@@ -231,6 +232,70 @@ def stream(
 
 
 @app.command(cls=Command)
+def serve(
+    url: str | None = typer.Option(None, help="A running server, such as http://127.0.0.1:8000.  [default: start one]"),
+    sessions: int = typer.Option(4, min=1, help="Measure 1 to N sessions at a time, until one is refused."),
+    seconds: float = typer.Option(20.0, min=1.0, help="Length of each measurement."),
+    prompt: str = typer.Option(DEFAULT_PROMPT, help="Prompt of all sessions."),
+    media: str = typer.Option("jpeg", help="h264, vp9, fmp4, jpeg or raw."),
+    token: Path | None = typer.Option(None, metavar="FILE", help="File with the server's token."),
+    arguments: list[str] = typer.Option(
+        [], "--with", metavar="OPTION", help="An option for the server that is started, such as --with=--model=DIR."
+    ),
+    out: Path | None = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Measure live sessions of a server as clients see them.
+
+    Each session plays at the video's rate and sends a control every one to two and a half seconds. The table has, for 1
+    to N sessions at a time: first picture, interval between blocks, control to pixel (p50, p95, p99), late blocks, and
+    the times that a player had nothing to show. A refusal of the next session ends it, and is shown with its numbers.
+
+    Example: inferix bench serve --sessions 3 --seconds 30
+    """
+    from ..bench import serve as bench
+    from ..runtime.files import check_output, write_atomically
+    from ..serve.settings import read_token
+    from .serve import check_packages
+
+    check_packages()
+    if out is not None:
+        check_output(out)
+    secret = None if token is None else read_token(token)
+    console = Console(stderr=True)
+    result = bench.run(
+        url, [*arguments, f"--sessions={sessions}"], sessions, seconds, prompt, media, secret, console.print
+    )
+    if out is not None:
+        write_atomically(out, lambda part: part.write_text(json.dumps(result, indent=1), "utf-8"))
+    if as_json:
+        typer.echo(json.dumps(result["rows"]))
+    else:
+        print_serve(result["rows"])
+
+
+def print_serve(rows: list[dict[str, Any]]) -> None:
+    """Print the table of `bench serve`."""
+    table = Table("sessions", "first picture", "interval p50/p95/p99", "control to pixel p50/p95/p99", "blocks", "late",
+                  "underruns", "server memory")  # fmt: skip
+    for row in rows:
+        cells = [in_milliseconds(row[name]) for name in ("first_picture", "interval", "control_to_pixel")]
+        cells[0] = cells[0].partition(" / ")[0] + " ms"
+        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f} MB"
+        counts = (str(row[name]) for name in ("blocks", "late_blocks", "underruns"))
+        table.add_row(str(row["sessions"]), *cells, *counts, memory)
+    console = plain_console()
+    console.print(table)
+    for row in rows:
+        if row["refused"]:
+            console.print(f"session {row['sessions'] + 1} was refused: {row['refused']}")
+
+
+def in_milliseconds(quantiles: dict[str, float] | None) -> str:
+    return "" if quantiles is None else " / ".join(f"{value * 1e3:.0f}" for value in quantiles.values()) + " ms"
+
+
+@app.command(cls=Command)
 def engines(
     engine: list[Path] = typer.Option(
         ..., metavar="DIR", help="Folder that inferix export wrote; repeatable, for several targets of one model."
@@ -274,18 +339,24 @@ def engines(
 def report(
     folder: Path = typer.Argument(metavar="DIR", help="Folder of results, read with its subfolders."),
     out: Path = typer.Option(Path("performance.md"), help="Page to write; its pictures go into a folder beside it."),
+    goals: bool | None = typer.Option(
+        None, "--goals/--no-goals", help="Show the project's speed goals.  [default: for the project's own results]"
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout: the files written."),
 ) -> None:
     """Make one Markdown page, with pictures, from a folder of results.
 
-    GPU and CPU results have separate sections; goals are shown only for GPUs.
+    GPU and CPU results have separate sections. JSON files of other programs are passed over.
 
     Example: inferix bench report results --out performance.md
     """
     from ..bench.plots import has_matplotlib
     from ..bench.report import write_report
+    from ..bench.result import foreign_files
 
-    written = write_report(folder, out)
+    for path in foreign_files(folder):
+        typer.echo(f"passed over: {quoted(str(path))}, which was not written by inferix bench", err=True)
+    written = write_report(folder, out, goals)
     if not has_matplotlib():
         typer.echo("no pictures: matplotlib is not installed; pip install matplotlib", err=True)
     typer.echo(json.dumps([str(path) for path in written]) if as_json else f"{out}, {len(written) - 1} pictures")

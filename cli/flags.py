@@ -12,8 +12,8 @@ from ..schemes.presets import FIELDS
 
 # Arguments of `inferix.load` and `Engine.open` that `generate` has a flag for.
 ARGUMENTS = (
-    "actions", "base", "executor", "graphs", "image", "lora", "lora_partial", "lora_scale", "model", "names",
-    "negative_prompt", "prompt", "prompt_embeds", "size", "strength", "text_encoder", "vae", "video",
+    "actions", "base", "executor", "gpus", "graphs", "image", "lora", "lora_partial", "lora_scale", "model", "names",
+    "negative_prompt", "parallel", "prompt", "prompt_embeds", "size", "strength", "text_encoder", "vae", "video",
 )  # fmt: skip
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in ARGUMENTS}
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # values, which may contain anything

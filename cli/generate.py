@@ -43,8 +43,10 @@ from .help import Command
 from .options import (
     EXECUTOR,
     FORCE,
+    GPUS,
     NAMES,
     OFFLINE,
+    PARALLEL,
     PRESET,
     UNTRAINED,
     check_beside_engine,
@@ -52,6 +54,7 @@ from .options import (
     counted,
     parse_settings,
     parse_size,
+    ranks_of_launcher,
 )
 from .presets import print_presets
 
@@ -294,7 +297,7 @@ def noted_warnings(notes: list[str]) -> Iterator[None]:
 
 def frames_of(engine: Engine, blocks: int) -> int:
     """Return the pixel frames of the first `blocks` blocks."""
-    return (engine.preset.latent_frames(blocks) - 1) * engine.spec.vae_stride[0] + 1
+    return engine.spec.pictures(engine.preset.latent_frames(blocks))
 
 
 def read_source(
@@ -389,6 +392,8 @@ def generate(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = EXECUTOR,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     profile: Path | None = typer.Option(
         None, metavar="DIR", help="Folder for a trace and a table of each block's time by call."
@@ -416,6 +421,8 @@ def generate(
 
     Example: inferix generate --preset longlive --size 64x64 --prompt "a street" --prompt-at 1 "snow" --seconds 2
 
+    Over two ranks: inferix generate --preset longlive --size 64x64 --gpus 2 --device cpu
+
     With published weights, which are downloaded (some 20 GB): inferix generate --model self-forcing --prompt "a paper
     boat on a canal" --seconds 5
     """
@@ -424,6 +431,7 @@ def generate(
     given_parts["--vae"] = vae
     given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
     given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
+    given_parts |= {"--gpus": gpus, "--parallel": parallel}
     check_beside_engine(exported, given_parts)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
@@ -464,6 +472,7 @@ def generate(
     if profile is not None and executor is None:  # only graphs have calls to be timed
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)
     parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
+    parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
     if exported is not None:

@@ -25,7 +25,8 @@ PANELS = {  # title: names of parameters, in all commands that have them
     ),
     "Length and size": ("seconds", "blocks", "size", "seed", "sessions", "minutes", "rounds", "starts", "controls"),
     "Machine": (
-        "device", "dtype", "kv_dtype", "executor", "graphs", "precision", "memory", "gpu", "gpus", "tflops", "bandwidth"
+        "device", "dtype", "kv_dtype", "executor", "graphs", "precision", "memory", "gpu", "gpus", "parallel", "link",
+        "goal", "tflops", "bandwidth",
     ),
     "Output": ("out", "latents_only", "profile", "records", "drift_meter", "svg", "as_json", "table", "sink"),
 }  # fmt: skip

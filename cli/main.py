@@ -6,6 +6,8 @@ with the flags of the arguments that they name (`flags.py`); any other exception
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 import warnings
 from typing import Any
@@ -58,6 +60,9 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 
 
+OF_RANKS = (["generate"], ["play"])  # commands that several ranks run
+
+
 def print_version(value: bool) -> None:
     if value:
         typer.echo(f"inferix {__version__}")
@@ -82,6 +87,13 @@ def common(
 
 
 def main() -> None:
-    """Run the command in sys.argv and exit with its code; typer exits with 2 and 130 itself."""
+    """Run the command in sys.argv and exit with its code; typer exits with 2 and 130 itself.
+
+    A rank above 0 of torchrun or srun takes everything from rank 0.
+    """
+    if sys.argv[1:2] in OF_RANKS and {"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ):
+        from ..runtime.parallel.rank_process import serve_if_ranked
+
+        serve_if_ranked()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     app(prog_name="inferix")

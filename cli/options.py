@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError, cut, quoted
 from ..runtime.executor_specs import EXECUTORS, default_executor
+from ..schemes.layouts import LAYOUTS
 from ..user_yaml import parse_yaml
 
 OFFLINE = typer.Option(
@@ -20,6 +21,10 @@ EXECUTOR = typer.Option(
     help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU, else "
     f"{default_executor('cpu')}]",
 )
+GPUS = typer.Option(
+    None, metavar="N", help="GPUs for a pass, or processes with --device cpu.  [default: 1, or torchrun's ranks]"
+)
+PARALLEL = typer.Option(None, help=f"Layout over --gpus: {', '.join(LAYOUTS)}.  [default: auto, the first that fits]")
 PRESET = typer.Option(
     None, help="Decoding scheme: a name, or a .yaml file.  [default: the model's own, or self-forcing]"
 )
@@ -59,6 +64,14 @@ def check_settings(ctx: typer.Context, settings: Iterable[str]) -> None:
     for key in settings:
         if option := options.get(key.replace("-", "_")):
             raise UsageError(f"--set {cut(key)}: this setting has its own option; use {option}")
+
+
+def ranks_of_launcher() -> int | None:
+    """Number of ranks that torchrun or srun has started; None where this process is alone."""
+    from ..runtime.parallel.rendezvous import Place
+
+    place = Place.of()
+    return None if place is None else place.ranks
 
 
 def check_beside_engine(engine: object, given: Mapping[str, object]) -> None:

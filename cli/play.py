@@ -30,7 +30,7 @@ from ..errors import InferixError, UsageError, quoted
 from ..runtime.media import CONTAINERS, VideoWriter
 from ..runtime.sinks import Frames, Pump, Sink
 from .generate import DEFAULT_PROMPT, SEEN
-from .options import EXECUTOR, FORCE, OFFLINE, check_beside_engine
+from .options import EXECUTOR, FORCE, GPUS, OFFLINE, PARALLEL, check_beside_engine, ranks_of_launcher
 from .terminal import Layout, check_size, check_terminal, draw, has_true_colour, layout
 
 if TYPE_CHECKING:
@@ -408,6 +408,8 @@ def play(
     save: Path = typer.Option(WORLD, help="File that S saves the world to and l loads it from."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     executor: str | None = EXECUTOR,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
     offline: bool = OFFLINE,
     force: bool = FORCE,
@@ -426,14 +428,16 @@ def play(
     from ..runtime.load import load
     from ..runtime.sessions.session import Session
 
-    given = {"--model": model, "--device": device, "--executor": executor, "--graphs": graphs}
+    given: dict[str, object] = {"--model": model, "--device": device, "--executor": executor, "--graphs": graphs}
+    given |= {"--gpus": gpus, "--parallel": parallel}
     check_beside_engine(exported, given)
     checks: dict[str, Any] = {"offline": offline, "force": force, "rewind_blocks": REWIND_BLOCKS}
     if exported is not None:
         engine = load(engine=exported, rewind_blocks=REWIND_BLOCKS)
     else:
         named = model or "tinyworld"
-        engine = load(named, preset="tinyworld", device=device, executor=executor, graphs=graphs, **checks)
+        ranks: dict[str, Any] = {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
+        engine = load(named, preset="tinyworld", device=device, executor=executor, graphs=graphs, **ranks, **checks)
     if not engine.spec.actions:
         raise UsageError(f"{engine.parts.source} follows no actions; --model must be one that does, such as tinyworld")
     controls = Controls(engine.spec.actions)

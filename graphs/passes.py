@@ -6,6 +6,7 @@ levels. Host integers only: nothing here knows a tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -23,6 +24,7 @@ class Group:
     write: whether the group's keys and values replace what the cache holds for its frames.
     text: what its tokens attend to in cross-attention: PROMPT, the prompt of the branch, or NULL, the null caption.
     branch: number of the guidance branch that runs the group; None for every branch.
+    denoised: whether its velocity is used; a group over clean latents runs for the keys and values that it writes.
     head_contexts: frames of `context` that each of several equal groups of heads attends to, as sparse attention needs;
     empty where all heads attend to all of `context`.
     """
@@ -35,6 +37,7 @@ class Group:
     text: int = PROMPT
     branch: int | None = None
     head_contexts: tuple[tuple[int, ...], ...] = ()
+    denoised: bool = True
 
     def __post_init__(self) -> None:
         if list(self.context) != sorted(set(self.context)):
@@ -55,9 +58,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the network over the frames of its groups, in order; each branch runs each frame at most once."""
+    """One run of the network over the frames of its groups, in order; each branch runs each frame at most once.
+
+    condition: what a distilled network is given of the step besides timesteps; None for networks that take none.
+    """
 
     groups: tuple[Group, ...]
+    condition: float | None = None
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -99,19 +106,27 @@ class Pass:
         groups = self.groups_of(branch)
         if groups == self.groups:
             return self
-        return Pass(groups) if groups else None
+        return replace(self, groups=groups) if groups else None
+
+    def of_groups(self, chosen: Callable[[Group], bool]) -> Pass | None:
+        """The pass over some of its groups; None where it has none of them."""
+        groups = tuple(filter(chosen, self.groups))
+        return replace(self, groups=groups) if groups else None
+
+    def read_only(self) -> Pass:
+        """The pass without keys and values left in the cache."""
+        return replace(self, groups=tuple(replace(group, write=False) for group in self.groups))
 
     def without_past(self) -> Pass:
         """The pass with each group seeing itself alone, at positions from 0, and leaving no keys and values."""
-        return Pass(
-            tuple(
-                replace(
-                    group, context=tuple(sorted(group.frames)), positions=tuple(range(len(group.frames))), write=False,
-                    head_contexts=(),
-                )
-                for group in self.groups
+        alone = (
+            replace(
+                group, context=tuple(sorted(group.frames)), positions=tuple(range(len(group.frames))), write=False,
+                head_contexts=(),
             )
+            for group in self.groups
         )  # fmt: skip
+        return replace(self, groups=tuple(alone))
 
     @property
     def written(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     Of n heads of queries, n / k neighbours share a head of keys and values.
 
-    `mask` is bool [T, K], True where a query may look.
+    `mask` is bool [T, K], or with the dims of batch and heads before these, True where a query may look.
     """
     if k.shape[2] != q.shape[2]:
         k, v = (part.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for part in (k, v))

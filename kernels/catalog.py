@@ -6,6 +6,7 @@ from ..errors import UsageError, quoted
 from ..plugins import installed
 from .adaln import SPEC as ADALN
 from .block_attention import SPEC as BLOCK_ATTENTION
+from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC
 from .denoise_step import SPEC as DENOISE_STEP
 from .frame_noise import SPEC as FRAME_NOISE
 from .kv_pages import SPEC as KV_PAGES
@@ -24,7 +25,9 @@ SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
         ROPE_APPEND,
     )
 }  # fmt: skip
-PLAIN: dict[str, OpSpec] = {spec.name: spec for spec in (LINEAR_GELU, FRAME_NOISE)}  # torch's own ops
+PLAIN: dict[str, OpSpec] = {
+    spec.name: spec for spec in (LINEAR_GELU, FRAME_NOISE, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC)
+}  # torch's own ops
 
 
 def op_spec(name: str) -> OpSpec | None:

@@ -31,7 +31,9 @@ FP8 = torch.float8_e4m3fn
 LIMITS = {FP8: 448.0, torch.int8: 127.0}  # largest entry of a tensor that has scales beside it, by its dtype
 GRID_480P = (30, 52)  # rows and columns of tokens in a latent frame of 832x480, for cases from real models
 FRAME_480P = GRID_480P[0] * GRID_480P[1]
-FAMILIES = ("matmul", "packed matmul", "attention", "norm and gate", "pages", "solver", "elementwise", "copy")
+FAMILIES = (
+    "matmul", "packed matmul", "attention", "norm and gate", "pages", "solver", "elementwise", "copy", "exchange",
+)  # fmt: skip
 NO_BUILTINS: dict[str, Any] = {"__builtins__": {}}  # of expressions: arithmetic of dims, no calls
 MAX_ACCEPTED = 1024  # layouts of calls that an op remembers
 CHOSEN: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", default=None)

@@ -16,6 +16,9 @@ class TextKeyValues(Protocol):
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attend to the prompt: q and the result [B, T, n, c]."""
 
+    def pooled(self, frames: int) -> Tensor:
+        """The pooled text of `frames` frames [B, frames, d], for models that have one."""
+
 
 @dataclass(frozen=True)
 class TextByFrames:
@@ -28,3 +31,7 @@ class TextByFrames:
         tokens = q.shape[1] // sum(frames for frames, _ in self.parts)
         queries = q.split([frames * tokens for frames, _ in self.parts], dim=1)
         return torch.cat([text.attend(layer, part) for part, (_, text) in zip(queries, self.parts, strict=True)], dim=1)
+
+    def pooled(self, frames: int) -> Tensor:
+        """The pooled text of each frame [B, frames, d]."""
+        return torch.cat([text.pooled(count) for count, text in self.parts], dim=1)

@@ -62,6 +62,10 @@ class DecoderSpec(ABC):
     def state_entries(self, latent: tuple[int, int]) -> int:
         """Entries of a stream's decoder state after two latent frames."""
 
+    def encoding_parts(self, pictures: int) -> range:
+        """Pictures at which a video of that many pictures may be split to be encoded part by part."""
+        return range(1, pictures, self.temporal_stride)
+
     @abstractmethod
     def decode_flops(self, latent: tuple[int, int], first: bool = False) -> int:
         """FLOPs of decoding one latent frame, the first of a stream or a later one."""

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
 from ..schemes.presets import Preset
+from ..schemes.sampler_spec import SOLVERS
+from .costs import TransformerCosts
 from .decoder import Decoder, DecoderSpec
 from .files import fill
 from .random import random_state
@@ -112,7 +114,7 @@ class Family(ABC):
     name: what `ModelSpec.family` says. models: sizes by name. presets: decoding schemes, the default one first.
     formats: checkpoint formats by name. shipped: folder of the weights of models that are in the package, by name.
     demo: the named model that runs where a preset of the family is named alone. examples: prompts that its models
-    follow.
+    follow. to_clean: direction of the velocity of its networks, as in `SolverRules`.
     """
 
     name: str
@@ -122,6 +124,16 @@ class Family(ABC):
     shipped: Mapping[str, Path] = {}
     demo: str
     examples: Sequence[str] = ()
+    to_clean: bool = False
+
+    def check_preset(self, preset: Preset, model: str) -> None:
+        """UsageError for a preset whose solver takes another velocity than the networks of this family make."""
+        if SOLVERS[preset.sampler.solver].to_clean != self.to_clean:
+            own = ", ".join(own.name for own in self.presets)
+            raise UsageError(
+                f"preset {preset.name!r} is for a model of another family than {model}, which is {self.name}; "
+                f"use one of {own}"
+            )
 
     # Transformer
 
@@ -131,6 +143,10 @@ class Family(ABC):
 
         precision: a name of `transformer.PRECISIONS`.
         """
+
+    @abstractmethod
+    def costs(self, spec: ModelSpec) -> TransformerCosts:
+        """Return the costs of a transformer."""
 
     def random_state(self, spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Draw random weights of a transformer, by name."""

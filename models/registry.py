@@ -16,6 +16,7 @@ from ..schemes.preset_file import is_preset_file, read_preset
 from ..schemes.presets import Preset, with_settings
 from .family import Checkpoint, Family, Format
 from .format_file import read_format_file
+from .magi.family import MAGI
 from .scaled_weights import stored_dtype
 from .spec import ModelSpec
 from .tinyworld.family import TINYWORLD
@@ -216,6 +217,6 @@ def add_installed(what: str, known: dict[str, Any], name: str, value: object) ->
     known[name] = value
 
 
-for built_in in (WAN, TINYWORLD):
+for built_in in (WAN, TINYWORLD, MAGI):
     register(built_in)
 register_installed()

@@ -52,6 +52,24 @@ class ModelSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def text_rows(self) -> int:
+        """Rows of a text as passes take it: those of the text encoder, unless the model adds some."""
+        return self.text_len
+
+    @property
+    def first_pictures(self) -> int:
+        """Pictures of the first latent frame of a stream; each later one has `vae_stride[0]`."""
+        return 1
+
+    def pictures(self, latent_frames: int) -> int:
+        """Pictures that the first latent frames of a stream become."""
+        return (latent_frames - 1) * self.vae_stride[0] + self.first_pictures
+
+    def latent_frames(self, pictures: int) -> int:
+        """Latent frames at the start of a stream that become at least that many pictures."""
+        return max(0, -(-(pictures - self.first_pictures) // self.vae_stride[0])) + 1
+
+    @property
     def action_dim(self) -> int | None:
         """Entries of a frame's action vector, one per action; None for a model without actions."""
         return len(self.actions) or None

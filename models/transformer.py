@@ -52,18 +52,26 @@ class KeyValues(Protocol):
 
 @dataclass(frozen=True)
 class TextContext:
-    """Cross-attention keys and values of each layer, [B, rows, n, c]; image rows only for I2V models."""
+    """Cross-attention keys and values of each layer, [B, rows, n, c]; image rows only for I2V models.
+
+    mask: bool [B, 1, 1, rows], rows that are seen; None for all, the zero rows after the prompt too. vector: pooled
+    text [B, d], which conditions frames beside their timestep; None for models without one.
+    """
 
     text: tuple[tuple[Tensor, Tensor], ...]
     image: tuple[tuple[Tensor, Tensor], ...] | None
+    mask: Tensor | None = None
+    vector: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attend to the prompt, all rows, the zero rows after it too, and to the image: q and the result [B, T, n, c].
-
-        q after its norm.
-        """
-        out = attention(q, *self.text[layer])
+        """Attend to the prompt and to the image: q and the result [B, T, n, c]; q after its norm."""
+        out = attention(q, *self.text[layer], self.mask)
         return out if self.image is None else out + attention(q, *self.image[layer])
+
+    def pooled(self, frames: int) -> Tensor:
+        """The pooled text of `frames` frames [B, frames, d], for models that have one."""
+        assert self.vector is not None
+        return self.vector[:, None].expand(-1, frames, -1)
 
 
 class Transformer(nn.Module, ABC):
@@ -76,16 +84,35 @@ class Transformer(nn.Module, ABC):
     def rope(self) -> Rope:
         """Rotary embedding of the queries and keys that the model passes to `KeyValues.attend`."""
 
+    def null_text(self) -> Tensor | None:
+        """Rows [text_len, text_dim] of the null caption that the model has learned; None without one."""
+        return None
+
+    def text_inputs(self, rows: Tensor, dropped: bool) -> Tensor:
+        """Rows [text_rows, text_dim] that passes take of a text's rows [text_len, text_dim].
+
+        dropped: the branch of guidance runs without the prompt.
+        """
+        return rows
+
     @abstractmethod
     def embed_text(self, text: Tensor) -> TextContext:
-        """Compute what passes need of a prompt, once for all of them, from rows [B, text_len, text_dim]."""
+        """Compute what passes need of a prompt, once for all of them, from rows [B, text_rows, text_dim]."""
 
     @abstractmethod
     def forward(
-        self, latents: Tensor, timesteps: Tensor, context: TextKeyValues, kv: KeyValues, actions: Tensor | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: TextKeyValues,
+        kv: KeyValues,
+        actions: Tensor | None = None,
+        origin: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
+        """Predict the velocity [B, F, C, H, W] of latents [B, F, C, H, W]: noise - x0, or as the solver takes it.
 
-        timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
-        each frame.
+        timesteps: [B, F] in 0..1000, as the solver's schedule has them; [B, F, 2] where the solver has step conditions,
+        which stand second. actions: [B, F, action_dim], for models that have them: the action that leads to each frame.
+        origin: row and column of the first token in the grid of a learned position embedding, for a tile of a picture;
+        None for a whole one.
         """

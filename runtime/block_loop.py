@@ -20,6 +20,7 @@ from ..errors import InferixError
 from ..graphs.passes import Pass
 from ..models.solvers import noised
 from ..schemes.block_schedule import (
+    branch_run,
     commit_pass,
     denoise_pass,
     denoise_passes,
@@ -29,7 +30,6 @@ from ..schemes.block_schedule import (
     supports_whole_block,
     window_of,
 )
-from ..schemes.guidance import FOLLOWING
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
 from .kv.paged_cache import layout_together
@@ -83,8 +83,11 @@ class BlockLoop:
             else:
                 block = yield from self.denoise(state, record)
         with record.span("commit"):
-            if state.preset.context.commit and not block.committed:
+            if state.preset.context.commit_in_next:
+                state.timeline.uncommitted, state.uncommitted = block.span, block.latents
+            elif state.preset.context.commit and not block.committed:
                 yield from self.commit(state, block.span, block.latents, record)
+        block.latents = self.without_given(state, block)
         return block
 
     def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool) -> None:
@@ -107,7 +110,7 @@ class BlockLoop:
         change.left -= 1
         share = 1 - change.left / (change.blocks - 1) if change.blocks > 1 else 1.0
         state.rows = torch.lerp(change.old, change.new, share)
-        text = self.resources.client.condition(state.rows)
+        text = self.resources.client.condition(self.resources.parts.transformer.text_inputs(state.rows, dropped=False))
         for branch in state.branches:
             if branch.role.text == "prompt":
                 branch.text = text
@@ -124,7 +127,7 @@ class BlockLoop:
         run = scheduled.run
         latents = state.recent_frames(run.frames)
         for branch in state.branches:
-            if branch.role != FOLLOWING:  # it has no past under the prompt
+            if branch.role.text != "prompt" or not branch.role.writes_past:
                 continue
             if scheduled.clears_cache:
                 branch.cache.clear()
@@ -162,13 +165,20 @@ class BlockLoop:
     def denoise(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
         """Run passes over the blocks in flight until the first is clean; others join as the schedule says."""
         flight, timesteps = state.flight, state.sampler.of_block(state.next_block).timesteps
-        clean = frozenset({0} if state.clamped is not None else ())
+        clean = frozenset({0} if state.clamped is not None and state.preset.context.image == "clamp" else ())
         for scheduled in denoise_passes(state.timeline, flight, timesteps, partial(self.admit, state), clean):
             self.roll_caches(state, scheduled.run, scheduled.beside)
-            latents = torch.cat([block.latents for block in flight])
-            velocity = yield from self.network_pass(state, scheduled.run, latents, record)
-            for block, part in zip(flight, velocity.split([len(block.latents) for block in flight]), strict=True):
+            for block in flight:
+                self.hold_given(state, block)
+            latents = [block.latents for block in flight]
+            if scheduled.committed is not None:
+                assert state.uncommitted is not None
+                latents.insert(0, self.with_given(state, scheduled.committed, state.uncommitted))
+            velocity = yield from self.network_pass(state, scheduled.run, torch.cat(latents), record)
+            parts = velocity.split([len(part) for part in latents])
+            for block, part in zip(flight, parts[-len(flight) :], strict=True):
                 self.advance(state, block, part)
+            state.uncommitted = None
         return flight.pop(0)
 
     def commit(
@@ -215,7 +225,7 @@ class BlockLoop:
                 raise InferixError(f"the video ends before block {span.index}; ask for {span.index} blocks")
             latents = noised(given, latents, sampler.sigmas[0])
         block = BlockInFlight(span, latents, sampler.begin())
-        self.clamp(state, block)
+        self.hold_given(state, block)
         return block
 
     def advance(self, state: SessionState, block: BlockInFlight, velocity: Tensor) -> None:
@@ -225,7 +235,8 @@ class BlockLoop:
             block.latents, velocity, step, lambda: self.draw(state, block.span, step + 1)
         )
         block.step += 1
-        self.clamp(state, block)
+        if state.preset.context.image == "clamp":
+            self.hold_given(state, block)
         self.check_finite(block)
 
     def check_finite(self, block: BlockInFlight) -> None:
@@ -233,10 +244,20 @@ class BlockLoop:
         if not torch.isfinite(block.latents).all():
             raise InferixError(f"block {block.span.index} is not finite; try dtype float32 or another checkpoint")
 
-    def clamp(self, state: SessionState, block: BlockInFlight) -> None:
-        """Overwrite the first frames of the first block with the clamped image's latents."""
-        if state.clamped is not None and block.span.frames.start == 0:
-            block.latents = torch.cat((state.clamped, block.latents[len(state.clamped) :]))
+    def hold_given(self, state: SessionState, block: BlockInFlight) -> None:
+        block.latents = self.with_given(state, block.span, block.latents)
+
+    def with_given(self, state: SessionState, span: Span, latents: Tensor) -> Tensor:
+        """Latents of a block; the first frames of the first block are those of the given image or video."""
+        if state.clamped is None or span.index > 0:
+            return latents
+        return torch.cat((state.clamped, latents[len(state.clamped) :]))
+
+    def without_given(self, state: SessionState, block: BlockInFlight) -> Tensor:
+        """Latents of a finished block without the frames of a video that stood before it, as the prefix has them."""
+        if state.clamped is None or block.span.index > 0 or block.span.frames.start == 0:
+            return block.latents
+        return block.latents[len(state.clamped) :]
 
     def roll_caches(self, state: SessionState, run: Pass, beside: tuple[int, ...] = ()) -> None:
         """Set the window of each branch's cache to what a pass that writes there sees; others leave it as it is.
@@ -244,7 +265,7 @@ class BlockLoop:
         beside: frames that stay in the caches although the pass does not see them.
         """
         for number, branch in enumerate(state.branches):
-            own = run.of_branch(number) if branch.role.sees_past else None
+            own = run.of_branch(number) if branch.role.writes_past else None
             if own is not None and (window := window_of(own, beside)) is not None:
                 branch.cache.set_window(window)
                 state.timeline.forget(window)
@@ -274,34 +295,31 @@ class BlockLoop:
         guidance = state.preset.sampler.guide
         timesteps = {frame: group.timestep for group in run.groups for frame in group.frames}
         levels = [timesteps[frame] for frame in run.frames]
-        weighted = guidance.branches_at(levels)
-        numbers = [
-            number
-            for number, branch in enumerate(state.branches)
-            if number in weighted or (branch.role.sees_past and run.written)
-        ]
-        velocities = yield from self.branch_passes(state, run, latents, numbers, record)
-        return guided(guidance, {number: velocities[number] for number in weighted}, levels)
+        weighted = guidance.branches_at([group.timestep for group in run.groups if group.denoised])
+        velocities = yield from self.branch_passes(state, run, latents, record)
+        if not weighted:
+            return torch.zeros_like(latents)
+        none = torch.zeros_like(latents)
+        return guided(guidance, {number: velocities.get(number, none) for number in weighted}, levels)
 
     def branch_passes(
-        self, state: SessionState, run: Pass, latents: Tensor, numbers: Sequence[int], record: BlockRecord | None
+        self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None
     ) -> BlockSteps[dict[int, Tensor]]:
-        """Run one pass over latents [F, C, H, W] in some branches; returns their velocities by number."""
-        velocities = dict[int, Tensor]()
+        """Run one pass over latents [F, C, H, W] in the branches that it needs; returns velocities by their number."""
+        guidance, velocities = state.preset.sampler.guide, dict[int, Tensor]()
         timed: AbstractContextManager[None] = nullcontext() if record is None else record.one_pass()
         with timed:
-            for number in numbers:
-                branch, own = state.branches[number], run.of_branch(number)
-                if own is not None and not branch.role.sees_past:
-                    own = own.without_past()
-                if own is not None and own.frames == run.frames:
+            for number, branch in enumerate(state.branches):
+                own = branch_run(guidance, run, number)
+                if own is None:
+                    continue
+                if own.frames == run.frames:
                     velocities[number] = yield ForwardRequest(branch, own, latents, self.actions_of(state, own))
                     continue
                 velocity = torch.zeros_like(latents)
-                if own is not None:
-                    rows = [run.frames.index(frame) for frame in own.frames]
-                    request = ForwardRequest(branch, own, latents[rows], self.actions_of(state, own))
-                    velocity[rows] = yield request
+                rows = [run.frames.index(frame) for frame in own.frames]
+                request = ForwardRequest(branch, own, latents[rows], self.actions_of(state, own))
+                velocity[rows] = yield request
                 velocities[number] = velocity
         return velocities
 
@@ -344,6 +362,7 @@ class BlockLoop:
             texts=tuple(request.texts for request in requests),
             actions=tuple(request.actions for request in requests if request.actions),
             whole=whole,
+            condition=requests[0].run.condition,
         )
         (result,) = self.resources.client.execute(plan, torch.stack([request.latents for request in requests]))
         return list(result)
@@ -371,4 +390,6 @@ class BlockLoop:
             pixels = state.decoder.advance(part)
             state.remember(part, pixels, self.resources.spec.vae_stride[0])
             frames.append(to_frames(pixels))
+        if state.clamped is not None:
+            frames.append(to_frames(state.decoder.advance(state.clamped)))
         state.prefix_frames = np.concatenate(frames)

@@ -13,7 +13,8 @@ from ..errors import UsageError, nearest, quoted
 from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.registry import formats
 from ..models.transformer import PRECISIONS
-from .arguments import flag, number, path_text, text
+from ..schemes.layouts import AUTO, LAYOUTS, MOST_RANKS
+from .arguments import above_zero, flag, integer, number, path_text, text
 from .byte_sizes import parse_bytes
 from .executor_specs import REFERENCE, ExecutorSpec, default_executor, executor_spec, names_with
 from .kv.page_store import KV_DTYPES
@@ -45,7 +46,8 @@ class EngineConfig:
     graphs: folder of stored graphs; missing ones are added. lowp: `fp8` or `int8` for linear layers, those that a
     pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference in eager. batches: file of
     measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
-    engine, whose programs run in place of the model.
+    engine, whose programs run in place of the model. gpus: ranks that share each pass. parallel: their layout, a name
+    of `LAYOUTS`, or auto. rank_timeout: seconds after which a rank that does not answer counts as hung.
     """
 
     model: str
@@ -74,6 +76,9 @@ class EngineConfig:
     batches: str | None = None
     drift_meter: bool = False
     engine: str | None = None
+    gpus: int = 1
+    parallel: str = AUTO
+    rank_timeout: float = 60.0
 
     @classmethod
     def of(cls, model: str | Path, preset: str, **settings: Any) -> EngineConfig:
@@ -102,6 +107,8 @@ class EngineConfig:
         if self.lora_partial and self.lora is None:
             raise UsageError("lora_partial is True, but there is no lora; give lora")
         check_device(self.device)
+        check_choice("parallel", self.parallel, (AUTO, *LAYOUTS))
+        self._check_ranks()
         for key in ("kv_dtype", "lowp"):
             if getattr(self, key) == "fp8" and self.device.startswith("cuda"):
                 major, minor = torch.cuda.get_device_capability(self.device)
@@ -113,6 +120,16 @@ class EngineConfig:
         if self.precision_map is None and (self.lowp_keep or self.lowp_layers != EVERY_BLOCK):
             raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
         self._check_capabilities()
+
+    def _check_ranks(self) -> None:
+        """UsageError for settings that several ranks do not have."""
+        if self.gpus == 1:
+            return
+        if self.graphs is not None:
+            raise UsageError(f"graphs is {quoted(self.graphs)} with gpus={self.gpus}; stored graphs are of one rank")
+        if self.device.startswith("cuda") and torch.cuda.device_count() < self.gpus:
+            count = torch.cuda.device_count()
+            raise UsageError(f"gpus is {self.gpus}, but there are {count} here; give gpus={count}, or device=cpu")
 
     def _check_capabilities(self) -> None:
         """UsageError for a setting that the executor does not take."""
@@ -168,6 +185,9 @@ COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
     "lora_scale": number,
     "kv_memory": byte_count,
+    "gpus": integer(1, MOST_RANKS),
+    "parallel": text,
+    "rank_timeout": above_zero("a number of seconds"),
 }
 SETTINGS = tuple(COERCIONS)  # what `load` takes, besides limits and the fields of a preset
 assert set(SETTINGS) == {setting.name for setting in fields(EngineConfig)}

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import AtCapacity, UsageError, quoted
 from ..models.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
+from ..schemes.layouts import choose_layout
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline
 from .arguments import (
@@ -51,6 +52,7 @@ from .kv.kv_manager import KVManager
 from .limits import Limits
 from .media_input import FITS
 from .noise import SEED, Noise, PhiloxNoise
+from .parallel.launch import divided
 from .plans import RefreshWeights
 from .programs.graph_store import card_of
 from .resources import make_resources
@@ -172,6 +174,8 @@ class Engine:
         if self.parts.size not in (None, size):
             width, height = self.default_size
             raise UsageError(f"size is {size[0]}x{size[1]}, but this engine makes pictures of {width}x{height} only")
+        if self.parts.shard.ranks > 1:
+            choose_layout(divided(self.spec, size), self.parts.shard.ranks, self.parts.shard.layout)
         if strength is not None and video is None:
             raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:
@@ -185,7 +189,7 @@ class Engine:
         elif image is not None and preset.context.image == "clamp" and video is None:
             clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
-            prefix = inputs.prefix_latents(image, video, size, fit)
+            prefix, clamped = inputs.prefix_latents(image, video, size, fit)
         state = SessionState(
             size=size,
             timeline=Timeline(preset),
@@ -287,6 +291,9 @@ class Engine:
         """
         lora, scale, partial = optional(path)("lora", lora), number("scale", scale), flag("partial", partial)
         self.manager.check_owner("use_lora()")
+        if self.config.gpus > 1:
+            gpus = self.config.gpus
+            raise UsageError(f"use_lora changes the weights of one rank, and gpus is {gpus}; give lora to load")
         if lora is None:
             self.adapter.remove()
         else:
@@ -393,7 +400,7 @@ class Engine:
     def blocks_for(self, seconds: float) -> int:
         """How many blocks make at least that many seconds of video from the start."""
         seconds = above_zero()("seconds", seconds)
-        return self.blocks_for_frames(-(-(round(seconds * self.fps) - 1) // self.spec.vae_stride[0]) + 1)
+        return self.blocks_for_frames(self.spec.latent_frames(round(seconds * self.fps)))
 
     def blocks_for_frames(self, latent_frames: int) -> int:
         """How many blocks make at least that many latent frames from the start."""

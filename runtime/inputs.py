@@ -62,6 +62,9 @@ class Inputs:
             if prompt is not None or embeds is not None:
                 raise UsageError(f"{preset.name} uses no guidance, so a negative prompt would do nothing; drop it")
             return None
+        learned = self.resources.parts.transformer.null_text()
+        if prompt is None and embeds is None and learned is not None:
+            return learned.to(self.resources.device, self.resources.dtype)
         if prompt is None and embeds is None:
             raise UsageError(
                 f"{preset.name} guides away from a negative prompt; give negative_prompt, "
@@ -80,12 +83,23 @@ class Inputs:
         """Latents [1, C, H, W] of an image that is held as the first frame."""
         return self.encoded(self.pixels_of(image, size, True, fit), keep_end=False, whole_blocks=False)
 
-    def prefix_latents(self, image: Any, video: Any, size: tuple[int, int], fit: str = "crop") -> Tensor:
-        """Latents [F, C, H, W] that the stream continues, as whole blocks, the end of a video kept."""
+    def prefix_latents(
+        self, image: Any, video: Any, size: tuple[int, int], fit: str = "crop"
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Latents [F, C, H, W] that the stream continues, the end of a video kept.
+
+        They are those of whole blocks, and where the policy pastes them, those left over for the start of the next.
+        """
         if image is not None and video is not None:
             raise UsageError("image and video both begin the stream; give one of them")
         still = image is not None
-        return self.encoded(self.pixels_of(image if still else video, size, still, fit), keep_end=True)
+        pixels = self.pixels_of(image if still else video, size, still, fit)
+        if self.resources.preset.context.image != "paste":
+            return self.encoded(pixels, keep_end=True), None
+        latents = self.encoded(pixels, keep_end=True, whole_blocks=False)
+        left_over = len(latents) % self.resources.preset.num_frame_per_block
+        whole, left = latents.split([len(latents) - left_over, left_over])
+        return whole if len(whole) else None, left if len(left) else None
 
     def pixels_of(self, given: Any, size: tuple[int, int], still: bool, fit: str = "crop") -> Pixels:
         """Frames uint8 [T, H, W, 3] of an image or video, from a file or an array; UsageError if they do not fit."""
@@ -104,25 +118,31 @@ class Inputs:
     def encoded(self, pixels: Pixels, keep_end: bool, whole_blocks: bool = True) -> Tensor:
         """Latents [F, C, H, W] of frames [T, H, W, 3], cut to whole blocks at the start or the end.
 
-        UsageError for fewer frames than the first block has.
+        A single frame is repeated to those of a latent frame. UsageError for fewer frames than the first block has.
         """
-        resources, preset = self.resources, self.resources.preset
-        stride, step = resources.spec.vae_stride[0], preset.num_frame_per_block
-        frames = (len(pixels) - 1) // stride + 1
+        resources, preset, spec = self.resources, self.resources.preset, self.resources.spec
+        step = preset.num_frame_per_block
+        if len(pixels) == 1:
+            pixels = pixels.repeat(spec.first_pictures, axis=0)
+        frames = (len(pixels) - spec.first_pictures) // spec.vae_stride[0] + 1
+        if frames < 1:
+            raise UsageError(
+                f"{len(pixels)} frames are too few to begin with: one latent frame has {spec.first_pictures}"
+            )
         first = preset.block_size(0)
         if whole_blocks:
             if frames < first:
                 raise UsageError(
                     f"{len(pixels)} frames are too few to begin with: the first block of {preset.name} needs "
-                    f"{(first - 1) * stride + 1}; set independent_first_frame=true or use a preset with blocks "
+                    f"{spec.pictures(first)}; set independent_first_frame=true or use a preset with blocks "
                     "of one frame"
                 )
             frames = first + (frames - first) // step * step
-        count = (frames - 1) * stride + 1
+        count = spec.pictures(frames)
         pixels = pixels[len(pixels) - count :] if keep_end else pixels[:count]
         vae, latents = resources.parts.vae, []
         state = vae.new_state()
-        for part in np.split(pixels, range(1, count, stride)):  # a long video is never all in floating point
+        for part in np.split(pixels, vae.spec.encoding_parts(count)):  # a long video is never all in floating point
             scaled = torch.from_numpy(part.copy()).to(resources.device, resources.dtype).permute(0, 3, 1, 2)
             latents.append(vae.encode(scaled / 127.5 - 1, state))
         return torch.cat(latents)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from ..errors import UsageError, quoted
-from ..models.hub import locate
-from ..models.registry import MODELS, default_model, default_preset, make_preset, shipped
+from ..models.registry import default_model, default_preset, make_preset
 from ..schemes.presets import FIELDS, Preset, no_setting
 from .arguments import flag, instance, optional, path_text, text
 from .arguments import size as picture_size
 from .capacity.memory_check import MemoryCheck
 from .config import SETTINGS, EngineConfig
 from .engine import Engine
-from .execution.loading import Components, load_components, random_components
+from .execution.loading import load_parts
 from .limits import Limits
+from .parallel.launch import Start
+from .parallel.rank_process import serve_if_ranked
 from .sessions.batch_profile import entries
 
 EXPORTED = "inferix.export.inside:load_exported"  # imported for an exported engine only
@@ -49,6 +49,11 @@ def load(
     is before weights are read; too little is refused unless `force`. The text encoder is counted, and loaded when a
     prompt is first text; with `text_prompts=False` there is none, and prompts come as embeddings.
 
+    gpus: ranks that share each pass; those beside this process are started, or joined under torchrun. parallel: their
+    layout, `ulysses` or `pass-q`; `auto` takes the first that fits. On the CPU a rank is a process. What one of them
+    fails at is a RankFailed that names it, `rank_timeout` seconds after it hangs at the latest. Under torchrun the call
+    returns on rank 0 alone; the others serve it until it ends.
+
     engine: a folder that `inferix export` wrote. Its programs run in place of a model, with its preset, size and dtype;
     settings may be `kv_memory`, `kv_offload`, and fields of the preset that do not need other programs.
 
@@ -71,36 +76,30 @@ def load(
     config = EngineConfig.of(
         model, preset or default_preset(str(model)), **{key: settings.pop(key) for key in SETTINGS if key in settings}
     )
+    plain = dict(settings)
     scheme = make_preset(config.preset, **settings)
     if config.batches is not None:
         entries(Path(config.batches))  # so that a bad file is refused before weights are read
     check_tiny_decoder(scheme, config.vae == "taehv")
-    parts = load_parts(config, preset, MemoryCheck(config, scheme, size, force=force), offline, text_prompts)
-    check_tiny_decoder(scheme, not parts.vae.spec.encodes)
-    return Engine(config, scheme, parts, limits)
+    check = MemoryCheck(config, scheme, size, force=force)
+    if config.gpus == 1:
+        parts = load_parts(config, preset, check, offline, text_prompts)
+        check_tiny_decoder(scheme, not parts.vae.spec.encodes)
+        return Engine(config, scheme, parts, limits)
+    serve_if_ranked()
+    start = Start(config, scheme, check, size, preset, plain, offline)
+    try:
+        parts = load_parts(config, preset, start, offline, text_prompts)
+        check_tiny_decoder(scheme, not parts.vae.spec.encodes)
+        assert start.world is not None
+        worker, parts = start.world.worker(config, scheme, parts)
+    except BaseException:
+        start.close()
+        raise
+    return Engine(config, scheme, parts, limits, worker=worker)
 
 
 def check_tiny_decoder(preset: Preset, tiny: bool) -> None:
     """UsageError for a preset that encodes pictures, with the decoder that has no encoder."""
     if tiny and preset.context.reencode_head:
         raise UsageError(f"{preset.name} encodes pictures again, which the tiny decoder of vae cannot; leave vae out")
-
-
-def load_parts(
-    config: EngineConfig, preset: str | None, check: MemoryCheck, offline: bool, text_prompts: bool
-) -> Components:
-    """Load the weights that a config names: of files, of the hub, in the package, or random ones.
-
-    preset: the one asked for, None where it is a default.
-    """
-    model = config.model
-    if model in MODELS and not Path(model).exists():
-        folder = shipped(model)
-        if folder is None:
-            return random_components(MODELS[model], config, check)
-        files = replace(config, model=str(folder))
-    else:
-        own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
-        located = locate(model, preset, config.base, offline, own_parts)
-        files = replace(config, model=located.model, base=located.base)
-    return replace(load_components(files, check, text_prompts), source=model)  # its name, wherever its files are

@@ -73,7 +73,8 @@ class PassPlan:
     """One pass of one or several sessions: latents [B, F, C, H, W] in, velocity out; of a whole block, latents out.
 
     timesteps: of each frame, by session. texts: (text, number of the prompt, frames) by session, in token order.
-    actions: the number of each frame's action, by session; empty for a model without actions.
+    actions: the number of each frame's action, by session; empty for a model without actions. condition: of a step,
+    beside the timesteps; None for a model that takes none.
     """
 
     layout: PassLayout
@@ -81,6 +82,7 @@ class PassPlan:
     texts: tuple[tuple[tuple[int, int, int], ...], ...]
     actions: tuple[tuple[int, ...], ...]
     whole: WholeBlock | None = None
+    condition: float | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class OffloadSink:
 class ReadSink:
     """Give sink averages [layers, 2, sink frames, page_tokens, heads, head_dim]."""
 
+    grid: Grid
     sink: int
 
 
@@ -239,7 +242,7 @@ Plan = Union[  # noqa: UP007  its members are listed at run time
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")
-MAGIC, VERSION = b"INFP", 1
+MAGIC, VERSION = b"INFP", 2
 
 
 def encode_plan(plan: Plan) -> bytes:

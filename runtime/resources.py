@@ -13,6 +13,7 @@ from .execution.executors import Executor
 from .execution.loading import Components
 from .kv.kv_manager import KVManager
 from .kv.page_store import KV_DTYPES
+from .parallel.ranked_worker import RankedWorker
 from .worker import LocalWorker
 from .worker_client import Worker, WorkerClient
 
@@ -44,8 +45,8 @@ class Resources:
 
     @property
     def executor(self) -> Executor:
-        """The executor of a worker in this process."""
-        assert isinstance(self.worker, LocalWorker)
+        """The executor of this process: of its worker, or of rank 0 of several."""
+        assert isinstance(self.worker, LocalWorker | RankedWorker)
         return self.worker.executor
 
 
@@ -60,5 +61,5 @@ def make_resources(
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     client = WorkerClient(worker or LocalWorker(config, preset, parts, executor))
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
-    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), client, config.kv_memory)
+    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), client, config.kv_memory, parts.shard)
     return Resources(config, preset, parts, kv_manager, client, device, dtype)

@@ -45,7 +45,7 @@ from .streams import make_current
 
 @dataclass
 class Prompt:
-    """Rows [text_len, text_dim] of the text encoder, and what the executor made of them."""
+    """Rows [text_rows, text_dim] of a text, and what the executor made of them."""
 
     rows: Tensor
     text: Text
@@ -112,6 +112,8 @@ class LocalWorker:
             frames = range(plan.whole.first, plan.whole.first + latents.shape[1])
             return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions)[None]]
         timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
+        if plan.condition is not None:
+            timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
         return [executor.forward(latents, timesteps, text, attention, actions)]
 
     def attention(self, plan: PassPlan) -> KeyValues:
@@ -136,7 +138,7 @@ class LocalWorker:
     # Pages
 
     def open_store(self, plan: OpenStore) -> None:
-        form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype)
+        form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype, self.parts.shard)
         self.stores[plan.grid] = PagedStore(form, self.parts.transformer.rope, plan.pages, plan.slots, self.device)
 
     def close_store(self, plan: CloseStore) -> None:

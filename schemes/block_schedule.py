@@ -8,10 +8,11 @@ asks for the next; `stream_blocks` lists the same passes for planners and runs n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
-from ..graphs.passes import Pass
+from ..graphs.passes import Group, Pass
+from .guidance import Guidance
 from .page_needs import branches, window
 from .presets import Preset
 from .timeline import Span, Timeline
@@ -24,6 +25,7 @@ class ScheduledPass:
     """One pass of a stream.
 
     blocks: those it denoises or commits, in token order. steps: for each block it denoises, the sampler step it takes.
+    committed: the finished block before them that a denoising pass commits.
     clears_cache: the cache is emptied before the pass, which writes keys and values of all frames seen from then on.
     beside: frames that the cache keeps although the pass does not see them.
     """
@@ -34,16 +36,17 @@ class ScheduledPass:
     steps: tuple[int, ...] = ()
     clears_cache: bool = False
     beside: tuple[int, ...] = ()
+    committed: Span | None = None
 
     @property
     def window(self) -> tuple[int, ...] | None:
         """Frames that the cache holds for the pass; see `window_of`."""
         return window_of(self.run, self.beside)
 
-    def branch_runs(self, branches: int) -> tuple[Pass, ...]:
-        """The pass as each of some branches runs it; branches that run the same groups share one entry."""
-        runs = (self.run.of_branch(branch) for branch in range(branches))
-        return tuple(dict.fromkeys(run for run in runs if run is not None))
+    def branch_runs(self, guidance: Guidance) -> dict[int, Pass]:
+        """The pass as each branch of guidance runs it, by the number of the branch."""
+        runs = ((number, branch_run(guidance, self.run, number)) for number in range(len(guidance.branches)))
+        return {number: run for number, run in runs if run is not None}
 
     @property
     def context(self) -> int:
@@ -112,8 +115,28 @@ def supports_whole_block(preset: Preset, block: int | None = None) -> bool:
     has a step list of its own.
     """
     own_steps = block == 0 and bool(preset.sampler.denoising_step_list_first_chunk)
-    alone = preset.window_blocks == 1 and branches(preset) == 1
+    alone = preset.window_blocks == 1 and branches(preset) == 1 and not preset.context.commit_in_next
     return alone and preset.context.has_one_context and not own_steps
+
+
+def branch_run(guidance: Guidance, run: Pass, number: int) -> Pass | None:
+    """A pass as one branch of guidance runs it.
+
+    None where the branch has no weight in it and no past to write.
+    """
+    branch, own = guidance.branches[number], run.of_branch(number)
+
+    def has_weight(group: Group) -> bool:
+        return group.denoised and guidance.weights_at(group.timestep)[number] != 0
+
+    if own is None or (branch.writes_past and run.written):
+        return own
+    if not branch.sees_past:
+        alone = own.of_groups(has_weight)
+        return None if alone is None else alone.without_past()
+    if not any(map(has_weight, own.groups)):
+        return None
+    return own if branch.reads is None else own.read_only()
 
 
 def window_of(run: Pass, beside: Sequence[int] = ()) -> tuple[int, ...] | None:
@@ -153,12 +176,19 @@ def joins(preset: Preset, flight: Sequence[InFlight]) -> bool:
 def denoise_pass(
     timeline: Timeline, flight: Sequence[InFlight], timesteps: Sequence[float], clean: frozenset[int] = frozenset()
 ) -> ScheduledPass:
-    """One sampler step of all blocks in flight. timesteps: of each step; frames in `clean` get timestep 0."""
+    """One sampler step of all blocks in flight, after the commit of the timeline's uncommitted block.
+
+    timesteps: of each step; frames in `clean` get timestep 0.
+    """
     policy, steps = timeline.preset.context, tuple(block.step for block in flight)
     ranges = [policy.key_range(step, len(timesteps)) for step in steps]
     run = timeline.joint_pass([(block.span.frames, timesteps[block.step]) for block in flight], clean, ranges)
+    if (finished := timeline.uncommitted) is not None:
+        run = Pass((*timeline.commit_pass(finished.frames).groups, *run.groups))
+    run = replace(run, condition=timeline.preset.sampler.condition(steps[-1]))
     beside = timeline.beside(run) if policy.has_key_ranges else ()
-    return ScheduledPass("denoise", run, tuple(block.span for block in flight), steps, beside=beside)
+    blocks = tuple(block.span for block in flight)
+    return ScheduledPass("denoise", run, blocks, steps, beside=beside, committed=finished)
 
 
 def denoise_passes(
@@ -177,11 +207,12 @@ def denoise_passes(
         if joins(timeline.preset, flight):
             flight.append(admit())
         yield denoise_pass(timeline, flight, timesteps, clean)
+        timeline.uncommitted = None
 
 
 def commit_pass(timeline: Timeline, span: Span) -> ScheduledPass:
     """The pass over a clean block that leaves its keys and values in the cache."""
-    run = timeline.commit_pass(span.frames)
+    run = replace(timeline.commit_pass(span.frames), condition=timeline.preset.sampler.condition(0))
     return ScheduledPass("commit", run, (span,), beside=timeline.beside(run))
 
 
@@ -200,7 +231,9 @@ def next_block(
         for block in flight:
             block.step += 1
     span = flight.pop(0).span
-    if policy.commit:
+    if policy.commit_in_next:
+        timeline.uncommitted = span
+    elif policy.commit:
         passes.append(commit_pass(timeline, span))
     if (cached := passes[-1].window) is not None:
         timeline.forget(cached)

@@ -11,7 +11,7 @@ from ..errors import UsageError, quoted
 
 POSITIONS = ("absolute", "window-relative", "contiguous")
 SWITCHES = ("cut", "recache", "blend")
-IMAGES = ("prefix", "clamp")
+IMAGES = ("prefix", "clamp", "paste")
 TEXTS = ("prompt", "null")
 
 
@@ -38,12 +38,14 @@ class ContextPolicy:
     the sink only until the window first rolls.
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
     image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
-    block at timestep 0 (`clamp`).
+    block at timestep 0 (`clamp`); or whole blocks of an image or video are committed, and before each pass the frames
+    that are left are put over the first ones of the first block, which keeps its timestep (`paste`).
     sink_decay: share of the sink that stays when a frame leaves the window, whose share is the rest; 1 leaves the sink
     as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
     noise2clean_kvrange: blocks that a block sees, itself the last of them, in each of equally many shares of its steps,
     the noisiest first; empty where the blocks in flight see each other and the window. clean_chunk_kvrange: blocks that
     a commit sees, itself the last; 0 for the window. Sources: MAGI-1 (arXiv 2505.13211), whose names they are.
+    commit_in_next: the commit of a block runs in the first pass of the next one.
     clean_text: what frames attend to in passes over clean latents: the `prompt`, or the `null` caption.
     """
 
@@ -68,6 +70,7 @@ class ContextPolicy:
     noise2clean_kvrange: tuple[int, ...] = ()
     clean_chunk_kvrange: int = 0
     clean_text: str = "prompt"
+    commit_in_next: bool = False
 
     def __post_init__(self) -> None:
         choices = {"positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES, "clean_text": TEXTS}
@@ -101,6 +104,11 @@ class ContextPolicy:
         if self.clean_text == "null" and self.prompt_switch == "recache":
             raise UsageError(
                 "clean_text is 'null', so that the cache follows no prompt, but prompt_switch is 'recache'; use cut"
+            )
+        if self.commit_in_next and (self.recomputes or self.reencode_head):
+            raise UsageError(
+                f"commit_in_next is true, but commit is {self.commit}, prompt_switch {self.prompt_switch!r} and "
+                f"segment_frames {self.segment_frames}; expected true, cut or blend, and 0"
             )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
@@ -147,6 +155,12 @@ class ContextPolicy:
         ranges = self.noise2clean_kvrange
         return ranges[step * len(ranges) // steps] if ranges else None
 
+    def blocks_reached(self, window_blocks: int, steps: int) -> int:
+        """Most blocks from the oldest that a block in flight sees by its key range to the newest; 0 without ranges."""
+        newer = [step * window_blocks // steps for step in range(steps)]  # blocks in flight behind it at each step
+        reach = [blocks + newer[step] for step in range(steps) if (blocks := self.key_range(step, steps)) is not None]
+        return max([*reach, self.clean_chunk_kvrange + window_blocks - 1 if self.clean_chunk_kvrange else 0])
+
     def check_key_ranges(self, frames: int, window_blocks: int, steps: int) -> None:
         """UsageError unless the steps have equal shares, and what each block in flight sees lies in the window."""
         ranges, size = self.noise2clean_kvrange, self.local_attn_size
@@ -154,12 +168,8 @@ class ContextPolicy:
             raise UsageError(
                 f"noise2clean_kvrange {list(ranges)} has {len(ranges)} entries for {steps} steps; expected a divisor"
             )
-        if size == -1:
-            return
-        newer = [step * window_blocks // steps for step in range(steps)]  # blocks in flight behind it at each step
-        reach = [blocks + newer[step] for step in range(steps) if (blocks := self.key_range(step, steps)) is not None]
-        most = max([*reach, self.clean_chunk_kvrange + window_blocks - 1 if self.clean_chunk_kvrange else 0])
-        if most * frames + self.sink_size > size:
+        most = self.blocks_reached(window_blocks, steps)
+        if size != -1 and most * frames + self.sink_size > size:
             raise UsageError(
                 f"local_attn_size {size} is smaller than the {most} blocks of {frames} frames that "
                 f"noise2clean_kvrange {list(ranges)} and clean_chunk_kvrange {self.clean_chunk_kvrange} reach over, "

@@ -20,16 +20,25 @@ TEXTS = ("prompt", "negative")
 class GuidanceBranch:
     """One run of the network over the frames of a pass.
 
-    text: the prompt, or the negative prompt. sees_past: it has a cache of its own past; otherwise each group of frames
-    sees itself alone, at positions from 0, and leaves no keys and values.
+    text: the prompt, or the negative prompt. sees_past: it has a cache of its past; otherwise each group of frames
+    sees itself alone, at positions from 0, and leaves no keys and values; it runs only groups whose velocity it joins.
+    reads: number of the branch whose cache it reads and does not write; None for a cache of its own.
     """
 
     text: str = "prompt"
     sees_past: bool = True
+    reads: int | None = None
 
     def __post_init__(self) -> None:
         if self.text not in TEXTS:
             raise UsageError(f"text of a guidance branch is {self.text!r}; expected one of {', '.join(TEXTS)}")
+        if self.reads is not None and not self.sees_past:
+            raise UsageError(f"a guidance branch reads the cache of branch {self.reads}, but sees no past; drop one")
+
+    @property
+    def writes_past(self) -> bool:
+        """True if the branch has a cache of its own."""
+        return self.sees_past and self.reads is None
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,12 @@ class Guidance:
     scales: tuple[tuple[float, tuple[float, ...]], ...] = ((0.0, ()),)
 
     def __post_init__(self) -> None:
-        if not self.branches or self.branches[0] != GuidanceBranch():
+        first = self.branches[0] if self.branches else None
+        if first is None or first.text != "prompt" or not first.sees_past:
             raise UsageError("the first branch of guidance must follow the prompt and see the past")
+        for number in (branch.reads for branch in self.branches if branch.reads is not None):
+            if not (0 <= number < len(self.branches) and self.branches[number].writes_past):
+                raise UsageError(f"a guidance branch reads the cache of branch {number}, which has none of its own")
         starts = [start for start, _ in self.scales]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise UsageError(f"scales of guidance start at timesteps {starts}; expected them to ascend from 0")

@@ -37,7 +37,10 @@ def page_needs(preset: Preset) -> PageNeeds:
         reserve += policy.rebuild_frames
     if policy.rewind_blocks and policy.prompt_switch == "recache":
         reserve += context or 0
-    return PageNeeds(context, preset.window_blocks * block if preset.window_blocks > 1 else 0, reserve)
+    scratch = preset.window_blocks * block if preset.window_blocks > 1 else 0
+    if any(branch.reads is not None for branch in preset.sampler.guide.branches):  # it writes no frame of a pass
+        scratch = (preset.window_blocks + policy.commit_in_next) * block
+    return PageNeeds(context, scratch, reserve)
 
 
 def window(preset: Preset) -> int:
@@ -60,9 +63,10 @@ def needs_negative(preset: Preset) -> bool:
 
 def least_pages(preset: Preset) -> int:
     """Pages that one session needs; where the window has no end, those of its first block."""
-    pasts = sum(branch.sees_past for branch in preset.sampler.guide.branches)
+    pasts = sum(branch.writes_past for branch in preset.sampler.guide.branches)
+    alone = any(not branch.sees_past for branch in preset.sampler.guide.branches)
     pages = pasts * (page_needs(preset).total or preset.num_frame_per_block)
-    return pages + (branches(preset) > pasts) * preset.window_blocks * preset.num_frame_per_block  # for the pass
+    return pages + alone * preset.window_blocks * preset.num_frame_per_block  # for the pass
 
 
 def staging_slots(preset: Preset) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UsageError, quoted
@@ -15,9 +16,16 @@ TRAIN_TIMESTEPS = 1000
 class SolverRules:
     """Settings that a solver takes. step_list: its steps are `denoising_step_list`, from any noise level on; otherwise
     it makes `num_steps` steps from pure noise.
+
+    to_clean: the network's velocity leads from noise to clean latents, and its timesteps ascend with it, as MAGI-1's
+    do; otherwise both are those of noise.
+    condition: (num_steps, step) to what the network is given of that step besides its timestep, as distilled ones are;
+    None where it is given the timestep only.
     """
 
     step_list: bool
+    condition: Callable[[int, int], float] | None = None
+    to_clean: bool = False
 
 
 SOLVERS: dict[str, SolverRules] = {"renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False)}
@@ -81,6 +89,11 @@ class SamplerSpec:
     def guide(self) -> Guidance:
         """The guidance in force."""
         return classifier_free(self.guidance_scale) if self.guidance is None else self.guidance
+
+    def condition(self, step: int) -> float | None:
+        """What the network is given of a step besides its timestep; None for none."""
+        rule = SOLVERS[self.solver].condition
+        return None if rule is None else rule(self.steps, step)
 
     @property
     def has_step_list(self) -> bool:

@@ -26,7 +26,8 @@ class Timeline:
     """Host integers only.
 
     origin: the frame at position 0, moved by a rebuild. sink: frames that stay visible. pinned: first block of
-    the newest shot after a cut. places: absolute position of each frame that may still be seen.
+    the newest shot after a cut. places: absolute position of each frame that may still be seen. uncommitted: the last
+    finished block, where its commit runs in the first pass of the next one.
     """
 
     preset: Preset
@@ -38,6 +39,7 @@ class Timeline:
     pinned: tuple[int, ...] = ()
     pin_next: bool = False
     places: dict[int, int] = field(default_factory=dict)
+    uncommitted: Span | None = None
 
     def __post_init__(self) -> None:
         self.sink = tuple(range(self.preset.context.sink_size))
@@ -85,7 +87,7 @@ class Timeline:
     def clean_group(self, frames: Sequence[int], context: tuple[int, ...]) -> Group:
         """A group over clean latents, which writes."""
         text = NULL if self.preset.context.clean_text == "null" else PROMPT
-        return replace(self.group(frames, self.preset.sampler.context_noise, context), text=text)
+        return replace(self.group(frames, self.preset.sampler.context_noise, context), text=text, denoised=False)
 
     def key_range(self, blocks: int | None, end: int, context: tuple[int, ...]) -> tuple[int, ...]:
         """Frames of a context that the last of `blocks` blocks sees, which ends before `end`; None for all of them.

@@ -10,27 +10,30 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, Query, Request, WebSocket
 from fastapi import Path as InPath
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
-from ..errors import InferixError, cut, quoted
+from ..errors import InferixError
 from ..models.registry import family_of
 from ..runtime.engine import Engine
 from ..runtime.files import PartFile
 from ..runtime.sessions.session_file import read_session
 from ..version import __version__
 from .access import Access
+from .answers import add_error_answers, errors
 from .connection import Connection
 from .engine_host import EngineHost
 from .live_sessions import LiveSessions
 from .metrics import ServerMetrics
-from .protocol import json_schema
+from .protocol import Attach, Open, json_schema
+from .recording import Recordings
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
+from .video_jobs import VideoJobs
+from .video_routes import video_routes
+from .whep import LONGEST_SDP, Whep
 from .worlds import SUFFIX, Worlds
 
 PAGE = Path(__file__).parent / "page"
@@ -46,27 +49,7 @@ POLICY = (
 )
 ENCODER_THREADS = 2
 
-WorldId = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
-
-
-class LimitInfo(BaseModel):
-    """Name and value of the setting that was reached."""
-
-    name: str
-    value: bool | float | str | None
-
-
-class ErrorInfo(BaseModel):
-    """A refusal. code: one word for programs."""
-
-    code: str
-    message: str
-    limit: LimitInfo | None = None
-    retry_after: int | None = None
-
-
-class ErrorBody(BaseModel):
-    error: ErrorInfo
+Id = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
 
 
 class Health(BaseModel):
@@ -105,11 +88,6 @@ class World(BaseModel):
     bytes: int
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers of a route besides its own, for the OpenAPI document."""
-    return {status: {"model": ErrorBody} for status in (400, 401, 403, 422, *statuses)}
-
-
 class Server:
     """An engine, its live sessions and what is shared by all routes."""
 
@@ -118,7 +96,12 @@ class Server:
         self.host = EngineHost(engine)
         self.metrics = ServerMetrics(engine)
         self.worlds = Worlds(folder / "worlds", settings.worlds)
-        self.live = LiveSessions(self.host, settings, self.worlds, self.metrics)
+        self.jobs = VideoJobs(self.host, settings, folder / "videos")
+        self.recordings = Recordings(
+            folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds
+        )
+        self.live = LiveSessions(self.host, settings, self.worlds, self.recordings, self.metrics)
+        self.whep = Whep(self.live)
         self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
 
     @asynccontextmanager
@@ -126,12 +109,15 @@ class Server:
         """Run the engine and look after the sessions; at the end drain them."""
         self.host.on_control(asyncio.get_running_loop(), self.live.control_applied)
         self.host.start()
+        self.jobs.start()
         sweeper = asyncio.create_task(self.live.sweep())
         try:
             yield
         finally:
             sweeper.cancel()
             await self.drain()
+            await self.whep.close()
+            await self.jobs.stop()
             await asyncio.to_thread(self.host.stop)
             self.pool.shutdown(cancel_futures=True)
 
@@ -189,7 +175,10 @@ def make_app(server: Server) -> Access:
     add_page(app)
     add_facts(app, server)
     add_worlds(app, server)
+    add_recordings(app, server)
     add_live(app, server)
+    add_whep(app, server)
+    app.include_router(video_routes(server.jobs))
     return Access(app, server.settings.token, tuple(PAGE_FILES), server.settings.upload_bytes)
 
 
@@ -200,30 +189,6 @@ def lifespan(server: Server) -> Callable[[FastAPI], AbstractAsyncContextManager[
             yield
 
     return running
-
-
-def add_error_answers(app: FastAPI) -> None:
-    """Answer every error in one JSON form."""
-
-    @app.exception_handler(InferixError)
-    async def refused(request: Request, error: InferixError) -> Response:
-        refusal = refusal_of(error)
-        return JSONResponse({"error": refusal.as_dict()}, refusal.status, refusal.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return answer("invalid", f"{cut(place)} is {quoted(first.get('input'))}: {first['msg']}", 422)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        code = {404: "not_found", 405: "not_allowed"}.get(error.status_code, "refused")
-        return answer(code, str(error.detail), error.status_code, dict(error.headers or {}))
-
-
-def answer(code: str, message: str, status: int, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": Refusal(code, message).as_dict()}, status, headers)
 
 
 def add_page(app: FastAPI) -> None:
@@ -273,13 +238,51 @@ def add_worlds(app: FastAPI, server: Server) -> None:
         return await server.receive_world(request)
 
     @app.get("/v1/worlds/{world}", responses=errors(404), response_class=FileResponse)
-    def download(world: WorldId) -> FileResponse:
+    def download(world: Id) -> FileResponse:
         """Download a saved world."""
         path = server.worlds.path(world)
         return FileResponse(path, media_type="application/octet-stream", filename=f"world-{world[:8]}{SUFFIX}")
+
+
+def add_recordings(app: FastAPI, server: Server) -> None:
+    @app.get("/v1/recordings/{id}/{name}", responses=errors(404), response_class=FileResponse)
+    def file(id: Id, name: Annotated[str, InPath(max_length=64)]) -> FileResponse:
+        """A file of a recording: `video.mp4`, or the playlist `index.m3u8` and its parts."""
+        path, kind = server.recordings.file(id, name)
+        return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
 
 
 def add_live(app: FastAPI, server: Server) -> None:
     @app.websocket("/v1/live")
     async def live(socket: WebSocket) -> None:
         await Connection(socket, server.live, server.pool).serve()
+
+
+def add_whep(app: FastAPI, server: Server) -> None:
+    sdp = {"content": {"application/sdp": {"schema": {"type": "string", "maxLength": LONGEST_SDP}}}}
+    answers: dict[int | str, dict[str, Any]] = {201: {"description": "The answer", **sdp}}
+
+    @app.post(
+        "/v1/whep", status_code=201, responses={**answers, **errors(404, 413, 501, 503)}, response_class=Response,
+        openapi_extra={"requestBody": {"required": True, **sdp}},
+    )  # fmt: skip
+    async def offer(
+        request: Request,
+        prompt: str | None = None,
+        seed: Annotated[int, Query(ge=0, lt=2**53)] = 0,
+        session: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$")] = None,
+        resume: Annotated[str, Query(max_length=128)] = "",
+    ) -> Response:
+        """Watch a session by WebRTC (WHEP): a new one for a prompt, or one that waits, such as a fork."""
+        begin: Open | Attach = Open(id=0, type="open", prompt=prompt, seed=seed)
+        if session is not None:
+            begin = Attach(id=0, type="attach", session=session, resume=resume or "-")
+        text = (await request.body()).decode("utf-8", "replace")
+        answer, id = await server.whep.offer(text, begin)
+        return Response(answer, 201, {"Location": f"/v1/whep/{id}"}, "application/sdp")
+
+    @app.delete("/v1/whep/{id}", responses=errors(404))
+    async def end(id: Id) -> dict[str, str]:
+        """End a session that is watched by WebRTC."""
+        server.whep.end(id)
+        return {"id": id, "object": "session.ended"}

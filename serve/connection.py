@@ -8,11 +8,12 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ..errors import InferixError, one_line
+from .control_reader import MISUSED, Closed, ControlReader
 from .encoders import Encoder, Payload, make_encoder
 from .live_session import LiveSession
 from .live_sessions import LiveSessions
@@ -22,7 +23,6 @@ from .protocol import (
     KEY,
     LAST,
     SUBPROTOCOLS,
-    Applied,
     Attach,
     Codec,
     Control,
@@ -37,36 +37,8 @@ from .protocol import (
 from .refusals import Refusal, refusal_of
 
 LOG = logging.getLogger("inferix.serve")
-DISPLACED, STALLED, TOO_LATE, MISUSED = 4001, 4002, 4003, 1008  # codes that close a WebSocket
-MOST_MISTAKES = 16  # malformed or too frequent messages in a row
-SHOWN = ("act", "prompt")  # verbs whose receipts measure control to pixel
-
-T = TypeVar("T")
-
-
-class Closed(Exception):
-    """The WebSocket is to be closed, with this code and reason."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.code, self.reason = code, reason
-
-
-class TokenBucket:
-    """Allows `rate` events per second, over two seconds."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate, self.tokens, self.at = rate, 2 * rate, time.monotonic()
-
-    def take(self) -> bool:
-        """Take one; False where there is none."""
-        now = time.monotonic()
-        self.tokens = min(2 * self.rate, self.tokens + (now - self.at) * self.rate)
-        self.at = now
-        if self.tokens < 1:
-            return False
-        self.tokens -= 1
-        return True
+MOST_EARLY = 64  # controls that wait for their session to be open
+DISPLACED, STALLED, TOO_LATE = 4001, 4002, 4003  # codes that close a WebSocket
 
 
 class Connection:
@@ -77,8 +49,8 @@ class Connection:
         offered = socket.scope.get("subprotocols", [])
         self.subprotocol = next((name for name in SUBPROTOCOLS if name in offered), None)
         self.codec = Codec(self.subprotocol or SUBPROTOCOLS[0])
-        self.bucket = TokenBucket(hub.settings.messages_per_second)
-        self.mistakes = 0
+        self.reader = ControlReader(self.codec, hub.settings.messages_per_second)
+        self.early: list[Control] = []  # controls that came before the session was open
         self.encoder: Encoder | None = None
         self._encoding: Future[list[Payload]] | None = None
         self._displaced = asyncio.Event()
@@ -174,38 +146,37 @@ class Connection:
             await asyncio.gather(opening, listening, telling, return_exceptions=True)
 
     async def _listen_while_queued(self) -> None:
-        """Refuse what the client sends before its session is open; ends when it is gone."""
+        """Keep what the client sends before its session is open; ends when it is gone."""
         while True:
             control = await self._receive()
-            if control is not None:
-                await self._refuse(control.id, Refusal("wrong_order", "the session is not open yet"))
+            if control is not None and len(self.early) >= MOST_EARLY:
+                await self._refuse(control.id, Refusal("too_many", "the session is not open yet", 429))
+            elif control is not None:
+                self.early.append(control)
 
     async def _send_positions(self, queued: asyncio.Queue[int]) -> None:
         while True:
             await self._send(Queued(position=await queued.get()))
 
     def _greeting(self, control: Control, live: LiveSession) -> Opened:
-        engine = self.hub.host.engine
         assert self.encoder is not None
-        return Opened(
-            id=control.id, session=live.id, resume=live.resume, resume_seconds=self.hub.settings.resume_seconds,
-            model=engine.parts.source, preset=engine.preset.name, media=self.encoder.format,
-            actions=list(engine.spec.actions), rest=live.keys.rest,
-            rewind_blocks=engine.preset.context.rewind_blocks,
-            frames_per_block=engine.preset.num_frame_per_block * engine.spec.vae_stride[0], behind=live.behind,
-            prompt=live.start.prompt, seed=live.start.seed, paused=live.paused, next_block=live.session.next_block,
-        )  # fmt: skip
+        return live.greeting(control.id, self.encoder.format)
 
     # Controls
 
     async def _take_controls(self, live: LiveSession) -> None:
+        for early in self.early:
+            await self._take(live, early)
         while True:
-            control = await self._receive()
-            if isinstance(control, Open | Attach):
-                await self._refuse(control.id, Refusal("wrong_order", "a session is open; use another connection"))
-            elif control is not None:
-                await self._apply(live, control)
-                await live.outbox.room_for_events()
+            if (control := await self._receive()) is not None:
+                await self._take(live, control)
+
+    async def _take(self, live: LiveSession, control: Control) -> None:
+        if isinstance(control, Open | Attach):
+            await self._refuse(control.id, Refusal("wrong_order", "a session is open; use another connection"))
+        else:
+            await self._apply(live, control)
+            await live.outbox.room_for_events()
 
     async def _apply(self, live: LiveSession, control: Control) -> None:
         """Apply a control to its end, also where the client goes away meanwhile."""
@@ -222,18 +193,11 @@ class Connection:
         text: str | None = message.get("text")
         data: str | bytes = message["bytes"] if text is None else text
         try:
-            if not self.bucket.take():
-                limit = ("messages_per_second", self.bucket.rate)
-                raise Refusal("too_many", "messages come too fast", 429, limit, retry_after=1)
-            control = self.codec.read(data)
+            return self.reader.read(data)
         except Refusal as refusal:
-            self.mistakes += 1
             await self._refuse(None, refusal)
-            if self.mistakes >= MOST_MISTAKES:
-                raise Closed(MISUSED, refusal.code) from None
+            self.reader.count_mistake(refusal)
             return None
-        self.mistakes = 0
-        return control
 
     # Sending
 
@@ -257,13 +221,8 @@ class Connection:
         self._encoding = self.pool.submit(encoder.encode, block.frames)
         payloads = await asyncio.wrap_future(self._encoding)
         now = time.perf_counter()
-        for receipt in block.receipts:
-            seconds = now - receipt.received
-            if receipt.verb in SHOWN:
-                self.hub.metrics.control_to_pixel.labels(receipt.verb).observe(seconds)
-            await self._send(
-                Applied(id=receipt.id, verb=receipt.verb, block=state.block, frame=state.frame, seconds=seconds)
-            )
+        for receipt in block.applied(now, self.hub.metrics):
+            await self._send(receipt)
         frame, name = state.frame, encoder.format.name
         for index, payload in enumerate(payloads):
             flags = KEY * payload.key | FIRST * (index == 0) | LAST * (index == len(payloads) - 1)
@@ -273,8 +232,7 @@ class Connection:
             await self._send_message(message)
             frame += payload.frames
         self.hub.metrics.sent.labels(name).inc(sum(len(payload.data) for payload in payloads))
-        state.waiting, state.skipped = live.outbox.blocks, live.outbox.skipped
-        await self._send(state)
+        await self._send(live.state_for_viewer(state))
 
     async def _refuse(self, id: int | str | None, refusal: Refusal) -> None:
         self.hub.metrics.refused(refusal)

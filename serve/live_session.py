@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InferixError, SessionEnded, one_line
+from ..runtime.engine import Engine
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
 from .engine_host import EngineHost
@@ -30,15 +31,19 @@ from .protocol import (
     Act,
     Applied,
     Control,
+    ControlId,
     Ended,
     Fork,
+    MediaFormat,
     Notice,
     Open,
+    Opened,
     Pause,
     Ping,
     Pong,
     Prompt,
     Received,
+    Record,
     Refused,
     Reseed,
     Restore,
@@ -48,6 +53,7 @@ from .protocol import (
     State,
     Stop,
 )
+from .recording import Recording, Recordings
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
 from .worlds import Worlds
@@ -68,6 +74,7 @@ class Hub(Protocol):
     host: EngineHost
     settings: ServeSettings
     worlds: Worlds
+    recordings: Recordings
     metrics: ServerMetrics
 
     def add_twin(self, twin: LiveSession) -> None: ...
@@ -114,6 +121,7 @@ class LiveSession:
         self.pressing: int | None = None  # the engine's id of a press that no block has begun with
         self.releases: list[Receipt] = []  # that came before their press took effect
         self.pacer = Pacer()
+        self.recording: Recording | None = None
         self._attached = asyncio.Event()
         self._producer: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -140,6 +148,22 @@ class LiveSession:
         self._attached.set()
         if self._producer is None and not self.outbox.finished:
             self._produce()
+
+    def greeting(self, id: ControlId, media: MediaFormat) -> Opened:
+        """The answer to the control that a viewer begins with."""
+        engine, settings = self.hub.host.engine, self.hub.settings
+        return Opened(
+            id=id, session=self.id, resume=self.resume, resume_seconds=settings.resume_seconds,
+            model=engine.parts.source, preset=engine.preset.name, media=media, actions=list(engine.spec.actions),
+            rest=self.keys.rest, rewind_blocks=engine.preset.context.rewind_blocks,
+            frames_per_block=engine.preset.num_frame_per_block * engine.spec.vae_stride[0], behind=self.behind,
+            prompt=self.start.prompt, seed=self.start.seed, paused=self.paused, next_block=self.session.next_block,
+        )  # fmt: skip
+
+    def state_for_viewer(self, state: State) -> State:
+        """A block's state, with what waits for its viewer now."""
+        state.waiting, state.skipped = self.outbox.blocks, self.outbox.skipped
+        return state
 
     def detach(self, viewer: Viewer) -> None:
         """Have the stream wait for its client to come back."""
@@ -203,7 +227,10 @@ class LiveSession:
             slack=slack, kept_from=self.kept_from, seconds=block.timings, waiting=0, skipped=0,
             overload=list(record.degradations), drift=record.drift,
         )  # fmt: skip
-        skipped = self.outbox.put_block(LiveBlock(block.frames, state, receipts))
+        live_block = LiveBlock(block.frames, state, receipts)
+        if self.recording is not None:
+            self.recording.add(live_block)
+        skipped = self.outbox.put_block(live_block)
         if skipped:
             self.hub.metrics.skipped.inc(skipped)
 
@@ -237,9 +264,11 @@ class LiveSession:
 
     async def _close(self) -> None:
         try:
-            await self.hub.host.close(self.session)
-        except InferixError as error:
-            LOG.warning("session %s: %s", self.id, one_line(error))
+            for work in (self.hub.host.close(self.session), self._finish_recording()):
+                try:
+                    await work
+                except InferixError as error:
+                    LOG.warning("session %s: %s", self.id, one_line(error))
         finally:
             self.hub.ended(self)
 
@@ -365,6 +394,22 @@ class LiveSession:
         make = partial(self.hub.host.engine.open, start.prompt, seed=control.seed, size=self.session.size)
         await self._replace(make, start, receipt)
 
+    async def _record(self, control: Record, receipt: Receipt) -> None:
+        if control.on:
+            if self.recording is not None:
+                raise Refusal("wrong_order", "the session is being recorded; end that recording first")
+            self.recording = self.hub.recordings.start(control.format, self.hub.host.engine.fps, self.session.size)
+            return self._applied(receipt, url=self.recording.url)
+        if self.recording is None:
+            raise Refusal("wrong_order", "the session is not being recorded")
+        url, size = self.recording.url, await self._finish_recording()
+        self._applied(receipt, url=url, bytes=size)
+
+    async def _finish_recording(self) -> int:
+        """End the recording, if there is one; returns its bytes."""
+        recording, self.recording = self.recording, None
+        return 0 if recording is None else await self.hub.recordings.finish(recording)
+
     async def _replace(self, make: Callable[[], Session], start: Start, receipt: Receipt) -> None:
         """Go on with another session of the engine, made once the present one has left its room."""
         async with self._still():
@@ -453,6 +498,7 @@ VERBS: dict[type[Control], Callable[[LiveSession, Any, Receipt], Awaitable[None]
     Save: LiveSession._save_world,
     Restore: LiveSession._restore,
     Reseed: LiveSession._seed,
+    Record: LiveSession._record,
 }
 
 
@@ -462,6 +508,18 @@ def check_prompt(text: str, settings: ServeSettings) -> None:
     if len(text) > most:
         message = f"the prompt has {len(text)} characters; expected at most {most}"
         raise Refusal("too_long", message, 413, limit=("prompt_characters", most))
+
+
+def check_size(size: tuple[int, int], engine: Engine, settings: ServeSettings) -> None:
+    """UsageError for a size that the model cannot make, Refusal for one that is too large for this server."""
+    width, height = engine.default_size
+    most = settings.picture_pixels or width * height
+    if size[0] * size[1] > most:
+        message = f"size is {size[0]}x{size[1]}; expected at most {most} pixels"
+        raise Refusal("too_long", message, 400, limit=("picture_pixels", most))
+    engine.spec.latent_size(size)
+    if engine.parts.size not in (None, size):
+        raise Refusal("invalid", f"size is {size[0]}x{size[1]}; this engine makes {width}x{height} only")
 
 
 def entered_at(session: Session) -> Entered:

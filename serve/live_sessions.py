@@ -12,9 +12,10 @@ from typing import Any
 
 from ..errors import InferixError
 from .engine_host import EngineHost
-from .live_session import LiveSession, Start, check_prompt, open_session
+from .live_session import LiveSession, Start, check_prompt, check_size, open_session
 from .metrics import ServerMetrics
 from .protocol import Attach, Open
+from .recording import Recordings
 from .refusals import RETRY_AFTER, Refusal
 from .settings import ServeSettings
 from .worlds import Worlds
@@ -26,8 +27,16 @@ SWEEP_SECONDS = 1.0  # between two looks for sessions that nobody uses
 class LiveSessions:
     """All live sessions, by id. draining: none is opened any more."""
 
-    def __init__(self, host: EngineHost, settings: ServeSettings, worlds: Worlds, metrics: ServerMetrics) -> None:
-        self.host, self.settings, self.worlds, self.metrics = host, settings, worlds, metrics
+    def __init__(
+        self,
+        host: EngineHost,
+        settings: ServeSettings,
+        worlds: Worlds,
+        recordings: Recordings,
+        metrics: ServerMetrics,
+    ) -> None:
+        self.host, self.settings, self.metrics = host, settings, metrics
+        self.worlds, self.recordings = worlds, recordings
         self.sessions: dict[str, LiveSession] = {}
         self.draining = False
         self._places = 0  # taken, by sessions or on their behalf
@@ -42,6 +51,8 @@ class LiveSessions:
         """
         if control.prompt is not None:
             check_prompt(control.prompt, self.settings)
+        if control.size is not None:
+            check_size(control.size, self.host.engine, self.settings)
         world = None if control.world is None else self.worlds.path(control.world)
         if world is None and control.prompt is None:
             raise Refusal("invalid", "open has neither prompt nor world; send one of them")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..runtime.sinks import Frames
-from .protocol import ControlId, Event, State
+from .metrics import ServerMetrics
+from .protocol import Applied, ControlId, Event, State
 
+SHOWN = ("act", "prompt")  # verbs whose receipts measure control to pixel
 MOST_EVENTS = 256  # that wait before the client's messages are read no more
 
 
@@ -35,6 +37,16 @@ class LiveBlock:
     frames: Frames
     state: State
     receipts: list[Receipt] = field(default_factory=list)
+
+    def applied(self, now: float, metrics: ServerMetrics) -> Iterator[Applied]:
+        """The receipts as events of now, and as measurements."""
+        for receipt in self.receipts:
+            seconds = now - receipt.received
+            if receipt.verb in SHOWN:
+                metrics.control_to_pixel.labels(receipt.verb).observe(seconds)
+            yield Applied(
+                id=receipt.id, verb=receipt.verb, block=self.state.block, frame=self.state.frame, seconds=seconds
+            )
 
 
 class Outbox:

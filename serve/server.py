@@ -26,16 +26,16 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self.server, self.ready = server, ready
         self._draining: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         if self.started:
             self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is not None or self._loop is None:
+        if self._draining is not None or self.loop is None:
             self.force_exit = self.should_exit = True
             return
         LOG.info("%s: draining for at most %g s", signal.Signals(sig).name, self.server.settings.drain_seconds)
@@ -43,8 +43,8 @@ class DrainingServer(uvicorn.Server):
 
     def request_drain(self) -> None:
         """Drain the live sessions and end; free to any thread once the server has started."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._begin_drain)
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
         if self._draining is None:

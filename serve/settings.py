@@ -33,12 +33,16 @@ class ServeSettings:
     jobs_waiting: int = 16
     jobs_kept: int = 100
     job_seconds: float = 60.0
+    picture_pixels: int | None = None
     prompt_characters: int = 2000
     message_bytes: int = 65536
     messages_per_second: float = 60.0
     upload_bytes: int = 256 * 2**20
     upload_pixels: int = 16 * 2**20
     worlds: int = 64
+    recordings: int = 4
+    recordings_kept: int = 32
+    recording_seconds: float = 3600.0
     behind_blocks: int = 2
     start_seconds: float = 10.0
     idle_seconds: float = 1800.0
@@ -65,12 +69,16 @@ MEANINGS = {
     "jobs_waiting": "video jobs that wait",
     "jobs_kept": "finished video jobs that are kept; the oldest go first",
     "job_seconds": "seconds of video that a job may ask for",
+    "picture_pixels": "pixels of a session's pictures; without a number those of the model's own size",
     "prompt_characters": "characters of a prompt",
     "message_bytes": "bytes of one WebSocket message of a client",
     "messages_per_second": "WebSocket messages of a client, over two seconds",
     "upload_bytes": "bytes of a request's body",
     "upload_pixels": "pixels of an uploaded picture",
     "worlds": "saved worlds that are kept; the oldest go first",
+    "recordings": "recordings that run at a time",
+    "recordings_kept": "finished recordings that are kept; the oldest go first",
+    "recording_seconds": "seconds of video that a recording takes",
     "behind_blocks": "blocks that wait for a viewer",
     "start_seconds": "a client has to open or attach a session within",
     "idle_seconds": "a session without any control ends after",
@@ -85,8 +93,11 @@ CHECKS: dict[str, Any] = {
     "behind": choice(BEHIND),
     **dict.fromkeys(("save_on_exit", "realtime"), flag),
     **dict.fromkeys(("sessions", "jobs", "jobs_kept", "prompt_characters", "worlds", "behind_blocks"), integer(1)),
+    **dict.fromkeys(("recordings", "recordings_kept"), integer(1)),
+    "recording_seconds": above_zero("seconds"),
     **dict.fromkeys(("queue", "jobs_waiting"), integer(0)),
     **dict.fromkeys(("message_bytes", "upload_bytes", "upload_pixels"), integer(1024)),
+    "picture_pixels": optional(integer(1)),
     "messages_per_second": above_zero(),
     **dict.fromkeys(("job_seconds", "start_seconds", "idle_seconds", "stall_seconds"), above_zero("seconds")),
     **dict.fromkeys(("resume_seconds", "drain_seconds"), above_zero("seconds")),

@@ -15,6 +15,8 @@ from inferix.kernels.attention import attention
 from inferix.kernels.rope import Angles, rope_angles, rotate
 from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.models.spec import ModelSpec
+from inferix.models.tinyworld.family import TINYWORLD
+from inferix.models.wan.family import WAN
 from inferix.models.wan.random import random_vae_state
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import CausalVae
@@ -30,6 +32,7 @@ from inferix.runtime.limits import Limits
 from inferix.runtime.plans import PassLayout
 from inferix.runtime.sessions.output_queue import Block
 
+WAN_PRESETS = [preset.name for family in (WAN, TINYWORLD) for preset in family.presets]  # those that it runs
 TINY = dataclasses.replace(
     MODELS["wan-tiny"], name="test", dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12
 )

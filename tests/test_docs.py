@@ -81,12 +81,17 @@ def test_the_examples_about_sessions(tmp_path, monkeypatch, capsys):
 
 def test_every_limit_control_and_route_of_a_server_is_documented():
     from inferix.serve.protocol import json_schema
-    from inferix.serve.settings import LIMITS
+    from inferix.serve.settings import LIMITS, ServeSettings
 
     text = (DOCS / "serving.md").read_text("utf-8")
     verbs = json_schema()["controls"]["discriminator"]["mapping"]
     events = json_schema()["events"]["discriminator"]["mapping"]
     assert all(f"`{name}`" in text for name in (*LIMITS, *verbs, *events))
+    defaults = dict(re.findall(r"^\| `(\w+)` \| (\S*) ?\|", text, re.MULTILINE))
+    for name in LIMITS:
+        value = getattr(ServeSettings(), name)
+        text = f"{value:g}" if isinstance(value, float) else str(value).lower()
+        assert defaults[name] == ("" if value is None else text)
 
 
 def test_the_example_about_drift(capsys):

@@ -32,9 +32,9 @@ UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "plugins", "user_files", "user_yaml", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "limits", "media", "media_input",
         "noise", "plans", "sampler", "sinks", "streams", "worker_client", "y4m")  # fmt: skip
-ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "resources", "sessions",
-              "inputs", "block_loop", "engine", "load")  # fmt: skip
-FAMILIES = {"wan", "tinyworld"}  # packages of `models`
+ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "parallel", "resources",
+              "sessions", "inputs", "block_loop", "engine", "load")  # fmt: skip
+FAMILIES = {"wan", "tinyworld", "magi"}  # packages of `models`
 MAY_NAME_A_FAMILY = {"inferix.evaluate.tinyworld", "inferix.bench.baseline"}
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
 

@@ -57,7 +57,7 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
         """Encode a prompt, which may be empty, to rows [text_len, d], zero after its end. Warns of a truncated one."""
-        text = clean_prompt(prompt, empty=True)
+        text = self.clean(prompt)
         if (length := self.count_tokens(text)) > self.text_len:
             warnings.warn(
                 f"the prompt has {length} tokens, of which only the first {self.text_len} count: "
@@ -75,6 +75,9 @@ class TextEncoder:
         ).to(self.model.device)
         rows = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return rows[0].masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
+
+    def clean(self, prompt: str) -> str:
+        return clean_prompt(prompt, empty=True)
 
     def count_tokens(self, text: str) -> int:
         """Count the tokens of a cleaned prompt, its end token included, without truncation."""

@@ -21,11 +21,12 @@ from ..text.tiny import write_tiny_text_encoder
 from ..text.umt5_checkpoint import TEXT_FILES, find_text, load_text
 from ..transformer import Transformer
 from .checkpoint import FORMATS, merging, read_checkpoint
+from .costs import WanCosts
 from .diffusers_network import diffusers_network
 from .lora import fitting, read_lora
 from .names import changed_table
 from .presets import PRESETS
-from .random import random_vae_state
+from .random import random_vae_state, vae_for
 from .spec import MODELS
 from .taehv import TinyDecoder
 from .transformer import WanTransformer
@@ -33,7 +34,7 @@ from .transformer_cpu import with_cpu_layers
 from .vae import CausalVae
 from .vae_checkpoint import TINY_DECODERS, find_tiny_decoder, find_vae, load_decoder, load_vae
 from .vae_cpu import use_cpu_layers
-from .vae_spec import TAEW21, TAEW22, TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, TinySpec, VaeSpec
+from .vae_spec import TAEW21, TAEW22, TinySpec, VaeSpec
 from .write_checkpoint import copy_text, write_random_transformer, write_transformer, write_vae
 
 
@@ -46,6 +47,9 @@ class WanFamily(Family):
 
     def build(self, spec: ModelSpec, precision: str = "reference") -> WanTransformer:
         return WanTransformer(spec, precision)
+
+    def costs(self, spec: ModelSpec) -> WanCosts:
+        return WanCosts(spec)
 
     # Checkpoints
 
@@ -102,10 +106,8 @@ class WanFamily(Family):
     # Decoders
 
     def decoder_spec(self, spec: ModelSpec) -> VaeSpec:
-        """Return the sizes of a model's decoder: small for the tiny models, Wan's for all others."""
-        if spec.vae_stride[1] == WAN22_VAE.spatial_stride:
-            return TINY_VAE22 if "tiny" in spec.name else WAN22_VAE
-        return TINY_VAE if "tiny" in spec.name else WAN21_VAE
+        """Return the sizes of a model's decoder: small for the small models, Wan's for all others."""
+        return vae_for(spec)
 
     def tiny_decoder_spec(self, spec: ModelSpec) -> TinySpec:
         return TAEW22 if spec.vae_stride[1] == TAEW22.spatial_stride else TAEW21

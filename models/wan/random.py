@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..random import random_state
 from ..spec import ModelSpec
+from ..text.spec import UMT5_XXL
 from .taehv import TinyDecoder
 from .transformer import WanTransformer
 from .vae import CausalVae
@@ -27,10 +28,11 @@ def random_vae_state(spec: VaeSpec, seed: int, dtype: torch.dtype) -> dict[str, 
 
 
 def vae_for(spec: ModelSpec) -> VaeSpec:
-    """Return the VAE sizes for random weights of a model: small for the tiny models, Wan's for all others."""
+    """Return the VAE sizes of a model: small for the small models, which have a small text encoder too."""
+    small = spec.text_dim != UMT5_XXL.dim
     if spec.vae_stride[1] == WAN22_VAE.spatial_stride:
-        return TINY_VAE22 if "tiny" in spec.name else WAN22_VAE
-    return TINY_VAE if "tiny" in spec.name else WAN21_VAE
+        return TINY_VAE22 if small else WAN22_VAE
+    return TINY_VAE if small else WAN21_VAE
 
 
 def random_tiny_decoder_state(spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:

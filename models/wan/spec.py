@@ -40,5 +40,12 @@ MODELS: dict[str, ModelSpec] = {
             out_channels=48, text_dim=64, image_dim=None, image_tokens=None, vae_stride=(4, 16), fps=24,
             default_size=(256, 256), **FAMILY,
         ),
+        *(  # for several ranks: more heads than wan-tiny, heads that 3 or 6 ranks divide, and grouped ones
+            ModelSpec(
+                name=name, dim=32 * heads, ffn_dim=192, num_heads=heads, kv_heads=kv_heads, num_layers=4, **T2V,
+                **WAN21 | {"text_dim": 64, "text_len": 16, "default_size": (96, 64)},
+            )
+            for name, heads, kv_heads in (("wan-ranks", 4, 4), ("wan-ranks-6", 6, 6), ("wan-ranks-gqa", 4, 2))
+        ),
     )
 }  # fmt: skip

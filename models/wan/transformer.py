@@ -18,6 +18,7 @@ from ...kernels.rope import axis_frequencies
 from ..cross_attention import TextKeyValues
 from ..rope import Rope
 from ..spec import ModelSpec
+from ..time_embedding import sinusoid
 from ..transformer import PRECISIONS, KeyValues, Precision, TextContext, Transformer
 
 
@@ -37,25 +38,29 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.heads = spec.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(spec.dim, spec.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
+        self.head_dim = spec.head_dim
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(spec.dim, width) for width in (spec.dim, spec.kv_dim, spec.kv_dim, spec.dim)
+        )
+        self.norm_q, self.norm_k = (RMSNorm(width, spec.eps) for width in (spec.dim, spec.kv_dim))
 
     def forward(self, x: Tensor, layer: int, kv: KeyValues) -> Tensor:
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         return self.o(kv.attend(layer, q, k, v).flatten(2))
 
 
 class CrossAttention(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.heads = spec.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(spec.dim, spec.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
+        self.head_dim = spec.head_dim
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(spec.dim, width) for width in (spec.dim, spec.kv_dim, spec.kv_dim, spec.dim)
+        )
+        self.norm_q, self.norm_k = (RMSNorm(width, spec.eps) for width in (spec.dim, spec.kv_dim))
         if spec.image_dim is not None:
-            self.k_image, self.v_image = (nn.Linear(spec.dim, spec.dim) for _ in range(2))
-            self.norm_k_image = RMSNorm(spec.dim, spec.eps)
+            self.k_image, self.v_image = (nn.Linear(spec.dim, spec.kv_dim) for _ in range(2))
+            self.norm_k_image = RMSNorm(spec.kv_dim, spec.eps)
 
     def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
         return self._split(self.norm_k(self.k(text)), self.v(text))
@@ -64,10 +69,10 @@ class CrossAttention(nn.Module):
         return self._split(self.norm_k_image(self.k_image(image)), self.v_image(image))
 
     def _split(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+        return k.unflatten(-1, (-1, self.head_dim)), v.unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, layer: int, context: TextKeyValues) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
         return self.o(context.attend(layer, q).flatten(2))
 
 
@@ -225,26 +230,31 @@ class WanTransformer(Transformer):
         context: TextKeyValues,
         kv: KeyValues,
         actions: Tensor | None = None,
+        origin: tuple[int, int] | None = None,
     ) -> Tensor:
         """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 
         timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
-        each frame.
+        each frame. origin: see `embed_latents`.
         """
         if (actions is None) != (self.spec.action_dim is None):
             raise ValueError(f"{self.spec.name}: actions are {'missing' if actions is None else 'not used'}")
         height, width = latents.shape[-2:]
-        x = self.embed_latents(latents)
+        x = self.embed_latents(latents, origin)
         e, modulation = self.time_embedding(timesteps, None if actions is None else self.action_embedding(actions))
         for block in self.blocks:
             x = block(x, modulation, context, kv)
         return self.unpatchify(self.head(x, e), height, width)
 
-    def embed_latents(self, latents: Tensor) -> Tensor:
-        """Tokens [B, T, d] of latents [B, F, C, H, W]; a smaller picture uses the middle of the position grid."""
+    def embed_latents(self, latents: Tensor, origin: tuple[int, int] | None = None) -> Tensor:
+        """Tokens [B, T, d] of latents [B, F, C, H, W].
+
+        origin: row and column of the first token in the position grid; None for the middle of the grid.
+        """
         x = self.patch_embedding(latents.transpose(1, 2))
         if self.spec.grid is not None:
-            top, left = ((most - size) // 2 for most, size in zip(self.spec.grid, x.shape[3:], strict=True))
+            middle = ((most - size) // 2 for most, size in zip(self.spec.grid, x.shape[3:], strict=True))
+            top, left = origin or middle
             positions = self.position_embedding[top : top + x.shape[3], left : left + x.shape[4]]
             x = x + positions.permute(2, 0, 1)[:, None]
         return x.flatten(2).transpose(1, 2)
@@ -271,10 +281,3 @@ def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + gate * update per frame, in the gate's dtype."""
     scaled = update.to(gate.dtype).unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]
     return (x.to(gate.dtype) + scaled.flatten(1, 2)).to(x.dtype)
-
-
-def sinusoid(timesteps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """[cos, sin] of timesteps times 10000^(-i / (dim/2)), [..., dim], computed in `dtype`."""
-    index = torch.arange(dim // 2, dtype=dtype, device=timesteps.device)
-    angle = timesteps.to(dtype)[..., None] * torch.exp(-math.log(10000.0) * index / (dim // 2))
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)

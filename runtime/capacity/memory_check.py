@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -35,11 +37,18 @@ class MemoryCheck:
     force: bool = False
 
     def __call__(
-        self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool
+        self,
+        spec: ModelSpec,
+        decoder: DecoderSpec,
+        text: int,
+        fast: DecoderSpec | None,
+        made_on_host: bool,
+        files: Sequence[Path] = (),
     ) -> None:
         """Raise UsageError for a size that the model cannot make, and where memory is too small.
 
-        text: parameters of the text encoder, 0 for none. made_on_host: weights are, before they are moved.
+        text: parameters of the text encoder, 0 for none. made_on_host: weights are, before they are moved. files: of
+        the weights, whose sizes are not looked at.
         """
         load, device = self.workload(spec, decoder, text), torch.device(self.config.device)
         if self.force:

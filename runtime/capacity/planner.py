@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from ...errors import UsageError
+from ...graphs.passes import Pass
 from ...models.decoder import DecoderSpec
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
@@ -106,7 +107,8 @@ def with_window(preset: Preset, frames: int) -> Preset:
 def shortest_window(preset: Preset) -> int:
     policy, block = preset.context, preset.num_frame_per_block
     if window_field(preset) == "local_attn_size":
-        return block * preset.window_blocks + policy.sink_size
+        reached = policy.blocks_reached(preset.window_blocks, preset.sampler.steps)
+        return block * max(reached, preset.window_blocks) + policy.sink_size
     return block + (policy.rebuild_frames if policy.segment_frames else 1)
 
 
@@ -185,7 +187,7 @@ def programs(preset: Preset) -> list[int]:
         if not supports_whole_block(preset, 0):  # the first block runs pass by pass
             frames = [preset.block_size(0), *frames]
     else:
-        runs = [scheduled.run for block in islice(scheduled_blocks(preset), 2) for scheduled in block.passes]
+        runs = [run for block in islice(scheduled_blocks(preset), 2) for run in runs_of(block, preset)]
         shapes = {tuple(len(group.frames) for group in run.groups) for run in runs}
         frames = [sum(shape) for shape in sorted(shapes)]
     return frames + [count for count in (preset.context.rebuild_frames, recached_frames(preset)) if count]
@@ -199,7 +201,7 @@ def recached_frames(preset: Preset) -> int:
 
 def longest_pass(preset: Preset) -> int:
     """Latent frames of the longest pass: of the blocks in flight, of a rebuild, or of a recache."""
-    in_flight = preset.num_frame_per_block * preset.window_blocks
+    in_flight = preset.num_frame_per_block * (preset.window_blocks + preset.context.commit_in_next)
     recached = window(preset) if preset.context.prompt_switch == "recache" else 0  # until the window rolls
     return max(in_flight, preset.context.rebuild_frames, recached)
 
@@ -281,12 +283,12 @@ class Speed:
 
 def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
     """Least time of one block."""
-    spec, tokens, times = load.spec, load.tokens, branches(load.preset)
+    spec, tokens = load.spec, load.tokens
     flops, seconds = 0, 0.0
-    for scheduled in block.passes:
-        one = costs.pass_flops(spec, tokens, scheduled.run).total
+    for run in runs_of(block, load.preset):
+        one = costs.pass_flops(spec, tokens, run).total
         flops += one
-        seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, scheduled.run, load.dtype, load.kv_dtype))
+        seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, run, load.dtype, load.kv_dtype))
     first = block.decoder_begins and not load.preset.context.decoder_zero_start
     decoding = [
         load.decoder.decode_flops(load.latent, first=first and frame == 0)
@@ -298,16 +300,22 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
         encoding = block.encoded * load.decoder.encode_flops(load.latent)
         decoding.append(encoding)
         decoder_seconds += ceiling.seconds(encoding, 0)
-    shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - 1) * block.first
-    return Speed(times * flops, sum(decoding), times * seconds, decoder_seconds, shown)
+    shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - spec.first_pictures) * block.first
+    return Speed(flops, sum(decoding), seconds, decoder_seconds, shown)
+
+
+def runs_of(block: ScheduledBlock, preset: Preset) -> list[Pass]:
+    """The passes of a block as each branch of guidance runs them."""
+    guidance = preset.sampler.guide
+    return [run for scheduled in block.passes for run in scheduled.branch_runs(guidance).values()]
 
 
 def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> int:
     """FLOPs of a stream's first block, decoder included."""
     block, tokens, latent = next(scheduled_blocks(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
-    passes = sum(costs.pass_flops(spec, tokens, scheduled.run).total for scheduled in block.passes)
+    passes = sum(costs.pass_flops(spec, tokens, run).total for run in runs_of(block, preset))
     decoding = decoder.decode_flops(latent, first=True)
-    return branches(preset) * passes + decoding + (block.decoded - 1) * decoder.decode_flops(latent)
+    return passes + decoding + (block.decoded - 1) * decoder.decode_flops(latent)
 
 
 def long_on_cpu(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tuple[int, int]) -> str | None:

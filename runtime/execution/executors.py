@@ -18,6 +18,7 @@ from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import Lowered, with_pages
 from ...graphs.rewrites import chosen
+from ...graphs.shards import ALONE, Shard, run_on_tile
 from ...models.cross_attention import TextByFrames
 from ...models.registry import family_of
 from ...models.transformer import KeyValues, TextContext, Transformer
@@ -109,7 +110,7 @@ class EagerExecutor:
     """Calls the model pass by pass.
 
     packed: the model with low-precision layers, used for passes only. faster: makes a copy of it over the same weights
-    that is faster on its device.
+    that is faster on its device. shard: part of each pass that this rank computes.
     """
 
     supports_whole_block = False
@@ -119,8 +120,9 @@ class EagerExecutor:
         model: Transformer,
         packed: Transformer | None = None,
         faster: Callable[[Transformer], Transformer] = lambda model: model,
+        shard: Shard = ALONE,
     ) -> None:
-        self.model, self.plain, self.faster = model, packed or model, faster
+        self.model, self.plain, self.faster, self.shard = model, packed or model, faster, shard
         self.passes = faster(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
@@ -135,8 +137,18 @@ class EagerExecutor:
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
     ) -> Tensor:
-        velocity: Tensor = self.passes(latents, timesteps, eager_text(text), attention, actions)
-        return velocity
+        context = eager_text(text)
+
+        def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
+            more = () if origin is None else (origin,)
+            velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more)
+            return velocity
+
+        if self.shard.ranks == 1:
+            return run(latents, attention)
+        spec = self.model.spec
+        grid = latents.shape[-2] // spec.patch[0], latents.shape[-1] // spec.patch[1]
+        return run_on_tile(run, self.shard, grid, spec.grid, latents, paged(attention))
 
     def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
@@ -179,7 +191,7 @@ class GraphExecutor:
         rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
         kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = GraphBuilder(
-            model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype
+            model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard
         )
         self.supports_whole_block = supports_whole_block(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
@@ -323,7 +335,14 @@ def joined(texts: Sequence[Text]) -> TextContext | TextByFrames:
     contexts = [text for text in texts if isinstance(text, TextContext)]
     text = tuple(concatenated(layer) for layer in zip(*(context.text for context in contexts), strict=True))
     images = [context.image for context in contexts if context.image is not None]
-    return TextContext(text, tuple(concatenated(layer) for layer in zip(*images, strict=True)) if images else None)
+    masks = [context.mask for context in contexts if context.mask is not None]
+    vectors = [context.vector for context in contexts if context.vector is not None]
+    return TextContext(
+        text,
+        tuple(concatenated(layer) for layer in zip(*images, strict=True)) if images else None,
+        torch.cat(masks) if masks else None,
+        torch.cat(vectors) if vectors else None,
+    )
 
 
 def concatenated(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -361,7 +380,7 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
 def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
     packed = None if precision is None else with_packed_layers(model, precision)
-    return EagerExecutor(model, packed, family_of(model.spec).on_cpu)
+    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:

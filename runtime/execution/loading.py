@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from ...errors import UsageError, quoted
+from ...graphs.shards import ALONE, Shard
 from ...models.decoder import Decoder, DecoderSpec
 from ...models.family import Checkpoint, PromptEncoder
-from ...models.registry import family_of, read_checkpoint
+from ...models.hub import locate
+from ...models.registry import MODELS, family_of, find_preset, read_checkpoint, shipped
 from ...models.spec import ModelSpec
 from ...models.transformer import Transformer
 from ..config import DTYPES, EngineConfig
@@ -20,9 +22,18 @@ class SizeCheck(Protocol):
     """Check of sizes before weights are read; raises UsageError."""
 
     def __call__(
-        self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool
+        self,
+        spec: ModelSpec,
+        decoder: DecoderSpec,
+        text: int,
+        fast: DecoderSpec | None,
+        made_on_host: bool,
+        files: Sequence[Path] = (),
     ) -> None:
-        """text: parameters of the text encoder, 0 for none. fast: a second decoder. made_on_host: weights are."""
+        """text: parameters of the text encoder, 0 for none. fast: a second decoder. made_on_host: weights are.
+
+        files: of the transformer's weights.
+        """
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Components:
     text: loads the text encoder at its first call; None without an encoder. digest: hash of the checkpoint, or None for
     random weights. fast_vae: decoder to switch to under overload. size: the one size (width, height) of pictures that
     it makes; None where any does. fingerprints: of the weights of transformer and decoder, where they are not in these.
+    shard: part of every pass that this rank computes.
     """
 
     transformer: Transformer
@@ -43,6 +55,27 @@ class Components:
     fast_vae: Decoder | None = None
     size: tuple[int, int] | None = None
     fingerprints: Mapping[str, str] | None = None
+    shard: Shard = ALONE
+
+
+def load_parts(
+    config: EngineConfig, preset: str | None, check: SizeCheck, offline: bool, text_prompts: bool
+) -> Components:
+    """Load the weights that a config names: of files, of the hub, in the package, or random ones.
+
+    preset: the one asked for, None where it is a default.
+    """
+    model = config.model
+    if model in MODELS and not Path(model).exists():
+        folder = shipped(model)
+        if folder is None:
+            return random_components(MODELS[model], config, check)
+        files = replace(config, model=str(folder))
+    else:
+        own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
+        located = locate(model, preset, config.base, offline, own_parts)
+        files = replace(config, model=located.model, base=located.base)
+    return replace(load_components(files, check, text_prompts), source=model)  # its name, wherever its files are
 
 
 def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:
@@ -54,6 +87,7 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema, config.names)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     family = family_of(spec)
+    family.check_preset(find_preset(config.preset), config.model)
     if spec.in_channels != spec.out_channels:
         raise UsageError(
             f"{config.model} takes {spec.in_channels} channels with image conditioning; streams of such models "
@@ -71,7 +105,7 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     fast_vae = matching_decoder(config.fast_vae, folders, spec, config) if config.fast_vae else None
     text = text if text_prompts else None
     encoder = family.text_parameters(spec) if text else 0
-    check(spec, vae.spec, encoder, fast_vae.spec if fast_vae else None, made_on_host=False)
+    check(spec, vae.spec, encoder, fast_vae.spec if fast_vae else None, made_on_host=False, files=checkpoint.files)
     return Components(
         transformer=family.load(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
         vae=vae,
@@ -111,6 +145,7 @@ def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -
     if config.names is not None:
         raise UsageError(f"names is {quoted(config.names)}, but {spec.name} has random weights; leave it out")
     family = family_of(spec)
+    family.check_preset(find_preset(config.preset), spec.name)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
     check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import UsageError
+from ...graphs.shards import ALONE, Shard
 from ...models.spec import ModelSpec
 from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
@@ -20,7 +21,8 @@ class KVManager:
     """Owns the page ids of all stores, and has the worker open and close them.
 
     preset: as loaded; the narrower window of an overloaded engine needs no more pages. budget: bytes of all stores,
-    allocated once. None: stores begin with the pages of one session, and grow.
+    allocated once. None: stores begin with the pages of one session, and grow. shard: of this rank; sizes in bytes are
+    those of one rank.
     """
 
     def __init__(
@@ -30,8 +32,10 @@ class KVManager:
         dtypes: tuple[torch.dtype, torch.dtype],
         client: WorkerClient,
         budget: int | None,
+        shard: Shard = ALONE,
     ) -> None:
         self.spec, self.preset, self.dtypes, self.client, self.budget = spec, preset, dtypes, client, budget
+        self.shard = shard
         self.stores: dict[tuple[int, int], PageSpace] = {}  # by token grid
 
     def new_cache(self, size: tuple[int, int]) -> PagedCache:
@@ -60,7 +64,8 @@ class KVManager:
     def form(self, size: tuple[int, int]) -> PageForm:
         """Sizes and dtypes of a page for pictures of `size` (width, height)."""
         height, width = self.spec.latent_size(size)
-        return PageForm(self.spec, (height // self.spec.patch[0], width // self.spec.patch[1]), *self.dtypes)
+        grid = height // self.spec.patch[0], width // self.spec.patch[1]
+        return PageForm(self.spec, grid, *self.dtypes, self.shard)
 
 
 def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset) -> int:

@@ -6,14 +6,16 @@ can have another dtype than the model; then keys and values pass through a stagi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...graphs.paged_attention import PagedAttention
+from ...graphs.shards import ALONE, Shard
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...kernels.kv_pages import LIMITS, kv_pages
@@ -31,17 +33,24 @@ KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": FP8, "
 
 @dataclass(frozen=True)
 class PageForm:
-    """Sizes and dtypes of a page. grid: (rows, columns) of tokens."""
+    """Sizes and dtypes of a rank's part of a page. grid: (rows, columns) of tokens of a whole frame."""
 
     spec: ModelSpec
     grid: tuple[int, int]
     model_dtype: torch.dtype
     kv_dtype: torch.dtype
+    shard: Shard = ALONE
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(tokens, heads of keys and values, head dim) of one frame."""
-        return self.grid[0] * self.grid[1], self.spec.kv_heads, self.spec.head_dim
+        """(tokens, heads of keys and values, head dim) of one frame on one rank."""
+        tokens, heads = self.grid[0] * self.grid[1], self.spec.kv_heads
+        return tokens // self.shard.token_shards, heads // self.shard.head_shards, self.spec.head_dim
+
+    @property
+    def whole(self) -> PageForm:
+        """The page of all ranks, as sessions are saved."""
+        return replace(self, shard=ALONE)
 
     @property
     def scaled(self) -> bool:
@@ -61,12 +70,13 @@ class PageForm:
     @property
     def nbytes(self) -> int:
         """Bytes of a page: keys and values of one latent frame in all layers, and their scales."""
-        scales = self.spec.kv_heads * torch.float32.itemsize if self.scaled else 0
+        scales = self.shape[1] * torch.float32.itemsize if self.scaled else 0
         return 2 * self.spec.num_layers * (self.slot_bytes(self.kv_dtype) // 2 + scales)
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the keys and values of one latent frame in one layer."""
-        return 2 * self.shape[0] * self.spec.kv_dim * dtype.itemsize
+        return 2 * math.prod(self.shape) * dtype.itemsize
+
 
 MAX_TABLES = 8  # layouts whose tables are kept: the branches of a few sessions
 
@@ -85,7 +95,7 @@ class PagedStore:
         self.kv, self.scales = self._allocate(pages)
         self.staging = self._stage(slots) if form.staged else None
         self.tables: dict[tuple[bool, int, tuple[GroupPages, ...]], list[PassTables]] = {}
-        _, self.rope_rows, self.rope_columns = self.rope_cos_sin([0])
+        self.rope_rows, self.rope_columns = self._rope_of_tokens()
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +132,8 @@ class PagedStore:
         if key not in self.tables:
             if len(self.tables) >= MAX_TABLES:
                 del self.tables[next(iter(self.tables))]
-            self.tables[key] = [self._part(layout, part) for part in parts_of(rows)]
+            own = [lists_of_rank(row, self.form.shard) for row in rows]
+            self.tables[key] = [self._part(layout, part) for part in parts_of(own)]
         return self.tables[key]
 
     def _part(self, layout: PassLayout, rows: list[GroupPages]) -> PassTables:
@@ -199,6 +210,15 @@ class PagedStore:
         time, row, column = (to_device(rope_cos_sin(axis, dtype), self.device) for axis in angles)
         return time, row, column
 
+    def _rope_of_tokens(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the grid's rows and columns, of those that the rank has tokens of."""
+        _, rows, columns = self.rope_cos_sin([0])
+        if self.form.shard.token_shards == 1:
+            return rows, columns
+        tiles = self.form.shard.tiles(self.form.grid)
+        row, column = tiles.place
+        return rows.chunk(tiles.rows)[row].contiguous(), columns.chunk(tiles.columns)[column].contiguous()
+
     def ints(self, values: Sequence[Any]) -> Tensor:
         """An int32 tensor on the store's device."""
         return to_device(torch.tensor(values, dtype=torch.int32), self.device)
@@ -220,6 +240,17 @@ class PagedStore:
 
     def _stage(self, slots: int) -> Tensor:
         return torch.zeros(2, slots, *self.form.shape, dtype=self.form.model_dtype, device=self.device)
+
+
+def lists_of_rank(row: GroupPages, shard: Shard) -> GroupPages:
+    """The lists of pages that a rank's heads read, of those of all groups of heads."""
+    if not row.head_lists or shard.head_shards == 1:
+        return row
+    each, rest = divmod(len(row.head_lists), shard.head_shards)
+    if each and not rest:
+        return replace(row, head_lists=row.head_lists[shard.rank * each : (shard.rank + 1) * each])
+    listed, sinks = row.head_lists[shard.rank * len(row.head_lists) // shard.head_shards]
+    return replace(row, listed=listed, sinks=sinks, head_lists=())
 
 
 def raw(tensor: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class PagedCache:
         else:
             kv, *more = self.client.execute(ReadPages(self.grid, tuple(self.table.pages.values())))
             scales = more[0] if more else None
-        sink = None if self.sink is None else self.client.execute(ReadSink(self.sink.number))[0]
+        sink = None if self.sink is None else self.client.execute(ReadSink(self.grid, self.sink.number))[0]
         return ExportedPages(self.frames, dict(self.table.positions), kv, scales, sink)
 
     def import_pages(self, exported: ExportedPages) -> None:

@@ -7,7 +7,7 @@ of the sampler, with the frames that the block schedule gives once the window is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +15,25 @@ from torch import Tensor, nn
 from ...errors import UsageError
 from ...graphs.compose import chained
 from ...graphs.paged_attention import PagedAttention
+from ...graphs.shards import ALONE, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...models.cross_attention import TextByFrames, TextKeyValues
+from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...models.transformer import KeyValues, Transformer
 from ...schemes.guidance import Guidance
 from ...schemes.presets import Preset
+from ...schemes.sampler_spec import SamplerSpec
 from ..kv.page_store import PageForm
 from ..sampler import Sampler, guided
 from .block_plan import PlannedPass, latent_names, plan_block
 
+TRACES = 64  # passes and steps of a process, each kept for blocks of the same shapes
 TABLES = ("pages", "page_table", "page_count", "rope_time", "rope_sink", "sink_count")
 WRITTEN = ("written_slots", "written_pages")  # where pages have another dtype than the model
 SEEN = ("seen_pages", "seen_slots")  # and are restored into the staging buffer to be read
@@ -70,12 +74,13 @@ class Layout:
 class ModelPass(nn.Module):
     """The model over pages: named tensors in, velocity [B, F, C, H, W] of B sessions out.
 
-    With guidance of n branches the batch has n*B rows, branch by branch, and the velocity is the guided one.
+    With guidance of n branches the batch has n*B rows, branch by branch, and the velocity is the guided one. shard:
+    part of the pass that this rank computes; velocities are whole on every rank.
     """
 
-    def __init__(self, model: Transformer, layout: Layout, guidance: Guidance) -> None:
+    def __init__(self, model: Transformer, layout: Layout, guidance: Guidance, shard: Shard = ALONE) -> None:
         super().__init__()
-        self.model, self.layout, self.guidance = model, layout, guidance
+        self.model, self.layout, self.guidance, self.shard = model, layout, guidance, shard
         self.half_split = model.rope.half_split
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +91,7 @@ class ModelPass(nn.Module):
         ]
         kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
         rope = values["rope_rows"], values["rope_columns"]
-        attention: KeyValues = PagedAttention(parts, kv, *rope, half_split=self.half_split)
+        attention: OnPages = PagedAttention(parts, kv, *rope, half_split=self.half_split)
         if layout.slots:
             slots, pages = (values[f"{layout.tables}.{what}"] for what in WRITTEN)
             seen = [values[name] for what in SEEN if (name := f"{layout.tables}.{what}") in values]
@@ -99,9 +104,21 @@ class ModelPass(nn.Module):
         x = latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
         count = len(self.guidance.branches)
         rows = torch.cat([x] * count) if count > 1 else x
-        timesteps = values["timesteps"].expand(len(rows), -1)
+        timesteps = values["timesteps"]
+        timesteps = timesteps.expand(len(rows), *timesteps.shape[1:])
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
-        velocity = self.model(rows, timesteps, self.text(values), attention, actions)
+        text = self.text(values)
+
+        def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
+            more = () if origin is None else (origin,)
+            result: Tensor = self.model(latents, timesteps, text, kv, actions, *more)
+            return result
+
+        if self.shard.ranks == 1:
+            velocity = run(rows, attention)
+        else:
+            grid = rows.shape[-2] // spec.patch[0], rows.shape[-1] // spec.patch[1]
+            velocity = run_on_tile(run, self.shard, grid, spec.grid, rows, attention)
         if count > 1:
             velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}
@@ -149,12 +166,50 @@ class SolverStep(nn.Module):
         return noise.to(latents.dtype)
 
 
+@dataclass(frozen=True)
+class PassSource:
+    """What the trace of a pass depends on besides its layout and shapes.
+
+    family: since another family may be registered under the same name.
+    """
+
+    family: Family
+    spec: ModelSpec
+    precision: str
+    dtype: torch.dtype
+    device: str
+
+
+@lru_cache(maxsize=8)
+def fake_transformer(source: PassSource) -> Transformer:
+    """Make the transformer with fake weights once in a process."""
+    return fake_model(lambda: source.family.build(source.spec, source.precision), source.dtype, source.device)
+
+
+@lru_cache(maxsize=TRACES)
+def traced_pass(
+    source: PassSource, layout: Layout, guidance: Guidance, shard: Shard, inputs: tuple[Value, ...]
+) -> PassGraph:
+    """Trace a pass of the model once in a process; nothing changes the graph, which builders copy."""
+    module = ModelPass(fake_transformer(source), layout, guidance, shard)
+    return trace("the model's pass", module, inputs, model="model", device=source.device)
+
+
+@lru_cache(maxsize=TRACES)
+def traced_step(
+    spec: SamplerSpec, steps: tuple[int, ...], frames: int, lead: int, device: str, inputs: tuple[Value, ...]
+) -> PassGraph:
+    """Trace a solver step once in a process."""
+    return trace("the solver's step", SolverStep(Sampler(spec), steps, frames, lead), inputs, device=device)
+
+
 class BlockGraphBuilder:
     """Builds the block graph of one model, preset and picture size, before any rewrite.
 
     size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
     the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
     the first pass. kv_dtype: dtype of the pages; None for the model's. slots: of the staging buffer; None for enough.
+    shard: part of each pass that this rank computes.
     """
 
     def __init__(
@@ -170,6 +225,7 @@ class BlockGraphBuilder:
         fuse_commit: bool = False,
         kv_dtype: torch.dtype | None = None,
         slots: int | None = None,
+        shard: Shard = ALONE,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
         self.guidance = preset.sampler.guide
@@ -181,10 +237,11 @@ class BlockGraphBuilder:
         self.max_pages = max(len(group.context) for planned in self.planned for group in planned.run.groups)
         frames = max(len(planned.run.frames) for planned in self.planned)
         self.pages = pages if pages is not None else self.rows * (self.max_pages + frames)
-        self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype)
+        self.shard = shard
+        self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype, shard)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
-        self.model = fake_model(lambda: family_of(spec).build(spec, precision), dtype, device)
-        self.traced: dict[Layout, PassGraph] = {}
+        self.source = PassSource(family_of(spec), spec, precision, dtype, device)
+        self.model = fake_transformer(self.source)
 
     def build(self) -> BlockGraph:
         """Build the graph; UsageError for a model or preset that has none."""
@@ -225,7 +282,9 @@ class BlockGraphBuilder:
         """Graph of one planned pass: the traced model with the timesteps of the pass, then the solver step."""
         model = self.model_pass(self.layout(planned))
         timesteps = planned.run.timesteps
-        literals = {"timesteps": Value.of_literal(timesteps, (1, len(timesteps)), torch.float32)}
+        condition = [] if planned.run.condition is None else [planned.run.condition]
+        rows = [number for timestep in timesteps for number in (timestep, *condition)]
+        literals = {"timesteps": Value.of_literal(rows, self.timesteps_shape(len(timesteps)), torch.float32)}
         step = self.step(planned) if planned.steps else None
         graph = chained(planned.name, model, step, literals)
         if step is None:  # the pass is run for the pages it writes; nothing reads its velocity
@@ -233,13 +292,12 @@ class BlockGraphBuilder:
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
 
     def model_pass(self, layout: Layout) -> PassGraph:
-        """Traced pass of a layout; traced once."""
-        if layout not in self.traced:
-            module = ModelPass(self.model, layout, self.guidance)
-            self.traced[layout] = trace(
-                "the model's pass", module, self.inputs(layout), model="model", device=self.device
-            )
-        return self.traced[layout]
+        """Traced pass of a layout."""
+        return traced_pass(self.source, layout, self.guidance, self.shard, tuple(self.inputs(layout)))
+
+    def timesteps_shape(self, frames: int) -> tuple[int, ...]:
+        """Shape of the timesteps of a pass, with the conditions of steps where the network takes them."""
+        return (1, frames) if self.preset.sampler.condition(0) is None else (1, frames, 2)
 
     def layout(self, planned: PlannedPass) -> Layout:
         sinks = self.preset.context.rotates_sink  # in every pass, as in `rotates_for_sink`
@@ -251,6 +309,9 @@ class BlockGraphBuilder:
     def inputs(self, layout: Layout) -> list[Value]:
         """Inputs and states of the model's pass."""
         spec, frames, (height, width) = self.spec, layout.frames, self.grid
+        if self.shard.token_shards > 1:
+            tiles = self.shard.tiles(self.grid)
+            height, width = height // tiles.rows, width // tiles.columns
         rope_dtype = torch.promote_types(self.dtype, torch.float32)
         time, row, column = self.model.rope.pairs
 
@@ -259,9 +320,9 @@ class BlockGraphBuilder:
 
         each = frames // len(layout.latents)
         values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
-        text = (self.rows, spec.text_len, spec.text_dim)
+        text = (self.rows, spec.text_rows, spec.text_dim)
         values += [
-            given("timesteps", When.LOAD, (1, frames), torch.float32),
+            given("timesteps", When.LOAD, self.timesteps_shape(frames), torch.float32),
             *(given(name, When.PROMPT, text, self.dtype) for name in layout.text_names),
         ]
         if spec.action_dim is not None:
@@ -293,7 +354,7 @@ class BlockGraphBuilder:
         stores: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         stores += [(f"kv.{index}", (2, self.pages, *form.shape), form.kv_dtype) for index in layers]
         if form.scaled:
-            stores += [(f"scale.{index}", (2, self.pages, self.spec.kv_heads), torch.float32) for index in layers]
+            stores += [(f"scale.{index}", (2, self.pages, form.shape[1]), torch.float32) for index in layers]
         lists: list[tuple[str, int]] = []
         if layout.slots:
             stores.append(("staging", (2, layout.slots, *form.shape), self.dtype))
@@ -319,5 +380,4 @@ class BlockGraphBuilder:
         values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
         history = self.sampler.begin().reads(planned.steps[0])
         values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
-        module = SolverStep(self.sampler, planned.steps, frames, planned.lead)
-        return trace("the solver's step", module, values, device=self.device)
+        return traced_step(self.preset.sampler, planned.steps, frames, planned.lead, self.device, tuple(values))

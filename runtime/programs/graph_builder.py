@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...graphs.compose import chained
 from ...graphs.lowered import Lowered, lower_block
-from ...graphs.paged_attention import PagedAttention
 from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
+from ...graphs.shards import ALONE, OnPages, Shard
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...models.family import Family
@@ -27,7 +27,6 @@ from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 
 WIDTH_STEP = 16  # pages
 PROGRAMS = 64  # of a process, kept for engines of the same configuration
-OnPages = PagedAttention | StagedAttention
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class GraphBuilder:
     """Builds the block graph of a key, for one model and preset.
 
     rewrites: names of the rewrites to apply. lowp: precision map of the rewrite `lowp`. kv_dtype: dtype of the pages;
-    None for the model's.
+    None for the model's. shard: part of each pass that this rank computes.
     """
 
     spec: ModelSpec
@@ -99,6 +98,7 @@ class GraphBuilder:
     rewrites: tuple[str, ...]
     lowp: PrecisionMap | None = None
     kv_dtype: torch.dtype | None = None
+    shard: Shard = ALONE
 
     def __call__(self, key: GraphKey) -> BlockGraph:
         """Build the graph of a whole block (noise in, clean `latents` out), or of one pass (`velocity` out)."""
@@ -106,7 +106,8 @@ class GraphBuilder:
         if key.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
             return self.rewritten(self.block(key, builder, passes, ("latents",)))
-        timesteps = Value("timesteps", Role.INPUT, (1, key.latent[0]), torch.float32, When.PASS)
+        shape = builder.timesteps_shape(key.latent[0])
+        timesteps = Value("timesteps", Role.INPUT, shape, torch.float32, When.PASS)
         graph = chained("pass", builder.model_pass(key.layout), None, {"timesteps": timesteps})
         return self.rewritten(self.block(key, builder, (graph,), ("velocity",)))
 
@@ -121,7 +122,7 @@ class GraphBuilder:
             preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0, guidance=None))
         builder = BlockGraphBuilder(
             self.spec, preset, size, self.dtype, self.device, self.precision, pages=key.pages, kv_dtype=self.kv_dtype,
-            slots=key.slots,
+            slots=key.slots, shard=self.shard,
         )  # fmt: skip
         builder.max_pages = key.width
         return builder

@@ -16,7 +16,7 @@ from ...schemes.block_schedule import (
     repeat_period,
     supports_whole_block,
 )
-from ...schemes.page_needs import branches, least_pages, page_needs, staging_slots
+from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..kv.page_layout import layout_pass, parts_of, rotates_for_sink
 from ..kv.pages import PagePool, PageTable
@@ -28,7 +28,7 @@ class KeyCollector:
     """Collects the graph keys of one stream, each once, in the order in which they come up."""
 
     def __init__(self, spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool) -> None:
-        self.policy, self.pages, self.branches = preset.context, least_pages(preset), branches(preset)
+        self.policy, self.pages, self.guidance = preset.context, least_pages(preset), preset.sampler.guide
         self.channels, self.latent = spec.out_channels, spec.latent_size(size)
         self.slots = staging_slots(preset) if staged else 0
         context = page_needs(preset).context or 0
@@ -41,7 +41,7 @@ class KeyCollector:
             table.set_window(())
         if (frames := scheduled.window) is not None:
             table.set_window(frames)
-        for run in scheduled.branch_runs(self.branches):
+        for run in scheduled.branch_runs(self.guidance).values():
             self.add_pass(table, run, whole)
 
     def add_pass(self, table: PageTable, run: Pass, whole: bool) -> None:

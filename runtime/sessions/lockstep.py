@@ -30,12 +30,13 @@ class ForwardRequest:
 
     @property
     def batch_key(self) -> Hashable:
-        """Equal for requests that one run can answer: same page store, latent shape, group sizes and texts.
+        """Equal for requests that one run can answer: same page store, latent shape, group sizes, texts and condition.
 
         Timesteps, positions and contexts may differ.
         """
         groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
-        return id(self.branch.cache.store), tuple(self.latents.shape), groups, self.run.mixed_texts
+        shape = tuple(self.latents.shape)
+        return id(self.branch.cache.store), shape, groups, self.run.mixed_texts, self.run.condition
 
     @property
     def texts(self) -> tuple[tuple[int, int, int], ...]:

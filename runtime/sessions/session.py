@@ -146,7 +146,7 @@ class Session:
     @property
     def caches(self) -> list[PagedCache]:
         """Everything that holds pages for this session."""
-        return [branch.cache for state in self.states for branch in state.branches]
+        return list(dict.fromkeys(branch.cache for state in self.states for branch in state.branches))
 
     @property
     def wants_block(self) -> bool:

@@ -27,7 +27,7 @@ from ...models.decoder import StreamState
 from ...models.solvers import Solver
 from ...schemes.actions import ActionTrack
 from ...schemes.guidance import FOLLOWING, GuidanceBranch
-from ...schemes.page_needs import branches, needs_negative
+from ...schemes.page_needs import needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
@@ -53,7 +53,7 @@ from .saved_values import (
 
 @dataclass
 class Branch:
-    """One conditioning with the cache of its own past; guidance has several.
+    """One conditioning with the cache of its past; guidance has several, of which some share a cache.
 
     role: its text and past as guidance has them. null: the null caption, for presets whose passes use it.
     """
@@ -76,23 +76,32 @@ class Branch:
 
         rows and negative: [text_len, text_dim], of the prompt and, where the preset needs it, the negative prompt.
         """
-        condition = resources.client.condition
-        null = condition(negative) if negative is not None and preset.context.clean_text == "null" else None
+        model, texts = resources.parts.transformer, dict[tuple[str, bool], Handle]()
+
+        def condition(text: str, dropped: bool) -> Handle:
+            own = rows if text == "prompt" else negative
+            assert own is not None  # `Inputs.negative_rows` asks for one
+            if (text, dropped) not in texts:
+                texts[text, dropped] = resources.client.condition(model.text_inputs(own, dropped))
+            return texts[text, dropped]
+
+        roles = preset.sampler.guide.branches
+        caches: dict[int, PagedCache] = {}
         branches: list[Branch] = []
         try:
-            for role in preset.sampler.guide.branches:
-                own = rows if role.text == "prompt" else negative
-                assert own is not None  # `Inputs.negative_rows` asks for one
-                branches.append(cls(condition(own), resources.kv_manager.new_cache(size), null, role))
+            for number, role in enumerate(roles):
+                if role.reads is None:
+                    caches[number] = resources.kv_manager.new_cache(size)
+            for number, role in enumerate(roles):
+                dropped = role.text == "negative"
+                null = condition("negative", dropped) if preset.context.clean_text == "null" else None
+                cache = caches[number if role.reads is None else role.reads]
+                branches.append(cls(condition(role.text, dropped), cache, null, role))
         except BaseException:  # raised again; Ctrl-C must not leak pages either
-            for branch in branches:
-                branch.cache.release()
+            for cache in caches.values():
+                cache.release()
             raise
         return branches
-
-    def fork(self) -> Branch:
-        """The same conditioning; the fork's cache shares pages until either side writes."""
-        return replace(self, cache=self.cache.fork())
 
 
 @dataclass
@@ -149,8 +158,9 @@ class SavedFields:
         return (self.resources.spec.out_channels, *self.resources.spec.latent_size(tuple(self.header["size"])))
 
     @property
-    def branches(self) -> int:
-        return branches(self.preset)
+    def caches(self) -> int:
+        """Caches of a session: one for each branch of guidance that does not read another's."""
+        return sum(branch.reads is None for branch in self.preset.sampler.guide.branches)
 
 
 class SaveForm(ABC):
@@ -254,10 +264,12 @@ class TimelineForm(SaveForm):
 
     def write(self, value: Timeline, file: SavedFields) -> None:
         numbers = {name: getattr(value, name) for name in self.FIELDS}
+        if (span := value.uncommitted) is not None:
+            numbers["uncommitted"] = [span.index, span.frames.start, span.frames.stop]
         file.header["timeline"] = numbers | {"places": list(value.places.items())}
 
     def check(self, file: SavedFields) -> None:
-        header = fields_of("timeline", file.header["timeline"], (*self.FIELDS, "places"))
+        header = fields_of("timeline", file.header["timeline"], (*self.FIELDS, "places"), ("uncommitted",))
         stop = integer("timeline.next_frame", header["next_frame"])
         for name, most in (("next_block", stop), ("origin", stop), ("shot", LARGEST)):
             integer(f"timeline.{name}", header[name], 0, most)
@@ -265,12 +277,20 @@ class TimelineForm(SaveForm):
             ascending(f"timeline.{name}", header[name], LARGEST)
         boolean("timeline.pin_next", header["pin_next"])
         places("timeline.places", header["places"], stop)
+        if "uncommitted" in header:
+            name = "timeline.uncommitted"
+            span = [integer(name, number, 0, stop) for number in list_of(name, header["uncommitted"])]
+            if len(span) != 3 or span[1] >= span[2]:
+                raise invalid(name, span, "[block, first frame, last frame + 1]")
 
     def read(self, file: SavedFields) -> Timeline:
         timeline, header = Timeline(file.preset), file.header["timeline"]
         for name in self.FIELDS:
             setattr(timeline, name, tuple(header[name]) if isinstance(header[name], list) else header[name])
         timeline.places = {frame: position for frame, position in header["places"]}
+        if "uncommitted" in header:
+            index, start, stop = header["uncommitted"]
+            timeline.uncommitted = Span(index, range(start, stop))
         return timeline
 
 
@@ -310,23 +330,23 @@ class NoiseForm(SaveForm):
 
 
 class BranchesForm(SaveForm):
-    """The pages of each branch. Conditionings are computed again from the prompt's rows."""
+    """The pages of each branch that has a cache of its own. Conditionings are computed again from the prompt's rows."""
 
     key = "caches"
 
     def write(self, value: list[Branch], file: SavedFields) -> None:
         file.header["caches"] = []
-        for index, branch in enumerate(value):
-            pages = branch.cache.export_pages()
+        for index, cache in enumerate(caches_of(value)):
+            pages = cache.export_pages()
             for name in ("kv", "scales", "sink"):
                 file.put(f"cache.{index}.{name}", getattr(pages, name))
             file.header["caches"].append({"frames": pages.frames, "places": list(pages.positions.items())})
 
     def check(self, file: SavedFields) -> None:
         stop, caches = file.header["timeline"]["next_frame"], list_of("caches", file.header["caches"])
-        if len(caches) != file.branches:
-            raise invalid("caches", len(caches), f"{file.branches}, one for each conditioning")
-        form, policy = file.resources.kv_manager.form(SizeForm().read(file)), file.preset.context
+        if len(caches) != file.caches:
+            raise invalid("caches", len(caches), f"{file.caches}, one for each conditioning")
+        form, policy = file.resources.kv_manager.form(SizeForm().read(file)).whole, file.preset.context
         layers = file.resources.spec.num_layers
         for index, cache in enumerate(caches):
             name = f"caches.{index}"
@@ -349,11 +369,11 @@ class BranchesForm(SaveForm):
         return Branch.for_prompts(file.resources, file.preset, file.tensor("rows"), negative, SizeForm().read(file))
 
     def fill(self, value: list[Branch], file: SavedFields) -> None:
-        for index, (branch, header) in enumerate(zip(value, file.header["caches"], strict=True)):
+        for index, (own, header) in enumerate(zip(caches_of(value), file.header["caches"], strict=True)):
             positions = {frame: position for frame, position in header["places"]}
             kv = file.tensor(f"cache.{index}.kv")
             scales, sink = (file.optional(f"cache.{index}.{name}") for name in ("scales", "sink"))
-            branch.cache.import_pages(ExportedPages(tuple(header["frames"]), positions, kv, scales, sink))
+            own.import_pages(ExportedPages(tuple(header["frames"]), positions, kv, scales, sink))
 
 
 class ActionsForm(SaveForm):
@@ -506,11 +526,23 @@ def forked(save: SaveForm | None, copy: Callable[[Any], Any], rollback: bool = T
     return {"rule": FieldRule(copy, save, rollback)}
 
 
+UNCOMMITTED = TensorForm("uncommitted", latents_shape, lambda file: "uncommitted" in file.header["timeline"])
 NEGATIVE = TensorForm("negative", rows_shape, lambda file: needs_negative(file.preset))
 
 
 def fork_all(items: list[Any]) -> list[Any]:
     return [item.fork() for item in items]
+
+
+def caches_of(branches: Sequence[Branch]) -> list[PagedCache]:
+    """The caches of some branches, each once."""
+    return list(dict.fromkeys(branch.cache for branch in branches))
+
+
+def fork_branches(branches: list[Branch]) -> list[Branch]:
+    """The same conditionings; the forks' caches share pages until either side writes."""
+    forks = {cache: cache.fork() for cache in caches_of(branches)}
+    return [replace(branch, cache=forks[branch.cache]) for branch in branches]
 
 
 @dataclass(eq=False, repr=False)
@@ -521,6 +553,7 @@ class SessionState:
     which is the null caption too.
     source: latents of the video that blocks start from. clamped: latents of an image held as the first frame.
     flight: blocks being denoised, oldest first. recent: the last clean latents, as many as a rebuild or recache reads.
+    uncommitted: latents of `timeline.uncommitted`.
     pixels: the last decoded pictures [T, 3, H, W], where a rebuild encodes one again. prefix_frames: uint8
     [T, H, W, 3], the image or video that the stream continues, as the decoder shows it; readable after the end.
     """
@@ -530,7 +563,7 @@ class SessionState:
     sampler: Sampler = field(metadata=shared(SamplerForm()))
     noise: Noise = field(metadata=shared(NoiseForm()))
     rows: Tensor = field(metadata=shared(TensorForm("rows", rows_shape, lambda file: True)))
-    branches: list[Branch] = field(metadata=forked(BranchesForm(), fork_all, rollback=False))
+    branches: list[Branch] = field(metadata=forked(BranchesForm(), fork_branches, rollback=False))
     actions: ActionTrack = field(metadata=forked(ActionsForm(), ActionTrack.fork))
     decoder: DecoderTrack = field(metadata=forked(DecoderForm(), DecoderTrack.fork, rollback=False))
     negative: Tensor | None = field(default=None, metadata=shared(NEGATIVE))
@@ -539,6 +572,7 @@ class SessionState:
     flight: list[BlockInFlight] = field(default_factory=list, metadata=forked(FlightForm(), fork_all))
     change: PromptChange | None = field(default=None, metadata=forked(PromptChangeForm(), copy))
     recent: Tensor | None = field(default=None, metadata=shared(TensorForm("recent", latents_shape)))
+    uncommitted: Tensor | None = field(default=None, metadata=shared(UNCOMMITTED))
     pixels: Tensor | None = field(default=None, metadata=shared(TensorForm("pixels", pixels_shape)))
     prefix_frames: NDArray[np.uint8] | None = field(default=None, metadata=shared(None, release=False))
 
@@ -564,7 +598,8 @@ class SessionState:
         timesteps = self.sampler.of_block(self.next_block).timesteps
         clamped = self.clamped is not None and self.first_frame == 0
         size = timeline.preset.block_size(timeline.next_frame)
-        return self.size, size, timesteps, steps, timeline.rebuild_due(), clamped
+        committed = timeline.uncommitted is None
+        return self.size, size, timesteps, steps, timeline.rebuild_due(), clamped, committed
 
     def fork(self, decoder: DecoderTrack | None = None) -> Self:
         """An independent copy that holds the same pages once more.

@@ -16,7 +16,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from oracles import SIZE, TINY, make_engine
+from oracles import SIZE, TINY, WAN_PRESETS, make_engine
 
 import inferix
 from inferix.errors import CheckpointError, InferixError, UsageError
@@ -320,7 +320,7 @@ assert "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 def test_presets_that_cannot_be_exported_are_refused_before_weights(name: str, tmp_path: Path) -> None:
     """No file of weights is there, so an error of another kind would show that it was looked for."""
     if name in ("causvid", "krea", "rolling-forcing"):

@@ -7,11 +7,11 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from oracles import ROWS, SIZE, make_engine
+from oracles import ROWS, SIZE, WAN_PRESETS, make_engine
 
 from inferix.graphs.passes import Group, Pass
 from inferix.graphs.types import Runs
-from inferix.models.registry import PRESETS, make_preset
+from inferix.models.registry import make_preset
 from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.programs.block_plan import plan_block
 from inferix.runtime.sampler import Sampler, scheduled_blocks
@@ -31,7 +31,7 @@ from inferix.schemes.timeline import Timeline
 NEGATIVE = {"causal-diffusion": {"negative_embeds": ROWS.float().flip(0)}}
 FEW = {"causal-diffusion": {"num_steps": 3}}
 VARIANTS = [
-    *((name, FEW.get(name, {})) for name in PRESETS),
+    *((name, FEW.get(name, {})) for name in WAN_PRESETS),
     ("self-forcing", {"local_attn_size": 9, "sink_size": 3, "independent_first_frame": True}),
     ("longlive", {"recache_sink": True}),
     ("causvid", {"segment_frames": 7, "rebuild_frames": 4}),
@@ -186,7 +186,7 @@ PLANNED = {  # passes of a block graph: names and when they run
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 def test_a_block_graph_has_the_passes_of_a_full_window(name: str) -> None:
     preset = make_preset(name, **FEW.get(name, {}))
     passes = plan_block(preset)

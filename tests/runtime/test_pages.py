@@ -6,10 +6,9 @@ import random
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TOKENS, contiguous, make_engine, page_tensors
+from oracles import ROWS, SIZE, TOKENS, WAN_PRESETS, contiguous, make_engine, page_tensors
 
 from inferix.errors import InferixError, UsageError
-from inferix.models.registry import PRESETS
 from inferix.runtime.byte_sizes import format_bytes, parse_bytes
 from inferix.runtime.kv.contiguous_cache import BoundCache, ContiguousCache
 from inferix.runtime.kv.page_layout import layout_pass as LAYOUT_PASS
@@ -64,7 +63,7 @@ def stream(engine, blocks, **kwargs):
     return torch.cat([block.latents for block in made])
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 @torch.no_grad()
 def test_pages_equal_the_contiguous_cache(name, monkeypatch):
     """In float64, with pages in runs and with pages anywhere."""

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, contiguous, make_engine, remade
+from oracles import ROWS, SIZE, TINY, WAN_PRESETS, contiguous, make_engine, remade
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,7 +47,7 @@ def shape(run):
     return [(group.frames, group.context, group.positions, group.write) for group in run.groups]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     """Passes, decoded frames and pictures encoded again of ten blocks, and no pass is longer than `longest_pass`.
 
@@ -238,7 +238,7 @@ def test_floors_take_the_slower_of_operations_and_bytes():
     assert planner.prompt_seconds(load, slow) > planner.prompt_seconds(full("self-forcing"), slow) > 0
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 def test_the_longest_window_is_the_longest(name):
     load = tiny(name)
     shortest = planner.shortest_window(load.preset)

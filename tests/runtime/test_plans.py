@@ -11,10 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import ROWS, SIZE, make_engine
+from oracles import ROWS, SIZE, WAN_PRESETS, make_engine
 
 from inferix.errors import InferixError
-from inferix.models.registry import PRESETS
 from inferix.runtime.plans import HEADER, KINDS, MAGIC, VERSION, PassPlan, Plan, WritePages, decode_plan, encode_plan
 from inferix.runtime.worker import LocalWorker
 from inferix.schemes.page_needs import needs_negative
@@ -46,7 +45,7 @@ def plans_of(name: str, monkeypatch: pytest.MonkeyPatch, **overrides: object) ->
     return plans
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 def test_plans_of_every_preset_come_back_from_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = plans_of(name, monkeypatch)
     assert sum(isinstance(plan, PassPlan) for plan in plans) > 5

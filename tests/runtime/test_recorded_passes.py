@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from oracles import ROWS, make_engine
+from oracles import ROWS, WAN_PRESETS, make_engine
 
 from inferix.models.registry import PRESETS, make_preset
 from inferix.runtime.kv import paged_cache
@@ -81,7 +81,7 @@ def write_recording(name, blocks):
     FILE.write_text(json.dumps({key: recording[key] for key in PRESETS if key in recording}, indent=1) + "\n", "utf-8")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 def test_a_stream_runs_the_recorded_passes(name, monkeypatch):
     blocks = passes_of(name, monkeypatch)
     if RECORD:
@@ -105,7 +105,7 @@ def scheduled_passes(name):
     return blocks
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 def test_the_block_schedule_lists_the_recorded_passes(name):
     assert digests(scheduled_passes(name)) == json.loads(FILE.read_text("utf-8"))[name]["sha256"]
 

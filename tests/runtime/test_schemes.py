@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from oracles import ROWS, SIZE, FrameAttention, make_engine, run
+from oracles import ROWS, SIZE, WAN_PRESETS, FrameAttention, make_engine, run
 
 from inferix.errors import InferixError, UsageError
 from inferix.kernels.attention import attention
@@ -98,7 +98,7 @@ ATTENDED = {  # frames attended by block 1 and by block 8
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WAN_PRESETS)
 def test_the_published_tables(name, monkeypatch):
     timesteps, sigmas, passes = TABLE[name]
     steps = {"num_steps": 2} if name == "causal-diffusion" else {}

@@ -25,10 +25,10 @@ PROMPT = "a red robot in a snowy forest by day"
 WAIT = 60.0  # seconds that a test waits for what has to come
 
 
-def small_engine(settings: ServeSettings, rewind_blocks: int = 4, **overrides: Any) -> Engine:
-    """The small world with fewer steps, so that a block takes a fraction of its playing time."""
+def small_engine(settings: ServeSettings, rewind_blocks: int = 4, num_steps: int = 1) -> Engine:
+    """The small world; with one step a block takes a fraction of its playing time, and hardly follows actions."""
     limits = engine_limits(settings)
-    return inferix.load(device="cpu", limits=limits, rewind_blocks=rewind_blocks, num_steps=1, **overrides)
+    return inferix.load(device="cpu", limits=limits, rewind_blocks=rewind_blocks, num_steps=num_steps)
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 
+import httpx
 import msgpack
 import numpy as np
 import pytest
 import websockets
-from live_client import PROMPT, Client, serving, small_engine
+from live_client import PROMPT, WAIT, Client, serving, small_engine
 
 from inferix.serve.outbox import Outbox
 from inferix.serve.protocol import MEDIA
@@ -164,7 +167,7 @@ def test_places_a_queue_and_a_refusal_that_names_the_limit(served):
             await client.open()
         await clients[3].send("open", prompt=PROMPT)
         assert (await clients[3].until("queued"))["position"] == 0
-        assert (await clients[3].refused("pause"))["code"] == "wrong_order"
+        early = await clients[3].send("act", action="left")
         refused = await clients[4].refused("open", prompt=PROMPT)
         assert refused["limit"] == {"name": "sessions", "value": 3} and refused["retry_after"] > 0
         with pytest.raises(websockets.ConnectionClosed) as closed:
@@ -173,6 +176,7 @@ def test_places_a_queue_and_a_refusal_that_names_the_limit(served):
         assert (await clients[0].refused("fork"))["limit"]["name"] == "sessions"
         await clients[0].send("stop")
         await clients[3].until("opened")
+        await clients[3].until("applied", id=early)
         for client in clients[1:4]:
             await client.send("stop")
             await client.until("ended")
@@ -233,3 +237,109 @@ def test_the_outbox_drops_the_oldest_blocks_and_keeps_their_receipts():
         assert first.state == 2 and [receipt.id for receipt in first.receipts] == [0, 2]
 
     asyncio.run(fill())
+
+
+@pytest.mark.slow
+def test_a_thousand_reconnects_leave_nothing_behind(served):
+    async def walk():
+        async with served.connect() as socket, Client(socket) as client:
+            opened = await client.open()
+        for _ in range(1000):
+            async with served.connect() as socket, Client(socket) as client:
+                await client.send("attach", session=opened["session"], resume=opened["resume"])
+                await client.until("opened")
+        async with served.connect() as socket, Client(socket) as client:
+            await client.send("attach", session=opened["session"], resume=opened["resume"])
+            await client.until("state")
+            await client.send("stop")
+            await client.until("ended")
+        await all_gone(served)
+        connections = served.server.metrics.registry.get_sample_value("inferix_connections")
+        while connections:
+            await asyncio.sleep(0.02)
+            connections = served.server.metrics.registry.get_sample_value("inferix_connections")
+
+    run(walk())
+    assert served.server.host.engine.metrics()["gauges"]["pages_in_use"] == 0
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_command_and_its_sessions(tmp_path):
+    command = [sys.executable, "-m", "inferix", "serve", "--port", "0", "--json", "--folder", str(tmp_path)]
+    process = subprocess.Popen([*command, "--limit", "save_on_exit=true"], stdout=subprocess.PIPE, text=True)
+    facts = json.loads(process.stdout.readline())
+
+    async def walk():
+        address = f"ws{facts['url'].removeprefix('http')}/v1/live"
+        async with websockets.connect(address) as socket, Client(socket) as client:
+            await client.open()
+            await client.until("state")
+            process.terminate()
+            return await client.until("ended")
+
+    ended = asyncio.run(walk())
+    assert process.wait(WAIT) == 0 and process.stdout.read() == ""
+    assert ended["code"] == "draining" and (tmp_path / "worlds" / f"{ended['world']}.safetensors").is_file()
+
+
+def test_metrics_name_what_happened(served):
+    async def walk():
+        async with served.connect() as socket, Client(socket) as client:
+            await client.open()
+            await client.applied("act", action="up")
+            await client.refused("act", action="jump")
+            await client.send("stop")
+            await client.until("ended")
+        await all_gone(served)
+
+    run(walk())
+    text = httpx.get(f"{served.url}/metrics").text
+    for line in (
+        'inferix_control_to_pixel_seconds_count{verb="act"}', 'inferix_refusals_total{code="invalid",limit=""}',
+        "inferix_engine_blocks_total", "inferix_engine_pages_in_use", "inferix_engine_denoise_seconds_bucket",
+        'inferix_media_bytes_total{media="jpeg"}', "inferix_live_sessions 0.0",
+    ):  # fmt: skip
+        assert line in text
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "sessions": 0, "places": 3}
+    (model,) = httpx.get(f"{served.url}/v1/models").json()["data"]
+    assert model["id"] == "tinyworld" and PROMPT in model["examples"]
+
+
+def test_a_slow_viewer_skips_or_pauses_as_declared(served):
+    """A viewer that takes nothing: its outbox holds `room` blocks, and only `skip` goes on making blocks."""
+    async def lag(behind):
+        async with served.connect() as socket, Client(socket) as client:
+            opened = await client.open(behind=behind, media=["raw"])
+            assert opened["behind"] == behind
+            await client.until("state")
+            live = served.server.live.sessions[opened["session"]]
+            stuck = asyncio.run_coroutine_threadsafe(hold(live), served.runner.loop)
+            await asyncio.wrap_future(stuck)
+            assert live.outbox.blocks <= live.outbox.room
+            if behind == "skip":
+                assert (await client.until("notice", kind="skipped"))["blocks"] > 0
+            else:
+                assert (await client.until("notice", kind="waited"))["seconds"] > 0
+                assert live.outbox.skipped == 0
+            await client.send("stop")
+            await client.until("ended")
+        await all_gone(served)
+
+    async def hold(live):
+        """Take nothing from the outbox until it has been full for a while."""
+        take, free = live.outbox.take, asyncio.Event()
+
+        async def held():
+            await free.wait()
+            return await take()
+
+        live.outbox.take = held
+        for _ in range(1000):
+            await asyncio.sleep(0.02)
+            if live.outbox.skipped or (live.behind == "pause" and live.outbox.blocks == live.outbox.room):
+                break
+        await asyncio.sleep(0.1)
+        free.set()
+
+    for behind in ("skip", "pause"):
+        run(lag(behind))

@@ -1,0 +1,140 @@
+"""Collectives between the ranks of one world as ops of a traced pass: `all_to_all` and `all_gather`.
+
+The ops name their ranks by the number of a group of this process, so that their schema is tensors and integers. Bytes
+travel as they are, so every dtype does, and a result has the same bits on every rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InferixError, UsageError
+from .op import Op
+from .spec import Arg, OpSpec
+
+
+class CollectiveFailed(InferixError):
+    """A collective that ended because another rank did, or that waited for one for too long."""
+
+
+@dataclass(eq=False)
+class RankGroup:
+    """Ranks that communicate, and counters of what this one sent.
+
+    process_group: of torch.distributed; of any backend. sent: bytes to other ranks; calls: collectives. since: time
+    (`time.monotonic`) at which the collective that runs now began, or None.
+    """
+
+    process_group: Any
+    rank: int
+    size: int
+    sent: int = 0
+    calls: int = 0
+    since: float | None = None
+
+    def wait(self, begin: Callable[[], Any], sent: int) -> None:
+        """Run a collective in which this rank sends `sent` bytes to others; CollectiveFailed where others are gone."""
+        self.since = time.monotonic()
+        try:
+            begin().wait()
+        except RuntimeError as error:
+            raise CollectiveFailed(f"a collective of {self.size} ranks failed: {str(error).splitlines()[0]}") from error
+        finally:
+            self.since = None
+        self.sent += sent
+        self.calls += 1
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Copy a tensor of rank 0 to all ranks; not counted, since it is no part of a pass."""
+        before = self.sent, self.calls
+        self.wait(lambda: self.process_group.broadcast([as_bytes(tensor)]), 0)
+        self.sent, self.calls = before
+
+
+GROUPS: dict[int, RankGroup] = {}  # of this process, by number
+
+
+def add_group(group: RankGroup) -> int:
+    """Register a group; returns its number."""
+    number = max(GROUPS, default=0) + 1
+    GROUPS[number] = group
+    return number
+
+
+def group_of(number: int) -> RankGroup:
+    if number not in GROUPS:
+        raise UsageError(f"group is {number}; expected one of {sorted(GROUPS)}: the ranks of this process have ended")
+    return GROUPS[number]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def exchange_reference(x: Tensor, out: Tensor, group: int) -> None:
+    """See the public function for shapes."""
+    ranks = group_of(group)
+    if len(x) != ranks.size:
+        raise UsageError(f"all_to_all: x has {len(x)} parts; expected {ranks.size}, one for each rank")
+    sent = x.nbytes // ranks.size * (ranks.size - 1)
+    ranks.wait(lambda: ranks.process_group.alltoall_base(as_bytes(out), as_bytes(x), [], []), sent)
+
+
+def gather_reference(x: Tensor, out: Tensor, group: int) -> None:
+    """See the public function for shapes."""
+    ranks = group_of(group)
+    if len(out) != ranks.size:
+        raise UsageError(f"all_gather: out has {len(out)} parts; expected {ranks.size}, one for each rank")
+    parts = [as_bytes(part) for part in out]
+    ranks.wait(lambda: ranks.process_group.allgather([parts], [as_bytes(x)]), x.nbytes * (ranks.size - 1))
+
+
+ALL_TO_ALL_SPEC = OpSpec(
+    name="all_to_all",
+    reference=exchange_reference,
+    outputs=("out",),
+    like="x",
+    args={"x": Arg("ranks entries"), "out": Arg("ranks entries", ("x",))},
+    family="exchange",
+    label="all-to-all",
+    flops="0",
+)
+ALL_GATHER_SPEC = OpSpec(
+    name="all_gather",
+    reference=gather_reference,
+    outputs=("out",),
+    like="x",
+    args={"x": Arg("entries"), "out": Arg("ranks entries", ("x",))},
+    family="exchange",
+    label="all-gather",
+    flops="0",
+)
+ALL_TO_ALL, ALL_GATHER = Op(ALL_TO_ALL_SPEC), Op(ALL_GATHER_SPEC)
+
+
+def all_to_all(x: Tensor, *, group: int, out: Tensor | None = None) -> Tensor:
+    """Send part i of x [ranks, ...] to rank i; returns [ranks, ...] whose part i came from rank i.
+
+    group: number of `add_group`. Raises UsageError for another number of parts than ranks. Source: MPI_Alltoall.
+    """
+    flat = x.contiguous().view(len(x), -1)
+    out = flat.new_empty(flat.shape) if out is None else out.view(flat.shape)
+    ALL_TO_ALL(flat, out, group)
+    return out.view(x.shape)
+
+
+def all_gather(x: Tensor, *, ranks: int, group: int, out: Tensor | None = None) -> Tensor:
+    """Return [ranks, ...] whose part i is x [...] of rank i. group: number of `add_group`, of `ranks` ranks.
+
+    Raises UsageError for another number of ranks. Source: MPI_Allgather.
+    """
+    flat = x.contiguous().view(-1)
+    out = flat.new_empty(ranks, *flat.shape) if out is None else out.view(ranks, -1)
+    ALL_GATHER(flat, out, group)
+    return out.view(ranks, *x.shape)

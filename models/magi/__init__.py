@@ -1,0 +1,1 @@
+"""MAGI-1: transformer, checkpoints, decoder, text encoder and presets."""

@@ -1,0 +1,157 @@
+"""A rank other than 0: loads its part of the engine that rank 0 describes, then runs the plans that it sends.
+
+`python -m inferix.runtime.parallel.rank_process` is one such rank; its place is in the environment. The process ends
+when its connection to rank 0 does, in whatever it is: rank 0 may have been killed.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InferixError
+from ...graphs.shards import Shard
+from ...kernels.collectives import RankGroup, add_group
+from ...models.decoder import DecoderSpec
+from ...models.registry import make_preset
+from ...models.spec import ModelSpec
+from ..config import EngineConfig
+from ..execution.loading import load_parts
+from ..plans import decode_plan
+from ..worker import LocalWorker
+from .identity import identity
+from .messages import Connection, Message, connected
+from .ranked_worker import GIVES
+from .rendezvous import START, Place, join_group, join_store
+
+BEAT = 0.2  # seconds between beats
+ADDRESS = "inferix/control"  # key of rank 0's address in the store
+
+
+class Inbox:
+    """Messages of rank 0, received by a thread that ends the process with the connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self.queue = connection, queue.SimpleQueue[Message]()
+        self.group: RankGroup | None = None
+        threading.Thread(target=self._receive, name="rank-0", daemon=True).start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    def _receive(self) -> None:
+        try:
+            while (message := self.connection.receive()) is not None:
+                self.queue.put(message)
+        finally:
+            os._exit(0)  # whatever the other threads wait for
+
+    def _beat(self) -> None:
+        stop = threading.Event()
+        while not stop.wait(BEAT):
+            waits = self.group is not None and self.group.since is not None
+            self.send(Message("beat", {"waits": waits}))
+
+    def send(self, message: Message) -> None:
+        try:
+            self.connection.send(message)
+        except OSError:
+            os._exit(0)
+
+    def next(self, kind: str) -> Message:
+        message = self.queue.get()
+        if message.kind != kind:
+            raise InferixError(f"rank 0 sent {message.kind!r}; expected {kind!r}")
+        return message
+
+
+def serve_if_ranked() -> None:
+    """Serve as the rank that the environment names, until rank 0 ends; return at once for rank 0 and for one alone."""
+    place = Place.of()
+    if place is None or place.rank == 0:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0
+    try:
+        serve(place)
+    except InferixError as error:  # rank 0 reports it
+        raise SystemExit(1) from error
+
+
+@torch.no_grad()
+def serve(place: Place) -> None:
+    store = join_store(place)
+    try:
+        host, port, token = store.get(ADDRESS).decode().split("|")
+    except RuntimeError as error:
+        raise InferixError(f"rank 0 loaded no engine for {place.ranks} ranks") from error
+    inbox = Inbox(connected((host, int(port)), START.total_seconds()))
+    hello = {"rank": place.rank, "token": token, "pid": os.getpid(), "host": socket.gethostname()}
+    inbox.send(Message("hello", hello))
+    number = 0
+    try:
+        worker = load_worker(place, store, inbox)
+        while True:
+            message = inbox.next("plan")
+            number = message.values["number"]
+            try:
+                run(worker, inbox, message)
+            except Exception as error:  # rank 0 decides: it may have failed in the same way
+                inbox.send(Message("error", {"number": number, "error": f"{type(error).__name__}: {error}"}))
+    except Exception as error:
+        inbox.send(Message("error", {"number": number, "error": f"{type(error).__name__}: {error}"}))
+        raise
+
+
+def run(worker: LocalWorker, inbox: Inbox, message: Message) -> None:
+    """Run one plan, and send what it gives."""
+    plan, tensors = decode_plan(message.plan), [tensor.to(worker.device) for tensor in message.tensors]
+    assert inbox.group is not None
+    if shapes := message.values["shapes"]:
+        tensors = [torch.empty(shape, dtype=getattr(torch, name), device=worker.device) for name, shape in shapes]
+        for tensor in tensors:
+            inbox.group.broadcast(tensor)
+    result: Sequence[Tensor] = worker.execute(plan, tensors)
+    inbox.send(Message("done", {"number": message.values["number"]}))
+    if isinstance(plan, GIVES):
+        inbox.send(Message("reply", {}, tensors=tuple(result)))
+
+
+def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
+    """Load the model that rank 0 names, once it agrees that it is the same one."""
+    setup = inbox.next("setup").values
+    torch.set_num_threads(setup["threads"])
+    config = EngineConfig.of(**{**setup["config"], "device": device_of(setup["config"]["device"], place)})
+    preset, shard = make_preset(config.preset, **setup["settings"]), Shard(setup["layout"], place.ranks, place.rank)
+
+    def agree(
+        spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool,
+        files: Sequence[Path] = (),
+    ) -> None:  # fmt: skip
+        nonlocal shard
+        inbox.send(Message("reply", {"identity": identity(spec, preset, files)}))
+        inbox.next("go")
+        inbox.group = join_group(store, place, setup["name"], torch.device(config.device), setup["timeout"])
+        shard = replace(shard, group=add_group(inbox.group))
+
+    parts = load_parts(config, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
+    parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None, shard=shard)  # rank 0 decodes
+    worker = LocalWorker(config, preset, parts)
+    inbox.send(Message("reply", {"ready": True}))
+    return worker
+
+
+def device_of(device: str, place: Place) -> str:
+    """The device of a rank: the GPU with the number of the rank on its machine."""
+    return f"cuda:{place.local}" if device.startswith("cuda") else device
+
+
+if __name__ == "__main__":
+    serve_if_ranked()

@@ -1,0 +1,160 @@
+"""Streams of MAGI-1 equal the same passes over whole sequences, each chunk seeing what the published masks say."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from toy_family import DenseFrames
+
+import inferix
+from inferix.models.cross_attention import TextByFrames
+from inferix.models.magi.spec import MAGI_TINY
+from inferix.models.transformer import TextContext
+from inferix.runtime.engine import Engine
+from inferix.runtime.noise import InjectedNoise
+
+SIZE, GRID, CHUNK, CLEAN = (32, 32), (2, 2), 6, 0.9999
+PROMPT = torch.randn(5, MAGI_TINY.text_dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+NOISE = torch.randn(8 * CHUNK, 16, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def load(preset: str, **more: object) -> Engine:
+    settings = {"device": "cpu", "dtype": "float64", "executor": "eager"} | more
+    return inferix.load("magi-tiny", preset=preset, **settings)
+
+
+def published_times(steps: int) -> list[float]:
+    """Time before each step, and 1."""
+    lengths = [2, 1, 1] * 4 if steps == 12 else [1] * steps
+    u = [sum(lengths[:index]) / sum(lengths) for index in range(steps + 1)]
+    return [value**2 / (3 - 2 * value**2) for value in u]
+
+
+@dataclass
+class Chunk:
+    """One chunk of a dense sequence. step: None for a clean one; fresh: it is fed again for the first time."""
+
+    latents: Tensor
+    step: int | None
+    fresh: bool = False
+
+
+class Dense:
+    """Whole sequences through the model, written from the published rules."""
+
+    def __init__(self, engine: Engine, steps: int, window: int = 4) -> None:
+        self.model, self.steps, self.window = engine.parts.transformer, steps, window
+        self.times = published_times(steps)
+        rows = torch.cat((PROMPT, PROMPT.new_zeros(MAGI_TINY.text_len - len(PROMPT), MAGI_TINY.text_dim)))
+        null = self.model.null_text()
+        given = {"prompt": (rows, False), "clean": (null, False), "null": (null, True)}
+        self.texts: dict[str, TextContext] = {
+            name: self.model.embed_text(self.model.text_inputs(*value)[None]) for name, value in given.items()
+        }
+
+    def time(self, chunk: Chunk) -> float:
+        return CLEAN if chunk.step is None else self.times[chunk.step]
+
+    def blocks_seen(self, chunk: Chunk) -> int:
+        return 1 if chunk.step is None else (5, 4, 3, 2)[chunk.step * 4 // self.steps]
+
+    def run(self, chunks: list[Chunk], texts: list[str], alone: bool, conditions: list[float]) -> list[Tensor]:
+        """Velocity of each chunk in one pass over all of them. conditions: of each, none for base models."""
+        groups = []
+        for index, chunk in enumerate(chunks):
+            own = range(CHUNK * index, CHUNK * (index + 1))
+            first = index if alone else max(0, index + 1 - self.blocks_seen(chunk))
+            groups.append((own, range(CHUNK * first, own.stop), range(CHUNK) if alone else own))
+        times = torch.tensor([[1000 * self.time(chunk) for chunk in chunks for _ in range(CHUNK)]])
+        if conditions:
+            by_frame = torch.tensor([[condition for condition in conditions for _ in range(CHUNK)]])
+            times = torch.stack((times, by_frame), dim=-1)
+        context = TextByFrames([(CHUNK, self.texts[name]) for name in texts])
+        latents = torch.cat([chunk.latents for chunk in chunks])[None]
+        return list(self.model(latents, times, context, DenseFrames(self.model.rope, groups, GRID))[0].split(CHUNK))
+
+    def distilled(self, chunks: list[Chunk]) -> list[Tensor]:
+        lengths = [2, 1, 1] * 4 if self.steps == 12 else [1] * self.steps
+        # chunks in flight take steps of one length; a clean one was fed again in the first step of a stage
+        conditions = [
+            8 / lengths[chunk.step or 0] if self.steps == 12 else self.steps / 4 * 2 for chunk in chunks
+        ]
+        texts = ["clean" if chunk.step is None else "prompt" for chunk in chunks]
+        past, alone = (self.run(chunks, texts, own, conditions) for own in (False, True))
+        return [
+            0.7 * past[index] + 0.3 * alone[index] if self.time(chunk) >= 0.3 - 1e-9 else past[index]
+            for index, chunk in enumerate(chunks)
+        ]
+
+    def guided(self, chunks: list[Chunk]) -> list[Tensor]:
+        texts = ["prompt" if chunk.step is not None else "clean" if chunk.fresh else "null" for chunk in chunks]
+        nulls = ["null"] * len(chunks)
+        full, past, free = (self.run(chunks, *form, []) for form in ((texts, False), (nulls, False), (nulls, True)))
+        late = [self.time(chunk) >= 0.3 - 1e-9 for chunk in chunks]
+        return [
+            past[index] if late[index] else -0.5 * free[index] + (1.5 - 7.5) * past[index] + 7.5 * full[index]
+            for index in range(len(chunks))
+        ]
+
+    @torch.no_grad()
+    def stream(self, count: int, is_distilled: bool, given: Tensor | None = None) -> list[Tensor]:
+        """Latents of `count` chunks after a prefix; what the prefix leaves over is put over the next chunk."""
+        given = NOISE[:0] if given is None else given
+        whole, paste = len(given) // CHUNK, given[len(given) // CHUNK * CHUNK :]
+        share = self.steps // self.window
+        chunks = [Chunk(part, None) for part in given[: whole * CHUNK].split(CHUNK)] if whole else []
+        total = whole + count
+        for stage in range(whole, total + self.window - 1):
+            if stage < total:
+                chunks.append(Chunk(NOISE[CHUNK * stage : CHUNK * (stage + 1)], 0))
+            for inner in range(share):
+                if len(paste):
+                    first = chunks[whole]
+                    first.latents = torch.cat((paste, first.latents[len(paste) :]))
+                moving = [chunk for chunk in chunks if chunk.step is not None]
+                for chunk in chunks:
+                    chunk.fresh = chunk.fresh and inner == 0
+                found = self.distilled(chunks) if is_distilled else self.guided(chunks)
+                for chunk, velocity in zip(chunks, found, strict=True):
+                    if chunk.step is not None:
+                        length = self.times[chunk.step + 1] - self.times[chunk.step]
+                        chunk.latents, chunk.step = chunk.latents + length * velocity, chunk.step + 1
+                assert len(moving) <= self.window
+            if (done := chunks[max(whole, stage - self.window + 1)]).step == self.steps:
+                self.finished.append(done.latents)
+                done.step, done.fresh = None, True
+            if len(self.finished) == count:
+                break
+        return self.finished
+
+    @property
+    def finished(self) -> list[Tensor]:
+        if not hasattr(self, "kept"):
+            self.kept: list[Tensor] = []
+        return self.kept
+
+
+def streamed(engine: Engine, count: int, **more: object) -> list[Tensor]:
+    with engine.open(prompt_embeds=PROMPT, noise=InjectedNoise(NOISE), size=SIZE, **more) as session:
+        made = [block.latents for block in session.stream(count, decode=False)]
+        engine.check_integrity()
+    return made
+
+
+def assert_same(made: list[Tensor], wanted: list[Tensor]) -> None:
+    assert [len(part) for part in made] == [len(part) for part in wanted]
+    assert max((a - b).abs().max().item() for a, b in zip(made, wanted, strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize("steps", [8, 12])
+def test_a_distilled_stream_is_the_dense_form(steps: int) -> None:
+    engine = load("magi-tiny-distill", num_steps=steps)
+    assert_same(streamed(engine, 3), Dense(engine, steps).stream(3, is_distilled=True))
+
+
+def test_a_guided_stream_is_the_dense_form() -> None:
+    engine = load("magi-tiny", num_steps=8)
+    assert_same(streamed(engine, 3), Dense(engine, 8).stream(3, is_distilled=False))
+
+

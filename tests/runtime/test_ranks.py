@@ -1,0 +1,193 @@
+"""Several processes for one world: the stream of one, saves across, and faults that name their rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import SIZE
+from thread_ranks import difference, pair
+from torch import Tensor
+
+from inferix import RankFailed, UsageError, load
+from inferix.runtime.engine import Engine
+from inferix.runtime.plans import Offload, PassPlan
+from inferix.runtime.sessions.session import Session
+
+SETTINGS = {"preset": "longlive", "dtype": "float64", "local_attn_size": 6, "sink_size": 1}
+ROWS = torch.randn(3, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+LIMIT = 1e-10
+
+
+@pytest.fixture(scope="module")
+def alone() -> Engine:
+    return load("wan-ranks", device="cpu", **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def ranked() -> Iterator[Engine]:
+    engine = load("wan-ranks", device="cpu", gpus=2, rank_timeout=30, **SETTINGS)
+    yield engine
+    engine.resources.worker.end()
+
+
+def blocks(session: Session, count: int) -> Tensor:
+    return torch.cat([block.latents for block in session.stream(count, decode=False)])
+
+
+def stream(engine: Engine, path: Path) -> tuple[Tensor, Tensor]:
+    """Three blocks, of which the session after two is saved, and one more under another prompt."""
+    with engine.open(prompt_embeds=ROWS, seed=4) as session:
+        first = blocks(session, 2)
+        session.save(path)
+        session.prompt(embeds=ROWS * 0.5)
+        return first, blocks(session, 2)
+
+
+def resumed(engine: Engine, path: Path) -> Tensor:
+    with Session.restore(engine, path) as session:
+        session.prompt(embeds=ROWS * 0.5)
+        return blocks(session, 2)
+
+
+def test_two_processes_make_the_stream_of_one_and_go_on_with_each_others_saves(
+    alone: Engine, ranked: Engine, tmp_path: Path
+) -> None:
+    first, rest = stream(alone, tmp_path / "one")
+    found, more = stream(ranked, tmp_path / "two")
+    assert max(difference(found, first), difference(more, rest)) <= LIMIT
+    assert difference(resumed(ranked, tmp_path / "one"), rest) <= LIMIT
+    assert difference(resumed(alone, tmp_path / "two"), rest) <= LIMIT
+    ranked.check_integrity()
+
+
+def test_settings_that_ranks_cannot_divide_are_refused_with_the_nearest_that_work(ranked: Engine) -> None:
+    for gpus, parallel, nearest in ((3, "ulysses", "gpus=2"), (5, "auto", "gpus=4"), (2, "uliss", "ulysses")):
+        with pytest.raises(UsageError, match=str(gpus) if parallel != "uliss" else parallel) as error:
+            load("wan-ranks", device="cpu", gpus=gpus, parallel=parallel)
+        assert nearest in str(error.value)
+    with pytest.raises(UsageError, match=r"gpus"):
+        load("wan-ranks", device="cpu", gpus=0)
+    with pytest.raises(UsageError, match=r"size|tokens"):
+        ranked.open(prompt_embeds=ROWS, size=(80, 80))
+    with pytest.raises(UsageError, match=r"use_lora"):
+        ranked.use_lora("style.safetensors")
+
+
+def test_an_error_of_all_ranks_is_one_error_and_the_ranks_live_on(ranked: Engine) -> None:
+    worker = ranked.resources.worker
+    with pytest.raises(KeyError):
+        worker.execute(Offload((1, 1), 99, (0,)))
+    with ranked.open(prompt_embeds=ROWS) as session:
+        assert len(blocks(session, 1)) == 3
+
+
+def test_a_killed_rank_is_named_and_all_processes_end(ranked: Engine) -> None:
+    (peer,) = ranked.resources.worker.peers.peers
+    with ranked.open(prompt_embeds=ROWS) as session:
+        blocks(session, 1)
+        os.kill(peer.pid, signal.SIGKILL)
+        begun = time.monotonic()
+        with pytest.raises(RankFailed, match=rf"rank 1 \(process {peer.pid} .*SIGKILL"):
+            blocks(session, 3)
+        assert time.monotonic() - begun < 20  # seconds; no measure of speed: without the fault it would wait for 30
+    assert peer.process is not None and peer.process.poll() == -signal.SIGKILL
+    with pytest.raises(RankFailed, match=r"rank 1"):
+        ranked.open(prompt_embeds=ROWS)
+
+
+def test_an_error_of_one_rank_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferix.runtime.parallel import rank_process
+
+    with pair("self-forcing", "ulysses") as (_, engine), engine.open(prompt_embeds=ROWS[:, :16], size=SIZE) as session:
+        blocks(session, 1)
+
+        def fails(worker, inbox, message) -> None:
+            raise ValueError("out of luck")
+
+        monkeypatch.setattr(rank_process, "run", fails)
+        with pytest.raises(RankFailed, match=r"rank 1 .*out of luck"):
+            blocks(session, 1)
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferix.runtime.parallel import rank_process
+
+    run = rank_process.run
+    with pair("self-forcing", "ulysses") as (_, engine), engine.open(prompt_embeds=ROWS[:, :16], size=SIZE) as session:
+        blocks(session, 1)
+
+        def hangs(worker, inbox, message) -> None:
+            if message.plan.find(PassPlan.__name__.encode()) < 0:
+                run(worker, inbox, message)
+
+        engine.resources.worker.peers.timeout = 0.5
+        monkeypatch.setattr(rank_process, "run", hangs)
+        with pytest.raises(RankFailed, match=r"rank 1 .*0.5 s: it hangs"):
+            blocks(session, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "layout"), [("self-forcing", "ulysses"), ("longlive", "pass-q")])
+def test_graphs_with_collectives_make_the_stream_of_eager(preset: str, layout: str) -> None:
+    settings: dict[str, object] = {"dtype": "float64", "local_attn_size": 6, "denoising_step_list": [1000, 500]}
+    settings |= {"sink_size": 1} if preset == "longlive" else {}
+    alone = load("wan-ranks", preset, device="cpu", **settings)
+    fused = load("wan-ranks", preset, device="cpu", gpus=2, parallel=layout, executor="fused", **settings)
+    made = []
+    for engine in (alone, fused):
+        with engine.open(prompt_embeds=ROWS, seed=4) as session:
+            made.append(blocks(session, 4))
+    assert difference(*made) <= LIMIT
+    fused.resources.worker.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]])
+def test_the_command_starts_ranks_or_joins_those_of_torchrun(launcher: list[str], tmp_path: Path) -> None:
+    ranks = [] if launcher else ["--gpus", "2"]
+    options = ["--model", "wan-ranks", "--device", "cpu", "--prompt", "fog", "--blocks", "2"]
+    options += ["--set", "local_attn_size=6"]
+    out = ["--latents-only", "--out", str(tmp_path / "out.safetensors"), "--json"]
+    command = [sys.executable, *launcher, "-m", "inferix", "generate", *options, *ranks, *out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["engine"]["config"]["gpus"] == 2
+    assert (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_rank_outlives_rank_0(number: signal.Signals, tmp_path: Path) -> None:
+    script = (
+        "import inferix\n"
+        "engine = inferix.load('wan-ranks', 'self-forcing', device='cpu', gpus=2, local_attn_size=6)\n"
+        "print(engine.resources.worker.peers.peers[0].pid, flush=True)\n"
+        "with engine.open(prompt='fog') as session:\n"
+        "    for _ in session.stream(10000, decode=False):\n"
+        "        print('block', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        rank = int(process.stdout.readline())
+        assert process.stdout.readline() == "block\n"
+        process.send_signal(number)
+    deadline = time.monotonic() + 60
+    while is_alive(rank):
+        assert time.monotonic() < deadline, f"process {rank} is left"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False

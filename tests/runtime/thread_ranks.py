@@ -1,0 +1,112 @@
+"""Ranks as threads of one process: the workers, messages and collectives of several processes, without their start."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from oracles import make_engine
+from torch import Tensor
+
+from inferix.graphs.shards import Shard
+from inferix.kernels.collectives import RankGroup, add_group
+from inferix.runtime.engine import Engine
+from inferix.runtime.parallel import rank_process
+from inferix.runtime.parallel.messages import Connection, Message
+from inferix.runtime.parallel.peers import Peer, Peers
+from inferix.runtime.parallel.ranked_worker import RankedWorker
+from inferix.runtime.parallel.rendezvous import LOCAL, Place, join_group, join_store
+from inferix.runtime.worker import LocalWorker
+
+TIMEOUT = 60.0
+
+
+class ThreadRank:
+    """A rank in a thread: what `rank_process` is in a process. sent: messages to rank 0."""
+
+    def __init__(self, worker: LocalWorker, group: RankGroup, connection: Connection) -> None:
+        self.worker, self.group, self.connection = worker, group, connection
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    @torch.no_grad()
+    def serve(self) -> None:
+        while (message := self.connection.receive()) is not None:
+            try:
+                rank_process.run(self.worker, self, message)
+            except Exception as error:
+                self.send(Message("error", {"number": message.values["number"], "error": str(error)}))
+        self.group.process_group = None  # as the end of a process does, it closes the connections of the collectives
+
+    def send(self, message: Message) -> None:
+        with contextlib.suppress(OSError):  # the test is over
+            self.connection.send(message)
+
+
+class Alive(Peers):
+    """Peers that need no beats: a thread does not hang by itself."""
+
+    def _hung(self, now: float) -> str | None:
+        for peer in self.peers:
+            peer.seen = now
+        return super()._hung(now)
+
+
+def groups_of(ranks: int) -> list[RankGroup]:
+    store = dist.TCPStore(LOCAL, 0, ranks, True, timedelta(seconds=60), wait_for_workers=False)
+    places = [Place(rank, ranks, rank, LOCAL, store.port, hosted=True) for rank in range(ranks)]
+
+    def joined(place: Place) -> RankGroup:
+        return join_group(join_store(place), place, "test", torch.device("cpu"), TIMEOUT)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(joined, places))
+
+
+@contextlib.contextmanager
+def thread_engine(engine: Engine, ranks: int, layout: str) -> Iterator[Engine]:
+    """An engine of the same settings and weights whose passes run on threads, one a rank; they end with the context."""
+    groups = groups_of(ranks)
+    workers = []
+    for rank, group in enumerate(groups):
+        parts = dataclasses.replace(engine.parts, shard=Shard(layout, ranks, rank, add_group(group)))
+        workers.append(LocalWorker(engine.config, engine.preset, parts))
+    peers, threads = [], []
+    for rank in range(1, ranks):
+        mine, theirs = (Connection(end) for end in socketpair())
+        threads.append(ThreadRank(workers[rank], groups[rank], theirs).thread)
+        peers.append(Peer(rank, mine, 0, "test"))
+    alive = Alive(peers, TIMEOUT)
+    alive.group = groups[0]
+    worker = RankedWorker(workers[0], alive, groups[0])
+    yield Engine(engine.config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
+    worker.end()
+    for thread in threads:
+        thread.join()
+
+
+def socketpair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server((LOCAL, 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+    return one, other
+
+
+@contextlib.contextmanager
+def pair(preset: str, layout: str, ranks: int = 2, **overrides: object) -> Iterator[tuple[Engine, Engine]]:
+    """Engines of a preset on one rank, and on several, with the same weights."""
+    alone = make_engine(preset, **overrides)
+    with thread_engine(alone, ranks, layout) as ranked:
+        yield alone, ranked
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one - other).abs().max())

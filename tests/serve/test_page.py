@@ -1,0 +1,157 @@
+"""The page in a browser: pictures move, a key shows in the block of its receipt, and a reload comes back.
+
+The browser is Debian's chromium, driven by playwright; without it these tests are skipped.
+"""
+
+import shutil
+
+import pytest
+from live_client import WAIT, serving, small_engine
+
+from inferix.serve.settings import ServeSettings
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"]
+
+EXPECTED = ("Failed to load resource", "WebSocket connection to")  # without a token, and at the server's end
+
+# Keeps of each picture that is drawn: its block, and its mean distance to the picture before it.
+WATCH = """() => {
+  const pane = inferix.active(), shown = pane.player.shown, small = document.createElement("canvas");
+  small.width = small.height = 32;
+  const context = small.getContext("2d", { willReadFrequently: true });
+  let before = null;
+  window.seen = [];
+  pane.player.shown = (entry) => {
+    shown(entry);
+    context.drawImage(pane.canvas, 0, 0, 32, 32);
+    const now = context.getImageData(0, 0, 32, 32).data;
+    let sum = 0;
+    if (before) for (let place = 0; place < now.length; place++) sum += Math.abs(now[place] - before[place]);
+    before = now;
+    window.seen.push({ block: entry.block, frame: entry.frame, change: sum / now.length });
+  };
+  window.applied = [];
+  const told = pane.applied.bind(pane);
+  pane.applied = (event, sent) => { window.applied.push(event); told(event, sent); };
+}"""
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the [dev] extra")
+    if CHROMIUM is None:
+        pytest.skip("no chromium here; on Debian: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    settings = ServeSettings(realtime=False, sessions=3)
+    with serving(settings, tmp_path_factory.mktemp("served"), small_engine(settings, 8, num_steps=4)) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    context.set_default_timeout(WAIT * 1000)
+    opened = context.new_page()
+    errors = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    yield opened
+    context.close()
+    assert [error for error in errors if not error.startswith(EXPECTED)] == []
+
+
+def wait_for(page, condition):
+    """Wait until an expression is true in the page, whose policy allows no evaluation of text by itself."""
+    for _ in range(int(WAIT * 20)):
+        if value := page.evaluate(f"() => {condition}"):
+            return value
+        page.wait_for_timeout(50)
+    raise AssertionError(condition)
+
+
+def enter(page, url):
+    page.goto(url)
+    wait_for(page, "window.inferix && inferix.active().player.drawn > 4")
+
+
+def test_a_key_shows_in_the_block_of_its_receipt_and_a_reload_comes_back(page, served):
+    enter(page, served.url)
+    page.evaluate(WATCH)
+    wait_for(page, "seen.length > 12")
+    page.keyboard.down("d")
+    block = wait_for(page, "applied.length && applied[0].block")
+    wait_for(page, f"seen.at(-1).block > {block} + 1")
+    page.keyboard.up("d")
+    seen = page.evaluate("() => seen.slice(1)")
+    still = max(entry["change"] for entry in seen if entry["block"] < block)
+    moved = [entry for entry in seen if entry["change"] > 2 * still]
+    assert moved and moved[0]["block"] in (block, block + 1), (block, still, seen)
+
+    page.fill("#prompt", "a blue fox in a green meadow at sunset")
+    page.keyboard.press("Enter")
+    wait_for(page, "applied.some((event) => event.verb === 'prompt')")
+    page.click("#strip button:not(:disabled) >> nth=1")
+    back = wait_for(page, "(applied.find((event) => event.verb === 'rewind') || {}).block")
+    wait_for(page, f"inferix.active().last.block >= {back}")
+    page.click("#fork")
+    wait_for(page, "inferix.panes().length === 2 && inferix.panes()[1].player.drawn > 4")
+    page.click(".pane:nth-child(2) .close")
+    wait_for(page, "inferix.panes().length === 1")
+    page.click("#save")
+    with page.expect_download() as download:
+        page.click(".toast button:has-text('Download')")
+    assert download.value.path().stat().st_size > 1000
+    session, at = page.evaluate("() => [inferix.active().world.facts.session, inferix.active().last.block]")
+    page.reload()
+    wait_for(page, "window.inferix && inferix.active().player.drawn > 0")
+    assert page.evaluate("() => inferix.active().world.facts.session") == session
+    assert wait_for(page, "(inferix.active().last || {}).block") >= at
+    page.set_input_files("#file", download.value.path())
+    wait_for(page, "inferix.active().last.rollout === 1")
+
+
+def test_the_page_asks_for_the_token(page, tmp_path):
+    with serving(ServeSettings(token="sixteen-characters!"), tmp_path) as served:
+        page.goto(served.url)
+        page.fill("#token", "sixteen-characters!")
+        page.keyboard.press("Enter")
+        wait_for(page, "window.inferix && inferix.active().player.drawn > 0")
+
+
+def test_every_control_has_a_name_and_the_phone_a_pad(browser, served):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    enter(page, served.url)
+    nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea")]
+        .filter((e) => !(e.getAttribute("aria-label") || e.textContent.trim() || (e.labels && e.labels.length)))
+        .map((e) => e.outerHTML)""")
+    assert nameless == []
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    page.evaluate(WATCH)
+    page.tap("#pad [data-action=right]")
+    assert wait_for(page, "applied.filter((event) => event.verb === 'act').length === 2")
+    context.close()
+
+
+@pytest.mark.parametrize("media", ["raw", "jpeg", "h264", "vp9", "fmp4"])
+def test_every_media_format_is_shown(browser, served, media):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(f"{served.url}/?media={media}")
+    wait_for(page, "window.inferix && inferix.active().player.drawn > 8")
+    assert page.evaluate("() => inferix.active().world.facts.media.name") == media
+    page.evaluate(WATCH)
+    page.keyboard.down("d")
+    wait_for(page, "seen.some((entry) => entry.change > 1)")
+    context.close()
