@@ -28,7 +28,7 @@ help:
 	@echo "make test    install with [dev], then lint and run the tests"
 	@echo "make test-all  the same, with the tests that take minutes (marked slow); root gets chromium from apt for the page"
 	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
-	@echo "make lint    ruff, and mypy on an installed copy"
+	@echo "make lint    ruff, hadolint on the Dockerfiles, and mypy on an installed copy"
 	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
 	@echo "make kills   writers of files killed at random moments; KILLS=200 SEED=0"
 	@echo "make soak    one engine driven from many threads; MINUTES=10 SEED=0"
@@ -84,6 +84,7 @@ sizes:
 
 lint: copy
 	$(BIN)/ruff check .
+	$(BIN)/hadolint docker/*.Dockerfile
 	cp -R tools .venv/copy/
 	cd .venv/copy && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache inferix tools
 
