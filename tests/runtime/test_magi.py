@@ -1,13 +1,16 @@
 """Streams of MAGI-1 equal the same passes over whole sequences, each chunk seeing what the published masks say."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from toy_family import DenseFrames
 
 import inferix
+from inferix.errors import UsageError
 from inferix.models.cross_attention import TextByFrames
 from inferix.models.magi.spec import MAGI_TINY
 from inferix.models.transformer import TextContext
@@ -158,3 +161,66 @@ def test_a_guided_stream_is_the_dense_form() -> None:
     assert_same(streamed(engine, 3), Dense(engine, 8).stream(3, is_distilled=False))
 
 
+
+
+class GivenLatents:
+    """Frames of a video that the autoencoder encodes as given latents."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: Engine, frames: int) -> None:
+        self.latents = torch.randn(frames, 16, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        self.left = self.latents
+        monkeypatch.setattr(engine.parts.vae, "encode", self.encode)
+
+    def encode(self, pixels: Tensor, state: object) -> Tensor:
+        made, self.left = self.left[: len(pixels) // 4], self.left[len(pixels) // 4 :]
+        return made
+
+
+@pytest.mark.parametrize(
+    ("preset", "frames"),
+    [("magi-tiny-distill", 1), ("magi-tiny-distill", 8), ("magi-tiny-distill", 12), ("magi-tiny", 8)],
+)
+def test_a_prefix_is_the_dense_form(preset: str, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole chunks are committed, the rest is put over the next chunk, which a video's stream does not show again."""
+    engine = load(preset, num_steps=8)
+    given = GivenLatents(monkeypatch, engine, frames)
+    pixels = np.zeros((4 * frames, SIZE[1], SIZE[0], 3), np.uint8)
+    still = {"image": pixels[0]} if frames == 1 else {"video": pixels}
+    wanted = Dense(engine, 8).stream(2, preset.endswith("distill"), given.latents)
+    if frames > CHUNK:
+        wanted[0] = wanted[0][frames % CHUNK :]
+    made = streamed(engine, 2, **still)
+    assert_same(made, wanted)
+    assert [len(part) for part in made] == [{1: 6, 8: 4, 12: 6}[frames], 6]
+
+
+@pytest.mark.parametrize("preset", ["magi-tiny-distill", "magi-tiny"])
+def test_a_stream_goes_on_after_save_fork_and_rewind(preset: str, tmp_path: Path) -> None:
+    """Bit for bit, with a finished chunk that the next pass commits."""
+    engine = load(preset, num_steps=8, rewind_blocks=1)
+    with engine.open(prompt_embeds=PROMPT, seed=3, size=SIZE) as session:
+        list(session.stream(2, decode=False))
+        session.save(tmp_path / "magi.safetensors")
+        with session.fork() as other:
+            forked = [block.latents for block in other.stream(2, decode=False)]
+        wanted = [block.latents for block in session.stream(2, decode=False)]
+        session.rewind(3)
+        (again,) = (block.latents for block in session.stream(1, decode=False))
+        engine.check_integrity()
+    with inferix.Session.restore(load(preset, num_steps=8, rewind_blocks=1), tmp_path / "magi.safetensors") as session:
+        restored = [block.latents for block in session.stream(2, decode=False)]
+    assert torch.equal(torch.cat(forked), torch.cat(wanted)) and torch.equal(torch.cat(restored), torch.cat(wanted))
+    assert torch.equal(again, wanted[1])
+
+
+def test_masked_rows_of_a_prompt_are_not_seen() -> None:
+    engine, mask = load("magi-tiny-distill", num_steps=8), torch.tensor([1, 0, 1, 0, 0])
+    opened = {"noise": InjectedNoise(NOISE), "size": SIZE}
+    with engine.open(prompt_embeds=PROMPT, prompt_mask=mask, **opened) as session:
+        (masked,) = (block.latents for block in session.stream(1, decode=False))
+    with engine.open(prompt_embeds=PROMPT[mask.bool()], **opened) as session:
+        (packed,) = (block.latents for block in session.stream(1, decode=False))
+    (whole,) = streamed(engine, 1)
+    assert (masked - packed).abs().max() < 1e-10 < (masked - whole).abs().max()
+    with pytest.raises(UsageError, match=r"prompt_mask.*3"):
+        engine.open(prompt_embeds=PROMPT, prompt_mask=mask[:3], **opened)
