@@ -1,6 +1,7 @@
 """Streams of MAGI-1 equal the same passes over whole sequences, each chunk seeing what the published masks say."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,14 @@ import inferix
 from inferix.errors import UsageError
 from inferix.models.cross_attention import TextByFrames
 from inferix.models.magi.spec import MAGI_TINY
+from inferix.models.registry import make_preset
 from inferix.models.transformer import TextContext
 from inferix.runtime.engine import Engine
 from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.programs.block_graph import BranchJoin, SolverStep, branch_velocity
+from inferix.runtime.programs.block_plan import plan_block
+from inferix.runtime.sampler import Sampler
+from inferix.schemes.block_schedule import branch_run
 
 SIZE, GRID, CHUNK, CLEAN = (32, 32), (2, 2), 6, 0.9999
 PROMPT = torch.randn(5, MAGI_TINY.text_dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -224,3 +230,31 @@ def test_masked_rows_of_a_prompt_are_not_seen() -> None:
     assert (masked - packed).abs().max() < 1e-10 < (masked - whole).abs().max()
     with pytest.raises(UsageError, match=r"prompt_mask.*3"):
         engine.open(prompt_embeds=PROMPT, prompt_mask=mask[:3], **opened)
+
+
+def test_velocities_of_branches_are_joined_by_block() -> None:
+    """In a block's graph a branch that leaves a block out has no part in its velocity."""
+    preset = make_preset("magi-tiny", num_steps=8)
+    planned = next(planned for planned in plan_block(preset) if planned.lead == 0)
+    guidance = preset.sampler.guide
+    runs = {number: branch_run(guidance, planned.run, number) for number in range(3)}
+    present = {number: run for number, run in runs.items() if run is not None}
+    parts = {number: torch.randn(1, len(run.frames), 1, 1, 1) for number, run in present.items()}
+    assert [len(run.frames) for run in present.values()] == [24, 24, 18]
+    step = SolverStep(Sampler(preset.sampler), planned.steps, CHUNK)
+    values = {branch_velocity(planned.name, number): part for number, part in parts.items()}
+    latents = {name: torch.zeros(1, CHUNK, 1, 1, 1) for name in planned.latents}
+    made = BranchJoin(guidance, planned, present, step)(values | latents)
+    lengths = [after - before for before, after in pairwise(published_times(8))]
+    nearly_clean = lengths[planned.steps[0]] * parts[1][:, :CHUNK]
+    noisy = lengths[planned.steps[1]] * sum(
+        weight * parts[number][:, at : at + CHUNK] for number, weight, at in ((0, 7.5, 6), (1, -6.0, 6), (2, -0.5, 0))
+    )
+    assert torch.allclose(made["clean"], nearly_clean) and torch.allclose(made["latents.0"], noisy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["magi-tiny-distill", "magi-tiny"])
+def test_graphs_are_what_eager_runs(preset: str) -> None:
+    eager, fused = (streamed(load(preset, num_steps=8, executor=name), 3) for name in ("eager", "fused"))
+    assert_same(fused, eager)
