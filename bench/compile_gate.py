@@ -172,7 +172,8 @@ class StandInDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        """A number for each architecture, since Triton keeps compiled kernels by device."""
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -199,22 +200,32 @@ def cases_for(capability: int, ops: Sequence[str] = ()) -> Iterator[tuple[str, C
 
 
 @contextmanager
-def launches(**options: Any) -> Iterator[list[Any]]:
-    """The compiled kernels of what is launched within the block, each launched with these options besides its own."""
+def intercepted(launch: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, a launch of a Triton kernel calls `launch(run, kernel, *args, **kwargs)`.
+
+    run: Triton's own launch, to call with the kernel and the arguments.
+    """
     import triton
 
-    compiled: list[Any] = []
-    launch = triton.runtime.jit.JITFunction.run
+    run = triton.runtime.jit.JITFunction.run
+    triton.runtime.jit.JITFunction.run = lambda self, *args, **kwargs: launch(run, self, *args, **kwargs)
+    try:
+        yield
+    finally:
+        triton.runtime.jit.JITFunction.run = run
 
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled.append(launch(self, *args, **kwargs | options))
+
+@contextmanager
+def launches(**options: Any) -> Iterator[list[Any]]:
+    """The compiled kernels of what is launched within the block, each launched with these options besides its own."""
+    compiled: list[Any] = []
+
+    def noted(run: Callable[..., Any], kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(run(kernel, *args, **kwargs | options))
         return compiled[-1]
 
-    triton.runtime.jit.JITFunction.run = noted
-    try:
+    with intercepted(noted):
         yield compiled
-    finally:
-        triton.runtime.jit.JITFunction.run = launch
 
 
 def compile_for(capability: int, ops: Sequence[str]) -> dict[str, Row]:

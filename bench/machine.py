@@ -6,6 +6,7 @@ are compared with them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -82,10 +83,14 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Commit of the code, with `+changes` if files differ from it; None outside a repository."""
+    """Commit of the code, with `+changes` if files differ from it.
+
+    Outside a repository: `INFERIX_COMMIT`, else `sources` and a digest of the code, which `digest_of_sources` gives for
+    the same files in a repository. None if git fails.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("INFERIX_COMMIT") or f"sources {digest_of_sources(root)}"
     try:
         described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
@@ -94,6 +99,16 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()
+
+
+def digest_of_sources(root: Path) -> str:
+    """The first 12 digits of a SHA-256 over the names and contents of the Python files in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not name.parts[0].startswith((".", "outputs", "build")):
+            digest.update(f"{name.as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def versions() -> dict[str, str | None]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import pairwise
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ COLOURS = {
     "captured": "#0b7a75", "fused": "#2f6fbb", "eager": "#8a5fbf", "plain": "#b7791f", "compiled": "#b0413e",
     "diffusers": "#6b7280",
 }  # fmt: skip
+LIMIT = "#b0413e"  # of real time
 SPARE = ("#3d5a80", "#98a33b", "#c06c84", "#5c6f7b")
 
 
@@ -32,14 +35,17 @@ def colour(name: str) -> str:
 
 
 def machine_line(result: Result) -> str:
-    """Device, dtype and date, below every picture."""
-    device = "CPU" if not result.on_gpu else "GPU"
+    """Device, dtype, date and load of the machine, below every picture."""
+    device, host = "CPU" if not result.on_gpu else "GPU", result.environment["host"]
     dtype = result.settings.get("config", {}).get("dtype", "")
-    return f"{device}: {result.device_name}, {dtype}, {result.environment['date'][:10]}"
+    load = "" if host["load"] is None else f", load {host['load']:.1f} on {host['cores']} cores at the start"
+    return f"{device}: {result.device_name}, {dtype}, {result.environment['date'][:10]}{load}"
 
 
-def picture(path: Path, result: Result, title: str, paint: Callable[[Any], None], height: float = 3.6) -> Path:
-    """Paint a figure in the common style and write it atomically."""
+def picture(
+    path: Path, result: Result, title: str, paint: Callable[..., None], height: float = 3.6, panels: int = 1
+) -> Path:
+    """Paint a figure in the common style and write it atomically; `paint` gets an axis for each panel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,18 +58,41 @@ def picture(path: Path, result: Result, title: str, paint: Callable[[Any], None]
         "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
     }  # fmt: skip
     with pyplot.rc_context(style):
-        figure, axis = pyplot.subplots(figsize=(7.2, height))
+        figure, axes = pyplot.subplots(panels, figsize=(7.2, height), sharex=True, squeeze=False)
         figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, 0.035, 1, 0.965)))  # space for the machine's name
-        paint(axis)
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        paint(*axes[:, 0])
+        axes[0, 0].set_title(title, loc="left", fontsize=10, fontweight="bold")
         figure.text(0.995, 0.004, machine_line(result), ha="right", va="bottom", fontsize=7, color=SOFT)
         write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png", metadata={"Software": None}))
         pyplot.close(figure)
     return path
 
 
+def spread_labels(places: list[float], least: float) -> list[float]:
+    """Move label positions apart, in order, so that neighbours are at least `least` from each other."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    moved = list(places)
+    for below, above in pairwise(order):
+        moved[above] = max(moved[above], moved[below] + least)
+    shift = (moved[order[-1]] - places[order[-1]]) / 2 if order else 0.0
+    return [place - shift for place in moved]
+
+
+def real_time(axis: Any, milliseconds: float, words: str) -> None:
+    """Mark the longest time per block at which a viewer never waits."""
+    axis.axhline(milliseconds, color=LIMIT, linewidth=1.1, linestyle="--")
+    axis.annotate(f"{words}: {milliseconds:.4g} ms", (0.995, milliseconds), (0, -4), va="top", ha="right",
+                  xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8, color=LIMIT)  # fmt: skip
+
+
+def block_limit(result: Result) -> float:
+    """Return the milliseconds of video in a block of a stream's result."""
+    stream = result.facts["stream"]
+    return float(stream["frames"] / stream["blocks"] / stream["video_fps"] * 1e3)
+
+
 def ratio_bars(result: Result, path: Path) -> Path | None:
-    """Bars of each candidate's median block time, with quartiles and the ratio to the plain loop."""
+    """Bars of each candidate's median block time, with the ratio to the plain loop and its 95 % interval."""
     timed = {name: series for name in result.facts["candidates"] if (series := result.of(name).get("block"))}
     if len(timed) < 2:
         return None
@@ -74,19 +103,17 @@ def ratio_bars(result: Result, path: Path) -> Path | None:
         for place, name in enumerate(names):
             series = timed[name]
             middle = series.median * 1e3
-            low, high = series.quantile(0.25) * 1e3, series.quantile(0.75) * 1e3
             axis.barh(place, middle, height=0.62, color=colour(name))
-            axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color=INK, capsize=3, linewidth=1)
             label = f"{middle:.4g} ms"
             if name != against:
                 low_ratio, high_ratio = interval(series, timed[against])
                 ratio = timed[against].median / series.median
                 label += f"   {ratio:.2f}x {against} ({low_ratio:.2f} to {high_ratio:.2f})"
-            axis.annotate(label, (max(high, middle), place), (6, 0), textcoords="offset points", va="center")
+            axis.annotate(label, (middle, place), (6, 0), textcoords="offset points", va="center")
         axis.set_yticks(range(len(names)), names)
-        axis.set_xlim(0, max(series.quantile(0.75) for series in timed.values()) * 1e3 * 1.55)
+        axis.set_xlim(0, max(series.median for series in timed.values()) * 1e3 * 1.55)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel("milliseconds a block; bar: median, whisker: quartiles; in brackets: 95 % interval")
+        axis.set_xlabel("milliseconds per block, median; in brackets: 95 % interval of the ratio")
 
     return picture(path, result, "One block at a full window, with the decoder", paint, 1.3 + 0.42 * len(timed))
 
@@ -100,26 +127,32 @@ def growth(result: Result, path: Path) -> Path | None:
     def paint(axis: Any) -> None:
         from statistics import median
 
-        for name, curve in curves.items():
+        ends, shift = [], 0.0
+        for place, (name, curve) in enumerate(curves.items()):
             frames = [int(count) for count in curve]
+            step = min((after - before for before, after in pairwise(sorted(frames))), default=1)
+            shift = (place - (len(curves) - 1) / 2) * 0.08 * step  # so that whiskers stand side by side
+            at = [count + shift for count in frames]
             middle = [median(samples) * 1e3 for samples in curve.values()]
-            axis.plot(frames, middle, marker="o", markersize=4, linewidth=1.6, color=colour(name), label=name)
-            axis.fill_between(
-                frames, [min(samples) * 1e3 for samples in curve.values()],
-                [max(samples) * 1e3 for samples in curve.values()], color=colour(name), alpha=0.12, linewidth=0,
-            )  # fmt: skip
-        axis.axvline(result.facts["block"]["window_frames"], color=SOFT, linewidth=0.8, linestyle=":")
-        axis.annotate(
-            "full window ", (result.facts["block"]["window_frames"], 0.02), xycoords=("data", "axes fraction"),
-            fontsize=8, color=SOFT, ha="right",
-        )  # fmt: skip
-        axis.set_ylim(bottom=0)
+            axis.plot(at, middle, marker="o", markersize=4, linewidth=1.6, color=colour(name))
+            low, high = ([extreme(samples) * 1e3 for samples in curve.values()] for extreme in (min, max))
+            axis.vlines(at, low, high, color=colour(name), linewidth=1)
+            ends.append((name, at[-1], middle[-1]))
+        top = max(max(samples) for curve in curves.values() for samples in curve.values()) * 1e3
+        heights = spread_labels([height for _, _, height in ends], 0.06 * top)
+        for (name, at_end, height), label in zip(ends, heights, strict=True):
+            axis.annotate(f"{name} {height:.3g} ms", (at_end, height), (1.015, label), color=colour(name), va="center",
+                          textcoords=("axes fraction", "data"), fontsize=8.5)  # fmt: skip
+        full = result.facts["block"]["window_frames"]
+        axis.axvline(full, color=SOFT, linewidth=0.8, linestyle=":")
+        axis.annotate("full window ", (full, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=SOFT,
+                      ha="right")  # fmt: skip
+        axis.set_ylim(0, 1.05 * top)
         axis.set_xticks(sorted({int(count) for curve in curves.values() for count in curve}))
         axis.set_xlabel("latent frames in the window, the block's own included")
-        axis.set_ylabel("milliseconds a block")
-        axis.legend(ncols=min(len(curves), 4), loc="upper left")
+        axis.set_ylabel("milliseconds per block")
 
-    return picture(path, result, "Block time while the window fills; line: median, band: best to worst", paint)
+    return picture(path, result, "Block time while the window fills; line: median, whisker: best to worst", paint)
 
 
 class Point(NamedTuple):
@@ -170,22 +203,27 @@ def roofline(result: Result, path: Path) -> Path | None:
                           textcoords="offset points", fontsize=8, color=SOFT)  # fmt: skip
         axis.annotate(f"copy {copy / 1e9:.4g} GB/s", (left, left * copy / scale), (14, 4), textcoords="offset points",
                       fontsize=8, color=SOFT)  # fmt: skip
-        for name, stage, intensity, reached, most in shown:
-            roof = min(intensity * copy, most)
-            axis.scatter(
-                intensity, reached / scale, s=42, marker="o" if stage == "transformer" else "^", color=colour(name),
-                label=f"{name}, {stage}: {reached / roof:.0%} of the roof", zorder=3, edgecolor="white", linewidth=0.6,
+        lowest = min(point.reached for point in shown)
+        bottom, ceiling = 10 ** floor(log10(min(lowest, left * copy) / scale)), 10 ** ceil(log10(max(roofs) / scale))
+        heights = spread_labels([log10(point.reached / scale) for point in shown], 0.085 * log10(ceiling / bottom))
+        for (name, stage, intensity, reached, most), label in zip(shown, heights, strict=True):
+            share = reached / min(intensity * copy, most)
+            shade = colour(name) if stage == "transformer" else INK
+            axis.scatter(intensity, reached / scale, s=42, marker="o" if stage == "transformer" else "^",
+                         color=shade, zorder=3, edgecolor="white", linewidth=0.6)  # fmt: skip
+            axis.annotate(
+                f"{name} {stage}, {share:.0%} of the roof" if stage == "transformer" else f"decoder, {share:.0%}",
+                (intensity, reached / scale), (1.015, 10**label), textcoords=("axes fraction", "data"), va="center",
+                fontsize=8.5, color=shade, arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 0.6},
             )  # fmt: skip
         axis.set_xscale("log")
         axis.set_yscale("log")
-        lowest = min(point.reached for point in shown)
-        axis.set_ylim(min(lowest / 2, left * copy) / scale, max(roofs) / scale * 2)
+        axis.set_ylim(bottom, ceiling)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter("")
         axis.set_xlabel("FLOPs per byte that must move")
         axis.set_ylabel(unit)
-        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
 
     return picture(path, result, "Roofline: achieved FLOP/s below the machine's ceilings", paint)
 
@@ -198,88 +236,89 @@ def sessions(result: Result, path: Path) -> Path | None:
 
     def paint(axis: Any) -> None:
         counts = [point["sessions"] for point in curve]
-        together = [point["fps"] for point in curve]
-        axis.plot(counts, together, marker="o", color=COLOURS["captured"], label="all together")
-        axis.plot(
-            counts, [point["fps"] / point["sessions"] for point in curve], marker="s", color=COLOURS["plain"],
-            label="each",
-        )  # fmt: skip
+        lines = {
+            "all together": ([point["fps"] for point in curve], COLOURS["captured"], "o"),
+            "each": ([point["fps"] / point["sessions"] for point in curve], COLOURS["plain"], "s"),
+        }
+        for name, (values, shade, marker) in lines.items():
+            axis.plot(counts, values, marker=marker, color=shade)
+            axis.annotate(f"{name} {values[-1]:.3g}", (1.015, values[-1]), xycoords=("axes fraction", "data"),
+                          va="center", color=shade, fontsize=8.5, annotation_clip=False)  # fmt: skip
         video = result.facts["stream"]["video_fps"]
-        axis.axhline(video, color=SOFT, linewidth=0.9, linestyle="--")
-        axis.annotate(f"the video's {video} FPS", (counts[-1], video), (0, 4), textcoords="offset points", ha="right",
-                      fontsize=8, color=SOFT)  # fmt: skip
+        axis.axhline(video, color=LIMIT, linewidth=1.1, linestyle="--")
+        axis.annotate(f"real time for each: {video} FPS", (0.005, video), (0, -4), textcoords="offset points", va="top",
+                      xycoords=("axes fraction", "data"), fontsize=8, color=LIMIT)  # fmt: skip
         axis.set_xticks(counts)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.12 * max(lines["all together"][0]))
         axis.set_xlabel("sessions at a time, each at a full window")
-        axis.set_ylabel("frames a second")
-        axis.legend()
+        axis.set_ylabel("frames per second")
 
     return picture(path, result, "Sessions on one engine", paint)
 
 
 def intervals(result: Result, path: Path) -> Path | None:
-    """Cumulative distribution of the intervals between blocks."""
+    """The interval before each block, in order, with the limit of real time."""
     timed = {name.partition("/")[0]: series for name, series in result.series.items() if name.endswith("/interval")}
     if not timed:
         return None
 
     def paint(axis: Any) -> None:
+        limit, ends = block_limit(result), []
         for name, series in timed.items():
-            ordered = sorted(sample * 1e3 for sample in series.samples)
-            shares = [index / (len(ordered) - 1) * 100 for index in range(len(ordered))]
-            axis.plot(ordered, shares, color=colour(name), linewidth=1.6, label=name)
-            for share, value in ((0.5, series.median), (0.95, series.tail(0.95))):
-                if value is None:
-                    continue
-                at = value * 1e3
-                axis.plot([at], [share * 100], marker="o", markersize=4, color=colour(name))
-                axis.annotate(f"p{share * 100:.0f}: {at:.4g} ms", (at, share * 100), (-7, 3), fontsize=8,
-                              textcoords="offset points", ha="right")  # fmt: skip
-        axis.set_xlim(left=0)
-        axis.set_ylim(0, 103)
-        axis.set_xlabel("milliseconds from one block on the sink to the next")
-        axis.set_ylabel("% of blocks")
+            values = [sample * 1e3 for sample in series.samples]
+            axis.plot(range(1, len(values) + 1), values, "o", color=colour(name), markersize=3.5)
+            axis.axhline(series.median * 1e3, color=colour(name), linewidth=0.9)
+            tail = series.tail(0.95)
+            words = f"{name}: median {series.median * 1e3:.4g} ms" + (f", p95 {tail * 1e3:.4g} ms" if tail else "")
+            ends.append((words, max(values), colour(name)))
+        top = 1.15 * max(limit, *(max(series.samples) * 1e3 for series in timed.values()))
+        real_time(axis, limit, "real time, the video in a block")
+        heights = spread_labels([height for _, height, _ in ends], 0.07 * top)
+        for (words, _, shade), height in zip(ends, heights, strict=True):
+            axis.annotate(words, (0.005, height + 0.02 * top), xycoords=("axes fraction", "data"), color=shade,
+                          fontsize=8.5, va="bottom")  # fmt: skip
+        axis.set_ylim(0, top)
+        axis.set_xlabel("block")
+        axis.set_ylabel("milliseconds since the one before")
 
     return picture(path, result, "Time between blocks at a full window", paint)
 
 
 def long_run(result: Result, path: Path) -> Path | None:
-    """Interval and memory over a long run, and its slowest block."""
+    """Block times of a long run with the limit of real time, and the memory below them."""
     facts = result.facts.get("long")
     if not facts:
         return None
 
-    def paint(axis: Any) -> None:
+    def paint(axis: Any, below: Any) -> None:
         from statistics import median
 
         times, memory = facts["intervals"], facts["device_memory"] or facts["process_memory"]
         width = max(1, len(times) // 300)
-        minutes = [facts["minutes"] * at / len(times) for at in range(0, len(times), width)]
-        highest = 0.0
-        curves = {"wall clock": (times, "fused"), "CPU time": (facts["processor_seconds"], "captured")}
-        for name, (values, shade) in curves.items():
-            middle = [median(values[at : at + width]) * 1e3 for at in range(0, len(values), width)]
-            axis.plot(minutes, middle, color=COLOURS[shade], linewidth=1.1, label=name)
-            highest = max(highest, sorted(middle)[int(0.99 * (len(middle) - 1))])
-        top, full = 1.35 * highest, facts["blocks_before_full"]
+        starts = range(0, len(times), width)
+        minutes = [facts["minutes"] * at / len(times) for at in starts]
+        limit, full = block_limit(result), facts["blocks_before_full"]
         worst = max(range(full, len(times)), key=times.__getitem__)
-        place = facts["minutes"] * worst / len(times), min(times[worst] * 1e3, top)
-        axis.plot(*place, "^", color=COLOURS["compiled"], clip_on=False, zorder=4,
+        top = 1.1 * max(limit, times[worst] * 1e3)
+        curves = {"wall clock": (times, "fused"), "CPU time of all threads": (facts["processor_seconds"], "captured")}
+        for name, (values, shade) in curves.items():
+            middle = [median(values[at : at + width]) * 1e3 for at in starts]
+            label = f"{name}, median {median(values) * 1e3:.3g} ms"
+            axis.plot(minutes, middle, color=COLOURS[shade], linewidth=1.1, label=label)
+        axis.plot(facts["minutes"] * worst / len(times), times[worst] * 1e3, "^", color=INK, clip_on=False, zorder=4,
                   label=f"slowest block, {times[worst] * 1e3:.4g} ms")  # fmt: skip
+        real_time(axis, limit, "real time, the video in a block")
         axis.set_ylim(0, top)
-        axis.legend(loc="upper left", ncols=3)
-        axis.set_xlabel("minutes of video")
-        axis.set_ylabel("milliseconds a block")
-        other = axis.twinx()
-        other.plot(minutes, [max(memory[at : at + width]) / 1e9 for at in range(0, len(times), width)],
-                   color=COLOURS["plain"], linewidth=1.4)  # fmt: skip
-        other.set_ylim(0, 1.25 * max(memory) / 1e9)
-        other.set_ylabel("memory of the " + ("device" if facts["device_memory"] else "process") + ", GB",
-                         color=COLOURS["plain"])  # fmt: skip
-        other.grid(visible=False)
-        other.spines["right"].set_visible(True)
+        axis.legend(loc="upper left", bbox_to_anchor=(0, 0.82), ncols=3, fontsize=8, columnspacing=1, handlelength=1.2)
+        axis.set_ylabel("milliseconds per block")
+        owner = "device" if facts["device_memory"] else "process"
+        gigabytes = [max(memory[at : at + width]) / 1e9 for at in starts]
+        below.plot(minutes, gigabytes, color=COLOURS["plain"], linewidth=1.4)
+        below.set_ylim(0, 1.25 * max(memory) / 1e9)
+        below.set_ylabel(f"{owner}, GB")
+        below.set_xlabel("minutes of video")
 
-    return picture(path, result, "A long run: block time and memory", paint)
+    return picture(path, result, "A long run: block time, and memory", paint, 4.6, panels=2)
 
 
 def pair_ratios(result: Result, path: Path) -> Path | None:

@@ -1,6 +1,6 @@
 """Report of a folder of results: one Markdown page with pictures.
 
-GPU and CPU results are in separate sections. Only the GPU section has goals.
+GPU and CPU results are in separate sections. The project's goals are on its own page only.
 """
 
 from __future__ import annotations
@@ -54,13 +54,17 @@ HOW = """\
 """
 CPU_NOTE = """\
 These runs are of small models on a CPU. They show that the benchmarks work and which figures they give. They say
-nothing about a GPU, and have no goals.
+nothing about a GPU.
 """
 
 
-def write_report(folder: Path, out: Path) -> list[Path]:
+OWN_RESULTS = Path(__file__).resolve().parent / "results"  # those of the project's own page
+
+
+def write_report(folder: Path, out: Path, goals: bool | None = None) -> list[Path]:
     """Write the page and, beside it, a folder of the same name with the pictures; return the paths written.
 
+    goals: with the project's goals; None for the project's own results only.
     Pictures of an earlier page at `out` are removed; other files stay. Raises UsageError as `pictures_beside` does.
     """
     results = read_folder(folder)
@@ -70,7 +74,8 @@ def write_report(folder: Path, out: Path) -> list[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         drawn = draw_all(results, Path(temporary)) if has_matplotlib() else {}
         links = {name: [f"{pictures.name}/{path.name}" for path in paths] for name, paths in drawn.items()}
-        text = page(results, str(folder), str(out), links, read_failures(folder))
+        shown = folder.resolve() == OWN_RESULTS if goals is None else goals
+        text = page(results, str(folder), str(out), links, read_failures(folder), shown)
         new = [pictures / path.name for paths in drawn.values() for path in paths]
         for path in new:
             pictures.mkdir(exist_ok=True)
@@ -125,18 +130,25 @@ def page(
     out: str,
     pictures: dict[str, list[str]],
     failures: dict[str, str] | None = None,
+    goals: bool = True,
 ) -> str:
-    """Text of the page. pictures: links by the result's name. failures: errors of failed `gpu_check` units."""
+    """Text of the page, first what was measured. pictures: links by the result's name.
+
+    failures: errors of failed `gpu_check` units. goals: with the project's goals, at the end.
+    """
     gpu = {name: result for name, result in results.items() if result.on_gpu}
     cpu = {name: result for name, result in results.items() if not result.on_gpu}
     parts = [
         f"{BEGINNING} {folder} --out {out}` from {len(results)} files in `{folder}`; do not edit it.",
+        "## What was measured",
         inventory(results),
-        "## On a GPU",
-        gpu_part(gpu, pictures, failures or {}),
-        "## On a CPU",
-        CPU_NOTE if cpu else "The folder has no result of a CPU.",
+        *(["No result of a GPU is among them: there is no figure of a GPU on this page."] if not gpu else []),
+        *(["## On a GPU"] if gpu or failures else []),
+        *([failures_part(failures)] if failures else []),
+        *(section(name, result, pictures.get(name, [])) for name, result in gpu.items()),
+        *(["## On a CPU", CPU_NOTE] if cpu else []),
         *(section(name, result, pictures.get(name, [])) for name, result in cpu.items()),
+        *(["## Goals on a GPU", goals_part(gpu)] if goals else []),
         HOW,
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -149,37 +161,51 @@ def inventory(results: dict[str, Result]) -> str:
         Column("kind", lambda row: row[1].kind),
         Column("device", lambda row: f"{device_type(row[1])}: {row[1].device_name}"),
         Column("model", lambda row: str(row[1].subject.get("model", ""))),
+        Column("result", lambda row: headline(row[1])),
         Column("date", lambda row: row[1].environment["date"][:10]),
         Column("commit", lambda row: str(row[1].environment["commit"] or "unknown")),
     )
     return table(columns, results.items())
 
 
+def headline(result: Result) -> str:
+    """The figure of a result that a reader looks for first."""
+    if result.kind == "block":
+        timed = {name: series for name in result.facts["candidates"] if (series := result.of(name).get("block"))}
+        if not timed:
+            return "nothing timed"
+        name, series = min(timed.items(), key=lambda item: item[1].median)
+        return f"{name}: {amount(series.median, 's')} per block of {result.facts['block']['pixel_frames']} frames"
+    if result.kind == "stream":
+        facts = result.facts["stream"]
+        return f"{facts['fps']:.3g} FPS, {facts['real_time_factor']:.3g} times real time"
+    return f"{len(result.facts.get('rows', result.series))} timings"
+
+
 def device_type(result: Result) -> str:
     return "GPU" if result.on_gpu else "CPU"
 
 
-def gpu_part(gpu: dict[str, Result], pictures: dict[str, list[str]], failures: dict[str, str]) -> str:
-    """Goals with the results for them, failed units, and the section of each result."""
-    parts = []
-    if not gpu:
-        parts.append("**No result of a GPU has been recorded yet**: there is no figure of a GPU on this page.")
-    parts.append(
-        "Goals at 832x480 with random weights, and the command that measures each. On another GPU the command gives "
-        "figures, but reaches no goal:"
+def failures_part(failures: dict[str, str]) -> str:
+    """Table of the failed units of `gpu_check`."""
+    rows = [(f"`{unit}{FAILED}`", cut(error)) for unit, error in failures.items()]
+    return "**Failed units.** They have no result. Remove a unit's file to run it again:\n\n" + cells_table(
+        ("file", "error"), rows
     )
-    parts.append(cells_table(("work", "goal", "measured", "command"), [goal_row(goal, gpu) for goal in GOALS]))
-    parts.append(
-        "To measure all of them in resumable stages of under nine minutes, run "
-        "`python -m inferix.bench.gpu_check --stage STAGE --out results` for the stages `kernels`, `block` and "
-        "`stream`, each again while it exits with 3; then `inferix bench report results`."
+
+
+def goals_part(gpu: dict[str, Result]) -> str:
+    """Goals with the results for them."""
+    return "\n\n".join(
+        (
+            "Goals at 832x480 with random weights, and the command that measures each. On another GPU the command "
+            "gives figures, but reaches no goal:",
+            cells_table(("work", "goal", "measured", "command"), [goal_row(goal, gpu) for goal in GOALS]),
+            "To measure all of them in resumable stages of under nine minutes, run "
+            "`python -m inferix.bench.gpu_check --stage STAGE --out results` for the stages `kernels`, `block` and "
+            "`stream`, each again while it exits with 3; then `inferix bench report results --goals`.",
+        )
     )
-    if failures:
-        parts.append("**Failed units.** They have no result. Remove a unit's file to run it again:")
-        rows = [(f"`{unit}{FAILED}`", cut(error)) for unit, error in failures.items()]
-        parts.append(cells_table(("file", "error"), rows))
-    parts += [section(name, result, pictures.get(name, [])) for name, result in gpu.items()]
-    return "\n\n".join(parts)
 
 
 def goal_row(goal: Goal, gpu: dict[str, Result]) -> tuple[str, str, str, str]:

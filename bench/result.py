@@ -172,14 +172,25 @@ def read_series(value: Any, where: str) -> Series:
         raise UsageError(f"{where} is damaged: {cut(str(error))}; run it again") from error
 
 
+def is_foreign(path: Path) -> bool:
+    """Return True for the JSON of another program, without the schema and kind of a result."""
+    content = read_json(path, "result")
+    return not isinstance(content, dict) or "schema" not in content or "kind" not in content
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """JSON files below a folder that are no results and were not written by `gpu_check`."""
+    return [path for path in sorted(folder.rglob("*.json")) if not is_check(path) and is_foreign(path)]
+
+
 def read_folder(folder: Path) -> dict[str, Result]:
     """Read every result below a folder, by relative path, sorted. Raises UsageError if there is none.
 
-    Files of `gpu_check` without measurements are skipped.
+    Files of `gpu_check` without measurements and JSON of other programs are skipped.
     """
     if not folder.is_dir():
         raise UsageError(f"no folder {str(folder)!r}; expected one with results of inferix bench")
-    paths = [path for path in sorted(folder.rglob("*.json")) if not is_check(path)]
+    paths = [path for path in sorted(folder.rglob("*.json")) if not is_check(path) and not is_foreign(path)]
     results = {str(path.relative_to(folder)): read_result(path) for path in paths}
     if not results:
         example = folder / "block.json"

@@ -339,18 +339,24 @@ def engines(
 def report(
     folder: Path = typer.Argument(metavar="DIR", help="Folder of results, read with its subfolders."),
     out: Path = typer.Option(Path("performance.md"), help="Page to write; its pictures go into a folder beside it."),
+    goals: bool | None = typer.Option(
+        None, "--goals/--no-goals", help="Show the project's speed goals.  [default: for the project's own results]"
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout: the files written."),
 ) -> None:
     """Make one Markdown page, with pictures, from a folder of results.
 
-    GPU and CPU results have separate sections; goals are shown only for GPUs.
+    GPU and CPU results have separate sections. JSON files of other programs are passed over.
 
     Example: inferix bench report results --out performance.md
     """
     from ..bench.plots import has_matplotlib
     from ..bench.report import write_report
+    from ..bench.result import foreign_files
 
-    written = write_report(folder, out)
+    for path in foreign_files(folder):
+        typer.echo(f"passed over: {quoted(str(path))}, which was not written by inferix bench", err=True)
+    written = write_report(folder, out, goals)
     if not has_matplotlib():
         typer.echo("no pictures: matplotlib is not installed; pip install matplotlib", err=True)
     typer.echo(json.dumps([str(path) for path in written]) if as_json else f"{out}, {len(written) - 1} pictures")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,10 @@ from ..runtime.files import check_output, check_paths, write_atomically
 from .options import DEFAULT_MODEL, NAMES, PRESET, parse_settings, parse_size
 
 if TYPE_CHECKING:
+    from ..bench.time_model import Rates
     from ..graphs.lowered import Lowered
+    from ..graphs.types import BlockGraph
+    from ..runtime.programs.block_graph import BlockGraphBuilder
     from ..runtime.programs.graph_builder import GraphBuilder, GraphKey
 
 
@@ -46,6 +50,14 @@ def graph(
         None, metavar="DIR", help="Store the graphs of a whole stream, for generate --graphs DIR."
     ),
     load: Path | None = typer.Option(None, metavar="DIR", help="Read stored graphs, as generate would, and list them."),
+    dry_run: str | None = typer.Option(
+        None, "--dry-run", metavar="cuda:ARCH", help="Run the block on fake tensors of a GPU, such as cuda:90."
+    ),
+    compiled: bool = typer.Option(True, "--compile/--no-compile", help="Compile the kernels of --dry-run."),
+    vae: str | None = typer.Option(None, help="Decoder of --dry-run: taehv, or none.  [default: the model's own]"),
+    assume: list[str] = typer.Option(
+        [], metavar="KEY=VALUE", help="Constant of the time model of --dry-run, such as attention=600; repeatable."
+    ),
     device: str | None = typer.Option(None, help="For --save and --load.  [default: cuda if there is one, else cpu]"),
 ) -> None:
     """Show the passes of a block as a graph: its calls in order, their cost, and the effect of each rewrite.
@@ -57,11 +69,18 @@ def graph(
     in a folder for one model, preset, precision, GPU and set of versions. A run with --graphs DIR then traces nothing.
     --load reads them back and refuses graphs for another model or preset than the named one.
 
+    --dry-run launches the block on fake tensors of a GPU of compute capability ARCH / 10, on any machine: each op takes
+    the form of such a card, and its kernels are compiled with the block's own arguments. It prints calls, allocations,
+    FLOPs and bytes by kind of work, a time predicted by a stated model, and what a CUDA graph could not capture, with
+    exit code 1 if there is anything.
+
     Example: inferix graph --model wan-tiny --preset self-forcing --svg block.svg
 
     Example: inferix graph --model wan-tiny --preset longlive --without adaln --without gelu
 
     Example: inferix graph --model wan-tiny --preset krea --lowp fp8 --keep 'blocks.0.*' --pass recompute
+
+    Example: inferix graph --model wan-tiny --dry-run cuda:90 --no-compile --assume attention=600
 
     Example: inferix graph --model tinyworld --save graphs/ && inferix generate --executor fused --graphs graphs/
     """
@@ -74,7 +93,7 @@ def graph(
     from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
     from ..runtime.kv.page_store import KV_DTYPES
     from ..runtime.programs.block_graph import BlockGraphBuilder
-    from ..runtime.programs.graph_builder import GraphBuilder
+    from ..runtime.programs.graph_builder import GraphBuilder, padded_width
     from ..runtime.programs.graph_store import stored_for
 
     if rewrites:
@@ -86,6 +105,21 @@ def graph(
             raise UsageError(f"cannot write {quoted(str(svg))}: there is no folder {quoted(str(svg.parent))}")
         check_paths({"--load": load}, {"--svg": svg})
         check_output(svg)
+    if dry_run is not None:
+        from ..bench.dry_run import check_architecture
+        from ..bench.time_model import rates_of
+
+        architecture = architecture_of(dry_run)
+        check_architecture(architecture)
+        rates = rates_of(architecture, {key: str(value) for key, value in parse_settings(assume).items()})
+        shown = {"--save": save, "--load": load, "--plan": plan, "--pass": only, "--svg": svg}
+        if unfit := [option for option, value in shown.items() if value]:
+            raise UsageError(f"--dry-run launches a block and prints what it saw; leave {unfit[0]} out")
+        if vae not in (None, "taehv", "none"):
+            raise UsageError(f"--vae is {quoted(vae)}; a dry run takes taehv or none, or the model's own without it")
+    elif assume or vae is not None or not compiled:
+        option = "--assume" if assume else "--vae" if vae is not None else "--no-compile"
+        raise UsageError(f"{option} is for --dry-run; give --dry-run cuda:90, too, or leave it out")
     stored = save or load
     if device is not None and stored is None:
         raise UsageError(f"--device is {quoted(device)}, which is only for stored graphs; give --save or --load, too")
@@ -121,11 +155,16 @@ def graph(
     if plan and (only is not None or as_json):
         raise UsageError(f"--plan prints the buffer plan; leave {'--json' if as_json else '--pass'} out")
     fuse = "fuse-commit" in applied
-    traced = BlockGraphBuilder(
+    builder = BlockGraphBuilder(
         spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kv_dtype=page_dtype
-    ).build()
-    block = rewritten(traced, applied, packed)
+    )
+    if dry_run is not None:
+        builder.max_pages = padded_width(builder.max_pages)  # as an engine has its tables
+    block = rewritten(builder.build(), applied, packed)
     validate(block)
+    if dry_run is not None:
+        print_dry_run(block, builder, architecture, rates, compiled, vae, as_json)
+        return
     if only is not None and only not in {graph.name for graph in block.graphs}:
         passes = ", ".join(repr(graph.name) for graph in block.graphs)
         raise UsageError(f"--pass is {quoted(only)}; this block has {passes}")
@@ -144,6 +183,45 @@ def graph(
         from ..graphs.show.text import text
 
         typer.echo(text(block, only))
+
+
+def architecture_of(device: str) -> int:
+    """Compute capability, times ten, of `cuda:90`; UsageError for anything else."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not number.isdecimal():
+        raise UsageError(f"--dry-run is {quoted(device)}; expected cuda:ARCH, such as cuda:90 for sm_90")
+    return int(number)
+
+
+def print_dry_run(
+    block: BlockGraph,
+    builder: BlockGraphBuilder,
+    architecture: int,
+    rates: Rates | None,
+    compiled: bool,
+    vae: str | None,
+    as_json: bool,
+) -> None:
+    """Run a block and its decoder on fake tensors of a GPU and print the launches; exit code 1 for a fault."""
+    from ..bench.dry_run import dry_run, facts, joined, report, run_decoder
+    from ..models.registry import family_of
+
+    runs = [dry_run(block, architecture, compiled)]
+    if vae != "none":
+        family, spec = family_of(builder.spec), builder.spec
+        sizes = family.chosen_decoder_spec(spec, vae == "taehv")
+        latents = (builder.preset.num_frame_per_block, *builder.latent)
+        make = partial(family.build_decoder, sizes)
+        runs.append(run_decoder(architecture, make, latents, builder.dtype, compiled))
+    run = joined(runs)
+    if as_json:
+        typer.echo(json.dumps(facts(run, rates, block)))
+    else:
+        typer.echo(report(run, rates))
+    for fault in (faults := run.faults()):
+        typer.echo(fault, err=True)
+    if faults:
+        raise typer.Exit(1)
 
 
 def print_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make: bool, plan: bool) -> None:
@@ -181,5 +259,3 @@ def format_plans(lowered: Lowered) -> list[str]:
     """Format the buffer plan of each program."""
     parts = {"block": lowered.body, "prompt": lowered.prompt, "fold": lowered.fold}
     return [f"{name}: {part.plan.text(part.program)}" for name, part in parts.items() if part is not None]
-
-

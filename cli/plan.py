@@ -24,6 +24,9 @@ def plan(
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
     memory: str | None = typer.Option(None, help="Available memory, such as 24GB (10^9 bytes) or 22GiB (2^30)."),
     gpu: str | None = typer.Option(None, help=f"A known card, for memory and speed: {', '.join(CARDS)}."),
+    gpus: int | None = typer.Option(None, metavar="N", help="Compare the layouts of this many GPUs; needs --gpu."),
+    link: str = typer.Option("nvlink", help="Link between GPUs: nvlink, pcie, or a JSON file of a measured one."),
+    goal: str = typer.Option("latency", help="With --gpus: latency of one stream, or throughput of all."),
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
@@ -49,6 +52,8 @@ def plan(
 
     Example: inferix plan --model wan-14b --preset longlive --memory 141GB --sessions 2 --vae taehv
 
+    Example: inferix plan --preset self-forcing --gpus 8 --gpu h200 --goal latency
+
     Example: inferix plan --preset longlive --gpu h200 --tflops 790 --bandwidth 4300
     """
     from ..runtime.config import FP8_CAPABILITY
@@ -69,9 +74,15 @@ def plan(
         load = replace(load, narrow="int8")
     budget = report.parse_memory(memory) if memory else card.memory_gb * 10**9 if card else None
     facts = report.describe(load, budget, report.ceiling(card, tflops, bandwidth, load.dtype))
+    if gpus is not None:
+        if budget is None:
+            raise UsageError(f"--gpus is {gpus} without a card; give --gpu, one of {', '.join(CARDS)}")
+        facts["ranks"] = report.describe_ranks(
+            load, gpus, budget, report.ceiling(card, tflops, bandwidth, load.dtype), link, goal
+        )
     if as_json:
         typer.echo(json.dumps(facts))
     else:
         report.print_plan(load, facts)
-    if facts["fits"] is False:
+    if facts["fits"] is False and gpus is None:
         raise typer.Exit(1)

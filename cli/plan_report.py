@@ -19,12 +19,13 @@ from rich.table import Table
 from ..errors import UsageError, nearest, quoted
 from ..models.registry import default_preset, family_of, find_spec, make_preset
 from ..runtime.byte_sizes import format_bytes, parse_bytes
-from ..runtime.capacity import planner
+from ..runtime.capacity import planner, rank_planner
 from ..runtime.capacity.gpus import CARDS, Card
 from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, check_choice
 from ..runtime.executor_specs import default_executor, executor_spec
 from ..runtime.kv.page_store import KV_DTYPES
+from ..schemes.layouts import MOST_RANKS
 from ..schemes.page_needs import least_pages, window
 from .options import DEFAULT_MODEL, counted, parse_size
 
@@ -168,6 +169,49 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
     return facts
 
 
+def describe_ranks(
+    load: Workload, gpus: int, budget: int, top: Ceiling | None, link: str, goal: str
+) -> dict[str, Any]:
+    """Return the layouts of several GPUs with predicted times, the choice and its reason, as plain values."""
+    if not 1 <= gpus <= MOST_RANKS:
+        raise UsageError(f"--gpus is {gpus}; expected 1 to {MOST_RANKS}")
+    check_choice("--goal", goal, rank_planner.GOALS)
+    if top is None:
+        raise UsageError(f"--dtype is {quoted(load.dtype)}, for which --gpu has no figure; give --tflops too")
+    between = rank_planner.read_link(link)
+    options = list(rank_planner.plans(load, gpus, budget, top, between))
+    best, reason = rank_planner.choose(options, goal)
+    return {
+        "kind": "model: stated constants, not measured",
+        "assumed_efficiency": rank_planner.EFFICIENCY,
+        "link": asdict(between),
+        "goal": goal,
+        "layouts": [asdict(one) | {"per_pass": one.per_pass, "block": one.block, "fps": one.fps} for one in options],
+        "chosen": options.index(best),
+        "reason": reason,
+    }
+
+
+def ranks_table(facts: dict[str, Any]) -> Table:
+    """Make the table of layouts; times in milliseconds."""
+    link, share = facts["link"], facts["assumed_efficiency"]
+    title = (
+        f"Predicted by a model, not measured: {share:.1%} of the ceiling, {link['bandwidth']:g} GB/s and "
+        f"{link['latency']:g} us a collective ({link['source']})"
+    )
+    columns = ("layout", "worlds", "GB a GPU", "fits", "ms a pass", "compute", "send", "wait", "decode", "block", "FPS")
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for number, one in enumerate(facts["layouts"]):
+        name = "one GPU" if one["ranks"] == 1 else f"{one['layout']} on {one['ranks']}"
+        mark = "*" if number == facts["chosen"] else ""
+        times = [f"{one[part]:.1f}" for part in ("per_pass", "computing", "sending", "waiting", "decoding", "block")]
+        memory, fits = f"{one['memory'] / 1e9:.1f}", "yes" if one["fits"] else "no"
+        table.add_row(name + mark, str(one["replicas"]), memory, fits, *times, f"{one['fps']:.1f}")
+    return table
+
+
 PARTS = {
     "transformer": "transformer weights",
     "vae": "VAE weights",
@@ -200,6 +244,9 @@ def print_plan(load: Workload, facts: dict[str, Any]) -> None:
         console.print(floor_table(facts))
     for line in verdict(load, facts):
         echo(line)
+    if "ranks" in facts:
+        console.print(ranks_table(facts["ranks"]))
+        echo(facts["ranks"]["reason"])
 
 
 def memory_table(load: Workload, memory: dict[str, Any]) -> Table:

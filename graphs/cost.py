@@ -9,6 +9,7 @@ neither there nor here is refused.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import groupby
 
 import torch
@@ -19,14 +20,15 @@ from ..errors import InferixError
 from ..kernels.catalog import op_spec
 from ..kernels.spec import FAMILIES, Cost, OpSpec
 from .lowering import lower
+from .passes import Group
 from .program import Call, Ref
 from .types import PassGraph
 
 PACKED = "packed matmul"  # of FP8 or INT8 numbers
 ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise ones are known by their tag
-    "matmul": ("mm", "addmm", "bmm", "baddbmm", "convolution"),
+    "matmul": ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "convolution"),
     PACKED: ("_int_mm", "_scaled_mm"),
-    "attention": ("scaled_dot_product_attention",),
+    "attention": ("scaled_dot_product_attention", "_scaled_dot_product_efficient_attention"),
     "norm and gate": ("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     "elementwise": (
         "gelu", "rsub", "mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "var", "var_mean",
@@ -34,11 +36,11 @@ ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise 
         "topk",
     ),
     "copy": (
-        "copy_", "clone", "cat", "stack", "arange", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like",
-        "fill", "fill_", "zero_", "flip", "roll", "repeat", "index", "index_select", "index_put", "index_copy",
-        "gather",
-        "scatter", "embedding", "constant_pad_nd", "eye", "tril", "triu", "upsample_nearest2d", "upsample_nearest3d",
-        "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "linspace", "scalar_tensor",
+        "copy_", "_to_copy", "clone", "cat", "stack", "arange", "zeros", "zeros_like", "ones", "ones_like",
+        "full", "full_like", "fill", "fill_", "zero_", "new_zeros", "flip", "roll", "repeat", "index", "index_select",
+        "index_put", "index_copy", "gather", "scatter", "embedding", "constant_pad_nd", "eye", "tril", "triu",
+        "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+        "linspace", "scalar_tensor", "pixel_shuffle", "pixel_unshuffle",
     ),
 }  # fmt: skip
 ATEN_FAMILIES = {name: family for family, names in ATEN.items() for name in names}
@@ -111,7 +113,7 @@ class PassCost:
         self.graph = graph
         self.program = lower([graph], [value.name for value in graph.outputs])
         self.calls = self.program.calls
-        pages = self._pages_read()
+        pages = pages_read(self.calls, graph.groups)
         self.costs = tuple(call_cost(call, pages.get(counts_of(call))) for call in self.calls)
         self.total = sum(self.costs, Cost())
         names = {node.name: node for node in graph.graph.nodes}
@@ -131,14 +133,15 @@ class PassCost:
             sums[family(call)] += cost
         return {kind: cost for kind, cost in sums.items() if cost.launches}
 
-    def _pages_read(self) -> dict[Ref | None, int]:
-        """Pages that all rows of a launch read together, by the tensor that has their counts.
 
-        Groups with equally many frames are rows of one launch; sessions side by side repeat them.
-        """
-        counts = list(dict.fromkeys(ref for call in self.calls if (ref := counts_of(call)) is not None))
-        parts = [list(part) for _, part in groupby(self.graph.groups, lambda group: len(group.frames))]
-        return {
-            ref: sum(len(group.context) for group in part) * ref.size[0] // len(part)
-            for ref, part in zip(counts, parts, strict=False)
-        }
+def pages_read(calls: Iterable[Call], groups: Iterable[Group]) -> dict[Ref | None, int]:
+    """Pages that all rows of a launch of a pass read together, by the tensor that has their counts.
+
+    Groups with equally many frames are rows of one launch; sessions side by side repeat them.
+    """
+    counts = list(dict.fromkeys(ref for call in calls if (ref := counts_of(call)) is not None))
+    parts = [list(part) for _, part in groupby(groups, lambda group: len(group.frames))]
+    return {
+        ref: sum(len(group.context) for group in part) * ref.size[0] // len(part)
+        for ref, part in zip(counts, parts, strict=False)
+    }

@@ -28,6 +28,7 @@ from .engine_host import EngineHost
 from .live_sessions import LiveSessions
 from .metrics import ServerMetrics
 from .protocol import Attach, Open, json_schema
+from .recording import Recordings
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
 from .video_jobs import VideoJobs
@@ -96,7 +97,10 @@ class Server:
         self.metrics = ServerMetrics(engine)
         self.worlds = Worlds(folder / "worlds", settings.worlds)
         self.jobs = VideoJobs(self.host, settings, folder / "videos")
-        self.live = LiveSessions(self.host, settings, self.worlds, self.metrics)
+        self.recordings = Recordings(
+            folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds
+        )
+        self.live = LiveSessions(self.host, settings, self.worlds, self.recordings, self.metrics)
         self.whep = Whep(self.live)
         self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
 
@@ -171,6 +175,7 @@ def make_app(server: Server) -> Access:
     add_page(app)
     add_facts(app, server)
     add_worlds(app, server)
+    add_recordings(app, server)
     add_live(app, server)
     add_whep(app, server)
     app.include_router(video_routes(server.jobs))
@@ -237,6 +242,14 @@ def add_worlds(app: FastAPI, server: Server) -> None:
         """Download a saved world."""
         path = server.worlds.path(world)
         return FileResponse(path, media_type="application/octet-stream", filename=f"world-{world[:8]}{SUFFIX}")
+
+
+def add_recordings(app: FastAPI, server: Server) -> None:
+    @app.get("/v1/recordings/{id}/{name}", responses=errors(404), response_class=FileResponse)
+    def file(id: Id, name: Annotated[str, InPath(max_length=64)]) -> FileResponse:
+        """A file of a recording: `video.mp4`, or the playlist `index.m3u8` and its parts."""
+        path, kind = server.recordings.file(id, name)
+        return FileResponse(path, media_type=kind, headers={"Cache-Control": "no-cache"})
 
 
 def add_live(app: FastAPI, server: Server) -> None:

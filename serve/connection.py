@@ -37,6 +37,7 @@ from .protocol import (
 from .refusals import Refusal, refusal_of
 
 LOG = logging.getLogger("inferix.serve")
+MOST_EARLY = 64  # controls that wait for their session to be open
 DISPLACED, STALLED, TOO_LATE = 4001, 4002, 4003  # codes that close a WebSocket
 
 
@@ -49,6 +50,7 @@ class Connection:
         self.subprotocol = next((name for name in SUBPROTOCOLS if name in offered), None)
         self.codec = Codec(self.subprotocol or SUBPROTOCOLS[0])
         self.reader = ControlReader(self.codec, hub.settings.messages_per_second)
+        self.early: list[Control] = []  # controls that came before the session was open
         self.encoder: Encoder | None = None
         self._encoding: Future[list[Payload]] | None = None
         self._displaced = asyncio.Event()
@@ -144,11 +146,13 @@ class Connection:
             await asyncio.gather(opening, listening, telling, return_exceptions=True)
 
     async def _listen_while_queued(self) -> None:
-        """Refuse what the client sends before its session is open; ends when it is gone."""
+        """Keep what the client sends before its session is open; ends when it is gone."""
         while True:
             control = await self._receive()
-            if control is not None:
-                await self._refuse(control.id, Refusal("wrong_order", "the session is not open yet"))
+            if control is not None and len(self.early) >= MOST_EARLY:
+                await self._refuse(control.id, Refusal("too_many", "the session is not open yet", 429))
+            elif control is not None:
+                self.early.append(control)
 
     async def _send_positions(self, queued: asyncio.Queue[int]) -> None:
         while True:
@@ -161,13 +165,18 @@ class Connection:
     # Controls
 
     async def _take_controls(self, live: LiveSession) -> None:
+        for early in self.early:
+            await self._take(live, early)
         while True:
-            control = await self._receive()
-            if isinstance(control, Open | Attach):
-                await self._refuse(control.id, Refusal("wrong_order", "a session is open; use another connection"))
-            elif control is not None:
-                await self._apply(live, control)
-                await live.outbox.room_for_events()
+            if (control := await self._receive()) is not None:
+                await self._take(live, control)
+
+    async def _take(self, live: LiveSession, control: Control) -> None:
+        if isinstance(control, Open | Attach):
+            await self._refuse(control.id, Refusal("wrong_order", "a session is open; use another connection"))
+        else:
+            await self._apply(live, control)
+            await live.outbox.room_for_events()
 
     async def _apply(self, live: LiveSession, control: Control) -> None:
         """Apply a control to its end, also where the client goes away meanwhile."""

@@ -43,6 +43,7 @@ from .protocol import (
     Pong,
     Prompt,
     Received,
+    Record,
     Refused,
     Reseed,
     Restore,
@@ -52,6 +53,7 @@ from .protocol import (
     State,
     Stop,
 )
+from .recording import Recording, Recordings
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
 from .worlds import Worlds
@@ -72,6 +74,7 @@ class Hub(Protocol):
     host: EngineHost
     settings: ServeSettings
     worlds: Worlds
+    recordings: Recordings
     metrics: ServerMetrics
 
     def add_twin(self, twin: LiveSession) -> None: ...
@@ -118,6 +121,7 @@ class LiveSession:
         self.pressing: int | None = None  # the engine's id of a press that no block has begun with
         self.releases: list[Receipt] = []  # that came before their press took effect
         self.pacer = Pacer()
+        self.recording: Recording | None = None
         self._attached = asyncio.Event()
         self._producer: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -223,7 +227,10 @@ class LiveSession:
             slack=slack, kept_from=self.kept_from, seconds=block.timings, waiting=0, skipped=0,
             overload=list(record.degradations), drift=record.drift,
         )  # fmt: skip
-        skipped = self.outbox.put_block(LiveBlock(block.frames, state, receipts))
+        live_block = LiveBlock(block.frames, state, receipts)
+        if self.recording is not None:
+            self.recording.add(live_block)
+        skipped = self.outbox.put_block(live_block)
         if skipped:
             self.hub.metrics.skipped.inc(skipped)
 
@@ -257,9 +264,11 @@ class LiveSession:
 
     async def _close(self) -> None:
         try:
-            await self.hub.host.close(self.session)
-        except InferixError as error:
-            LOG.warning("session %s: %s", self.id, one_line(error))
+            for work in (self.hub.host.close(self.session), self._finish_recording()):
+                try:
+                    await work
+                except InferixError as error:
+                    LOG.warning("session %s: %s", self.id, one_line(error))
         finally:
             self.hub.ended(self)
 
@@ -385,6 +394,22 @@ class LiveSession:
         make = partial(self.hub.host.engine.open, start.prompt, seed=control.seed, size=self.session.size)
         await self._replace(make, start, receipt)
 
+    async def _record(self, control: Record, receipt: Receipt) -> None:
+        if control.on:
+            if self.recording is not None:
+                raise Refusal("wrong_order", "the session is being recorded; end that recording first")
+            self.recording = self.hub.recordings.start(control.format, self.hub.host.engine.fps, self.session.size)
+            return self._applied(receipt, url=self.recording.url)
+        if self.recording is None:
+            raise Refusal("wrong_order", "the session is not being recorded")
+        url, size = self.recording.url, await self._finish_recording()
+        self._applied(receipt, url=url, bytes=size)
+
+    async def _finish_recording(self) -> int:
+        """End the recording, if there is one; returns its bytes."""
+        recording, self.recording = self.recording, None
+        return 0 if recording is None else await self.hub.recordings.finish(recording)
+
     async def _replace(self, make: Callable[[], Session], start: Start, receipt: Receipt) -> None:
         """Go on with another session of the engine, made once the present one has left its room."""
         async with self._still():
@@ -473,6 +498,7 @@ VERBS: dict[type[Control], Callable[[LiveSession, Any, Receipt], Awaitable[None]
     Save: LiveSession._save_world,
     Restore: LiveSession._restore,
     Reseed: LiveSession._seed,
+    Record: LiveSession._record,
 }
 
 

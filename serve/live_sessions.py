@@ -15,6 +15,7 @@ from .engine_host import EngineHost
 from .live_session import LiveSession, Start, check_prompt, check_size, open_session
 from .metrics import ServerMetrics
 from .protocol import Attach, Open
+from .recording import Recordings
 from .refusals import RETRY_AFTER, Refusal
 from .settings import ServeSettings
 from .worlds import Worlds
@@ -26,8 +27,16 @@ SWEEP_SECONDS = 1.0  # between two looks for sessions that nobody uses
 class LiveSessions:
     """All live sessions, by id. draining: none is opened any more."""
 
-    def __init__(self, host: EngineHost, settings: ServeSettings, worlds: Worlds, metrics: ServerMetrics) -> None:
-        self.host, self.settings, self.worlds, self.metrics = host, settings, worlds, metrics
+    def __init__(
+        self,
+        host: EngineHost,
+        settings: ServeSettings,
+        worlds: Worlds,
+        recordings: Recordings,
+        metrics: ServerMetrics,
+    ) -> None:
+        self.host, self.settings, self.metrics = host, settings, metrics
+        self.worlds, self.recordings = worlds, recordings
         self.sessions: dict[str, LiveSession] = {}
         self.draining = False
         self._places = 0  # taken, by sessions or on their behalf

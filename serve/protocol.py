@@ -123,6 +123,14 @@ class Reseed(Control):
     seed: Seed
 
 
+class Record(Control):
+    """Begin or end a recording of the session; the receipts have its url."""
+
+    type: Literal["record"]
+    format: Literal["mp4", "hls"] = "mp4"
+    on: bool = True
+
+
 class Ping(Control):
     """Ask for a `pong`."""
 
@@ -130,7 +138,8 @@ class Ping(Control):
 
 
 AnyControl = Annotated[
-    Open | Attach | Prompt | Act | Pause | Resume | Stop | Fork | Rewind | Save | Restore | Reseed | Ping,
+    Open | Attach | Prompt | Act | Pause | Resume | Stop | Fork | Rewind | Save | Restore | Reseed | Record
+    | Ping,
     Field(discriminator="type"),
 ]
 CONTROLS: TypeAdapter[Any] = TypeAdapter(AnyControl)
@@ -205,6 +214,7 @@ class Applied(Event):
     session: str | None = None
     resume: str | None = None
     world: str | None = None
+    url: str | None = None
     bytes: int | None = None
 
 

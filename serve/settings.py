@@ -40,6 +40,9 @@ class ServeSettings:
     upload_bytes: int = 256 * 2**20
     upload_pixels: int = 16 * 2**20
     worlds: int = 64
+    recordings: int = 4
+    recordings_kept: int = 32
+    recording_seconds: float = 3600.0
     behind_blocks: int = 2
     start_seconds: float = 10.0
     idle_seconds: float = 1800.0
@@ -73,6 +76,9 @@ MEANINGS = {
     "upload_bytes": "bytes of a request's body",
     "upload_pixels": "pixels of an uploaded picture",
     "worlds": "saved worlds that are kept; the oldest go first",
+    "recordings": "recordings that run at a time",
+    "recordings_kept": "finished recordings that are kept; the oldest go first",
+    "recording_seconds": "seconds of video that a recording takes",
     "behind_blocks": "blocks that wait for a viewer",
     "start_seconds": "a client has to open or attach a session within",
     "idle_seconds": "a session without any control ends after",
@@ -87,6 +93,8 @@ CHECKS: dict[str, Any] = {
     "behind": choice(BEHIND),
     **dict.fromkeys(("save_on_exit", "realtime"), flag),
     **dict.fromkeys(("sessions", "jobs", "jobs_kept", "prompt_characters", "worlds", "behind_blocks"), integer(1)),
+    **dict.fromkeys(("recordings", "recordings_kept"), integer(1)),
+    "recording_seconds": above_zero("seconds"),
     **dict.fromkeys(("queue", "jobs_waiting"), integer(0)),
     **dict.fromkeys(("message_bytes", "upload_bytes", "upload_pixels"), integer(1024)),
     "picture_pixels": optional(integer(1)),

@@ -88,7 +88,10 @@ def serve_if_ranked() -> None:
 @torch.no_grad()
 def serve(place: Place) -> None:
     store = join_store(place)
-    host, port, token = store.get(ADDRESS).decode().split("|")
+    try:
+        host, port, token = store.get(ADDRESS).decode().split("|")
+    except RuntimeError as error:
+        raise InferixError(f"rank 0 loaded no engine for {place.ranks} ranks") from error
     inbox = Inbox(connected((host, int(port)), START.total_seconds()))
     hello = {"rank": place.rank, "token": token, "pid": os.getpid(), "host": socket.gethostname()}
     inbox.send(Message("hello", hello))

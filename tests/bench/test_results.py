@@ -145,12 +145,28 @@ def test_the_compare_command_prints_and_fails_on_slower(tmp_path):
 def test_cpu_figures_stay_away_from_gpu_goals():
     cpu = block_result({"eager/block": [0.1234], "eager/transformer": [0.1011], "eager/decode": [0.0123]})
     text = page({"cpu.json": cpu}, "results", "page.md", {})
-    gpu_part, _, cpu_part = text.partition("## On a CPU")
-    goals = gpu_part.partition("## On a GPU")[2]
-    assert "No result of a GPU has been recorded yet" in goals
+    measured, _, goals = text.partition("## Goals on a GPU")
+    assert measured.index("## What was measured") < measured.index("eager: ") < measured.index("no figure of a GPU")
     assert goals.count("not measured yet") == len(GOALS)
-    assert "123.4" not in goals and "123.4" in cpu_part
-    assert "(CPU, Some Processor)" in cpu_part and "goal" not in cpu_part.partition("### ")[2]
+    assert "123.4" not in goals and "123.4" in measured and "## On a GPU" not in measured
+    assert "(CPU, Some Processor)" in measured and "goal" not in measured.partition("## On a CPU")[2]
+    assert "Goals" not in page({"cpu.json": cpu}, "results", "page.md", {}, goals=False)
+
+
+def test_goals_are_shown_for_the_project_s_results_and_foreign_json_is_passed_over(tmp_path):
+    write_result(block_result({"eager/block": [0.1234]}), tmp_path / "a.json")
+    for name, text in (("package.json", '{"name": "x"}'), ("list.json", "[1]"), ("kind.json", '{"kind": "block"}')):
+        (tmp_path / name).write_text(text)
+    done = CliRunner().invoke(app, ["bench", "report", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    assert done.exit_code == 0, done.stderr
+    assert all(f"/{name}'" in done.stderr for name in ("package.json", "list.json", "kind.json"))
+    assert "/a.json" not in done.stderr
+    assert "Goals" not in (tmp_path / "page.md").read_text("utf-8")
+    shown = write_report(tmp_path, tmp_path / "page.md", goals=True)[0]
+    assert "## Goals on a GPU" in shown.read_text("utf-8")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UsageError, match=r"broken\.json"):
+        read_folder(tmp_path)
 
 
 def test_a_goal_is_shown_beside_its_card_and_its_work_only():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from oracles import ROWS, SIZE, TINY
-from thread_ranks import difference, pair
+from thread_ranks import difference, pair, thread_engine
 from torch import Tensor
 
+from inferix import load
+from inferix.models.registry import MODELS
 from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.session import Session
@@ -36,11 +39,11 @@ QUICK = {  # the others run with the slow tests
 
 
 @torch.no_grad()
-def stream(engine: Engine, path: Path, size: tuple[int, int] = SIZE) -> Tensor:
+def stream(engine: Engine, path: Path) -> Tensor:
     """Blocks with another prompt, a fork, a rest in host memory, a rewind and a restored session."""
     more: dict[str, object] = {"actions": ["left", "right"]} if engine.spec.actions else {}
     more |= {"negative_embeds": OTHER} if engine.preset.name == "causal-diffusion" else {}
-    with engine.open(prompt_embeds=ROWS, size=size, seed=11, **more) as session:
+    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=11, **more) as session:
         made = [block.latents for block in session.stream(3, decode=False)]
         session.prompt(embeds=OTHER)
         made += [block.latents for block in session.stream(1, decode=False)]
@@ -66,7 +69,80 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("name", "layout"), cases())
 def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path) -> None:
     preset, overrides = STREAMS[name]
-    alone, ranked = pair(preset, layout, vae_spec=SMALL_VAE, **overrides)
-    expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
+    with pair(preset, layout, vae_spec=SMALL_VAE, **overrides) as (alone, ranked):
+        expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
+        assert ranked.resources.worker.group.sent > 0
     assert difference(found, expected) <= LIMIT
-    assert ranked.resources.worker.group.sent > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "layout"),
+    [
+        ("wan-ranks-gqa", 2, "ulysses"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                ("wan-ranks", 4, "ulysses"), ("wan-ranks", 4, "pass-q"), ("wan-ranks-6", 3, "ulysses"),
+                ("wan-ranks-6", 6, "ulysses"), ("wan-ranks-6", 4, "pass-q"), ("wan-ranks-gqa", 4, "pass-q"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_other_heads_and_more_ranks_make_the_stream_of_one(model: str, ranks: int, layout: str) -> None:
+    spec = MODELS[model]
+    settings = {"local_attn_size": 6, "denoising_step_list": [1000, 500]}
+    with pair("self-forcing", layout, ranks, spec=spec, **settings) as (alone, ranked):
+        rows = torch.randn(3, spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        made = []
+        for engine in (alone, ranked):
+            with engine.open(prompt_embeds=rows, size=spec.default_size, seed=1) as session:
+                made.append(torch.cat([block.latents for block in session.stream(4, decode=False)]))
+        assert difference(*made) <= LIMIT
+        form = ranked.kv_manager.form(spec.default_size)
+        assert form.nbytes * ranks == form.whole.nbytes  # of pages, nothing is on two ranks
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_in_flight_with_guidance_by_timestep_make_the_stream_of_one(layout: str) -> None:
+    alone = load("magi-tiny", device="cpu", dtype="float64", num_steps=8)
+    rows = torch.randn(3, alone.spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    made = []
+    with thread_engine(alone, 2, layout) as ranked:
+        for engine in (alone, ranked):
+            with engine.open(prompt_embeds=rows, seed=1) as session:
+                made.append(torch.cat([block.latents for block in session.stream(1, decode=False)]))
+    assert difference(*made) <= LIMIT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_controls_forks_and_rewinds_make_the_same_streams(layout: str) -> None:
+    settings = {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000], "rewind_blocks": 2}
+    with pair("longlive", layout, vae_spec=SMALL_VAE, **settings) as (alone, ranked):
+        assert difference(walk(ranked, Random(layout)), walk(alone, Random(layout))) <= LIMIT
+
+
+@torch.no_grad()
+def walk(engine: Engine, random: Random, steps: int = 14) -> Tensor:
+    """Blocks of up to three sessions under controls drawn from `random`."""
+    sessions = [engine.open(prompt_embeds=ROWS, size=SIZE, seed=3)]
+    made = []
+    for _ in range(steps):
+        session = random.choice(sessions)
+        match random.choice(("block", "block", "prompt", "fork", "rewind", "offload")):
+            case "block":
+                made += [block.latents for block in session.stream(1, decode=False)]
+            case "prompt":
+                session.prompt(embeds=ROWS * random.uniform(0.5, 2))
+            case "fork" if len(sessions) < 3:
+                sessions.append(session.fork())
+            case "rewind" if session.current.next_block > 1:
+                session.rewind(session.current.next_block - 1)
+            case "offload":
+                cache = session.current.branches[0].cache
+                cache.offload()
+                cache.onload()
+    for session in sessions:
+        made += [block.latents for block in session.stream(1, decode=False)]
+        session.close()
+    engine.check_integrity()
+    return torch.cat(made)

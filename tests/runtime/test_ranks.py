@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from oracles import SIZE
 from thread_ranks import difference, pair
 from torch import Tensor
 
@@ -103,8 +107,7 @@ def test_a_killed_rank_is_named_and_all_processes_end(ranked: Engine) -> None:
 def test_an_error_of_one_rank_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from inferix.runtime.parallel import rank_process
 
-    _, engine = pair("self-forcing", "ulysses")
-    with engine.open(prompt_embeds=ROWS[:, :16], size=(32, 32)) as session:
+    with pair("self-forcing", "ulysses") as (_, engine), engine.open(prompt_embeds=ROWS[:, :16], size=SIZE) as session:
         blocks(session, 1)
 
         def fails(worker, inbox, message) -> None:
@@ -118,9 +121,8 @@ def test_an_error_of_one_rank_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     from inferix.runtime.parallel import rank_process
 
-    _, engine = pair("self-forcing", "ulysses")
     run = rank_process.run
-    with engine.open(prompt_embeds=ROWS[:, :16], size=(32, 32)) as session:
+    with pair("self-forcing", "ulysses") as (_, engine), engine.open(prompt_embeds=ROWS[:, :16], size=SIZE) as session:
         blocks(session, 1)
 
         def hangs(worker, inbox, message) -> None:
@@ -131,3 +133,61 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.Monkey
         monkeypatch.setattr(rank_process, "run", hangs)
         with pytest.raises(RankFailed, match=r"rank 1 .*0.5 s: it hangs"):
             blocks(session, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "layout"), [("self-forcing", "ulysses"), ("longlive", "pass-q")])
+def test_graphs_with_collectives_make_the_stream_of_eager(preset: str, layout: str) -> None:
+    settings: dict[str, object] = {"dtype": "float64", "local_attn_size": 6, "denoising_step_list": [1000, 500]}
+    settings |= {"sink_size": 1} if preset == "longlive" else {}
+    alone = load("wan-ranks", preset, device="cpu", **settings)
+    fused = load("wan-ranks", preset, device="cpu", gpus=2, parallel=layout, executor="fused", **settings)
+    made = []
+    for engine in (alone, fused):
+        with engine.open(prompt_embeds=ROWS, seed=4) as session:
+            made.append(blocks(session, 4))
+    assert difference(*made) <= LIMIT
+    fused.resources.worker.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]])
+def test_the_command_starts_ranks_or_joins_those_of_torchrun(launcher: list[str], tmp_path: Path) -> None:
+    ranks = [] if launcher else ["--gpus", "2"]
+    options = ["--model", "wan-ranks", "--device", "cpu", "--prompt", "fog", "--blocks", "2"]
+    options += ["--set", "local_attn_size=6"]
+    out = ["--latents-only", "--out", str(tmp_path / "out.safetensors"), "--json"]
+    command = [sys.executable, *launcher, "-m", "inferix", "generate", *options, *ranks, *out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["engine"]["config"]["gpus"] == 2
+    assert (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_rank_outlives_rank_0(number: signal.Signals, tmp_path: Path) -> None:
+    script = (
+        "import inferix\n"
+        "engine = inferix.load('wan-ranks', 'self-forcing', device='cpu', gpus=2, local_attn_size=6)\n"
+        "print(engine.resources.worker.peers.peers[0].pid, flush=True)\n"
+        "with engine.open(prompt='fog') as session:\n"
+        "    for _ in session.stream(10000, decode=False):\n"
+        "        print('block', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        rank = int(process.stdout.readline())
+        assert process.stdout.readline() == "block\n"
+        process.send_signal(number)
+    deadline = time.monotonic() + 60
+    while is_alive(rank):
+        assert time.monotonic() < deadline, f"process {rank} is left"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -32,7 +33,8 @@ class ThreadRank:
 
     def __init__(self, worker: LocalWorker, group: RankGroup, connection: Connection) -> None:
         self.worker, self.group, self.connection = worker, group, connection
-        threading.Thread(target=self.serve, daemon=True).start()
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
 
     @torch.no_grad()
     def serve(self) -> None:
@@ -68,22 +70,26 @@ def groups_of(ranks: int) -> list[RankGroup]:
         return list(pool.map(joined, places))
 
 
-def thread_engine(engine: Engine, ranks: int, layout: str) -> Engine:
-    """An engine of the same settings and weights whose passes run on threads, one a rank."""
+@contextlib.contextmanager
+def thread_engine(engine: Engine, ranks: int, layout: str) -> Iterator[Engine]:
+    """An engine of the same settings and weights whose passes run on threads, one a rank; they end with the context."""
     groups = groups_of(ranks)
     workers = []
     for rank, group in enumerate(groups):
         parts = dataclasses.replace(engine.parts, shard=Shard(layout, ranks, rank, add_group(group)))
         workers.append(LocalWorker(engine.config, engine.preset, parts))
-    peers = []
+    peers, threads = [], []
     for rank in range(1, ranks):
         mine, theirs = (Connection(end) for end in socketpair())
-        ThreadRank(workers[rank], groups[rank], theirs)
+        threads.append(ThreadRank(workers[rank], groups[rank], theirs).thread)
         peers.append(Peer(rank, mine, 0, "test"))
     alive = Alive(peers, TIMEOUT)
     alive.group = groups[0]
     worker = RankedWorker(workers[0], alive, groups[0])
-    return Engine(engine.config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
+    yield Engine(engine.config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
+    worker.end()
+    for thread in threads:
+        thread.join()
 
 
 def socketpair() -> tuple[socket.socket, socket.socket]:
@@ -93,10 +99,12 @@ def socketpair() -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
-def pair(preset: str, layout: str, ranks: int = 2, **overrides: object) -> tuple[Engine, Engine]:
+@contextlib.contextmanager
+def pair(preset: str, layout: str, ranks: int = 2, **overrides: object) -> Iterator[tuple[Engine, Engine]]:
     """Engines of a preset on one rank, and on several, with the same weights."""
     alone = make_engine(preset, **overrides)
-    return alone, thread_engine(alone, ranks, layout)
+    with thread_engine(alone, ranks, layout) as ranked:
+        yield alone, ranked
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import random
+import re
 
 import httpx
 import msgpack
@@ -13,6 +14,7 @@ from live_client import PROMPT, Client, serving
 
 from inferix.errors import UsageError
 from inferix.serve.access import TOKEN_PROTOCOL
+from inferix.serve.app import PAGE
 from inferix.serve.protocol import Codec, json_schema
 from inferix.serve.refusals import Refusal
 from inferix.serve.server import listen
@@ -261,3 +263,12 @@ def test_the_schema_names_every_verb():
     schema = json.dumps(json_schema())
     for verb in ("open", "attach", "prompt", "act", "pause", "resume", "stop", "fork", "rewind", "save", "restore"):
         assert f'"{verb}"' in schema
+
+
+def test_the_page_needs_nothing_from_elsewhere(served):
+    page = httpx.get(served.url)
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for file in PAGE.iterdir():
+        text = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.findall(r"(?:https?:)?//[a-z0-9-]+\.[a-z]", text), file.name
+        assert httpx.get(f"{served.url}/{file.name}").status_code == (401 if file.name == "index.html" else 200)

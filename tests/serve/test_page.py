@@ -3,7 +3,6 @@
 The browser is Debian's chromium, driven by playwright; without it these tests are skipped.
 """
 
-import re
 import shutil
 
 import pytest
@@ -36,6 +35,9 @@ WATCH = """() => {
   const told = pane.applied.bind(pane);
   pane.applied = (event, sent) => { window.applied.push(event); told(event, sent); };
 }"""
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,6 @@ def test_a_key_shows_in_the_block_of_its_receipt_and_a_reload_comes_back(page, s
     wait_for(page, "inferix.active().last.rollout === 1")
 
 
-@pytest.mark.slow
 def test_the_page_asks_for_the_token(page, tmp_path):
     with serving(ServeSettings(token="sixteen-characters!"), tmp_path) as served:
         page.goto(served.url)
@@ -128,7 +129,6 @@ def test_the_page_asks_for_the_token(page, tmp_path):
         wait_for(page, "window.inferix && inferix.active().player.drawn > 0")
 
 
-@pytest.mark.slow
 def test_every_control_has_a_name_and_the_phone_a_pad(browser, served):
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     page = context.new_page()
@@ -144,7 +144,6 @@ def test_every_control_has_a_name_and_the_phone_a_pad(browser, served):
     context.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("media", ["raw", "jpeg", "h264", "vp9", "fmp4"])
 def test_every_media_format_is_shown(browser, served, media):
     context = browser.new_context()
@@ -156,11 +155,3 @@ def test_every_media_format_is_shown(browser, served, media):
     page.keyboard.down("d")
     wait_for(page, "seen.some((entry) => entry.change > 1)")
     context.close()
-
-
-def test_the_page_needs_nothing_from_elsewhere():
-    from inferix.serve.app import PAGE
-
-    for file in PAGE.iterdir():
-        text = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
-        assert not re.findall(r"(?:https?:)?//[a-z0-9-]+\.[a-z]", text), file.name

@@ -150,6 +150,7 @@ def test_jobs_survive_a_restart(tmp_path):
     store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the library warns that the hosted service is closed
 def test_the_client_library_of_the_videos_api(served, tmp_path):
     openai = pytest.importorskip("openai", reason="openai is in the [dev] extra")

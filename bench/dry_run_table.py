@@ -1,0 +1,89 @@
+"""Dry runs of the configurations that the goals are about, as one file: what changed between two commits is a diff.
+
+Write it: python -m inferix.bench.dry_run_table bench/results/dry-run-after.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+
+from ..errors import UsageError, nearest, one_line_errors, quoted
+from ..graphs.rewrites import chosen, rewritten
+from ..graphs.rewrites.lowp import PrecisionMap
+from ..models.registry import MODELS, family_of, make_preset
+from ..runtime.config import EVERY_BLOCK
+from ..runtime.files import write_atomically
+from ..runtime.kv.page_store import KV_DTYPES
+from ..runtime.programs.block_graph import BlockGraphBuilder
+from ..runtime.programs.graph_builder import padded_width
+from .dry_run import dry_run, facts, run_decoder
+from .result import CHECK
+from .time_model import RATES
+
+
+class Configuration(NamedTuple):
+    """A block to run; fp8: linear layers and pages. decoders: names of the decoders to run beside it."""
+
+    model: str
+    preset: str
+    fp8: bool = False
+    decoders: tuple[str, ...] = ()
+
+
+CONFIGURATIONS = {
+    "self-forcing": Configuration("wan-1.3b", "self-forcing", decoders=("vae", "taehv")),
+    "self-forcing-fp8": Configuration("wan-1.3b", "self-forcing", fp8=True),
+    "framewise": Configuration("wan-1.3b", "self-forcing-framewise"),
+    "longlive": Configuration("wan-1.3b", "longlive"),
+    "krea": Configuration("wan-14b", "krea"),
+}
+
+
+def run(configuration: Configuration, architecture: int, compiled: bool) -> dict[str, Any]:
+    """Facts of a configuration's dry run; those of its decoders under `decoders`."""
+    model, preset, fp8, decoders = configuration
+    spec, scheme = MODELS[model], make_preset(preset)
+    builder = BlockGraphBuilder(spec, scheme, dtype=torch.bfloat16, kv_dtype=KV_DTYPES["fp8"] if fp8 else None)
+    builder.max_pages = padded_width(builder.max_pages)
+    names = chosen(["lowp"] if fp8 else [])
+    block = rewritten(builder.build(), names, PrecisionMap("fp8", EVERY_BLOCK))
+    rates, family = RATES.get(architecture), family_of(spec)
+    result = facts(dry_run(block, architecture, compiled), rates, block)
+    latents, parts = (scheme.num_frame_per_block, *builder.latent), {}
+    for name in decoders:
+        sizes = family.chosen_decoder_spec(spec, name == "taehv")
+        decoded = run_decoder(architecture, partial(family.build_decoder, sizes), latents, builder.dtype)
+        parts[name] = facts(decoded, rates, block)["parts"]["decoder"]
+    return result | {"decoders": parts}
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="File to write; configurations that it has and that are not run stay.")],
+    only: Annotated[list[str] | None, typer.Option(help="Configuration to run; repeatable.  [default: all]")] = None,
+    architecture: Annotated[int, typer.Option(help="Compute capability times ten.")] = 90,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the kernels.")] = True,
+) -> None:
+    """Run configurations and write their facts as JSON, after each."""
+    for name in only or ():
+        if name not in CONFIGURATIONS:
+            known = ", ".join(CONFIGURATIONS)
+            raise UsageError(f"only is {quoted(name)}{nearest(name, CONFIGURATIONS)}; expected one of {known}")
+    facts_of = json.loads(file.read_text("utf-8"))["configurations"] if file.exists() else {}
+    for name in only or CONFIGURATIONS:
+        facts_of[name] = run(CONFIGURATIONS[name], architecture, compiled)
+        block = facts_of[name]["parts"]["block"]
+        print(f"{name}: {block['calls']} calls, {block.get('predicted', 0) * 1e3:.0f} ms predicted", file=sys.stderr)
+        text = json.dumps({CHECK: True, "configurations": facts_of}, indent=1)
+        write_atomically(file, lambda part, text=text: part.write_text(text + "\n", "utf-8"))  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        typer.run(main)

@@ -1,0 +1,150 @@
+"""The dry run on fake CUDA tensors: launches of a whole block, the rules of capture, and the time model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from inferix.bench.dry_run import DryRun, FakeCard, Recorder, WithoutDriver, dry_run, facts, run_decoder, summary
+from inferix.bench.time_model import RATES, rates_of, tiles_of
+from inferix.errors import InferixError, UsageError
+from inferix.graphs.lowered import lower_block
+from inferix.graphs.program import Form
+from inferix.graphs.rewrites import chosen, rewritten
+from inferix.graphs.types import BlockGraph
+from inferix.models.registry import MODELS, family_of, make_preset
+from inferix.runtime.programs.block_graph import BlockGraphBuilder
+
+SPEC = replace(MODELS["wan-tiny"], num_layers=2)
+
+
+@cache
+def block() -> BlockGraph:
+    builder = BlockGraphBuilder(SPEC, make_preset("self-forcing"), (64, 64), torch.bfloat16)
+    return rewritten(builder.build(), chosen())
+
+
+def recorded(call) -> DryRun:
+    """What a recorder notes of `call(tensor)`, a fake [4, 8] on a card."""
+    run = DryRun(90)
+    with torch.no_grad(), WithoutDriver(), FakeCard():
+        tensor = torch.empty(4, 8, device="cuda")
+        with Recorder(run, "block"):
+            call(tensor)
+    return run
+
+
+def test_a_dry_run_launches_every_call_of_the_program():
+    run, program = dry_run(block(), 90, compiled=False), lower_block(block()).body.program
+    copies = sum(call.form is Form.COPIED for call in program.calls)  # what such a call returns is copied into place
+    assert len(run.of("block")) == len(program.calls) + copies
+    assert sum(launch.allocated > 0 for launch in run.of("block")) == sum(call.allocates for call in program.calls)
+    attention = [launch for launch in run.of("block") if launch.op == "inferix::block_attention"]
+    assert len(attention) == 5 * SPEC.num_layers - 1  # the commit's last layer only writes its pages
+    assert {launch.rate for launch in attention} == {"attention"}
+    assert all(launch.tiles for launch in attention)
+    assert run.faults() == []
+
+
+def test_a_dry_run_reports_totals_by_kind_and_by_op():
+    run = dry_run(block(), 90, compiled=False)
+    sums = summary(run, RATES[90])["block"]
+    for parts in (sums["kinds"], sums["ops"]):
+        assert sum(row["flops"] for row in parts.values()) == sums["flops"] > 0
+        assert sum(row["predicted"] for row in parts.values()) == pytest.approx(sums["predicted"])
+    assert json.loads(json.dumps(facts(run, None, block())))["parts"]["block"]["calls"] == sums["calls"]
+    assert "predicted" not in summary(run, None)["block"]
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_a_decoder_runs_on_fake_tensors_of_a_card(tiny):
+    family = family_of(SPEC)
+    sizes = family.chosen_decoder_spec(SPEC, tiny)
+    run = run_decoder(90, lambda: family.build_decoder(sizes), (1, SPEC.out_channels, 4, 4), torch.bfloat16, False)
+    assert run.of("decoder")
+    assert run.faults() == []  # a decoder is not captured yet, so that its broken rules are no faults
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_reads_on_the_host_are_refused():
+    with pytest.raises(InferixError, match="_local_scalar_dense"):
+        recorded(lambda tensor: tensor.sum().item())
+
+
+def test_copies_between_host_and_card_and_random_numbers_are_faults():
+    assert "_to_copy" in recorded(lambda tensor: tensor.to("cpu")).faults()[0]
+    assert "copy" in recorded(lambda tensor: tensor.copy_(torch.zeros(4, 8))).faults()[0]
+    assert "_to_copy" in recorded(lambda tensor: torch.tensor([1.0, 2.0], device="cuda")).faults()[0]
+    assert "bernoulli" in recorded(torch.bernoulli).faults()[0]
+    assert recorded(lambda tensor: tensor.add_(1)).faults() == []
+
+
+def test_allocations_are_counted_in_bytes():
+    (launch,) = recorded(lambda tensor: tensor + 1).launches
+    assert (launch.allocated, launch.nbytes) == (128, 256)
+    (launch,) = recorded(lambda tensor: torch.add(tensor, 1, out=tensor)).launches
+    assert launch.allocated == 0
+    assert recorded(lambda tensor: tensor.t()[1:, None].transpose(0, 1)).launches == []
+
+
+@pytest.mark.parametrize(
+    "index", [0, -1, slice(1, 3), (slice(None), 2), (..., None, 3), (1, ..., slice(0, 8, 3)), (None, slice(-2, None))]
+)
+def test_indices_on_fake_tensors_are_views_as_torch_makes_them(index):
+    shapes = {}
+
+    def shape(tensor: Tensor) -> None:
+        part = tensor[index]
+        shapes["fake"] = tuple(part.shape), part.stride(), part.storage_offset()
+
+    recorded(shape)
+    part = torch.empty(4, 8)[index]
+    assert shapes["fake"] == (tuple(part.shape), part.stride(), part.storage_offset())
+
+
+def test_an_architecture_without_code_is_refused():
+    with pytest.raises(UsageError, match="91"):
+        dry_run(block(), 91)
+
+
+def test_the_time_model_counts_waves_bytes_and_starts():
+    rates = RATES[90]
+    assert rates.full(444) == pytest.approx(444 / 528)  # 37 tiles of queries, 12 heads, on 132 multiprocessors
+    assert rates.full(0) == rates.full(132) == 1
+    start = rates.start * 1e-6
+    assert rates.seconds("", 0, 3_000_000_000_000, 0) == pytest.approx(1 + start)
+    assert rates.seconds("matmul", 700 * 10**12, 0, 0) == pytest.approx(1 + start)
+    assert rates.seconds("matmul", 700 * 10**12, 0, 66) == pytest.approx(2 + start)
+    assert tiles_of((2, 129, 512)) == 8
+
+
+def test_the_time_model_takes_other_constants_by_name():
+    assert RATES[90].changed({"attention": "600"}).attention == 600
+    with pytest.raises(UsageError, match="atention"):
+        RATES[90].changed({"atention": "600"})
+    assert rates_of(80, {}) is None
+    with pytest.raises(UsageError, match="attention"):
+        rates_of(80, {"attention": "600"})
+    with pytest.raises(UsageError, match="'fast'"):
+        RATES[90].changed({"attention": "fast"})
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_block_compile_for_a_card():
+    run = dry_run(block(), 90)
+    assert {name.partition(",")[0] for name in run.kernels} >= {"block_attention", "adaln", "qk_norm_rope_append"}
+    assert run.faults() == []
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_dry_run_and_fails_for_a_fault():
+    command = [sys.executable, "-m", "inferix", "graph", "--model", "wan-tiny", "--dry-run", "cuda:90", "--no-compile"]
+    done = subprocess.run([*command, "--vae", "none", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["faults"] == []

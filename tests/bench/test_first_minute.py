@@ -1,0 +1,60 @@
+"""The first minute: it runs end to end on a CPU, a line that breaks costs no other, and results have a commit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from inferix.bench import machine
+from inferix.bench.first_minute import LINES, Run, run_lines
+from inferix.bench.subject import Subject
+
+
+def tiny() -> Run:
+    return Run(Subject("wan-tiny", "self-forcing", random_weights=True, device="cpu", executor="fused"), "cpu")
+
+
+def test_a_line_that_breaks_is_written_down_and_the_next_runs(tmp_path, monkeypatch):
+    run, file, seen = tiny(), tmp_path / "minute.json", []
+    monkeypatch.setattr(Run, "dims", {})
+
+    def broken(run):
+        raise AttributeError("no such form\nmore")
+
+    def later(run):
+        seen.extend(json.loads(file.read_text("utf-8"))["lines"])  # the file is there before the next line begins
+        return {"ms": 1.5}
+
+    assert not run_lines(run, file, {"first": (broken, 1), "second": (later, 2)})
+    lines = json.loads(file.read_text("utf-8"))["lines"]
+    assert lines["first"]["error"] == "AttributeError: no such form"
+    assert lines["second"]["values"] == {"ms": 1.5}
+    assert seen == ["first"]
+
+
+def test_lines_state_the_time_they_should_take():
+    assert sum(seconds for _, seconds in LINES.values()) <= 90
+
+
+@pytest.mark.slow
+def test_the_first_minute_runs_end_to_end_on_a_cpu(tmp_path):
+    file = tmp_path / "minute.json"
+    run_lines(tiny(), file, LINES)
+    facts = json.loads(file.read_text("utf-8"))
+    errors = {name: line["error"] for name, line in facts["lines"].items() if "error" in line}
+    assert errors.keys() <= {"fp8"}  # which CPUs without FP8 products refuse
+    assert facts["lines"]["graph"]["values"]["fused off by"] < 0.04
+
+
+def test_results_have_a_commit_without_a_repository(tmp_path, monkeypatch):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "machine.py").write_text("x = 1\n", "utf-8")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "bench" / "machine.py"))
+    monkeypatch.delenv("INFERIX_COMMIT", raising=False)
+    before = machine.commit()
+    assert before == f"sources {machine.digest_of_sources(tmp_path)}"
+    (tmp_path / "bench" / "machine.py").write_text("x = 2\n", "utf-8")
+    assert machine.commit() != before
+    monkeypatch.setenv("INFERIX_COMMIT", "abc123")
+    assert machine.commit() == "abc123"

@@ -1,0 +1,110 @@
+"""The planner of several GPUs: bytes equal those of a run, choices that fit, and refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from oracles import ROWS, SIZE
+from thread_ranks import pair
+
+from inferix import UsageError
+from inferix.models.registry import MODELS, family_of, make_preset
+from inferix.runtime.capacity import rank_planner
+from inferix.runtime.capacity.gpus import CARDS
+from inferix.runtime.capacity.planner import Ceiling, Workload, steady_blocks
+from inferix.runtime.capacity.rank_planner import LINKS, choose, plans, read_link
+from inferix.schemes.layouts import LAYOUTS, Divided, choose_layout
+
+H200 = CARDS["h200"]
+CEILING = Ceiling(H200.tflops, H200.bandwidth, "maker's figures")
+
+
+def workload(model: str, preset: str = "self-forcing", **settings: object) -> Workload:
+    spec = MODELS[model]
+    decoder = family_of(spec).chosen_decoder_spec(spec, tiny=False)
+    return Workload(spec, make_preset(preset, **settings), decoder, 0, spec.default_size, "bfloat16", "bfloat16")
+
+
+def options(load: Workload, gpus: int, link: str = "nvlink", memory: int = H200.memory_gb * 10**9):
+    return list(plans(load, gpus, memory, CEILING, LINKS[link]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("self-forcing", {"local_attn_size": 6, "denoising_step_list": [1000, 500]}),
+        ("longlive", {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000]}),
+    ],
+)
+def test_bytes_sent_in_a_block_equal_the_formula(preset: str, settings: dict[str, object], layout: str) -> None:
+    with pair(preset, layout, **settings) as (_, engine):
+        load = replace(workload("wan-tiny", preset, **settings), spec=engine.spec, size=SIZE, dtype="float64")
+        group = engine.resources.worker.group
+        with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+            list(session.stream(3, decode=False))
+            before = group.sent, group.calls
+            list(session.stream(1, decode=False))
+        (block,) = steady_blocks(load.preset)
+        assert group.sent - before[0] == rank_planner.block_bytes(load, block, layout, 2)
+        assert group.calls - before[1] == len(block.passes) * rank_planner.collectives(load, layout)
+
+
+def test_latency_takes_the_shortest_block_and_throughput_the_most_frames() -> None:
+    listed = options(workload("wan-1.3b"), 8)
+    assert {(one.layout, one.ranks) for one in listed} >= {("one", 1), ("ulysses", 4), ("pass-q", 8)}
+    assert not any(one.layout == "ulysses" and one.ranks == 8 for one in listed)  # 12 heads
+    fastest, reason = choose(listed, "latency")
+    assert fastest.block == min(one.block for one in listed) and fastest.ranks > 1 and str(fastest) in reason
+    most, _ = choose(listed, "throughput")
+    assert most.fps == max(one.fps for one in listed) and (most.ranks, most.replicas) == (1, 8)
+
+
+def test_a_model_that_one_gpu_cannot_hold_is_not_planned_on_one() -> None:
+    load = workload("wan-14b")
+    needs = {one.ranks: one.memory for one in options(load, 4) if one.layout in ("one", "ulysses")}
+    assert needs[1] > needs[2] > needs[4]
+    best, _ = choose(options(load, 4, memory=needs[2]), "throughput")
+    assert best.ranks > 1
+    with pytest.raises(UsageError, match=f"{needs[4] / 1e9:.1f} GB"):
+        choose(options(load, 4, memory=needs[4] // 2), "latency")
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("model", ["wan-1.3b", "wan-14b", "wan-5b"])
+def test_load_takes_the_layout_that_the_planner_predicts_to_be_faster(model: str, link: str) -> None:
+    load = workload(model)
+    for ranks in (2, 4, 5, 8):
+        same = [one for one in options(load, ranks, link) if one.ranks == ranks]
+        if same:
+            assert choose_layout(rank_planner.divided(load), ranks) == min(same, key=lambda one: one.block).layout
+
+
+def test_a_measured_link_replaces_the_assumed_one(tmp_path: Path) -> None:
+    file = tmp_path / "link.json"
+    file.write_text(json.dumps({"bandwidth": 12.5, "latency": 40}))
+    assert (read_link(str(file)).bandwidth, read_link(str(file)).latency) == (12.5, 40)
+    for text in ("{}", "[]", '{"bandwidth": 0, "latency": 1}', '{"bandwidth": "x", "latency": 1}', "nonsense"):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=r"link\.json"):
+            read_link(str(file))
+    with pytest.raises(UsageError, match=r"nvlnk.*nvlink"):
+        read_link("nvlnk")
+
+
+@pytest.mark.parametrize(
+    ("divided", "ranks", "parallel", "words"),
+    [
+        (Divided(12, 12, (30, 52)), 8, "ulysses", ("12 heads", "parallel=pass-q", "gpus=6")),
+        (Divided(4, 2, (4, 6)), 4, "ulysses", ("2 of keys", "parallel=pass-q", "gpus=2")),
+        (Divided(4, 4, (4, 6)), 7, "auto", ("4 x 6", "gpus=6")),
+        (Divided(1, 1, (1, 1)), 2, "auto", ("1 x 1", "gpus=1")),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_with_the_nearest_that_works(divided, ranks, parallel, words) -> None:
+    with pytest.raises(UsageError) as error:
+        choose_layout(divided, ranks, parallel)
+    assert all(word in str(error.value) for word in (f"gpus is {ranks}", *words))
