@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,19 @@ from ...graphs.trace import fake_model, trace
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...models.cross_attention import TextByFrames, TextKeyValues
+from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...models.transformer import KeyValues, Transformer
 from ...schemes.block_schedule import branch_run
 from ...schemes.guidance import Guidance, classifier_free
 from ...schemes.presets import Preset
+from ...schemes.sampler_spec import SamplerSpec
 from ..kv.page_store import PageForm
 from ..sampler import Sampler, guided
 from .block_plan import PlannedPass, latent_names, plan_block
 
+TRACES = 64  # passes and steps of a process, each kept for blocks of the same shapes
 TABLES = ("pages", "page_table", "page_count", "rope_time", "rope_sink", "sink_count")
 WRITTEN = ("written_slots", "written_pages")  # where pages have another dtype than the model
 SEEN = ("seen_pages", "seen_slots")  # and are restored into the staging buffer to be read
@@ -170,6 +173,43 @@ class SolverStep(nn.Module):
         return noise.to(latents.dtype)
 
 
+@dataclass(frozen=True)
+class PassSource:
+    """What the trace of a pass depends on besides its layout and shapes.
+
+    family: since another family may be registered under the same name.
+    """
+
+    family: Family
+    spec: ModelSpec
+    precision: str
+    dtype: torch.dtype
+    device: str
+
+
+@lru_cache(maxsize=8)
+def fake_transformer(source: PassSource) -> Transformer:
+    """Make the transformer with fake weights once in a process."""
+    return fake_model(lambda: source.family.build(source.spec, source.precision), source.dtype, source.device)
+
+
+@lru_cache(maxsize=TRACES)
+def traced_pass(
+    source: PassSource, layout: Layout, guidance: Guidance, shard: Shard, inputs: tuple[Value, ...]
+) -> PassGraph:
+    """Trace a pass of the model once in a process; nothing changes the graph, which builders copy."""
+    module = ModelPass(fake_transformer(source), layout, guidance, shard)
+    return trace("the model's pass", module, inputs, model="model", device=source.device)
+
+
+@lru_cache(maxsize=TRACES)
+def traced_step(
+    spec: SamplerSpec, steps: tuple[int, ...], frames: int, lead: int, device: str, inputs: tuple[Value, ...]
+) -> PassGraph:
+    """Trace a solver step once in a process."""
+    return trace("the solver's step", SolverStep(Sampler(spec), steps, frames, lead), inputs, device=device)
+
+
 class BranchJoin(nn.Module):
     """Velocities of branches that ran by themselves, joined, and the solver step.
 
@@ -250,8 +290,8 @@ class BlockGraphBuilder:
         self.shard = shard
         self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype, shard)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
-        self.model = fake_model(lambda: family_of(spec).build(spec, precision), dtype, device)
-        self.traced: dict[Layout, PassGraph] = {}
+        self.source = PassSource(family_of(spec), spec, precision, dtype, device)
+        self.model = fake_transformer(self.source)
 
     def build(self) -> BlockGraph:
         """Build the graph; UsageError for a model or preset that has none."""
@@ -327,13 +367,8 @@ class BlockGraphBuilder:
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
 
     def model_pass(self, layout: Layout) -> PassGraph:
-        """Traced pass of a layout; traced once."""
-        if layout not in self.traced:
-            module = ModelPass(self.model, layout, self.guidance, self.shard)
-            self.traced[layout] = trace(
-                "the model's pass", module, self.inputs(layout), model="model", device=self.device
-            )
-        return self.traced[layout]
+        """Traced pass of a layout."""
+        return traced_pass(self.source, layout, self.guidance, self.shard, tuple(self.inputs(layout)))
 
     def timesteps_shape(self, frames: int) -> tuple[int, ...]:
         """Shape of the timesteps of a pass, with the conditions of steps where the network takes them."""
@@ -407,8 +442,8 @@ class BlockGraphBuilder:
 
     def step(self, planned: PlannedPass) -> PassGraph:
         """Traced solver step of a denoising pass."""
-        module = SolverStep(self.sampler, planned.steps, self.preset.num_frame_per_block, planned.lead)
-        return trace("the solver's step", module, self.step_values(planned), device=self.device)
+        frames, values = self.preset.num_frame_per_block, tuple(self.step_values(planned))
+        return traced_step(self.preset.sampler, planned.steps, frames, planned.lead, self.device, values)
 
     def step_values(self, planned: PlannedPass) -> list[Value]:
         """Inputs of a solver step."""
