@@ -57,7 +57,7 @@ chromium:
 		|| echo "no chromium: the tests of the page are skipped"
 
 quick: .venv/.dev
-	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/runtime/test_page_pool.py \
+	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/test_errors.py tests/runtime/test_page_pool.py \
 		tests/runtime/test_scheduler.py
 
 fuzz: .venv/.dev

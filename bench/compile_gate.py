@@ -23,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,11 +53,14 @@ MATRIX = {  # instructions of the tensor cores: float16 and bfloat16, FP8, INT8
 }
 
 
-def compile_all(ops: Sequence[str] = (), cache: Path | None = None) -> dict[str, Row]:
+def compile_all(
+    ops: Sequence[str] = (), cache: Path | None = None, names: Collection[str] | None = None
+) -> dict[str, Row]:
     """Compile every variant of these ops, or of all, for every architecture: "op, variant, sm_90" -> `inspect`'s row.
 
-    cache: folder of Triton's cache, Triton's own choice if None. Raises UsageError for an op that does not exist and
-    InferixError without Triton or where a kernel does not compile.
+    cache: folder of Triton's cache, Triton's own choice if None. names: the rows to compile, such as `sample` chooses;
+    all if None. Raises UsageError for an op that does not exist and InferixError without Triton or where a kernel does
+    not compile.
     """
     for op in ops:
         if op not in SPECS:
@@ -69,6 +73,8 @@ def compile_all(ops: Sequence[str] = (), cache: Path | None = None) -> dict[str,
 
     def compile_apart(capability: int) -> dict[str, Row]:
         command = [sys.executable, "-m", "inferix.bench.compile_gate", "compile", str(capability), *ops]
+        for name in names or ():
+            command += ["--row", name]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise InferixError(f"compiling for sm_{capability} failed: {done.stderr.strip()[-1500:]}")
@@ -77,6 +83,30 @@ def compile_all(ops: Sequence[str] = (), cache: Path | None = None) -> dict[str,
 
     with ThreadPoolExecutor(os.cpu_count()) as processes:
         return {name: row for rows in processes.map(compile_apart, ARCHITECTURES) for name, row in rows.items()}
+
+
+def sample(names: Iterable[str]) -> list[str]:
+    """Choose rows that hold each variant of a form for one architecture, and each architecture of a form."""
+    variants: dict[str, list[str]] = {}
+    for name in names:
+        variants.setdefault(name.rpartition(", ")[0], []).append(name)
+    uses, chosen = Counter[tuple[str, str]](), list[str]()
+
+    def take(name: str) -> None:
+        uses[form_and_architecture(name)] += 1
+        chosen.append(name)
+
+    for rows in variants.values():
+        take(min(rows, key=lambda name: uses[form_and_architecture(name)]))
+    for name in chain.from_iterable(variants.values()):
+        if not uses[form_and_architecture(name)]:
+            take(name)
+    return chosen
+
+
+def form_and_architecture(name: str) -> tuple[str, str]:
+    """("adaln by other", "sm_90") of the row "adaln by other, affine bf16 d1536, sm_90"."""
+    return name.partition(", ")[0], name.rpartition(", ")[2]
 
 
 def triton_version() -> str:
@@ -228,13 +258,18 @@ def launches(**options: Any) -> Iterator[list[Any]]:
         yield compiled
 
 
-def compile_for(capability: int, ops: Sequence[str]) -> dict[str, Row]:
-    """Compile all variants of these ops, or of all, for one architecture, through their own launch functions."""
+def compile_for(capability: int, ops: Sequence[str], names: Collection[str] = ()) -> dict[str, Row]:
+    """Compile all variants of these ops, or of all, for one architecture, through their own launch functions.
+
+    names: the rows to compile; all without any.
+    """
     import triton
 
     triton.runtime.driver.set_active(StandInDriver(capability))
     kernels = {}
     for name, run, inputs in cases_for(capability, ops):
+        if names and name not in names:
+            continue
         with launches(warmup=True) as compiled:
             run(**inputs)
         (kernels[name],) = compiled
@@ -328,9 +363,10 @@ app = typer.Typer(help="The compile gate's parts; `inferix bench kernels --compi
 def print_compiled(
     capability: Annotated[int, typer.Argument(help="Compute capability times ten, as in 90.")],
     ops: Annotated[list[str] | None, typer.Argument(help="Ops to compile; all without any.")] = None,
+    rows: Annotated[list[str] | None, typer.Option("--row", help="Rows to compile; all without any.")] = None,
 ) -> None:
     """Compile for one architecture and print the rows as JSON."""
-    print(json.dumps(compile_for(capability, ops or [])))
+    print(json.dumps(compile_for(capability, ops or [], rows or [])))
 
 
 @app.command("write")

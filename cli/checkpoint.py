@@ -26,7 +26,7 @@ def checkpoint() -> None:
 def random(
     destination: Path = typer.Argument(..., metavar="DST", help="File or folder to write."),
     spec: str = typer.Option(..., help="Name of the model's sizes, such as wan-tiny or wan-1.3b."),
-    format: str = typer.Option(..., help="original, diffusers, or as published: self-forcing, causvid, krea, ..."),
+    format: str = typer.Option(..., help="original, diffusers, or as published: self-forcing, krea, magi, ..."),
     seed: int = typer.Option(0, help="Seed of the weights."),
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
 ) -> None:

@@ -417,7 +417,7 @@ def generate(
 
     Example: inferix generate --prompt "a purple wizard in a sandy desert by day" --actions "8R 4U 4S" --out wizard.mp4
 
-    Example: inferix generate --model tiny/ --size 64x64 --blocks 2 --set local_attn_size=6 -o boat.gif
+    Example: inferix generate --model tiny/ --prompt "a boat" --size 64x64 --blocks 2 -o boat.gif
 
     Example: inferix generate --preset longlive --size 64x64 --prompt "a street" --prompt-at 1 "snow" --seconds 2
 

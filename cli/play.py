@@ -439,7 +439,9 @@ def play(
         ranks: dict[str, Any] = {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
         engine = load(named, preset="tinyworld", device=device, executor=executor, graphs=graphs, **ranks, **checks)
     if not engine.spec.actions:
-        raise UsageError(f"{engine.parts.source} follows no actions; --model must be one that does, such as tinyworld")
+        raise UsageError(
+            f"{quoted(engine.parts.source)} follows no actions; --model must be one that does, such as tinyworld"
+        )
     controls = Controls(engine.spec.actions)
     first = engine.open(prompt=prompt, seed=seed)
     screen = Screen(first.size, words_of(engine), has_true_colour())

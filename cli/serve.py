@@ -115,14 +115,15 @@ def serve(
         "model": model, "preset": preset, "base": base, "vae": vae, "device": device, "dtype": dtype,
         "executor": executor,
     }  # fmt: skip
-    check_beside_engine(exported, {f"--{name}": value for name, value in given.items()})
+    check_beside_engine(exported, {f"--{name}": value for name, value in (*given.items(), ("size", size))})
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("inferix.serve").setLevel(logging.INFO)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(host, port, rules.token))
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferix-serve-")))
         engine = load(
-            **given, engine=exported, offline=offline, force=force, size=None if size is None else parse_size(size),
+            **({} if exported is not None else given), engine=exported, offline=offline, force=force,
+            size=None if size is None else parse_size(size),
             limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
             rewind_blocks=rewind_blocks, **chosen,
         )  # fmt: skip

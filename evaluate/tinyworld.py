@@ -43,6 +43,7 @@ Log = Callable[[str], None]
 
 PREFIX = 6  # latent frames of the simulator that a walk continues
 HERO = slice(SIZE // 2 - 11, SIZE // 2 + 8)  # rows and columns of the middle that the hero covers
+STREAM_SECONDS = 60  # of the streams whose tenths are compared
 EDGE = 6.0  # pixels a landmark's middle must be inside the picture to count as in view
 BARS = {
     "actions_right": (">=", 0.95),
@@ -304,7 +305,7 @@ def one_minute(engine: Engine, walks: int, log: Log) -> tuple[dict[str, Any], Pi
     The signals are averaged over all streams; the simulator's drift is the level of chance. Also returns pictures for a
     contact sheet, [8 streams at most, 10, SIZE, SIZE, 3].
     """
-    count = round(60 * engine.fps / FRAMES)
+    count = round(STREAM_SECONDS * engine.fps / FRAMES)
     ours, true, sheet, right, total = [], [], [], 0, 0
     for index in range(walks):
         rng = random.Random(200 + index)

@@ -264,7 +264,7 @@ class Family(ABC):
 
     def load_decoder(self, path: Path, dtype: torch.dtype, device: Any) -> Decoder:
         """Load a decoder, ready to run on a device."""
-        raise self.lacks("decoder files", str(path))
+        raise self.lacks("decoder files", quoted(path))
 
     # Comparison
 

@@ -76,6 +76,7 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "fit": choice(FITS),
     "strength": optional(above_zero(most=1)),
     "noise": optional(noise_source),
+    "prompt_mask": optional(instance(Tensor)),
     **dict.fromkeys(("prompt", "negative_prompt"), optional(text)),
     **dict.fromkeys(("prompt_embeds", "negative_embeds"), optional(embeddings)),
     **dict.fromkeys(("image", "video"), optional(pixels)),
@@ -130,10 +131,12 @@ class Engine:
         size: tuple[int, int] | None = None,
         actions: Sequence[str] = (),
         fit: str = "crop",
+        prompt_mask: Tensor | None = None,
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
-        prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show. image or video (uint8
+        prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show; prompt_mask ([L]) is 0 for rows
+        that are not of the prompt. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
         it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
         the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
@@ -144,6 +147,7 @@ class Engine:
             "prompt": prompt, "prompt_embeds": prompt_embeds, "seed": seed, "image": image, "video": video,
             "strength": strength, "negative_prompt": negative_prompt, "negative_embeds": negative_embeds,
             "noise": noise, "size": self.default_size if size is None else size, "actions": actions, "fit": fit,
+            "prompt_mask": prompt_mask,
         })  # fmt: skip
         self.manager.check_owner("open()")
         try:
@@ -168,6 +172,7 @@ class Engine:
         size: tuple[int, int],
         actions: Sequence[str],
         fit: str,
+        prompt_mask: Tensor | None,
     ) -> Session:
         preset, inputs = self.preset, self.inputs
         self.spec.latent_size(size)
@@ -181,7 +186,7 @@ class Engine:
         for action in actions:
             check_action(action, self.spec.actions)
         sampler = Sampler(preset.sampler, 1.0 if strength is None else strength)
-        rows = inputs.prompt_rows(prompt, prompt_embeds)
+        rows = inputs.prompt_rows(prompt, prompt_embeds, mask=prompt_mask)
         negative = inputs.negative_rows(negative_prompt, negative_embeds)
         source = clamped = prefix = None
         if video is not None and strength is not None:

@@ -26,15 +26,23 @@ class Inputs:
 
     resources: Resources
 
-    def prompt_rows(self, prompt: str | None, embeds: Tensor | str | Path | None, empty: bool = False) -> Tensor:
+    def prompt_rows(
+        self,
+        prompt: str | None,
+        embeds: Tensor | str | Path | None,
+        empty: bool = False,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Encode a prompt, or load `embeds`, to rows [text_len, text_dim]. UsageError for both or neither.
 
-        empty: the prompt may be empty.
+        empty: the prompt may be empty. mask: rows of `embeds` that belong to the prompt; None for all.
         """
         resources = self.resources
         if embeds is not None and prompt is None:
-            rows = load_prompt_embeds(embeds, resources.spec.text_len, resources.spec.text_dim)
+            rows = load_prompt_embeds(embeds, resources.spec.text_len, resources.spec.text_dim, mask)
             return rows.to(resources.device, resources.dtype)
+        if mask is not None:
+            raise UsageError("a mask says which rows of embeddings count, and there are none; give prompt_embeds")
         if embeds is not None or prompt is None:
             raise UsageError("give a prompt or prompt_embeds, and not both")
         self.check_prompt(prompt, empty)

@@ -63,11 +63,11 @@ def choose_layout(divided: Divided, ranks: int, parallel: str = AUTO) -> str:
     against = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason))
     advice = []
     if others := [layout for layout in divided.layouts(ranks) if layout not in wanted]:
-        advice.append(f"parallel={others[0]} fits {ranks}")
+        advice.append(f"give parallel={others[0]}, which fits {ranks}")
     if counts := divided.counts(wanted):
         near = sorted(counts, key=lambda count: (abs(count - ranks), count))[0]
-        advice.append(f"gpus={near} is the nearest that works with {' or '.join(wanted)}")
-    advice = advice or ["use gpus=1"]
+        advice.append(f"give gpus={near}, the nearest that works with {' or '.join(wanted)}")
+    advice = advice or ["give gpus=1"]
     raise UsageError(f"gpus is {ranks} with parallel={parallel}, but {against}; {', or '.join(advice)}")
 
 

@@ -105,7 +105,7 @@ def find_config(*folders: Path) -> Mapping[str, Any]:
                 continue
             config = (read_json(file) or {}).get(CONFIG)
             if config is not None and not isinstance(config, dict):
-                raise CheckpointError(f"{file}: {CONFIG} is {quoted(config)}; expected a JSON object")
+                raise CheckpointError(f"{quoted(file)}: {CONFIG} is {quoted(config)}; expected a JSON object")
             if config is not None:
                 return config
     return {}
@@ -131,10 +131,10 @@ def read_spec(
         cond, freq = tensors["t_embedder.mlp.0.weight"].shape
         made = tensors["final_linear.linear.weight"].shape[0] // (rows * columns)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} is no complete MAGI-1 transformer: no {error} in it") from error
+        raise CheckpointError(f"{quoted(path)} is no complete MAGI-1 transformer: no {error} in it") from error
     sizes = (dim, channels, width, queries, keys, ffn, text_len, text_dim, cond, freq, made, layers)
     if 0 in sizes or queries % width or keys % width or up not in (ffn, 2 * ffn) or channels != made:
-        raise CheckpointError(f"{path} is no MAGI-1 transformer: its sizes {sizes} do not belong together")
+        raise CheckpointError(f"{quoted(path)} is no MAGI-1 transformer: its sizes {sizes} do not belong together")
     copies = 2 if channels == 2 * MAGI_24B.in_channels else 1
     like = MAGI_24B if copies > 1 else MAGI_4B
     shown = replace(
@@ -165,7 +165,9 @@ def stated_fields(path: Path, config: Mapping[str, Any], shown: MagiSpec) -> dic
         elif value != values[name]:
             wrong.append(f"{key} is {quoted(value)}, the tensors have {values[name]}")
     if wrong:
-        raise UsageError(f"{CONFIG} beside {path} is not of this model: {'; '.join(wrong)}; remove or replace it")
+        raise UsageError(
+            f"{CONFIG} beside {quoted(path)} is not of this model: {'; '.join(wrong)}; remove or replace it"
+        )
     return stated
 
 
@@ -174,7 +176,9 @@ def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:
     numbers = {layer[1] for name in tensors if (layer := LAYER.match(name))}
     for number in range(len(numbers)):
         if str(number) not in numbers:
-            raise CheckpointError(f"{path} has {len(numbers)} layers, but none of number {number}; it is not complete")
+            raise CheckpointError(
+                f"{quoted(path)} has {len(numbers)} layers, but none of number {number}; it is not complete"
+            )
     return len(numbers)
 
 

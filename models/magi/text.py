@@ -127,7 +127,9 @@ def load_text(folder: Path, text_len: int, dtype: torch.dtype, device: Any) -> T
             folder, local_files_only=True, dtype=torch.promote_types(dtype, torch.float32)
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read the text encoder in {folder}: {reason(error)}; fetch it again") from error
+        raise CheckpointError(
+            f"cannot read the text encoder in {quoted(folder)}: {reason(error)}; fetch it again"
+        ) from error
     return T5Encoder(tokens, model.eval().to(device).requires_grad_(False), text_len)
 
 

@@ -52,21 +52,21 @@ def read_spec(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
     """Read sizes from shapes, and the heads and the grid of positions from the config, else from their counts."""
     wrong = [f"{key} is {quoted(config[key])}" for key, value in FIXED.items() if config.get(key, value) is not value]
     if wrong:
-        raise UsageError(f"{CONFIG} beside {path} is of another autoencoder ({'; '.join(wrong)}); use MAGI-1's")
+        raise UsageError(f"{CONFIG} beside {quoted(path)} is of another autoencoder ({'; '.join(wrong)}); use MAGI-1's")
     try:
         dim, _, *patch = tensors["encoder.patch_embed.proj.weight"].shape
         places = tensors["encoder.pos_embed"].shape[1] - 1
         ffn = len(tensors["encoder.blocks.0.mlp.fc1.weight"])
         z = tensors["decoder.proj_in.weight"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is no complete MAGI-1 autoencoder: no {error} in it") from error
+        raise CheckpointError(f"{quoted(path)} is no complete MAGI-1 autoencoder: no {error} in it") from error
     layers = len({layer[1] for name in tensors if (layer := re.match(r"encoder\.blocks\.(\d+)\.", name))})
     frames = config.get("video_length", 16) // patch[0]
     side = config.get("video_size", patch[1] * math.isqrt(max(1, places // max(1, frames)))) // patch[1]
     heads = config.get("num_heads", dim // 64)
     if frames * side * side != places or heads < 1 or dim % heads or len(patch) != 3 or dim % math.prod(patch):
         raise CheckpointError(
-            f"{path} is no MAGI-1 autoencoder: {places} positions for {frames} x {side} x {side}, "
+            f"{quoted(path)} is no MAGI-1 autoencoder: {places} positions for {frames} x {side} x {side}, "
             f"{heads} heads, {dim} wide"
         )
     return replace(

@@ -84,11 +84,14 @@ class TextEncoder:
         return len(self.tokenizer(text, truncation=False, add_special_tokens=True, verbose=False).input_ids)
 
 
-def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int) -> Tensor:
+def load_prompt_embeds(
+    source: Tensor | str | Path, text_len: int, text_dim: int, mask: Tensor | None = None
+) -> Tensor:
     """Pad prompt embeddings [L, text_dim] or [1, L, text_dim] with zero rows to [text_len, text_dim].
 
-    source: a tensor, or a safetensors file with a tensor `prompt_embeds`. Raises UsageError for other shapes, values
-    that are not finite, or an unreadable file.
+    source: a tensor, or a safetensors file with a tensor `prompt_embeds`. mask: [L], or [1, L], not 0 for the rows of
+    the prompt; the others become zero, as rows after the end of a prompt are. Raises UsageError for other shapes,
+    values that are not finite, or an unreadable file.
     """
     where = "prompt_embeds" if isinstance(source, Tensor) else quoted(source)
     rows = source if isinstance(source, Tensor) else read_embeds(Path(source))
@@ -99,6 +102,10 @@ def load_prompt_embeds(source: Tensor | str | Path, text_len: int, text_dim: int
     if rows.dtype not in FLOATS or not rows.isfinite().all():
         kind = str(rows.dtype).removeprefix("torch.")
         raise UsageError(f"{where} has {kind}, or values that are not finite; expected finite floating-point numbers")
+    if mask is not None:
+        if mask.numel() != len(rows) or mask.is_complex():
+            raise UsageError(f"prompt_mask is {list(mask.shape)}; expected [{len(rows)}], a number for each row")
+        rows = rows.masked_fill(mask.reshape(-1, 1).to(rows.device) == 0, 0)
     return torch.cat((rows, rows.new_zeros(text_len - len(rows), text_dim)))
 
 

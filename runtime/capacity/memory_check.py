@@ -19,6 +19,7 @@ from . import costs, planner
 from .available_memory import Available, available_memory
 from .costs import ITEMSIZE
 from .planner import Suggestion, Workload
+from .rank_planner import rank_memory
 
 MOST_SUGGESTIONS = 4
 
@@ -54,6 +55,9 @@ class MemoryCheck:
         if self.force:
             return
         total = planner.needed(load) + self.more_bytes(load, fast)
+        if (gpus := self.config.gpus) > 1:
+            total = rank_memory(load, gpus, self.sessions) + self.more_bytes(load, fast)
+            total *= gpus if device.type == "cpu" else 1  # processes share the memory of the machine
         self.compare(load, total, available_memory(device))
         if made_on_host and device.type != "cpu":
             weights = ITEMSIZE[load.dtype] * costs.transformer_parameters(spec)

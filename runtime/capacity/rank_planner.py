@@ -129,7 +129,7 @@ class RankPlan:
         return world if self.replicas == 1 else f"{self.replicas} x {world}"
 
 
-def rank_memory(load: Workload, layout: str, ranks: int, sessions: int) -> int:
+def rank_memory(load: Workload, ranks: int, sessions: int) -> int:
     """Bytes of rank 0, which decodes: all weights, and its part of each page."""
     split = planner.memory(load)
     page_parts = {"pages", "page_buffer", "moving_sink"}
@@ -156,7 +156,7 @@ def plan(
     passes = times * len(runs) / len(blocks)
     sent = 0 if ranks == 1 else sum(block_bytes(load, block, layout, ranks) for block in blocks) // len(blocks)
     waits = 0.0 if ranks == 1 else passes * collectives(load, layout) * link.latency / 1e3
-    need = rank_memory(load, layout, ranks, -(-load.sessions // replicas))
+    need = rank_memory(load, ranks, -(-load.sessions // replicas))
     return RankPlan(
         layout, ranks, replicas, need, need <= memory, passes,
         computing=flops / ranks / (ceiling.tflops * EFFICIENCY * 1e12) * 1e3,

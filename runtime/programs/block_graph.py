@@ -6,8 +6,9 @@ of the sampler, with the frames that the block schedule gives once the window is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ...errors import UsageError
 from ...graphs.compose import chained
 from ...graphs.paged_attention import PagedAttention
+from ...graphs.passes import Pass
 from ...graphs.shards import ALONE, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
@@ -22,15 +24,19 @@ from ...graphs.trace import fake_model, trace
 from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...models.cross_attention import TextByFrames, TextKeyValues
+from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...models.transformer import KeyValues, Transformer
-from ...schemes.guidance import Guidance
+from ...schemes.block_schedule import branch_run
+from ...schemes.guidance import Guidance, classifier_free
 from ...schemes.presets import Preset
+from ...schemes.sampler_spec import SamplerSpec
 from ..kv.page_store import PageForm
 from ..sampler import Sampler, guided
 from .block_plan import PlannedPass, latent_names, plan_block
 
+TRACES = 64  # passes and steps of a process, each kept for blocks of the same shapes
 TABLES = ("pages", "page_table", "page_count", "rope_time", "rope_sink", "sink_count")
 WRITTEN = ("written_slots", "written_pages")  # where pages have another dtype than the model
 SEEN = ("seen_pages", "seen_slots")  # and are restored into the staging buffer to be read
@@ -43,7 +49,8 @@ class Layout:
     parts: (groups, frames of each). latents: names of the input latents, in order. tables: prefix of the names of its
     tables. sinks: True if queries are rotated once more for the sink. slots: size of the staging buffer; 0 where pages
     have the model's dtype. texts: (text, frames) in token order where frames follow different ones, else empty.
-    head_groups: groups of heads that read lists of their own; 0 for one list for all.
+    head_groups: groups of heads that read lists of their own; 0 for one list for all. branch: prefix of the names of
+    the texts of a branch that runs by itself.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -53,6 +60,7 @@ class Layout:
     slots: int = 0
     texts: tuple[tuple[int, int], ...] = ()
     head_groups: int = 0
+    branch: str = ""
 
     @property
     def frames(self) -> int:
@@ -61,7 +69,8 @@ class Layout:
     @property
     def text_names(self) -> tuple[str, ...]:
         """Names of the texts' rows, ascending by number."""
-        return tuple(f"text.{text}" for text in sorted({text for text, _ in self.texts})) or ("text",)
+        numbers = sorted({text for text, _ in self.texts})
+        return tuple(f"{self.branch}text.{number}" for number in numbers) or (f"{self.branch}text",)
 
     def table(self, part: int, what: str) -> str:
         """Name of table `what` of one part within the block graph."""
@@ -124,8 +133,9 @@ class ModelPass(nn.Module):
         """Cross-attention of the pass, each frame's to the text that it follows."""
         texts = {name: self.model.embed_text(values[name]) for name in self.layout.text_names}
         if not self.layout.texts:
-            return texts["text"]
-        return TextByFrames([(frames, texts[f"text.{text}"]) for text, frames in self.layout.texts])
+            return texts[f"{self.layout.branch}text"]
+        prefix = f"{self.layout.branch}text"
+        return TextByFrames([(frames, texts[f"{prefix}.{text}"]) for text, frames in self.layout.texts])
 
 
 class SolverStep(nn.Module):
@@ -163,6 +173,85 @@ class SolverStep(nn.Module):
         return noise.to(latents.dtype)
 
 
+@dataclass(frozen=True)
+class PassSource:
+    """What the trace of a pass depends on besides its layout and shapes.
+
+    family: since another family may be registered under the same name.
+    """
+
+    family: Family
+    spec: ModelSpec
+    precision: str
+    dtype: torch.dtype
+    device: str
+
+
+@lru_cache(maxsize=8)
+def fake_transformer(source: PassSource) -> Transformer:
+    """Make the transformer with fake weights once in a process."""
+    return fake_model(lambda: source.family.build(source.spec, source.precision), source.dtype, source.device)
+
+
+@lru_cache(maxsize=TRACES)
+def traced_pass(
+    source: PassSource, layout: Layout, guidance: Guidance, shard: Shard, inputs: tuple[Value, ...]
+) -> PassGraph:
+    """Trace a pass of the model once in a process; nothing changes the graph, which builders copy."""
+    module = ModelPass(fake_transformer(source), layout, guidance, shard)
+    return trace("the model's pass", module, inputs, model="model", device=source.device)
+
+
+@lru_cache(maxsize=TRACES)
+def traced_step(
+    spec: SamplerSpec, steps: tuple[int, ...], frames: int, lead: int, device: str, inputs: tuple[Value, ...]
+) -> PassGraph:
+    """Trace a solver step once in a process."""
+    return trace("the solver's step", SolverStep(Sampler(spec), steps, frames, lead), inputs, device=device)
+
+
+class BranchJoin(nn.Module):
+    """Velocities of branches that ran by themselves, joined, and the solver step.
+
+    runs: the pass as each branch ran it, by number. A branch that did not run a block has velocity 0 there.
+    """
+
+    def __init__(self, guidance: Guidance, planned: PlannedPass, runs: Mapping[int, Pass], step: SolverStep) -> None:
+        super().__init__()
+        self.guidance, self.name, self.run, self.runs, self.step = guidance, planned.name, planned.run, runs, step
+
+    def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        weighted = self.guidance.branches_at([group.timestep for group in self.run.groups if group.denoised])
+        velocities = {number: self.whole(number, values[branch_velocity(self.name, number)]) for number in weighted}
+        return self.step(values | {"velocity": guided(self.guidance, velocities, self.run.timesteps)})
+
+    def whole(self, number: int, velocity: Tensor) -> Tensor:
+        """Velocity of all frames of the pass [B, F, C, H, W] from that of the frames that a branch ran."""
+        own, parts, at = set(self.runs[number].frames), list[Tensor](), 0
+        for group in self.run.groups:
+            count = len(group.frames)
+            if group.frames[0] in own:
+                parts.append(velocity[:, at : at + count])
+                at += count
+            else:
+                parts.append(torch.zeros_like(velocity[:, :1]).expand(-1, count, -1, -1, -1))
+        return torch.cat(parts, dim=1)
+
+
+def branch_name(name: str, number: int) -> str:
+    return f"{name}, branch {number}"
+
+
+def branch_velocity(name: str, number: int) -> str:
+    """Name of the velocity that a branch hands on; see `BlockGraphBuilder.one`."""
+    return f"{branch_name(name, number)}.velocity"
+
+
+def runs_apart(guidance: Guidance) -> bool:
+    """True where branches do not run the same groups over caches of their own, so that they are no batch."""
+    return len(guidance.scales) > 1 or not all(branch.writes_past for branch in guidance.branches)
+
+
 class BlockGraphBuilder:
     """Builds the block graph of one model, preset and picture size, before any rewrite.
 
@@ -188,7 +277,8 @@ class BlockGraphBuilder:
         shard: Shard = ALONE,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
-        self.guidance = preset.sampler.guide
+        self.guide = preset.sampler.guide
+        self.guidance = classifier_free(1) if runs_apart(self.guide) else self.guide  # of one batch
         self.rows = sessions * len(self.guidance.branches)
         self.sampler = Sampler(preset.sampler)
         self.planned = plan_block(preset, fuse_commit)
@@ -200,25 +290,20 @@ class BlockGraphBuilder:
         self.shard = shard
         self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype, shard)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
-        self.model = fake_model(lambda: family_of(spec).build(spec, precision), dtype, device)
-        self.traced: dict[Layout, PassGraph] = {}
+        self.source = PassSource(family_of(spec), spec, precision, dtype, device)
+        self.model = fake_transformer(self.source)
 
     def build(self) -> BlockGraph:
         """Build the graph; UsageError for a model or preset that has none."""
         spec, preset = self.spec, self.preset
         if spec.in_channels != spec.out_channels:
             raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
-        if len(self.guidance.scales) > 1:
-            raise UsageError(
-                f"guidance of {preset.name} has scales by timestep, which have no graph of a whole block; engines run "
-                "its passes one by one"
-            )
         if preset.window_blocks > 1 and self.sampler.begin().keeps_history:
             raise UsageError(
                 f"window_blocks is {preset.window_blocks} with solver {preset.sampler.solver}, which keeps a history; "
                 "that has no graph, use renoise"
             )
-        passes = [self.one(planned) for planned in self.planned]
+        passes = [graph for planned in self.planned for graph in self.graphs_of(planned)]
         flight = self.preset.window_blocks
         frames = self.preset.num_frame_per_block
         results = latent_names(1) if flight == 1 else ("clean", *latent_names(flight)[:-1])
@@ -238,9 +323,39 @@ class BlockGraphBuilder:
             results=results,
         )
 
-    def one(self, planned: PlannedPass) -> PassGraph:
+    def graphs_of(self, planned: PlannedPass) -> list[PassGraph]:
+        """Graphs of one planned pass: one, or one for each branch that runs by itself, and one that joins them."""
+        if self.guide is self.guidance:
+            return [self.one(planned)]
+        runs = {number: branch_run(self.guide, planned.run, number) for number in range(len(self.guide.branches))}
+        present = {number: run for number, run in runs.items() if run is not None}
+        graphs = [self.branch_pass(planned, number, run) for number, run in present.items()]
+        return [*graphs, self.join(planned, present)] if planned.steps else graphs
+
+    def branch_pass(self, planned: PlannedPass, number: int, run: Pass) -> PassGraph:
+        """Graph of a planned pass as one branch runs it; hands on its `branch_velocity`."""
+        frames = planned.run.frames
+        size, own = len(frames) // len(planned.latents), set(run.frames)
+        latents = tuple(name for slot, name in enumerate(planned.latents) if frames[slot * size] in own)
+        name, tables = branch_name(planned.name, number), branch_name(planned.tables, number)
+        part = replace(planned, name=name, run=run, latents=latents, tables=tables, steps=(), lead=0)
+        text = self.guide.branches[number].text
+        return self.one(part, branch="" if text == "prompt" else f"{text}.")
+
+    def join(self, planned: PlannedPass, runs: Mapping[int, Pass]) -> PassGraph:
+        """Graph that joins the velocities of branches and takes the solver step."""
+        step = SolverStep(self.sampler, planned.steps, self.preset.num_frame_per_block, planned.lead)
+        values = [value for value in self.step_values(planned) if value.name != "velocity"]
+        for number, run in runs.items():
+            shape = (self.sessions, len(run.frames), *self.latent)
+            values.append(Value(branch_velocity(planned.name, number), Role.INPUT, shape, self.dtype, When.PASS))
+        module = BranchJoin(self.guide, planned, runs, step)
+        traced = trace("the join of branches", module, values, device=self.device)
+        return replace(chained(f"{planned.name}, join", traced), groups=planned.run.groups, runs=planned.runs)
+
+    def one(self, planned: PlannedPass, branch: str = "") -> PassGraph:
         """Graph of one planned pass: the traced model with the timesteps of the pass, then the solver step."""
-        model = self.model_pass(self.layout(planned))
+        model = self.model_pass(replace(self.layout(planned), branch=branch))
         timesteps = planned.run.timesteps
         condition = [] if planned.run.condition is None else [planned.run.condition]
         rows = [number for timestep in timesteps for number in (timestep, *condition)]
@@ -252,13 +367,8 @@ class BlockGraphBuilder:
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
 
     def model_pass(self, layout: Layout) -> PassGraph:
-        """Traced pass of a layout; traced once."""
-        if layout not in self.traced:
-            module = ModelPass(self.model, layout, self.guidance, self.shard)
-            self.traced[layout] = trace(
-                "the model's pass", module, self.inputs(layout), model="model", device=self.device
-            )
-        return self.traced[layout]
+        """Traced pass of a layout."""
+        return traced_pass(self.source, layout, self.guidance, self.shard, tuple(self.inputs(layout)))
 
     def timesteps_shape(self, frames: int) -> tuple[int, ...]:
         """Shape of the timesteps of a pass, with the conditions of steps where the network takes them."""
@@ -332,6 +442,11 @@ class BlockGraphBuilder:
 
     def step(self, planned: PlannedPass) -> PassGraph:
         """Traced solver step of a denoising pass."""
+        frames, values = self.preset.num_frame_per_block, tuple(self.step_values(planned))
+        return traced_step(self.preset.sampler, planned.steps, frames, planned.lead, self.device, values)
+
+    def step_values(self, planned: PlannedPass) -> list[Value]:
+        """Inputs of a solver step."""
         frames = self.preset.num_frame_per_block
         total = frames * len(planned.steps)
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -345,5 +460,4 @@ class BlockGraphBuilder:
         values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
         history = self.sampler.begin().reads(planned.steps[0])
         values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
-        module = SolverStep(self.sampler, planned.steps, frames, planned.lead)
-        return trace("the solver's step", module, values, device=self.device)
+        return values

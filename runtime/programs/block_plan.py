@@ -53,10 +53,22 @@ def plan_block(preset: Preset, fuse_commit: bool = False) -> list[PlannedPass]:
     full = max(range(count), key=lambda index: (seen_by(blocks[index]), index))
     rebuilds = [block.rebuild for block in blocks if block.rebuild is not None]
     passes = [planned_pass(preset, scheduled) for scheduled in blocks[full].passes if scheduled.kind != "rebuild"]
+    passes = with_shared_tables(passes)
     if fuse_commit:
         passes = fused(preset, passes, blocks[full - 1])
     extra = [blocks[full].recache, *rebuilds[-1:]]
     return [*(planned_pass(preset, scheduled) for scheduled in extra if scheduled is not None), *passes]
+
+
+def with_shared_tables(passes: list[PlannedPass]) -> list[PlannedPass]:
+    """The passes, of which those whose groups see and write the same frames read the same tables."""
+    first: dict[object, str] = {}
+    shared = []
+    for planned in passes:
+        groups = tuple(replace(group, timestep=0.0) for group in planned.run.groups)
+        key = groups, planned.latents, planned.tables.partition(".")[0]
+        shared.append(replace(planned, tables=first.setdefault(key, planned.tables)))
+    return shared
 
 
 def seen_by(block: ScheduledBlock) -> int:
@@ -78,10 +90,13 @@ def planned_pass(preset: Preset, scheduled: ScheduledPass) -> PlannedPass:
         return PlannedPass("commit", run, ("latents" if single else "clean",), tables)
     step = scheduled.steps[-1]  # of the newest block: passes between two joins differ by it
     name = f"denoise {step}" if preset.steps_between_joins > 1 else "denoise"
+    finished = () if scheduled.committed is None else ("before" if single else "clean",)
+    lead = 0 if scheduled.committed is None else len(scheduled.committed.frames)
     tables = "block" if single else "joint"
     if preset.context.noise2clean_kvrange and preset.steps_between_joins > 1:
         tables = f"{tables}.{step}"
-    return PlannedPass(name, run, latent_names(len(scheduled.blocks)), tables, steps=scheduled.steps)
+    latents = (*finished, *latent_names(len(scheduled.blocks)))
+    return PlannedPass(name, run, latents, tables, steps=scheduled.steps, lead=lead)
 
 
 def fused(preset: Preset, passes: list[PlannedPass], before: ScheduledBlock) -> list[PlannedPass]:

@@ -95,7 +95,7 @@ def test_a_block_is_timed_stage_by_stage_at_a_full_window(result):
 
 
 def test_a_planted_slowdown_is_found_by_comparing_two_runs(clock, monkeypatch):
-    options = replace(OPTIONS, executors=("eager",))
+    options = replace(OPTIONS, executors=("eager",), baselines=("plain",))
     before = run(options, lambda message: None)
     denoise = BlockLoop.denoise
 
@@ -271,7 +271,8 @@ def test_intervals_are_only_of_presets_whose_window_stays_full():
 
 
 def test_low_precision_candidates_may_differ_as_much_as_low_precision_itself(monkeypatch):
-    result = run(Options(FP8, rounds=1, blocks=1), lambda message: None)
+    options = Options(FP8, rounds=1, blocks=1, baselines=("plain",))
+    result = run(options, lambda message: None)
     facts, bits = result.facts["candidates"], result.facts["bits_off"]
     assert facts["eager"]["difference"] == 0 and facts["plain"]["difference"] < 1e-5  # full precision
     assert facts["eager"]["allowed"] == facts["plain"]["allowed"] == result.facts["tolerance"] < bits
@@ -295,7 +296,7 @@ def test_low_precision_candidates_may_differ_as_much_as_low_precision_itself(mon
     assert f"{bits:.1e}" in text
 
     plant(monkeypatch, {"fused": NoCommit}, fewer_bits=True)
-    fused = run(Options(FP8, rounds=1, blocks=1), lambda message: None).facts["candidates"]["fused"]
+    fused = run(options, lambda message: None).facts["candidates"]["fused"]
     assert "latents of block 1 " in fused["refused"] and f"{fused['allowed']:.1e}" in fused["refused"]
 
 

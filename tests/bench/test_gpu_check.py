@@ -89,8 +89,8 @@ def test_its_help_says_how_to_run_a_failed_unit_again():
     [
         ("self-forcing", {"local_attn_size": 6, "kv_dtype": "fp8"}),
         ("longlive", {"local_attn_size": 9}),
-        ("krea", {}),
-        ("causvid", {"segment_frames": 6}),
+        pytest.param("krea", {}, marks=pytest.mark.slow),
+        pytest.param("causvid", {"segment_frames": 6}, marks=pytest.mark.slow),
     ],
 )
 def test_a_good_executor_passes_the_graph_check(preset, settings, monkeypatch):

@@ -19,12 +19,14 @@ from inferix.bench.compile_gate import (
     HASHES,
     SHARED_LIMIT,
     TABLES,
+    cases_for,
     compile_all,
     differences,
     op_of,
     problems,
     read_table,
     reproducible_rows,
+    sample,
     table_file,
     triton_version,
     write_table,
@@ -45,21 +47,45 @@ OLDEST = "3.6.0"  # of the Triton versions with a table
 ROW = "block_attention, plain bf16 d128, sm_90"
 
 
-def test_kernels_compile_for_every_architecture_as_the_table_says(tmp_path):
+def all_rows():
+    return [name for capability in ARCHITECTURES for name, _, _ in cases_for(capability)]
+
+
+@pytest.mark.parametrize("choose", [sample, pytest.param(list, id="all", marks=pytest.mark.slow)])
+def test_kernels_compile_as_the_table_says(choose, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed; pip install triton")
-    compiled = compile_all(cache=tmp_path)
+    names = choose(all_rows())
+    compiled = compile_all(cache=tmp_path, names=names)
+    assert compiled.keys() == set(names)
     assert problems(compiled) == []
+    try:
+        table = read_table(triton_version())
+    except UsageError as error:
+        pytest.skip(f"every kernel keeps the rules, but {error}")
+    known = {name: row for name, row in table.items() if name in compiled}
+    assert differences(compiled, known) == [], "if it is meant: python -m inferix.bench.compile_gate write"
+
+
+def test_every_call_has_a_row_and_every_form_its_architectures():
+    pytest.importorskip("triton", reason="Triton is not installed; pip install triton")
+    names = set(all_rows())
+    assert names == read_table(OLDEST).keys()
     for spec in SPECS.values():
         for form in spec.implementations:
             if hasattr(form.module(), "compile_cases"):
                 label = spec.name if form.name == "triton" else f"{spec.name} by {form.name}"
                 for capability in form.architectures:
-                    assert any(name.startswith(f"{label}, ") and name.endswith(f"sm_{capability}") for name in compiled)
-    try:
-        table = read_table(triton_version())
-    except UsageError as error:
-        pytest.skip(f"every kernel keeps the rules, but {error}")
-    assert differences(compiled, table) == [], "if it is meant: python -m inferix.bench.compile_gate write"
+                    assert any(name.startswith(f"{label}, ") and name.endswith(f"sm_{capability}") for name in names)
+
+
+def test_a_sample_has_every_variant_and_every_architecture_of_a_form():
+    names = [f"{form}, {variant}, sm_{number}" for form, variant, numbers in (
+        ("a", "x", (80, 90)), ("a", "y", (80, 90, 100)), ("a by b", "x", (90,)), ("c", "x", (80, 90, 100)),
+    ) for number in numbers]  # fmt: skip
+    assert sample(names) == [
+        "a, x, sm_80", "a, y, sm_90", "a by b, x, sm_90", "c, x, sm_80", "a, y, sm_100", "c, x, sm_90", "c, x, sm_100",
+    ]  # fmt: skip
+    assert len(sample(read_table(OLDEST))) < 70
 
 
 @pytest.mark.parametrize("version", TABLED)

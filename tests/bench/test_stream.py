@@ -74,6 +74,7 @@ def test_a_small_run_of_every_part(tmp_path):
     assert "Long run: 0.27 minutes" in text and "| CPU time, median, ms |" in text
 
 
+@pytest.mark.slow
 def test_a_second_start_uses_the_stored_graphs_of_the_first():
     options = Options(replace(SMALL, executor="fused"), starts=1)
     marks = bench.cold_starts(options, lambda message: None)

@@ -109,7 +109,8 @@ def test_the_mask_of_land_seen_before():
     assert not seen[:, 48:].any()
 
 
-def test_every_bar_is_judged_for_a_model(engine):
+def test_every_bar_is_judged_for_a_model(engine, monkeypatch):
+    monkeypatch.setattr(evaluation, "STREAM_SECONDS", 8)
     figures, sheet = evaluation.evaluate(engine, walks=1, seeds=1, minutes=0.2)
     assert set(figures["passed"]) == set(evaluation.BARS)
     assert set(figures["drift"]) == set(figures["simulator_drift"]) == {*evaluation.SIGNALS, "frozen feature"}

@@ -35,8 +35,9 @@ class Built:
     library: Path
     targets: tuple[str, ...]
 
-    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([self.runner, *map(str, arguments)], capture_output=True, text=True)
+    def run(self, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = [self.runner, "--threads", "1", *map(str, arguments)]  # threads that spin would wait for each other
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +82,7 @@ def engine(request: pytest.FixtureRequest, built: Built, engines: Callable[[str]
 def in_python(folder: Path, seed: int, blocks: int) -> list[MadeBlock]:
     """The stream of `CONTROLS` by the runner in Python."""
     script = ["left", "right", "left", "left", "stay", *["right"] * 6]
-    stream, made = ExportedEngine(folder).open(PROMPTS[0], seed, script), []
+    stream, made = ExportedEngine(folder, 1).open(PROMPTS[0], seed, script), []
     for index in range(blocks):
         if index == 2:  # the first block that begins 0.6 s into a video of 8 frames a second
             stream.prompt(PROMPTS[1])
@@ -156,16 +157,16 @@ def test_what_the_runner_refuses(built: Built, engines: Callable[[str], Path], t
         (damaged("version", lambda copy: change(copy, version=9)), [], "9"),
         (damaged("target", lambda copy: change(copy, target="onyx")), [], "onyx"),
         (damaged("json", lambda copy: (copy / FILE).write_text('{"format": ')), [], "byte"),
-        (folder, ["--prompt", "a desert"], "a desert"),
+        (folder, ["--blocks", "1", "--prompt", "a desert"], "a desert"),
         (folder, ["--actions", "8Q"], "q"),
         (folder, ["--actions", "8R", "--blocks", "3"], "3"),
         (folder, ["--seed", "-1"], "-1"),
-        (folder, ["--negative-prompt", "fog"], "guidance"),
+        (folder, ["--blocks", "1", "--negative-prompt", "fog"], "guidance"),
         (folder, ["--out", "out.mp4"], "out.mp4"),
         (folder, ["--sed", "1"], "--sed"),
     ]
     for engine, arguments, named in cases:
-        done = subprocess.run([built.runner, engine, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = built.run(engine, *arguments, cwd=tmp_path)
         assert done.returncode == 2 and named in done.stderr, (arguments, named, done.stderr)
         assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("*.y4m*"))

@@ -23,16 +23,16 @@ from inferix.export.run import ExportedEngine
 
 
 def test_onnx_equals_eager(onnx_folder: Path) -> None:
-    compare_small(ExportedEngine(onnx_folder))
+    compare_small(ExportedEngine(onnx_folder, 1))
 
 
 def test_openvino_equals_eager(onnx_folder: Path, tmp_path: Path) -> None:
-    compare_small(ExportedEngine(convert_small(onnx_folder, tmp_path / "engine")))
+    compare_small(ExportedEngine(convert_small(onnx_folder, tmp_path / "engine"), 1))
 
 
 @pytest.mark.slow  # the compiler takes a minute or two for each program
 def test_aoti_equals_eager(tmp_path: Path) -> None:
-    compare_small(ExportedEngine(export_small("aoti", tmp_path / "engine")))
+    compare_small(ExportedEngine(export_small("aoti", tmp_path / "engine"), 1))
 
 
 def test_programs_share_their_weights(onnx_folder: Path) -> None:
@@ -49,7 +49,7 @@ main(sys.argv[1:])
 assert not {"torch", "yaml", "typer", "safetensors"} & set(sys.modules)
 """
     out, latents = tmp_path / "out.y4m", tmp_path / "latents.npy"
-    command = [sys.executable, "-c", script, str(onnx_folder), "--blocks", "2", "--out", str(out)]
+    command = [sys.executable, "-c", script, str(onnx_folder), "--blocks", "2", "--out", str(out), "--threads", "1"]
     command += ["--latents", str(latents)]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -67,7 +67,7 @@ def test_generate_runs_an_engine(onnx_folder: Path, tmp_path: Path) -> None:
     command = ["generate", "--engine", str(onnx_folder), "--blocks", "2", "--latents-only", "--out", str(out)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
-    stream = ExportedEngine(onnx_folder).open(PROMPTS[0])
+    stream = ExportedEngine(onnx_folder, 1).open(PROMPTS[0])
     made = np.concatenate([stream.next_block(decode=False).latents for _ in range(2)])
     np.testing.assert_allclose(load_file(out)["latents"].numpy(), made, rtol=0, atol=1e-4)
     refused = CliRunner().invoke(app, [*command, "--size", "64x64"])
@@ -114,6 +114,6 @@ def test_whole_models_past_the_window(case: str, target: str, tmp_path: Path) ->
     engine = inferix.load(model, device="cpu", **settings)
     session = engine.open(prompt=PROMPTS[0], seed=3, actions=script)
     switch = lambda number: session.prompt(PROMPTS[number])  # noqa: E731
-    latents, pixels, share = compare(ExportedEngine(folder), session, switch, 26, script, 3)
+    latents, pixels, share = compare(ExportedEngine(folder, 1), session, switch, 26, script, 3)
     print(f"{case}, {target}: latents {latents:.2e}, pixels {pixels}, share {share:.2e}")
     assert latents <= 1e-4 and pixels <= 1 and share <= most

@@ -27,10 +27,11 @@ from inferix.kernels.spec import expect_fp8, using
 HERE = Path(__file__).parent
 
 
-def test_every_kernel_in_the_interpreter_and_every_wrong_one_rejected():
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_every_kernel_in_the_interpreter_and_every_wrong_one_rejected(chosen):
     pytest.importorskip("triton", reason="Triton is not installed; pip install triton")
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(HERE), *sys.path))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "-p", "no:cacheprovider", "-c", "/dev/null"]
     done = subprocess.run(
         [*command, "--rootdir", str(HERE), "--import-mode=importlib", str(HERE / "interpreted.py")],
         env=env, capture_output=True, text=True, check=False,

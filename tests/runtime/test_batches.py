@@ -439,7 +439,8 @@ def test_bad_settings():
 # For long
 
 
-def test_a_soak_of_300_blocks_in_batches():
+@pytest.mark.parametrize("count", [16, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_soak_in_batches(count):
     """Under random controls, pauses and ends nothing is left over, and blocks are as if each session were alone."""
     settings = {
         "spec": replace(TINY, num_layers=1, actions=("stay", "left")), "local_attn_size": 4, "sink_size": 1,
@@ -447,10 +448,10 @@ def test_a_soak_of_300_blocks_in_batches():
     }  # fmt: skip
     engine, rng = engine_of("self-forcing-framewise", **settings), random.Random(1)
     sessions = [opened(engine, seed) for seed in range(6)]
-    streams = [session.stream(50, decode=False) for session in sessions]
+    streams = [session.stream(count, decode=False) for session in sessions]
     sent = [{} for _ in sessions]
     actual = [[] for _ in sessions]
-    for made in range(50):
+    for made in range(count):
         for place, (session, stream) in enumerate(zip(sessions, streams, strict=True)):
             if rng.random() < 0.1:
                 session.prompt(embeds=rng.choice(PROMPTS))
@@ -465,7 +466,7 @@ def test_a_soak_of_300_blocks_in_batches():
         if made % 10 == 0:
             engine.check_integrity()
     sizes = [block.record.batch for blocks in actual for block in blocks]
-    assert len(sizes) == 300 and set(sizes) > {1, 2, 3}
+    assert len(sizes) == 6 * count and set(sizes) > {1, 2, 3}
     for session in sessions:
         session.close()
     engine.check_integrity()

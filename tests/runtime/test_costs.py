@@ -201,8 +201,8 @@ def test_published_figures():
 @pytest.mark.parametrize("name", ["wan-tiny", "wan-1.3b", "tinyworld"])
 @torch.no_grad()
 def test_operations_of_passes_and_prompts(name):
-    """At full size, without data: one group that sees the past, and two of which the later sees both."""
-    spec = MODELS[name]
+    """At full width, without data: one group that sees the past, and two of which the later sees both."""
+    spec = replace(MODELS[name], num_layers=2)  # layers are alike
     height, width = spec.latent_size(spec.default_size)
     tokens, grid = spec.tokens_per_frame(spec.default_size), (height // spec.patch[0], width // spec.patch[1])
     model = build(WanTransformer, spec, dtype=torch.float32)
@@ -233,7 +233,7 @@ def test_scratch_of_a_pass(name, monkeypatch):
     """Never less than what a pass takes, with the rotation in float64 and without any."""
     monkeypatch.setattr("inferix.models.transformer.attention", lambda q, k, v, mask: torch.empty_like(q))
     monkeypatch.setattr("inferix.runtime.kv.contiguous_cache.attention", lambda q, k, v: torch.empty_like(q))
-    spec = MODELS[name]
+    spec = replace(MODELS[name], num_layers=2)  # scratch is that of one layer
     height, width = spec.latent_size(spec.default_size)
     tokens, frames = spec.tokens_per_frame(spec.default_size), 3
     model = build(WanTransformer, spec)

@@ -1,18 +1,27 @@
 """Streams of MAGI-1 equal the same passes over whole sequences, each chunk seeing what the published masks say."""
 
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from toy_family import DenseFrames
 
 import inferix
+from inferix.errors import UsageError
 from inferix.models.cross_attention import TextByFrames
 from inferix.models.magi.spec import MAGI_TINY
+from inferix.models.registry import make_preset
 from inferix.models.transformer import TextContext
 from inferix.runtime.engine import Engine
 from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.programs.block_graph import BranchJoin, SolverStep, branch_velocity
+from inferix.runtime.programs.block_plan import plan_block
+from inferix.runtime.sampler import Sampler
+from inferix.schemes.block_schedule import branch_run
 
 SIZE, GRID, CHUNK, CLEAN = (32, 32), (2, 2), 6, 0.9999
 PROMPT = torch.randn(5, MAGI_TINY.text_dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -158,3 +167,94 @@ def test_a_guided_stream_is_the_dense_form() -> None:
     assert_same(streamed(engine, 3), Dense(engine, 8).stream(3, is_distilled=False))
 
 
+
+
+class GivenLatents:
+    """Frames of a video that the autoencoder encodes as given latents."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: Engine, frames: int) -> None:
+        self.latents = torch.randn(frames, 16, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        self.left = self.latents
+        monkeypatch.setattr(engine.parts.vae, "encode", self.encode)
+
+    def encode(self, pixels: Tensor, state: object) -> Tensor:
+        made, self.left = self.left[: len(pixels) // 4], self.left[len(pixels) // 4 :]
+        return made
+
+
+@pytest.mark.parametrize(
+    ("preset", "frames"),
+    [("magi-tiny-distill", 1), ("magi-tiny-distill", 8), ("magi-tiny-distill", 12), ("magi-tiny", 8)],
+)
+def test_a_prefix_is_the_dense_form(preset: str, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole chunks are committed, the rest is put over the next chunk, which a video's stream does not show again."""
+    engine = load(preset, num_steps=8)
+    given = GivenLatents(monkeypatch, engine, frames)
+    pixels = np.zeros((4 * frames, SIZE[1], SIZE[0], 3), np.uint8)
+    still = {"image": pixels[0]} if frames == 1 else {"video": pixels}
+    wanted = Dense(engine, 8).stream(2, preset.endswith("distill"), given.latents)
+    if frames > CHUNK:
+        wanted[0] = wanted[0][frames % CHUNK :]
+    made = streamed(engine, 2, **still)
+    assert_same(made, wanted)
+    assert [len(part) for part in made] == [{1: 6, 8: 4, 12: 6}[frames], 6]
+
+
+@pytest.mark.parametrize("preset", ["magi-tiny-distill", "magi-tiny"])
+def test_a_stream_goes_on_after_save_fork_and_rewind(preset: str, tmp_path: Path) -> None:
+    """Bit for bit, with a finished chunk that the next pass commits."""
+    engine = load(preset, num_steps=8, rewind_blocks=1)
+    with engine.open(prompt_embeds=PROMPT, seed=3, size=SIZE) as session:
+        list(session.stream(2, decode=False))
+        session.save(tmp_path / "magi.safetensors")
+        with session.fork() as other:
+            forked = [block.latents for block in other.stream(2, decode=False)]
+        wanted = [block.latents for block in session.stream(2, decode=False)]
+        session.rewind(3)
+        (again,) = (block.latents for block in session.stream(1, decode=False))
+        engine.check_integrity()
+    with inferix.Session.restore(load(preset, num_steps=8, rewind_blocks=1), tmp_path / "magi.safetensors") as session:
+        restored = [block.latents for block in session.stream(2, decode=False)]
+    assert torch.equal(torch.cat(forked), torch.cat(wanted)) and torch.equal(torch.cat(restored), torch.cat(wanted))
+    assert torch.equal(again, wanted[1])
+
+
+def test_masked_rows_of_a_prompt_are_not_seen() -> None:
+    engine, mask = load("magi-tiny-distill", num_steps=8), torch.tensor([1, 0, 1, 0, 0])
+    opened = {"noise": InjectedNoise(NOISE), "size": SIZE}
+    with engine.open(prompt_embeds=PROMPT, prompt_mask=mask, **opened) as session:
+        (masked,) = (block.latents for block in session.stream(1, decode=False))
+    with engine.open(prompt_embeds=PROMPT[mask.bool()], **opened) as session:
+        (packed,) = (block.latents for block in session.stream(1, decode=False))
+    (whole,) = streamed(engine, 1)
+    assert (masked - packed).abs().max() < 1e-10 < (masked - whole).abs().max()
+    with pytest.raises(UsageError, match=r"prompt_mask.*3"):
+        engine.open(prompt_embeds=PROMPT, prompt_mask=mask[:3], **opened)
+
+
+def test_velocities_of_branches_are_joined_by_block() -> None:
+    """In a block's graph a branch that leaves a block out has no part in its velocity."""
+    preset = make_preset("magi-tiny", num_steps=8)
+    planned = next(planned for planned in plan_block(preset) if planned.lead == 0)
+    guidance = preset.sampler.guide
+    runs = {number: branch_run(guidance, planned.run, number) for number in range(3)}
+    present = {number: run for number, run in runs.items() if run is not None}
+    parts = {number: torch.randn(1, len(run.frames), 1, 1, 1) for number, run in present.items()}
+    assert [len(run.frames) for run in present.values()] == [24, 24, 18]
+    step = SolverStep(Sampler(preset.sampler), planned.steps, CHUNK)
+    values = {branch_velocity(planned.name, number): part for number, part in parts.items()}
+    latents = {name: torch.zeros(1, CHUNK, 1, 1, 1) for name in planned.latents}
+    made = BranchJoin(guidance, planned, present, step)(values | latents)
+    lengths = [after - before for before, after in pairwise(published_times(8))]
+    nearly_clean = lengths[planned.steps[0]] * parts[1][:, :CHUNK]
+    noisy = lengths[planned.steps[1]] * sum(
+        weight * parts[number][:, at : at + CHUNK] for number, weight, at in ((0, 7.5, 6), (1, -6.0, 6), (2, -0.5, 0))
+    )
+    assert torch.allclose(made["clean"], nearly_clean) and torch.allclose(made["latents.0"], noisy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["magi-tiny-distill", "magi-tiny"])
+def test_graphs_are_what_eager_runs(preset: str) -> None:
+    eager, fused = (streamed(load(preset, num_steps=8, executor=name), 3) for name in ("eager", "fused"))
+    assert_same(fused, eager)

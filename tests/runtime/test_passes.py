@@ -51,7 +51,7 @@ class DenseFrames:
             for index, seen in enumerate(lists):
                 heads = slice(index * HEADS // len(lists), (index + 1) * HEADS // len(lists))
                 rows = [place[frame] for frame in seen]
-                keys, values = (kept[:, rows][:, :, :, heads].flatten(1, 2) for kept in (k, v))
+                keys, values = (cached[:, rows][:, :, :, heads].flatten(1, 2) for cached in (k, v))
                 for frame in part.frames:
                     out[:, place[frame], :, heads] = attention(q[:, place[frame], :, heads], keys, values)
         return out.flatten(1, 2)

@@ -12,10 +12,13 @@ from thread_ranks import pair
 
 from inferix import UsageError
 from inferix.models.registry import MODELS, family_of, make_preset
-from inferix.runtime.capacity import rank_planner
+from inferix.runtime.capacity import memory_check, rank_planner
+from inferix.runtime.capacity.available_memory import Available
 from inferix.runtime.capacity.gpus import CARDS
+from inferix.runtime.capacity.memory_check import MemoryCheck
 from inferix.runtime.capacity.planner import Ceiling, Workload, steady_blocks
 from inferix.runtime.capacity.rank_planner import LINKS, choose, plans, read_link
+from inferix.runtime.config import EngineConfig
 from inferix.schemes.layouts import LAYOUTS, Divided, choose_layout
 
 H200 = CARDS["h200"]
@@ -108,3 +111,18 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest_that_works(divided, 
     with pytest.raises(UsageError) as error:
         choose_layout(divided, ranks, parallel)
     assert all(word in str(error.value) for word in (f"gpus is {ranks}", *words))
+
+
+def test_memory_is_checked_for_a_rank_and_on_a_cpu_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, preset = MODELS["wan-14b"], make_preset("self-forcing")
+    load = workload("wan-14b")
+    both = 2 * rank_planner.rank_memory(replace(load, dtype="float32", kv_dtype="float32"), 2, 1)
+    config = EngineConfig.of("wan-14b", "self-forcing", device="cpu", gpus=2)
+    check = MemoryCheck(config, preset)
+    for count, fits in ((both, True), (both - 1, False)):
+        monkeypatch.setattr(memory_check, "available_memory", lambda device, count=count: Available(count, "test"))
+        if fits:
+            check(spec, load.decoder, text=0, fast=None, made_on_host=False)
+        else:
+            with pytest.raises(UsageError, match="wan-14b"):
+                check(spec, load.decoder, text=0, fast=None, made_on_host=False)

@@ -1074,7 +1074,7 @@ def test_records_and_metrics_are_plain_data(tmp_path):
 # For long
 
 
-@pytest.mark.parametrize("blocks", [60, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("blocks", [30, pytest.param(250, marks=pytest.mark.slow)])
 def test_a_soak_over_8_sessions(blocks):
     """Under random controls nothing is left over, memory is flat, and every block is as if its session were alone."""
     settings = {

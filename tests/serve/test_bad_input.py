@@ -11,7 +11,9 @@ import msgpack
 import pytest
 import websockets
 from live_client import PROMPT, Client, serving
+from typer.testing import CliRunner
 
+from inferix.cli.main import app
 from inferix.errors import UsageError
 from inferix.serve.access import TOKEN_PROTOCOL
 from inferix.serve.app import PAGE
@@ -272,3 +274,16 @@ def test_the_page_needs_nothing_from_elsewhere(served):
         text = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.findall(r"(?:https?:)?//[a-z0-9-]+\.[a-z]", text), file.name
         assert httpx.get(f"{served.url}/{file.name}").status_code == (401 if file.name == "index.html" else 200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--engine", "no-such-folder"], "no-such-folder"), (["--engine", "x", "--model", "y"], "--model"),
+        (["--host", "0.0.0.0"], "token"), (["--limit", "sesions=3"], "'sessions'"), (["--behind", "drop"], "'drop'"),
+        (["--limit", "queue=3"], "--queue"), (["--token", "no-such-file"], "no-such-file"), (["--size", "3"], "3"),
+    ],
+)  # fmt: skip
+def test_the_command_refuses_bad_options_before_it_loads(arguments, word):
+    done = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
+    assert done.exit_code == 2 and word in done.stderr, done.stderr
