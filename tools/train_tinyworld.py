@@ -446,7 +446,7 @@ def set_attention_offsets(attention: SelfAttention, offsets: Sequence[tuple[int,
     Land moves by one latent pixel from frame to frame. Attention learns that without biases too, but in thousands of
     steps.
     """
-    size = len(attention.q.bias) // attention.heads
+    size = attention.head_dim
     for projection in (attention.q, attention.k):
         projection.weight.mul_(0.5)
     for head, (frame, row, column) in enumerate(offsets):
