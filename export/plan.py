@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UsageError, quoted
 from ..schemes.context import ContextPolicy
+from ..schemes.guidance import Guidance, GuidanceBranch
 from ..schemes.presets import About, Preset
 from ..schemes.sampler_spec import SamplerSpec
 from ..user_files import read_json
@@ -115,13 +116,23 @@ def preset_of(values: dict[str, Any]) -> Preset:
     try:
         parts = {
             "about": restored(About, values["about"]),
-            "sampler": restored(SamplerSpec, values["sampler"]),
+            "sampler": restored(SamplerSpec, values["sampler"] | {"guidance": guidance_of(values["sampler"]["guidance"])}),
             "context": restored(ContextPolicy, values["context"]),
         }
         preset: Preset = restored(Preset, values | parts)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"preset in {FILE} is not of this version: {error}; export it again") from error
     return preset
+
+
+def guidance_of(values: dict[str, Any] | None) -> Guidance | None:
+    """The guidance with these values; None for none."""
+    if values is None:
+        return None
+    return Guidance(
+        tuple(restored(GuidanceBranch, branch) for branch in values["branches"]),
+        tuple((start, tuple(scales)) for start, scales in values["scales"]),
+    )
 
 
 def restored(cls: Any, values: dict[str, Any]) -> Any:

@@ -164,7 +164,7 @@ def test_image_and_video_begin_the_stream(tmp_path):
         (["--image", "setup.cfg"], "image.*setup.cfg"),
         (["--prompt-embeds", "none.safetensors"], "none.safetensors"),
         (["--out", "/proc/none/a.mp4"], "/proc/none"),
-        (["--out", "a.gif"], "--out 'a.gif'.*mp4"),
+        (["--out", "a.flv"], "--out 'a.flv'.*mp4"),
         (["--nonsense"], "--nonsense"),
     ],
 )

@@ -99,8 +99,8 @@ def test_text_that_is_no_json_is_refused(text: bytes) -> None:
 
 def test_another_version_is_refused() -> None:
     whole = encode_plan(WritePages((2, 2), (1,)))
-    with pytest.raises(InferixError, match="version 2"):
-        decode_plan(HEADER.pack(MAGIC, 2, *HEADER.unpack_from(whole)[2:]) + whole[HEADER.size :])
+    with pytest.raises(InferixError, match=f"version {VERSION + 1}"):
+        decode_plan(HEADER.pack(MAGIC, VERSION + 1, *HEADER.unpack_from(whole)[2:]) + whole[HEADER.size :])
 
 
 def test_a_plan_holds_host_values_only() -> None:
