@@ -114,9 +114,10 @@ def preset_values(preset: Preset) -> dict[str, Any]:
 def preset_of(values: dict[str, Any]) -> Preset:
     """The preset with these values, as `preset_values` gives them. CheckpointError for fields of another version."""
     try:
+        sampler = values["sampler"] | {"guidance": guidance_of(values["sampler"]["guidance"])}
         parts = {
             "about": restored(About, values["about"]),
-            "sampler": restored(SamplerSpec, values["sampler"] | {"guidance": guidance_of(values["sampler"]["guidance"])}),
+            "sampler": restored(SamplerSpec, sampler),
             "context": restored(ContextPolicy, values["context"]),
         }
         preset: Preset = restored(Preset, values | parts)
