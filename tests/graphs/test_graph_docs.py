@@ -55,11 +55,11 @@ def test_text_and_picture_are_those_of_the_command() -> None:
 
 
 def test_text_is_that_of_the_command_but_for_numbers() -> None:
-    """Of a few layers: rewrites, passes, kernels of each and where they come from."""
-    assert without_numbers(text(done(FEW.num_layers))) in map(without_numbers, code_blocks()), AGAIN
+    """Of as few layers as give too many values to be listed: rewrites, passes, kernels and where they come from."""
+    assert without_numbers(text(done(6))) in map(without_numbers, code_blocks()), AGAIN
     page = (DOCS / "graph.md").read_text("utf-8")
     assert all(f"| `{name}`" in page for name in REWRITES)
-    assert page.count("(every block): 395 launches, 40.4 TFLOP") == 4
+    assert page.count("(every block): 396 launches, 40.4 TFLOP") == 4
 
 
 def test_figures_of_wan() -> None:
