@@ -221,12 +221,12 @@ def changes(canvas: Canvas, block: BlockGraph) -> None:
     first, last = block.changes[0].launches_before, block.changes[-1].launches_after
     canvas.text(MARGIN, canvas.y + 14, f"Launches of all passes after each rewrite: {first} to {last}", 15, bold=True)
     canvas.y += 26
-    start, room = MARGIN + 396, WIDTH - 2 * MARGIN - 396 - 48
+    start, room = MARGIN + 420, WIDTH - 2 * MARGIN - 420 - 48
     rows = [("as traced", "", first)]
     rows += [(change.rewrite, REWRITES[change.rewrite].claim, change.launches_after) for change in block.changes]
     for rewrite, claim, after in rows:
         canvas.text(MARGIN, canvas.y + 12, rewrite, SIZE, bold=True)
-        canvas.text(MARGIN + 100, canvas.y + 12, shortened(claim, 360), SIZE, SOFT)
+        canvas.text(MARGIN + 122, canvas.y + 12, shortened(claim, 280), SIZE, SOFT)
         canvas.box(start, canvas.y + 2, room * after / max(first, 1), 12, COLOURS["matmul"], round=2)
         canvas.text(start + room * after / max(first, 1) + 6, canvas.y + 12, str(after), SIZE)
         canvas.y += 19
