@@ -226,7 +226,7 @@ def changes(canvas: Canvas, block: BlockGraph) -> None:
     rows += [(change.rewrite, REWRITES[change.rewrite].claim, change.launches_after) for change in block.changes]
     for rewrite, claim, after in rows:
         canvas.text(MARGIN, canvas.y + 12, rewrite, SIZE, bold=True)
-        canvas.text(MARGIN + 122, canvas.y + 12, shortened(claim, 340), SIZE, SOFT)
+        canvas.text(MARGIN + 122, canvas.y + 12, shortened(claim, 310), SIZE, SOFT)
         canvas.box(start, canvas.y + 2, room * after / max(first, 1), 12, COLOURS["matmul"], round=2)
         canvas.text(start + room * after / max(first, 1) + 6, canvas.y + 12, str(after), SIZE)
         canvas.y += 19
