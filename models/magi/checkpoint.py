@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, nearest, quoted
 from ..family import Checkpoint, Format
-from ..files import check_file, finite, read_json, read_tensors, write_json, write_tensors
-from ..scaled_weights import unscaled
+from ..files import check_file, read_json, read_tensors, write_json
+from ..shards import write_shards
 from ..spec import ModelSpec
 from ..state_dicts import (
     WeightFiles,
@@ -203,27 +203,6 @@ def write_transformer(
     Each tensor goes through `change` and is written in `dtype` (None: its own).
     """
     write_json(folder / "config.json", config_of(spec))
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, tensor in tensors.items():
-        nbytes = (dtype or tensor.dtype).itemsize * tensor.numel()
-        if shards[-1] and size + nbytes > max_shard:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + nbytes, total + nbytes
-    places: dict[str, str] = {}
-    for index, names in enumerate(shards):
-        whole = len(shards) == 1
-        file = f"{STEM}.safetensors" if whole else f"{STEM}-{index + 1:05}-of-{len(shards):05}.safetensors"
-        part = {
-            published(name): finite(file, name, change(name, unscaled(tensors[name])).to(dtype or tensors[name].dtype))
-            for name in names
-        }
-        write_tensors({name: tensor.contiguous() for name, tensor in part.items()}, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(part, file)
-        progress(file)
-    if len(shards) > 1:
-        write_json(folder / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    write_shards(folder, STEM, tensors, published, max_shard, dtype, change, progress)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import finite, save_pickle, write_json, write_tensors
-from ..scaled_weights import unscaled
+from ..files import save_pickle, write_json, write_tensors
+from ..shards import write_shards
 from ..spec import ModelSpec
 from ..text.umt5_checkpoint import ORIGINAL_TOKENIZER
 from .checkpoint import FORMATS, SHARD
@@ -109,30 +109,8 @@ def write_transformer(
         write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
         folder = folder / "transformer"
     write_json(folder / "config.json", diffusers_config(spec) if form == "diffusers" else original_config(spec))
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, tensor in tensors.items():
-        bytes_ = (dtype or tensor.dtype).itemsize * tensor.numel()
-        if shards[-1] and size + bytes_ > max_shard:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + bytes_, total + bytes_
     stem = SHARD.removesuffix(".safetensors")
-    places: dict[str, str] = {}
-    for index, names in enumerate(shards):
-        file = SHARD if len(shards) == 1 else f"{stem}-{index + 1:05}-of-{len(shards):05}.safetensors"
-        part = {}
-        for name in names:
-            tensor = unscaled(tensors[name])
-            written = finite(file, name, change(name, tensor).to(dtype or tensor.dtype))
-            part[to_format(form, name)] = written.contiguous()
-        write_tensors(part, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(part, file)
-        progress(file)
-    if len(shards) > 1:
-        index_file = {"metadata": {"total_size": total}, "weight_map": places}
-        write_json(folder / f"{SHARD}.index.json", index_file)
+    write_shards(folder, stem, tensors, lambda name: to_format(form, name), max_shard, dtype, change, progress)
 
 
 def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor]) -> None:
