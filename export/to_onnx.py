@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
@@ -76,3 +77,25 @@ class OnnxWriter:
                     WEIGHTS, offset, length, tensor.dtype, shape=shape, name=value.name or "", base_dir=self.folder
                 )
         onnx_ir.save(model, self.folder / f"{program.name}.onnx")
+
+
+class ConvertingWriter:
+    """Writes programs as ONNX into a folder that is removed at the end, for a target that converts them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Self:
+        self.place = TemporaryDirectory(dir=self.folder.parent)
+        self.onnx = OnnxWriter(Path(self.place.name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.onnx.weights.file.close()
+        self.place.cleanup()
+
+    def write_onnx(self, program: Program) -> Path:
+        """Write a program with all of its weights; its path."""
+        self.onnx.write(program)
+        self.onnx.weights.file.flush()
+        return self.onnx.folder / f"{program.name}.onnx"

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .programs import Program
-from .to_onnx import OPSET, OnnxWriter
+from .to_onnx import OPSET, ConvertingWriter
 
 
-class OpenVinoWriter:
+class OpenVinoWriter(ConvertingWriter):
     """Writes programs as IR; see `Writer`."""
 
     options: ClassVar[dict[str, Any]] = {"opset": OPSET, "compress_to_fp16": False}
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Self:
-        self.place = TemporaryDirectory(dir=self.folder.parent)
-        self.onnx = OnnxWriter(Path(self.place.name))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.onnx.weights.file.close()
-        self.place.cleanup()
-
     def write(self, program: Program) -> None:
-        self.onnx.write(program)
-        self.onnx.weights.file.flush()
-        convert(self.onnx.folder / f"{program.name}.onnx", self.folder / f"{program.name}.xml")
+        convert(self.write_onnx(program), self.folder / f"{program.name}.xml")
 
 
 def convert(onnx: Path, out: Path) -> None:

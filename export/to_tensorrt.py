@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Protocol, Self, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from ..errors import InferixError
 from .programs import Program
-from .to_onnx import OPSET, OnnxWriter
+from .to_onnx import OPSET, ConvertingWriter
 
 CACHE = "timing.cache"
 OPERATORS = {  # those of our programs that docs/operators.md of onnx-tensorrt lists for TensorRT 10.15
@@ -41,27 +40,13 @@ def load_tensorrt() -> TensorRt:
     return cast(TensorRt, import_module("tensorrt"))
 
 
-class TensorRtWriter:
+class TensorRtWriter(ConvertingWriter):
     """Builds programs as engines for the GPU of this machine; see `Writer`."""
 
     options: ClassVar[dict[str, Any]] = {"opset": OPSET, "strongly_typed": True}
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Self:
-        self.place = TemporaryDirectory(dir=self.folder.parent)
-        self.onnx = OnnxWriter(Path(self.place.name))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.onnx.weights.file.close()
-        self.place.cleanup()
-
     def write(self, program: Program) -> None:
-        self.onnx.write(program)
-        self.onnx.weights.file.flush()
-        path = self.onnx.folder / f"{program.name}.onnx"
+        path = self.write_onnx(program)
         use_single_precision(path)
         if problems := list(unsupported(path)):
             raise InferixError(f"program {program.name} cannot be built by TensorRT: {'; '.join(problems)}")
