@@ -54,7 +54,7 @@ FUSED = ("adaln", "qk_norm_rope_append", "rms_norm")
 
 @dataclass
 class Run:
-    """What the lines share: the subject, one engine, and its prompt. known: values of the lines before."""
+    """State shared by the lines: the subject, one engine, and its prompt. known: values of the lines before."""
 
     subject: Subject
     device: str

@@ -32,7 +32,7 @@ SHARES = (0.5, 0.95, 0.99)
 
 @dataclass
 class Viewed:
-    """What one session measured, in seconds. underruns: times that the player had nothing to show."""
+    """Measurements of one session, in seconds. underruns: times that the player had nothing to show."""
 
     first_picture: float = 0.0
     intervals: list[float] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Viewed:
 
 @dataclass
 class Step:
-    """So many sessions at a time. refused: the answer to the one that was too many."""
+    """Measurements of a number of sessions at a time. refused: the answer to a session above it."""
 
     sessions: int
     viewed: list[Viewed]

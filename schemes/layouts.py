@@ -18,7 +18,7 @@ MOST_RANKS = 64
 
 @dataclass(frozen=True)
 class Divided:
-    """What is divided: heads of queries and of keys and values, and the token grid (rows, columns) of a frame."""
+    """Counts that ranks divide: heads of queries, heads of keys and values, and a frame's tokens (rows, columns)."""
 
     heads: int
     kv_heads: int

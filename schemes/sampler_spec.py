@@ -91,7 +91,7 @@ class SamplerSpec:
         return classifier_free(self.guidance_scale) if self.guidance is None else self.guidance
 
     def condition(self, step: int) -> float | None:
-        """What the network is given of a step besides its timestep; None for none."""
+        """Condition of a step that the network takes besides its timestep; None for none."""
         rule = SOLVERS[self.solver].condition
         return None if rule is None else rule(self.steps, step)
 

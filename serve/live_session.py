@@ -85,7 +85,7 @@ class Hub(Protocol):
 
 @dataclass
 class Start:
-    """What a stream starts from. prompt: None if it is not known, as of an uploaded world."""
+    """Start of a stream. prompt: None if it is not known, as of an uploaded world."""
 
     prompt: str | None
     seed: int | None

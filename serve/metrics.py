@@ -39,7 +39,7 @@ class EngineCollector(Collector):
 
 
 class ServerMetrics:
-    """What the server itself counts."""
+    """Counters of the server itself."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()

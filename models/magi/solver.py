@@ -33,7 +33,7 @@ def times(steps: int, shift: float) -> list[float]:
 
 
 def step_condition(steps: int, step: int) -> float:
-    """What a distilled network is given of a step: half the number of steps of its length from noise to clean."""
+    """Step condition of a distilled network: half the number of steps of its length from noise to clean."""
     lengths = intervals(steps)
     return sum(lengths) / lengths[step] / 2
 

@@ -105,7 +105,7 @@ def serve(place: Place) -> None:
                 run(worker, inbox, message)
             except Exception as error:  # rank 0 decides: it may have failed in the same way
                 inbox.send(Message("error", {"number": number, "error": f"{type(error).__name__}: {error}"}))
-    except Exception as error:
+    except Exception as error:  # of any kind: rank 0 names it, and this process ends with it
         inbox.send(Message("error", {"number": number, "error": f"{type(error).__name__}: {error}"}))
         raise
 

@@ -80,7 +80,7 @@ class RankedWorker:
         except (KeyboardInterrupt, SystemExit):
             self.peers.fail("rank 0 was interrupted within a pass")
             raise
-        except Exception as error:
+        except Exception as error:  # of any kind: it is raised again, once the other ranks are known to have it or end
             if not self.peers.all_failed():
                 self.peers.fail(f"rank 0 failed: {type(error).__name__}: {error}")
                 raise RankFailed(self.peers.fault or "") from error

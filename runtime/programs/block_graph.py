@@ -175,7 +175,7 @@ class SolverStep(nn.Module):
 
 @dataclass(frozen=True)
 class PassSource:
-    """What the trace of a pass depends on besides its layout and shapes.
+    """Arguments that the trace of a pass depends on besides its layout and shapes.
 
     family: since another family may be registered under the same name.
     """

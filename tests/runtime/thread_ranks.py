@@ -41,7 +41,7 @@ class ThreadRank:
         while (message := self.connection.receive()) is not None:
             try:
                 rank_process.run(self.worker, self, message)
-            except Exception as error:
+            except Exception as error:  # of any kind: the test raises it after all ranks have ended
                 self.send(Message("error", {"number": message.values["number"], "error": str(error)}))
         self.group.process_group = None  # as the end of a process does, it closes the connections of the collectives
 
