@@ -33,7 +33,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import InferixError, UsageError, nearest, one_line_errors
+from ..errors import InferixError, UsageError, nearest, one_line_errors, quoted
 from ..kernels.catalog import SPECS
 from ..kernels.spec import ARCHITECTURES, has_triton
 from ..runtime.files import write_atomically
@@ -64,7 +64,7 @@ def compile_all(
     """
     for op in ops:
         if op not in SPECS:
-            raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; there are {', '.join(SPECS)}")
+            raise UsageError(f"no op {quoted(op)}{nearest(op, SPECS)}; there are {', '.join(SPECS)}")
     if not has_triton():
         raise InferixError("Triton is not installed, so nothing can be compiled; pip install triton")
     env = {**os.environ, "TRITON_DISABLE_LINE_INFO": "1", "TRITON_INTERPRET": "0"}

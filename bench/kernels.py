@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, quoted
 from ..kernels.catalog import SPECS
 from ..kernels.spec import Case, KernelSpec, architecture, has_triton
 from ..runtime.files import write_atomically
@@ -66,7 +66,7 @@ def parse_shape(spec: KernelSpec, text: str) -> Case:
     for part in text.split(","):
         name, _, value = part.partition("=")
         if not value.isdecimal() or int(value) < 1:
-            raise UsageError(f"shape {text!r}: {part!r} is no size; expected name=number, such as dim=128")
+            raise UsageError(f"shape {quoted(text)}: {quoted(part)} is no size; expected name=number, such as dim=128")
         if name in spec.shape_names:
             size, *unit = spec.shape_names[name]
             each = dims[unit[0]] if unit else 1
@@ -79,7 +79,7 @@ def parse_shape(spec: KernelSpec, text: str) -> Case:
                 dims["kv_heads"] = int(value)
         else:
             has = ", ".join(dims)
-            raise UsageError(f"shape: {spec.name} has no size {name!r}{nearest(name, dims)}; it has {has}")
+            raise UsageError(f"shape: {spec.name} has no size {quoted(name)}{nearest(name, dims)}; it has {has}")
     return Case(text, dims, like.options)
 
 
@@ -87,7 +87,7 @@ def select(options: Options) -> list[KernelSpec]:
     """Specs of the selected ops; UsageError for an unknown name."""
     for op in options.ops:
         if op not in SPECS:
-            raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; expected one of {', '.join(SPECS)}")
+            raise UsageError(f"no op {quoted(op)}{nearest(op, SPECS)}; expected one of {', '.join(SPECS)}")
     return [SPECS[op] for op in options.ops or SPECS]
 
 
@@ -96,11 +96,12 @@ def run(options: Options, log: Log) -> Result:
     specs = select(options)
     make_current(torch.device(options.device))
     if options.shape and len(specs) != 1:
-        raise UsageError(f"shape {options.shape!r} is for one op, but {len(specs)} are selected; give one in ops")
+        raise UsageError(f"shape {quoted(options.shape)} is for one op, but {len(specs)} are selected; give one in ops")
     known = [case.name for spec in specs for case in spec.bench_cases]
     for name in options.cases:
         if name not in known:
-            raise UsageError(f"no case {name!r}{nearest(name, known)}; expected: {'; '.join(dict.fromkeys(known))}")
+            there = "; ".join(dict.fromkeys(known))
+            raise UsageError(f"no case {quoted(name)}{nearest(name, known)}; expected: {there}")
     log("measuring the machine's ceilings")
     begun, measured = environment(options.device), measure_ceilings(options.device, options.dtype)
     ceilings = {name: series.best for name, series in measured.items()}

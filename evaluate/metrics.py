@@ -41,7 +41,7 @@ def chosen_scorers(metrics: Sequence[str | Scorer] | None = None) -> list[Scorer
         scorer = SCORERS[metric]
         if scorer.package is not None and not available(scorer):
             raise UsageError(
-                f"metrics has {metric!r}, which needs the package {scorer.package}, and it is not installed: "
+                f"metrics has {quoted(metric)}, which needs the package {scorer.package}, and it is not installed: "
                 f"{INSTALL[scorer.package]}"
             )
         scorers.append(scorer)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capabilities, times ten, that GPU code is compiled for
 HALF = (torch.bfloat16, torch.float16)
@@ -321,7 +321,7 @@ class KernelSpec(OpSpec):
             if form.name == name:
                 return form
         names = ", ".join(["reference", *(form.name for form in self.implementations)])
-        raise UsageError(f"{self.name}: no implementation {name!r}; there are {names}")
+        raise UsageError(f"{self.name}: no implementation {quoted(name)}; there are {names}")
 
     def named(self, name: str, device: torch.device | None = None) -> Callable[..., None]:
         """Return the function of a form; UsageError for one that is unknown, or not for the GPU `device`."""
