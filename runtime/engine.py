@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import AtCapacity, UsageError, quoted
 from ..models.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
-from ..schemes.layouts import choose_layout
+from ..schemes.layouts import RankGrid, check_size
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline
 from .arguments import (
@@ -42,6 +42,7 @@ from .arguments import (
 )
 from .arguments import size as picture_size
 from .block_loop import BlockLoop
+from .capacity.rank_planner import divided
 from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
 from .execution.executors import Executor
@@ -52,7 +53,6 @@ from .kv.kv_manager import KVManager
 from .limits import Limits
 from .media_input import FITS
 from .noise import SEED, Noise, PhiloxNoise
-from .parallel.launch import divided
 from .plans import RefreshWeights
 from .programs.graph_store import card_of
 from .resources import make_resources
@@ -180,7 +180,9 @@ class Engine:
             width, height = self.default_size
             raise UsageError(f"size is {size[0]}x{size[1]}, but this engine makes pictures of {width}x{height} only")
         if self.parts.shard.ranks > 1:
-            choose_layout(divided(self.spec, size), self.parts.shard.ranks, self.parts.shard.layout)
+            shard = self.parts.shard
+            grid = RankGrid(shard.heads.size, shard.tokens.size, shard.branches.size)
+            check_size(divided(self.spec, size, preset.sampler.guide), grid)
         if strength is not None and video is None:
             raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:

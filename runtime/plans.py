@@ -86,6 +86,25 @@ class PassPlan:
 
 
 @dataclass(frozen=True)
+class BranchPass:
+    """The pass of one branch of guidance. place: of the ranks that run it. frames: those of the latents that it runs."""
+
+    place: int
+    frames: tuple[int, ...]
+    run: PassPlan
+
+
+@dataclass(frozen=True)
+class GuidedPass:
+    """A pass of branches that run beside each other on ranks of their own.
+
+    Latents [B, F, C, H, W] in; the velocity of each branch, [B, frames, C, H, W], out on rank 0, in order.
+    """
+
+    branches: tuple[BranchPass, ...]
+
+
+@dataclass(frozen=True)
 class OpenStore:
     """Allocate a store of pages, with a staging buffer of `slots` frames where pages have another dtype."""
 
@@ -237,7 +256,7 @@ class Release:
 
 
 Plan = Union[  # noqa: UP007  its members are listed at run time
-    PassPlan, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload, JoinTransfer,
+    PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload, JoinTransfer,
     LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, RefreshWeights, Release,
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}

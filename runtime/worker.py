@@ -23,6 +23,7 @@ from .plans import (
     Condition,
     Grid,
     GrowStore,
+    GuidedPass,
     JoinTransfer,
     LoadSink,
     Offload,
@@ -70,6 +71,7 @@ class LocalWorker:
         self.hosts: dict[int, tuple[Tensor, Tensor | None]] = {}  # keys and values, scales
         self.runs: dict[type[Any], Callable[..., list[Tensor] | None]] = {
             PassPlan: self.run_pass,
+            GuidedPass: self.run_branches,
             OpenStore: self.open_store,
             GrowStore: lambda plan: self.stores[plan.grid].grow(plan.pages),
             CloseStore: self.close_store,
@@ -115,6 +117,12 @@ class LocalWorker:
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
         return [executor.forward(latents, timesteps, text, attention, actions)]
+
+    def run_branches(self, plan: GuidedPass, latents: Tensor) -> list[Tensor]:
+        """Run the branches of this rank's place."""
+        place = self.parts.shard.branches.place
+        own = [branch for branch in plan.branches if branch.place == place]
+        return [velocity for branch in own for velocity in self.run_pass(branch.run, latents[:, list(branch.frames)])]
 
     def attention(self, plan: PassPlan) -> KeyValues:
         return self.stores[plan.layout.grid].attention(plan.layout)

@@ -11,6 +11,7 @@ import torch
 from ...errors import UsageError
 from ...models.decoder import DecoderSpec
 from ...models.spec import ModelSpec
+from ...schemes.layouts import choose_layout
 from ...schemes.page_needs import page_needs
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
@@ -19,7 +20,7 @@ from . import costs, planner
 from .available_memory import Available, available_memory
 from .costs import ITEMSIZE
 from .planner import Suggestion, Workload
-from .rank_planner import rank_memory
+from .rank_planner import divided_of, rank_memory
 
 MOST_SUGGESTIONS = 4
 
@@ -56,7 +57,8 @@ class MemoryCheck:
             return
         total = planner.needed(load) + self.more_bytes(load, fast)
         if (gpus := self.config.gpus) > 1:
-            total = rank_memory(load, gpus, self.sessions) + self.more_bytes(load, fast)
+            grid = choose_layout(divided_of(load), gpus, self.config.parallel)
+            total = rank_memory(load, grid, self.sessions) + self.more_bytes(load, fast)
             total *= gpus if device.type == "cpu" else 1  # processes share the memory of the machine
         self.compare(load, total, available_memory(device))
         if made_on_host and device.type != "cpu":

@@ -247,11 +247,6 @@ def branch_velocity(name: str, number: int) -> str:
     return f"{branch_name(name, number)}.velocity"
 
 
-def runs_apart(guidance: Guidance) -> bool:
-    """True where branches do not run the same groups over caches of their own, so that they are no batch."""
-    return len(guidance.scales) > 1 or not all(branch.writes_past for branch in guidance.branches)
-
-
 class BlockGraphBuilder:
     """Builds the block graph of one model, preset and picture size, before any rewrite.
 
@@ -278,7 +273,7 @@ class BlockGraphBuilder:
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
         self.guide = preset.sampler.guide
-        self.guidance = classifier_free(1) if runs_apart(self.guide) else self.guide  # of one batch
+        self.guidance = self.guide if self.guide.is_even else classifier_free(1)  # of one batch
         self.rows = sessions * len(self.guidance.branches)
         self.sampler = Sampler(preset.sampler)
         self.planned = plan_block(preset, fuse_commit)
@@ -383,10 +378,8 @@ class BlockGraphBuilder:
 
     def inputs(self, layout: Layout) -> list[Value]:
         """Inputs and states of the model's pass."""
-        spec, frames, (height, width) = self.spec, layout.frames, self.grid
-        if self.shard.token_shards > 1:
-            tiles = self.shard.tiles(self.grid)
-            height, width = height // tiles.rows, width // tiles.columns
+        spec, frames = self.spec, layout.frames
+        height, width = self.shard.regions(self.grid).part(self.grid)
         rope_dtype = torch.promote_types(self.dtype, torch.float32)
         time, row, column = self.model.rope.pairs
 

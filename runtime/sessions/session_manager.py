@@ -185,7 +185,7 @@ class SessionManager:
             preset, spec, resources.parts.vae.spec, session.size, resources.config.dtype, page.nbytes,
             queued=self.limits.queue_blocks,
         )  # fmt: skip
-        store = resources.kv_manager.stores.get(page.grid)
+        store = resources.kv_manager.stores.get((page.grid, 0))
         room = None if store is None or store.grows else store.pool.size * page.nbytes
         period = spec.vae_stride[0] * preset.num_frame_per_block / spec.fps
         return SchedulerEntry(need, session.size, period, room)

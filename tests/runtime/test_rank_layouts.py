@@ -19,7 +19,7 @@ from inferix.models.registry import MODELS
 from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.session import Session
-from inferix.schemes.layouts import LAYOUTS
+from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, TOKENS
 
 LIMIT = 1e-10
 OTHER = ROWS.flip(0) * 1.5
@@ -36,7 +36,7 @@ STREAMS: dict[str, tuple[str, dict[str, object]]] = {
 }
 QUICK = {  # the others run with the slow tests
     ("averaged sink", "ulysses"), ("averaged sink", "pass-q"), ("guidance", "ulysses"), ("staggered", "ulysses"),
-    ("actions, learned positions", "pass-q"),
+    ("actions, learned positions", "pass-q"), ("guidance", BRANCHES), ("sink, prompt switch", JOINT),
 }  # fmt: skip
 
 
@@ -64,16 +64,19 @@ def stream(engine: Engine, path: Path) -> Tensor:
 
 
 def cases() -> list[object]:
-    pairs = [(name, layout) for name in STREAMS for layout in LAYOUTS]
-    return [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in pairs]
+    two = [(name, layout, 2) for name in STREAMS for layout in (HEADS, TOKENS)]
+    two.append(("guidance", BRANCHES, 2))
+    four = [(name, JOINT, 4) for name in STREAMS]
+    four += [("guidance", f"{BRANCHES}+{layout}", 4) for layout in (HEADS, TOKENS)]
+    return [pytest.param(*one, marks=() if one[:2] in QUICK else pytest.mark.slow) for one in (*two, *four)]
 
 
-@pytest.mark.parametrize(("name", "layout"), cases())
-def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "layout", "ranks"), cases())
+def test_ranks_make_the_stream_of_one(name: str, layout: str, ranks: int, tmp_path: Path) -> None:
     preset, overrides = STREAMS[name]
-    with pair(preset, layout, vae_spec=SMALL_VAE, **overrides) as (alone, ranked):
+    with pair(preset, layout, ranks, vae_spec=SMALL_VAE, **overrides) as (alone, ranked):
         expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
-        assert ranked.resources.worker.group.sent > 0
+        assert ranked.resources.worker.group.traffic.sent > 0
     assert difference(found, expected) <= LIMIT
 
 
@@ -84,8 +87,9 @@ def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path
         *(
             pytest.param(*one, marks=pytest.mark.slow)
             for one in (
-                ("wan-ranks", 4, "ulysses"), ("wan-ranks", 4, "pass-q"), ("wan-ranks-6", 3, "ulysses"),
+                ("wan-ranks", 4, "ulysses"), ("wan-ranks", 4, "pass-q"), ("wan-ranks", 4, JOINT), ("wan-ranks-6", 3, "ulysses"),
                 ("wan-ranks-6", 6, "ulysses"), ("wan-ranks-6", 4, "pass-q"), ("wan-ranks-gqa", 4, "pass-q"),
+                ("wan-ranks-6", 6, JOINT), ("wan-ranks-gqa", 4, JOINT),
             )
         ),
     ],
@@ -108,19 +112,32 @@ def test_other_heads_and_more_ranks_make_the_stream_of_one(model: str, ranks: in
         assert form.nbytes * ranks == form.whole.nbytes  # of pages, nothing is on two ranks
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_in_flight_with_guidance_by_timestep_make_the_stream_of_one(layout: str) -> None:
-    alone = load("magi-tiny", device="cpu", dtype="float64", num_steps=8)
+@pytest.mark.parametrize(
+    ("preset", "layout", "ranks"),
+    [
+        ("magi-tiny", HEADS, 2), ("magi-tiny", TOKENS, 2), ("magi-tiny", BRANCHES, 2),
+        *(
+            pytest.param(preset, layout, ranks, marks=pytest.mark.slow)
+            for preset in ("magi-tiny", "magi-tiny-distill")
+            for layout, ranks in ((JOINT, 4), (f"{BRANCHES}+{HEADS}", 4), (f"{BRANCHES}+{TOKENS}", 4))
+        ),
+        pytest.param("magi-tiny-distill", BRANCHES, 2, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_chunks_in_flight_with_guidance_by_timestep_make_the_stream_of_one(
+    preset: str, layout: str, ranks: int
+) -> None:
+    alone = load("magi-tiny", preset, device="cpu", dtype="float64", num_steps=8)
     rows = torch.randn(3, alone.spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     made = []
-    with thread_engine(alone, 2, layout) as ranked:
+    with thread_engine(alone, ranks, layout) as ranked:
         for engine in (alone, ranked):
             with engine.open(prompt_embeds=rows, seed=1) as session:
                 made.append(torch.cat([block.latents for block in session.stream(1, decode=False)]))
     assert difference(*made) <= LIMIT
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [HEADS, TOKENS])
 def test_random_controls_forks_and_rewinds_make_the_same_streams(layout: str) -> None:
     settings = {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000], "rewind_blocks": 2}
     with pair("longlive", layout, vae_spec=SMALL_VAE, **settings) as (alone, ranked):
