@@ -41,13 +41,15 @@ class Shard:
     """A rank's part of every pass.
 
     heads, tokens: of pages that ranks divide. group: number of the `RankGroup` of all ranks of a pass, whose rank is
-    tokens.place * heads.size + heads.place. branches: of guidance, each run by ranks of its own.
+    tokens.place * heads.size + heads.place. branches: of guidance, each run by ranks of its own. weights: ranks that
+    divide the large matrices.
     """
 
     heads: Axis = Axis()
     tokens: Axis = Axis()
     group: int = 0
     branches: Axis = Axis()
+    weights: Axis = Axis()
 
     @property
     def ranks(self) -> int:

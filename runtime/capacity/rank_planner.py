@@ -15,6 +15,7 @@ from ...errors import UsageError, nearest, quoted
 from ...graphs.passes import Pass
 from ...models.files import parse_json
 from ...models.spec import ModelSpec
+from ...models.weight_shards import part_of
 from ...schemes.block_schedule import ScheduledBlock
 from ...schemes.guidance import Guidance
 from ...schemes.layouts import Divided, PassShape, RankGrid, bytes_sent, collectives
@@ -79,8 +80,19 @@ def frame_entries(load: Workload) -> int:
     return load.spec.out_channels * math.prod(load.latent)
 
 
+def divided_matrices(load: Workload) -> list[int]:
+    """Numbers of each matrix that ranks divide with `shard_weights`."""
+    return [inputs * outputs for _, inputs, outputs in costs.token_layers(load.spec)]
+
+
+def weight_bytes(load: Workload, grid: RankGrid) -> int:
+    """Bytes that each rank sends in one pass for the others to gather the weights."""
+    parts = sum(part_of(count, grid.tiles) for count in divided_matrices(load))
+    return (grid.tiles - 1) * parts * ITEMSIZE[load.dtype]
+
+
 def pass_bytes(load: Workload, run: Pass, grid: RankGrid) -> int:
-    """Bytes that each rank sends in one pass of one branch."""
+    """Bytes that each rank sends in one pass of one branch, besides weights."""
     frames, spec = len(run.frames), load.spec
     shape = PassShape(frames * load.tokens, load.preset.context.rotates_sink, frames * frame_entries(load))
     return bytes_sent(grid, shape, divided_of(load), spec.head_dim, spec.num_layers, ITEMSIZE[load.dtype])
@@ -95,21 +107,27 @@ def runs_at(load: Workload, block: ScheduledBlock, grid: RankGrid, place: int) -
     ]  # fmt: skip
 
 
-def block_bytes(load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0) -> int:
+def block_bytes(
+    load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False
+) -> int:
     """Bytes that the first rank of a place sends in a block whose passes run one by one.
 
-    place: of branches of guidance; ranks of others than 0 send their velocities to rank 0.
+    place: of branches of guidance; ranks of others than 0 send their velocities to rank 0. shard_weights: ranks gather
+    the weights in each pass.
     """
     runs = runs_at(load, block, grid, place)
     velocities = sum(len(run.frames) for run in runs) * frame_entries(load) * ITEMSIZE[load.dtype]
-    return sum(pass_bytes(load, run, grid) for run in runs) + (velocities if place > 0 else 0)
+    weights = len(runs) * weight_bytes(load, grid) if shard_weights else 0
+    return sum(pass_bytes(load, run, grid) for run in runs) + weights + (velocities if place > 0 else 0)
 
 
-def block_collectives(load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0) -> int:
+def block_collectives(
+    load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False
+) -> int:
     """Collectives, and sent velocities, of the first rank of a place in a block."""
     runs = len(runs_at(load, block, grid, place))
     each = collectives(grid, load.spec.num_layers, load.preset.context.rotates_sink)
-    return runs * (each + (place > 0))
+    return runs * (each + (place > 0) + (len(divided_matrices(load)) if shard_weights else 0))
 
 
 # Plans
@@ -120,7 +138,7 @@ class RankPlan:
     """Ranks of one world, and worlds side by side.
 
     layout: its name, `one` for one GPU. memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of a steady block's passes; decoding:
-    of its decoder, on one rank. sent: bytes that a rank sends in a block.
+    of its decoder, on one rank. sent: bytes that a rank sends in a block. shard_weights: ranks divide the weights.
     """
 
     layout: str
@@ -135,6 +153,7 @@ class RankPlan:
     decoding: float
     frames: float
     sent: int
+    shard_weights: bool = False
 
     @property
     def block(self) -> float:
@@ -152,11 +171,12 @@ class RankPlan:
 
     def __str__(self) -> str:
         world = "one GPU" if self.ranks == 1 else f"{self.layout} on {self.ranks}"
+        world += ", shard_weights" if self.shard_weights else ""
         return world if self.replicas == 1 else f"{self.replicas} x {world}"
 
 
-def rank_memory(load: Workload, grid: RankGrid, sessions: int) -> int:
-    """Bytes of rank 0, which decodes: all weights, and its part of each page."""
+def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False) -> int:
+    """Bytes of rank 0, which decodes: all weights, or its part and the largest whole, and its part of each page."""
     split, guide = planner.memory(load), load.preset.sampler.guide
     each, once = dict(split.each), dict(split.once)
     if grid.branches > 1:
@@ -164,6 +184,9 @@ def rank_memory(load: Workload, grid: RankGrid, sessions: int) -> int:
         most = max(least_pages(load.preset, number) for number in numbers)
         each["pages"] = each["pages"] * most // least_pages(load.preset)
         each["moving_sink"] //= len(numbers)
+    if shard_weights:
+        counts, item = divided_matrices(load), ITEMSIZE[load.dtype]
+        once["transformer"] -= item * (sum(counts) - sum(part_of(count, grid.tiles) for count in counts) - max(counts))
     for part in (once, each):
         for name in part.keys() & {"pages", "page_buffer", "moving_sink"}:
             part[name] = -(-part[name] // grid.tiles)
@@ -177,10 +200,16 @@ def plans(load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link) 
         grids = [parts.grid_of(layout, ranks) for layout in parts.layouts(ranks)] if ranks > 1 else [RankGrid()]
         for grid in grids:
             assert grid is not None
-            yield plan(load, grid, gpus // ranks, memory, ceiling, link)
+            whole = plan(load, grid, gpus // ranks, memory, ceiling, link)
+            yield whole
+            if not whole.fits and grid.tiles > 1:
+                yield plan(load, grid, gpus // ranks, memory, ceiling, link, shard_weights=True)
 
 
-def plan(load: Workload, grid: RankGrid, replicas: int, memory: int, ceiling: Ceiling, link: Link) -> RankPlan:
+def plan(
+    load: Workload, grid: RankGrid, replicas: int, memory: int, ceiling: Ceiling, link: Link,
+    shard_weights: bool = False,
+) -> RankPlan:  # fmt: skip
     """Predict one layout. memory: bytes of a GPU. Of branches of guidance, the longest is waited for."""
     blocks = planner.steady_blocks(load.preset)
     speed = planner.steady_speed(load, Ceiling(ceiling.tflops * EFFICIENCY, ceiling.bandwidth, ceiling.source))
@@ -192,9 +221,9 @@ def plan(load: Workload, grid: RankGrid, replicas: int, memory: int, ceiling: Ce
     def flops(block: ScheduledBlock, place: int) -> int:
         return sum(costs.pass_flops(load.spec, load.tokens, run).total for run in runs_at(load, block, grid, place))
 
-    sent = int(per_block(lambda block, place: block_bytes(load, block, grid, place)))
-    waits = per_block(lambda block, place: block_collectives(load, block, grid, place))
-    need = rank_memory(load, grid, -(-load.sessions // replicas))
+    sent = int(per_block(lambda block, place: block_bytes(load, block, grid, place, shard_weights)))
+    waits = per_block(lambda block, place: block_collectives(load, block, grid, place, shard_weights))
+    need = rank_memory(load, grid, -(-load.sessions // replicas), shard_weights)
     return RankPlan(
         grid.layout or "one", grid.ranks, replicas, need, need <= memory,
         passes=per_block(lambda block, place: len(runs_at(load, block, grid, place))),
@@ -204,6 +233,7 @@ def plan(load: Workload, grid: RankGrid, replicas: int, memory: int, ceiling: Ce
         decoding=speed.decoder_seconds * 1e3,
         frames=speed.frames,
         sent=sent,
+        shard_weights=shard_weights,
     )  # fmt: skip
 
 

@@ -52,14 +52,11 @@ class World:
     group: RankGroup
     shard: Shard
 
-    def worker(
-        self, config: EngineConfig, preset: Preset, parts: Components
-    ) -> tuple[RankedWorker, Components]:
-        """The worker of all ranks, and the parts of this one; waits until all have loaded."""
-        parts = replace(parts, shard=self.shard)
+    def worker(self, config: EngineConfig, preset: Preset, parts: Components) -> RankedWorker:
+        """The worker of all ranks; waits until all have loaded."""
         local = LocalWorker(config, preset, parts)
         self.peers.replies()
-        return RankedWorker(local, self.peers, self.group), parts
+        return RankedWorker(local, self.peers, self.group)
 
 
 @dataclass
@@ -87,7 +84,7 @@ class Start:
         fast: DecoderSpec | None,
         made_on_host: bool,
         files: Sequence[Path] = (),
-    ) -> None:
+    ) -> Shard:
         """Raise UsageError for sizes that the ranks cannot divide; start them."""
         config = self.config
         if ":" in config.device:
@@ -103,6 +100,7 @@ class Start:
             )
         mine = identity(spec, self.preset, files)
         self.world = start(self.config, grid, mine, self.name, self.settings, self.offline)
+        return self.world.shard
 
     def close(self) -> None:
         if self.world is not None:
@@ -162,7 +160,9 @@ def start(
                 )
         peers.send(lambda peer: Message("go"))
         limit = COLLECTIVE * config.rank_timeout
-        group, shard = join_grid(store, place, grid, f"{number}", torch.device(config.device), limit)
+        group, shard = join_grid(
+            store, place, grid, f"{number}", torch.device(config.device), limit, config.shard_weights
+        )
     except BaseException:
         peers.close()
         raise

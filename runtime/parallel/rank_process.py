@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InferixError
-from ...graphs.shards import ALONE
+from ...graphs.shards import Shard
 from ...kernels.collectives import RankGroup
 from ...models.decoder import DecoderSpec
 from ...models.registry import make_preset
@@ -135,20 +135,22 @@ def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
     setup = inbox.next("setup").values
     torch.set_num_threads(setup["threads"])
     config = EngineConfig.of(**{**setup["config"], "device": device_of(setup["config"]["device"], place)})
-    preset, shard = make_preset(config.preset, **setup["settings"]), ALONE
+    preset = make_preset(config.preset, **setup["settings"])
 
     def agree(
         spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool,
         files: Sequence[Path] = (),
-    ) -> None:  # fmt: skip
-        nonlocal shard
+    ) -> Shard:  # fmt: skip
         inbox.send(Message("reply", {"identity": identity(spec, preset, files)}))
         inbox.next("go")
         grid, device = RankGrid(**setup["grid"]), torch.device(config.device)
-        inbox.group, shard = join_grid(store, place, grid, setup["name"], device, setup["timeout"])
+        inbox.group, shard = join_grid(
+            store, place, grid, setup["name"], device, setup["timeout"], config.shard_weights
+        )
+        return shard
 
     parts = load_parts(config, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
-    parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None, shard=shard)  # rank 0 decodes
+    parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None)  # rank 0 decodes
     worker = LocalWorker(config, preset, parts)
     inbox.send(Message("reply", {"ready": True}))
     return worker

@@ -108,9 +108,13 @@ def join_group(store: dist.TCPStore, place: Place, name: str, device: torch.devi
 
 
 def join_grid(
-    store: dist.TCPStore, place: Place, grid: RankGrid, name: str, device: torch.device, timeout: float
-) -> tuple[RankGroup, Shard]:
-    """The group of all ranks, and this rank's part of every pass, with the groups that it communicates in."""
+    store: dist.TCPStore, place: Place, grid: RankGrid, name: str, device: torch.device, timeout: float,
+    shard_weights: bool = False,
+) -> tuple[RankGroup, Shard]:  # fmt: skip
+    """The group of all ranks, and this rank's part of every pass, with the groups that it communicates in.
+
+    shard_weights: ranks of a pass divide the weights.
+    """
     whole = join_group(store, place, name, device, timeout)
     tile, head = place.rank % grid.tiles, place.rank % grid.heads
     branch, token = place.rank // grid.tiles, tile // grid.heads
@@ -125,6 +129,7 @@ def join_grid(
     group = number(f"pass/{branch}", tile, grid.tiles)
     heads = group if grid.heads == grid.tiles else number(f"heads/{branch}/{token}", head, grid.heads)
     tokens = group if grid.tokens == grid.tiles else number(f"tokens/{branch}/{head}", token, grid.tokens)
+    weights = Axis(grid.tiles, tile, group) if shard_weights else Axis()
     return whole, Shard(
-        Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch)
+        Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch), weights
     )

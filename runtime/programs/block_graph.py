@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...graphs.compose import chained
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.passes import Pass
-from ...graphs.shards import ALONE, OnPages, Shard, run_on_tile
+from ...graphs.shards import ALONE, Axis, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
@@ -177,7 +177,7 @@ class SolverStep(nn.Module):
 class PassSource:
     """Arguments that the trace of a pass depends on besides its layout and shapes.
 
-    family: since another family may be registered under the same name.
+    family: since another family may be registered under the same name. weights: ranks that divide the weights.
     """
 
     family: Family
@@ -185,12 +185,20 @@ class PassSource:
     precision: str
     dtype: torch.dtype
     device: str
+    weights: Axis = Axis()
 
 
 @lru_cache(maxsize=8)
 def fake_transformer(source: PassSource) -> Transformer:
     """Make the transformer with fake weights once in a process."""
-    return fake_model(lambda: source.family.build(source.spec, source.precision), source.dtype, source.device)
+
+    def make() -> Transformer:
+        model = source.family.build(source.spec, source.precision)
+        if (shards := source.family.weight_shards(source.spec, source.weights)) is not None:
+            shards.divide(model)
+        return model
+
+    return fake_model(make, source.dtype, source.device)
 
 
 @lru_cache(maxsize=TRACES)
@@ -285,7 +293,7 @@ class BlockGraphBuilder:
         self.shard = shard
         self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype, shard)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
-        self.source = PassSource(family_of(spec), spec, precision, dtype, device)
+        self.source = PassSource(family_of(spec), spec, precision, dtype, device, shard.weights)
         self.model = fake_transformer(self.source)
 
     def build(self) -> BlockGraph:

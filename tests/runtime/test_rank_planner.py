@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY
-from thread_ranks import grid_of, pair
+from oracles import ROWS, SIZE
+from thread_ranks import grid_of, pair, thread_engine
 
-from inferix import UsageError
+from inferix import UsageError, load
 from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.runtime.capacity import memory_check, rank_planner
 from inferix.runtime.capacity.available_memory import Available
@@ -69,22 +69,40 @@ def test_bytes_sent_in_a_block_equal_the_formula(
     ],
 )
 def test_bytes_of_branches_on_ranks_of_their_own_equal_the_formula(preset: str, settings: dict[str, object]) -> None:
-    spec = MODELS["magi-tiny"] if preset == "magi-tiny" else TINY
-    size = spec.default_size if preset == "magi-tiny" else SIZE
-    with pair(preset, BRANCHES, spec=spec, **settings) as (_, engine):
-        load = replace(workload(spec.name if spec is not TINY else "wan-tiny", preset, **settings), spec=spec, size=size)
-        load, grid = replace(load, dtype="float64"), RankGrid(branches=2)
-        traffic = [group.traffic for group in engine.resources.worker.groups]
-        more = {} if preset == "magi-tiny" else {"negative_embeds": ROWS}
-        rows = ROWS if spec is TINY else torch.ones(3, spec.text_dim, dtype=torch.float64)
-        with engine.open(prompt_embeds=rows, size=size, **more) as session:
+    name = "magi-tiny" if preset == "magi-tiny" else "wan-ranks"
+    alone = load(name, preset, device="cpu", dtype="float64", **settings)
+    with thread_engine(alone, 2, BRANCHES) as engine:
+        of_model = replace(workload(name, preset, **settings), dtype="float64")
+        worker, grid = engine.resources.worker, RankGrid(branches=2)
+        traffic = [group.traffic for group in worker.groups]
+        rows = torch.ones(3, alone.spec.text_dim, dtype=torch.float64)
+        with engine.open(prompt_embeds=rows, negative_embeds=rows * 0.5) as session:
+            counts = []
+            for _ in range(2):
+                list(session.stream(1, decode=False))
+                worker.peers.wait_for(lambda peer: peer.done >= worker.peers.ran)
+                counts.append([(one.sent, one.calls) for one in traffic])
+        block = next(islice(scheduled_blocks(of_model.preset), 1, None))
+        for place, ((sent, calls), (more, later)) in enumerate(zip(*counts, strict=True)):
+            assert more - sent == rank_planner.block_bytes(of_model, block, grid, place)
+            assert later - calls == rank_planner.block_collectives(of_model, block, grid, place)
+            assert (more > sent) == (place > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), (JOINT, 4)])
+def test_bytes_of_divided_weights_equal_the_formula(layout: str, ranks: int) -> None:
+    settings: dict[str, object] = {"local_attn_size": 6, "denoising_step_list": [1000, 500]}
+    with pair("self-forcing", layout, ranks, shard_weights=True, **settings) as (_, engine):
+        load = replace(workload("wan-tiny", **settings), spec=engine.spec, size=SIZE, dtype="float64")
+        traffic, grid = engine.resources.worker.group.traffic, grid_of(engine, ranks, layout)
+        with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+            list(session.stream(3, decode=False))
+            before = traffic.sent, traffic.calls
             list(session.stream(1, decode=False))
-            before = [(one.sent, one.calls) for one in traffic]
-            list(session.stream(1, decode=False))
-        for place, (one, (sent, calls)) in enumerate(zip(traffic, before, strict=True)):
-            block = next(islice(scheduled_blocks(load.preset), 1, None))
-            assert one.sent - sent == rank_planner.block_bytes(load, block, grid, place)
-            assert one.calls - calls == rank_planner.block_collectives(load, block, grid, place)
+        (block,) = steady_blocks(load.preset)
+        assert traffic.sent - before[0] == rank_planner.block_bytes(load, block, grid, shard_weights=True)
+        assert traffic.calls - before[1] == rank_planner.block_collectives(load, block, grid, shard_weights=True)
 
 
 def test_latency_takes_the_shortest_block_and_throughput_the_most_frames() -> None:
@@ -102,9 +120,11 @@ def test_a_model_that_one_gpu_cannot_hold_is_not_planned_on_one() -> None:
     needs = {one.ranks: one.memory for one in options(load, 4) if one.layout in ("one", "ulysses")}
     assert needs[1] > needs[2] > needs[4]
     best, _ = choose(options(load, 4, memory=needs[2]), "throughput")
-    assert best.ranks > 1
-    with pytest.raises(UsageError, match=f"{needs[4] / 1e9:.1f} GB"):
-        choose(options(load, 4, memory=needs[4] // 2), "latency")
+    assert best.ranks > 1 and not best.shard_weights
+    divided, reason = choose(options(load, 4, memory=needs[4] - 1), "latency")
+    assert divided.shard_weights and "shard_weights" in reason and divided.ranks == 4
+    with pytest.raises(UsageError, match=f"{divided.memory / 1e9:.1f} GB"):
+        choose(options(load, 4, memory=divided.memory // 2), "latency")
 
 
 @pytest.mark.parametrize("link", LINKS)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,12 @@ from torch import Tensor
 from inferix.graphs.shards import Shard
 from inferix.kernels import collectives
 from inferix.kernels.collectives import RankGroup
+from inferix.models.family import Checkpoint
+from inferix.models.fingerprints import fingerprint
+from inferix.models.registry import family_of
 from inferix.runtime.capacity.rank_planner import divided
 from inferix.runtime.engine import Engine
+from inferix.runtime.execution.loading import Components
 from inferix.runtime.parallel import rank_process
 from inferix.runtime.parallel.messages import Connection, Message
 from inferix.runtime.parallel.peers import Peer, Peers
@@ -69,12 +74,12 @@ class Alive(Peers):
         return super()._hung(now)
 
 
-def groups_of(grid: RankGrid) -> list[tuple[RankGroup, Shard]]:
+def groups_of(grid: RankGrid, shard_weights: bool = False) -> list[tuple[RankGroup, Shard]]:
     store = dist.TCPStore(LOCAL, 0, grid.ranks, True, timedelta(seconds=60), wait_for_workers=False)
     places = [Place(rank, grid.ranks, rank, LOCAL, store.port, hosted=True) for rank in range(grid.ranks)]
 
     def joined(place: Place) -> tuple[RankGroup, Shard]:
-        return join_grid(join_store(place), place, grid, "test", torch.device("cpu"), TIMEOUT)
+        return join_grid(join_store(place), place, grid, "test", torch.device("cpu"), TIMEOUT, shard_weights)
 
     with ThreadPoolExecutor(grid.ranks) as pool:
         return list(pool.map(joined, places))
@@ -87,13 +92,26 @@ def grid_of(engine: Engine, ranks: int, layout: str) -> RankGrid:
     return grid
 
 
+def parts_of(engine: Engine, shard: Shard) -> Components:
+    """A rank's part of the weights, as it would load them."""
+    parts, spec = dataclasses.replace(engine.parts, shard=shard), engine.spec
+    family = family_of(spec)
+    if (shards := family.weight_shards(spec, shard.weights)) is None:
+        return parts
+    weights = Checkpoint(Path("test"), "test", (), engine.parts.transformer.state_dict(), spec, None)
+    own = family.load(weights, engine.config.precision, engine.dtype, engine.device, shards=shards)
+    prints = {"transformer": shards.fingerprint, "decoder": fingerprint(parts.vae)}
+    return dataclasses.replace(parts, transformer=own, fingerprints=prints)
+
+
 @contextlib.contextmanager
-def thread_engine(engine: Engine, ranks: int, layout: str) -> Iterator[Engine]:
+def thread_engine(engine: Engine, ranks: int, layout: str, shard_weights: bool = False) -> Iterator[Engine]:
     """An engine of the same settings and weights whose passes run on threads, one a rank; they end with the context."""
+    config = dataclasses.replace(engine.config, gpus=ranks, shard_weights=shard_weights)
     groups, workers = list[RankGroup](), list[LocalWorker]()
-    for group, shard in groups_of(grid_of(engine, ranks, layout)):
+    for group, shard in groups_of(grid_of(engine, ranks, layout), shard_weights):
         groups.append(group)
-        workers.append(LocalWorker(engine.config, engine.preset, dataclasses.replace(engine.parts, shard=shard)))
+        workers.append(LocalWorker(config, engine.preset, parts_of(engine, shard)))
     peers, threads = [], []
     for rank in range(1, ranks):
         mine, theirs = (Connection(end) for end in socketpair())
@@ -102,8 +120,8 @@ def thread_engine(engine: Engine, ranks: int, layout: str) -> Iterator[Engine]:
     alive = Alive(peers, TIMEOUT)
     alive.group = groups[0]
     worker = RankedWorker(workers[0], alive, groups[0])
-    worker.groups = groups
-    yield Engine(engine.config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
+    worker.groups, worker.locals = groups, workers
+    yield Engine(config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
     worker.end()
     for thread in threads:
         thread.join()
@@ -117,10 +135,12 @@ def socketpair() -> tuple[socket.socket, socket.socket]:
 
 
 @contextlib.contextmanager
-def pair(preset: str, layout: str, ranks: int = 2, **overrides: object) -> Iterator[tuple[Engine, Engine]]:
+def pair(
+    preset: str, layout: str, ranks: int = 2, shard_weights: bool = False, **overrides: object
+) -> Iterator[tuple[Engine, Engine]]:
     """Engines of a preset on one rank, and on several, with the same weights."""
     alone = make_engine(preset, **overrides)
-    with thread_engine(alone, ranks, layout) as ranked:
+    with thread_engine(alone, ranks, layout, shard_weights) as ranked:
         yield alone, ranked
 
 
