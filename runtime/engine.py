@@ -47,13 +47,12 @@ from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
 from .execution.executors import Executor
 from .execution.loading import Components
-from .execution.lora_adapter import Adapter
 from .inputs import Inputs, Pixels
 from .kv.kv_manager import KVManager
 from .limits import Limits
 from .media_input import FITS
 from .noise import SEED, Noise, PhiloxNoise
-from .plans import RefreshWeights
+from .plans import RefreshWeights, UseAdapter
 from .programs.graph_store import card_of
 from .resources import make_resources
 from .sampler import Sampler
@@ -103,7 +102,6 @@ class Engine:
         self.inputs = Inputs(self.resources)
         self.manager = SessionManager(self.resources, limits, self.step, self.inputs.check_prompt)
         self.loop = BlockLoop(self.resources, self.manager.split_batches)
-        self.adapter = Adapter(parts.transformer)
         self.profile: Profile | None = None
         if config.batches is not None:
             for size, times in read_profiles(Path(config.batches), self.timed_on).items():
@@ -298,13 +296,10 @@ class Engine:
         """
         lora, scale, partial = optional(path)("lora", lora), number("scale", scale), flag("partial", partial)
         self.manager.check_owner("use_lora()")
-        if self.config.gpus > 1:
-            gpus = self.config.gpus
-            raise UsageError(f"use_lora changes the weights of one rank, and gpus is {gpus}; give lora to load")
-        if lora is None:
-            self.adapter.remove()
-        else:
-            self.adapter.apply(lora, scale, partial)
+        if self.config.shard_weights:
+            raise UsageError("use_lora changes whole weights, and shard_weights divides them; give lora to load")
+        with torch.no_grad():
+            self.resources.client.execute(UseAdapter(None if lora is None else str(lora), scale, partial))
         self.refresh_derived_weights()
 
     @torch.no_grad()

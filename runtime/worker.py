@@ -15,6 +15,7 @@ from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
 from .execution.executors import Executor, Text, make_executor
 from .execution.loading import Components
+from .execution.lora_adapter import Adapter
 from .kv.page_store import KV_DTYPES, PagedStore, PageForm
 from .kv.sink_average import average_frame
 from .plans import (
@@ -38,6 +39,7 @@ from .plans import (
     RefreshWeights,
     Release,
     SetSink,
+    UseAdapter,
     WritePages,
     WriteSink,
 )
@@ -65,6 +67,7 @@ class LocalWorker:
         make_current(self.device)
         self.executor = executor or make_executor(config, preset, parts)
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
+        self.adapter = Adapter(parts.transformer)
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
         self.sinks: dict[int, Tensor] = {}  # [layers, 2, sink frames, page_tokens, heads, head_dim]
@@ -88,6 +91,7 @@ class LocalWorker:
             ReadSink: lambda plan: [self.sinks[plan.sink]],
             SetSink: self.set_sink,
             Condition: self.condition,
+            UseAdapter: self.use_adapter,
             RefreshWeights: self.refresh_weights,
             Release: self.release,
         }
@@ -137,6 +141,12 @@ class LocalWorker:
 
     def condition(self, plan: Condition, rows: Tensor) -> None:
         self.prompts[plan.prompt] = Prompt(rows, self.executor.condition(rows))
+
+    def use_adapter(self, plan: UseAdapter) -> None:
+        if plan.path is None:
+            self.adapter.remove()
+        else:
+            self.adapter.apply(plan.path, plan.scale, plan.partial)
 
     def refresh_weights(self, plan: RefreshWeights) -> None:
         self.executor.refresh_derived_weights()
