@@ -18,6 +18,7 @@ from ..errors import UsageError, nearest, one_line_errors, quoted
 from ..graphs.rewrites import chosen, rewritten
 from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.registry import MODELS, family_of, make_preset
+from ..runtime.capacity.rank_planner import divided
 from ..runtime.config import EVERY_BLOCK
 from ..runtime.files import write_atomically
 from ..runtime.kv.page_store import KV_DTYPES
@@ -25,7 +26,6 @@ from ..runtime.programs.block_graph import BlockGraphBuilder
 from ..runtime.programs.graph_builder import padded_width
 from ..schemes.guidance import ALONE
 from ..schemes.layouts import RankGrid, choose_layout
-from ..runtime.capacity.rank_planner import divided
 from .dry_run import dry_run, facts, fake_shard, run_decoder
 from .result import CHECK
 from .time_model import RATES
@@ -85,7 +85,7 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
 def main(
     file: Annotated[Path, typer.Argument(help="File to write; configurations that it has and that are not run stay.")],
     only: Annotated[
-        list[str] | None, typer.Option(help=f"Configuration to run; repeatable.  [default: {', '.join(CONFIGURATIONS)}]")
+        list[str] | None, typer.Option(help=f"What to run; repeatable.  [default: {', '.join(CONFIGURATIONS)}]")
     ] = None,
     architecture: Annotated[int, typer.Option(help="Compute capability times ten.")] = 90,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the kernels.")] = True,

@@ -1,7 +1,7 @@
 """Faults of each rank of one world in turn: the error, seconds to it, and processes left, as a table in Markdown.
 
-`python -m inferix.bench.rank_faults --ranks 4` starts a world of the untrained model `wan-ranks` on processes of the CPU
-for each fault: a rank is killed, stopped (it hangs), or made to fail at a plan.
+`python -m inferix.bench.rank_faults --ranks 4` starts a world of the untrained `wan-ranks` on processes of the CPU for
+each fault: a rank is killed, stopped (it hangs), or made to fail at a plan.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def table(ranks: int, timeout: float, parallel: str) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--timeout", type=float, default=5.0, help="rank_timeout in seconds, which finds one that hangs")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds after which a rank hangs")
     parser.add_argument("--parallel", default="ulysses", help="layout of the ranks")
     chosen = parser.parse_args(arguments)
     for line in table(chosen.ranks, chosen.timeout, chosen.parallel):

@@ -36,6 +36,9 @@ class Axis:
     group: int = 0
 
 
+NONE = Axis()  # of one rank
+
+
 @dataclass(frozen=True)
 class Shard:
     """A rank's part of every pass.
@@ -45,11 +48,11 @@ class Shard:
     divide the large matrices.
     """
 
-    heads: Axis = Axis()
-    tokens: Axis = Axis()
+    heads: Axis = NONE
+    tokens: Axis = NONE
     group: int = 0
-    branches: Axis = Axis()
-    weights: Axis = Axis()
+    branches: Axis = NONE
+    weights: Axis = NONE
 
     @property
     def ranks(self) -> int:

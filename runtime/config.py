@@ -47,8 +47,8 @@ class EngineConfig:
     pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference in eager. batches: file of
     measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
     engine, whose programs run in place of the model. gpus: ranks that share each pass. parallel: their layout, a name
-    of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large
-    matrices, and gather each when its layer runs. rank_timeout: seconds after which a rank that does not answer counts as hung.
+    of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large matrices, and gather each when its layer
+    runs. rank_timeout: seconds after which a rank that does not answer counts as hung.
     """
 
     model: str

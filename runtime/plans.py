@@ -87,7 +87,7 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class BranchPass:
-    """The pass of one branch of guidance. place: of the ranks that run it. frames: those of the latents that it runs."""
+    """The pass of one branch of guidance. place: of the ranks that run it. frames: rows of the latents that it runs."""
 
     place: int
     frames: tuple[int, ...]
@@ -268,9 +268,9 @@ class Release:
 
 
 Plan = Union[  # noqa: UP007  its members are listed at run time
-    PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload, JoinTransfer,
-    LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, UseAdapter, RefreshWeights,
-    Release,
+    PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload,
+    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, UseAdapter,
+    RefreshWeights, Release,
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")

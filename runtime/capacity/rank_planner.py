@@ -137,8 +137,9 @@ def block_collectives(
 class RankPlan:
     """Ranks of one world, and worlds side by side.
 
-    layout: its name, `one` for one GPU. memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of a steady block's passes; decoding:
-    of its decoder, on one rank. sent: bytes that a rank sends in a block. shard_weights: ranks divide the weights.
+    layout: its name, `one` for one GPU. memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of
+    a steady block's passes; decoding: of its decoder, on one rank. sent: bytes that a rank sends in a block.
+    shard_weights: ranks divide the weights.
     """
 
     layout: str

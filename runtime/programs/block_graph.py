@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...graphs.compose import chained
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.passes import Pass
-from ...graphs.shards import ALONE, Axis, OnPages, Shard, run_on_tile
+from ...graphs.shards import ALONE, NONE, Axis, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
@@ -185,7 +185,7 @@ class PassSource:
     precision: str
     dtype: torch.dtype
     device: str
-    weights: Axis = Axis()
+    weights: Axis = NONE
 
 
 @lru_cache(maxsize=8)
