@@ -202,12 +202,11 @@ def run_on_tile(
     """
     regions, tiles = shard.regions(grid), shard.tiles(grid)
     region = regions.part(grid)
-    kv: OnPages | TokenShards | HeadShards = attention
+    inner: OnPages | TokenShards = attention
     if shard.tokens.size > 1:
         assert isinstance(attention, PagedAttention)
-        kv = TokenShards(attention, shard.tokens)
-    if shard.heads.size > 1:
-        kv = HeadShards(kv, shard.heads, tiles, region)
+        inner = TokenShards(attention, shard.tokens)
+    kv = HeadShards(inner, shard.heads, tiles, region) if shard.heads.size > 1 else inner
     origin = None
     if positions is not None:  # the picture is in the middle of the position grid
         corners = zip(positions, grid, regions.corner(grid), tiles.corner(region), strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Protocol
 from weakref import finalize
@@ -45,7 +45,7 @@ class WorkerClient:
     def __init__(self, worker: Worker, whole: WorkerClient | None = None) -> None:
         self.worker = worker
         self.whole = whole or self
-        self.numbers = count(1) if whole is None else whole.numbers
+        self.numbers: Iterator[int] = count(1) if whole is None else whole.numbers
         self.dropped: deque[int] = deque() if whole is None else whole.dropped
 
     def handle(self) -> Handle:
