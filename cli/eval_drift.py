@@ -29,7 +29,7 @@ AS_JSON = typer.Option(False, "--json", help="The results as one JSON line on st
 FPS = typer.Option(None, help="Frame rate to sample every video at.  [default: each video's own]")
 SIZE = typer.Option(None, metavar="WxH", help="Size to fit every video to.  [default: each video's own]")
 WEIGHTS = typer.Option(
-    None, metavar="DIR", help="Folder with weights of learned metrics; docs/drift.md lists the files. Nothing is fetched."
+    None, metavar="DIR", help="Folder with weights of learned metrics, as docs/drift.md lists them; nothing is fetched."
 )
 SPLIT = typer.Option(None, metavar="NAME", help="Only the entries of --prompts with this split, such as eval.")
 LVBENCH = {

@@ -45,7 +45,7 @@ class Contract:
         expected = [size if isinstance(size, int) else sizes[size] for size in self.returns]
         if not isinstance(output, Tensor) or list(output.shape) != expected:
             found = list(output.shape) if isinstance(output, Tensor) else quoted(output)
-            raise InferixError(f"{self.source} returned {found}; expected a tensor {expected}: use another version")
+            raise InferixError(f"{self.source} returned {found}; expected {expected}: use another version")
         if not output.isfinite().all():
             raise InferixError(f"{self.source} returned values that are not finite; check its weights")
         return output.float()
@@ -67,7 +67,7 @@ def attribute(path: str, name: str) -> Any:
     try:
         return getattr(import_module(path), name)
     except (ImportError, AttributeError) as error:
-        raise InferixError(f"{path} has no {name} that can be used: {quoted(str(error))}; use another version") from error
+        raise InferixError(f"{path} has no usable {name}: {quoted(str(error))}; use another version") from error
 
 
 def load_state(network: Any, tensors: dict[str, Any], source: Path) -> Any:

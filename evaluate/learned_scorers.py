@@ -86,7 +86,7 @@ def clip_network(folder: Path, weights: str, device: str) -> tuple[Callable[...,
         if name.startswith(("vision_model.", "visual_projection.")) and not name.endswith("position_ids")
     }  # fmt: skip
     model = from_tensors(CLIPVisionModelWithProjection, config, tensors, folder / weights).to(device)
-    side = config.image_size
+    side = int(vision.get("image_size", 224))
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return prepared_by(processor), lambda pixels: model(pixels).image_embeds
 
@@ -108,7 +108,7 @@ def dino_network(folder: Path, weights: str, device: str) -> tuple[Callable[...,
     }
     model = from_tensors(ViTModel, config, tensors, folder / weights, add_pooling_layer=False).to(device)
     processor = ViTImageProcessorPil(
-        size={"shortest_edge": config.image_size}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
+        size={"shortest_edge": int(values.get("image_size", 224))}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
     )
     return prepared_by(processor), lambda pixels: model(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 

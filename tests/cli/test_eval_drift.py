@@ -127,9 +127,9 @@ def test_lvbench_has_its_rules_whatever_the_prompts(videos, tmp_path):
 
 def test_a_split_of_the_list_is_scored(videos, tmp_path):
     listed = tmp_path / "list.jsonl"
-    listed.write_text(
-        '{"video": "none.mp4", "prompt": "a", "split": "train"}\n{"video": "fade.mp4", "prompt": "c", "split": "eval"}\n'
-    )
+    entries = [{"video": "none.mp4", "prompt": "a", "split": "train"},
+               {"video": "fade.mp4", "prompt": "c", "split": "eval"}]  # fmt: skip
+    listed.write_text("\n".join(map(json.dumps, entries)))
     arguments = ["eval", "lvbench", "--videos", videos, "--metrics", "exposure", "--json"]
     results = json.loads(inferix(*arguments, "--prompts", listed, "--split", "eval").stdout)
     assert [video["id"] for video in results["videos"]] == ["fade"] and results["skipped"] == []

@@ -3,6 +3,7 @@ missing and wrong files, and the adapters to packages that are not installed, ag
 
 import hashlib
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -14,7 +15,6 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from inferix.errors import CheckpointError, InferixError, UsageError
 from inferix.evaluate import learned_scorers as learned
-from inferix.evaluate import weight_files
 from inferix.evaluate.external_scorers import AmtRebuild, MusiqSpaq, RaftMoving
 from inferix.evaluate.metrics import LEARNED, chosen_scorers
 from inferix.evaluate.scorers import View
@@ -78,11 +78,10 @@ def manifest(folder, monkeypatch):
     """The manifest with the sizes and hashes of the small files."""
     for name, recipe in learned.LEARNED.items():
         files = tuple(
-            weight_files.WeightFile(file.path, file.url, (folder / file.path).stat().st_size, digest(folder / file.path))
-            if (folder / file.path).exists() else file
-            for file in recipe.files
+            replace(file, bytes=path.stat().st_size, sha256=digest(path)) if path.exists() else file
+            for file in recipe.files for path in [folder / file.path]
         )  # fmt: skip
-        monkeypatch.setitem(learned.LEARNED, name, learned.Learned(recipe.load, files, recipe.package, recipe.install))
+        monkeypatch.setitem(learned.LEARNED, name, replace(recipe, files=files))
 
 
 def digest(path):
@@ -227,11 +226,12 @@ def test_musiq_takes_pictures_in_0_to_1_of_at_most_512_pixels(monkeypatch, tmp_p
 
 
 def test_raft_takes_padded_pairs_in_0_to_255_and_its_flow_is_compared_with_the_threshold():
-    network = Recorded(lambda one, other: (None, torch.full((1, 2, *one.shape[-2:]), speed)))
+    network = Recorded(None)
     scorer = RaftMoving("raft_moving_share", "pair", "", "", network, "cpu")
     pair = views(frames(2, 20, 30), fps=8.0)[1:]
     limit = 6 / 256 * 20 / 2**0.5
     for speed, moving in ((0.9 * limit, 0.0), (1.1 * limit, 1.0)):
+        network.answer = lambda one, other, speed=speed: (None, torch.full((1, 2, *one.shape[-2:]), speed))
         assert scorer.score(pair) == [moving]
     inputs, settings = network.calls[0]
     assert [tuple(part.shape) for part in inputs] == [(1, 3, 24, 32)] * 2

@@ -105,9 +105,9 @@ def test_one_split_of_a_list():
     assert in_split(entries, "eval") == entries[1:2]
     assert videos_of(names("x", "y"), entries[1:2]) == names("y")
     assert videos_of(names("x", "y"), [PromptEntry(ONE)]) == names("x", "y")
-    with pytest.raises(UsageError, match="'test'.*eval, train"):
+    with pytest.raises(UsageError, match=r"'test'.*eval, train"):
         in_split(entries, "test")
     with pytest.raises(UsageError, match="'eval'"):
         in_split([PromptEntry(ONE)], "eval")
-    with pytest.raises(UsageError, match="'x.mp4'"):
+    with pytest.raises(UsageError, match=r"'x\.mp4'"):
         videos_of(names("x"), entries[1:2])
