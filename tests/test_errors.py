@@ -30,8 +30,8 @@ def bare_values(source: str) -> Iterator[str]:
             if not isinstance(value, ast.FormattedValue):
                 continue
             text = ast.unparse(value.value)
-            by_repr = value.conversion == ord("r") and name.endswith(OURS) and not text.isupper()
-            if by_repr or text.split(".")[-1] in PATHS:
+            by_repr = value.conversion == ord("r") and name.endswith(OURS)
+            if (by_repr or text.split(".")[-1] in PATHS) and not text.split(".")[0].isupper():
                 yield f"line {value.lineno}: {text}"
 
 
