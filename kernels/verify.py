@@ -199,7 +199,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Memory that torch allocates without a value holds NaN, or the largest integer."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic  # a module of a class with this property
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = settings.fill_uninitialized_memory
     try:
