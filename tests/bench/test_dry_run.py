@@ -88,7 +88,7 @@ def test_a_dry_run_of_one_rank_of_several_sends_what_the_planner_counts(grid: Ra
     run = dry_run(rewritten(builder.build(), chosen()), 90, compiled=False)
     assert run.faults() == []
     allocating = {launch.op for launch in run.of("block") if launch.allocated}
-    assert allocating == {"inferix::rope_append"}  # it has no kernel: norms come before the exchange, so it is not fused
+    assert allocating == {"inferix::rope_append"}  # it has no kernel of its own, and norms come before the exchange
     sent = [launch for launch in run.of("block") if launch.rate == "link"]
     load = Workload(SPEC, preset, None, 0, (64, 64), "bfloat16", "bfloat16")
     passes = [scheduled.run for scheduled in steady_blocks(preset)[0].passes]
