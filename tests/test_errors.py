@@ -11,8 +11,8 @@ from inferix.errors import nearest, quoted, quoted_all
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {"path", "folder", "file", "source", "destination"}  # names of variables that hold a path or text of a user's
 LIBRARY = (
-    "checkpoint.py", "media.py", "plugins.py", "user_files.py", "user_yaml.py", "cli", "models", "runtime", "export",
-    "evaluate", "schemes", "kernels", "graphs", "bench", "serve",
+    "checkpoint.py", "media.py", "plugins.py", "user_files.py", "user_python.py", "user_yaml.py", "cli", "models",
+    "runtime", "export", "evaluate", "schemes", "kernels", "graphs", "bench", "serve",
 )  # fmt: skip
 OURS = ("InferixError", "UsageError", "CheckpointError", "Refusal", "warn")
 

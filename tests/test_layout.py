@@ -29,13 +29,16 @@ BELOW_ROOT = ["kernels", "graphs", "schemes", "models", "runtime", "export", "se
 AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
-FOR_EVERYONE = {"errors", "plugins", "user_files", "user_yaml", "version"}
+FOR_EVERYONE = {"errors", "plugins", "user_files", "user_python", "user_yaml", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "limits", "media", "media_input",
         "noise", "plans", "sampler", "sinks", "streams", "worker_client", "y4m")  # fmt: skip
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "parallel", "resources",
               "sessions", "inputs", "block_loop", "engine", "load")  # fmt: skip
 FAMILIES = {"wan", "tinyworld", "magi"}  # packages of `models`
-MAY_NAME_A_FAMILY = {"inferix.evaluate.tinyworld", "inferix.bench.baseline"}
+MAY_NAME_A_FAMILY = {
+    "inferix.bench.baseline",
+    *(f"inferix.evaluate.tinyworld{part}" for part in ("", "_walks")),
+}
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
 
 
