@@ -26,6 +26,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+CAMERA_LAYERS = ("block", "pass")
 EVERY_BLOCK = ("blocks.*",)  # layers that low precision is for, unless told
 FP8_CAPABILITY = (8, 9)  # of GPUs whose kernels read FP8
 
@@ -48,6 +49,8 @@ class EngineConfig:
     measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
     engine, whose programs run in place of the model. gpus: ranks that share each pass. parallel: their layout, a name
     of `LAYOUTS`, or auto. rank_timeout: seconds after which a rank that does not answer counts as hung.
+    camera_layers: what depends on a camera alone is computed once per `block` and kept, or in every `pass`, which needs
+    less memory.
     """
 
     model: str
@@ -79,6 +82,7 @@ class EngineConfig:
     gpus: int = 1
     parallel: str = AUTO
     rank_timeout: float = 60.0
+    camera_layers: str = "block"
 
     @classmethod
     def of(cls, model: str | Path, preset: str, **settings: Any) -> EngineConfig:
@@ -108,6 +112,7 @@ class EngineConfig:
             raise UsageError("lora_partial is True, but there is no lora; give lora")
         check_device(self.device)
         check_choice("parallel", self.parallel, (AUTO, *LAYOUTS))
+        check_choice("camera_layers", self.camera_layers, CAMERA_LAYERS)
         self._check_ranks()
         for key in ("kv_dtype", "lowp"):
             if getattr(self, key) == "fp8" and self.device.startswith("cuda"):
@@ -155,6 +160,11 @@ class EngineConfig:
         return executor_spec(self.executor)
 
     @property
+    def keeps_frames(self) -> bool:
+        """True where what depends on the channels of a block's frames is computed once and kept for the block."""
+        return self.camera_layers == "block"
+
+    @property
     def precision_map(self) -> PrecisionMap | None:
         """Which linear layers run in low precision, and in which."""
         return None if self.lowp is None else PrecisionMap(self.lowp, self.lowp_layers, self.lowp_keep)
@@ -178,7 +188,7 @@ def patterns(key: str, value: Any) -> tuple[str, ...]:
 
 COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preset", "device", "dtype", "executor", "checkpoint_format"), text),
-    **dict.fromkeys(("precision", "kv_dtype", "lowp"), text),
+    **dict.fromkeys(("precision", "kv_dtype", "lowp", "camera_layers"), text),
     **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae"), path_text),
     **dict.fromkeys(("graphs", "batches", "engine", "names"), path_text),
     **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter"), flag),

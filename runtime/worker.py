@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.transformer import KeyValues
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
-from .execution.executors import Executor, Text, make_executor
+from .execution.executors import Executor, Frames, Text, make_executor
 from .execution.loading import Components
 from .kv.page_store import KV_DTYPES, PagedStore, PageForm
 from .kv.sink_average import average_frame
@@ -21,6 +21,7 @@ from .plans import (
     AverageSink,
     CloseStore,
     Condition,
+    EmbedFrames,
     Grid,
     GrowStore,
     JoinTransfer,
@@ -66,6 +67,7 @@ class LocalWorker:
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
+        self.frames: dict[int, Frames] = {}
         self.sinks: dict[int, Tensor] = {}  # [layers, 2, sink frames, page_tokens, heads, head_dim]
         self.hosts: dict[int, tuple[Tensor, Tensor | None]] = {}  # keys and values, scales
         self.runs: dict[type[Any], Callable[..., list[Tensor] | None]] = {
@@ -86,6 +88,7 @@ class LocalWorker:
             ReadSink: lambda plan: [self.sinks[plan.sink]],
             SetSink: self.set_sink,
             Condition: self.condition,
+            EmbedFrames: self.embed_frames,
             RefreshWeights: self.refresh_weights,
             Release: self.release,
         }
@@ -108,13 +111,14 @@ class LocalWorker:
             numbers, kinds = torch.tensor(plan.actions, device=self.device), self.parts.transformer.spec.action_dim
             assert kinds is not None
             actions = F.one_hot(numbers, kinds).to(self.dtype)
+        given = {} if not plan.frames else {"given": executor.join_frames([self.frames[one] for one in plan.frames])}
         if plan.whole is not None:
             frames = range(plan.whole.first, plan.whole.first + latents.shape[1])
-            return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions)[None]]
+            return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions, **given)[None]]
         timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
-        return [executor.forward(latents, timesteps, text, attention, actions)]
+        return [executor.forward(latents, timesteps, text, attention, actions, **given)]
 
     def attention(self, plan: PassPlan) -> KeyValues:
         return self.stores[plan.layout.grid].attention(plan.layout)
@@ -129,6 +133,9 @@ class LocalWorker:
 
     def condition(self, plan: Condition, rows: Tensor) -> None:
         self.prompts[plan.prompt] = Prompt(rows, self.executor.condition(rows))
+
+    def embed_frames(self, plan: EmbedFrames, channels: Tensor) -> None:
+        self.frames[plan.frames] = self.executor.embed_frames(channels)
 
     def refresh_weights(self, plan: RefreshWeights) -> None:
         self.executor.refresh_derived_weights()
@@ -196,7 +203,7 @@ class LocalWorker:
         self.sinks[plan.sink] = sink.to(self.stores[plan.grid].device)
 
     def release(self, plan: Release) -> None:
-        for kept in (self.prompts, self.sinks, self.hosts):
+        for kept in (self.prompts, self.frames, self.sinks, self.hosts):
             for number in plan.numbers:
                 kept.pop(number, None)
 
