@@ -52,7 +52,7 @@ CARD = "dry run"  # the name of a card that no table is tuned for
 class Launch:
     """One launch: an ATen call, or a Triton kernel of an op.
 
-    part: `block`, `frames`, `prompt`, `fold` or `decoder`. section: the pass. node: the graph's node, empty in a decoder.
+    part: `block`, `frames`, `prompt`, `fold`, `decoder`. section: the pass. node: the graph's node, empty in a decoder.
     allocated: bytes of new memory. rate: the time model's rate of its arithmetic. tiles: of the time model.
     """
 

@@ -390,8 +390,8 @@ def generate(
     ),
     camera: Path | None = typer.Option(
         None,
-        help="Path of the camera, for models that follow one: JSON with poses and intrinsics, or a folder with poses.npy "
-        "and intrinsics.npy.",
+        help="Path of the camera, for models that follow one: JSON with poses and intrinsics, or a folder with "
+        "poses.npy and intrinsics.npy.",
     ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),

@@ -411,7 +411,8 @@ def words_of(engine: Engine) -> str:
 
 def play(
     model: str | None = typer.Option(
-        None, help="Checkpoint folder, or org/name, of a model that follows actions or a camera.  [default: tinyworld]"
+        None,
+        help="Checkpoint folder, or org/name, of a model that follows actions or a camera.  [default: tinyworld]",
     ),
     exported: Path | None = typer.Option(
         None, "--engine", metavar="DIR", help="Folder that inferix export wrote, in place of a model."
@@ -435,8 +436,8 @@ def play(
 ) -> None:
     """Walk through a generated world, live in the terminal.
 
-    The terminal has 40x20 characters or more. w a s d or the arrow keys walk, or move and turn a camera, p starts a new prompt, u goes back, S
-    saves and l loads, r records, ? shows keys and words, q quits.
+    The terminal has 40x20 characters or more. w a s d or the arrow keys walk, or move and turn a camera, p starts a new
+    prompt, u goes back, S saves and l loads, r records, ? shows keys and words, q quits.
 
     Example: inferix play --prompt "a white fox in a green meadow at sunset"
     """

@@ -113,7 +113,8 @@ def serve(
     for name in check_limits(limits):
         if name in own:
             raise UsageError(f"--limit {name}: this limit has its own option; use --{name}")
-    rules = ServeSettings(token=None if token is None else read_token(token), folder=folder, image=image, **own, **limits)
+    secret = None if token is None else read_token(token)
+    rules = ServeSettings(token=secret, folder=folder, image=image, **own, **limits)
     given: dict[str, Any] = {
         "model": model, "preset": preset, "base": base, "vae": vae, "device": device, "dtype": dtype,
         "executor": executor,

@@ -29,8 +29,8 @@ class Planned:
 @dataclass(frozen=True)
 class Lowered:
     """body: what runs each time. fold: makes constants from weights, once they are there. prompt: makes what the body
-    reads of a prompt, once per prompt. frames: makes what it reads of the channels that a block's frames are given, once
-    per block. Each is None where there is nothing to do. literals: constants that are numbers, by name.
+    reads of a prompt, once per prompt. frames: makes what it reads of the channels that a block's frames are given,
+    once per block. Each is None where there is nothing to do. literals: constants that are numbers, by name.
     """
 
     body: Planned

@@ -153,8 +153,8 @@ class Family(ABC):
         if not suits(preset, spec):
             fitting = ", ".join(own.name for own in self.presets if suits(own, spec))
             raise UsageError(
-                f"{model} takes {spec.condition_channels} condition channels of a frame, and preset {preset.name!r} has "
-                f"image {preset.context.image!r}; use one of {fitting}"
+                f"{model} takes {spec.condition_channels} condition channels of a frame, and preset {preset.name!r} "
+                f"has image {preset.context.image!r}; use one of {fitting}"
             )
         if SOLVERS[preset.sampler.solver].to_clean != self.to_clean:
             own = ", ".join(own.name for own in self.presets)

@@ -32,8 +32,8 @@ from ..schemes.block_schedule import (
 )
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
-from .kv.paged_cache import layout_together
 from .frame_channels import GivenFrames, camera_key, frame_channels
+from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
 from .plans import PassLayout, PassPlan, WholeBlock
 from .resources import Resources

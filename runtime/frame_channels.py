@@ -1,4 +1,4 @@
-"""Channels that latent frames are given beside their latents: a mask and an image as condition, then a camera's rays."""
+"""Channels that frames are given beside their latents: a mask and an image as condition, then a camera's rays."""
 
 from __future__ import annotations
 

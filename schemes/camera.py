@@ -94,7 +94,7 @@ class Camera:
             raise UsageError(f"scale is {quoted(self.scale)}; expected a number above 0, or None")
         if self.intrinsics is not None:
             object.__setattr__(self, "intrinsics", checked_intrinsics(self.intrinsics))
-        if self.size is not None and (len(self.size) != 2 or not all(is_finite(side) and side > 0 for side in self.size)):
+        if self.size is not None and not is_size(self.size):
             raise UsageError(f"size is {quoted(self.size)}; expected the (width, height) that intrinsics are for")
         if self.poses is not None:
             object.__setattr__(self, "poses", checked_poses(self.poses))
@@ -126,6 +126,11 @@ class Camera:
 def is_finite(value: object) -> bool:
     """True for a finite number that is no bool."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def is_size(value: Sequence[float]) -> bool:
+    """True for two numbers above 0."""
+    return len(value) == 2 and all(is_finite(side) and side > 0 for side in value)
 
 
 def as_numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:

@@ -35,8 +35,8 @@ class Preset:
     """num_frame_per_block: latent frames; independent_first_frame: the first block is a single frame.
 
     window_blocks: blocks denoised together, each `steps_between_joins` sampler steps ahead of the one after it.
-    scene_cut_prefix: a prompt that begins so starts a new shot; empty for none. precision: the dtypes that the parts of a
-    pass are meant to compute in, where no other are asked for.
+    scene_cut_prefix: a prompt that begins so starts a new shot; empty for none. precision: dtypes of the parts of a
+    pass, where no other are asked for.
     """
 
     name: str

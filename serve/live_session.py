@@ -158,7 +158,8 @@ class LiveSession:
         return Opened(
             id=id, session=self.id, resume=self.resume, resume_seconds=settings.resume_seconds,
             model=engine.parts.source, preset=engine.preset.name, media=media, actions=list(engine.spec.actions),
-            rest=self.keys.rest, camera=engine.spec.camera_channels is not None, rewind_blocks=engine.preset.context.rewind_blocks,
+            rest=self.keys.rest, camera=engine.spec.camera_channels is not None,
+            rewind_blocks=engine.preset.context.rewind_blocks,
             frames_per_block=engine.preset.num_frame_per_block * engine.spec.vae_stride[0], behind=self.behind,
             prompt=self.start.prompt, seed=self.start.seed, paused=self.paused, next_block=self.session.next_block,
         )  # fmt: skip

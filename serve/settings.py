@@ -19,7 +19,8 @@ class ServeSettings:
 
     token: clients have to send it; None for none. folder: holds jobs and saved worlds; None for a temporary one.
     behind: `skip` drops the oldest blocks of a viewer that is slower than the stream, `pause` makes none until it has
-    caught up; a client may choose. image: what sessions of a model that begins with an image begin with. save_on_exit: at SIGTERM live sessions are saved as worlds.
+    caught up; a client may choose. image: first picture of sessions, for a model that begins with one. save_on_exit: at
+    SIGTERM live sessions are saved as worlds.
     """
 
     token: str | None = None

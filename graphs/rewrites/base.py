@@ -49,8 +49,8 @@ def replaced(block: BlockGraph, graphs: Sequence[PassGraph]) -> BlockGraph:
     """The block with its graphs replaced by these, matched by name."""
     special = {graph.name: graph for graph in graphs if graph.name in ("fold", "prompt", "frames")}
     passes = tuple(graph for graph in graphs if graph.name not in special)
-    parts = {name: special.get(name) for name in ("fold", "prompt", "frames")}
-    return replace(block, passes=passes, **parts)
+    fold, prompt, frames = map(special.get, ("fold", "prompt", "frames"))
+    return replace(block, fold=fold, prompt=prompt, frames=frames, passes=passes)
 
 
 def cleaned(graph: PassGraph) -> PassGraph:

@@ -1,8 +1,9 @@
 """fold, hoist-prompt and hoist-frames: move calls out of passes whose results change less often than a pass.
 
 `fold` takes what depends on weights, written numbers and positions of the grid alone, `hoist_prompt` what depends on
-the prompt besides, `hoist_frames` what the channels do that a block's frames are given. A value is moved if it is computed, not merely looked at, and something that stays reads it.
-Equal calls of several passes become one, so that a constant is made and stored once.
+the prompt besides, `hoist_frames` what the channels do that a block's frames are given. A value is moved if it is
+computed, not merely looked at, and something that stays reads it. Equal calls of several passes become one, so that a
+constant is made and stored once.
 """
 
 from __future__ import annotations

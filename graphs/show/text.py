@@ -97,7 +97,7 @@ def summary(costs: PassCost) -> Iterator[str]:
         for role, values in given.items()
         if values
     ]
-    inputs = [value.name for value in graph.named(Role.INPUT).values() if not value.name.startswith(("prompt.", "frames."))]
+    inputs = [name for name in graph.named(Role.INPUT) if not name.startswith(("prompt.", "frames."))]
     yield f"  reads {'; '.join([*sizes, *([', '.join(inputs)] if inputs else [])])}"
     outputs = graph.outputs
     size = in_units(sum(value.nbytes for value in outputs), "B")

@@ -23,9 +23,9 @@ def pipeline_class(spec: ModelSpec) -> str:
 
 
 def diffusers_config(spec: ModelSpec) -> dict[str, Any]:
-    has_camera = spec.camera_channels is not None
+    kind = "WanTransformer3DModel" if spec.camera_channels is None else "CausalLingBotWorldTransformer3DModel"
     return {
-        "_class_name": "CausalLingBotWorldTransformer3DModel" if has_camera else "WanTransformer3DModel", "patch_size": [1, *spec.patch],
+        "_class_name": kind, "patch_size": [1, *spec.patch],
         "num_attention_heads": spec.num_heads, "attention_head_dim": spec.head_dim,
         "in_channels": spec.in_channels, "out_channels": spec.out_channels, "text_dim": spec.text_dim,
         "freq_dim": spec.freq_dim, "ffn_dim": spec.ffn_dim, "num_layers": spec.num_layers, "eps": spec.eps,

@@ -105,7 +105,7 @@ class CameraEmbedding(nn.Module):
 
 
 class CameraModulation(nn.Module):
-    """Scale and shift [B, T, d] of one layer's residual stream from a camera's tokens; they depend on no noise level."""
+    """Scale and shift [B, T, d] of one layer's residual stream from a camera's tokens, whatever the noise level."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -66,7 +66,7 @@ class FrameInputs:
     channels: Tensor
 
 
-Frames = object  # what passes take of a block's frames: what the executor's own `embed_frames` or `join_frames` returned
+Frames = object  # what passes are given of a block's frames: what the executor's own `embed_frames` returned
 Text = object  # a conditioned prompt: what the executor's own `condition`, `join` or `mix` returned
 
 

@@ -1,7 +1,7 @@
 """`Session`: the handle of one stream. It has a state, two queues and a lifecycle; the session manager runs it.
 
-`prompt`, `act`, `move`, `camera`, `pause`, `resume` and `stop` may be called from any thread, and a stream may be read in any thread. All
-else belongs to the thread that drives the engine.
+`prompt`, `act`, `move`, `camera`, `pause`, `resume` and `stop` may be called from any thread, and a stream may be read
+in any thread. All else belongs to the thread that drives the engine.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class Session:
         return self.controls.put("camera", move)
 
     def camera(self, poses: Poses, rate: str = "latent") -> int:
-        """Have the camera follow poses [T, 4, 4] from the next block that begins, in place of those given for it before.
+        """Have the camera follow poses [T, 4, 4] from the next block that begins, in place of any given before.
 
         rate: `latent` for the poses of latent frames, `picture` for those of pictures, of which the last of each latent
         frame counts. After them the camera stands still. Returns the control's id. UsageError for poses that are no
@@ -251,7 +251,7 @@ class Session:
         self.check_camera()
         if rate == "picture":
             if len(followed) % stride:
-                raise UsageError(f"poses are {len(followed)}; expected a multiple of {stride}, the pictures of a latent frame")
+                raise UsageError(f"poses are {len(followed)}; expected a multiple of {stride}, whole latent frames")
             followed = followed[stride - 1 :: stride]
         return self.controls.put("camera", followed)
 

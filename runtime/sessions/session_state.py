@@ -407,8 +407,8 @@ class CameraForm(SaveForm):
     def write(self, value: CameraTrack | None, file: SavedFields) -> None:
         if value is not None:
             header = {name: getattr(value, name) for name in self.NAMES}
-            poses = [pose.tolist() for pose in value.poses]
-            file.header["camera"] = header | {"poses": poses, "held": asdict(value.held), "speeds": asdict(value.speeds)}
+            header |= {"held": asdict(value.held), "speeds": asdict(value.speeds)}
+            file.header["camera"] = header | {"poses": [pose.tolist() for pose in value.poses]}
 
     def check(self, file: SavedFields) -> None:
         if ("camera" in file.header) != (file.resources.spec.camera_channels is not None):

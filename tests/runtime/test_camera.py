@@ -1,7 +1,8 @@
-"""Worlds that a camera steers, in float64: the block loop against dense passes, and cameras through a session's life."""
+"""Worlds that a camera steers, in float64: the block loop against dense passes, and cameras in sessions."""
 
 import dataclasses
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ def dense_block(engine, past, index, contexts):
         if step:
             x = noised(x, draws[step], schedule.added[step])
         times = torch.tensor([[0.0] * len(past) + [timestep] * size])
-        x = x - schedule.sigmas[step] * model(torch.cat((past, x))[None], times, text, kv, frames=frames)[0][len(past) :]
+        velocity = model(torch.cat((past, x))[None], times, text, kv, frames=frames)[0]
+        x = x - schedule.sigmas[step] * velocity[len(past) :]
     return x
 
 
@@ -198,7 +200,7 @@ def test_sessions_with_different_cameras_in_one_batch():
             mine += [block.latents for block in session.stream(1, decode=False)]
     for session in sessions:
         session.close()
-    pairs = zip(sum(got, []), sum(want, []), strict=True)
+    pairs = zip(chain(*got), chain(*want), strict=True)
     assert all((one - two).abs().max() <= 1e-10 for one, two in pairs)
 
 
@@ -269,7 +271,7 @@ def test_a_damaged_camera_in_a_saved_session(name, value):
     with opened(engine) as session:
         file = SavedFields(engine.resources, engine.preset, {}, {})
         session.current.save(file)
-    file.header = json.loads(json.dumps(file.header))
+    file = dataclasses.replace(file, header=json.loads(json.dumps(file.header)))
     CameraForm().check(file)
     file.header["camera"][name] = value
     with pytest.raises(InvalidField, match="camera"):
