@@ -217,6 +217,7 @@ PARTS = {
     "pass_scratch": "scratch of passes, at most",
     "constants": "constants of graphs",
     "static_inputs": "inputs of graphs",
+    "camera_inputs": "cameras of a block, in graphs",
     "making": "more, while graphs are made",
     "decode_scratch": "scratch of decoding, at most",
     "page_buffer": "buffer for pages of another dtype",
@@ -225,6 +226,7 @@ PARTS = {
     "cross_keys": "cross-attention keys",
     "decoder_state": "decoder state",
     "latents": "latents in flight and stored",
+    "camera": "camera and image of a block",
 }
 
 

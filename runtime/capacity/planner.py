@@ -180,7 +180,7 @@ def graph_memory(load: Workload) -> dict[str, int]:
     return {
         "pass_scratch": sum(arenas),
         "constants": constants,
-        "camera": 2 * load.kept_frames,  # where it is computed, and where passes read it
+        "camera_inputs": 2 * load.kept_frames,  # where it is computed, and where passes read it
         "static_inputs": len(frames) * costs.cross_bytes(spec, dtype),
         "making": max(0, costs.merged_bytes(spec, dtype) - absent),
     }
