@@ -97,7 +97,8 @@ def summary(costs: PassCost) -> Iterator[str]:
         for role, values in given.items()
         if values
     ]
-    inputs = [name for name in graph.named(Role.INPUT) if not name.startswith(("prompt.", "frames."))]
+    own = [value.name for value in graph.named(Role.INPUT).values()]
+    inputs = [name for name in own if not name.startswith(("prompt.", "frames."))]
     yield f"  reads {'; '.join([*sizes, *([', '.join(inputs)] if inputs else [])])}"
     outputs = graph.outputs
     size = in_units(sum(value.nbytes for value in outputs), "B")

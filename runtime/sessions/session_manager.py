@@ -185,8 +185,9 @@ class SessionManager:
             preset, spec, resources.parts.vae.spec, session.size, resources.config.dtype, page.nbytes,
             queued=self.limits.queue_blocks,
         )  # fmt: skip
-        store = resources.kv_manager.stores.get(page.grid)
-        room = None if store is None or store.grows else store.pool.size * page.nbytes
+        stores = [store for (grid, _), store in resources.kv_manager.stores.items() if grid == page.grid]
+        is_fixed = bool(stores) and not any(store.grows for store in stores)
+        room = sum(store.pool.size for store in stores) * page.nbytes if is_fixed else None
         period = spec.vae_stride[0] * preset.num_frame_per_block / spec.fps
         return SchedulerEntry(need, session.size, period, room)
 
