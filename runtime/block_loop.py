@@ -352,7 +352,7 @@ class BlockLoop:
                 continue
             velocities[number] = torch.zeros_like(latents)
             rows = tuple(run.frames.index(frame) for frame in own.frames)
-            request = ForwardRequest(branch, own, latents, self.actions_of(state, own))
+            request = self.request(state, branch, own, latents)
             try:
                 plan = self.plan([request], branch.cache.layout(own))
             finally:
