@@ -169,7 +169,7 @@ class EagerExecutor:
     def embed_frames(self, channels: Tensor) -> FrameContext:
         own = channels[None]
         if self.shard.ranks > 1:
-            own = self.shard.tiles(self.grid(own)).cut(own)
+            own = self.shard.cut(own, self.model.spec.patch)
         return self.model.embed_frames(own, self.keep_frames)
 
     def join_frames(self, frames: Sequence[Frames]) -> FrameContext:
@@ -194,13 +194,8 @@ class EagerExecutor:
 
         if self.shard.ranks == 1:
             return run(latents, attention)
-        grid, positions = self.grid(latents), self.model.spec.grid
-        return run_on_tile(run, self.shard, grid, positions, latents, paged(attention))
-
-    def grid(self, latents: Tensor) -> tuple[int, int]:
-        """(rows, columns) of tokens of latents or channels [..., H, W]."""
-        rows, columns = self.model.spec.patch
-        return latents.shape[-2] // rows, latents.shape[-1] // columns
+        spec = self.model.spec
+        return run_on_tile(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
 
     def run_block(
         self,

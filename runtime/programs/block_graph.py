@@ -123,8 +123,7 @@ class ModelPass(nn.Module):
         if self.shard.ranks == 1:
             velocity = run(rows, attention)
         else:
-            grid = rows.shape[-2] // spec.patch[0], rows.shape[-1] // spec.patch[1]
-            velocity = run_on_tile(run, self.shard, grid, spec.grid, rows, attention)
+            velocity = run_on_tile(run, self.shard, spec.patch, spec.grid, rows, attention)
         if count > 1:
             velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}
@@ -140,9 +139,7 @@ class ModelPass(nn.Module):
         if (branches := len(self.guidance.branches)) > 1:
             channels = torch.cat([channels] * branches)
         if self.shard.ranks > 1:
-            rows, columns = self.model.spec.patch
-            grid = channels.shape[-2] // rows, channels.shape[-1] // columns
-            channels = self.shard.tiles(grid).cut(channels)
+            channels = self.shard.cut(channels, self.model.spec.patch)
         return {"frames": self.model.embed_frames(channels, each_layer=False)}
 
     def text(self, values: dict[str, Tensor]) -> TextKeyValues:
