@@ -39,6 +39,8 @@ TINY = dataclasses.replace(
     MODELS["wan-tiny"], name="test", dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12
 )
 
+SMALL_VAE = dataclasses.replace(TINY_VAE, base_channels=4, decoder_channels=4)
+
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.2) -> nn.Module:
     """Fill every parameter with seeded normals around 1 for norm weights and 0 for the rest."""
@@ -113,7 +115,7 @@ def make_engine(
     preset: str = "self-forcing",
     dtype: str = "float64",
     spec: ModelSpec = TINY,
-    vae_spec: VaeSpec = TINY_VAE,
+    vae_spec: VaeSpec = SMALL_VAE,
     limits: Limits = Limits(),  # noqa: B008
     **overrides: object,
 ) -> Engine:

@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -30,14 +30,12 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / 
 from oracles import ROWS, SIZE, make_engine  # noqa: E402
 
 from inferix.errors import AtCapacity, InferixError, SessionEnded  # noqa: E402
-from inferix.models.wan.vae_spec import TINY_VAE  # noqa: E402
 from inferix.runtime.limits import Limits  # noqa: E402
 from inferix.runtime.sessions.session import Session  # noqa: E402
 
 T = TypeVar("T")
 
 WAIT = 120.0  # seconds after which a wait is a deadlock
-SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
 PROMPTS = (ROWS.float(), ROWS.flip(0).float() * 1.5)
 GROWTH = 64 << 20  # bytes that memory may grow after the first tenth of the time
 
@@ -153,7 +151,7 @@ class Soak:
     def __init__(self, seed: int, clients: int, folder: Path) -> None:
         self.seed, self.folder, self.figures = seed, folder, Figures()
         limits = Limits(sessions=3 * clients, when_full="refuse", queue_blocks=2)
-        settings = {"local_attn_size": 6, "denoising_step_list": [1000], "vae_spec": SMALL_VAE, "rewind_blocks": 2}
+        settings = {"local_attn_size": 6, "denoising_step_list": [1000], "rewind_blocks": 2}
         self.engine: Any = make_engine("longlive", "float32", limits=limits, **settings)
         self.over = threading.Event()
         self.lock = threading.Lock()

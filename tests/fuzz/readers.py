@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import typer
 import yaml
-from oracles import ROWS, SIZE, make_engine
+from oracles import ROWS, SIZE, SMALL_VAE, make_engine
 from PIL import Image
 from safetensors.torch import load_file
 from small_checkpoint import SPEC, WEIGHTS, Q, published, save, save_json
@@ -39,7 +39,7 @@ from inferix.models.wan.names import to_format
 from inferix.models.wan.random import random_transformer_state, random_vae_state
 from inferix.models.wan.taehv import TinyDecoder
 from inferix.models.wan.vae_checkpoint import load_decoder, load_vae
-from inferix.models.wan.vae_spec import TINY_VAE, TinySpec
+from inferix.models.wan.vae_spec import TinySpec
 from inferix.runtime.config import SETTINGS, EngineConfig
 from inferix.runtime.media_input import read_image, read_video
 from inferix.runtime.programs.graph_store import GraphStore, stored_for
@@ -51,7 +51,6 @@ from inferix.schemes.storyboard import read_storyboard, schedule
 ROOT = Path(__file__).parents[2]
 SMALL = dataclasses.replace(SPEC, dim=16, ffn_dim=8, text_dim=4, freq_dim=8)
 FILE = "x.safetensors"
-SMALL_VAE = dataclasses.replace(TINY_VAE, base_channels=4, decoder_channels=4)
 ACTIONS = ("stay", "up", "down", "left", "right")
 ABOUT = {"model": "wan-tiny", "size": [1, 2], "dtype": "float32"}
 

@@ -9,7 +9,6 @@ import torch
 from oracles import ROWS, SIZE, TINY, make_engine
 
 from inferix.errors import InferixError, SessionEnded, UsageError
-from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.capacity.memory_need import MemoryNeed
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import Limits
@@ -20,14 +19,13 @@ from inferix.runtime.sessions.scheduler import Scheduler, SchedulerEntry
 from inferix.runtime.sessions.session import Demand
 
 PROMPTS = [ROWS, ROWS.flip(0) * 1.5, ROWS * 0.5]
-SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
 IDS = A, B, C, D, E, F = "fedcba"  # in the order they join, which is not that of their values
 FASTER = BatchProfile({1: 1.0, 2: 1.5, 3: 2.0, 4: 2.5, 8: 4.0})
 SLOWER = BatchProfile({1: 1.0, 2: 2.2, 3: 3.3})
 
 
 def engine_of(preset="self-forcing", times=FASTER, **overrides):
-    settings = {"local_attn_size": 6, "denoising_step_list": [1000, 500], "vae_spec": SMALL_VAE} | overrides
+    settings = {"local_attn_size": 6, "denoising_step_list": [1000, 500]} | overrides
     engine = make_engine(preset, **settings)
     if times is not None:
         engine.follow_times(SIZE, times)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from inferix.errors import UsageError
 from inferix.graphs.lowered import lower_block, with_pages
-from inferix.models.wan.vae_spec import TINY_VAE
+from inferix.models.registry import PRESETS
 from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
@@ -41,7 +41,6 @@ SMALL = {  # windows that roll within a few blocks
 }
 TWO_STEPS = {"denoising_step_list": [1000, 500]}
 ONE_LAYER = dataclasses.replace(TINY, num_layers=1)
-SMALL_VAE = dataclasses.replace(TINY_VAE, base_channels=4, decoder_channels=4)
 PASSWISE = {"rolling-forcing", "causal-diffusion"}  # several blocks in flight, two conditionings
 
 
@@ -55,10 +54,19 @@ def stream(engine: Engine, blocks: int = 5, **given: object) -> torch.Tensor:
         return torch.cat(actual + [block.latents for block in session.stream(blocks - 2, decode=False)])
 
 
+def two_steps(preset: str) -> dict[str, object]:
+    """Settings for two denoising steps; none where as many blocks are in flight as there are steps."""
+    sampler = PRESETS[preset].sampler
+    if preset in PASSWISE:
+        return {}
+    return {"num_steps": 2} if sampler.solver == "unipc" else {"denoising_step_list": sampler.denoising_step_list[:2]}
+
+
+@pytest.mark.parametrize("all_steps", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["two", "all"])
 @pytest.mark.parametrize("preset", sorted(WAN_PRESETS))
-def test_fused_equals_eager(preset: str) -> None:
+def test_fused_equals_eager(preset: str, all_steps: bool) -> None:
     spec = TINY if preset in ("self-forcing", "longlive") else ONE_LAYER
-    settings = SMALL[preset] | {"spec": spec, "vae_spec": SMALL_VAE}
+    settings = SMALL[preset] | {"spec": spec} | ({} if all_steps else two_steps(preset))
     eager, fused = (make_engine(preset, executor=name, **settings) for name in ("eager", "fused"))
     expected, actual = stream(eager), stream(fused)
     assert (actual - expected).abs().max() <= TOLERANCE
@@ -110,7 +118,7 @@ def test_a_block_that_is_partly_given_or_has_other_noise_goes_pass_by_pass() -> 
     ):
         expected, actual = [], []
         for name, latents in (("eager", expected), ("fused", actual)):
-            engine = make_engine(preset, executor=name, spec=ONE_LAYER, vae_spec=SMALL_VAE, **overrides)
+            engine = make_engine(preset, executor=name, spec=ONE_LAYER, **overrides)
             with engine.open(prompt_embeds=ROWS, size=SIZE, **given) as session:
                 latents += [block.latents for block in session.stream(1 + wholes, decode=False)]
         assert (torch.cat(actual) - torch.cat(expected)).abs().max() <= TOLERANCE

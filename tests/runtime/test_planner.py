@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, WAN_PRESETS, contiguous, make_engine, remade
+from oracles import ROWS, SIZE, SMALL_VAE, TINY, WAN_PRESETS, contiguous, make_engine, remade
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +17,7 @@ from inferix.graphs.types import Role
 from inferix.models.registry import MODELS, PRESETS, make_preset
 from inferix.models.wan.family import WAN
 from inferix.models.wan.vae import CausalVae
-from inferix.models.wan.vae_spec import TAEW21, TINY_VAE, WAN21_VAE
+from inferix.models.wan.vae_spec import TAEW21, WAN21_VAE
 from inferix.runtime.capacity import planner
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
 from inferix.runtime.capacity.planner import Ceiling, Workload, longest_window, memory, needed, suggestions
@@ -35,7 +35,7 @@ TOP = Ceiling(1.0, 1.0, "given")
 
 
 def tiny(name, **overrides):
-    return Workload(TINY, make_preset(name, **FEW.get(name, {}) | overrides), TINY_VAE, 0, SIZE, "float32", "float32")
+    return Workload(TINY, make_preset(name, **FEW.get(name, {}) | overrides), SMALL_VAE, 0, SIZE, "float32", "float32")
 
 
 def full(name, model="wan-1.3b", decoder=WAN21_VAE, **changed):
@@ -88,7 +88,6 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     assert max(len(scheduled.run.frames) for scheduled in passes) == planner.longest_pass(engine.preset)
 
 
-SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
 SMALL = {  # presets with a past that is soon full
     "longlive": {"local_attn_size": 6, "denoising_step_list": [1000]},
     "krea": {"denoising_step_list": [1000]},
@@ -151,7 +150,7 @@ def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
     pages, slots = least_pages(preset), staging_slots(preset)
     store = PagedStore(form, WAN.build(TINY).rope, pages, slots, torch.device("cpu"))
     assert PageSpace(form, pages, slots, WorkerClient(Idle()), grows=True).nbytes == store.nbytes
-    split = memory(Workload(TINY, preset, TINY_VAE, 0, SIZE, "float32", kind))
+    split = memory(Workload(TINY, preset, SMALL_VAE, 0, SIZE, "float32", kind))
     assert store.nbytes == split.each["pages"] + split.once["page_buffer"]
     assert (split.once["page_buffer"] > 0) == (kind != "float32")
     if name == "longlive":

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inferix import load
 from inferix.models.registry import MODELS
-from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.capacity.costs import token_layers
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.session import Session
@@ -25,7 +24,6 @@ from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, TOKENS
 LIMIT = 1e-10
 OTHER = ROWS.flip(0) * 1.5
 WALKING = dataclasses.replace(TINY, actions=("stay", "left", "right"), grid=(4, 6), default_size=SIZE)
-SMALL_VAE = dataclasses.replace(TINY_VAE, base_channels=4, decoder_channels=4)
 STREAMS: dict[str, tuple[str, dict[str, object]]] = {
     "self-forcing": ("self-forcing", {"local_attn_size": 6}),
     "sink, prompt switch": ("longlive", {"local_attn_size": 6, "sink_size": 1}),
@@ -80,7 +78,7 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("name", "layout", "ranks"), cases())
 def test_ranks_make_the_stream_of_one(name: str, layout: str, ranks: int, tmp_path: Path) -> None:
     preset, overrides = STREAMS[name]
-    with pair(preset, layout, ranks, vae_spec=SMALL_VAE, **overrides) as (alone, ranked):
+    with pair(preset, layout, ranks, **overrides) as (alone, ranked):
         expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
         assert any(group.traffic.sent > 0 for group in ranked.resources.worker.groups)
     assert difference(found, expected) <= LIMIT
@@ -162,7 +160,7 @@ def test_chunks_in_flight_with_guidance_by_timestep_make_the_stream_of_one(
 def test_divided_weights_make_the_stream_of_one(
     preset: str, layout: str, ranks: int, executor: str, tmp_path: Path
 ) -> None:
-    settings = SHORT[preset] | {"vae_spec": SMALL_VAE}
+    settings = SHORT[preset]
     with pair(preset, layout, ranks, shard_weights=True, executor=executor, **settings) as (alone, ranked):
         worker = ranked.resources.worker
         assert difference(stream(ranked, tmp_path / "two"), stream(alone, tmp_path / "one")) <= LIMIT
@@ -184,8 +182,8 @@ def test_divided_weights_make_the_stream_of_one(
 ])  # fmt: skip
 def test_graphs_over_ranks_make_the_stream_of_one(name: str, layout: str, ranks: int, tmp_path: Path) -> None:
     preset, overrides = STREAMS[name]
-    alone = make_engine(preset, vae_spec=SMALL_VAE, **overrides)
-    with pair(preset, layout, ranks, vae_spec=SMALL_VAE, executor="fused", **overrides) as (_, ranked):
+    alone = make_engine(preset, **overrides)
+    with pair(preset, layout, ranks, executor="fused", **overrides) as (_, ranked):
         assert difference(stream(ranked, tmp_path / "two"), stream(alone, tmp_path / "one")) <= LIMIT
 
 
@@ -212,7 +210,7 @@ def test_a_world_of_four_ranks_goes_on_with_one_and_with_two(layout: str, tmp_pa
 )
 def test_random_controls_forks_and_rewinds_make_the_same_streams(layout: str, seeds: tuple[str, ...]) -> None:
     settings = {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000], "rewind_blocks": 2}
-    with pair("longlive", layout, vae_spec=SMALL_VAE, **settings) as (alone, ranked):
+    with pair("longlive", layout, **settings) as (alone, ranked):
         for seed in seeds:
             assert difference(walk(ranked, Random(seed)), walk(alone, Random(seed))) <= LIMIT
 

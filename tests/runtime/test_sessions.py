@@ -22,7 +22,6 @@ from oracles import ROWS, SIZE, TINY, make_engine, remade
 
 from inferix import load
 from inferix.errors import InferixError, SessionEnded, UsageError
-from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.kv.pages import OutOfPages
 from inferix.runtime.limits import DegradationStep, Limits
 from inferix.runtime.noise import InjectedNoise
@@ -34,7 +33,6 @@ from inferix.schemes.page_needs import least_pages
 
 PROMPT, OTHER = ROWS.float(), ROWS.flip(0).float() * 1.5
 NEGATIVE = {"causal-diffusion": {"negative_embeds": OTHER}}
-SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
 WAIT = 60  # seconds after which a thread that should have gone on is taken to hang
 
 
@@ -48,7 +46,7 @@ def one_thread():
 
 
 def small_engine(preset="self-forcing", **overrides):
-    settings = {"local_attn_size": 6, "denoising_step_list": [1000], "vae_spec": SMALL_VAE} | overrides
+    settings = {"local_attn_size": 6, "denoising_step_list": [1000]} | overrides
     return make_engine(preset, "float32", **settings)
 
 
