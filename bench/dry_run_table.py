@@ -29,12 +29,15 @@ from .time_model import RATES
 
 
 class Configuration(NamedTuple):
-    """A block to run; fp8: linear layers and pages. decoders: names of the decoders to run beside it."""
+    """A block to run; fp8: linear layers and pages. decoders: names of the decoders to run beside it. sessions: in one
+    launch.
+    """
 
     model: str
     preset: str
     fp8: bool = False
     decoders: tuple[str, ...] = ()
+    sessions: int = 1
 
 
 CONFIGURATIONS = {
@@ -42,15 +45,19 @@ CONFIGURATIONS = {
     "self-forcing-fp8": Configuration("wan-1.3b", "self-forcing", fp8=True),
     "framewise": Configuration("wan-1.3b", "self-forcing-framewise"),
     "longlive": Configuration("wan-1.3b", "longlive"),
+    **{f"longlive-{count}": Configuration("wan-1.3b", "longlive", sessions=count) for count in (2, 4, 8)},
     "krea": Configuration("wan-14b", "krea"),
 }
 
 
 def run(configuration: Configuration, architecture: int, compiled: bool) -> dict[str, Any]:
     """Facts of a configuration's dry run; those of its decoders under `decoders`."""
-    model, preset, fp8, decoders = configuration
+    model, preset, fp8, decoders, sessions = configuration
     spec, scheme = MODELS[model], make_preset(preset)
-    builder = BlockGraphBuilder(spec, scheme, dtype=torch.bfloat16, kv_dtype=KV_DTYPES["fp8"] if fp8 else None)
+    kv_dtype = KV_DTYPES["fp8"] if fp8 else None
+    builder = BlockGraphBuilder(
+        spec, scheme, None, torch.bfloat16, sessions=sessions, kv_dtype=kv_dtype, texts=1 if sessions > 1 else None
+    )
     builder.max_pages = padded_width(builder.max_pages)
     names = chosen(["lowp"] if fp8 else [])
     block = rewritten(builder.build(), names, PrecisionMap("fp8", EVERY_BLOCK))
@@ -61,7 +68,7 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
         sizes = family.chosen_decoder_spec(spec, name == "taehv")
         decoded = run_decoder(architecture, partial(family.build_decoder, sizes), latents, builder.dtype)
         parts[name] = facts(decoded, rates, block)["parts"]["decoder"]
-    return result | {"decoders": parts}
+    return result | {"decoders": parts, "sessions": sessions}
 
 
 def main(

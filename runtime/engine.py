@@ -329,6 +329,7 @@ class Engine:
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))
         self.resources.executor.start_profile(profile)
+        self.manager.scheduler.batch_room = 1  # each block has passes of its own
         self.observe(profile.note_decoding)
         self.profile = profile
         return profile

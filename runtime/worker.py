@@ -108,16 +108,17 @@ class LocalWorker:
             numbers, kinds = torch.tensor(plan.actions, device=self.device), self.parts.transformer.spec.action_dim
             assert kinds is not None
             actions = F.one_hot(numbers, kinds).to(self.dtype)
-        if plan.whole is not None:
-            frames = range(plan.whole.first, plan.whole.first + latents.shape[1])
-            return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions)[None]]
+        if plan.whole:
+            frames = [range(block.first, block.first + latents.shape[1]) for block in plan.whole]
+            seeds = [block.seed for block in plan.whole]
+            return [executor.run_block(latents, text, attention, frames, seeds, actions)]
         timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
         return [executor.forward(latents, timesteps, text, attention, actions)]
 
     def attention(self, plan: PassPlan) -> KeyValues:
-        return self.stores[plan.layout.grid].attention(plan.layout)
+        return self.stores[plan.layout.grid].attention(plan.layout, len(plan.texts))
 
     def text(self, parts: tuple[tuple[int, int, int], ...]) -> Text:
         """Join the texts of one session: (text, number of the prompt, frames that attend to it), in token order."""
@@ -139,7 +140,9 @@ class LocalWorker:
 
     def open_store(self, plan: OpenStore) -> None:
         form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype, self.parts.shard)
-        self.stores[plan.grid] = PagedStore(form, self.parts.transformer.rope, plan.pages, plan.slots, self.device)
+        self.stores[plan.grid] = PagedStore(
+            form, self.parts.transformer.rope, plan.pages, plan.slots, self.device, plan.sessions
+        )
 
     def close_store(self, plan: CloseStore) -> None:
         del self.stores[plan.grid]

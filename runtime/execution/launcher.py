@@ -18,12 +18,13 @@ from ...errors import InferixError
 from ...graphs.capture import CaptureBackend, CaptureFailed, Event, Replay
 from ...graphs.cost import spec_of
 from ...graphs.launch import LaunchPlan
-from ...graphs.lowered import Lowered, Planned, recipes
+from ...graphs.lowered import Lowered, Planned, prompt_pages, recipes
 from ...graphs.program import Call, Ref
 from ...graphs.types import Role
 from ..byte_sizes import format_bytes
 from ..streams import sendable
 from ..telemetry.profile import Profile
+from .prompts import Conditioning, PromptSlots
 
 
 class NotEnoughMemory(InferixError):
@@ -70,13 +71,19 @@ class Bound:
 
 @dataclass
 class Loaded:
-    """A `Lowered` bound to the device. recipes: digest of each output of the prompt program."""
+    """A `Lowered` bound to the device.
+
+    recipes: digest of each output of the prompt program. slots: of prompts that a batch finds by table. batch: the texts
+    of the last batch whose prompts are rows, and what the prompt program made of them.
+    """
 
     lowered: Lowered
     body: Bound
     prompt: Bound | None
     state: Mapping[str, Tensor]
     recipes: Mapping[str, str]
+    slots: PromptSlots | None = None
+    batch: tuple[tuple[Conditioning, ...], dict[str, Tensor]] | None = None
 
 
 class Launcher:
@@ -114,7 +121,9 @@ class Launcher:
             return Loaded(lowered, self.bind(lowered.body, given), None, state, {})
         prompt = self.bind(lowered.prompt, given)
         prompt.replay = prompt.launches.run  # never captured: it runs once for each prompt
-        return Loaded(lowered, self.bind(lowered.body, given), prompt, state, recipes(lowered.prompt.program, folded))
+        body, known = self.bind(lowered.body, given), recipes(lowered.prompt.program, folded)
+        pages = {name: body.inputs.pop(name) for name in sorted(prompt_pages(lowered.body.program))}
+        return Loaded(lowered, body, prompt, state, known, PromptSlots(pages) if pages else None)
 
     def needs(self, lowered: Lowered) -> dict[str, int]:
         """Bytes that a program adds: scratch, constants (with the arena of the fold program), and inputs."""

@@ -16,6 +16,7 @@ from .page_store import PageForm
 from .paged_cache import PagedCache
 from .pages import PageTable
 
+MOST_STAGED = 8  # sessions of a batch that a staging buffer within a budget has room for
 
 class KVManager:
     """Owns the page ids of all stores, and has the worker open and close them.
@@ -49,17 +50,15 @@ class KVManager:
         if form.grid not in self.stores:
             for grid in [grid for grid, store in self.stores.items() if not store.users]:
                 self.stores.pop(grid).close()
-            slots, pages = staging_slots(self.preset), least_pages(self.preset)
+            slots, pages, sessions = staging_slots(self.preset), least_pages(self.preset), 1
             if self.budget is not None:
                 used = sum(store.nbytes for store in self.stores.values())
                 staging = slots * form.slot_bytes(form.model_dtype) if form.staged else 0
-                pages = pages_in(self.budget, form.nbytes, staging + used, self.preset)
-            self.stores[form.grid] = PageSpace(form, pages, slots, self.client, grows=self.budget is None)
+                fitting = (self.budget - used) // (pages * form.nbytes + staging)
+                sessions = max(1, min(fitting, MOST_STAGED))
+                pages = pages_in(self.budget, form.nbytes, sessions * staging + used, self.preset)
+            self.stores[form.grid] = PageSpace(form, pages, slots, self.client, self.budget is None, sessions)
         return self.stores[form.grid]
-
-    def batches(self, size: tuple[int, int]) -> bool:
-        """True if one pass can serve several sessions; a staging buffer within a budget has room for one."""
-        return not (self.form(size).staged and self.budget is not None)
 
     def form(self, size: tuple[int, int]) -> PageForm:
         """Sizes and dtypes of a page for pictures of `size` (width, height)."""

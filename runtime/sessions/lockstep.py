@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ...graphs.passes import Pass
+from ..plans import WholeBlock
 from .session_state import Branch
 
 T = TypeVar("T")
@@ -21,12 +22,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
-    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any."""
+    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any.
+
+    whole: not the pass alone but all steps and the commit of its block, which have its pages and positions.
+    """
 
     branch: Branch
     run: Pass
     latents: Tensor
     actions: tuple[int, ...]
+    whole: WholeBlock | None = None
 
     @property
     def batch_key(self) -> Hashable:
@@ -35,8 +40,8 @@ class ForwardRequest:
         Timesteps, positions and contexts may differ.
         """
         groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
-        shape = tuple(self.latents.shape)
-        return id(self.branch.cache.store), shape, groups, self.run.mixed_texts, self.run.condition
+        shape, whole = tuple(self.latents.shape), self.whole is not None
+        return id(self.branch.cache.store), shape, groups, self.run.mixed_texts, self.run.condition, whole
 
     @property
     def texts(self) -> tuple[tuple[int, int, int], ...]:
@@ -44,7 +49,7 @@ class ForwardRequest:
         return tuple((text, self.branch.texts[text].number, frames) for text, frames in self.run.texts)
 
 
-ForwardResult = Tensor | Exception  # a velocity [F, C, H, W], or why there is none
+ForwardResult = Tensor | Exception  # a velocity, or latents of a whole block, [F, C, H, W], or why there is none
 BlockSteps = Generator[ForwardRequest, Tensor, T]
 Forward = Callable[[list[ForwardRequest]], Sequence[ForwardResult]]
 
@@ -85,3 +90,14 @@ def group_compatible(requests: Sequence[ForwardRequest]) -> list[list[ForwardReq
     for request in requests:
         groups.setdefault(request.batch_key, []).append(request)
     return list(groups.values())
+
+def in_sizes(requests: Sequence[ForwardRequest], sizes: Sequence[int]) -> list[Sequence[ForwardRequest]]:
+    """Cut requests into runs of `sizes`, the largest that fit first; one run of all where no sizes are given."""
+    runs, first = list[Sequence[ForwardRequest]](), 0
+    while first < len(requests):
+        left = len(requests) - first
+        count = max(size for size in sizes if size <= left) if sizes else left
+        runs.append(requests[first : first + count])
+        first += count
+    return runs
+
