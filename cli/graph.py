@@ -34,7 +34,7 @@ def graph(
     ),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
     precision: str = typer.Option("reference", help="Parts of a pass in wider dtypes: reference, diffusers."),
-    sessions: int = typer.Option(1, min=1, help="Sessions batched in one pass; with --save, 1, 2, 4 and so on up to this."),
+    sessions: int = typer.Option(1, min=1, help="Sessions batched in one pass; with --save 1, 2, 4 ... up to this."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Setting of the preset; repeatable."),
     with_: list[str] = typer.Option([], "--with", metavar="REWRITE", help="Also apply this rewrite; repeatable."),
     without: list[str] = typer.Option([], metavar="REWRITE", help="Skip this rewrite, or all; repeatable."),

@@ -62,7 +62,10 @@ class PassLayout:
 
 @dataclass(frozen=True)
 class WholeBlock:
-    """All steps and the commit of a session's block in one launch. Noise is that of `seed` for frames from `first` on."""
+    """All steps and the commit of a session's block in one launch.
+
+    Noise is that of `seed` for frames from `first` on.
+    """
 
     first: int
     seed: int

@@ -46,8 +46,8 @@ def session_need(
 ) -> MemoryNeed:
     """Compute the need of a session: pages of `page_bytes`, decoder states, and latents.
 
-    queued: blocks in the output queue, whose latents are counted beside those of the block loop and of rewinding. graphs:
-    passes are lowered programs.
+    queued: blocks in the output queue, whose latents are counted beside those of the block loop and of rewinding.
+    graphs: passes are lowered programs.
     """
     policy, block = preset.context, preset.num_frame_per_block
     states = 1 + min(2, policy.rewind_blocks)  # the newest, and checkpoints to rewind from

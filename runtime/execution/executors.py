@@ -38,7 +38,6 @@ from .loading import Components
 from .lowp_reference import check_layers, with_packed_layers
 from .prompts import BatchConditioning, Conditioning, MixedConditioning
 
-
 Text = object  # a conditioned prompt: what the executor's own `condition`, `join` or `mix` returned
 
 
@@ -74,7 +73,7 @@ class Executor(Protocol):
         seeds: Sequence[int],
         actions: Tensor | None,
     ) -> Tensor:
-        """Denoise blocks of B sessions from noise [B, F, C, H, W] to clean latents; write keys and values to their pages.
+        """Denoise blocks of B sessions, from noise [B, F, C, H, W] to clean latents; write keys and values to pages.
 
         Noise between steps is that of `PhiloxNoise` with each session's seed for its absolute `frames`.
         """

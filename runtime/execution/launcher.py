@@ -73,8 +73,8 @@ class Bound:
 class Loaded:
     """A `Lowered` bound to the device.
 
-    recipes: digest of each output of the prompt program. slots: of prompts that a batch finds by table. batch: the texts
-    of the last batch whose prompts are rows, and what the prompt program made of them.
+    recipes: digest of each output of the prompt program. slots: of prompts that a batch finds by table. batch: the
+    texts of the last batch whose prompts are rows, and what the prompt program made of them.
     """
 
     lowered: Lowered

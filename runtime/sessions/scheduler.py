@@ -215,7 +215,7 @@ class Scheduler:
         return min(ready, key=self.urgency)
 
     def batch_wait(self, ready: Sequence[str], coming: int, since: float, now: float) -> float:
-        """Seconds to wait, of `batch_wait`'s share, for `coming` sessions to join those ready since `since`; 0 for none.
+        """Seconds to wait, of the share `batch_wait`, for `coming` sessions to join those ready since `since`.
 
         There is a wait only where the larger batch gets more done even after the longest one. It ends in time for the
         deadline of each session that is ready.

@@ -354,7 +354,7 @@ def test_int8_pages_of_a_budget_run_as_one_within_it():
         blocks = list(zip(*(opened(engine, seed).stream(3, decode=False) for seed in range(2)), strict=True))
         assert {block.record.batch for row in blocks for block in row} == {1, 2}
         (store,), (space,) = engine.resources.worker.stores.values(), engine.kv_manager.stores.values()
-        assert budget is None or store.nbytes <= budget and store.nbytes == space.nbytes
+        assert budget is None or (store.nbytes <= budget and store.nbytes == space.nbytes)
 
 
 def new_scheduler(admitted, times=FASTER, **limits):
@@ -417,7 +417,8 @@ def test_a_block_waits_for_sessions_that_raise_throughput():
     assert scheduler.batch_wait([A], 3, 10.0, 10.0) == 0.25  # a batch of four takes 2.5 s
     scheduler.admitted[A].due = 12.0
     assert scheduler.batch_wait([A], 3, 10.0, 10.0) == 0.0
-    for other in (new_scheduler(4), new_scheduler(4, SLOWER, batch_wait=1.0), new_scheduler(4, batch=1, batch_wait=1.0)):
+    off, slower = new_scheduler(4), new_scheduler(4, SLOWER, batch_wait=1.0)
+    for other in (off, slower, new_scheduler(4, batch=1, batch_wait=1.0)):
         assert other.batch_wait([A], 3, 10.0, 10.0) == 0.0
     for wrong in (0, 1.5, "half"):
         with pytest.raises(UsageError, match="batch_wait"):
