@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import LONGEST_QUOTE, CheckpointError, UsageError, quoted, quoted_all
 from .scaled_weights import unscaled
+from .weight_shards import WeightShards
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
 OLD_PICKLES = 5  # of such a file, before the values of its tensors
@@ -290,8 +291,11 @@ def fill(
     device: Any,
     source: object,
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    shards: WeightShards | None = None,
 ) -> Model:
     """Load tensors into a meta-device module, one at a time, each through `change`.
+
+    shards: parts of the weights that this rank keeps; None for all of them.
 
     Raises CheckpointError that lists the missing, unexpected or mis-shaped tensors and the ten in the file that are
     most like the first missing one, or names one that is not finite.
@@ -310,10 +314,14 @@ def fill(
         others = [name for name in tensors if name not in expected] or tensors
         near = alike_in_file(missing, others) if missing else ""
         raise CheckpointError(f"{quoted(source)} does not fit the model: {'; '.join(wrong[:12])}{more}{near}")
-    state = {
-        name: finite(source, name, change(name, unscaled(tensors[name])).to(device=device, dtype=dtype))
-        for name in expected
-    }
+    state = {}
+    for name in expected:
+        own, tensor = name, change(name, unscaled(tensors[name]))
+        if shards is not None:
+            own, tensor = shards.part(name, tensor, dtype)
+        state[own] = finite(source, name, tensor.to(device=device, dtype=dtype))
+    if shards is not None:
+        shards.divide(module)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 

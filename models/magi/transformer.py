@@ -242,7 +242,7 @@ class MagiTransformer(Transformer):
     @property
     def spec_dtype(self) -> torch.dtype:
         """The dtype of the model, of which some parts compute in more."""
-        return self.blocks[0].mlp.linear_fc1.weight.dtype
+        return self.videodit_blocks.final_layernorm.weight.dtype
 
     # Passes
 

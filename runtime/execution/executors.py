@@ -411,6 +411,8 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
 def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
     packed = None if precision is None else with_packed_layers(model, precision)
+    if config.shard_weights:
+        return EagerExecutor(model, shard=parts.shard)  # faster layers would keep the whole weights
     return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard)
 
 

@@ -11,6 +11,7 @@ from ...errors import UsageError, quoted
 from ...graphs.shards import ALONE, Shard
 from ...models.decoder import Decoder, DecoderSpec
 from ...models.family import Checkpoint, PromptEncoder
+from ...models.fingerprints import fingerprint
 from ...models.hub import locate
 from ...models.registry import MODELS, family_of, find_preset, read_checkpoint, shipped
 from ...models.spec import ModelSpec
@@ -29,8 +30,10 @@ class SizeCheck(Protocol):
         fast: DecoderSpec | None,
         made_on_host: bool,
         files: Sequence[Path] = (),
-    ) -> None:
-        """text: parameters of the text encoder, 0 for none. fast: a second decoder. made_on_host: weights are.
+    ) -> Shard:
+        """Return the rank's part of every pass, whose weights are read; `ALONE` for one rank.
+
+        text: parameters of the text encoder, 0 for none. fast: a second decoder. made_on_host: weights are.
 
         files: of the transformer's weights.
         """
@@ -105,16 +108,35 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     fast_vae = matching_decoder(config.fast_vae, folders, spec, config) if config.fast_vae else None
     text = text if text_prompts else None
     encoder = family.text_parameters(spec) if text else 0
-    check(spec, vae.spec, encoder, fast_vae.spec if fast_vae else None, made_on_host=False, files=checkpoint.files)
+    shard = check(
+        spec, vae.spec, encoder, fast_vae.spec if fast_vae else None, made_on_host=False, files=checkpoint.files
+    )
+    transformer, fingerprints = load_transformer(checkpoint, config, shard, vae)
     return Components(
-        transformer=family.load(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
+        transformer=transformer,
         vae=vae,
         text=text,
         source=config.model,
         form=checkpoint.form,
         digest=lambda: checkpoint.digest,
         fast_vae=fast_vae,
+        fingerprints=fingerprints,
+        shard=shard,
     )
+
+
+def load_transformer(
+    checkpoint: Checkpoint, config: EngineConfig, shard: Shard, vae: Decoder
+) -> tuple[Transformer, Mapping[str, str] | None]:
+    """The transformer of a checkpoint, or a rank's part of it with the fingerprints of the whole weights."""
+    family = family_of(checkpoint.spec)
+    shards = family.weight_shards(checkpoint.spec, shard.weights)
+    transformer = family.load(
+        checkpoint, config.precision, DTYPES[config.dtype], config.device, loras(config), config.lora_partial, shards
+    )
+    if shards is None:
+        return transformer, None
+    return transformer, {"transformer": shards.fingerprint, "decoder": fingerprint(vae)}
 
 
 def matching_decoder(name: str | None, folders: list[Path], spec: ModelSpec, config: EngineConfig) -> Decoder:
@@ -147,18 +169,22 @@ def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -
     family = family_of(spec)
     family.check_preset(find_preset(config.preset), spec.name)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
-    check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
+    shard = check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device
     weights = family.random_state(spec, 0, dtype)
     checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
+    vae = family.random_decoder(spec, config.vae == "taehv", dtype, device)
+    transformer, fingerprints = load_transformer(checkpoint, config, shard, vae)
     return Components(
-        transformer=family.load(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial),
-        vae=family.random_decoder(spec, config.vae == "taehv", dtype, device),
+        transformer=transformer,
+        vae=vae,
         text=family.random_text(spec, dtype, device),
         source=spec.name,
         form="random",
         digest=lambda: None,
         fast_vae=family.random_decoder(spec, True, dtype, device) if config.fast_vae else None,
+        fingerprints=fingerprints,
+        shard=shard,
     )
 
 

@@ -185,10 +185,12 @@ class SessionManager:
             preset, spec, resources.parts.vae.spec, session.size, resources.config.dtype, page.nbytes,
             queued=self.limits.queue_blocks, graphs=resources.config.executor_spec.graphs,
         )  # fmt: skip
-        store = resources.kv_manager.stores.get(page.grid)
-        room = None if store is None or store.grows else store.pool.size * page.nbytes
+        stores = [store for (grid, _), store in resources.kv_manager.stores.items() if grid == page.grid]
+        is_fixed = bool(stores) and not any(store.grows for store in stores)
+        room = sum(store.pool.size for store in stores) * page.nbytes if is_fixed else None
         period = spec.vae_stride[0] * preset.num_frame_per_block / spec.fps
-        return SchedulerEntry(need, session.size, period, room, None if store is None else store.most_batched)
+        most_batched = min((limit for store in stores if (limit := store.most_batched) is not None), default=None)
+        return SchedulerEntry(need, session.size, period, room, most_batched)
 
     def _fail(self, session: Session, error: Exception) -> None:
         """End a session with an error, unless it has ended. The traceback loses its frames' local variables."""
