@@ -82,7 +82,8 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
         sizes = family.chosen_decoder_spec(spec, name == "taehv")
         decoded = run_decoder(architecture, partial(family.build_decoder, sizes), latents, builder.dtype)
         parts[name] = facts(decoded, rates, block)["parts"]["decoder"]
-    return result | {"decoders": parts, "sessions": sessions} | ({"ranks": ranks, "layout": grid.layout} if ranks > 1 else {})
+    result |= {"decoders": parts, "sessions": sessions}
+    return result | ({"ranks": ranks, "layout": grid.layout} if ranks > 1 else {})
 
 
 def main(
