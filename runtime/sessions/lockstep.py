@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ...graphs.passes import Pass
+from ..worker_client import Handle
 from .session_state import Branch
 
 T = TypeVar("T")
@@ -21,12 +22,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
-    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any."""
+    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any.
+
+    given: what the frames are given beside their latents; None for a model that takes nothing.
+    """
 
     branch: Branch
     run: Pass
     latents: Tensor
     actions: tuple[int, ...]
+    given: Handle | None = None
 
     @property
     def batch_key(self) -> Hashable:
