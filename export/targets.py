@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.page_needs import page_needs
 from ..schemes.presets import Preset
 
@@ -23,6 +23,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "guidance": "guidance_scale other than 1: two pasts under two prompts",
     "recache": "prompt_switch recache",
     "blend": "prompt_switch blend",
+    "channels of frames": "image channels: an image and a camera beside the latents, as in lingbot-v2",
     "scene cuts": "shot_offset above 0",
     "unrolled steps": "--unroll: all steps of a block in one program",
     "float32": "--dtype float32",
@@ -57,7 +58,7 @@ class Target:
 
 SINGLE = frozenset(FEATURES) - {
     "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
-    "endless window", "float16", "bfloat16",
+    "endless window", "channels of frames", "float16", "bfloat16",
 }  # fmt: skip
 HERE = __package__
 EVERY = (
@@ -76,7 +77,7 @@ TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 def find_target(name: str) -> Target:
     """Return the target of a name. UsageError for an unknown one, InferixError if a package it needs is missing."""
     if name not in TARGETS:
-        raise UsageError(f"target is {name!r}{nearest(name, TARGETS)}; expected one of {', '.join(TARGETS)}")
+        raise UsageError(f"target is {quoted(name)}{nearest(name, TARGETS)}; expected one of {', '.join(TARGETS)}")
     target = TARGETS[name]
     if target.missing:
         raise InferixError(
@@ -99,6 +100,7 @@ def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
         "guidance": preset.sampler.guidance_scale != 1,
         "recache": context.prompt_switch == "recache",
         "blend": context.prompt_switch == "blend",
+        "channels of frames": context.image == "channels",
         "scene cuts": context.shot_offset > 0,
         "unrolled steps": unroll,
         dtype: True,

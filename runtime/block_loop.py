@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ from ..schemes.block_schedule import (
 )
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
+from .frame_channels import GivenFrames, camera_key, frame_channels
 from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
 from .plans import BranchPass, GuidedPass, PassLayout, PassPlan, WholeBlock
@@ -39,9 +41,10 @@ from .resources import Resources
 from .sampler import guided
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, in_sizes, run_lockstep
-from .sessions.session_state import BlockInFlight, PromptChange, SessionState
+from .sessions.session_state import BlockInFlight, Branch, PromptChange, SessionState
 from .streams import to_device
 from .telemetry.records import BlockRecord
+from .worker_client import Handle
 
 T = TypeVar("T")
 
@@ -88,6 +91,8 @@ class BlockLoop:
             elif state.preset.context.commit and not block.committed:
                 yield from self.commit(state, block.span, block.latents, record)
         block.latents = self.without_given(state, block)
+        if state.camera is not None and not state.preset.context.recomputes:
+            state.camera.forget(state.timeline.next_frame)
         return block
 
     def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool) -> None:
@@ -133,7 +138,7 @@ class BlockLoop:
                 branch.cache.clear()
             if (window := scheduled.window) is not None:
                 branch.cache.set_window(window)
-            yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
+            yield self.request(state, branch, run, latents)
         return True
 
     def rebuild_context(
@@ -203,9 +208,9 @@ class BlockLoop:
         frames, seed = block.span.frames, state.noise.seed
         run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
         self.roll_caches(state, run)
-        whole = WholeBlock(frames.start, seed)
+        request = replace(self.request(state, branch, run, block.latents), whole=WholeBlock(frames.start, seed))
         with record.one_pass():
-            block.latents = yield ForwardRequest(branch, run, block.latents, self.actions_of(state, run), whole)
+            block.latents = yield request
         self.check_finite(block)
         block.committed = state.preset.context.commit
         return block
@@ -274,6 +279,22 @@ class BlockLoop:
             return ()
         return tuple(state.actions.of(frame) for frame in run.frames)
 
+    def request(self, state: SessionState, branch: Branch, run: Pass, latents: Tensor) -> ForwardRequest:
+        """A request for one pass of one branch over latents [F, C, H, W], with all that its frames are given."""
+        return ForwardRequest(branch, run, latents, self.actions_of(state, run), self.given(state, run, latents))
+
+    def given(self, state: SessionState, run: Pass, latents: Tensor) -> Handle | None:
+        """What a pass is given of its frames beside latents: prepared once for passes over the same frames in turn."""
+        spec = self.resources.spec
+        if not spec.frame_channels:
+            return None
+        key = run.frames, camera_key(state.camera, run.frames)
+        if state.given is None or state.given.key != key:
+            channels = frame_channels(spec, state.image, state.camera, run.frames, latents)
+            state.given = None  # what it keeps is freed before the next is made
+            state.given = GivenFrames(key, self.resources.client.embed_frames(channels))
+        return state.given.handle
+
     def draw(self, state: SessionState, span: Span, draw: int) -> Tensor:
         """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
         shape = (self.resources.spec.out_channels, *self.resources.spec.latent_size(state.size))
@@ -314,12 +335,11 @@ class BlockLoop:
                 if own is None:
                     continue
                 if own.frames == run.frames:
-                    velocities[number] = yield ForwardRequest(branch, own, latents, self.actions_of(state, own))
+                    velocities[number] = yield self.request(state, branch, own, latents)
                     continue
                 velocity = torch.zeros_like(latents)
                 rows = [run.frames.index(frame) for frame in own.frames]
-                request = ForwardRequest(branch, own, latents[rows], self.actions_of(state, own))
-                velocity[rows] = yield request
+                velocity[rows] = yield self.request(state, branch, own, latents[rows])
                 velocities[number] = velocity
         return velocities
 
@@ -331,7 +351,7 @@ class BlockLoop:
                 continue
             velocities[number] = torch.zeros_like(latents)
             rows = tuple(run.frames.index(frame) for frame in own.frames)
-            request = ForwardRequest(branch, own, latents, self.actions_of(state, own))
+            request = self.request(state, branch, own, latents)
             try:
                 plan = self.plan([request], branch.cache.layout(own))
             finally:
@@ -396,6 +416,7 @@ class BlockLoop:
             actions=tuple(request.actions for request in requests if request.actions),
             whole=tuple(request.whole for request in requests if request.whole is not None),
             condition=requests[0].run.condition,
+            frames=tuple(request.given.number for request in requests if request.given is not None),
         )
 
     # Outside of a block

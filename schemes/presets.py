@@ -35,7 +35,8 @@ class Preset:
     """num_frame_per_block: latent frames; independent_first_frame: the first block is a single frame.
 
     window_blocks: blocks denoised together, each `steps_between_joins` sampler steps ahead of the one after it.
-    scene_cut_prefix: a prompt that begins so starts a new shot; empty for none.
+    scene_cut_prefix: a prompt that begins so starts a new shot; empty for none. precision: dtypes of the parts of a
+    pass, where no other are asked for.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Preset:
     context: ContextPolicy
     window_blocks: int = 1
     scene_cut_prefix: str = ""
+    precision: str = "reference"
 
     def __post_init__(self) -> None:
         for key in ("num_frame_per_block", "window_blocks"):
@@ -62,7 +64,7 @@ class Preset:
         self.context.check_key_ranges(self.num_frame_per_block, self.window_blocks, steps)
         if self.window_blocks > 1 and self.context.recomputes:
             raise UsageError(
-                f"window_blocks is {self.window_blocks}, but prompt_switch is {self.context.prompt_switch!r}, "
+                f"window_blocks is {self.window_blocks}, but prompt_switch is {quoted(self.context.prompt_switch)}, "
                 f"segment_frames {self.context.segment_frames} and commit {self.context.commit}: clean frames would be "
                 "recomputed while blocks are in flight; use window_blocks=1, or cut, 0 and true"
             )

@@ -14,7 +14,7 @@ from ..shards import write_shards
 from ..spec import ModelSpec
 from ..text.umt5_checkpoint import ORIGINAL_TOKENIZER
 from .checkpoint import FORMATS, SHARD
-from .configs import diffusers_config, diffusers_vae_config, original_config
+from .configs import diffusers_config, diffusers_vae_config, original_config, pipeline_class
 from .names import to_format
 from .random import random_transformer_state
 from .vae_checkpoint import vae_file
@@ -105,12 +105,16 @@ def write_transformer(
 
     Each tensor goes through `change` and is written in `dtype` (None: its own), in files of up to `max_shard` bytes.
     """
+    layout = FORMATS[form]
+    names = layout.names
     if form == "diffusers":
-        write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
+        write_json(folder / "model_index.json", {"_class_name": pipeline_class(spec)})
         folder = folder / "transformer"
+        names = "diffusers" if spec.camera_channels is None else "original"  # as such pipelines are published
+    folder = folder / layout.folder
     write_json(folder / "config.json", diffusers_config(spec) if form == "diffusers" else original_config(spec))
     stem = SHARD.removesuffix(".safetensors")
-    write_shards(folder, stem, tensors, lambda name: to_format(form, name), max_shard, dtype, change, progress)
+    write_shards(folder, stem, tensors, lambda name: to_format(names, name), max_shard, dtype, change, progress)
 
 
 def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor]) -> None:

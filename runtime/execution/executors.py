@@ -7,7 +7,7 @@ same function; `eager` is the reference of the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from ...graphs.shards import ALONE, Shard, run_on_tile
 from ...graphs.types import PROMPT_TABLE
 from ...models.cross_attention import TextByFrames
 from ...models.registry import family_of
-from ...models.transformer import KeyValues, TextContext, Transformer
+from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import branches, least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
@@ -30,7 +30,7 @@ from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
 from ..executor_specs import REFERENCE, names_with
 from ..kv.page_store import KV_DTYPES
-from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
+from ..programs.graph_builder import FRAME_CHANNELS, GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
 from ..programs.graph_store import GraphStore
 from ..telemetry.profile import Profile
 from .launcher import Launcher, Loaded, NotEnoughMemory
@@ -38,6 +38,15 @@ from .loading import Components
 from .lowp_reference import check_layers, with_packed_layers
 from .prompts import BatchConditioning, Conditioning, MixedConditioning
 
+
+@dataclass(eq=False)
+class FrameInputs:
+    """Channels [B, F, C, H, W] that the frames of blocks are given."""
+
+    channels: Tensor
+
+
+Frames = object  # what passes are given of a block's frames: what the executor's own `embed_frames` returned
 Text = object  # a conditioned prompt: what the executor's own `condition`, `join` or `mix` returned
 
 
@@ -59,10 +68,25 @@ class Executor(Protocol):
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> Text:
         """Return the prompt of a pass whose frames follow different texts: (text, frames) in token order."""
 
+    def embed_frames(self, channels: Tensor) -> Frames:
+        """Prepare the channels [F, C, H, W] that frames are given beside their latents, for all passes of a block."""
+
+    def join_frames(self, frames: Sequence[Frames]) -> Frames:
+        """Join the frames of several sessions for one pass."""
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        """Run one pass: latents [B, F, C, H, W] to velocity, arguments as of the model's forward."""
+        """Run one pass: latents [B, F, C, H, W] to velocity, arguments as of the model's forward.
+
+        given: of `embed_frames`, for models whose frames are given channels.
+        """
 
     def run_block(
         self,
@@ -72,6 +96,7 @@ class Executor(Protocol):
         frames: Sequence[range],
         seeds: Sequence[int],
         actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         """Denoise blocks of B sessions, from noise [B, F, C, H, W] to clean latents; write keys and values to pages.
 
@@ -106,8 +131,10 @@ class EagerExecutor:
         packed: Transformer | None = None,
         faster: Callable[[Transformer], Transformer] = lambda model: model,
         shard: Shard = ALONE,
+        keep_frames: bool = True,
     ) -> None:
         self.model, self.plain, self.faster, self.shard = model, packed or model, faster, shard
+        self.keep_frames = keep_frames
         self.passes = faster(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
@@ -119,14 +146,30 @@ class EagerExecutor:
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> TextByFrames:
         return TextByFrames([(frames, eager_text(texts[text])) for text, frames in groups])
 
+    def embed_frames(self, channels: Tensor) -> FrameContext:
+        own = channels[None]
+        if self.shard.ranks > 1:
+            own = self.shard.cut(own, self.model.spec.patch)
+        return self.model.embed_frames(own, self.keep_frames)
+
+    def join_frames(self, frames: Sequence[Frames]) -> FrameContext:
+        return FrameContext.joined([part for part in frames if isinstance(part, FrameContext)])
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         context = eager_text(text)
+        beside = {} if given is None else {"frames": given}
 
         def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
             more = () if origin is None else (origin,)
-            velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more)
+            velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more, **beside)
             return velocity
 
         if self.shard.ranks == 1:
@@ -142,6 +185,7 @@ class EagerExecutor:
         frames: Sequence[range],
         seeds: Sequence[int],
         actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
 
@@ -180,7 +224,8 @@ class GraphExecutor:
         self.config, self.preset, self.decoder = config, preset, parts.vae.spec
         model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
         lowp = config.precision_map
-        rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
+        if rewrites is None:
+            rewrites = tuple(chosen(["lowp"] if lowp else [], () if config.keeps_frames else ("hoist-frames",)))
         kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = GraphBuilder(
             model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard
@@ -191,6 +236,7 @@ class GraphExecutor:
         self.loaded: dict[GraphKey, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
         self.traces = self.prompts = 0
+        self.frames: tuple[tuple[FrameInputs, ...], FrameInputs] | None = None  # of the last batch
 
     def condition(self, rows: Tensor) -> Conditioning:
         return Conditioning(rows[None])
@@ -203,15 +249,32 @@ class GraphExecutor:
         single = {text: found for text in read if isinstance(found := texts[text], Conditioning)}
         return MixedConditioning(single, groups)
 
+    def embed_frames(self, channels: Tensor) -> FrameInputs:
+        return FrameInputs(channels[None])
+
+    def join_frames(self, frames: Sequence[Frames]) -> Frames:
+        inputs = tuple(one for one in frames if isinstance(one, FrameInputs))
+        if len(inputs) == 1:
+            return inputs[0]
+        if self.frames is None or self.frames[0] != inputs:  # of the passes of one block
+            self.frames = inputs, FrameInputs(torch.cat([one.channels for one in inputs]))
+        return self.frames[1]
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        given = {"latents": latents, "timesteps": timesteps}
+        values = {"latents": latents, "timesteps": timesteps}
         first, *_ = sessions_of(text)
         texts = first.groups if isinstance(first, MixedConditioning) else ()
         pages = paged(attention)
         key = GraphKey.of(latents, pages, False, self.session_slots, texts)
-        return self.run(key, given, text, pages, actions)["velocity"]
+        return self.run(key, values, text, pages, actions, given)["velocity"]
 
     def run_block(
         self,
@@ -221,15 +284,16 @@ class GraphExecutor:
         frames: Sequence[range],
         seeds: Sequence[int],
         actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        given = {
+        values = {
             "latents": latents,
             "frames": torch.tensor([list(each) for each in frames], dtype=torch.int32),
             "noise_key": torch.tensor([signed(seed) for seed in seeds]),
         }
         pages = paged(attention)
         key = GraphKey.of(latents, pages, True, self.session_slots)
-        return self.run(key, given, text, pages, actions)["latents"]
+        return self.run(key, values, text, pages, actions, given)["latents"]
 
     def start_profile(self, profile: Profile) -> None:
         self.launcher.profile = profile
@@ -243,15 +307,40 @@ class GraphExecutor:
     def refresh_derived_weights(self) -> None:
         """Recompute the constants in place; captured graphs stay valid."""
         self.launcher.refresh_derived_weights()
+        for loaded in self.loaded.values():
+            loaded.shown = None
 
     def run(
-        self, key: GraphKey, given: Mapping[str, Tensor], text: Text, attention: OnPages, actions: Tensor | None
+        self,
+        key: GraphKey,
+        values: Mapping[str, Tensor],
+        text: Text,
+        attention: OnPages,
+        actions: Tensor | None,
+        given: Frames | None,
     ) -> dict[str, Tensor]:
         loaded = self.load(key, attention)
-        inputs = {**given, **tables(key, attention), **self.prompt_inputs(loaded, sessions_of(text))}
+        inputs = {**values, **tables(key, attention), **self.prompt_inputs(loaded, sessions_of(text))}
         if actions is not None:
             inputs["block.actions"] = actions
+        if given is not None:
+            assert isinstance(given, FrameInputs)
+            inputs |= self.frame_inputs(loaded, given)
         return self.launcher.run(loaded.body, inputs)
+
+    def frame_inputs(self, loaded: Loaded, given: FrameInputs) -> dict[str, Tensor]:
+        """The graph's inputs from the channels of a block's frames.
+
+        The frames graph runs where the last block was another, and writes to the static inputs of the body.
+        """
+        inputs = {FRAME_CHANNELS: given.channels}
+        if loaded.frames is None:
+            return inputs
+        own = {name: loaded.body.inputs[name] for name in loaded.frames.launches.outputs}
+        if loaded.shown is not given:
+            self.launcher.run_into(loaded.frames, inputs, own)
+            loaded.shown = given
+        return inputs | own
 
     def prompt_inputs(
         self, loaded: Loaded, texts: Sequence[Conditioning | MixedConditioning]
@@ -403,16 +492,17 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
     if not isinstance(executor, Executor):
         methods = [name for name in vars(Executor) if not name.startswith("_")] + [*Executor.__annotations__]
         lacking = ", ".join(sorted(name for name in methods if not hasattr(executor, name)))
-        raise UsageError(f"executor {config.executor!r} made {quoted(executor)}, which is no Executor: no {lacking}")
+        made = f"executor {quoted(config.executor)} made {quoted(executor)}"
+        raise UsageError(f"{made}, which is no Executor: no {lacking}")
     return executor
 
 
 def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
     packed = None if precision is None else with_packed_layers(model, precision)
-    if config.shard_weights:
-        return EagerExecutor(model, shard=parts.shard)  # faster layers would keep the whole weights
-    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard)
+    if config.shard_weights:  # faster layers would keep the whole weights
+        return EagerExecutor(model, shard=parts.shard, keep_frames=config.keeps_frames)
+    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard, config.keeps_frames)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...graphs.passes import Pass
 from ..plans import WholeBlock
+from ..worker_client import Handle
 from .session_state import Branch
 
 T = TypeVar("T")
@@ -24,13 +25,15 @@ T = TypeVar("T")
 class ForwardRequest:
     """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any.
 
-    whole: not the pass alone but all steps and the commit of its block, which have its pages and positions.
+    given: what the frames are given beside their latents; None for a model that takes nothing. whole: not the pass
+    alone but all steps and the commit of its block, which have its pages and positions.
     """
 
     branch: Branch
     run: Pass
     latents: Tensor
     actions: tuple[int, ...]
+    given: Handle | None = None
     whole: WholeBlock | None = None
 
     @property
