@@ -61,10 +61,12 @@ class Pass:
     """One run of the network over the frames of its groups, in order; each branch runs each frame at most once.
 
     condition: what a distilled network is given of the step besides timesteps; None for networks that take none.
+    weights: number of the set of weights that runs the pass, of a model that has several.
     """
 
     groups: tuple[Group, ...]
     condition: float | None = None
+    weights: int = 0
 
     def __post_init__(self) -> None:
         if not self.groups:

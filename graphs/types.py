@@ -17,6 +17,9 @@ from torch import fx
 from .passes import Group
 
 
+OF_SET = "@"  # between the name of a weight and the number of its set, where that is not the first
+
+
 class Role(StrEnum):
     """The part of a value in the pass that reads or makes it.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
-from ..schemes.presets import Preset
+from ..schemes.presets import PLAIN, Preset
 from ..schemes.sampler_spec import SOLVERS
 from .costs import TransformerCosts
 from .decoder import Decoder, DecoderSpec
@@ -33,7 +33,11 @@ Merge = Callable[[str, Tensor], Tensor]  # name and weight to the weight with ad
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transformer's memory-mapped tensors under our names, with format, sizes and files."""
+    """A transformer's memory-mapped tensors under our names, with format, sizes and files.
+
+    sets: names of the sets of weights, as in `Preset.weight_sets`; `tensors` is the first, and `more` are the others.
+    boundary_ratio: noise level from which on the first of two experts runs, where a file states it.
+    """
 
     path: Path
     form: str
@@ -41,6 +45,9 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     spec: ModelSpec
     lora: Path | None  # adapter published with the file
+    sets: tuple[str, ...] = PLAIN
+    more: tuple[Mapping[str, Tensor], ...] = ()
+    boundary_ratio: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -65,7 +72,8 @@ class Format:
     names: the family's name for a set of tensor names, or a table of its own, from the family's names to the file's,
     with `*` for the layer number. file: name of the file. weights: keys under which a training file stores the
     weights, best first; none for a flat file. lora: file name of an adapter that belongs to it. strip: prefixes of the
-    file's names that the table does not have.
+    file's names that the table does not have. twins: True for a file with a second set of weights, under twin names.
+    experts: folders of the transformers for high and for low noise, of a model that has two.
     """
 
     names: str | Mapping[str, str]
@@ -73,6 +81,8 @@ class Format:
     weights: tuple[str, ...] = ()
     lora: str | None = None
     strip: tuple[str, ...] = ()
+    twins: bool = False
+    experts: tuple[str, str] | None = None
 
 
 class PromptEncoder(Protocol):
@@ -134,6 +144,9 @@ class Family(ABC):
                 f"preset {preset.name!r} is for a model of another family than {model}, which is {self.name}; "
                 f"use one of {own}"
             )
+
+    def has_preset(self, name: str) -> bool:
+        return any(preset.name == name for preset in self.presets)
 
     # Transformer
 

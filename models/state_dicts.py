@@ -178,8 +178,8 @@ def strays(
 def refuse_two_experts(path: object, name: str) -> None:
     raise UsageError(
         f"{quoted(path)} is of a two-expert model ({quoted(name)}): a second transformer runs the steps of the other "
-        "noise levels; "
-        "this version does not run models with two transformers"
+        "noise levels; name the folder that holds both, as transformer and transformer_2, or as high_noise_model and "
+        "low_noise_model"
     )
 
 

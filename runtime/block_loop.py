@@ -363,6 +363,7 @@ class BlockLoop:
             actions=tuple(request.actions for request in requests if request.actions),
             whole=whole,
             condition=requests[0].run.condition,
+            weights=requests[0].run.weights,
         )
         (result,) = self.resources.client.execute(plan, torch.stack([request.latents for request in requests]))
         return list(result)

@@ -103,7 +103,7 @@ class Engine:
         self.inputs = Inputs(self.resources)
         self.manager = SessionManager(self.resources, limits, self.step, self.inputs.check_prompt)
         self.loop = BlockLoop(self.resources, self.manager.split_batches)
-        self.adapter = Adapter(parts.transformer)
+        self.adapter = Adapter(parts.transformers)
         self.profile: Profile | None = None
         if config.batches is not None:
             for size, times in read_profiles(Path(config.batches), self.timed_on).items():
@@ -328,7 +328,8 @@ class Engine:
         config, card = self.config, card_of(self.device)
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))
-        self.resources.executor.start_profile(profile)
+        for executor in dict.fromkeys(self.resources.executors):
+            executor.start_profile(profile)
         self.observe(profile.note_decoding)
         self.profile = profile
         return profile
@@ -337,12 +338,15 @@ class Engine:
         """Bytes of the engine and of one session's decoder, by owner."""
         pages = sum(store.nbytes for store in self.kv_manager.stores.values())
         owned = {"weights": self._weight_bytes, "pages": pages, "decoder state": state.decoder.state.nbytes}
-        return owned | self.executor.bytes_by_owner()
+        for executor in dict.fromkeys(self.resources.executors):
+            for owner, count in executor.bytes_by_owner().items():
+                owned[owner] = owned.get(owner, 0) + count
+        return owned
 
     @cached_property
     def _weight_bytes(self) -> int:
         """Bytes of the transformer and the decoder."""
-        modules = (self.parts.transformer, self.parts.vae)
+        modules = dict.fromkeys((*self.parts.transformers, self.parts.vae))
         return sum(tensor.nbytes for module in modules for tensor in module.parameters())
 
     def follow_times(self, size: tuple[int, int], times: BatchProfile) -> None:

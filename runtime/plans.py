@@ -74,7 +74,7 @@ class PassPlan:
 
     timesteps: of each frame, by session. texts: (text, number of the prompt, frames) by session, in token order.
     actions: the number of each frame's action, by session; empty for a model without actions. condition: of a step,
-    beside the timesteps; None for a model that takes none.
+    beside the timesteps; None for a model that takes none. weights: number of the set of weights that runs it.
     """
 
     layout: PassLayout
@@ -83,6 +83,7 @@ class PassPlan:
     actions: tuple[tuple[int, ...], ...]
     whole: WholeBlock | None = None
     condition: float | None = None
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ Plan = Union[  # noqa: UP007  its members are listed at run time
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")
-MAGIC, VERSION = b"INFP", 2
+MAGIC, VERSION = b"INFP", 3
 
 
 def encode_plan(plan: Plan) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UsageError, quoted
-from .guidance import Guidance, classifier_free
+from .guidance import Guidance, classifier_free, experts
 
 TRAIN_TIMESTEPS = 1000
 
@@ -43,6 +43,8 @@ class SamplerSpec:
     context_noise: the network's timestep in the pass that commits the clean block (no noise is added).
     guidance_scale: 1 runs the prompt alone; otherwise v = u + scale * (c - u), with a cache for each of the two.
     guidance: any other guidance; None for that of `guidance_scale`.
+    boundary_ratio: noise level from which on a model's expert for high noise runs, and below it the one for low noise;
+    0 for a model of one transformer.
     """
 
     denoising_step_list: tuple[float, ...]
@@ -54,6 +56,7 @@ class SamplerSpec:
     guidance_scale: float = 1.0
     denoising_step_list_first_chunk: tuple[float, ...] = ()
     guidance: Guidance | None = None
+    boundary_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
@@ -77,6 +80,17 @@ class SamplerSpec:
             raise UsageError(f"guidance_scale is {self.guidance_scale}; expected 0 or more, 1 for none")
         if self.guidance is not None and self.guidance_scale != 1:
             raise UsageError(f"guidance_scale is {self.guidance_scale}, but guidance has its own scales; leave it at 1")
+        if not 0 <= self.boundary_ratio < 1:
+            raise UsageError(f"boundary_ratio is {self.boundary_ratio}; expected 0 or more and less than 1")
+        if self.boundary_ratio and (self.guidance_scale != 1 or self.guidance is not None):
+            raise UsageError(
+                f"boundary_ratio is {self.boundary_ratio} with guidance (guidance_scale {self.guidance_scale}); the "
+                "experts are branches of guidance: leave guidance_scale at 1"
+            )
+        if self.boundary_ratio and SOLVERS[self.solver].to_clean:
+            raise UsageError(
+                f"boundary_ratio is {self.boundary_ratio}, but the timesteps of solver {self.solver} ascend; set it to 0"
+            )
 
     def check_steps(self, name: str, steps: tuple[float, ...]) -> None:
         """UsageError, which names the setting, unless `steps` is a list that the schedule has."""
@@ -88,6 +102,8 @@ class SamplerSpec:
     @property
     def guide(self) -> Guidance:
         """The guidance in force."""
+        if self.boundary_ratio:
+            return experts(TRAIN_TIMESTEPS * self.boundary_ratio)
         return classifier_free(self.guidance_scale) if self.guidance is None else self.guidance
 
     def condition(self, step: int) -> float | None:

@@ -24,7 +24,7 @@ from ...schemes.block_schedule import (
     repeat_period,
     supports_whole_block,
 )
-from ...schemes.page_needs import branches, page_needs, staging_slots, window
+from ...schemes.page_needs import branches, conditionings, page_needs, staging_slots, window
 from ...schemes.presets import FIELDS, Preset
 from ..executor_specs import REFERENCE, executor_spec
 from ..limits import Limits
@@ -135,7 +135,7 @@ def memory(load: Workload) -> Memory:
     staged = staging_slots(preset) if load.kv_dtype != load.dtype else 0
     averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0  # frames
     once = {
-        "transformer": item * costs.transformer_parameters(spec),
+        "transformer": len(preset.weight_sets) * item * costs.transformer_parameters(spec),
         "vae": item * load.decoder.parameters,
         "text_encoder": item * load.text,
         "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
@@ -146,7 +146,7 @@ def memory(load: Workload) -> Memory:
     each = {
         "pages": session.pages,
         "moving_sink": branches(preset) * averaged * costs.page_bytes(spec, load.tokens, "float32"),
-        "cross_keys": branches(preset) * costs.cross_bytes(spec, load.dtype),
+        "cross_keys": conditionings(preset) * costs.cross_bytes(spec, load.dtype),
         "decoder_state": session.decoder,
         "latents": session.latents + solving_bytes(load),
     }
@@ -188,8 +188,8 @@ def programs(preset: Preset) -> list[int]:
             frames = [preset.block_size(0), *frames]
     else:
         runs = [run for block in islice(scheduled_blocks(preset), 2) for run in runs_of(block, preset)]
-        shapes = {tuple(len(group.frames) for group in run.groups) for run in runs}
-        frames = [sum(shape) for shape in sorted(shapes)]
+        shapes = {(tuple(len(group.frames) for group in run.groups), run.weights) for run in runs}
+        frames = [sum(shape) for shape, _ in sorted(shapes)]
     return frames + [count for count in (preset.context.rebuild_frames, recached_frames(preset)) if count]
 
 

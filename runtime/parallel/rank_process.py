@@ -141,7 +141,7 @@ def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
         inbox.group = join_group(store, place, setup["name"], torch.device(config.device), setup["timeout"])
         shard = replace(shard, group=add_group(inbox.group))
 
-    parts = load_parts(config, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
+    parts = load_parts(config, preset, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
     parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None, shard=shard)  # rank 0 decodes
     worker = LocalWorker(config, preset, parts)
     inbox.send(Message("reply", {"ready": True}))

@@ -51,8 +51,8 @@ class RankedWorker:
         return self.local.supports_whole_block
 
     @property
-    def executor(self) -> Executor:
-        return self.local.executor
+    def executors(self) -> tuple[Executor, ...]:
+        return self.local.executors
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         """Run a plan on all ranks; RankFailed, which names the rank, where one of them ends, hangs or fails alone.

@@ -30,13 +30,13 @@ class ForwardRequest:
 
     @property
     def batch_key(self) -> Hashable:
-        """Equal for requests that one run can answer: same page store, latent shape, group sizes, texts and condition.
+        """Equal for requests that one run can answer.
 
-        Timesteps, positions and contexts may differ.
+        They have the same page store, latent shape, group sizes, texts, condition and weights. Timesteps, positions and contexts may differ.
         """
         groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
         shape = tuple(self.latents.shape)
-        return id(self.branch.cache.store), shape, groups, self.run.mixed_texts, self.run.condition
+        return id(self.branch.cache.store), shape, groups, self.run.mixed_texts, self.run.condition, self.run.weights
 
     @property
     def texts(self) -> tuple[tuple[int, int, int], ...]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filled import random_values
-from oracles import TINY, WAN_PRESETS, randomise
+from oracles import KINDS, TINY, randomise
 from torch import Tensor, fx
 
 from inferix.graphs.cost import PassCost, name_of
@@ -42,7 +42,7 @@ def plain(preset: str):
     return dataclasses.replace(PRESETS[preset], name="", about=PRESETS["krea"].about)
 
 
-DISTINCT = [name for at, name in enumerate(WAN_PRESETS) if plain(name) not in map(plain, list(WAN_PRESETS)[:at])]
+DISTINCT = [name for at, name in enumerate(KINDS) if plain(name) not in map(plain, KINDS[:at])]
 
 
 def spec_for(preset: str):

@@ -24,7 +24,7 @@ from inferix.schemes.timeline import Timeline
 FILE = Path(__file__).with_name("recorded_passes.json")
 RECORD = bool(os.environ.get("INFERIX_RECORD_PASSES"))
 BLOCKS, PROMPT_AT, CUT_AT = 16, 12, 14  # a new prompt and a scene cut come before these blocks
-LONGER = {"self-forcing-framewise": 24}  # blocks of one frame, until a window of 21 has rolled
+LONGER = dict.fromkeys(("self-forcing-framewise", "causal-forcing-2step", "sgf-plus-framewise"), 24)  # blocks of one frame, until a window of 21 has rolled
 READABLE = (0, 1, 4, 8, PROMPT_AT, CUT_AT, CUT_AT + 1)
 SIZE = (16, 16)
 OTHER = ROWS.float().flip(0)
@@ -94,13 +94,13 @@ def test_a_stream_runs_the_recorded_passes(name, monkeypatch):
 def scheduled_passes(name):
     """Passes of each block by the block schedule only."""
     preset = make_preset(name, **FEW_STEPS.get(name, {}))
-    timeline, timesteps = Timeline(preset), Sampler(preset.sampler).timesteps
+    timeline, sampler = Timeline(preset), Sampler(preset.sampler)
     flight, blocks = [], []
     for index in range(LONGER.get(name, BLOCKS)):
         recache = recache_pass(timeline) if index == PROMPT_AT else None
         if index == CUT_AT:
             timeline.cut_shot()
-        passes = next_block(timeline, flight, timesteps).passes
+        passes = next_block(timeline, flight, sampler.of_block(index).timesteps).passes
         blocks.append([line(scheduled.run) for scheduled in (recache, *passes) if scheduled is not None])
     return blocks
 
