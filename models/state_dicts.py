@@ -18,6 +18,7 @@ from ..errors import CheckpointError, UsageError, quoted, quoted_all
 from .files import alike_in_file, check_file, read_json, read_tensors
 from .scaled_weights import FLOATS, with_scales
 
+PACKED = ".zst"  # after the name of a compressed file
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}  # anywhere in a name
 CONTAINERS = {
@@ -219,10 +220,11 @@ def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
         index = folder / f"{stem}{suffix}.index.json"
         if index.exists():
             return indexed_files(index)
-    exact = [path for suffix in (".safetensors", ".bin") if (path := folder / f"{stem}{suffix}").exists()]
+    exact = [path for suffix in (".safetensors", ".bin") if (path := packed_or(folder / f"{stem}{suffix}")).exists()]
     if exact:
         return WeightFiles((exact[0],))
-    files = sorted(path for path in folder.glob(f"{stem}[-_.]*") if path.suffix in WEIGHTS)
+    named = (path for path in folder.glob(f"{stem}[-_.]*") if without_packing(path).suffix in WEIGHTS)
+    files = sorted(path for path in named if packed_or(without_packing(path)) == path)
     shards = [path for path in files if SHARD.search(path.name)]
     if shards and len(shards) == len(files):
         return WeightFiles(complete_shards(folder, shards))
@@ -230,6 +232,16 @@ def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
         names = quoted_all(path.name for path in files)
         raise UsageError(f"{quoted(folder)} holds several checkpoints ({names}); name one of them")
     return WeightFiles((files[0],)) if files else None
+
+
+def packed_or(path: Path) -> Path:
+    """The path, or that of its zstd file where only that is there."""
+    packed = path.with_name(f"{path.name}{PACKED}")
+    return packed if packed.exists() and not path.exists() else path
+
+
+def without_packing(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == PACKED else path
 
 
 def complete_shards(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
@@ -260,9 +272,10 @@ def indexed_files(index: Path) -> WeightFiles:
     for file in files:
         if Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{quoted(index)} names the file {quoted(file)}; expected one in its own folder")
-    if missing := [file for file in files if not (index.parent / file).exists()]:
+    paths = [packed_or(index.parent / file) for file in files]
+    if missing := [path.name for path in paths if not path.exists()]:
         raise CheckpointError(f"{quoted(index.parent)} lacks {quoted_all(missing)}; the download is not complete")
-    return WeightFiles(tuple(index.parent / file for file in files), names)
+    return WeightFiles(tuple(paths), names)
 
 
 def read_weight_files(source: WeightFiles) -> dict[str, Any]:
@@ -276,7 +289,7 @@ def read_weight_files(source: WeightFiles) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{quoted(name)} stands in {quoted(file.name)} and in another shard; download them again"
                 )
-            if source.index is not None and source.index.get(name) != file.name:
+            if source.index is not None and source.index.get(name) != without_packing(file).name:
                 raise CheckpointError(
                     f"{quoted(file)} holds {quoted(name)}, which its index does not list; fetch both again"
                 )

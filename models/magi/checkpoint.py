@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, nearest, quoted
 from ..family import Checkpoint, Format
-from ..files import check_file, read_json, read_tensors, write_json
+from ..files import check_file, read_json, read_names, write_json
 from ..shards import write_shards
 from ..spec import ModelSpec
 from ..state_dicts import (
@@ -72,7 +72,7 @@ def recognises(path: Path) -> bool:
             names: Iterable[Any] = (read_json(indices[0]) or {}).get("weight_map") or ()
         else:
             files = weight_files(path) if path.exists() else None
-            names = read_tensors(files.files[0]) if files is not None else ()
+            names = read_names(files.files[0]) if files is not None else ()
         return any(LAYER.match(str(name)) for name in names)
     except (UsageError, CheckpointError):
         return False

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import CheckpointError, UsageError, quoted
 from ..files import read_json, reason
 from ..text.umt5 import TextEncoder
-from ..text.umt5_checkpoint import read_tokenizer
+from ..text.umt5_checkpoint import read_tokenizer, without_progress_bars
 
 NAME = "t5-v1_1-xxl"
 FOLDERS = (f"t5/{NAME}", NAME, "text_encoder", "")
@@ -123,9 +123,10 @@ def load_text(folder: Path, text_len: int, dtype: torch.dtype, device: Any) -> T
 
     tokens = read_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     try:
-        model = T5EncoderModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.promote_types(dtype, torch.float32)
-        )
+        with without_progress_bars():
+            model = T5EncoderModel.from_pretrained(
+                folder, local_files_only=True, dtype=torch.promote_types(dtype, torch.float32)
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot read the text encoder in {quoted(folder)}: {reason(error)}; fetch it again"
@@ -159,5 +160,6 @@ def write_tiny_text(folder: Path, dim: int, seed: int, dtype: torch.dtype) -> No
         tensor.data.copy_(noise + 1.0 if "norm" in name else noise)
     for tensor in model.parameters():
         tensor.data = tensor.data.to(dtype)
-    model.save_pretrained(folder)
+    with without_progress_bars():
+        model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
