@@ -6,7 +6,7 @@ delivers, `block_loop` makes a block, `inputs` encodes what the user gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -77,10 +77,21 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "strength": optional(above_zero(most=1)),
     "noise": optional(noise_source),
     "prompt_mask": optional(instance(Tensor)),
+    "prompts": optional(by_block),
     **dict.fromkeys(("prompt", "negative_prompt"), optional(text)),
     **dict.fromkeys(("prompt_embeds", "negative_embeds"), optional(embeddings)),
     **dict.fromkeys(("image", "video"), optional(pixels)),
 }
+
+
+def by_block(name: str, value: Any) -> dict[int, str | Tensor | Path]:
+    """Check prompts by the number of a block: texts, or embeddings."""
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name} is {quoted(value)}; expected prompts by the number of their block")
+    return {
+        integer(1)(f"a key of {name}", block): given if isinstance(given, str) else embeddings(f"{name}[{block}]", given)
+        for block, given in value.items()
+    }
 
 
 class Engine:
@@ -132,11 +143,13 @@ class Engine:
         actions: Sequence[str] = (),
         fit: str = "crop",
         prompt_mask: Tensor | None = None,
+        prompts: Mapping[int, str | Tensor | Path] | None = None,
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
         prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show; prompt_mask ([L]) is 0 for rows
-        that are not of the prompt. image or video (uint8
+        that are not of the prompt. prompts: of later blocks by number, texts or embeddings; each is that of its block and
+        of those after it, also where several blocks are in flight. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
         it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
         the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
@@ -147,7 +160,7 @@ class Engine:
             "prompt": prompt, "prompt_embeds": prompt_embeds, "seed": seed, "image": image, "video": video,
             "strength": strength, "negative_prompt": negative_prompt, "negative_embeds": negative_embeds,
             "noise": noise, "size": self.default_size if size is None else size, "actions": actions, "fit": fit,
-            "prompt_mask": prompt_mask,
+            "prompt_mask": prompt_mask, "prompts": prompts,
         })  # fmt: skip
         self.manager.check_owner("open()")
         try:
@@ -173,8 +186,14 @@ class Engine:
         actions: Sequence[str],
         fit: str,
         prompt_mask: Tensor | None,
+        prompts: Mapping[int, str | Tensor | Path] | None,
     ) -> Session:
         preset, inputs = self.preset, self.inputs
+        if prompts and preset.context.prompt_switch not in ("cut", "join"):
+            raise UsageError(
+                f"prompts are given by block, but prompt_switch is {preset.context.prompt_switch!r}, which works between "
+                "two blocks; call prompt() there, or use cut or join"
+            )
         self.spec.latent_size(size)
         if self.parts.size not in (None, size):
             width, height = self.default_size
@@ -209,6 +228,10 @@ class Engine:
             negative=negative,
             source=source,
             clamped=clamped,
+            prompts={
+                block: inputs.prompt_rows(given, None) if isinstance(given, str) else inputs.prompt_rows(None, given)
+                for block, given in (prompts or {}).items()
+            },
         )
         return self.manager.open(state, None if prefix is None else partial(self.loop.cache_prefix, state, prefix))
 

@@ -144,7 +144,9 @@ class MagiFamily(Family):
         def load() -> PromptEncoder:
             with tempfile.TemporaryDirectory() as name:
                 write_tiny_text(Path(name), spec.text_dim, 3, torch.float32)
-                return load_text(Path(name), spec.text_len, dtype, device)
+                encoder = load_text(Path(name), spec.text_len, dtype, device)
+                _ = encoder.model  # read while the folder is there
+                return encoder
 
         return load
 

@@ -6,14 +6,16 @@ block reads as if it ran alone, each fails by itself, and compatible passes shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 from torch import Tensor
 
 from ...graphs.passes import Pass
+from ..worker_client import Handle
 from .session_state import Branch
 
 T = TypeVar("T")
@@ -21,12 +23,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
-    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any."""
+    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any.
+
+    prompts: by the number of a text, where blocks in flight follow others than the branch's.
+    """
 
     branch: Branch
     run: Pass
     latents: Tensor
     actions: tuple[int, ...]
+    prompts: Mapping[int, Handle] = MappingProxyType({})
 
     @property
     def batch_key(self) -> Hashable:
@@ -41,7 +47,8 @@ class ForwardRequest:
     @property
     def texts(self) -> tuple[tuple[int, int, int], ...]:
         """(text, number of the prompt, frames) in token order: what the frames attend to in cross-attention."""
-        return tuple((text, self.branch.texts[text].number, frames) for text, frames in self.run.texts)
+        texts = {**self.branch.texts, **self.prompts}
+        return tuple((text, texts[text].number, frames) for text, frames in self.run.texts)
 
 
 ForwardResult = Tensor | Exception  # a velocity [F, C, H, W], or why there is none
