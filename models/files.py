@@ -361,7 +361,9 @@ def fill(
     source: object,
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Model:
-    """Load tensors into a meta-device module, one at a time, each through `change`.
+    """Load tensors into a meta-device module, one at a time, each through `change`, in `dtype`.
+
+    Those that a submodule lists as its `float32_parameters` are in float32.
 
     Raises CheckpointError that lists the missing, unexpected or mis-shaped tensors and the ten in the file that are
     most like the first missing one, or names one that is not finite.
@@ -380,10 +382,16 @@ def fill(
         others = [name for name in tensors if name not in expected] or tensors
         near = alike_in_file(missing, others) if missing else ""
         raise CheckpointError(f"{quoted(source)} does not fit the model: {'; '.join(wrong[:12])}{more}{near}")
-    state = {
-        name: finite(source, name, change(name, unscaled(tensors[name])).to(device=device, dtype=dtype))
-        for name in expected
+    kept = {
+        f"{prefix}.{name}" for prefix, part in module.named_modules() for name in getattr(part, "float32_parameters", ())
     }
+    state = {
+        name: finite(
+            source, name,
+            change(name, unscaled(tensors[name])).to(device=device, dtype=torch.float32 if name in kept else dtype),
+        )
+        for name in expected
+    }  # fmt: skip
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 

@@ -107,13 +107,14 @@ def choose_state_dict(
     use_ema: bool = True,
     order: tuple[str, ...] = (),
     first: str | None = None,
+    own_scales: bool = False,
 ) -> tuple[Place, dict[str, Tensor]]:
     """Choose the state dict of a `kind` of part; returns its place and tensors.
 
     With `use_ema` a moving average is preferred. order: keys of a known training file, best first. first: a tensor of
     every part of the kind, for an error that shows the names like it. Tensors beside the state dict that belong to no
     known part are included, so that `fill` reports them as unexpected. Weights with scales of a published layout are
-    joined with them. Raises UsageError if there is no such state dict, if there are several,
+    joined with them, unless the part has scales as tensors of its own (own_scales). Raises UsageError if there is no such state dict, if there are several,
     or if it is quantised in another way.
     """
     groups = state_dicts(path, content, order)
@@ -148,8 +149,10 @@ def choose_state_dict(
     place = (ordered or chosen)[0]
     counters = AVERAGE_COUNTERS if place.averaged else ()
     own = {name: tensor for name, tensor in fit[place].items() if name not in counters}
-    tensors = with_scales(path, own | strays(path, place, fit, groups))
-    refuse_quantised(path, tensors)
+    tensors = own | strays(path, place, fit, groups)
+    if not own_scales:
+        tensors = with_scales(path, tensors)
+        refuse_quantised(path, tensors)
     return place, tensors
 
 

@@ -36,7 +36,7 @@ from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
 from .plans import PassLayout, PassPlan, WholeBlock
 from .resources import Resources
-from .sampler import guided
+from .sampler import guided, latent_dtype
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
 from .sessions.session_state import BlockInFlight, PromptChange, SessionState
@@ -322,7 +322,8 @@ class BlockLoop:
         """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
         shape = (self.resources.spec.out_channels, *self.resources.spec.latent_size(state.size))
         noise = state.noise.draw(span.index, span.frames, draw, shape)
-        return to_device(noise, self.resources.device, self.resources.dtype)
+        dtype = latent_dtype(state.preset.sampler, self.resources.dtype)
+        return to_device(noise, self.resources.device, dtype)
 
     # Passes
 

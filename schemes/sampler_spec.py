@@ -21,11 +21,13 @@ class SolverRules:
     do; otherwise both are those of noise.
     condition: (num_steps, step) to what the network is given of that step besides its timestep, as distilled ones are;
     None where it is given the timestep only.
+    wide_latents: latents are in float32 or better from step to step, also where the model's dtype is narrower.
     """
 
     step_list: bool
     condition: Callable[[int, int], float] | None = None
     to_clean: bool = False
+    wide_latents: bool = False
 
 
 SOLVERS: dict[str, SolverRules] = {"renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False)}
@@ -110,6 +112,11 @@ class SamplerSpec:
         """Condition of a step that the network takes besides its timestep; None for none."""
         rule = SOLVERS[self.solver].condition
         return None if rule is None else rule(self.steps, step)
+
+    @property
+    def wide_latents(self) -> bool:
+        """True if latents are in float32 or better from step to step."""
+        return SOLVERS[self.solver].wide_latents
 
     @property
     def has_step_list(self) -> bool:

@@ -33,7 +33,7 @@ from ...schemes.guidance import Guidance, classifier_free
 from ...schemes.presets import Preset
 from ...schemes.sampler_spec import SamplerSpec
 from ..kv.page_store import PageForm
-from ..sampler import Sampler, guided
+from ..sampler import Sampler, guided, latent_dtype
 from .block_plan import PlannedPass, latent_names, plan_block
 
 TRACES = 64  # passes and steps of a process, each kept for blocks of the same shapes
@@ -286,6 +286,7 @@ class BlockGraphBuilder:
         self.guidance = classifier_free(1) if runs_apart(self.guide) else self.guide  # of one batch
         self.rows = sessions * len(self.guidance.branches)
         self.sampler = Sampler(preset.sampler)
+        self.latent_dtype = latent_dtype(preset.sampler, dtype)
         self.planned = plan_block(preset, fuse_commit)
         self.latent = (spec.out_channels, *spec.latent_size(size or spec.default_size))
         self.grid = (self.latent[1] // spec.patch[0], self.latent[2] // spec.patch[1])
@@ -353,7 +354,8 @@ class BlockGraphBuilder:
         values = [value for value in self.step_values(planned) if value.name != "velocity"]
         for number, run in runs.items():
             shape = (self.sessions, len(run.frames), *self.latent)
-            values.append(Value(branch_velocity(planned.name, number), Role.INPUT, shape, self.dtype, When.PASS))
+            name = branch_velocity(planned.name, number)
+            values.append(Value(name, Role.INPUT, shape, self.latent_dtype, When.PASS))
         module = BranchJoin(self.guide, planned, runs, step)
         traced = trace("the join of branches", module, values, device=self.device)
         return replace(chained(f"{planned.name}, join", traced), groups=planned.run.groups, runs=planned.runs)
@@ -402,7 +404,8 @@ class BlockGraphBuilder:
             return Value(name, Role.INPUT, size, dtype, when, owned=owned)
 
         each = frames // len(layout.latents)
-        values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
+        latents = (self.sessions, each, *self.latent)
+        values = [given(name, When.PASS, latents, self.latent_dtype) for name in layout.latents]
         text = (self.rows, spec.text_rows, spec.text_dim)
         values += [
             given("timesteps", When.LOAD, self.timesteps_shape(frames), torch.float32),
@@ -459,13 +462,14 @@ class BlockGraphBuilder:
         total = frames * len(planned.steps)
         wide = torch.promote_types(self.dtype, torch.float32)
         names = latent_names(len(planned.steps))
+        velocity = (self.sessions, planned.lead + total, *self.latent)
         values = [
-            Value("velocity", Role.INPUT, (self.sessions, planned.lead + total, *self.latent), self.dtype, When.PASS),
+            Value("velocity", Role.INPUT, velocity, self.latent_dtype, When.PASS),
             Value("frames", Role.INPUT, (self.sessions, total), torch.int32, When.BLOCK),
             Value("noise_key", Role.INPUT, (self.sessions,), torch.int64, When.BLOCK),
         ]
         latents = (self.sessions, frames, *self.latent)
-        values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
+        values += [Value(name, Role.INPUT, latents, self.latent_dtype, When.PASS) for name in names]
         history = self.sampler.begin().reads(planned.steps[0])
         values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
         return values
