@@ -209,7 +209,7 @@ def longest_pass(preset: Preset) -> int:
 def solving_bytes(load: Workload) -> int:
     """Bytes of a solver step besides the latents, and of pixels cached to be encoded again."""
     preset, policy = load.preset, load.preset.context
-    frame = costs.latent_bytes(load.spec, load.size, load.dtype)
+    frame = costs.latent_bytes(load.spec, load.size, costs.latent_kind(preset, load.dtype))
     wide = costs.latent_bytes(load.spec, load.size, "float64")
     flight = preset.num_frame_per_block * preset.window_blocks
     pictures = 0
