@@ -16,7 +16,6 @@ from torch import fx
 
 from .passes import Group
 
-
 OF_SET = "@"  # between the name of a weight and the number of its set, where that is not the first
 
 

@@ -203,7 +203,8 @@ def unpacked(path: Path, most: int | None = None) -> Iterator[Path]:
     try:
         zstandard = import_module("zstandard")
     except ImportError as error:
-        raise InferixError(f"{quoted(path)} is compressed, and zstandard is not installed; pip install zstandard") from error
+        message = f"{quoted(path)} is compressed, and zstandard is not installed; pip install zstandard"
+        raise InferixError(message) from error
     limit, size = MOST_UNPACKED * path.stat().st_size, 0
     with TemporaryDirectory(prefix="inferix-") as folder:
         whole = Path(folder) / path.stem
@@ -213,8 +214,8 @@ def unpacked(path: Path, most: int | None = None) -> Iterator[Path]:
                     size += len(chunk)
                     if size > limit:
                         raise CheckpointError(
-                            f"{quoted(path)} unpacks to more than {MOST_UNPACKED} times its {path.stat().st_size} bytes, "
-                            "so it holds no weights; download it again"
+                            f"{quoted(path)} unpacks to more than {MOST_UNPACKED} times its {path.stat().st_size} "
+                            "bytes, so it holds no weights; download it again"
                         )
                     file.write(chunk)
                     if most is not None and size >= most:
@@ -222,7 +223,8 @@ def unpacked(path: Path, most: int | None = None) -> Iterator[Path]:
         except zstandard.ZstdError as error:
             raise damaged(path, error) from error
         except OSError as error:
-            raise InferixError(f"cannot unpack {quoted(path)}: {reason(error)}; set TMPDIR to a place with room") from error
+            message = f"cannot unpack {quoted(path)}: {reason(error)}; set TMPDIR to a place with room"
+            raise InferixError(message) from error
         yield whole
 
 
@@ -383,7 +385,9 @@ def fill(
         near = alike_in_file(missing, others) if missing else ""
         raise CheckpointError(f"{quoted(source)} does not fit the model: {'; '.join(wrong[:12])}{more}{near}")
     kept = {
-        f"{prefix}.{name}" for prefix, part in module.named_modules() for name in getattr(part, "float32_parameters", ())
+        f"{prefix}.{name}"
+        for prefix, part in module.named_modules()
+        for name in getattr(part, "float32_parameters", ())
     }
     state = {
         name: finite(

@@ -114,8 +114,8 @@ def choose_state_dict(
     With `use_ema` a moving average is preferred. order: keys of a known training file, best first. first: a tensor of
     every part of the kind, for an error that shows the names like it. Tensors beside the state dict that belong to no
     known part are included, so that `fill` reports them as unexpected. Weights with scales of a published layout are
-    joined with them, unless the part has scales as tensors of its own (own_scales). Raises UsageError if there is no such state dict, if there are several,
-    or if it is quantised in another way.
+    joined with them, unless the part has scales as tensors of its own (own_scales). Raises UsageError if there is no
+    such state dict, if there are several, or if it is quantised in another way.
     """
     groups = state_dicts(path, content, order)
     fit = {place: group for place, group in groups.items() if is_kind(group) and not TRAINING & set(place.words)}

@@ -138,7 +138,7 @@ class BlockLoop:
     ) -> tuple[dict[int, int], list[dict[int, Handle]]]:
         """Numbers of texts by frame, and prompts by these numbers for each branch, of blocks of several prompts.
 
-        Both are empty where all blocks follow the prompt in force. The oldest block's prompt has the number of `PROMPT`.
+        Both are empty where all blocks follow the prompt in force. The oldest block's prompt has the number `PROMPT`.
         """
         if all(block.rows is None for block in blocks):
             return {}, [{} for _ in state.branches]
@@ -337,8 +337,8 @@ class BlockLoop:
     ) -> BlockSteps[Tensor]:
         """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided.
 
-        prompts: of the texts of the pass, by number, for each branch; none for those of the branches. Branches without a weight run only where the pass writes to their past. A branch that does not run a frame has
-        velocity 0 there.
+        prompts: of the texts of the pass, by number, for each branch; none for those of the branches. Branches without
+        a weight run only where the pass writes to their past. A branch that does not run a frame has velocity 0 there.
         """
         guidance = state.preset.sampler.guide
         timesteps = {frame: group.timestep for group in run.groups for frame in group.frames}

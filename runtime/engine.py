@@ -69,6 +69,17 @@ from .worker_client import Worker
 
 T = TypeVar("T")
 
+def by_block(name: str, value: Any) -> dict[int, str | Tensor | Path]:
+    """Check prompts by the number of a block: texts, or embeddings."""
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name} is {quoted(value)}; expected prompts by the number of their block")
+    prompts: dict[int, str | Tensor | Path] = {}
+    for block, given in value.items():
+        number = integer(1)(f"a key of {name}", block)
+        prompts[number] = given if isinstance(given, str) else embeddings(f"{name}[{block}]", given)
+    return prompts
+
+
 OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "seed": SEED,
     "size": picture_size,
@@ -82,16 +93,6 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     **dict.fromkeys(("prompt_embeds", "negative_embeds"), optional(embeddings)),
     **dict.fromkeys(("image", "video"), optional(pixels)),
 }
-
-
-def by_block(name: str, value: Any) -> dict[int, str | Tensor | Path]:
-    """Check prompts by the number of a block: texts, or embeddings."""
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{name} is {quoted(value)}; expected prompts by the number of their block")
-    return {
-        integer(1)(f"a key of {name}", block): given if isinstance(given, str) else embeddings(f"{name}[{block}]", given)
-        for block, given in value.items()
-    }
 
 
 class Engine:
@@ -148,8 +149,8 @@ class Engine:
         """Open a stream of pictures of `size` (width, height).
 
         prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show; prompt_mask ([L]) is 0 for rows
-        that are not of the prompt. prompts: of later blocks by number, texts or embeddings; each is that of its block and
-        of those after it, also where several blocks are in flight. image or video (uint8
+        that are not of the prompt. prompts: of later blocks by number, texts or embeddings; each is that of its block
+        and of those after it, also where several blocks are in flight. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
         it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
         the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
@@ -191,8 +192,8 @@ class Engine:
         preset, inputs = self.preset, self.inputs
         if prompts and preset.context.prompt_switch not in ("cut", "join"):
             raise UsageError(
-                f"prompts are given by block, but prompt_switch is {preset.context.prompt_switch!r}, which works between "
-                "two blocks; call prompt() there, or use cut or join"
+                f"prompts are given by block, but prompt_switch is {preset.context.prompt_switch!r}, which works "
+                "between two blocks; call prompt() there, or use cut or join"
             )
         self.spec.latent_size(size)
         if self.parts.size not in (None, size):

@@ -33,8 +33,8 @@ class ContextPolicy:
     kept. That changes pictures near the start, and latents where a picture is encoded again.
     prompt_switch: a new prompt only applies from the next block (`cut`), or the visible past is passed through
     the network again under it (`recache`), or it is blended in over `blend_blocks` blocks (`blend`).
-    A blend begins with the old prompt and ends with the new one; before the first block it is a cut. With `join`, blocks
-    follow it that join from then on; those in flight keep theirs.
+    A blend begins with the old prompt and ends with the new one; before the first block it is a cut. With `join`,
+    blocks that join from then on follow it; those in flight keep theirs.
     rebuild_before_switch: a rebuild runs under the prompt of the block before; otherwise under the next block's.
     recache_sink: a recache moves the sink to the first frames of the window and recomputes it; otherwise it recomputes
     the sink only until the window first rolls.
@@ -120,13 +120,13 @@ class ContextPolicy:
             )
         if self.commit_in_next and self.prompt_switch == "join" and self.clean_text == "prompt":
             raise UsageError(
-                "prompt_switch is 'join' and clean_text 'prompt', but commit_in_next runs the commit of a block among blocks "
-                "of other prompts; use cut, or set clean_text=null"
+                "prompt_switch is 'join' and clean_text 'prompt', but commit_in_next runs the commit of a block among "
+                "blocks of other prompts; use cut, or set clean_text=null"
             )
         if self.commit_in_next and self.clean_weights != "plain":
             raise UsageError(
-                f"clean_weights is {self.clean_weights!r}, but commit_in_next runs a commit and a denoising step in one "
-                "pass; set it to false"
+                f"clean_weights is {self.clean_weights!r}, but commit_in_next runs a commit and a denoising step in "
+                "one pass; set it to false"
             )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")

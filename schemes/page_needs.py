@@ -56,7 +56,7 @@ def branches(preset: Preset) -> int:
 
 
 def conditionings(preset: Preset) -> int:
-    """Prompts that are prepared for the passes of a stream: one for each branch, and each set of weights of a branch."""
+    """Prompts that are prepared for a stream: one for each branch, and each set of weights that runs it."""
     return branches(preset) * (1 if preset.sampler.boundary_ratio else len(preset.weight_sets))
 
 

@@ -16,7 +16,6 @@ from ..errors import UsageError, nearest, quoted
 from .context import ContextPolicy
 from .sampler_spec import SamplerSpec
 
-
 PLAIN = ("plain",)  # sets of weights of a model
 WITH_MEMORY = ("plain", "memory")
 EXPERTS = ("high-noise", "low-noise")
@@ -85,7 +84,7 @@ class Preset:
         if self.window_blocks > 1 or policy.image == "clamp" or policy.clean_weights != "plain":
             raise UsageError(
                 f"boundary_ratio is {boundary}, but window_blocks is {self.window_blocks}, image {policy.image!r} and "
-                f"clean_weights {policy.clean_weights!r}: one pass would need both experts; expected 1, prefix and plain"
+                f"clean_weights {policy.clean_weights!r}: one pass would need both experts; use 1, prefix and plain"
             )
 
     @property

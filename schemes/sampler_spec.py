@@ -91,7 +91,7 @@ class SamplerSpec:
             )
         if self.boundary_ratio and SOLVERS[self.solver].to_clean:
             raise UsageError(
-                f"boundary_ratio is {self.boundary_ratio}, but the timesteps of solver {self.solver} ascend; set it to 0"
+                f"boundary_ratio is {self.boundary_ratio}, but timesteps of solver {self.solver} ascend; set it to 0"
             )
 
     def check_steps(self, name: str, steps: tuple[float, ...]) -> None:

@@ -116,7 +116,8 @@ def unbatched(path: Path, name: str, tensor: Tensor, tensors: Mapping[str, Tenso
         raise UsageError(f"{quoted(path)} has {quoted(name)} in {kind}, with a scale; expected float8_e4m3fn")
     if leaf == "input_scale" and (tensor != tensor.flatten()[0]).any():
         raise UsageError(f"{quoted(path)}: {quoted(name)} has several values; expected one for all channels")
-    return tensor[0] if (leaf == "weight" and tensor.ndim == 3) or (leaf == "smooth_scale" and tensor.ndim == 2) else tensor
+    has_batch = tensor.ndim == {"weight": 3, "smooth_scale": 2}.get(leaf)
+    return tensor[0] if has_batch else tensor
 
 
 def batched(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -111,15 +111,15 @@ class T5Encoder(TextEncoder):
         self.tokenizer, self.load, self.text_len = tokenizer, load, text_len
 
     @cached_property
-    def model(self) -> Any:  # type: ignore[override]
+    def model(self) -> Any:
         return self.load()
 
     def encode(self, prompt: str) -> Tensor:
         """Encode a prompt to rows [text_len, d]. UsageError, before weights are read, for more tokens than rows."""
         if (length := self.count_tokens(self.clean(prompt))) > self.text_len:
             raise UsageError(
-                f"the prompt {quoted(prompt)} has {length} tokens, and captions of this model have up to {self.text_len}; "
-                "make it shorter"
+                f"the prompt {quoted(prompt)} has {length} tokens, and captions of this model have up to "
+                f"{self.text_len}; make it shorter"
             )
         return super().encode(prompt)
 

@@ -51,9 +51,9 @@ class ShiftedNorm(nn.Module):
 class QuantisedLinear(nn.Module):
     """A layer in FP8 as published: weights and inputs in e4m3, their products summed in float32 or better.
 
-    Inputs are divided by `input_scale`, which has an entry for each channel but one value; where they are smooth, by the
-    factors `smooth_scale` of the channels, which the weights have taken up. The weights' e4m3 values are stored in the
-    model's dtype, which holds them exactly.
+    Inputs are divided by `input_scale`, which has an entry for each channel but one value; where they are smooth, by
+    the factors `smooth_scale` of the channels, which the weights have taken up. The weights' e4m3 values are stored in
+    the model's dtype, which holds them exactly.
     """
 
     float32_parameters = ("weight_scale", "input_scale", "smooth_scale")

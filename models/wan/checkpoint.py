@@ -92,7 +92,9 @@ def read_experts(
     layout = FORMATS[names].names if form in (None, names) else form
     high, low = (read_transformer(path / folder, layout, use_ema, known) for folder in folders)  # type: ignore[arg-type]
     if high.spec != low.spec:
-        raise UsageError(f"{quoted(path)}: {folders[0]} is a {high.spec.name}, {folders[1]} a {low.spec.name}; both must be alike")
+        raise UsageError(
+            f"{quoted(path)}: {folders[0]} is a {high.spec.name}, {folders[1]} a {low.spec.name}; expected equal sizes"
+        )
     return Checkpoint(
         path, names, (*high.files, *low.files), high.tensors, high.spec, None, EXPERTS, (low.tensors,), boundary
     )

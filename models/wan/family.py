@@ -86,12 +86,13 @@ class WanFamily(Family):
     ) -> None:
         if checkpoint.sets == EXPERTS:
             layout = next(one for one in FORMATS.values() if one.experts is not None and one.names == form)
-            pair = checkpoint.tensors, *checkpoint.more
-            write_experts(folder, checkpoint.spec, layout, pair, checkpoint.boundary_ratio, max_shard, dtype, progress)
+            pair, boundary = (checkpoint.tensors, checkpoint.more[0]), checkpoint.boundary_ratio
+            write_experts(folder, checkpoint.spec, layout, pair, boundary, max_shard, dtype, progress)
         elif checkpoint.more and form == "diffusers":
             raise self.lacks("layout of diffusers for two sets of weights", quoted(checkpoint.path))
         else:
-            spec, tensors, memory = checkpoint.spec, checkpoint.tensors, dict(*checkpoint.more)
+            spec, tensors = checkpoint.spec, checkpoint.tensors
+            memory: Mapping[str, Tensor] = checkpoint.more[0] if checkpoint.more else {}
             write_transformer(folder, spec, form, tensors, max_shard, dtype, change, progress, memory)
         if vae_path := find_vae([checkpoint.folder]):
             vae = load_vae(vae_path, dtype, "cpu")

@@ -133,7 +133,7 @@ def write_transformer(
     """Write config and safetensors in the names of `original` or `diffusers`, with one shard in memory at a time.
 
     Each tensor goes through `change` and is written in `dtype` (None: its own), in files of up to `max_shard` bytes.
-    memory: tensors of a second set of weights, which are written under twin names where they are not those of the first.
+    memory: tensors of a second set of weights, written under twin names where they are not those of the first.
     """
     if form == "diffusers":
         write_json(folder / INDEX, {"_class_name": "WanPipeline"})

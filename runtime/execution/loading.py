@@ -20,7 +20,6 @@ from ...models.transformer import Transformer
 from ...schemes.presets import PLAIN, WITH_MEMORY, Preset
 from ..config import DTYPES, EngineConfig
 
-
 RANDOM_SEEDS = (0, 2)  # of each set of weights; 1 is the decoder's
 
 
@@ -46,11 +45,11 @@ class SizeCheck(Protocol):
 class Components:
     """A model ready to run.
 
-    more: further sets of the transformer's weights, in the order of the preset's `weight_sets`, the first of which is
-    `transformer`. text: loads the text encoder at its first call; None without an encoder. digest: hash of the checkpoint, or None for
+    text: loads the text encoder at its first call; None without an encoder. digest: hash of the checkpoint, or None for
     random weights. fast_vae: decoder to switch to under overload. size: the one size (width, height) of pictures that
     it makes; None where any does. fingerprints: of the weights of transformer and decoder, where they are not in these.
-    shard: part of every pass that this rank computes.
+    shard: part of every pass that this rank computes. more: further sets of the transformer's weights, in the order of
+    the preset's `weight_sets`, of which `transformer` is the first.
     """
 
     transformer: Transformer
@@ -93,7 +92,8 @@ def load_parts(
         own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
         located = locate(model, preset, config.base, offline, own_parts)
         files = replace(config, model=located.model, base=located.base)
-    return replace(load_components(files, scheme, check, text_prompts), source=model)  # its name, wherever its files are
+    loaded = load_components(files, scheme, check, text_prompts)
+    return replace(loaded, source=model)  # its name, wherever its files are
 
 
 def load_components(

@@ -39,7 +39,9 @@ class Adapter:
         InferixError for a damaged file. Both leave the weights unchanged.
         """
         if self.sets > 1:
-            raise UsageError(f"lora is {quoted(lora)}, but the model has {self.sets} sets of weights, and adapters change one")
+            raise UsageError(
+                f"lora is {quoted(lora)}, but the model has {self.sets} sets of weights, and adapters change one"
+            )
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise UsageError(f"scale is {quoted(scale)}; expected a number, 1 for the adapter as it is")
         if any(weight.is_meta for weight in self.weights.values()):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor
@@ -32,13 +31,14 @@ class ForwardRequest:
     run: Pass
     latents: Tensor
     actions: tuple[int, ...]
-    prompts: Mapping[int, Handle] = MappingProxyType({})
+    prompts: Mapping[int, Handle] = field(default_factory=dict)
 
     @property
     def batch_key(self) -> Hashable:
         """Equal for requests that one run can answer.
 
-        They have the same page store, latent shape, group sizes, texts, condition and weights. Timesteps, positions and contexts may differ.
+        They have the same page store, latent shape, group sizes, texts, condition and weights. Timesteps, positions and
+        contexts may differ.
         """
         groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
         shape = tuple(self.latents.shape)

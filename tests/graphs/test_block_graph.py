@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filled import random_values
-from oracles import KINDS, TINY, randomise
+from oracles import KINDS as PRESET_KINDS
+from oracles import TINY, randomise
 from torch import Tensor, fx
 
 from inferix.graphs.cost import PassCost, name_of
@@ -42,7 +43,7 @@ def plain(preset: str):
     return dataclasses.replace(PRESETS[preset], name="", about=PRESETS["krea"].about)
 
 
-DISTINCT = [name for at, name in enumerate(KINDS) if plain(name) not in map(plain, KINDS[:at])]
+DISTINCT = [name for at, name in enumerate(PRESET_KINDS) if plain(name) not in map(plain, PRESET_KINDS[:at])]
 
 
 def spec_for(preset: str):

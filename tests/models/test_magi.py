@@ -250,7 +250,8 @@ def test_fp8_checkpoints_come_back_as_published(tmp_path: Path) -> None:
     shapes = {
         "self_attention.linear_qkv.q": (1, 64, dim), "self_attention.linear_qkv.qx": (1, 64, dim),
         "self_attention.linear_qkv.k": (1, 32, dim), "self_attention.linear_qkv.v": (1, 32, dim),
-        "mlp.linear_fc1": (1, 2 * ffn, dim), "self_attention.linear_proj": (1, dim, 128), "mlp.linear_fc2": (1, dim, ffn),
+        "mlp.linear_fc1": (1, 2 * ffn, dim), "self_attention.linear_proj": (1, dim, 128),
+        "mlp.linear_fc2": (1, dim, ffn),
     }  # fmt: skip
     for name, size in shapes.items():
         smooth = name.endswith(("proj", "fc2"))

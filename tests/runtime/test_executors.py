@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, KINDS, make_engine, remade
+from oracles import KINDS, ROWS, SIZE, TINY, make_engine, remade
 from recording import FakeGraphs
 from safetensors.torch import save_file
 

@@ -332,10 +332,8 @@ def test_latents_are_in_float32_between_steps() -> None:
 
 
 def test_a_stream_of_fp8_layers_is_the_dense_form() -> None:
-    engine, fused = (
-        inferix.load("magi-tiny-fp8", preset="magi-tiny-distill", device="cpu", dtype="float64", num_steps=8, executor=name)
-        for name in ("eager", "fused")
-    )
+    settings = {"preset": "magi-tiny-distill", "device": "cpu", "dtype": "float64", "num_steps": 8}
+    engine, fused = (inferix.load("magi-tiny-fp8", executor=name, **settings) for name in ("eager", "fused"))
     made = streamed(engine, 1)
     assert_same(made, Dense(engine, 8).stream(1, is_distilled=True))
     assert_same(streamed(fused, 1), made)

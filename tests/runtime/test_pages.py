@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TOKENS, KINDS, contiguous, make_engine, page_tensors
+from oracles import KINDS, ROWS, SIZE, TOKENS, contiguous, make_engine, page_tensors
 
 from inferix.errors import InferixError, UsageError
 from inferix.runtime.byte_sizes import format_bytes, parse_bytes

@@ -24,7 +24,8 @@ from inferix.schemes.timeline import Timeline
 FILE = Path(__file__).with_name("recorded_passes.json")
 RECORD = bool(os.environ.get("INFERIX_RECORD_PASSES"))
 BLOCKS, PROMPT_AT, CUT_AT = 16, 12, 14  # a new prompt and a scene cut come before these blocks
-LONGER = dict.fromkeys(("self-forcing-framewise", "causal-forcing-2step", "sgf-plus-framewise"), 24)  # blocks of one frame, until a window of 21 has rolled
+ONE_FRAME = ("self-forcing-framewise", "causal-forcing-2step", "sgf-plus-framewise")
+LONGER = dict.fromkeys(ONE_FRAME, 24)  # until a window of 21 has rolled
 READABLE = (0, 1, 4, 8, PROMPT_AT, CUT_AT, CUT_AT + 1)
 SIZE = (16, 16)
 OTHER = ROWS.float().flip(0)

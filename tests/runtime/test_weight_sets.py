@@ -180,7 +180,7 @@ def test_random_sets_differ_and_adapters_are_refused():
     assert not torch.equal(first, second)
     with pytest.raises(UsageError, match=r"style\.safetensors.*2 sets"):
         engine.adapter.apply("style.safetensors", 1.0)
-    with pytest.raises(UsageError, match="sgf-plus.*2 sets"):
+    with pytest.raises(UsageError, match=r"sgf-plus.*2 sets"):
         load("wan-tiny", "sgf-plus", device="cpu", lora="style.safetensors")
 
 
