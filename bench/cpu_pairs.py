@@ -66,8 +66,9 @@ class Case:
 
 
 MIDDLE = replace(
-    MODELS["wan-tiny"], name="wan-tiny-118m", dim=768, ffn_dim=3072, num_heads=12, num_layers=12, default_size=(96, 96)
-)
+    MODELS["wan-tiny"], name="wan-tiny-118m", dim=768, ffn_dim=3072, num_heads=12, kv_heads=12, num_layers=12,
+    default_size=(96, 96),
+)  # fmt: skip
 CASE_HELP = "small world, wan-tiny 64x64, wan-tiny 128x128 or 118M 96x96; repeatable.  [default: all]"
 TARGET_HELP = f"An engine exported to a target as well: {', '.join(TARGETS)}; repeatable."
 WINDOW = {"local_attn_size": 21}
@@ -189,29 +190,33 @@ def run_case(
 
 def run(
     before: Path, dtype: str, cases: Sequence[Case], rounds: int, threads: Sequence[int], targets: Sequence[str] = ()
-) -> Result:
-    """Measure the cases in one dtype; exported engines are in float32 only."""
+) -> Iterator[Result]:
+    """Measure the cases in one dtype; yields the result of all cases so far after each.
+
+    Exported engines are in float32 only.
+    """
     targets = targets if dtype == "float32" else ()
     begun, series, levels = environment("cpu"), dict[str, Series](), dict[str, dict[str, int]]()
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     ceilings = measure_ceilings("cpu", kind)
-    for case in cases:
-        with tempfile.TemporaryDirectory() as place:
-            found, levels[case.name] = run_case(case, dtype, before, rounds, threads, targets, Path(place))
-            series |= found
     commit = subprocess.run(
         ["git", "-C", str(before), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
     )
-    return Result(
-        kind="pairs", clock=CLOCK, environment=begun, subject={"model": ", ".join(case.name for case in cases)},
-        settings={"config": {"dtype": dtype}, "rounds": rounds, "threads": list(threads)}, ceilings=ceilings,
-        series=series,
-        facts={
-            "before": commit.stdout.strip() or before.name, "bfloat16_unit": bfloat16_unit(cpu_flags()),
-            "levels": levels, "cases": {case.name: asdict(case) | {"spec": case.spec.name} for case in cases},
-            "candidates": [*CANDIDATES, *targets],
-        },
-    )  # fmt: skip
+    for index, case in enumerate(cases):
+        with tempfile.TemporaryDirectory() as place:
+            found, levels[case.name] = run_case(case, dtype, before, rounds, threads, targets, Path(place))
+            series |= found
+        done = cases[: index + 1]
+        yield Result(
+            kind="pairs", clock=CLOCK, environment=begun, subject={"model": ", ".join(case.name for case in done)},
+            settings={"config": {"dtype": dtype}, "rounds": rounds, "threads": list(threads)}, ceilings=ceilings,
+            series=dict(series),
+            facts={
+                "before": commit.stdout.strip() or before.name, "bfloat16_unit": bfloat16_unit(cpu_flags()),
+                "levels": dict(levels), "cases": {case.name: asdict(case) | {"spec": case.spec.name} for case in done},
+                "candidates": [*CANDIDATES, *targets],
+            },
+        )  # fmt: skip
 
 
 def main(
@@ -244,8 +249,7 @@ def main(
     for name in dtype:
         slow = name == "bfloat16" and bfloat16_unit(cpu_flags()) is None
         chosen = [one for one in CASES if (not case or one.name in case) and not (slow and one.slow)]
-        if chosen:
-            result = run(before, name, chosen, rounds, threads, target)
+        for result in run(before, name, chosen, rounds, threads, target):  # written after each case: none is lost
             print(write_result(result, out / f"pairs-cpu-{name}.json"), flush=True)
 
 

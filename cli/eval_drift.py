@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..errors import InferixError, UsageError
+from ..errors import InferixError, UsageError, quoted
 from .help import Command
 from .options import FORCE, OFFLINE, parse_settings, parse_size
 
@@ -28,13 +28,14 @@ OUT = typer.Option(None, help="Folder for drift.json and drift.html.")
 AS_JSON = typer.Option(False, "--json", help="The results as one JSON line on stdout.")
 FPS = typer.Option(None, help="Frame rate to sample every video at.  [default: each video's own]")
 SIZE = typer.Option(None, metavar="WxH", help="Size to fit every video to.  [default: each video's own]")
+WEIGHTS = typer.Option(
+    None, metavar="DIR", help="Folder with weights of learned metrics, as docs/drift.md lists them; nothing is fetched."
+)
+SPLIT = typer.Option(None, metavar="NAME", help="Only the entries of --prompts with this split, such as eval.")
 LVBENCH = {
-    "clarity": "MUSIQ, SPAQ weights (musiq_spaq_ckpt-358bb6af.pth of pyiqa)",
-    "motion": "AMT-S (amt-s.pth of MCG-NKU/AMT)",
-    "aesthetic": "CLIP ViT-L/14 and the LAION linear head (sa_0_4_vit_l_14_linear.pth)",
-    "subject": "DINO ViT-B/16 (dino_vitbase16_pretrain.pth of facebookresearch/dino)",
-    "background": "CLIP ViT-B/32 (ViT-B-32.pt of openai/CLIP)",
-}
+    "clarity": "musiq_spaq", "motion": "amt_s_rebuild", "aesthetic": "clip_l14_aesthetic", "subject": "dino_b16",
+    "background": "clip_b32", "dynamic": "raft_moving_share",
+}  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -52,6 +53,7 @@ def drift(
     ),
     fps: float | None = FPS,
     size: str | None = SIZE,
+    weights: Path | None = WEIGHTS,
     out: Path | None = OUT,
     as_json: bool = AS_JSON,
 ) -> None:
@@ -65,7 +67,7 @@ def drift(
 
     Example: inferix eval drift outputs/*.mp4 --out outputs/a
     """
-    settings = settings_of(metrics, segments, fps, size)
+    settings = settings_of(metrics, segments, fps, size, weights)
     entries = None
     if prompts is not None:
         from ..evaluate.prompt_lists import read_prompts
@@ -77,26 +79,37 @@ def drift(
 def lvbench(
     videos: Path = typer.Option(..., help="Folder of videos."),
     prompts: Path | None = typer.Option(None, help="List of prompts: txt, json, jsonl or yaml."),
+    split: str | None = SPLIT,
     metrics: str | None = METRICS,
+    weights: Path | None = WEIGHTS,
     out: Path | None = OUT,
     as_json: bool = AS_JSON,
 ) -> None:
     """Score a folder of videos by LV-Bench's rules: ten equal segments, every frame, no resizing.
 
-    vde is exactly the published sum. LV-Bench's own five scores need weights that this package does not have; the
-    metrics scored here have other names, and their figures are not LV-Bench's. Prompt changes do not end segments,
-    since the published code does not know them; `inferix eval drift --prompts` does.
+    vde is exactly the published sum. LV-Bench's own scores need published weights (--weights); the metrics without
+    weights have other names, and their figures are not LV-Bench's. Prompt changes do not end segments, since the
+    published code does not know them; `inferix eval drift --prompts` does.
 
     Example: inferix eval lvbench --videos outputs --out outputs/lvbench
     """
-    from ..evaluate.prompt_lists import read_prompts, videos_in
+    from ..evaluate.learned_scorers import reason_missing
+    from ..evaluate.prompt_lists import videos_in, videos_of
 
-    settings = settings_of(metrics, 10, None, None)
-    entries = None if prompts is None else read_prompts(prompts)
+    settings = settings_of(metrics, 10, None, None, weights)
+    entries, paths = None, videos_in(videos)
+    if prompts is not None:
+        entries = entries_of(prompts, split)
+        paths = paths if split is None else videos_of(paths, entries)
+    elif split is not None:
+        raise UsageError(f"--split {quoted(split)} needs --prompts, the list that has the splits")
     console = Console(stderr=True)
-    for dimension, model in LVBENCH.items():
-        console.print(f"not scored: {dimension}, which needs {model}", highlight=False, soft_wrap=True)
-    score_and_show(videos_in(videos), entries, settings, prompts, out, as_json, "LV-Bench rules", use_switches=False)
+    scored = settings.describe()["metrics"]
+    for dimension, name in LVBENCH.items():
+        if name not in scored:
+            reason = reason_missing(name, weights) or "it is not in metrics"
+            console.print(f"not scored: {dimension} ({name}), {reason}", highlight=False, soft_wrap=True, markup=False)
+    score_and_show(paths, entries, settings, prompts, out, as_json, "LV-Bench rules", use_switches=False)
 
 
 def compare(
@@ -135,12 +148,14 @@ def compare(
 def run(
     prompts: Path = typer.Option(..., help="List of prompts: txt, json, jsonl, or a yaml storyboard."),
     out: Path = typer.Option(..., help="Folder for the videos, their records and scores, drift.json and drift.html."),
+    split: str | None = SPLIT,
     model: str = typer.Option("tinyworld", help="Model, as for inferix generate."),
     preset: str | None = typer.Option(None, help="Named sampler and context settings.  [default: the model's own]"),
     seconds: float = typer.Option(60.0, help="Length of each video in seconds, rounded up to whole blocks."),
     seeds: int = typer.Option(1, min=1, help="Videos of each prompt, with seeds from 0 on."),
     metrics: str | None = METRICS,
     segments: int = typer.Option(10, min=2, help="Equal segments that each video is cut into."),
+    weights: Path | None = WEIGHTS,
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's own]"),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Any field of the preset; repeatable."),
     base: str | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
@@ -158,7 +173,6 @@ def run(
 
     Example: inferix eval run --prompts prompts.txt --seconds 5 --seeds 2 --out outputs/study
     """
-    from ..evaluate.prompt_lists import read_prompts
     from ..evaluate.results import results_of
     from ..evaluate.study import make_video, score_take, takes_of
     from ..runtime.files import check_paths
@@ -166,8 +180,8 @@ def run(
 
     if not 0 < seconds <= 36_000:
         raise UsageError(f"--seconds is {seconds:g}; expected above 0, at most 36000")
-    scoring = settings_of(metrics, segments, None, None)
-    entries = read_prompts(prompts)
+    scoring = settings_of(metrics, segments, None, None, weights)
+    entries = entries_of(prompts, split)
     outputs = result_files(out)
     check_paths({"--prompts": prompts, "--model": model}, outputs)
     parts: dict[str, Any] = {"base": base, "executor": executor, "offline": offline, "force": force}
@@ -189,16 +203,24 @@ def run(
     show(results_of(videos, skipped, scoring), outputs, as_json, title)
 
 
-def settings_of(metrics: str | None, segments: int, fps: float | None, size: str | None) -> Settings:
-    """Scoring settings of the options; an unknown metric is refused here."""
+def entries_of(prompts: Path, split: str | None) -> list[PromptEntry]:
+    from ..evaluate.prompt_lists import in_split, read_prompts
+
+    entries = read_prompts(prompts)
+    return entries if split is None else in_split(entries, split)
+
+
+def settings_of(
+    metrics: str | None, segments: int, fps: float | None, size: str | None, weights: Path | None
+) -> Settings:
+    """Scoring settings of the options; an unknown metric is refused here, and weights are loaded once."""
+    from ..evaluate.metrics import chosen_scorers
     from ..evaluate.results import Settings
 
     if fps is not None and not 0 < fps <= 1000:
         raise UsageError(f"--fps is {fps:g}; expected above 0, at most 1000")
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
-    settings = Settings(names, segments, fps, None if size is None else parse_size(size))
-    settings.describe()
-    return settings
+    return Settings(chosen_scorers(names, weights), segments, fps, None if size is None else parse_size(size))
 
 
 def result_files(out: Path | None) -> dict[str, Path]:

@@ -629,4 +629,13 @@ def print_result(result: Result, count: int, as_json: bool) -> None:
         facts = [counted(len(result.blocks), "block")]
         if result.frames:
             facts += [counted(result.frames, "frame"), f"{result.frames / result.seconds:.2f} FPS"]
+        if (share := meter_share(result.blocks)) is not None:
+            facts.append(f"drift meter {share:.2%} of a block")
         typer.echo(f"{', '.join(facts)}, {result.seconds:.1f} s: {', '.join(result.outputs)}")
+
+
+def meter_share(blocks: list[dict[str, Any]]) -> float | None:
+    """Share of the drift meter in the time of all stages of blocks; None without a meter."""
+    timings = [block["timings"] for block in blocks if "drift" in block["timings"]]
+    total = sum(sum(stages.values()) for stages in timings)
+    return sum(stages["drift"] for stages in timings) / total if total else None

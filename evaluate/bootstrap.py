@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from .measures import finite
 
 RESAMPLES = 2000
@@ -47,6 +47,23 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = RESA
         return Interval(mean, None, None, len(array))
     low, high = np.quantile(resampled_means(array, resamples, seed), [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), len(array))
+
+
+def bootstrap_ratio(parts: ArrayLike, totals: ArrayLike, level: float = 0.95, seed: int = 0) -> Interval:
+    """Compute sum(parts) / sum(totals), each with one value for each video, and its interval.
+
+    Videos are resampled with both of their values. Raises UsageError for other counts or totals without a positive sum.
+    """
+    one, other = finite("parts", parts), finite("totals", totals)
+    if len(one) != len(other) or not other.sum() > 0:
+        raise UsageError(f"totals is {quoted(other.tolist())} for {len(one)} parts; expected as many, above 0 in sum")
+    ratio = float(one.sum() / other.sum())
+    if len(one) < 2:
+        return Interval(ratio, None, None, len(one))
+    means = resampled_means(other, RESAMPLES, seed)
+    ratios = resampled_means(one, RESAMPLES, seed)[means > 0] / means[means > 0]
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(ratio, float(low), float(high), len(one))
 
 
 def bootstrap_difference(

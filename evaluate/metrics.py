@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from ..errors import UsageError, nearest, quoted
 from .flow_scorers import FLOW_SCORERS
@@ -12,6 +13,8 @@ from .scorers import FunctionScorer, Scorer
 
 SCORERS = {scorer.name: scorer for scorer in (*PIXEL_SCORERS, *FLOW_SCORERS)}
 OPTIONAL = ("ms_ssim_to_start", "brisque")  # slow, or not for small pictures: only if they are asked for
+# Of `learned_scorers`, whose import takes torch; they read the files of a folder of weights.
+LEARNED = ("clip_l14_aesthetic", "clip_b32", "dino_b16", "musiq_spaq", "raft_moving_share", "amt_s_rebuild")
 INSTALL = {
     "cv2": 'the extra [eval] has it: pip install ".[eval]" in the clone',
     "brisque": "pip install brisque",
@@ -23,29 +26,43 @@ def available(scorer: FunctionScorer) -> bool:
     return scorer.package is None or find_spec(scorer.package) is not None
 
 
-def chosen_scorers(metrics: Sequence[str | Scorer] | None = None) -> list[Scorer]:
+def chosen_scorers(
+    metrics: Sequence[str | Scorer] | None = None, weights: str | Path | None = None
+) -> list[Scorer]:  # fmt: skip
     """Return the scorers of `metrics`, names or scorers; without it every installed one except `OPTIONAL`.
 
-    Raises UsageError for an unknown or repeated name, and for one whose package is not installed.
+    weights: folder with the files of `LEARNED` scorers (`weight_files.py`); without `metrics` those whose files it has
+    are added. Raises UsageError for an unknown or repeated name, and for one whose package or weights are missing.
     """
     if metrics is None:
-        return [scorer for name, scorer in SCORERS.items() if name not in OPTIONAL and available(scorer)]
-    scorers: list[Scorer] = []
-    for metric in metrics:
-        if not isinstance(metric, str):
-            scorers.append(metric)
-            continue
-        if metric not in SCORERS:
-            expected = ", ".join(SCORERS)
-            raise UsageError(f"metrics has {quoted(metric)}{nearest(metric, SCORERS)}; expected names of {expected}")
-        scorer = SCORERS[metric]
-        if scorer.package is not None and not available(scorer):
-            raise UsageError(
-                f"metrics has {metric!r}, which needs the package {scorer.package}, and it is not installed: "
-                f"{INSTALL[scorer.package]}"
-            )
-        scorers.append(scorer)
+        scorers: list[Scorer] = [
+            scorer for name, scorer in SCORERS.items() if name not in OPTIONAL and available(scorer)
+        ]
+        if weights is not None:
+            from .learned_scorers import learned_scorers
+
+            scorers += learned_scorers(weights)
+        return scorers
+    scorers = [scorer_of(metric, weights) if isinstance(metric, str) else metric for metric in metrics]
     names = [scorer.name for scorer in scorers]
     if not names or len(set(names)) < len(names):
         raise UsageError(f"metrics is {quoted(names)}; expected one or more different names")
     return scorers
+
+
+def scorer_of(name: str, weights: str | Path | None) -> Scorer:
+    """Return the scorer of a name."""
+    if name in LEARNED:
+        from .learned_scorers import learned_scorer
+
+        return learned_scorer(name, None if weights is None else Path(weights))
+    if name not in SCORERS:
+        known = (*SCORERS, *LEARNED)
+        raise UsageError(f"metrics has {quoted(name)}{nearest(name, known)}; expected names of {', '.join(known)}")
+    scorer = SCORERS[name]
+    if scorer.package is not None and not available(scorer):
+        raise UsageError(
+            f"metrics has {name!r}, which needs the package {scorer.package}, and it is not installed: "
+            f"{INSTALL[scorer.package]}"
+        )
+    return scorer

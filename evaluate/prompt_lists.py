@@ -142,6 +142,25 @@ def in_order(cues: Sequence[Cue], where: str) -> list[Cue]:
     return [*([Cue(0.0, "")] if times[0] > 0 else []), *cues]
 
 
+def in_split(entries: Sequence[PromptEntry], split: str) -> list[PromptEntry]:
+    """Entries of one split of a list, such as eval. Raises UsageError if the list has none of it."""
+    chosen = [entry for entry in entries if entry.split == split]
+    if not chosen:
+        known = sorted({entry.split for entry in entries if entry.split is not None})
+        expected = f"one of {', '.join(known)}" if known else "no split, since the list of prompts has none"
+        raise UsageError(f"split is {quoted(split)}; expected {expected}")
+    return chosen
+
+
+def videos_of(paths: Sequence[Path], entries: Sequence[PromptEntry]) -> list[Path]:
+    """Videos that entries name; all of them if an entry names none. Raises UsageError if there is none."""
+    names = {entry.video for entry in entries}
+    chosen = [path for path in paths if path.stem in names or None in names]
+    if not chosen:
+        raise UsageError(f"none of {len(paths)} videos is in the list of prompts, such as {quoted(str(paths[0]))}")
+    return chosen
+
+
 def with_prompts(
     paths: Sequence[Path], entries: Sequence[PromptEntry] | None, seconds: dict[Path, float]
 ) -> list[Video]:

@@ -13,6 +13,7 @@ pytest.importorskip("cv2")
 from planted import FPS, planted
 
 from inferix import evaluate
+from inferix.cli.generate import meter_share
 from inferix.cli.main import app
 from inferix.evaluate.results import SCHEMA, compare, read_results, score_video
 from inferix.runtime.media import VideoWriter
@@ -117,11 +118,31 @@ def test_lvbench_has_its_rules_whatever_the_prompts(videos, tmp_path):
     listed = tmp_path / "list.jsonl"
     listed.write_text('{"video": "none.mp4", "prompts": ["a", "b"]}\n{"video": "fade.mp4", "prompt": "c"}\n')
     run = inferix("eval", "lvbench", "--videos", videos, "--prompts", listed, *METRICS, "--json")
-    assert run.exit_code == 0 and "MUSIQ" in run.stderr
+    assert run.exit_code == 0 and "musiq_spaq" in run.stderr
     entries = json.loads(run.stdout)["videos"]
     assert {video["id"]: video["prompt"] for video in entries} == {"none": "a", "fade": "c"}
     assert all(len(video["segments"]) == 10 and {segment[2] for segment in video["segments"]} == {0}
                for video in entries)  # fmt: skip
+
+
+def test_a_split_of_the_list_is_scored(videos, tmp_path):
+    listed = tmp_path / "list.jsonl"
+    entries = [{"video": "none.mp4", "prompt": "a", "split": "train"},
+               {"video": "fade.mp4", "prompt": "c", "split": "eval"}]  # fmt: skip
+    listed.write_text("\n".join(map(json.dumps, entries)))
+    arguments = ["eval", "lvbench", "--videos", videos, "--metrics", "exposure", "--json"]
+    results = json.loads(inferix(*arguments, "--prompts", listed, "--split", "eval").stdout)
+    assert [video["id"] for video in results["videos"]] == ["fade"] and results["skipped"] == []
+    for more in (["--split", "eval"], ["--prompts", listed, "--split", "test"]):
+        refused = inferix(*arguments, *more)
+        assert refused.exit_code == 2 and repr(more[-1]) in refused.stderr
+
+
+def test_missing_weights_are_listed_and_refused_by_name(videos, tmp_path):
+    run = inferix("eval", "lvbench", "--videos", videos, "--metrics", "exposure", "--weights", tmp_path, "--json")
+    assert run.exit_code == 0 and "dino-vitb16/config.json" in run.stderr
+    refused = inferix("eval", "drift", videos / "none.mp4", "--metrics", "clip_b32", "--weights", tmp_path)
+    assert refused.exit_code == 2 and "clip-vit-base-patch32/config.json" in refused.stderr
 
 
 def test_compare_of_two_runs(videos, tmp_path):
@@ -183,6 +204,12 @@ def test_results_are_not_written_over_a_video(tmp_path):
     before = video.read_bytes()
     assert inferix("eval", "drift", video, "--out", tmp_path).exit_code == 2
     assert video.read_bytes() == before
+
+
+def test_the_share_of_the_live_meter_in_a_block():
+    timings = [{"denoise": 0.6, "decode": 0.3, "drift": 0.1}, {"denoise": 0.7, "decode": 0.2, "drift": 0.1}]
+    assert meter_share([{"timings": stages} for stages in timings]) == pytest.approx(0.1)
+    assert meter_share([{"timings": {"denoise": 0.6}}]) is None
 
 
 def test_facts_of_a_video(videos):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inferix.errors import UsageError
-from inferix.evaluate.bootstrap import bootstrap_difference, bootstrap_mean
+from inferix.evaluate.bootstrap import bootstrap_difference, bootstrap_mean, bootstrap_ratio
 from inferix.evaluate.measures import (
     VBENCH_LONG,
     Drift,
@@ -208,3 +208,15 @@ def test_pairs_narrow_the_interval_of_a_difference():
     assert paired.excludes_zero and not apart.excludes_zero
     with pytest.raises(UsageError, match="before"):
         bootstrap_difference(before, after[1:], paired=True)
+
+
+def test_the_interval_of_a_ratio_is_over_pairs():
+    """Parts and totals of one video stay together, so equal ratios have an interval of no width."""
+    totals = [1.0, 4.0, 2.0, 9.0]
+    equal = bootstrap_ratio([total / 2 for total in totals], totals)
+    assert (equal.mean, equal.low, equal.high) == pytest.approx((0.5, 0.5, 0.5))
+    mixed = bootstrap_ratio([1.0, 0.0, 2.0, 9.0], totals)
+    assert mixed.low < mixed.mean == 0.75 < mixed.high
+    for parts, other in (([1.0], [1.0, 2.0]), ([0.0], [0.0])):
+        with pytest.raises(UsageError, match="totals"):
+            bootstrap_ratio(parts, other)

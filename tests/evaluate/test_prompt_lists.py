@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from inferix.errors import UsageError
-from inferix.evaluate.prompt_lists import PromptEntry, read_prompts, videos_in, with_prompts
+from inferix.evaluate.prompt_lists import PromptEntry, in_split, read_prompts, videos_in, videos_of, with_prompts
 from inferix.schemes.storyboard import Cue
 
 
@@ -98,3 +98,16 @@ def test_videos_of_a_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty"):
         videos_in(tmp_path / "empty")
+
+
+def test_one_split_of_a_list():
+    entries = [PromptEntry(ONE, "x", split="train"), PromptEntry(ONE, "y", split="eval"), PromptEntry(ONE, "z")]
+    assert in_split(entries, "eval") == entries[1:2]
+    assert videos_of(names("x", "y"), entries[1:2]) == names("y")
+    assert videos_of(names("x", "y"), [PromptEntry(ONE)]) == names("x", "y")
+    with pytest.raises(UsageError, match=r"'test'.*eval, train"):
+        in_split(entries, "test")
+    with pytest.raises(UsageError, match="'eval'"):
+        in_split([PromptEntry(ONE)], "eval")
+    with pytest.raises(UsageError, match=r"'x\.mp4'"):
+        videos_of(names("x"), entries[1:2])

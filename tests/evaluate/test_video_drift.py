@@ -1,6 +1,7 @@
 """Drift of whole videos: planted drifts and the metrics that they raise, streaming, and unusable videos."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def test_an_iterator_gives_the_same_as_a_list_and_only_a_few_frames_are_alive():
 
 def chain(view):
     return 1 if view.previous is None else 1 + chain(view.previous)
+
+
+def test_memory_does_not_grow_with_the_length_of_a_video():
+    """240 further frames would take 55 MB; features and scores of each take a few KB."""
+
+    def peak(count):
+        pictures = (np.full((240, 320, 3), index % 200, np.uint8) for index in range(count))
+        tracemalloc.start()
+        drift(pictures, FPS, ["exposure", "layout", "ssim_to_start"])
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    assert peak(260) - peak(20) < 12_000_000
 
 
 def test_jump_of_flow_at_block_borders():
