@@ -377,8 +377,12 @@ class BlockGraphBuilder:
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
 
     def model_pass(self, layout: Layout) -> PassGraph:
-        """Traced pass of a layout."""
-        return traced_pass(self.source, layout, self.guidance, self.shard, tuple(self.inputs(layout)))
+        """Traced pass of a layout. Layouts that differ in names alone share one trace."""
+        shared = replace(layout, latents=latent_names(len(layout.latents)), tables="block", branch="")
+        inputs = self.inputs(shared)
+        graph = traced_pass(self.source, shared, self.guidance, self.shard, tuple(inputs))
+        own = {value.name: given for value, given in zip(inputs, self.inputs(layout), strict=True)}
+        return replace(graph, inputs={key: own.get(value.name, value) for key, value in graph.inputs.items()})
 
     def timesteps_shape(self, frames: int) -> tuple[int, ...]:
         """Shape of the timesteps of a pass, with the conditions of steps where the network takes them."""
