@@ -136,8 +136,7 @@ def graph(
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **parse_settings(settings))
     spec = find_spec(model or (scheme.about.base if preset else DEFAULT_MODEL), names)
     if stored is None and dry_run is None and (steps := drawn_steps(scheme)) is not None:
-        message = f"{steps} of {scheme.sampler.steps} steps are shown: passes between two joins differ in their timesteps"
-        typer.echo(message, err=True)
+        typer.echo(f"{steps} of {scheme.sampler.steps} steps are shown: the others differ in their timesteps", err=True)
         scheme = with_settings(scheme, num_steps=steps)
     if lowp is None and (layers or keep):
         raise UsageError(f"{'--layers' if layers else '--keep'} chooses layers of --lowp; give --lowp as well")
