@@ -350,7 +350,7 @@ def test_the_prompt_graph_runs_once_for_each_prompt(monkeypatch) -> None:
         list(one.stream(2, decode=False))
         assert len(launched) == engine.executor.prompts == after
     prompt = other.current.branches[0].text.number
-    engine.resources.worker.prompts[prompt].text.cached.clear()  # the prompt graph must run again
+    engine.resources.worker.prompts[prompt].texts[engine.executor].cached.clear()  # the prompt graph must run again
     list(other.stream(1, decode=False))
     assert len(launched) == 5
 

@@ -124,7 +124,8 @@ def test_a_real_session(name):
             assert counter.get_total_flops() == speed.transformer_flops + speed.decoder_flops
         planned = memory(load).each
         prompts = [engine.resources.worker.prompts[branch.text.number] for branch in session.current.branches]
-        keys = [tensor.nbytes for prompt in prompts for pair in prompt.text.text for tensor in pair]
+        texts = [text for prompt in prompts for text in prompt.texts.values()]
+        keys = [tensor.nbytes for text in texts for pair in text.text for tensor in pair]
         latents = [tensor.nbytes for tensor in (session.current.recent, session.current.pixels) if tensor is not None]
         latents += [block.latents.nbytes for block in session.current.flight]
         scratch = page_needs(load.preset).scratch  # pages for the length of a pass
