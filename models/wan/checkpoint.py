@@ -89,8 +89,8 @@ def read_experts(
     if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
         raise UsageError(f"{quoted(path / INDEX)}: boundary_ratio is {quoted(boundary)}; expected a number in 0..1")
     names = next(name for name, layout in FORMATS.items() if layout.experts == folders)
-    layout = FORMATS[names].names if form in (None, names) else form
-    high, low = (read_transformer(path / folder, layout, use_ema, known) for folder in folders)  # type: ignore[arg-type]
+    layout = None if form == names else form
+    high, low = (read_transformer(path / folder, layout, use_ema, known) for folder in folders)
     if high.spec != low.spec:
         raise UsageError(
             f"{quoted(path)}: {folders[0]} is a {high.spec.name}, {folders[1]} a {low.spec.name}; expected equal sizes"
