@@ -62,9 +62,9 @@ def record(engine, monkeypatch):
     """Passes of each block as they run; the list is filled by streaming."""
     passes, plain = [], engine.loop.network_pass
 
-    def run_and_note(state, this, latents, record):
+    def run_and_note(state, this, *more):
         passes.append(this)
-        return plain(state, this, latents, record)
+        return plain(state, this, *more)
 
     monkeypatch.setattr(engine.loop, "network_pass", run_and_note)
     return passes
