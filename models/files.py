@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import LONGEST_QUOTE, CheckpointError, InferixError, UsageError, quoted, quoted_all
-from .scaled_weights import unscaled
+from .scaled_weights import FP8, unscaled
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
 OLD_PICKLES = 5  # of such a file, before the values of its tensors
@@ -402,7 +402,8 @@ def fill(
 
 def finite(source: object, name: str, tensor: Tensor) -> Tensor:
     """Return the tensor. Raises CheckpointError if a value is infinite or NaN."""
-    if not tensor.isfinite().all():
+    values = tensor.float() if tensor.dtype in FP8 else tensor  # torch has no isfinite of FP8
+    if not values.isfinite().all():
         kind = str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{quoted(source)}: {quoted(name)} is not finite in {kind}; the file is damaged, or take another dtype"

@@ -278,7 +278,8 @@ def test_fp8_checkpoints_come_back_as_published(tmp_path: Path) -> None:
 def test_fp8_tensors_that_are_not_as_published(tmp_path: Path) -> None:
     write_random("magi-tiny-fp8", "magi", tmp_path / "fp8")
     file = tmp_path / "fp8" / "model.safetensors"
-    tensors, name = read_tensors(file), "videodit_blocks.layers.1.mlp.linear_fc1"
+    tensors = {key: tensor.clone() for key, tensor in read_tensors(file).items()}  # not mapped: the file is replaced
+    name = "videodit_blocks.layers.1.mlp.linear_fc1"
     several = tensors[f"{name}.input_scale"].clone()
     several[3] *= 2
     plain = tensors["videodit_blocks.layers.0.mlp.linear_fc1.weight"].to(torch.float8_e4m3fn)
@@ -297,7 +298,7 @@ def test_fp8_tensors_that_are_not_as_published(tmp_path: Path) -> None:
 
 def test_a_caption_that_is_too_long_is_refused_before_weights(folder: Path) -> None:
     encoder = load_text(folder / "t5" / "t5-v1_1-xxl", MAGI_TINY.text_len, torch.float32, "cpu")
-    with pytest.raises(UsageError, match=rf"71 tokens.*{MAGI_TINY.text_len}"):
+    with pytest.raises(UsageError, match=rf"72 tokens.*{MAGI_TINY.text_len}"):
         encoder.encode("fox " * 18)
     assert "model" not in vars(encoder)
     assert encoder.encode("a fox").shape == (MAGI_TINY.text_len, MAGI_TINY.text_dim)
