@@ -43,7 +43,8 @@ def plain(preset: str):
     return dataclasses.replace(PRESETS[preset], name="", about=PRESETS["krea"].about)
 
 
-DISTINCT = [name for at, name in enumerate(PRESET_KINDS) if plain(name) not in map(plain, PRESET_KINDS[:at])]
+SINGLE = [name for name in PRESET_KINDS if len(PRESETS[name].weight_sets) == 1]
+DISTINCT = [name for at, name in enumerate(SINGLE) if plain(name) not in map(plain, SINGLE[:at])]
 
 
 def spec_for(preset: str):

@@ -4,16 +4,20 @@ import dataclasses
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, FrameAttention, make_engine, run
+from oracles import ROWS, SIZE, TINY, FrameAttention, make_engine, run
 from torch import Tensor
 
 from inferix.errors import UsageError
+from inferix.graphs.rewrites import chosen, rewritten
+from inferix.graphs.types import OF_SET, Role
+from inferix.graphs.validate import validate
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
 from inferix.models.registry import PRESETS, make_preset
 from inferix.runtime.engine import Engine
 from inferix.runtime.load import load
 from inferix.runtime.plans import PassPlan
+from inferix.runtime.programs.block_graph import BlockGraphBuilder
 from inferix.runtime.sampler import Sampler
 from inferix.runtime.sessions.session import Session
 from inferix.schemes.page_needs import conditionings
@@ -200,6 +204,18 @@ def test_random_sets_differ_and_adapters_are_refused():
 def test_settings_that_need_two_sets_at_once_are_refused(name, settings, named):
     with pytest.raises(UsageError, match=named):
         make_preset(name, **settings)
+
+
+def test_the_graph_of_a_block_reads_both_sets():
+    """A pass reads the weights of its set alone; the graph stays one that executors accept."""
+    preset = make_preset("sgf-plus-framewise", local_attn_size=6)
+    spec = dataclasses.replace(TINY, num_layers=1)
+    block = rewritten(BlockGraphBuilder(spec, preset, SIZE, torch.float64).build(), chosen())
+    validate(block)
+    for graph in block.passes:
+        names = [value.name for value in graph.named(Role.WEIGHT).values()]
+        assert names and {name.endswith(f"{OF_SET}1") for name in names} == {graph.name == "commit"}
+    assert {"blocks.0.cross_attn.k.weight", f"blocks.0.self_attn.k.weight{OF_SET}1"} <= set(block.values(Role.WEIGHT))
 
 
 def test_sets_and_conditionings_of_presets():
