@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -35,16 +36,20 @@ from ..graphs.lowered import Planned, lower_block
 from ..graphs.lowering import HOST_READS, ROOM, storage, tensors
 from ..graphs.passes import Group
 from ..graphs.program import Call, Form, Ref
+from ..graphs.shards import Axis, Shard
 from ..graphs.types import BlockGraph, Role
+from ..kernels.collectives import RankGroup, add_group, group_of
 from ..kernels.spec import ARCHITECTURES, FP8, KernelSpec, OpSpec, has_triton
 from ..kernels.tuning import choose
 from ..models.decoder import Decoder
+from ..schemes.layouts import RankGrid
 from . import compile_gate
 from .machine import commit
 from .time_model import Rates, tiles_of
 
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_efficient_attention.default
+EXCHANGE = "exchange"  # the family of collectives
 CARD = "dry run"  # the name of a card that no table is tuned for
 
 
@@ -190,6 +195,20 @@ class Address:
         return 0
 
 
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        memory = {storage(tensor) for tensor in tensors([*args, *(kwargs or {}).values()])}
+        self.nbytes += sum(tensor.nbytes for tensor in tensors(result) if storage(tensor) not in memory)
+        return result
+
+
 class Recorder(TorchDispatchMode):
     """Notes the launches of calls on fake tensors and what capture would refuse."""
 
@@ -212,10 +231,31 @@ class Recorder(TorchDispatchMode):
         spec = spec_of(op)
         assert spec is not None
         self.spec, self.given = spec, dict(zip(spec.names, args, strict=True))
+        if spec.family == EXCHANGE:
+            self.run_collective(spec, args)
+            return
         form = choose(spec, self.given[spec.like]) if isinstance(spec, KernelSpec) else spec.reference
-        with self:
-            form(*args)
+        if form is spec.reference and any(arg.listed_by for arg in spec.args.values()):
+            self.run_reference(spec, args)  # the cost of a call of torch's would be that of all pages
+        else:
+            with self:
+                form(*args)
         self.spec = None
+
+    def run_reference(self, spec: OpSpec, args: Sequence[Any]) -> None:
+        """Run an op on pages that has no kernel of its own: one launch of the op's cost, and all that it allocates."""
+        memory = Allocations()
+        with memory, WithoutDriver():  # the mode around the call is off within it
+            spec.reference(*args)
+        cost = spec.cost(self.given, self.listed, memory=memory_of)  # type: ignore[arg-type]
+        self.note(f"inferix::{spec.name}", spec.family, cost.flops, cost.nbytes, memory.nbytes)
+
+    def run_collective(self, spec: OpSpec, args: Sequence[Any]) -> None:
+        """Run a collective between the ranks of `fake_shard`, in which nothing travels, and note what it would send."""
+        traffic = group_of(self.given["group"]).traffic
+        before = traffic.sent
+        spec.reference(*args)
+        self.note(f"inferix::{spec.name}", EXCHANGE, 0, traffic.sent - before, 0, "link")
 
     def launch(self, op: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run an ATen call on fake tensors and note it."""
@@ -419,6 +459,16 @@ def joined(runs: Sequence[DryRun]) -> DryRun:
         whole.broken |= run.broken
         whole.kernels |= run.kernels
     return whole
+
+
+def fake_shard(grid: RankGrid, shard_weights: bool = False) -> Shard:
+    """The part of rank 0 in a grid of ranks that are not there: torch's fake process groups, which send nothing."""
+
+    def group(size: int) -> int:
+        return add_group(RankGroup(FakeProcessGroup._create_internal(0, size), 0, size)) if size > 1 else 0
+
+    heads, tokens, tiles = (Axis(size, 0, group(size)) for size in (grid.heads, grid.tokens, grid.tiles))
+    return Shard(heads, tokens, tiles.group, Axis(grid.branches), tiles if shard_weights else Axis())
 
 
 def check_architecture(architecture: int) -> None:

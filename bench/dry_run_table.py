@@ -18,23 +18,31 @@ from ..errors import UsageError, nearest, one_line_errors, quoted
 from ..graphs.rewrites import chosen, rewritten
 from ..graphs.rewrites.lowp import PrecisionMap
 from ..models.registry import MODELS, family_of, make_preset
+from ..runtime.capacity.rank_planner import divided
 from ..runtime.config import EVERY_BLOCK
 from ..runtime.files import write_atomically
 from ..runtime.kv.page_store import KV_DTYPES
 from ..runtime.programs.block_graph import BlockGraphBuilder
 from ..runtime.programs.graph_builder import padded_width
-from .dry_run import dry_run, facts, run_decoder
+from ..schemes.guidance import ALONE
+from ..schemes.layouts import RankGrid, choose_layout
+from .dry_run import dry_run, facts, fake_shard, run_decoder
 from .result import CHECK
 from .time_model import RATES
 
 
 class Configuration(NamedTuple):
-    """A block to run; fp8: linear layers and pages. decoders: names of the decoders to run beside it."""
+    """A block to run; fp8: linear layers and pages. decoders: names of the decoders to run beside it.
+
+    ranks: GPUs that share each pass, of which the first is shown. shard_weights: they divide the weights.
+    """
 
     model: str
     preset: str
     fp8: bool = False
     decoders: tuple[str, ...] = ()
+    ranks: int = 1
+    shard_weights: bool = False
 
 
 CONFIGURATIONS = {
@@ -44,13 +52,23 @@ CONFIGURATIONS = {
     "longlive": Configuration("wan-1.3b", "longlive"),
     "krea": Configuration("wan-14b", "krea"),
 }
+SHARED = {
+    f"{preset}-{ranks}": Configuration(model, preset, ranks=ranks)
+    for model, preset in (("wan-1.3b", "self-forcing"), ("wan-14b", "krea"), ("magi-24b", "magi-24b-distill"))
+    for ranks in (1, 2, 4, 8)
+    if f"{preset}-{ranks}" not in ("self-forcing-1", "krea-1")
+}
 
 
 def run(configuration: Configuration, architecture: int, compiled: bool) -> dict[str, Any]:
     """Facts of a configuration's dry run; those of its decoders under `decoders`."""
-    model, preset, fp8, decoders = configuration
+    model, preset, fp8, decoders, ranks, shard_weights = configuration
     spec, scheme = MODELS[model], make_preset(preset)
-    builder = BlockGraphBuilder(spec, scheme, dtype=torch.bfloat16, kv_dtype=KV_DTYPES["fp8"] if fp8 else None)
+    grid = choose_layout(divided(spec, spec.default_size, ALONE), ranks) if ranks > 1 else RankGrid()
+    builder = BlockGraphBuilder(
+        spec, scheme, dtype=torch.bfloat16, kv_dtype=KV_DTYPES["fp8"] if fp8 else None,
+        shard=fake_shard(grid, shard_weights),
+    )  # fmt: skip
     builder.max_pages = padded_width(builder.max_pages)
     names = chosen(["lowp"] if fp8 else [])
     block = rewritten(builder.build(), names, PrecisionMap("fp8", EVERY_BLOCK))
@@ -61,23 +79,25 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
         sizes = family.chosen_decoder_spec(spec, name == "taehv")
         decoded = run_decoder(architecture, partial(family.build_decoder, sizes), latents, builder.dtype)
         parts[name] = facts(decoded, rates, block)["parts"]["decoder"]
-    return result | {"decoders": parts}
+    return result | {"decoders": parts} | ({"ranks": ranks, "layout": grid.layout} if ranks > 1 else {})
 
 
 def main(
     file: Annotated[Path, typer.Argument(help="File to write; configurations that it has and that are not run stay.")],
-    only: Annotated[list[str] | None, typer.Option(help="Configuration to run; repeatable.  [default: all]")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"What to run; repeatable.  [default: {', '.join(CONFIGURATIONS)}]")
+    ] = None,
     architecture: Annotated[int, typer.Option(help="Compute capability times ten.")] = 90,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the kernels.")] = True,
 ) -> None:
     """Run configurations and write their facts as JSON, after each."""
+    every = CONFIGURATIONS | SHARED
     for name in only or ():
-        if name not in CONFIGURATIONS:
-            known = ", ".join(CONFIGURATIONS)
-            raise UsageError(f"only is {quoted(name)}{nearest(name, CONFIGURATIONS)}; expected one of {known}")
+        if name not in every:
+            raise UsageError(f"only is {quoted(name)}{nearest(name, every)}; expected one of {', '.join(every)}")
     facts_of = json.loads(file.read_text("utf-8"))["configurations"] if file.exists() else {}
     for name in only or CONFIGURATIONS:
-        facts_of[name] = run(CONFIGURATIONS[name], architecture, compiled)
+        facts_of[name] = run(every[name], architecture, compiled)
         block = facts_of[name]["parts"]["block"]
         print(f"{name}: {block['calls']} calls, {block.get('predicted', 0) * 1e3:.0f} ms predicted", file=sys.stderr)
         text = json.dumps({CHECK: True, "configurations": facts_of}, indent=1)

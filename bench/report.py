@@ -42,8 +42,8 @@ HOW = """\
 - Timed outputs are compared as well: all of them in `block`, the first blocks of the FPS stream in `stream`.
 - A block is timed at a **full window**, reached by running the stream, not with an empty cache.
 - FPS are pixel frames per second of wall time, the decoder included.
-- The decoder's column is decoding and the conversion to uint8 frames. The engine runs both in a thread, in parallel
-  with the next block (`interval`); the baselines run them between blocks.
+- The decoder's column is decoding and the conversion to uint8 frames. On a GPU, or with one thread of torch, the engine
+  runs both in parallel with the next block (`interval`); the baselines run them between blocks.
 - Times are medians with quartiles and the worst sample. The result's file has every sample.
 - Shares are relative to a matmul and a copy timed in the same run, not to a data sheet.
 - Baselines run in the same process with the same weights. `plain` has the structure of the public reference loop;

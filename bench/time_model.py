@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from ..errors import UsageError, nearest, quoted
+from ..runtime.capacity.rank_planner import LINKS
 
 TILE = (128, 256)  # rows and columns of a matrix product that a multiprocessor computes at once
 
@@ -23,7 +24,7 @@ class Rates:
     multiprocessors: tiles that run at once. matmul, fp8_matmul, int8_matmul: TFLOP/s of cuBLAS or Triton. attention:
     of `block_attention` in half precision; fp8_attention: over FP8 pages. sdpa: of torch's attention. convolution: of
     cuDNN. memory: GB/s that a kernel reaches. start: us between two kernels of a graph. host: us of a call that the
-    host launches, which bounds what is not captured.
+    host launches, which bounds what is not captured. link: GB/s that a GPU sends to others; collective: us of each.
     """
 
     multiprocessors: float
@@ -37,11 +38,15 @@ class Rates:
     memory: float
     start: float = 1.0
     host: float = 5.0
+    link: float = LINKS["nvlink"].bandwidth
+    collective: float = LINKS["nvlink"].latency
 
     def seconds(self, rate: str, flops: int, nbytes: int, tiles: int) -> float:
         """Seconds of one launch. rate: name of its arithmetic's rate, empty where only traffic counts. tiles: 0 if
-        unknown.
+        unknown. Of a collective, at the rate `link`, nbytes are those that it sends.
         """
+        if rate == "link":
+            return nbytes / (self.link * 1e9) + self.collective * 1e-6
         arithmetic = flops / (getattr(self, rate) * 1e12 * self.full(tiles)) if rate else 0.0
         return max(arithmetic, nbytes / (self.memory * 1e9)) + self.start * 1e-6
 

@@ -12,7 +12,8 @@ import typer
 
 from ..errors import UsageError, quoted
 from ..runtime.files import check_output, check_paths, write_atomically
-from .options import DEFAULT_MODEL, NAMES, PRESET, parse_settings, parse_size
+from ..schemes.layouts import AUTO, MOST_RANKS, choose_layout
+from .options import DEFAULT_MODEL, NAMES, PARALLEL, PRESET, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.time_model import Rates
@@ -54,6 +55,8 @@ def graph(
     dry_run: str | None = typer.Option(
         None, "--dry-run", metavar="cuda:ARCH", help="Run the block on fake tensors of a GPU, such as cuda:90."
     ),
+    gpus: int = typer.Option(1, min=1, max=MOST_RANKS, metavar="N", help="The graph of one of this many ranks."),
+    parallel: str | None = PARALLEL,
     compiled: bool = typer.Option(True, "--compile/--no-compile", help="Compile the kernels of --dry-run."),
     vae: str | None = typer.Option(None, help="Decoder of --dry-run: taehv, or none.  [default: the model's own]"),
     assume: list[str] = typer.Option(
@@ -83,19 +86,24 @@ def graph(
 
     Example: inferix graph --model wan-tiny --dry-run cuda:90 --no-compile --assume attention=600
 
+    Example: inferix graph --preset krea --dry-run cuda:90 --no-compile --gpus 4 --parallel ulysses
+
     Example: inferix graph --model tinyworld --save graphs/ && inferix generate --executor fused --graphs graphs/
     """
     from ..graphs.lowered import lower_block
     from ..graphs.rewrites import REWRITES, chosen, rewritten
     from ..graphs.rewrites.lowp import PrecisionMap
+    from ..graphs.shards import ALONE
     from ..graphs.validate import validate
     from ..models.registry import default_preset, find_spec, make_preset
     from ..models.transformer import PRECISIONS
+    from ..runtime.capacity.rank_planner import divided
     from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
     from ..runtime.kv.page_store import KV_DTYPES
     from ..runtime.programs.block_graph import BlockGraphBuilder
     from ..runtime.programs.graph_builder import GraphBuilder, padded_width
     from ..runtime.programs.graph_store import stored_for
+    from ..schemes.guidance import ALONE as ALONE_GUIDANCE
     from ..schemes.presets import with_settings
 
     if rewrites:
@@ -122,7 +130,7 @@ def graph(
     elif assume or vae is not None or not compiled:
         option = "--assume" if assume else "--vae" if vae is not None else "--no-compile"
         raise UsageError(f"{option} is for --dry-run; give --dry-run cuda:90, too, or leave it out")
-    stored = save or load
+    stored, shard = save or load, ALONE
     if device is not None and stored is None:
         raise UsageError(f"--device is {quoted(device)}, which is only for stored graphs; give --save or --load, too")
     device = device or default_device()
@@ -148,6 +156,7 @@ def graph(
     if stored is not None:
         check_device(device)
         shown = {"--pass": only, "--svg": svg, "--json": as_json, "--sessions": sessions > 1}
+        shown |= {"--gpus": gpus > 1, "--parallel": parallel}
         changed = {"--with": with_, "--without": without}
         if unfit := [option for option, is_set in (shown | changed).items() if is_set]:
             raise UsageError(f"{unfit[0]} changes the shown graph, not stored graphs; leave it out")
@@ -159,9 +168,15 @@ def graph(
         return
     if plan and (only is not None or as_json):
         raise UsageError(f"--plan prints the buffer plan; leave {'--json' if as_json else '--pass'} out")
+    if gpus > 1 or parallel is not None:
+        from ..bench.dry_run import fake_shard
+
+        counts = divided(spec, pictures or spec.default_size, ALONE_GUIDANCE)  # a block has all branches of guidance
+        shard = fake_shard(choose_layout(counts, gpus, parallel or AUTO))
     fuse = "fuse-commit" in applied
     builder = BlockGraphBuilder(
-        spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kv_dtype=page_dtype
+        spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kv_dtype=page_dtype,
+        shard=shard,
     )
     if dry_run is not None:
         builder.max_pages = padded_width(builder.max_pages)  # as an engine has its tables

@@ -205,6 +205,7 @@ def ranks_table(facts: dict[str, Any]) -> Table:
         column.justify = "right"
     for number, one in enumerate(facts["layouts"]):
         name = "one GPU" if one["ranks"] == 1 else f"{one['layout']} on {one['ranks']}"
+        name += ", shard_weights" if one["shard_weights"] else ""
         mark = "*" if number == facts["chosen"] else ""
         times = [f"{one[part]:.1f}" for part in ("per_pass", "computing", "sending", "waiting", "decoding", "block")]
         memory, fits = f"{one['memory'] / 1e9:.1f}", "yes" if one["fits"] else "no"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..models.tinyworld.data import HELD_OUT, random_walk
+from ..models.tinyworld.data import random_walk
 from ..models.tinyworld.world import (
     BIOMES,
     COLOURS,
@@ -27,7 +27,6 @@ from ..models.tinyworld.world import (
     STEP,
     Landmark,
     Scene,
-    World,
     draw_hero,
     landmarks_near,
     lit,
@@ -37,12 +36,8 @@ from ..models.tinyworld.world import (
 )
 from ..runtime.engine import Engine
 from ..runtime.execution.decode_pipeline import to_frames
+from .tinyworld_walks import HERO, PREFIX, Log, Picture, Walk, generate, random_walks, simulate, smooth
 
-Picture = NDArray[np.uint8]
-Log = Callable[[str], None]
-
-PREFIX = 6  # latent frames of the simulator that a walk continues
-HERO = slice(SIZE // 2 - 11, SIZE // 2 + 8)  # rows and columns of the middle that the hero covers
 STREAM_SECONDS = 60  # of the streams whose tenths are compared
 EDGE = 6.0  # pixels a landmark's middle must be inside the picture to count as in view
 BARS = {
@@ -53,49 +48,6 @@ BARS = {
     "drift_60s": ("<=", 0.05),
     "collapsed": ("<=", 0.0),
 }
-
-
-@dataclass(frozen=True)
-class Walk:
-    """Walk in the simulator: pictures, and the camera position at the start and after each action."""
-
-    scene: Scene
-    actions: list[str]
-    pictures: Picture  # [1 + FRAMES * actions, SIZE, SIZE, 3]
-    places: list[tuple[int, int]]
-    world: World  # at the end
-
-    @property
-    def ends(self) -> Picture:
-        """The last picture of each latent frame."""
-        return self.pictures[::FRAMES]
-
-
-def simulate(scene: Scene, seed: int, actions: list[str], before: list[str] | None = None) -> Walk:
-    """Simulate `actions` after the actions `before`, which are not in the pictures."""
-    world = World(HELD_OUT + seed, scene)
-    world.walk(before or [])
-    pictures, places = [world.first()], [(world.x, world.y)]
-    for action in actions:
-        pictures.append(world.step(action))
-        places.append((world.x, world.y))
-    return Walk(scene, actions, np.concatenate(pictures), places, world)
-
-
-def random_walks(count: int, length: int, seed: int) -> Iterator[Walk]:
-    rng = random.Random(seed)
-    for _ in range(count):
-        yield simulate(
-            rng.choice(scenes()), rng.randrange(1 << 19), random_walk(rng, length), random_walk(rng, rng.randint(0, 40))
-        )
-
-
-def generate(engine: Engine, walk: Walk, given: int, seed: int) -> Picture:
-    """Continue a walk with the model after `given` latent frames of the simulator; return the new pictures."""
-    prefix = walk.pictures[: (given - 1) * FRAMES + 1]
-    with engine.open(prompt=walk.scene.prompt, seed=seed, video=prefix, actions=walk.actions) as session:
-        blocks = list(session.stream(blocks=len(walk.actions) + 1 - given))
-    return np.concatenate([block.frames for block in blocks if block.frames is not None])
 
 
 def decibel(wrong: NDArray[Any]) -> float:
@@ -127,16 +79,6 @@ def details(picture: Picture) -> NDArray[np.float64]:
     luma = np.log(picture.astype(np.float64).mean(-1) + 8)
     fine = luma - smooth(luma)
     return fine / np.sqrt(smooth(fine**2) + 1e-2)
-
-
-def smooth(values: NDArray[np.float64], reach: int = 3) -> NDArray[np.float64]:
-    """The mean over a square of 2 * reach + 1, edges repeated."""
-    for axis in (0, 1):
-        padded = np.pad(values, [(reach + 1, reach) if index == axis else (0, 0) for index in (0, 1)], mode="edge")
-        total = np.cumsum(padded, axis=axis)
-        size = 2 * reach + 1
-        values = (np.take(total, range(size, total.shape[axis]), axis) - np.take(total, range(SIZE), axis)) / size
-    return values
 
 
 def actions_right(engine: Engine, walks: int, log: Log) -> float:
@@ -215,11 +157,11 @@ def away_and_back(rng: random.Random, steps: int) -> tuple[Walk, list[Landmark]]
         action, back = rng.choice([("up", "down"), ("down", "up"), ("left", "right"), ("right", "left")])
         actions = ["stay", *[action] * steps, *[back] * steps]
         walk = simulate(rng.choice(scenes()), rng.randrange(1 << 19), actions, random_walk(rng, rng.randint(0, 40)))
-        dx, dy = MOVES[action]
-        far = (walk.places[0][0] + dx * STEP * steps, walk.places[0][1] + dy * STEP * steps)
+        (x, y), (dx, dy) = walk.places[0], MOVES[action]
+        far = (x + dx * STEP * steps, y + dy * STEP * steps)
         if walk.places[steps + 1] != far or walk.places[-1] != walk.places[0]:
             continue  # something stood in the way
-        marks = landmarks_near(walk.world.seed, *walk.places[0], SIZE / 2)
+        marks = landmarks_near(walk.world.seed, x, y, SIZE / 2)
         left_behind = [mark for mark in marks if in_view(mark, walk.places[0], -EDGE) and not in_view(mark, far, EDGE)]
         if left_behind:
             return walk, left_behind

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,37 +24,55 @@ class CollectiveFailed(InferixError):
 
 
 @dataclass(eq=False)
-class RankGroup:
-    """Ranks that communicate, and counters of what this one sent.
+class Traffic:
+    """Counters of what this rank sent, in all groups of one world.
 
-    process_group: of torch.distributed; of any backend. sent: bytes to other ranks; calls: collectives. since: time
-    (`time.monotonic`) at which the collective that runs now began, or None.
+    sent: bytes to other ranks; calls: collectives. since: time (`time.monotonic`) at which the collective that runs now
+    began, or None.
+    """
+
+    sent: int = 0
+    calls: int = 0
+    since: float | None = None
+
+
+@dataclass(eq=False)
+class RankGroup:
+    """Ranks that communicate.
+
+    process_group: of torch.distributed; of any backend. rank: this one's number in it. traffic: counters, which groups
+    of one world share.
     """
 
     process_group: Any
     rank: int
     size: int
-    sent: int = 0
-    calls: int = 0
-    since: float | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
-    def wait(self, begin: Callable[[], Any], sent: int) -> None:
+    def wait(self, begin: Callable[[], Any], sent: int, calls: int = 1) -> None:
         """Run a collective in which this rank sends `sent` bytes to others; CollectiveFailed where others are gone."""
-        self.since = time.monotonic()
+        traffic = self.traffic
+        traffic.since = time.monotonic()
         try:
             begin().wait()
         except RuntimeError as error:
             raise CollectiveFailed(f"a collective of {self.size} ranks failed: {str(error).splitlines()[0]}") from error
         finally:
-            self.since = None
-        self.sent += sent
-        self.calls += 1
+            traffic.since = None
+        traffic.sent += sent
+        traffic.calls += calls
 
     def broadcast(self, tensor: Tensor) -> None:
         """Copy a tensor of rank 0 to all ranks; not counted, since it is no part of a pass."""
-        before = self.sent, self.calls
-        self.wait(lambda: self.process_group.broadcast([as_bytes(tensor)]), 0)
-        self.sent, self.calls = before
+        self.wait(lambda: self.process_group.broadcast([as_bytes(tensor)]), 0, calls=0)
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Send a tensor to another rank, which receives it."""
+        self.wait(lambda: self.process_group.send([as_bytes(tensor)], rank, 0), tensor.nbytes)
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """Fill a tensor with that which another rank sends."""
+        self.wait(lambda: self.process_group.recv([as_bytes(tensor)], rank, 0), 0, calls=0)
 
 
 GROUPS: dict[int, RankGroup] = {}  # of this process, by number

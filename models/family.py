@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
+from ..graphs.shards import Axis
 from ..schemes.presets import PLAIN, Preset
 from ..schemes.sampler_spec import SOLVERS
 from .costs import TransformerCosts
@@ -26,6 +27,7 @@ from .files import fill
 from .random import random_state
 from .spec import ModelSpec
 from .transformer import Transformer
+from .weight_shards import WeightShards
 
 Part = TypeVar("Part", bound=nn.Module)
 Merge = Callable[[str, Tensor], Tensor]  # name and weight to the weight with adapters merged
@@ -161,6 +163,11 @@ class Family(ABC):
     def costs(self, spec: ModelSpec) -> TransformerCosts:
         """Return the costs of a transformer."""
 
+    def weight_shards(self, spec: ModelSpec, axis: Axis) -> WeightShards | None:
+        """Parts of the layers that a pass runs on every token, for ranks that divide them; None for one rank alone."""
+        layers = (name for name, _, _ in self.costs(spec).token_layers())
+        return WeightShards(layers, axis) if axis.size > 1 else None
+
     def random_state(self, spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Draw random weights of a transformer, by name."""
         with torch.device("meta"):
@@ -175,12 +182,16 @@ class Family(ABC):
         device: Any,
         loras: Iterable[tuple[str | Path, float]] = (),
         lora_partial: bool = False,
+        shards: WeightShards | None = None,
     ) -> Transformer:
-        """Build the transformer of a checkpoint with its adapters merged into the weights."""
+        """Build the transformer of a checkpoint with its adapters merged into the weights.
+
+        shards: parts of the weights that this rank keeps; None for all of them.
+        """
         with torch.device("meta"):
             module = self.build(checkpoint.spec, precision)
         change = self.merging(checkpoint, loras, lora_partial)
-        return fill(module, checkpoint.tensors, dtype, device, checkpoint.path, change)
+        return fill(module, checkpoint.tensors, dtype, device, checkpoint.path, change, shards)
 
     # Checkpoints
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..errors import LONGEST_QUOTE, CheckpointError, InferixError, UsageError, quoted, quoted_all
 from .scaled_weights import FP8, unscaled
+from .weight_shards import WeightShards
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
 OLD_PICKLES = 5  # of such a file, before the values of its tensors
@@ -362,10 +363,13 @@ def fill(
     device: Any,
     source: object,
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    shards: WeightShards | None = None,
 ) -> Model:
     """Load tensors into a meta-device module, one at a time, each through `change`, in `dtype`.
 
     Those that a submodule lists as its `float32_parameters` are in float32.
+
+    shards: parts of the weights that this rank keeps; None for all of them.
 
     Raises CheckpointError that lists the missing, unexpected or mis-shaped tensors and the ten in the file that are
     most like the first missing one, or names one that is not finite.
@@ -389,13 +393,15 @@ def fill(
         for prefix, part in module.named_modules()
         for name in getattr(part, "float32_parameters", ())
     }
-    state = {
-        name: finite(
-            source, name,
-            change(name, unscaled(tensors[name])).to(device=device, dtype=torch.float32 if name in kept else dtype),
-        )
-        for name in expected
-    }  # fmt: skip
+    state = {}
+    for name in expected:
+        own, tensor = name, change(name, unscaled(tensors[name]))
+        kind = torch.float32 if name in kept else dtype
+        if shards is not None:
+            own, tensor = shards.part(name, tensor, kind)
+        state[own] = finite(source, name, tensor.to(device=device, dtype=kind))
+    if shards is not None:
+        shards.divide(module)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 

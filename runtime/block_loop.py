@@ -34,7 +34,7 @@ from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
 from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
-from .plans import PassLayout, PassPlan, WholeBlock
+from .plans import BranchPass, GuidedPass, PassLayout, PassPlan, WholeBlock
 from .resources import Resources
 from .sampler import guided, latent_dtype
 from .sessions.engine_thread import shortages_named
@@ -362,6 +362,8 @@ class BlockLoop:
         guidance, velocities = state.preset.sampler.guide, dict[int, Tensor]()
         timed: AbstractContextManager[None] = nullcontext() if record is None else record.one_pass()
         with timed:
+            if self.resources.branches_apart:
+                return self.branches_together(state, run, latents, prompts)
             for number, branch in enumerate(state.branches):
                 own = branch_run(guidance, run, number)
                 if own is None:
@@ -375,6 +377,29 @@ class BlockLoop:
                 request = ForwardRequest(branch, own, latents[rows], self.actions_of(state, own), others)
                 velocity[rows] = yield request
                 velocities[number] = velocity
+        return velocities
+
+    def branches_together(
+        self, state: SessionState, run: Pass, latents: Tensor, prompts: Sequence[Mapping[int, Handle]] = ()
+    ) -> dict[int, Tensor]:
+        """`branch_passes` where branches have ranks of their own, which run them at the same time."""
+        guidance, plans, velocities = state.preset.sampler.guide, list[BranchPass](), dict[int, Tensor]()
+        for number, branch in enumerate(state.branches):
+            if (own := branch_run(guidance, run, number)) is None:
+                continue
+            velocities[number] = torch.zeros_like(latents)
+            rows = tuple(run.frames.index(frame) for frame in own.frames)
+            others = prompts[number] if prompts else {}
+            request = ForwardRequest(branch, own, latents, self.actions_of(state, own), others)
+            try:
+                plan = self.plan([request], branch.cache.layout(own))
+            finally:
+                branch.cache.end_pass()
+            plans.append(BranchPass(branch.number, rows, plan))
+        with shortages_named():
+            results = self.resources.client.execute(GuidedPass(tuple(plans)), latents[None])
+        for velocity, branch_plan, result in zip(velocities.values(), plans, results, strict=True):
+            velocity[list(branch_plan.frames)] = result[0]
         return velocities
 
     def answer(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
@@ -410,7 +435,20 @@ class BlockLoop:
         self, requests: Sequence[ForwardRequest], layout: PassLayout, whole: WholeBlock | None = None
     ) -> list[Tensor]:
         """Have the worker run one pass, or a whole block; returns the result [F, C, H, W] of each request."""
-        plan = PassPlan(
+        plan = self.plan(requests, layout, whole)
+        latents = torch.stack([request.latents for request in requests])
+        if self.resources.branches_apart:
+            branch = BranchPass(requests[0].branch.number, tuple(range(latents.shape[1])), plan)
+            (result,) = self.resources.client.execute(GuidedPass((branch,)), latents)
+        else:
+            (result,) = self.resources.client.execute(plan, latents)
+        return list(result)
+
+    def plan(
+        self, requests: Sequence[ForwardRequest], layout: PassLayout, whole: WholeBlock | None = None
+    ) -> PassPlan:
+        """The plan of one pass of some requests, or of a whole block."""
+        return PassPlan(
             layout=layout,
             timesteps=tuple(request.run.timesteps for request in requests),
             texts=tuple(request.texts for request in requests),
@@ -419,8 +457,6 @@ class BlockLoop:
             condition=requests[0].run.condition,
             weights=requests[0].run.weights,
         )
-        (result,) = self.resources.client.execute(plan, torch.stack([request.latents for request in requests]))
-        return list(result)
 
     # Outside of a block
 

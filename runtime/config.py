@@ -47,7 +47,8 @@ class EngineConfig:
     pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference in eager. batches: file of
     measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
     engine, whose programs run in place of the model. gpus: ranks that share each pass. parallel: their layout, a name
-    of `LAYOUTS`, or auto. rank_timeout: seconds after which a rank that does not answer counts as hung.
+    of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large matrices, and gather each when its layer
+    runs. rank_timeout: seconds after which a rank that does not answer counts as hung.
     """
 
     model: str
@@ -78,6 +79,7 @@ class EngineConfig:
     engine: str | None = None
     gpus: int = 1
     parallel: str = AUTO
+    shard_weights: bool = False
     rank_timeout: float = 60.0
 
     @classmethod
@@ -124,7 +126,13 @@ class EngineConfig:
     def _check_ranks(self) -> None:
         """UsageError for settings that several ranks do not have."""
         if self.gpus == 1:
+            if self.shard_weights:
+                raise UsageError("shard_weights is True with gpus=1, which has all weights; give gpus, 2 or more")
             return
+        if self.shard_weights and self.lowp is not None:
+            raise UsageError(
+                f"shard_weights is True with lowp={self.lowp}, whose packed layers are not divided; leave one out"
+            )
         if self.graphs is not None:
             raise UsageError(f"graphs is {quoted(self.graphs)} with gpus={self.gpus}; stored graphs are of one rank")
         if self.device.startswith("cuda") and torch.cuda.device_count() < self.gpus:
@@ -181,7 +189,7 @@ COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("precision", "kv_dtype", "lowp"), text),
     **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae"), path_text),
     **dict.fromkeys(("graphs", "batches", "engine", "names"), path_text),
-    **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter"), flag),
+    **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter", "shard_weights"), flag),
     **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
     "lora_scale": number,
     "kv_memory": byte_count,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import AtCapacity, UsageError, quoted
 from ..models.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
-from ..schemes.layouts import choose_layout
+from ..schemes.layouts import RankGrid, check_size
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline
 from .arguments import (
@@ -42,18 +42,17 @@ from .arguments import (
 )
 from .arguments import size as picture_size
 from .block_loop import BlockLoop
+from .capacity.rank_planner import divided
 from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
 from .execution.executors import Executor
 from .execution.loading import Components
-from .execution.lora_adapter import Adapter
 from .inputs import Inputs, Pixels
 from .kv.kv_manager import KVManager
 from .limits import Limits
 from .media_input import FITS
 from .noise import SEED, Noise, PhiloxNoise
-from .parallel.launch import divided
-from .plans import RefreshWeights
+from .plans import RefreshWeights, UseAdapter
 from .programs.graph_store import card_of
 from .resources import make_resources
 from .sampler import Sampler
@@ -115,7 +114,6 @@ class Engine:
         self.inputs = Inputs(self.resources)
         self.manager = SessionManager(self.resources, limits, self.step, self.inputs.check_prompt)
         self.loop = BlockLoop(self.resources, self.manager.split_batches)
-        self.adapter = Adapter(parts.transformers)
         self.profile: Profile | None = None
         if config.batches is not None:
             for size, times in read_profiles(Path(config.batches), self.timed_on).items():
@@ -200,7 +198,9 @@ class Engine:
             width, height = self.default_size
             raise UsageError(f"size is {size[0]}x{size[1]}, but this engine makes pictures of {width}x{height} only")
         if self.parts.shard.ranks > 1:
-            choose_layout(divided(self.spec, size), self.parts.shard.ranks, self.parts.shard.layout)
+            shard = self.parts.shard
+            grid = RankGrid(shard.heads.size, shard.tokens.size, shard.branches.size)
+            check_size(divided(self.spec, size, preset.sampler.guide), grid)
         if strength is not None and video is None:
             raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:
@@ -320,13 +320,10 @@ class Engine:
         """
         lora, scale, partial = optional(path)("lora", lora), number("scale", scale), flag("partial", partial)
         self.manager.check_owner("use_lora()")
-        if self.config.gpus > 1:
-            gpus = self.config.gpus
-            raise UsageError(f"use_lora changes the weights of one rank, and gpus is {gpus}; give lora to load")
-        if lora is None:
-            self.adapter.remove()
-        else:
-            self.adapter.apply(lora, scale, partial)
+        if self.config.shard_weights:
+            raise UsageError("use_lora changes whole weights, and shard_weights divides them; give lora to load")
+        with torch.no_grad():
+            self.resources.client.execute(UseAdapter(None if lora is None else str(lora), scale, partial))
         self.refresh_derived_weights()
 
     @torch.no_grad()

@@ -50,9 +50,9 @@ def load(
     prompt is first text; with `text_prompts=False` there is none, and prompts come as embeddings.
 
     gpus: ranks that share each pass; those beside this process are started, or joined under torchrun. parallel: their
-    layout, `ulysses` or `pass-q`; `auto` takes the first that fits. On the CPU a rank is a process. What one of them
-    fails at is a RankFailed that names it, `rank_timeout` seconds after it hangs at the latest. Under torchrun the call
-    returns on rank 0 alone; the others serve it until it ends.
+    layout, such as `ulysses` or `pass-q`; `auto` takes the first that fits. shard_weights: they divide the weights. On
+    the CPU a rank is a process. What one of them fails at is a RankFailed that names it, `rank_timeout` seconds after
+    it hangs at the latest. Under torchrun the call returns on rank 0 alone; the others serve it until it ends.
 
     engine: a folder that `inferix export` wrote. Its programs run in place of a model, with its preset, size and dtype;
     settings may be `kv_memory`, `kv_offload`, and fields of the preset that do not need other programs.
@@ -92,7 +92,7 @@ def load(
         parts = load_parts(config, scheme, preset, start, offline, text_prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         assert start.world is not None
-        worker, parts = start.world.worker(config, scheme, parts)
+        worker = start.world.worker(config, scheme, parts)
     except BaseException:
         start.close()
         raise

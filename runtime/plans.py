@@ -87,6 +87,25 @@ class PassPlan:
 
 
 @dataclass(frozen=True)
+class BranchPass:
+    """The pass of one branch of guidance. place: of the ranks that run it. frames: rows of the latents that it runs."""
+
+    place: int
+    frames: tuple[int, ...]
+    run: PassPlan
+
+
+@dataclass(frozen=True)
+class GuidedPass:
+    """A pass of branches that run beside each other on ranks of their own.
+
+    Latents [B, F, C, H, W] in; the velocity of each branch, [B, frames, C, H, W], out on rank 0, in order.
+    """
+
+    branches: tuple[BranchPass, ...]
+
+
+@dataclass(frozen=True)
 class OpenStore:
     """Allocate a store of pages, with a staging buffer of `slots` frames where pages have another dtype."""
 
@@ -226,6 +245,18 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class UseAdapter:
+    """Merge an adapter into the weights in place of the one before; None removes that. Nothing derived is recomputed.
+
+    path: of a file or folder that every rank can read.
+    """
+
+    path: str | None
+    scale: float
+    partial: bool
+
+
+@dataclass(frozen=True)
 class RefreshWeights:
     """Recompute all that is derived from the weights, prompts included."""
 
@@ -238,12 +269,13 @@ class Release:
 
 
 Plan = Union[  # noqa: UP007  its members are listed at run time
-    PassPlan, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload, JoinTransfer,
-    LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, RefreshWeights, Release,
+    PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload,
+    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, UseAdapter,
+    RefreshWeights, Release,
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")
-MAGIC, VERSION = b"INFP", 3
+MAGIC, VERSION = b"INFP", 4
 
 
 def encode_plan(plan: Plan) -> bytes:
@@ -293,7 +325,7 @@ def built(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         (inner,) = (arg for arg in args if arg is not NoneType)
         return None if value is None else built(inner, value, where)
-    if kind in (int, float, bool):
+    if kind in (int, float, bool, str):
         if type(value) is not kind:
             raise ValueError(f"{where} is {cut(repr(value))}; expected {kind.__name__}")
         return value

@@ -44,6 +44,11 @@ class Resources:
         return self.client.worker
 
     @property
+    def branches_apart(self) -> bool:
+        """True if branches of guidance have ranks of their own, so that they run at the same time."""
+        return self.parts.shard.branches.size > 1
+
+    @property
     def executor(self) -> Executor:
         """The executor of this process: of its worker, or of rank 0 of several."""
         return self.executors[0]
@@ -66,5 +71,8 @@ def make_resources(
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     client = WorkerClient(worker or LocalWorker(config, preset, parts, executor))
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
-    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), client, config.kv_memory, parts.shard)
+    clients = [client]
+    if isinstance(client.worker, RankedWorker) and (places := parts.shard.branches.size) > 1:
+        clients = [WorkerClient(client.worker.of_branches(place), client) for place in range(places)]
+    kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), clients, config.kv_memory, parts.shard)
     return Resources(config, preset, parts, kv_manager, client, device, dtype)

@@ -15,6 +15,7 @@ from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
 from .execution.executors import Executor, Text, make_executor
 from .execution.loading import Components
+from .execution.lora_adapter import Adapter
 from .kv.page_store import KV_DTYPES, PagedStore, PageForm
 from .kv.sink_average import average_frame
 from .plans import (
@@ -23,6 +24,7 @@ from .plans import (
     Condition,
     Grid,
     GrowStore,
+    GuidedPass,
     JoinTransfer,
     LoadSink,
     Offload,
@@ -37,6 +39,7 @@ from .plans import (
     RefreshWeights,
     Release,
     SetSink,
+    UseAdapter,
     WritePages,
     WriteSink,
 )
@@ -66,12 +69,14 @@ class LocalWorker:
         self.executors = (executor,) if executor is not None else executors_of(config, preset, parts)
         assert len(self.executors) >= len(preset.weight_sets), preset.weight_sets
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
+        self.adapter = Adapter(parts.transformer, len(parts.transformers))
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
         self.sinks: dict[int, Tensor] = {}  # [layers, 2, sink frames, page_tokens, heads, head_dim]
         self.hosts: dict[int, tuple[Tensor, Tensor | None]] = {}  # keys and values, scales
         self.runs: dict[type[Any], Callable[..., list[Tensor] | None]] = {
             PassPlan: self.run_pass,
+            GuidedPass: self.run_branches,
             OpenStore: self.open_store,
             GrowStore: lambda plan: self.stores[plan.grid].grow(plan.pages),
             CloseStore: self.close_store,
@@ -88,6 +93,7 @@ class LocalWorker:
             ReadSink: lambda plan: [self.sinks[plan.sink]],
             SetSink: self.set_sink,
             Condition: self.condition,
+            UseAdapter: self.use_adapter,
             RefreshWeights: self.refresh_weights,
             Release: self.release,
         }
@@ -118,6 +124,12 @@ class LocalWorker:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
         return [executor.forward(latents, timesteps, text, attention, actions)]
 
+    def run_branches(self, plan: GuidedPass, latents: Tensor) -> list[Tensor]:
+        """Run the branches of this rank's place."""
+        place = self.parts.shard.branches.place
+        own = [branch for branch in plan.branches if branch.place == place]
+        return [velocity for branch in own for velocity in self.run_pass(branch.run, latents[:, list(branch.frames)])]
+
     def attention(self, plan: PassPlan) -> KeyValues:
         return self.stores[plan.layout.grid].attention(plan.layout)
 
@@ -134,6 +146,12 @@ class LocalWorker:
 
     def conditioned(self, rows: Tensor) -> dict[Executor, Text]:
         return {executor: executor.condition(rows) for executor in dict.fromkeys(self.executors)}
+
+    def use_adapter(self, plan: UseAdapter) -> None:
+        if plan.path is None:
+            self.adapter.remove()
+        else:
+            self.adapter.apply(plan.path, plan.scale, plan.partial)
 
     def refresh_weights(self, plan: RefreshWeights) -> None:
         for executor in dict.fromkeys(self.executors):

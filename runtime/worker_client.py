@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Protocol
 from weakref import finalize
@@ -37,12 +37,16 @@ class Handle:
 
 
 class WorkerClient:
-    """Sends plans to a worker, from the thread that drives the engine. Handles may be dropped in any thread."""
+    """Sends plans to a worker, from the thread that drives the engine. Handles may be dropped in any thread.
 
-    def __init__(self, worker: Worker) -> None:
+    whole: the client of all ranks, where `worker` is some of them; both have the same numbers.
+    """
+
+    def __init__(self, worker: Worker, whole: WorkerClient | None = None) -> None:
         self.worker = worker
-        self.numbers = count(1)
-        self.dropped: deque[int] = deque()
+        self.whole = whole or self
+        self.numbers: Iterator[int] = count(1) if whole is None else whole.numbers
+        self.dropped: deque[int] = deque() if whole is None else whole.dropped
 
     def handle(self) -> Handle:
         """A new handle, for a plan that makes what it stands for."""
@@ -61,7 +65,7 @@ class WorkerClient:
         while self.dropped:
             numbers.append(self.dropped.popleft())
         if numbers:
-            self.worker.execute(Release(tuple(numbers)))
+            self.whole.worker.execute(Release(tuple(numbers)))
 
     def condition(self, rows: Tensor) -> Handle:
         """Prepare a prompt, from the text encoder's rows [text_len, text_dim]."""

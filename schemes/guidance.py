@@ -73,6 +73,17 @@ class Guidance:
                     "each but the last"
                 )
 
+    @property
+    def caches(self) -> tuple[int, ...]:
+        """Number of the cache of each branch, counted from 0; a branch that reads another's has the same."""
+        owners = [number if branch.reads is None else branch.reads for number, branch in enumerate(self.branches)]
+        return tuple(sorted(set(owners)).index(owner) for owner in owners)
+
+    @property
+    def is_even(self) -> bool:
+        """True if every branch runs the same groups over a cache of its own, in every pass."""
+        return len(self.scales) == 1 and all(branch.writes_past for branch in self.branches)
+
     def scales_at(self, timestep: float) -> tuple[float, ...]:
         """Scales of a frame at a timestep."""
         return next(scales for start, scales in reversed(self.scales) if start <= timestep)

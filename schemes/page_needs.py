@@ -66,10 +66,15 @@ def needs_negative(preset: Preset) -> bool:
     return "negative" in texts or preset.context.clean_text == "null"
 
 
-def least_pages(preset: Preset) -> int:
-    """Pages that one session needs; where the window has no end, those of its first block."""
-    pasts = sum(branch.writes_past for branch in preset.sampler.guide.branches)
-    alone = any(not branch.sees_past for branch in preset.sampler.guide.branches)
+def least_pages(preset: Preset, cache: int | None = None) -> int:
+    """Pages that one session needs; where the window has no end, those of its first block.
+
+    cache: of the branches of guidance with this cache alone, as `Guidance.caches` numbers them.
+    """
+    guide = preset.sampler.guide
+    branches = [branch for branch, number in zip(guide.branches, guide.caches, strict=True) if cache in (None, number)]
+    pasts = sum(branch.writes_past for branch in branches)
+    alone = any(not branch.sees_past for branch in branches)
     pages = pasts * (page_needs(preset).total or preset.num_frame_per_block)
     return pages + alone * preset.window_blocks * preset.num_frame_per_block  # for the pass
 

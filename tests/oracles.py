@@ -153,7 +153,7 @@ def contiguous(engine: Engine, moving: bool = False, kind: type[ContiguousCache]
             worker.attention = lambda plan: bound
             return PassLayout(self.grid, (), 0, False)
 
-    def new_cache(size: tuple[int, int]) -> ContiguousCache:
+    def new_cache(size: tuple[int, int], number: int = 0) -> ContiguousCache:
         form, precision = engine.kv_manager.form(size), engine.parts.transformer.precision
         moves = moving or engine.preset.context.moving_positions
         rope = engine.parts.transformer.rope

@@ -35,7 +35,10 @@ BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files"
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "parallel", "resources",
               "sessions", "inputs", "block_loop", "engine", "load")  # fmt: skip
 FAMILIES = {"wan", "tinyworld", "magi"}  # packages of `models`
-MAY_NAME_A_FAMILY = {"inferix.evaluate.tinyworld", "inferix.bench.baseline"}
+MAY_NAME_A_FAMILY = {
+    "inferix.bench.baseline",
+    *(f"inferix.evaluate.tinyworld{part}" for part in ("", "_walks")),
+}
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
 
 

@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx.node import map_arg
 
+from ..cost import spec_of
 from ..edit import Editor, fake, shape
 from ..effects import is_scratch, is_view, storage, written
 from ..trace import without_unused
@@ -61,9 +63,17 @@ def ranks_of(graph: PassGraph) -> dict[fx.Node, int]:
             ranks[node] = When.PASS.rank + 1
         else:
             ranks[node] = max((ranks[given] for given in node.all_input_nodes), default=0)
+            if exchanges(node):  # every rank runs it in every pass, and what it gathers is not kept
+                ranks[node] = When.PASS.rank
             for target in written(node):
                 ranks[storage(target)] = ranks[target] = ranks[node]
     return ranks
+
+
+def exchanges(node: fx.Node) -> bool:
+    """True for a collective."""
+    spec = spec_of(node.target) if isinstance(node.target, OpOverload) else None
+    return spec is not None and spec.family == "exchange"
 
 
 def all_users(node: fx.Node) -> Iterator[fx.Node]:

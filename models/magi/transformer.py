@@ -282,7 +282,7 @@ class MagiTransformer(Transformer):
     @property
     def spec_dtype(self) -> torch.dtype:
         """The dtype of the model, of which some parts compute in more."""
-        return self.x_embedder.weight.dtype
+        return self.videodit_blocks.final_layernorm.weight.dtype
 
     # Passes
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from ...errors import UsageError
+from ...graphs.shards import ALONE, Shard
 from ...models.decoder import DecoderSpec
 from ...models.spec import ModelSpec
+from ...schemes.layouts import choose_layout
 from ...schemes.page_needs import page_needs
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
@@ -19,7 +21,7 @@ from . import costs, planner
 from .available_memory import Available, available_memory
 from .costs import ITEMSIZE
 from .planner import Suggestion, Workload
-from .rank_planner import rank_memory
+from .rank_planner import divided_of, rank_memory
 
 MOST_SUGGESTIONS = 4
 
@@ -45,7 +47,7 @@ class MemoryCheck:
         fast: DecoderSpec | None,
         made_on_host: bool,
         files: Sequence[Path] = (),
-    ) -> None:
+    ) -> Shard:
         """Raise UsageError for a size that the model cannot make, and where memory is too small.
 
         text: parameters of the text encoder, 0 for none. made_on_host: weights are, before they are moved. files: of
@@ -53,15 +55,17 @@ class MemoryCheck:
         """
         load, device = self.workload(spec, decoder, text), torch.device(self.config.device)
         if self.force:
-            return
+            return ALONE
         total = planner.needed(load) + self.more_bytes(load, fast)
         if (gpus := self.config.gpus) > 1:
-            total = rank_memory(load, gpus, self.sessions) + self.more_bytes(load, fast)
+            grid = choose_layout(divided_of(load), gpus, self.config.parallel)
+            total = rank_memory(load, grid, self.sessions, self.config.shard_weights) + self.more_bytes(load, fast)
             total *= gpus if device.type == "cpu" else 1  # processes share the memory of the machine
         self.compare(load, total, available_memory(device))
         if made_on_host and device.type != "cpu":
             weights = len(self.preset.weight_sets) * ITEMSIZE[load.dtype] * costs.transformer_parameters(spec)
             self.compare(load, weights, available_memory(torch.device("cpu")))
+        return ALONE
 
     def workload(self, spec: ModelSpec, decoder: DecoderSpec, text: int) -> Workload:
         """Workload for the planner; a stream that keeps every frame counts with its first window."""

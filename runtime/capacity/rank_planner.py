@@ -6,16 +6,20 @@ latency for each collective, one after another. Every constant is here, and a me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UsageError, nearest, quoted
 from ...graphs.passes import Pass
 from ...models.files import parse_json
+from ...models.spec import ModelSpec
+from ...models.weight_shards import part_of
 from ...schemes.block_schedule import ScheduledBlock
-from ...schemes.layouts import Divided, PassShape, bytes_sent
-from ...schemes.page_needs import branches
+from ...schemes.guidance import Guidance
+from ...schemes.layouts import Divided, PassShape, RankGrid, bytes_sent, collectives
+from ...schemes.page_needs import least_pages
 from . import costs, planner
 from .costs import ITEMSIZE
 from .planner import Ceiling, Workload
@@ -57,33 +61,73 @@ def read_link(name: str) -> Link:
     return Link(bandwidth, latency, f"{path.name}, measured")
 
 
-def divided(load: Workload) -> Divided:
-    """Heads and token grid of a workload, which ranks divide."""
-    spec, (height, width) = load.spec, load.latent
-    return Divided(spec.num_heads, spec.kv_heads, (height // spec.patch[0], width // spec.patch[1]))
+def divided(spec: ModelSpec, size: tuple[int, int], guide: Guidance) -> Divided:
+    """Counts of a model, of its pictures of `size` and of a preset's guidance, which ranks divide."""
+    height, width = spec.latent_size(size)
+    grid = height // spec.patch[0], width // spec.patch[1]
+    return Divided(spec.num_heads, spec.kv_heads, grid, len(set(guide.caches)), guide.is_even)
+
+
+def divided_of(load: Workload) -> Divided:
+    return divided(load.spec, load.size, load.preset.sampler.guide)
 
 
 # Bytes
 
 
-def pass_bytes(load: Workload, run: Pass, layout: str, ranks: int) -> int:
-    """Bytes that each rank sends in one pass of one branch."""
-    frames, (height, width) = len(run.frames), load.latent
-    shape = PassShape(
-        frames * load.tokens, load.preset.context.rotates_sink, frames * load.spec.out_channels * height * width
-    )
-    spec = load.spec
-    return bytes_sent(layout, ranks, shape, divided(load), spec.head_dim, spec.num_layers, ITEMSIZE[load.dtype])
+def frame_entries(load: Workload) -> int:
+    """Numbers of a latent frame."""
+    return load.spec.out_channels * math.prod(load.latent)
 
 
-def block_bytes(load: Workload, block: ScheduledBlock, layout: str, ranks: int) -> int:
-    """Bytes that each rank sends in a block whose passes run one by one."""
-    return branches(load.preset) * sum(pass_bytes(load, one.run, layout, ranks) for one in block.passes)
+def divided_matrices(load: Workload) -> list[int]:
+    """Numbers of each matrix that ranks divide with `shard_weights`."""
+    return [inputs * outputs for _, inputs, outputs in costs.token_layers(load.spec)]
 
 
-def collectives(load: Workload, layout: str) -> int:
-    """Collectives of one pass: two or three a layer, and one for the velocity."""
-    return load.spec.num_layers * (3 if layout == "pass-q" and load.preset.context.rotates_sink else 2) + 1
+def weight_bytes(load: Workload, grid: RankGrid) -> int:
+    """Bytes that each rank sends in one pass for the others to gather the weights."""
+    parts = sum(part_of(count, grid.tiles) for count in divided_matrices(load))
+    return (grid.tiles - 1) * parts * ITEMSIZE[load.dtype]
+
+
+def pass_bytes(load: Workload, run: Pass, grid: RankGrid) -> int:
+    """Bytes that each rank sends in one pass of one branch, besides weights."""
+    frames, spec = len(run.frames), load.spec
+    shape = PassShape(frames * load.tokens, load.preset.context.rotates_sink, frames * frame_entries(load))
+    return bytes_sent(grid, shape, divided_of(load), spec.head_dim, spec.num_layers, ITEMSIZE[load.dtype])
+
+
+def runs_at(load: Workload, block: ScheduledBlock, grid: RankGrid, place: int) -> list[Pass]:
+    """Passes of a block that ranks run, of all branches of guidance or of those of their place."""
+    guide = load.preset.sampler.guide
+    return [
+        run for scheduled in block.passes for number, run in scheduled.branch_runs(guide).items()
+        if grid.branches == 1 or guide.caches[number] == place
+    ]  # fmt: skip
+
+
+def block_bytes(
+    load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False
+) -> int:
+    """Bytes that the first rank of a place sends in a block whose passes run one by one.
+
+    place: of branches of guidance; ranks of others than 0 send their velocities to rank 0. shard_weights: ranks gather
+    the weights in each pass.
+    """
+    runs = runs_at(load, block, grid, place)
+    velocities = sum(len(run.frames) for run in runs) * frame_entries(load) * ITEMSIZE[load.dtype]
+    weights = len(runs) * weight_bytes(load, grid) if shard_weights else 0
+    return sum(pass_bytes(load, run, grid) for run in runs) + weights + (velocities if place > 0 else 0)
+
+
+def block_collectives(
+    load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False
+) -> int:
+    """Collectives, and sent velocities, of the first rank of a place in a block."""
+    runs = len(runs_at(load, block, grid, place))
+    each = collectives(grid, load.spec.num_layers, load.preset.context.rotates_sink)
+    return runs * (each + (place > 0) + (len(divided_matrices(load)) if shard_weights else 0))
 
 
 # Plans
@@ -93,8 +137,9 @@ def collectives(load: Workload, layout: str) -> int:
 class RankPlan:
     """Ranks of one world, and worlds side by side.
 
-    memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of a steady block's passes; decoding:
-    of its decoder, on one rank. sent: bytes that a rank sends in a block.
+    layout: its name, `one` for one GPU. memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of
+    a steady block's passes; decoding: of its decoder, on one rank. sent: bytes that a rank sends in a block.
+    shard_weights: ranks divide the weights.
     """
 
     layout: str
@@ -109,6 +154,7 @@ class RankPlan:
     decoding: float
     frames: float
     sent: int
+    shard_weights: bool = False
 
     @property
     def block(self) -> float:
@@ -126,45 +172,73 @@ class RankPlan:
 
     def __str__(self) -> str:
         world = "one GPU" if self.ranks == 1 else f"{self.layout} on {self.ranks}"
+        world += ", shard_weights" if self.shard_weights else ""
         return world if self.replicas == 1 else f"{self.replicas} x {world}"
 
 
-def rank_memory(load: Workload, ranks: int, sessions: int) -> int:
-    """Bytes of rank 0, which decodes: all weights, and its part of each page."""
-    split = planner.memory(load)
-    page_parts = {"pages", "page_buffer", "moving_sink"}
-    once = sum(-(-count // ranks) if name in page_parts else count for name, count in split.once.items())
-    each = sum(-(-count // ranks) if name in page_parts else count for name, count in split.each.items())
-    return once + sessions * each
+def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False) -> int:
+    """Bytes of rank 0, which decodes: all weights, or its part and the largest whole, and its part of each page.
+
+    What a pass computes is divided too, where no rank gathers the queries of others.
+    """
+    split, guide = planner.memory(load), load.preset.sampler.guide
+    each, once = dict(split.each), dict(split.once)
+    if grid.branches > 1:
+        numbers = set(guide.caches)
+        most = max(least_pages(load.preset, number) for number in numbers)
+        each["pages"] = each["pages"] * most // least_pages(load.preset)
+        each["moving_sink"] //= len(numbers)
+    if shard_weights:
+        counts, item = divided_matrices(load), ITEMSIZE[load.dtype]
+        once["transformer"] -= item * (sum(counts) - sum(part_of(count, grid.tiles) for count in counts) - max(counts))
+    scratch = {"pass_scratch"} if grid.tokens == 1 else set()
+    for part in (once, each):
+        for name in part.keys() & ({"pages", "page_buffer", "moving_sink"} | scratch):
+            part[name] = -(-part[name] // grid.tiles)
+    return sum(once.values()) + sessions * sum(each.values())
 
 
 def plans(load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link) -> Iterator[RankPlan]:
     """Every layout of `gpus` GPUs: replicas of one GPU, of all, and of each divisor between."""
+    parts = divided_of(load)
     for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
-        for layout in divided(load).layouts(ranks) if ranks > 1 else ("one",):
-            yield plan(load, layout, ranks, gpus // ranks, memory, ceiling, link)
+        grids = [parts.grid_of(layout, ranks) for layout in parts.layouts(ranks)] if ranks > 1 else [RankGrid()]
+        for grid in grids:
+            assert grid is not None
+            whole = plan(load, grid, gpus // ranks, memory, ceiling, link)
+            yield whole
+            if not whole.fits and grid.tiles > 1:
+                yield plan(load, grid, gpus // ranks, memory, ceiling, link, shard_weights=True)
 
 
 def plan(
-    load: Workload, layout: str, ranks: int, replicas: int, memory: int, ceiling: Ceiling, link: Link
-) -> RankPlan:
-    """Predict one layout. memory: bytes of a GPU."""
-    blocks, times = planner.steady_blocks(load.preset), branches(load.preset)
+    load: Workload, grid: RankGrid, replicas: int, memory: int, ceiling: Ceiling, link: Link,
+    shard_weights: bool = False,
+) -> RankPlan:  # fmt: skip
+    """Predict one layout. memory: bytes of a GPU. Of branches of guidance, the longest is waited for."""
+    blocks = planner.steady_blocks(load.preset)
     speed = planner.steady_speed(load, Ceiling(ceiling.tflops * EFFICIENCY, ceiling.bandwidth, ceiling.source))
-    runs = [one.run for block in blocks for one in block.passes]
-    flops = times * sum(costs.pass_flops(load.spec, load.tokens, run).total for run in runs) / len(blocks)
-    passes = times * len(runs) / len(blocks)
-    sent = 0 if ranks == 1 else sum(block_bytes(load, block, layout, ranks) for block in blocks) // len(blocks)
-    waits = 0.0 if ranks == 1 else passes * collectives(load, layout) * link.latency / 1e3
-    need = rank_memory(load, ranks, -(-load.sessions // replicas))
+
+    def per_block(what: Callable[[ScheduledBlock, int], float]) -> float:
+        """Mean over the blocks of the most that a place of branches has."""
+        return sum(max(what(block, place) for place in range(grid.branches)) for block in blocks) / len(blocks)
+
+    def flops(block: ScheduledBlock, place: int) -> int:
+        return sum(costs.pass_flops(load.spec, load.tokens, run).total for run in runs_at(load, block, grid, place))
+
+    sent = int(per_block(lambda block, place: block_bytes(load, block, grid, place, shard_weights)))
+    waits = per_block(lambda block, place: block_collectives(load, block, grid, place, shard_weights))
+    need = rank_memory(load, grid, -(-load.sessions // replicas), shard_weights)
     return RankPlan(
-        layout, ranks, replicas, need, need <= memory, passes,
-        computing=flops / ranks / (ceiling.tflops * EFFICIENCY * 1e12) * 1e3,
+        grid.layout or "one", grid.ranks, replicas, need, need <= memory,
+        passes=per_block(lambda block, place: len(runs_at(load, block, grid, place))),
+        computing=per_block(flops) / grid.tiles / (ceiling.tflops * EFFICIENCY * 1e12) * 1e3,
         sending=sent / (link.bandwidth * 1e9) * 1e3,
-        waiting=waits,
+        waiting=waits * link.latency / 1e3,
         decoding=speed.decoder_seconds * 1e3,
         frames=speed.frames,
         sent=sent,
+        shard_weights=shard_weights,
     )  # fmt: skip
 
 

@@ -147,8 +147,7 @@ class EagerExecutor:
         if self.shard.ranks == 1:
             return run(latents, attention)
         spec = self.model.spec
-        grid = latents.shape[-2] // spec.patch[0], latents.shape[-1] // spec.patch[1]
-        return run_on_tile(run, self.shard, grid, spec.grid, latents, paged(attention))
+        return run_on_tile(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
 
     def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
@@ -380,6 +379,8 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
 def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
     packed = None if precision is None else with_packed_layers(model, precision)
+    if config.shard_weights:
+        return EagerExecutor(model, shard=parts.shard)  # faster layers would keep the whole weights
     return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard)
 
 

@@ -13,6 +13,7 @@ from ...errors import UsageError, quoted
 from ...graphs.shards import ALONE, Shard
 from ...models.decoder import Decoder, DecoderSpec
 from ...models.family import Checkpoint, PromptEncoder
+from ...models.fingerprints import fingerprint
 from ...models.hub import locate
 from ...models.registry import MODELS, PRESETS, family_of, read_checkpoint, shipped
 from ...models.spec import ModelSpec
@@ -34,8 +35,10 @@ class SizeCheck(Protocol):
         fast: DecoderSpec | None,
         made_on_host: bool,
         files: Sequence[Path] = (),
-    ) -> None:
-        """text: parameters of the text encoder, 0 for none. fast: a second decoder. made_on_host: weights are.
+    ) -> Shard:
+        """Return the rank's part of every pass, whose weights are read; `ALONE` for one rank.
+
+        text: parameters of the text encoder, 0 for none. fast: a second decoder. made_on_host: weights are.
 
         files: of the transformer's weights.
         """
@@ -126,22 +129,21 @@ def load_components(
     fast_vae = matching_decoder(config.fast_vae, folders, spec, config) if config.fast_vae else None
     text = text if text_prompts else None
     encoder = family.text_parameters(spec) if text else 0
-    check(spec, vae.spec, encoder, fast_vae.spec if fast_vae else None, made_on_host=False, files=checkpoint.files)
-    transformer = family.load(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial)
+    shard = check(
+        spec, vae.spec, encoder, fast_vae.spec if fast_vae else None, made_on_host=False, files=checkpoint.files
+    )
+    transformers, fingerprints = load_transformers(checkpoint, sets, config, shard, vae)
     return Components(
-        transformer=transformer,
+        transformer=transformers[0],
         vae=vae,
         text=text,
         source=config.model,
         form=checkpoint.form,
         digest=lambda: checkpoint.digest,
         fast_vae=fast_vae,
-        more=tuple(
-            transformer
-            if tensors is checkpoint.tensors
-            else family.load(replace(checkpoint, tensors=tensors), config.precision, dtype, device)
-            for tensors in sets[1:]
-        ),
+        more=transformers[1:],
+        fingerprints=fingerprints,
+        shard=shard,
     )
 
 
@@ -167,6 +169,30 @@ def weight_sets(checkpoint: Checkpoint, scheme: Preset) -> tuple[Mapping[str, Te
             f"boundary_ratio={checkpoint.boundary_ratio}"
         )
     return (checkpoint.tensors, *checkpoint.more)
+
+
+def load_transformers(
+    checkpoint: Checkpoint, sets: Sequence[Mapping[str, Tensor]], config: EngineConfig, shard: Shard, vae: Decoder
+) -> tuple[tuple[Transformer, ...], Mapping[str, str] | None]:
+    """The transformer of each set of weights, or a rank's part of them with the fingerprints of the whole weights.
+
+    Sets of the same tensors share a transformer.
+    """
+    family, made, prints = family_of(checkpoint.spec), list[Transformer](), dict[str, str]()
+    shards = None
+    for number, tensors in enumerate(sets):
+        if number and tensors is sets[0]:
+            made.append(made[0])
+            continue
+        shards = family.weight_shards(checkpoint.spec, shard.weights)
+        one = replace(checkpoint, tensors=tensors)
+        kind = DTYPES[config.dtype]
+        made.append(
+            family.load(one, config.precision, kind, config.device, loras(config), config.lora_partial, shards)
+        )
+        if shards is not None:
+            prints[f"transformer.{number}" if number else "transformer"] = shards.fingerprint
+    return tuple(made), None if shards is None else {**prints, "decoder": fingerprint(vae)}
 
 
 def matching_decoder(name: str | None, folders: list[Path], spec: ModelSpec, config: EngineConfig) -> Decoder:
@@ -199,24 +225,24 @@ def random_components(spec: ModelSpec, config: EngineConfig, scheme: Preset, che
     family = family_of(spec)
     family.check_preset(scheme, spec.name)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
-    check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
+    shard = check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device
 
-    def transformer(number: int) -> Transformer:
-        """Random weights of one set; adapters go with a single one."""
-        weights = family.random_state(spec, RANDOM_SEEDS[number], dtype)
-        checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
-        return family.load(checkpoint, config.precision, dtype, device, loras(config), config.lora_partial)
-
+    sets = [family.random_state(spec, seed, dtype) for seed in RANDOM_SEEDS[: len(scheme.weight_sets)]]
+    checkpoint = Checkpoint(Path(spec.name), "random", (), sets[0], spec, None)
+    vae = family.random_decoder(spec, config.vae == "taehv", dtype, device)
+    transformers, fingerprints = load_transformers(checkpoint, sets, config, shard, vae)
     return Components(
-        transformer=transformer(0),
-        vae=family.random_decoder(spec, config.vae == "taehv", dtype, device),
+        transformer=transformers[0],
+        vae=vae,
         text=family.random_text(spec, dtype, device),
         source=spec.name,
         form="random",
         digest=lambda: None,
         fast_vae=family.random_decoder(spec, True, dtype, device) if config.fast_vae else None,
-        more=tuple(map(transformer, range(1, len(scheme.weight_sets)))),
+        more=transformers[1:],
+        fingerprints=fingerprints,
+        shard=shard,
     )
 
 

@@ -22,11 +22,11 @@ from ...models.transformer import Transformer
 class Adapter:
     """Applies LoRAs to a model. Owns copies of the original weights of changed layers, by name.
 
-    models: its sets of weights; adapters are for models that have one.
+    sets: of weights that the model has; adapters are for models of one.
     """
 
-    def __init__(self, models: tuple[Transformer, ...]) -> None:
-        model, self.sets = models[0], len(models)
+    def __init__(self, model: Transformer, sets: int = 1) -> None:
+        self.sets = sets
         self.family = family_of(model.spec)
         self.weights = dict(model.named_parameters())
         self.originals: dict[str, Tensor] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ...errors import UsageError
@@ -10,6 +12,7 @@ from ...models.spec import ModelSpec
 from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
+from ..plans import Grid
 from ..worker_client import WorkerClient
 from .page_space import PageSpace
 from .page_store import PageForm
@@ -20,9 +23,10 @@ from .pages import PageTable
 class KVManager:
     """Owns the page ids of all stores, and has the worker open and close them.
 
-    preset: as loaded; the narrower window of an overloaded engine needs no more pages. budget: bytes of all stores,
-    allocated once. None: stores begin with the pages of one session, and grow. shard: of this rank; sizes in bytes are
-    those of one rank.
+    preset: as loaded; the narrower window of an overloaded engine needs no more pages. clients: of the ranks that have
+    the pages of each branch of guidance; one for all branches where the same ranks have them. budget: bytes of all
+    stores of a rank, allocated once. None: stores begin with the pages of one session, and grow. shard: of this rank;
+    sizes in bytes are those of one rank.
     """
 
     def __init__(
@@ -30,32 +34,40 @@ class KVManager:
         spec: ModelSpec,
         preset: Preset,
         dtypes: tuple[torch.dtype, torch.dtype],
-        client: WorkerClient,
+        clients: Sequence[WorkerClient],
         budget: int | None,
         shard: Shard = ALONE,
     ) -> None:
-        self.spec, self.preset, self.dtypes, self.client, self.budget = spec, preset, dtypes, client, budget
+        self.spec, self.preset, self.dtypes, self.clients, self.budget = spec, preset, dtypes, clients, budget
         self.shard = shard
-        self.stores: dict[tuple[int, int], PageSpace] = {}  # by token grid
+        self.stores: dict[tuple[Grid, int], PageSpace] = {}  # by token grid and number of the client
 
-    def new_cache(self, size: tuple[int, int]) -> PagedCache:
-        """Return an empty cache for pictures of `size` (width, height), in the store of that size."""
-        store = self.store(size)
+    def new_cache(self, size: tuple[int, int], number: int = 0) -> PagedCache:
+        """Return an empty cache for pictures of `size` (width, height), in the store of that size.
+
+        number: of the cache in `Guidance.caches`.
+        """
+        store = self.store(size, number)
         return PagedCache(store, PageTable(store.pool, page_needs(self.preset).context or 0), self.preset.context)
 
-    def store(self, size: tuple[int, int]) -> PageSpace:
-        """Return the store for pictures of `size`; UsageError if the budget is too small for one session."""
-        form = self.form(size)
-        if form.grid not in self.stores:
-            for grid in [grid for grid, store in self.stores.items() if not store.users]:
-                self.stores.pop(grid).close()
-            slots, pages = staging_slots(self.preset), least_pages(self.preset)
+    def store(self, size: tuple[int, int], number: int = 0) -> PageSpace:
+        """Return the store of a cache for pictures of `size`.
+
+        UsageError if the budget is too small for one session.
+        """
+        form, cache = self.form(size), None if len(self.clients) == 1 else number
+        key = form.grid, cache or 0
+        if key not in self.stores:
+            unused = [other for other, store in self.stores.items() if not store.users and other[1] == key[1]]
+            for other in unused:
+                self.stores.pop(other).close()
+            slots, pages = staging_slots(self.preset), least_pages(self.preset, cache)
             if self.budget is not None:
-                used = sum(store.nbytes for store in self.stores.values())
+                used = sum(store.nbytes for other, store in self.stores.items() if other[1] == key[1])
                 staging = slots * form.slot_bytes(form.model_dtype) if form.staged else 0
-                pages = pages_in(self.budget, form.nbytes, staging + used, self.preset)
-            self.stores[form.grid] = PageSpace(form, pages, slots, self.client, grows=self.budget is None)
-        return self.stores[form.grid]
+                pages = pages_in(self.budget, form.nbytes, staging + used, self.preset, pages)
+            self.stores[key] = PageSpace(form, pages, slots, self.clients[key[1]], grows=self.budget is None)
+        return self.stores[key]
 
     def batches(self, size: tuple[int, int]) -> bool:
         """True if one pass can serve several sessions; a staging buffer within a budget has room for one."""
@@ -68,9 +80,8 @@ class KVManager:
         return PageForm(self.spec, grid, *self.dtypes, self.shard)
 
 
-def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset) -> int:
-    """Number of pages in `budget` bytes less `fixed`; UsageError if one session of the preset needs more."""
-    least = least_pages(preset)
+def pages_in(budget: int, page_bytes: int, fixed: int, preset: Preset, least: int) -> int:
+    """Number of pages in `budget` bytes less `fixed`; UsageError if that is less than one session needs, `least`."""
     pages = (budget - fixed) // page_bytes
     if pages < least:
         raise UsageError(

@@ -45,7 +45,7 @@ class PageForm:
     def shape(self) -> tuple[int, int, int]:
         """(tokens, heads of keys and values, head dim) of one frame on one rank."""
         tokens, heads = self.grid[0] * self.grid[1], self.spec.kv_heads
-        return tokens // self.shard.token_shards, heads // self.shard.head_shards, self.spec.head_dim
+        return tokens // self.shard.tokens.size, heads // self.shard.heads.size, self.spec.head_dim
 
     @property
     def whole(self) -> PageForm:
@@ -213,11 +213,11 @@ class PagedStore:
     def _rope_of_tokens(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the grid's rows and columns, of those that the rank has tokens of."""
         _, rows, columns = self.rope_cos_sin([0])
-        if self.form.shard.token_shards == 1:
+        if self.form.shard.tokens.size == 1:
             return rows, columns
-        tiles = self.form.shard.tiles(self.form.grid)
-        row, column = tiles.place
-        return rows.chunk(tiles.rows)[row].contiguous(), columns.chunk(tiles.columns)[column].contiguous()
+        regions = self.form.shard.regions(self.form.grid)
+        row, column = regions.place
+        return rows.chunk(regions.rows)[row].contiguous(), columns.chunk(regions.columns)[column].contiguous()
 
     def ints(self, values: Sequence[Any]) -> Tensor:
         """An int32 tensor on the store's device."""
@@ -244,12 +244,13 @@ class PagedStore:
 
 def lists_of_rank(row: GroupPages, shard: Shard) -> GroupPages:
     """The lists of pages that a rank's heads read, of those of all groups of heads."""
-    if not row.head_lists or shard.head_shards == 1:
+    axis = shard.heads
+    if not row.head_lists or axis.size == 1:
         return row
-    each, rest = divmod(len(row.head_lists), shard.head_shards)
+    each, rest = divmod(len(row.head_lists), axis.size)
     if each and not rest:
-        return replace(row, head_lists=row.head_lists[shard.rank * each : (shard.rank + 1) * each])
-    listed, sinks = row.head_lists[shard.rank * len(row.head_lists) // shard.head_shards]
+        return replace(row, head_lists=row.head_lists[axis.place * each : (axis.place + 1) * each])
+    listed, sinks = row.head_lists[axis.place * len(row.head_lists) // axis.size]
     return replace(row, listed=listed, sinks=sinks, head_lists=())
 
 

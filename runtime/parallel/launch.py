@@ -23,11 +23,12 @@ import torch.distributed as dist
 
 from ...errors import InferixError, UsageError, quoted
 from ...graphs.shards import Shard
-from ...kernels.collectives import RankGroup, add_group
+from ...kernels.collectives import RankGroup
 from ...models.decoder import DecoderSpec
 from ...models.spec import ModelSpec
-from ...schemes.layouts import Divided, choose_layout
+from ...schemes.layouts import RankGrid, choose_layout
 from ...schemes.presets import Preset
+from ..capacity.rank_planner import divided
 from ..config import EngineConfig
 from ..execution.loading import Components, SizeCheck
 from ..worker import LocalWorker
@@ -36,7 +37,7 @@ from .messages import Connection, Message
 from .peers import Peer, Peers
 from .rank_process import ADDRESS
 from .ranked_worker import RankedWorker
-from .rendezvous import LOCAL, START, Place, join_group, join_store
+from .rendezvous import LOCAL, START, Place, join_grid, join_store
 
 COLLECTIVE = 1.25  # a collective ends by itself after so many timeouts of a rank, whose process may be out of reach
 WORLDS = count(1)  # of this process
@@ -51,14 +52,11 @@ class World:
     group: RankGroup
     shard: Shard
 
-    def worker(
-        self, config: EngineConfig, preset: Preset, parts: Components
-    ) -> tuple[RankedWorker, Components]:
-        """The worker of all ranks, and the parts of this one; waits until all have loaded."""
-        parts = replace(parts, shard=self.shard)
+    def worker(self, config: EngineConfig, preset: Preset, parts: Components) -> RankedWorker:
+        """The worker of all ranks; waits until all have loaded."""
         local = LocalWorker(config, preset, parts)
         self.peers.replies()
-        return RankedWorker(local, self.peers, self.group), parts
+        return RankedWorker(local, self.peers, self.group)
 
 
 @dataclass
@@ -86,7 +84,7 @@ class Start:
         fast: DecoderSpec | None,
         made_on_host: bool,
         files: Sequence[Path] = (),
-    ) -> None:
+    ) -> Shard:
         """Raise UsageError for sizes that the ranks cannot divide; start them."""
         config = self.config
         if ":" in config.device:
@@ -94,29 +92,24 @@ class Start:
             raise UsageError(f"{message}; ranks take GPUs 0, 1, ...: use cuda")
         self.check(spec, decoder, text, fast, made_on_host, files)
         size = self.size or spec.default_size
-        layout = choose_layout(divided(spec, size), self.config.gpus, self.config.parallel)
-        if layout == "pass-q" and self.config.kv_dtype not in (None, self.config.dtype):
+        grid = choose_layout(divided(spec, size, self.preset.sampler.guide), config.gpus, config.parallel)
+        if grid.tokens > 1 and config.kv_dtype not in (None, config.dtype):
             raise UsageError(
-                f"kv_dtype is {quoted(self.config.kv_dtype)} with parallel=pass-q, whose pages have the model's dtype; "
-                "leave kv_dtype out, or use parallel=ulysses"
+                f"kv_dtype is {quoted(config.kv_dtype)} with parallel={grid.layout}, whose pages have the model's "
+                "dtype; leave kv_dtype out, or use parallel=ulysses"
             )
         mine = identity(spec, self.preset, files)
-        self.world = start(self.config, layout, mine, self.name, self.settings, self.offline)
+        self.world = start(self.config, grid, mine, self.name, self.settings, self.offline)
+        return self.world.shard
 
     def close(self) -> None:
         if self.world is not None:
             self.world.peers.close()
 
 
-def divided(spec: ModelSpec, size: tuple[int, int]) -> Divided:
-    """Heads of a model and tokens of its pictures of `size`, which ranks divide."""
-    height, width = spec.latent_size(size)
-    return Divided(spec.num_heads, spec.kv_heads, (height // spec.patch[0], width // spec.patch[1]))
-
-
 def start(
     config: EngineConfig,
-    layout: str,
+    grid: RankGrid,
     mine: Mapping[str, Any],
     preset: str | None,
     settings: Mapping[str, Any],
@@ -151,7 +144,7 @@ def start(
         shared = asdict(replace(config, model=str(config.model)))
         threads = max(1, torch.get_num_threads() // ranks) if config.device == "cpu" else torch.get_num_threads()
         setup = {
-            "config": shared, "layout": layout, "settings": dict(settings), "preset": preset, "offline": offline,
+            "config": shared, "grid": asdict(grid), "settings": dict(settings), "preset": preset, "offline": offline,
             "name": f"{number}", "timeout": COLLECTIVE * config.rank_timeout, "threads": threads,
         }  # fmt: skip
         try:
@@ -167,12 +160,14 @@ def start(
                 )
         peers.send(lambda peer: Message("go"))
         limit = COLLECTIVE * config.rank_timeout
-        group = join_group(store, place, f"{number}", torch.device(config.device), limit)
+        group, shard = join_grid(
+            store, place, grid, f"{number}", torch.device(config.device), limit, config.shard_weights
+        )
     except BaseException:
         peers.close()
         raise
     peers.group = group
-    return World(peers, group, Shard(layout, ranks, 0, add_group(group)))
+    return World(peers, group, shard)
 
 
 def started(place: Place, config: EngineConfig) -> dict[int, subprocess.Popen[bytes]]:

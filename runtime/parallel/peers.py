@@ -210,7 +210,7 @@ class Peers:
         for peer in self.peers:
             if now - peer.seen > self.timeout:
                 return f"{peer} has sent nothing for {self.timeout:g} s: it hangs"
-        since = None if self.group is None else self.group.since
+        since = None if self.group is None else self.group.traffic.since
         waited = 0.0 if since is None else now - since
         for peer in self.peers:
             if self.ran + 1 in peer.errors and waited > GRACE:

@@ -21,18 +21,19 @@ from torch import Tensor
 
 from ...errors import InferixError
 from ...graphs.shards import Shard
-from ...kernels.collectives import RankGroup, add_group
+from ...kernels.collectives import RankGroup
 from ...models.decoder import DecoderSpec
 from ...models.registry import make_preset
 from ...models.spec import ModelSpec
+from ...schemes.layouts import RankGrid
 from ..config import EngineConfig
 from ..execution.loading import load_parts
-from ..plans import decode_plan
+from ..plans import GuidedPass, decode_plan
 from ..worker import LocalWorker
 from .identity import identity
 from .messages import Connection, Message, connected
 from .ranked_worker import GIVES
-from .rendezvous import START, Place, join_group, join_store
+from .rendezvous import START, Place, join_grid, join_store
 
 BEAT = 0.2  # seconds between beats
 ADDRESS = "inferix/control"  # key of rank 0's address in the store
@@ -57,7 +58,7 @@ class Inbox:
     def _beat(self) -> None:
         stop = threading.Event()
         while not stop.wait(BEAT):
-            waits = self.group is not None and self.group.since is not None
+            waits = self.group is not None and self.group.traffic.since is not None
             self.send(Message("beat", {"waits": waits}))
 
     def send(self, message: Message) -> None:
@@ -113,12 +114,17 @@ def serve(place: Place) -> None:
 def run(worker: LocalWorker, inbox: Inbox, message: Message) -> None:
     """Run one plan, and send what it gives."""
     plan, tensors = decode_plan(message.plan), [tensor.to(worker.device) for tensor in message.tensors]
-    assert inbox.group is not None
+    group, shard, result = inbox.group, worker.parts.shard, list[Tensor]()
+    assert group is not None
     if shapes := message.values["shapes"]:
         tensors = [torch.empty(shape, dtype=getattr(torch, name), device=worker.device) for name, shape in shapes]
         for tensor in tensors:
-            inbox.group.broadcast(tensor)
-    result: Sequence[Tensor] = worker.execute(plan, tensors)
+            group.broadcast(tensor)
+    if message.values["place"] in (None, shard.branches.place):
+        result = worker.execute(plan, tensors)
+    if isinstance(plan, GuidedPass) and shard.branches.place > 0 and group.rank % shard.ranks == 0:
+        for velocity in result:
+            group.send(velocity.contiguous(), 0)
     inbox.send(Message("done", {"number": message.values["number"]}))
     if isinstance(plan, GIVES):
         inbox.send(Message("reply", {}, tensors=tuple(result)))
@@ -129,20 +135,22 @@ def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
     setup = inbox.next("setup").values
     torch.set_num_threads(setup["threads"])
     config = EngineConfig.of(**{**setup["config"], "device": device_of(setup["config"]["device"], place)})
-    preset, shard = make_preset(config.preset, **setup["settings"]), Shard(setup["layout"], place.ranks, place.rank)
+    preset = make_preset(config.preset, **setup["settings"])
 
     def agree(
         spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool,
         files: Sequence[Path] = (),
-    ) -> None:  # fmt: skip
-        nonlocal shard
+    ) -> Shard:  # fmt: skip
         inbox.send(Message("reply", {"identity": identity(spec, preset, files)}))
         inbox.next("go")
-        inbox.group = join_group(store, place, setup["name"], torch.device(config.device), setup["timeout"])
-        shard = replace(shard, group=add_group(inbox.group))
+        grid, device = RankGrid(**setup["grid"]), torch.device(config.device)
+        inbox.group, shard = join_grid(
+            store, place, grid, setup["name"], device, setup["timeout"], config.shard_weights
+        )
+        return shard
 
     parts = load_parts(config, preset, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
-    parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None, shard=shard)  # rank 0 decodes
+    parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None)  # rank 0 decodes
     worker = LocalWorker(config, preset, parts)
     inbox.send(Message("reply", {"ready": True}))
     return worker

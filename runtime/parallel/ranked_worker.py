@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..execution.executors import Executor
 from ..plans import (
     CloseStore,
     Grid,
+    GuidedPass,
     PassPlan,
     Plan,
     ReadHost,
@@ -31,10 +33,11 @@ from ..plans import (
 )
 from ..worker import LocalWorker
 from .messages import Message
-from .peers import Peers
+from .peers import Peer, Peers
 
 GIVES = (ReadPages, ReadHost, ReadSink)  # plans whose tensors are joined from all ranks
 TAKES = (WritePages, SetSink)  # plans whose tensors are divided among the ranks
+PASSES = (PassPlan, GuidedPass)  # plans whose tensors are the same on all ranks, and on their device
 OF_THE_END = (Release, CloseStore)  # plans that have nothing to do once the ranks have ended
 
 
@@ -54,26 +57,33 @@ class RankedWorker:
     def executors(self) -> tuple[Executor, ...]:
         return self.local.executors
 
-    def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
+    def of_branches(self, place: int) -> BranchRanks:
+        """The ranks that run the branches of guidance of a place."""
+        return BranchRanks(self, place)
+
+    def execute(self, plan: Plan, tensors: Sequence[Tensor] = (), place: int | None = None) -> list[Tensor]:
         """Run a plan on all ranks; RankFailed, which names the rank, where one of them ends, hangs or fails alone.
 
-        An error that all ranks raise is raised as this rank's own; the ranks live on.
+        place: of branches of guidance, whose ranks alone run the plan. An error that all ranks raise is raised as this
+        rank's own; the ranks live on.
         """
         if self.peers.fault is not None and isinstance(plan, OF_THE_END):
             return []
+        moved = isinstance(plan, PASSES)
         parts = self.divided(plan, tensors)
         number = self.peers.ran + 1
         shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
-        moved = isinstance(plan, PassPlan)  # its tensors are the same on all ranks, and on their device
-        values, encoded = {"number": number, "shapes": shapes if moved else []}, encode_plan(plan)
+        values, encoded = {"number": number, "shapes": shapes if moved else [], "place": place}, encode_plan(plan)
         try:
             self.peers.send(
-                lambda peer: Message("plan", values, encoded, () if moved else tuple(parts[peer.rank]))
+                lambda peer: Message("plan", values, encoded, () if moved else tuple(parts[self.rank_of(peer)]))
             )  # fmt: skip
             if moved:
                 for tensor in parts[0]:
                     self.group.broadcast(tensor)
-            result = self.local.execute(plan, parts[0])
+            result = self.local.execute(plan, parts[0]) if place in (None, self.shard.branches.place) else []
+            if isinstance(plan, GuidedPass):
+                result = self.collected(plan, parts[0][0], result)
         except CollectiveFailed as error:
             self.peers.wait_for_fault(str(error))
             raise
@@ -88,12 +98,34 @@ class RankedWorker:
             raise
         self.peers.finished()
         if isinstance(plan, GIVES):
-            replies = [list(message.tensors) for message in self.peers.replies()]
-            return [self.joined(plan.grid, [mine, *theirs]) for mine, *theirs in zip(result, *replies, strict=True)]
+            replies = [result, *(list(message.tensors) for message in self.peers.replies())]
+            first = (place or 0) * self.shard.ranks  # without a place, a plan gives the tensors of all ranks
+            own = replies[first : first + self.shard.ranks]
+            return [self.joined(plan.grid, per_rank) for per_rank in zip(*own, strict=True)]
         return result
 
+    def rank_of(self, peer: Peer) -> int:
+        """Number of a rank among those of its branches of guidance."""
+        return peer.rank % self.shard.ranks
+
+    def collected(self, plan: GuidedPass, latents: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
+        """Velocities of all branches, by their order in the plan, of which this rank has some.
+
+        The first rank of each place sends those of its branches.
+        """
+        mine, velocities = iter(own), list[Tensor]()
+        for branch in plan.branches:
+            if branch.place == self.shard.branches.place:
+                velocities.append(next(mine))
+                continue
+            batch, _, *sizes = latents.shape
+            velocity = latents.new_empty(batch, len(branch.frames), *sizes)
+            self.group.receive(velocity, branch.place * self.shard.ranks)
+            velocities.append(velocity)
+        return velocities
+
     def divided(self, plan: Plan, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The tensors that each rank takes."""
+        """The tensors that each rank takes, by its number among those of its branches."""
         if isinstance(plan, TAKES):
             per_tensor = [divided(tensor, self.shard, plan.grid) for tensor in tensors]
             return [[parts[rank] for parts in per_tensor] for rank in range(self.shard.ranks)]
@@ -103,19 +135,34 @@ class RankedWorker:
         return joined([part.to(parts[0].device) for part in parts], self.shard, grid)
 
 
+@dataclass(frozen=True)
+class BranchRanks:
+    """Worker of the ranks of `ranked` that run the branches of guidance of one place."""
+
+    ranked: RankedWorker
+    place: int
+
+    @property
+    def supports_whole_block(self) -> bool:
+        return self.ranked.supports_whole_block
+
+    def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
+        return self.ranked.execute(plan, tensors, self.place)
+
+
 def divided(pages: Tensor, shard: Shard, grid: Grid) -> list[Tensor]:
     """Parts of pages [layers, 2, n, page_tokens, heads, head_dim], or of scales [layers, 2, n, heads], by rank."""
-    if pages.ndim == 4 or shard.layout == "ulysses":
-        return [part.contiguous() for part in pages.chunk(shard.ranks, dim=3 if pages.ndim == 4 else 4)]
-    flat = pages.flatten(0, 2)
-    parts = shard.tiles(grid).split(flat, grid)
+    if pages.ndim == 4:  # pages with scales are not divided by tokens
+        return [part.contiguous() for part in pages.chunk(shard.heads.size, dim=3)]
+    regions = shard.regions(grid).split(pages.flatten(0, 2), grid)  # [regions, layers * 2 * n, t, heads, head_dim]
+    parts = [part for region in regions for part in region.chunk(shard.heads.size, dim=2)]
     return [part.unflatten(0, pages.shape[:3]).contiguous() for part in parts]
 
 
 def joined(parts: Sequence[Tensor], shard: Shard, grid: Grid) -> Tensor:
     """The pages or scales whose parts by rank these are."""
-    if parts[0].ndim == 4 or shard.layout == "ulysses":
-        return torch.cat(list(parts), dim=3 if parts[0].ndim == 4 else 4)
-    tiled = torch.stack([part.flatten(0, 2) for part in parts])
-    return shard.tiles(grid).tokens(tiled, grid).unflatten(0, parts[0].shape[:3])
-
+    if parts[0].ndim == 4:
+        return torch.cat(list(parts), dim=3)
+    heads, flat = shard.heads.size, [part.flatten(0, 2) for part in parts]
+    regions = torch.stack([torch.cat(flat[first : first + heads], dim=2) for first in range(0, len(flat), heads)])
+    return shard.regions(grid).tokens(regions, grid).unflatten(0, parts[0].shape[:3])

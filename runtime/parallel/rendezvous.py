@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from ...errors import InferixError, UsageError, quoted
-from ...kernels.collectives import RankGroup
+from ...graphs.shards import Axis, Shard
+from ...kernels.collectives import RankGroup, add_group
+from ...schemes.layouts import RankGrid
 
 START = timedelta(seconds=120)  # for all ranks to be there
 LOCAL = "127.0.0.1"
@@ -103,3 +105,31 @@ def join_group(store: dist.TCPStore, place: Place, name: str, device: torch.devi
         ]
         group = dist.ProcessGroupGloo(inner, place.rank, place.ranks, options)
     return RankGroup(group, place.rank, place.ranks)
+
+
+def join_grid(
+    store: dist.TCPStore, place: Place, grid: RankGrid, name: str, device: torch.device, timeout: float,
+    shard_weights: bool = False,
+) -> tuple[RankGroup, Shard]:  # fmt: skip
+    """The group of all ranks, and this rank's part of every pass, with the groups that it communicates in.
+
+    shard_weights: ranks of a pass divide the weights.
+    """
+    whole = join_group(store, place, name, device, timeout)
+    tile, head = place.rank % grid.tiles, place.rank % grid.heads
+    branch, token = place.rank // grid.tiles, tile // grid.heads
+
+    def number(part: str, rank: int, ranks: int) -> int:
+        """Number of the group of some ranks, of which this is `rank`."""
+        if ranks in (1, place.ranks):
+            return add_group(whole) if ranks > 1 else 0
+        own = replace(place, rank=rank, ranks=ranks)
+        return add_group(replace(join_group(store, own, f"{name}/{part}", device, timeout), traffic=whole.traffic))
+
+    group = number(f"pass/{branch}", tile, grid.tiles)
+    heads = group if grid.heads == grid.tiles else number(f"heads/{branch}/{token}", head, grid.heads)
+    tokens = group if grid.tokens == grid.tiles else number(f"tokens/{branch}/{head}", token, grid.tokens)
+    weights = Axis(grid.tiles, tile, group) if shard_weights else Axis()
+    return whole, Shard(
+        Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch), weights
+    )

@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...graphs.compose import chained
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.passes import Pass
-from ...graphs.shards import ALONE, OnPages, Shard, run_on_tile
+from ...graphs.shards import ALONE, NONE, Axis, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
@@ -128,8 +128,7 @@ class ModelPass(nn.Module):
         if self.shard.ranks == 1:
             velocity = run(rows, attention)
         else:
-            grid = rows.shape[-2] // spec.patch[0], rows.shape[-1] // spec.patch[1]
-            velocity = run_on_tile(run, self.shard, grid, spec.grid, rows, attention)
+            velocity = run_on_tile(run, self.shard, spec.patch, spec.grid, rows, attention)
         if count > 1:
             velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}
@@ -182,7 +181,7 @@ class SolverStep(nn.Module):
 class PassSource:
     """Arguments that the trace of a pass depends on besides its layout and shapes.
 
-    family: since another family may be registered under the same name.
+    family: since another family may be registered under the same name. weights: ranks that divide the weights.
     """
 
     family: Family
@@ -190,12 +189,20 @@ class PassSource:
     precision: str
     dtype: torch.dtype
     device: str
+    weights: Axis = NONE
 
 
 @lru_cache(maxsize=8)
 def fake_transformer(source: PassSource) -> Transformer:
     """Make the transformer with fake weights once in a process."""
-    return fake_model(lambda: source.family.build(source.spec, source.precision), source.dtype, source.device)
+
+    def make() -> Transformer:
+        model = source.family.build(source.spec, source.precision)
+        if (shards := source.family.weight_shards(source.spec, source.weights)) is not None:
+            shards.divide(model)
+        return model
+
+    return fake_model(make, source.dtype, source.device)
 
 
 @lru_cache(maxsize=TRACES)
@@ -252,11 +259,6 @@ def branch_velocity(name: str, number: int) -> str:
     return f"{branch_name(name, number)}.velocity"
 
 
-def runs_apart(guidance: Guidance) -> bool:
-    """True where branches do not run the same groups over caches of their own, so that they are no batch."""
-    return len(guidance.scales) > 1 or not all(branch.writes_past for branch in guidance.branches)
-
-
 class BlockGraphBuilder:
     """Builds the block graph of one model, preset and picture size, before any rewrite.
 
@@ -283,7 +285,7 @@ class BlockGraphBuilder:
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
         self.guide = preset.sampler.guide
-        self.guidance = classifier_free(1) if runs_apart(self.guide) else self.guide  # of one batch
+        self.guidance = self.guide if self.guide.is_even else classifier_free(1)  # of one batch
         self.rows = sessions * len(self.guidance.branches)
         self.sampler = Sampler(preset.sampler)
         self.latent_dtype = latent_dtype(preset.sampler, dtype)
@@ -296,7 +298,7 @@ class BlockGraphBuilder:
         self.shard = shard
         self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype, shard)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
-        self.source = PassSource(family_of(spec), spec, precision, dtype, device)
+        self.source = PassSource(family_of(spec), spec, precision, dtype, device, shard.weights)
         self.model = fake_transformer(self.source)
 
     def build(self) -> BlockGraph:
@@ -397,10 +399,8 @@ class BlockGraphBuilder:
 
     def inputs(self, layout: Layout) -> list[Value]:
         """Inputs and states of the model's pass."""
-        spec, frames, (height, width) = self.spec, layout.frames, self.grid
-        if self.shard.token_shards > 1:
-            tiles = self.shard.tiles(self.grid)
-            height, width = height // tiles.rows, width // tiles.columns
+        spec, frames = self.spec, layout.frames
+        height, width = self.shard.regions(self.grid).part(self.grid)
         rope_dtype = torch.promote_types(self.dtype, torch.float32)
         time, row, column = self.model.rope.pairs
 

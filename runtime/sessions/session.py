@@ -284,8 +284,10 @@ class Session:
 
     def offload(self) -> None:
         """Move all pages to host memory, those of rewind points included."""
-        first, *others = self.caches
-        first.offload(*others)
+        stores = dict.fromkeys(cache.store for cache in self.caches)
+        for store in stores:  # shared pages are copied once
+            first, *others = (cache for cache in self.caches if cache.store is store)
+            first.offload(*others)
         self.away = True
 
     def prefetch(self) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import InferixError, UsageError, quoted
 from ...models.files import check_file, parse_json, reason, write_tensors
+from ...models.fingerprints import fingerprint
 from ...models.spec import ModelSpec
 from ...schemes.context import ContextPolicy
 from ...schemes.presets import Preset
@@ -36,7 +37,6 @@ DEFAULTS = {  # settings of presets as a file gives them; one saved before there
     for setting in fields(part)
     if setting.default is not MISSING
 }
-SAMPLED = 64  # values of each weight that go into a fingerprint
 COMMON = ("version", "made_by", "tensors", "checksum")  # in the header, besides the fields
 IRRELEVANT = ("name", "about", "rewind_blocks")  # settings of a preset that change no block
 
@@ -104,15 +104,6 @@ def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash some values of every weight, so that another checkpoint is recognised."""
-    digest = hashlib.sha256()
-    for name, weight in module.state_dict().items():
-        values = weight.flatten()[:: max(1, weight.numel() // SAMPLED)]
-        digest.update(name.encode() + values.double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def read_session(path: Path, resources: Resources, preset: Preset) -> SavedFields:

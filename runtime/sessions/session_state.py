@@ -55,13 +55,15 @@ from .saved_values import (
 class Branch:
     """One conditioning with the cache of its past; guidance has several, of which some share a cache.
 
-    role: its text and past as guidance has them. null: the null caption, for presets whose passes use it.
+    role: its text and past as guidance has them. null: the null caption, for presets whose passes use it. number: of
+    the cache in `Guidance.caches`.
     """
 
     text: Handle
     cache: PagedCache
     null: Handle | None = None
     role: GuidanceBranch = FOLLOWING
+    number: int = 0
 
     @property
     def texts(self) -> dict[int, Handle]:
@@ -85,18 +87,16 @@ class Branch:
                 texts[text, dropped] = resources.client.condition(model.text_inputs(own, dropped))
             return texts[text, dropped]
 
-        roles = preset.sampler.guide.branches
+        guide = preset.sampler.guide
         caches: dict[int, PagedCache] = {}
         branches: list[Branch] = []
         try:
-            for number, role in enumerate(roles):
-                if role.reads is None:
-                    caches[number] = resources.kv_manager.new_cache(size)
-            for number, role in enumerate(roles):
+            for number in sorted(set(guide.caches)):
+                caches[number] = resources.kv_manager.new_cache(size, number)
+            for role, number in zip(guide.branches, guide.caches, strict=True):
                 dropped = role.text == "negative"
                 null = condition("negative", dropped) if preset.context.clean_text == "null" else None
-                cache = caches[number if role.reads is None else role.reads]
-                branches.append(cls(condition(role.text, dropped), cache, null, role))
+                branches.append(cls(condition(role.text, dropped), caches[number], null, role, number))
         except BaseException:  # raised again; Ctrl-C must not leak pages either
             for cache in caches.values():
                 cache.release()

@@ -399,7 +399,7 @@ def test_a_fixed_budget_is_not_passed():
     one.current.branches[0].cache.offload()  # its pages are free until `onload`
     with pytest.raises(UsageError, match="kv_memory"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))
-    assert list(engine.kv_manager.stores) == [(2, 2)]
+    assert list(engine.kv_manager.stores) == [((2, 2), 0)]
     one.close()
     with pytest.raises(UsageError, match=r"kv_memory is 28.67 kB.*49.15 kB: 6"):
         engine.open(prompt_embeds=ROWS.float(), size=(32, 64))

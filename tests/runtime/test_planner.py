@@ -148,7 +148,7 @@ class Idle:
 def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
     preset = make_preset(name, sink_size=1, sink_decay=0.9) if name == "longlive" else make_preset(name)
     dtypes = (torch.float32, {"float32": torch.float32, **KV_DTYPES}[kind])
-    form = KVManager(TINY, preset, dtypes, WorkerClient(Idle()), None).form(SIZE)
+    form = KVManager(TINY, preset, dtypes, [WorkerClient(Idle())], None).form(SIZE)
     pages, slots = least_pages(preset), staging_slots(preset)
     store = PagedStore(form, WAN.build(TINY).rope, pages, slots, torch.device("cpu"))
     assert PageSpace(form, pages, slots, WorkerClient(Idle()), grows=True).nbytes == store.nbytes

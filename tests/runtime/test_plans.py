@@ -112,4 +112,4 @@ def test_a_plan_holds_host_values_only() -> None:
         arguments = [argument for argument in getattr(kind, "__args__", ()) if argument is not ...]
         return set().union(*map(leaves, arguments)) if arguments else {kind}
 
-    assert set().union(*map(leaves, KINDS.values())) <= {int, float, bool, type(None)}
+    assert set().union(*map(leaves, KINDS.values())) <= {int, float, bool, str, type(None)}

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY
+from oracles import ROWS, SIZE, TINY, make_engine
 from thread_ranks import difference, pair, thread_engine
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,13 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from inferix import load
 from inferix.models.registry import MODELS
 from inferix.models.wan.vae_spec import TINY_VAE
+from inferix.runtime.capacity.costs import token_layers
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.session import Session
-from inferix.schemes.layouts import LAYOUTS
+from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, TOKENS
 
 LIMIT = 1e-10
 OTHER = ROWS.flip(0) * 1.5
-WALKING = dataclasses.replace(TINY, actions=("stay", "left", "right"), grid=(4, 6))
+WALKING = dataclasses.replace(TINY, actions=("stay", "left", "right"), grid=(4, 6), default_size=SIZE)
 SMALL_VAE = dataclasses.replace(TINY_VAE, base_channels=4, decoder_channels=4)
 STREAMS: dict[str, tuple[str, dict[str, object]]] = {
     "self-forcing": ("self-forcing", {"local_attn_size": 6}),
@@ -34,9 +35,14 @@ STREAMS: dict[str, tuple[str, dict[str, object]]] = {
     "guidance": ("causal-diffusion", {"num_steps": 2}),
     "actions, learned positions": ("tinyworld", {"num_steps": 2, "spec": WALKING}),
 }
+SHORT: dict[str, dict[str, object]] = {
+    "self-forcing": {"local_attn_size": 6, "denoising_step_list": [1000, 500]},
+    "longlive": {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000]},
+    "causal-diffusion": {"num_steps": 2},
+}
 QUICK = {  # the others run with the slow tests
     ("averaged sink", "ulysses"), ("averaged sink", "pass-q"), ("guidance", "ulysses"), ("staggered", "ulysses"),
-    ("actions, learned positions", "pass-q"),
+    ("actions, learned positions", "pass-q"), ("guidance", BRANCHES), ("sink, prompt switch", JOINT),
 }  # fmt: skip
 
 
@@ -64,16 +70,19 @@ def stream(engine: Engine, path: Path) -> Tensor:
 
 
 def cases() -> list[object]:
-    pairs = [(name, layout) for name in STREAMS for layout in LAYOUTS]
-    return [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in pairs]
+    two = [(name, layout, 2) for name in STREAMS for layout in (HEADS, TOKENS)]
+    two.append(("guidance", BRANCHES, 2))
+    four = [(name, JOINT, 4) for name in STREAMS]
+    four += [("guidance", f"{BRANCHES}+{layout}", 4) for layout in (HEADS, TOKENS)]
+    return [pytest.param(*one, marks=() if one[:2] in QUICK else pytest.mark.slow) for one in (*two, *four)]
 
 
-@pytest.mark.parametrize(("name", "layout"), cases())
-def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "layout", "ranks"), cases())
+def test_ranks_make_the_stream_of_one(name: str, layout: str, ranks: int, tmp_path: Path) -> None:
     preset, overrides = STREAMS[name]
-    with pair(preset, layout, vae_spec=SMALL_VAE, **overrides) as (alone, ranked):
+    with pair(preset, layout, ranks, vae_spec=SMALL_VAE, **overrides) as (alone, ranked):
         expected, found = stream(alone, tmp_path / "one"), stream(ranked, tmp_path / "two")
-        assert ranked.resources.worker.group.sent > 0
+        assert any(group.traffic.sent > 0 for group in ranked.resources.worker.groups)
     assert difference(found, expected) <= LIMIT
 
 
@@ -84,8 +93,10 @@ def test_two_ranks_make_the_stream_of_one(name: str, layout: str, tmp_path: Path
         *(
             pytest.param(*one, marks=pytest.mark.slow)
             for one in (
-                ("wan-ranks", 4, "ulysses"), ("wan-ranks", 4, "pass-q"), ("wan-ranks-6", 3, "ulysses"),
+                ("wan-ranks", 4, "ulysses"), ("wan-ranks", 4, "pass-q"), ("wan-ranks", 4, JOINT),
+                ("wan-ranks-6", 3, "ulysses"),
                 ("wan-ranks-6", 6, "ulysses"), ("wan-ranks-6", 4, "pass-q"), ("wan-ranks-gqa", 4, "pass-q"),
+                ("wan-ranks-6", 6, JOINT), ("wan-ranks-gqa", 4, JOINT),
             )
         ),
     ],
@@ -108,23 +119,102 @@ def test_other_heads_and_more_ranks_make_the_stream_of_one(model: str, ranks: in
         assert form.nbytes * ranks == form.whole.nbytes  # of pages, nothing is on two ranks
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_in_flight_with_guidance_by_timestep_make_the_stream_of_one(layout: str) -> None:
-    alone = load("magi-tiny", device="cpu", dtype="float64", num_steps=8)
+@pytest.mark.parametrize(
+    ("preset", "layout", "ranks"),
+    [
+        ("magi-tiny", BRANCHES, 2),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                ("magi-tiny", HEADS, 2), ("magi-tiny", TOKENS, 2), ("magi-tiny", JOINT, 4),
+                ("magi-tiny", f"{BRANCHES}+{HEADS}", 4), ("magi-tiny", f"{BRANCHES}+{TOKENS}", 4),
+                ("magi-tiny-distill", BRANCHES, 2), ("magi-tiny-distill", f"{BRANCHES}+{TOKENS}", 4),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_chunks_in_flight_with_guidance_by_timestep_make_the_stream_of_one(
+    preset: str, layout: str, ranks: int
+) -> None:
+    alone = load("magi-tiny", preset, device="cpu", dtype="float64", num_steps=8)
     rows = torch.randn(3, alone.spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     made = []
-    with thread_engine(alone, 2, layout) as ranked:
+    with thread_engine(alone, ranks, layout) as ranked:
         for engine in (alone, ranked):
             with engine.open(prompt_embeds=rows, seed=1) as session:
                 made.append(torch.cat([block.latents for block in session.stream(1, decode=False)]))
     assert difference(*made) <= LIMIT
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_random_controls_forks_and_rewinds_make_the_same_streams(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "layout", "ranks", "executor"),
+    [
+        ("longlive", HEADS, 2, "eager"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                ("longlive", JOINT, 4, "eager"), ("causal-diffusion", f"{BRANCHES}+{TOKENS}", 4, "eager"),
+                ("self-forcing", HEADS, 2, "fused"), ("longlive", TOKENS, 2, "fused"), ("longlive", JOINT, 4, "fused"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_divided_weights_make_the_stream_of_one(
+    preset: str, layout: str, ranks: int, executor: str, tmp_path: Path
+) -> None:
+    settings = SHORT[preset] | {"vae_spec": SMALL_VAE}
+    with pair(preset, layout, ranks, shard_weights=True, executor=executor, **settings) as (alone, ranked):
+        worker = ranked.resources.worker
+        assert difference(stream(ranked, tmp_path / "two"), stream(alone, tmp_path / "one")) <= LIMIT
+        with Session.restore(alone, tmp_path / "two") as session:  # the weights are the same
+            assert session.next_block == 4
+        whole = sum(weight.numel() for weight in alone.parts.transformer.parameters())
+        divided = {f"{name}.weight": inputs * outputs for name, inputs, outputs in token_layers(alone.spec)}
+        tiles = worker.shard.ranks
+        for local in worker.locals:
+            own = sum(weight.numel() for weight in local.parts.transformer.parameters())
+            rest = whole - sum(divided.values())  # embeddings, norms, biases, and what a prompt passes
+            assert own == rest + sum(-(-count // tiles) for count in divided.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout", "ranks"), [
+    ("self-forcing", HEADS, 2), ("rebuilt context", HEADS, 2), ("staggered", TOKENS, 2), ("guidance", BRANCHES, 2),
+    ("actions, learned positions", JOINT, 4), ("sink, prompt switch", JOINT, 4),
+])  # fmt: skip
+def test_graphs_over_ranks_make_the_stream_of_one(name: str, layout: str, ranks: int, tmp_path: Path) -> None:
+    preset, overrides = STREAMS[name]
+    alone = make_engine(preset, vae_spec=SMALL_VAE, **overrides)
+    with pair(preset, layout, ranks, vae_spec=SMALL_VAE, executor="fused", **overrides) as (_, ranked):
+        assert difference(stream(ranked, tmp_path / "two"), stream(alone, tmp_path / "one")) <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [HEADS, TOKENS, JOINT])
+def test_a_world_of_four_ranks_goes_on_with_one_and_with_two(layout: str, tmp_path: Path) -> None:
+    spec, settings = MODELS["wan-ranks"], {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000]}
+    rows = torch.randn(3, spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with pair("longlive", layout, 4, spec=spec, **settings) as (alone, four):
+        with four.open(prompt_embeds=rows, seed=1) as session:
+            list(session.stream(3, decode=False))
+            session.save(tmp_path / "four")
+            expected = torch.cat([block.latents for block in session.stream(2, decode=False)])
+        with thread_engine(alone, 2, HEADS if layout == JOINT else layout) as two:
+            for engine in (alone, two):
+                with Session.restore(engine, tmp_path / "four") as session:
+                    found = torch.cat([block.latents for block in session.stream(2, decode=False)])
+                assert difference(found, expected) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("layout", "seeds"),
+    [(HEADS, ("0",)), *(pytest.param(layout, tuple("12345"), marks=pytest.mark.slow) for layout in (HEADS, TOKENS))],
+)
+def test_random_controls_forks_and_rewinds_make_the_same_streams(layout: str, seeds: tuple[str, ...]) -> None:
     settings = {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000], "rewind_blocks": 2}
     with pair("longlive", layout, vae_spec=SMALL_VAE, **settings) as (alone, ranked):
-        assert difference(walk(ranked, Random(layout)), walk(alone, Random(layout))) <= LIMIT
+        for seed in seeds:
+            assert difference(walk(ranked, Random(seed)), walk(alone, Random(seed))) <= LIMIT
 
 
 @torch.no_grad()

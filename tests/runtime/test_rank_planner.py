@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from oracles import ROWS, SIZE
-from thread_ranks import pair
+from thread_ranks import grid_of, pair, thread_engine
 
-from inferix import UsageError
+from inferix import UsageError, load
 from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.runtime.capacity import memory_check, rank_planner
 from inferix.runtime.capacity.available_memory import Available
@@ -19,7 +21,8 @@ from inferix.runtime.capacity.memory_check import MemoryCheck
 from inferix.runtime.capacity.planner import Ceiling, Workload, steady_blocks
 from inferix.runtime.capacity.rank_planner import LINKS, choose, plans, read_link
 from inferix.runtime.config import EngineConfig
-from inferix.schemes.layouts import LAYOUTS, Divided, choose_layout
+from inferix.runtime.sampler import scheduled_blocks
+from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, TOKENS, Divided, RankGrid, choose_layout
 
 H200 = CARDS["h200"]
 CEILING = Ceiling(H200.tflops, H200.bandwidth, "maker's figures")
@@ -35,7 +38,7 @@ def options(load: Workload, gpus: int, link: str = "nvlink", memory: int = H200.
     return list(plans(load, gpus, memory, CEILING, LINKS[link]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), (TOKENS, 2), pytest.param(JOINT, 4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
@@ -43,17 +46,63 @@ def options(load: Workload, gpus: int, link: str = "nvlink", memory: int = H200.
         ("longlive", {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000]}),
     ],
 )
-def test_bytes_sent_in_a_block_equal_the_formula(preset: str, settings: dict[str, object], layout: str) -> None:
-    with pair(preset, layout, **settings) as (_, engine):
+def test_bytes_sent_in_a_block_equal_the_formula(
+    preset: str, settings: dict[str, object], layout: str, ranks: int
+) -> None:
+    with pair(preset, layout, ranks, **settings) as (_, engine):
         load = replace(workload("wan-tiny", preset, **settings), spec=engine.spec, size=SIZE, dtype="float64")
-        group = engine.resources.worker.group
+        traffic, grid = engine.resources.worker.group.traffic, grid_of(engine, ranks, layout)
         with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
             list(session.stream(3, decode=False))
-            before = group.sent, group.calls
+            before = traffic.sent, traffic.calls
             list(session.stream(1, decode=False))
         (block,) = steady_blocks(load.preset)
-        assert group.sent - before[0] == rank_planner.block_bytes(load, block, layout, 2)
-        assert group.calls - before[1] == len(block.passes) * rank_planner.collectives(load, layout)
+        assert traffic.sent - before[0] == rank_planner.block_bytes(load, block, grid)
+        assert traffic.calls - before[1] == rank_planner.block_collectives(load, block, grid)
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("causal-diffusion", {"num_steps": 2}),
+        pytest.param("magi-tiny", {"num_steps": 8}, marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_of_branches_on_ranks_of_their_own_equal_the_formula(preset: str, settings: dict[str, object]) -> None:
+    name = "magi-tiny" if preset == "magi-tiny" else "wan-ranks"
+    alone = load(name, preset, device="cpu", dtype="float64", **settings)
+    with thread_engine(alone, 2, BRANCHES) as engine:
+        of_model = replace(workload(name, preset, **settings), dtype="float64")
+        worker, grid = engine.resources.worker, RankGrid(branches=2)
+        traffic = [group.traffic for group in worker.groups]
+        rows = torch.ones(3, alone.spec.text_dim, dtype=torch.float64)
+        with engine.open(prompt_embeds=rows, negative_embeds=rows * 0.5) as session:
+            counts = []
+            for _ in range(2):
+                list(session.stream(1, decode=False))
+                worker.peers.wait_for(lambda peer: peer.done >= worker.peers.ran)
+                counts.append([(one.sent, one.calls) for one in traffic])
+        block = next(islice(scheduled_blocks(of_model.preset), 1, None))
+        for place, ((sent, calls), (more, later)) in enumerate(zip(*counts, strict=True)):
+            assert more - sent == rank_planner.block_bytes(of_model, block, grid, place)
+            assert later - calls == rank_planner.block_collectives(of_model, block, grid, place)
+            assert (more > sent) == (place > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), (JOINT, 4)])
+def test_bytes_of_divided_weights_equal_the_formula(layout: str, ranks: int) -> None:
+    settings: dict[str, object] = {"local_attn_size": 6, "denoising_step_list": [1000, 500]}
+    with pair("self-forcing", layout, ranks, shard_weights=True, **settings) as (_, engine):
+        load = replace(workload("wan-tiny", **settings), spec=engine.spec, size=SIZE, dtype="float64")
+        traffic, grid = engine.resources.worker.group.traffic, grid_of(engine, ranks, layout)
+        with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+            list(session.stream(3, decode=False))
+            before = traffic.sent, traffic.calls
+            list(session.stream(1, decode=False))
+        (block,) = steady_blocks(load.preset)
+        assert traffic.sent - before[0] == rank_planner.block_bytes(load, block, grid, shard_weights=True)
+        assert traffic.calls - before[1] == rank_planner.block_collectives(load, block, grid, shard_weights=True)
 
 
 def test_latency_takes_the_shortest_block_and_throughput_the_most_frames() -> None:
@@ -71,9 +120,11 @@ def test_a_model_that_one_gpu_cannot_hold_is_not_planned_on_one() -> None:
     needs = {one.ranks: one.memory for one in options(load, 4) if one.layout in ("one", "ulysses")}
     assert needs[1] > needs[2] > needs[4]
     best, _ = choose(options(load, 4, memory=needs[2]), "throughput")
-    assert best.ranks > 1
-    with pytest.raises(UsageError, match=f"{needs[4] / 1e9:.1f} GB"):
-        choose(options(load, 4, memory=needs[4] // 2), "latency")
+    assert best.ranks > 1 and not best.shard_weights
+    divided, reason = choose(options(load, 4, memory=needs[4] - 1), "latency")
+    assert divided.shard_weights and "shard_weights" in reason and divided.ranks == 4
+    with pytest.raises(UsageError, match=f"{divided.memory / 1e9:.1f} GB"):
+        choose(options(load, 4, memory=divided.memory // 2), "latency")
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -83,7 +134,8 @@ def test_load_takes_the_layout_that_the_planner_predicts_to_be_faster(model: str
     for ranks in (2, 4, 5, 8):
         same = [one for one in options(load, ranks, link) if one.ranks == ranks]
         if same:
-            assert choose_layout(rank_planner.divided(load), ranks) == min(same, key=lambda one: one.block).layout
+            fastest = min(same, key=lambda one: one.block)
+            assert choose_layout(rank_planner.divided_of(load), ranks).layout == fastest.layout
 
 
 def test_a_measured_link_replaces_the_assumed_one(tmp_path: Path) -> None:
@@ -101,8 +153,8 @@ def test_a_measured_link_replaces_the_assumed_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("divided", "ranks", "parallel", "words"),
     [
-        (Divided(12, 12, (30, 52)), 8, "ulysses", ("12 heads", "parallel=pass-q", "gpus=6")),
-        (Divided(4, 2, (4, 6)), 4, "ulysses", ("2 of keys", "parallel=pass-q", "gpus=2")),
+        (Divided(12, 12, (30, 52)), 8, "ulysses", ("12 heads", "parallel=ulysses+pass-q", "gpus=6")),
+        (Divided(4, 2, (4, 6)), 4, "ulysses", ("2 of keys", "parallel=ulysses+pass-q", "gpus=2")),
         (Divided(4, 4, (4, 6)), 7, "auto", ("4 x 6", "gpus=6")),
         (Divided(1, 1, (1, 1)), 2, "auto", ("1 x 1", "gpus=1")),
     ],
@@ -116,7 +168,7 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest_that_works(divided, 
 def test_memory_is_checked_for_a_rank_and_on_a_cpu_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, preset = MODELS["wan-14b"], make_preset("self-forcing")
     load = workload("wan-14b")
-    both = 2 * rank_planner.rank_memory(replace(load, dtype="float32", kv_dtype="float32"), 2, 1)
+    both = 2 * rank_planner.rank_memory(replace(load, dtype="float32", kv_dtype="float32"), RankGrid(2), 1)
     config = EngineConfig.of("wan-14b", "self-forcing", device="cpu", gpus=2)
     check = MemoryCheck(config, preset)
     for count, fits in ((both, True), (both - 1, False)):

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import SIZE
+from safetensors.torch import save_file
 from thread_ranks import difference, pair
 from torch import Tensor
 
 from inferix import RankFailed, UsageError, load
+from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.engine import Engine
 from inferix.runtime.plans import Offload, PassPlan
 from inferix.runtime.sessions.session import Session
@@ -78,8 +80,23 @@ def test_settings_that_ranks_cannot_divide_are_refused_with_the_nearest_that_wor
         load("wan-ranks", device="cpu", gpus=0)
     with pytest.raises(UsageError, match=r"size|tokens"):
         ranked.open(prompt_embeds=ROWS, size=(80, 80))
-    with pytest.raises(UsageError, match=r"use_lora"):
+    with pytest.raises(UsageError, match=r"style\.safetensors"):  # of all ranks, which live on
         ranked.use_lora("style.safetensors")
+    with pytest.raises(UsageError, match=r"shard_weights"):
+        load("wan-ranks", device="cpu", shard_weights=True)
+
+
+def test_an_adapter_is_applied_and_removed_on_all_ranks(alone: Engine, ranked: Engine, tmp_path: Path) -> None:
+    save_file(random_lora(alone.spec, 3), tmp_path / "lora.safetensors")
+    made = []
+    for engine in (alone, ranked):
+        with engine.open(prompt_embeds=ROWS, seed=4) as session:
+            first = blocks(session, 1)
+            engine.use_lora(tmp_path / "lora.safetensors", 4.0)
+            second = blocks(session, 1)
+            engine.use_lora(None)
+            made.append(torch.cat([first, second, blocks(session, 1)]))
+    assert difference(*made) <= LIMIT
 
 
 def test_an_error_of_all_ranks_is_one_error_and_the_ranks_live_on(ranked: Engine) -> None:

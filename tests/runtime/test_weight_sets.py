@@ -183,7 +183,7 @@ def test_random_sets_differ_and_adapters_are_refused():
     first, second = (module.head.linear.weight for module in engine.parts.transformers)
     assert not torch.equal(first, second)
     with pytest.raises(UsageError, match=r"style\.safetensors.*2 sets"):
-        engine.adapter.apply("style.safetensors", 1.0)
+        engine.use_lora("style.safetensors")
     with pytest.raises(UsageError, match=r"sgf-plus.*2 sets"):
         load("wan-tiny", "sgf-plus", device="cpu", lora="style.safetensors")
 

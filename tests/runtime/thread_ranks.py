@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,14 +17,21 @@ from oracles import make_engine
 from torch import Tensor
 
 from inferix.graphs.shards import Shard
-from inferix.kernels.collectives import RankGroup, add_group
+from inferix.kernels import collectives
+from inferix.kernels.collectives import RankGroup
+from inferix.models.family import Checkpoint
+from inferix.models.fingerprints import fingerprint
+from inferix.models.registry import family_of
+from inferix.runtime.capacity.rank_planner import divided
 from inferix.runtime.engine import Engine
+from inferix.runtime.execution.loading import Components
 from inferix.runtime.parallel import rank_process
 from inferix.runtime.parallel.messages import Connection, Message
 from inferix.runtime.parallel.peers import Peer, Peers
 from inferix.runtime.parallel.ranked_worker import RankedWorker
-from inferix.runtime.parallel.rendezvous import LOCAL, Place, join_group, join_store
+from inferix.runtime.parallel.rendezvous import LOCAL, Place, join_grid, join_store
 from inferix.runtime.worker import LocalWorker
+from inferix.schemes.layouts import RankGrid
 
 TIMEOUT = 60.0
 
@@ -43,11 +51,18 @@ class ThreadRank:
                 rank_process.run(self.worker, self, message)
             except Exception as error:  # of any kind: the test raises it after all ranks have ended
                 self.send(Message("error", {"number": message.values["number"], "error": str(error)}))
-        self.group.process_group = None  # as the end of a process does, it closes the connections of the collectives
+        # as the end of a process does, this closes the connections of the collectives
+        for number in part_groups(self.worker.parts.shard):
+            collectives.GROUPS.pop(number, None)
+        self.group.process_group = None
 
     def send(self, message: Message) -> None:
         with contextlib.suppress(OSError):  # the test is over
             self.connection.send(message)
+
+
+def part_groups(shard: Shard) -> set[int]:
+    return {shard.group, shard.heads.group, shard.tokens.group}
 
 
 class Alive(Peers):
@@ -59,25 +74,44 @@ class Alive(Peers):
         return super()._hung(now)
 
 
-def groups_of(ranks: int) -> list[RankGroup]:
-    store = dist.TCPStore(LOCAL, 0, ranks, True, timedelta(seconds=60), wait_for_workers=False)
-    places = [Place(rank, ranks, rank, LOCAL, store.port, hosted=True) for rank in range(ranks)]
+def groups_of(grid: RankGrid, shard_weights: bool = False) -> list[tuple[RankGroup, Shard]]:
+    store = dist.TCPStore(LOCAL, 0, grid.ranks, True, timedelta(seconds=60), wait_for_workers=False)
+    places = [Place(rank, grid.ranks, rank, LOCAL, store.port, hosted=True) for rank in range(grid.ranks)]
 
-    def joined(place: Place) -> RankGroup:
-        return join_group(join_store(place), place, "test", torch.device("cpu"), TIMEOUT)
+    def joined(place: Place) -> tuple[RankGroup, Shard]:
+        return join_grid(join_store(place), place, grid, "test", torch.device("cpu"), TIMEOUT, shard_weights)
 
-    with ThreadPoolExecutor(ranks) as pool:
+    with ThreadPoolExecutor(grid.ranks) as pool:
         return list(pool.map(joined, places))
 
 
+def grid_of(engine: Engine, ranks: int, layout: str) -> RankGrid:
+    counts = divided(engine.spec, engine.default_size, engine.preset.sampler.guide)
+    grid = counts.grid_of(layout, ranks)
+    assert grid is not None, counts.reason_against(layout, ranks)
+    return grid
+
+
+def parts_of(engine: Engine, shard: Shard) -> Components:
+    """A rank's part of the weights, as it would load them."""
+    parts, spec = dataclasses.replace(engine.parts, shard=shard), engine.spec
+    family = family_of(spec)
+    if (shards := family.weight_shards(spec, shard.weights)) is None:
+        return parts
+    weights = Checkpoint(Path("test"), "test", (), engine.parts.transformer.state_dict(), spec, None)
+    own = family.load(weights, engine.config.precision, engine.dtype, engine.device, shards=shards)
+    prints = {"transformer": shards.fingerprint, "decoder": fingerprint(parts.vae)}
+    return dataclasses.replace(parts, transformer=own, fingerprints=prints)
+
+
 @contextlib.contextmanager
-def thread_engine(engine: Engine, ranks: int, layout: str) -> Iterator[Engine]:
+def thread_engine(engine: Engine, ranks: int, layout: str, shard_weights: bool = False) -> Iterator[Engine]:
     """An engine of the same settings and weights whose passes run on threads, one a rank; they end with the context."""
-    groups = groups_of(ranks)
-    workers = []
-    for rank, group in enumerate(groups):
-        parts = dataclasses.replace(engine.parts, shard=Shard(layout, ranks, rank, add_group(group)))
-        workers.append(LocalWorker(engine.config, engine.preset, parts))
+    config = dataclasses.replace(engine.config, gpus=ranks, shard_weights=shard_weights)
+    groups, workers = list[RankGroup](), list[LocalWorker]()
+    for group, shard in groups_of(grid_of(engine, ranks, layout), shard_weights):
+        groups.append(group)
+        workers.append(LocalWorker(config, engine.preset, parts_of(engine, shard)))
     peers, threads = [], []
     for rank in range(1, ranks):
         mine, theirs = (Connection(end) for end in socketpair())
@@ -86,7 +120,8 @@ def thread_engine(engine: Engine, ranks: int, layout: str) -> Iterator[Engine]:
     alive = Alive(peers, TIMEOUT)
     alive.group = groups[0]
     worker = RankedWorker(workers[0], alive, groups[0])
-    yield Engine(engine.config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
+    worker.groups, worker.locals = groups, workers
+    yield Engine(config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
     worker.end()
     for thread in threads:
         thread.join()
@@ -100,10 +135,12 @@ def socketpair() -> tuple[socket.socket, socket.socket]:
 
 
 @contextlib.contextmanager
-def pair(preset: str, layout: str, ranks: int = 2, **overrides: object) -> Iterator[tuple[Engine, Engine]]:
+def pair(
+    preset: str, layout: str, ranks: int = 2, shard_weights: bool = False, **overrides: object
+) -> Iterator[tuple[Engine, Engine]]:
     """Engines of a preset on one rank, and on several, with the same weights."""
     alone = make_engine(preset, **overrides)
-    with thread_engine(alone, ranks, layout) as ranked:
+    with thread_engine(alone, ranks, layout, shard_weights) as ranked:
         yield alone, ranked
 
 
