@@ -96,8 +96,17 @@ CASES = {  # overrides that make the window roll within the blocks
 }
 
 
-@pytest.mark.parametrize("executor", ["eager", "fused"])
-@pytest.mark.parametrize("name", CASES)
+SLOW = pytest.mark.slow
+FUSED = {"sgf-plus", "self-forcing-a14b"}  # in the quick tests
+
+
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [
+        *((name, "eager") for name in CASES),
+        *(pytest.param(name, "fused", marks=() if name in FUSED else SLOW) for name in CASES),
+    ],
+)
 @torch.no_grad()
 def test_the_last_block_equals_dense_calls(name, executor):
     blocks, overrides = CASES[name]
@@ -206,6 +215,7 @@ def test_settings_that_need_two_sets_at_once_are_refused(name, settings, named):
         make_preset(name, **settings)
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_block_reads_both_sets():
     """A pass reads the weights of its set alone; the graph stays one that executors accept."""
     preset = make_preset("sgf-plus-framewise", local_attn_size=6)
