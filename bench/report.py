@@ -25,6 +25,7 @@ from .report_tables import (
     cut,
     in_flops,
     kernels_part,
+    leaderboard,
     pairs_part,
     precision_of,
     stream_part,
@@ -55,6 +56,10 @@ HOW = """\
 CPU_NOTE = """\
 These runs are of small models on a CPU. They show that the benchmarks work and which figures they give. They say
 nothing about a GPU.
+"""
+LEADERBOARD_NOTE = """\
+The fastest run of each form for a case, on one device and in one dtype, by the median time with a cold cache. Times of
+two files were taken in two runs: only forms of one run were timed in turns, and have a verdict on each other.
 """
 
 
@@ -138,11 +143,13 @@ def page(
     """
     gpu = {name: result for name, result in results.items() if result.on_gpu}
     cpu = {name: result for name, result in results.items() if not result.on_gpu}
+    boards = list(leaderboard(results))
     parts = [
         f"{BEGINNING} {folder} --out {out}` from {len(results)} files in `{folder}`; do not edit it.",
         "## What was measured",
         inventory(results),
         *(["No result of a GPU is among them: there is no figure of a GPU on this page."] if not gpu else []),
+        *(["## Leaderboard of kernels", LEADERBOARD_NOTE, *boards] if boards else []),
         *(["## On a GPU"] if gpu or failures else []),
         *([failures_part(failures)] if failures else []),
         *(section(name, result, pictures.get(name, [])) for name, result in gpu.items()),

@@ -176,7 +176,7 @@ def uses_fewer_bits(config: EngineConfig) -> bool:
 
 def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components:
     """All parts of a model with random weights. Raises UsageError for a model or VAE that has none."""
-    if spec.in_channels != spec.out_channels:
+    if spec.image_dim is not None:
         raise UsageError(f"streams of {spec.name} are not in this version; measure another model")
     if config.vae not in (None, "taehv"):
         raise UsageError(f"vae is {config.vae!r}, but {spec.name} has random weights; leave it out, or use 'taehv'")

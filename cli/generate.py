@@ -34,6 +34,7 @@ from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
 from ..runtime.media_input import check_fit, read_video
 from ..runtime.sinks import Pump
 from ..schemes.actions import read_actions
+from ..schemes.camera_file import read_camera
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
 from ..schemes.preset_file import is_preset_file
 from ..schemes.storyboard import Cue, read_storyboard, schedule
@@ -43,6 +44,7 @@ from .help import Command
 from .options import (
     EXECUTOR,
     FORCE,
+    FORMS,
     GPUS,
     NAMES,
     OFFLINE,
@@ -52,6 +54,7 @@ from .options import (
     check_beside_engine,
     check_settings,
     counted,
+    parse_forms,
     parse_settings,
     parse_size,
     ranks_of_launcher,
@@ -387,11 +390,17 @@ def generate(
     repeat_actions: bool = typer.Option(
         False, "--repeat-actions", help="Repeat --actions to the end of the video, instead of a rest after them."
     ),
+    camera: Path | None = typer.Option(
+        None,
+        help="Path of the camera, for models that follow one: JSON with poses and intrinsics, or a folder with "
+        "poses.npy and intrinsics.npy.",
+    ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = EXECUTOR,
+    kernels: list[str] = FORMS,
     gpus: int | None = GPUS,
     parallel: str | None = PARALLEL,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
@@ -431,7 +440,7 @@ def generate(
     given_parts["--vae"] = vae
     given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
     given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
-    given_parts |= {"--gpus": gpus, "--parallel": parallel}
+    given_parts |= {"--gpus": gpus, "--parallel": parallel, "--form": kernels or None}
     check_beside_engine(exported, given_parts)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
@@ -447,12 +456,16 @@ def generate(
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
     check_fit(fit)
+    path = read_camera(camera) if camera is not None else None
+    forms = parse_forms(kernels)
     outputs = output_paths(out, latents_only, records, profile)
     inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": exported or model}
     inputs |= {"--base": base, "--names": names, "--preset": preset if preset and is_preset_file(preset) else None}
     inputs |= {"--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
     inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
+    inputs |= {"--camera": camera if camera is None or camera.is_file() else None}
     inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
+    inputs |= {f"--form {op}": form.rpartition(":")[0] for op, form in forms.items() if ":" in form}
     inputs |= {"--text-encoder": text_encoder, "--set fast_vae": overrides.get("fast_vae")}
     check_paths(inputs, outputs)
     for output in outputs.values():
@@ -472,7 +485,7 @@ def generate(
     if profile is not None and executor is None:  # only graphs have calls to be timed
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)
     parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
-    parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
+    parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel, "kernels": forms}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
     if exported is not None:
@@ -491,7 +504,11 @@ def generate(
     script = read_actions(actions, engine.spec.actions) if actions is not None else []
     if script and count is None:
         count = engine.blocks_for_frames(len(script) + 1)
+    if path is not None and count is None:
+        count = path.blocks(engine.spec.vae_stride[0], engine.preset.num_frame_per_block)
     count = count or DEFAULT_BLOCKS
+    if path is not None:
+        path = path.cut(engine.spec.pictures(engine.preset.latent_frames(count)))
     script = fitted(script, engine.preset.latent_frames(count) - 1, repeat_actions, console)
     frame_size = chosen_size or engine.default_size
     warn_of_slow_cpu(engine, frame_size, console)
@@ -501,6 +518,7 @@ def generate(
         source, count = read_source(video, engine, frame_size, fit, count, bool(blocks or seconds or script))
     opening: dict[str, Any] = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": source}
     opening |= {"actions": script or None, "strength": strength, "negative_prompt": negative_prompt}
+    opening |= {"camera": path}
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     profiled = engine.start_profile() if profile is not None else None
     samples: list[Any] = []
@@ -536,6 +554,7 @@ def generate(
             if records is not None and records.exists():
                 result.outputs.append(str(records))
             shown = {name: str(value) for name, value in given.items()} | ({"video": str(video)} if video else {})
+            shown |= {"camera": str(camera)} if camera else {}
             about = {"seed": seed, "size": frame_size, "requested_blocks": count, "opened_with": shown, "fit": fit}
             about |= {"prompts_at_blocks": changes, "engine": engine.describe()}
             lost = []

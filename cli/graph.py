@@ -284,5 +284,5 @@ def describe_key(key: GraphKey) -> str:
 
 def format_plans(lowered: Lowered) -> list[str]:
     """Format the buffer plan of each program."""
-    parts = {"block": lowered.body, "prompt": lowered.prompt, "fold": lowered.fold}
+    parts = {"block": lowered.body, "frames": lowered.frames, "prompt": lowered.prompt, "fold": lowered.fold}
     return [f"{name}: {part.plan.text(part.program)}" for name, part in parts.items() if part is not None]

@@ -54,8 +54,6 @@ def workload(
     """Make the workload of the options. Raises UsageError that names the nearest choice for an unknown one."""
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **settings)
     spec = find_spec(model or (scheme.about.base if preset else DEFAULT_MODEL), names)
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(f"streams of {spec.name} are not in this version; wan-14b has the same layers without images")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
     if vae not in (None, "taehv"):
@@ -65,7 +63,7 @@ def workload(
     if vae and scheme.context.reencode_head:
         raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
     family = family_of(spec)
-    family.check_preset(scheme, spec.name)
+    family.check_preset(scheme, spec.name, spec)
     decoder = family.chosen_decoder_spec(spec, tiny=bool(vae))
     pictures = parse_size(size) if size else spec.default_size
     text = family.text_parameters(spec) if text_encoder else 0
@@ -220,6 +218,7 @@ PARTS = {
     "pass_scratch": "scratch of passes, at most",
     "constants": "constants of graphs",
     "static_inputs": "inputs of graphs",
+    "camera_inputs": "cameras of a block, in graphs",
     "making": "more, while graphs are made",
     "decode_scratch": "scratch of decoding, at most",
     "page_buffer": "buffer for pages of another dtype",
@@ -228,6 +227,7 @@ PARTS = {
     "cross_keys": "cross-attention keys",
     "decoder_state": "decoder state",
     "latents": "latents in flight and stored",
+    "camera": "camera and image of a block",
 }
 
 

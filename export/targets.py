@@ -24,6 +24,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "guidance": "guidance_scale other than 1: two pasts under two prompts",
     "recache": "prompt_switch recache",
     "blend": "prompt_switch blend",
+    "channels of frames": "image channels: an image and a camera beside the latents, as in lingbot-v2",
     "scene cuts": "shot_offset above 0",
     "unrolled steps": "--unroll: all steps of a block in one program",
     "float32": "--dtype float32",
@@ -58,7 +59,7 @@ class Target:
 
 SINGLE = frozenset(FEATURES) - {
     "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
-    "several sets of weights", "endless window", "float16", "bfloat16",
+    "several sets of weights", "endless window", "channels of frames", "float16", "bfloat16",
 }  # fmt: skip
 HERE = __package__
 EVERY = (
@@ -101,6 +102,7 @@ def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
         "guidance": preset.sampler.guidance_scale != 1,
         "recache": context.prompt_switch == "recache",
         "blend": context.prompt_switch == "blend",
+        "channels of frames": context.image == "channels",
         "scene cuts": context.shot_offset > 0,
         "unrolled steps": unroll,
         dtype: True,

@@ -29,20 +29,21 @@ class Planned:
 @dataclass(frozen=True)
 class Lowered:
     """body: what runs each time. fold: makes constants from weights, once they are there. prompt: makes what the body
-    reads of a prompt, once per prompt. Either is None where there is nothing to do. literals: constants that are
-    numbers, by name.
+    reads of a prompt, once per prompt. frames: makes what it reads of the channels that a block's frames are given,
+    once per block. Each is None where there is nothing to do. literals: constants that are numbers, by name.
     """
 
     body: Planned
     fold: Planned | None
     prompt: Planned | None
     literals: Mapping[str, Value]
+    frames: Planned | None = None
 
 
 def lower_block(block: BlockGraph, runs: Collection[Runs] = (Runs.BLOCK,)) -> Lowered:
     """The passes of a block graph that `runs` names, one after the other, on one arena."""
     passes = [graph for graph in block.passes if graph.runs in runs]
-    graphs = [graph for graph in (block.fold, block.prompt, *passes) if graph is not None]
+    graphs = [graph for graph in (block.fold, block.prompt, block.frames, *passes) if graph is not None]
     values = [value for graph in graphs for value in graph.inputs.values()]
     handed = {value.name for graph in passes for value in graph.outputs}
     return Lowered(
@@ -50,6 +51,7 @@ def lower_block(block: BlockGraph, runs: Collection[Runs] = (Runs.BLOCK,)) -> Lo
         fold=planned([block.fold]) if block.fold else None,
         prompt=planned([block.prompt]) if block.prompt else None,
         literals={value.name: value for value in values if value.data is not None},
+        frames=planned([block.frames]) if block.frames else None,
     )
 
 
@@ -61,10 +63,10 @@ def planned(graphs: Sequence[PassGraph], results: Sequence[str] | None = None) -
 
 def with_pages(lowered: Lowered, pages: int) -> Lowered:
     """The same for stores of another number of pages, on which nothing but their own size depends."""
-    programs = (lowered.body, lowered.fold, lowered.prompt)
-    body, fold, prompt = (part and replace(part, program=resized(part.program, pages)) for part in programs)
+    programs = (lowered.body, lowered.fold, lowered.prompt, lowered.frames)
+    body, fold, prompt, frames = (part and replace(part, program=resized(part.program, pages)) for part in programs)
     assert body is not None
-    return replace(lowered, body=body, fold=fold, prompt=prompt)
+    return replace(lowered, body=body, fold=fold, prompt=prompt, frames=frames)
 
 
 def resized(program: Program, pages: int) -> Program:

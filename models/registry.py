@@ -175,7 +175,7 @@ def default_model(preset: str | None) -> str:
     if preset is None:
         return TINYWORLD.demo
     base = find_preset(preset).about.base
-    return family_of(MODELS[base]).demo if base in MODELS else WAN.demo
+    return family_of(MODELS[base]).demo_of(find_preset(preset)) if base in MODELS else WAN.demo
 
 
 def default_preset(model: str) -> str:
@@ -183,7 +183,7 @@ def default_preset(model: str) -> str:
     if model in PRESETS:
         return model
     family = family_of(MODELS[model]) if model in MODELS else WAN
-    return family.presets[0].name
+    return family.preset_for(model).name
 
 
 def make_preset(name: str, **overrides: Any) -> Preset:

@@ -32,6 +32,7 @@ from ..schemes.block_schedule import (
 )
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
+from .frame_channels import GivenFrames, camera_key, frame_channels
 from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
 from .plans import BranchPass, GuidedPass, PassLayout, PassPlan, WholeBlock
@@ -39,7 +40,7 @@ from .resources import Resources
 from .sampler import guided, latent_dtype
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
-from .sessions.session_state import BlockInFlight, PromptChange, SessionState
+from .sessions.session_state import BlockInFlight, Branch, PromptChange, SessionState
 from .streams import to_device
 from .telemetry.records import BlockRecord
 from .worker_client import Handle
@@ -90,6 +91,8 @@ class BlockLoop:
                 _, prompts = self.prompts_of(state, [block])
                 yield from self.commit(state, block.span, block.latents, record, prompts)
         block.latents = self.without_given(state, block)
+        if state.camera is not None and not state.preset.context.recomputes:
+            state.camera.forget(state.timeline.next_frame)
         return block
 
     def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool) -> None:
@@ -166,7 +169,7 @@ class BlockLoop:
                 branch.cache.clear()
             if (window := scheduled.window) is not None:
                 branch.cache.set_window(window)
-            yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
+            yield self.request(state, branch, run, latents, {})
         return True
 
     def rebuild_context(
@@ -243,7 +246,7 @@ class BlockLoop:
         frames, seed = block.span.frames, state.noise.seed
         run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
         self.roll_caches(state, run)
-        request = ForwardRequest(branch, run, block.latents, self.actions_of(state, run))
+        request = self.request(state, branch, run, block.latents, {})
         layout = branch.cache.layout(run)
         with record.one_pass():
             (block.latents,) = self.execute([request], layout, WholeBlock(frames.start, seed))
@@ -318,6 +321,25 @@ class BlockLoop:
             return ()
         return tuple(state.actions.of(frame) for frame in run.frames)
 
+    def request(
+        self, state: SessionState, branch: Branch, run: Pass, latents: Tensor, prompts: Mapping[int, Handle]
+    ) -> ForwardRequest:
+        """A request for one pass of one branch over latents [F, C, H, W], with all that its frames are given."""
+        actions, given = self.actions_of(state, run), self.given(state, run, latents)
+        return ForwardRequest(branch, run, latents, actions, given, prompts)
+
+    def given(self, state: SessionState, run: Pass, latents: Tensor) -> Handle | None:
+        """What a pass is given of its frames beside latents: prepared once for passes over the same frames in turn."""
+        spec = self.resources.spec
+        if not spec.frame_channels:
+            return None
+        key = run.frames, camera_key(state.camera, run.frames)
+        if state.given is None or state.given.key != key:
+            channels = frame_channels(spec, state.image, state.camera, run.frames, latents)
+            state.given = None  # what it keeps is freed before the next is made
+            state.given = GivenFrames(key, self.resources.client.embed_frames(channels))
+        return state.given.handle
+
     def draw(self, state: SessionState, span: Span, draw: int) -> Tensor:
         """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
         shape = (self.resources.spec.out_channels, *self.resources.spec.latent_size(state.size))
@@ -370,12 +392,11 @@ class BlockLoop:
                     continue
                 others = prompts[number] if prompts else {}
                 if own.frames == run.frames:
-                    velocities[number] = yield ForwardRequest(branch, own, latents, self.actions_of(state, own), others)
+                    velocities[number] = yield self.request(state, branch, own, latents, others)
                     continue
                 velocity = torch.zeros_like(latents)
                 rows = [run.frames.index(frame) for frame in own.frames]
-                request = ForwardRequest(branch, own, latents[rows], self.actions_of(state, own), others)
-                velocity[rows] = yield request
+                velocity[rows] = yield self.request(state, branch, own, latents[rows], others)
                 velocities[number] = velocity
         return velocities
 
@@ -390,7 +411,7 @@ class BlockLoop:
             velocities[number] = torch.zeros_like(latents)
             rows = tuple(run.frames.index(frame) for frame in own.frames)
             others = prompts[number] if prompts else {}
-            request = ForwardRequest(branch, own, latents, self.actions_of(state, own), others)
+            request = self.request(state, branch, own, latents, others)
             try:
                 plan = self.plan([request], branch.cache.layout(own))
             finally:
@@ -456,6 +477,7 @@ class BlockLoop:
             whole=whole,
             condition=requests[0].run.condition,
             weights=requests[0].run.weights,
+            frames=tuple(request.given.number for request in requests if request.given is not None),
         )
 
     # Outside of a block

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UsageError, nearest, quoted
 from ..graphs.rewrites.lowp import PrecisionMap
+from ..kernels.catalog import kernel_spec
 from ..models.registry import formats
 from ..models.transformer import PRECISIONS
 from ..schemes.layouts import AUTO, LAYOUTS, MOST_RANKS
@@ -26,6 +27,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+CAMERA_LAYERS = ("block", "pass")
 EVERY_BLOCK = ("blocks.*",)  # layers that low precision is for, unless told
 FP8_CAPABILITY = (8, 9)  # of GPUs whose kernels read FP8
 
@@ -46,9 +48,12 @@ class EngineConfig:
     graphs: folder of stored graphs; missing ones are added. lowp: `fp8` or `int8` for linear layers, those that a
     pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference in eager. batches: file of
     measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
-    engine, whose programs run in place of the model. gpus: ranks that share each pass. parallel: their layout, a name
+    engine, whose programs run in place of the model. kernels: form by op, such as {"block_attention": "sdpa"}; also one
+    that was registered, or FILE.py:FUNCTION. gpus: ranks that share each pass. parallel: their layout, a name
     of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large matrices, and gather each when its layer
     runs. rank_timeout: seconds after which a rank that does not answer counts as hung.
+    camera_layers: what depends on a camera alone is computed once per `block` and kept, or in every `pass`, which needs
+    less memory.
     """
 
     model: str
@@ -77,10 +82,12 @@ class EngineConfig:
     batches: str | None = None
     drift_meter: bool = False
     engine: str | None = None
+    kernels: Mapping[str, str] = field(default_factory=dict)
     gpus: int = 1
     parallel: str = AUTO
     shard_weights: bool = False
     rank_timeout: float = 60.0
+    camera_layers: str = "block"
 
     @classmethod
     def of(cls, model: str | Path, preset: str, **settings: Any) -> EngineConfig:
@@ -110,6 +117,7 @@ class EngineConfig:
             raise UsageError("lora_partial is True, but there is no lora; give lora")
         check_device(self.device)
         check_choice("parallel", self.parallel, (AUTO, *LAYOUTS))
+        check_choice("camera_layers", self.camera_layers, CAMERA_LAYERS)
         self._check_ranks()
         for key in ("kv_dtype", "lowp"):
             if getattr(self, key) == "fp8" and self.device.startswith("cuda"):
@@ -122,6 +130,8 @@ class EngineConfig:
         if self.precision_map is None and (self.lowp_keep or self.lowp_layers != EVERY_BLOCK):
             raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
         self._check_capabilities()
+        for op, form in self.kernels.items():
+            kernel_spec(op).named(form, torch.device(self.device))
 
     def _check_ranks(self) -> None:
         """UsageError for settings that several ranks do not have."""
@@ -163,6 +173,11 @@ class EngineConfig:
         return executor_spec(self.executor)
 
     @property
+    def keeps_frames(self) -> bool:
+        """True where what depends on the channels of a block's frames is computed once and kept for the block."""
+        return self.camera_layers == "block"
+
+    @property
     def precision_map(self) -> PrecisionMap | None:
         """Which linear layers run in low precision, and in which."""
         return None if self.lowp is None else PrecisionMap(self.lowp, self.lowp_layers, self.lowp_keep)
@@ -184,15 +199,23 @@ def patterns(key: str, value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def forms_by_op(key: str, value: Any) -> dict[str, str]:
+    """Names of forms by op."""
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+        raise UsageError(f"{key} is {quoted(value)}; expected a form by op, such as {{'rms_norm': 'reference'}}")
+    return dict(value)
+
+
 COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preset", "device", "dtype", "executor", "checkpoint_format"), text),
-    **dict.fromkeys(("precision", "kv_dtype", "lowp"), text),
+    **dict.fromkeys(("precision", "kv_dtype", "lowp", "camera_layers"), text),
     **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae"), path_text),
     **dict.fromkeys(("graphs", "batches", "engine", "names"), path_text),
     **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter", "shard_weights"), flag),
     **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
     "lora_scale": number,
     "kv_memory": byte_count,
+    "kernels": forms_by_op,
     "gpus": integer(1, MOST_RANKS),
     "parallel": text,
     "rank_timeout": above_zero("a number of seconds"),

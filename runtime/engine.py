@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import AtCapacity, UsageError, quoted
 from ..models.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
+from ..schemes.camera import Camera, CameraMove, CameraTrack, Poses
 from ..schemes.layouts import RankGrid, check_size
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline
@@ -86,6 +87,7 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "fit": choice(FITS),
     "strength": optional(above_zero(most=1)),
     "noise": optional(noise_source),
+    "camera": optional(instance(Camera)),
     "prompt_mask": optional(instance(Tensor)),
     "prompts": optional(by_block),
     **dict.fromkeys(("prompt", "negative_prompt"), optional(text)),
@@ -143,6 +145,7 @@ class Engine:
         fit: str = "crop",
         prompt_mask: Tensor | None = None,
         prompts: Mapping[int, str | Tensor | Path] | None = None,
+        camera: Camera | None = None,
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
@@ -151,7 +154,8 @@ class Engine:
         and of those after it, also where several blocks are in flight. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
         it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
-        the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
+        the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...;
+        `camera` is where a model that follows one looks from.
         `fit` (crop, pad, stretch) brings files of other proportions to `size`; a video file is sampled at the model's
         rate. Raises UsageError for input that cannot be used.
         """
@@ -159,7 +163,7 @@ class Engine:
             "prompt": prompt, "prompt_embeds": prompt_embeds, "seed": seed, "image": image, "video": video,
             "strength": strength, "negative_prompt": negative_prompt, "negative_embeds": negative_embeds,
             "noise": noise, "size": self.default_size if size is None else size, "actions": actions, "fit": fit,
-            "prompt_mask": prompt_mask, "prompts": prompts,
+            "prompt_mask": prompt_mask, "prompts": prompts, "camera": camera,
         })  # fmt: skip
         self.manager.check_owner("open()")
         try:
@@ -186,6 +190,7 @@ class Engine:
         fit: str,
         prompt_mask: Tensor | None,
         prompts: Mapping[int, str | Tensor | Path] | None,
+        camera: Camera | None,
     ) -> Session:
         preset, inputs = self.preset, self.inputs
         if prompts and preset.context.prompt_switch not in ("cut", "join"):
@@ -194,6 +199,8 @@ class Engine:
                 "between two blocks; call prompt() there, or use cut or join"
             )
         self.spec.latent_size(size)
+        track = self._camera_track(camera, size)
+        self._check_image(image, video)
         if self.parts.size not in (None, size):
             width, height = self.default_size
             raise UsageError(f"size is {size[0]}x{size[1]}, but this engine makes pictures of {width}x{height} only")
@@ -208,9 +215,11 @@ class Engine:
         sampler = Sampler(preset.sampler, 1.0 if strength is None else strength)
         rows = inputs.prompt_rows(prompt, prompt_embeds, mask=prompt_mask)
         negative = inputs.negative_rows(negative_prompt, negative_embeds)
-        source = clamped = prefix = None
+        source = clamped = prefix = condition = None
         if video is not None and strength is not None:
             source = inputs.source_latents(video, size, fit)
+        elif image is not None and preset.context.image == "channels":
+            condition = inputs.image_condition(image, size, fit)
         elif image is not None and preset.context.image == "clamp" and video is None:
             clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
@@ -233,8 +242,31 @@ class Engine:
                 block: inputs.prompt_rows(given, None) if isinstance(given, str) else inputs.prompt_rows(None, given)
                 for block, given in (prompts or {}).items()
             },
+            camera=track,
+            image=condition,
         )
         return self.manager.open(state, None if prefix is None else partial(self.loop.cache_prefix, state, prefix))
+
+    def _camera_track(self, camera: Camera | None, size: tuple[int, int]) -> CameraTrack | None:
+        """Track of a stream's camera; UsageError for one too few or too many, and for too few poses."""
+        spec = self.spec
+        if spec.camera_channels is None:
+            if camera is not None:
+                raise UsageError(f"camera is given, but {spec.name} follows none, only its prompt; leave it out")
+            return None
+        if camera is None:
+            raise UsageError(f"{spec.name} follows a camera, and there is none; give camera, a path or Camera()")
+        stride, block = spec.vae_stride[0], self.preset.num_frame_per_block
+        return CameraTrack.begin(camera, size, spec.default_size, stride, spec.fps, block)
+
+    def _check_image(self, image: object, video: object) -> None:
+        """UsageError for a model with condition channels without an image, or with a video."""
+        if not self.spec.condition_channels:
+            return
+        if video is not None:
+            raise UsageError(f"{self.spec.name} continues an image, not a video; give image")
+        if image is None:
+            raise UsageError(f"{self.spec.name} begins with an image, and there is none; give image")
 
     def check_integrity(self) -> None:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
@@ -271,14 +303,25 @@ class Engine:
             refused = None
             if control.kind == "act":
                 state.actions.set_from(state.timeline.next_frame, control.value)
+            elif control.kind == "camera":
+                self._move_camera(state, control.value)
             else:
                 try:
                     self._change_prompt(state, *control.value)
                 except UsageError as error:
                     refused = str(error)
-            shown = state.timeline.next_block if control.kind == "act" else state.next_block
+            shown = state.next_block if control.kind == "prompt" else state.timeline.next_block
             session.mark_rollback()
             self.manager.acknowledge(session, control, shown, refused)
+
+    def _move_camera(self, state: SessionState, value: CameraMove | Poses) -> None:
+        """Have the camera follow keys or poses from the next block that begins."""
+        assert state.camera is not None
+        frame = state.timeline.next_frame
+        if isinstance(value, CameraMove):
+            state.camera.hold(frame, value, state.preset.block_size(frame))
+        else:
+            state.camera.follow(frame, value)
 
     def _change_prompt(self, state: SessionState, text: str | None, embeds: Tensor | str | Path | None) -> None:
         prefix = state.preset.scene_cut_prefix

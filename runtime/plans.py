@@ -74,7 +74,9 @@ class PassPlan:
 
     timesteps: of each frame, by session. texts: (text, number of the prompt, frames) by session, in token order.
     actions: the number of each frame's action, by session; empty for a model without actions. condition: of a step,
-    beside the timesteps; None for a model that takes none. weights: number of the set of weights that runs it.
+    beside the timesteps; None for a model that takes none. frames: number of what the frames of each session are given
+    beside their latents (`EmbedFrames`); empty for a model that takes nothing. weights: number of the set of weights
+    that runs it.
     """
 
     layout: PassLayout
@@ -83,6 +85,7 @@ class PassPlan:
     actions: tuple[tuple[int, ...], ...]
     whole: WholeBlock | None = None
     condition: float | None = None
+    frames: tuple[int, ...] = ()
     weights: int = 0
 
 
@@ -245,6 +248,13 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class EmbedFrames:
+    """Take the channels [F, C, H, W] that a block's frames are given, and prepare them for its passes."""
+
+    frames: int
+
+
+@dataclass(frozen=True)
 class UseAdapter:
     """Merge an adapter into the weights in place of the one before; None removes that. Nothing derived is recomputed.
 
@@ -270,7 +280,7 @@ class Release:
 
 Plan = Union[  # noqa: UP007  its members are listed at run time
     PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload,
-    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, UseAdapter,
+    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, EmbedFrames, UseAdapter,
     RefreshWeights, Release,
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}

@@ -46,7 +46,7 @@ class Sampler:
 
     def begin(self) -> Solver:
         """Make a solver for one block; it has the block's history of steps."""
-        return CLASSES[self.spec.solver](self.sigmas)
+        return CLASSES[self.spec.solver](self.schedule)
 
     @cached_property
     def schedule(self) -> Schedule:

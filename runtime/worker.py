@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.spec import using
 from ..models.transformer import KeyValues, Transformer
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
-from .execution.executors import Executor, Text, make_executor
+from .execution.executors import Executor, Frames, Text, make_executor
 from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .kv.page_store import KV_DTYPES, PagedStore, PageForm
@@ -22,6 +23,7 @@ from .plans import (
     AverageSink,
     CloseStore,
     Condition,
+    EmbedFrames,
     Grid,
     GrowStore,
     GuidedPass,
@@ -65,6 +67,7 @@ class LocalWorker:
         self, config: EngineConfig, preset: Preset, parts: Components, executor: Executor | None = None
     ) -> None:
         self.parts, self.device, self.dtype = parts, torch.device(config.device), DTYPES[config.dtype]
+        self.kernels = config.kernels
         make_current(self.device)
         self.executors = (executor,) if executor is not None else executors_of(config, preset, parts)
         assert len(self.executors) >= len(preset.weight_sets), preset.weight_sets
@@ -72,6 +75,7 @@ class LocalWorker:
         self.adapter = Adapter(parts.transformer, len(parts.transformers))
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
+        self.frames: dict[int, dict[Executor, Frames]] = {}
         self.sinks: dict[int, Tensor] = {}  # [layers, 2, sink frames, page_tokens, heads, head_dim]
         self.hosts: dict[int, tuple[Tensor, Tensor | None]] = {}  # keys and values, scales
         self.runs: dict[type[Any], Callable[..., list[Tensor] | None]] = {
@@ -93,6 +97,7 @@ class LocalWorker:
             ReadSink: lambda plan: [self.sinks[plan.sink]],
             SetSink: self.set_sink,
             Condition: self.condition,
+            EmbedFrames: self.embed_frames,
             UseAdapter: self.use_adapter,
             RefreshWeights: self.refresh_weights,
             Release: self.release,
@@ -104,7 +109,8 @@ class LocalWorker:
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         """Run a plan with the tensors that it takes; returns those that it gives."""
-        return self.runs[type(plan)](plan, *tensors) or []
+        with using(**self.kernels):
+            return self.runs[type(plan)](plan, *tensors) or []
 
     # Passes
 
@@ -116,13 +122,15 @@ class LocalWorker:
             numbers, kinds = torch.tensor(plan.actions, device=self.device), self.parts.transformer.spec.action_dim
             assert kinds is not None
             actions = F.one_hot(numbers, kinds).to(self.dtype)
+        parts = [self.frames[number][executor] for number in plan.frames]
+        given = {"given": executor.join_frames(parts)} if parts else {}
         if plan.whole is not None:
             frames = range(plan.whole.first, plan.whole.first + latents.shape[1])
-            return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions)[None]]
+            return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions, **given)[None]]
         timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
-        return [executor.forward(latents, timesteps, text, attention, actions)]
+        return [executor.forward(latents, timesteps, text, attention, actions, **given)]
 
     def run_branches(self, plan: GuidedPass, latents: Tensor) -> list[Tensor]:
         """Run the branches of this rank's place."""
@@ -146,6 +154,11 @@ class LocalWorker:
 
     def conditioned(self, rows: Tensor) -> dict[Executor, Text]:
         return {executor: executor.condition(rows) for executor in dict.fromkeys(self.executors)}
+
+    def embed_frames(self, plan: EmbedFrames, channels: Tensor) -> None:
+        self.frames[plan.frames] = {
+            executor: executor.embed_frames(channels) for executor in dict.fromkeys(self.executors)
+        }
 
     def use_adapter(self, plan: UseAdapter) -> None:
         if plan.path is None:
@@ -220,7 +233,7 @@ class LocalWorker:
         self.sinks[plan.sink] = sink.to(self.stores[plan.grid].device)
 
     def release(self, plan: Release) -> None:
-        for kept in (self.prompts, self.sinks, self.hosts):
+        for kept in (self.prompts, self.frames, self.sinks, self.hosts):
             for number in plan.numbers:
                 kept.pop(number, None)
 

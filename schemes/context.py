@@ -11,7 +11,7 @@ from ..errors import UsageError, quoted
 
 POSITIONS = ("absolute", "window-relative", "contiguous")
 SWITCHES = ("cut", "recache", "blend", "join")
-IMAGES = ("prefix", "clamp", "paste")
+IMAGES = ("prefix", "clamp", "paste", "channels")
 TEXTS = ("prompt", "null")
 WEIGHTS = ("plain", "memory")
 
@@ -41,7 +41,8 @@ class ContextPolicy:
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
     image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
     block at timestep 0 (`clamp`); or whole blocks of an image or video are committed, and before each pass the frames
-    that are left are put over the first ones of the first block, which keeps its timestep (`paste`).
+    that are left are put over the first ones of the first block, which keeps its timestep (`paste`); or it is given to
+    every pass as channels beside the latents, with a mask, and its frame is generated like any other (`channels`).
     sink_decay: share of the sink that stays when a frame leaves the window, whose share is the rest; 1 leaves the sink
     as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
     noise2clean_kvrange: blocks that a block sees, itself the last of them, in each of equally many shares of its steps,

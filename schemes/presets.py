@@ -39,7 +39,8 @@ class Preset:
     """num_frame_per_block: latent frames; independent_first_frame: the first block is a single frame.
 
     window_blocks: blocks denoised together, each `steps_between_joins` sampler steps ahead of the one after it.
-    scene_cut_prefix: a prompt that begins so starts a new shot; empty for none.
+    scene_cut_prefix: a prompt that begins so starts a new shot; empty for none. precision: dtypes of the parts of a
+    pass, where no other are asked for.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Preset:
     context: ContextPolicy
     window_blocks: int = 1
     scene_cut_prefix: str = ""
+    precision: str = "reference"
 
     def __post_init__(self) -> None:
         for key in ("num_frame_per_block", "window_blocks"):

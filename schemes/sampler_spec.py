@@ -10,6 +10,7 @@ from ..errors import UsageError, quoted
 from .guidance import Guidance, classifier_free, experts
 
 TRAIN_TIMESTEPS = 1000
+TABLES = ("exact", "truncated")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class SamplerSpec:
     2605.15141).
     num_steps (other solvers): steps evenly spaced before the shift. timestep_shift: S of sigma' = S*s / (1 + (S-1)*s).
     context_noise: the network's timestep in the pass that commits the clean block (no noise is added).
+    sigma_max: noise level at which the table of 1000 training timesteps begins, before the shift. table: `exact`, or
+    `truncated` to whole timesteps, of which several rows share one: x0 then takes the level of the first such row, and
+    noise is added at that of the second, as FlowMatch schedulers look rows up.
     guidance_scale: 1 runs the prompt alone; otherwise v = u + scale * (c - u), with a cache for each of the two.
     guidance: any other guidance; None for that of `guidance_scale`.
     boundary_ratio: noise level from which on a model's expert for high noise runs, and below it the one for low noise;
@@ -59,6 +63,8 @@ class SamplerSpec:
     denoising_step_list_first_chunk: tuple[float, ...] = ()
     guidance: Guidance | None = None
     boundary_ratio: float = 0.0
+    sigma_max: float = 1.0
+    table: str = "exact"
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
@@ -76,6 +82,12 @@ class SamplerSpec:
                 )
         if not self.timestep_shift > 0:
             raise UsageError(f"timestep_shift is {self.timestep_shift}; expected a number above 0")
+        if not 0 < self.sigma_max <= 1:
+            raise UsageError(f"sigma_max is {self.sigma_max}; expected a number above 0, up to 1")
+        if self.table not in TABLES:
+            raise UsageError(f"table is {quoted(self.table)}; expected one of {', '.join(TABLES)}")
+        if self.table != "exact" and not self.warp_denoising_step:
+            raise UsageError(f"table is {quoted(self.table)}, but warp_denoising_step is false; the steps are no rows")
         if not 0 <= self.context_noise <= TRAIN_TIMESTEPS:
             raise UsageError(f"context_noise is {self.context_noise}; expected a timestep in 0..1000")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):

@@ -54,8 +54,8 @@ class MagiSpec(ModelSpec):
 MAGI_4B = MagiSpec(
     name="magi-4.5b", family="magi", dim=3072, ffn_dim=12288, num_heads=24, kv_heads=8, num_layers=34, in_channels=16,
     out_channels=16, freq_dim=256, text_dim=4096, text_len=800, patch=(2, 2), eps=1e-6, image_dim=None,
-    image_tokens=None, vae_stride=(4, 8), fps=24, default_size=(720, 720), grid=None, actions=(), head_width=128,
-    cond_dim=768, gated=False, copies=1, rescale=1.0,
+    image_tokens=None, vae_stride=(4, 8), fps=24, default_size=(720, 720), grid=None, actions=(),
+    camera_channels=None, head_width=128, cond_dim=768, gated=False, copies=1, rescale=1.0,
 )  # fmt: skip
 MAGI_24B = replace(
     MAGI_4B, name="magi-24b", dim=6144, ffn_dim=16384, num_heads=48, num_layers=48, default_size=(1280, 720),

@@ -31,7 +31,7 @@ from ..state_dicts import (
 )
 from ..text.umt5_checkpoint import TEXT_FILES
 from .lora import fitting, read_lora
-from .names import from_format, twin_of
+from .names import from_format, to_format, twin_of
 from .spec import FAMILY, MODELS
 from .vae_checkpoint import TINY_DECODERS, VAE_FILES
 
@@ -49,11 +49,15 @@ FORMATS: dict[str, Format] = {
     "sgf-plus": Format("original", "model.pt", ("generator_ema", "generator"), twins=True),
     "a14b": Format("original", SHARD, experts=("high_noise_model", "low_noise_model")),
     "a14b-diffusers": Format("diffusers", SHARD, experts=("transformer", "transformer_2")),
+    "lingbot": Format("original", SHARD, folder="transformers"),
 }
 EXPERT_FOLDERS = tuple(layout.experts for layout in FORMATS.values() if layout.experts)
 INDEX = "model_index.json"
 FIRST_TENSOR = "patch_embedding.weight"  # in every transformer
-TRANSFORMER_FOLDERS = ("transformer", "unet", "diffusion_models")  # of a pipeline or of ComfyUI's models
+CAMERA_TENSOR = "patch_embedding_wancamctrl.weight"  # in every transformer with a camera, as published
+TRANSFORMER_FOLDERS = ("transformer", "transformers", "unet", "diffusion_models")  # of a pipeline or ComfyUI's models
+STEMS = (SHARD.removesuffix(".safetensors"), "model")  # of published shards
+PIXEL_RAY, ACTION_RAY = 6, 7  # channels of a pixel that follows a camera, and that follows actions besides
 LEFTOVERS = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")  # training's critic, not the generator
 LONGEST_TEXT = 4096  # rows that a config may ask for
 HEAD_DIM = 128  # of every published model; used where there is no config to read it from
@@ -205,17 +209,24 @@ def find_transformer(path: Path, known: Collection[ModelSpec]) -> tuple[WeightFi
         check_file(path, "checkpoint")
         check_names_one_file(path)
         return WeightFiles((path,)), transformer_config(path.parent)
-    stem = SHARD.removesuffix(".safetensors")
     folders = [folder for name in TRANSFORMER_FOLDERS if (folder := path / name).is_dir()]
-    right_here = find_weight_files(path, stem) if is_transformer_folder(path) else None
+    right_here = published_files(path) if is_transformer_folder(path) else None
     if right_here and folders:
         raise UsageError(f"{quoted(path)} holds a transformer and a folder {quoted(folders[0].name)}; name one of them")
     if right_here:
         return right_here, transformer_config(path)
     for folder in folders or [path]:
-        if source := find_weight_files(folder, stem) or only_file(folder):
+        if source := published_files(folder) or only_file(folder):
             return source, transformer_config(folder)
     raise UsageError(f"{quoted(path)} holds no transformer; expected {SHARD}, its shards or a .pt")
+
+
+def published_files(folder: Path) -> WeightFiles | None:
+    """Find the files of a transformer in a folder under a published name; None for other names."""
+    files = find_weight_files(folder, STEMS[0])
+    if files is None and (folder / f"{STEMS[1]}.safetensors.index.json").exists():
+        files = find_weight_files(folder, STEMS[1])
+    return files
 
 
 def is_transformer_folder(folder: Path) -> bool:
@@ -290,7 +301,8 @@ def transformer_config(folder: Path) -> dict[str, Any] | None:
     kind = config.get("_class_name")
     if kind is None:
         return config if {"dim", "ffn_dim", "num_heads"} <= config.keys() else None
-    return config if isinstance(kind, str) and "Wan" in kind and "Autoencoder" not in kind else None
+    ours = isinstance(kind, str) and ("Wan" in kind or "LingBotWorld" in kind)
+    return config if ours and "Autoencoder" not in kind else None
 
 
 def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str:
@@ -301,6 +313,8 @@ def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str
     fused = any(".self_attn.to_qkv." in name for name in tensors)
     names = "diffusers" if "condition_embedder.time_embedder.linear_1.weight" in tensors else "original"
     twins = any(twin_of(name) is not None for name in tensors)
+    if CAMERA_TENSOR in tensors and names == "original":
+        return "lingbot"
     for form in named_after(file):
         layout = FORMATS[form]
         under = set(place.keys) & set(layout.weights) if layout.weights else not place.keys
@@ -335,18 +349,22 @@ def read_spec(
         image_tokens = None if position is None else position.shape[1]
         action = tensors.get("action_embedding.linear_1.weight")
         action_dim = None if action is None else action.shape[1]
+        camera = tensors.get("camera_embedding.projection.weight")
+        camera_inputs = None if camera is None else camera.shape[1]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         near = alike_in_file(str(error).strip("'"), tensors)
         raise CheckpointError(f"{quoted(path)} is no complete Wan transformer: no {error} in it{near}") from error
     if 0 in (*sizes.values(), freq_dim):
         raise CheckpointError(f"{quoted(path)} is no Wan transformer: a size is 0 ({sizes})")
     placed = "position_embedding" in tensors
+    camera_channels = read_camera(path, tensors, camera_inputs, sizes["num_layers"], patch.shape[3] * patch.shape[4])
     facts = sizes | {"freq_dim": freq_dim, "patch": (patch.shape[3], patch.shape[4]), "image_dim": image_dim}
     known = [
         spec
         for spec in named
         if all(getattr(spec, key) == sizes[key] for key in SIZES if key != "num_heads")
         and (spec.image_dim, spec.action_dim, spec.grid is not None) == (image_dim, action_dim, placed)
+        and spec.camera_channels == camera_channels
     ]
     values = read_config(path, config or {}, facts, known)
     if known:
@@ -358,8 +376,38 @@ def read_spec(
     return ModelSpec(
         name="custom", family=like.family, **sizes, **values, kv_heads=values["num_heads"], freq_dim=freq_dim,
         patch=facts["patch"], image_dim=image_dim, image_tokens=image_tokens, vae_stride=like.vae_stride,
-        fps=like.fps, default_size=like.default_size, grid=None, actions=(),
+        fps=like.fps, default_size=like.default_size, grid=None, actions=(), camera_channels=camera_channels,
     )  # fmt: skip
+
+
+def read_camera(
+    path: Path, tensors: Mapping[str, Tensor], inputs: int | None, layers: int, patch_area: int
+) -> int | None:
+    """Read the entries of a pixel's ray from the inputs of the camera embedding; None for a model without one.
+
+    Raises UsageError for a model that follows actions besides, CheckpointError if some of the camera's tensors are
+    missing.
+    """
+    names = [f"camera_embedding.{part}" for part in ("projection", "linear_1", "linear_2")]
+    names += [f"blocks.{n}.camera.{part}" for n in range(layers) for part in ("linear_1", "linear_2", "scale", "shift")]
+    wanted = [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
+    lacking = [name for name in wanted if name not in tensors]
+    if len(lacking) == len(wanted):
+        return None
+    if lacking:
+        raise CheckpointError(
+            f"{quoted(path)} has camera tensors, but not all: no {quoted(to_format('original', lacking[0]))} and "
+            f"{len(lacking) - 1} more; the file is not complete"
+        )
+    ray = patch_area * MODELS["wan-1.3b"].vae_stride[1] ** 2  # inputs of one entry of each pixel's ray
+    if inputs == ACTION_RAY * ray:
+        raise UsageError(
+            f"{quoted(path)} takes {inputs} camera inputs, those of a model that follows actions besides; expected "
+            f"{PIXEL_RAY * ray}, a model that follows a camera alone"
+        )
+    if inputs != PIXEL_RAY * ray:
+        raise UsageError(f"{quoted(path)} takes {inputs} camera inputs; expected {PIXEL_RAY * ray}")
+    return PIXEL_RAY
 
 
 def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:

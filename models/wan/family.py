@@ -45,6 +45,9 @@ class WanFamily(Family):
     formats: Mapping[str, Format] = FORMATS
     demo: str = "wan-tiny"
 
+    def demo_of(self, preset: Preset) -> str:
+        return "lingbot-tiny" if preset.context.image == "channels" else self.demo
+
     def build(self, spec: ModelSpec, precision: str = "reference") -> WanTransformer:
         return WanTransformer(spec, precision)
 
@@ -144,7 +147,7 @@ class WanFamily(Family):
     # Comparison
 
     def is_in_diffusers(self, spec: ModelSpec) -> bool:
-        return spec.grid is None and spec.action_dim is None and spec.image_dim is None
+        return spec.grid is None and spec.action_dim is None and spec.image_dim is None and spec.frame_channels == 0
 
     def diffusers_network(self, model: Transformer) -> nn.Module:
         return diffusers_network(model)

@@ -30,6 +30,16 @@ LONGLIVE = dataclasses.replace(
     ),
     context=ContextPolicy(local_attn_size=12, sink_size=3, positions="absolute", prompt_switch="recache"),
 )
+LINGBOT = Preset(
+    name="lingbot-v2",
+    about=About("lingbot-14b", NON_COMMERCIAL, "robbyant/lingbot-world-v2-14b-causal-fast"),
+    num_frame_per_block=4,
+    independent_first_frame=False,
+    # rows 0, 250, 500 and 750 of the table
+    sampler=dataclasses.replace(FOUR_STEPS, timestep_shift=10.0, sigma_max=0.999, table="truncated"),
+    context=ContextPolicy(local_attn_size=18, sink_size=6, positions="absolute", image="channels"),
+    precision="wide",
+)
 FRAMEWISE = dataclasses.replace(
     SELF_FORCING,
     name="self-forcing-framewise",
@@ -146,5 +156,21 @@ PRESETS: tuple[Preset, ...] = (
             denoising_step_list=(), warp_denoising_step=False, timestep_shift=5.0, context_noise=0.0,
             solver="unipc", num_steps=50, guidance_scale=5.0,
         ),
+    ),
+    LINGBOT,
+    dataclasses.replace(
+        LINGBOT,
+        name="lingbot-v2-1.3b",
+        about=About("lingbot-1.3b", NON_COMMERCIAL, "robbyant/lingbot-world-v2-1.3b-causal-fast"),
+        sampler=dataclasses.replace(LINGBOT.sampler, timestep_shift=5.0),
+    ),
+    dataclasses.replace(
+        LINGBOT,
+        name="lingbot-v1",
+        about=About("lingbot-14b", APACHE, "robbyant/lingbot-world-fast"),
+        num_frame_per_block=3,
+        # rows 0, 179, 358 and 679 of the table
+        sampler=dataclasses.replace(LINGBOT.sampler, denoising_step_list=(1000, 821, 642, 321)),
+        context=dataclasses.replace(LINGBOT.context, local_attn_size=21, sink_size=3),
     ),
 )  # fmt: skip

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..shards import write_shards
 from ..spec import ModelSpec
 from ..text.umt5_checkpoint import ORIGINAL_TOKENIZER
 from .checkpoint import FORMATS, INDEX, SHARD
-from .configs import diffusers_config, diffusers_vae_config, original_config
+from .configs import diffusers_config, diffusers_vae_config, original_config, pipeline_class
 from .names import TWIN, to_format, twin_name
 from .random import random_transformer_state
 from .vae_checkpoint import vae_file
@@ -114,7 +115,8 @@ def write_experts(
     """Write the experts for high and for low noise, each to a folder of its own, and the pipeline's index."""
     assert layout.experts is not None and isinstance(layout.names, str)
     for name, tensors in zip(layout.experts, experts, strict=True):
-        write_network(folder / name, spec, layout.names, tensors, max_shard, dtype, progress=progress)
+        config = diffusers_config(spec) if layout.names == "diffusers" else original_config(spec)
+        write_network(folder / name, config, layout.names, tensors, max_shard, dtype, progress=progress)
     index = {"_class_name": "WanPipeline", "boundary_ratio": boundary}
     write_json(folder / INDEX, {key: value for key, value in index.items() if value is not None})
 
@@ -135,17 +137,21 @@ def write_transformer(
     Each tensor goes through `change` and is written in `dtype` (None: its own), in files of up to `max_shard` bytes.
     memory: tensors of a second set of weights, written under twin names where they are not those of the first.
     """
+    layout = FORMATS[form]
+    names = layout.names
     if form == "diffusers":
-        write_json(folder / INDEX, {"_class_name": "WanPipeline"})
+        write_json(folder / INDEX, {"_class_name": pipeline_class(spec)})
         folder = folder / "transformer"
+        names = "diffusers" if spec.camera_channels is None else "original"  # as such pipelines are published
     twins = {f"{TWIN}{name}": tensor for name, tensor in memory.items() if tensor is not tensors.get(name)}
-    write_network(folder, spec, form, {**tensors, **twins}, max_shard, dtype, change, progress)
+    config = diffusers_config(spec) if form == "diffusers" else original_config(spec)
+    write_network(folder / layout.folder, config, names, {**tensors, **twins}, max_shard, dtype, change, progress)
 
 
 def write_network(
     folder: Path,
-    spec: ModelSpec,
-    form: str,
+    config: Mapping[str, Any],
+    names: str | Mapping[str, str],
     tensors: Mapping[str, Tensor],
     max_shard: int,
     dtype: torch.dtype | None = None,
@@ -155,10 +161,10 @@ def write_network(
     """Write one transformer's config and files into a folder; names of twins begin with `TWIN`."""
 
     def published(name: str) -> str:
-        theirs = to_format(form, name.removeprefix(TWIN))
+        theirs = to_format(names, name.removeprefix(TWIN))
         return twin_name(theirs) if name.startswith(TWIN) else theirs
 
-    write_json(folder / "config.json", diffusers_config(spec) if form == "diffusers" else original_config(spec))
+    write_json(folder / "config.json", dict(config))
     stem = SHARD.removesuffix(".safetensors")
     write_shards(folder, stem, tensors, published, max_shard, dtype, change, progress)
 

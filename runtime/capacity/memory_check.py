@@ -74,7 +74,7 @@ class MemoryCheck:
             preset = planner.with_window(preset, planner.shortest_window(preset))
         load = Workload(
             spec, preset, decoder, text, self.size or spec.default_size, config.dtype, config.kv_dtype or config.dtype,
-            self.sessions, executor=config.executor,
+            self.sessions, executor=config.executor, keeps_frames=config.keeps_frames,
         )  # fmt: skip
         if config.device.startswith("cuda") and torch.cuda.get_device_capability(config.device) < FP8_CAPABILITY:
             return replace(load, narrow="int8")

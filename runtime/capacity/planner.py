@@ -44,7 +44,7 @@ class Workload:
 
     text: parameters of the text encoder; 0 where prompts are given as embeddings. dtype: of weights and activations,
     kv_dtype: of pages; names in `costs.ITEMSIZE`. narrow: kv_dtype to suggest where memory is short. executor: a name
-    in `EXECUTORS`.
+    in `EXECUTORS`. keeps_frames: what depends on a camera alone is computed once for a block, and kept.
     """
 
     spec: ModelSpec
@@ -57,6 +57,7 @@ class Workload:
     sessions: int = 1
     narrow: str = "fp8"
     executor: str = REFERENCE
+    keeps_frames: bool = True
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.size)
@@ -67,6 +68,12 @@ class Workload:
                 f"local_attn_size is -1 ({self.preset.name} keeps every frame), so its memory has no limit; plan for a "
                 "window such as local_attn_size=21"
             )
+
+    @property
+    def kept_frames(self) -> int:
+        """Bytes that are kept of a block's cameras."""
+        block = self.preset.num_frame_per_block
+        return costs.frame_bytes(self.spec, self.tokens, block, self.dtype) if self.keeps_frames else 0
 
     @property
     def tokens(self) -> int:
@@ -149,6 +156,8 @@ def memory(load: Workload) -> Memory:
         "cross_keys": conditionings(preset) * costs.cross_bytes(spec, load.dtype),
         "decoder_state": session.decoder,
         "latents": session.latents + solving_bytes(load),
+        "camera": costs.channel_bytes(spec, load.size, preset.num_frame_per_block, load.dtype)
+        + (0 if executor_spec(load.executor).graphs else load.kept_frames),
     }
     return Memory(once, each)
 
@@ -171,6 +180,7 @@ def graph_memory(load: Workload) -> dict[str, int]:
     return {
         "pass_scratch": sum(arenas),
         "constants": constants,
+        "camera_inputs": 2 * load.kept_frames,  # where it is computed, and where passes read it
         "static_inputs": len(frames) * costs.cross_bytes(spec, dtype),
         "making": max(0, costs.merged_bytes(spec, dtype) - absent),
     }
@@ -289,6 +299,10 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
         one = costs.pass_flops(spec, tokens, run).total
         flops += one
         seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, run, load.dtype, load.kv_dtype))
+    for count in camera_runs(load, block):
+        one = costs.frame_flops(spec, tokens, count)
+        flops += one
+        seconds += ceiling.seconds(one, ITEMSIZE[load.dtype] * costs.frame_parameters(spec))
     first = block.decoder_begins and not load.preset.context.decoder_zero_start
     decoding = [
         load.decoder.decode_flops(load.latent, first=first and frame == 0)
@@ -304,6 +318,13 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
     return Speed(flops, sum(decoding), seconds, decoder_seconds, shown)
 
 
+def camera_runs(load: Workload, block: ScheduledBlock) -> list[int]:
+    """Frames of each run of the layers that read a camera alone: one for a block, or one for each pass."""
+    if load.keeps_frames:
+        return [len(block.span.frames)]
+    return [len(run.frames) for run in runs_of(block, load.preset)]
+
+
 def runs_of(block: ScheduledBlock, preset: Preset) -> list[Pass]:
     """The passes of a block as each branch of guidance runs them."""
     guidance = preset.sampler.guide
@@ -314,6 +335,7 @@ def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tupl
     """FLOPs of a stream's first block, decoder included."""
     block, tokens, latent = next(scheduled_blocks(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
     passes = sum(costs.pass_flops(spec, tokens, run).total for run in runs_of(block, preset))
+    passes += costs.frame_flops(spec, tokens, len(block.span.frames))
     decoding = decoder.decode_flops(latent, first=True)
     return passes + decoding + (block.decoded - 1) * decoder.decode_flops(latent)
 
@@ -377,6 +399,10 @@ def without_graphs(load: Workload, budget: int) -> Workload | None:
     return replace(load, executor=REFERENCE) if executor_spec(load.executor).graphs else None
 
 
+def without_kept_frames(load: Workload, budget: int) -> Workload | None:
+    return replace(load, keeps_frames=False) if load.kept_frames else None
+
+
 def with_narrow_pages(load: Workload, budget: int) -> Workload | None:
     return replace(load, kv_dtype=load.narrow) if ITEMSIZE[load.kv_dtype] > 1 else None
 
@@ -408,6 +434,7 @@ SAVINGS: tuple[Saving, ...] = (  # ordered by their effect on the video, the lea
     without_text,
     in_half_precision,
     with_fewer_sessions,
+    without_kept_frames,
     without_graphs,
     with_narrow_pages,
     with_tiny_decoder,
@@ -470,6 +497,7 @@ def suggestion(load: Workload, other: Workload, budget: int) -> Suggestion:
         "dtype": (other.dtype, load.dtype != other.dtype),
         "sessions": (other.sessions, load.sessions != other.sessions),
         "kv_dtype": (other.kv_dtype, load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype),
+        "camera_layers": ("pass", load.keeps_frames != other.keeps_frames),
         "executor": (other.executor, load.executor != other.executor),
         "vae": ("taehv", load.decoder != other.decoder),
         field: (getattr(other.preset.context, field), load.preset != other.preset),

@@ -21,7 +21,7 @@ from ...graphs.rewrites import chosen
 from ...graphs.shards import ALONE, Shard, run_on_tile
 from ...models.cross_attention import TextByFrames
 from ...models.registry import family_of
-from ...models.transformer import KeyValues, TextContext, Transformer
+from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
 from ...schemes.page_needs import least_pages, page_needs
 from ...schemes.presets import Preset
@@ -29,7 +29,7 @@ from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
 from ..executor_specs import REFERENCE, names_with
 from ..kv.page_store import KV_DTYPES
-from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
+from ..programs.graph_builder import FRAME_CHANNELS, GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
 from ..programs.graph_store import GraphStore
 from ..telemetry.profile import Profile
 from .launcher import Launcher, Loaded, NotEnoughMemory
@@ -59,6 +59,14 @@ class MixedConditioning:
     groups: tuple[tuple[int, int], ...]
 
 
+@dataclass(eq=False)
+class FrameInputs:
+    """Channels [1, F, C, H, W] that a block's frames are given."""
+
+    channels: Tensor
+
+
+Frames = object  # what passes are given of a block's frames: what the executor's own `embed_frames` returned
 Text = object  # a conditioned prompt: what the executor's own `condition`, `join` or `mix` returned
 
 
@@ -80,13 +88,35 @@ class Executor(Protocol):
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> Text:
         """Return the prompt of a pass whose frames follow different texts: (text, frames) in token order."""
 
+    def embed_frames(self, channels: Tensor) -> Frames:
+        """Prepare the channels [F, C, H, W] that frames are given beside their latents, for all passes of a block."""
+
+    def join_frames(self, frames: Sequence[Frames]) -> Frames:
+        """Join the frames of several sessions for one pass."""
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        """Run one pass: latents [B, F, C, H, W] to velocity, arguments as of the model's forward."""
+        """Run one pass: latents [B, F, C, H, W] to velocity, arguments as of the model's forward.
+
+        given: of `embed_frames`, for models whose frames are given channels.
+        """
 
     def run_block(
-        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+        self,
+        latents: Tensor,
+        text: Text,
+        attention: KeyValues,
+        frames: range,
+        seed: int,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         """Denoise a block from noise [F, C, H, W] to clean latents and write its keys and values to its pages.
 
@@ -121,8 +151,10 @@ class EagerExecutor:
         packed: Transformer | None = None,
         faster: Callable[[Transformer], Transformer] = lambda model: model,
         shard: Shard = ALONE,
+        keep_frames: bool = True,
     ) -> None:
         self.model, self.plain, self.faster, self.shard = model, packed or model, faster, shard
+        self.keep_frames = keep_frames
         self.passes = faster(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
@@ -134,14 +166,30 @@ class EagerExecutor:
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> TextByFrames:
         return TextByFrames([(frames, eager_text(texts[text])) for text, frames in groups])
 
+    def embed_frames(self, channels: Tensor) -> FrameContext:
+        own = channels[None]
+        if self.shard.ranks > 1:
+            own = self.shard.cut(own, self.model.spec.patch)
+        return self.model.embed_frames(own, self.keep_frames)
+
+    def join_frames(self, frames: Sequence[Frames]) -> FrameContext:
+        return FrameContext.joined([part for part in frames if isinstance(part, FrameContext)])
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         context = eager_text(text)
+        beside = {} if given is None else {"frames": given}
 
         def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
             more = () if origin is None else (origin,)
-            velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more)
+            velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more, **beside)
             return velocity
 
         if self.shard.ranks == 1:
@@ -150,7 +198,14 @@ class EagerExecutor:
         return run_on_tile(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
 
     def run_block(
-        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+        self,
+        latents: Tensor,
+        text: Text,
+        attention: KeyValues,
+        frames: range,
+        seed: int,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
 
@@ -187,7 +242,8 @@ class GraphExecutor:
         self.config, self.preset, self.decoder = config, preset, parts.vae.spec
         model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
         lowp = config.precision_map
-        rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
+        if rewrites is None:
+            rewrites = tuple(chosen(["lowp"] if lowp else [], () if config.keeps_frames else ("hoist-frames",)))
         kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = GraphBuilder(
             model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard
@@ -211,24 +267,44 @@ class GraphExecutor:
         single = {text: found for text in read if isinstance(found := texts[text], Conditioning)}
         return MixedConditioning(single, groups)
 
+    def embed_frames(self, channels: Tensor) -> FrameInputs:
+        return FrameInputs(channels[None])
+
+    def join_frames(self, frames: Sequence[Frames]) -> Frames:
+        (given,) = frames  # no batches
+        return given
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        given = {"latents": latents, "timesteps": timesteps}
+        values = {"latents": latents, "timesteps": timesteps}
         texts = text.groups if isinstance(text, MixedConditioning) else ()
         key = GraphKey.of(latents, paged(attention), whole=False, texts=texts)
-        return self.run(key, given, text, attention, actions)["velocity"]
+        return self.run(key, values, text, attention, actions, given)["velocity"]
 
     def run_block(
-        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+        self,
+        latents: Tensor,
+        text: Text,
+        attention: KeyValues,
+        frames: range,
+        seed: int,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        given = {
+        values = {
             "latents": latents[None],
             "frames": torch.tensor([list(frames)], dtype=torch.int32),
             "noise_key": torch.tensor([signed(seed)]),
         }
         key = GraphKey.of(latents, paged(attention), whole=True)
-        return self.run(key, given, text, attention, actions)["latents"][0]
+        return self.run(key, values, text, attention, actions, given)["latents"][0]
 
     def start_profile(self, profile: Profile) -> None:
         self.launcher.profile = profile
@@ -242,16 +318,41 @@ class GraphExecutor:
     def refresh_derived_weights(self) -> None:
         """Recompute the constants in place; captured graphs stay valid."""
         self.launcher.refresh_derived_weights()
+        for loaded in self.loaded.values():
+            loaded.shown = None
 
     def run(
-        self, key: GraphKey, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        key: GraphKey,
+        values: Mapping[str, Tensor],
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None,
     ) -> dict[str, Tensor]:
         assert isinstance(text, Conditioning | MixedConditioning) and isinstance(attention, OnPages)
         loaded = self.load(key, attention)
-        inputs = {**given, **tables(key, attention), **self.prompt_inputs(loaded, text)}
+        inputs = {**values, **tables(key, attention), **self.prompt_inputs(loaded, text)}
         if actions is not None:
             inputs["block.actions"] = actions
+        if given is not None:
+            assert isinstance(given, FrameInputs)
+            inputs |= self.frame_inputs(loaded, given)
         return self.launcher.run(loaded.body, inputs)
+
+    def frame_inputs(self, loaded: Loaded, given: FrameInputs) -> dict[str, Tensor]:
+        """The graph's inputs from the channels of a block's frames.
+
+        The frames graph runs where the last block was another, and writes to the static inputs of the body.
+        """
+        inputs = {FRAME_CHANNELS: given.channels}
+        if loaded.frames is None:
+            return inputs
+        own = {name: loaded.body.inputs[name] for name in loaded.frames.launches.outputs}
+        if loaded.shown is not given:
+            self.launcher.run_into(loaded.frames, inputs, own)
+            loaded.shown = given
+        return inputs | own
 
     def prompt_inputs(self, loaded: Loaded, text: Conditioning | MixedConditioning) -> dict[str, Tensor]:
         """The graph's prompt inputs; runs the prompt graph once for each prompt and caches the result."""
@@ -379,9 +480,9 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
 def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
     packed = None if precision is None else with_packed_layers(model, precision)
-    if config.shard_weights:
-        return EagerExecutor(model, shard=parts.shard)  # faster layers would keep the whole weights
-    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard)
+    if config.shard_weights:  # faster layers would keep the whole weights
+        return EagerExecutor(model, shard=parts.shard, keep_frames=config.keeps_frames)
+    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard, config.keeps_frames)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:

@@ -110,13 +110,8 @@ def load_components(
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema, config.names)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     family = family_of(spec)
-    family.check_preset(scheme, config.model)
+    family.check_preset(scheme, config.model, spec)
     sets = weight_sets(checkpoint, scheme)
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(
-            f"{config.model} takes {spec.in_channels} channels with image conditioning; streams of such models "
-            "are not supported"
-        )
     folders = [Path(config.base)] if config.base else []
     folders.append(checkpoint.folder)
     for key, path in (("base", config.base), ("text_encoder", config.text_encoder)):
@@ -215,15 +210,13 @@ def loras(config: EngineConfig) -> list[tuple[str, float]]:
 
 def random_components(spec: ModelSpec, config: EngineConfig, scheme: Preset, check: SizeCheck) -> Components:
     """Make a named model with random weights and a small random text encoder, after a call of `check`."""
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(f"streams of {spec.name} are not supported; its transformer and checkpoints are")
+    family = family_of(spec)
+    family.check_preset(scheme, spec.name, spec)
     for key in ("vae", "fast_vae"):
         if (name := getattr(config, key)) not in (None, "taehv"):
             raise UsageError(f"{key} is {quoted(name)}, but {spec.name} has random weights; leave it out, or use taehv")
     if config.names is not None:
         raise UsageError(f"names is {quoted(config.names)}, but {spec.name} has random weights; leave it out")
-    family = family_of(spec)
-    family.check_preset(scheme, spec.name)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
     shard = check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device

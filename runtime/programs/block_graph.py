@@ -27,7 +27,7 @@ from ...models.cross_attention import TextByFrames, TextKeyValues
 from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
-from ...models.transformer import KeyValues, Transformer
+from ...models.transformer import FrameContext, KeyValues, Transformer
 from ...schemes.block_schedule import branch_run
 from ...schemes.guidance import Guidance, classifier_free
 from ...schemes.presets import Preset
@@ -118,11 +118,11 @@ class ModelPass(nn.Module):
         timesteps = values["timesteps"]
         timesteps = timesteps.expand(len(rows), *timesteps.shape[1:])
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
-        text = self.text(values)
+        text, beside = self.text(values), self.frames(values)
 
         def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
             more = () if origin is None else (origin,)
-            result: Tensor = self.model(latents, timesteps, text, kv, actions, *more)
+            result: Tensor = self.model(latents, timesteps, text, kv, actions, *more, **beside)
             return result
 
         if self.shard.ranks == 1:
@@ -132,6 +132,20 @@ class ModelPass(nn.Module):
         if count > 1:
             velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}
+
+    def frames(self, values: dict[str, Tensor]) -> dict[str, FrameContext]:
+        """What the pass takes of its frames beside their latents, as an argument of the model; none for most models.
+
+        Layers make their modulation where they use it: the rewrite `hoist-frames` computes it once for a block.
+        """
+        channels = values.get(f"{self.layout.tables}.frame_channels")
+        if channels is None:
+            return {}
+        if (branches := len(self.guidance.branches)) > 1:
+            channels = torch.cat([channels] * branches)
+        if self.shard.ranks > 1:
+            channels = self.shard.cut(channels, self.model.spec.patch)
+        return {"frames": self.model.embed_frames(channels, each_layer=False)}
 
     def text(self, values: dict[str, Tensor]) -> TextKeyValues:
         """Cross-attention of the pass, each frame's to the text that it follows."""
@@ -304,7 +318,7 @@ class BlockGraphBuilder:
     def build(self) -> BlockGraph:
         """Build the graph; UsageError for a model or preset that has none."""
         spec, preset = self.spec, self.preset
-        if spec.in_channels != spec.out_channels:
+        if spec.image_dim is not None:
             raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
         if preset.window_blocks > 1 and self.sampler.begin().keeps_history:
             raise UsageError(
@@ -418,6 +432,9 @@ class BlockGraphBuilder:
         if spec.action_dim is not None:
             actions = (self.rows, frames, spec.action_dim)
             values.append(given(f"{layout.tables}.actions", When.BLOCK, actions, self.dtype))
+        if spec.frame_channels:
+            channels = (self.sessions, frames, spec.frame_channels, *self.latent[1:])
+            values.append(given(f"{layout.tables}.frame_channels", When.FRAMES, channels, self.dtype))
         for part, (groups, part_frames) in enumerate(layout.parts):
             rows = self.rows * groups
             lists = (rows, layout.head_groups) if layout.head_groups else (rows,)

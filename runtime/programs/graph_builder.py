@@ -25,6 +25,7 @@ from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 
+FRAME_CHANNELS = "block.frame_channels"  # input of the graph of a model whose frames are given channels
 WIDTH_STEP = 16  # pages
 PROGRAMS = 64  # of a process, kept for engines of the same configuration
 

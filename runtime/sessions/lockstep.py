@@ -24,6 +24,7 @@ T = TypeVar("T")
 class ForwardRequest:
     """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any.
 
+    given: what the frames are given beside their latents; None for a model that takes nothing.
     prompts: by the number of a text, where blocks in flight follow others than the branch's.
     """
 
@@ -31,6 +32,7 @@ class ForwardRequest:
     run: Pass
     latents: Tensor
     actions: tuple[int, ...]
+    given: Handle | None = None
     prompts: Mapping[int, Handle] = field(default_factory=dict)
 
     @property
