@@ -122,6 +122,11 @@ class ContextPolicy:
         return self.reencode_head
 
     @property
+    def encodes_pictures(self) -> bool:
+        """True where a stream needs an encoder, which tiny decoders lack: for clean pictures, or an image's channels."""
+        return self.reencode_head or self.image == "channels"
+
+    @property
     def sink_beside_window(self) -> int:
         """Frames of the sink that the cache keeps beside a full window, because a commit does not see them."""
         return 0 if self.commit_sees_sink else self.sink_size
