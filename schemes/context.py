@@ -108,7 +108,7 @@ class ContextPolicy:
             )
         if self.commit_in_next and (self.recomputes or self.reencode_head):
             raise UsageError(
-                f"commit_in_next is true, but commit is {self.commit}, prompt_switch {self.prompt_switch!r} and "
+                f"commit_in_next is true, but commit is {self.commit}, prompt_switch {quoted(self.prompt_switch)} and "
                 f"segment_frames {self.segment_frames}; expected true, cut or blend, and 0"
             )
         if self.blend_blocks < 1:
