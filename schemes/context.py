@@ -123,7 +123,7 @@ class ContextPolicy:
 
     @property
     def encodes_pictures(self) -> bool:
-        """True where a stream needs an encoder, which tiny decoders lack: for clean pictures, or an image's channels."""
+        """True where a stream needs an encoder, which tiny decoders lack: for pictures, or an image's channels."""
         return self.reencode_head or self.image == "channels"
 
     @property
