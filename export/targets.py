@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.page_needs import page_needs
 from ..schemes.presets import Preset
 
@@ -78,7 +78,7 @@ TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 def find_target(name: str) -> Target:
     """Return the target of a name. UsageError for an unknown one, InferixError if a package it needs is missing."""
     if name not in TARGETS:
-        raise UsageError(f"target is {name!r}{nearest(name, TARGETS)}; expected one of {', '.join(TARGETS)}")
+        raise UsageError(f"target is {quoted(name)}{nearest(name, TARGETS)}; expected one of {', '.join(TARGETS)}")
     target = TARGETS[name]
     if target.missing:
         raise InferixError(

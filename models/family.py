@@ -172,7 +172,7 @@ class Family(ABC):
         if SOLVERS[preset.sampler.solver].to_clean != self.to_clean:
             own = ", ".join(own.name for own in self.presets)
             raise UsageError(
-                f"preset {preset.name!r} is for a model of another family than {model}, which is {self.name}; "
+                f"preset {quoted(preset.name)} is for a model of another family than {model}, which is {self.name}; "
                 f"use one of {own}"
             )
 

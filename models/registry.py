@@ -40,10 +40,13 @@ def register(family: Family) -> None:
     )  # fmt: skip
     for what, new, taken in names:
         if both := set(new) & set(taken):
-            raise UsageError(f"family {family.name!r}: {what} {min(both)!r} is registered already; give another name")
+            raise UsageError(
+                f"family {quoted(family.name)}: {what} {quoted(min(both))} is registered already; give another name"
+            )
     for spec in family.models.values():
         if spec.family != family.name:
-            raise UsageError(f"model {spec.name!r} has family {spec.family!r}; expected {family.name!r}")
+            expected = quoted(family.name)
+            raise UsageError(f"model {quoted(spec.name)} has family {quoted(spec.family)}; expected {expected}")
     FAMILIES[family.name] = family
     MODELS.update(family.models)
     PRESETS.update(presets)
@@ -61,7 +64,7 @@ def family_of(spec: ModelSpec) -> Family:
     """Return the family of a model; UsageError for one that is not registered."""
     if spec.family not in FAMILIES:
         known = f"{nearest(spec.family, FAMILIES)}; there are {', '.join(FAMILIES)}"
-        raise UsageError(f"model {spec.name!r} has family {spec.family!r}, which is not registered{known}")
+        raise UsageError(f"model {quoted(spec.name)} has family {quoted(spec.family)}, which is not registered{known}")
     return FAMILIES[spec.family]
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..schemes.sampler_spec import SOLVERS, TRAIN_TIMESTEPS, SamplerSpec, SolverRules
 
 
@@ -108,7 +108,7 @@ CLASSES: dict[str, type[Solver]] = {}
 def register_solver(solver: type[Solver]) -> type[Solver]:
     """Add a solver, which presets then name. UsageError for a name that is taken."""
     if solver.name in CLASSES:
-        raise UsageError(f"solver {solver.name!r} is registered already; give another name")
+        raise UsageError(f"solver {quoted(solver.name)} is registered already; give another name")
     CLASSES[solver.name] = solver
     assert SOLVERS.setdefault(solver.name, solver.rules) == solver.rules
     return solver

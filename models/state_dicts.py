@@ -130,7 +130,7 @@ def choose_state_dict(
         present = sorted(listed_names(content, groups))
         if first is not None and groups:
             near = alike_in_file(first, present)
-            raise UsageError(f"{quoted(path)} is no {kind}: no {first!r} in it{near}; give names for it")
+            raise UsageError(f"{quoted(path)} is no {kind}: no {quoted(first)} in it{near}; give names for it")
         raise UsageError(f"{quoted(path)} is no {kind}: it holds {quoted_all(present) or 'nothing'}")
     averaged = [place for place in fit if place.averaged]
     plain = [place for place in fit if not place.averaged]

@@ -159,12 +159,12 @@ class EngineConfig:
         ):
             if value is not None and not taken:
                 use = names_with(capable)
-                raise UsageError(f"{key} is {quoted(value)}, which executor {name!r} does not take; use {use}")
+                raise UsageError(f"{key} is {quoted(value)}, which executor {quoted(name)} does not take; use {use}")
         kind = torch.device(self.device).type
         if kind not in spec.devices:
             raise UsageError(
-                f"executor {name!r} runs on {' or '.join(spec.devices)}, and device is {quoted(self.device)}; use "
-                f"{names_with(lambda other: kind in other.devices)}"
+                f"executor {quoted(name)} runs on {' or '.join(spec.devices)}, and device is {quoted(self.device)}; "
+                f"use {names_with(lambda other: kind in other.devices)}"
             )
 
     @property

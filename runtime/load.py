@@ -101,5 +101,5 @@ def load(
 
 def check_tiny_decoder(preset: Preset, tiny: bool) -> None:
     """UsageError for a preset that encodes pictures, with the decoder that has no encoder."""
-    if tiny and (preset.context.reencode_head or preset.context.image == "channels"):
+    if tiny and preset.context.encodes_pictures:
         raise UsageError(f"{preset.name} encodes pictures, which the tiny decoder of vae cannot; leave vae out")

@@ -116,7 +116,7 @@ class ContextPolicy:
             )
         if self.commit_in_next and (self.recomputes or self.reencode_head):
             raise UsageError(
-                f"commit_in_next is true, but commit is {self.commit}, prompt_switch {self.prompt_switch!r} and "
+                f"commit_in_next is true, but commit is {self.commit}, prompt_switch {quoted(self.prompt_switch)} and "
                 f"segment_frames {self.segment_frames}; expected true, cut or blend, and 0"
             )
         if self.commit_in_next and self.prompt_switch == "join" and self.clean_text == "prompt":
@@ -138,6 +138,11 @@ class ContextPolicy:
     def needs_pixels(self) -> bool:
         """Whether the next block waits for the pictures of the one before."""
         return self.reencode_head
+
+    @property
+    def encodes_pictures(self) -> bool:
+        """True where a stream needs an encoder, which tiny decoders lack: for pictures, or an image's channels."""
+        return self.reencode_head or self.image == "channels"
 
     @property
     def sink_beside_window(self) -> int:

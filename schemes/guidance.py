@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 
 TEXTS = ("prompt", "negative")
 
@@ -34,7 +34,7 @@ class GuidanceBranch:
 
     def __post_init__(self) -> None:
         if self.text not in TEXTS:
-            raise UsageError(f"text of a guidance branch is {self.text!r}; expected one of {', '.join(TEXTS)}")
+            raise UsageError(f"text of a guidance branch is {quoted(self.text)}; expected one of {', '.join(TEXTS)}")
         if self.reads is not None and not self.sees_past:
             raise UsageError(f"a guidance branch reads the cache of branch {self.reads}, but sees no past; drop one")
 

@@ -68,7 +68,7 @@ class Preset:
         self.context.check_key_ranges(self.num_frame_per_block, self.window_blocks, steps)
         if self.window_blocks > 1 and self.context.recomputes:
             raise UsageError(
-                f"window_blocks is {self.window_blocks}, but prompt_switch is {self.context.prompt_switch!r}, "
+                f"window_blocks is {self.window_blocks}, but prompt_switch is {quoted(self.context.prompt_switch)}, "
                 f"segment_frames {self.context.segment_frames} and commit {self.context.commit}: clean frames would be "
                 "recomputed while blocks are in flight; use window_blocks=1, or cut, 0 and true"
             )

@@ -390,7 +390,7 @@ def in_half_precision(load: Workload, budget: int) -> Workload | None:
 
 def with_tiny_decoder(load: Workload, budget: int) -> Workload | None:
     tiny = family_of(load.spec).tiny_decoder_spec(load.spec)
-    if tiny is None or not load.decoder.encodes or load.preset.context.reencode_head:
+    if tiny is None or not load.decoder.encodes or load.preset.context.encodes_pictures:
         return None
     return replace(load, decoder=tiny)
 

@@ -473,7 +473,8 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
     if not isinstance(executor, Executor):
         methods = [name for name in vars(Executor) if not name.startswith("_")] + [*Executor.__annotations__]
         lacking = ", ".join(sorted(name for name in methods if not hasattr(executor, name)))
-        raise UsageError(f"executor {config.executor!r} made {quoted(executor)}, which is no Executor: no {lacking}")
+        made = f"executor {quoted(config.executor)} made {quoted(executor)}"
+        raise UsageError(f"{made}, which is no Executor: no {lacking}")
     return executor
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InferixError
+from ...errors import InferixError, quoted
 from ...graphs.shards import Shard
 from ...kernels.collectives import RankGroup
 from ...models.decoder import DecoderSpec
@@ -70,7 +70,7 @@ class Inbox:
     def next(self, kind: str) -> Message:
         message = self.queue.get()
         if message.kind != kind:
-            raise InferixError(f"rank 0 sent {message.kind!r}; expected {kind!r}")
+            raise InferixError(f"rank 0 sent {quoted(message.kind)}; expected {quoted(kind)}")
         return message
 
 
