@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..graphs.types import BlockGraph
     from ..runtime.programs.block_graph import BlockGraphBuilder
     from ..runtime.programs.graph_builder import GraphBuilder, GraphKey
+    from ..schemes.presets import Preset
 
 
 def graph(
@@ -103,6 +104,7 @@ def graph(
     from ..runtime.programs.graph_builder import GraphBuilder, padded_width
     from ..runtime.programs.graph_store import stored_for
     from ..schemes.guidance import ALONE as ALONE_GUIDANCE
+    from ..schemes.presets import with_settings
 
     if rewrites:
         for rewrite in REWRITES.values():
@@ -141,6 +143,9 @@ def graph(
     page_dtype = None if kv_dtype in (None, dtype) else KV_DTYPES[kv_dtype]
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **parse_settings(settings))
     spec = find_spec(model or (scheme.about.base if preset else DEFAULT_MODEL), names)
+    if stored is None and dry_run is None and (steps := drawn_steps(scheme)) is not None:
+        typer.echo(f"{steps} of {scheme.sampler.steps} steps are shown: the others differ in their timesteps", err=True)
+        scheme = with_settings(scheme, num_steps=steps)
     if lowp is None and (layers or keep):
         raise UsageError(f"{'--layers' if layers else '--keep'} chooses layers of --lowp; give --lowp as well")
     added = [*with_, *(["lowp"] if lowp is not None and "lowp" not in with_ else [])]
@@ -198,6 +203,13 @@ def graph(
         from ..graphs.show.text import text
 
         typer.echo(text(block, only))
+
+
+def drawn_steps(preset: Preset) -> int | None:
+    """Fewer steps with the same kinds of passes, for a preset of many steps between two joins; None for any other."""
+    if preset.window_blocks == 1 or preset.steps_between_joins <= 2 or preset.sampler.has_step_list:
+        return None
+    return 2 * preset.window_blocks
 
 
 def architecture_of(device: str) -> int:

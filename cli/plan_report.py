@@ -60,8 +60,8 @@ def workload(
         raise UsageError(
             f"--vae is {quoted(vae)}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
         )
-    if vae and scheme.context.reencode_head:
-        raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
+    if vae and scheme.context.encodes_pictures:
+        raise UsageError(f"{scheme.name} encodes pictures, which the tiny decoder cannot; leave --vae out")
     family = family_of(spec)
     family.check_preset(scheme, spec.name, spec)
     decoder = family.chosen_decoder_spec(spec, tiny=bool(vae))

@@ -79,7 +79,7 @@ class PassPlan:
     actions: the number of each frame's action, by session; empty for a model without actions. whole: the block of each
     session; empty for one pass. condition: of a step, beside the timesteps; None for a model that takes none. frames:
     number of what the frames of each session are given beside their latents (`EmbedFrames`); empty for a model that
-    takes nothing.
+    takes nothing. weights: number of the set of weights that runs it.
     """
 
     layout: PassLayout
@@ -89,6 +89,7 @@ class PassPlan:
     whole: tuple[WholeBlock, ...] = ()
     condition: float | None = None
     frames: tuple[int, ...] = ()
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ Plan = Union[  # noqa: UP007  its members are listed at run time
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")
-MAGIC, VERSION = b"INFP", 4
+MAGIC, VERSION = b"INFP", 5
 
 
 def encode_plan(plan: Plan) -> bytes:

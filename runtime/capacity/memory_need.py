@@ -9,7 +9,7 @@ from ...models.spec import ModelSpec
 from ...schemes.page_needs import branches, least_pages
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
-from .costs import arena_bytes, cross_bytes, decoder_state_bytes, latent_bytes, pass_scratch
+from .costs import arena_bytes, cross_bytes, decoder_state_bytes, latent_bytes, latent_kind, pass_scratch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def session_need(
     return MemoryNeed(
         pages=least_pages(preset) * page_bytes,
         decoder=states * decoder_state_bytes(decoder, spec.latent_size(size), dtype),
-        latents=frames * latent_bytes(spec, size, dtype),
+        latents=frames * latent_bytes(spec, size, latent_kind(preset, dtype)),
         activations=batch_row_bytes(preset, spec, size, dtype, graphs),
     )
 

@@ -24,7 +24,7 @@ from ...schemes.block_schedule import (
     repeat_period,
     supports_whole_block,
 )
-from ...schemes.page_needs import branches, page_needs, staging_slots, window
+from ...schemes.page_needs import branches, conditionings, page_needs, staging_slots, window
 from ...schemes.presets import FIELDS, Preset
 from ..executor_specs import REFERENCE, executor_spec
 from ..limits import Limits
@@ -146,7 +146,7 @@ def memory(load: Workload) -> Memory:
     staged = staging_slots(preset) if load.kv_dtype != load.dtype else 0
     averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0  # frames
     once = {
-        "transformer": item * costs.transformer_parameters(spec),
+        "transformer": len(preset.weight_sets) * item * costs.transformer_parameters(spec),
         "vae": item * load.decoder.parameters,
         "text_encoder": item * load.text,
         "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
@@ -158,7 +158,7 @@ def memory(load: Workload) -> Memory:
     each = {
         "pages": session.pages,
         "moving_sink": branches(preset) * averaged * costs.page_bytes(spec, load.tokens, "float32"),
-        "cross_keys": branches(preset) * costs.cross_bytes(spec, load.dtype),
+        "cross_keys": conditionings(preset) * costs.cross_bytes(spec, load.dtype),
         "decoder_state": session.decoder,
         "latents": session.latents + solving_bytes(load),
         "camera": costs.channel_bytes(spec, load.size, preset.num_frame_per_block, load.dtype)
@@ -220,8 +220,8 @@ def programs(preset: Preset) -> list[int]:
             frames = [preset.block_size(0), *frames]
     else:
         runs = [run for block in islice(scheduled_blocks(preset), 2) for run in runs_of(block, preset)]
-        shapes = {tuple(len(group.frames) for group in run.groups) for run in runs}
-        frames = [sum(shape) for shape in sorted(shapes)]
+        shapes = {(tuple(len(group.frames) for group in run.groups), run.weights) for run in runs}
+        frames = [sum(shape) for shape, _ in sorted(shapes)]
     return frames + [count for count in (preset.context.rebuild_frames, recached_frames(preset)) if count]
 
 
@@ -241,7 +241,7 @@ def longest_pass(preset: Preset) -> int:
 def solving_bytes(load: Workload) -> int:
     """Bytes of a solver step besides the latents, and of pixels cached to be encoded again."""
     preset, policy = load.preset, load.preset.context
-    frame = costs.latent_bytes(load.spec, load.size, load.dtype)
+    frame = costs.latent_bytes(load.spec, load.size, costs.latent_kind(preset, load.dtype))
     wide = costs.latent_bytes(load.spec, load.size, "float64")
     flight = preset.num_frame_per_block * preset.window_blocks
     pictures = 0
@@ -414,7 +414,7 @@ def in_half_precision(load: Workload, budget: int) -> Workload | None:
 
 def with_tiny_decoder(load: Workload, budget: int) -> Workload | None:
     tiny = family_of(load.spec).tiny_decoder_spec(load.spec)
-    if tiny is None or not load.decoder.encodes or load.preset.context.reencode_head:
+    if tiny is None or not load.decoder.encodes or load.preset.context.encodes_pictures:
         return None
     return replace(load, decoder=tiny)
 

@@ -21,7 +21,7 @@ from ...graphs.shards import ALONE, NONE, Axis, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
-from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
+from ...graphs.types import OF_SET, BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...models.cross_attention import TextByFrames, TextKeyValues
 from ...models.family import Family
@@ -33,7 +33,7 @@ from ...schemes.guidance import Guidance, classifier_free
 from ...schemes.presets import Preset
 from ...schemes.sampler_spec import SamplerSpec
 from ..kv.page_store import PageForm
-from ..sampler import Sampler, guided
+from ..sampler import Sampler, guided, latent_dtype
 from .block_plan import PlannedPass, latent_names, plan_block
 
 TRACES = 64  # passes and steps of a process, each kept for blocks of the same shapes
@@ -75,6 +75,11 @@ class Layout:
     def table(self, part: int, what: str) -> str:
         """Name of table `what` of one part within the block graph."""
         return ".".join([self.tables, *([str(part)] if len(self.parts) > 1 else []), what])
+
+
+def weight_name(value: Value, number: int) -> str:
+    """Name of a value in a pass of another set of weights than the first."""
+    return f"{value.name}{OF_SET}{number}" if value.role == Role.WEIGHT else value.name
 
 
 class ModelPass(nn.Module):
@@ -305,6 +310,7 @@ class BlockGraphBuilder:
         self.rows = sessions * len(self.guidance.branches)
         self.texts, self.timesteps = self.rows if texts is None else texts, timesteps
         self.sampler = Sampler(preset.sampler)
+        self.latent_dtype = latent_dtype(preset.sampler, dtype)
         self.planned = plan_block(preset, fuse_commit)
         self.latent = (spec.out_channels, *spec.latent_size(size or spec.default_size))
         self.grid = (self.latent[1] // spec.patch[0], self.latent[2] // spec.patch[1])
@@ -372,7 +378,8 @@ class BlockGraphBuilder:
         values = [value for value in self.step_values(planned) if value.name != "velocity"]
         for number, run in runs.items():
             shape = (self.sessions, len(run.frames), *self.latent)
-            values.append(Value(branch_velocity(planned.name, number), Role.INPUT, shape, self.dtype, When.PASS))
+            name = branch_velocity(planned.name, number)
+            values.append(Value(name, Role.INPUT, shape, self.latent_dtype, When.PASS))
         module = BranchJoin(self.guide, planned, runs, step)
         traced = trace("the join of branches", module, values, device=self.device)
         return replace(chained(f"{planned.name}, join", traced), groups=planned.run.groups, runs=planned.runs)
@@ -386,13 +393,20 @@ class BlockGraphBuilder:
         literals = {"timesteps": Value.of_literal(rows, self.timesteps_shape(len(timesteps)), torch.float32)}
         step = self.step(planned) if planned.steps else None
         graph = chained(planned.name, model, step, literals)
+        if number := planned.run.weights:
+            inputs = {key: replace(value, name=weight_name(value, number)) for key, value in graph.inputs.items()}
+            graph = replace(graph, inputs=inputs)
         if step is None:  # the pass is run for the pages it writes; nothing reads its velocity
             graph = replace(graph, outputs=(replace(graph.outputs[0], name=f"{planned.name}.velocity"),))
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
 
     def model_pass(self, layout: Layout) -> PassGraph:
-        """Traced pass of a layout."""
-        return traced_pass(self.source, layout, self.guidance, self.shard, tuple(self.inputs(layout)))
+        """Traced pass of a layout. Layouts that differ in names alone share one trace."""
+        shared = replace(layout, latents=latent_names(len(layout.latents)), tables="block", branch="")
+        inputs = self.inputs(shared)
+        graph = traced_pass(self.source, shared, self.guidance, self.shard, tuple(inputs))
+        own = {value.name: given for value, given in zip(inputs, self.inputs(layout), strict=True)}
+        return replace(graph, inputs={key: own.get(value.name, value) for key, value in graph.inputs.items()})
 
     def timesteps_shape(self, frames: int) -> tuple[int, ...]:
         """Shape of the timesteps of a pass, with the conditions of steps where the network takes them."""
@@ -417,7 +431,8 @@ class BlockGraphBuilder:
             return Value(name, Role.INPUT, size, dtype, when, owned=owned)
 
         each = frames // len(layout.latents)
-        values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
+        latents = (self.sessions, each, *self.latent)
+        values = [given(name, When.PASS, latents, self.latent_dtype) for name in layout.latents]
         text = (self.texts, spec.text_rows, spec.text_dim)
         values += [
             given("timesteps", When.LOAD, self.timesteps_shape(frames), torch.float32),
@@ -477,13 +492,14 @@ class BlockGraphBuilder:
         total = frames * len(planned.steps)
         wide = torch.promote_types(self.dtype, torch.float32)
         names = latent_names(len(planned.steps))
+        velocity = (self.sessions, planned.lead + total, *self.latent)
         values = [
-            Value("velocity", Role.INPUT, (self.sessions, planned.lead + total, *self.latent), self.dtype, When.PASS),
+            Value("velocity", Role.INPUT, velocity, self.latent_dtype, When.PASS),
             Value("frames", Role.INPUT, (self.sessions, total), torch.int32, When.BLOCK),
             Value("noise_key", Role.INPUT, (self.sessions,), torch.int64, When.BLOCK),
         ]
         latents = (self.sessions, frames, *self.latent)
-        values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
+        values += [Value(name, Role.INPUT, latents, self.latent_dtype, When.PASS) for name in names]
         history = self.sampler.begin().reads(planned.steps[0])
         values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
         return values

@@ -136,7 +136,8 @@ class GraphBuilder:
         if key.whole:
             preset = replace(preset, num_frame_per_block=key.latent[0], independent_first_frame=False)
         else:  # guidance joins the velocities of its branches outside of them
-            preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0, guidance=None))
+            alone = replace(preset.sampler, guidance_scale=1.0, guidance=None, boundary_ratio=0.0)
+            preset = replace(preset, sampler=alone)
         builder = BlockGraphBuilder(
             self.spec, preset, size, self.dtype, self.device, self.precision, key.sessions, key.pages,
             kv_dtype=self.kv_dtype, slots=key.slots, shard=self.shard, texts=texts,

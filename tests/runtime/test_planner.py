@@ -58,7 +58,7 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     stride, (height, width) = engine.spec.vae_stride[0], SIZE[::-1]
     done = []
 
-    def run(state, this, latents, record):
+    def run(state, this, latents, *more):
         done.append(("pass", shape(this)))
         yield from ()
         return torch.zeros_like(latents)
@@ -125,7 +125,8 @@ def test_a_real_session(name):
             assert counter.get_total_flops() == speed.transformer_flops + speed.decoder_flops
         planned = memory(load).each
         prompts = [engine.resources.worker.prompts[branch.text.number] for branch in session.current.branches]
-        keys = [tensor.nbytes for prompt in prompts for pair in prompt.text.text for tensor in pair]
+        texts = [text for prompt in prompts for text in prompt.texts.values()]
+        keys = [tensor.nbytes for text in texts for pair in text.text for tensor in pair]
         latents = [tensor.nbytes for tensor in (session.current.recent, session.current.pixels) if tensor is not None]
         latents += [block.latents.nbytes for block in session.current.flight]
         scratch = page_needs(load.preset).scratch  # pages for the length of a pass
