@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filled import random_values
-from oracles import TINY, WAN_PRESETS, randomise
+from oracles import KINDS as PRESET_KINDS
+from oracles import TINY, randomise
 from torch import Tensor, fx
 
 from inferix.graphs.cost import PassCost, name_of
@@ -42,7 +43,8 @@ def plain(preset: str):
     return dataclasses.replace(PRESETS[preset], name="", about=PRESETS["krea"].about)
 
 
-DISTINCT = [name for at, name in enumerate(WAN_PRESETS) if plain(name) not in map(plain, list(WAN_PRESETS)[:at])]
+SINGLE = [name for name in PRESET_KINDS if len(PRESETS[name].weight_sets) == 1]
+DISTINCT = [name for at, name in enumerate(SINGLE) if plain(name) not in map(plain, SINGLE[:at])]
 VARIED = ("self-forcing", "longlive-infinity", "longlive2", "tinyworld")  # plain, a moving sink, a history, actions
 assert set(VARIED) <= set(DISTINCT)
 
@@ -156,7 +158,8 @@ def test_all_rewrites_compute_the_same(preset: str) -> None:
     actual = all_done(preset)
     validate(actual)
     assert differences(preset, actual) < EXACT
-    assert all(change.places > 0 for change in actual.changes), actual.changes
+    places = {change.rewrite: change.places for change in actual.changes if change.rewrite != "hoist-frames"}
+    assert all(places.values()), places  # nothing of these models is known frame by frame
     assert block.changes == () and len(list(block.passes[0])) > len(list(actual.passes[0]))
 
 
