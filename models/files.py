@@ -43,6 +43,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 64_000_000  # bytes; the largest published, a tokenizer, has 17 MB
 MOST_COMPARED = 4000  # names of a file, for an error about one that it lacks
 MOST_SHARING = 4  # times that tensors of one file may use its bytes, as tied weights do
+MOST_DIMENSIONS = 64  # of a tensor that torch computes with
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -150,7 +151,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         if kind == "safetensors":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            check_dimensions(path, tensors)
+            return tensors
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
         why = "it holds more than tensors and plain values, which is not loaded, since that can run code"
@@ -314,8 +317,18 @@ def check_pickle(path: Path, stream: Any) -> None:
             )
 
 
+def check_dimensions(path: Path, content: Mapping[Any, Any]) -> None:
+    """Raise CheckpointError for tensors that torch can hold and cannot compute with."""
+    for name, tensor in all_tensors(content):
+        if tensor.ndim > MOST_DIMENSIONS:
+            raise CheckpointError(
+                f"{quoted(path)}: {quoted(name)} has {tensor.ndim} dimensions; expected at most {MOST_DIMENSIONS}"
+            )
+
+
 def check_storage(path: Path, content: Mapping[Any, Any]) -> None:
     """Raise CheckpointError for tensors with more values than their file stores, such as expanded ones."""
+    check_dimensions(path, content)
     claimed, storages = 0, {}
     for name, tensor in all_tensors(content):
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":

@@ -499,6 +499,15 @@ def test_expanded_tensors_are_refused(tmp_path):
     assert read_tensors(tmp_path / "tied.pt").keys() == {"a", "b", "c"}
 
 
+def test_tensors_of_too_many_dimensions(tmp_path):
+    tensors = {"a": torch.ones(1).reshape([1] * 65)}
+    save(tensors, tmp_path / "x.safetensors")
+    torch.save(tensors, tmp_path / "x.pt")
+    for name in ("x.safetensors", "x.pt"):
+        with pytest.raises(CheckpointError, match=rf"{name}.*'a'.*65"):
+            read_tensors(tmp_path / name)
+
+
 def test_tensors_that_are_not_plain(tmp_path):
     for tensor in (torch.ones(2, 2).to_sparse(), torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
                    torch.empty(10**9, device="meta")):  # fmt: skip
