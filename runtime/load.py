@@ -83,13 +83,13 @@ def load(
     check_tiny_decoder(scheme, config.vae == "taehv")
     check = MemoryCheck(config, scheme, size, force=force)
     if config.gpus == 1:
-        parts = load_parts(config, preset, check, offline, text_prompts)
+        parts = load_parts(config, scheme, preset, check, offline, text_prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         return Engine(config, scheme, parts, limits)
     serve_if_ranked()
     start = Start(config, scheme, check, size, preset, plain, offline)
     try:
-        parts = load_parts(config, preset, start, offline, text_prompts)
+        parts = load_parts(config, scheme, preset, start, offline, text_prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         assert start.world is not None
         worker = start.world.worker(config, scheme, parts)
@@ -101,5 +101,5 @@ def load(
 
 def check_tiny_decoder(preset: Preset, tiny: bool) -> None:
     """UsageError for a preset that encodes pictures, with the decoder that has no encoder."""
-    if tiny and (preset.context.reencode_head or preset.context.image == "channels"):
+    if tiny and preset.context.encodes_pictures:
         raise UsageError(f"{preset.name} encodes pictures, which the tiny decoder of vae cannot; leave vae out")
