@@ -34,7 +34,9 @@ from inferix.runtime.plans import PassLayout
 from inferix.runtime.sessions.output_queue import Block
 from inferix.schemes.camera import look_up, turn_right
 
-WAN_PRESETS = [preset.name for family in (WAN, TINYWORLD) for preset in family.presets]  # those that it runs
+WAN_PRESETS = [  # those that it runs, for models without condition channels
+    preset.name for family in (WAN, TINYWORLD) for preset in family.presets if preset.context.image != "channels"
+]
 TINY = dataclasses.replace(
     MODELS["wan-tiny"], name="test", dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12
 )
