@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ from .plans import BranchPass, GuidedPass, PassLayout, PassPlan, WholeBlock
 from .resources import Resources
 from .sampler import guided, latent_dtype
 from .sessions.engine_thread import shortages_named
-from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
+from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, in_sizes, run_lockstep
 from .sessions.session_state import BlockInFlight, Branch, PromptChange, SessionState
 from .streams import to_device
 from .telemetry.records import BlockRecord
@@ -81,7 +82,7 @@ class BlockLoop:
                 yield from rebuild
         with record.span("denoise"):
             if self.runs_whole(state):
-                block = self.run_whole(state, record)
+                block = yield from self.run_whole(state, record)
             else:
                 block = yield from self.denoise(state, record)
         with record.span("commit"):
@@ -239,18 +240,17 @@ class BlockLoop:
         whole = self.resources.worker.supports_whole_block and supports_whole_block(state.preset, state.next_block)
         return whole and plain and not clamped
 
-    def run_whole(self, state: SessionState, record: BlockRecord) -> BlockInFlight:
-        """Run all steps and the commit of a block in one launch; no other block is in flight."""
+    def run_whole(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
+        """Run all steps and the commit of a block in one launch; no other block of the session is in flight."""
         block, (branch,) = self.admit(state), state.branches
         assert isinstance(state.noise, PhiloxNoise)
         frames, seed = block.span.frames, state.noise.seed
         run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
         self.roll_caches(state, run)
         request = self.request(state, branch, run, block.latents, {})
-        layout = branch.cache.layout(run)
+        request = replace(request, whole=WholeBlock(frames.start, seed))
         with record.one_pass():
-            (block.latents,) = self.execute([request], layout, WholeBlock(frames.start, seed))
-        branch.cache.end_pass()
+            block.latents = yield request
         self.check_finite(block)
         block.committed = state.preset.context.commit
         return block
@@ -424,13 +424,17 @@ class BlockLoop:
         return velocities
 
     def answer(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
-        """Return the results of requests, in order; compatible ones run as one batch."""
-        groups = [(group, self.answer_group(group)) for group in group_compatible(requests)]
+        """Return the results of requests, in order; compatible ones run as one batch, or several of the sizes that the
+        executor has programs for.
+        """
+        sizes = self.resources.config.executor_spec.batch_sizes
+        runs = [run for group in group_compatible(requests) for run in in_sizes(group, sizes)]
+        groups = [(run, self.answer_group(run)) for run in runs]
         results = {request: result for group, answers in groups for request, result in zip(group, answers, strict=True)}
         return [results[request] for request in requests]
 
     def answer_group(self, requests: Sequence[ForwardRequest]) -> Sequence[ForwardResult]:
-        """Return velocities from one batch; if it fails, run each request by itself to isolate the failure."""
+        """Return the results of one batch; if it fails, run each request by itself to isolate the failure."""
         try:
             with shortages_named():
                 return self.forward(requests)
@@ -444,7 +448,7 @@ class BlockLoop:
         return results
 
     def forward(self, requests: Sequence[ForwardRequest]) -> list[Tensor]:
-        """Run the network once for compatible requests; returns the velocity [F, C, H, W] of each."""
+        """Run one pass, or whole blocks, for compatible requests; returns the result [F, C, H, W] of each."""
         caches = [request.branch.cache for request in requests]
         try:
             return self.execute(requests, layout_together(caches, [request.run for request in requests]))
@@ -452,11 +456,9 @@ class BlockLoop:
             for cache in caches:
                 cache.end_pass()
 
-    def execute(
-        self, requests: Sequence[ForwardRequest], layout: PassLayout, whole: WholeBlock | None = None
-    ) -> list[Tensor]:
-        """Have the worker run one pass, or a whole block; returns the result [F, C, H, W] of each request."""
-        plan = self.plan(requests, layout, whole)
+    def execute(self, requests: Sequence[ForwardRequest], layout: PassLayout) -> list[Tensor]:
+        """Have the worker run one pass, or whole blocks; returns the result [F, C, H, W] of each request."""
+        plan = self.plan(requests, layout)
         latents = torch.stack([request.latents for request in requests])
         if self.resources.branches_apart:
             branch = BranchPass(requests[0].branch.number, tuple(range(latents.shape[1])), plan)
@@ -465,16 +467,14 @@ class BlockLoop:
             (result,) = self.resources.client.execute(plan, latents)
         return list(result)
 
-    def plan(
-        self, requests: Sequence[ForwardRequest], layout: PassLayout, whole: WholeBlock | None = None
-    ) -> PassPlan:
-        """The plan of one pass of some requests, or of a whole block."""
+    def plan(self, requests: Sequence[ForwardRequest], layout: PassLayout) -> PassPlan:
+        """The plan of one pass of some requests, or of whole blocks."""
         return PassPlan(
             layout=layout,
             timesteps=tuple(request.run.timesteps for request in requests),
             texts=tuple(request.texts for request in requests),
             actions=tuple(request.actions for request in requests if request.actions),
-            whole=whole,
+            whole=tuple(request.whole for request in requests if request.whole is not None),
             condition=requests[0].run.condition,
             weights=requests[0].run.weights,
             frames=tuple(request.given.number for request in requests if request.given is not None),

@@ -394,6 +394,7 @@ class Engine:
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))
         for executor in dict.fromkeys(self.resources.executors):
             executor.start_profile(profile)
+        self.manager.scheduler.batch_room = 1  # each block has passes of its own
         self.observe(profile.note_decoding)
         self.profile = profile
         return profile

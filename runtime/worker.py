@@ -124,9 +124,10 @@ class LocalWorker:
             actions = F.one_hot(numbers, kinds).to(self.dtype)
         parts = [self.frames[number][executor] for number in plan.frames]
         given = {"given": executor.join_frames(parts)} if parts else {}
-        if plan.whole is not None:
-            frames = range(plan.whole.first, plan.whole.first + latents.shape[1])
-            return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions, **given)[None]]
+        if plan.whole:
+            frames = [range(block.first, block.first + latents.shape[1]) for block in plan.whole]
+            seeds = [block.seed for block in plan.whole]
+            return [executor.run_block(latents, text, attention, frames, seeds, actions, **given)]
         timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
@@ -139,7 +140,7 @@ class LocalWorker:
         return [velocity for branch in own for velocity in self.run_pass(branch.run, latents[:, list(branch.frames)])]
 
     def attention(self, plan: PassPlan) -> KeyValues:
-        return self.stores[plan.layout.grid].attention(plan.layout)
+        return self.stores[plan.layout.grid].attention(plan.layout, len(plan.texts))
 
     def text(self, executor: Executor, parts: tuple[tuple[int, int, int], ...]) -> Text:
         """Join the texts of one session: (text, number of the prompt, frames that attend to it), in token order."""
@@ -176,7 +177,9 @@ class LocalWorker:
 
     def open_store(self, plan: OpenStore) -> None:
         form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype, self.parts.shard)
-        self.stores[plan.grid] = PagedStore(form, self.parts.transformer.rope, plan.pages, plan.slots, self.device)
+        self.stores[plan.grid] = PagedStore(
+            form, self.parts.transformer.rope, plan.pages, plan.slots, self.device, plan.sessions
+        )
 
     def close_store(self, plan: CloseStore) -> None:
         del self.stores[plan.grid]

@@ -27,7 +27,7 @@ from ...models.cross_attention import TextByFrames, TextKeyValues
 from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
-from ...models.transformer import FrameContext, KeyValues, Transformer
+from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import branch_run
 from ...schemes.guidance import Guidance, classifier_free
 from ...schemes.presets import Preset
@@ -118,7 +118,7 @@ class ModelPass(nn.Module):
         timesteps = values["timesteps"]
         timesteps = timesteps.expand(len(rows), *timesteps.shape[1:])
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
-        text, beside = self.text(values), self.frames(values)
+        text, beside = self.text(values, len(rows)), self.frames(values)
 
         def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
             more = () if origin is None else (origin,)
@@ -147,13 +147,17 @@ class ModelPass(nn.Module):
             channels = self.shard.cut(channels, self.model.spec.patch)
         return {"frames": self.model.embed_frames(channels, each_layer=False)}
 
-    def text(self, values: dict[str, Tensor]) -> TextKeyValues:
-        """Cross-attention of the pass, each frame's to the text that it follows."""
-        texts = {name: self.model.embed_text(values[name]) for name in self.layout.text_names}
+    def text(self, values: dict[str, Tensor], rows: int) -> TextKeyValues:
+        """Cross-attention of the pass, each frame's to the text that it follows; one text may be that of all rows."""
+        texts = {name: self.embedded(values[name], rows) for name in self.layout.text_names}
         if not self.layout.texts:
             return texts[f"{self.layout.branch}text"]
         prefix = f"{self.layout.branch}text"
         return TextByFrames([(frames, texts[f"{prefix}.{text}"]) for text, frames in self.layout.texts])
+
+    def embedded(self, text: Tensor, rows: int) -> TextContext:
+        context = self.model.embed_text(text)
+        return context if len(text) == rows else context.for_rows(rows)
 
 
 class SolverStep(nn.Module):
@@ -279,7 +283,8 @@ class BlockGraphBuilder:
     size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
     the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
     the first pass. kv_dtype: dtype of the pages; None for the model's. slots: of the staging buffer; None for enough.
-    shard: part of each pass that this rank computes.
+    shard: part of each pass that this rank computes. texts: rows of a text; None for one for each row of the batch, 1
+    where all rows have the same unless a table says otherwise. timesteps: rows of the timesteps; 1 for the same in all.
     """
 
     def __init__(
@@ -296,11 +301,14 @@ class BlockGraphBuilder:
         kv_dtype: torch.dtype | None = None,
         slots: int | None = None,
         shard: Shard = ALONE,
+        texts: int | None = None,
+        timesteps: int = 1,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
         self.guide = preset.sampler.guide
         self.guidance = self.guide if self.guide.is_even else classifier_free(1)  # of one batch
         self.rows = sessions * len(self.guidance.branches)
+        self.texts, self.timesteps = self.rows if texts is None else texts, timesteps
         self.sampler = Sampler(preset.sampler)
         self.latent_dtype = latent_dtype(preset.sampler, dtype)
         self.planned = plan_block(preset, fuse_commit)
@@ -402,7 +410,8 @@ class BlockGraphBuilder:
 
     def timesteps_shape(self, frames: int) -> tuple[int, ...]:
         """Shape of the timesteps of a pass, with the conditions of steps where the network takes them."""
-        return (1, frames) if self.preset.sampler.condition(0) is None else (1, frames, 2)
+        rows = self.timesteps
+        return (rows, frames) if self.preset.sampler.condition(0) is None else (rows, frames, 2)
 
     def layout(self, planned: PlannedPass) -> Layout:
         sinks = self.preset.context.rotates_sink  # in every pass, as in `rotates_for_sink`
@@ -424,7 +433,7 @@ class BlockGraphBuilder:
         each = frames // len(layout.latents)
         latents = (self.sessions, each, *self.latent)
         values = [given(name, When.PASS, latents, self.latent_dtype) for name in layout.latents]
-        text = (self.rows, spec.text_rows, spec.text_dim)
+        text = (self.texts, spec.text_rows, spec.text_dim)
         values += [
             given("timesteps", When.LOAD, self.timesteps_shape(frames), torch.float32),
             *(given(name, When.PROMPT, text, self.dtype) for name in layout.text_names),

@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ...graphs.passes import Pass
+from ..plans import WholeBlock
 from ..worker_client import Handle
 from .session_state import Branch
 
@@ -25,7 +26,8 @@ class ForwardRequest:
     """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any.
 
     given: what the frames are given beside their latents; None for a model that takes nothing.
-    prompts: by the number of a text, where blocks in flight follow others than the branch's.
+    prompts: by the number of a text, where blocks in flight follow others than the branch's. whole: not the pass
+    alone but all steps and the commit of its block, which have its pages and positions.
     """
 
     branch: Branch
@@ -34,6 +36,7 @@ class ForwardRequest:
     actions: tuple[int, ...]
     given: Handle | None = None
     prompts: Mapping[int, Handle] = field(default_factory=dict)
+    whole: WholeBlock | None = None
 
     @property
     def batch_key(self) -> Hashable:
@@ -43,8 +46,9 @@ class ForwardRequest:
         contexts may differ.
         """
         groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
-        shape = tuple(self.latents.shape)
-        return id(self.branch.cache.store), shape, groups, self.run.mixed_texts, self.run.condition, self.run.weights
+        shape, run = tuple(self.latents.shape), self.run
+        kind = run.mixed_texts, run.condition, run.weights, self.whole is not None
+        return id(self.branch.cache.store), shape, groups, kind
 
     @property
     def texts(self) -> tuple[tuple[int, int, int], ...]:
@@ -53,7 +57,7 @@ class ForwardRequest:
         return tuple((text, texts[text].number, frames) for text, frames in self.run.texts)
 
 
-ForwardResult = Tensor | Exception  # a velocity [F, C, H, W], or why there is none
+ForwardResult = Tensor | Exception  # a velocity, or latents of a whole block, [F, C, H, W], or why there is none
 BlockSteps = Generator[ForwardRequest, Tensor, T]
 Forward = Callable[[list[ForwardRequest]], Sequence[ForwardResult]]
 
@@ -94,3 +98,14 @@ def group_compatible(requests: Sequence[ForwardRequest]) -> list[list[ForwardReq
     for request in requests:
         groups.setdefault(request.batch_key, []).append(request)
     return list(groups.values())
+
+def in_sizes(requests: Sequence[ForwardRequest], sizes: Sequence[int]) -> list[Sequence[ForwardRequest]]:
+    """Cut requests into runs of `sizes`, the largest that fit first; one run of all where no sizes are given."""
+    runs, first = list[Sequence[ForwardRequest]](), 0
+    while first < len(requests):
+        left = len(requests) - first
+        count = max(size for size in sizes if size <= left) if sizes else left
+        runs.append(requests[first : first + count])
+        first += count
+    return runs
+
