@@ -524,6 +524,10 @@ def generate(
     samples: list[Any] = []
     writer: VideoWriter | None = None
     changes: dict[int, str] = {}
+    ahead = bool(cues) and engine.preset.context.prompt_switch == "join" and video is None
+    if ahead:  # several blocks begin together, so that their prompts are needed at once
+        changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0])
+        given["prompts"] = changes
     with stop_signals() as came:
         try:
             with ExitStack() as stack:
@@ -531,10 +535,11 @@ def generate(
                     engine.observe(stack.enter_context(RecordFile(records)))
                 session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, fit=fit, **given)))
                 begun = session.current.timeline.next_frame
-                changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
+                if not ahead:
+                    changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
                 if not latents_only:
                     writer = VideoWriter(out, engine.fps, frame_size, max(1, SEEN // max(frame_size)))
-                stream = steered(session, count, changes, decode=writer is not None)
+                stream = steered(session, count, {} if ahead else changes, decode=writer is not None)
                 sinks = [writer] if writer is not None else []
                 blocks_made = stack.enter_context(Pump(stream, *sinks, first=session.prefix_frames))
                 advance = stack.enter_context(progress_bar(console, count))

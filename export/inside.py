@@ -195,7 +195,13 @@ class ExportedExecutor:
         return values, own, attention.kv
 
     def run_block(
-        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+        self,
+        latents: Tensor,
+        text: Text,
+        attention: KeyValues,
+        frames: Sequence[range],
+        seeds: Sequence[int],
+        actions: Tensor | None,
     ) -> Tensor:
         raise AssertionError("an exported engine runs pass by pass")
 

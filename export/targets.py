@@ -18,6 +18,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
     "averaged sink": "sink_decay below 1",
     "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
+    "several sets of weights": "clean_weights memory, or boundary_ratio above 0",
     "endless window": "local_attn_size -1",
     "first block of one frame": "independent_first_frame",
     "guidance": "guidance_scale other than 1: two pasts under two prompts",
@@ -58,7 +59,7 @@ class Target:
 
 SINGLE = frozenset(FEATURES) - {
     "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
-    "endless window", "channels of frames", "float16", "bfloat16",
+    "several sets of weights", "endless window", "channels of frames", "float16", "bfloat16",
 }  # fmt: skip
 HERE = __package__
 EVERY = (
@@ -94,7 +95,8 @@ def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
         "several blocks in flight": preset.window_blocks > 1,
         "recomputed context": context.segment_frames > 0 or not context.commit,
         "averaged sink": context.sink_decay < 1,
-        "context by noise level": not context.has_one_context,
+        "context by noise level": context.has_key_ranges or context.clean_text != "prompt",
+        "several sets of weights": len(preset.weight_sets) > 1,
         "endless window": page_needs(preset).context is None,
         "first block of one frame": preset.independent_first_frame and preset.num_frame_per_block > 1,
         "guidance": preset.sampler.guidance_scale != 1,

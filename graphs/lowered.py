@@ -13,9 +13,10 @@ from typing import Any
 from .lowering import lower
 from .plan import BufferPlan, plan_buffers
 from .program import Buffer, Program, Ref
-from .types import BlockGraph, PassGraph, Role, Runs, Value
+from .types import PROMPT_TABLE, BlockGraph, PassGraph, Role, Runs, Value
 
 STORES = ("kv.", "scale.")  # buffers of pages, a layer each
+STAGING = "staging"
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,45 @@ def planned(graphs: Sequence[PassGraph], results: Sequence[str] | None = None) -
     return Planned(program, plan_buffers(program))
 
 
-def with_pages(lowered: Lowered, pages: int) -> Lowered:
-    """The same for stores of another number of pages, on which nothing but their own size depends."""
+def with_pages(lowered: Lowered, pages: int, slots: int | None = None) -> Lowered:
+    """The same for stores of another number of pages, on which nothing but their own size depends.
+
+    slots: of the staging buffer; None leaves it as it is.
+    """
+
+    def resize(program: Program) -> Program:
+        sizes = {name: pages for name in program.buffers if name.startswith(STORES)}
+        if slots is not None and STAGING in program.buffers:
+            sizes[STAGING] = slots
+        return resized(program, sizes)
+
     programs = (lowered.body, lowered.fold, lowered.prompt, lowered.frames)
-    body, fold, prompt, frames = (part and replace(part, program=resized(part.program, pages)) for part in programs)
+    body, fold, prompt, frames = (part and replace(part, program=resize(part.program)) for part in programs)
     assert body is not None
     return replace(lowered, body=body, fold=fold, prompt=prompt, frames=frames)
 
 
-def resized(program: Program, pages: int) -> Program:
-    """A program over stores [2, pages, ...]; it refers to them as a whole."""
-    stores = {name: of_pages(buffer, pages) for name, buffer in program.buffers.items() if name.startswith(STORES)}
+def prompt_pages(program: Program) -> frozenset[str]:
+    """Buffers of prompts that a program finds by its `PROMPT_TABLE`."""
+    calls = [call.named for call in program.calls if call.op.namespace == "inferix"]
+    tables = [(named.get("kv"), named.get("page_table")) for named in calls]
+    return frozenset(
+        kv.buffer
+        for kv, table in tables
+        if isinstance(kv, Ref) and isinstance(table, Ref) and table.buffer == PROMPT_TABLE
+    )
+
+
+def with_prompts(lowered: Lowered, prompts: int) -> Lowered:
+    """The same with room for a number of prompts that the body finds by its table."""
+    program = lowered.body.program
+    sizes = dict.fromkeys(prompt_pages(program), prompts)
+    return replace(lowered, body=replace(lowered.body, program=resized(program, sizes)))
+
+
+def resized(program: Program, sizes: Mapping[str, int]) -> Program:
+    """A program over stores [2, pages, ...] of these sizes, by name; it refers to them as a whole."""
+    stores = {name: of_pages(program.buffers[name], pages) for name, pages in sizes.items()}
 
     def with_store(argument: Any) -> Any:
         if isinstance(argument, Ref) and argument.buffer in stores:

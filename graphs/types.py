@@ -16,6 +16,9 @@ from torch import fx
 
 from .passes import Group
 
+OF_SET = "@"  # between the name of a weight and the number of its set, where that is not the first
+PROMPT_TABLE = "prompt_table"  # input int32 [rows, 1]: the page of each row's prompt
+
 
 class Role(StrEnum):
     """The part of a value in the pass that reads or makes it.

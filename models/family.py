@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
 from ..graphs.shards import Axis
-from ..schemes.presets import Preset
+from ..schemes.presets import PLAIN, Preset
 from ..schemes.sampler_spec import SOLVERS
 from .costs import TransformerCosts
 from .decoder import Decoder, DecoderSpec
@@ -35,7 +35,11 @@ Merge = Callable[[str, Tensor], Tensor]  # name and weight to the weight with ad
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transformer's memory-mapped tensors under our names, with format, sizes and files."""
+    """A transformer's memory-mapped tensors under our names, with format, sizes and files.
+
+    sets: names of the sets of weights, as in `Preset.weight_sets`; `tensors` is the first, and `more` are the others.
+    boundary_ratio: noise level from which on the first of two experts runs, where a file states it.
+    """
 
     path: Path
     form: str
@@ -43,6 +47,9 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     spec: ModelSpec
     lora: Path | None  # adapter published with the file
+    sets: tuple[str, ...] = PLAIN
+    more: tuple[Mapping[str, Tensor], ...] = ()
+    boundary_ratio: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -68,6 +75,8 @@ class Format:
     with `*` for the layer number. file: name of the file. weights: keys under which a training file stores the
     weights, best first; none for a flat file. lora: file name of an adapter that belongs to it. strip: prefixes of the
     file's names that the table does not have. folder: that a writer puts the transformer in; empty for the model's own.
+    twins: True for a file with a second set of weights, under twin names.
+    experts: folders of the transformers for high and for low noise, of a model that has two.
     """
 
     names: str | Mapping[str, str]
@@ -75,6 +84,8 @@ class Format:
     weights: tuple[str, ...] = ()
     lora: str | None = None
     strip: tuple[str, ...] = ()
+    twins: bool = False
+    experts: tuple[str, str] | None = None
     folder: str = ""
 
 
@@ -168,6 +179,9 @@ class Family(ABC):
                 f"preset {quoted(preset.name)} is for a model of another family than {model}, which is {self.name}; "
                 f"use one of {own}"
             )
+
+    def has_preset(self, name: str) -> bool:
+        return any(preset.name == name for preset in self.presets)
 
     # Transformer
 

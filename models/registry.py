@@ -150,6 +150,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "model": spec.name,
         **{key: getattr(spec, key) for key in SIZES},
         "head_dim": spec.head_dim,
+        **({"weight_sets": list(checkpoint.sets)} if checkpoint.more else {}),
         "tensors": len(checkpoint.tensors),
         "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
         "dtypes": sorted({str(stored_dtype(tensor)).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),

@@ -78,6 +78,22 @@ class TextContext:
         assert self.vector is not None
         return self.vector[:, None].expand(-1, frames, -1)
 
+    def for_rows(self, rows: int) -> TextContext:
+        """The one prompt of this context for each of `rows` rows of a batch, as views."""
+
+        def spread(tensor: Tensor) -> Tensor:
+            return tensor.expand(rows, *tensor.shape[1:])
+
+        def pairs(layers: tuple[tuple[Tensor, Tensor], ...]) -> tuple[tuple[Tensor, Tensor], ...]:
+            return tuple((spread(keys), spread(values)) for keys, values in layers)
+
+        return TextContext(
+            pairs(self.text),
+            None if self.image is None else pairs(self.image),
+            None if self.mask is None else spread(self.mask),
+            None if self.vector is None else spread(self.vector),
+        )
+
 
 @dataclass(frozen=True)
 class FrameContext:

@@ -6,7 +6,7 @@ delivers, `block_loop` makes a block, `inputs` encodes what the user gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -69,6 +69,17 @@ from .worker_client import Worker
 
 T = TypeVar("T")
 
+def by_block(name: str, value: Any) -> dict[int, str | Tensor | Path]:
+    """Check prompts by the number of a block: texts, or embeddings."""
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name} is {quoted(value)}; expected prompts by the number of their block")
+    prompts: dict[int, str | Tensor | Path] = {}
+    for block, given in value.items():
+        number = integer(1)(f"a key of {name}", block)
+        prompts[number] = given if isinstance(given, str) else embeddings(f"{name}[{block}]", given)
+    return prompts
+
+
 OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "seed": SEED,
     "size": picture_size,
@@ -78,6 +89,7 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "noise": optional(noise_source),
     "camera": optional(instance(Camera)),
     "prompt_mask": optional(instance(Tensor)),
+    "prompts": optional(by_block),
     **dict.fromkeys(("prompt", "negative_prompt"), optional(text)),
     **dict.fromkeys(("prompt_embeds", "negative_embeds"), optional(embeddings)),
     **dict.fromkeys(("image", "video"), optional(pixels)),
@@ -132,12 +144,14 @@ class Engine:
         actions: Sequence[str] = (),
         fit: str = "crop",
         prompt_mask: Tensor | None = None,
+        prompts: Mapping[int, str | Tensor | Path] | None = None,
         camera: Camera | None = None,
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
         prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show; prompt_mask ([L]) is 0 for rows
-        that are not of the prompt. image or video (uint8
+        that are not of the prompt. prompts: of later blocks by number, texts or embeddings; each is that of its block
+        and of those after it, also where several blocks are in flight. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
         it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
         the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...;
@@ -149,7 +163,7 @@ class Engine:
             "prompt": prompt, "prompt_embeds": prompt_embeds, "seed": seed, "image": image, "video": video,
             "strength": strength, "negative_prompt": negative_prompt, "negative_embeds": negative_embeds,
             "noise": noise, "size": self.default_size if size is None else size, "actions": actions, "fit": fit,
-            "prompt_mask": prompt_mask, "camera": camera,
+            "prompt_mask": prompt_mask, "prompts": prompts, "camera": camera,
         })  # fmt: skip
         self.manager.check_owner("open()")
         try:
@@ -175,9 +189,15 @@ class Engine:
         actions: Sequence[str],
         fit: str,
         prompt_mask: Tensor | None,
+        prompts: Mapping[int, str | Tensor | Path] | None,
         camera: Camera | None,
     ) -> Session:
         preset, inputs = self.preset, self.inputs
+        if prompts and preset.context.prompt_switch not in ("cut", "join"):
+            raise UsageError(
+                f"prompts are given by block, but prompt_switch is {preset.context.prompt_switch!r}, which works "
+                "between two blocks; call prompt() there, or use cut or join"
+            )
         self.spec.latent_size(size)
         track = self._camera_track(camera, size)
         self._check_image(image, video)
@@ -218,6 +238,10 @@ class Engine:
             negative=negative,
             source=source,
             clamped=clamped,
+            prompts={
+                block: inputs.prompt_rows(given, None) if isinstance(given, str) else inputs.prompt_rows(None, given)
+                for block, given in (prompts or {}).items()
+            },
             camera=track,
             image=condition,
         )
@@ -368,7 +392,9 @@ class Engine:
         config, card = self.config, card_of(self.device)
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))
-        self.resources.executor.start_profile(profile)
+        for executor in dict.fromkeys(self.resources.executors):
+            executor.start_profile(profile)
+        self.manager.scheduler.batch_room = 1  # each block has passes of its own
         self.observe(profile.note_decoding)
         self.profile = profile
         return profile
@@ -377,12 +403,15 @@ class Engine:
         """Bytes of the engine and of one session's decoder, by owner."""
         pages = sum(store.nbytes for store in self.kv_manager.stores.values())
         owned = {"weights": self._weight_bytes, "pages": pages, "decoder state": state.decoder.state.nbytes}
-        return owned | self.executor.bytes_by_owner()
+        for executor in dict.fromkeys(self.resources.executors):
+            for owner, count in executor.bytes_by_owner().items():
+                owned[owner] = owned.get(owner, 0) + count
+        return owned
 
     @cached_property
     def _weight_bytes(self) -> int:
         """Bytes of the transformer and the decoder."""
-        modules = (self.parts.transformer, self.parts.vae)
+        modules = dict.fromkeys((*self.parts.transformers, self.parts.vae))
         return sum(tensor.nbytes for module in modules for tensor in module.parameters())
 
     def follow_times(self, size: tuple[int, int], times: BatchProfile) -> None:

@@ -83,13 +83,13 @@ def load(
     check_tiny_decoder(scheme, config.vae == "taehv")
     check = MemoryCheck(config, scheme, size, force=force)
     if config.gpus == 1:
-        parts = load_parts(config, preset, check, offline, text_prompts)
+        parts = load_parts(config, scheme, preset, check, offline, text_prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         return Engine(config, scheme, parts, limits)
     serve_if_ranked()
     start = Start(config, scheme, check, size, preset, plain, offline)
     try:
-        parts = load_parts(config, preset, start, offline, text_prompts)
+        parts = load_parts(config, scheme, preset, start, offline, text_prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         assert start.world is not None
         worker = start.world.worker(config, scheme, parts)

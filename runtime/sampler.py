@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ..errors import UsageError
@@ -60,6 +61,11 @@ class Sampler:
     def sigmas(self) -> tuple[float, ...]:
         """Noise level of each step."""
         return self.schedule.sigmas
+
+
+def latent_dtype(spec: SamplerSpec, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of latents between steps, of a model in `dtype`."""
+    return torch.promote_types(dtype, torch.float32) if spec.wide_latents else dtype
 
 
 def guided(guidance: Guidance, velocities: Mapping[int, Tensor], timesteps: Sequence[float]) -> Tensor:

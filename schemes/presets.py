@@ -16,6 +16,10 @@ from ..errors import UsageError, nearest, quoted
 from .context import ContextPolicy
 from .sampler_spec import SamplerSpec
 
+PLAIN = ("plain",)  # sets of weights of a model
+WITH_MEMORY = ("plain", "memory")
+EXPERTS = ("high-noise", "low-noise")
+
 
 @dataclass(frozen=True)
 class About:
@@ -73,6 +77,24 @@ class Preset:
                 f"denoising_step_list_first_chunk with window_blocks {self.window_blocks}: blocks denoised together "
                 "take the same steps; use window_blocks=1 or leave the list out"
             )
+        if boundary := self.sampler.boundary_ratio:
+            self.check_experts(boundary)
+
+    def check_experts(self, boundary: float) -> None:
+        """UsageError for a policy under which one pass would need both experts."""
+        policy = self.context
+        if self.window_blocks > 1 or policy.image == "clamp" or policy.clean_weights != "plain":
+            raise UsageError(
+                f"boundary_ratio is {boundary}, but window_blocks is {self.window_blocks}, image {policy.image!r} and "
+                f"clean_weights {policy.clean_weights!r}: one pass would need both experts; use 1, prefix and plain"
+            )
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        """Names of the sets of weights that its passes run, by number."""
+        if self.sampler.boundary_ratio:
+            return EXPERTS
+        return PLAIN if self.context.clean_weights == "plain" else WITH_MEMORY
 
     @property
     def steps_between_joins(self) -> int:

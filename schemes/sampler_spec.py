@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UsageError, quoted
-from .guidance import Guidance, classifier_free
+from .guidance import Guidance, classifier_free, experts
 
 TRAIN_TIMESTEPS = 1000
 TABLES = ("exact", "truncated")
@@ -22,11 +22,13 @@ class SolverRules:
     do; otherwise both are those of noise.
     condition: (num_steps, step) to what the network is given of that step besides its timestep, as distilled ones are;
     None where it is given the timestep only.
+    wide_latents: latents are in float32 or better from step to step, also where the model's dtype is narrower.
     """
 
     step_list: bool
     condition: Callable[[int, int], float] | None = None
     to_clean: bool = False
+    wide_latents: bool = False
 
 
 SOLVERS: dict[str, SolverRules] = {"renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False)}
@@ -47,6 +49,8 @@ class SamplerSpec:
     noise is added at that of the second, as FlowMatch schedulers look rows up.
     guidance_scale: 1 runs the prompt alone; otherwise v = u + scale * (c - u), with a cache for each of the two.
     guidance: any other guidance; None for that of `guidance_scale`.
+    boundary_ratio: noise level from which on a model's expert for high noise runs, and below it the one for low noise;
+    0 for a model of one transformer.
     """
 
     denoising_step_list: tuple[float, ...]
@@ -58,6 +62,7 @@ class SamplerSpec:
     guidance_scale: float = 1.0
     denoising_step_list_first_chunk: tuple[float, ...] = ()
     guidance: Guidance | None = None
+    boundary_ratio: float = 0.0
     sigma_max: float = 1.0
     table: str = "exact"
 
@@ -89,6 +94,17 @@ class SamplerSpec:
             raise UsageError(f"guidance_scale is {self.guidance_scale}; expected 0 or more, 1 for none")
         if self.guidance is not None and self.guidance_scale != 1:
             raise UsageError(f"guidance_scale is {self.guidance_scale}, but guidance has its own scales; leave it at 1")
+        if not 0 <= self.boundary_ratio < 1:
+            raise UsageError(f"boundary_ratio is {self.boundary_ratio}; expected 0 or more and less than 1")
+        if self.boundary_ratio and (self.guidance_scale != 1 or self.guidance is not None):
+            raise UsageError(
+                f"boundary_ratio is {self.boundary_ratio} with guidance (guidance_scale {self.guidance_scale}); the "
+                "experts are branches of guidance: leave guidance_scale at 1"
+            )
+        if self.boundary_ratio and SOLVERS[self.solver].to_clean:
+            raise UsageError(
+                f"boundary_ratio is {self.boundary_ratio}, but timesteps of solver {self.solver} ascend; set it to 0"
+            )
 
     def check_steps(self, name: str, steps: tuple[float, ...]) -> None:
         """UsageError, which names the setting, unless `steps` is a list that the schedule has."""
@@ -100,12 +116,19 @@ class SamplerSpec:
     @property
     def guide(self) -> Guidance:
         """The guidance in force."""
+        if self.boundary_ratio:
+            return experts(TRAIN_TIMESTEPS * self.boundary_ratio)
         return classifier_free(self.guidance_scale) if self.guidance is None else self.guidance
 
     def condition(self, step: int) -> float | None:
         """Condition of a step that the network takes besides its timestep; None for none."""
         rule = SOLVERS[self.solver].condition
         return None if rule is None else rule(self.steps, step)
+
+    @property
+    def wide_latents(self) -> bool:
+        """True if latents are in float32 or better from step to step."""
+        return SOLVERS[self.solver].wide_latents
 
     @property
     def has_step_list(self) -> bool:

@@ -16,7 +16,7 @@ class MagiSpec(ModelSpec):
 
     head_width: channels of a head; the published models have dim // num_heads. cond_dim: width of the timestep and
     caption vector. gated: SwiGLU in place of GELU. copies: times that the latent channels are repeated before the
-    patches. rescale: factor of the latents.
+    patches. rescale: factor of the latents. fp8: layers but the first and the last are quantised.
     """
 
     head_width: int
@@ -24,6 +24,7 @@ class MagiSpec(ModelSpec):
     gated: bool
     copies: int
     rescale: float
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.head_width < 8 or self.head_width % 8:
@@ -64,4 +65,11 @@ MAGI_TINY = replace(
     MAGI_4B, name="magi-tiny", dim=64, ffn_dim=96, num_heads=4, kv_heads=2, num_layers=2, text_dim=32, text_len=64,
     default_size=(64, 64), head_width=16, cond_dim=16, gated=True, copies=2, rescale=0.1,
 )  # fmt: skip
-MODELS: dict[str, MagiSpec] = {spec.name: spec for spec in (MAGI_4B, MAGI_24B, MAGI_TINY)}
+MAGI_TINY_FP8 = replace(MAGI_TINY, name="magi-tiny-fp8", num_layers=3, fp8=True)
+MODELS: dict[str, MagiSpec] = {
+    spec.name: spec
+    for spec in (
+        MAGI_4B, MAGI_24B, MAGI_TINY, replace(MAGI_4B, name="magi-4.5b-fp8", fp8=True),
+        replace(MAGI_24B, name="magi-24b-fp8", fp8=True), MAGI_TINY_FP8,
+    )
+}  # fmt: skip

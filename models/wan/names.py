@@ -99,6 +99,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType({"original": ORIGINAL
 INVERSE: dict[str, dict[str, str]] = {
     form: {theirs: ours for ours, theirs in table.items()} for form, table in TABLES.items()
 }
+TWIN = "memory_"  # of a name in a file with a second set of weights
 FUSED = "blocks.*.self_attn.to_qkv"  # query, key and value in one tensor, which the reader splits
 NUMBER = re.compile(r"\d+")
 LAYER = re.compile(r"(?<=^blocks\.)(\d+)(?=\.)")
@@ -151,6 +152,23 @@ def changed_table(base: str | Mapping[str, str], changes: Mapping[str, str]) -> 
     if twice := [name for name, count in Counter(table.values()).items() if count > 1]:
         raise UsageError(f"names has {quoted(twice[0])} for two tensors; expected a name of its own for each")
     return table
+
+
+def twin_of(name: str) -> str | None:
+    """Return the name of the plain tensor whose twin a file's tensor is; None for a tensor that is no twin."""
+    plain = ".".join(part.removeprefix(TWIN) for part in name.split("."))
+    return plain if plain != name else None
+
+
+def twin_name(name: str) -> str:
+    """Return the name of the twin of a file's tensor: of a parameter within blocks, of a module outside of them.
+
+    Source: SGF+ (arXiv 2610.10429), github.com/Zihan-Su/Self_Gradient_Forcing_Plus.
+    """
+    if not name.startswith("blocks."):
+        return f"{TWIN}{name}"
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.{TWIN}{leaf}"
 
 
 def our_module(name: str) -> str | None:

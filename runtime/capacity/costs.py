@@ -15,6 +15,7 @@ from ...models.costs import ITEMSIZE, Flops, TransformerCosts
 from ...models.decoder import DecoderSpec
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
+from ...schemes.presets import Preset
 
 SCALED = ("fp8", "int8")  # pages of these dtypes have a float32 scale for each head's keys and values
 
@@ -84,6 +85,11 @@ def cross_bytes(spec: ModelSpec, dtype: str) -> int:
 def latent_bytes(spec: ModelSpec, size: tuple[int, int], dtype: str) -> int:
     """Bytes of one latent frame."""
     return ITEMSIZE[dtype] * spec.out_channels * math.prod(spec.latent_size(size))
+
+
+def latent_kind(preset: Preset, dtype: str) -> str:
+    """Dtype of latents between steps, of a model in `dtype`."""
+    return "float32" if preset.sampler.wide_latents and ITEMSIZE[dtype] < ITEMSIZE["float32"] else dtype
 
 
 def token_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:

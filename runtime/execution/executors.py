@@ -7,7 +7,7 @@ same function; `eager` is the reference of the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
-from ...graphs.lowered import Lowered, with_pages
+from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts
 from ...graphs.rewrites import chosen
 from ...graphs.shards import ALONE, Shard, run_on_tile
+from ...graphs.types import PROMPT_TABLE
 from ...models.cross_attention import TextByFrames
 from ...models.registry import family_of
 from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
-from ...schemes.page_needs import least_pages, page_needs
+from ...schemes.page_needs import branches, least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
@@ -35,33 +36,12 @@ from ..telemetry.profile import Profile
 from .launcher import Launcher, Loaded, NotEnoughMemory
 from .loading import Components
 from .lowp_reference import check_layers, with_packed_layers
-
-
-@dataclass(eq=False)
-class Conditioning:
-    """Prompt input of graphs: rows [1, text_len, text_dim], and cached outputs of prompt graphs.
-
-    cached: by recipe; of graphs that read other texts too, by recipe and those texts.
-    """
-
-    rows: Tensor
-    cached: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MixedConditioning:
-    """Prompt input of a pass whose frames follow different texts.
-
-    texts: by their numbers in a pass, ascending. groups: (text, frames) in token order.
-    """
-
-    texts: Mapping[int, Conditioning]
-    groups: tuple[tuple[int, int], ...]
+from .prompts import BatchConditioning, Conditioning, MixedConditioning
 
 
 @dataclass(eq=False)
 class FrameInputs:
-    """Channels [1, F, C, H, W] that a block's frames are given."""
+    """Channels [B, F, C, H, W] that the frames of blocks are given."""
 
     channels: Tensor
 
@@ -113,14 +93,14 @@ class Executor(Protocol):
         latents: Tensor,
         text: Text,
         attention: KeyValues,
-        frames: range,
-        seed: int,
+        frames: Sequence[range],
+        seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
     ) -> Tensor:
-        """Denoise a block from noise [F, C, H, W] to clean latents and write its keys and values to its pages.
+        """Denoise blocks of B sessions, from noise [B, F, C, H, W] to clean latents; write keys and values to pages.
 
-        Noise between steps is that of `PhiloxNoise(seed)` for the absolute `frames`.
+        Noise between steps is that of `PhiloxNoise` with each session's seed for its absolute `frames`.
         """
 
     def refresh_derived_weights(self) -> None:
@@ -202,8 +182,8 @@ class EagerExecutor:
         latents: Tensor,
         text: Text,
         attention: KeyValues,
-        frames: range,
-        seed: int,
+        frames: Sequence[range],
+        seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
     ) -> Tensor:
@@ -225,6 +205,8 @@ class EagerExecutor:
 
 class GraphExecutor:
     """Traces, lowers and launches block graphs; with a backend, captures them. Owns the launcher and loaded programs.
+
+    A batch has a program of its own for each number of sessions.
 
     preset: as loaded, for block sizes and graph names; the window of a pass is in its page tables. rewrites: applied to
     every graph; None for the default ones. traces: number of programs not read from a
@@ -248,19 +230,19 @@ class GraphExecutor:
         self.graph_of = GraphBuilder(
             model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard
         )
-        self.supports_whole_block = supports_whole_block(preset)
+        self.supports_whole_block, self.session_slots = supports_whole_block(preset), staging_slots(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.programs: dict[GraphKey, Lowered] = {}
         self.loaded: dict[GraphKey, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
         self.traces = self.prompts = 0
+        self.frames: tuple[tuple[FrameInputs, ...], FrameInputs] | None = None  # of the last batch
 
     def condition(self, rows: Tensor) -> Conditioning:
         return Conditioning(rows[None])
 
     def join(self, texts: Sequence[Text]) -> Text:
-        (text,) = texts  # no batches
-        return text
+        return texts[0] if len(texts) == 1 else BatchConditioning(tuple(map(graph_text, texts)))
 
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> MixedConditioning:
         read = sorted({text for text, _ in groups})
@@ -271,8 +253,12 @@ class GraphExecutor:
         return FrameInputs(channels[None])
 
     def join_frames(self, frames: Sequence[Frames]) -> Frames:
-        (given,) = frames  # no batches
-        return given
+        inputs = tuple(one for one in frames if isinstance(one, FrameInputs))
+        if len(inputs) == 1:
+            return inputs[0]
+        if self.frames is None or self.frames[0] != inputs:  # of the passes of one block
+            self.frames = inputs, FrameInputs(torch.cat([one.channels for one in inputs]))
+        return self.frames[1]
 
     def forward(
         self,
@@ -284,27 +270,30 @@ class GraphExecutor:
         given: Frames | None = None,
     ) -> Tensor:
         values = {"latents": latents, "timesteps": timesteps}
-        texts = text.groups if isinstance(text, MixedConditioning) else ()
-        key = GraphKey.of(latents, paged(attention), whole=False, texts=texts)
-        return self.run(key, values, text, attention, actions, given)["velocity"]
+        first, *_ = sessions_of(text)
+        texts = first.groups if isinstance(first, MixedConditioning) else ()
+        pages = paged(attention)
+        key = GraphKey.of(latents, pages, False, self.session_slots, texts)
+        return self.run(key, values, text, pages, actions, given)["velocity"]
 
     def run_block(
         self,
         latents: Tensor,
         text: Text,
         attention: KeyValues,
-        frames: range,
-        seed: int,
+        frames: Sequence[range],
+        seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
     ) -> Tensor:
         values = {
-            "latents": latents[None],
-            "frames": torch.tensor([list(frames)], dtype=torch.int32),
-            "noise_key": torch.tensor([signed(seed)]),
+            "latents": latents,
+            "frames": torch.tensor([list(each) for each in frames], dtype=torch.int32),
+            "noise_key": torch.tensor([signed(seed) for seed in seeds]),
         }
-        key = GraphKey.of(latents, paged(attention), whole=True)
-        return self.run(key, values, text, attention, actions, given)["latents"][0]
+        pages = paged(attention)
+        key = GraphKey.of(latents, pages, True, self.session_slots)
+        return self.run(key, values, text, pages, actions, given)["latents"]
 
     def start_profile(self, profile: Profile) -> None:
         self.launcher.profile = profile
@@ -326,13 +315,12 @@ class GraphExecutor:
         key: GraphKey,
         values: Mapping[str, Tensor],
         text: Text,
-        attention: KeyValues,
+        attention: OnPages,
         actions: Tensor | None,
         given: Frames | None,
     ) -> dict[str, Tensor]:
-        assert isinstance(text, Conditioning | MixedConditioning) and isinstance(attention, OnPages)
         loaded = self.load(key, attention)
-        inputs = {**values, **tables(key, attention), **self.prompt_inputs(loaded, text)}
+        inputs = {**values, **tables(key, attention), **self.prompt_inputs(loaded, sessions_of(text))}
         if actions is not None:
             inputs["block.actions"] = actions
         if given is not None:
@@ -354,13 +342,18 @@ class GraphExecutor:
             loaded.shown = given
         return inputs | own
 
-    def prompt_inputs(self, loaded: Loaded, text: Conditioning | MixedConditioning) -> dict[str, Tensor]:
-        """The graph's prompt inputs; runs the prompt graph once for each prompt and caches the result."""
-        if isinstance(text, Conditioning):
-            owner, others, rows = text, tuple[Conditioning, ...](), {"text": text.rows}
-        else:  # the prompt, first of the texts, is replaced most often: what is cached with it goes with it
-            owner, *rest = text.texts.values()
-            others, rows = tuple(rest), {f"text.{number}": single.rows for number, single in text.texts.items()}
+    def prompt_inputs(
+        self, loaded: Loaded, texts: Sequence[Conditioning | MixedConditioning]
+    ) -> dict[str, Tensor]:
+        """The graph's prompt inputs, of one text for each session."""
+        if loaded.slots is not None:
+            return {PROMPT_TABLE: loaded.slots.place([self.prompt_outputs(loaded, text) for text in texts])}
+        return self.prompt_outputs(loaded, texts[0]) if len(texts) == 1 else self.batch_outputs(loaded, texts)
+
+    def prompt_outputs(self, loaded: Loaded, text: Conditioning | MixedConditioning) -> dict[str, Tensor]:
+        """Outputs of the prompt graph for one text; runs it once for each prompt and caches the result."""
+        owner, *others = text.by_input.values()  # what is cached with the first goes with it
+        rows = {name: single.rows for name, single in text.by_input.items()}
         if loaded.prompt is None:
             return rows
         if any((recipe, *others) not in owner.cached for recipe in loaded.recipes.values()):
@@ -368,6 +361,17 @@ class GraphExecutor:
             outputs = self.launcher.run(loaded.prompt, rows)
             owner.cached |= {(loaded.recipes[name], *others): tensor for name, tensor in outputs.items()}
         return {name: owner.cached[(recipe, *others)] for name, recipe in loaded.recipes.items()}
+
+    def batch_outputs(
+        self, loaded: Loaded, texts: Sequence[Conditioning | MixedConditioning]
+    ) -> dict[str, Tensor]:
+        """Outputs of the prompt graph for a batch with a row of text for each session; those of the last are kept."""
+        singles = tuple(single for text in texts for single in text.by_input.values())
+        if loaded.batch is None or loaded.batch[0] != singles:
+            rows = {name: torch.cat([text.by_input[name].rows for text in texts]) for name in texts[0].by_input}
+            self.prompts += 1
+            loaded.batch = singles, rows if loaded.prompt is None else self.launcher.run(loaded.prompt, rows)
+        return loaded.batch[1]
 
     def load(self, key: GraphKey, attention: OnPages) -> Loaded:
         """Return the program of a key, bound to the page tensors; binds it again if they have moved.
@@ -380,7 +384,7 @@ class GraphExecutor:
             return loaded
         self.drop_outgrown(key, state)
         try:
-            self.loaded[key] = self.launcher.load(self.lowered(key), state)
+            self.loaded[key] = self.launcher.load(self.lowered(key, state), state)
         except NotEnoughMemory as error:
             raise InferixError(f"{error}; {self.advice(key, error.missing)}") from error
         return self.loaded[key]
@@ -393,12 +397,17 @@ class GraphExecutor:
             or all(state.get(name, kv) is kv for name, kv in loaded.state.items())
         }  # fmt: skip
 
-    def lowered(self, key: GraphKey) -> Lowered:
-        """Return the program of a key, traced for the pages of one session and adapted to the store's size."""
+    def lowered(self, key: GraphKey, state: Mapping[str, Tensor]) -> Lowered:
+        """Return the program of a key, traced for the pages of one session and adapted to the sizes of the stores.
+
+        A batch that finds its prompts by table has room for those of each session.
+        """
         least = replace(key, pages=least_pages(self.preset))
         if least not in self.programs:
             self.programs[least] = self.stored_or_traced(least)
-        return with_pages(self.programs[least], key.pages)
+        staging = state.get(STAGING)
+        program = with_pages(self.programs[least], key.pages, None if staging is None else staging.shape[1])
+        return program if key.sessions == 1 else with_prompts(program, key.sessions * branches(self.preset))
 
     def stored_or_traced(self, key: GraphKey) -> Lowered:
         """Return the stored program, or build and store one; tracing needs no memory for weights."""
@@ -420,6 +429,16 @@ class GraphExecutor:
         smaller = suggestions(load, needed(load) - missing)
         fitting = [str(suggestion) for suggestion in smaller if suggestion.fits]
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
+
+
+def graph_text(text: Text) -> Conditioning | MixedConditioning:
+    assert isinstance(text, Conditioning | MixedConditioning)
+    return text
+
+
+def sessions_of(text: Text) -> tuple[Conditioning | MixedConditioning, ...]:
+    """The texts of a pass, one for each session."""
+    return text.sessions if isinstance(text, BatchConditioning) else (graph_text(text),)
 
 
 def eager_text(text: Text) -> TextContext | TextByFrames:

@@ -18,12 +18,13 @@ from ...errors import InferixError
 from ...graphs.capture import CaptureBackend, CaptureFailed, Event, Replay
 from ...graphs.cost import spec_of
 from ...graphs.launch import LaunchPlan
-from ...graphs.lowered import Lowered, Planned, recipes
+from ...graphs.lowered import Lowered, Planned, prompt_pages, recipes
 from ...graphs.program import Call, Ref
 from ...graphs.types import Role
 from ..byte_sizes import format_bytes
 from ..streams import sendable
 from ..telemetry.profile import Profile
+from .prompts import Conditioning, PromptSlots
 
 
 class NotEnoughMemory(InferixError):
@@ -75,7 +76,9 @@ class Loaded:
     """A `Lowered` bound to the device.
 
     prompt, frames: programs that run once for a prompt, or for a block; None where there is nothing to do. recipes:
-    digest of each output of the prompt program. shown: what the frames program ran for last.
+    digest of each output of the prompt program. shown: what the frames program ran for last. slots: of
+    prompts that a batch finds by table. batch: the texts of the last batch whose prompts are rows, and what the prompt
+    program made of them.
     """
 
     lowered: Lowered
@@ -85,6 +88,8 @@ class Loaded:
     recipes: Mapping[str, str]
     frames: Bound | None = None
     shown: object = None
+    slots: PromptSlots | None = None
+    batch: tuple[tuple[Conditioning, ...], dict[str, Tensor]] | None = None
 
 
 class Launcher:
@@ -120,7 +125,9 @@ class Launcher:
         self.constant_bytes = self.bytes_of_constants()
         prompt, frames = (self.bind_once(part, given) for part in (lowered.prompt, lowered.frames))
         known = {} if lowered.prompt is None else recipes(lowered.prompt.program, folded)
-        return Loaded(lowered, self.bind(lowered.body, given), prompt, state, known, frames)
+        body = self.bind(lowered.body, given)
+        pages = {name: body.inputs.pop(name) for name in sorted(prompt_pages(lowered.body.program))}
+        return Loaded(lowered, body, prompt, state, known, frames, slots=PromptSlots(pages) if pages else None)
 
     def bind_once(self, planned: Planned | None, given: Mapping[str, Tensor]) -> Bound | None:
         """Bind a program that runs once for a prompt or a block, and is never captured."""

@@ -149,7 +149,7 @@ def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
         )
         return shard
 
-    parts = load_parts(config, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
+    parts = load_parts(config, preset, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
     parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None)  # rank 0 decodes
     worker = LocalWorker(config, preset, parts)
     inbox.send(Message("reply", {"ready": True}))

@@ -150,10 +150,14 @@ class Session:
         return list(dict.fromkeys(branch.cache for state in self.states for branch in state.branches))
 
     @property
+    def requests_block(self) -> bool:
+        """True while a block is requested, even if the output queue has no room for it."""
+        return self.demand is not None and self.demand.left > 0 and self.state in (State.NEW, State.RUNNING)
+
+    @property
     def wants_block(self) -> bool:
         """True while a block is requested and the output queue has room for it."""
-        requested = self.demand is not None and self.demand.left > 0
-        return requested and self.state in (State.NEW, State.RUNNING) and not self.output.full
+        return self.requests_block and not self.output.full
 
     def stream(self, blocks: int | None = None, decode: bool = True) -> Iterator[Block]:
         """Yield the next `blocks` blocks, or all there will be; without `decode`, only latents.

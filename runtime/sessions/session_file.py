@@ -77,7 +77,10 @@ def made_by(resources: Resources, preset: Preset) -> dict[str, Any]:
             "lowp": None if config.precision_map is None else asdict(config.precision_map),
         },
         "weights": parts.fingerprints
-        or {"transformer": fingerprint(parts.transformer), "decoder": fingerprint(parts.vae)},
+        or {
+            "transformer": fingerprint(parts.transformer), "decoder": fingerprint(parts.vae),
+            **{f"transformer.{number}": fingerprint(more) for number, more in enumerate(parts.more, 1)},
+        },
     }
     plain: dict[str, Any] = json.loads(json.dumps(made))  # as a file gives it: lists for tuples
     return plain

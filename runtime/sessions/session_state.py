@@ -108,13 +108,19 @@ class Branch:
 
 @dataclass
 class BlockInFlight:
-    """A block being denoised: latents [F, C, H, W] at noise level `step`; committed: its clean keys are cached."""
+    """A block being denoised: latents [F, C, H, W] at noise level `step`; committed: its clean keys are cached.
+
+    rows: the prompt that it follows [text_len, text_dim]; None for the one in force. texts: that prompt by branch, once
+    a pass has needed it.
+    """
 
     span: Span
     latents: Tensor
     solver: Solver
     step: int = 0
     committed: bool = False
+    rows: Tensor | None = None
+    texts: tuple[Handle, ...] | None = None
 
     def fork(self) -> BlockInFlight:
         return replace(self, solver=self.solver.fork())
@@ -476,6 +482,7 @@ class FlightForm(SaveForm):
             name, solver, frames = f"flight.{index}", block.solver, block.span.frames
             header = {"index": block.span.index, "start": frames.start, "stop": frames.stop, "step": block.step}
             file.put(name, block.latents)
+            file.put(f"{name}.rows", block.rows)
             numbers, tensors = solver.save()
             for part, tensor in tensors.items():
                 file.put(f"{name}.{part}", tensor)
@@ -495,6 +502,8 @@ class FlightForm(SaveForm):
             integer(f"{name}.step", block["step"], 0, steps)
             shape = stop - start, *file.latent_shape
             check_tensor(name, file.tensors.get(name), shape)
+            if (rows := file.tensors.get(f"{name}.rows")) is not None:
+                check_tensor(f"{name}.rows", rows, rows_shape(file))
             numbers: dict[str, int] = {}
             for number in solver.saved_numbers:
                 least, most = solver.number_range(number, numbers)
@@ -509,7 +518,8 @@ class FlightForm(SaveForm):
             numbers = {number: header[number] for number in solver.saved_numbers}
             solver.restore(numbers, {part: file.tensor(f"{name}.{part}") for part in solver.saved_tensors(numbers)})
             span = Span(header["index"], range(header["start"], header["stop"]))
-            flight.append(BlockInFlight(span, file.tensor(name), solver, header["step"]))
+            rows = file.optional(f"{name}.rows")
+            flight.append(BlockInFlight(span, file.tensor(name), solver, header["step"], rows=rows))
         return flight
 
 
@@ -532,6 +542,26 @@ class PromptChangeForm(SaveForm):
     def read(self, file: SavedFields) -> PromptChange | None:
         header = file.header.get("change")
         return header and PromptChange(file.tensor("change.old"), file.tensor("change.new"), **header)
+
+
+class PromptsForm(SaveForm):
+    """Prompts of later blocks, by number."""
+
+    key, optional = "prompts", True
+
+    def write(self, value: dict[int, Tensor], file: SavedFields) -> None:
+        if value:
+            file.header["prompts"] = sorted(value)
+            for block, rows in value.items():
+                file.put(f"prompts.{block}", rows)
+
+    def check(self, file: SavedFields) -> None:
+        for block in list_of("prompts", file.header.get("prompts", [])):
+            integer("prompts", block, 1)
+            check_tensor(f"prompts.{block}", file.tensors.get(f"prompts.{block}"), rows_shape(file))
+
+    def read(self, file: SavedFields) -> dict[int, Tensor]:
+        return {block: file.tensor(f"prompts.{block}") for block in file.header.get("prompts", [])}
 
 
 class DecoderForm(SaveForm):
@@ -626,7 +656,7 @@ class SessionState:
     which is the null caption too.
     source: latents of the video that blocks start from. clamped: latents of an image held as the first frame.
     flight: blocks being denoised, oldest first. recent: the last clean latents, as many as a rebuild or recache reads.
-    uncommitted: latents of `timeline.uncommitted`.
+    prompts: of later blocks, by number. uncommitted: latents of `timeline.uncommitted`.
     pixels: the last decoded pictures [T, 3, H, W], where a rebuild encodes one again. prefix_frames: uint8
     [T, H, W, 3], the image or video that the stream continues, as the decoder shows it; readable after the end.
     camera: of the latent frames. image: the image that the stream begins with, as condition channels. given: what the
@@ -645,6 +675,7 @@ class SessionState:
     source: Tensor | None = field(default=None, metadata=shared(TensorForm("source", latents_shape)))
     clamped: Tensor | None = field(default=None, metadata=shared(TensorForm("clamped", latents_shape)))
     flight: list[BlockInFlight] = field(default_factory=list, metadata=forked(FlightForm(), fork_all))
+    prompts: dict[int, Tensor] = field(default_factory=dict, metadata=forked(PromptsForm(), dict))
     change: PromptChange | None = field(default=None, metadata=forked(PromptChangeForm(), copy))
     recent: Tensor | None = field(default=None, metadata=shared(TensorForm("recent", latents_shape)))
     uncommitted: Tensor | None = field(default=None, metadata=shared(UNCOMMITTED))
