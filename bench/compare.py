@@ -18,6 +18,7 @@ from .result import Result, Series
 
 DRAWS = 4000
 CONFIDENCE = 0.95
+THRESHOLD = 0.03  # smallest change that counts
 FEWEST = 4  # samples on each side, below which no statement is made
 STATISTIC = f"ratio of medians B / A, with its {CONFIDENCE:.0%} interval from {DRAWS} bootstrap draws"
 IGNORED = ("date", "command", "clocks", "load")  # they differ between any two runs
@@ -51,7 +52,7 @@ class Comparison:
         return tuple(change for change in self.changes if change.verdict == "slower")
 
 
-def compare(a: Result, b: Result, threshold: float = 0.03) -> Comparison:
+def compare(a: Result, b: Result, threshold: float = THRESHOLD) -> Comparison:
     """Compare B with A; raises UsageError for a threshold outside [0, 1) and for results that are not comparable."""
     if not 0 <= threshold < 1:
         raise UsageError(f"threshold is {threshold}; expected a share from 0 up to 1, such as 0.03")
@@ -79,12 +80,28 @@ def change(name: str, a: Series, b: Series, threshold: float) -> Change:
     if min(len(a.samples), len(b.samples)) < FEWEST or a.median <= 0:
         return Change(name, a, b, ratio, ratio, ratio, "few")
     low, high = interval(a, b)
+    return Change(name, a, b, ratio, low, high, verdict_of(low, high, threshold, a.better))
+
+
+def verdict_of(low: float, high: float, threshold: float, better: str = "less") -> str:
+    """Verdict of the interval of a ratio B / A: faster, slower, same or unsure."""
     grew, shrank = low > 1 + threshold, high < 1 / (1 + threshold)
     if grew or shrank:
-        verdict = "slower" if grew == (a.better == "less") else "faster"
-    else:
-        verdict = "same" if low >= 1 / (1 + threshold) and high <= 1 + threshold else "unsure"
-    return Change(name, a, b, ratio, low, high, verdict)
+        return "slower" if grew == (better == "less") else "faster"
+    return "same" if low >= 1 / (1 + threshold) and high <= 1 + threshold else "unsure"
+
+
+def paired_change(name: str, a: Series, b: Series, threshold: float = THRESHOLD) -> Change:
+    """Change from A to B whose samples were taken in turns: the median of the ratios of pairs, and its interval."""
+    if len(a.samples) != len(b.samples) or min(a.samples) <= 0:
+        raise ValueError(f"{name}: {len(a.samples)} and {len(b.samples)} samples; expected pairs of numbers above 0")
+    ratios = np.asarray(b.samples) / np.asarray(a.samples)
+    ratio = float(np.median(ratios))
+    if len(ratios) < FEWEST:
+        return Change(name, a, b, ratio, ratio, ratio, "few")
+    drawn = np.random.default_rng(0).choice(ratios, (DRAWS, len(ratios)))
+    low, high = quantiles(np.median(drawn, axis=1))
+    return Change(name, a, b, ratio, low, high, verdict_of(low, high, threshold, a.better))
 
 
 def interval(a: Series, b: Series) -> tuple[float, float]:
@@ -95,7 +112,11 @@ def interval(a: Series, b: Series) -> tuple[float, float]:
         samples = np.asarray(series.samples)
         return np.median(generator.choice(samples, (DRAWS, len(samples))), axis=1)
 
-    ratios = medians(b) / medians(a)
+    return quantiles(medians(b) / medians(a))
+
+
+def quantiles(ratios: np.ndarray) -> tuple[float, float]:
+    """Ends of the interval of bootstrapped ratios."""
     rest = (1 - CONFIDENCE) / 2
     low, high = np.quantile(ratios, (rest, 1 - rest))
     return float(low), float(high)

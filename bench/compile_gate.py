@@ -33,8 +33,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import InferixError, UsageError, nearest, one_line_errors
-from ..kernels.catalog import SPECS
+from ..errors import InferixError, UsageError, one_line_errors
+from ..kernels.catalog import SPECS, kernel_spec
 from ..kernels.spec import ARCHITECTURES, has_triton
 from ..runtime.files import write_atomically
 
@@ -63,8 +63,7 @@ def compile_all(
     not compile.
     """
     for op in ops:
-        if op not in SPECS:
-            raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; there are {', '.join(SPECS)}")
+        kernel_spec(op)
     if not has_triton():
         raise InferixError("Triton is not installed, so nothing can be compiled; pip install triton")
     env = {**os.environ, "TRITON_DISABLE_LINE_INFO": "1", "TRITON_INTERPRET": "0"}

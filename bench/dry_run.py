@@ -195,6 +195,20 @@ class Address:
         return 0
 
 
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        memory = {storage(tensor) for tensor in tensors([*args, *(kwargs or {}).values()])}
+        self.nbytes += sum(tensor.nbytes for tensor in tensors(result) if storage(tensor) not in memory)
+        return result
+
+
 class Recorder(TorchDispatchMode):
     """Notes the launches of calls on fake tensors and what capture would refuse."""
 
@@ -221,9 +235,20 @@ class Recorder(TorchDispatchMode):
             self.run_collective(spec, args)
             return
         form = choose(spec, self.given[spec.like]) if isinstance(spec, KernelSpec) else spec.reference
-        with self:
-            form(*args)
+        if form is spec.reference and any(arg.listed_by for arg in spec.args.values()):
+            self.run_reference(spec, args)  # the cost of a call of torch's would be that of all pages
+        else:
+            with self:
+                form(*args)
         self.spec = None
+
+    def run_reference(self, spec: OpSpec, args: Sequence[Any]) -> None:
+        """Run an op on pages that has no kernel of its own: one launch of the op's cost, and all that it allocates."""
+        memory = Allocations()
+        with memory, WithoutDriver():  # the mode around the call is off within it
+            spec.reference(*args)
+        cost = spec.cost(self.given, self.listed, memory=memory_of)  # type: ignore[arg-type]
+        self.note(f"inferix::{spec.name}", spec.family, cost.flops, cost.nbytes, memory.nbytes)
 
     def run_collective(self, spec: OpSpec, args: Sequence[Any]) -> None:
         """Run a collective between the ranks of `fake_shard`, in which nothing travels, and note what it would send."""

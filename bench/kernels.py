@@ -1,133 +1,168 @@
-"""Kernel microbenchmark: checks every op and case against its reference, then times it.
+"""Kernel microbenchmark: checks every form of an op on every case against its reference, then times them in turns.
 
-An implementation that does not match the reference is refused and not timed. On a GPU, CUDA events time single calls,
-and inputs rotate through more memory than the cache holds. On a CPU the references are timed.
+A form that does not match the reference is refused and not timed; a user's form is first verified on all test cases
+of the op. Each form is timed with a cold cache, through which other memory went before the call, and with a warm one,
+right after that call. Forms take turns, so that a verdict on two of them rests on pairs of neighbouring samples.
 """
 
 from __future__ import annotations
 
+import hashlib
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ..errors import InferixError, UsageError, nearest
-from ..kernels.catalog import SPECS
+from ..errors import InferixError, UsageError, nearest, quoted
+from ..kernels.catalog import SPECS, kernel_spec
+from ..kernels.own_forms import OwnForm
 from ..kernels.spec import Case, KernelSpec, architecture, has_triton
+from ..kernels.verify import Verification, guarded_run, verify, wrong_values
 from ..runtime.files import write_atomically
 from ..runtime.streams import make_current
-from .machine import environment, measure_ceilings, stopwatch
+from .compare import paired_change
+from .kernel_cases import parse_shape, read_cases
+from .machine import cache_bytes, environment, measure_ceilings, stopwatch
 from .result import Result, Series
 from .rivals import Prepare, attention_baselines, bound
 
 Log = Callable[[str], None]
-REPEATS = {"cpu": 7, "cuda": 30}
-ROTATED = 256 << 20  # bytes of inputs to rotate through, more than any cache
-COPIES = 256  # of inputs at most
+REPEATS = {"cpu": 11, "cuda": 30}
+FLUSHED = 2, 256 << 20  # caches that a flush writes through, and the most bytes of it
+FLEX = "flex"  # FlexAttention, whose compilation for a CPU takes half a minute: only on request there
 FP8 = torch.float8_e4m3fn
 FP8_SUMS = 1.5e-4  # of the largest entry: tensor cores of sm_90 keep sums of FP8 products to 14 bits
 CPU_FLOPS, CPU_BYTES = 5e9, 5e7  # larger cases are left out on a CPU unless selected
 CLOCK = (
-    "single calls of an op, after three that are not counted: on a GPU between CUDA events, behind other work so that "
-    "the host's launching is not timed, on inputs that rotate through more memory than the cache holds; on a CPU the "
-    "host's wall clock."
+    "single calls of an op, the forms in turns, after three of each that are not counted: on a GPU between CUDA "
+    "events, behind other work so that the host's launching is not timed; on a CPU the host's wall clock. Before each "
+    "call other memory is written through the cache; `warm` is the same call once more, right after it."
 )
+NO_DRIVER = "active driver"  # of Triton's error where there is no GPU
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a run: ops and cases by name (empty for all), a custom shape, dtype and device."""
+    """Options of a run: ops and cases by name (empty for all), dtype and device.
+
+    shape, case_file: cases of the user's, for one op. forms: of one op, timed beside the others: `FILE.py:FUNCTION`, a
+    name that was registered, or one of the op's that is not timed otherwise.
+    """
 
     ops: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
     shape: str | None = None
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
+    forms: tuple[str, ...] = ()
+    case_file: Path | None = None
 
     @property
     def repeats(self) -> int:
         return REPEATS[torch.device(self.device).type]
 
 
-def parse_shape(spec: KernelSpec, text: str) -> Case:
-    """Parse sizes that replace those of the op's first case, such as "q=4680,kv=32760,heads=12,dim=128".
-
-    Raises UsageError for an unknown size, for a number below 1 and for tokens that do not fill pages.
-    """
-    like = spec.bench_cases[0]
-    dims = dict(like.dims)
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if not value.isdecimal() or int(value) < 1:
-            raise UsageError(f"shape {text!r}: {part!r} is no size; expected name=number, such as dim=128")
-        if name in spec.shape_names:
-            size, *unit = spec.shape_names[name]
-            each = dims[unit[0]] if unit else 1
-            if int(value) % each:
-                raise UsageError(f"shape: {name}={value} is no multiple of {unit[0]}={each}; set {unit[0]} first")
-            dims[size] = int(value) // each
-        elif name in dims:
-            dims[name] = int(value)
-            if name == "heads" and "kv_heads" in dims:
-                dims["kv_heads"] = int(value)
-        else:
-            has = ", ".join(dims)
-            raise UsageError(f"shape: {spec.name} has no size {name!r}{nearest(name, dims)}; it has {has}")
-    return Case(text, dims, like.options)
-
-
 def select(options: Options) -> list[KernelSpec]:
     """Specs of the selected ops; UsageError for an unknown name."""
-    for op in options.ops:
-        if op not in SPECS:
-            raise UsageError(f"no op {op!r}{nearest(op, SPECS)}; expected one of {', '.join(SPECS)}")
-    return [SPECS[op] for op in options.ops or SPECS]
+    return [kernel_spec(op) for op in options.ops or SPECS]
+
+
+def check_options(specs: list[KernelSpec], options: Options) -> None:
+    """UsageError for options that are for one op where several are selected, and for two sources of cases."""
+    for name, value in (("shape", options.shape), ("form", options.forms), ("case_file", options.case_file)):
+        if value and len(specs) != 1:
+            raise UsageError(f"{name} {quoted(value)} is for one op, but {len(specs)} are selected; give one in ops")
+    if options.shape and options.case_file:
+        raise UsageError(f"shape {quoted(options.shape)} and case_file both give cases; give one of them")
+
+
+def cases_of(spec: KernelSpec, options: Options) -> tuple[Case, ...]:
+    """Cases of an op to time, those of the user's in place of the op's own."""
+    if options.shape:
+        return (parse_shape(spec, options.shape),)
+    return tuple(read_cases(spec, options.case_file)) if options.case_file else spec.bench_cases
 
 
 def run(options: Options, log: Log) -> Result:
-    """Check and time the selected cases. Raises UsageError for unknown names and for a shape of several ops."""
+    """Check and time the selected cases. Raises UsageError for unknown names and for options of one op with several."""
     specs = select(options)
     make_current(torch.device(options.device))
-    if options.shape and len(specs) != 1:
-        raise UsageError(f"shape {options.shape!r} is for one op, but {len(specs)} are selected; give one in ops")
-    known = [case.name for spec in specs for case in spec.bench_cases]
+    check_options(specs, options)
+    cases = {spec.name: cases_of(spec, options) for spec in specs}
+    known = [case.name for each in cases.values() for case in each]
     for name in options.cases:
         if name not in known:
             raise UsageError(f"no case {name!r}{nearest(name, known)}; expected: {'; '.join(dict.fromkeys(known))}")
+    own = {name: verified(specs[0], name, options, log) for name in asked_forms(specs[0], options)}
     log("measuring the machine's ceilings")
     begun, measured = environment(options.device), measure_ceilings(options.device, options.dtype)
     ceilings = {name: series.best for name, series in measured.items()}
     rows, left_out = [], list[str]()
     for spec in specs:
-        cases = [parse_shape(spec, options.shape)] if options.shape else spec.bench_cases
-        for case in cases:
+        for case in cases[spec.name]:
             if options.cases and case.name not in options.cases:
                 continue
-            selected = bool(options.cases or options.shape)
+            selected = bool(options.cases or options.shape or options.case_file)
             if options.device == "cpu" and not selected and too_large(spec, case, options.dtype):
                 left_out.append(case.name)
                 continue
-            rows.append(run_case(spec, case, options, ceilings))
+            rows.append(run_case(spec, case, options, ceilings, own))
             log(summary(rows[-1]))
     if left_out:
         log(f"left out, too large for a CPU: {len(left_out)} cases, such as {left_out[0]!r}; name a case to run it")
     return Result(
         kind="kernels", clock=CLOCK, environment=begun, subject={"model": None},
-        settings={"dtype": str(options.dtype)[6:], "ops": options.ops, "cases": options.cases, "shape": options.shape},
+        settings={
+            "dtype": str(options.dtype)[6:], "ops": options.ops, "cases": options.cases, "shape": options.shape,
+            "case_file": None if options.case_file is None else str(options.case_file), "forms": options.forms,
+        },
         ceilings=measured,
         series={
-            f"{row['op']}, {row['case']}/{name}": Series("s", tuple(form.pop("samples")))
-            for row in rows for name, form in row["forms"].items() if "samples" in form
+            f"{row['op']}, {row['case']}/{name}{which}": Series("s", tuple(form.pop(samples)))
+            for row in rows for name, form in row["forms"].items() if "seconds" in form
+            for which, samples in (("", "samples"), (", warm", "warm_samples"))
         },
-        facts={"rows": rows},
+        facts={"rows": rows, "forms": {name: describe_form(specs[0], name, one) for name, one in own.items()}},
     )  # fmt: skip
+
+
+def asked_forms(spec: KernelSpec, options: Options) -> list[str]:
+    """Forms of an op that are asked for, without the baseline FLEX of attention."""
+    return [name for name in options.forms if name != FLEX or spec.name != "block_attention"]
+
+
+def verified(spec: KernelSpec, name: str, options: Options, log: Log) -> Verification:
+    """Check a form on the op's test cases, and log the result. UsageError for a form that does not exist."""
+    verification = verify(spec, name, options.dtype, options.device)
+    if verification.refused:
+        log(f"{spec.name}, {name}: refused, {advised(verification.refused)}")
+    else:
+        declined = "".join(f"; declines {case!r}: {reason}" for case, reason in verification.declined.items())
+        log(f"{spec.name}, {name}: equals the reference on {len(verification.checked)} cases{declined}")
+    return verification
+
+
+def advised(reason: str) -> str:
+    """A reason to refuse a form, with advice where Triton lacks a GPU."""
+    return f"{reason}; without a GPU, set TRITON_INTERPRET=1" if NO_DRIVER in reason else reason
+
+
+def describe_form(spec: KernelSpec, name: str, verification: Verification) -> dict[str, Any]:
+    """Facts of a form: its verification, and of a user's the file and its digest."""
+    form = spec.named(name)
+    file = Path(form.source_file) if isinstance(form, OwnForm) and form.source_file else None
+    readable = file is not None and file.is_file()
+    return asdict(verification) | {
+        "file": file.name if file is not None and readable else None,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and readable else None,
+    }
 
 
 def too_large(spec: KernelSpec, case: Case, dtype: torch.dtype) -> bool:
@@ -137,52 +172,78 @@ def too_large(spec: KernelSpec, case: Case, dtype: torch.dtype) -> bool:
     return cost.flops > CPU_FLOPS or cost.nbytes > CPU_BYTES
 
 
-def run_case(spec: KernelSpec, case: Case, options: Options, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Check, then time, our implementations and the baselines for one case."""
+def run_case(
+    spec: KernelSpec,
+    case: Case,
+    options: Options,
+    ceilings: Mapping[str, float],
+    own: Mapping[str, Verification] = {},
+) -> dict[str, Any]:
+    """Check, then time in turns, our forms, the user's and the baselines for one case."""
     inputs = spec.make_inputs(case, options.dtype, options.device, 0)
     expected = clone_inputs(inputs)
     spec.reference(**expected)
     cost = spec.cost(inputs, int(inputs[spec.counted_by].sum()) if spec.counted_by else None)
-    flops, moved = cost.flops, cost.nbytes
-    row: dict[str, Any] = {
-        "op": spec.name, "case": case.name, "dims": dict(case.dims), "options": dict(case.options),
-        "dtype": str(options.dtype)[6:], "flops": flops, "bytes": moved, "forms": {},
-    }  # fmt: skip
+    roof = {"matmul": cost.flops / ceilings["matmul_flops"], "copy": cost.nbytes / ceilings["copy_bytes"]}
+    bound_by = max(roof, key=roof.__getitem__)
+    refused = {name: one.refused for name, one in own.items() if one.refused}
+    results: dict[str, dict[str, Any]] = {}
+    right: dict[str, Prepare] = {}
     for name, prepare in forms(spec, inputs, options).items():
-        if wrong := mismatch(spec, prepare, inputs, expected, options.dtype):
-            row["forms"][name] = {"refused": wrong}
-            continue
-        samples = timed(prepare, inputs, options)
-        seconds = statistics.median(samples)
-        quarters = statistics.quantiles(samples, n=4)
-        row["forms"][name] = {
+        if wrong := refused.get(name) or mismatch(spec, prepare, inputs, expected, options.dtype):
+            results[name] = {"refused": advised(wrong)}
+        else:
+            right[name], results[name] = prepare, {}
+    timed = timed_in_turns(right, inputs, options)
+    first = next(iter(timed), "")
+    for name, samples in timed.items():
+        seconds = statistics.median(samples.cold)
+        quarters = statistics.quantiles(samples.cold, n=4)
+        change = paired_change(name, Series("s", tuple(timed[first].cold)), Series("s", tuple(samples.cold)))
+        results[name] = {
             "seconds": seconds,
+            "warm_seconds": statistics.median(samples.warm),
             "spread": (quarters[2] - quarters[0]) / seconds,
-            "tflops": flops / seconds / 1e12,
-            "gbytes": moved / seconds / 1e9,
-            "of_matmul": flops / seconds / ceilings["matmul_flops"],
-            "of_copy": moved / seconds / ceilings["copy_bytes"],
-            "samples": samples,
+            "tflops": cost.flops / seconds / 1e12,
+            "gbytes": cost.nbytes / seconds / 1e9,
+            "of_matmul": roof["matmul"] / seconds,
+            "of_copy": roof["copy"] / seconds,
+            "of_roof": roof[bound_by] / seconds,
+            "of_first": change.ratio,
+            "interval": [change.low, change.high],
+            "verdict": None if name == first else change.verdict,
+            "samples": samples.cold,
+            "warm_samples": samples.warm,
         }
-    ran = [form for form in row["forms"].values() if "seconds" in form]
-    for form in ran:
-        form["of_first"] = form["seconds"] / ran[0]["seconds"]
-    return row
+    return {
+        "op": spec.name, "case": case.name, "dims": dict(case.dims), "options": dict(case.options),
+        "dtype": str(options.dtype)[6:], "flops": cost.flops, "bytes": cost.nbytes, "bound_by": bound_by,
+        "first": first or None, "forms": results,
+    }  # fmt: skip
 
 
 def forms(spec: KernelSpec, inputs: dict[str, Any], options: Options) -> dict[str, Prepare]:
-    """Implementations to time: on a CPU the reference; on a GPU our kernels first, then the baselines."""
-    if options.device == "cpu":
-        return {"reference": bound(spec.reference)}
+    """Forms to time: ours, those that are asked for, then the baselines."""
     like = inputs[spec.like]
-    capability = architecture(like.device)
-    serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
-    ours: dict[str, Prepare] = {form.name: bound(form.load()) for form in serving}
+    if options.device == "cpu":
+        ours = {form.name: bound(form.load()) for form in spec.implementations if form.cpu}
+        ours["reference"] = bound(spec.reference)
+    else:
+        capability = architecture(like.device)
+        serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
+        ours = {form.name: bound(form.load()) for form in serving}
+    asked = {name: bound(spec.named(name, like.device)) for name in asked_forms(spec, options)}
     if spec.name == "block_attention":
-        return ours | attention_baselines(inputs, ours)
+        if options.device == "cpu":
+            rivals = attention_baselines(inputs, {}, ("FLASH_ATTENTION",), FLEX in options.forms)
+        else:
+            rivals = attention_baselines(inputs, ours)
+        return ours | asked | rivals
+    if options.device == "cpu":
+        return ours | asked
     torch.compiler.reset()  # other cases count towards the recompile limit, beyond which this one would run eagerly
     compiled = torch.compile(spec.reference, dynamic=False)
-    return ours | {"torch": bound(spec.reference), "torch.compile": bound(compiled)}
+    return ours | asked | {"torch": bound(spec.reference), "torch.compile": bound(compiled)}
 
 
 def clone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -193,22 +254,17 @@ def clone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 def mismatch(
     spec: KernelSpec, prepare: Prepare, inputs: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype
 ) -> str | None:
-    """The reason to refuse an implementation: its difference, or its error; None if it matches."""
-    fresh = clone_inputs(inputs)
+    """The reason to refuse a form on a case: its fault, or its error; None if it matches the reference."""
+
+    def limit(out: Tensor) -> float:
+        most = {FP8: 0.08, torch.int8: 0.01}.get(out.dtype, 2 * spec.tolerance[dtype])
+        return max(most, FP8_SUMS) if inputs[spec.like].dtype == FP8 and out.is_cuda else most
+
     try:
-        prepare(fresh)()
+        result = guarded_run(spec, lambda placed: prepare(placed)(), inputs)
     except launch_errors() as error:
         return f"cannot run: {(str(error) or type(error).__name__).splitlines()[0]}"
-    for name in spec.outputs:
-        if fresh[name] is not None:
-            got, want = fresh[name].float(), expected[name].float()
-            difference = float((got - want).abs().max() / want.abs().max().clamp(min=1e-3))
-            limit = {FP8: 0.08, torch.int8: 0.01}.get(fresh[name].dtype, 2 * spec.tolerance[dtype])
-            if inputs[spec.like].dtype == FP8 and fresh[name].is_cuda:
-                limit = max(limit, FP8_SUMS)
-            if not difference <= limit:
-                return f"{name} differs by {difference:.2e}, allowed {limit:.2e}"
-    return None
+    return result.fault or wrong_values(spec, result.inputs, expected, limit)
 
 
 def launch_errors() -> tuple[type[Exception], ...]:
@@ -217,19 +273,37 @@ def launch_errors() -> tuple[type[Exception], ...]:
     return (*errors, import_module("triton.errors").TritonError) if has_triton() else errors
 
 
-def timed(prepare: Prepare, inputs: dict[str, Any], options: Options) -> list[float]:
-    """Time single calls, s."""
-    size = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
-    copies = 1 if options.device == "cpu" else max(1, min(COPIES, ROTATED // max(size, 1) + 1))
-    calls = [prepare(clone_inputs(inputs)) for _ in range(copies)]
-    for index in range(3):
-        calls[index % copies]()
-    samples = []
-    for index in range(options.repeats):
-        with stopwatch(options.device) as elapsed:
-            calls[index % copies]()
-        samples.append(elapsed())
+class Samples(NamedTuple):
+    """Seconds of single calls, in order: with a cold cache, and right after each with a warm one."""
+
+    cold: list[float]
+    warm: list[float]
+
+
+def timed_in_turns(prepared: Mapping[str, Prepare], inputs: dict[str, Any], options: Options) -> dict[str, Samples]:
+    """Time single calls of forms, a call of each in every round, another one first each time."""
+    calls = {name: prepare(clone_inputs(inputs)) for name, prepare in prepared.items()}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times, most = FLUSHED
+    flush = torch.zeros(min(times * cache_bytes(options.device), most), dtype=torch.uint8, device=options.device)
+    samples = {name: Samples([], []) for name in calls}
+    names = list(calls)
+    for turn in range(options.repeats if calls else 0):
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            flush.add_(1)  # reads and writes: what the cache held is gone
+            for one in samples[name]:
+                with stopwatch(options.device) as elapsed:
+                    calls[name]()
+                one.append(elapsed())
     return samples
+
+
+def timed(prepare: Prepare, inputs: dict[str, Any], options: Options) -> list[float]:
+    """Time single calls of one form with a cold cache, s."""
+    return timed_in_turns({"": prepare}, inputs, options)[""].cold
 
 
 def shown(seconds: float) -> str:
@@ -244,9 +318,10 @@ def summary(row: dict[str, Any]) -> str:
         if "refused" in form:
             parts.append(f"{name}: refused, {form['refused']}")
         else:
-            parts.append(f"{name} {shown(form['seconds'])} ({form['of_copy']:.0%} of copy, "
-                         f"{form['of_matmul']:.0%} of matmul, {form['of_first']:.2f} of the first's time)")  # fmt: skip
-    return f"{row['op']}, {row['case']}: " + "; ".join(parts)
+            verdict = f", {form['verdict']}, {form['of_first']:.2f} of {row['first']}" if form["verdict"] else ""
+            times = f"{shown(form['seconds'])} (warm {shown(form['warm_seconds'])}"
+            parts.append(f"{name} {times}, {form['of_roof']:.0%} of the roof{verdict})")
+    return f"{row['op']}, {row['case']}, bound by {row['bound_by']}: " + "; ".join(parts)
 
 
 def draw(result: Result, path: Path) -> Path | None:

@@ -134,6 +134,15 @@ def card_of(device: str) -> Card | None:
     return find_card(str(torch.cuda.get_device_properties(device).uuid))
 
 
+def cache_bytes(device: str) -> int:
+    """Size of the largest cache: of a GPU as the driver says, of a CPU as Linux does; a large one if unknown."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [size.read_text("ascii").strip() for size in sizes]
+    return max((int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for text in texts if text[-1:] in "KM"), default=1 << 26)
+
+
 def synchronize(device: str) -> None:
     """Wait until a GPU is idle; does nothing on a CPU."""
     if torch.device(device).type == "cuda":

@@ -16,7 +16,10 @@ from ..runtime.capacity.gpus import CARDS
 from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.capacity.rank_planner import LINKS, Link, read_link
 
-ROWS = (("wan-1.3b", "self-forcing"), ("wan-1.3b", "longlive"), ("wan-14b", "self-forcing"), ("wan-14b", "krea"))
+ROWS = (
+    ("wan-1.3b", "self-forcing"), ("wan-1.3b", "longlive"), ("wan-14b", "self-forcing"), ("wan-14b", "krea"),
+    ("magi-24b", "magi-24b-distill"),
+)  # fmt: skip
 COUNTS = (1, 2, 4, 8, 16, 64)
 
 
@@ -40,10 +43,13 @@ def table(card: str, links: Sequence[Link], counts: Sequence[int] = COUNTS) -> I
             cells = []
             for count in counts:
                 listed = rank_planner.plans(load, count, memory, ceiling, link)
-                options = [one for one in listed if one.replicas == 1 and one.fits]
-                best = min(options, key=lambda one: one.block, default=None)
-                layout = "" if best is None or best.ranks == 1 else f" {best.layout}"
-                cells.append("does not divide" if best is None else f"{best.per_pass:.1f}{layout}")
+                options = [one for one in listed if one.replicas == 1]
+                best = min((one for one in options if one.fits), key=lambda one: one.block, default=None)
+                if best is None:
+                    cells.append("does not fit" if options else "does not divide")
+                    continue
+                layout = "" if best.ranks == 1 else f" {best.layout}"
+                cells.append(f"{best.per_pass:.1f}{layout}{', shard_weights' if best.shard_weights else ''}")
             yield f"| {model}, {preset} | {link.source} | {' | '.join(cells)} |"
 
 

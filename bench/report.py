@@ -25,6 +25,7 @@ from .report_tables import (
     cut,
     in_flops,
     kernels_part,
+    leaderboard,
     pairs_part,
     precision_of,
     stream_part,
@@ -42,8 +43,8 @@ HOW = """\
 - Timed outputs are compared as well: all of them in `block`, the first blocks of the FPS stream in `stream`.
 - A block is timed at a **full window**, reached by running the stream, not with an empty cache.
 - FPS are pixel frames per second of wall time, the decoder included.
-- The decoder's column is decoding and the conversion to uint8 frames. The engine runs both in a thread, in parallel
-  with the next block (`interval`); the baselines run them between blocks.
+- The decoder's column is decoding and the conversion to uint8 frames. On a GPU, or with one thread of torch, the engine
+  runs both in parallel with the next block (`interval`); the baselines run them between blocks.
 - Times are medians with quartiles and the worst sample. The result's file has every sample.
 - Shares are relative to a matmul and a copy timed in the same run, not to a data sheet.
 - Baselines run in the same process with the same weights. `plain` has the structure of the public reference loop;
@@ -55,6 +56,10 @@ HOW = """\
 CPU_NOTE = """\
 These runs are of small models on a CPU. They show that the benchmarks work and which figures they give. They say
 nothing about a GPU.
+"""
+LEADERBOARD_NOTE = """\
+The fastest run of each form for a case, on one device and in one dtype, by the median time with a cold cache. Times of
+two files were taken in two runs: only forms of one run were timed in turns, and have a verdict on each other.
 """
 
 
@@ -138,11 +143,13 @@ def page(
     """
     gpu = {name: result for name, result in results.items() if result.on_gpu}
     cpu = {name: result for name, result in results.items() if not result.on_gpu}
+    boards = list(leaderboard(results))
     parts = [
         f"{BEGINNING} {folder} --out {out}` from {len(results)} files in `{folder}`; do not edit it.",
         "## What was measured",
         inventory(results),
         *(["No result of a GPU is among them: there is no figure of a GPU on this page."] if not gpu else []),
+        *(["## Leaderboard of kernels", LEADERBOARD_NOTE, *boards] if boards else []),
         *(["## On a GPU"] if gpu or failures else []),
         *([failures_part(failures)] if failures else []),
         *(section(name, result, pictures.get(name, [])) for name, result in gpu.items()),

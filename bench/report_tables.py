@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -320,14 +320,29 @@ def form_cell(text: Callable[[dict[str, Any]], str], refused: str = "") -> Calla
     return lambda row: refused.format(row[2]["refused"]) if "refused" in row[2] else text(row[2])
 
 
+def timing(form: dict[str, Any]) -> str:
+    """Verdict of a form beside the first one of its row, with the interval of the ratio of their times."""
+    if not form.get("verdict"):
+        return ""
+    low, high = form["interval"]
+    return f"{form['verdict']}, {form['of_first']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def share(form: dict[str, Any], key: str) -> str:
+    return f"{form[key]:.0%}" if key in form else ""
+
+
 KERNEL_COLUMNS = (
     Column("op", lambda row: row[0]["op"]),
     Column("case", lambda row: row[0]["case"]),
     Column("form", lambda row: row[1]),
     Column("us", form_cell(lambda form: f"{form['seconds'] * 1e6:.4g}", "refused: {}")),
+    Column("warm us", form_cell(lambda form: f"{form['warm_seconds'] * 1e6:.4g}" if "warm_seconds" in form else "")),
     Column("TFLOP/s", form_cell(lambda form: f"{form['tflops']:.3g}")),
-    Column("of matmul", form_cell(lambda form: f"{form['of_matmul']:.0%}")),
-    Column("of copy", form_cell(lambda form: f"{form['of_copy']:.0%}")),
+    Column("of matmul", form_cell(lambda form: share(form, "of_matmul"))),
+    Column("of copy", form_cell(lambda form: share(form, "of_copy"))),
+    Column("of roof", form_cell(lambda form: share(form, "of_roof"))),
+    Column("to the first", form_cell(timing)),
 )
 
 
@@ -337,6 +352,54 @@ def kernels_part(result: Result) -> Iterator[str]:
         KERNEL_COLUMNS,
         [(row, name, form) for row in result.facts["rows"] for name, form in row["forms"].items()],
     )
+
+
+class Entry(NamedTuple):
+    """A timed form in a leaderboard: the best time of it for a case on a device, and the result that has it."""
+
+    row: dict[str, Any]
+    name: str
+    form: dict[str, Any]
+    file: str
+    result: Result
+
+    @property
+    def contest(self) -> tuple[str, ...]:
+        """Entries with the same one are comparable: device, op, case, sizes and dtype."""
+        row = self.row
+        sizes = " ".join(f"{name}={size}" for name, size in row["dims"].items())
+        options = " ".join(f"{name}={value}" for name, value in row["options"].items())
+        return self.result.device_name, row["op"], row["case"], f"{sizes} {options}".strip(), row["dtype"]
+
+
+LEADERBOARD_COLUMNS = (
+    Column("place", lambda ranked: str(ranked[0])),
+    Column("form", lambda ranked: ranked[1].name),
+    Column("us", lambda ranked: f"{ranked[1].form['seconds'] * 1e6:.4g}"),
+    Column("warm us", lambda ranked: KERNEL_COLUMNS[4].cell((ranked[1].row, ranked[1].name, ranked[1].form))),
+    Column("of roof", lambda ranked: share(ranked[1].form, "of_roof")),
+    Column("to the first of its run", lambda ranked: timing(ranked[1].form)),
+    Column("file", lambda ranked: f"`{ranked[1].file}`"),
+    Column("date", lambda ranked: ranked[1].result.environment["date"][:10]),
+)
+
+
+def leaderboard(results: Mapping[str, Result]) -> Iterator[str]:
+    """Forms of all results of kernels by time, a table for each case, dtype and device; refused forms have no place."""
+    entries = [
+        Entry(row, name, form, file, result)
+        for file, result in results.items() if result.kind == "kernels"
+        for row in result.facts["rows"] for name, form in row["forms"].items() if "seconds" in form
+    ]  # fmt: skip
+    for contest in dict.fromkeys(entry.contest for entry in entries):
+        best: dict[str, Entry] = {}
+        for entry in entries:
+            if entry.contest == contest:
+                best[entry.name] = min(entry, best.get(entry.name, entry), key=lambda one: one.form["seconds"])
+        if len(best) > 1:
+            device, op, case, sizes, dtype = contest
+            ranked = enumerate(sorted(best.values(), key=lambda one: one.form["seconds"]), 1)
+            yield f"**{op}, {case}**: {sizes}, {dtype}, on {device}\n\n{table(LEADERBOARD_COLUMNS, ranked)}"
 
 
 class Pair(NamedTuple):

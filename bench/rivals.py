@@ -6,7 +6,7 @@ layout) are prepared before the clock runs. Its result becomes `out` without a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,19 +28,28 @@ def bound(run: Callable[..., Any]) -> Prepare:
     return lambda inputs: partial(run, **inputs)
 
 
-def attention_baselines(inputs: dict[str, Any], ours: dict[str, Prepare]) -> dict[str, Prepare]:
-    """Baselines of a case: our kernel with the pages in order, and other attentions that support the case."""
+def attention_baselines(
+    inputs: dict[str, Any],
+    ours: dict[str, Prepare],
+    backends: Sequence[str] = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"),
+    with_flex: bool = True,
+) -> dict[str, Prepare]:
+    """Baselines of a case: our kernel with the pages in order, and other attentions that support the case.
+
+    backends: of torch's attention, by the names of SDPBackend.
+    """
     baselines: dict[str, Prepare] = {}
     if not pages_are_one_run(inputs["page_table"], inputs["page_count"]):
         baselines |= {f"{name}, in order": in_order(prepare) for name, prepare in ours.items()}
     if any(inputs[name] is not None for name in ("q_sink", "kv_scale", "lse")):
         return baselines
-    baselines["flex"] = flex()
+    if with_flex:
+        baselines["flex"] = flex()
     if len(set(inputs["page_count"].tolist())) > 1:  # the others need a mask in memory for rows of different lengths
         return baselines
     from torch.nn.attention import SDPBackend
 
-    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+    for name in backends:
         baselines[f"sdpa {name.partition('_')[0].lower()}"] = sdpa(getattr(SDPBackend, name))
     if find_spec("flash_attn"):
         baselines["flash-attn"] = flash_attn

@@ -34,8 +34,8 @@ def tune_here(options: Options, log: Log) -> dict[str, Path]:
     """Tune ops on the GPU and write their tables; return op -> file. Raises UsageError for a device without kernels."""
     if torch.device(options.device).type != "cuda":
         raise UsageError(f"device is {options.device!r}; expected a GPU: a CPU has no kernels to tune")
-    if options.cases or options.shape:
-        raise UsageError("tuning uses all cases of an op; leave cases and shape out")
+    if options.cases or options.shape or options.case_file or options.forms:
+        raise UsageError("tuning uses all cases and forms of an op; leave cases, shape, case_file and forms out")
     capability = architecture(torch.device(options.device))
     card = torch.cuda.get_device_name(options.device)
     if not capability:

@@ -59,23 +59,36 @@ def kernels(
     case: list[str] = typer.Option(
         [], metavar="CASE", help="A case by name; repeatable.  [default: all that fit the machine]"
     ),
-    shape: str | None = typer.Option(None, metavar="NAME=N,...", help="Sizes of your own, for one op."),
-    dtype: str = typer.Option("bfloat16", help="bfloat16, float16 or float32."),
+    shape: str | None = typer.Option(None, metavar="NAME=N,...", help="Sizes of your own, in any order, for one op."),
+    case_file: Path | None = typer.Option(
+        None, metavar="FILE", help="Cases of your own, for one op: a .json or .py file (docs/kernels.md)."
+    ),
+    form: list[str] = typer.Option(
+        [], metavar="FILE.py:FUNCTION", help="A form of your own, or flex, beside the others; repeatable, for one op."
+    ),
+    dtype: str | None = typer.Option(
+        None, help="bfloat16, float16 or float32.  [default: bfloat16 on a GPU, else float32]"
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     out: Path | None = typer.Option(None, help="Folder for kernels.json and kernels.png."),
     tune: bool = typer.Option(False, "--tune", help="Find and store the fastest form and config for this GPU."),
     compile_only: bool = typer.Option(False, "--compile-only", help="Compile for every architecture; needs no GPU."),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
-    """Time each kernel.
+    """Time each kernel, and your own beside it.
 
-    Each implementation is checked against its reference before it is timed. On a CPU the references are timed.
+    Each form is checked against the reference before it is timed. A form of your own, --form FILE.py:FUNCTION with the
+    parameters of the reference, is first checked on all test cases: its values, what lies beside its tensors, what it
+    allocates, its inputs, strides, and a second run. Forms are timed in turns, with a cold and a warm cache; each has a
+    verdict beside the first, from the ratios of neighbouring samples.
 
     On a GPU the installed alternatives are timed too: torch's attention by each backend, FlexAttention, flash-attn,
-    sageattention, and the plain torch sequence with and without torch.compile, each as a share of the first time.
+    sageattention, and the plain torch sequence with and without torch.compile. On a CPU: torch's fused attention.
     `--tune` writes kernels/OP/tuned/CARD.json, which later runs read. Only `--tune` searches.
 
     Example: inferix bench kernels --op block_attention --shape page_tokens=64,q=64,kv=256,heads=2 --dtype float32
+
+    Example: inferix bench kernels --op block_attention --form my_kernel.py:my_attention --case "small world"
 
     Example: inferix bench kernels --compile-only --op rms_norm
     """
@@ -83,23 +96,28 @@ def kernels(
     if compile_only:
         if tune:
             raise UsageError("--compile-only compiles and --tune times; give one of them")
-        if case or shape or out:
-            raise UsageError("--compile-only has its own cases and table; leave out --case, --shape and --out")
+        if case or shape or out or form or case_file:
+            raise UsageError(
+                "--compile-only has its own cases and table; leave out --case, --shape, --case-file, --form and --out"
+            )
         return print_compiled(op, as_json)
 
     from ..bench.kernels import Options, draw, run, shown
     from ..bench.result import write_result
-    from ..runtime.config import DTYPES, check_device, default_device
+    from ..runtime.config import DTYPES, check_device, default_device, default_dtype
 
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise UsageError(f"--dtype is {quoted(dtype)}{nearest(dtype, DTYPES)}; expected bfloat16, float16 or float32")
     device = device or default_device()
     check_device(device)
+    dtype = dtype or default_dtype(device)
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise UsageError(f"--dtype is {quoted(dtype)}{nearest(dtype, DTYPES)}; expected bfloat16, float16 or float32")
+    options = Options(tuple(op), tuple(case), shape, DTYPES[dtype], device, tuple(form), case_file)
     if tune:
-        return print_tuned(Options(tuple(op), tuple(case), shape, DTYPES[dtype], device), as_json)
+        return print_tuned(options, as_json)
     if device == "cpu":
-        console.print("no GPU is used: these are times of the reference implementations on a CPU", highlight=False)
-    options = Options(tuple(op), tuple(case), shape, DTYPES[dtype], device)
+        console.print("no GPU is used: these are times of a CPU", highlight=False)
+    files = {f"--form {text}": text.rpartition(":")[0] for text in form if ":" in text}
+    check_out(None if out is None else out / "kernels.json", {"--case-file": case_file, **files})
     result = run(options, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if out is not None:
         write_result(result, out / "kernels.json")
@@ -107,19 +125,32 @@ def kernels(
             console.print("no picture: matplotlib is not installed; pip install matplotlib")
     if as_json:
         typer.echo(json.dumps(json.loads(result.text())))
-        return
-    table = Table("op", "case", "form", "time", "spread", "TFLOP/s", "GB/s", "of matmul", "of copy", "of the first")
+        return check_asked_forms(result)
+    heads = ("op", "case", "form", "cold", "spread", "warm", "TFLOP/s", "GB/s", "of roof", "to the first", "verdict")
+    table = Table(*heads)
     for row in result.facts["rows"]:
-        for name, form in row["forms"].items():
-            if "refused" in form:
-                table.add_row(row["op"], row["case"], name, "refused", form["refused"])
-            else:
-                table.add_row(
-                    row["op"], row["case"], name, shown(form["seconds"]), f"{form['spread']:.0%}",
-                    f"{form['tflops']:.3g}", f"{form['gbytes']:.3g}", f"{form['of_matmul']:.0%}",
-                    f"{form['of_copy']:.0%}", f"{form['of_first']:.2f}",
-                )  # fmt: skip
+        for name, one in row["forms"].items():
+            if "refused" in one:
+                table.add_row(row["op"], row["case"], name, "refused")
+                continue
+            table.add_row(
+                row["op"], row["case"], name, shown(one["seconds"]), f"{one['spread']:.0%}", shown(one["warm_seconds"]),
+                f"{one['tflops']:.3g}", f"{one['gbytes']:.3g}", f"{one['of_roof']:.0%}",
+                "{:.2f} ({:.2f} to {:.2f})".format(one["of_first"], *one["interval"]), one["verdict"] or "",
+            )  # fmt: skip
     plain_console().print(table)
+    for row in result.facts["rows"]:
+        for name, one in row["forms"].items():
+            if "refused" in one:
+                typer.echo(f"{row['op']}, {row['case']}, {name}: refused, {one['refused']}")
+    check_asked_forms(result)
+
+
+def check_asked_forms(result: Result) -> None:
+    """Raise InferixError if a form that was asked for is refused, once everything is printed and written."""
+    reasons = {name: form["refused"] for name, form in result.facts["forms"].items() if form["refused"]}
+    if reasons:
+        raise InferixError("; ".join(f"form {quoted(name)} is refused: {reason}" for name, reason in reasons.items()))
 
 
 @app.command(cls=Command)

@@ -12,10 +12,11 @@ from ..schemes.presets import FIELDS
 
 # Arguments of `inferix.load` and `Engine.open` that `generate` has a flag for.
 ARGUMENTS = (
-    "actions", "base", "executor", "gpus", "graphs", "image", "lora", "lora_partial", "lora_scale", "model", "names",
-    "negative_prompt", "parallel", "prompt", "prompt_embeds", "size", "strength", "text_encoder", "vae", "video",
+    "actions", "base", "executor", "gpus", "graphs", "image", "kernels", "lora", "lora_partial", "lora_scale", "model",
+    "names", "negative_prompt", "parallel", "prompt", "prompt_embeds", "size", "strength", "text_encoder", "vae",
+    "video",
 )  # fmt: skip
-FLAGS = {name: f"--{name.replace('_', '-')}" for name in ARGUMENTS}
+FLAGS = {name: f"--{name.replace('_', '-')}" for name in ARGUMENTS} | {"kernels": "--form"}
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # values, which may contain anything
 NAME = "|".join(sorted(ARGUMENTS, key=len, reverse=True))
 ADVICE = rf"(?:give|leave|set|drop|as)\s+(?:a\s+)?(?:{NAME})(?:\s+(?:or|and)\s+(?:{NAME}))*"

@@ -43,6 +43,7 @@ from .help import Command
 from .options import (
     EXECUTOR,
     FORCE,
+    FORMS,
     GPUS,
     NAMES,
     OFFLINE,
@@ -52,6 +53,7 @@ from .options import (
     check_beside_engine,
     check_settings,
     counted,
+    parse_forms,
     parse_settings,
     parse_size,
     ranks_of_launcher,
@@ -392,6 +394,7 @@ def generate(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = EXECUTOR,
+    kernels: list[str] = FORMS,
     gpus: int | None = GPUS,
     parallel: str | None = PARALLEL,
     graphs: Path | None = typer.Option(None, help="Folder of stored graphs to read, and to add new ones to."),
@@ -431,7 +434,7 @@ def generate(
     given_parts["--vae"] = vae
     given_parts |= {"--text-encoder": text_encoder, "--lora": lora, "--size": size, "--device": device}
     given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
-    given_parts |= {"--gpus": gpus, "--parallel": parallel}
+    given_parts |= {"--gpus": gpus, "--parallel": parallel, "--form": kernels or None}
     check_beside_engine(exported, given_parts)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
@@ -447,12 +450,14 @@ def generate(
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
     check_fit(fit)
+    forms = parse_forms(kernels)
     outputs = output_paths(out, latents_only, records, profile)
     inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": exported or model}
     inputs |= {"--base": base, "--names": names, "--preset": preset if preset and is_preset_file(preset) else None}
     inputs |= {"--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
     inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
     inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
+    inputs |= {f"--form {op}": form.rpartition(":")[0] for op, form in forms.items() if ":" in form}
     inputs |= {"--text-encoder": text_encoder, "--set fast_vae": overrides.get("fast_vae")}
     check_paths(inputs, outputs)
     for output in outputs.values():
@@ -472,7 +477,7 @@ def generate(
     if profile is not None and executor is None:  # only graphs have calls to be timed
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)
     parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
-    parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
+    parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel, "kernels": forms}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
     if exported is not None:

@@ -29,6 +29,9 @@ PRESET = typer.Option(
     None, help="Decoding scheme: a name, or a .yaml file.  [default: the model's own, or self-forcing]"
 )
 NAMES = typer.Option(None, metavar="FILE", help="YAML file of the checkpoint's tensor names (docs/models.md).")
+FORMS = typer.Option(
+    [], "--form", metavar="OP=FORM", help="Form of an op: a name, or FILE.py:FUNCTION of your own; repeatable."
+)
 FORCE = typer.Option(False, "--force", help="Load even what by plan does not fit into memory.")
 DEFAULT_MODEL = "wan-1.3b"  # of plan and graph, which load nothing
 UNTRAINED = "wan-tiny"  # `models.registry.UNTRAINED`, whose import takes torch
@@ -43,6 +46,19 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             raise UsageError(f"--set {quoted(pair)} has no value; expected key=value, such as local_attn_size=21")
         settings[key.strip()] = parse_yaml(text, f"--set {quoted(pair)}")
     return settings
+
+
+def parse_forms(pairs: list[str]) -> dict[str, str]:
+    """Parse `op=form` strings to a dict."""
+    forms: dict[str, str] = {}
+    for pair in pairs:
+        op, separator, form = (part.strip() for part in pair.partition("="))
+        if not separator or not op or not form:
+            raise UsageError(f"--form {quoted(pair)} has no op and form; expected OP=FORM, such as rms_norm=reference")
+        if op in forms:
+            raise UsageError(f"--form {quoted(pair)} is the second for {op}; give one")
+        forms[op] = form
+    return forms
 
 
 def counted(count: int, noun: str) -> str:

@@ -99,11 +99,6 @@ class Tiles:
         (top, left), (height, width) = self.corner(size), self.part(size)
         return x[..., top : top + height, left : left + width]
 
-    def joined(self, parts: Tensor) -> Tensor:
-        """Latents [..., H, W] from all tiles [tiles, ..., h, w]."""
-        whole = parts.unflatten(0, (self.rows, self.columns)).movedim((0, 1), (-4, -2))  # [..., rows, h, columns, w]
-        return whole.flatten(-2).flatten(-3, -2)
-
     def tokens(self, parts: Tensor, grid: Grid) -> Tensor:
         """Tokens [B, F*H*W, ...] in the order of the picture from those of all tiles [tiles, B, F*h*w, ...]."""
         tiled = parts.unflatten(2, (-1, *self.part(grid))).unflatten(0, (self.rows, self.columns))
@@ -190,16 +185,17 @@ class TokenShards:
 def run_on_tile(
     forward: Callable[..., Tensor],
     shard: Shard,
-    grid: tuple[int, int],
+    patch: tuple[int, int],
     positions: tuple[int, int] | None,
     latents: Tensor,
     attention: OnPages,
 ) -> Tensor:
     """The velocity [B, F, C, H, W] of latents [B, F, C, H, W], computed by all ranks of a shard.
 
-    forward: the network on the rank's tile, of (latents, attention, origin) as a model's forward takes them. grid:
-    (rows, columns) of tokens of a whole frame; positions: those of a learned position embedding, or None.
+    forward: the network on the rank's tile, of (latents, attention, origin) as a model's forward takes them. patch:
+    (height, width) of a token; positions: (rows, columns) of a learned position embedding, or None.
     """
+    grid = latents.shape[-2] // patch[0], latents.shape[-1] // patch[1]
     regions, tiles = shard.regions(grid), shard.tiles(grid)
     region = regions.part(grid)
     inner: OnPages | TokenShards = attention
@@ -210,9 +206,22 @@ def run_on_tile(
     origin = None
     if positions is not None:  # the picture is in the middle of the position grid
         corners = zip(positions, grid, regions.corner(grid), tiles.corner(region), strict=True)
-        top, left = ((most - size) // 2 + outer + inner for most, size, outer, inner in corners)
+        top, left = ((most - size) // 2 + outer + inside for most, size, outer, inside in corners)
         origin = top, left
     velocity = forward(tiles.cut(regions.cut(latents)), kv, origin)
-    parts = all_gather(velocity, ranks=shard.ranks, group=shard.group)
-    by_tile = parts.unflatten(0, (shard.tokens.size, shard.heads.size)).movedim(1, 0)
-    return regions.joined(tiles.joined(by_tile))
+    parts = all_gather(patches(velocity, patch), ranks=shard.ranks, group=shard.group)  # [ranks, B, t, ...]
+    by_tile = parts.unflatten(0, (shard.tokens.size, shard.heads.size)).movedim(1, 0).flatten(1, 2)
+    by_region = tiles.tokens(by_tile, region).unflatten(0, (shard.tokens.size, -1))
+    return pictures(regions.tokens(by_region, grid), patch, grid)
+
+
+def patches(x: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Tokens [B, F*h*w, ph*pw*C], channels fastest, of [B, F, C, H, W]."""
+    tiled = x.unflatten(-1, (-1, patch[1])).unflatten(-3, (-1, patch[0]))  # [B, F, C, h, ph, w, pw]
+    return tiled.permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(1, 3)
+
+
+def pictures(tokens: Tensor, patch: tuple[int, int], grid: Grid) -> Tensor:
+    """[B, F, C, H, W] of tokens [B, F*h*w, ph*pw*C]: the end of a network, to which a solver step is fused."""
+    x = tokens.unflatten(-1, (*patch, -1)).unflatten(1, (-1, *grid))
+    return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

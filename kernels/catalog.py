@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import UsageError, quoted
+from ..errors import UsageError, nearest, quoted
 from ..plugins import installed
 from .adaln import SPEC as ADALN
 from .block_attention import SPEC as BLOCK_ATTENTION
@@ -33,6 +33,13 @@ PLAIN: dict[str, OpSpec] = {
 def op_spec(name: str) -> OpSpec | None:
     """The spec of `inferix::<name>`; None for an op that is not in the catalog."""
     return SPECS.get(name) or PLAIN.get(name)
+
+
+def kernel_spec(name: str) -> KernelSpec:
+    """The spec of an op with kernels of its own; UsageError for a name that is none."""
+    if name not in SPECS:
+        raise UsageError(f"no op {quoted(name)}{nearest(name, SPECS)}; expected one of {', '.join(SPECS)}")
+    return SPECS[name]
 
 
 def register_installed() -> None:

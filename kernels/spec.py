@@ -21,7 +21,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest, quoted
+from ..user_python import is_function_of_file, load_function
+from .own_forms import OwnForm, own_form
 
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capabilities, times ten, that GPU code is compiled for
 HALF = (torch.bfloat16, torch.float16)
@@ -179,6 +181,10 @@ class OpSpec:
         """Name of the implementation that serves such tensors; here there is only the reference."""
         return "reference"
 
+    def is_host_form(self, name: str) -> bool:
+        """Return True for a form that reads tensors on the host, and so cannot be captured."""
+        return name in self.reads_host
+
     def check(self, *args: Any) -> None:
         """Raise UsageError, with argument, value and expectation, unless the arguments fit each other.
 
@@ -315,18 +321,44 @@ class KernelSpec(OpSpec):
             return next((form.name for form in self.implementations if form.cpu), "reference")
         return "reference"
 
+    @cached_property
+    def own_forms(self) -> dict[str, OwnForm]:
+        """Forms that users registered, by name."""
+        return {}
+
+    def register(self, name: str, function: Callable[..., None], *, reads_host: bool = False) -> OwnForm:
+        """Add a user's form, in place of an earlier one of that name, which `using` and `kernels=` of an engine take.
+
+        function: the reference's parameters, in order; further ones have defaults. reads_host: it reads tensors on the
+        host, so that it cannot be captured. Raises UsageError for other parameters, and for a name of the op's own.
+        """
+        if name == "reference" or any(form.name == name for form in self.implementations):
+            raise UsageError(f"{self.name}: name is {quoted(name)}, a form that the op has already; choose another")
+        self.own_forms[name] = form = own_form(self.name, self.names, name, function, reads_host)
+        return form
+
     def form(self, name: str) -> Implementation:
         """Return an implementation by name; UsageError for one the op does not have."""
         for form in self.implementations:
             if form.name == name:
                 return form
-        names = ", ".join(["reference", *(form.name for form in self.implementations)])
-        raise UsageError(f"{self.name}: no implementation {name!r}; there are {names}")
+        names = ["reference", *(form.name for form in self.implementations), *self.own_forms]
+        raise UsageError(
+            f"{self.name}: no implementation {quoted(name)}{nearest(name, names)}; there are {', '.join(names)}, and "
+            "FILE.py:FUNCTION names one of your own"
+        )
 
     def named(self, name: str, device: torch.device | None = None) -> Callable[..., None]:
-        """Return the function of a form; UsageError for one that is unknown, or not for the GPU `device`."""
+        """Return the function of a form; UsageError for one that is unknown, or not for the GPU `device`.
+
+        `FILE.py:FUNCTION` is loaded and registered under that name when it is first asked for.
+        """
         if name == "reference":
             return self.reference
+        if name not in self.own_forms and is_function_of_file(name):
+            return self.register(name, load_function(name, f"{self.name}: form"))
+        if own := self.own_forms.get(name):
+            return own
         form = self.form(name)
         known = form.architectures
         if device is not None and device.type == "cuda" and known and architecture(device) not in known:
@@ -337,10 +369,17 @@ class KernelSpec(OpSpec):
             )
         return form.load()
 
+    def is_host_form(self, name: str) -> bool:
+        own = self.own_forms.get(name)
+        return super().is_host_form(name) if own is None else own.reads_host
+
 
 @contextmanager
 def using(**names: str) -> Iterator[None]:
-    """Within the block, take these implementations: `using(block_attention="reference")`."""
+    """Within the block, take these forms: `using(block_attention="reference")`, or one that a user registered.
+
+    It holds for calls in this thread; the `kernels` of an engine hold wherever the engine runs.
+    """
     token = CHOSEN.set({**(CHOSEN.get() or {}), **names})
     try:
         yield

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UsageError, nearest, quoted
 from ..graphs.rewrites.lowp import PrecisionMap
+from ..kernels.catalog import kernel_spec
 from ..models.registry import formats
 from ..models.transformer import PRECISIONS
 from ..schemes.layouts import AUTO, LAYOUTS, MOST_RANKS
@@ -46,7 +47,8 @@ class EngineConfig:
     graphs: folder of stored graphs; missing ones are added. lowp: `fp8` or `int8` for linear layers, those that a
     pattern of lowp_layers names and none of lowp_keep; fast in graphs, a plain reference in eager. batches: file of
     measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
-    engine, whose programs run in place of the model. gpus: ranks that share each pass. parallel: their layout, a name
+    engine, whose programs run in place of the model. kernels: form by op, such as {"block_attention": "sdpa"}; also one
+    that was registered, or FILE.py:FUNCTION. gpus: ranks that share each pass. parallel: their layout, a name
     of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large matrices, and gather each when its layer
     runs. rank_timeout: seconds after which a rank that does not answer counts as hung.
     """
@@ -77,6 +79,7 @@ class EngineConfig:
     batches: str | None = None
     drift_meter: bool = False
     engine: str | None = None
+    kernels: Mapping[str, str] = field(default_factory=dict)
     gpus: int = 1
     parallel: str = AUTO
     shard_weights: bool = False
@@ -122,6 +125,8 @@ class EngineConfig:
         if self.precision_map is None and (self.lowp_keep or self.lowp_layers != EVERY_BLOCK):
             raise UsageError("lowp_layers and lowp_keep say which layers lowp takes; give lowp, fp8 or int8, too")
         self._check_capabilities()
+        for op, form in self.kernels.items():
+            kernel_spec(op).named(form, torch.device(self.device))
 
     def _check_ranks(self) -> None:
         """UsageError for settings that several ranks do not have."""
@@ -184,6 +189,13 @@ def patterns(key: str, value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def forms_by_op(key: str, value: Any) -> dict[str, str]:
+    """Names of forms by op."""
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+        raise UsageError(f"{key} is {quoted(value)}; expected a form by op, such as {{'rms_norm': 'reference'}}")
+    return dict(value)
+
+
 COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preset", "device", "dtype", "executor", "checkpoint_format"), text),
     **dict.fromkeys(("precision", "kv_dtype", "lowp"), text),
@@ -193,6 +205,7 @@ COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
     "lora_scale": number,
     "kv_memory": byte_count,
+    "kernels": forms_by_op,
     "gpus": integer(1, MOST_RANKS),
     "parallel": text,
     "rank_timeout": above_zero("a number of seconds"),

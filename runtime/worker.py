@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.spec import using
 from ..models.transformer import KeyValues
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
@@ -64,6 +65,7 @@ class LocalWorker:
         self, config: EngineConfig, preset: Preset, parts: Components, executor: Executor | None = None
     ) -> None:
         self.parts, self.device, self.dtype = parts, torch.device(config.device), DTYPES[config.dtype]
+        self.kernels = config.kernels
         make_current(self.device)
         self.executor = executor or make_executor(config, preset, parts)
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
@@ -102,7 +104,8 @@ class LocalWorker:
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         """Run a plan with the tensors that it takes; returns those that it gives."""
-        return self.runs[type(plan)](plan, *tensors) or []
+        with using(**self.kernels):
+            return self.runs[type(plan)](plan, *tensors) or []
 
     # Passes
 

@@ -177,7 +177,10 @@ class RankPlan:
 
 
 def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False) -> int:
-    """Bytes of rank 0, which decodes: all weights, or its part and the largest whole, and its part of each page."""
+    """Bytes of rank 0, which decodes: all weights, or its part and the largest whole, and its part of each page.
+
+    What a pass computes is divided too, where no rank gathers the queries of others.
+    """
     split, guide = planner.memory(load), load.preset.sampler.guide
     each, once = dict(split.each), dict(split.once)
     if grid.branches > 1:
@@ -188,8 +191,9 @@ def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bo
     if shard_weights:
         counts, item = divided_matrices(load), ITEMSIZE[load.dtype]
         once["transformer"] -= item * (sum(counts) - sum(part_of(count, grid.tiles) for count in counts) - max(counts))
+    scratch = {"pass_scratch"} if grid.tokens == 1 else set()
     for part in (once, each):
-        for name in part.keys() & {"pages", "page_buffer", "moving_sink"}:
+        for name in part.keys() & ({"pages", "page_buffer", "moving_sink"} | scratch):
             part[name] = -(-part[name] // grid.tiles)
     return sum(once.values()) + sessions * sum(each.values())
 

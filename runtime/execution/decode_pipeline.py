@@ -142,6 +142,15 @@ class DecodePipeline:
         self.pool = self._new_pool()
         self.jobs: dict[str, deque[Future[None]]] = {}
 
+    @property
+    def beside(self) -> bool:
+        """True where decoding in this thread is faster than between blocks: on a GPU, or if torch has one thread.
+
+        Each thread that computes has its own pool of `torch.get_num_threads()` threads. Two such pools share the cores
+        of a CPU badly.
+        """
+        return self.device.type != "cpu" or torch.get_num_threads() == 1
+
     def _new_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "inferix-decode", make_current, (self.device,))
 

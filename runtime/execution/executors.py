@@ -147,8 +147,7 @@ class EagerExecutor:
         if self.shard.ranks == 1:
             return run(latents, attention)
         spec = self.model.spec
-        grid = latents.shape[-2] // spec.patch[0], latents.shape[-1] // spec.patch[1]
-        return run_on_tile(run, self.shard, grid, spec.grid, latents, paged(attention))
+        return run_on_tile(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
 
     def run_block(
         self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None

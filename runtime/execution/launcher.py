@@ -257,7 +257,9 @@ def unrecordable(call: Call, device: torch.device) -> str | None:
         return None
     like: Ref = call.named[spec.like]
     form = spec.chosen(device, like.dtype, like.size[-1])
-    return f"its form for {str(like.dtype)[6:]}, {form}, reads tensors on the host" if form in spec.reads_host else None
+    if not spec.is_host_form(form):
+        return None
+    return f"its form for {str(like.dtype)[6:]}, {form}, reads tensors on the host"
 
 
 def owns_storage(tensor: Tensor) -> bool:

@@ -123,8 +123,7 @@ class ModelPass(nn.Module):
         if self.shard.ranks == 1:
             velocity = run(rows, attention)
         else:
-            grid = rows.shape[-2] // spec.patch[0], rows.shape[-1] // spec.patch[1]
-            velocity = run_on_tile(run, self.shard, grid, spec.grid, rows, attention)
+            velocity = run_on_tile(run, self.shard, spec.patch, spec.grid, rows, attention)
         if count > 1:
             velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}

@@ -1,7 +1,8 @@
 """Delivery: a block from its latents to its reader, through decoder and output queue, and a reader's wait for it.
 
-Blocks are decoded in the decoder's thread, or in the engine's where the next block needs the pixels. A reader that
-drives the engine makes its blocks itself; others wait, blocked or awaiting, until a block of their session is there.
+Blocks are decoded in the decoder's thread, or in the engine's where that is faster or the next block needs the pixels.
+A reader that drives the engine makes its blocks itself; others wait, blocked or awaiting, until a block of their
+session is there.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class Delivery:
             pixels = session.current.decoder.decode(record.block, latents)
             return pixels, to_frames(pixels) if show else None
 
+    def decodes_beside(self, session: Session) -> bool:
+        """True if the decoder's thread decodes the blocks of a session while the next ones are made."""
+        return self.pipeline.beside and not session.current.preset.context.needs_pixels
+
     def decode_beside(self, session: Session, record: BlockRecord, latents: Tensor) -> None:
         """Have the decoder's thread decode and deliver a block while the next one is made."""
         self.pipeline.submit(session.id, partial(self._decode_and_deliver, session, record, latents))
@@ -83,23 +88,25 @@ class Delivery:
         try:
             with shortages_named():
                 _, frames = self.decode(session, record, latents, show=True)
-                self.deliver(session, record, latents, frames)
+                self.deliver(session, record, latents, frames, beside=True)
         except BaseException as error:  # of any kind: in this thread nobody else would see it
             session.decode_error = error if isinstance(error, Exception) else interrupted("decoding", error)
             self.condition.signal()
             session.output.wake_readers()
 
     def deliver(
-        self, session: Session, record: BlockRecord, latents: Tensor, frames: NDArray[np.uint8] | None
+        self, session: Session, record: BlockRecord, latents: Tensor, frames: NDArray[np.uint8] | None, beside: bool
     ) -> None:
-        """Put the finished block into the output queue with its acks and its slack to the deadline (s)."""
+        """Put the finished block into the output queue with its acks and its slack to the deadline (s).
+
+        beside: it was decoded while the next block was made.
+        """
         signals, meter = None, session.drift_meter
         if meter is not None and frames is not None:
             with record.span("drift"):
                 signals = meter.read(frames)
         spans, seconds, spec = record.spans, record.seconds, self.resources.spec
         made, decoded = spans["commit"][1] - spans["encode"][0], seconds.get("decode", 0.0)
-        waited = session.current.preset.context.needs_pixels
         shown = len(latents) * spec.vae_stride[0] if frames is None else len(frames)
         with self.condition:
             now = time.perf_counter()
@@ -113,7 +120,7 @@ class Delivery:
                 changed = any(ack.kind == "prompt" and ack.refused is None for ack in record.acks)
                 record.drift = meter.compare(signals, shown, restart=changed)
             share = made / record.batch
-            self.scheduler.measured(session.id, share + decoded if waited else max(share, decoded))
+            self.scheduler.measured(session.id, max(share, decoded) if beside else share + decoded)
             record.slack = self.scheduler.shown(session.id, now, shown / spec.fps)
             record.degradations = tuple(step.kind for step in self.scheduler.degradations)
             record.marks["emit"] = (now, now)

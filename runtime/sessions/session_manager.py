@@ -428,24 +428,23 @@ class SessionManager:
         session.current.timeline.preset = self.preset
 
     def finish_block(self, session: Session, latents: Tensor) -> None:
-        """Decode a block and deliver it: beside the next block's passes, unless its context needs the pixels."""
+        """Decode a block and deliver it: beside the next block's passes, or before them."""
         assert session.demand is not None
         decode, record, state = session.demand.decode, session.record, session.current
-        beside = decode and not state.preset.context.needs_pixels
         record.pages = self.pages_in_use
         stride, pixels, frames = self.resources.spec.vae_stride[0], None, None
-        if beside:
+        if decode and self.delivery.decodes_beside(session):
             state.remember(latents, None, stride)
             session.rollback_point = None
             self.delivery.decode_beside(session, record, latents)
         else:
             self.settle(session)
             with state.decoder.undone_on_error():
-                if state.preset.context.needs_pixels:
+                if decode or state.preset.context.needs_pixels:
                     pixels, frames = self.delivery.decode(session, record, latents, decode)
                 state.remember(latents, pixels, stride)
                 session.rollback_point = None
-            self.delivery.deliver(session, record, latents, frames)
+            self.delivery.deliver(session, record, latents, frames, beside=False)
         session.begun = False
 
     @property

@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from inferix.bench.dry_run import DryRun, FakeCard, Recorder, WithoutDriver, dry_run, facts, run_decoder, summary
+from inferix.bench.dry_run import (
+    DryRun,
+    FakeCard,
+    Recorder,
+    WithoutDriver,
+    dry_run,
+    facts,
+    fake_shard,
+    run_decoder,
+    summary,
+)
 from inferix.bench.time_model import RATES, rates_of, tiles_of
 from inferix.errors import InferixError, UsageError
 from inferix.graphs.cost import PassCost
@@ -21,7 +31,10 @@ from inferix.graphs.program import Form
 from inferix.graphs.rewrites import chosen, rewritten
 from inferix.graphs.types import BlockGraph, Runs
 from inferix.models.registry import MODELS, family_of, make_preset
+from inferix.runtime.capacity.planner import Workload, steady_blocks
+from inferix.runtime.capacity.rank_planner import pass_bytes, weight_bytes
 from inferix.runtime.programs.block_graph import BlockGraphBuilder
+from inferix.schemes.layouts import RankGrid
 
 SPEC = replace(MODELS["wan-tiny"], num_layers=2)
 
@@ -56,6 +69,34 @@ def test_a_dry_run_launches_every_call_of_the_program():
     assert {launch.rate for launch in attention} == {"attention"}
     assert all(launch.tiles for launch in attention)
     assert run.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "shard_weights"),
+    [
+        (RankGrid(heads=2), False),
+        *(
+            pytest.param(grid, shard_weights, marks=pytest.mark.slow)
+            for grid in (RankGrid(tokens=2), RankGrid(heads=2, tokens=2), RankGrid(heads=2))
+            for shard_weights in (False, True)
+        ),
+    ],
+)
+def test_a_dry_run_of_one_rank_of_several_sends_what_the_planner_counts(grid: RankGrid, shard_weights: bool):
+    preset = make_preset("self-forcing")
+    builder = BlockGraphBuilder(SPEC, preset, (64, 64), torch.bfloat16, shard=fake_shard(grid, shard_weights))
+    run = dry_run(rewritten(builder.build(), chosen()), 90, compiled=False)
+    assert run.faults() == []
+    allocating = {launch.op for launch in run.of("block") if launch.allocated}
+    assert allocating == {"inferix::rope_append"}  # it has no kernel of its own, and norms come before the exchange
+    sent = [launch for launch in run.of("block") if launch.rate == "link"]
+    load = Workload(SPEC, preset, None, 0, (64, 64), "bfloat16", "bfloat16")
+    passes = [scheduled.run for scheduled in steady_blocks(preset)[0].passes]
+    each = pass_bytes(load, passes[0], grid) + (weight_bytes(load, grid) if shard_weights else 0)
+    denoised = sum(launch.nbytes for launch in sent if launch.section.startswith("denoise"))
+    assert denoised == (len(passes) - 1) * each  # what the commit does not need of its last layer is left out
+    assert 0 < sum(launch.nbytes for launch in sent) - denoised < each
+    assert all(RATES[90].seconds(one.rate, 0, one.nbytes, 0) > 1e-5 for one in sent)
 
 
 def test_calls_that_allocate_are_seen_where_the_rewrites_are_left_out():

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FILES = {  # file or folder that examples read: the command that makes it, or its text
     "tiny/": "inferix checkpoint random --spec wan-tiny --format diffusers tiny/",
     "prompts.txt": "a red robot in a snowy forest by day\na white fox in a green meadow at sunset\n",
+    "my_kernel.py": "from inferix.kernels.block_attention.reference import block_attention as my_attention\n",
     "world": "inferix export --out world",
     "outputs": "inferix generate --actions 30R -o outputs/walk.mp4",
     "outputs/*.mp4": "inferix generate --actions 30R -o outputs/walk.mp4",
@@ -64,7 +65,8 @@ def read_files(command):
     """The files of `FILES` that a command reads, rather than writes."""
     words = shlex.split(command)
     outputs = {words[index + 1] for index, word in enumerate(words[:-1]) if word in ("-o", "--out")}
-    return [word for word in words if word in FILES and word not in outputs]
+    files = [word.partition(":")[0] for word in words]
+    return [file for file in files if file in FILES and file not in outputs]
 
 
 def run(command, store):

@@ -14,6 +14,7 @@ from concurrent.futures import wait as wait_for_all
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -35,6 +36,15 @@ PROMPT, OTHER = ROWS.float(), ROWS.flip(0).float() * 1.5
 NEGATIVE = {"causal-diffusion": {"negative_embeds": OTHER}}
 SMALL_VAE = replace(TINY_VAE, base_channels=4, decoder_channels=4)
 WAIT = 60  # seconds after which a thread that should have gone on is taken to hang
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """torch computes with one thread, so that blocks are decoded beside the next ones, as on a GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small_engine(preset="self-forcing", **overrides):
@@ -227,6 +237,27 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
     assert all(name.startswith("inferix-decode") for name in threads)
     for before, after in pairwise(record["spans"] for record in records):
         assert before["decode"][0] < after["denoise"][1] and after["denoise"][0] < before["decode"][1]
+
+
+def test_torch_with_several_threads_decodes_between_blocks(monkeypatch):
+    engine, threads, expected = small_engine(), [], alone(4, decode=True)
+    decode = engine.parts.vae.decode
+
+    def watched(latents, state):
+        threads.append(threading.current_thread())
+        return decode(latents, state)
+
+    monkeypatch.setattr(engine.parts.vae, "decode", watched)
+    with opened(engine) as session:
+        blocks = list(session.stream(2))
+        torch.set_num_threads(2)
+        blocks += session.stream(2)
+    assert same(blocks[:2], expected[:2])
+    for block, other in zip(blocks[2:], expected[2:], strict=True):  # sums of two threads differ in their last bits
+        assert (np.abs(block.frames.astype(int) - other.frames) <= 1).all()
+    assert [thread is threading.main_thread() for thread in threads] == [False, False, True, True]
+    for before, after in pairwise(blocks[2:]):
+        assert before.record.spans["decode"][1] <= after.record.spans["prepare"][0]
 
 
 def test_a_context_that_waits_for_pictures_does_not_decode_beside():
@@ -523,22 +554,32 @@ def out_of_memory(engine, session):
     engine.manager.finish_block = failing
 
 
-def broken_decoder(engine, session):
-    decode = session.current.decoder.decode
+def broken_decoder(error):
+    """Break the decoder of a session at block 2."""
 
-    def failing(block, latents):
-        if block == 2:
-            raise MemoryError("no memory for pictures")
-        return decode(block, latents)
+    def harm(engine, session):
+        decode = session.current.decoder.decode
 
-    session.current.decoder.decode = failing
+        def failing(block, latents):
+            if block == 2:
+                raise error
+            return decode(block, latents)
+
+        session.current.decoder.decode = failing
+
+    return harm
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
-    [(not_a_number, "block 0 is not finite"), (out_of_memory, "out of memory"), (broken_decoder, "no memory for pict")],
-)
-def test_a_session_that_fails_ends_alone(harm, message):
+    ("harm", "message", "threads"),
+    [
+        (not_a_number, "block 0 is not finite", 1), (out_of_memory, "out of memory", 1),
+        (broken_decoder(MemoryError("no memory for pictures")), "no memory for pict", 1),
+        (broken_decoder(InferixError("no pictures")), "no pictures", 2),
+    ],
+)  # fmt: skip
+def test_a_session_that_fails_ends_alone(harm, message, threads):
+    torch.set_num_threads(threads)
     engine = small_engine(rewind_blocks=1)
     session, other = opened(engine, 1), opened(engine, 2)
     harm(engine, session)
@@ -655,8 +696,9 @@ def interruptible(engine, session):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", ["self-forcing", "causvid"])
-def test_ctrl_c_takes_the_block_back_wherever_it_comes(preset, monkeypatch):
+@pytest.mark.parametrize(("preset", "threads"), [("self-forcing", 1), ("self-forcing", 2), ("causvid", 1)])
+def test_ctrl_c_takes_the_block_back_wherever_it_comes(preset, threads, monkeypatch):
+    torch.set_num_threads(threads)
     engine = small_engine(preset, rewind_blocks=1)
     with opened(engine, 1) as whole:
         expected = list(whole.stream(2))
@@ -666,7 +708,7 @@ def test_ctrl_c_takes_the_block_back_wherever_it_comes(preset, monkeypatch):
     blocks = list(session.stream(2))
     session.prompt(embeds=OTHER)
     for place, (owner, name) in interruptible(engine, session).items():
-        if place == "decode" and preset == "self-forcing":
+        if place == "decode" and preset == "self-forcing" and threads == 1:
             continue  # in a thread of its own, where no Ctrl-C arrives
 
         plain = getattr(owner, name)
