@@ -119,7 +119,8 @@ def test_every_bar_is_judged_for_a_model(engine, monkeypatch):
     assert set(figures["passed"]) == set(evaluation.BARS)
     assert set(figures["drift"]) == set(figures["simulator_drift"]) == {*evaluation.SIGNALS, "frozen feature"}
     assert sheet.shape == (1, 10, 64, 64, 3)
-    assert figures["hero_right"] < 0.5
+    assert figures["hero_right"] < 0.5 and figures["hero_identity"] < 0.5
+    assert figures["rest_60s_changed"] > 0.5 and figures["intervals"]["rest_60s_changed"]["videos"] == 1
     assert not figures["passed"]["reconstruction_db"]  # nothing was trained
     assert not figures["passed"]["first_2s_db"]
 

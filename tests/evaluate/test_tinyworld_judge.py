@@ -6,16 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import train_tinyworld_classifiers as training
-from oracles import write_untrained_world
 
-import inferix
 from inferix.errors import UsageError
 from inferix.evaluate import tinyworld_judge as judge
 from inferix.evaluate.metrics import WORLD, chosen_scorers
 from inferix.evaluate.scorers import View
 from inferix.evaluate.tinyworld_classifiers import (
     FILE,
-    SEEN,
     WORDS,
     WORLD_SCORERS,
     accuracy,
@@ -25,6 +22,7 @@ from inferix.evaluate.tinyworld_classifiers import (
 )
 from inferix.evaluate.tinyworld_walks import random_walks, simulate
 from inferix.evaluate.video_drift import drift
+from inferix.models.files import read_tensors
 from inferix.models.tinyworld.data import random_walk
 from inferix.models.tinyworld.world import FRAMES, SIZE, Scene, World
 
@@ -39,18 +37,17 @@ def walk():
 
 
 def test_the_stated_accuracy_is_what_is_measured_again():
-    measured = training.held_out_accuracy(classifiers(), 160, seed=7)
+    measured = training.held_out_accuracy(classifiers(), 80, seed=7)
     for name, share in accuracy().items():
-        chance = 3 * (share * (1 - share) / 40) ** 0.5 + 0.02
+        chance = 3 * (share * (1 - share) / 20) ** 0.5 + 0.02
         assert measured[name] == pytest.approx(share, abs=chance), name
         assert share >= 0.85, name
 
 
+@pytest.mark.slow
 def test_training_runs_from_nothing_and_writes_the_files_layout(tmp_path):
     path = tmp_path / "c.safetensors"
     training.main(path, short=True)
-    from inferix.models.files import read_tensors
-
     trained, shipped = read_tensors(path), read_tensors(FILE)
     assert {name: part.shape for name, part in trained.items()} == {name: part.shape for name, part in shipped.items()}
 
@@ -150,17 +147,3 @@ def test_circles_return_and_straight_walks_go_far():
     walked = World((1 << 20) + 4, SCENE)
     walked.walk(actions)
     assert max(abs(walked.x), abs(walked.y)) > 3 * SIZE
-
-
-def test_figures_of_a_model_that_was_not_trained(tmp_path, monkeypatch):
-    engine = inferix.load(write_untrained_world(tmp_path / "weights"), preset="tinyworld", device="cpu")
-    monkeypatch.setattr(judge, "RESTS", {"rest_10s_changed": 1, "rest_60s_changed": 2})
-    for name, value in (("LONG_REST", 3), ("CIRCLES", 2), ("STRAIGHT", 3)):
-        monkeypatch.setattr(judge, name, value)
-    pictures = judge.last_pictures(engine, SCENE, ["up", "stay"], 0, SEEN)
-    assert pictures.shape == (3, SEEN, SIZE, SIZE, 3)
-    truth = simulate(SCENE, 0, ["up", "stay"]).ends
-    figures = judge.judge(engine, 1, 1, [(SCENE, ["up", "stay"], pictures, truth)], QUIET)
-    assert figures["rest_60s_changed"] > 0.5 and figures["hero_identity"] < 0.5
-    assert set(figures["intervals"]) <= set(figures)
-    assert figures["judge_accuracy"] == accuracy()
