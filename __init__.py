@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from .runtime.noise import InjectedNoise
     from .runtime.sessions.output_queue import Block
     from .runtime.sessions.session import Session
+    from .schemes.camera import Camera, CameraMove, CameraSpeeds
     from .schemes.presets import About, Preset
 
 MODULES = {
     "About": "schemes.presets",
     "Block": "runtime.sessions.output_queue",
+    "Camera": "schemes.camera",
+    "CameraMove": "schemes.camera",
+    "CameraSpeeds": "schemes.camera",
     "DegradationStep": "runtime.limits",
     "EXECUTORS": "runtime.executor_specs",
     "Engine": "runtime.engine",
@@ -53,6 +57,9 @@ __all__ = [
     "About",
     "AtCapacity",
     "Block",
+    "Camera",
+    "CameraMove",
+    "CameraSpeeds",
     "CheckpointError",
     "DegradationStep",
     "Engine",

@@ -103,6 +103,7 @@ EXTRAS = {
         "onnxscript>=0.7,<1",
         "onnxruntime>=1.32,<2",
         "openvino>=2026.4,<2027",
+        "zstandard>=0.22",
     ],
     "bench": ["matplotlib"],
     "onnx": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.32,<2"],

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..graphs.passes import Pass
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rope_angles, rotate
@@ -110,7 +110,9 @@ class PlainLoop:
         self.engine, self.size, self.rows = engine, size, rows
         transformer = engine.parts.transformer
         if not isinstance(transformer, WanTransformer):
-            raise UsageError(f"model {engine.spec.name!r} is no Wan transformer, which the plain loop is for; use none")
+            raise UsageError(
+                f"model {quoted(engine.spec.name)} is no Wan transformer, which the plain loop is for; use none"
+            )
         self.transformer, self.spec = transformer, engine.spec
         self.sampler, self.noise = Sampler(engine.preset.sampler), PhiloxNoise(seed, str(engine.device))
         self.timeline = Timeline(engine.preset)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, quoted
 from ..runtime.engine import Engine
 from ..runtime.executor_specs import EXECUTORS, executor_spec
 from ..runtime.inputs import Pixels
@@ -180,9 +180,11 @@ def choose(
     ):  # fmt: skip
         for name in asked:
             if name not in known:
-                raise UsageError(f"no {option} {name!r}{nearest(name, known)}; expected one of {', '.join(known)}")
+                raise UsageError(
+                    f"no {option} {quoted(name)}{nearest(name, known)}; expected one of {', '.join(known)}"
+                )
             if name in left_out:
-                raise UsageError(f"{option} {name!r} cannot run here: {left_out[name]}; choose another {option}")
+                raise UsageError(f"{option} {quoted(name)} cannot run here: {left_out[name]}; choose another {option}")
         chosen += asked or [name for name in names if name in known]
     return [candidate for candidate in offered if candidate.name in chosen]
 
@@ -310,5 +312,5 @@ def check_executor(checker: OutputChecker, candidate: Candidate) -> dict[str, fl
     """Difference of a candidate's stream to the oracle's, and the limits. Raises InferixError if it is refused."""
     largest, refused = checker.check(candidate, len(checker.reference))
     if refused:
-        raise InferixError(f"executor {candidate.name!r} is refused and nothing was timed: {refused}")
+        raise InferixError(f"executor {quoted(candidate.name)} is refused and nothing was timed: {refused}")
     return {"difference": largest, "tolerance": checker.allowed(candidate), "bits_off": checker.bits_off}

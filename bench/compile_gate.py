@@ -1,9 +1,10 @@
 """Compile the GPU kernels for every architecture they are declared for, on a machine without a GPU.
 
-Each architecture is compiled in a process of its own, behind a stand-in driver that only knows its name. A table for
-each supported Triton version lies in `compiled/`, so that a change of any value in it shows: registers, stack, shared
-memory, numbers of instructions, and a hash. It proves that a kernel assembles, fits and uses the tensor cores; not
-that it is right or fast. `executed` runs the same calls on a GPU and inspects what ran, so that the table is about it.
+Kernels are compiled in processes of their own, behind a stand-in driver that only knows an architecture's name. A
+table for each supported Triton version lies in `compiled/`, so that a change of any value in it shows: registers,
+stack, shared memory, numbers of instructions, and a hash. It proves that a kernel assembles, fits and uses the tensor
+cores; not that it is right or fast. `executed` runs the same calls on a GPU and inspects what ran, so that the table is
+about it.
 
 A row holds only what every compile gives. ptxas assigns some registers by the addresses of its own data, which Linux
 draws at random, so that the cubin of a few kernels has another hash each time. Such a row has the hash of the PTX.
@@ -42,6 +43,7 @@ Row = dict[str, Any]
 TABLES = Path(__file__).with_name("compiled")
 HASHES = ("cubin", "ptx")  # what a row may have the hash of, the nearest to what runs first
 RUNS = 10  # compiles that a table is written from
+WIDTH = re.compile(r" [cdh]\d+$")  # of a variant: channels, dimensions or heads
 INSTRUCTION = 16  # bytes of an instruction on all of these architectures
 SHARED_LIMIT = {80: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have; 80 has 163, but 86 runs its code
 MATRIX = {  # instructions of the tensor cores: float16 and bfloat16, FP8, INT8
@@ -70,25 +72,28 @@ def compile_all(
     if cache is not None:
         env["TRITON_CACHE_DIR"] = str(cache)
 
-    def compile_apart(capability: int) -> dict[str, Row]:
-        command = [sys.executable, "-m", "inferix.bench.compile_gate", "compile", str(capability), *ops]
+    def compile_apart(capabilities: Sequence[int]) -> dict[str, Row]:
+        listed = ",".join(map(str, capabilities))
+        command = [sys.executable, "-m", "inferix.bench.compile_gate", "compile", listed, *ops]
         for name in names or ():
             command += ["--row", name]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise InferixError(f"compiling for sm_{capability} failed: {done.stderr.strip()[-1500:]}")
+            raise InferixError(f"compiling for sm_{listed} failed: {done.stderr.strip()[-1500:]}")
         rows: dict[str, Row] = json.loads(done.stdout)
         return rows
 
-    with ThreadPoolExecutor(os.cpu_count()) as processes:
-        return {name: row for rows in processes.map(compile_apart, ARCHITECTURES) for name, row in rows.items()}
+    count = min(os.cpu_count() or 1, len(ARCHITECTURES))  # a process takes seconds to import torch and Triton
+    with ThreadPoolExecutor(count) as processes:
+        shares = [ARCHITECTURES[first::count] for first in range(count)]
+        return {name: row for rows in processes.map(compile_apart, shares) for name, row in rows.items()}
 
 
 def sample(names: Iterable[str]) -> list[str]:
-    """Choose rows that hold each variant of a form for one architecture, and each architecture of a form."""
+    """Choose rows that hold each variant of a form, at one width and architecture, and each architecture of a form."""
     variants: dict[str, list[str]] = {}
     for name in names:
-        variants.setdefault(name.rpartition(", ")[0], []).append(name)
+        variants.setdefault(WIDTH.sub("", name.rpartition(", ")[0]), []).append(name)
     uses, chosen = Counter[tuple[str, str]](), list[str]()
 
     def take(name: str) -> None:
@@ -360,12 +365,13 @@ app = typer.Typer(help="The compile gate's parts; `inferix bench kernels --compi
 
 @app.command("compile")
 def print_compiled(
-    capability: Annotated[int, typer.Argument(help="Compute capability times ten, as in 90.")],
+    capabilities: Annotated[str, typer.Argument(help="Compute capabilities times ten, as in 80,90.")],
     ops: Annotated[list[str] | None, typer.Argument(help="Ops to compile; all without any.")] = None,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Rows to compile; all without any.")] = None,
 ) -> None:
-    """Compile for one architecture and print the rows as JSON."""
-    print(json.dumps(compile_for(capability, ops or [], rows or [])))
+    """Compile for these architectures and print the rows as JSON."""
+    compiled = [compile_for(int(capability), ops or [], rows or []) for capability in capabilities.split(",")]
+    print(json.dumps({name: row for one in compiled for name, row in one.items()}))
 
 
 @app.command("write")

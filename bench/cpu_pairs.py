@@ -92,7 +92,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise InferixError(f"candidate {self.name!r} of cpu_pairs ended with code {self.process.wait()}")
+            raise InferixError(f"candidate {quoted(self.name)} of cpu_pairs ended with code {self.process.wait()}")
         answer: dict[str, float] = json.loads(line)
         return answer
 

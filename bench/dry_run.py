@@ -57,7 +57,7 @@ CARD = "dry run"  # the name of a card that no table is tuned for
 class Launch:
     """One launch: an ATen call, or a Triton kernel of an op.
 
-    part: `block`, `prompt`, `fold` or `decoder`. section: the pass. node: the graph's node, empty in a decoder.
+    part: `block`, `frames`, `prompt`, `fold`, `decoder`. section: the pass. node: the graph's node, empty in a decoder.
     allocated: bytes of new memory. rate: the time model's rate of its arithmetic. tiles: of the time model.
     """
 
@@ -421,7 +421,8 @@ def dry_run(block: BlockGraph, architecture: int, compiled: bool = True) -> DryR
     groups = {graph.name: graph.groups for graph in block.graphs}
     current: list[Recorder] = []
     with card(run, lambda: current[-1], compiled), torch.no_grad(), WithoutDriver(), FakeCard():
-        for part, planned in (("fold", lowered.fold), ("prompt", lowered.prompt), ("block", lowered.body)):
+        parts = {"fold": lowered.fold, "prompt": lowered.prompt, "frames": lowered.frames, "block": lowered.body}
+        for part, planned in parts.items():
             if planned is not None:
                 current.append(Recorder(run, part))
                 run_program(planned, current[-1], groups)

@@ -34,7 +34,8 @@ from .time_model import RATES
 class Configuration(NamedTuple):
     """A block to run; fp8: linear layers and pages. decoders: names of the decoders to run beside it.
 
-    ranks: GPUs that share each pass, of which the first is shown. shard_weights: they divide the weights.
+    ranks: GPUs that share each pass, of which the first is shown. shard_weights: they divide the weights. sessions: in
+    one launch.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Configuration(NamedTuple):
     decoders: tuple[str, ...] = ()
     ranks: int = 1
     shard_weights: bool = False
+    sessions: int = 1
 
 
 CONFIGURATIONS = {
@@ -50,6 +52,7 @@ CONFIGURATIONS = {
     "self-forcing-fp8": Configuration("wan-1.3b", "self-forcing", fp8=True),
     "framewise": Configuration("wan-1.3b", "self-forcing-framewise"),
     "longlive": Configuration("wan-1.3b", "longlive"),
+    **{f"longlive-{count}": Configuration("wan-1.3b", "longlive", sessions=count) for count in (2, 4, 8)},
     "krea": Configuration("wan-14b", "krea"),
 }
 SHARED = {
@@ -62,12 +65,12 @@ SHARED = {
 
 def run(configuration: Configuration, architecture: int, compiled: bool) -> dict[str, Any]:
     """Facts of a configuration's dry run; those of its decoders under `decoders`."""
-    model, preset, fp8, decoders, ranks, shard_weights = configuration
+    model, preset, fp8, decoders, ranks, shard_weights, sessions = configuration
     spec, scheme = MODELS[model], make_preset(preset)
     grid = choose_layout(divided(spec, spec.default_size, ALONE), ranks) if ranks > 1 else RankGrid()
     builder = BlockGraphBuilder(
         spec, scheme, dtype=torch.bfloat16, kv_dtype=KV_DTYPES["fp8"] if fp8 else None,
-        shard=fake_shard(grid, shard_weights),
+        shard=fake_shard(grid, shard_weights), sessions=sessions, texts=1 if sessions > 1 else None,
     )  # fmt: skip
     builder.max_pages = padded_width(builder.max_pages)
     names = chosen(["lowp"] if fp8 else [])
@@ -79,7 +82,8 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
         sizes = family.chosen_decoder_spec(spec, name == "taehv")
         decoded = run_decoder(architecture, partial(family.build_decoder, sizes), latents, builder.dtype)
         parts[name] = facts(decoded, rates, block)["parts"]["decoder"]
-    return result | {"decoders": parts} | ({"ranks": ranks, "layout": grid.layout} if ranks > 1 else {})
+    result |= {"decoders": parts, "sessions": sessions}
+    return result | ({"ranks": ranks, "layout": grid.layout} if ranks > 1 else {})
 
 
 def main(

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..errors import InferixError, UsageError, nearest, one_line_errors
+from ..errors import InferixError, UsageError, nearest, one_line_errors, quoted
 from ..kernels.catalog import SPECS
 from ..kernels.spec import HALF, KernelSpec, architecture
 from ..runtime.engine import Engine
@@ -300,9 +300,10 @@ def main(
 ) -> None:
     """Run one stage on a GPU, without units that have a result. Remove UNIT.failed.txt to run a failed unit again."""
     if stage not in STAGES:
-        raise UsageError(f"no stage {stage!r}{nearest(stage, STAGES)}; expected one of {', '.join(STAGES)}")
+        raise UsageError(f"no stage {quoted(stage)}{nearest(stage, STAGES)}; expected one of {', '.join(STAGES)}")
     if unit is not None and unit not in STAGES[stage]:
-        raise UsageError(f"no unit {unit!r}{nearest(unit, STAGES[stage])}; expected one of {', '.join(STAGES[stage])}")
+        there = ", ".join(STAGES[stage])
+        raise UsageError(f"no unit {quoted(unit)}{nearest(unit, STAGES[stage])}; expected one of {there}")
     if not torch.cuda.is_available():
         raise InferixError("no GPU is available; these stages need one")
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # or the code's hash would hold the folder's name

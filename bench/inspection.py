@@ -73,14 +73,16 @@ def unshare_weights(engine: Engine) -> None:
     The next engine would otherwise keep a second copy of them.
     """
     gc.collect()  # engines and their sessions point at each other
-    for weight in engine.parts.transformer.parameters():
+    for weight in (weight for module in engine.parts.transformers for weight in module.parameters()):
         if weight.untyped_storage().nbytes() > weight.nbytes:
             weight.data = weight.data.clone()
 
 
 def weights(engine: Engine) -> dict[str, int]:
     return {
-        "transformer weights": sum(weight.nbytes for weight in engine.parts.transformer.parameters()),
+        "transformer weights": sum(
+            weight.nbytes for module in dict.fromkeys(engine.parts.transformers) for weight in module.parameters()
+        ),
         "decoder weights": sum(weight.nbytes for weight in engine.parts.vae.parameters()),
     }
 

@@ -99,7 +99,8 @@ def run(options: Options, log: Log) -> Result:
     known = [case.name for each in cases.values() for case in each]
     for name in options.cases:
         if name not in known:
-            raise UsageError(f"no case {name!r}{nearest(name, known)}; expected: {'; '.join(dict.fromkeys(known))}")
+            there = "; ".join(dict.fromkeys(known))
+            raise UsageError(f"no case {quoted(name)}{nearest(name, known)}; expected: {there}")
     own = {name: verified(specs[0], name, options, log) for name in asked_forms(specs[0], options)}
     log("measuring the machine's ceilings")
     begun, measured = environment(options.device), measure_ceilings(options.device, options.dtype)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..runtime.files import check_output, write_atomically
 from .goals import GOALS, Goal
 from .nvml import slowed_by
@@ -94,10 +94,11 @@ def write_report(folder: Path, out: Path, goals: bool | None = None) -> list[Pat
 def pictures_beside(out: Path, results: Iterable[Path]) -> Path:
     """Folder of a page's pictures. Raises UsageError if `out` is no Markdown file or the folder has results."""
     if out.suffix != ".md":
-        raise UsageError(f"out is {str(out)!r}; expected a Markdown file, such as {str(out.with_suffix('.md'))!r}")
+        example = quoted(out.with_suffix(".md"))
+        raise UsageError(f"out is {quoted(out)}; expected a Markdown file, such as {example}")
     pictures = out.with_suffix("")
     if any(path.resolve().is_relative_to(pictures.resolve()) for path in results):
-        raise UsageError(f"the folder of pictures {str(pictures)!r} has results in it; choose another out")
+        raise UsageError(f"the folder of pictures {quoted(pictures)} has results in it; choose another out")
     return pictures
 
 

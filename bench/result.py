@@ -189,12 +189,12 @@ def read_folder(folder: Path) -> dict[str, Result]:
     Files of `gpu_check` without measurements and JSON of other programs are skipped.
     """
     if not folder.is_dir():
-        raise UsageError(f"no folder {str(folder)!r}; expected one with results of inferix bench")
+        raise UsageError(f"no folder {quoted(folder)}; expected one with results of inferix bench")
     paths = [path for path in sorted(folder.rglob("*.json")) if not is_check(path) and not is_foreign(path)]
     results = {str(path.relative_to(folder)): read_result(path) for path in paths}
     if not results:
         example = folder / "block.json"
-        raise UsageError(f"folder {str(folder)!r} has no results; write one: inferix bench block --out {example}")
+        raise UsageError(f"folder {quoted(folder)} has no results; write one: inferix bench block --out {example}")
     return results
 
 

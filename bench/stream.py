@@ -26,7 +26,7 @@ from typing import Any, Final, Self
 
 import torch
 
-from ..errors import InferixError, UsageError
+from ..errors import InferixError, UsageError, quoted
 from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.executor_specs import names_with
@@ -95,7 +95,7 @@ class Options:
         if self.batches is not None and self.sessions < 2:
             raise UsageError(f"sessions is {self.sessions}; batches needs 2 or more to write times of")
         if self.sink not in SINKS:
-            raise UsageError(f"sink is {self.sink!r}; expected {' or '.join(SINKS)}")
+            raise UsageError(f"sink is {quoted(self.sink)}; expected {' or '.join(SINKS)}")
 
 
 class MemorySink:
@@ -180,7 +180,7 @@ def run(options: Options, log: Log) -> Result:
     log(f"a stream, {options.blocks} blocks at its full window")
     (steady,) = time_streams(engine, options, 1, first)
     if wrong := checker.refusal(candidate, steady.first):
-        raise InferixError(f"executor {executor!r} is refused and its times are discarded: {wrong}")
+        raise InferixError(f"executor {quoted(executor)} is refused and its times are discarded: {wrong}")
     series[f"{executor}/interval"] = Series("s", tuple(steady.intervals))
     facts["stream"] = steady.facts(engine)
     if options.controls:
@@ -205,13 +205,13 @@ def check(options: Options) -> EngineConfig:
     check_memory(options.subject)
     if uses_fewer_bits(config) and not config.executor_spec.fast_lowp:
         raise UsageError(
-            f"executor {config.executor!r} in low precision is only a slow reference; choose "
+            f"executor {quoted(config.executor)} in low precision is only a slow reference; choose "
             f"{names_with(lambda spec: spec.fast_lowp)}"
         )
     if options.batches is not None and not config.executor_spec.batches:
         raise UsageError(
-            f"executor {config.executor!r} runs no batches; choose {names_with(lambda spec: spec.batches)}, or leave "
-            "batches out"
+            f"executor {quoted(config.executor)} runs no batches; choose {names_with(lambda spec: spec.batches)}, or "
+            "leave batches out"
         )
     return config
 

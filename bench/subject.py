@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, quoted
 from ..models.hub import is_hub_name
 from ..models.registry import MODELS, PRESETS, default_preset, family_of, make_preset, shipped
 from ..models.spec import ModelSpec
@@ -88,11 +88,11 @@ class Subject:
         """Raise UsageError for an unknown model and for random weights of a model without a name."""
         if self.random_weights and self.model not in MODELS:
             known = f"{nearest(self.model, MODELS)}; there are {', '.join(MODELS)}"
-            raise UsageError(f"random_weights needs the name of a model, not {self.model!r}{known}")
+            raise UsageError(f"random_weights needs the name of a model, not {quoted(self.model)}{known}")
         exists = self.model in MODELS or self.model in PRESETS or Path(self.model).exists()
         if not (exists or is_hub_name(self.model)):
             known = f"{nearest(self.model, MODELS)}; expected a path, org/name, or one of {', '.join(MODELS)}"
-            raise UsageError(f"no model {self.model!r}{known}")
+            raise UsageError(f"no model {quoted(self.model)}{known}")
 
     def settings(self) -> Settings:
         """Split the overrides into those of the preset, the window included, and those of the config.
@@ -176,10 +176,12 @@ def uses_fewer_bits(config: EngineConfig) -> bool:
 
 def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components:
     """All parts of a model with random weights. Raises UsageError for a model or VAE that has none."""
-    if spec.in_channels != spec.out_channels:
+    if spec.image_dim is not None:
         raise UsageError(f"streams of {spec.name} are not in this version; measure another model")
     if config.vae not in (None, "taehv"):
-        raise UsageError(f"vae is {config.vae!r}, but {spec.name} has random weights; leave it out, or use 'taehv'")
+        raise UsageError(
+            f"vae is {quoted(config.vae)}, but {spec.name} has random weights; leave it out or use 'taehv'"
+        )
     dtype, family = DTYPES[config.dtype], family_of(spec)
     with torch.device("meta"):
         transformer = family.build(spec, config.precision)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..kernels.spec import KernelSpec, architecture
 from ..kernels.tuning import SCHEMA, candidates, described, sort_of, table_path
 from ..runtime.files import write_atomically
@@ -33,7 +33,7 @@ Clock = Callable[[Prepare, dict[str, Any], Options], list[float]]
 def tune_here(options: Options, log: Log) -> dict[str, Path]:
     """Tune ops on the GPU and write their tables; return op -> file. Raises UsageError for a device without kernels."""
     if torch.device(options.device).type != "cuda":
-        raise UsageError(f"device is {options.device!r}; expected a GPU: a CPU has no kernels to tune")
+        raise UsageError(f"device is {quoted(options.device)}; expected a GPU: a CPU has no kernels to tune")
     if options.cases or options.shape or options.case_file or options.forms:
         raise UsageError("tuning uses all cases and forms of an op; leave cases, shape, case_file and forms out")
     capability = architecture(torch.device(options.device))

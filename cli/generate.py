@@ -34,6 +34,7 @@ from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
 from ..runtime.media_input import check_fit, read_video
 from ..runtime.sinks import Pump
 from ..schemes.actions import read_actions
+from ..schemes.camera_file import read_camera
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
 from ..schemes.preset_file import is_preset_file
 from ..schemes.storyboard import Cue, read_storyboard, schedule
@@ -389,6 +390,11 @@ def generate(
     repeat_actions: bool = typer.Option(
         False, "--repeat-actions", help="Repeat --actions to the end of the video, instead of a rest after them."
     ),
+    camera: Path | None = typer.Option(
+        None,
+        help="Path of the camera, for models that follow one: JSON with poses and intrinsics, or a folder with "
+        "poses.npy and intrinsics.npy.",
+    ),
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size, such as 832x480."),
     latents_only: bool = typer.Option(False, "--latents-only", help="Write out.safetensors, no video."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
@@ -450,12 +456,14 @@ def generate(
         raise UsageError("--prompt-at and --storyboard both change the prompt; give one of them")
     cues = read_storyboard(storyboard) if storyboard else [parse_cue(text) for text in prompt_at]
     check_fit(fit)
+    path = read_camera(camera) if camera is not None else None
     forms = parse_forms(kernels)
     outputs = output_paths(out, latents_only, records, profile)
     inputs: dict[str, str | Path | None] = {"--model" if exported is None else "--engine": exported or model}
     inputs |= {"--base": base, "--names": names, "--preset": preset if preset and is_preset_file(preset) else None}
     inputs |= {"--vae": vae, "--lora": lora, "--prompt-embeds": prompt_embeds}
     inputs |= {"--image": image, "--video": video, "--storyboard": storyboard, "--config": config}
+    inputs |= {"--camera": camera if camera is None or camera.is_file() else None}
     inputs |= {"--actions": actions if actions and actions.endswith(".json") else None}
     inputs |= {f"--form {op}": form.rpartition(":")[0] for op, form in forms.items() if ":" in form}
     inputs |= {"--text-encoder": text_encoder, "--set fast_vae": overrides.get("fast_vae")}
@@ -496,7 +504,11 @@ def generate(
     script = read_actions(actions, engine.spec.actions) if actions is not None else []
     if script and count is None:
         count = engine.blocks_for_frames(len(script) + 1)
+    if path is not None and count is None:
+        count = path.blocks(engine.spec.vae_stride[0], engine.preset.num_frame_per_block)
     count = count or DEFAULT_BLOCKS
+    if path is not None:
+        path = path.cut(engine.spec.pictures(engine.preset.latent_frames(count)))
     script = fitted(script, engine.preset.latent_frames(count) - 1, repeat_actions, console)
     frame_size = chosen_size or engine.default_size
     warn_of_slow_cpu(engine, frame_size, console)
@@ -506,11 +518,16 @@ def generate(
         source, count = read_source(video, engine, frame_size, fit, count, bool(blocks or seconds or script))
     opening: dict[str, Any] = {"prompt": prompt, "prompt_embeds": prompt_embeds, "image": image, "video": source}
     opening |= {"actions": script or None, "strength": strength, "negative_prompt": negative_prompt}
+    opening |= {"camera": path}
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     profiled = engine.start_profile() if profile is not None else None
     samples: list[Any] = []
     writer: VideoWriter | None = None
     changes: dict[int, str] = {}
+    ahead = bool(cues) and engine.preset.context.prompt_switch == "join" and video is None
+    if ahead:  # several blocks begin together, so that their prompts are needed at once
+        changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0])
+        given["prompts"] = changes
     with stop_signals() as came:
         try:
             with ExitStack() as stack:
@@ -518,10 +535,11 @@ def generate(
                     engine.observe(stack.enter_context(RecordFile(records)))
                 session = stack.enter_context(closing(engine.open(seed=seed, size=frame_size, fit=fit, **given)))
                 begun = session.current.timeline.next_frame
-                changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
+                if not ahead:
+                    changes = schedule(cues, engine.preset, count, engine.fps, engine.spec.vae_stride[0], begun)
                 if not latents_only:
                     writer = VideoWriter(out, engine.fps, frame_size, max(1, SEEN // max(frame_size)))
-                stream = steered(session, count, changes, decode=writer is not None)
+                stream = steered(session, count, {} if ahead else changes, decode=writer is not None)
                 sinks = [writer] if writer is not None else []
                 blocks_made = stack.enter_context(Pump(stream, *sinks, first=session.prefix_frames))
                 advance = stack.enter_context(progress_bar(console, count))
@@ -536,6 +554,7 @@ def generate(
             if records is not None and records.exists():
                 result.outputs.append(str(records))
             shown = {name: str(value) for name, value in given.items()} | ({"video": str(video)} if video else {})
+            shown |= {"camera": str(camera)} if camera else {}
             about = {"seed": seed, "size": frame_size, "requested_blocks": count, "opened_with": shown, "fit": fit}
             about |= {"prompts_at_blocks": changes, "engine": engine.describe()}
             lost = []

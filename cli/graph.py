@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..graphs.types import BlockGraph
     from ..runtime.programs.block_graph import BlockGraphBuilder
     from ..runtime.programs.graph_builder import GraphBuilder, GraphKey
+    from ..schemes.presets import Preset
 
 
 def graph(
@@ -35,7 +36,7 @@ def graph(
     ),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
     precision: str = typer.Option("reference", help="Parts of a pass in wider dtypes: reference, diffusers."),
-    sessions: int = typer.Option(1, min=1, help="Sessions batched in one pass."),
+    sessions: int = typer.Option(1, min=1, help="Sessions batched in one pass; with --save 1, 2, 4 ... up to this."),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Setting of the preset; repeatable."),
     with_: list[str] = typer.Option([], "--with", metavar="REWRITE", help="Also apply this rewrite; repeatable."),
     without: list[str] = typer.Option([], metavar="REWRITE", help="Skip this rewrite, or all; repeatable."),
@@ -103,6 +104,7 @@ def graph(
     from ..runtime.programs.graph_builder import GraphBuilder, padded_width
     from ..runtime.programs.graph_store import stored_for
     from ..schemes.guidance import ALONE as ALONE_GUIDANCE
+    from ..schemes.presets import with_settings
 
     if rewrites:
         for rewrite in REWRITES.values():
@@ -141,6 +143,9 @@ def graph(
     page_dtype = None if kv_dtype in (None, dtype) else KV_DTYPES[kv_dtype]
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **parse_settings(settings))
     spec = find_spec(model or (scheme.about.base if preset else DEFAULT_MODEL), names)
+    if stored is None and dry_run is None and (steps := drawn_steps(scheme)) is not None:
+        typer.echo(f"{steps} of {scheme.sampler.steps} steps are shown: the others differ in their timesteps", err=True)
+        scheme = with_settings(scheme, num_steps=steps)
     if lowp is None and (layers or keep):
         raise UsageError(f"{'--layers' if layers else '--keep'} chooses layers of --lowp; give --lowp as well")
     added = [*with_, *(["lowp"] if lowp is not None and "lowp" not in with_ else [])]
@@ -150,7 +155,7 @@ def graph(
     pictures = parse_size(size) if size else None
     if stored is not None:
         check_device(device)
-        shown = {"--pass": only, "--svg": svg, "--json": as_json, "--sessions": sessions > 1}
+        shown = {"--pass": only, "--svg": svg, "--json": as_json, "--sessions": sessions > 1 and save is None}
         shown |= {"--gpus": gpus > 1, "--parallel": parallel}
         changed = {"--with": with_, "--without": without}
         if unfit := [option for option, is_set in (shown | changed).items() if is_set]:
@@ -159,7 +164,7 @@ def graph(
             raise UsageError("--save makes graphs and --load reads them; give one of them")
         low = packed if lowp is not None else None
         graphs = GraphBuilder(spec, scheme, precision, DTYPES[dtype], device, tuple(applied), low, page_dtype)
-        print_stored(graphs, pictures or spec.default_size, stored, save is not None, plan)
+        print_stored(graphs, pictures or spec.default_size, stored, save is not None, plan, sessions)
         return
     if plan and (only is not None or as_json):
         raise UsageError(f"--plan prints the buffer plan; leave {'--json' if as_json else '--pass'} out")
@@ -198,6 +203,13 @@ def graph(
         from ..graphs.show.text import text
 
         typer.echo(text(block, only))
+
+
+def drawn_steps(preset: Preset) -> int | None:
+    """Fewer steps with the same kinds of passes, for a preset of many steps between two joins; None for any other."""
+    if preset.window_blocks == 1 or preset.steps_between_joins <= 2 or preset.sampler.has_step_list:
+        return None
+    return 2 * preset.window_blocks
 
 
 def architecture_of(device: str) -> int:
@@ -239,14 +251,17 @@ def print_dry_run(
         raise typer.Exit(1)
 
 
-def print_stored(graphs: GraphBuilder, size: tuple[int, int], folder: Path, make: bool, plan: bool) -> None:
-    """Open a folder of graphs, add those of a stream if `make`, and list its graphs."""
+def print_stored(
+    graphs: GraphBuilder, size: tuple[int, int], folder: Path, make: bool, plan: bool, sessions: int
+) -> None:
+    """Open a folder of graphs, add those of streams in batches up to `sessions` if `make`, and list its graphs."""
     import torch
 
     from ..runtime.programs.graph_store import GraphStore, card_of
     from ..runtime.programs.warmup import graph_keys
 
-    keys = graph_keys(graphs.spec, graphs.preset, size, graphs.kv_dtype is not None) if make else []
+    batches = [1 << power for power in range(sessions.bit_length())]
+    keys = graph_keys(graphs.spec, graphs.preset, size, graphs.kv_dtype is not None, batches) if make else []
     store = GraphStore.open(folder, graphs, create=make)
     made = store.fill(graphs, keys)
     programs = store.programs()
@@ -267,10 +282,11 @@ def describe_key(key: GraphKey) -> str:
     channels, height, width = key.latent[1:]
     groups = " + ".join(f"{rows} x {each}" if rows > 1 else f"{each}" for rows, each in key.parts)
     kind = "block" if key.whole else "pass"
-    return f"{kind} of {groups} frames of {channels}x{height}x{width}, {key.pages} pages in the store"
+    batch = f" of {key.sessions} sessions" if key.sessions > 1 else ""
+    return f"{kind} of {groups} frames of {channels}x{height}x{width}{batch}, {key.pages} pages in the store"
 
 
 def format_plans(lowered: Lowered) -> list[str]:
     """Format the buffer plan of each program."""
-    parts = {"block": lowered.body, "prompt": lowered.prompt, "fold": lowered.fold}
+    parts = {"block": lowered.body, "frames": lowered.frames, "prompt": lowered.prompt, "fold": lowered.fold}
     return [f"{name}: {part.plan.text(part.program)}" for name, part in parts.items() if part is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,16 @@ def workload(
     """Make the workload of the options. Raises UsageError that names the nearest choice for an unknown one."""
     scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **settings)
     spec = find_spec(model or (scheme.about.base if preset else DEFAULT_MODEL), names)
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(f"streams of {spec.name} are not in this version; wan-14b has the same layers without images")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
     if vae not in (None, "taehv"):
         raise UsageError(
             f"--vae is {quoted(vae)}{nearest(str(vae), ['taehv'])}; leave it out for the model's own, or use taehv"
         )
-    if vae and scheme.context.reencode_head:
-        raise UsageError(f"{scheme.name} encodes pictures again, which the tiny decoder cannot; leave --vae out")
+    if vae and scheme.context.encodes_pictures:
+        raise UsageError(f"{scheme.name} encodes pictures, which the tiny decoder cannot; leave --vae out")
     family = family_of(spec)
-    family.check_preset(scheme, spec.name)
+    family.check_preset(scheme, spec.name, spec)
     decoder = family.chosen_decoder_spec(spec, tiny=bool(vae))
     pictures = parse_size(size) if size else spec.default_size
     text = family.text_parameters(spec) if text_encoder else 0
@@ -141,6 +139,8 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
         "predicted": None,
         "changes": [],
     }
+    if load.sessions > 1 and executor_spec(load.executor).batches:
+        facts["batches"] = describe_batches(load, budget, top)
     if budget is not None:
         facts["sessions_that_fit"] = planner.most_sessions(load, budget)
         facts["longest_window"] = planner.longest_window(load, budget)
@@ -169,6 +169,20 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
     return facts
 
 
+def describe_batches(load: Workload, budget: int | None, top: Ceiling | None) -> list[dict[str, Any]]:
+    """Return the memory of all sessions and the floor of their blocks where so many run as one, as plain values."""
+    rows = []
+    for size in planner.batch_sizes(replace(load, batch=load.sessions)):
+        batch = replace(load, batch=size)
+        total = planner.needed(batch)
+        row: dict[str, Any] = {"batch": size, "needed": total, "fits": None if budget is None else total <= budget}
+        if top is not None:
+            steady = planner.steady_speed(batch, top)
+            row |= {"seconds": size * steady.seconds, "fps": steady.fps}
+        rows.append(row)
+    return rows
+
+
 def describe_ranks(
     load: Workload, gpus: int, budget: int, top: Ceiling | None, link: str, goal: str
 ) -> dict[str, Any]:
@@ -190,6 +204,21 @@ def describe_ranks(
         "chosen": options.index(best),
         "reason": reason,
     }
+
+
+def batches_table(facts: dict[str, Any]) -> Table:
+    """Make the table of batches: memory of all sessions, and floors where there is a ceiling."""
+    predicted = facts["predicted"] is not None
+    columns = ("sessions in a batch", "GB", "fits", *(("seconds for a block each", "FPS of all at most") * predicted))
+    title = f"{facts['sessions']} sessions in batches" + (", floors predicted as above" if predicted else "")
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns:
+        column.justify = "right"
+    for row in facts["batches"]:
+        fits = {True: "yes", False: "no", None: ""}[row["fits"]]
+        floors = (f"{row['seconds']:.3g}", f"{row['fps']:.1f}") if predicted else ()
+        table.add_row(str(row["batch"]), f"{row['needed'] / 1e9:.2f}", fits, *floors)
+    return table
 
 
 def ranks_table(facts: dict[str, Any]) -> Table:
@@ -220,14 +249,17 @@ PARTS = {
     "pass_scratch": "scratch of passes, at most",
     "constants": "constants of graphs",
     "static_inputs": "inputs of graphs",
+    "camera_inputs": "cameras of a block, in graphs",
     "making": "more, while graphs are made",
     "decode_scratch": "scratch of decoding, at most",
     "page_buffer": "buffer for pages of another dtype",
+    "batch": "more for batches, at most",
     "pages": "KV pages",
     "moving_sink": "averages of a moving sink",
     "cross_keys": "cross-attention keys",
     "decoder_state": "decoder state",
     "latents": "latents in flight and stored",
+    "camera": "camera and image of a block",
 }
 
 
@@ -243,6 +275,8 @@ def print_plan(load: Workload, facts: dict[str, Any]) -> None:
     console.print(memory_table(load, facts["memory"]))
     if facts["predicted"] is not None:
         console.print(floor_table(facts))
+    if "batches" in facts:
+        console.print(batches_table(facts))
     for line in verdict(load, facts):
         echo(line)
     if "ranks" in facts:

@@ -29,6 +29,7 @@ import typer
 from ..errors import InferixError, UsageError, quoted
 from ..runtime.media import CONTAINERS, VideoWriter
 from ..runtime.sinks import Frames, Pump, Sink
+from ..schemes.camera import Camera, CameraMove
 from .generate import DEFAULT_PROMPT, SEEN
 from .options import EXECUTOR, FORCE, GPUS, OFFLINE, PARALLEL, check_beside_engine, ranks_of_launcher
 from .terminal import Layout, check_size, check_terminal, draw, has_true_colour, layout
@@ -42,11 +43,17 @@ WALK = {"\x1b[A": "up", "\x1b[B": "down", "\x1b[D": "left", "\x1b[C": "right"}
 WALK |= {key.replace("[", "O"): action for key, action in WALK.items()}  # terminals in application mode
 LONGEST_KEY = 3  # characters of an arrow's sequence
 WALK |= {"w": "up", "s": "down", "a": "left", "d": "right"}
+MOVES = {
+    "w": CameraMove(forward=1), "s": CameraMove(forward=-1), "d": CameraMove(right=1), "a": CameraMove(right=-1),
+    "\x1b[C": CameraMove(yaw=1), "\x1b[D": CameraMove(yaw=-1), "\x1b[A": CameraMove(pitch=1),
+    "\x1b[B": CameraMove(pitch=-1),
+}  # fmt: skip
+MOVES |= {key.replace("[", "O"): move for key, move in MOVES.items() if "[" in key}
 REQUESTS = {"S": "save", "l": "load", "L": "load", "u": "rewind"}  # of the thread that makes blocks
 KEY_SECONDS = 0.6  # duration of a key press, longer than the delay before a terminal repeats a key
 REWIND_BLOCKS = 8  # that `u` goes back by at most, four seconds of the small world
 KEYS = (
-    "w a s d or arrows: walk", "p: type a new prompt, Enter sends it", "u: go back a few seconds",
+    "w a s d or arrows: walk; arrows turn a camera", "p: type a new prompt, Enter sends it", "u: go back a few seconds",
     "S: save the world   l: load it", "r: start or stop recording", "?: this page   q: quit   Esc: ask",
 )  # fmt: skip
 HELP = "wasd walk  p prompt  ? keys  q quit"
@@ -62,6 +69,7 @@ class Controls:
 
     actions: tuple[str, ...]
     clock: Any = time.monotonic
+    camera: bool = False  # keys move a camera, in place of actions
     last_action: str = ""
     pressed: float = float("-inf")
     line: str | None = None  # the prompt being typed
@@ -97,6 +105,8 @@ class Controls:
             self.recording = not self.recording
         elif key in REQUESTS:
             self.requests.append((REQUESTS[key], ""))
+        elif self.camera and key in MOVES:
+            self.last_action, self.pressed = key, self.clock()
         elif WALK.get(key) in self.actions:
             self.last_action, self.pressed = WALK[key], self.clock()
 
@@ -112,6 +122,13 @@ class Controls:
             self.line = self.line[:-1]
         elif key.isprintable():
             self.line += key
+
+    def steer(self, session: Session) -> None:
+        """Have a session follow the key that is pressed as a block begins: with its camera, or with an action."""
+        if self.camera:
+            session.move(MOVES[self.last_action] if self.clock() - self.pressed < KEY_SECONDS else CameraMove())
+        else:
+            session.act(self.action())
 
     def action(self) -> str:
         """Return the action for a block that begins now: that of a pressed key, else the first action, rest."""
@@ -236,7 +253,7 @@ class BlockThread(threading.Thread):
                 self.status = self.follow(kind, text)
             except InferixError as error:
                 self.status = str(error)
-        self.session.act(self.controls.action())
+        self.controls.steer(self.session)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             (block,) = self.session.stream(blocks=1)
@@ -394,12 +411,15 @@ def words_of(engine: Engine) -> str:
 
 def play(
     model: str | None = typer.Option(
-        None, help="Checkpoint folder, or org/name, of a model that follows actions.  [default: tinyworld]"
+        None,
+        help="Checkpoint folder, or org/name, of a model that follows actions or a camera.  [default: tinyworld]",
     ),
     exported: Path | None = typer.Option(
         None, "--engine", metavar="DIR", help="Folder that inferix export wrote, in place of a model."
     ),
+    preset: str | None = typer.Option(None, help="Decoding scheme.  [default: the model's own]"),
     prompt: str = typer.Option(DEFAULT_PROMPT, help="Content of the world, as text."),
+    image: Path | None = typer.Option(None, help="First picture, for models that begin with one."),
     seed: int = typer.Option(0, help="Seed of the noise, which determines the land."),
     seconds: float | None = typer.Option(None, help="Quit after this many seconds of video."),
     record: Path = typer.Option(
@@ -416,8 +436,8 @@ def play(
 ) -> None:
     """Walk through a generated world, live in the terminal.
 
-    The terminal has 40x20 characters or more. w a s d or the arrow keys walk, p starts a new prompt, u goes back, S
-    saves and l loads, r records, ? shows keys and words, q quits.
+    The terminal has 40x20 characters or more. w a s d or the arrow keys walk, or move and turn a camera, p starts a new
+    prompt, u goes back, S saves and l loads, r records, ? shows keys and words, q quits.
 
     Example: inferix play --prompt "a white fox in a green meadow at sunset"
     """
@@ -425,6 +445,7 @@ def play(
     if record.suffix.lower() not in CONTAINERS:
         raise UsageError(f"--record {quoted(str(record))} must end in one of {', '.join(CONTAINERS)}")
 
+    from ..models.registry import MODELS
     from ..runtime.load import load
     from ..runtime.sessions.session import Session
 
@@ -437,13 +458,16 @@ def play(
     else:
         named = model or "tinyworld"
         ranks: dict[str, Any] = {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
-        engine = load(named, preset="tinyworld", device=device, executor=executor, graphs=graphs, **ranks, **checks)
-    if not engine.spec.actions:
+        preset = preset or (None if named in MODELS else "tinyworld")
+        engine = load(named, preset=preset, device=device, executor=executor, graphs=graphs, **ranks, **checks)
+    has_camera = engine.spec.camera_channels is not None
+    if not engine.spec.actions and not has_camera:
         raise UsageError(
-            f"{quoted(engine.parts.source)} follows no actions; --model must be one that does, such as tinyworld"
+            f"{quoted(engine.parts.source)} follows no actions and no camera; --model must be one that does, such as "
+            "tinyworld"
         )
-    controls = Controls(engine.spec.actions)
-    first = engine.open(prompt=prompt, seed=seed)
+    controls = Controls(engine.spec.actions, camera=has_camera)
+    first = engine.open(prompt=prompt, seed=seed, image=image, camera=Camera() if has_camera else None)
     screen = Screen(first.size, words_of(engine), has_true_colour())
     recorder, sink = Recorder(record, engine.fps), TerminalSink(controls)
     blocks = BlockThread(first, controls, sink, save, lambda path: Session.restore(engine, path), sink.clear)

@@ -59,6 +59,9 @@ def serve(
     folder: Path | None = typer.Option(
         None, metavar="DIR", help="Folder for jobs and saved worlds, which then survive a restart."
     ),
+    image: Path | None = typer.Option(
+        None, help="First picture of every session, for models that begin with one and follow a camera."
+    ),
     behind: str = typer.Option("skip", help="What a slow viewer does to its stream: skip or pause."),
     limit: list[str] = typer.Option(
         [], "--limit", metavar="KEY=VALUE", help="Another limit of the server; repeatable. See --list-limits."
@@ -110,7 +113,8 @@ def serve(
     for name in check_limits(limits):
         if name in own:
             raise UsageError(f"--limit {name}: this limit has its own option; use --{name}")
-    rules = ServeSettings(token=None if token is None else read_token(token), folder=folder, **own, **limits)
+    secret = None if token is None else read_token(token)
+    rules = ServeSettings(token=secret, folder=folder, image=image, **own, **limits)
     given: dict[str, Any] = {
         "model": model, "preset": preset, "base": base, "vae": vae, "device": device, "dtype": dtype,
         "executor": executor,
@@ -127,6 +131,8 @@ def serve(
             limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
             rewind_blocks=rewind_blocks, **chosen,
         )  # fmt: skip
+        if engine.spec.condition_channels and image is None:
+            raise UsageError(f"{engine.parts.source} begins with an image, and there is none; give --image")
         address = address_of(listener)
 
         def ready() -> None:

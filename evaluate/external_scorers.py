@@ -42,12 +42,12 @@ class Contract:
 
     def checked(self, output: Any, sizes: dict[str, int]) -> Tensor:
         """Return a network's output, float32. InferixError if it is no finite tensor of the recorded shape."""
-        expected = [size if isinstance(size, int) else sizes[size] for size in self.returns]
+        network, expected = self.source, [size if isinstance(size, int) else sizes[size] for size in self.returns]
         if not isinstance(output, Tensor) or list(output.shape) != expected:
             found = list(output.shape) if isinstance(output, Tensor) else quoted(output)
-            raise InferixError(f"{self.source} returned {found}; expected {expected}: use another version")
+            raise InferixError(f"{network} returned {found}; expected {expected}: use another version")
         if not output.isfinite().all():
-            raise InferixError(f"{self.source} returned values that are not finite; check its weights")
+            raise InferixError(f"{network} returned values that are not finite; check its weights")
         return output.float()
 
     def batch(self, frames: Sequence[NDArray[np.uint8]], device: str) -> Tensor:
@@ -62,12 +62,12 @@ RAFT = Contract("vbench.third_party.RAFT.core.raft.RAFT", ((1, 3, "H", "W"), 0.0
 AMT = Contract("vbench.third_party.amt.networks.AMT-S", ((1, 3, "H", "W"), 0.0, 1.0), (1, 3, "H", "W"))
 
 
-def attribute(path: str, name: str) -> Any:
+def attribute(module: str, name: str) -> Any:
     """An object of an installed package. InferixError if the package has it no longer."""
     try:
-        return getattr(import_module(path), name)
+        return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InferixError(f"{path} has no usable {name}: {quoted(str(error))}; use another version") from error
+        raise InferixError(f"{module} has no usable {name}: {quoted(str(error))}; use another version") from error
 
 
 def load_state(network: Any, tensors: dict[str, Any], source: Path) -> Any:

@@ -203,7 +203,7 @@ def reason_missing(name: str, folder: Path | None) -> str | None:
 def learned_scorer(name: str, folder: Path | None, device: str | None = None) -> Scorer:
     """Load one scorer with weights. Raises UsageError without its package or files, or for files of other content."""
     if reason := reason_missing(name, folder):
-        raise UsageError(f"metrics has {name!r}, which cannot be scored: {reason}")
+        raise UsageError(f"metrics has {quoted(name)}, which cannot be scored: {reason}")
     assert folder is not None
     recipe = LEARNED[name]
     digest = checked_digest(folder, recipe.files, name)

@@ -68,7 +68,7 @@ def scorer_of(name: str, weights: str | Path | None) -> Scorer:
     scorer = SCORERS[name]
     if scorer.package is not None and not available(scorer):
         raise UsageError(
-            f"metrics has {name!r}, which needs the package {scorer.package}, and it is not installed: "
+            f"metrics has {quoted(name)}, which needs the package {scorer.package}, and it is not installed: "
             f"{INSTALL[scorer.package]}"
         )
     return scorer

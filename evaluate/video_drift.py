@@ -165,7 +165,7 @@ def check_smallest(scorers: Sequence[Scorer], size: tuple[int, int]) -> None:
     for scorer in scorers:
         if min(size) < scorer.smallest:
             raise UsageError(
-                f"metric {scorer.name!r} needs frames of {scorer.smallest} pixels or more each way; "
+                f"metric {quoted(scorer.name)} needs frames of {scorer.smallest} pixels or more each way; "
                 f"these are {size[0]}x{size[1]}: leave it out of metrics"
             )
 
@@ -187,8 +187,8 @@ class Record:
         scores = np.asarray(self.scorer.score(views))
         if scores.ndim != (2 if self.scorer.kind == "feature" else 1) or len(scores) != len(views):
             raise UsageError(
-                f"metric {self.scorer.name!r} returned scores of shape {list(scores.shape)} for {len(views)} frames; "
-                f"expected {'[n, D]' if self.scorer.kind == 'feature' else '[n]'}"
+                f"metric {quoted(self.scorer.name)} returned scores of shape {list(scores.shape)} for {len(views)} "
+                f"frames; expected {'[n, D]' if self.scorer.kind == 'feature' else '[n]'}"
             )
         self.width = scores[0].size
         self.flat.extend(scores.ravel().tolist())

@@ -87,20 +87,21 @@ def checked_digest(folder: Path, files: Sequence[WeightFile], metric: str) -> st
     has another size or hash than the published one; the message has its source.
     """
     if missing := missing_file(folder, files):
+        name, url = missing.path, missing.source
         raise UsageError(
-            f"metrics has {metric!r}, and weights {quoted(folder)} has no {missing.path}; download it from "
-            f"{missing.source} and put it there"
+            f"metrics has {quoted(metric)}, and weights {quoted(folder)} has no {name}; download it from "
+            f"{url} and put it there"
         )
     digests = []
     for file in files:
-        path = folder / file.path
+        path, url = folder / file.path, file.source
         found = path.stat().st_size
         if file.bytes is not None and found != file.bytes:
-            raise UsageError(f"weights {quoted(path)} has {found} bytes; expected the file of {file.source}")
+            raise UsageError(f"weights {quoted(path)} has {found} bytes; expected the file of {url}")
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if file.sha256 is not None and digest != file.sha256:
-            raise UsageError(f"weights {quoted(path)} has SHA-256 {digest}; expected the file of {file.source}")
+            raise UsageError(f"weights {quoted(path)} has SHA-256 {digest}; expected the file of {url}")
         if path.suffix != ".json":
             digests.append(digest)
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -91,7 +91,8 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
 def make_exported(config: EngineConfig, preset: Preset, parts: Components) -> ExportedExecutor:
     """Make the executor of `MODEL_EXECUTORS["exported"]`. UsageError for a model that is not an exported engine."""
     if not isinstance(parts.vae, ExportedDecoder):
-        raise UsageError(f"executor is {config.executor!r}, but {quoted(parts.source)} is not exported; give engine")
+        message = f"executor is {quoted(config.executor)}, but {quoted(parts.source)} is not exported; give engine"
+        raise UsageError(message)
     return ExportedExecutor(parts.vae.programs, parts.transformer.rope, preset)
 
 
@@ -194,7 +195,13 @@ class ExportedExecutor:
         return values, own, attention.kv
 
     def run_block(
-        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+        self,
+        latents: Tensor,
+        text: Text,
+        attention: KeyValues,
+        frames: Sequence[range],
+        seeds: Sequence[int],
+        actions: Tensor | None,
     ) -> Tensor:
         raise AssertionError("an exported engine runs pass by pass")
 

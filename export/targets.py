@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from ..errors import InferixError, UsageError, nearest
+from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.page_needs import page_needs
 from ..schemes.presets import Preset
 
@@ -18,11 +18,13 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
     "averaged sink": "sink_decay below 1",
     "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
+    "several sets of weights": "clean_weights memory, or boundary_ratio above 0",
     "endless window": "local_attn_size -1",
     "first block of one frame": "independent_first_frame",
     "guidance": "guidance_scale other than 1: two pasts under two prompts",
     "recache": "prompt_switch recache",
     "blend": "prompt_switch blend",
+    "channels of frames": "image channels: an image and a camera beside the latents, as in lingbot-v2",
     "scene cuts": "shot_offset above 0",
     "unrolled steps": "--unroll: all steps of a block in one program",
     "float32": "--dtype float32",
@@ -57,7 +59,7 @@ class Target:
 
 SINGLE = frozenset(FEATURES) - {
     "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
-    "endless window", "float16", "bfloat16",
+    "several sets of weights", "endless window", "channels of frames", "float16", "bfloat16",
 }  # fmt: skip
 HERE = __package__
 EVERY = (
@@ -76,7 +78,7 @@ TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 def find_target(name: str) -> Target:
     """Return the target of a name. UsageError for an unknown one, InferixError if a package it needs is missing."""
     if name not in TARGETS:
-        raise UsageError(f"target is {name!r}{nearest(name, TARGETS)}; expected one of {', '.join(TARGETS)}")
+        raise UsageError(f"target is {quoted(name)}{nearest(name, TARGETS)}; expected one of {', '.join(TARGETS)}")
     target = TARGETS[name]
     if target.missing:
         raise InferixError(
@@ -93,12 +95,14 @@ def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
         "several blocks in flight": preset.window_blocks > 1,
         "recomputed context": context.segment_frames > 0 or not context.commit,
         "averaged sink": context.sink_decay < 1,
-        "context by noise level": not context.has_one_context,
+        "context by noise level": context.has_key_ranges or context.clean_text != "prompt",
+        "several sets of weights": len(preset.weight_sets) > 1,
         "endless window": page_needs(preset).context is None,
         "first block of one frame": preset.independent_first_frame and preset.num_frame_per_block > 1,
         "guidance": preset.sampler.guidance_scale != 1,
         "recache": context.prompt_switch == "recache",
         "blend": context.prompt_switch == "blend",
+        "channels of frames": context.image == "channels",
         "scene cuts": context.shot_offset > 0,
         "unrolled steps": unroll,
         dtype: True,

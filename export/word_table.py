@@ -46,8 +46,8 @@ def known_words(prompt: str, words: Sequence[str], skipped: Sequence[str]) -> li
             continue
         near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
         if near != [word]:
-            warnings.warn(f"the engine does not know {word!r}; {f'taken for {near[0]!r}' if near else 'left out'}",
-                          stacklevel=2)  # fmt: skip
+            instead = f"taken for {quoted(near[0])}" if near else "left out"
+            warnings.warn(f"the engine does not know {quoted(word)}; {instead}", stacklevel=2)
         found += near
     if not found:
         raise UsageError(f"the engine knows no word of prompt {quoted(prompt)}; it knows {', '.join(words)}")

@@ -28,6 +28,7 @@ def encode_lowered(lowered: Lowered) -> dict[str, Any]:
         "body": encode_planned(lowered.body),
         "fold": None if lowered.fold is None else encode_planned(lowered.fold),
         "prompt": None if lowered.prompt is None else encode_planned(lowered.prompt),
+        "frames": None if lowered.frames is None else encode_planned(lowered.frames),
         "literals": {name: encode_literal(value) for name, value in lowered.literals.items()},
     }
 
@@ -40,6 +41,7 @@ def decode_lowered(data: dict[str, Any]) -> Lowered:
             fold=None if data["fold"] is None else decode_planned(data["fold"]),
             prompt=None if data["prompt"] is None else decode_planned(data["prompt"]),
             literals={name: decode_literal(value) for name, value in data["literals"].items()},
+            frames=None if data["frames"] is None else decode_planned(data["frames"]),
         )
     except MALFORMED as error:
         message = quoted(f"{type(error).__name__}: {error}")

@@ -6,7 +6,7 @@ dead-code removal would drop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import fx
@@ -14,25 +14,21 @@ from torch import fx
 EMPTY = torch.ops.aten.empty.memory_format
 
 
-def arguments(node: fx.Node) -> Iterator[tuple[torch.Argument, object]]:
-    """Each declared argument of a node's op with what it is given; arguments left at their default are skipped."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for place, argument in enumerate(node.target._schema.arguments):
-        if place < len(node.args):
-            yield argument, node.args[place]
-        elif argument.name in node.kwargs:
-            yield argument, node.kwargs[argument.name]
+@cache
+def written_arguments(op: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Place and name of each argument that an op writes into; asked of the schema once, since it is slow to answer."""
+    declared = enumerate(op._schema.arguments)
+    written = ((place, one) for place, one in declared if one.alias_info is not None and one.alias_info.is_write)
+    return tuple((place, one.name) for place, one in written)
 
 
 def written(node: fx.Node) -> tuple[fx.Node, ...]:
     """Nodes that this one writes into."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return ()
-    return tuple(
-        given
-        for argument, given in arguments(node)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, fx.Node)
-    )
+    places = written_arguments(node.target)
+    given = (node.args[place] if place < len(node.args) else node.kwargs.get(name) for place, name in places)
+    return tuple(one for one in given if isinstance(one, fx.Node))
 
 
 def read(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -59,10 +55,12 @@ def storage(node: fx.Node) -> fx.Node:
 
 def is_view(node: fx.Node) -> bool:
     """Return True for a view of the first argument's memory, by the op's schema."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    returns = target._schema.returns
+    return isinstance(node.target, torch._ops.OpOverload) and returns_view(node.target)
+
+
+@cache
+def returns_view(op: torch._ops.OpOverload) -> bool:
+    returns = op._schema.returns
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 

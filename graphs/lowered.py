@@ -13,9 +13,10 @@ from typing import Any
 from .lowering import lower
 from .plan import BufferPlan, plan_buffers
 from .program import Buffer, Program, Ref
-from .types import BlockGraph, PassGraph, Role, Runs, Value
+from .types import PROMPT_TABLE, BlockGraph, PassGraph, Role, Runs, Value
 
 STORES = ("kv.", "scale.")  # buffers of pages, a layer each
+STAGING = "staging"
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,21 @@ class Planned:
 @dataclass(frozen=True)
 class Lowered:
     """body: what runs each time. fold: makes constants from weights, once they are there. prompt: makes what the body
-    reads of a prompt, once per prompt. Either is None where there is nothing to do. literals: constants that are
-    numbers, by name.
+    reads of a prompt, once per prompt. frames: makes what it reads of the channels that a block's frames are given,
+    once per block. Each is None where there is nothing to do. literals: constants that are numbers, by name.
     """
 
     body: Planned
     fold: Planned | None
     prompt: Planned | None
     literals: Mapping[str, Value]
+    frames: Planned | None = None
 
 
 def lower_block(block: BlockGraph, runs: Collection[Runs] = (Runs.BLOCK,)) -> Lowered:
     """The passes of a block graph that `runs` names, one after the other, on one arena."""
     passes = [graph for graph in block.passes if graph.runs in runs]
-    graphs = [graph for graph in (block.fold, block.prompt, *passes) if graph is not None]
+    graphs = [graph for graph in (block.fold, block.prompt, block.frames, *passes) if graph is not None]
     values = [value for graph in graphs for value in graph.inputs.values()]
     handed = {value.name for graph in passes for value in graph.outputs}
     return Lowered(
@@ -50,6 +52,7 @@ def lower_block(block: BlockGraph, runs: Collection[Runs] = (Runs.BLOCK,)) -> Lo
         fold=planned([block.fold]) if block.fold else None,
         prompt=planned([block.prompt]) if block.prompt else None,
         literals={value.name: value for value in values if value.data is not None},
+        frames=planned([block.frames]) if block.frames else None,
     )
 
 
@@ -59,17 +62,45 @@ def planned(graphs: Sequence[PassGraph], results: Sequence[str] | None = None) -
     return Planned(program, plan_buffers(program))
 
 
-def with_pages(lowered: Lowered, pages: int) -> Lowered:
-    """The same for stores of another number of pages, on which nothing but their own size depends."""
-    programs = (lowered.body, lowered.fold, lowered.prompt)
-    body, fold, prompt = (part and replace(part, program=resized(part.program, pages)) for part in programs)
+def with_pages(lowered: Lowered, pages: int, slots: int | None = None) -> Lowered:
+    """The same for stores of another number of pages, on which nothing but their own size depends.
+
+    slots: of the staging buffer; None leaves it as it is.
+    """
+
+    def resize(program: Program) -> Program:
+        sizes = {name: pages for name in program.buffers if name.startswith(STORES)}
+        if slots is not None and STAGING in program.buffers:
+            sizes[STAGING] = slots
+        return resized(program, sizes)
+
+    programs = (lowered.body, lowered.fold, lowered.prompt, lowered.frames)
+    body, fold, prompt, frames = (part and replace(part, program=resize(part.program)) for part in programs)
     assert body is not None
-    return replace(lowered, body=body, fold=fold, prompt=prompt)
+    return replace(lowered, body=body, fold=fold, prompt=prompt, frames=frames)
 
 
-def resized(program: Program, pages: int) -> Program:
-    """A program over stores [2, pages, ...]; it refers to them as a whole."""
-    stores = {name: of_pages(buffer, pages) for name, buffer in program.buffers.items() if name.startswith(STORES)}
+def prompt_pages(program: Program) -> frozenset[str]:
+    """Buffers of prompts that a program finds by its `PROMPT_TABLE`."""
+    calls = [call.named for call in program.calls if call.op.namespace == "inferix"]
+    tables = [(named.get("kv"), named.get("page_table")) for named in calls]
+    return frozenset(
+        kv.buffer
+        for kv, table in tables
+        if isinstance(kv, Ref) and isinstance(table, Ref) and table.buffer == PROMPT_TABLE
+    )
+
+
+def with_prompts(lowered: Lowered, prompts: int) -> Lowered:
+    """The same with room for a number of prompts that the body finds by its table."""
+    program = lowered.body.program
+    sizes = dict.fromkeys(prompt_pages(program), prompts)
+    return replace(lowered, body=replace(lowered.body, program=resized(program, sizes)))
+
+
+def resized(program: Program, sizes: Mapping[str, int]) -> Program:
+    """A program over stores [2, pages, ...] of these sizes, by name; it refers to them as a whole."""
+    stores = {name: of_pages(program.buffers[name], pages) for name, pages in sizes.items()}
 
     def with_store(argument: Any) -> Any:
         if isinstance(argument, Ref) and argument.buffer in stores:

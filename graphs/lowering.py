@@ -7,6 +7,7 @@ taken in its `out=` form, found by its schema.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -109,6 +110,7 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.names: dict[int, str] = {}  # storage -> buffer
         self.alive: list[Tensor] = []  # so that no storage's number is used again
+        self.taken = Counter[str]()  # results of each node so far
         self.node, self.active = "", True
 
     @contextmanager
@@ -163,7 +165,9 @@ class _Recorder(TorchDispatchMode):
         return Ref(name, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def _new_name(self) -> str:
-        taken = sum(name == self.node or name.startswith(f"{self.node}.") for name in self.buffers)
+        """The node's name, with a number from its second result on."""
+        taken = self.taken[self.node]
+        self.taken[self.node] += 1
         return f"{self.node}.{taken}" if taken else self.node
 
     def _add(self, op: OpOverload, args: Any, kwargs: Any, outs: tuple[Ref, ...], form: Form) -> None:

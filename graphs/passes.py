@@ -6,11 +6,11 @@ levels. Host integers only: nothing here knows a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-PROMPT, NULL = 0, 1  # texts of a group
+PROMPT, NULL = 0, 1  # texts of a group; higher numbers are prompts of blocks in flight beside the first
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Group:
     context: absolute latent frames attended to, ascending; those of the pass are seen as the pass has them.
     positions: temporal rotary position of each frame of `context`, as this group sees it.
     write: whether the group's keys and values replace what the cache holds for its frames.
-    text: what its tokens attend to in cross-attention: PROMPT, the prompt of the branch, or NULL, the null caption.
+    text: what its tokens attend to in cross-attention: PROMPT, the prompt of the branch, NULL, the null caption, or a
+    higher number, another prompt.
     branch: number of the guidance branch that runs the group; None for every branch.
     denoised: whether its velocity is used; a group over clean latents runs for the keys and values that it writes.
     head_contexts: frames of `context` that each of several equal groups of heads attends to, as sparse attention needs;
@@ -46,8 +47,8 @@ class Group:
             raise ValueError(f"{len(self.positions)} positions for {len(self.context)} frames of context")
         if missing := set(self.frames) - set(self.context):
             raise ValueError(f"frames {sorted(missing)} are not in their own context {self.context}")
-        if self.text not in (PROMPT, NULL):
-            raise ValueError(f"text {self.text}; expected {PROMPT}, the prompt, or {NULL}, the null caption")
+        if self.text < 0:
+            raise ValueError(f"text {self.text}; expected {PROMPT}, the prompt, {NULL}, the null caption, or above")
         for frames in self.head_contexts:
             if not frames or list(frames) != sorted(set(frames)) or not set(frames) <= set(self.context):
                 raise ValueError(f"head_contexts hold {frames}; expected some of the context {self.context}, ascending")
@@ -61,10 +62,12 @@ class Pass:
     """One run of the network over the frames of its groups, in order; each branch runs each frame at most once.
 
     condition: what a distilled network is given of the step besides timesteps; None for networks that take none.
+    weights: number of the set of weights that runs the pass, of a model that has several.
     """
 
     groups: tuple[Group, ...]
     condition: float | None = None
+    weights: int = 0
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -112,6 +115,14 @@ class Pass:
         """The pass over some of its groups; None where it has none of them."""
         groups = tuple(filter(chosen, self.groups))
         return replace(self, groups=groups) if groups else None
+
+    def with_texts(self, by_frame: Mapping[int, int]) -> Pass:
+        """The pass with other prompts: the number of the text of frames whose group follows one."""
+        texts = (
+            replace(group, text=by_frame.get(group.frames[0], PROMPT)) if group.text == PROMPT else group
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(texts)) if by_frame else self
 
     def read_only(self) -> Pass:
         """The pass without keys and values left in the cache."""

@@ -67,6 +67,11 @@ class Shard:
         """Tiles of a region, one for each rank that has pages of its tokens. grid: of a whole frame."""
         return Tiles(*tiles_of(self.regions(grid).part(grid), self.heads.size), self.heads.place)
 
+    def cut(self, x: Tensor, patch: tuple[int, int]) -> Tensor:
+        """The rank's part of latents, or of other channels of them, [..., H, W]. patch: (height, width) of a token."""
+        grid = x.shape[-2] // patch[0], x.shape[-1] // patch[1]
+        return self.tiles(grid).cut(self.regions(grid).cut(x))
+
 
 ALONE = Shard()
 
@@ -208,7 +213,7 @@ def run_on_tile(
         corners = zip(positions, grid, regions.corner(grid), tiles.corner(region), strict=True)
         top, left = ((most - size) // 2 + outer + inside for most, size, outer, inside in corners)
         origin = top, left
-    velocity = forward(tiles.cut(regions.cut(latents)), kv, origin)
+    velocity = forward(shard.cut(latents, patch), kv, origin)
     parts = all_gather(patches(velocity, patch), ranks=shard.ranks, group=shard.group)  # [ranks, B, t, ...]
     by_tile = parts.unflatten(0, (shard.tokens.size, shard.heads.size)).movedim(1, 0).flatten(1, 2)
     by_region = tiles.tokens(by_tile, region).unflatten(0, (shard.tokens.size, -1))

@@ -37,6 +37,12 @@ class StagedAttention:
     rope_columns: Tensor
     half_split: bool = False
 
+    @property
+    def slots(self) -> int:
+        """Slots of the staging buffer that the pass uses."""
+        slots, _ = self.written if self.seen is None else self.seen
+        return len(slots)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate, quantise into the pages, and attend to those listed; all [B, T, n, c]."""
         kv, scale = self.kv[layer], None if self.scales is None else self.scales[layer]

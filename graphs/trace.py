@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, UnsupportedOperatorException
 from torch.export.graph_signature import InputKind
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from .edit import fake, fake_mode, shape
 from .effects import storage, written
 from .normal import normal_form
@@ -100,8 +100,8 @@ def state_writes(graph: fx.Graph, inputs: dict[str, Value]) -> tuple[str, ...]:
                 value = inputs[target.name]
                 if value.role != Role.STATE:
                     raise UsageError(
-                        f"{node.target} at {node.meta['line']} writes into {value.role} {value.name!r}, which passes "
-                        "only read; declare it as state, or write into a tensor of its own"
+                        f"{node.target} at {node.meta['line']} writes into {value.role} {quoted(value.name)}, which "
+                        "passes only read; declare it as state, or write into a tensor of its own"
                     )
                 states[value.name] = None
     return tuple(states)

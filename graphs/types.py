@@ -16,6 +16,9 @@ from torch import fx
 
 from .passes import Group
 
+OF_SET = "@"  # between the name of a weight and the number of its set, where that is not the first
+PROMPT_TABLE = "prompt_table"  # input int32 [rows, 1]: the page of each row's prompt
+
 
 class Role(StrEnum):
     """The part of a value in the pass that reads or makes it.
@@ -34,10 +37,11 @@ class Role(StrEnum):
 
 
 class When(StrEnum):
-    """Rate at which a value changes, rarest first."""
+    """Rate at which a value changes, rarest first. FRAMES: with the channels that a block's frames are given."""
 
     LOAD = "load"
     PROMPT = "prompt"
+    FRAMES = "frames"
     BLOCK = "block"
     PASS = "pass"
 
@@ -49,13 +53,15 @@ class When(StrEnum):
 class Runs(StrEnum):
     """Events that make a graph run.
 
-    LOAD: weights have come or changed. PROMPT: a session has a new prompt. SWITCH: the prompt changed in the middle
+    LOAD: weights have come or changed. PROMPT: a session has a new prompt. FRAMES: a block begins, whose
+    frames are given channels beside their latents. SWITCH: the prompt changed in the middle
     of a stream, before its next block. REBUILD: the context is encoded again, between blocks. FLUSH: where the commit
     of a block cannot wait for the next one's first pass. BLOCK: every block.
     """
 
     LOAD = "load"
     PROMPT = "prompt"
+    FRAMES = "frames"
     SWITCH = "switch"
     REBUILD = "rebuild"
     FLUSH = "flush"
@@ -177,7 +183,8 @@ class BlockGraph:
 
     passes: in order of execution, each when its `runs` says so. prompt: run once per prompt; its outputs are inputs
     of the passes. fold: run once the weights are there (and again when they change); its outputs are the constants.
-    Either is None where nothing was moved into it. results: names of the block's results. changes: what each
+    frames: run once per block whose frames are given channels, before its passes. Each is None where nothing was moved
+    into it. results: names of the block's results. changes: what each
     rewrite did, in order.
     """
 
@@ -193,11 +200,12 @@ class BlockGraph:
     fold: PassGraph | None
     results: tuple[str, ...] = ("latents",)
     changes: tuple[Change, ...] = field(default=())
+    frames: PassGraph | None = None
 
     @property
     def graphs(self) -> tuple[PassGraph, ...]:
-        """Fold and prompt graph where there are any, then the passes."""
-        return tuple(graph for graph in (self.fold, self.prompt, *self.passes) if graph is not None)
+        """Fold, prompt and frames graph where there are any, then the passes."""
+        return tuple(graph for graph in (self.fold, self.prompt, self.frames, *self.passes) if graph is not None)
 
     def values(self, role: Role) -> dict[str, Value]:
         """All values of a role that any graph is given, by block-wide name."""

@@ -20,7 +20,7 @@ def validate(block: BlockGraph) -> None:
     Scratch is written once, before it is read. State is written only by ops that get pages which the pass owns, and
     everything that the traced pass wrote is still written. Inputs, weights and constants are only read. Each value
     has one shape and dtype, and what a pass reads has been made: by the block's caller, the fold graph, the prompt
-    graph or a pass before.
+    graph, the frames graph or a pass before.
     """
     known: dict[str, tuple[object, ...]] = {}
     for graph in block.graphs:
@@ -29,7 +29,8 @@ def validate(block: BlockGraph) -> None:
             form = (value.shape, value.dtype, value.data)
             if known.setdefault(value.name, form) != form:
                 raise GraphError(f"{graph.name}: {value.name} is {form}, but {known[value.name]} elsewhere")
-    made = {value.name for graph in (block.fold, block.prompt) if graph is not None for value in graph.outputs}
+    once = (block.fold, block.prompt, block.frames)
+    made = {value.name for graph in once if graph is not None for value in graph.outputs}
     for graph in block.passes:
         for value in graph.inputs.values():
             if value.role == Role.CONSTANT and value.data is None and value.name not in made:

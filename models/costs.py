@@ -50,6 +50,19 @@ class TransformerCosts(ABC):
         """Parameters that every pass reads."""
 
     @property
+    def frame_parameters(self) -> int:
+        """Parameters of the layers that read only what a frame is given beside its latents, such as a camera."""
+        return 0
+
+    def frame_flops(self, tokens: int, frames: int) -> int:
+        """FLOPs of those layers over some frames: of a block where their results are kept, else of each pass."""
+        return 0
+
+    def frame_bytes(self, tokens: int, frames: int, dtype: str) -> int:
+        """Bytes of their results, which a block can keep."""
+        return 0
+
+    @property
     @abstractmethod
     def prompt_flops(self) -> int:
         """FLOPs of a prompt's cross-attention keys and values, from the text encoder's rows."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
 from ..graphs.shards import Axis
-from ..schemes.presets import Preset
+from ..schemes.presets import PLAIN, Preset
 from ..schemes.sampler_spec import SOLVERS
 from .costs import TransformerCosts
 from .decoder import Decoder, DecoderSpec
@@ -35,7 +35,11 @@ Merge = Callable[[str, Tensor], Tensor]  # name and weight to the weight with ad
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transformer's memory-mapped tensors under our names, with format, sizes and files."""
+    """A transformer's memory-mapped tensors under our names, with format, sizes and files.
+
+    sets: names of the sets of weights, as in `Preset.weight_sets`; `tensors` is the first, and `more` are the others.
+    boundary_ratio: noise level from which on the first of two experts runs, where a file states it.
+    """
 
     path: Path
     form: str
@@ -43,6 +47,9 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     spec: ModelSpec
     lora: Path | None  # adapter published with the file
+    sets: tuple[str, ...] = PLAIN
+    more: tuple[Mapping[str, Tensor], ...] = ()
+    boundary_ratio: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -67,7 +74,9 @@ class Format:
     names: the family's name for a set of tensor names, or a table of its own, from the family's names to the file's,
     with `*` for the layer number. file: name of the file. weights: keys under which a training file stores the
     weights, best first; none for a flat file. lora: file name of an adapter that belongs to it. strip: prefixes of the
-    file's names that the table does not have.
+    file's names that the table does not have. folder: that a writer puts the transformer in; empty for the model's own.
+    twins: True for a file with a second set of weights, under twin names.
+    experts: folders of the transformers for high and for low noise, of a model that has two.
     """
 
     names: str | Mapping[str, str]
@@ -75,6 +84,9 @@ class Format:
     weights: tuple[str, ...] = ()
     lora: str | None = None
     strip: tuple[str, ...] = ()
+    twins: bool = False
+    experts: tuple[str, str] | None = None
+    folder: str = ""
 
 
 class PromptEncoder(Protocol):
@@ -110,6 +122,11 @@ def merged(name: str, tensor: Tensor, updates: Mapping[str, AdapterUpdate], fact
     return (tensor.float() + update.change(factor).view(tensor.shape)).to(tensor.dtype)
 
 
+def suits(preset: Preset, spec: ModelSpec) -> bool:
+    """True if a preset gives an image as condition channels and the model has them, or neither."""
+    return (preset.context.image == "channels") == (spec.condition_channels > 0)
+
+
 class Family(ABC):
     """One kind of model.
 
@@ -128,14 +145,39 @@ class Family(ABC):
     examples: Sequence[str] = ()
     to_clean: bool = False
 
-    def check_preset(self, preset: Preset, model: str) -> None:
-        """UsageError for a preset whose solver takes another velocity than the networks of this family make."""
+    def demo_of(self, preset: Preset) -> str:
+        """Return the named model that runs where a preset of the family is named alone."""
+        return self.demo
+
+    def preset_for(self, model: str) -> Preset:
+        """Return the preset of a named model where none is asked for: one made for it, else the first that suits it."""
+        spec = self.models.get(model)
+        suiting = [preset for preset in self.presets if spec is None or suits(preset, spec)]
+        return next((preset for preset in suiting if preset.about.base == model), [*suiting, self.presets[0]][0])
+
+    def check_preset(self, preset: Preset, model: str, spec: ModelSpec) -> None:
+        """UsageError for a preset whose solver takes another velocity than the networks of this family make, and for
+        one that gives an image in another way than the model takes it.
+        """
+        if spec.image_dim is not None:
+            raise UsageError(
+                f"{model} takes the features of an image encoder; streams of such models are not supported"
+            )
+        if not suits(preset, spec):
+            fitting = ", ".join(own.name for own in self.presets if suits(own, spec))
+            raise UsageError(
+                f"{model} takes {spec.condition_channels} condition channels of a frame, and preset {preset.name!r} "
+                f"has image {preset.context.image!r}; use one of {fitting}"
+            )
         if SOLVERS[preset.sampler.solver].to_clean != self.to_clean:
             own = ", ".join(own.name for own in self.presets)
             raise UsageError(
-                f"preset {preset.name!r} is for a model of another family than {model}, which is {self.name}; "
+                f"preset {quoted(preset.name)} is for a model of another family than {model}, which is {self.name}; "
                 f"use one of {own}"
             )
+
+    def has_preset(self, name: str) -> bool:
+        return any(preset.name == name for preset in self.presets)
 
     # Transformer
 

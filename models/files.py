@@ -18,8 +18,11 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -27,12 +30,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import LONGEST_QUOTE, CheckpointError, UsageError, quoted, quoted_all
-from .scaled_weights import unscaled
+from ..errors import LONGEST_QUOTE, CheckpointError, InferixError, UsageError, quoted, quoted_all
+from .scaled_weights import FP8, unscaled
 from .weight_shards import WeightShards
 
 OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's files before torch 1.6
 OLD_PICKLES = 5  # of such a file, before the values of its tensors
+ZSTD = b"\x28\xb5\x2f\xfd"  # first bytes of a zstd file
+LARGEST_HEADER = 100_000_000  # bytes of a safetensors file's header, as its own library has it
+MOST_UNPACKED = 16  # times the size of a compressed file; weights lose a third of theirs
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 64_000_000  # bytes; the largest published, a tokenizer, has 17 MB
 MOST_COMPARED = 4000  # names of a file, for an error about one that it lacks
@@ -138,6 +144,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises UsageError for a file of another kind, CheckpointError for a damaged one.
     """
     kind = file_kind(path)
+    if kind == "zstd":
+        with unpacked(path) as whole:  # stays mapped when it is deleted
+            return mapped(whole, path)
     try:
         if kind == "safetensors":
             with safe_open(path, "pt") as file:
@@ -159,8 +168,69 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_names(path: Path) -> list[str]:
+    """Return the names in a file, as `read_tensors` has them; of a compressed file only its beginning is unpacked."""
+    if file_kind(path) != "zstd":
+        return list(read_tensors(path))
+    with unpacked(path, LARGEST_HEADER) as start:
+        head = start.read_bytes()
+    try:
+        (size,) = struct.unpack_from("<Q", head)
+        return [name for name in parse_json(head[8 : 8 + size]) if name != "__metadata__"]
+    except (struct.error, ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def mapped(path: Path, source: Path) -> dict[str, Tensor]:
+    """Map the tensors of a safetensors file. source: the file that errors name."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise damaged(source, error) from error
+
+
+def damaged(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"cannot read {quoted(path)}: {reason(error)}; the file is damaged or no checkpoint")
+
+
+@contextmanager
+def unpacked(path: Path, most: int | None = None) -> Iterator[Path]:
+    """Yield a temporary file with the content of a zstd file, or with its first `most` bytes and those of a chunk.
+
+    Raises InferixError without the package zstandard or without room, CheckpointError for a damaged file, or one that
+    unpacks to more than weights can have.
+    """
+    try:
+        zstandard = import_module("zstandard")
+    except ImportError as error:
+        message = f"{quoted(path)} is compressed, and zstandard is not installed; pip install zstandard"
+        raise InferixError(message) from error
+    limit, size = MOST_UNPACKED * path.stat().st_size, 0
+    with TemporaryDirectory(prefix="inferix-") as folder:
+        whole = Path(folder) / path.stem
+        try:
+            with path.open("rb") as packed, whole.open("wb") as file:
+                for chunk in zstandard.ZstdDecompressor().read_to_iter(packed):
+                    size += len(chunk)
+                    if size > limit:
+                        raise CheckpointError(
+                            f"{quoted(path)} unpacks to more than {MOST_UNPACKED} times its {path.stat().st_size} "
+                            "bytes, so it holds no weights; download it again"
+                        )
+                    file.write(chunk)
+                    if most is not None and size >= most:
+                        break
+        except zstandard.ZstdError as error:
+            raise damaged(path, error) from error
+        except OSError as error:
+            message = f"cannot unpack {quoted(path)}: {reason(error)}; set TMPDIR to a place with room"
+            raise InferixError(message) from error
+        yield whole
+
+
 def file_kind(path: Path) -> str:
-    """Return `safetensors`, `zip` or `pickle`. Raises UsageError that names any other kind of file."""
+    """Return `safetensors`, `zip`, `pickle` or `zstd`. Raises UsageError that names any other kind of file."""
     check_file(path, "checkpoint")
     try:
         with path.open("rb") as file:
@@ -172,6 +242,8 @@ def file_kind(path: Path) -> str:
         raise UsageError(f"{quoted(path)} is a Git LFS pointer, not the weights; run git lfs pull")
     if head.startswith(b"GGUF"):
         raise UsageError(f"{quoted(path)} is a GGUF file; quantised weights are not read, use the bfloat16 file")
+    if head.startswith(ZSTD):
+        return "zstd"
     if archive:
         if path.suffix == ".safetensors":
             raise UsageError(f"{quoted(path)} was written by torch.save, in spite of its name; rename it to .pt")
@@ -293,7 +365,9 @@ def fill(
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
     shards: WeightShards | None = None,
 ) -> Model:
-    """Load tensors into a meta-device module, one at a time, each through `change`.
+    """Load tensors into a meta-device module, one at a time, each through `change`, in `dtype`.
+
+    Those that a submodule lists as its `float32_parameters` are in float32.
 
     shards: parts of the weights that this rank keeps; None for all of them.
 
@@ -314,12 +388,18 @@ def fill(
         others = [name for name in tensors if name not in expected] or tensors
         near = alike_in_file(missing, others) if missing else ""
         raise CheckpointError(f"{quoted(source)} does not fit the model: {'; '.join(wrong[:12])}{more}{near}")
+    kept = {
+        f"{prefix}.{name}"
+        for prefix, part in module.named_modules()
+        for name in getattr(part, "float32_parameters", ())
+    }
     state = {}
     for name in expected:
         own, tensor = name, change(name, unscaled(tensors[name]))
+        kind = torch.float32 if name in kept else dtype
         if shards is not None:
-            own, tensor = shards.part(name, tensor, dtype)
-        state[own] = finite(source, name, tensor.to(device=device, dtype=dtype))
+            own, tensor = shards.part(name, tensor, kind)
+        state[own] = finite(source, name, tensor.to(device=device, dtype=kind))
     if shards is not None:
         shards.divide(module)
     module.load_state_dict(state, strict=True, assign=True)
@@ -328,7 +408,8 @@ def fill(
 
 def finite(source: object, name: str, tensor: Tensor) -> Tensor:
     """Return the tensor. Raises CheckpointError if a value is infinite or NaN."""
-    if not tensor.isfinite().all():
+    values = tensor.float() if tensor.dtype in FP8 else tensor  # torch has no isfinite of FP8
+    if not values.isfinite().all():
         kind = str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{quoted(source)}: {quoted(name)} is not finite in {kind}; the file is damaged, or take another dtype"

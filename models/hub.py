@@ -22,7 +22,8 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
 TEXT = (TEXT_ENCODER, *(f"google/umt5-xxl/{name}" for name in TOKENIZER))
-TRANSFORMER_PARTS = ("config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*")
+TRANSFORMER_PARTS = ("config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*", "transformer_2/*",
+                     "high_noise_model/*", "low_noise_model/*")  # fmt: skip
 OTHER_PARTS = ("Wan2.?_VAE.pth", "vae/*", "models_t5_*", "google/umt5-xxl/*", "text_encoder/*", "tokenizer/*")
 GIGABYTES = {  # of files whose size is known; messages leave out the others'
     "Wan2.1_VAE.pth": 0.5, "Wan2.2_VAE.pth": 2.8, TEXT_ENCODER: 11.4, "krea-realtime-video-14b.safetensors": 28.6,

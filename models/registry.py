@@ -40,10 +40,13 @@ def register(family: Family) -> None:
     )  # fmt: skip
     for what, new, taken in names:
         if both := set(new) & set(taken):
-            raise UsageError(f"family {family.name!r}: {what} {min(both)!r} is registered already; give another name")
+            raise UsageError(
+                f"family {quoted(family.name)}: {what} {quoted(min(both))} is registered already; give another name"
+            )
     for spec in family.models.values():
         if spec.family != family.name:
-            raise UsageError(f"model {spec.name!r} has family {spec.family!r}; expected {family.name!r}")
+            expected = quoted(family.name)
+            raise UsageError(f"model {quoted(spec.name)} has family {quoted(spec.family)}; expected {expected}")
     FAMILIES[family.name] = family
     MODELS.update(family.models)
     PRESETS.update(presets)
@@ -61,7 +64,7 @@ def family_of(spec: ModelSpec) -> Family:
     """Return the family of a model; UsageError for one that is not registered."""
     if spec.family not in FAMILIES:
         known = f"{nearest(spec.family, FAMILIES)}; there are {', '.join(FAMILIES)}"
-        raise UsageError(f"model {spec.name!r} has family {spec.family!r}, which is not registered{known}")
+        raise UsageError(f"model {quoted(spec.name)} has family {quoted(spec.family)}, which is not registered{known}")
     return FAMILIES[spec.family]
 
 
@@ -147,6 +150,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "model": spec.name,
         **{key: getattr(spec, key) for key in SIZES},
         "head_dim": spec.head_dim,
+        **({"weight_sets": list(checkpoint.sets)} if checkpoint.more else {}),
         "tensors": len(checkpoint.tensors),
         "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
         "dtypes": sorted({str(stored_dtype(tensor)).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
@@ -174,7 +178,7 @@ def default_model(preset: str | None) -> str:
     if preset is None:
         return TINYWORLD.demo
     base = find_preset(preset).about.base
-    return family_of(MODELS[base]).demo if base in MODELS else WAN.demo
+    return family_of(MODELS[base]).demo_of(find_preset(preset)) if base in MODELS else WAN.demo
 
 
 def default_preset(model: str) -> str:
@@ -182,7 +186,7 @@ def default_preset(model: str) -> str:
     if model in PRESETS:
         return model
     family = family_of(MODELS[model]) if model in MODELS else WAN
-    return family.presets[0].name
+    return family.preset_for(model).name
 
 
 def make_preset(name: str, **overrides: Any) -> Preset:

@@ -17,16 +17,25 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..schemes.sampler_spec import SOLVERS, TRAIN_TIMESTEPS, SamplerSpec, SolverRules
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of a block: the network's timestep and the noise level (sigma) at each."""
+    """Steps of a block: the network's timestep and the noise level (sigma) at each.
+
+    noise_sigmas: level of the noise that leads to each step, where it is another than the one x0 is predicted with.
+    """
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
+    noise_sigmas: tuple[float, ...] = ()
+
+    @property
+    def added(self) -> tuple[float, ...]:
+        """Level of the noise that leads to each step."""
+        return self.noise_sigmas or self.sigmas
 
 
 class Solver(ABC):
@@ -39,8 +48,8 @@ class Solver(ABC):
     rules: ClassVar[SolverRules]
     saved_numbers: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, sigmas: Sequence[float]) -> None:
-        self.sigmas = tuple(sigmas)
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule_of_block, self.sigmas = schedule, schedule.sigmas
 
     @classmethod
     @abstractmethod
@@ -99,7 +108,7 @@ CLASSES: dict[str, type[Solver]] = {}
 def register_solver(solver: type[Solver]) -> type[Solver]:
     """Add a solver, which presets then name. UsageError for a name that is taken."""
     if solver.name in CLASSES:
-        raise UsageError(f"solver {solver.name!r} is registered already; give another name")
+        raise UsageError(f"solver {quoted(solver.name)} is registered already; give another name")
     CLASSES[solver.name] = solver
     assert SOLVERS.setdefault(solver.name, solver.rules) == solver.rules
     return solver
@@ -111,8 +120,26 @@ def shifted(spec: SamplerSpec, sigmas: Tensor) -> Tensor:
 
 
 def table_sigmas(spec: SamplerSpec) -> Tensor:
-    """Noise levels of all training timesteps: float32 [1000], descending from 1."""
-    return shifted(spec, torch.linspace(1, 0, TRAIN_TIMESTEPS + 1)[:-1])
+    """Noise levels of all training timesteps: float32 [1000], descending from `sigma_max`."""
+    return shifted(spec, torch.linspace(spec.sigma_max, 0, TRAIN_TIMESTEPS + 1)[:-1])
+
+
+def truncated_schedule(spec: SamplerSpec, steps: Sequence[float]) -> Schedule:
+    """Steps of a table whose timesteps are whole numbers, of which several rows may share one.
+
+    The table is computed in float64 from a first level in float32, and stored in float32.
+    """
+    first = float(torch.tensor(spec.sigma_max, dtype=torch.float32))
+    sigmas = shifted(spec, torch.linspace(first, 0, TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1])
+    timesteps = (sigmas * TRAIN_TIMESTEPS).long()
+    chosen = [int(timesteps[TRAIN_TIMESTEPS - int(step)]) for step in steps]
+    rows = [(timesteps == timestep).nonzero().flatten().tolist() for timestep in chosen]
+    levels = sigmas.to(torch.float32)
+    return Schedule(
+        tuple(map(float, chosen)),
+        tuple(float(levels[alike[0]]) for alike in rows),
+        tuple(float(levels[alike[min(1, len(alike) - 1)]]) for alike in rows),
+    )
 
 
 def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -132,6 +159,8 @@ class RenoiseSolver(Solver):
     def schedule(cls, spec: SamplerSpec, strength: float) -> Schedule:
         """Timesteps of the step list, and the noise level of the table entry nearest to each."""
         steps, sigmas = [step * strength for step in spec.denoising_step_list], table_sigmas(spec)
+        if spec.table == "truncated":
+            return truncated_schedule(spec, steps)
         if spec.warp_denoising_step:
             table = torch.cat((sigmas * TRAIN_TIMESTEPS, torch.zeros(1)))
             steps = [float(table[TRAIN_TIMESTEPS - int(step)]) for step in steps]
@@ -140,7 +169,7 @@ class RenoiseSolver(Solver):
 
     def advance(self, x: Tensor, velocity: Tensor, step: int, draw: Callable[[], Tensor]) -> Tensor:
         x0 = (x.double() - self.sigmas[step] * velocity.double()).to(x.dtype)
-        return x0 if step + 1 == len(self.sigmas) else noised(x0, draw(), self.sigmas[step + 1])
+        return x0 if step + 1 == len(self.sigmas) else noised(x0, draw(), self.schedule_of_block.added[step + 1])
 
 
 @register_solver
@@ -155,8 +184,8 @@ class UniPCSolver(Solver):
     rules = SolverRules(step_list=False)
     saved_numbers = ("predictions", "order")
 
-    def __init__(self, sigmas: Sequence[float]) -> None:
-        super().__init__(sigmas)
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(schedule)
         self.predictions: list[Tensor] = []
         self.before: Tensor | None = None
         self.order = 1

@@ -34,6 +34,7 @@ class ModelSpec:
     fps: int
     default_size: tuple[int, int]  # width, height in pixels
     grid: tuple[int, int] | None  # rows and columns of a learned position embedding, None without one
+    camera_channels: int | None  # entries of a pixel's ray, None for a model that follows no camera
     actions: tuple[str, ...]  # names of the actions of a latent frame; none for models that follow only text
 
     def __post_init__(self) -> None:
@@ -50,6 +51,16 @@ class ModelSpec:
     def kv_dim(self) -> int:
         """Width of keys and of values: that of all their heads together."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of a frame's condition, which stand after its noisy latents: mask and image. 0 without one."""
+        return self.in_channels - self.out_channels
+
+    @property
+    def frame_channels(self) -> int:
+        """Channels that a pass takes of a latent frame beside its latents: its condition, then its folded rays."""
+        return self.condition_channels + (self.camera_channels or 0) * self.vae_stride[1] ** 2
 
     @property
     def text_rows(self) -> int:

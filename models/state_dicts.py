@@ -18,6 +18,7 @@ from ..errors import CheckpointError, UsageError, quoted, quoted_all
 from .files import alike_in_file, check_file, read_json, read_tensors
 from .scaled_weights import FLOATS, with_scales
 
+PACKED = ".zst"  # after the name of a compressed file
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}  # anywhere in a name
 CONTAINERS = {
@@ -106,14 +107,15 @@ def choose_state_dict(
     use_ema: bool = True,
     order: tuple[str, ...] = (),
     first: str | None = None,
+    own_scales: bool = False,
 ) -> tuple[Place, dict[str, Tensor]]:
     """Choose the state dict of a `kind` of part; returns its place and tensors.
 
     With `use_ema` a moving average is preferred. order: keys of a known training file, best first. first: a tensor of
     every part of the kind, for an error that shows the names like it. Tensors beside the state dict that belong to no
     known part are included, so that `fill` reports them as unexpected. Weights with scales of a published layout are
-    joined with them. Raises UsageError if there is no such state dict, if there are several,
-    or if it is quantised in another way.
+    joined with them, unless the part has scales as tensors of its own (own_scales). Raises UsageError if there is no
+    such state dict, if there are several, or if it is quantised in another way.
     """
     groups = state_dicts(path, content, order)
     fit = {place: group for place, group in groups.items() if is_kind(group) and not TRAINING & set(place.words)}
@@ -128,7 +130,7 @@ def choose_state_dict(
         present = sorted(listed_names(content, groups))
         if first is not None and groups:
             near = alike_in_file(first, present)
-            raise UsageError(f"{quoted(path)} is no {kind}: no {first!r} in it{near}; give names for it")
+            raise UsageError(f"{quoted(path)} is no {kind}: no {quoted(first)} in it{near}; give names for it")
         raise UsageError(f"{quoted(path)} is no {kind}: it holds {quoted_all(present) or 'nothing'}")
     averaged = [place for place in fit if place.averaged]
     plain = [place for place in fit if not place.averaged]
@@ -147,8 +149,10 @@ def choose_state_dict(
     place = (ordered or chosen)[0]
     counters = AVERAGE_COUNTERS if place.averaged else ()
     own = {name: tensor for name, tensor in fit[place].items() if name not in counters}
-    tensors = with_scales(path, own | strays(path, place, fit, groups))
-    refuse_quantised(path, tensors)
+    tensors = own | strays(path, place, fit, groups)
+    if not own_scales:
+        tensors = with_scales(path, tensors)
+        refuse_quantised(path, tensors)
     return place, tensors
 
 
@@ -178,8 +182,8 @@ def strays(
 def refuse_two_experts(path: object, name: str) -> None:
     raise UsageError(
         f"{quoted(path)} is of a two-expert model ({quoted(name)}): a second transformer runs the steps of the other "
-        "noise levels; "
-        "this version does not run models with two transformers"
+        "noise levels; name the folder that holds both, as transformer and transformer_2, or as high_noise_model and "
+        "low_noise_model"
     )
 
 
@@ -219,10 +223,11 @@ def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
         index = folder / f"{stem}{suffix}.index.json"
         if index.exists():
             return indexed_files(index)
-    exact = [path for suffix in (".safetensors", ".bin") if (path := folder / f"{stem}{suffix}").exists()]
+    exact = [path for suffix in (".safetensors", ".bin") if (path := packed_or(folder / f"{stem}{suffix}")).exists()]
     if exact:
         return WeightFiles((exact[0],))
-    files = sorted(path for path in folder.glob(f"{stem}[-_.]*") if path.suffix in WEIGHTS)
+    named = (path for path in folder.glob(f"{stem}[-_.]*") if without_packing(path).suffix in WEIGHTS)
+    files = sorted(path for path in named if packed_or(without_packing(path)) == path)
     shards = [path for path in files if SHARD.search(path.name)]
     if shards and len(shards) == len(files):
         return WeightFiles(complete_shards(folder, shards))
@@ -230,6 +235,16 @@ def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
         names = quoted_all(path.name for path in files)
         raise UsageError(f"{quoted(folder)} holds several checkpoints ({names}); name one of them")
     return WeightFiles((files[0],)) if files else None
+
+
+def packed_or(path: Path) -> Path:
+    """The path, or that of its zstd file where only that is there."""
+    packed = path.with_name(f"{path.name}{PACKED}")
+    return packed if packed.exists() and not path.exists() else path
+
+
+def without_packing(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == PACKED else path
 
 
 def complete_shards(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
@@ -260,9 +275,10 @@ def indexed_files(index: Path) -> WeightFiles:
     for file in files:
         if Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{quoted(index)} names the file {quoted(file)}; expected one in its own folder")
-    if missing := [file for file in files if not (index.parent / file).exists()]:
+    paths = [packed_or(index.parent / file) for file in files]
+    if missing := [path.name for path in paths if not path.exists()]:
         raise CheckpointError(f"{quoted(index.parent)} lacks {quoted_all(missing)}; the download is not complete")
-    return WeightFiles(tuple(index.parent / file for file in files), names)
+    return WeightFiles(tuple(paths), names)
 
 
 def read_weight_files(source: WeightFiles) -> dict[str, Any]:
@@ -276,7 +292,7 @@ def read_weight_files(source: WeightFiles) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{quoted(name)} stands in {quoted(file.name)} and in another shard; download them again"
                 )
-            if source.index is not None and source.index.get(name) != file.name:
+            if source.index is not None and source.index.get(name) != without_packing(file).name:
                 raise CheckpointError(
                     f"{quoted(file)} holds {quoted(name)}, which its index does not list; fetch both again"
                 )

@@ -6,6 +6,7 @@ Shapes: B batch, F latent frames, P tokens per frame, T = F*P, n heads, k heads 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,11 +26,13 @@ class Precision:
     modulation: time MLP, layer norms, modulation and residual sums; None is the model's dtype.
     rope: rotation of queries and keys.
     sinusoid: sines and cosines of the timestep.
+    residual: True where the residual stream, the time projection and the head stay in modulation's dtype.
     """
 
     modulation: torch.dtype | None
     rope: torch.dtype
     sinusoid: torch.dtype
+    residual: bool = False
 
 
 PRECISIONS: dict[str, Precision] = {
@@ -37,6 +40,8 @@ PRECISIONS: dict[str, Precision] = {
     "reference": Precision(modulation=None, rope=torch.float64, sinusoid=torch.float64),
     # Nearer to exact modulation in bfloat16, but not the numbers the checkpoints were made with.
     "diffusers": Precision(modulation=torch.float32, rope=torch.float32, sinusoid=torch.float32),
+    # All that is no matmul of a layer in float32, the residual stream included.
+    "wide": Precision(modulation=torch.float32, rope=torch.float64, sinusoid=torch.float64, residual=True),
 }
 
 
@@ -73,6 +78,49 @@ class TextContext:
         assert self.vector is not None
         return self.vector[:, None].expand(-1, frames, -1)
 
+    def for_rows(self, rows: int) -> TextContext:
+        """The one prompt of this context for each of `rows` rows of a batch, as views."""
+
+        def spread(tensor: Tensor) -> Tensor:
+            return tensor.expand(rows, *tensor.shape[1:])
+
+        def pairs(layers: tuple[tuple[Tensor, Tensor], ...]) -> tuple[tuple[Tensor, Tensor], ...]:
+            return tuple((spread(keys), spread(values)) for keys, values in layers)
+
+        return TextContext(
+            pairs(self.text),
+            None if self.image is None else pairs(self.image),
+            None if self.mask is None else spread(self.mask),
+            None if self.vector is None else spread(self.vector),
+        )
+
+
+@dataclass(frozen=True)
+class FrameContext:
+    """What passes take of their frames beside noisy latents, the same in all passes of a block.
+
+    condition: channels [B, F, condition_channels, H, W] that stand after the latents. camera: its embedding [B, T, d];
+    None without one. modulation: (scale, shift) [B, T, d] of each layer, where they are made once for a block; None
+    where each pass makes them of `camera`.
+    """
+
+    condition: Tensor
+    camera: Tensor | None = None
+    modulation: tuple[tuple[Tensor, Tensor], ...] | None = None
+
+    @classmethod
+    def joined(cls, contexts: Sequence[FrameContext]) -> FrameContext:
+        """Frames of several sessions as one batch; all alike in what they have."""
+        if len(contexts) == 1:
+            return contexts[0]
+        cameras = [context.camera for context in contexts if context.camera is not None]
+        layers = zip(*(context.modulation for context in contexts if context.modulation is not None), strict=True)
+        modulation = tuple(
+            (torch.cat([scale for scale, _ in layer]), torch.cat([shift for _, shift in layer])) for layer in layers
+        )
+        condition = torch.cat([context.condition for context in contexts])
+        return cls(condition, torch.cat(cameras) if cameras else None, modulation or None)
+
 
 class Transformer(nn.Module, ABC):
     """Predicts the flow velocity of F latent frames, each at its own timestep."""
@@ -99,6 +147,13 @@ class Transformer(nn.Module, ABC):
     def embed_text(self, text: Tensor) -> TextContext:
         """Compute what passes need of a prompt, once for all of them, from rows [B, text_rows, text_dim]."""
 
+    def embed_frames(self, channels: Tensor, each_layer: bool = True) -> FrameContext:
+        """Compute what passes need of their frames, once for a block, from channels [B, F, frame_channels, H, W].
+
+        Only for models whose `frame_channels` are not 0. each_layer: make the modulation of every layer, too.
+        """
+        raise NotImplementedError(f"{self.spec.name} takes nothing of a frame beside its latents")
+
     @abstractmethod
     def forward(
         self,
@@ -114,5 +169,5 @@ class Transformer(nn.Module, ABC):
         timesteps: [B, F] in 0..1000, as the solver's schedule has them; [B, F, 2] where the solver has step conditions,
         which stand second. actions: [B, F, action_dim], for models that have them: the action that leads to each frame.
         origin: row and column of the first token in the grid of a learned position embedding, for a tile of a picture;
-        None for a whole one.
+        None for a whole one. Models with `frame_channels` take `frames` besides, a `FrameContext`.
         """

@@ -7,17 +7,18 @@ of several sessions can share passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InferixError
-from ..graphs.passes import Pass
+from ..graphs.passes import NULL, PROMPT, Pass
 from ..models.solvers import noised
 from ..schemes.block_schedule import (
     branch_run,
@@ -32,16 +33,18 @@ from ..schemes.block_schedule import (
 )
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
+from .frame_channels import GivenFrames, camera_key, frame_channels
 from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
 from .plans import BranchPass, GuidedPass, PassLayout, PassPlan, WholeBlock
 from .resources import Resources
-from .sampler import guided
+from .sampler import guided, latent_dtype
 from .sessions.engine_thread import shortages_named
-from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, run_lockstep
-from .sessions.session_state import BlockInFlight, PromptChange, SessionState
+from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, in_sizes, run_lockstep
+from .sessions.session_state import BlockInFlight, Branch, PromptChange, SessionState
 from .streams import to_device
 from .telemetry.records import BlockRecord
+from .worker_client import Handle
 
 T = TypeVar("T")
 
@@ -79,15 +82,18 @@ class BlockLoop:
                 yield from rebuild
         with record.span("denoise"):
             if self.runs_whole(state):
-                block = self.run_whole(state, record)
+                block = yield from self.run_whole(state, record)
             else:
                 block = yield from self.denoise(state, record)
         with record.span("commit"):
             if state.preset.context.commit_in_next:
                 state.timeline.uncommitted, state.uncommitted = block.span, block.latents
             elif state.preset.context.commit and not block.committed:
-                yield from self.commit(state, block.span, block.latents, record)
+                _, prompts = self.prompts_of(state, [block])
+                yield from self.commit(state, block.span, block.latents, record, prompts)
         block.latents = self.without_given(state, block)
+        if state.camera is not None and not state.preset.context.recomputes:
+            state.camera.forget(state.timeline.next_frame)
         return block
 
     def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool) -> None:
@@ -109,15 +115,46 @@ class BlockLoop:
             return
         change.left -= 1
         share = 1 - change.left / (change.blocks - 1) if change.blocks > 1 else 1.0
-        state.rows = torch.lerp(change.old, change.new, share)
-        text = self.resources.client.condition(self.resources.parts.transformer.text_inputs(state.rows, dropped=False))
-        for branch in state.branches:
-            if branch.role.text == "prompt":
-                branch.text = text
+        self.use_prompt(state, torch.lerp(change.old, change.new, share))
         if change.left == 0:
             state.change = None
         if (yield from self.recache(state)):
             mark_rollback()  # recaching twice would move the sink twice
+
+    def use_prompt(self, state: SessionState, rows: Tensor) -> None:
+        """Put a prompt's rows in force; blocks in flight keep theirs where the policy says so."""
+        if state.preset.context.prompt_switch == "join":
+            for block in state.flight:
+                if block.rows is None:
+                    block.rows, block.texts = state.rows, tuple(branch.text for branch in state.branches)
+        state.rows = rows
+        texts = self.conditioned(state, rows)
+        for branch, text in zip(state.branches, texts, strict=True):
+            branch.text = text
+
+    def conditioned(self, state: SessionState, rows: Tensor) -> tuple[Handle, ...]:
+        """A prompt as each branch takes it; a branch without the prompt keeps its own text."""
+        text = self.resources.client.condition(self.resources.parts.transformer.text_inputs(rows, dropped=False))
+        return tuple(text if branch.role.text == "prompt" else branch.text for branch in state.branches)
+
+    def prompts_of(
+        self, state: SessionState, blocks: Sequence[BlockInFlight]
+    ) -> tuple[dict[int, int], list[dict[int, Handle]]]:
+        """Numbers of texts by frame, and prompts by these numbers for each branch, of blocks of several prompts.
+
+        Both are empty where all blocks follow the prompt in force. The oldest block's prompt has the number `PROMPT`.
+        """
+        if all(block.rows is None for block in blocks):
+            return {}, [{} for _ in state.branches]
+        current, numbers, by_frame = tuple(branch.text for branch in state.branches), dict[Any, int](), dict[int, int]()
+        for block in blocks:
+            if block.rows is not None and block.texts is None:
+                block.texts = self.conditioned(state, block.rows)
+            texts = current if block.rows is None else block.texts
+            number = numbers.setdefault(texts, NULL + len(numbers) if numbers else PROMPT)
+            by_frame |= dict.fromkeys(block.span.frames, number)
+        prompts = [{number: texts[index] for texts, number in numbers.items()} for index in range(len(current))]
+        return by_frame, prompts
 
     def recache(self, state: SessionState) -> BlockSteps[bool]:
         """Pass the visible past through the network under the prompt in force; False where the policy asks for none."""
@@ -133,7 +170,7 @@ class BlockLoop:
                 branch.cache.clear()
             if (window := scheduled.window) is not None:
                 branch.cache.set_window(window)
-            yield ForwardRequest(branch, run, latents, self.actions_of(state, run))
+            yield self.request(state, branch, run, latents, {})
         return True
 
     def rebuild_context(
@@ -174,7 +211,9 @@ class BlockLoop:
             if scheduled.committed is not None:
                 assert state.uncommitted is not None
                 latents.insert(0, self.with_given(state, scheduled.committed, state.uncommitted))
-            velocity = yield from self.network_pass(state, scheduled.run, torch.cat(latents), record)
+            by_frame, prompts = self.prompts_of(state, flight)
+            run = scheduled.run.with_texts(by_frame)
+            velocity = yield from self.network_pass(state, run, torch.cat(latents), record, prompts)
             parts = velocity.split([len(part) for part in latents])
             for block, part in zip(flight, parts[-len(flight) :], strict=True):
                 self.advance(state, block, part)
@@ -182,12 +221,17 @@ class BlockLoop:
         return flight.pop(0)
 
     def commit(
-        self, state: SessionState, span: Span, latents: Tensor, record: BlockRecord | None = None
+        self,
+        state: SessionState,
+        span: Span,
+        latents: Tensor,
+        record: BlockRecord | None = None,
+        prompts: Sequence[Mapping[int, Handle]] = (),
     ) -> BlockSteps[None]:
         """Run one pass over the clean latents, for the keys and values it leaves in the cache."""
         scheduled = commit_pass(state.timeline, span)
         self.roll_caches(state, scheduled.run, scheduled.beside)
-        yield from self.network_pass(state, scheduled.run, latents, record)
+        yield from self.network_pass(state, scheduled.run, latents, record, prompts)
 
     def runs_whole(self, state: SessionState) -> bool:
         """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
@@ -196,18 +240,17 @@ class BlockLoop:
         whole = self.resources.worker.supports_whole_block and supports_whole_block(state.preset, state.next_block)
         return whole and plain and not clamped
 
-    def run_whole(self, state: SessionState, record: BlockRecord) -> BlockInFlight:
-        """Run all steps and the commit of a block in one launch; no other block is in flight."""
+    def run_whole(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
+        """Run all steps and the commit of a block in one launch; no other block of the session is in flight."""
         block, (branch,) = self.admit(state), state.branches
         assert isinstance(state.noise, PhiloxNoise)
         frames, seed = block.span.frames, state.noise.seed
         run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
         self.roll_caches(state, run)
-        request = ForwardRequest(branch, run, block.latents, self.actions_of(state, run))
-        layout = branch.cache.layout(run)
+        request = self.request(state, branch, run, block.latents, {})
+        request = replace(request, whole=WholeBlock(frames.start, seed))
         with record.one_pass():
-            (block.latents,) = self.execute([request], layout, WholeBlock(frames.start, seed))
-        branch.cache.end_pass()
+            block.latents = yield request
         self.check_finite(block)
         block.committed = state.preset.context.commit
         return block
@@ -217,6 +260,8 @@ class BlockLoop:
     def admit(self, state: SessionState) -> BlockInFlight:
         """Admit the next block: noise, or a given video with noise added. InferixError where the video has ended."""
         span = state.timeline.admit()
+        if (rows := state.prompts.pop(span.index, None)) is not None:
+            self.use_prompt(state, rows)
         sampler = state.sampler.of_block(span.index)
         latents = self.draw(state, span, 0)
         if state.source is not None:
@@ -276,56 +321,88 @@ class BlockLoop:
             return ()
         return tuple(state.actions.of(frame) for frame in run.frames)
 
+    def request(
+        self, state: SessionState, branch: Branch, run: Pass, latents: Tensor, prompts: Mapping[int, Handle]
+    ) -> ForwardRequest:
+        """A request for one pass of one branch over latents [F, C, H, W], with all that its frames are given."""
+        actions, given = self.actions_of(state, run), self.given(state, run, latents)
+        return ForwardRequest(branch, run, latents, actions, given, prompts)
+
+    def given(self, state: SessionState, run: Pass, latents: Tensor) -> Handle | None:
+        """What a pass is given of its frames beside latents: prepared once for passes over the same frames in turn."""
+        spec = self.resources.spec
+        if not spec.frame_channels:
+            return None
+        key = run.frames, camera_key(state.camera, run.frames)
+        if state.given is None or state.given.key != key:
+            channels = frame_channels(spec, state.image, state.camera, run.frames, latents)
+            state.given = None  # what it keeps is freed before the next is made
+            state.given = GivenFrames(key, self.resources.client.embed_frames(channels))
+        return state.given.handle
+
     def draw(self, state: SessionState, span: Span, draw: int) -> Tensor:
         """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
         shape = (self.resources.spec.out_channels, *self.resources.spec.latent_size(state.size))
         noise = state.noise.draw(span.index, span.frames, draw, shape)
-        return to_device(noise, self.resources.device, self.resources.dtype)
+        dtype = latent_dtype(state.preset.sampler, self.resources.dtype)
+        return to_device(noise, self.resources.device, dtype)
 
     # Passes
 
     def network_pass(
-        self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None = None
+        self,
+        state: SessionState,
+        run: Pass,
+        latents: Tensor,
+        record: BlockRecord | None = None,
+        prompts: Sequence[Mapping[int, Handle]] = (),
     ) -> BlockSteps[Tensor]:
         """Run one pass over latents [F, C, H, W]; returns the velocity [F, C, H, W], guided.
 
-        Branches without a weight run only where the pass writes to their past. A branch that does not run a frame has
-        velocity 0 there.
+        prompts: of the texts of the pass, by number, for each branch; none for those of the branches. Branches without
+        a weight run only where the pass writes to their past. A branch that does not run a frame has velocity 0 there.
         """
         guidance = state.preset.sampler.guide
         timesteps = {frame: group.timestep for group in run.groups for frame in group.frames}
         levels = [timesteps[frame] for frame in run.frames]
         weighted = guidance.branches_at([group.timestep for group in run.groups if group.denoised])
-        velocities = yield from self.branch_passes(state, run, latents, record)
+        velocities = yield from self.branch_passes(state, run, latents, record, prompts)
         if not weighted:
             return torch.zeros_like(latents)
         none = torch.zeros_like(latents)
         return guided(guidance, {number: velocities.get(number, none) for number in weighted}, levels)
 
     def branch_passes(
-        self, state: SessionState, run: Pass, latents: Tensor, record: BlockRecord | None
+        self,
+        state: SessionState,
+        run: Pass,
+        latents: Tensor,
+        record: BlockRecord | None,
+        prompts: Sequence[Mapping[int, Handle]] = (),
     ) -> BlockSteps[dict[int, Tensor]]:
         """Run one pass over latents [F, C, H, W] in the branches that it needs; returns velocities by their number."""
         guidance, velocities = state.preset.sampler.guide, dict[int, Tensor]()
         timed: AbstractContextManager[None] = nullcontext() if record is None else record.one_pass()
         with timed:
             if self.resources.branches_apart:
-                return self.branches_together(state, run, latents)
+                return self.branches_together(state, run, latents, prompts)
             for number, branch in enumerate(state.branches):
                 own = branch_run(guidance, run, number)
                 if own is None:
                     continue
+                others = prompts[number] if prompts else {}
                 if own.frames == run.frames:
-                    velocities[number] = yield ForwardRequest(branch, own, latents, self.actions_of(state, own))
+                    velocities[number] = yield self.request(state, branch, own, latents, others)
                     continue
                 velocity = torch.zeros_like(latents)
                 rows = [run.frames.index(frame) for frame in own.frames]
-                request = ForwardRequest(branch, own, latents[rows], self.actions_of(state, own))
-                velocity[rows] = yield request
+                velocity[rows] = yield self.request(state, branch, own, latents[rows], others)
                 velocities[number] = velocity
         return velocities
 
-    def branches_together(self, state: SessionState, run: Pass, latents: Tensor) -> dict[int, Tensor]:
+    def branches_together(
+        self, state: SessionState, run: Pass, latents: Tensor, prompts: Sequence[Mapping[int, Handle]] = ()
+    ) -> dict[int, Tensor]:
         """`branch_passes` where branches have ranks of their own, which run them at the same time."""
         guidance, plans, velocities = state.preset.sampler.guide, list[BranchPass](), dict[int, Tensor]()
         for number, branch in enumerate(state.branches):
@@ -333,7 +410,8 @@ class BlockLoop:
                 continue
             velocities[number] = torch.zeros_like(latents)
             rows = tuple(run.frames.index(frame) for frame in own.frames)
-            request = ForwardRequest(branch, own, latents, self.actions_of(state, own))
+            others = prompts[number] if prompts else {}
+            request = self.request(state, branch, own, latents, others)
             try:
                 plan = self.plan([request], branch.cache.layout(own))
             finally:
@@ -346,13 +424,17 @@ class BlockLoop:
         return velocities
 
     def answer(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:
-        """Return the results of requests, in order; compatible ones run as one batch."""
-        groups = [(group, self.answer_group(group)) for group in group_compatible(requests)]
+        """Return the results of requests, in order; compatible ones run as one batch, or several of the sizes that the
+        executor has programs for.
+        """
+        sizes = self.resources.config.executor_spec.batch_sizes
+        runs = [run for group in group_compatible(requests) for run in in_sizes(group, sizes)]
+        groups = [(run, self.answer_group(run)) for run in runs]
         results = {request: result for group, answers in groups for request, result in zip(group, answers, strict=True)}
         return [results[request] for request in requests]
 
     def answer_group(self, requests: Sequence[ForwardRequest]) -> Sequence[ForwardResult]:
-        """Return velocities from one batch; if it fails, run each request by itself to isolate the failure."""
+        """Return the results of one batch; if it fails, run each request by itself to isolate the failure."""
         try:
             with shortages_named():
                 return self.forward(requests)
@@ -366,7 +448,7 @@ class BlockLoop:
         return results
 
     def forward(self, requests: Sequence[ForwardRequest]) -> list[Tensor]:
-        """Run the network once for compatible requests; returns the velocity [F, C, H, W] of each."""
+        """Run one pass, or whole blocks, for compatible requests; returns the result [F, C, H, W] of each."""
         caches = [request.branch.cache for request in requests]
         try:
             return self.execute(requests, layout_together(caches, [request.run for request in requests]))
@@ -374,11 +456,9 @@ class BlockLoop:
             for cache in caches:
                 cache.end_pass()
 
-    def execute(
-        self, requests: Sequence[ForwardRequest], layout: PassLayout, whole: WholeBlock | None = None
-    ) -> list[Tensor]:
-        """Have the worker run one pass, or a whole block; returns the result [F, C, H, W] of each request."""
-        plan = self.plan(requests, layout, whole)
+    def execute(self, requests: Sequence[ForwardRequest], layout: PassLayout) -> list[Tensor]:
+        """Have the worker run one pass, or whole blocks; returns the result [F, C, H, W] of each request."""
+        plan = self.plan(requests, layout)
         latents = torch.stack([request.latents for request in requests])
         if self.resources.branches_apart:
             branch = BranchPass(requests[0].branch.number, tuple(range(latents.shape[1])), plan)
@@ -387,17 +467,17 @@ class BlockLoop:
             (result,) = self.resources.client.execute(plan, latents)
         return list(result)
 
-    def plan(
-        self, requests: Sequence[ForwardRequest], layout: PassLayout, whole: WholeBlock | None = None
-    ) -> PassPlan:
-        """The plan of one pass of some requests, or of a whole block."""
+    def plan(self, requests: Sequence[ForwardRequest], layout: PassLayout) -> PassPlan:
+        """The plan of one pass of some requests, or of whole blocks."""
         return PassPlan(
             layout=layout,
             timesteps=tuple(request.run.timesteps for request in requests),
             texts=tuple(request.texts for request in requests),
             actions=tuple(request.actions for request in requests if request.actions),
-            whole=whole,
+            whole=tuple(request.whole for request in requests if request.whole is not None),
             condition=requests[0].run.condition,
+            weights=requests[0].run.weights,
+            frames=tuple(request.given.number for request in requests if request.given is not None),
         )
 
     # Outside of a block

@@ -27,6 +27,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+CAMERA_LAYERS = ("block", "pass")
 EVERY_BLOCK = ("blocks.*",)  # layers that low precision is for, unless told
 FP8_CAPABILITY = (8, 9)  # of GPUs whose kernels read FP8
 
@@ -51,6 +52,8 @@ class EngineConfig:
     that was registered, or FILE.py:FUNCTION. gpus: ranks that share each pass. parallel: their layout, a name
     of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large matrices, and gather each when its layer
     runs. rank_timeout: seconds after which a rank that does not answer counts as hung.
+    camera_layers: what depends on a camera alone is computed once per `block` and kept, or in every `pass`, which needs
+    less memory.
     """
 
     model: str
@@ -84,6 +87,7 @@ class EngineConfig:
     parallel: str = AUTO
     shard_weights: bool = False
     rank_timeout: float = 60.0
+    camera_layers: str = "block"
 
     @classmethod
     def of(cls, model: str | Path, preset: str, **settings: Any) -> EngineConfig:
@@ -113,6 +117,7 @@ class EngineConfig:
             raise UsageError("lora_partial is True, but there is no lora; give lora")
         check_device(self.device)
         check_choice("parallel", self.parallel, (AUTO, *LAYOUTS))
+        check_choice("camera_layers", self.camera_layers, CAMERA_LAYERS)
         self._check_ranks()
         for key in ("kv_dtype", "lowp"):
             if getattr(self, key) == "fp8" and self.device.startswith("cuda"):
@@ -154,18 +159,23 @@ class EngineConfig:
         ):
             if value is not None and not taken:
                 use = names_with(capable)
-                raise UsageError(f"{key} is {quoted(value)}, which executor {name!r} does not take; use {use}")
+                raise UsageError(f"{key} is {quoted(value)}, which executor {quoted(name)} does not take; use {use}")
         kind = torch.device(self.device).type
         if kind not in spec.devices:
             raise UsageError(
-                f"executor {name!r} runs on {' or '.join(spec.devices)}, and device is {quoted(self.device)}; use "
-                f"{names_with(lambda other: kind in other.devices)}"
+                f"executor {quoted(name)} runs on {' or '.join(spec.devices)}, and device is {quoted(self.device)}; "
+                f"use {names_with(lambda other: kind in other.devices)}"
             )
 
     @property
     def executor_spec(self) -> ExecutorSpec:
         """Capabilities of the executor."""
         return executor_spec(self.executor)
+
+    @property
+    def keeps_frames(self) -> bool:
+        """True where what depends on the channels of a block's frames is computed once and kept for the block."""
+        return self.camera_layers == "block"
 
     @property
     def precision_map(self) -> PrecisionMap | None:
@@ -198,7 +208,7 @@ def forms_by_op(key: str, value: Any) -> dict[str, str]:
 
 COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preset", "device", "dtype", "executor", "checkpoint_format"), text),
-    **dict.fromkeys(("precision", "kv_dtype", "lowp"), text),
+    **dict.fromkeys(("precision", "kv_dtype", "lowp", "camera_layers"), text),
     **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae"), path_text),
     **dict.fromkeys(("graphs", "batches", "engine", "names"), path_text),
     **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter", "shard_weights"), flag),

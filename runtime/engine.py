@@ -6,7 +6,7 @@ delivers, `block_loop` makes a block, `inputs` encodes what the user gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import AtCapacity, UsageError, quoted
 from ..models.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
+from ..schemes.camera import Camera, CameraMove, CameraTrack, Poses
 from ..schemes.layouts import RankGrid, check_size
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline
@@ -68,6 +69,17 @@ from .worker_client import Worker
 
 T = TypeVar("T")
 
+def by_block(name: str, value: Any) -> dict[int, str | Tensor | Path]:
+    """Check prompts by the number of a block: texts, or embeddings."""
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name} is {quoted(value)}; expected prompts by the number of their block")
+    prompts: dict[int, str | Tensor | Path] = {}
+    for block, given in value.items():
+        number = integer(1)(f"a key of {name}", block)
+        prompts[number] = given if isinstance(given, str) else embeddings(f"{name}[{block}]", given)
+    return prompts
+
+
 OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "seed": SEED,
     "size": picture_size,
@@ -75,7 +87,9 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "fit": choice(FITS),
     "strength": optional(above_zero(most=1)),
     "noise": optional(noise_source),
+    "camera": optional(instance(Camera)),
     "prompt_mask": optional(instance(Tensor)),
+    "prompts": optional(by_block),
     **dict.fromkeys(("prompt", "negative_prompt"), optional(text)),
     **dict.fromkeys(("prompt_embeds", "negative_embeds"), optional(embeddings)),
     **dict.fromkeys(("image", "video"), optional(pixels)),
@@ -130,14 +144,18 @@ class Engine:
         actions: Sequence[str] = (),
         fit: str = "crop",
         prompt_mask: Tensor | None = None,
+        prompts: Mapping[int, str | Tensor | Path] | None = None,
+        camera: Camera | None = None,
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
         prompt or prompt_embeds ([L, text_dim] or a safetensors file) says what to show; prompt_mask ([L]) is 0 for rows
-        that are not of the prompt. image or video (uint8
+        that are not of the prompt. prompts: of later blocks by number, texts or embeddings; each is that of its block
+        and of those after it, also where several blocks are in flight. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
         it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
-        the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...
+        the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...;
+        `camera` is where a model that follows one looks from.
         `fit` (crop, pad, stretch) brings files of other proportions to `size`; a video file is sampled at the model's
         rate. Raises UsageError for input that cannot be used.
         """
@@ -145,7 +163,7 @@ class Engine:
             "prompt": prompt, "prompt_embeds": prompt_embeds, "seed": seed, "image": image, "video": video,
             "strength": strength, "negative_prompt": negative_prompt, "negative_embeds": negative_embeds,
             "noise": noise, "size": self.default_size if size is None else size, "actions": actions, "fit": fit,
-            "prompt_mask": prompt_mask,
+            "prompt_mask": prompt_mask, "prompts": prompts, "camera": camera,
         })  # fmt: skip
         self.manager.check_owner("open()")
         try:
@@ -171,9 +189,18 @@ class Engine:
         actions: Sequence[str],
         fit: str,
         prompt_mask: Tensor | None,
+        prompts: Mapping[int, str | Tensor | Path] | None,
+        camera: Camera | None,
     ) -> Session:
         preset, inputs = self.preset, self.inputs
+        if prompts and preset.context.prompt_switch not in ("cut", "join"):
+            raise UsageError(
+                f"prompts are given by block, but prompt_switch is {preset.context.prompt_switch!r}, which works "
+                "between two blocks; call prompt() there, or use cut or join"
+            )
         self.spec.latent_size(size)
+        track = self._camera_track(camera, size)
+        self._check_image(image, video)
         if self.parts.size not in (None, size):
             width, height = self.default_size
             raise UsageError(f"size is {size[0]}x{size[1]}, but this engine makes pictures of {width}x{height} only")
@@ -188,9 +215,11 @@ class Engine:
         sampler = Sampler(preset.sampler, 1.0 if strength is None else strength)
         rows = inputs.prompt_rows(prompt, prompt_embeds, mask=prompt_mask)
         negative = inputs.negative_rows(negative_prompt, negative_embeds)
-        source = clamped = prefix = None
+        source = clamped = prefix = condition = None
         if video is not None and strength is not None:
             source = inputs.source_latents(video, size, fit)
+        elif image is not None and preset.context.image == "channels":
+            condition = inputs.image_condition(image, size, fit)
         elif image is not None and preset.context.image == "clamp" and video is None:
             clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
@@ -209,8 +238,35 @@ class Engine:
             negative=negative,
             source=source,
             clamped=clamped,
+            prompts={
+                block: inputs.prompt_rows(given, None) if isinstance(given, str) else inputs.prompt_rows(None, given)
+                for block, given in (prompts or {}).items()
+            },
+            camera=track,
+            image=condition,
         )
         return self.manager.open(state, None if prefix is None else partial(self.loop.cache_prefix, state, prefix))
+
+    def _camera_track(self, camera: Camera | None, size: tuple[int, int]) -> CameraTrack | None:
+        """Track of a stream's camera; UsageError for one too few or too many, and for too few poses."""
+        spec = self.spec
+        if spec.camera_channels is None:
+            if camera is not None:
+                raise UsageError(f"camera is given, but {spec.name} follows none, only its prompt; leave it out")
+            return None
+        if camera is None:
+            raise UsageError(f"{spec.name} follows a camera, and there is none; give camera, a path or Camera()")
+        stride, block = spec.vae_stride[0], self.preset.num_frame_per_block
+        return CameraTrack.begin(camera, size, spec.default_size, stride, spec.fps, block)
+
+    def _check_image(self, image: object, video: object) -> None:
+        """UsageError for a model with condition channels without an image, or with a video."""
+        if not self.spec.condition_channels:
+            return
+        if video is not None:
+            raise UsageError(f"{self.spec.name} continues an image, not a video; give image")
+        if image is None:
+            raise UsageError(f"{self.spec.name} begins with an image, and there is none; give image")
 
     def check_integrity(self) -> None:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
@@ -247,14 +303,25 @@ class Engine:
             refused = None
             if control.kind == "act":
                 state.actions.set_from(state.timeline.next_frame, control.value)
+            elif control.kind == "camera":
+                self._move_camera(state, control.value)
             else:
                 try:
                     self._change_prompt(state, *control.value)
                 except UsageError as error:
                     refused = str(error)
-            shown = state.timeline.next_block if control.kind == "act" else state.next_block
+            shown = state.next_block if control.kind == "prompt" else state.timeline.next_block
             session.mark_rollback()
             self.manager.acknowledge(session, control, shown, refused)
+
+    def _move_camera(self, state: SessionState, value: CameraMove | Poses) -> None:
+        """Have the camera follow keys or poses from the next block that begins."""
+        assert state.camera is not None
+        frame = state.timeline.next_frame
+        if isinstance(value, CameraMove):
+            state.camera.hold(frame, value, state.preset.block_size(frame))
+        else:
+            state.camera.follow(frame, value)
 
     def _change_prompt(self, state: SessionState, text: str | None, embeds: Tensor | str | Path | None) -> None:
         prefix = state.preset.scene_cut_prefix
@@ -325,7 +392,9 @@ class Engine:
         config, card = self.config, card_of(self.device)
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))
-        self.resources.executor.start_profile(profile)
+        for executor in dict.fromkeys(self.resources.executors):
+            executor.start_profile(profile)
+        self.manager.scheduler.batch_room = 1  # each block has passes of its own
         self.observe(profile.note_decoding)
         self.profile = profile
         return profile
@@ -334,12 +403,15 @@ class Engine:
         """Bytes of the engine and of one session's decoder, by owner."""
         pages = sum(store.nbytes for store in self.kv_manager.stores.values())
         owned = {"weights": self._weight_bytes, "pages": pages, "decoder state": state.decoder.state.nbytes}
-        return owned | self.executor.bytes_by_owner()
+        for executor in dict.fromkeys(self.resources.executors):
+            for owner, count in executor.bytes_by_owner().items():
+                owned[owner] = owned.get(owner, 0) + count
+        return owned
 
     @cached_property
     def _weight_bytes(self) -> int:
         """Bytes of the transformer and the decoder."""
-        modules = (self.parts.transformer, self.parts.vae)
+        modules = dict.fromkeys((*self.parts.transformers, self.parts.vae))
         return sum(tensor.nbytes for module in modules for tensor in module.parameters())
 
     def follow_times(self, size: tuple[int, int], times: BatchProfile) -> None:

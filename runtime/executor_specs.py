@@ -23,15 +23,17 @@ class ExecutorSpec:
     about: its way of running a pass, one line. make: a function (config, preset, parts) that returns an `Executor`, or
     its place as "package.module:function", imported when the executor is first made. graphs: it runs lowered programs;
     they take memory of their own and can be stored (`graphs=`) and profiled. batches: one pass can serve several
-    sessions. devices: device types that it runs on; default_on: those for which it is the default. kv_dtypes: dtypes
-    of pages that it reads, None for all. lowp: kinds of low-precision linear layers that it runs; fast_lowp: faster
-    than full precision, and not only as a reference.
+    sessions; batch_sizes: as many as one of these numbers, ascending from 1, or any number where it is empty. devices:
+    device types that it runs on; default_on: those for which it is the default. kv_dtypes: dtypes of pages that it
+    reads, None for all. lowp: kinds of low-precision linear layers that it runs; fast_lowp: faster than full precision,
+    and not only as a reference.
     """
 
     about: str
     make: Callable[..., Any] | str
     graphs: bool = False
     batches: bool = False
+    batch_sizes: tuple[int, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     default_on: tuple[str, ...] = ()
     kv_dtypes: tuple[str, ...] | None = None
@@ -59,11 +61,12 @@ EXECUTORS = {  # from the plain reference to the fastest
     ),
     "fused": ExecutorSpec(
         about="the rewritten graph, its calls launched one by one",
-        make=f"{HERE}:make_fused", graphs=True, lowp=LOWP, fast_lowp=True,
+        make=f"{HERE}:make_fused", graphs=True, batches=True, lowp=LOWP, fast_lowp=True,
     ),
     "captured": ExecutorSpec(
         about="the rewritten graph, a whole block replayed as one CUDA graph where the preset allows it",
-        make=f"{HERE}:make_captured", graphs=True, devices=("cuda",), default_on=("cuda",), lowp=LOWP, fast_lowp=True,
+        make=f"{HERE}:make_captured", graphs=True, batches=True, batch_sizes=(1, 2, 4, 8), devices=("cuda",),
+        default_on=("cuda",), lowp=LOWP, fast_lowp=True,
     ),
 }  # fmt: skip
 MODEL_EXECUTORS: dict[str, ExecutorSpec] = {}  # come with a model's files (exported engines); for no other model

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UsageError, quoted
 from ..models.text.umt5 import clean_prompt, load_prompt_embeds
 from ..schemes.page_needs import branches, needs_negative
+from .frame_channels import ImageCondition
 from .media_input import read_image, read_video
 from .resources import Resources
 
@@ -90,6 +91,12 @@ class Inputs:
     def clamped_latents(self, image: Any, size: tuple[int, int], fit: str = "crop") -> Tensor:
         """Latents [1, C, H, W] of an image that is held as the first frame."""
         return self.encoded(self.pixels_of(image, size, True, fit), keep_end=False, whole_blocks=False)
+
+    def image_condition(self, image: Any, size: tuple[int, int], fit: str = "crop") -> ImageCondition:
+        """Condition channels of a stream that begins with an image."""
+        resources = self.resources
+        pixels = torch.from_numpy(self.pixels_of(image, size, True, fit).copy()).to(resources.device, resources.dtype)
+        return ImageCondition(resources.spec, resources.parts.vae, pixels.permute(0, 3, 1, 2) / 127.5 - 1)
 
     def prefix_latents(
         self, image: Any, video: Any, size: tuple[int, int], fit: str = "crop"

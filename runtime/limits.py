@@ -37,14 +37,15 @@ class Limits:
     schedule: `round-robin`, or `earliest-deadline`: the session that runs out of video first.
     when_full: `refuse` a session that does not fit, or `queue` it until others end.
     sessions: admitted sessions at a time. memory_bytes: bytes that all of them may need together (pages, decoder
-    state, latents). None: no limit.
+    state, latents, activations of a batch). None: no limit.
     realtime: each block has a deadline, the end of the previous one's playback. A session is admitted only if, by
     measured block times, all sessions meet theirs; with `overcommit` also another one.
     late_blocks: consecutive late blocks that trigger the next degradation step of `overload`.
     queue_blocks: blocks of a session, in progress or finished, that its consumer has not taken.
     consumer_timeout: seconds after which a session whose blocks are not taken is ended; None for never.
     batch: most sessions in a batch, used where measured times say it is faster; 1 for none, None for as many as were
-    measured.
+    measured. batch_wait: share of the time of a block alone for which sessions that are ready may wait for others to
+    make a larger batch, where measured times say that more is done so and no deadline is missed; None for no wait.
     """
 
     schedule: str = "round-robin"
@@ -58,6 +59,7 @@ class Limits:
     queue_blocks: int = 2
     consumer_timeout: float | None = None
     batch: int | None = None
+    batch_wait: float | None = None
 
     def __post_init__(self) -> None:
         """UsageError for a value of a wrong type or one that cannot be."""
@@ -77,6 +79,7 @@ CHECKS = {
     **dict.fromkeys(("realtime", "overcommit"), flag),
     "overload": steps,
     "consumer_timeout": optional(above_zero("seconds")),
+    "batch_wait": optional(above_zero("a share", most=1)),
     **dict.fromkeys(("late_blocks", "queue_blocks"), integer(1)),
     **dict.fromkeys(("sessions", "memory_bytes", "batch"), optional(integer(1))),
 }

@@ -73,23 +73,23 @@ def load(
         if key not in FIELDS and key not in SETTINGS:
             raise no_setting(key, {*FIELDS, *SETTINGS, *ABOUT_LOADING})
     model = default_model(preset) if model is None else model
-    config = EngineConfig.of(
-        model, preset or default_preset(str(model)), **{key: settings.pop(key) for key in SETTINGS if key in settings}
-    )
+    own = {key: settings.pop(key) for key in SETTINGS if key in settings}
+    name = preset or default_preset(str(model))
+    scheme = make_preset(name, **settings)
+    config = EngineConfig.of(model, name, **{"precision": scheme.precision} | own)
     plain = dict(settings)
-    scheme = make_preset(config.preset, **settings)
     if config.batches is not None:
         entries(Path(config.batches))  # so that a bad file is refused before weights are read
     check_tiny_decoder(scheme, config.vae == "taehv")
     check = MemoryCheck(config, scheme, size, force=force)
     if config.gpus == 1:
-        parts = load_parts(config, preset, check, offline, text_prompts)
+        parts = load_parts(config, scheme, preset, check, offline, text_prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         return Engine(config, scheme, parts, limits)
     serve_if_ranked()
     start = Start(config, scheme, check, size, preset, plain, offline)
     try:
-        parts = load_parts(config, preset, start, offline, text_prompts)
+        parts = load_parts(config, scheme, preset, start, offline, text_prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         assert start.world is not None
         worker = start.world.worker(config, scheme, parts)
@@ -101,5 +101,5 @@ def load(
 
 def check_tiny_decoder(preset: Preset, tiny: bool) -> None:
     """UsageError for a preset that encodes pictures, with the decoder that has no encoder."""
-    if tiny and preset.context.reencode_head:
-        raise UsageError(f"{preset.name} encodes pictures again, which the tiny decoder of vae cannot; leave vae out")
+    if tiny and preset.context.encodes_pictures:
+        raise UsageError(f"{preset.name} encodes pictures, which the tiny decoder of vae cannot; leave vae out")

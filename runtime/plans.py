@@ -62,7 +62,10 @@ class PassLayout:
 
 @dataclass(frozen=True)
 class WholeBlock:
-    """All steps and the commit of a block in one launch. Noise is that of `seed` for frames from `first` on."""
+    """All steps and the commit of a session's block in one launch.
+
+    Noise is that of `seed` for frames from `first` on.
+    """
 
     first: int
     seed: int
@@ -73,16 +76,20 @@ class PassPlan:
     """One pass of one or several sessions: latents [B, F, C, H, W] in, velocity out; of a whole block, latents out.
 
     timesteps: of each frame, by session. texts: (text, number of the prompt, frames) by session, in token order.
-    actions: the number of each frame's action, by session; empty for a model without actions. condition: of a step,
-    beside the timesteps; None for a model that takes none.
+    actions: the number of each frame's action, by session; empty for a model without actions. whole: the block of each
+    session; empty for one pass. condition: of a step, beside the timesteps; None for a model that takes none. frames:
+    number of what the frames of each session are given beside their latents (`EmbedFrames`); empty for a model that
+    takes nothing. weights: number of the set of weights that runs it.
     """
 
     layout: PassLayout
     timesteps: tuple[tuple[float, ...], ...]
     texts: tuple[tuple[tuple[int, int, int], ...], ...]
     actions: tuple[tuple[int, ...], ...]
-    whole: WholeBlock | None = None
+    whole: tuple[WholeBlock, ...] = ()
     condition: float | None = None
+    frames: tuple[int, ...] = ()
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,11 +113,15 @@ class GuidedPass:
 
 @dataclass(frozen=True)
 class OpenStore:
-    """Allocate a store of pages, with a staging buffer of `slots` frames where pages have another dtype."""
+    """Allocate a store of pages, with a staging buffer where pages have another dtype.
+
+    slots: frames of the staging buffer that one session needs. sessions: for how many there is room at first.
+    """
 
     grid: Grid
     pages: int
     slots: int
+    sessions: int
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,13 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class EmbedFrames:
+    """Take the channels [F, C, H, W] that a block's frames are given, and prepare them for its passes."""
+
+    frames: int
+
+
+@dataclass(frozen=True)
 class UseAdapter:
     """Merge an adapter into the weights in place of the one before; None removes that. Nothing derived is recomputed.
 
@@ -269,12 +287,12 @@ class Release:
 
 Plan = Union[  # noqa: UP007  its members are listed at run time
     PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload,
-    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, UseAdapter,
+    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, EmbedFrames, UseAdapter,
     RefreshWeights, Release,
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")
-MAGIC, VERSION = b"INFP", 2
+MAGIC, VERSION = b"INFP", 5
 
 
 def encode_plan(plan: Plan) -> bytes:

@@ -51,8 +51,13 @@ class Resources:
     @property
     def executor(self) -> Executor:
         """The executor of this process: of its worker, or of rank 0 of several."""
+        return self.executors[0]
+
+    @property
+    def executors(self) -> tuple[Executor, ...]:
+        """Those of this process, one for each set of weights that is not another's."""
         assert isinstance(self.worker, LocalWorker | RankedWorker)
-        return self.worker.executor
+        return self.worker.executors
 
 
 def make_resources(

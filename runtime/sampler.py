@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ..errors import UsageError
@@ -45,7 +46,7 @@ class Sampler:
 
     def begin(self) -> Solver:
         """Make a solver for one block; it has the block's history of steps."""
-        return CLASSES[self.spec.solver](self.sigmas)
+        return CLASSES[self.spec.solver](self.schedule)
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -60,6 +61,11 @@ class Sampler:
     def sigmas(self) -> tuple[float, ...]:
         """Noise level of each step."""
         return self.schedule.sigmas
+
+
+def latent_dtype(spec: SamplerSpec, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of latents between steps, of a model in `dtype`."""
+    return torch.promote_types(dtype, torch.float32) if spec.wide_latents else dtype
 
 
 def guided(guidance: Guidance, velocities: Mapping[int, Tensor], timesteps: Sequence[float]) -> Tensor:

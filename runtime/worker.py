@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.spec import using
-from ..models.transformer import KeyValues
+from ..models.transformer import KeyValues, Transformer
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
-from .execution.executors import Executor, Text, make_executor
+from .execution.executors import Executor, Frames, Text, make_executor
 from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .kv.page_store import KV_DTYPES, PagedStore, PageForm
@@ -23,6 +23,7 @@ from .plans import (
     AverageSink,
     CloseStore,
     Condition,
+    EmbedFrames,
     Grid,
     GrowStore,
     GuidedPass,
@@ -49,16 +50,17 @@ from .streams import make_current
 
 @dataclass
 class Prompt:
-    """Rows [text_rows, text_dim] of a text, and what the executor made of them."""
+    """Rows [text_rows, text_dim] of a text, and what each executor made of them."""
 
     rows: Tensor
-    text: Text
+    texts: dict[Executor, Text]
 
 
 class LocalWorker:
     """Owns the tensors of one rank: weights (`parts`), page stores, sink averages, pages in host memory, prompts.
 
-    preset: as loaded, for which graphs are made. executor: in place of the one that `config` names.
+    preset: as loaded, for which graphs are made. executor: in place of the one that `config` names. A model of several
+    sets of weights has an executor for each.
     """
 
     def __init__(
@@ -67,11 +69,13 @@ class LocalWorker:
         self.parts, self.device, self.dtype = parts, torch.device(config.device), DTYPES[config.dtype]
         self.kernels = config.kernels
         make_current(self.device)
-        self.executor = executor or make_executor(config, preset, parts)
+        self.executors = (executor,) if executor is not None else executors_of(config, preset, parts)
+        assert len(self.executors) >= len(preset.weight_sets), preset.weight_sets
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
-        self.adapter = Adapter(parts.transformer)
+        self.adapter = Adapter(parts.transformer, len(parts.transformers))
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
+        self.frames: dict[int, dict[Executor, Frames]] = {}
         self.sinks: dict[int, Tensor] = {}  # [layers, 2, sink frames, page_tokens, heads, head_dim]
         self.hosts: dict[int, tuple[Tensor, Tensor | None]] = {}  # keys and values, scales
         self.runs: dict[type[Any], Callable[..., list[Tensor] | None]] = {
@@ -93,6 +97,7 @@ class LocalWorker:
             ReadSink: lambda plan: [self.sinks[plan.sink]],
             SetSink: self.set_sink,
             Condition: self.condition,
+            EmbedFrames: self.embed_frames,
             UseAdapter: self.use_adapter,
             RefreshWeights: self.refresh_weights,
             Release: self.release,
@@ -100,7 +105,7 @@ class LocalWorker:
 
     @property
     def supports_whole_block(self) -> bool:
-        return self.executor.supports_whole_block
+        return self.executors[0].supports_whole_block
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         """Run a plan with the tensors that it takes; returns those that it gives."""
@@ -110,20 +115,23 @@ class LocalWorker:
     # Passes
 
     def run_pass(self, plan: PassPlan, latents: Tensor) -> list[Tensor]:
-        executor, attention = self.executor, self.attention(plan)
-        text = executor.join([self.text(parts) for parts in plan.texts])
+        executor, attention = self.executors[plan.weights], self.attention(plan)
+        text = executor.join([self.text(executor, parts) for parts in plan.texts])
         actions = None
         if plan.actions:
             numbers, kinds = torch.tensor(plan.actions, device=self.device), self.parts.transformer.spec.action_dim
             assert kinds is not None
             actions = F.one_hot(numbers, kinds).to(self.dtype)
-        if plan.whole is not None:
-            frames = range(plan.whole.first, plan.whole.first + latents.shape[1])
-            return [executor.run_block(latents[0], text, attention, frames, plan.whole.seed, actions)[None]]
+        parts = [self.frames[number][executor] for number in plan.frames]
+        given = {"given": executor.join_frames(parts)} if parts else {}
+        if plan.whole:
+            frames = [range(block.first, block.first + latents.shape[1]) for block in plan.whole]
+            seeds = [block.seed for block in plan.whole]
+            return [executor.run_block(latents, text, attention, frames, seeds, actions, **given)]
         timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
-        return [executor.forward(latents, timesteps, text, attention, actions)]
+        return [executor.forward(latents, timesteps, text, attention, actions, **given)]
 
     def run_branches(self, plan: GuidedPass, latents: Tensor) -> list[Tensor]:
         """Run the branches of this rank's place."""
@@ -132,18 +140,26 @@ class LocalWorker:
         return [velocity for branch in own for velocity in self.run_pass(branch.run, latents[:, list(branch.frames)])]
 
     def attention(self, plan: PassPlan) -> KeyValues:
-        return self.stores[plan.layout.grid].attention(plan.layout)
+        return self.stores[plan.layout.grid].attention(plan.layout, len(plan.texts))
 
-    def text(self, parts: tuple[tuple[int, int, int], ...]) -> Text:
+    def text(self, executor: Executor, parts: tuple[tuple[int, int, int], ...]) -> Text:
         """Join the texts of one session: (text, number of the prompt, frames that attend to it), in token order."""
         (_, number, _), *others = parts
         if not others:
-            return self.prompts[number].text
-        texts = {text: self.prompts[number].text for text, number, _ in parts}
-        return self.executor.mix(texts, tuple((text, frames) for text, _, frames in parts))
+            return self.prompts[number].texts[executor]
+        texts = {text: self.prompts[number].texts[executor] for text, number, _ in parts}
+        return executor.mix(texts, tuple((text, frames) for text, _, frames in parts))
 
     def condition(self, plan: Condition, rows: Tensor) -> None:
-        self.prompts[plan.prompt] = Prompt(rows, self.executor.condition(rows))
+        self.prompts[plan.prompt] = Prompt(rows, self.conditioned(rows))
+
+    def conditioned(self, rows: Tensor) -> dict[Executor, Text]:
+        return {executor: executor.condition(rows) for executor in dict.fromkeys(self.executors)}
+
+    def embed_frames(self, plan: EmbedFrames, channels: Tensor) -> None:
+        self.frames[plan.frames] = {
+            executor: executor.embed_frames(channels) for executor in dict.fromkeys(self.executors)
+        }
 
     def use_adapter(self, plan: UseAdapter) -> None:
         if plan.path is None:
@@ -152,15 +168,18 @@ class LocalWorker:
             self.adapter.apply(plan.path, plan.scale, plan.partial)
 
     def refresh_weights(self, plan: RefreshWeights) -> None:
-        self.executor.refresh_derived_weights()
+        for executor in dict.fromkeys(self.executors):
+            executor.refresh_derived_weights()
         for prompt in self.prompts.values():
-            prompt.text = self.executor.condition(prompt.rows)
+            prompt.texts = self.conditioned(prompt.rows)
 
     # Pages
 
     def open_store(self, plan: OpenStore) -> None:
         form = PageForm(self.parts.transformer.spec, plan.grid, self.dtype, self.kv_dtype, self.parts.shard)
-        self.stores[plan.grid] = PagedStore(form, self.parts.transformer.rope, plan.pages, plan.slots, self.device)
+        self.stores[plan.grid] = PagedStore(
+            form, self.parts.transformer.rope, plan.pages, plan.slots, self.device, plan.sessions
+        )
 
     def close_store(self, plan: CloseStore) -> None:
         del self.stores[plan.grid]
@@ -217,7 +236,7 @@ class LocalWorker:
         self.sinks[plan.sink] = sink.to(self.stores[plan.grid].device)
 
     def release(self, plan: Release) -> None:
-        for kept in (self.prompts, self.sinks, self.hosts):
+        for kept in (self.prompts, self.frames, self.sinks, self.hosts):
             for number in plan.numbers:
                 kept.pop(number, None)
 
@@ -225,3 +244,12 @@ class LocalWorker:
 def given(pages: tuple[Tensor, Tensor | None]) -> list[Tensor]:
     kv, scales = pages
     return [kv] if scales is None else [kv, scales]
+
+
+def executors_of(config: EngineConfig, preset: Preset, parts: Components) -> tuple[Executor, ...]:
+    """An executor for each set of weights; sets that are one module share theirs."""
+    made: dict[Transformer, Executor] = {}
+    for module in parts.transformers:
+        if module not in made:
+            made[module] = make_executor(config, preset, replace(parts, transformer=module, more=()))
+    return tuple(made[module] for module in parts.transformers)

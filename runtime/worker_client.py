@@ -10,7 +10,7 @@ from weakref import finalize
 
 from torch import Tensor
 
-from .plans import Condition, Plan, Release
+from .plans import Condition, EmbedFrames, Plan, Release
 
 
 class Worker(Protocol):
@@ -71,4 +71,10 @@ class WorkerClient:
         """Prepare a prompt, from the text encoder's rows [text_len, text_dim]."""
         handle = self.handle()
         self.execute(Condition(handle.number), rows)
+        return handle
+
+    def embed_frames(self, channels: Tensor) -> Handle:
+        """Prepare the channels [F, C, H, W] that a block's frames are given, for all its passes."""
+        handle = self.handle()
+        self.execute(EmbedFrames(handle.number), channels)
         return handle

@@ -122,14 +122,16 @@ def supports_whole_block(preset: Preset, block: int | None = None) -> bool:
 def branch_run(guidance: Guidance, run: Pass, number: int) -> Pass | None:
     """A pass as one branch of guidance runs it.
 
-    None where the branch has no weight in it and no past to write.
+    None where the branch has no weight in it and no clean frames to commit to its past.
     """
     branch, own = guidance.branches[number], run.of_branch(number)
+    if own is not None and branch.weights:
+        own = replace(own, weights=branch.weights)
 
     def has_weight(group: Group) -> bool:
         return group.denoised and guidance.weights_at(group.timestep)[number] != 0
 
-    if own is None or (branch.writes_past and run.written):
+    if own is None or (branch.writes_past and any(group.write and not group.denoised for group in own.groups)):
         return own
     if not branch.sees_past:
         alone = own.of_groups(has_weight)

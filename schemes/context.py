@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from ..errors import UsageError, quoted
 
 POSITIONS = ("absolute", "window-relative", "contiguous")
-SWITCHES = ("cut", "recache", "blend")
-IMAGES = ("prefix", "clamp", "paste")
+SWITCHES = ("cut", "recache", "blend", "join")
+IMAGES = ("prefix", "clamp", "paste", "channels")
 TEXTS = ("prompt", "null")
+WEIGHTS = ("plain", "memory")
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ class ContextPolicy:
     kept. That changes pictures near the start, and latents where a picture is encoded again.
     prompt_switch: a new prompt only applies from the next block (`cut`), or the visible past is passed through
     the network again under it (`recache`), or it is blended in over `blend_blocks` blocks (`blend`).
-    A blend begins with the old prompt and ends with the new one; before the first block it is a cut.
+    A blend begins with the old prompt and ends with the new one; before the first block it is a cut. With `join`,
+    blocks that join from then on follow it; those in flight keep theirs.
     rebuild_before_switch: a rebuild runs under the prompt of the block before; otherwise under the next block's.
     recache_sink: a recache moves the sink to the first frames of the window and recomputes it; otherwise it recomputes
     the sink only until the window first rolls.
     shot_offset: added to absolute positions at each scene cut; the first block of the newest shot stays visible.
     image: an image is committed as a clean block of its own (`prefix`), or held as the first frame of the first
     block at timestep 0 (`clamp`); or whole blocks of an image or video are committed, and before each pass the frames
-    that are left are put over the first ones of the first block, which keeps its timestep (`paste`).
+    that are left are put over the first ones of the first block, which keeps its timestep (`paste`); or it is given to
+    every pass as channels beside the latents, with a mask, and its frame is generated like any other (`channels`).
     sink_decay: share of the sink that stays when a frame leaves the window, whose share is the rest; 1 leaves the sink
     as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
     noise2clean_kvrange: blocks that a block sees, itself the last of them, in each of equally many shares of its steps,
@@ -47,6 +50,8 @@ class ContextPolicy:
     a commit sees, itself the last; 0 for the window. Sources: MAGI-1 (arXiv 2505.13211), whose names they are.
     commit_in_next: the commit of a block runs in the first pass of the next one.
     clean_text: what frames attend to in passes over clean latents: the `prompt`, or the `null` caption.
+    clean_weights: what runs passes over clean latents, and so makes the cache: the `plain` weights, or the `memory`
+    weights, a second full set (SGF+, arXiv 2610.10429).
     """
 
     local_attn_size: int
@@ -70,10 +75,14 @@ class ContextPolicy:
     noise2clean_kvrange: tuple[int, ...] = ()
     clean_chunk_kvrange: int = 0
     clean_text: str = "prompt"
+    clean_weights: str = "plain"
     commit_in_next: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES, "clean_text": TEXTS}
+        choices = {
+            "positions": POSITIONS, "prompt_switch": SWITCHES, "image": IMAGES, "clean_text": TEXTS,
+            "clean_weights": WEIGHTS,
+        }  # fmt: skip
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise UsageError(f"{key} is {quoted(getattr(self, key))}; expected one of {', '.join(known)}")
@@ -107,8 +116,18 @@ class ContextPolicy:
             )
         if self.commit_in_next and (self.recomputes or self.reencode_head):
             raise UsageError(
-                f"commit_in_next is true, but commit is {self.commit}, prompt_switch {self.prompt_switch!r} and "
+                f"commit_in_next is true, but commit is {self.commit}, prompt_switch {quoted(self.prompt_switch)} and "
                 f"segment_frames {self.segment_frames}; expected true, cut or blend, and 0"
+            )
+        if self.commit_in_next and self.prompt_switch == "join" and self.clean_text == "prompt":
+            raise UsageError(
+                "prompt_switch is 'join' and clean_text 'prompt', but commit_in_next runs the commit of a block among "
+                "blocks of other prompts; use cut, or set clean_text=null"
+            )
+        if self.commit_in_next and self.clean_weights != "plain":
+            raise UsageError(
+                f"clean_weights is {self.clean_weights!r}, but commit_in_next runs a commit and a denoising step in "
+                "one pass; set it to false"
             )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
@@ -119,6 +138,11 @@ class ContextPolicy:
     def needs_pixels(self) -> bool:
         """Whether the next block waits for the pictures of the one before."""
         return self.reencode_head
+
+    @property
+    def encodes_pictures(self) -> bool:
+        """True where a stream needs an encoder, which tiny decoders lack: for pictures, or an image's channels."""
+        return self.reencode_head or self.image == "channels"
 
     @property
     def sink_beside_window(self) -> int:
@@ -147,8 +171,8 @@ class ContextPolicy:
 
     @property
     def has_one_context(self) -> bool:
-        """True where all passes of a block denoised alone see the same frames and the same text."""
-        return not self.has_key_ranges and self.clean_text == "prompt"
+        """True where all passes of a block denoised alone see the same frames and text, under the same weights."""
+        return not self.has_key_ranges and self.clean_text == "prompt" and self.clean_weights == "plain"
 
     def key_range(self, step: int, steps: int) -> int | None:
         """Blocks that a block sees at one of `steps` sampler steps, itself included; None for the whole window."""

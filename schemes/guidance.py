@@ -2,6 +2,7 @@
 
 A run is a branch. Classifier-free guidance has two: one that follows the prompt, and one that follows the negative
 prompt. A third may see no past at all, so that text and past have weights of their own (MAGI-1, arXiv 2505.13211).
+The experts of a model are branches too, each with weights and a past of its own, of which one joins a velocity.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 
 TEXTS = ("prompt", "negative")
 
@@ -22,16 +23,18 @@ class GuidanceBranch:
 
     text: the prompt, or the negative prompt. sees_past: it has a cache of its past; otherwise each group of frames
     sees itself alone, at positions from 0, and leaves no keys and values; it runs only groups whose velocity it joins.
-    reads: number of the branch whose cache it reads and does not write; None for a cache of its own.
+    reads: number of the branch whose cache it reads and does not write; None for a cache of its own. weights: number of
+    the set of weights that runs it.
     """
 
     text: str = "prompt"
     sees_past: bool = True
     reads: int | None = None
+    weights: int = 0
 
     def __post_init__(self) -> None:
         if self.text not in TEXTS:
-            raise UsageError(f"text of a guidance branch is {self.text!r}; expected one of {', '.join(TEXTS)}")
+            raise UsageError(f"text of a guidance branch is {quoted(self.text)}; expected one of {', '.join(TEXTS)}")
         if self.reads is not None and not self.sees_past:
             raise UsageError(f"a guidance branch reads the cache of branch {self.reads}, but sees no past; drop one")
 
@@ -105,3 +108,11 @@ def classifier_free(scale: float) -> Guidance:
     if scale == 1:
         return ALONE
     return Guidance((FOLLOWING, GuidanceBranch("negative")), ((0.0, (scale,)),))
+
+
+def experts(boundary: float) -> Guidance:
+    """The expert for high noise, set 0 of the weights, from timestep `boundary` on; below it the one for low noise.
+
+    Source: Wan 2.2's A14B. Both follow the prompt, and each commits clean blocks to a cache of its own.
+    """
+    return Guidance((FOLLOWING, GuidanceBranch(weights=1)), ((0.0, (0.0,)), (boundary, (1.0,))))

@@ -55,6 +55,11 @@ def branches(preset: Preset) -> int:
     return len(preset.sampler.guide.branches)
 
 
+def conditionings(preset: Preset) -> int:
+    """Prompts that are prepared for a stream: one for each branch, and each set of weights that runs it."""
+    return branches(preset) * (1 if preset.sampler.boundary_ratio else len(preset.weight_sets))
+
+
 def needs_negative(preset: Preset) -> bool:
     """True where passes use a negative prompt: as guidance's other conditioning, or as the null caption."""
     texts = [branch.text for branch in preset.sampler.guide.branches]

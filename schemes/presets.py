@@ -16,6 +16,10 @@ from ..errors import UsageError, nearest, quoted
 from .context import ContextPolicy
 from .sampler_spec import SamplerSpec
 
+PLAIN = ("plain",)  # sets of weights of a model
+WITH_MEMORY = ("plain", "memory")
+EXPERTS = ("high-noise", "low-noise")
+
 
 @dataclass(frozen=True)
 class About:
@@ -35,7 +39,8 @@ class Preset:
     """num_frame_per_block: latent frames; independent_first_frame: the first block is a single frame.
 
     window_blocks: blocks denoised together, each `steps_between_joins` sampler steps ahead of the one after it.
-    scene_cut_prefix: a prompt that begins so starts a new shot; empty for none.
+    scene_cut_prefix: a prompt that begins so starts a new shot; empty for none. precision: dtypes of the parts of a
+    pass, where no other are asked for.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Preset:
     context: ContextPolicy
     window_blocks: int = 1
     scene_cut_prefix: str = ""
+    precision: str = "reference"
 
     def __post_init__(self) -> None:
         for key in ("num_frame_per_block", "window_blocks"):
@@ -62,7 +68,7 @@ class Preset:
         self.context.check_key_ranges(self.num_frame_per_block, self.window_blocks, steps)
         if self.window_blocks > 1 and self.context.recomputes:
             raise UsageError(
-                f"window_blocks is {self.window_blocks}, but prompt_switch is {self.context.prompt_switch!r}, "
+                f"window_blocks is {self.window_blocks}, but prompt_switch is {quoted(self.context.prompt_switch)}, "
                 f"segment_frames {self.context.segment_frames} and commit {self.context.commit}: clean frames would be "
                 "recomputed while blocks are in flight; use window_blocks=1, or cut, 0 and true"
             )
@@ -71,6 +77,24 @@ class Preset:
                 f"denoising_step_list_first_chunk with window_blocks {self.window_blocks}: blocks denoised together "
                 "take the same steps; use window_blocks=1 or leave the list out"
             )
+        if boundary := self.sampler.boundary_ratio:
+            self.check_experts(boundary)
+
+    def check_experts(self, boundary: float) -> None:
+        """UsageError for a policy under which one pass would need both experts."""
+        policy = self.context
+        if self.window_blocks > 1 or policy.image == "clamp" or policy.clean_weights != "plain":
+            raise UsageError(
+                f"boundary_ratio is {boundary}, but window_blocks is {self.window_blocks}, image {policy.image!r} and "
+                f"clean_weights {policy.clean_weights!r}: one pass would need both experts; use 1, prefix and plain"
+            )
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        """Names of the sets of weights that its passes run, by number."""
+        if self.sampler.boundary_ratio:
+            return EXPERTS
+        return PLAIN if self.context.clean_weights == "plain" else WITH_MEMORY
 
     @property
     def steps_between_joins(self) -> int:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UsageError, quoted
-from .guidance import Guidance, classifier_free
+from .guidance import Guidance, classifier_free, experts
 
 TRAIN_TIMESTEPS = 1000
+TABLES = ("exact", "truncated")
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class SolverRules:
     do; otherwise both are those of noise.
     condition: (num_steps, step) to what the network is given of that step besides its timestep, as distilled ones are;
     None where it is given the timestep only.
+    wide_latents: latents are in float32 or better from step to step, also where the model's dtype is narrower.
     """
 
     step_list: bool
     condition: Callable[[int, int], float] | None = None
     to_clean: bool = False
+    wide_latents: bool = False
 
 
 SOLVERS: dict[str, SolverRules] = {"renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False)}
@@ -41,8 +44,13 @@ class SamplerSpec:
     2605.15141).
     num_steps (other solvers): steps evenly spaced before the shift. timestep_shift: S of sigma' = S*s / (1 + (S-1)*s).
     context_noise: the network's timestep in the pass that commits the clean block (no noise is added).
+    sigma_max: noise level at which the table of 1000 training timesteps begins, before the shift. table: `exact`, or
+    `truncated` to whole timesteps, of which several rows share one: x0 then takes the level of the first such row, and
+    noise is added at that of the second, as FlowMatch schedulers look rows up.
     guidance_scale: 1 runs the prompt alone; otherwise v = u + scale * (c - u), with a cache for each of the two.
     guidance: any other guidance; None for that of `guidance_scale`.
+    boundary_ratio: noise level from which on a model's expert for high noise runs, and below it the one for low noise;
+    0 for a model of one transformer.
     """
 
     denoising_step_list: tuple[float, ...]
@@ -54,6 +62,9 @@ class SamplerSpec:
     guidance_scale: float = 1.0
     denoising_step_list_first_chunk: tuple[float, ...] = ()
     guidance: Guidance | None = None
+    boundary_ratio: float = 0.0
+    sigma_max: float = 1.0
+    table: str = "exact"
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
@@ -71,12 +82,29 @@ class SamplerSpec:
                 )
         if not self.timestep_shift > 0:
             raise UsageError(f"timestep_shift is {self.timestep_shift}; expected a number above 0")
+        if not 0 < self.sigma_max <= 1:
+            raise UsageError(f"sigma_max is {self.sigma_max}; expected a number above 0, up to 1")
+        if self.table not in TABLES:
+            raise UsageError(f"table is {quoted(self.table)}; expected one of {', '.join(TABLES)}")
+        if self.table != "exact" and not self.warp_denoising_step:
+            raise UsageError(f"table is {quoted(self.table)}, but warp_denoising_step is false; the steps are no rows")
         if not 0 <= self.context_noise <= TRAIN_TIMESTEPS:
             raise UsageError(f"context_noise is {self.context_noise}; expected a timestep in 0..1000")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(f"guidance_scale is {self.guidance_scale}; expected 0 or more, 1 for none")
         if self.guidance is not None and self.guidance_scale != 1:
             raise UsageError(f"guidance_scale is {self.guidance_scale}, but guidance has its own scales; leave it at 1")
+        if not 0 <= self.boundary_ratio < 1:
+            raise UsageError(f"boundary_ratio is {self.boundary_ratio}; expected 0 or more and less than 1")
+        if self.boundary_ratio and (self.guidance_scale != 1 or self.guidance is not None):
+            raise UsageError(
+                f"boundary_ratio is {self.boundary_ratio} with guidance (guidance_scale {self.guidance_scale}); the "
+                "experts are branches of guidance: leave guidance_scale at 1"
+            )
+        if self.boundary_ratio and SOLVERS[self.solver].to_clean:
+            raise UsageError(
+                f"boundary_ratio is {self.boundary_ratio}, but timesteps of solver {self.solver} ascend; set it to 0"
+            )
 
     def check_steps(self, name: str, steps: tuple[float, ...]) -> None:
         """UsageError, which names the setting, unless `steps` is a list that the schedule has."""
@@ -88,12 +116,19 @@ class SamplerSpec:
     @property
     def guide(self) -> Guidance:
         """The guidance in force."""
+        if self.boundary_ratio:
+            return experts(TRAIN_TIMESTEPS * self.boundary_ratio)
         return classifier_free(self.guidance_scale) if self.guidance is None else self.guidance
 
     def condition(self, step: int) -> float | None:
         """Condition of a step that the network takes besides its timestep; None for none."""
         rule = SOLVERS[self.solver].condition
         return None if rule is None else rule(self.steps, step)
+
+    @property
+    def wide_latents(self) -> bool:
+        """True if latents are in float32 or better from step to step."""
+        return SOLVERS[self.solver].wide_latents
 
     @property
     def has_step_list(self) -> bool:

@@ -138,7 +138,11 @@ class Timeline:
         else:
             first = self.origin if policy.local_attn_size == -1 else max(self.origin, end - policy.local_attn_size)
             context = tuple(range(first, end))
-        return Pass((self.clean_group(frames, context),))
+        return self.clean_pass(self.clean_group(frames, context))
+
+    def clean_pass(self, *groups: Group) -> Pass:
+        """A pass over clean latents."""
+        return Pass(groups, weights=int(self.preset.context.clean_weights == "memory"))
 
     def beside(self, run: Pass) -> tuple[int, ...]:
         """Frames that the cache keeps although a pass that writes does not see them.
@@ -171,7 +175,7 @@ class Timeline:
             context = self.visible(end)
         recomputed = recache_sink or first == self.origin
         frames = [frame for frame in context if recomputed or frame not in self.sink]
-        return Pass((self.clean_group(frames, context),)) if frames else None
+        return self.clean_pass(self.clean_group(frames, context)) if frames else None
 
     def rebuild_due(self) -> bool:
         """True where the context must be rebuilt before the next block."""
@@ -189,7 +193,7 @@ class Timeline:
         self.places = {frame: frame - self.origin for frame in frames}
         step = self.preset.num_frame_per_block
         blocks = [frames[start : start + step] for start in range(0, len(frames), step)]
-        return Pass(tuple(self.clean_group(block, tuple(range(self.origin, block[-1] + 1))) for block in blocks))
+        return self.clean_pass(*(self.clean_group(block, tuple(range(self.origin, block[-1] + 1))) for block in blocks))
 
     def forget(self, cached: tuple[int, ...]) -> None:
         """Drop the places of frames that are gone for good, once the cache holds the frames `cached`."""

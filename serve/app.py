@@ -71,6 +71,7 @@ class ModelInfo(BaseModel):
     size: tuple[int, int]
     fps: int
     actions: list[str]
+    camera: bool
     rewind_blocks: int
     examples: list[str]
 
@@ -139,8 +140,8 @@ class Server:
         engine = self.host.engine
         info = ModelInfo(
             id=engine.parts.source, preset=engine.preset.name, size=engine.default_size, fps=engine.fps,
-            actions=list(engine.spec.actions), rewind_blocks=engine.preset.context.rewind_blocks,
-            examples=list(family_of(engine.spec).examples),
+            actions=list(engine.spec.actions), camera=engine.spec.camera_channels is not None,
+            rewind_blocks=engine.preset.context.rewind_blocks, examples=list(family_of(engine.spec).examples),
         )  # fmt: skip
         return ModelList(data=[info])
 

@@ -22,6 +22,8 @@ from ..errors import InferixError, SessionEnded, one_line
 from ..runtime.engine import Engine
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
+from ..schemes.camera import Camera as CameraStart
+from ..schemes.camera import CameraMove
 from .engine_host import EngineHost
 from .keys import HeldKeys
 from .metrics import ServerMetrics
@@ -30,6 +32,7 @@ from .pacing import Pacer
 from .protocol import (
     Act,
     Applied,
+    Camera,
     Control,
     ControlId,
     Ended,
@@ -155,7 +158,8 @@ class LiveSession:
         return Opened(
             id=id, session=self.id, resume=self.resume, resume_seconds=settings.resume_seconds,
             model=engine.parts.source, preset=engine.preset.name, media=media, actions=list(engine.spec.actions),
-            rest=self.keys.rest, rewind_blocks=engine.preset.context.rewind_blocks,
+            rest=self.keys.rest, camera=engine.spec.camera_channels is not None,
+            rewind_blocks=engine.preset.context.rewind_blocks,
             frames_per_block=engine.preset.num_frame_per_block * engine.spec.vae_stride[0], behind=self.behind,
             prompt=self.start.prompt, seed=self.start.seed, paused=self.paused, next_block=self.session.next_block,
         )  # fmt: skip
@@ -175,6 +179,8 @@ class LiveSession:
             with suppress(SessionEnded):
                 if self.keys.action is not None:
                     self.session.act(self.keys.action)
+                if self.session.current.camera is not None:
+                    self.session.move(CameraMove())
 
     def _produce(self) -> None:
         self._producer = asyncio.create_task(self._make_blocks())
@@ -330,6 +336,10 @@ class LiveSession:
         self.pending[number] = receipt
         return number
 
+    async def _camera(self, control: Camera, receipt: Receipt) -> None:
+        move = CameraMove(control.forward, control.right, control.yaw, control.pitch, control.turn)
+        self.pending[self.session.move(move)] = receipt
+
     async def _pause(self, control: Pause, receipt: Receipt) -> None:
         self.paused = True
         self.pending[self.session.pause()] = receipt
@@ -391,7 +401,8 @@ class LiveSession:
         if self.start.prompt is None:
             raise Refusal("invalid", "the prompt of an uploaded world is not known; send prompt first")
         start = Start(self.start.prompt, control.seed)
-        make = partial(self.hub.host.engine.open, start.prompt, seed=control.seed, size=self.session.size)
+        engine, given = self.hub.host.engine, begins_with(self.hub.host.engine, self.hub.settings)
+        make = partial(engine.open, start.prompt, seed=control.seed, size=self.session.size, **given)
         await self._replace(make, start, receipt)
 
     async def _record(self, control: Record, receipt: Receipt) -> None:
@@ -490,6 +501,7 @@ class LiveSession:
 VERBS: dict[type[Control], Callable[[LiveSession, Any, Receipt], Awaitable[None]]] = {
     Prompt: LiveSession._prompt,
     Act: LiveSession._act,
+    Camera: LiveSession._camera,
     Pause: LiveSession._pause,
     Resume: LiveSession._resume,
     Stop: LiveSession._stop,
@@ -530,11 +542,18 @@ def entered_at(session: Session) -> Entered:
     return Entered(session, state.next_block, 0 if latent == 0 else (latent - 1) * stride + 1)
 
 
-async def open_session(host: EngineHost, control: Open, world: Path | None) -> Entered:
+def begins_with(engine: Engine, settings: ServeSettings) -> dict[str, Any]:
+    """What sessions begin with besides a prompt: an image and a camera at rest, for models that need them."""
+    given: dict[str, Any] = {"image": settings.image} if engine.spec.condition_channels else {}
+    return given | ({"camera": CameraStart()} if engine.spec.camera_channels is not None else {})
+
+
+async def open_session(host: EngineHost, control: Open, world: Path | None, settings: ServeSettings) -> Entered:
     """A session of the engine for an `open`."""
     if world is not None:
         make = partial(Session.restore, host.engine, world)
     else:
-        make = partial(host.engine.open, control.prompt, seed=control.seed, size=control.size)
+        given = begins_with(host.engine, settings)
+        make = partial(host.engine.open, control.prompt, seed=control.seed, size=control.size, **given)
     session = await host.make(make)
     return await host.call(partial(entered_at, session))

@@ -58,7 +58,7 @@ class LiveSessions:
             raise Refusal("invalid", "open has neither prompt nor world; send one of them")
         await self._wait_for_place(queued)
         try:
-            entered = await open_session(self.host, control, world)
+            entered = await open_session(self.host, control, world, self.settings)
         except BaseException:
             self.release_place()
             raise

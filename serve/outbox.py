@@ -11,7 +11,7 @@ from ..runtime.sinks import Frames
 from .metrics import ServerMetrics
 from .protocol import Applied, ControlId, Event, State
 
-SHOWN = ("act", "prompt")  # verbs whose receipts measure control to pixel
+SHOWN = ("act", "camera", "prompt")  # verbs whose receipts measure control to pixel
 MOST_EVENTS = 256  # that wait before the client's messages are read no more
 
 

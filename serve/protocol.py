@@ -26,6 +26,8 @@ KEY, FIRST, LAST = 1, 2, 4  # flags: decodable alone, first and last message of 
 
 ControlId = Annotated[int, Field(ge=0, lt=2**53)] | Annotated[str, StringConstraints(min_length=1, max_length=64)]
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
+Share = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+Degrees = Annotated[float, Field(ge=-360, le=360, allow_inf_nan=False)]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -70,6 +72,20 @@ class Act(Control):
     type: Literal["act"]
     action: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     pressed: bool = True
+
+
+class Camera(Control):
+    """Hold keys of the camera, until the next such control. forward, right, yaw and pitch: shares of full speed.
+
+    turn: degrees right and up, once, as by a mouse.
+    """
+
+    type: Literal["camera"]
+    forward: Share = 0.0
+    right: Share = 0.0
+    yaw: Share = 0.0
+    pitch: Share = 0.0
+    turn: tuple[Degrees, Degrees] = Field(default=(0.0, 0.0), strict=False)
 
 
 class Pause(Control):
@@ -138,7 +154,7 @@ class Ping(Control):
 
 
 AnyControl = Annotated[
-    Open | Attach | Prompt | Act | Pause | Resume | Stop | Fork | Rewind | Save | Restore | Reseed | Record
+    Open | Attach | Prompt | Act | Camera | Pause | Resume | Stop | Fork | Rewind | Save | Restore | Reseed | Record
     | Ping,
     Field(discriminator="type"),
 ]
@@ -164,7 +180,7 @@ class MediaFormat(BaseModel):
 
 
 class Opened(Event):
-    """The answer to `open` and `attach`. rest: the action in force without a key."""
+    """The answer to `open` and `attach`. rest: the action in force without a key. camera: the model follows one."""
 
     type: Literal["opened"] = "opened"
     id: ControlId
@@ -177,6 +193,7 @@ class Opened(Event):
     media: MediaFormat
     actions: list[str]
     rest: str | None
+    camera: bool = False
     rewind_blocks: int
     frames_per_block: int
     behind: str

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
-from ..errors import InferixError
+from ..errors import InferixError, quoted
 from ..runtime.media import VideoWriter
 from ..runtime.sinks import DecodedBlock, Frames, Pump, Sink
 from .encoders import BT709, LIMITED, video_frame
@@ -145,7 +145,7 @@ class Recordings:
         kind = next((kind for pattern, kind in FILES.items() if re.fullmatch(pattern, name)), None)
         path = self.folder / id / name
         if kind is None or re.fullmatch(r"[0-9a-f]{32}", id) is None or not path.is_file():
-            raise Refusal("not_found", f"there is no file {name[:64]!r} of a recording {id[:64]!r}", 404)
+            raise Refusal("not_found", f"there is no file {quoted(name, 64)} of a recording {quoted(id, 64)}", 404)
         return path, kind
 
     def trim(self) -> None:

@@ -19,11 +19,13 @@ class ServeSettings:
 
     token: clients have to send it; None for none. folder: holds jobs and saved worlds; None for a temporary one.
     behind: `skip` drops the oldest blocks of a viewer that is slower than the stream, `pause` makes none until it has
-    caught up; a client may choose. save_on_exit: at SIGTERM live sessions are saved as worlds.
+    caught up; a client may choose. image: first picture of sessions, for a model that begins with one. save_on_exit: at
+    SIGTERM live sessions are saved as worlds.
     """
 
     token: str | None = None
     folder: Path | None = None
+    image: Path | None = None
     behind: str = "skip"
     save_on_exit: bool = False
     realtime: bool = True
@@ -89,7 +91,7 @@ MEANINGS = {
 
 CHECKS: dict[str, Any] = {
     "token": optional(text),
-    "folder": optional(path),
+    **dict.fromkeys(("folder", "image"), optional(path)),
     "behind": choice(BEHIND),
     **dict.fromkeys(("save_on_exit", "realtime"), flag),
     **dict.fromkeys(("sessions", "jobs", "jobs_kept", "prompt_characters", "worlds", "behind_blocks"), integer(1)),
@@ -102,7 +104,7 @@ CHECKS: dict[str, Any] = {
     **dict.fromkeys(("job_seconds", "start_seconds", "idle_seconds", "stall_seconds"), above_zero("seconds")),
     **dict.fromkeys(("resume_seconds", "drain_seconds"), above_zero("seconds")),
 }
-LIMITS = tuple(field.name for field in fields(ServeSettings) if field.name not in ("token", "folder"))
+LIMITS = tuple(field.name for field in fields(ServeSettings) if field.name not in ("token", "folder", "image"))
 
 
 def check_limits(given: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import AtCapacity, InferixError, SessionEnded, UsageError, one_line
+from ..errors import AtCapacity, InferixError, SessionEnded, UsageError, one_line, quoted
 from ..runtime.media import VideoWriter, contact_sheet
 from ..runtime.sessions.session import Session
 from ..runtime.sinks import Frames, Pump
@@ -111,7 +111,7 @@ class VideoJobs:
     async def _open(self, job: Job) -> Session:
         """A session for a job, as soon as there is room."""
         if job.model != self.host.engine.parts.source:
-            raise Refusal("not_found", f"model {job.model!r} is not served any more", 404)
+            raise Refusal("not_found", f"model {quoted(job.model)} is not served any more", 404)
         given = self.store.file(job.id, INPUT)
         image = given if given.is_file() else None
         size = (job.width, job.height)
@@ -166,7 +166,8 @@ class VideoJobs:
         if size[0] % 2 or size[1] % 2:
             raise Refusal("invalid", f"size is {size[0]}x{size[1]}; video needs even width and height")
         if model not in (None, engine.parts.source):
-            raise Refusal("not_found", f"there is no model {model[:200]!r}; there is {engine.parts.source!r}", 404)
+            message = f"there is no model {quoted(model)}; there is {quoted(engine.parts.source)}"
+            raise Refusal("not_found", message, 404)
         if seconds > self.settings.job_seconds:
             limit = ("job_seconds", self.settings.job_seconds)
             raise Refusal("too_long", f"seconds is {seconds:g}; expected at most {limit[1]:g}", 400, limit)
@@ -206,7 +207,7 @@ class VideoJobs:
         """A job; Refusal where there is none."""
         job = self.store.get(id)
         if job is None:
-            raise Refusal("not_found", f"there is no video {id[:64]!r}", 404)
+            raise Refusal("not_found", f"there is no video {quoted(id, 64)}", 404)
         return job
 
     def page(self, after: str | None, limit: int, newest_first: bool) -> list[Job]:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from ..errors import quoted
 from .answers import errors
 from .job_store import Job
 from .refusals import Refusal
@@ -154,14 +155,14 @@ async def read_request(request: Request, folder: Path) -> AsyncIterator[tuple[Vi
                 uploads = {name: value for name, value in form.items() if isinstance(value, UploadFile)}
                 for name, upload in uploads.items():
                     if name != "input_reference":
-                        raise Refusal("invalid", f"file {name[:64]!r} is unknown; expected input_reference", 422)
+                        raise Refusal("invalid", f"file {quoted(name, 64)} is unknown; expected input_reference", 422)
                     with tempfile.NamedTemporaryFile(dir=folder, suffix=".upload", delete=False) as file:
                         picture = Path(file.name)
                         shutil.copyfileobj(upload.file, file)
         elif kind == "application/json":
             values = await json_of(request)
         else:
-            raise Refusal("invalid", f"content-type is {kind[:64]!r}; expected JSON or multipart/form-data", 415)
+            raise Refusal("invalid", f"content-type is {quoted(kind, 64)}; expected JSON or multipart/form-data", 415)
         try:
             wanted = VideoRequest.model_validate(values)
         except ValidationError as error:

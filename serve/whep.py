@@ -14,7 +14,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InferixError
+from ..errors import InferixError, quoted
 from ..runtime.sinks import Frames
 from .control_reader import Closed, ControlReader
 from .live_session import LiveSession
@@ -206,7 +206,7 @@ class Whep:
         """End the session of an offer; Refusal where there is none."""
         live = self.hub.sessions.get(id)
         if live is None or id not in self.tasks:
-            raise Refusal("not_found", f"there is no session {id[:64]!r} by WebRTC", 404)
+            raise Refusal("not_found", f"there is no session {quoted(id, 64)} by WebRTC", 404)
         live.end("stopped", "its client ended it")
 
     async def close(self) -> None:

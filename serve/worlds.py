@@ -6,6 +6,7 @@ import re
 import secrets
 from pathlib import Path
 
+from ..errors import quoted
 from .refusals import Refusal
 
 SUFFIX = ".safetensors"
@@ -28,7 +29,7 @@ class Worlds:
         """The file of a world; Refusal for an id that has none."""
         path = self.folder / f"{world}{SUFFIX}"
         if re.fullmatch(r"[0-9a-f]{32}", world) is None or not path.is_file():
-            raise Refusal("not_found", f"there is no world {world[:64]!r}; newer ones may have replaced it", 404)
+            raise Refusal("not_found", f"there is no world {quoted(world, 64)}; newer ones may have replaced it", 404)
         return path
 
     def note(self, world: str, prompt: str | None, seed: int | None) -> None:

@@ -10,32 +10,48 @@ from inferix.errors import nearest, quoted, quoted_all
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {"path", "folder", "file", "source", "destination"}  # names of variables that hold a path or text of a user's
-LIBRARY = ("checkpoint.py", "media.py", "cli", "models", "runtime", "export", "evaluate", "schemes", "kernels", "bench")
+LIBRARY = (
+    "checkpoint.py", "media.py", "plugins.py", "user_files.py", "user_python.py", "user_yaml.py", "cli", "models",
+    "runtime", "export", "evaluate", "schemes", "kernels", "graphs", "bench", "serve",
+)  # fmt: skip
+OURS = ("InferixError", "UsageError", "CheckpointError", "Refusal", "warn")
 
 
-def bare_paths(source: str) -> Iterator[str]:
-    """Paths that stand in the message of an error or warning as they are."""
+def bare_values(source: str) -> Iterator[str]:
+    """Values that stand in the message of an error or warning as they are, or by `repr` in any length.
+
+    They are paths by the name of the variable, and whatever one of our errors shows by `!r` but constants.
+    """
     for call in ast.walk(ast.parse(source)):
-        if not isinstance(call, ast.Call) or not ast.unparse(call.func).endswith(("Error", "warn")):
+        name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+        if not name.endswith(("Error", "Refusal", "warn")):
             continue
         for value in ast.walk(call):
-            if isinstance(value, ast.FormattedValue) and ast.unparse(value.value).split(".")[-1] in PATHS:
-                yield f"line {value.lineno}: {ast.unparse(value.value)}"
+            if not isinstance(value, ast.FormattedValue):
+                continue
+            text = ast.unparse(value.value)
+            by_repr = value.conversion == ord("r") and name.endswith(OURS)
+            if (by_repr or text.split(".")[-1] in PATHS) and not text.split(".")[0].isupper():
+                yield f"line {value.lineno}: {text}"
 
 
-def test_messages_quote_paths() -> None:
+def test_messages_quote_values() -> None:
     files = [path for name in LIBRARY for path in sorted((ROOT / name).rglob("*.py")) or [ROOT / name]]
-    wrong = {str(path.relative_to(ROOT)): list(bare_paths(path.read_text("utf-8"))) for path in files}
+    wrong = {str(path.relative_to(ROOT)): list(bare_values(path.read_text("utf-8"))) for path in files}
     assert {name: lines for name, lines in wrong.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
     "planted",
-    ['raise UsageError(f"no {path}")', 'warn(f"{lora.path} is {1}")', 'raise errors.UsageError(f"{source}: no")'],
-)
-def test_a_planted_bare_path_is_found(planted: str) -> None:
-    assert len(list(bare_paths(planted))) == 1
-    assert list(bare_paths('raise UsageError(f"no {quoted(path)} {path.stat().st_size}")')) == []
+    ['raise UsageError(f"no {path}")', 'warn(f"{lora.path} is {1}")', 'raise errors.UsageError(f"{source}: no")',
+     'raise Refusal("not_found", f"no {model!r}", 404)', 'UsageError(f"no {id[:64]!r}")'],
+)  # fmt: skip
+def test_a_planted_bare_value_is_found(planted: str) -> None:
+    assert len(list(bare_values(planted))) == 1
+
+
+def test_quoted_values_and_constants_are_accepted() -> None:
+    assert list(bare_values('raise UsageError(f"no {quoted(path)} {path.stat().st_size} {SCHEMA!r}")')) == []
 
 
 @pytest.mark.parametrize("text", ["two\nlines", "\x1b[31mred", "a\0b", "\udcff", "x" * 5000])

@@ -16,7 +16,7 @@ from .denoise_step import denoise_step
 from .gelu import gelu
 from .lowp import PrecisionMap, lowp
 from .merge_qkv import merge_qkv
-from .partition import fold, hoist_prompt
+from .partition import fold, hoist_frames, hoist_prompt
 from .patch_embedding import patch_embedding
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
@@ -42,6 +42,7 @@ REWRITES: dict[str, Rewrite] = {
         Rewrite("denoise-step", "unpatchify, solver step and noise in one kernel", on_each_graph(denoise_step)),
         Rewrite("gelu", "GELU in the last step of its matmul", on_each_graph(gelu)),
         Rewrite("hoist-prompt", "what the prompt alone decides is computed once per prompt", hoist_prompt),
+        Rewrite("hoist-frames", "what a block's cameras alone decide is computed once per block", hoist_frames),
         Rewrite("lowp", "linear layers on FP8 or INT8 operands", lowp(EVERY_LAYER), default=False),
         Rewrite("fold", "what weights and timesteps alone decide is computed once", fold),
     )
@@ -89,8 +90,11 @@ def rewritten(block: BlockGraph, names: Collection[str], precision: PrecisionMap
 
 def copied(block: BlockGraph) -> BlockGraph:
     """The block with graphs of its own, which rewrites may change in place."""
-    fold_, prompt = (None if graph is None else chained(graph.name, graph) for graph in (block.fold, block.prompt))
-    return replace(block, fold=fold_, prompt=prompt, passes=tuple(chained(graph.name, graph) for graph in block.passes))
+    fold_, prompt, frames = (
+        None if graph is None else chained(graph.name, graph) for graph in (block.fold, block.prompt, block.frames)
+    )
+    passes = tuple(chained(graph.name, graph) for graph in block.passes)
+    return replace(block, fold=fold_, prompt=prompt, frames=frames, passes=passes)
 
 
 def counted(block: BlockGraph) -> tuple[int, int]:

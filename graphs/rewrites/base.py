@@ -47,9 +47,10 @@ def on_each_graph(change: Callable[[PassGraph], int]) -> Apply:
 
 def replaced(block: BlockGraph, graphs: Sequence[PassGraph]) -> BlockGraph:
     """The block with its graphs replaced by these, matched by name."""
-    special = {graph.name: graph for graph in graphs if graph.name in ("fold", "prompt")}
+    special = {graph.name: graph for graph in graphs if graph.name in ("fold", "prompt", "frames")}
     passes = tuple(graph for graph in graphs if graph.name not in special)
-    return replace(block, fold=special.get("fold"), prompt=special.get("prompt"), passes=passes)
+    fold, prompt, frames = map(special.get, ("fold", "prompt", "frames"))
+    return replace(block, fold=fold, prompt=prompt, frames=frames, passes=passes)
 
 
 def cleaned(graph: PassGraph) -> PassGraph:

@@ -11,13 +11,13 @@ import math
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...kernels.attention import attention
 from ..edit import Editor, aten, fake, shape
 from ..match import Match, Pattern
-from ..types import PassGraph
-from .base import literal, ops
+from ..types import PROMPT_TABLE, PassGraph, Role, Value, When
+from .base import add_input, literal, ops
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,11 +41,21 @@ def cross_attention(graph: PassGraph) -> int:
 
 
 def fuse(graph: PassGraph, edit: Editor, match: Match) -> None:
-    """One page for each row of the batch, whose list has that page alone."""
+    """One page for each row of the batch, whose list has that page alone.
+
+    Where all rows share one prompt, there is one page, and the table that lists it is an input: over more pages it
+    gives each row a prompt of its own.
+    """
+    shared = [spread_over_rows(match.seen[name]) if name in match.seen else None for name in ("k", "v")]
     with edit.before(match.anchor):
-        q, k, v = (match.input(edit, name) for name in ("q", "k", "v"))
+        q = match.input(edit, "q")
         rows, device = shape(q)[0], fake(q).device
-        table = literal(graph, range(rows), (rows, 1), torch.int32, device)
+        if shared[0] is not None and shared[1] is not None:
+            k, v = (edit.dense(part) for part in shared if part is not None)
+            table = add_input(graph, Value(PROMPT_TABLE, Role.INPUT, (rows, 1), torch.int32, When.BLOCK), device)
+        else:
+            k, v = (match.input(edit, name) for name in ("k", "v"))
+            table = literal(graph, range(rows), (rows, 1), torch.int32, device)
         count = literal(graph, [1] * rows, (rows,), torch.int32, device)
         pages = edit.call(aten.stack.default, [k, v])
         out = edit.like(q)
@@ -55,3 +65,11 @@ def fuse(graph: PassGraph, edit: Editor, match: Match) -> None:
     for user in [user for user in out.users if user.target is aten.clone.default]:  # it is in order
         user.replace_all_uses_with(out)
         user.graph.erase_node(user)
+
+
+def spread_over_rows(node: fx.Node) -> fx.Node | None:
+    """The node [1, ...] of which this one has copies as rows; None for any other."""
+    if node.target is not aten.expand.default:
+        return None
+    (source,) = node.all_input_nodes
+    return source if shape(source) == (1, *shape(node)[1:]) else None

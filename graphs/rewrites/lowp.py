@@ -23,7 +23,7 @@ from ..compose import copy_into
 from ..edit import Editor, aten, fake, shape
 from ..match import peeled, users
 from ..trace import trace
-from ..types import BlockGraph, PassGraph, Role, Value, When
+from ..types import OF_SET, BlockGraph, PassGraph, Role, Value, When
 from .base import cleaned, ops, replaced
 
 FP8 = torch.float8_e4m3fn
@@ -85,7 +85,8 @@ def layers_of(graph: PassGraph, node: fx.Node) -> list[str]:
     parts = weight.all_input_nodes if weight.target is aten.cat.default else [weight]
     values = [graph.inputs.get(part.name) for part in parts]
     own = all(value is not None and value.role == Role.WEIGHT for value in values)
-    return [value.name.removesuffix(".weight") for value in values if value is not None] if own else []
+    names = [value.name.partition(OF_SET)[0] for value in values if value is not None]
+    return [name.removesuffix(".weight") for name in names] if own else []
 
 
 def pack_layers(graph: PassGraph, precision: PrecisionMap) -> int:

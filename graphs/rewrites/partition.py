@@ -1,8 +1,9 @@
-"""fold and hoist-prompt: move calls out of passes whose results change less often than a pass.
+"""fold, hoist-prompt and hoist-frames: move calls out of passes whose results change less often than a pass.
 
 `fold` takes what depends on weights, written numbers and positions of the grid alone, `hoist_prompt` what depends on
-the prompt besides. A value is moved if it is computed, not merely looked at, and something that stays reads it.
-Equal calls of several passes become one, so that a constant is made and stored once.
+the prompt besides, `hoist_frames` what the channels do that a block's frames are given. A value is moved if it is
+computed, not merely looked at, and something that stays reads it. Equal calls of several passes become one, so that a
+constant is made and stored once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def fold(block: BlockGraph) -> tuple[BlockGraph, int]:
 def hoist_prompt(block: BlockGraph) -> tuple[BlockGraph, int]:
     """Move what is known once the prompt is there into the prompt graph."""
     return moved(block, When.PROMPT, "prompt", Role.INPUT, Runs.PROMPT)
+
+
+def hoist_frames(block: BlockGraph) -> tuple[BlockGraph, int]:
+    """Move what is known once a block's frames are given their channels into the frames graph."""
+    return moved(block, When.FRAMES, "frames", Role.INPUT, Runs.FRAMES)
 
 
 def moved(block: BlockGraph, when: When, name: str, role: Role, runs: Runs) -> tuple[BlockGraph, int]:

@@ -15,7 +15,7 @@ from ..cost import PassCost
 from ..edit import DESCRIPTION, fake, shape
 from ..types import BlockGraph, PassGraph, Value
 
-FORM = 2  # of what is written
+FORM = 3  # of what is written
 
 
 def to_dict(block: BlockGraph) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def to_dict(block: BlockGraph) -> dict[str, Any]:
         "changes": [asdict(change) for change in block.changes],
         "fold": None if block.fold is None else pass_to_dict(block.fold),
         "prompt": None if block.prompt is None else pass_to_dict(block.prompt),
+        "frames": None if block.frames is None else pass_to_dict(block.frames),
         "passes": [pass_to_dict(graph) for graph in block.passes],
     }
 

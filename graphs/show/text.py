@@ -12,6 +12,7 @@ from .outline import Section, attends, in_units, outline
 WHEN = {
     Runs.LOAD: "once the weights are there",
     Runs.PROMPT: "once per prompt",
+    Runs.FRAMES: "once per block, for its cameras",
     Runs.SWITCH: "after a new prompt",
     Runs.REBUILD: "when the context is rebuilt",
     Runs.FLUSH: "where nothing follows or the commit cannot wait",
@@ -96,7 +97,8 @@ def summary(costs: PassCost) -> Iterator[str]:
         for role, values in given.items()
         if values
     ]
-    inputs = [value.name for value in graph.named(Role.INPUT).values() if not value.name.startswith("prompt.")]
+    own = [value.name for value in graph.named(Role.INPUT).values()]
+    inputs = [name for name in own if not name.startswith(("prompt.", "frames."))]
     yield f"  reads {'; '.join([*sizes, *([', '.join(inputs)] if inputs else [])])}"
     outputs = graph.outputs
     size = in_units(sum(value.nbytes for value in outputs), "B")

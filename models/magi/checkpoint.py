@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, nearest, quoted
 from ..family import Checkpoint, Format
-from ..files import check_file, read_json, read_tensors, write_json
+from ..files import check_file, read_json, read_names, write_json
 from ..shards import write_shards
 from ..spec import ModelSpec
 from ..state_dicts import (
@@ -26,6 +26,7 @@ from ..state_dicts import (
     choose_state_dict,
     find_weight_files,
     read_weight_files,
+    refuse_quantised,
 )
 from .spec import MAGI_4B, MAGI_24B, MagiSpec
 
@@ -41,6 +42,7 @@ CONFIG_KEYS = {  # key of the config: field of the spec
     "caption_max_length": "text_len", "layernorm_epsilon": "eps", "x_rescale_factor": "rescale",
     "gated_linear_unit": "gated",
 }  # fmt: skip
+WEIGHT_SCALE = ".weight_scale"  # of each quantised layer
 STATED = ("rescale", "eps")  # fields that no tensor shows
 
 
@@ -72,7 +74,7 @@ def recognises(path: Path) -> bool:
             names: Iterable[Any] = (read_json(indices[0]) or {}).get("weight_map") or ()
         else:
             files = weight_files(path) if path.exists() else None
-            names = read_tensors(files.files[0]) if files is not None else ()
+            names = read_names(files.files[0]) if files is not None else ()
         return any(LAYER.match(str(name)) for name in names)
     except (UsageError, CheckpointError):
         return False
@@ -90,11 +92,40 @@ def read_checkpoint(path: Path, form: str | None, known: Collection[ModelSpec]) 
     if files is None:
         raise UsageError(f"{quoted(str(path))} holds no transformer of MAGI-1; expected {STEM}.safetensors or shards")
     content = read_weight_files(files)
-    _, tensors = choose_state_dict(path, content, "MAGI-1 transformer", is_transformer)
+    quantised = any(name.endswith(WEIGHT_SCALE) for name in content)
+    _, tensors = choose_state_dict(path, content, "MAGI-1 transformer", is_transformer, own_scales=quantised)
     tensors = {OURS if name == THEIRS else name: tensor for name, tensor in tensors.items()}
+    if quantised:
+        tensors = {name: unbatched(path, name, tensor, tensors) for name, tensor in tensors.items()}
     config = find_config(files.files[0].parent, path)
     spec = read_spec(path, tensors, config, [spec for spec in known if isinstance(spec, MagiSpec)])
     return Checkpoint(path, form or FORM, files.files, tensors, spec, None)
+
+
+def unbatched(path: Path, name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of an FP8 file without the batch of one that quantised layers are published with.
+
+    Raises UsageError for weights in another dtype, and for inputs of several scales without factors of channels.
+    """
+    module, _, leaf = name.rpartition(".")
+    if f"{module}{WEIGHT_SCALE}" not in tensors:
+        refuse_quantised(path, {name: tensor})
+        return tensor
+    if leaf == "weight" and tensor.dtype != torch.float8_e4m3fn:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UsageError(f"{quoted(path)} has {quoted(name)} in {kind}, with a scale; expected float8_e4m3fn")
+    if leaf == "input_scale" and (tensor != tensor.flatten()[0]).any():
+        raise UsageError(f"{quoted(path)}: {quoted(name)} has several values; expected one for all channels")
+    has_batch = tensor.ndim == {"weight": 3, "smooth_scale": 2}.get(leaf)
+    return tensor[0] if has_batch else tensor
+
+
+def batched(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A tensor as FP8 files have it: the reverse of `unbatched`."""
+    module, _, leaf = name.rpartition(".")
+    if f"{module}{WEIGHT_SCALE}" not in tensors or leaf not in ("weight", "smooth_scale"):
+        return tensor
+    return (tensor.to(torch.float8_e4m3fn) if leaf == "weight" else tensor)[None]
 
 
 def find_config(*folders: Path) -> Mapping[str, Any]:
@@ -141,7 +172,7 @@ def read_spec(
         like, name="custom", dim=dim, ffn_dim=ffn, num_heads=queries // width, kv_heads=keys // width,
         num_layers=layers, in_channels=channels // copies, out_channels=channels // copies, freq_dim=freq,
         text_dim=text_dim, text_len=text_len, patch=(rows, columns), head_width=width, cond_dim=cond, gated=up > ffn,
-        copies=copies,
+        copies=copies, fp8=any(name.endswith(WEIGHT_SCALE) for name in tensors),
     )  # fmt: skip
     stated = stated_fields(path, config, shown)
     for spec in known:
@@ -202,7 +233,10 @@ def write_transformer(
 
     Each tensor goes through `change` and is written in `dtype` (None: its own).
     """
+    if spec.fp8 and dtype is not None:
+        raise UsageError(f"dtype is {str(dtype).removeprefix('torch.')}, but the weights are in FP8; leave it out")
     write_json(folder / "config.json", config_of(spec))
+    tensors = {name: batched(name, tensor, tensors) for name, tensor in tensors.items()}
     write_shards(folder, STEM, tensors, published, max_shard, dtype, change, progress)
 
 

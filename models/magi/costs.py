@@ -40,7 +40,8 @@ class MagiCosts(TransformerCosts):
         total += (spec.freq_dim + 1) * spec.cond_dim + (spec.cond_dim + 1) * spec.cond_dim
         layer = sum(inputs * outputs for _, inputs, outputs in self.layer_sizes())
         layer += 2 * spec.dim * (spec.cond_dim + 1) + 8 * spec.dim + 6 * spec.head_dim
-        return total + spec.num_layers * layer
+        scales = sum(inputs + 1 for _, inputs, _ in self.layer_sizes()) + 2 if spec.fp8 else 0
+        return total + spec.num_layers * layer + max(0, spec.num_layers - 2) * scales
 
     @property
     def prompt_flops(self) -> int:

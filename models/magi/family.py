@@ -20,7 +20,7 @@ from ..files import write_json, write_tensors
 from ..random import random_state
 from ..spec import ModelSpec
 from ..text.spec import TextSpec, tiny_text
-from .checkpoint import FORMATS, read_checkpoint, recognises, write_transformer
+from .checkpoint import FORMATS, WEIGHT_SCALE, read_checkpoint, recognises, write_transformer
 from .costs import MagiCosts
 from .presets import PRESETS
 from .spec import MAGI_4B, MODELS, MagiSpec
@@ -31,6 +31,7 @@ from .vae_checkpoint import VAE_FILE, find_vae, load_vae, vae_config
 from .vae_spec import TINY_VIT_VAE, VIT_VAE, VitVaeSpec
 
 T5_XXL = TextSpec(vocabulary=32128, dim=4096, head_dim=64, ffn_dim=10240, num_layers=24, num_heads=64, buckets=32)
+RANDOM_SCALES = {"weight_scale": 2**-9, "input_scale": 2**-5, "smooth_scale": 2**-4}  # of random FP8 layers
 RANDOM_SHARD = 5_000_000_000  # bytes of the largest file of random weights
 
 
@@ -56,6 +57,14 @@ class MagiFamily(Family):
         state = super().random_state(spec, seed, dtype)
         bands = 10000 ** (-torch.arange(spec.bands, dtype=torch.float64) / spec.bands)
         shifted = ("layernorm.weight", "layernorm_xattn.weight", "post_norm.weight")
+        for name in [name for name in state if name.endswith(WEIGHT_SCALE)]:
+            module = name.removesuffix(WEIGHT_SCALE)
+            for leaf, value in RANDOM_SCALES.items():
+                if f"{module}.{leaf}" in state:
+                    state[f"{module}.{leaf}"] = torch.full_like(state[f"{module}.{leaf}"], value, dtype=torch.float32)
+            weight = f"{module}.weight"
+            scaled = (state[weight].float() / RANDOM_SCALES["weight_scale"]).clamp(-448, 448)
+            state[weight] = scaled.to(torch.float8_e4m3fn).to(dtype)
         return {
             name: bands.to(dtype) if name == "bands" else tensor - 1 if name.endswith(shifted) else tensor
             for name, tensor in state.items()
@@ -144,7 +153,9 @@ class MagiFamily(Family):
         def load() -> PromptEncoder:
             with tempfile.TemporaryDirectory() as name:
                 write_tiny_text(Path(name), spec.text_dim, 3, torch.float32)
-                return load_text(Path(name), spec.text_len, dtype, device)
+                encoder = load_text(Path(name), spec.text_len, dtype, device)
+                _ = encoder.model  # read while the folder is there
+                return encoder
 
         return load
 

@@ -30,7 +30,7 @@ MIXED_PAST = Guidance(
 )
 CONTEXT = ContextPolicy(
     local_attn_size=30, sink_size=0, positions="absolute", image="paste", noise2clean_kvrange=(5, 4, 3, 2),
-    clean_chunk_kvrange=1, clean_text="null", commit_in_next=True,
+    clean_chunk_kvrange=1, clean_text="null", commit_in_next=True, prompt_switch="join",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ class MagiSpec(ModelSpec):
 
     head_width: channels of a head; the published models have dim // num_heads. cond_dim: width of the timestep and
     caption vector. gated: SwiGLU in place of GELU. copies: times that the latent channels are repeated before the
-    patches. rescale: factor of the latents.
+    patches. rescale: factor of the latents. fp8: layers but the first and the last are quantised.
     """
 
     head_width: int
@@ -24,6 +24,7 @@ class MagiSpec(ModelSpec):
     gated: bool
     copies: int
     rescale: float
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.head_width < 8 or self.head_width % 8:
@@ -53,8 +54,8 @@ class MagiSpec(ModelSpec):
 MAGI_4B = MagiSpec(
     name="magi-4.5b", family="magi", dim=3072, ffn_dim=12288, num_heads=24, kv_heads=8, num_layers=34, in_channels=16,
     out_channels=16, freq_dim=256, text_dim=4096, text_len=800, patch=(2, 2), eps=1e-6, image_dim=None,
-    image_tokens=None, vae_stride=(4, 8), fps=24, default_size=(720, 720), grid=None, actions=(), head_width=128,
-    cond_dim=768, gated=False, copies=1, rescale=1.0,
+    image_tokens=None, vae_stride=(4, 8), fps=24, default_size=(720, 720), grid=None, actions=(),
+    camera_channels=None, head_width=128, cond_dim=768, gated=False, copies=1, rescale=1.0,
 )  # fmt: skip
 MAGI_24B = replace(
     MAGI_4B, name="magi-24b", dim=6144, ffn_dim=16384, num_heads=48, num_layers=48, default_size=(1280, 720),
@@ -64,4 +65,11 @@ MAGI_TINY = replace(
     MAGI_4B, name="magi-tiny", dim=64, ffn_dim=96, num_heads=4, kv_heads=2, num_layers=2, text_dim=32, text_len=64,
     default_size=(64, 64), head_width=16, cond_dim=16, gated=True, copies=2, rescale=0.1,
 )  # fmt: skip
-MODELS: dict[str, MagiSpec] = {spec.name: spec for spec in (MAGI_4B, MAGI_24B, MAGI_TINY)}
+MAGI_TINY_FP8 = replace(MAGI_TINY, name="magi-tiny-fp8", num_layers=3, fp8=True)
+MODELS: dict[str, MagiSpec] = {
+    spec.name: spec
+    for spec in (
+        MAGI_4B, MAGI_24B, MAGI_TINY, replace(MAGI_4B, name="magi-4.5b-fp8", fp8=True),
+        replace(MAGI_24B, name="magi-24b-fp8", fp8=True), MAGI_TINY_FP8,
+    )
+}  # fmt: skip

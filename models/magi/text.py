@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from ...errors import CheckpointError, UsageError, quoted
 from ..files import read_json, reason
 from ..text.umt5 import TextEncoder
-from ..text.umt5_checkpoint import read_tokenizer
+from ..text.umt5_checkpoint import read_tokenizer, without_progress_bars
 
 NAME = "t5-v1_1-xxl"
 FOLDERS = (f"t5/{NAME}", NAME, "text_encoder", "")
@@ -101,7 +102,26 @@ def cleaned(prompt: str) -> str:
 
 
 class T5Encoder(TextEncoder):
-    """A T5 encoder; prompts are cleaned twice, and its rows after the end are zero, so that they are not seen."""
+    """A T5 encoder; prompts are cleaned twice, and its rows after the end are zero, so that they are not seen.
+
+    load: reads the weights, when the first caption of a fitting length comes.
+    """
+
+    def __init__(self, tokenizer: Any, load: Callable[[], Any], text_len: int) -> None:
+        self.tokenizer, self.load, self.text_len = tokenizer, load, text_len
+
+    @cached_property
+    def model(self) -> Any:
+        return self.load()
+
+    def encode(self, prompt: str) -> Tensor:
+        """Encode a prompt to rows [text_len, d]. UsageError, before weights are read, for more tokens than rows."""
+        if (length := self.count_tokens(self.clean(prompt))) > self.text_len:
+            raise UsageError(
+                f"the prompt {quoted(prompt)} has {length} tokens, and captions of this model have up to "
+                f"{self.text_len}; make it shorter"
+            )
+        return super().encode(prompt)
 
     def clean(self, prompt: str) -> str:
         return cleaned(cleaned(prompt))
@@ -118,19 +138,26 @@ def find_text(places: Sequence[Path]) -> Path | None:
 
 
 def load_text(folder: Path, text_len: int, dtype: torch.dtype, device: Any) -> T5Encoder:
-    """Load an encoder and its tokenizer, in float32 or better. CheckpointError for a folder that cannot be read."""
+    """Load a tokenizer, and its encoder at the first prompt, in float32 or better.
+
+    CheckpointError for a folder that cannot be read.
+    """
+    tokens = read_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
+    return T5Encoder(tokens, partial(load_model, folder, torch.promote_types(dtype, torch.float32), device), text_len)
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: Any) -> Any:
+    """Read the weights of an encoder."""
     from transformers import T5EncoderModel
 
-    tokens = read_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     try:
-        model = T5EncoderModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.promote_types(dtype, torch.float32)
-        )
+        with without_progress_bars():
+            model = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot read the text encoder in {quoted(folder)}: {reason(error)}; fetch it again"
         ) from error
-    return T5Encoder(tokens, model.eval().to(device).requires_grad_(False), text_len)
+    return model.eval().to(device).requires_grad_(False)
 
 
 def check_folder(path: str) -> Path:
@@ -159,5 +186,6 @@ def write_tiny_text(folder: Path, dim: int, seed: int, dtype: torch.dtype) -> No
         tensor.data.copy_(noise + 1.0 if "norm" in name else noise)
     for tensor in model.parameters():
         tensor.data = tensor.data.to(dtype)
-    model.save_pretrained(folder)
+    with without_progress_bars():
+        model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

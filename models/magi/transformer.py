@@ -20,6 +20,7 @@ from ..time_embedding import sinusoid
 from ..transformer import KeyValues, TextContext, Transformer
 from .spec import NULL_TOKENS, MagiSpec
 
+LARGEST_FP8 = 448.0  # of e4m3
 CONDITIONAL, DROPPED = -2, -1  # rows of the null caption whose AdaLN vectors mark branches with and without a prompt
 
 
@@ -45,6 +46,39 @@ class ShiftedNorm(nn.Module):
         dtype = wide(x.dtype) if self.is_wide else x.dtype
         weight, bias = self.weight.to(dtype) + 1, self.bias.to(dtype)
         return F.layer_norm(x.to(dtype), weight.shape, weight, bias, self.eps)
+
+
+class QuantisedLinear(nn.Module):
+    """A layer in FP8 as published: weights and inputs in e4m3, their products summed in float32 or better.
+
+    Inputs are divided by `input_scale`, which has an entry for each channel but one value; where they are smooth, by
+    the factors `smooth_scale` of the channels, which the weights have taken up. The weights' e4m3 values are stored in
+    the model's dtype, which holds them exactly.
+    """
+
+    float32_parameters = ("weight_scale", "input_scale", "smooth_scale")
+
+    def __init__(self, inputs: int, outputs: int, smooth: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
+        self.weight_scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
+        self.input_scale = nn.Parameter(torch.ones(1 if smooth else inputs, dtype=torch.float32))
+        self.smooth_scale = nn.Parameter(torch.ones(inputs, dtype=torch.float32)) if smooth else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = wide(x.dtype)
+        divisor = self.input_scale if self.smooth_scale is None else self.smooth_scale
+        scaled = (x.to(dtype) / divisor.to(dtype)).clamp(-LARGEST_FP8, LARGEST_FP8)
+        narrow = scaled.to(torch.bfloat16).to(torch.float8_e4m3fn).to(dtype)
+        factor = self.input_scale[:1].to(dtype) * self.weight_scale.to(dtype)
+        return (F.linear(narrow, self.weight.to(dtype)) * factor).to(x.dtype)
+
+
+def layer_linear(spec: MagiSpec, layer: int, inputs: int, outputs: int, smooth: bool = False) -> nn.Module:
+    """A projection of a layer: quantised in those of an FP8 model but the first and the last."""
+    if spec.fp8 and 0 < layer < spec.num_layers - 1:
+        return QuantisedLinear(inputs, outputs, smooth)
+    return nn.Linear(inputs, outputs, bias=False)
 
 
 class TimeEmbedding(nn.Module):
@@ -74,12 +108,12 @@ class CaptionEmbedding(nn.Module):
 class Projections(nn.Module):
     """Norm of a layer's input, and projections to queries, cross-attention queries, keys and values."""
 
-    def __init__(self, spec: MagiSpec) -> None:
+    def __init__(self, spec: MagiSpec, layer: int) -> None:
         super().__init__()
         queries = spec.num_heads * spec.head_dim
         self.layer_norm = nn.LayerNorm(spec.dim, spec.eps)
-        self.q, self.qx = (nn.Linear(spec.dim, queries, bias=False) for _ in range(2))
-        self.k, self.v = (nn.Linear(spec.dim, spec.kv_dim, bias=False) for _ in range(2))
+        self.q, self.qx = (layer_linear(spec, layer, spec.dim, queries) for _ in range(2))
+        self.k, self.v = (layer_linear(spec, layer, spec.dim, spec.kv_dim) for _ in range(2))
 
 
 class Attention(nn.Module):
@@ -88,9 +122,9 @@ class Attention(nn.Module):
     def __init__(self, spec: MagiSpec, layer: int) -> None:
         super().__init__()
         self.layer, self.kv_heads, self.head_dim = layer, spec.kv_heads, spec.head_dim
-        self.linear_qkv = Projections(spec)
+        self.linear_qkv = Projections(spec, layer)
         self.linear_kv_xattn = nn.Linear(spec.dim, 2 * spec.kv_dim, bias=False)
-        self.linear_proj = nn.Linear(2 * spec.num_heads * spec.head_dim, spec.dim, bias=False)
+        self.linear_proj = layer_linear(spec, layer, 2 * spec.num_heads * spec.head_dim, spec.dim, smooth=True)
         self.q_layernorm, self.k_layernorm = (ShiftedNorm(spec.head_dim, spec.eps) for _ in range(2))
         self.q_layernorm_xattn, self.k_layernorm_xattn = (
             ShiftedNorm(spec.head_dim, spec.eps, is_wide=False) for _ in range(2)
@@ -103,7 +137,7 @@ class Attention(nn.Module):
         return self.k_layernorm_xattn(keys), values
 
     def forward(self, x: Tensor, context: TextKeyValues, kv: KeyValues) -> Tensor:
-        """x [B, T, d] to [B, T, d] in float32 or better."""
+        """x [B, T, d] to [B, T, d], in float32 or better where the output projection is not quantised."""
         parts = self.linear_qkv
         n = parts.layer_norm(x)
         q, qx, k, v = (
@@ -113,23 +147,29 @@ class Attention(nn.Module):
         seen = kv.attend(self.layer, q, k, v), context.attend(self.layer, self.q_layernorm_xattn(qx))
         # heads of self-attention that share keys stand before those of cross-attention that share keys
         joined = torch.cat([part.unflatten(2, (self.kv_heads, -1)).flatten(3) for part in seen], dim=-1)
-        return linear(joined.flatten(2), self.linear_proj, wide(x.dtype))
+        if isinstance(self.linear_proj, nn.Linear):
+            return linear(joined.flatten(2), self.linear_proj, wide(x.dtype))
+        out: Tensor = self.linear_proj(joined.flatten(2))
+        return out
 
 
 class FeedForward(nn.Module):
-    def __init__(self, spec: MagiSpec) -> None:
+    def __init__(self, spec: MagiSpec, layer: int) -> None:
         super().__init__()
         self.gated = spec.gated
         self.layer_norm = nn.LayerNorm(spec.dim, spec.eps)
-        self.linear_fc1 = nn.Linear(spec.dim, spec.ffn_dim * (2 if spec.gated else 1), bias=False)
-        self.linear_fc2 = nn.Linear(spec.ffn_dim, spec.dim, bias=False)
+        self.linear_fc1 = layer_linear(spec, layer, spec.dim, spec.ffn_dim * (2 if spec.gated else 1))
+        self.linear_fc2 = layer_linear(spec, layer, spec.ffn_dim, spec.dim, smooth=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear_fc1(self.layer_norm(x))
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
-            return self.linear_fc2(F.silu(gate) * x)
-        return self.linear_fc2(F.gelu(x))
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x)
+        out: Tensor = self.linear_fc2(x)
+        return out
 
 
 class Gates(nn.Module):
@@ -151,7 +191,7 @@ class Layer(nn.Module):
         self.ada_modulate_layer = Gates(spec)
         self.self_attention = Attention(spec, layer)
         self.self_attn_post_norm, self.mlp_post_norm = (ShiftedNorm(spec.dim, spec.eps) for _ in range(2))
-        self.mlp = FeedForward(spec)
+        self.mlp = FeedForward(spec, layer)
 
     def forward(self, x: Tensor, condition: Tensor, context: TextKeyValues, kv: KeyValues) -> Tensor:
         """x [B, T, d]; condition [B, F, cond_dim]. Each norm follows its gate."""

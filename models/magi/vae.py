@@ -158,6 +158,7 @@ class VitVae(Decoder):
         Tiles are counted from the first of these frames; one that has a single latent frame becomes a single picture.
         """
         spec, pixels = self.spec, []
+        latents = latents.to(self.decoder.proj_in.weight.dtype)
         for part in (latents / SCALE).transpose(0, 1)[None].split(spec.tile_frames, dim=2):
             rows = [
                 [self.decoder(part[..., top:bottom, left:right]) for left, right in spec.tiles(part.shape[4], 2)]

@@ -12,7 +12,7 @@ import torch
 
 from ..files import save_pickle
 from .spec import tiny_text
-from .umt5_checkpoint import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TIED, to_original
+from .umt5_checkpoint import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TIED, to_original, without_progress_bars
 
 
 def write_tiny_text_encoder(folder: Path, layout: str, dim: int, seed: int, dtype: torch.dtype) -> None:
@@ -37,7 +37,8 @@ def write_tiny_text_encoder(folder: Path, layout: str, dim: int, seed: int, dtyp
     if layout == "diffusers":
         model.load_state_dict(state | {TIED: state["shared.weight"]}, assign=True)
         model.tie_weights()
-        model.save_pretrained(folder / "text_encoder")
+        with without_progress_bars():
+            model.save_pretrained(folder / "text_encoder")
         tokenizer.save_pretrained(folder / "tokenizer")
     else:
         folder.mkdir(parents=True, exist_ok=True)

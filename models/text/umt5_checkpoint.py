@@ -7,7 +7,8 @@ transformer (`models/state_dicts.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,20 @@ def check_config(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any]
         raise CheckpointError(
             f"config.json in {quoted(path)} is not of its weights: {'; '.join(wrong)}; fetch both again"
         )
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Silence the progress bars of `transformers`, which are on stderr among those of the command."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def read_tokenizer(path: Path) -> Any:

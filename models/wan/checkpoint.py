@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, nearest, quoted, quoted_all
+from ...schemes.presets import EXPERTS, WITH_MEMORY
 from ..family import Checkpoint, Format, merged
 from ..files import alike_in_file, check_file, read_json, read_tensors
 from ..spec import ModelSpec
+from ..state_dicts import EXPERTS as EXPERTS_BY_FOLDER
 from ..state_dicts import (
-    EXPERTS,
     WEIGHTS,
     Place,
     WeightFiles,
@@ -30,7 +31,7 @@ from ..state_dicts import (
 )
 from ..text.umt5_checkpoint import TEXT_FILES
 from .lora import fitting, read_lora
-from .names import from_format
+from .names import from_format, to_format, twin_of
 from .spec import FAMILY, MODELS
 from .vae_checkpoint import TINY_DECODERS, VAE_FILES
 
@@ -44,9 +45,19 @@ FORMATS: dict[str, Format] = {
     "krea": Format("original", "krea-realtime-video-14b.safetensors"),
     "rolling-forcing": Format("original", "rolling_forcing_dmd.pt", ("generator_ema", "generator")),
     "longlive2": Format("original", "model_bf16.pt", ("generator", "model")),
+    "sgf": Format("original", "model.pt", ("generator_ema", "generator")),
+    "sgf-plus": Format("original", "model.pt", ("generator_ema", "generator"), twins=True),
+    "a14b": Format("original", SHARD, experts=("high_noise_model", "low_noise_model")),
+    "a14b-diffusers": Format("diffusers", SHARD, experts=("transformer", "transformer_2")),
+    "lingbot": Format("original", SHARD, folder="transformers"),
 }
+EXPERT_FOLDERS = tuple(layout.experts for layout in FORMATS.values() if layout.experts)
+INDEX = "model_index.json"
 FIRST_TENSOR = "patch_embedding.weight"  # in every transformer
-TRANSFORMER_FOLDERS = ("transformer", "unet", "diffusion_models")  # of a pipeline or of ComfyUI's models
+CAMERA_TENSOR = "patch_embedding_wancamctrl.weight"  # in every transformer with a camera, as published
+TRANSFORMER_FOLDERS = ("transformer", "transformers", "unet", "diffusion_models")  # of a pipeline or ComfyUI's models
+STEMS = (SHARD.removesuffix(".safetensors"), "model")  # of published shards
+PIXEL_RAY, ACTION_RAY = 6, 7  # channels of a pixel that follows a camera, and that follows actions besides
 LEFTOVERS = ("_cls_pred_branch.", "_register_tokens", "_gan_ca_blocks.")  # training's critic, not the generator
 LONGEST_TEXT = 4096  # rows that a config may ask for
 HEAD_DIM = 128  # of every published model; used where there is no config to read it from
@@ -67,6 +78,34 @@ def read_checkpoint(
     path, known = Path(path), MODELS.values() if known is None else known
     if isinstance(form, str) and form not in FORMATS:
         raise UsageError(f"no checkpoint format {quoted(form)}{nearest(form, FORMATS)}; there are {', '.join(FORMATS)}")
+    if (folders := expert_folders(path)) is not None:
+        return read_experts(path, folders, form, use_ema, known)
+    refuse_experts(path)
+    return read_transformer(path, form, use_ema, known)
+
+
+def read_experts(
+    path: Path, folders: tuple[str, str], form: str | Format | None, use_ema: bool, known: Collection[ModelSpec]
+) -> Checkpoint:
+    """Map the expert for high noise and the one for low noise, each in a folder of its own."""
+    index = read_json(path / INDEX) or {}
+    boundary = index.get("boundary_ratio")
+    if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
+        raise UsageError(f"{quoted(path / INDEX)}: boundary_ratio is {quoted(boundary)}; expected a number in 0..1")
+    names = next(name for name, layout in FORMATS.items() if layout.experts == folders)
+    layout = None if form == names else form
+    high, low = (read_transformer(path / folder, layout, use_ema, known) for folder in folders)
+    if high.spec != low.spec:
+        raise UsageError(
+            f"{quoted(path)}: {folders[0]} is a {high.spec.name}, {folders[1]} a {low.spec.name}; expected equal sizes"
+        )
+    return Checkpoint(
+        path, names, (*high.files, *low.files), high.tensors, high.spec, None, EXPERTS, (low.tensors,), boundary
+    )
+
+
+def read_transformer(path: Path, form: str | Format | None, use_ema: bool, known: Collection[ModelSpec]) -> Checkpoint:
+    """Map one transformer; as `read_checkpoint`."""
     source, config = find_transformer(path, known)
     content = read_weight_files(source)
     name = source.files[0].name
@@ -89,15 +128,26 @@ def read_checkpoint(
             f"{quoted(path)} holds {quoted(str(place))}; expected {' or '.join(layout.weights)}, or another "
             "checkpoint_format"
         )
+    twins = {plain: raw[name] for name in raw if (plain := twin_of(name)) is not None}
+    tensors = our_tensors(path, {name: tensor for name, tensor in raw.items() if twin_of(name) is None}, layout)
+    spec = read_spec(path, config, tensors, known)
+    label = form if isinstance(form, str) else layout.file
+    lora = published_lora(source, layout)
+    if not twins:
+        return Checkpoint(path, label, source.files, tensors, spec, lora)
+    memory = tensors | our_tensors(path, twins, layout)  # a plain tensor without a twin is its own
+    return Checkpoint(path, label, source.files, tensors, spec, lora, WITH_MEMORY, (memory,))
+
+
+def our_tensors(path: Path, raw: Mapping[str, Tensor], layout: Format) -> dict[str, Tensor]:
+    """A file's tensors by our names, joined ones split."""
     tensors: dict[str, Tensor] = {}
     for bare, ours in from_format(layout.names, layout.strip, raw).items():
         for part, value in unfused(ours, raw[bare]).items() if not bare.startswith(LEFTOVERS) else ():
             if part in tensors:
                 raise UsageError(f"{quoted(path)} has {quoted(part)} under two names; expected each tensor once")
             tensors[part] = value
-    spec = read_spec(path, config, tensors, known)
-    label = form if isinstance(form, str) else layout.file
-    return Checkpoint(path, label, source.files, tensors, spec, published_lora(source, layout))
+    return tensors
 
 
 def own_layouts() -> dict[str, Format]:
@@ -155,22 +205,28 @@ def find_transformer(path: Path, known: Collection[ModelSpec]) -> tuple[WeightFi
         names = [spec.name for spec in known]
         listed = f"{nearest(str(path), names)}; names of models are {', '.join(names)}"
         raise UsageError(f"no checkpoint {quoted(path)}: no such file or folder{listed}")
-    refuse_experts(path)
     if not path.is_dir():
         check_file(path, "checkpoint")
         check_names_one_file(path)
         return WeightFiles((path,)), transformer_config(path.parent)
-    stem = SHARD.removesuffix(".safetensors")
     folders = [folder for name in TRANSFORMER_FOLDERS if (folder := path / name).is_dir()]
-    right_here = find_weight_files(path, stem) if is_transformer_folder(path) else None
+    right_here = published_files(path) if is_transformer_folder(path) else None
     if right_here and folders:
         raise UsageError(f"{quoted(path)} holds a transformer and a folder {quoted(folders[0].name)}; name one of them")
     if right_here:
         return right_here, transformer_config(path)
     for folder in folders or [path]:
-        if source := find_weight_files(folder, stem) or only_file(folder):
+        if source := published_files(folder) or only_file(folder):
             return source, transformer_config(folder)
     raise UsageError(f"{quoted(path)} holds no transformer; expected {SHARD}, its shards or a .pt")
+
+
+def published_files(folder: Path) -> WeightFiles | None:
+    """Find the files of a transformer in a folder under a published name; None for other names."""
+    files = find_weight_files(folder, STEMS[0])
+    if files is None and (folder / f"{STEMS[1]}.safetensors.index.json").exists():
+        files = find_weight_files(folder, STEMS[1])
+    return files
 
 
 def is_transformer_folder(folder: Path) -> bool:
@@ -191,26 +247,50 @@ def only_file(folder: Path) -> WeightFiles | None:
     return WeightFiles((files[0],))
 
 
+def expert_folders(path: Path) -> tuple[str, str] | None:
+    """Return the folders of two experts in a folder, that for high noise first; None for any other path.
+
+    CheckpointError where only one of them is there, or none of which the pipeline's index has two.
+    """
+    if not path.is_dir():
+        return None
+    index = read_json(path / INDEX) or {}
+    second = index.get("transformer_2")
+    indexed = index.get("boundary_ratio") is not None or (isinstance(second, list) and any(second))
+    for folders in EXPERT_FOLDERS:
+        present = [name for name in folders if (path / name).is_dir()]
+        known_by = [name for name in present if name in EXPERTS_BY_FOLDER] or ([INDEX] if indexed and present else [])
+        if known_by and len(present) == len(folders):
+            return folders
+        if known_by:
+            (absent,) = set(folders) - set(present)
+            raise CheckpointError(
+                f"{quoted(path)} is of a two-expert model ({quoted(known_by[0])}), but lacks {quoted(absent)}; the "
+                "download is not complete"
+            )
+    return None
+
+
 def refuse_experts(path: Path) -> None:
-    """Raise UsageError for a two-transformer model or one of its transformers, by folder, pipeline index or file name.
+    """Raise UsageError for one transformer of a two-expert model, by folder, pipeline index or file name.
 
     Symbolic links are not resolved: in a model cache the target of a link has no telling name.
     """
     whole = Path(os.path.abspath(path))
     folder = whole if path.is_dir() else whole.parent
-    part = folder.name in ("transformer", *EXPERTS)
+    part = folder.name in ("transformer", *EXPERTS_BY_FOLDER)
     if half := re.search(r"(high|low)[-_ ]?noise", whole.name, re.IGNORECASE):
         refuse_two_experts(path, half[0])
     if not part and not path.is_dir():
         return
     root = folder.parent if part else folder
-    for name in EXPERTS:
+    for name in EXPERTS_BY_FOLDER:
         if (root / name).exists():
             refuse_two_experts(path, name)
-    index = read_json(root / "model_index.json") or {}
+    index = read_json(root / INDEX) or {}
     second = index.get("transformer_2")
     if index.get("boundary_ratio") is not None or (isinstance(second, list) and any(second)):
-        refuse_two_experts(path, "transformer_2 in model_index.json")
+        refuse_two_experts(path, f"transformer_2 in {INDEX}")
 
 
 def transformer_config(folder: Path) -> dict[str, Any] | None:
@@ -221,7 +301,8 @@ def transformer_config(folder: Path) -> dict[str, Any] | None:
     kind = config.get("_class_name")
     if kind is None:
         return config if {"dim", "ffn_dim", "num_heads"} <= config.keys() else None
-    return config if isinstance(kind, str) and "Wan" in kind and "Autoencoder" not in kind else None
+    ours = isinstance(kind, str) and ("Wan" in kind or "LingBotWorld" in kind)
+    return config if ours and "Autoencoder" not in kind else None
 
 
 def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str:
@@ -231,13 +312,16 @@ def detect_format(file: str, place: Place, tensors: Mapping[str, Tensor]) -> str
         return next((form for form in named_after(file) if form in forms), forms[0])
     fused = any(".self_attn.to_qkv." in name for name in tensors)
     names = "diffusers" if "condition_embedder.time_embedder.linear_1.weight" in tensors else "original"
+    twins = any(twin_of(name) is not None for name in tensors)
+    if CAMERA_TENSOR in tensors and names == "original":
+        return "lingbot"
     for form in named_after(file):
         layout = FORMATS[form]
         under = set(place.keys) & set(layout.weights) if layout.weights else not place.keys
-        if under and layout.names == names and fused == (form == "krea"):
+        if under and layout.names == names and fused == (form == "krea") and twins == layout.twins:
             return form
-    if fused:
-        return "krea"
+    if fused or twins:
+        return "krea" if fused else "sgf-plus"
     return "self-forcing" if names == "original" and {"generator", "generator_ema"} & set(place.keys) else names
 
 
@@ -265,18 +349,22 @@ def read_spec(
         image_tokens = None if position is None else position.shape[1]
         action = tensors.get("action_embedding.linear_1.weight")
         action_dim = None if action is None else action.shape[1]
+        camera = tensors.get("camera_embedding.projection.weight")
+        camera_inputs = None if camera is None else camera.shape[1]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         near = alike_in_file(str(error).strip("'"), tensors)
         raise CheckpointError(f"{quoted(path)} is no complete Wan transformer: no {error} in it{near}") from error
     if 0 in (*sizes.values(), freq_dim):
         raise CheckpointError(f"{quoted(path)} is no Wan transformer: a size is 0 ({sizes})")
     placed = "position_embedding" in tensors
+    camera_channels = read_camera(path, tensors, camera_inputs, sizes["num_layers"], patch.shape[3] * patch.shape[4])
     facts = sizes | {"freq_dim": freq_dim, "patch": (patch.shape[3], patch.shape[4]), "image_dim": image_dim}
     known = [
         spec
         for spec in named
         if all(getattr(spec, key) == sizes[key] for key in SIZES if key != "num_heads")
         and (spec.image_dim, spec.action_dim, spec.grid is not None) == (image_dim, action_dim, placed)
+        and spec.camera_channels == camera_channels
     ]
     values = read_config(path, config or {}, facts, known)
     if known:
@@ -288,8 +376,38 @@ def read_spec(
     return ModelSpec(
         name="custom", family=like.family, **sizes, **values, kv_heads=values["num_heads"], freq_dim=freq_dim,
         patch=facts["patch"], image_dim=image_dim, image_tokens=image_tokens, vae_stride=like.vae_stride,
-        fps=like.fps, default_size=like.default_size, grid=None, actions=(),
+        fps=like.fps, default_size=like.default_size, grid=None, actions=(), camera_channels=camera_channels,
     )  # fmt: skip
+
+
+def read_camera(
+    path: Path, tensors: Mapping[str, Tensor], inputs: int | None, layers: int, patch_area: int
+) -> int | None:
+    """Read the entries of a pixel's ray from the inputs of the camera embedding; None for a model without one.
+
+    Raises UsageError for a model that follows actions besides, CheckpointError if some of the camera's tensors are
+    missing.
+    """
+    names = [f"camera_embedding.{part}" for part in ("projection", "linear_1", "linear_2")]
+    names += [f"blocks.{n}.camera.{part}" for n in range(layers) for part in ("linear_1", "linear_2", "scale", "shift")]
+    wanted = [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
+    lacking = [name for name in wanted if name not in tensors]
+    if len(lacking) == len(wanted):
+        return None
+    if lacking:
+        raise CheckpointError(
+            f"{quoted(path)} has camera tensors, but not all: no {quoted(to_format('original', lacking[0]))} and "
+            f"{len(lacking) - 1} more; the file is not complete"
+        )
+    ray = patch_area * MODELS["wan-1.3b"].vae_stride[1] ** 2  # inputs of one entry of each pixel's ray
+    if inputs == ACTION_RAY * ray:
+        raise UsageError(
+            f"{quoted(path)} takes {inputs} camera inputs, those of a model that follows actions besides; expected "
+            f"{PIXEL_RAY * ray}, a model that follows a camera alone"
+        )
+    if inputs != PIXEL_RAY * ray:
+        raise UsageError(f"{quoted(path)} takes {inputs} camera inputs; expected {PIXEL_RAY * ray}")
+    return PIXEL_RAY
 
 
 def count_layers(path: Path, tensors: Mapping[str, Tensor]) -> int:

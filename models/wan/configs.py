@@ -10,16 +10,22 @@ from .vae_spec import VaeSpec
 
 def original_config(spec: ModelSpec) -> dict[str, Any]:
     return {
-        "_class_name": "WanModel", "model_type": "i2v" if spec.image_dim else "t2v", "dim": spec.dim,
+        "_class_name": "WanModel", "model_type": "i2v" if spec.condition_channels else "t2v", "dim": spec.dim,
         "ffn_dim": spec.ffn_dim, "freq_dim": spec.freq_dim, "num_heads": spec.num_heads,
         "num_layers": spec.num_layers, "in_dim": spec.in_channels, "out_dim": spec.out_channels,
         "text_len": spec.text_len, "eps": spec.eps,
     }  # fmt: skip
 
 
+def pipeline_class(spec: ModelSpec) -> str:
+    """Return the class of a pipeline in the diffusers layout."""
+    return "WanPipeline" if spec.camera_channels is None else "LingBotWorldCausalDMDPipeline"
+
+
 def diffusers_config(spec: ModelSpec) -> dict[str, Any]:
+    kind = "WanTransformer3DModel" if spec.camera_channels is None else "CausalLingBotWorldTransformer3DModel"
     return {
-        "_class_name": "WanTransformer3DModel", "patch_size": [1, *spec.patch],
+        "_class_name": kind, "patch_size": [1, *spec.patch],
         "num_attention_heads": spec.num_heads, "attention_head_dim": spec.head_dim,
         "in_channels": spec.in_channels, "out_channels": spec.out_channels, "text_dim": spec.text_dim,
         "freq_dim": spec.freq_dim, "ffn_dim": spec.ffn_dim, "num_layers": spec.num_layers, "eps": spec.eps,

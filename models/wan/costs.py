@@ -50,6 +50,30 @@ class WanCosts(TransformerCosts):
         return total + spec.num_layers * layer
 
     @property
+    def camera_inputs(self) -> int:
+        """Entries of a token's rays."""
+        spec = self.spec
+        return (spec.frame_channels - spec.condition_channels) * math.prod(spec.patch)
+
+    @property
+    def frame_parameters(self) -> int:
+        dim = self.spec.dim
+        if self.spec.camera_channels is None:
+            return 0
+        return linear(self.camera_inputs, dim) + (2 + 4 * self.spec.num_layers) * linear(dim, dim)
+
+    def frame_flops(self, tokens: int, frames: int) -> int:
+        dim = self.spec.dim
+        if self.spec.camera_channels is None:
+            return 0
+        return 2 * frames * tokens * (self.camera_inputs * dim + (2 + 4 * self.spec.num_layers) * dim * dim)
+
+    def frame_bytes(self, tokens: int, frames: int, dtype: str) -> int:
+        if self.spec.camera_channels is None:
+            return 0
+        return ITEMSIZE[dtype] * frames * tokens * self.spec.dim * 2 * self.spec.num_layers
+
+    @property
     def prompt_flops(self) -> int:
         spec = self.spec
         dim = spec.dim

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError, quoted
-from ...schemes.presets import Preset
+from ...schemes.presets import EXPERTS, Preset
 from ..decoder import Decoder, DecoderSpec
 from ..family import AdapterUpdate, Checkpoint, Family, Format, Merge, Part, PromptEncoder
 from ..spec import ModelSpec
@@ -35,7 +35,7 @@ from .vae import CausalVae
 from .vae_checkpoint import TINY_DECODERS, find_tiny_decoder, find_vae, load_decoder, load_vae
 from .vae_cpu import use_cpu_layers
 from .vae_spec import TAEW21, TAEW22, TinySpec, VaeSpec
-from .write_checkpoint import copy_text, write_random_transformer, write_transformer, write_vae
+from .write_checkpoint import copy_text, write_experts, write_random_transformer, write_transformer, write_vae
 
 
 class WanFamily(Family):
@@ -44,6 +44,9 @@ class WanFamily(Family):
     presets: Sequence[Preset] = PRESETS
     formats: Mapping[str, Format] = FORMATS
     demo: str = "wan-tiny"
+
+    def demo_of(self, preset: Preset) -> str:
+        return "lingbot-tiny" if preset.context.image == "channels" else self.demo
 
     def build(self, spec: ModelSpec, precision: str = "reference") -> WanTransformer:
         return WanTransformer(spec, precision)
@@ -70,8 +73,8 @@ class WanFamily(Family):
         """Write random weights of all parts; those of the transformer are the same in every format."""
         vae = self.decoder_spec(spec)
         write_random_transformer(folder, spec, form, seed, dtype)
-        write_vae(folder, form, vae, random_vae_state(vae, seed + 1, dtype))
         layout = "diffusers" if FORMATS[form].names == "diffusers" else "original"
+        write_vae(folder, layout, vae, random_vae_state(vae, seed + 1, dtype))
         write_tiny_text_encoder(folder, layout, spec.text_dim, seed + 3, dtype)
 
     def write(
@@ -84,7 +87,16 @@ class WanFamily(Family):
         change: Merge,
         progress: Callable[[str], None],
     ) -> None:
-        write_transformer(folder, checkpoint.spec, form, checkpoint.tensors, max_shard, dtype, change, progress)
+        if checkpoint.sets == EXPERTS:
+            layout = next(one for one in FORMATS.values() if one.experts is not None and one.names == form)
+            pair, boundary = (checkpoint.tensors, checkpoint.more[0]), checkpoint.boundary_ratio
+            write_experts(folder, checkpoint.spec, layout, pair, boundary, max_shard, dtype, progress)
+        elif checkpoint.more and form == "diffusers":
+            raise self.lacks("layout of diffusers for two sets of weights", quoted(checkpoint.path))
+        else:
+            spec, tensors = checkpoint.spec, checkpoint.tensors
+            memory: Mapping[str, Tensor] = checkpoint.more[0] if checkpoint.more else {}
+            write_transformer(folder, spec, form, tensors, max_shard, dtype, change, progress, memory)
         if vae_path := find_vae([checkpoint.folder]):
             vae = load_vae(vae_path, dtype, "cpu")
             progress("VAE")
@@ -98,6 +110,11 @@ class WanFamily(Family):
     def merging(
         self, checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]], partial: bool = False
     ) -> Merge:
+        for path, _ in loras if checkpoint.more else ():
+            raise UsageError(
+                f"lora is {quoted(path)}, but {quoted(checkpoint.path)} has {len(checkpoint.sets)} sets of weights "
+                f"({', '.join(checkpoint.sets)}), and adapters change one; leave lora out"
+            )
         return merging(checkpoint, loras, partial)
 
     def read_adapter(self, path: str | Path, weights: Mapping[str, Tensor], partial: bool) -> dict[str, AdapterUpdate]:
@@ -130,7 +147,7 @@ class WanFamily(Family):
     # Comparison
 
     def is_in_diffusers(self, spec: ModelSpec) -> bool:
-        return spec.grid is None and spec.action_dim is None and spec.image_dim is None
+        return spec.grid is None and spec.action_dim is None and spec.image_dim is None and spec.frame_channels == 0
 
     def diffusers_network(self, model: Transformer) -> nn.Module:
         return diffusers_network(model)

@@ -33,6 +33,13 @@ ORIGINAL: dict[str, str] = SHARED_ATTENTION | {
     "image_embedding.linear_2": "img_emb.proj.3",
     "image_embedding.norm_out": "img_emb.proj.4",
     "image_embedding.position": "img_emb.emb_pos",
+    "camera_embedding.projection": "patch_embedding_wancamctrl",
+    "camera_embedding.linear_1": "c2ws_hidden_states_layer1",
+    "camera_embedding.linear_2": "c2ws_hidden_states_layer2",
+    "blocks.*.camera.linear_1": "blocks.*.cam_injector_layer1",
+    "blocks.*.camera.linear_2": "blocks.*.cam_injector_layer2",
+    "blocks.*.camera.scale": "blocks.*.cam_scale_layer",
+    "blocks.*.camera.shift": "blocks.*.cam_shift_layer",
     "blocks.*.modulation": "blocks.*.modulation",
     "blocks.*.norm_cross": "blocks.*.norm3",
     "blocks.*.cross_attn.k_image": "blocks.*.cross_attn.k_img",
@@ -58,6 +65,13 @@ DIFFUSERS: dict[str, str] = {
     "image_embedding.linear_2": "condition_embedder.image_embedder.ff.net.2",
     "image_embedding.norm_out": "condition_embedder.image_embedder.norm2",
     "image_embedding.position": "condition_embedder.image_embedder.pos_embed",
+    "camera_embedding.projection": "patch_embedding_wancamctrl",
+    "camera_embedding.linear_1": "c2ws_hidden_states_layer1",
+    "camera_embedding.linear_2": "c2ws_hidden_states_layer2",
+    "blocks.*.camera.linear_1": "blocks.*.cam_injector_layer1",
+    "blocks.*.camera.linear_2": "blocks.*.cam_injector_layer2",
+    "blocks.*.camera.scale": "blocks.*.cam_scale_layer",
+    "blocks.*.camera.shift": "blocks.*.cam_shift_layer",
     "blocks.*.modulation": "blocks.*.scale_shift_table",
     "blocks.*.self_attn.q": "blocks.*.attn1.to_q",
     "blocks.*.self_attn.k": "blocks.*.attn1.to_k",
@@ -85,6 +99,7 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType({"original": ORIGINAL
 INVERSE: dict[str, dict[str, str]] = {
     form: {theirs: ours for ours, theirs in table.items()} for form, table in TABLES.items()
 }
+TWIN = "memory_"  # of a name in a file with a second set of weights
 FUSED = "blocks.*.self_attn.to_qkv"  # query, key and value in one tensor, which the reader splits
 NUMBER = re.compile(r"\d+")
 LAYER = re.compile(r"(?<=^blocks\.)(\d+)(?=\.)")
@@ -137,6 +152,23 @@ def changed_table(base: str | Mapping[str, str], changes: Mapping[str, str]) -> 
     if twice := [name for name, count in Counter(table.values()).items() if count > 1]:
         raise UsageError(f"names has {quoted(twice[0])} for two tensors; expected a name of its own for each")
     return table
+
+
+def twin_of(name: str) -> str | None:
+    """Return the name of the plain tensor whose twin a file's tensor is; None for a tensor that is no twin."""
+    plain = ".".join(part.removeprefix(TWIN) for part in name.split("."))
+    return plain if plain != name else None
+
+
+def twin_name(name: str) -> str:
+    """Return the name of the twin of a file's tensor: of a parameter within blocks, of a module outside of them.
+
+    Source: SGF+ (arXiv 2610.10429), github.com/Zihan-Su/Self_Gradient_Forcing_Plus.
+    """
+    if not name.startswith("blocks."):
+        return f"{TWIN}{name}"
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.{TWIN}{leaf}"
 
 
 def our_module(name: str) -> str | None:

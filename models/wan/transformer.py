@@ -19,7 +19,7 @@ from ..cross_attention import TextKeyValues
 from ..rope import Rope
 from ..spec import ModelSpec
 from ..time_embedding import sinusoid
-from ..transformer import PRECISIONS, KeyValues, Precision, TextContext, Transformer
+from ..transformer import PRECISIONS, FrameContext, KeyValues, Precision, TextContext, Transformer
 
 
 class RMSNorm(nn.Module):
@@ -86,6 +86,36 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+class CameraEmbedding(nn.Module):
+    """Tokens [B, T, d] of a camera's rays [B, F, C, H, W], folded to latent places."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.patch = spec.patch
+        channels = spec.frame_channels - spec.condition_channels
+        self.projection = nn.Linear(channels * math.prod(spec.patch), spec.dim)
+        self.linear_1 = nn.Linear(spec.dim, spec.dim)
+        self.linear_2 = nn.Linear(spec.dim, spec.dim)
+
+    def forward(self, rays: Tensor) -> Tensor:
+        height, width = self.patch
+        patches = rays.unflatten(4, (-1, width)).unflatten(3, (-1, height))  # [B, F, C, rows, dy, columns, dx]
+        x = self.projection(patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3))
+        return x + self.linear_2(F.silu(self.linear_1(x)))
+
+
+class CameraModulation(nn.Module):
+    """Scale and shift [B, T, d] of one layer's residual stream from a camera's tokens, whatever the noise level."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2, self.scale, self.shift = (nn.Linear(spec.dim, spec.dim) for _ in range(4))
+
+    def forward(self, camera: Tensor) -> tuple[Tensor, Tensor]:
+        u = camera + self.linear_2(F.silu(self.linear_1(camera)))
+        return self.scale(u), self.shift(u)
+
+
 class Block(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, precision: Precision) -> None:
         super().__init__()
@@ -95,19 +125,33 @@ class Block(nn.Module):
         self.norm_cross = nn.LayerNorm(spec.dim, spec.eps)
         self.cross_attn = CrossAttention(spec)
         self.ffn = FeedForward(spec)
+        if spec.camera_channels is not None:
+            self.camera = CameraModulation(spec)
 
-    def forward(self, x: Tensor, modulation: Tensor, context: TextKeyValues, kv: KeyValues) -> Tensor:
-        """x [B, T, d], modulation [B, F, 6, d]."""
-        wide = modulation_dtype(self.precision, x.dtype)
+    def forward(
+        self, x: Tensor, modulation: Tensor, context: TextKeyValues, kv: KeyValues, frames: FrameContext | None = None
+    ) -> Tensor:
+        """x [B, T, d], modulation [B, F, 6, d]. Linear layers compute in the dtype of the layer's norm."""
+        dtype = self.norm_cross.weight.dtype
+        wide = modulation_dtype(self.precision, dtype)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
             self.modulation.to(wide) + modulation.to(wide)
         ).unbind(2)
-        x = gated(x, self.self_attn(modulated(x, shift_sa, scale_sa, self.eps), self.layer, kv), gate_sa)
+        norm = modulated(x, shift_sa, scale_sa, self.eps).to(dtype)
+        x = gated(x, self.self_attn(norm, self.layer, kv), gate_sa)
+        x = self.follow_camera(x, frames)
         norm = F.layer_norm(
             x.to(wide), x.shape[-1:], self.norm_cross.weight.to(wide), self.norm_cross.bias.to(wide), self.eps
-        ).to(x.dtype)
+        ).to(dtype)
         x = x + self.cross_attn(norm, self.layer, context)
-        return gated(x, self.ffn(modulated(x, shift_ff, scale_ff, self.eps)), gate_ff)
+        return gated(x, self.ffn(modulated(x, shift_ff, scale_ff, self.eps).to(dtype)), gate_ff)
+
+    def follow_camera(self, x: Tensor, frames: FrameContext | None) -> Tensor:
+        """Scale and shift the residual stream as the camera says; unchanged for a model without one."""
+        if frames is None or frames.camera is None:
+            return x
+        scale, shift = self.camera(frames.camera) if frames.modulation is None else frames.modulation[self.layer]
+        return (1 + scale) * x + shift
 
 
 class TimeEmbedding(nn.Module):
@@ -127,10 +171,12 @@ class TimeEmbedding(nn.Module):
         wide = modulation_dtype(self.precision, dtype)
         x = sinusoid(timesteps, self.freq_dim, self.precision.sinusoid).to(wide)
         x = F.linear(x, self.linear_1.weight.to(wide), self.linear_1.bias.to(wide))
-        x = F.linear(F.silu(x), self.linear_2.weight.to(wide), self.linear_2.bias.to(wide)).to(dtype)
+        x = F.linear(F.silu(x), self.linear_2.weight.to(wide), self.linear_2.bias.to(wide))
+        if not self.precision.residual:
+            x = x.to(dtype)
         if added is not None:
             x = x + added
-        return x, self.projection(F.silu(x)).unflatten(-1, (6, -1))
+        return x, widened(self.projection, F.silu(x)).unflatten(-1, (6, -1))
 
 
 class ActionEmbedding(nn.Module):
@@ -182,7 +228,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         wide = modulation_dtype(self.precision, x.dtype)
         shift, scale = (self.modulation.to(wide) + e.to(wide)[:, :, None]).unbind(2)
-        return self.linear(modulated(x, shift, scale, self.eps))
+        return widened(self.linear, modulated(x, shift, scale, self.eps)).to(self.modulation.dtype)
 
 
 class WanTransformer(Transformer):
@@ -200,6 +246,8 @@ class WanTransformer(Transformer):
             self.action_embedding = ActionEmbedding(spec.dim, spec.action_dim)
         if spec.image_dim is not None:
             self.image_embedding = ImageEmbedding(spec, spec.image_dim)
+        if spec.camera_channels is not None:
+            self.camera_embedding = CameraEmbedding(spec)
         self.blocks = nn.ModuleList(Block(spec, layer, self.precision) for layer in range(spec.num_layers))
         self.head = Head(spec, self.precision)
 
@@ -231,20 +279,39 @@ class WanTransformer(Transformer):
         kv: KeyValues,
         actions: Tensor | None = None,
         origin: tuple[int, int] | None = None,
+        frames: FrameContext | None = None,
     ) -> Tensor:
         """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
 
         timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
-        each frame. origin: see `embed_latents`.
+        each frame. origin: see `embed_latents`. frames: of `embed_frames`, for models with condition channels.
         """
         if (actions is None) != (self.spec.action_dim is None):
             raise ValueError(f"{self.spec.name}: actions are {'missing' if actions is None else 'not used'}")
+        if (frames is None) != (self.spec.frame_channels == 0):
+            raise ValueError(f"{self.spec.name}: frames are {'missing' if frames is None else 'not used'}")
         height, width = latents.shape[-2:]
+        if frames is not None:
+            latents = torch.cat((latents, frames.condition), dim=2)
         x = self.embed_latents(latents, origin)
+        if self.precision.residual:
+            x = x.to(modulation_dtype(self.precision, x.dtype))
         e, modulation = self.time_embedding(timesteps, None if actions is None else self.action_embedding(actions))
         for block in self.blocks:
-            x = block(x, modulation, context, kv)
+            x = block(x, modulation, context, kv, frames)
         return self.unpatchify(self.head(x, e), height, width)
+
+    def embed_frames(self, channels: Tensor, each_layer: bool = True) -> FrameContext:
+        condition, rays = channels.split(
+            [self.spec.condition_channels, channels.shape[2] - self.spec.condition_channels], dim=2
+        )
+        if self.spec.camera_channels is None:
+            return FrameContext(condition)
+        camera = self.camera_embedding(rays)
+        if not each_layer:
+            return FrameContext(condition, camera)
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        return FrameContext(condition, camera, tuple(block.camera(camera) for block in blocks))
 
     def embed_latents(self, latents: Tensor, origin: tuple[int, int] | None = None) -> Tensor:
         """Tokens [B, T, d] of latents [B, F, C, H, W].
@@ -269,6 +336,14 @@ class WanTransformer(Transformer):
 def modulation_dtype(precision: Precision, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of modulation: the policy's, but never narrower than the model's."""
     return dtype if precision.modulation is None else torch.promote_types(dtype, precision.modulation)
+
+
+def widened(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in the dtype of `x`, which may be wider than that of its weights."""
+    if isinstance(linear, nn.Linear) and linear.weight.dtype != x.dtype:
+        return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+    out: Tensor = linear(x)
+    return out
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels.rms_norm.cpu import rms_scale
 from ..cross_attention import TextKeyValues
-from ..transformer import KeyValues
+from ..transformer import FrameContext, KeyValues
 from .transformer import Block, Head, RMSNorm, TimeEmbedding
 
 WIDE = (torch.float32, torch.float64)
@@ -37,11 +37,14 @@ class CpuRMSNorm(RMSNorm):
 class CpuBlock(Block):
     """The same layer, with fused multiplies and adds."""
 
-    def forward(self, x: Tensor, modulation: Tensor, context: TextKeyValues, kv: KeyValues) -> Tensor:
-        if x.dtype not in WIDE or modulation.dtype != x.dtype:
-            return super().forward(x, modulation, context, kv)
+    def forward(
+        self, x: Tensor, modulation: Tensor, context: TextKeyValues, kv: KeyValues, frames: FrameContext | None = None
+    ) -> Tensor:
+        if x.dtype not in WIDE or modulation.dtype != x.dtype or self.modulation.dtype != x.dtype:
+            return super().forward(x, modulation, context, kv, frames)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + modulation).unbind(2)
         x = gated(x, self.self_attn(modulated(x, shift_sa, scale_sa, self.eps), self.layer, kv), gate_sa)
+        x = self.follow_camera(x, frames)
         x = x + self.cross_attn(self.norm_cross(x), self.layer, context)
         return gated(x, self.ffn(modulated(x, shift_ff, scale_ff, self.eps)), gate_ff)
 
@@ -50,7 +53,7 @@ class CpuHead(Head):
     """The same layer, with fused multiplies and adds."""
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        if x.dtype not in WIDE:
+        if x.dtype not in WIDE or self.modulation.dtype != x.dtype:
             return super().forward(x, e)
         shift, scale = (self.modulation + e[:, :, None]).unbind(2)
         out: Tensor = self.linear(modulated(x, shift, scale, self.eps))

@@ -15,6 +15,7 @@ from ...models.costs import ITEMSIZE, Flops, TransformerCosts
 from ...models.decoder import DecoderSpec
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
+from ...schemes.presets import Preset
 
 SCALED = ("fp8", "int8")  # pages of these dtypes have a float32 scale for each head's keys and values
 
@@ -37,7 +38,27 @@ def pass_parameters(spec: ModelSpec) -> int:
 
 
 def transformer_parameters(spec: ModelSpec) -> int:
-    return prompt_parameters(spec) + pass_parameters(spec)
+    return prompt_parameters(spec) + frame_parameters(spec) + pass_parameters(spec)
+
+
+def frame_parameters(spec: ModelSpec) -> int:
+    """Parameters of the layers that read only what a frame is given beside its latents, such as a camera."""
+    return costs_of(spec).frame_parameters
+
+
+def frame_flops(spec: ModelSpec, tokens: int, frames: int) -> int:
+    """FLOPs of those layers over some frames: of a block where their results are kept, else of each pass."""
+    return costs_of(spec).frame_flops(tokens, frames)
+
+
+def frame_bytes(spec: ModelSpec, tokens: int, frames: int, dtype: str) -> int:
+    """Bytes of their results, which a block can keep."""
+    return costs_of(spec).frame_bytes(tokens, frames, dtype)
+
+
+def channel_bytes(spec: ModelSpec, size: tuple[int, int], frames: int, dtype: str) -> int:
+    """Bytes of the channels that frames are given beside their latents."""
+    return ITEMSIZE[dtype] * frames * spec.frame_channels * math.prod(spec.latent_size(size))
 
 
 def pass_flops(spec: ModelSpec, tokens: int, run: Pass) -> Flops:
@@ -64,6 +85,11 @@ def cross_bytes(spec: ModelSpec, dtype: str) -> int:
 def latent_bytes(spec: ModelSpec, size: tuple[int, int], dtype: str) -> int:
     """Bytes of one latent frame."""
     return ITEMSIZE[dtype] * spec.out_channels * math.prod(spec.latent_size(size))
+
+
+def latent_kind(preset: Preset, dtype: str) -> str:
+    """Dtype of latents between steps, of a model in `dtype`."""
+    return "float32" if preset.sampler.wide_latents and ITEMSIZE[dtype] < ITEMSIZE["float32"] else dtype
 
 
 def token_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:

@@ -63,7 +63,7 @@ class MemoryCheck:
             total *= gpus if device.type == "cpu" else 1  # processes share the memory of the machine
         self.compare(load, total, available_memory(device))
         if made_on_host and device.type != "cpu":
-            weights = ITEMSIZE[load.dtype] * costs.transformer_parameters(spec)
+            weights = len(self.preset.weight_sets) * ITEMSIZE[load.dtype] * costs.transformer_parameters(spec)
             self.compare(load, weights, available_memory(torch.device("cpu")))
         return ALONE
 
@@ -74,7 +74,7 @@ class MemoryCheck:
             preset = planner.with_window(preset, planner.shortest_window(preset))
         load = Workload(
             spec, preset, decoder, text, self.size or spec.default_size, config.dtype, config.kv_dtype or config.dtype,
-            self.sessions, executor=config.executor,
+            self.sessions, executor=config.executor, keeps_frames=config.keeps_frames,
         )  # fmt: skip
         if config.device.startswith("cuda") and torch.cuda.get_device_capability(config.device) < FP8_CAPABILITY:
             return replace(load, narrow="int8")

@@ -24,14 +24,14 @@ from ...schemes.block_schedule import (
     repeat_period,
     supports_whole_block,
 )
-from ...schemes.page_needs import branches, page_needs, staging_slots, window
+from ...schemes.page_needs import branches, conditionings, page_needs, staging_slots, window
 from ...schemes.presets import FIELDS, Preset
 from ..executor_specs import REFERENCE, executor_spec
 from ..limits import Limits
 from ..sampler import scheduled_blocks
 from . import costs
 from .costs import ITEMSIZE
-from .memory_need import session_need
+from .memory_need import batch_row_bytes, session_need
 
 LONGEST = 4096  # frames; the longest page table of the kernels
 CPU_SPEED = 1e11  # FLOP/s assumed of a fast CPU, for the warning of `long_on_cpu`
@@ -44,7 +44,8 @@ class Workload:
 
     text: parameters of the text encoder; 0 where prompts are given as embeddings. dtype: of weights and activations,
     kv_dtype: of pages; names in `costs.ITEMSIZE`. narrow: kv_dtype to suggest where memory is short. executor: a name
-    in `EXECUTORS`.
+    in `EXECUTORS`. keeps_frames: what depends on a camera alone is computed once for a block, and kept.
+    batch: sessions that one pass serves at most; 1 where they take turns.
     """
 
     spec: ModelSpec
@@ -57,16 +58,26 @@ class Workload:
     sessions: int = 1
     narrow: str = "fp8"
     executor: str = REFERENCE
+    keeps_frames: bool = True
+    batch: int = 1
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.size)
         if self.sessions < 1:
             raise UsageError(f"sessions is {self.sessions}; expected 1 or more")
+        if not 1 <= self.batch <= self.sessions:
+            raise UsageError(f"batch is {self.batch}; expected 1 to {self.sessions}, the sessions")
         if page_needs(self.preset).context is None:
             raise UsageError(
                 f"local_attn_size is -1 ({self.preset.name} keeps every frame), so its memory has no limit; plan for a "
                 "window such as local_attn_size=21"
             )
+
+    @property
+    def kept_frames(self) -> int:
+        """Bytes that are kept of a block's cameras."""
+        block = self.preset.num_frame_per_block
+        return costs.frame_bytes(self.spec, self.tokens, block, self.dtype) if self.keeps_frames else 0
 
     @property
     def tokens(self) -> int:
@@ -135,22 +146,42 @@ def memory(load: Workload) -> Memory:
     staged = staging_slots(preset) if load.kv_dtype != load.dtype else 0
     averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0  # frames
     once = {
-        "transformer": item * costs.transformer_parameters(spec),
+        "transformer": len(preset.weight_sets) * item * costs.transformer_parameters(spec),
         "vae": item * load.decoder.parameters,
         "text_encoder": item * load.text,
         "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
         "decode_scratch": load.decoder.scratch_bytes(load.latent, preset.num_frame_per_block, item),
         **(graph_memory(load) if executor_spec(load.executor).graphs else {}),
-        "page_buffer": staged * costs.page_bytes(spec, load.tokens, load.dtype) // spec.num_layers,
+        "page_buffer": load.batch * staged * costs.page_bytes(spec, load.tokens, load.dtype) // spec.num_layers,
+        "batch": batch_memory(load),
     }
     each = {
         "pages": session.pages,
         "moving_sink": branches(preset) * averaged * costs.page_bytes(spec, load.tokens, "float32"),
-        "cross_keys": branches(preset) * costs.cross_bytes(spec, load.dtype),
+        "cross_keys": conditionings(preset) * costs.cross_bytes(spec, load.dtype),
         "decoder_state": session.decoder,
         "latents": session.latents + solving_bytes(load),
+        "camera": costs.channel_bytes(spec, load.size, preset.num_frame_per_block, load.dtype)
+        + (0 if executor_spec(load.executor).graphs else load.kept_frames),
     }
     return Memory(once, each)
+
+
+def batch_memory(load: Workload) -> int:
+    """Upper bound of the bytes that batches need beyond a session that runs alone.
+
+    Graph executors have a program for each number of sessions, which keep their arenas.
+    """
+    graphs = executor_spec(load.executor).graphs
+    rows = sum(size for size in batch_sizes(load) if size > 1) if graphs else load.batch - 1
+    return rows * batch_row_bytes(load.preset, load.spec, load.size, load.dtype, graphs)
+
+
+def batch_sizes(load: Workload) -> list[int]:
+    """Numbers of sessions up to `batch` that one pass serves: 1, 2, 4 and so on, as far as the executor has them."""
+    executor = executor_spec(load.executor)
+    most = max(executor.batch_sizes, default=load.batch) if executor.batches else 1
+    return [size for power in range(load.batch.bit_length()) if (size := 1 << power) <= most]
 
 
 def graph_memory(load: Workload) -> dict[str, int]:
@@ -171,6 +202,7 @@ def graph_memory(load: Workload) -> dict[str, int]:
     return {
         "pass_scratch": sum(arenas),
         "constants": constants,
+        "camera_inputs": 2 * load.kept_frames,  # where it is computed, and where passes read it
         "static_inputs": len(frames) * costs.cross_bytes(spec, dtype),
         "making": max(0, costs.merged_bytes(spec, dtype) - absent),
     }
@@ -188,8 +220,8 @@ def programs(preset: Preset) -> list[int]:
             frames = [preset.block_size(0), *frames]
     else:
         runs = [run for block in islice(scheduled_blocks(preset), 2) for run in runs_of(block, preset)]
-        shapes = {tuple(len(group.frames) for group in run.groups) for run in runs}
-        frames = [sum(shape) for shape in sorted(shapes)]
+        shapes = {(tuple(len(group.frames) for group in run.groups), run.weights) for run in runs}
+        frames = [sum(shape) for shape, _ in sorted(shapes)]
     return frames + [count for count in (preset.context.rebuild_frames, recached_frames(preset)) if count]
 
 
@@ -209,7 +241,7 @@ def longest_pass(preset: Preset) -> int:
 def solving_bytes(load: Workload) -> int:
     """Bytes of a solver step besides the latents, and of pixels cached to be encoded again."""
     preset, policy = load.preset, load.preset.context
-    frame = costs.latent_bytes(load.spec, load.size, load.dtype)
+    frame = costs.latent_bytes(load.spec, load.size, costs.latent_kind(preset, load.dtype))
     wide = costs.latent_bytes(load.spec, load.size, "float64")
     flight = preset.num_frame_per_block * preset.window_blocks
     pictures = 0
@@ -282,13 +314,19 @@ class Speed:
 
 
 def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
-    """Least time of one block."""
-    spec, tokens = load.spec, load.tokens
+    """Least time of one block; of a batch, the share of one session, whose passes read the weights once for all."""
+    spec, tokens, rows = load.spec, load.tokens, load.batch
+    weights = ITEMSIZE[load.dtype] * costs.pass_parameters(spec)
     flops, seconds = 0, 0.0
     for run in runs_of(block, load.preset):
         one = costs.pass_flops(spec, tokens, run).total
         flops += one
-        seconds += ceiling.seconds(one, costs.pass_traffic(spec, tokens, run, load.dtype, load.kv_dtype))
+        each = costs.pass_traffic(spec, tokens, run, load.dtype, load.kv_dtype) - weights
+        seconds += ceiling.seconds(rows * one, weights + rows * each) / rows
+    for count in camera_runs(load, block):
+        one = costs.frame_flops(spec, tokens, count)
+        flops += one
+        seconds += ceiling.seconds(one, ITEMSIZE[load.dtype] * costs.frame_parameters(spec))
     first = block.decoder_begins and not load.preset.context.decoder_zero_start
     decoding = [
         load.decoder.decode_flops(load.latent, first=first and frame == 0)
@@ -304,6 +342,13 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
     return Speed(flops, sum(decoding), seconds, decoder_seconds, shown)
 
 
+def camera_runs(load: Workload, block: ScheduledBlock) -> list[int]:
+    """Frames of each run of the layers that read a camera alone: one for a block, or one for each pass."""
+    if load.keeps_frames:
+        return [len(block.span.frames)]
+    return [len(run.frames) for run in runs_of(block, load.preset)]
+
+
 def runs_of(block: ScheduledBlock, preset: Preset) -> list[Pass]:
     """The passes of a block as each branch of guidance runs them."""
     guidance = preset.sampler.guide
@@ -314,6 +359,7 @@ def operations(spec: ModelSpec, preset: Preset, decoder: DecoderSpec, size: tupl
     """FLOPs of a stream's first block, decoder included."""
     block, tokens, latent = next(scheduled_blocks(preset)), spec.tokens_per_frame(size), spec.latent_size(size)
     passes = sum(costs.pass_flops(spec, tokens, run).total for run in runs_of(block, preset))
+    passes += costs.frame_flops(spec, tokens, len(block.span.frames))
     decoding = decoder.decode_flops(latent, first=True)
     return passes + decoding + (block.decoded - 1) * decoder.decode_flops(latent)
 
@@ -368,13 +414,17 @@ def in_half_precision(load: Workload, budget: int) -> Workload | None:
 
 def with_tiny_decoder(load: Workload, budget: int) -> Workload | None:
     tiny = family_of(load.spec).tiny_decoder_spec(load.spec)
-    if tiny is None or not load.decoder.encodes or load.preset.context.reencode_head:
+    if tiny is None or not load.decoder.encodes or load.preset.context.encodes_pictures:
         return None
     return replace(load, decoder=tiny)
 
 
 def without_graphs(load: Workload, budget: int) -> Workload | None:
     return replace(load, executor=REFERENCE) if executor_spec(load.executor).graphs else None
+
+
+def without_kept_frames(load: Workload, budget: int) -> Workload | None:
+    return replace(load, keeps_frames=False) if load.kept_frames else None
 
 
 def with_narrow_pages(load: Workload, budget: int) -> Workload | None:
@@ -384,7 +434,8 @@ def with_narrow_pages(load: Workload, budget: int) -> Workload | None:
 def with_fewer_sessions(load: Workload, budget: int) -> Workload | None:
     if load.sessions == 1:
         return None
-    return replace(load, sessions=max(1, most_sessions(load, budget)))
+    sessions = max(1, most_sessions(load, budget))
+    return replace(load, sessions=sessions, batch=min(sessions, load.batch))
 
 
 def with_shorter_window(load: Workload, budget: int) -> Workload | None:
@@ -408,6 +459,7 @@ SAVINGS: tuple[Saving, ...] = (  # ordered by their effect on the video, the lea
     without_text,
     in_half_precision,
     with_fewer_sessions,
+    without_kept_frames,
     without_graphs,
     with_narrow_pages,
     with_tiny_decoder,
@@ -470,6 +522,7 @@ def suggestion(load: Workload, other: Workload, budget: int) -> Suggestion:
         "dtype": (other.dtype, load.dtype != other.dtype),
         "sessions": (other.sessions, load.sessions != other.sessions),
         "kv_dtype": (other.kv_dtype, load.kv_dtype != other.kv_dtype and other.kv_dtype != other.dtype),
+        "camera_layers": ("pass", load.keeps_frames != other.keeps_frames),
         "executor": (other.executor, load.executor != other.executor),
         "vae": ("taehv", load.decoder != other.decoder),
         field: (getattr(other.preset.context, field), load.preset != other.preset),

@@ -7,7 +7,7 @@ same function; `eager` is the reference of the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,49 +16,37 @@ from torch import Tensor
 
 from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
-from ...graphs.lowered import Lowered, with_pages
+from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts
 from ...graphs.rewrites import chosen
 from ...graphs.shards import ALONE, Shard, run_on_tile
+from ...graphs.types import PROMPT_TABLE
 from ...models.cross_attention import TextByFrames
 from ...models.registry import family_of
-from ...models.transformer import KeyValues, TextContext, Transformer
+from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import supports_whole_block
-from ...schemes.page_needs import least_pages, page_needs
+from ...schemes.page_needs import branches, least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
 from ..executor_specs import REFERENCE, names_with
 from ..kv.page_store import KV_DTYPES
-from ..programs.graph_builder import GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
+from ..programs.graph_builder import FRAME_CHANNELS, GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
 from ..programs.graph_store import GraphStore
 from ..telemetry.profile import Profile
 from .launcher import Launcher, Loaded, NotEnoughMemory
 from .loading import Components
 from .lowp_reference import check_layers, with_packed_layers
+from .prompts import BatchConditioning, Conditioning, MixedConditioning
 
 
 @dataclass(eq=False)
-class Conditioning:
-    """Prompt input of graphs: rows [1, text_len, text_dim], and cached outputs of prompt graphs.
+class FrameInputs:
+    """Channels [B, F, C, H, W] that the frames of blocks are given."""
 
-    cached: by recipe; of graphs that read other texts too, by recipe and those texts.
-    """
-
-    rows: Tensor
-    cached: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    channels: Tensor
 
 
-@dataclass(frozen=True)
-class MixedConditioning:
-    """Prompt input of a pass whose frames follow different texts.
-
-    texts: by their numbers in a pass, ascending. groups: (text, frames) in token order.
-    """
-
-    texts: Mapping[int, Conditioning]
-    groups: tuple[tuple[int, int], ...]
-
-
+Frames = object  # what passes are given of a block's frames: what the executor's own `embed_frames` returned
 Text = object  # a conditioned prompt: what the executor's own `condition`, `join` or `mix` returned
 
 
@@ -80,17 +68,39 @@ class Executor(Protocol):
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> Text:
         """Return the prompt of a pass whose frames follow different texts: (text, frames) in token order."""
 
+    def embed_frames(self, channels: Tensor) -> Frames:
+        """Prepare the channels [F, C, H, W] that frames are given beside their latents, for all passes of a block."""
+
+    def join_frames(self, frames: Sequence[Frames]) -> Frames:
+        """Join the frames of several sessions for one pass."""
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        """Run one pass: latents [B, F, C, H, W] to velocity, arguments as of the model's forward."""
+        """Run one pass: latents [B, F, C, H, W] to velocity, arguments as of the model's forward.
+
+        given: of `embed_frames`, for models whose frames are given channels.
+        """
 
     def run_block(
-        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+        self,
+        latents: Tensor,
+        text: Text,
+        attention: KeyValues,
+        frames: Sequence[range],
+        seeds: Sequence[int],
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        """Denoise a block from noise [F, C, H, W] to clean latents and write its keys and values to its pages.
+        """Denoise blocks of B sessions, from noise [B, F, C, H, W] to clean latents; write keys and values to pages.
 
-        Noise between steps is that of `PhiloxNoise(seed)` for the absolute `frames`.
+        Noise between steps is that of `PhiloxNoise` with each session's seed for its absolute `frames`.
         """
 
     def refresh_derived_weights(self) -> None:
@@ -121,8 +131,10 @@ class EagerExecutor:
         packed: Transformer | None = None,
         faster: Callable[[Transformer], Transformer] = lambda model: model,
         shard: Shard = ALONE,
+        keep_frames: bool = True,
     ) -> None:
         self.model, self.plain, self.faster, self.shard = model, packed or model, faster, shard
+        self.keep_frames = keep_frames
         self.passes = faster(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
@@ -134,14 +146,30 @@ class EagerExecutor:
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> TextByFrames:
         return TextByFrames([(frames, eager_text(texts[text])) for text, frames in groups])
 
+    def embed_frames(self, channels: Tensor) -> FrameContext:
+        own = channels[None]
+        if self.shard.ranks > 1:
+            own = self.shard.cut(own, self.model.spec.patch)
+        return self.model.embed_frames(own, self.keep_frames)
+
+    def join_frames(self, frames: Sequence[Frames]) -> FrameContext:
+        return FrameContext.joined([part for part in frames if isinstance(part, FrameContext)])
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         context = eager_text(text)
+        beside = {} if given is None else {"frames": given}
 
         def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
             more = () if origin is None else (origin,)
-            velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more)
+            velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more, **beside)
             return velocity
 
         if self.shard.ranks == 1:
@@ -150,7 +178,14 @@ class EagerExecutor:
         return run_on_tile(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
 
     def run_block(
-        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+        self,
+        latents: Tensor,
+        text: Text,
+        attention: KeyValues,
+        frames: Sequence[range],
+        seeds: Sequence[int],
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
 
@@ -171,6 +206,8 @@ class EagerExecutor:
 class GraphExecutor:
     """Traces, lowers and launches block graphs; with a backend, captures them. Owns the launcher and loaded programs.
 
+    A batch has a program of its own for each number of sessions.
+
     preset: as loaded, for block sizes and graph names; the window of a pass is in its page tables. rewrites: applied to
     every graph; None for the default ones. traces: number of programs not read from a
     store. prompts: number of runs of a prompt graph.
@@ -187,48 +224,76 @@ class GraphExecutor:
         self.config, self.preset, self.decoder = config, preset, parts.vae.spec
         model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
         lowp = config.precision_map
-        rewrites = tuple(chosen(["lowp"] if lowp else [])) if rewrites is None else rewrites
+        if rewrites is None:
+            rewrites = tuple(chosen(["lowp"] if lowp else [], () if config.keeps_frames else ("hoist-frames",)))
         kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = GraphBuilder(
             model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard
         )
-        self.supports_whole_block = supports_whole_block(preset)
+        self.supports_whole_block, self.session_slots = supports_whole_block(preset), staging_slots(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)
         self.programs: dict[GraphKey, Lowered] = {}
         self.loaded: dict[GraphKey, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
         self.traces = self.prompts = 0
+        self.frames: tuple[tuple[FrameInputs, ...], FrameInputs] | None = None  # of the last batch
 
     def condition(self, rows: Tensor) -> Conditioning:
         return Conditioning(rows[None])
 
     def join(self, texts: Sequence[Text]) -> Text:
-        (text,) = texts  # no batches
-        return text
+        return texts[0] if len(texts) == 1 else BatchConditioning(tuple(map(graph_text, texts)))
 
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> MixedConditioning:
         read = sorted({text for text, _ in groups})
         single = {text: found for text in read if isinstance(found := texts[text], Conditioning)}
         return MixedConditioning(single, groups)
 
+    def embed_frames(self, channels: Tensor) -> FrameInputs:
+        return FrameInputs(channels[None])
+
+    def join_frames(self, frames: Sequence[Frames]) -> Frames:
+        inputs = tuple(one for one in frames if isinstance(one, FrameInputs))
+        if len(inputs) == 1:
+            return inputs[0]
+        if self.frames is None or self.frames[0] != inputs:  # of the passes of one block
+            self.frames = inputs, FrameInputs(torch.cat([one.channels for one in inputs]))
+        return self.frames[1]
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        given = {"latents": latents, "timesteps": timesteps}
-        texts = text.groups if isinstance(text, MixedConditioning) else ()
-        key = GraphKey.of(latents, paged(attention), whole=False, texts=texts)
-        return self.run(key, given, text, attention, actions)["velocity"]
+        values = {"latents": latents, "timesteps": timesteps}
+        first, *_ = sessions_of(text)
+        texts = first.groups if isinstance(first, MixedConditioning) else ()
+        pages = paged(attention)
+        key = GraphKey.of(latents, pages, False, self.session_slots, texts)
+        return self.run(key, values, text, pages, actions, given)["velocity"]
 
     def run_block(
-        self, latents: Tensor, text: Text, attention: KeyValues, frames: range, seed: int, actions: Tensor | None
+        self,
+        latents: Tensor,
+        text: Text,
+        attention: KeyValues,
+        frames: Sequence[range],
+        seeds: Sequence[int],
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
-        given = {
-            "latents": latents[None],
-            "frames": torch.tensor([list(frames)], dtype=torch.int32),
-            "noise_key": torch.tensor([signed(seed)]),
+        values = {
+            "latents": latents,
+            "frames": torch.tensor([list(each) for each in frames], dtype=torch.int32),
+            "noise_key": torch.tensor([signed(seed) for seed in seeds]),
         }
-        key = GraphKey.of(latents, paged(attention), whole=True)
-        return self.run(key, given, text, attention, actions)["latents"][0]
+        pages = paged(attention)
+        key = GraphKey.of(latents, pages, True, self.session_slots)
+        return self.run(key, values, text, pages, actions, given)["latents"]
 
     def start_profile(self, profile: Profile) -> None:
         self.launcher.profile = profile
@@ -242,24 +307,53 @@ class GraphExecutor:
     def refresh_derived_weights(self) -> None:
         """Recompute the constants in place; captured graphs stay valid."""
         self.launcher.refresh_derived_weights()
+        for loaded in self.loaded.values():
+            loaded.shown = None
 
     def run(
-        self, key: GraphKey, given: Mapping[str, Tensor], text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        key: GraphKey,
+        values: Mapping[str, Tensor],
+        text: Text,
+        attention: OnPages,
+        actions: Tensor | None,
+        given: Frames | None,
     ) -> dict[str, Tensor]:
-        assert isinstance(text, Conditioning | MixedConditioning) and isinstance(attention, OnPages)
         loaded = self.load(key, attention)
-        inputs = {**given, **tables(key, attention), **self.prompt_inputs(loaded, text)}
+        inputs = {**values, **tables(key, attention), **self.prompt_inputs(loaded, sessions_of(text))}
         if actions is not None:
             inputs["block.actions"] = actions
+        if given is not None:
+            assert isinstance(given, FrameInputs)
+            inputs |= self.frame_inputs(loaded, given)
         return self.launcher.run(loaded.body, inputs)
 
-    def prompt_inputs(self, loaded: Loaded, text: Conditioning | MixedConditioning) -> dict[str, Tensor]:
-        """The graph's prompt inputs; runs the prompt graph once for each prompt and caches the result."""
-        if isinstance(text, Conditioning):
-            owner, others, rows = text, tuple[Conditioning, ...](), {"text": text.rows}
-        else:  # the prompt, first of the texts, is replaced most often: what is cached with it goes with it
-            owner, *rest = text.texts.values()
-            others, rows = tuple(rest), {f"text.{number}": single.rows for number, single in text.texts.items()}
+    def frame_inputs(self, loaded: Loaded, given: FrameInputs) -> dict[str, Tensor]:
+        """The graph's inputs from the channels of a block's frames.
+
+        The frames graph runs where the last block was another, and writes to the static inputs of the body.
+        """
+        inputs = {FRAME_CHANNELS: given.channels}
+        if loaded.frames is None:
+            return inputs
+        own = {name: loaded.body.inputs[name] for name in loaded.frames.launches.outputs}
+        if loaded.shown is not given:
+            self.launcher.run_into(loaded.frames, inputs, own)
+            loaded.shown = given
+        return inputs | own
+
+    def prompt_inputs(
+        self, loaded: Loaded, texts: Sequence[Conditioning | MixedConditioning]
+    ) -> dict[str, Tensor]:
+        """The graph's prompt inputs, of one text for each session."""
+        if loaded.slots is not None:
+            return {PROMPT_TABLE: loaded.slots.place([self.prompt_outputs(loaded, text) for text in texts])}
+        return self.prompt_outputs(loaded, texts[0]) if len(texts) == 1 else self.batch_outputs(loaded, texts)
+
+    def prompt_outputs(self, loaded: Loaded, text: Conditioning | MixedConditioning) -> dict[str, Tensor]:
+        """Outputs of the prompt graph for one text; runs it once for each prompt and caches the result."""
+        owner, *others = text.by_input.values()  # what is cached with the first goes with it
+        rows = {name: single.rows for name, single in text.by_input.items()}
         if loaded.prompt is None:
             return rows
         if any((recipe, *others) not in owner.cached for recipe in loaded.recipes.values()):
@@ -267,6 +361,17 @@ class GraphExecutor:
             outputs = self.launcher.run(loaded.prompt, rows)
             owner.cached |= {(loaded.recipes[name], *others): tensor for name, tensor in outputs.items()}
         return {name: owner.cached[(recipe, *others)] for name, recipe in loaded.recipes.items()}
+
+    def batch_outputs(
+        self, loaded: Loaded, texts: Sequence[Conditioning | MixedConditioning]
+    ) -> dict[str, Tensor]:
+        """Outputs of the prompt graph for a batch with a row of text for each session; those of the last are kept."""
+        singles = tuple(single for text in texts for single in text.by_input.values())
+        if loaded.batch is None or loaded.batch[0] != singles:
+            rows = {name: torch.cat([text.by_input[name].rows for text in texts]) for name in texts[0].by_input}
+            self.prompts += 1
+            loaded.batch = singles, rows if loaded.prompt is None else self.launcher.run(loaded.prompt, rows)
+        return loaded.batch[1]
 
     def load(self, key: GraphKey, attention: OnPages) -> Loaded:
         """Return the program of a key, bound to the page tensors; binds it again if they have moved.
@@ -279,7 +384,7 @@ class GraphExecutor:
             return loaded
         self.drop_outgrown(key, state)
         try:
-            self.loaded[key] = self.launcher.load(self.lowered(key), state)
+            self.loaded[key] = self.launcher.load(self.lowered(key, state), state)
         except NotEnoughMemory as error:
             raise InferixError(f"{error}; {self.advice(key, error.missing)}") from error
         return self.loaded[key]
@@ -292,12 +397,17 @@ class GraphExecutor:
             or all(state.get(name, kv) is kv for name, kv in loaded.state.items())
         }  # fmt: skip
 
-    def lowered(self, key: GraphKey) -> Lowered:
-        """Return the program of a key, traced for the pages of one session and adapted to the store's size."""
+    def lowered(self, key: GraphKey, state: Mapping[str, Tensor]) -> Lowered:
+        """Return the program of a key, traced for the pages of one session and adapted to the sizes of the stores.
+
+        A batch that finds its prompts by table has room for those of each session.
+        """
         least = replace(key, pages=least_pages(self.preset))
         if least not in self.programs:
             self.programs[least] = self.stored_or_traced(least)
-        return with_pages(self.programs[least], key.pages)
+        staging = state.get(STAGING)
+        program = with_pages(self.programs[least], key.pages, None if staging is None else staging.shape[1])
+        return program if key.sessions == 1 else with_prompts(program, key.sessions * branches(self.preset))
 
     def stored_or_traced(self, key: GraphKey) -> Lowered:
         """Return the stored program, or build and store one; tracing needs no memory for weights."""
@@ -319,6 +429,16 @@ class GraphExecutor:
         smaller = suggestions(load, needed(load) - missing)
         fitting = [str(suggestion) for suggestion in smaller if suggestion.fits]
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
+
+
+def graph_text(text: Text) -> Conditioning | MixedConditioning:
+    assert isinstance(text, Conditioning | MixedConditioning)
+    return text
+
+
+def sessions_of(text: Text) -> tuple[Conditioning | MixedConditioning, ...]:
+    """The texts of a pass, one for each session."""
+    return text.sessions if isinstance(text, BatchConditioning) else (graph_text(text),)
 
 
 def eager_text(text: Text) -> TextContext | TextByFrames:
@@ -372,16 +492,17 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
     if not isinstance(executor, Executor):
         methods = [name for name in vars(Executor) if not name.startswith("_")] + [*Executor.__annotations__]
         lacking = ", ".join(sorted(name for name in methods if not hasattr(executor, name)))
-        raise UsageError(f"executor {config.executor!r} made {quoted(executor)}, which is no Executor: no {lacking}")
+        made = f"executor {quoted(config.executor)} made {quoted(executor)}"
+        raise UsageError(f"{made}, which is no Executor: no {lacking}")
     return executor
 
 
 def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:
     model, precision = parts.transformer, config.precision_map
     packed = None if precision is None else with_packed_layers(model, precision)
-    if config.shard_weights:
-        return EagerExecutor(model, shard=parts.shard)  # faster layers would keep the whole weights
-    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard)
+    if config.shard_weights:  # faster layers would keep the whole weights
+        return EagerExecutor(model, shard=parts.shard, keep_frames=config.keeps_frames)
+    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard, config.keeps_frames)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:

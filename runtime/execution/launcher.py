@@ -18,12 +18,13 @@ from ...errors import InferixError
 from ...graphs.capture import CaptureBackend, CaptureFailed, Event, Replay
 from ...graphs.cost import spec_of
 from ...graphs.launch import LaunchPlan
-from ...graphs.lowered import Lowered, Planned, recipes
+from ...graphs.lowered import Lowered, Planned, prompt_pages, recipes
 from ...graphs.program import Call, Ref
 from ...graphs.types import Role
 from ..byte_sizes import format_bytes
 from ..streams import sendable
 from ..telemetry.profile import Profile
+from .prompts import Conditioning, PromptSlots
 
 
 class NotEnoughMemory(InferixError):
@@ -60,6 +61,8 @@ class Bound:
         """
         for name, buffer in self.inputs.items():
             tensor = given[name]
+            if tensor is buffer:  # written by another program
+                continue
             if name in self.copied and self.copied[name][0] is tensor and self.copied[name][1] == tensor._version:
                 continue
             if tensor.shape != buffer.shape:
@@ -70,13 +73,23 @@ class Bound:
 
 @dataclass
 class Loaded:
-    """A `Lowered` bound to the device. recipes: digest of each output of the prompt program."""
+    """A `Lowered` bound to the device.
+
+    prompt, frames: programs that run once for a prompt, or for a block; None where there is nothing to do. recipes:
+    digest of each output of the prompt program. shown: what the frames program ran for last. slots: of
+    prompts that a batch finds by table. batch: the texts of the last batch whose prompts are rows, and what the prompt
+    program made of them.
+    """
 
     lowered: Lowered
     body: Bound
     prompt: Bound | None
     state: Mapping[str, Tensor]
     recipes: Mapping[str, str]
+    frames: Bound | None = None
+    shown: object = None
+    slots: PromptSlots | None = None
+    batch: tuple[tuple[Conditioning, ...], dict[str, Tensor]] | None = None
 
 
 class Launcher:
@@ -110,15 +123,23 @@ class Launcher:
             folded = recipes(lowered.fold.program)
             given |= self.folded(lowered.fold, folded, given)
         self.constant_bytes = self.bytes_of_constants()
-        if lowered.prompt is None:
-            return Loaded(lowered, self.bind(lowered.body, given), None, state, {})
-        prompt = self.bind(lowered.prompt, given)
-        prompt.replay = prompt.launches.run  # never captured: it runs once for each prompt
-        return Loaded(lowered, self.bind(lowered.body, given), prompt, state, recipes(lowered.prompt.program, folded))
+        prompt, frames = (self.bind_once(part, given) for part in (lowered.prompt, lowered.frames))
+        known = {} if lowered.prompt is None else recipes(lowered.prompt.program, folded)
+        body = self.bind(lowered.body, given)
+        pages = {name: body.inputs.pop(name) for name in sorted(prompt_pages(lowered.body.program))}
+        return Loaded(lowered, body, prompt, state, known, frames, slots=PromptSlots(pages) if pages else None)
+
+    def bind_once(self, planned: Planned | None, given: Mapping[str, Tensor]) -> Bound | None:
+        """Bind a program that runs once for a prompt or a block, and is never captured."""
+        if planned is None:
+            return None
+        bound = self.bind(planned, given)
+        bound.replay = bound.launches.run
+        return bound
 
     def needs(self, lowered: Lowered) -> dict[str, int]:
         """Bytes that a program adds: scratch, constants (with the arena of the fold program), and inputs."""
-        planned = [part for part in (lowered.body, lowered.prompt) if part is not None]
+        planned = [part for part in (lowered.body, lowered.prompt, lowered.frames) if part is not None]
         scratch = max(part.plan.size for part in planned)
         inputs = sum(buffer.nbytes for part in planned for buffer in part.program.of(Role.INPUT))
         fold = lowered.fold
@@ -159,6 +180,17 @@ class Launcher:
 
     def run(self, bound: Bound, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run a program; returns copies of its outputs."""
+        self.launch(bound, given)
+        return {name: output.clone() for name, output in bound.launches.outputs.items()}
+
+    def run_into(self, bound: Bound, given: Mapping[str, Tensor], results: Mapping[str, Tensor]) -> None:
+        """Run a program and copy its outputs into tensors, by name."""
+        self.launch(bound, given)
+        for name, output in bound.launches.outputs.items():
+            results[name].copy_(output)
+
+    def launch(self, bound: Bound, given: Mapping[str, Tensor]) -> None:
+        """Run a program; its outputs stand in the arena until another runs."""
         bound.fill(given)
         if bound.replay is None:
             bound.replay = bound.launches.run if self.backend is None else self.captured(bound, self.backend)
@@ -166,7 +198,6 @@ class Launcher:
             bound.replay()
         else:
             self.profile.launch(bound.launches, bound.replay, bound.events)
-        return {name: output.clone() for name, output in bound.launches.outputs.items()}
 
     def captured(self, bound: Bound, backend: CaptureBackend) -> Replay:
         """Capture the launches; where that fails, return the launches themselves, with a warning."""

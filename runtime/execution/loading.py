@@ -7,16 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from ...errors import UsageError, quoted
 from ...graphs.shards import ALONE, Shard
 from ...models.decoder import Decoder, DecoderSpec
 from ...models.family import Checkpoint, PromptEncoder
 from ...models.fingerprints import fingerprint
 from ...models.hub import locate
-from ...models.registry import MODELS, family_of, find_preset, read_checkpoint, shipped
+from ...models.registry import MODELS, PRESETS, family_of, read_checkpoint, shipped
 from ...models.spec import ModelSpec
 from ...models.transformer import Transformer
+from ...schemes.presets import PLAIN, WITH_MEMORY, Preset
 from ..config import DTYPES, EngineConfig
+
+RANDOM_SEEDS = (0, 2)  # of each set of weights; 1 is the decoder's
 
 
 class SizeCheck(Protocol):
@@ -46,7 +51,8 @@ class Components:
     text: loads the text encoder at its first call; None without an encoder. digest: hash of the checkpoint, or None for
     random weights. fast_vae: decoder to switch to under overload. size: the one size (width, height) of pictures that
     it makes; None where any does. fingerprints: of the weights of transformer and decoder, where they are not in these.
-    shard: part of every pass that this rank computes.
+    shard: part of every pass that this rank computes. more: further sets of the transformer's weights, in the order of
+    the preset's `weight_sets`, of which `transformer` is the first.
     """
 
     transformer: Transformer
@@ -59,29 +65,43 @@ class Components:
     size: tuple[int, int] | None = None
     fingerprints: Mapping[str, str] | None = None
     shard: Shard = ALONE
+    more: tuple[Transformer, ...] = ()
+
+    @property
+    def transformers(self) -> tuple[Transformer, ...]:
+        """All sets of weights, by number."""
+        return (self.transformer, *self.more)
 
 
 def load_parts(
-    config: EngineConfig, preset: str | None, check: SizeCheck, offline: bool, text_prompts: bool
+    config: EngineConfig, scheme: Preset, preset: str | None, check: SizeCheck, offline: bool, text_prompts: bool
 ) -> Components:
     """Load the weights that a config names: of files, of the hub, in the package, or random ones.
 
-    preset: the one asked for, None where it is a default.
+    preset: name of the one asked for, None where it is a default. UsageError for weights that `scheme` does not run.
     """
+    if config.lora and len(scheme.weight_sets) > 1:
+        raise UsageError(
+            f"lora is {quoted(config.lora)}, but {scheme.name} runs {len(scheme.weight_sets)} sets of weights "
+            f"({', '.join(scheme.weight_sets)}), and adapters change one; leave lora out"
+        )
     model = config.model
     if model in MODELS and not Path(model).exists():
         folder = shipped(model)
         if folder is None:
-            return random_components(MODELS[model], config, check)
+            return random_components(MODELS[model], config, scheme, check)
         files = replace(config, model=str(folder))
     else:
         own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
         located = locate(model, preset, config.base, offline, own_parts)
         files = replace(config, model=located.model, base=located.base)
-    return replace(load_components(files, check, text_prompts), source=model)  # its name, wherever its files are
+    loaded = load_components(files, scheme, check, text_prompts)
+    return replace(loaded, source=model)  # its name, wherever its files are
 
 
-def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool = True) -> Components:
+def load_components(
+    config: EngineConfig, scheme: Preset, check: SizeCheck, text_prompts: bool = True
+) -> Components:
     """Load the model's checkpoint, and its VAE and text encoder from beside it or from `base`.
 
     Find all parts, read the decoders and call `check` before the transformer's weights are read. No text encoder is
@@ -90,12 +110,8 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema, config.names)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
     family = family_of(spec)
-    family.check_preset(find_preset(config.preset), config.model)
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(
-            f"{config.model} takes {spec.in_channels} channels with image conditioning; streams of such models "
-            "are not supported"
-        )
+    family.check_preset(scheme, config.model, spec)
+    sets = weight_sets(checkpoint, scheme)
     folders = [Path(config.base)] if config.base else []
     folders.append(checkpoint.folder)
     for key, path in (("base", config.base), ("text_encoder", config.text_encoder)):
@@ -111,32 +127,67 @@ def load_components(config: EngineConfig, check: SizeCheck, text_prompts: bool =
     shard = check(
         spec, vae.spec, encoder, fast_vae.spec if fast_vae else None, made_on_host=False, files=checkpoint.files
     )
-    transformer, fingerprints = load_transformer(checkpoint, config, shard, vae)
+    transformers, fingerprints = load_transformers(checkpoint, sets, config, shard, vae)
     return Components(
-        transformer=transformer,
+        transformer=transformers[0],
         vae=vae,
         text=text,
         source=config.model,
         form=checkpoint.form,
         digest=lambda: checkpoint.digest,
         fast_vae=fast_vae,
+        more=transformers[1:],
         fingerprints=fingerprints,
         shard=shard,
     )
 
 
-def load_transformer(
-    checkpoint: Checkpoint, config: EngineConfig, shard: Shard, vae: Decoder
-) -> tuple[Transformer, Mapping[str, str] | None]:
-    """The transformer of a checkpoint, or a rank's part of it with the fingerprints of the whole weights."""
-    family = family_of(checkpoint.spec)
-    shards = family.weight_shards(checkpoint.spec, shard.weights)
-    transformer = family.load(
-        checkpoint, config.precision, DTYPES[config.dtype], config.device, loras(config), config.lora_partial, shards
-    )
-    if shards is None:
-        return transformer, None
-    return transformer, {"transformer": shards.fingerprint, "decoder": fingerprint(vae)}
+def weight_sets(checkpoint: Checkpoint, scheme: Preset) -> tuple[Mapping[str, Tensor], ...]:
+    """Tensors of each set of weights that a preset runs; plain ones take the place of memory weights.
+
+    UsageError for a checkpoint with other sets, or with experts that change at another noise level.
+    """
+    own, needed, where = checkpoint.sets, scheme.weight_sets, quoted(checkpoint.path)
+    fitting = [preset.name for preset in PRESETS.values() if preset.weight_sets == own]
+    fitting = [name for name in fitting if family_of(checkpoint.spec).has_preset(name)]
+    if own == PLAIN and needed == WITH_MEMORY:
+        return (checkpoint.tensors, checkpoint.tensors)
+    if own != needed:
+        raise UsageError(
+            f"{where} has {len(own)} set{'s' if len(own) > 1 else ''} of weights ({', '.join(own)}), but preset "
+            f"{scheme.name} runs {', '.join(needed)}; use one of {', '.join(fitting)}"
+        )
+    boundary = scheme.sampler.boundary_ratio
+    if checkpoint.boundary_ratio not in (None, boundary):
+        raise UsageError(
+            f"boundary_ratio is {boundary}, but {where} states {checkpoint.boundary_ratio}; give "
+            f"boundary_ratio={checkpoint.boundary_ratio}"
+        )
+    return (checkpoint.tensors, *checkpoint.more)
+
+
+def load_transformers(
+    checkpoint: Checkpoint, sets: Sequence[Mapping[str, Tensor]], config: EngineConfig, shard: Shard, vae: Decoder
+) -> tuple[tuple[Transformer, ...], Mapping[str, str] | None]:
+    """The transformer of each set of weights, or a rank's part of them with the fingerprints of the whole weights.
+
+    Sets of the same tensors share a transformer.
+    """
+    family, made, prints = family_of(checkpoint.spec), list[Transformer](), dict[str, str]()
+    shards = None
+    for number, tensors in enumerate(sets):
+        if number and tensors is sets[0]:
+            made.append(made[0])
+            continue
+        shards = family.weight_shards(checkpoint.spec, shard.weights)
+        one = replace(checkpoint, tensors=tensors)
+        kind = DTYPES[config.dtype]
+        made.append(
+            family.load(one, config.precision, kind, config.device, loras(config), config.lora_partial, shards)
+        )
+        if shards is not None:
+            prints[f"transformer.{number}" if number else "transformer"] = shards.fingerprint
+    return tuple(made), None if shards is None else {**prints, "decoder": fingerprint(vae)}
 
 
 def matching_decoder(name: str | None, folders: list[Path], spec: ModelSpec, config: EngineConfig) -> Decoder:
@@ -157,32 +208,32 @@ def loras(config: EngineConfig) -> list[tuple[str, float]]:
     return [(config.lora, config.lora_scale)] if config.lora else []
 
 
-def random_components(spec: ModelSpec, config: EngineConfig, check: SizeCheck) -> Components:
+def random_components(spec: ModelSpec, config: EngineConfig, scheme: Preset, check: SizeCheck) -> Components:
     """Make a named model with random weights and a small random text encoder, after a call of `check`."""
-    if spec.in_channels != spec.out_channels:
-        raise UsageError(f"streams of {spec.name} are not supported; its transformer and checkpoints are")
+    family = family_of(spec)
+    family.check_preset(scheme, spec.name, spec)
     for key in ("vae", "fast_vae"):
         if (name := getattr(config, key)) not in (None, "taehv"):
             raise UsageError(f"{key} is {quoted(name)}, but {spec.name} has random weights; leave it out, or use taehv")
     if config.names is not None:
         raise UsageError(f"names is {quoted(config.names)}, but {spec.name} has random weights; leave it out")
-    family = family_of(spec)
-    family.check_preset(find_preset(config.preset), spec.name)
     fast = family.chosen_decoder_spec(spec, tiny=True) if config.fast_vae else None
     shard = check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device
-    weights = family.random_state(spec, 0, dtype)
-    checkpoint = Checkpoint(Path(spec.name), "random", (), weights, spec, None)
+
+    sets = [family.random_state(spec, seed, dtype) for seed in RANDOM_SEEDS[: len(scheme.weight_sets)]]
+    checkpoint = Checkpoint(Path(spec.name), "random", (), sets[0], spec, None)
     vae = family.random_decoder(spec, config.vae == "taehv", dtype, device)
-    transformer, fingerprints = load_transformer(checkpoint, config, shard, vae)
+    transformers, fingerprints = load_transformers(checkpoint, sets, config, shard, vae)
     return Components(
-        transformer=transformer,
+        transformer=transformers[0],
         vae=vae,
         text=family.random_text(spec, dtype, device),
         source=spec.name,
         form="random",
         digest=lambda: None,
         fast_vae=family.random_decoder(spec, True, dtype, device) if config.fast_vae else None,
+        more=transformers[1:],
         fingerprints=fingerprints,
         shard=shard,
     )

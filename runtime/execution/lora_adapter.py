@@ -20,9 +20,13 @@ from ...models.transformer import Transformer
 
 
 class Adapter:
-    """Applies LoRAs to a model. Owns copies of the original weights of changed layers, by name."""
+    """Applies LoRAs to a model. Owns copies of the original weights of changed layers, by name.
 
-    def __init__(self, model: Transformer) -> None:
+    sets: of weights that the model has; adapters are for models of one.
+    """
+
+    def __init__(self, model: Transformer, sets: int = 1) -> None:
+        self.sets = sets
         self.family = family_of(model.spec)
         self.weights = dict(model.named_parameters())
         self.originals: dict[str, Tensor] = {}
@@ -34,6 +38,10 @@ class Adapter:
         UsageError for a file that is no LoRA or is for another model (with `partial`, only if no layer fits).
         InferixError for a damaged file. Both leave the weights unchanged.
         """
+        if self.sets > 1:
+            raise UsageError(
+                f"lora is {quoted(lora)}, but the model has {self.sets} sets of weights, and adapters change one"
+            )
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise UsageError(f"scale is {quoted(scale)}; expected a number, 1 for the adapter as it is")
         if any(weight.is_meta for weight in self.weights.values()):

@@ -19,6 +19,7 @@ from .page_store import PageForm
 from .paged_cache import PagedCache
 from .pages import PageTable
 
+MOST_STAGED = 8  # sessions of a batch that a staging buffer within a budget has room for
 
 class KVManager:
     """Owns the page ids of all stores, and has the worker open and close them.
@@ -61,17 +62,15 @@ class KVManager:
             unused = [other for other, store in self.stores.items() if not store.users and other[1] == key[1]]
             for other in unused:
                 self.stores.pop(other).close()
-            slots, pages = staging_slots(self.preset), least_pages(self.preset, cache)
+            slots, pages, sessions = staging_slots(self.preset), least_pages(self.preset, cache), 1
             if self.budget is not None:
                 used = sum(store.nbytes for other, store in self.stores.items() if other[1] == key[1])
                 staging = slots * form.slot_bytes(form.model_dtype) if form.staged else 0
-                pages = pages_in(self.budget, form.nbytes, staging + used, self.preset, pages)
-            self.stores[key] = PageSpace(form, pages, slots, self.clients[key[1]], grows=self.budget is None)
+                fitting = (self.budget - used) // (pages * form.nbytes + staging)
+                sessions = max(1, min(fitting, MOST_STAGED))
+                pages = pages_in(self.budget, form.nbytes, sessions * staging + used, self.preset, pages)
+            self.stores[key] = PageSpace(form, pages, slots, self.clients[key[1]], self.budget is None, sessions)
         return self.stores[key]
-
-    def batches(self, size: tuple[int, int]) -> bool:
-        """True if one pass can serve several sessions; a staging buffer within a budget has room for one."""
-        return not (self.form(size).staged and self.budget is not None)
 
     def form(self, size: tuple[int, int]) -> PageForm:
         """Sizes and dtypes of a page for pictures of `size` (width, height)."""

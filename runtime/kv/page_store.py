@@ -85,15 +85,18 @@ class PagedStore:
     """Owns the page tensors of one picture size.
 
     kv: per layer [2, pages, page_tokens, heads, head_dim], keys then values. scales: per layer float32
-    [2, pages, heads], or None. staging: [2, slots, page_tokens, heads, head_dim] in the model's dtype, or None.
+    [2, pages, heads], or None. staging: [2, slots, page_tokens, heads, head_dim] in the model's dtype, or None; it has
+    `session_slots` for each session of the largest batch so far.
     rope_rows, rope_columns: cosines and sines of the token grid, [n, pairs, 2].
     """
 
-    def __init__(self, form: PageForm, rope: Rope, pages: int, slots: int, device: torch.device) -> None:
-        self.form, self.rope, self.device = form, rope, device
+    def __init__(
+        self, form: PageForm, rope: Rope, pages: int, slots: int, device: torch.device, sessions: int = 1
+    ) -> None:
+        self.form, self.rope, self.device, self.session_slots = form, rope, device, slots
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)
-        self.staging = self._stage(slots) if form.staged else None
+        self.staging = self._stage(sessions * slots) if form.staged else None
         self.tables: dict[tuple[bool, int, tuple[GroupPages, ...]], list[PassTables]] = {}
         self.rope_rows, self.rope_columns = self._rope_of_tokens()
 
@@ -110,14 +113,17 @@ class PagedStore:
         for new, before in zip((*self.kv, *(self.scales or ())), (*old, *(old_scales or ())), strict=True):
             new[:, :size] = before
 
-    def attention(self, layout: PassLayout) -> KeyValues:
-        """The attention of one pass, whose frames are listed by page."""
+    def attention(self, layout: PassLayout, sessions: int = 1) -> KeyValues:
+        """The attention of one pass of one or several sessions, whose frames are listed by page.
+
+        The staging buffer has room for all that they can see later on, so that it does not move as windows fill.
+        """
         if not self.form.staged:
             parts, half_split = self._parts(layout, layout.rows), self.rope.half_split
             return PagedAttention(parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split)
         own = [page for row in layout.rows for page in row.pages]
         through = through_slots(layout.rows, self.form.read_in_place)
-        staging = self.slots(through.slots)
+        staging = self.slots(max(through.slots, sessions * self.session_slots))
         slots = self.ints(list(range(through.slots)))
         return StagedAttention(
             self._parts(layout, through.rows), self.kv, self.scales, staging,

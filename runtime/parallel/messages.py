@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ...errors import InferixError
+from ...errors import InferixError, quoted
 
 HEADER = struct.Struct("<4sIIQ")
 MAGIC = b"INFR"
@@ -58,7 +58,7 @@ class Connection:
             return None
         magic, text_length, plan_length, length = HEADER.unpack(header)
         if magic != MAGIC or max(text_length, plan_length) > LARGEST:
-            raise InferixError(f"a message between ranks begins with {header!r}; expected {MAGIC!r} and lengths")
+            raise InferixError(f"a message between ranks begins with {quoted(header)}; expected {MAGIC!r} and lengths")
         parts = [self.read(size) for size in (text_length, plan_length, length)]
         if None in parts:
             return None

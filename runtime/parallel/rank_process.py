@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InferixError
+from ...errors import InferixError, quoted
 from ...graphs.shards import Shard
 from ...kernels.collectives import RankGroup
 from ...models.decoder import DecoderSpec
@@ -70,7 +70,7 @@ class Inbox:
     def next(self, kind: str) -> Message:
         message = self.queue.get()
         if message.kind != kind:
-            raise InferixError(f"rank 0 sent {message.kind!r}; expected {kind!r}")
+            raise InferixError(f"rank 0 sent {quoted(message.kind)}; expected {quoted(kind)}")
         return message
 
 
@@ -149,7 +149,7 @@ def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
         )
         return shard
 
-    parts = load_parts(config, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
+    parts = load_parts(config, preset, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
     parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None)  # rank 0 decodes
     worker = LocalWorker(config, preset, parts)
     inbox.send(Message("reply", {"ready": True}))

@@ -54,8 +54,8 @@ class RankedWorker:
         return self.local.supports_whole_block
 
     @property
-    def executor(self) -> Executor:
-        return self.local.executor
+    def executors(self) -> tuple[Executor, ...]:
+        return self.local.executors
 
     def of_branches(self, place: int) -> BranchRanks:
         """The ranks that run the branches of guidance of a place."""

@@ -21,19 +21,19 @@ from ...graphs.shards import ALONE, NONE, Axis, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
-from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
+from ...graphs.types import OF_SET, BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...kernels.frame_noise import frame_noise
 from ...models.cross_attention import TextByFrames, TextKeyValues
 from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
-from ...models.transformer import KeyValues, Transformer
+from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
 from ...schemes.block_schedule import branch_run
 from ...schemes.guidance import Guidance, classifier_free
 from ...schemes.presets import Preset
 from ...schemes.sampler_spec import SamplerSpec
 from ..kv.page_store import PageForm
-from ..sampler import Sampler, guided
+from ..sampler import Sampler, guided, latent_dtype
 from .block_plan import PlannedPass, latent_names, plan_block
 
 TRACES = 64  # passes and steps of a process, each kept for blocks of the same shapes
@@ -77,6 +77,11 @@ class Layout:
         return ".".join([self.tables, *([str(part)] if len(self.parts) > 1 else []), what])
 
 
+def weight_name(value: Value, number: int) -> str:
+    """Name of a value in a pass of another set of weights than the first."""
+    return f"{value.name}{OF_SET}{number}" if value.role == Role.WEIGHT else value.name
+
+
 class ModelPass(nn.Module):
     """The model over pages: named tensors in, velocity [B, F, C, H, W] of B sessions out.
 
@@ -113,11 +118,11 @@ class ModelPass(nn.Module):
         timesteps = values["timesteps"]
         timesteps = timesteps.expand(len(rows), *timesteps.shape[1:])
         actions = values[f"{layout.tables}.actions"] if spec.action_dim is not None else None
-        text = self.text(values)
+        text, beside = self.text(values, len(rows)), self.frames(values)
 
         def run(latents: Tensor, kv: KeyValues, origin: tuple[int, int] | None = None) -> Tensor:
             more = () if origin is None else (origin,)
-            result: Tensor = self.model(latents, timesteps, text, kv, actions, *more)
+            result: Tensor = self.model(latents, timesteps, text, kv, actions, *more, **beside)
             return result
 
         if self.shard.ranks == 1:
@@ -128,13 +133,31 @@ class ModelPass(nn.Module):
             velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}
 
-    def text(self, values: dict[str, Tensor]) -> TextKeyValues:
-        """Cross-attention of the pass, each frame's to the text that it follows."""
-        texts = {name: self.model.embed_text(values[name]) for name in self.layout.text_names}
+    def frames(self, values: dict[str, Tensor]) -> dict[str, FrameContext]:
+        """What the pass takes of its frames beside their latents, as an argument of the model; none for most models.
+
+        Layers make their modulation where they use it: the rewrite `hoist-frames` computes it once for a block.
+        """
+        channels = values.get(f"{self.layout.tables}.frame_channels")
+        if channels is None:
+            return {}
+        if (branches := len(self.guidance.branches)) > 1:
+            channels = torch.cat([channels] * branches)
+        if self.shard.ranks > 1:
+            channels = self.shard.cut(channels, self.model.spec.patch)
+        return {"frames": self.model.embed_frames(channels, each_layer=False)}
+
+    def text(self, values: dict[str, Tensor], rows: int) -> TextKeyValues:
+        """Cross-attention of the pass, each frame's to the text that it follows; one text may be that of all rows."""
+        texts = {name: self.embedded(values[name], rows) for name in self.layout.text_names}
         if not self.layout.texts:
             return texts[f"{self.layout.branch}text"]
         prefix = f"{self.layout.branch}text"
         return TextByFrames([(frames, texts[f"{prefix}.{text}"]) for text, frames in self.layout.texts])
+
+    def embedded(self, text: Tensor, rows: int) -> TextContext:
+        context = self.model.embed_text(text)
+        return context if len(text) == rows else context.for_rows(rows)
 
 
 class SolverStep(nn.Module):
@@ -260,7 +283,8 @@ class BlockGraphBuilder:
     size: (width, height) of the pictures; None for the model's default. sessions: sessions in the batch. pages: size of
     the page pool; None for enough for one block of each session. fuse_commit: run the commit of the previous block in
     the first pass. kv_dtype: dtype of the pages; None for the model's. slots: of the staging buffer; None for enough.
-    shard: part of each pass that this rank computes.
+    shard: part of each pass that this rank computes. texts: rows of a text; None for one for each row of the batch, 1
+    where all rows have the same unless a table says otherwise. timesteps: rows of the timesteps; 1 for the same in all.
     """
 
     def __init__(
@@ -277,12 +301,16 @@ class BlockGraphBuilder:
         kv_dtype: torch.dtype | None = None,
         slots: int | None = None,
         shard: Shard = ALONE,
+        texts: int | None = None,
+        timesteps: int = 1,
     ) -> None:
         self.spec, self.preset, self.dtype, self.device, self.sessions = spec, preset, dtype, device, sessions
         self.guide = preset.sampler.guide
         self.guidance = self.guide if self.guide.is_even else classifier_free(1)  # of one batch
         self.rows = sessions * len(self.guidance.branches)
+        self.texts, self.timesteps = self.rows if texts is None else texts, timesteps
         self.sampler = Sampler(preset.sampler)
+        self.latent_dtype = latent_dtype(preset.sampler, dtype)
         self.planned = plan_block(preset, fuse_commit)
         self.latent = (spec.out_channels, *spec.latent_size(size or spec.default_size))
         self.grid = (self.latent[1] // spec.patch[0], self.latent[2] // spec.patch[1])
@@ -298,7 +326,7 @@ class BlockGraphBuilder:
     def build(self) -> BlockGraph:
         """Build the graph; UsageError for a model or preset that has none."""
         spec, preset = self.spec, self.preset
-        if spec.in_channels != spec.out_channels:
+        if spec.image_dim is not None:
             raise UsageError(f"streams of {spec.name} are not in this version, so there is no graph of its block")
         if preset.window_blocks > 1 and self.sampler.begin().keeps_history:
             raise UsageError(
@@ -350,7 +378,8 @@ class BlockGraphBuilder:
         values = [value for value in self.step_values(planned) if value.name != "velocity"]
         for number, run in runs.items():
             shape = (self.sessions, len(run.frames), *self.latent)
-            values.append(Value(branch_velocity(planned.name, number), Role.INPUT, shape, self.dtype, When.PASS))
+            name = branch_velocity(planned.name, number)
+            values.append(Value(name, Role.INPUT, shape, self.latent_dtype, When.PASS))
         module = BranchJoin(self.guide, planned, runs, step)
         traced = trace("the join of branches", module, values, device=self.device)
         return replace(chained(f"{planned.name}, join", traced), groups=planned.run.groups, runs=planned.runs)
@@ -364,17 +393,25 @@ class BlockGraphBuilder:
         literals = {"timesteps": Value.of_literal(rows, self.timesteps_shape(len(timesteps)), torch.float32)}
         step = self.step(planned) if planned.steps else None
         graph = chained(planned.name, model, step, literals)
+        if number := planned.run.weights:
+            inputs = {key: replace(value, name=weight_name(value, number)) for key, value in graph.inputs.items()}
+            graph = replace(graph, inputs=inputs)
         if step is None:  # the pass is run for the pages it writes; nothing reads its velocity
             graph = replace(graph, outputs=(replace(graph.outputs[0], name=f"{planned.name}.velocity"),))
         return replace(graph, groups=planned.run.groups, runs=planned.runs)
 
     def model_pass(self, layout: Layout) -> PassGraph:
-        """Traced pass of a layout."""
-        return traced_pass(self.source, layout, self.guidance, self.shard, tuple(self.inputs(layout)))
+        """Traced pass of a layout. Layouts that differ in names alone share one trace."""
+        shared = replace(layout, latents=latent_names(len(layout.latents)), tables="block", branch="")
+        inputs = self.inputs(shared)
+        graph = traced_pass(self.source, shared, self.guidance, self.shard, tuple(inputs))
+        own = {value.name: given for value, given in zip(inputs, self.inputs(layout), strict=True)}
+        return replace(graph, inputs={key: own.get(value.name, value) for key, value in graph.inputs.items()})
 
     def timesteps_shape(self, frames: int) -> tuple[int, ...]:
         """Shape of the timesteps of a pass, with the conditions of steps where the network takes them."""
-        return (1, frames) if self.preset.sampler.condition(0) is None else (1, frames, 2)
+        rows = self.timesteps
+        return (rows, frames) if self.preset.sampler.condition(0) is None else (rows, frames, 2)
 
     def layout(self, planned: PlannedPass) -> Layout:
         sinks = self.preset.context.rotates_sink  # in every pass, as in `rotates_for_sink`
@@ -394,8 +431,9 @@ class BlockGraphBuilder:
             return Value(name, Role.INPUT, size, dtype, when, owned=owned)
 
         each = frames // len(layout.latents)
-        values = [given(name, When.PASS, (self.sessions, each, *self.latent), self.dtype) for name in layout.latents]
-        text = (self.rows, spec.text_rows, spec.text_dim)
+        latents = (self.sessions, each, *self.latent)
+        values = [given(name, When.PASS, latents, self.latent_dtype) for name in layout.latents]
+        text = (self.texts, spec.text_rows, spec.text_dim)
         values += [
             given("timesteps", When.LOAD, self.timesteps_shape(frames), torch.float32),
             *(given(name, When.PROMPT, text, self.dtype) for name in layout.text_names),
@@ -403,6 +441,9 @@ class BlockGraphBuilder:
         if spec.action_dim is not None:
             actions = (self.rows, frames, spec.action_dim)
             values.append(given(f"{layout.tables}.actions", When.BLOCK, actions, self.dtype))
+        if spec.frame_channels:
+            channels = (self.sessions, frames, spec.frame_channels, *self.latent[1:])
+            values.append(given(f"{layout.tables}.frame_channels", When.FRAMES, channels, self.dtype))
         for part, (groups, part_frames) in enumerate(layout.parts):
             rows = self.rows * groups
             lists = (rows, layout.head_groups) if layout.head_groups else (rows,)
@@ -451,13 +492,14 @@ class BlockGraphBuilder:
         total = frames * len(planned.steps)
         wide = torch.promote_types(self.dtype, torch.float32)
         names = latent_names(len(planned.steps))
+        velocity = (self.sessions, planned.lead + total, *self.latent)
         values = [
-            Value("velocity", Role.INPUT, (self.sessions, planned.lead + total, *self.latent), self.dtype, When.PASS),
+            Value("velocity", Role.INPUT, velocity, self.latent_dtype, When.PASS),
             Value("frames", Role.INPUT, (self.sessions, total), torch.int32, When.BLOCK),
             Value("noise_key", Role.INPUT, (self.sessions,), torch.int64, When.BLOCK),
         ]
         latents = (self.sessions, frames, *self.latent)
-        values += [Value(name, Role.INPUT, latents, self.dtype, When.PASS) for name in names]
+        values += [Value(name, Role.INPUT, latents, self.latent_dtype, When.PASS) for name in names]
         history = self.sampler.begin().reads(planned.steps[0])
         values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
         return values

@@ -101,7 +101,8 @@ def planned_pass(preset: Preset, scheduled: ScheduledPass) -> PlannedPass:
 
 def fused(preset: Preset, passes: list[PlannedPass], before: ScheduledBlock) -> list[PlannedPass]:
     """Passes of a block with the commit of the previous block fused into its first denoising pass."""
-    if not preset.context.commit or preset.window_blocks > 1 or preset.context.needs_pixels:
+    alone = preset.window_blocks == 1 and len(preset.weight_sets) == 1
+    if not preset.context.commit or not alone or preset.context.needs_pixels:
         raise UsageError(
             f"{preset.name} has no commit that can run in the first pass of the next block; leave fuse_commit out"
         )

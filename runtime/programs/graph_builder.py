@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...graphs.compose import chained
 from ...graphs.lowered import Lowered, lower_block
@@ -18,13 +18,14 @@ from ...graphs.rewrites import rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.shards import ALONE, OnPages, Shard
 from ...graphs.staged_attention import StagedAttention
-from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When
+from ...graphs.types import PROMPT_TABLE, BlockGraph, GraphShape, PassGraph, Role, Value, When
 from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 
+FRAME_CHANNELS = "block.frame_channels"  # input of the graph of a model whose frames are given channels
 WIDTH_STEP = 16  # pages
 PROGRAMS = 64  # of a process, kept for engines of the same configuration
 
@@ -33,11 +34,11 @@ PROGRAMS = 64  # of a process, kept for engines of the same configuration
 class GraphKey:
     """Shapes of a lowered graph; one graph is stored, and captured, for each key.
 
-    whole: a block with its solver steps and commit, or one pass. parts: (rows, frames of each) of the tables.
-    latent: [F, C, H, W]. width: columns of the page table, rounded up so that a growing window seldom needs a new
-    graph. pages: size of the store. slots: size of the staging buffer; 0 where pages have the model's dtype. texts:
-    (text, frames) where frames follow different texts, else empty. head_groups: lists of pages of a row, one for each
-    group of heads; 0 for one list.
+    whole: a block with its solver steps and commit, or one pass. parts: (rows, frames of each) of the tables of one
+    session. latent: [F, C, H, W]. width: columns of the page table, rounded up so that a growing window seldom needs a
+    new graph. pages: size of the store. slots: frames that pass through the staging buffer at most; 0 where pages have
+    the model's dtype. texts: (text, frames) where frames follow different texts, else empty. head_groups: lists of
+    pages of a row, one for each group of heads; 0 for one list. sessions: in the batch.
     """
 
     whole: bool
@@ -49,22 +50,30 @@ class GraphKey:
     slots: int = 0
     texts: tuple[tuple[int, int], ...] = ()
     head_groups: int = 0
+    sessions: int = 1
 
     @classmethod
     def of(
-        cls, latents: Tensor, attention: OnPages, whole: bool, texts: tuple[tuple[int, int], ...] = ()
+        cls,
+        latents: Tensor,
+        attention: OnPages,
+        whole: bool,
+        slots: int,
+        texts: tuple[tuple[int, int], ...] = (),
     ) -> GraphKey:
-        listed = max(part.page_table.shape[-1] for part in attention.parts)
+        """Key of a pass or block of latents [B, F, C, H, W]. slots: of the staging buffer, that one session needs."""
+        listed, sessions = max(part.page_table.shape[-1] for part in attention.parts), len(latents)
         return cls(
             whole=whole,
-            parts=tuple((part.rows, part.frames) for part in attention.parts),
+            parts=tuple((part.rows // sessions, part.frames) for part in attention.parts),
             latent=tuple(latents.shape[-4:]),
             sinks=attention.parts[0].rope_sink is not None,
             width=padded_width(listed),
             pages=attention.kv[0].shape[1],
-            slots=attention.staging.shape[1] if isinstance(attention, StagedAttention) else 0,
+            slots=max(attention.slots, sessions * slots) if isinstance(attention, StagedAttention) else 0,
             texts=texts,
             head_groups=attention.parts[0].head_groups,
+            sessions=sessions,
         )
 
     def size(self, spec: ModelSpec) -> tuple[int, int]:
@@ -101,8 +110,16 @@ class GraphBuilder:
     shard: Shard = ALONE
 
     def __call__(self, key: GraphKey) -> BlockGraph:
-        """Build the graph of a whole block (noise in, clean `latents` out), or of one pass (`velocity` out)."""
-        builder = self.builder(key)
+        """Build the graph of a whole block (noise in, clean `latents` out), or of one pass (`velocity` out).
+
+        A batch finds its prompts by table where the prompt is read as pages alone; else texts have a row a session.
+        """
+        block = self.build(key, 1)
+        return block if key.sessions == 1 or reads_prompts_by_table(block) else self.build(key, key.sessions)
+
+    def build(self, key: GraphKey, texts: int) -> BlockGraph:
+        """Build the graph of a key with `texts` rows of a text."""
+        builder = self.builder(key, texts)
         if key.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
             return self.rewritten(self.block(key, builder, passes, ("latents",)))
@@ -114,15 +131,17 @@ class GraphBuilder:
     def rewritten(self, block: BlockGraph) -> BlockGraph:
         return rewritten(block, self.rewrites) if self.lowp is None else rewritten(block, self.rewrites, self.lowp)
 
-    def builder(self, key: GraphKey) -> BlockGraphBuilder:
+    def builder(self, key: GraphKey, texts: int) -> BlockGraphBuilder:
         preset, size = self.preset, key.size(self.spec)
         if key.whole:
             preset = replace(preset, num_frame_per_block=key.latent[0], independent_first_frame=False)
         else:  # guidance joins the velocities of its branches outside of them
-            preset = replace(preset, sampler=replace(preset.sampler, guidance_scale=1.0, guidance=None))
+            alone = replace(preset.sampler, guidance_scale=1.0, guidance=None, boundary_ratio=0.0)
+            preset = replace(preset, sampler=alone)
         builder = BlockGraphBuilder(
-            self.spec, preset, size, self.dtype, self.device, self.precision, pages=key.pages, kv_dtype=self.kv_dtype,
-            slots=key.slots, shard=self.shard,
+            self.spec, preset, size, self.dtype, self.device, self.precision, key.sessions, key.pages,
+            kv_dtype=self.kv_dtype, slots=key.slots, shard=self.shard, texts=texts,
+            timesteps=1 if key.whole else key.sessions,
         )  # fmt: skip
         builder.max_pages = key.width
         return builder
@@ -137,7 +156,7 @@ class GraphBuilder:
             preset=self.preset.name,
             dtype=self.dtype,
             device=self.device,
-            shape=GraphShape(1, frames, (channels, height, width), tokens, key.pages, key.width),
+            shape=GraphShape(key.sessions, frames, (channels, height, width), tokens, key.pages, key.width),
             timesteps=builder.sampler.timesteps if key.whole else (),
             sigmas=builder.sampler.sigmas if key.whole else (),
             passes=passes,
@@ -145,6 +164,25 @@ class GraphBuilder:
             fold=None,
             results=results,
         )
+
+
+def reads_prompts_by_table(block: BlockGraph) -> bool:
+    """True if passes read of prompts nothing but pages that `PROMPT_TABLE` lists."""
+
+    def by_table(graph: PassGraph, user: fx.Node, node: fx.Node) -> bool:
+        if user.target is not torch.ops.inferix.block_attention.default:
+            return False
+        kv, table = user.args[1:3]
+        listed = graph.inputs.get(table.name) if isinstance(table, fx.Node) else None
+        return kv is node and listed is not None and listed.name == PROMPT_TABLE
+
+    return all(
+        by_table(graph, user, node)
+        for graph in block.passes
+        for node in graph.graph.find_nodes(op="placeholder")
+        if (value := graph.inputs[node.name]).role == Role.INPUT and value.when == When.PROMPT
+        for user in node.users
+    )
 
 
 def lowered_graph(graphs: GraphBuilder, key: GraphKey) -> Lowered:

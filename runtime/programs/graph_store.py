@@ -26,7 +26,7 @@ from ...version import __version__
 from ..files import write_atomically
 from .graph_builder import GraphBuilder, GraphKey, lowered_graph
 
-FORMAT = 4
+FORMAT = 6
 IDENTITY = "identity.json"
 KERNELS = "triton"
 

@@ -5,6 +5,8 @@ The passes of the block schedule are laid out over a page table, as `PagedCache`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 from ...errors import UsageError
@@ -27,7 +29,10 @@ from .graph_builder import GraphKey, padded_width
 class KeyCollector:
     """Collects the graph keys of one stream, each once, in the order in which they come up."""
 
-    def __init__(self, spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool) -> None:
+    def __init__(
+        self, spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool, batches: Sequence[int]
+    ) -> None:
+        self.batches = batches
         self.policy, self.pages, self.guidance = preset.context, least_pages(preset), preset.sampler.guide
         self.channels, self.latent = spec.out_channels, spec.latent_size(size)
         self.slots = staging_slots(preset) if staged else 0
@@ -59,10 +64,17 @@ class KeyCollector:
             texts=run.mixed_texts,
             head_groups=len(run.groups[0].head_contexts),
         )
-        self.keys[key] = None
+        for count in self.batches:
+            self.keys[replace(key, sessions=count, slots=count * key.slots)] = None
 
 
-def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: bool = False) -> list[GraphKey]:
+def graph_keys(
+    spec: ModelSpec,
+    preset: Preset,
+    size: tuple[int, int],
+    staged: bool = False,
+    batches: Sequence[int] = (1,),
+) -> list[GraphKey]:
     """List the keys of all graphs of a stream with pictures of `size` (width, height), without a page budget.
 
     These are the graphs of its first blocks, of blocks with a full window, and of the passes of a rebuild or a new
@@ -73,7 +85,7 @@ def graph_keys(spec: ModelSpec, preset: Preset, size: tuple[int, int], staged: b
             f"local_attn_size is -1 ({preset.name} keeps every frame), so the number of graphs has no limit; give a "
             "window such as local_attn_size=21"
         )
-    collector = KeyCollector(spec, preset, size, staged)
+    collector = KeyCollector(spec, preset, size, staged, batches)
     for block in islice(scheduled_blocks(preset), blocks_before_repeat(preset) + repeat_period(preset)):
         if block.recache is not None:
             forked = collector.table.copy()

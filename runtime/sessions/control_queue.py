@@ -16,7 +16,7 @@ from ...errors import AtCapacity
 from ..engine_condition import EngineCondition
 
 LIFECYCLE_CONTROLS = frozenset({"pause", "resume", "stop"})  # applied between two blocks
-BLOCK_CONTROLS = frozenset({"prompt", "act"})  # applied when a block begins
+BLOCK_CONTROLS = frozenset({"prompt", "act", "camera"})  # applied when a block begins
 MOST_CONTROLS = 1024  # pending; a session that makes no blocks takes none
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import InferixError, SessionEnded, UsageError
+from ...errors import InferixError, SessionEnded, UsageError, quoted
 from ..engine_condition import EngineCondition
 from ..execution.decode_pipeline import DecodePipeline, to_frames
 from ..resources import Resources
@@ -204,7 +204,7 @@ class Delivery:
         """InferixError if no thread makes blocks, and nothing has changed since `seen`."""
         if not self.thread.loops and self.condition.changes == seen:
             raise InferixError(
-                f"session {session.id} waits for a block, but thread {self.thread.name!r}, which drives the "
+                f"session {session.id} waits for a block, but thread {quoted(self.thread.name)}, which drives the "
                 "engine, makes none; call engine.run() there, or engine.hand_over()"
             )
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...errors import SessionEnded, UsageError, no_host_memory
+from ...errors import SessionEnded, UsageError, no_host_memory, quoted
 from ..engine_condition import EngineCondition
 from ..kv.pages import OutOfPages
 from ..streams import make_current
@@ -118,8 +118,9 @@ class EngineThread:
         if self.unusable is not None:
             raise SessionEnded(self.unusable)
         if not self.is_owner():
+            here = quoted(threading.current_thread().name)
             raise UsageError(
-                f"{what} was called in thread {threading.current_thread().name!r}, but {self.name!r} drives this "
+                f"{what} was called in thread {here}, but {quoted(self.name)} drives this "
                 "engine; use engine.soon(), or engine.hand_over() there first. prompt, act, pause, resume, stop and "
                 "reading a stream are free to any thread"
             )

@@ -6,14 +6,16 @@ block reads as if it ran alone, each fails by itself, and compatible passes shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor
 
 from ...graphs.passes import Pass
+from ..plans import WholeBlock
+from ..worker_client import Handle
 from .session_state import Branch
 
 T = TypeVar("T")
@@ -21,30 +23,41 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
-    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any."""
+    """One pass of one conditioning: latents [F, C, H, W], the action of each frame, none for a model without any.
+
+    given: what the frames are given beside their latents; None for a model that takes nothing.
+    prompts: by the number of a text, where blocks in flight follow others than the branch's. whole: not the pass
+    alone but all steps and the commit of its block, which have its pages and positions.
+    """
 
     branch: Branch
     run: Pass
     latents: Tensor
     actions: tuple[int, ...]
+    given: Handle | None = None
+    prompts: Mapping[int, Handle] = field(default_factory=dict)
+    whole: WholeBlock | None = None
 
     @property
     def batch_key(self) -> Hashable:
-        """Equal for requests that one run can answer: same page store, latent shape, group sizes, texts and condition.
+        """Equal for requests that one run can answer.
 
-        Timesteps, positions and contexts may differ.
+        They have the same page store, latent shape, group sizes, texts, condition and weights. Timesteps, positions and
+        contexts may differ.
         """
         groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
-        shape = tuple(self.latents.shape)
-        return id(self.branch.cache.store), shape, groups, self.run.mixed_texts, self.run.condition
+        shape, run = tuple(self.latents.shape), self.run
+        kind = run.mixed_texts, run.condition, run.weights, self.whole is not None
+        return id(self.branch.cache.store), shape, groups, kind
 
     @property
     def texts(self) -> tuple[tuple[int, int, int], ...]:
         """(text, number of the prompt, frames) in token order: what the frames attend to in cross-attention."""
-        return tuple((text, self.branch.texts[text].number, frames) for text, frames in self.run.texts)
+        texts = {**self.branch.texts, **self.prompts}
+        return tuple((text, texts[text].number, frames) for text, frames in self.run.texts)
 
 
-ForwardResult = Tensor | Exception  # a velocity [F, C, H, W], or why there is none
+ForwardResult = Tensor | Exception  # a velocity, or latents of a whole block, [F, C, H, W], or why there is none
 BlockSteps = Generator[ForwardRequest, Tensor, T]
 Forward = Callable[[list[ForwardRequest]], Sequence[ForwardResult]]
 
@@ -85,3 +98,14 @@ def group_compatible(requests: Sequence[ForwardRequest]) -> list[list[ForwardReq
     for request in requests:
         groups.setdefault(request.batch_key, []).append(request)
     return list(groups.values())
+
+def in_sizes(requests: Sequence[ForwardRequest], sizes: Sequence[int]) -> list[Sequence[ForwardRequest]]:
+    """Cut requests into runs of `sizes`, the largest that fit first; one run of all where no sizes are given."""
+    runs, first = list[Sequence[ForwardRequest]](), 0
+    while first < len(requests):
+        left = len(requests) - first
+        count = max(size for size in sizes if size <= left) if sizes else left
+        runs.append(requests[first : first + count])
+        first += count
+    return runs
+

@@ -6,7 +6,7 @@ Times are seconds on one clock that the caller reads. All choices of the user ar
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from ...errors import AtCapacity, UsageError
@@ -23,7 +23,8 @@ class SchedulerEntry:
     """One session as the scheduler sees it.
 
     kind: sessions of one kind take the same time, and share pages. period: seconds of video in a block.
-    page_room: bytes of pages that there are for its kind; None where there can be more.
+    page_room: bytes of pages that there are for its kind; None where there can be more. most_batched: sessions of its
+    kind that one pass can serve; None for any number.
     turn: when it last ran. due: when its next block has to be there, once its video plays. late: late blocks in a row.
     """
 
@@ -31,6 +32,7 @@ class SchedulerEntry:
     kind: Hashable
     period: float
     page_room: int | None = None
+    most_batched: int | None = None
     turn: int = 0
     due: float | None = None
     late: int = 0
@@ -62,9 +64,29 @@ class Scheduler:
 
     @property
     def reserved(self) -> int:
-        """Bytes that admitted sessions may need at most, and that resting ones have besides their pages."""
+        """Bytes that admitted sessions may need at most, and that resting ones have besides their pages.
+
+        Without those of a batch: see `batch_bytes`.
+        """
         inside = sum(entry.need.total for entry in self.admitted.values())
         return inside + sum(entry.need.total - entry.need.pages for entry in self.resting.values())
+
+    def batch_bytes(self, extra: SchedulerEntry | None = None) -> int:
+        """Bytes of activations that the largest batch of the admitted sessions, and `extra`, adds to those of one.
+
+        0 for sessions whose batches have not been measured, since they take turns.
+        """
+        entries, most = [*self.admitted.values(), *([extra] if extra else [])], 0
+        for kind, profile in self.batch_profiles.items():
+            same = [entry for entry in entries if entry.kind == kind]
+            if same:
+                rows = profile.best(self.batch_limit(same[0], len(same))) - 1
+                most = max(most, rows * max(entry.need.activations for entry in same))
+        return most
+
+    def batch_limit(self, entry: SchedulerEntry, sessions: int) -> int:
+        """Sessions that may run as one, of a number of the entry's kind."""
+        return int(min(sessions, self.limits.batch or math.inf, entry.most_batched or math.inf, self.batch_room))
 
     def load(self, extra: SchedulerEntry | None = None) -> float:
         """Share of real time that the sessions need by measured block times; 1 is all of it."""
@@ -133,10 +155,12 @@ class Scheduler:
         reserved = self.reserved
         if session in self.resting:
             reserved -= entry.need.total - entry.need.pages
-        if budget is not None and reserved + entry.need.total > budget:
+        batch = self.batch_bytes(entry)
+        if budget is not None and reserved + entry.need.total + batch > budget:
+            beside = f" and {format_bytes(batch)} for a batch of them" if batch else ""
             return (
-                f"session {session} needs {entry.need}, but {format_bytes(reserved)} of {format_bytes(budget)} are "
-                f"reserved for the {inside} that are in"
+                f"session {session} needs {entry.need}{beside}, but {format_bytes(reserved)} of {format_bytes(budget)} "
+                f"are reserved for the {inside} that are in"
             )
         pages = sum(other.need.pages for other in self.admitted.values() if other.kind == entry.kind)
         if entry.page_room is not None and pages + entry.need.pages > entry.page_room:
@@ -165,7 +189,7 @@ class Scheduler:
                 entry.due = None
         if not ready:
             return None
-        chosen = min(ready, key=self.urgency)
+        chosen = self.first(ready)
         self.turns += 1
         self.admitted[chosen].turn = self.turns
         return chosen
@@ -178,14 +202,35 @@ class Scheduler:
         entry = self.admitted[chosen]
         if not compatible or entry.kind not in self.batch_profiles:
             return [chosen]
-        most = min(len(compatible) + 1, self.limits.batch or math.inf, self.batch_room)
         left = math.inf if entry.due is None else entry.due - now
-        count = self.batch_profiles[entry.kind].best(int(most), left)
+        count = self.batch_profiles[entry.kind].best(self.batch_limit(entry, len(compatible) + 1), left)
         others = sorted(compatible, key=self.urgency)[: count - 1]
         for session in others:
             self.turns += 1
             self.admitted[session].turn = self.turns
         return [chosen, *others]
+
+    def first(self, ready: Collection[str]) -> str:
+        """The most urgent of sessions that are ready."""
+        return min(ready, key=self.urgency)
+
+    def batch_wait(self, ready: Sequence[str], coming: int, since: float, now: float) -> float:
+        """Seconds to wait, of the share `batch_wait`, for `coming` sessions to join those ready since `since`.
+
+        There is a wait only where the larger batch gets more done even after the longest one. It ends in time for the
+        deadline of each session that is ready.
+        """
+        share, entry = self.limits.batch_wait, self.admitted[ready[0]]
+        if share is None or entry.kind not in self.batch_profiles:
+            return 0.0
+        profile = self.batch_profiles[entry.kind]
+        here, more = (profile.best(self.batch_limit(entry, len(ready) + others)) for others in (0, coming))
+        wait = share * profile.seconds[1]
+        if more <= here or (profile.seconds[more] + wait) / more >= profile.seconds[here] / here:
+            return 0.0
+        dues = [due for session in ready if (due := self.admitted[session].due) is not None]
+        until = min([since + wait, *(due - profile.seconds[more] for due in dues)])
+        return max(0.0, until - now)
 
     def urgency(self, session: str) -> tuple[float, int]:
         """Sort key: smaller is sooner. A stream that has not begun to play has a deadline in the past."""

@@ -1,7 +1,7 @@
 """`Session`: the handle of one stream. It has a state, two queues and a lifecycle; the session manager runs it.
 
-`prompt`, `act`, `pause`, `resume` and `stop` may be called from any thread, and a stream may be read in any thread. All
-else belongs to the thread that drives the engine.
+`prompt`, `act`, `move`, `camera`, `pause`, `resume` and `stop` may be called from any thread, and a stream may be read
+in any thread. All else belongs to the thread that drives the engine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from ...errors import AtCapacity, SessionEnded, UsageError
 from ...models.text.umt5 import load_prompt_embeds
 from ...schemes.actions import check_action
+from ...schemes.camera import RATES, CameraMove, Poses, checked_poses
 from .. import arguments
 from ..arguments import embeddings, flag, integer, optional
 from ..engine_condition import EngineCondition
@@ -149,10 +150,14 @@ class Session:
         return list(dict.fromkeys(branch.cache for state in self.states for branch in state.branches))
 
     @property
+    def requests_block(self) -> bool:
+        """True while a block is requested, even if the output queue has no room for it."""
+        return self.demand is not None and self.demand.left > 0 and self.state in (State.NEW, State.RUNNING)
+
+    @property
     def wants_block(self) -> bool:
         """True while a block is requested and the output queue has room for it."""
-        requested = self.demand is not None and self.demand.left > 0
-        return requested and self.state in (State.NEW, State.RUNNING) and not self.output.full
+        return self.requests_block and not self.output.full
 
     def stream(self, blocks: int | None = None, decode: bool = True) -> Iterator[Block]:
         """Yield the next `blocks` blocks, or all there will be; without `decode`, only latents.
@@ -228,6 +233,38 @@ class Session:
         arguments.text("action", action)
         self.check_open()
         return self.controls.put("act", check_action(action, self.current.actions.names))
+
+    def move(self, move: CameraMove) -> int:
+        """Hold keys of the camera from the next block that begins, until others; returns the control's id.
+
+        UsageError for a model that follows no camera.
+        """
+        arguments.instance(CameraMove)("move", move)
+        self.check_camera()
+        return self.controls.put("camera", move)
+
+    def camera(self, poses: Poses, rate: str = "latent") -> int:
+        """Have the camera follow poses [T, 4, 4] from the next block that begins, in place of any given before.
+
+        rate: `latent` for the poses of latent frames, `picture` for those of pictures, of which the last of each latent
+        frame counts. After them the camera stands still. Returns the control's id. UsageError for poses that are no
+        rigid motions, for pictures of no whole latent frames, and for a model that follows no camera.
+        """
+        followed, stride = checked_poses(poses), self.manager.resources.spec.vae_stride[0]
+        arguments.choice(RATES)("rate", rate)
+        self.check_camera()
+        if rate == "picture":
+            if len(followed) % stride:
+                raise UsageError(f"poses are {len(followed)}; expected a multiple of {stride}, whole latent frames")
+            followed = followed[stride - 1 :: stride]
+        return self.controls.put("camera", followed)
+
+    def check_camera(self) -> None:
+        """UsageError for a model that follows no camera; SessionEnded where the session has ended."""
+        self.check_open()
+        if self.current.camera is None:
+            name = self.manager.resources.spec.name
+            raise UsageError(f"{name} follows no camera, only its prompt; use a model that does")
 
     def pause(self) -> int:
         """Begin no more blocks until `resume`; returns the control's id."""

@@ -38,7 +38,7 @@ DEFAULTS = {  # settings of presets as a file gives them; one saved before there
     if setting.default is not MISSING
 }
 COMMON = ("version", "made_by", "tensors", "checksum")  # in the header, besides the fields
-IRRELEVANT = ("name", "about", "rewind_blocks")  # settings of a preset that change no block
+IRRELEVANT = ("name", "about", "rewind_blocks", "precision")  # of a preset: they change no block, or are in `dtype`
 
 
 def write_session(state: SessionState, resources: Resources, preset: Preset, path: Path) -> None:
@@ -77,18 +77,23 @@ def made_by(resources: Resources, preset: Preset) -> dict[str, Any]:
             "lowp": None if config.precision_map is None else asdict(config.precision_map),
         },
         "weights": parts.fingerprints
-        or {"transformer": fingerprint(parts.transformer), "decoder": fingerprint(parts.vae)},
+        or {
+            "transformer": fingerprint(parts.transformer), "decoder": fingerprint(parts.vae),
+            **{f"transformer.{number}": fingerprint(more) for number, more in enumerate(parts.more, 1)},
+        },
     }
     plain: dict[str, Any] = json.loads(json.dumps(made))  # as a file gives it: lists for tuples
     return plain
 
 
 def model_sizes(spec: ModelSpec) -> dict[str, Any]:
-    """Sizes of a model as saved files have them: older ones lack the family and heads of keys and values."""
+    """Sizes of a model as saved files have them: older ones lack what most models do not have."""
     sizes = asdict(spec)
     del sizes["family"]  # weights and sizes identify a model
     if spec.kv_heads == spec.num_heads:
         del sizes["kv_heads"]
+    if spec.camera_channels is None:
+        del sizes["camera_channels"]
     return sizes
 
 

@@ -183,13 +183,14 @@ class SessionManager:
         page, spec = resources.kv_manager.form(session.size), resources.spec
         need = session_need(
             preset, spec, resources.parts.vae.spec, session.size, resources.config.dtype, page.nbytes,
-            queued=self.limits.queue_blocks,
+            queued=self.limits.queue_blocks, graphs=resources.config.executor_spec.graphs,
         )  # fmt: skip
         stores = [store for (grid, _), store in resources.kv_manager.stores.items() if grid == page.grid]
         is_fixed = bool(stores) and not any(store.grows for store in stores)
         room = sum(store.pool.size for store in stores) * page.nbytes if is_fixed else None
         period = spec.vae_stride[0] * preset.num_frame_per_block / spec.fps
-        return SchedulerEntry(need, session.size, period, room)
+        most_batched = min((limit for store in stores if (limit := store.most_batched) is not None), default=None)
+        return SchedulerEntry(need, session.size, period, room, most_batched)
 
     def _fail(self, session: Session, error: Exception) -> None:
         """End a session with an error, unless it has ended. The traceback loses its frames' local variables."""
@@ -269,10 +270,12 @@ class SessionManager:
     def _pick(self) -> tuple[Session, ...]:
         with self.condition:
             now = time.perf_counter()
-            ready = [session for session in self.sessions.values() if self._can_run(session)]
+            ready = self._ready(now)
+            while ready and (seconds := self._wait_for_batch(ready, now)) > 0:
+                self.condition.wait_after(self.condition.changes, seconds)
+                now = time.perf_counter()
+                ready = self._ready(now)
             can_run = {session.id for session in ready}
-            for session in self.sessions.values():
-                session.ready_since = (session.ready_since or now) if session.id in can_run else None
             blocked = [s.id for s in self.sessions.values() if s.id not in can_run and not s.output.unfinished]
             chosen = self.scheduler.pick([session.id for session in ready], blocked, now)
             if chosen is None:
@@ -280,9 +283,28 @@ class SessionManager:
             others = self._compatible_with(self.sessions[chosen], ready)
             return tuple(self.sessions[name] for name in self.scheduler.pick_batch(chosen, others, now))
 
+    def _ready(self, now: float) -> list[Session]:
+        """Sessions whose next blocks can begin; notes since when that is so."""
+        ready = [session for session in self.sessions.values() if self._can_run(session)]
+        can_run = {session.id for session in ready}
+        for session in self.sessions.values():
+            session.ready_since = (session.ready_since or now) if session.id in can_run else None
+        return ready
+
+    def _wait_for_batch(self, ready: list[Session], now: float) -> float:
+        """Seconds for which the next block waits for sessions that have requested more but are held back."""
+        if self.limits.batch_wait is None:
+            return 0.0
+        first = self.sessions[self.scheduler.first([session.id for session in ready])]
+        here = [first.id, *self._compatible_with(first, ready)]
+        held_back = [s for s in self.sessions.values() if s.requests_block and s.output.full and self._is_admitted(s)]
+        coming = self._compatible_with(first, held_back)
+        since = min(self.sessions[name].ready_since or now for name in here)
+        return self.scheduler.batch_wait(here, len(coming), since, now)
+
     def _compatible_with(self, chosen: Session, ready: list[Session]) -> list[str]:
-        """Sessions whose next blocks can be batched with the chosen one's."""
-        if not self.resources.config.executor_spec.batches or not self.resources.kv_manager.batches(chosen.size):
+        """Sessions of `ready` whose next blocks can be batched with the chosen one's."""
+        if not self.resources.config.executor_spec.batches:
             return []
         key = chosen.current.batch_key
         return [session.id for session in ready if session is not chosen and session.current.batch_key == key]
@@ -294,7 +316,10 @@ class SessionManager:
         warnings.warn(f"{count} sessions could not be run as one ({message}); from now on fewer are", stacklevel=2)
 
     def _can_run(self, session: Session) -> bool:
-        return session.wants_block and session.id in self.scheduler.admitted
+        return session.wants_block and self._is_admitted(session)
+
+    def _is_admitted(self, session: Session) -> bool:
+        return session.id in self.scheduler.admitted
 
     def _tend(self, session: Session) -> None:
         """Apply lifecycle controls; end the session if it failed, timed out or has drained."""
@@ -475,7 +500,7 @@ class SessionManager:
             values["sessions_waiting"] = len(self.scheduler.waiting)
             values["blocks_waiting"] = sum(len(session.output) for session in self.sessions.values())
             values["controls_waiting"] = sum(len(session.controls.waiting) for session in self.sessions.values())
-            values["reserved_bytes"] = self.scheduler.reserved
+            values["reserved_bytes"] = self.scheduler.reserved + self.scheduler.batch_bytes()
             values["load"] = self.scheduler.load()
             values["pages_in_use"] = self.pages_in_use
             return values

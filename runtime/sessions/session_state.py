@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Sequence
 from copy import copy
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -26,11 +26,13 @@ from ...graphs.passes import NULL, PROMPT
 from ...models.decoder import StreamState
 from ...models.solvers import Solver
 from ...schemes.actions import ActionTrack
+from ...schemes.camera import NORMALIZE, CameraMove, CameraSpeeds, CameraTrack, checked_intrinsics, checked_poses
 from ...schemes.guidance import FOLLOWING, GuidanceBranch
 from ...schemes.page_needs import needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
+from ..frame_channels import GivenFrames, ImageCondition
 from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
@@ -106,13 +108,19 @@ class Branch:
 
 @dataclass
 class BlockInFlight:
-    """A block being denoised: latents [F, C, H, W] at noise level `step`; committed: its clean keys are cached."""
+    """A block being denoised: latents [F, C, H, W] at noise level `step`; committed: its clean keys are cached.
+
+    rows: the prompt that it follows [text_len, text_dim]; None for the one in force. texts: that prompt by branch, once
+    a pass has needed it.
+    """
 
     span: Span
     latents: Tensor
     solver: Solver
     step: int = 0
     committed: bool = False
+    rows: Tensor | None = None
+    texts: tuple[Handle, ...] | None = None
 
     def fork(self) -> BlockInFlight:
         return replace(self, solver=self.solver.fork())
@@ -398,6 +406,73 @@ class ActionsForm(SaveForm):
         return actions
 
 
+class CameraForm(SaveForm):
+    key, optional = "camera", True
+    NAMES = ("first", "poses", "held", "turn", "turn_frames", "scale", "seconds", "normalize", "speeds", "intrinsics")
+
+    def write(self, value: CameraTrack | None, file: SavedFields) -> None:
+        if value is not None:
+            header = {name: getattr(value, name) for name in self.NAMES}
+            header |= {"held": asdict(value.held), "speeds": asdict(value.speeds)}
+            file.header["camera"] = header | {"poses": [pose.tolist() for pose in value.poses]}
+
+    def check(self, file: SavedFields) -> None:
+        if ("camera" in file.header) != (file.resources.spec.camera_channels is not None):
+            raise invalid("camera", "camera" in file.header, "a camera for a model that follows one, and for no other")
+        if "camera" in file.header:
+            try:
+                self.check_values(file)
+            except UsageError as error:
+                raise InvalidField(f"camera: {error}") from error
+
+    def check_values(self, file: SavedFields) -> None:
+        """InvalidField or UsageError for values that no track has."""
+        header = fields_of("camera", file.header["camera"], self.NAMES)
+        integer("camera.first", header["first"])
+        integer("camera.turn_frames", header["turn_frames"])
+        for name in ("scale", "seconds"):
+            if finite(f"camera.{name}", header[name]) <= 0:
+                raise invalid(f"camera.{name}", header[name], "a number above 0")
+        if header["normalize"] not in NORMALIZE:
+            raise invalid("camera.normalize", header["normalize"], f"one of {', '.join(NORMALIZE)}")
+        checked_poses(list_of("camera.poses", header["poses"]))
+        checked_intrinsics(list_of("camera.intrinsics", header["intrinsics"]))
+        turn = [finite("camera.turn", number) for number in list_of("camera.turn", header["turn"])]
+        if len(turn) != 2:
+            raise invalid("camera.turn", turn, "two numbers of degrees")
+        for name, kind in (("held", CameraMove), ("speeds", CameraSpeeds)):
+            fields_of(f"camera.{name}", header[name], [item.name for item in fields(kind)])
+        list_of("camera.held.turn", header["held"]["turn"])
+        self.read(file)
+
+    def read(self, file: SavedFields) -> CameraTrack | None:
+        if (header := file.header.get("camera")) is None:
+            return None
+        poses, speeds = list(checked_poses(header["poses"])), CameraSpeeds(**header["speeds"])
+        intrinsics = checked_intrinsics(header["intrinsics"])
+        track = CameraTrack(intrinsics, poses, header["scale"], header["normalize"], speeds, header["seconds"])
+        right, up = header["turn"]
+        track.held = CameraMove(**header["held"] | {"turn": tuple(header["held"]["turn"])})
+        track.first, track.turn, track.turn_frames = header["first"], (right, up), header["turn_frames"]
+        return track
+
+
+class ImageForm(SaveForm):
+    """The image itself; its latents are encoded again."""
+
+    def write(self, value: ImageCondition | None, file: SavedFields) -> None:
+        file.put("image", None if value is None else value.pixels)
+
+    def check(self, file: SavedFields) -> None:
+        if file.resources.spec.condition_channels:
+            check_tensor("image", file.tensors.get("image"), (1, *pixels_shape(file)[1:]))
+
+    def read(self, file: SavedFields) -> ImageCondition | None:
+        image = file.optional("image")
+        parts = file.resources.parts
+        return None if image is None else ImageCondition(file.resources.spec, parts.vae, image)
+
+
 class FlightForm(SaveForm):
     key = "flight"
 
@@ -407,6 +482,7 @@ class FlightForm(SaveForm):
             name, solver, frames = f"flight.{index}", block.solver, block.span.frames
             header = {"index": block.span.index, "start": frames.start, "stop": frames.stop, "step": block.step}
             file.put(name, block.latents)
+            file.put(f"{name}.rows", block.rows)
             numbers, tensors = solver.save()
             for part, tensor in tensors.items():
                 file.put(f"{name}.{part}", tensor)
@@ -426,6 +502,8 @@ class FlightForm(SaveForm):
             integer(f"{name}.step", block["step"], 0, steps)
             shape = stop - start, *file.latent_shape
             check_tensor(name, file.tensors.get(name), shape)
+            if (rows := file.tensors.get(f"{name}.rows")) is not None:
+                check_tensor(f"{name}.rows", rows, rows_shape(file))
             numbers: dict[str, int] = {}
             for number in solver.saved_numbers:
                 least, most = solver.number_range(number, numbers)
@@ -440,7 +518,8 @@ class FlightForm(SaveForm):
             numbers = {number: header[number] for number in solver.saved_numbers}
             solver.restore(numbers, {part: file.tensor(f"{name}.{part}") for part in solver.saved_tensors(numbers)})
             span = Span(header["index"], range(header["start"], header["stop"]))
-            flight.append(BlockInFlight(span, file.tensor(name), solver, header["step"]))
+            rows = file.optional(f"{name}.rows")
+            flight.append(BlockInFlight(span, file.tensor(name), solver, header["step"], rows=rows))
         return flight
 
 
@@ -463,6 +542,26 @@ class PromptChangeForm(SaveForm):
     def read(self, file: SavedFields) -> PromptChange | None:
         header = file.header.get("change")
         return header and PromptChange(file.tensor("change.old"), file.tensor("change.new"), **header)
+
+
+class PromptsForm(SaveForm):
+    """Prompts of later blocks, by number."""
+
+    key, optional = "prompts", True
+
+    def write(self, value: dict[int, Tensor], file: SavedFields) -> None:
+        if value:
+            file.header["prompts"] = sorted(value)
+            for block, rows in value.items():
+                file.put(f"prompts.{block}", rows)
+
+    def check(self, file: SavedFields) -> None:
+        for block in list_of("prompts", file.header.get("prompts", [])):
+            integer("prompts", block, 1)
+            check_tensor(f"prompts.{block}", file.tensors.get(f"prompts.{block}"), rows_shape(file))
+
+    def read(self, file: SavedFields) -> dict[int, Tensor]:
+        return {block: file.tensor(f"prompts.{block}") for block in file.header.get("prompts", [])}
 
 
 class DecoderForm(SaveForm):
@@ -534,6 +633,10 @@ def fork_all(items: list[Any]) -> list[Any]:
     return [item.fork() for item in items]
 
 
+def fork_camera(camera: CameraTrack | None) -> CameraTrack | None:
+    return None if camera is None else camera.fork()
+
+
 def caches_of(branches: Sequence[Branch]) -> list[PagedCache]:
     """The caches of some branches, each once."""
     return list(dict.fromkeys(branch.cache for branch in branches))
@@ -553,9 +656,11 @@ class SessionState:
     which is the null caption too.
     source: latents of the video that blocks start from. clamped: latents of an image held as the first frame.
     flight: blocks being denoised, oldest first. recent: the last clean latents, as many as a rebuild or recache reads.
-    uncommitted: latents of `timeline.uncommitted`.
+    prompts: of later blocks, by number. uncommitted: latents of `timeline.uncommitted`.
     pixels: the last decoded pictures [T, 3, H, W], where a rebuild encodes one again. prefix_frames: uint8
     [T, H, W, 3], the image or video that the stream continues, as the decoder shows it; readable after the end.
+    camera: of the latent frames. image: the image that the stream begins with, as condition channels. given: what the
+    worker has prepared of the channels of the last pass's frames.
     """
 
     size: tuple[int, int] = field(metadata=shared(SizeForm()))
@@ -570,10 +675,14 @@ class SessionState:
     source: Tensor | None = field(default=None, metadata=shared(TensorForm("source", latents_shape)))
     clamped: Tensor | None = field(default=None, metadata=shared(TensorForm("clamped", latents_shape)))
     flight: list[BlockInFlight] = field(default_factory=list, metadata=forked(FlightForm(), fork_all))
+    prompts: dict[int, Tensor] = field(default_factory=dict, metadata=forked(PromptsForm(), dict))
     change: PromptChange | None = field(default=None, metadata=forked(PromptChangeForm(), copy))
     recent: Tensor | None = field(default=None, metadata=shared(TensorForm("recent", latents_shape)))
     uncommitted: Tensor | None = field(default=None, metadata=shared(UNCOMMITTED))
     pixels: Tensor | None = field(default=None, metadata=shared(TensorForm("pixels", pixels_shape)))
+    camera: CameraTrack | None = field(default=None, metadata=forked(CameraForm(), fork_camera))
+    image: ImageCondition | None = field(default=None, metadata=shared(ImageForm()))
+    given: GivenFrames | None = field(default=None, metadata=forked(None, lambda given: None))
     prefix_frames: NDArray[np.uint8] | None = field(default=None, metadata=shared(None, release=False))
 
     @property

@@ -5,6 +5,12 @@ const $ = (id) => document.getElementById(id);
 const KEYS = {
   up: ["ArrowUp", "KeyW"], down: ["ArrowDown", "KeyS"], left: ["ArrowLeft", "KeyA"], right: ["ArrowRight", "KeyD"],
 };
+const MOVES = {
+  KeyW: ["forward", 1], KeyS: ["forward", -1], KeyD: ["right", 1], KeyA: ["right", -1],
+  ArrowRight: ["yaw", 1], ArrowLeft: ["yaw", -1], ArrowUp: ["pitch", 1], ArrowDown: ["pitch", -1],
+};
+const DEGREES = 0.2; // that a camera turns for a pixel of the mouse
+const TURNS = 100; // milliseconds between two turns of the mouse
 const ARROWS = { up: "M12 19V5M6 11l6-6 6 6", down: "M12 5v14M6 13l6 6 6-6", left: "M19 12H5M11 6l-6 6 6 6", right: "M5 12h14M13 6l6 6-6 6" };
 const RECONNECT = [300, 700, 1500, 3000, 5000]; // milliseconds before each try
 const POINTS = 60; // of a graph
@@ -152,6 +158,7 @@ class Pane {
     this.paused = false;
     this.element.addEventListener("pointerdown", () => activate(this));
     this.canvas.addEventListener("focus", () => activate(this));
+    this.canvas.addEventListener("pointermove", look);
     this.element.querySelector(".close").addEventListener("click", (event) => {
       event.stopPropagation();
       closePane(this);
@@ -183,7 +190,7 @@ class Pane {
 
   // A control has its receipt: measure to the first picture that shows it.
   applied(event, sent) {
-    if (["act", "prompt"].includes(sent.type)) this.awaited.push({ block: event.block, at: sent.at });
+    if (["act", "camera", "prompt"].includes(sent.type)) this.awaited.push({ block: event.block, at: sent.at });
     if (["rewind", "restore", "seed"].includes(sent.type)) {
       this.player.flush();
       this.awaited = [];
@@ -370,7 +377,39 @@ function release(action) {
   quietly(command("act", { action, pressed: false }));
 }
 
-const releaseAll = () => [...held].forEach(release);
+// A world with a camera: held keys move it, the mouse turns it.
+const moves = new Set();
+const hasCamera = () => active && active.world.facts && active.world.facts.camera;
+let turn = [0, 0], turning = null;
+
+function moveCamera(degrees) {
+  const shares = {};
+  for (const code of moves) shares[MOVES[code][0]] = (shares[MOVES[code][0]] || 0) + MOVES[code][1];
+  quietly(command("camera", degrees ? { ...shares, turn: degrees } : shares));
+}
+
+function holdMove(code, down) {
+  if (moves.has(code) === down || !hasCamera()) return;
+  if (down) moves.add(code);
+  else moves.delete(code);
+  moveCamera();
+}
+
+function look(event) {
+  if (!hasCamera() || !event.buttons) return;
+  const most = (value) => Math.max(-360, Math.min(360, value));
+  turn = [most(turn[0] + event.movementX * DEGREES), most(turn[1] - event.movementY * DEGREES)];
+  turning ||= setTimeout(() => {
+    const degrees = turn;
+    [turn, turning] = [[0, 0], null];
+    if (hasCamera()) moveCamera(degrees);
+  }, TURNS);
+}
+
+function releaseAll() {
+  [...held].forEach(release);
+  [...moves].forEach((code) => holdMove(code, false));
+}
 const actionOf = (code) => Object.keys(KEYS).find((action) => KEYS[action].includes(code));
 
 const typing = (event) => event.target.closest("input, textarea, select, dialog") || event.ctrlKey || event.metaKey || event.altKey;
@@ -379,7 +418,10 @@ addEventListener("keydown", (event) => {
   if (typing(event)) return;
   const action = actionOf(event.code);
   const onButton = event.target.closest("button, a");
-  if (action) {
+  if (hasCamera() && event.code in MOVES) {
+    event.preventDefault();
+    holdMove(event.code, true);
+  } else if (action) {
     event.preventDefault();
     press(action);
   } else if (event.code === "Space" && !onButton) {
@@ -394,6 +436,7 @@ addEventListener("keydown", (event) => {
 });
 addEventListener("keyup", (event) => {
   const action = actionOf(event.code);
+  holdMove(event.code, false);
   if (action) release(action);
 });
 addEventListener("blur", releaseAll);

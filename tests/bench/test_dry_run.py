@@ -29,11 +29,16 @@ from inferix.graphs.cost import PassCost
 from inferix.graphs.lowered import lower_block
 from inferix.graphs.program import Form
 from inferix.graphs.rewrites import chosen, rewritten
+from inferix.graphs.rewrites.lowp import PrecisionMap
 from inferix.graphs.types import BlockGraph, Runs
 from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.runtime.capacity.planner import Workload, steady_blocks
 from inferix.runtime.capacity.rank_planner import pass_bytes, weight_bytes
+from inferix.runtime.config import EVERY_BLOCK
+from inferix.runtime.kv.page_store import KV_DTYPES
 from inferix.runtime.programs.block_graph import BlockGraphBuilder
+from inferix.runtime.programs.graph_builder import GraphBuilder
+from inferix.runtime.programs.warmup import graph_keys
 from inferix.schemes.layouts import RankGrid
 
 SPEC = replace(MODELS["wan-tiny"], num_layers=2)
@@ -204,3 +209,20 @@ def test_the_command_prints_a_dry_run_and_fails_for_a_fault():
     command = [sys.executable, "-m", "inferix", "graph", "--model", "wan-tiny", "--dry-run", "cuda:90", "--no-compile"]
     done = subprocess.run([*command, "--vae", "none", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["faults"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "fp8"])
+def test_a_batch_is_captured_with_as_many_launches_as_one_session(kind: str | None):
+    """Of a whole block, with pages and layers of all bits or in FP8: operations grow with the rows, launches do not."""
+    preset, rewrites = make_preset("longlive"), tuple(chosen(["lowp"] if kind else []))
+    layers, pages = (PrecisionMap(kind, EVERY_BLOCK), KV_DTYPES[kind]) if kind else (None, None)
+    graphs = GraphBuilder(SPEC, preset, "reference", torch.bfloat16, "cpu", rewrites, layers, pages)
+    keys = graph_keys(SPEC, preset, (64, 64), kind is not None, (1, 4))
+    runs = {key.sessions: dry_run(graphs(key), 90, compiled=False) for key in keys if key.whole}
+    assert [run.faults() for run in runs.values()] == [[], []]
+    one, four = (run.of("block") for run in runs.values())
+    assert [launch.op for launch in one] == [launch.op for launch in four]
+    matmuls, of_four = (sum(launch.flops for launch in run if launch.kind != "norm and gate") for run in (one, four))
+    assert of_four == pytest.approx(4 * matmuls, rel=0.01)
+    assert runs[1].of("prompt") == runs[4].of("prompt")  # made for one session at a time

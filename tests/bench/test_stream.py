@@ -18,6 +18,7 @@ from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
 from inferix.runtime.block_loop import BlockLoop
 from inferix.runtime.execution.executors import GraphExecutor
+from inferix.runtime.executor_specs import EXECUTORS, ExecutorSpec
 from inferix.runtime.load import load
 from inferix.runtime.sessions.batch_profile import BatchProfile
 from inferix.runtime.sinks import Pump
@@ -127,7 +128,7 @@ def test_a_batch_that_was_split_has_no_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "more", "expected"),
     [
-        ({"executor": "fused"}, {"sessions": 2, "batches": Path("t.json")}, "executor 'fused'.*batches"),
+        ({"executor": "single"}, {"sessions": 2, "batches": Path("t.json")}, "executor 'single'.*batches"),
         ({"executor": "eager", "overrides": {"lowp": "fp8"}}, {}, "executor 'eager'.*fused"),
         ({"overrides": {"kv_dtype": "fp8"}}, {}, "executor 'eager'.*fused"),
         ({"executor": "fussed"}, {}, "'fussed'.*'fused'"),
@@ -136,6 +137,7 @@ def test_a_batch_that_was_split_has_no_time(tmp_path, monkeypatch):
     ],
 )
 def test_invalid_options_are_refused_before_any_measurement(change, more, expected, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, "single", ExecutorSpec(about="", make="nowhere:make"))
     monkeypatch.setattr(bench, "cold_starts", None)
     with pytest.raises(UsageError, match=expected):
         run(Options(replace(SMALL, **change), **more), lambda message: None)

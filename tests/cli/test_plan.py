@@ -54,6 +54,10 @@ def test_sessions_and_given_ceilings():
     }  # fmt: skip
     wide, _ = facts("--gpu", "h200", "--dtype", "float32")
     assert wide["predicted"] is None
+    batches = facts("--preset", "longlive", "--gpu", "h200", "--sessions", "6")[0]["batches"]
+    assert [row["batch"] for row in batches] == [1, 2, 4] and "batches" not in one
+    assert batches[0]["needed"] < batches[1]["needed"] < batches[2]["needed"] and batches[0]["fps"] <= batches[2]["fps"]
+    assert "6 sessions in batches" in plan("--preset", "longlive", "--memory", "80GB", "--sessions", "6").stdout
 
 
 @pytest.mark.parametrize(

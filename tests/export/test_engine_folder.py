@@ -323,7 +323,7 @@ assert "torch" not in sys.modules
 @pytest.mark.parametrize("name", WAN_PRESETS)
 def test_presets_that_cannot_be_exported_are_refused_before_weights(name: str, tmp_path: Path) -> None:
     """No file of weights is there, so an error of another kind would show that it was looked for."""
-    if name in ("causvid", "krea", "rolling-forcing"):
+    if name in ("causvid", "krea", "rolling-forcing", "sgf-plus", "sgf-plus-framewise", "self-forcing-a14b"):
         with pytest.raises(UsageError, match=name):
             export_engine(tmp_path / "none.safetensors", name, out=tmp_path / "engine")
     else:

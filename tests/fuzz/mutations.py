@@ -14,6 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import PurePosixPath
 from random import Random
 from typing import Any
@@ -368,13 +369,22 @@ def change_torch(content: bytes, random: Random) -> bytes:
     """The values of a file of torch.save, or the members of its archive."""
     if random.random() < 0.5:
         return change_archive(content, random)
-    # The samples are this program's own, and later mutations of one are only read as tensors.
-    value = torch.load(io.BytesIO(content), weights_only=True)
+    value = with_own_dicts(loaded(content))
     for _ in range(random.choice((1, 1, 2, 5))):
         value = change_state(value, random)
     target = io.BytesIO()
     torch.save(value, target, _use_new_zipfile_serialization=random.random() < 0.85)
     return target.getvalue()
+
+
+@lru_cache(maxsize=8)  # samples are damaged again and again
+def loaded(content: bytes) -> Any:
+    """The value of a file of torch.save: the program's own, and later mutations of one are only read as tensors."""
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def with_own_dicts(value: Any) -> Any:
+    return {key: with_own_dicts(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def change_state(value: Any, random: Random) -> Any:

@@ -99,7 +99,12 @@ class Sample:
 
 
 def contents(folder: Path) -> Files:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: (folder / name).read_bytes() for name in sorted(names_in(folder))}
+
+
+def names_in(folder: Path) -> set[str]:
+    """Paths of the files below a folder, relative to it."""
+    return {os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names}
 
 
 # in the process of the inputs
@@ -211,7 +216,7 @@ class Worker:
         sys.dont_write_bytecode = True
         warnings.simplefilter("ignore")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        for name in contents(self.case).keys() - self.sample.files.keys():
+        for name in names_in(self.case) - self.sample.files.keys():
             (self.case / name).unlink()
         for name, content in self.sample.files.items():
             replace(self.case / name, content)
@@ -234,7 +239,7 @@ class Worker:
     def seen(self, files: Files, kind: str, detail: str) -> tuple[str, str]:
         """The outcome, or what else the call did."""
         names = os.listdir(self.sentinel)
-        if names or contents(self.case).keys() != files.keys():
+        if names or names_in(self.case) != files.keys():
             return "file", f"made {names or 'a file beside the input'} {self.watch.events[:1]}"
         if self.watch.events:
             return self.watch.events[0]

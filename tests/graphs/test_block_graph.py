@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filled import random_values
-from oracles import TINY, WAN_PRESETS, randomise
+from oracles import KINDS as PRESET_KINDS
+from oracles import TINY, randomise
 from torch import Tensor, fx
 
 from inferix.graphs.cost import PassCost, name_of
@@ -42,7 +43,8 @@ def plain(preset: str):
     return dataclasses.replace(PRESETS[preset], name="", about=PRESETS["krea"].about)
 
 
-DISTINCT = [name for at, name in enumerate(WAN_PRESETS) if plain(name) not in map(plain, list(WAN_PRESETS)[:at])]
+SINGLE = [name for name in PRESET_KINDS if len(PRESETS[name].weight_sets) == 1]
+DISTINCT = [name for at, name in enumerate(SINGLE) if plain(name) not in map(plain, SINGLE[:at])]
 
 
 def spec_for(preset: str):

@@ -215,18 +215,24 @@ def test_large_json_is_not_read(tmp_path):
 # two experts
 
 
-@pytest.mark.parametrize("name", ["transformer_2", "high_noise_model", "low_noise_model"])
-def test_models_of_two_transformers_are_refused_by_folder(tmp_path, name):
-    first = (
-        "transformer"
-        if name == "transformer_2"
-        else {"high": "low", "low_": "high"}.get(name[:4], "low") + "_noise_model"
-    )
-    for folder in (first, name):
+EXPERTS = [("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")]
+
+
+@pytest.mark.parametrize("folders", EXPERTS)
+def test_one_of_two_experts_is_refused_by_its_folder(tmp_path, folders):
+    for folder in folders:
         save(published(), tmp_path / folder / WEIGHTS)
-    for path in (tmp_path, tmp_path / first, tmp_path / name, tmp_path / first / WEIGHTS, tmp_path / name / WEIGHTS):
+    assert read_checkpoint(tmp_path).sets == ("high-noise", "low-noise")
+    for path in (*map(tmp_path.joinpath, folders), *(tmp_path / folder / WEIGHTS for folder in folders)):
         with pytest.raises(UsageError, match=r"noise|transformer_2"):
             read_checkpoint(path)
+
+
+@pytest.mark.parametrize(("folder", "absent"), [("transformer_2", "transformer"), EXPERTS[1], EXPERTS[1][::-1]])
+def test_an_expert_without_the_other_is_refused(tmp_path, folder, absent):
+    save(published(), tmp_path / folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"lacks '{absent}'"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +241,9 @@ def test_models_of_two_transformers_are_refused_by_folder(tmp_path, name):
 def test_models_of_two_transformers_are_refused_by_the_pipelines_index(tmp_path, index):
     save(published(), tmp_path / "transformer" / WEIGHTS)
     save_json(index, tmp_path / "model_index.json")
-    for path in (tmp_path, tmp_path / "transformer", tmp_path / "transformer" / WEIGHTS):
+    with pytest.raises(CheckpointError, match="transformer_2"):
+        read_checkpoint(tmp_path)
+    for path in (tmp_path / "transformer", tmp_path / "transformer" / WEIGHTS):
         with pytest.raises(UsageError, match="transformer_2"):
             read_checkpoint(path)
     save_json({"boundary_ratio": None, "transformer_2": [None, None]}, tmp_path / "model_index.json")

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import run_code
 
 from inferix.errors import UsageError
 from inferix.export.checkpoint import write_random
@@ -46,13 +46,15 @@ def look_up(home: Path, endpoint: str, *asked: dict, offline: str = "0") -> list
 
 
 def child(home: Path, endpoint: str, offline: str, *arguments: str) -> str:
-    """What a Python process prints."""
+    """What a Python process prints; huggingface_hub reads its settings in it."""
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "NO_PROXY": "127.0.0.1"}
     unset = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"}
     environment = {key: value for key, value in os.environ.items() if key not in unset} | settings
-    done = subprocess.run([sys.executable, "-c", *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, *rest = arguments
+    first = "import sys\nassert 'huggingface_hub' not in sys.modules\n"
+    ended, printed, errors = run_code(first + code, *rest, environment=environment)
+    assert ended == 0, errors
+    return printed
 
 
 def snapshot(home: Path, repository: str) -> Path:

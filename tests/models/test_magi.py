@@ -1,9 +1,11 @@
 """MAGI-1's sizes, tables, published names, files and autoencoder."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,9 +22,10 @@ from inferix.models.magi.costs import MagiCosts
 from inferix.models.magi.family import MAGI
 from inferix.models.magi.presets import THREE_PASSES
 from inferix.models.magi.solver import intervals, step_condition, times
-from inferix.models.magi.spec import MAGI_4B, MAGI_24B, MAGI_TINY, MagiSpec
-from inferix.models.magi.text import cleaned
-from inferix.models.magi.transformer import MagiTransformer
+from inferix.models.magi.spec import MAGI_4B, MAGI_24B, MAGI_TINY, MAGI_TINY_FP8, MagiSpec
+from inferix.models.magi.special_tokens import read_special_tokens, special_rows, with_special_tokens
+from inferix.models.magi.text import cleaned, load_text
+from inferix.models.magi.transformer import MagiTransformer, QuantisedLinear
 from inferix.models.magi.vae import VitVae, blend
 from inferix.models.magi.vae_spec import SCALE, TINY_VIT_VAE, VIT_VAE, VitVaeSpec
 from inferix.models.random import random_state
@@ -166,6 +169,163 @@ def test_broken_checkpoints(folder: Path, tmp_path: Path) -> None:
     first.unlink()
     with pytest.raises(InferixError, match="no checkpoint"):
         read_checkpoint(tmp_path / "nothing")
+
+
+def packed(file: Path) -> Path:
+    """Compress a file, which it takes the place of."""
+    zstandard = pytest.importorskip("zstandard")
+    target = file.with_name(f"{file.name}.zst")
+    target.write_bytes(zstandard.ZstdCompressor().compress(file.read_bytes()))
+    file.unlink()
+    return target
+
+
+def test_compressed_shards(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "shards", "original", max_shard=100_000)
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    last = packed(shards[-1])
+    packed(shards[0])
+    state = MAGI.random_state(MAGI_TINY, 0, torch.float32)
+    again = read_checkpoint(tmp_path / "shards")
+    assert last in again.files and again.tensors.keys() == state.keys()
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in state.items())
+    whole = tmp_path / "whole"
+    convert(folder, whole, "original")
+    packed(whole / "model.safetensors")
+    assert read_checkpoint(whole).spec == MAGI_TINY
+    data = last.read_bytes()
+    for broken in (data[: len(data) // 2], data[:3], data[:-200] + bytes(200)):
+        last.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=last.name):
+            read_checkpoint(tmp_path / "shards")
+    last.unlink()
+    with pytest.raises(CheckpointError, match=last.stem):
+        read_checkpoint(tmp_path / "shards")
+
+
+def test_a_compressed_file_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    bomb = tmp_path / "model.safetensors.zst"
+    bomb.write_bytes(zstandard.ZstdCompressor().compress(bytes(10_000_000)))
+    with pytest.raises(CheckpointError, match=bomb.name):
+        read_tensors(bomb)
+
+
+def test_compressed_files_without_the_package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(InferixError, match="pip install zstandard"):
+        read_checkpoint(tmp_path)
+
+
+# FP8
+
+
+def test_a_quantised_layer_rounds_as_published() -> None:
+    """Inputs in float32 over their divisor, cut to 448, through bfloat16 to e4m3; both scales on the product."""
+    for smooth in (False, True):
+        layer = QuantisedLinear(8, 5, smooth)
+        generator = torch.Generator().manual_seed(1)
+        weight = (100 * torch.randn(5, 8, generator=generator)).to(torch.float8_e4m3fn)
+        divisor = torch.full((8,), 0.01)
+        if smooth:
+            divisor = torch.rand(8, generator=generator) + 0.1
+            layer.smooth_scale.data = divisor
+        layer.input_scale.data = torch.full((1 if smooth else 8,), 0.01)
+        layer.weight.data, layer.weight_scale.data = weight.float(), torch.tensor([0.03])
+        x = 3 * torch.randn(4, 8, generator=generator)
+        x[0, 0] = 1e4
+        narrow = torch.tensor([[min(max(a / b, -448), 448) for a, b in zip(row, divisor, strict=True)] for row in x])
+        narrow = narrow.bfloat16().to(torch.float8_e4m3fn).float()
+        wanted = (narrow @ weight.float().T) * torch.tensor(0.01) * torch.tensor(0.03)
+        assert torch.allclose(layer(x), wanted, rtol=1e-6, atol=0)
+        assert (layer(x) - x / divisor @ weight.float().T * 3e-4).abs().max() > 1e-3  # the rounding shows
+
+
+def test_fp8_checkpoints_come_back_as_published(tmp_path: Path) -> None:
+    write_random("magi-tiny-fp8", "magi", tmp_path / "fp8")
+    tensors = read_tensors(tmp_path / "fp8" / "model.safetensors")
+    layer = "videodit_blocks.layers.1"
+    dim, ffn = MAGI_TINY.dim, MAGI_TINY.ffn_dim
+    shapes = {
+        "self_attention.linear_qkv.q": (1, 64, dim), "self_attention.linear_qkv.qx": (1, 64, dim),
+        "self_attention.linear_qkv.k": (1, 32, dim), "self_attention.linear_qkv.v": (1, 32, dim),
+        "mlp.linear_fc1": (1, 2 * ffn, dim), "self_attention.linear_proj": (1, dim, 128),
+        "mlp.linear_fc2": (1, dim, ffn),
+    }  # fmt: skip
+    for name, size in shapes.items():
+        smooth = name.endswith(("proj", "fc2"))
+        weight = tensors[f"{layer}.{name}.weight"]
+        assert weight.dtype == torch.float8_e4m3fn and tuple(weight.shape) == size
+        assert tensors[f"{layer}.{name}.weight_scale"].shape == (1,)
+        assert tensors[f"{layer}.{name}.input_scale"].shape == ((1,) if smooth else (size[2],))
+        assert (f"{layer}.{name}.smooth_scale" in tensors) == smooth
+        assert not smooth or tensors[f"{layer}.{name}.smooth_scale"].shape == (1, size[2])
+    assert not any(name.endswith("_scale") for name in tensors if ".layers.1." not in name)
+    checkpoint = read_checkpoint(tmp_path / "fp8")
+    assert checkpoint.spec == MAGI_TINY_FP8
+    module = MAGI.load(checkpoint, "reference", torch.bfloat16, "cpu")
+    quantised = module.blocks[1].mlp.linear_fc2
+    assert quantised.smooth_scale.dtype == torch.float32 and quantised.weight.dtype == torch.bfloat16
+    assert torch.equal(quantised.weight.float(), tensors[f"{layer}.mlp.linear_fc2.weight"][0].float())
+    convert(tmp_path / "fp8", tmp_path / "again", "original")
+    again = read_tensors(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(tensor.float(), again[name].float()) for name, tensor in tensors.items())
+    with pytest.raises(UsageError, match="bfloat16"):
+        convert(tmp_path / "fp8", tmp_path / "wide", "original", "bfloat16")
+
+
+def test_fp8_tensors_that_are_not_as_published(tmp_path: Path) -> None:
+    write_random("magi-tiny-fp8", "magi", tmp_path / "fp8")
+    file = tmp_path / "fp8" / "model.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in read_tensors(file).items()}  # not mapped: the file is replaced
+    name = "videodit_blocks.layers.1.mlp.linear_fc1"
+    several = tensors[f"{name}.input_scale"].clone()
+    several[3] *= 2
+    plain = tensors["videodit_blocks.layers.0.mlp.linear_fc1.weight"].to(torch.float8_e4m3fn)
+    for change, named in (
+        ({f"{name}.input_scale": several}, f"{name}.input_scale"),
+        ({f"{name}.weight": tensors[f"{name}.weight"].to(torch.float8_e5m2)}, "float8_e5m2"),
+        ({"videodit_blocks.layers.0.mlp.linear_fc1.weight": plain}, "layers.0.mlp.linear_fc1"),
+    ):
+        write_tensors(tensors | change, file)
+        with pytest.raises(UsageError, match=named):
+            read_checkpoint(tmp_path / "fp8")
+
+
+# Captions
+
+
+def test_a_caption_that_is_too_long_is_refused_before_weights(folder: Path) -> None:
+    encoder = load_text(folder / "t5" / "t5-v1_1-xxl", MAGI_TINY.text_len, torch.float32, "cpu")
+    with pytest.raises(UsageError, match=rf"72 tokens.*{MAGI_TINY.text_len}"):
+        encoder.encode("fox " * 18)
+    assert "model" not in vars(encoder)
+    assert encoder.encode("a fox").shape == (MAGI_TINY.text_len, MAGI_TINY.text_dim)
+
+
+def test_no_progress_bars_of_the_encoder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_text(folder / "t5" / "t5-v1_1-xxl", MAGI_TINY.text_len, torch.float32, "cpu").encode("a fox")
+    assert capfd.readouterr().err == ""
+
+
+def test_special_tokens(tmp_path: Path) -> None:
+    table = np.arange(200.0).reshape(100, 2)
+    np.savez(tmp_path / "special_tokens.npz", other_tokens=table, caption_token=table[:1], logo_token=table[:1])
+    read = read_special_tokens(tmp_path / "special_tokens.npz")
+    assert read.dtype == torch.float16 and torch.equal(read.double(), torch.from_numpy(table))
+    ids = [(special_rows(read, chunk=chunk, chunks=10)[:, 0] / 2).tolist() for chunk in (0, 2, 3, 9)]
+    assert ids == [[14, 1], [14, 1], [13, 1], [7, 1]]  # the duration before the mark of quality
+    assert (special_rows(read, ("static", "hq", "2d-anime"))[:, 0] / 2).tolist() == [16, 1, 2]
+    caption = torch.randn(5, 2)
+    rows = with_special_tokens(caption, read[:2])
+    assert torch.equal(rows[:2], read[:2].float()) and torch.equal(rows[2:], caption[:3])
+    for names, chunk, named in ((("hd",), 0, "'hd'"), (("hq",), 1, "chunk is 1 of 1")):
+        with pytest.raises(UsageError, match=named):
+            special_rows(read, names, chunk)
+    np.savez(tmp_path / "other.npz", tokens=table)
+    with pytest.raises(CheckpointError, match="other_tokens"):
+        read_special_tokens(tmp_path / "other.npz")
 
 
 def test_other_presets_and_models_are_refused_before_weights(folder: Path) -> None:

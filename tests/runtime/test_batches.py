@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import ROWS, SIZE, TINY, make_engine
 
-from inferix.errors import InferixError, SessionEnded, UsageError
+from inferix.errors import AtCapacity, InferixError, SessionEnded, UsageError
 from inferix.models.wan.vae_spec import TINY_VAE
 from inferix.runtime.capacity.memory_need import MemoryNeed
 from inferix.runtime.kv.pages import OutOfPages
@@ -347,12 +347,14 @@ def test_images_held_as_the_first_frame_make_passes_of_two_parts():
                 assert (session.output.take().latents - expected.latents).abs().max() <= 1e-9
 
 
-def test_int8_pages_of_a_budget_are_not_bound_at_a_time():
-    """Their staging buffer is sized for one session."""
-    for budget, sizes in ((None, {1, 2}), (10**6, {1})):
+def test_int8_pages_of_a_budget_run_as_one_within_it():
+    """Its staging buffer has room for as many sessions as its pages."""
+    for budget in (None, 10**6):
         engine = engine_of(dtype="float32", kv_dtype="int8", kv_memory=budget)
         blocks = list(zip(*(opened(engine, seed).stream(3, decode=False) for seed in range(2)), strict=True))
-        assert {block.record.batch for row in blocks for block in row} == sizes
+        assert {block.record.batch for row in blocks for block in row} == {1, 2}
+        (store,), (space,) = engine.resources.worker.stores.values(), engine.kv_manager.stores.values()
+        assert budget is None or (store.nbytes <= budget and store.nbytes == space.nbytes)
 
 
 def new_scheduler(admitted, times=FASTER, **limits):
@@ -383,6 +385,62 @@ def test_a_batch_makes_no_session_late_that_is_in_time_alone():
     assert scheduler.pick_batch(A, [B, C, D], 10.0) == [A, B]
     assert scheduler.pick_batch(A, [B, C, D], 10.5) == [A]
     assert scheduler.pick_batch(A, [B, C, D], 11.0) == [A, C, D, B]  # it is late in any case
+
+
+def test_a_batch_is_as_large_as_its_staging_buffer_and_the_limit():
+    scheduler = new_scheduler(4)
+    scheduler.admitted[A].most_batched = 2
+    assert scheduler.pick_batch(A, [B, C, D], 0.0) == [A, B]
+    assert scheduler.pick_batch(B, [C, D], 0.0) == [B, C, D]
+
+
+def test_admission_counts_the_activations_of_a_batch():
+    def joined(**limits):
+        scheduler = Scheduler(Limits(memory_bytes=100, **limits), batch_profiles={"small": FASTER})
+        for count, session in enumerate(IDS):
+            try:
+                scheduler.join(session, SchedulerEntry(MemoryNeed(pages=20, activations=10), "small", 1.0))
+            except AtCapacity:
+                return count, scheduler.batch_bytes()
+
+    assert joined() == (3, 20)  # 60 bytes of pages, and two rows beyond the first
+    assert joined(batch=2) == (4, 10)
+    assert joined(batch=1) == (5, 0)
+
+
+def test_a_block_waits_for_sessions_that_raise_throughput():
+    scheduler = new_scheduler(4, batch_wait=0.5)
+    assert [scheduler.batch_wait([A], 3, 10.0, now) for now in (10.0, 10.25, 11.0)] == [0.5, 0.25, 0.0]
+    assert scheduler.batch_wait([A, B], 2, 10.0, 10.0) == 0.0  # 3.0 s for four are no better than 1.5 s for two
+    assert scheduler.batch_wait([A], 0, 10.0, 10.0) == 0.0
+    scheduler.admitted[A].due = 12.75
+    assert scheduler.batch_wait([A], 3, 10.0, 10.0) == 0.25  # a batch of four takes 2.5 s
+    scheduler.admitted[A].due = 12.0
+    assert scheduler.batch_wait([A], 3, 10.0, 10.0) == 0.0
+    off, slower = new_scheduler(4), new_scheduler(4, SLOWER, batch_wait=1.0)
+    for other in (off, slower, new_scheduler(4, batch=1, batch_wait=1.0)):
+        assert other.batch_wait([A], 3, 10.0, 10.0) == 0.0
+    for wrong in (0, 1.5, "half"):
+        with pytest.raises(UsageError, match="batch_wait"):
+            Limits(batch_wait=wrong)
+
+
+@pytest.mark.parametrize("wait", [None, 0.5])
+def test_a_session_that_is_read_meanwhile_joins_the_batch(wait, monkeypatch):
+    times = BatchProfile({1: 1e3, 2: 1.2e3})  # seconds, so that the wait does not end by itself
+    engine = engine_of(times=times, limits=Limits(queue_blocks=1, batch_wait=wait))
+    sessions, condition = [opened(engine, seed) for seed in range(2)], engine.manager.condition
+    for session in sessions:
+        engine.manager.delivery.submit_demand(session, Demand(2, decode=False))
+    assert len(engine.step()) == 2
+    sessions[0].output.take()
+
+    def read_the_other(seen, timeout):
+        assert 0 < timeout <= 500
+        return sessions[1].output.take()
+
+    monkeypatch.setattr(condition, "wait_after", read_the_other)
+    assert list(engine.step()) == (sessions[:1] if wait is None else sessions)
 
 
 def test_a_batch_counts_for_its_share_of_real_time():

@@ -54,14 +54,6 @@ def record_passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
     return ran
 
 
-def once(ran: list[Pass], preset: Preset) -> list[Pass]:
-    """The passes of one branch; guidance runs each for two."""
-    if preset.sampler.guidance_scale == 1:
-        return ran
-    assert ran[::2] == ran[1::2]
-    return ran[::2]
-
-
 @pytest.mark.parametrize(("name", "overrides"), VARIANTS, ids=IDS)
 def test_the_engine_runs_the_schedule(name: str, overrides: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten blocks, with a new prompt before the seventh."""
@@ -72,7 +64,7 @@ def test_the_engine_runs_the_schedule(name: str, overrides: dict, monkeypatch: p
         session.prompt(embeds=rows.flip(0))
         list(session.stream(4, decode=False))
     preset = engine.preset
-    timeline, timesteps = Timeline(preset), Sampler(preset.sampler).timesteps
+    timeline, sampler = Timeline(preset), Sampler(preset.sampler)
     flight: list[BlockProgress] = []
     expected: list[Pass] = []
     for block in range(10):
@@ -81,8 +73,9 @@ def test_the_engine_runs_the_schedule(name: str, overrides: dict, monkeypatch: p
             assert recache.clears_cache == preset.context.recache_sink
             expected.append(recache.run)
         assert (recache is not None) == (block == 6 and preset.context.prompt_switch == "recache")
-        expected += [scheduled.run for scheduled in next_block(timeline, flight, timesteps).passes]
-    assert once(ran, preset) == expected
+        for scheduled in next_block(timeline, flight, sampler.of_block(block).timesteps).passes:
+            expected += scheduled.branch_runs(preset.sampler.guide).values()
+    assert ran == expected
 
 
 def test_frames_of_a_clamped_image_are_clean_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,4 +101,4 @@ def test_an_entry_that_makes_no_executor_is_refused(make: object, named: str) ->
 def test_defaults_follow_the_device() -> None:
     assert (default_executor("cpu"), default_executor("cuda:1")) == ("eager", "captured")
     assert default_executor("cpu", lambda spec: spec.graphs) == "fused"
-    assert default_executor("cuda", lambda spec: spec.batches) == "eager"
+    assert default_executor("cuda", lambda spec: not spec.graphs) == "eager"

@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from oracles import ROWS, SIZE, TINY, WAN_PRESETS, make_engine, remade
+from oracles import KINDS, ROWS, SIZE, TINY, make_engine, remade
 from recording import FakeGraphs
 from safetensors.torch import save_file
 
@@ -38,11 +38,16 @@ SMALL = {  # windows that roll within a few blocks
     "rolling-forcing": {"num_frame_per_block": 1, "local_attn_size": 7, "sink_size": 1},
     "causal-diffusion": {"num_steps": 3, "local_attn_size": 6},
     "tinyworld": {"local_attn_size": 4},
+    "causal-forcing-2step": {"local_attn_size": 3},
+    "sgf-plus": {"num_frame_per_block": 1, "local_attn_size": 4, "sink_size": 1},
+    "self-forcing-a14b": {"num_frame_per_block": 1, "local_attn_size": 3, "denoising_step_list": [1000, 500, 250]},
 }
 TWO_STEPS = {"denoising_step_list": [1000, 500]}
 ONE_LAYER = dataclasses.replace(TINY, num_layers=1)
 SMALL_VAE = dataclasses.replace(TINY_VAE, base_channels=4, decoder_channels=4)
-PASSWISE = {"rolling-forcing", "causal-diffusion"}  # several blocks in flight, two conditionings
+PASSWISE = {  # several blocks in flight, two conditionings, two sets of weights
+    "rolling-forcing", "causal-diffusion", "sgf-plus", "self-forcing-a14b"
+}
 
 
 def stream(engine: Engine, blocks: int = 5, **given: object) -> torch.Tensor:
@@ -55,7 +60,7 @@ def stream(engine: Engine, blocks: int = 5, **given: object) -> torch.Tensor:
         return torch.cat(actual + [block.latents for block in session.stream(blocks - 2, decode=False)])
 
 
-@pytest.mark.parametrize("preset", sorted(WAN_PRESETS))
+@pytest.mark.parametrize("preset", sorted(KINDS))
 def test_fused_equals_eager(preset: str) -> None:
     spec = TINY if preset in ("self-forcing", "longlive") else ONE_LAYER
     settings = SMALL[preset] | {"spec": spec, "vae_spec": SMALL_VAE}
@@ -345,7 +350,7 @@ def test_the_prompt_graph_runs_once_for_each_prompt(monkeypatch) -> None:
         list(one.stream(2, decode=False))
         assert len(launched) == engine.executor.prompts == after
     prompt = other.current.branches[0].text.number
-    engine.resources.worker.prompts[prompt].text.cached.clear()  # the prompt graph must run again
+    engine.resources.worker.prompts[prompt].texts[engine.executor].cached.clear()  # the prompt graph must run again
     list(other.stream(1, decode=False))
     assert len(launched) == 5
 

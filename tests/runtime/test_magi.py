@@ -258,3 +258,88 @@ def test_velocities_of_branches_are_joined_by_block() -> None:
 def test_graphs_are_what_eager_runs(preset: str) -> None:
     eager, fused = (streamed(load(preset, num_steps=8, executor=name), 3) for name in ("eager", "fused"))
     assert_same(fused, eager)
+
+
+# A prompt for each chunk
+
+
+OTHER = PROMPT.flip(0) * 1.5
+
+
+class DensePrompts(Dense):
+    """Dense sequences in which each chunk follows the prompt of its number."""
+
+    def __init__(self, engine: Engine, steps: int, second: int) -> None:
+        super().__init__(engine, steps)
+        self.second = second
+        rows = torch.cat((OTHER, OTHER.new_zeros(MAGI_TINY.text_len - len(OTHER), MAGI_TINY.text_dim)))
+        self.texts["other"] = self.model.embed_text(self.model.text_inputs(rows, False)[None])
+
+    def run(self, chunks: list[Chunk], texts: list[str], alone: bool, conditions: list[float]) -> list[Tensor]:
+        own = ["other" if text == "prompt" and at >= self.second else text for at, text in enumerate(texts)]
+        return super().run(chunks, own, alone, conditions)
+
+
+@pytest.mark.parametrize(("preset", "second"), [("magi-tiny-distill", 1), ("magi-tiny-distill", 2), ("magi-tiny", 2)])
+def test_each_chunk_follows_its_own_prompt(preset: str, second: int) -> None:
+    engine = load(preset, num_steps=8)
+    wanted = DensePrompts(engine, 8, second).stream(3, preset.endswith("distill"))
+    assert_same(streamed(engine, 3, prompts={second: OTHER}), wanted)
+
+
+def test_a_new_prompt_is_that_of_chunks_that_join_later(tmp_path: Path) -> None:
+    """Four chunks have joined when the first is finished, so the fifth, number 4, is the first under the new prompt."""
+    engine = load("magi-tiny-distill", num_steps=8)
+    wanted = DensePrompts(engine, 8, 4).stream(3, True)
+    with engine.open(prompt_embeds=PROMPT, noise=InjectedNoise(NOISE), size=SIZE) as session:
+        made = list(session.stream(1, decode=False))
+        session.prompt(embeds=OTHER)
+        made += session.stream(1, decode=False)
+        with session.fork() as other:
+            forked = [block.latents for block in other.stream(1, decode=False)]
+        made += session.stream(1, decode=False)
+    assert_same([block.latents for block in made], wanted)
+    assert_same(forked, wanted[2:])
+
+
+def test_prompts_of_chunks_are_saved(tmp_path: Path) -> None:
+    engine = load("magi-tiny-distill", num_steps=8)
+    with engine.open(prompt_embeds=PROMPT, seed=4, size=SIZE, prompts={2: OTHER, 5: PROMPT * 2}) as session:
+        list(session.stream(1, decode=False))
+        session.save(tmp_path / "magi.safetensors")
+        wanted = [block.latents for block in session.stream(2, decode=False)]
+    with inferix.Session.restore(load("magi-tiny-distill", num_steps=8), tmp_path / "magi.safetensors") as session:
+        restored = [block.latents for block in session.stream(2, decode=False)]
+    assert torch.equal(torch.cat(restored), torch.cat(wanted))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [({0: "a fox"}, "0"), ({"1": "a fox"}, "'1'"), (["a fox"], "a fox"), ({1: 3}, "3")],
+)
+def test_prompts_that_are_not_by_block_are_refused(prompts: object, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        load("magi-tiny-distill").open(prompt_embeds=PROMPT, size=SIZE, prompts=prompts)
+    with pytest.raises(UsageError, match="recache"):
+        inferix.load("wan-tiny", "longlive", device="cpu", force=True).open(prompt="a fox", prompts={1: "a cat"})
+
+
+def test_latents_are_in_float32_between_steps() -> None:
+    engine = load("magi-tiny-distill", num_steps=8, dtype="bfloat16")
+    with engine.open(prompt_embeds=PROMPT.bfloat16(), seed=3, size=SIZE) as session:
+        (block,) = session.stream(1)
+    assert block.latents.dtype == torch.float32 and len(block.frames) == 24
+
+
+def test_a_stream_of_fp8_layers_is_the_dense_form() -> None:
+    engine = inferix.load("magi-tiny-fp8", executor="eager", **FP8)
+    assert_same(streamed(engine, 1), Dense(engine, 8).stream(1, is_distilled=True))
+
+
+FP8 = {"preset": "magi-tiny-distill", "device": "cpu", "dtype": "float64", "num_steps": 8}
+
+
+@pytest.mark.slow
+def test_graphs_of_fp8_layers_are_what_eager_runs() -> None:
+    eager, fused = (streamed(inferix.load("magi-tiny-fp8", executor=name, **FP8), 1) for name in ("eager", "fused"))
+    assert_same(fused, eager)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from oracles import ROWS, SIZE, TOKENS, WAN_PRESETS, contiguous, make_engine, page_tensors
+from oracles import KINDS, ROWS, SIZE, TOKENS, contiguous, make_engine, page_tensors
 
 from inferix.errors import InferixError, UsageError
 from inferix.runtime.byte_sizes import format_bytes, parse_bytes
@@ -29,6 +29,9 @@ BLOCKS = {  # (blocks, overrides that make the window roll or the context restar
     "rolling-forcing": (8, {}),
     "causal-diffusion": (4, {"num_steps": 2, "local_attn_size": 6}),
     "tinyworld": (11, {}),
+    "causal-forcing-2step": (5, {"local_attn_size": 3}),
+    "sgf-plus": (5, {"num_frame_per_block": 1, "local_attn_size": 4, "sink_size": 1}),
+    "self-forcing-a14b": (4, {"num_frame_per_block": 1, "local_attn_size": 3}),
 }
 
 
@@ -63,7 +66,7 @@ def stream(engine, blocks, **kwargs):
     return torch.cat([block.latents for block in made])
 
 
-@pytest.mark.parametrize("name", WAN_PRESETS)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_pages_equal_the_contiguous_cache(name, monkeypatch):
     """In float64, with pages in runs and with pages anywhere."""

@@ -20,6 +20,7 @@ from inferix.models.wan.vae import CausalVae
 from inferix.models.wan.vae_spec import TAEW21, TINY_VAE, WAN21_VAE
 from inferix.runtime.capacity import planner
 from inferix.runtime.capacity.costs import arena_bytes, cross_bytes, merged_bytes, page_bytes, table_bytes
+from inferix.runtime.capacity.memory_need import batch_row_bytes
 from inferix.runtime.capacity.planner import Ceiling, Workload, longest_window, memory, needed, suggestions
 from inferix.runtime.kv.kv_manager import KVManager
 from inferix.runtime.kv.page_space import PageSpace
@@ -57,7 +58,7 @@ def test_planned_work_is_what_the_engine_does(name, monkeypatch):
     stride, (height, width) = engine.spec.vae_stride[0], SIZE[::-1]
     done = []
 
-    def run(state, this, latents, record):
+    def run(state, this, latents, *more):
         done.append(("pass", shape(this)))
         yield from ()
         return torch.zeros_like(latents)
@@ -124,7 +125,8 @@ def test_a_real_session(name):
             assert counter.get_total_flops() == speed.transformer_flops + speed.decoder_flops
         planned = memory(load).each
         prompts = [engine.resources.worker.prompts[branch.text.number] for branch in session.current.branches]
-        keys = [tensor.nbytes for prompt in prompts for pair in prompt.text.text for tensor in pair]
+        texts = [text for prompt in prompts for text in prompt.texts.values()]
+        keys = [tensor.nbytes for text in texts for pair in text.text for tensor in pair]
         latents = [tensor.nbytes for tensor in (session.current.recent, session.current.pixels) if tensor is not None]
         latents += [block.latents.nbytes for block in session.current.flight]
         scratch = page_needs(load.preset).scratch  # pages for the length of a pass
@@ -183,6 +185,36 @@ def test_the_plan_of_real_graphs(model, name, parts, whole):
     assert 0 <= constants - merged_bytes(spec, "bfloat16") - tables <= literals
     inputs = sum(buffer.nbytes for buffer in lowered.body.program.of(Role.INPUT) if buffer.name.startswith("prompt"))
     assert inputs <= cross_bytes(spec, "bfloat16") <= 2 * inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sessions", [2, 4])
+def test_the_arena_of_a_batch(sessions):
+    """At full width and two layers, within the bound of a session and of each further one."""
+    spec, preset = replace(MODELS["wan-1.3b"], num_layers=2), make_preset("longlive")
+    key = GraphKey(True, ((1, 3),), (3, 16, *spec.latent_size(spec.default_size)), False, 16, 16, sessions=sessions)
+    arena = lower_block(GraphBuilder(spec, preset, "reference", torch.bfloat16, "cpu", tuple(chosen()))(key)).body.plan
+    first = arena_bytes(spec, spec.tokens_per_frame(spec.default_size), 3, "bfloat16")
+    bound = first + (sessions - 1) * batch_row_bytes(preset, spec, spec.default_size, "bfloat16", graphs=True)
+    assert arena.size <= bound <= 1.6 * arena.size
+
+
+def test_a_batch_shares_the_weights_and_adds_activations():
+    load = Workload(MODELS["wan-1.3b"], make_preset("longlive"), WAN21_VAE, 0, (832, 480), "bfloat16", "bfloat16", 4)
+    slow, wide = Ceiling(1e9, 1.0, "all is traffic"), Ceiling(1.0, 1e9, "all is arithmetic")
+    for executor in ("eager", "fused", "captured"):
+        turns = replace(load, executor=executor)
+        batch = replace(turns, batch=4)
+        assert planner.batch_sizes(batch) == [1, 2, 4] and planner.batch_sizes(turns) == [1]
+        more = memory(batch).once["batch"] - memory(turns).once["batch"]
+        assert needed(batch) - needed(turns) == more > 0
+        one, four = (planner.steady_speed(each, slow).transformer_seconds for each in (turns, batch))
+        assert one / 4 < four < one
+        one, four = (planner.steady_speed(each, wide).transformer_seconds for each in (turns, batch))
+        assert four == pytest.approx(one)
+    for wrong in (0, 5):
+        with pytest.raises(UsageError, match=f"batch is {wrong}"):
+            replace(load, batch=wrong)
 
 
 @pytest.mark.parametrize("name", ["longlive", "krea", "rolling-forcing"])

@@ -6,6 +6,7 @@ integers and timesteps, so it is the same on every machine. To record again, aft
     INFERIX_RECORD_PASSES=1 pytest tests/runtime/test_recorded_passes.py
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +25,8 @@ from inferix.schemes.timeline import Timeline
 FILE = Path(__file__).with_name("recorded_passes.json")
 RECORD = bool(os.environ.get("INFERIX_RECORD_PASSES"))
 BLOCKS, PROMPT_AT, CUT_AT = 16, 12, 14  # a new prompt and a scene cut come before these blocks
-LONGER = {"self-forcing-framewise": 24}  # blocks of one frame, until a window of 21 has rolled
+ONE_FRAME = ("self-forcing-framewise", "causal-forcing-2step", "sgf-plus-framewise")
+LONGER = dict.fromkeys(ONE_FRAME, 24)  # until a window of 21 has rolled
 READABLE = (0, 1, 4, 8, PROMPT_AT, CUT_AT, CUT_AT + 1)
 SIZE = (16, 16)
 OTHER = ROWS.float().flip(0)
@@ -49,11 +51,11 @@ def line(run):
 
 
 def passes_of(name, monkeypatch, **overrides):
-    """Passes of each block, where they meet their pages; one that both branches of guidance run counts once."""
+    """Passes of each block, where they meet their pages; one that several branches run counts once."""
     passes, place = [], paged_cache.layout_pass
 
     def note(run, *args):
-        if not passes or passes[-1] is not run:
+        if not passes or passes[-1] != dataclasses.replace(run, weights=passes[-1].weights):
             passes.append(run)
         return place(run, *args)
 
@@ -94,13 +96,13 @@ def test_a_stream_runs_the_recorded_passes(name, monkeypatch):
 def scheduled_passes(name):
     """Passes of each block by the block schedule only."""
     preset = make_preset(name, **FEW_STEPS.get(name, {}))
-    timeline, timesteps = Timeline(preset), Sampler(preset.sampler).timesteps
+    timeline, sampler = Timeline(preset), Sampler(preset.sampler)
     flight, blocks = [], []
     for index in range(LONGER.get(name, BLOCKS)):
         recache = recache_pass(timeline) if index == PROMPT_AT else None
         if index == CUT_AT:
             timeline.cut_shot()
-        passes = next_block(timeline, flight, timesteps).passes
+        passes = next_block(timeline, flight, sampler.of_block(index).timesteps).passes
         blocks.append([line(scheduled.run) for scheduled in (recache, *passes) if scheduled is not None])
     return blocks
 

@@ -62,9 +62,9 @@ def record(engine, monkeypatch):
     """Passes of each block as they run; the list is filled by streaming."""
     passes, plain = [], engine.loop.network_pass
 
-    def run_and_note(state, this, latents, record):
+    def run_and_note(state, this, *more):
         passes.append(this)
-        return plain(state, this, latents, record)
+        return plain(state, this, *more)
 
     monkeypatch.setattr(engine.loop, "network_pass", run_and_note)
     return passes
@@ -74,6 +74,16 @@ TABLE = {  # network timesteps, sigmas (None: timestep / 1000), passes of block 
     "self-forcing": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
     "self-forcing-framewise": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
     "causal-forcing": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "causal-forcing-framewise": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "causal-forcing-2step": ((1000, 833.3333), None, (5, 3)),
+    "causal-forcing-1step": ((1000,), None, (5, 2)),
+    "sgf": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "sgf-framewise": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "sgf-plus": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "sgf-plus-framewise": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
+    "self-forcing-a14b": (
+        (1000, 985.5072, 965.5172, 936.1702, 865.9794, 819.8758, 750, 631.5789), None, (9, 9),
+    ),
     "causvid": ((1000, 757, 522), (1, 0.7567568, 0.5217391), (4, 4)),
     "longlive": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
     "longlive-infinity": ((1000, 937.5, 833.3333, 625), None, (5, 5)),
@@ -87,6 +97,14 @@ ATTENDED = {  # frames attended by block 1 and by block 8
     "self-forcing": (range(6), range(6, 27)),
     "self-forcing-framewise": (range(2), range(9)),
     "causal-forcing": (range(6), range(6, 27)),
+    "causal-forcing-framewise": (range(2), range(9)),
+    "causal-forcing-2step": (range(2), range(9)),
+    "causal-forcing-1step": (range(2), range(9)),
+    "sgf": (range(6), (0, 1, 2, *range(18, 27))),
+    "sgf-framewise": (range(2), range(9)),
+    "sgf-plus": (range(6), (0, 1, 2, *range(18, 27))),
+    "sgf-plus-framewise": (range(2), range(9)),
+    "self-forcing-a14b": (range(8), range(16, 36)),
     "causvid": (range(6), range(18, 27)),
     "longlive": (range(6), (0, 1, 2, *range(18, 27))),
     "longlive-infinity": (range(6), (0, 1, 2, *range(18, 27))),

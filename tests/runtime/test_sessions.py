@@ -214,11 +214,11 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
     denoised, decoding = ([threading.Event() for _ in range(4)] for _ in range(2))
     velocity, decode, threads = engine.loop.network_pass, engine.parts.vae.decode, []
 
-    def denoise(state, run, latents, record):
+    def denoise(state, run, latents, record, *more):
         block = record.block
         denoised[block].set()
         assert block == 0 or decoding[block - 1].wait(WAIT)
-        return velocity(state, run, latents, record)
+        return velocity(state, run, latents, record, *more)
 
     def slow(latents, state):
         block = len(threads)
@@ -356,10 +356,10 @@ def test_controls_of_other_threads_count_from_the_next_block_and_are_acknowledge
     engine = small_engine("self-forcing-framewise", spec=replace(TINY, actions=("stay", "left")))
     velocity, controls = engine.loop.network_pass, []
 
-    def interrupted(state, run, latents, record):
+    def interrupted(state, run, latents, record, *more):
         if record.block == 1 and not controls:
             controls.extend(in_thread(lambda: (session.prompt(embeds=OTHER), session.act("left")))())
-        return velocity(state, run, latents, record)
+        return velocity(state, run, latents, record, *more)
 
     engine.loop.network_pass = interrupted
     with opened(engine) as session:
@@ -666,10 +666,10 @@ def test_a_reader_gets_what_was_finished_before_it_is_told_of_a_shortage(monkeyp
     engine = small_engine()
     session, velocity, failures = opened(engine), engine.loop.network_pass, []
 
-    def failing(state, run, latents, record):
+    def failing(state, run, latents, record, *more):
         if record.block == 2 and not failures:
             failures.append(torch.empty(10**15))
-        return velocity(state, run, latents, record)
+        return velocity(state, run, latents, record, *more)
 
     def read():
         with session:

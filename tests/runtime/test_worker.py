@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from oracles import ROWS, SIZE, make_engine
-from process_worker import ProcessWorker
+from process_worker import ProcessWorker, WorkerProcess
 from torch import Tensor
 
 from inferix.runtime.engine import Engine
@@ -42,19 +44,23 @@ def stream(engine: Engine, path) -> Tensor:
     return torch.cat(made)
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[WorkerProcess]:
+    process = WorkerProcess()
+    yield process
+    assert process.close() == 0
+
+
 @pytest.mark.parametrize("name", STREAMS)
-def test_a_worker_in_another_process_gives_the_same_bits(name: str, tmp_path) -> None:
+def test_a_worker_in_another_process_gives_the_same_bits(name: str, process: WorkerProcess, tmp_path) -> None:
     preset, overrides = STREAMS[name]
     overrides = {"dtype": "float32"} | overrides
     here = make_engine(preset, **overrides)
     expected = stream(here, tmp_path / "here.safetensors")
-    worker = ProcessWorker(preset, **overrides)
-    try:
-        plain = make_engine(preset, **overrides)
-        engine = Engine(plain.config, plain.preset, plain.parts, plain.manager.limits, worker=worker)
-        found = stream(engine, tmp_path / "there.safetensors")
-    finally:
-        assert worker.close() == 0
+    worker = ProcessWorker(process, preset, **overrides)
+    plain = make_engine(preset, **overrides)
+    engine = Engine(plain.config, plain.preset, plain.parts, plain.manager.limits, worker=worker)
+    found = stream(engine, tmp_path / "there.safetensors")
     assert torch.equal(found, expected)
     kinds = {type(plan) for plan in worker.plans}
     assert {PassPlan, Offload, Onload, Release} <= kinds

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from oracles import make_engine
 from torch import Tensor
 
+from inferix.graphs.lowered import Lowered
 from inferix.graphs.shards import Shard
 from inferix.kernels import collectives
 from inferix.kernels.collectives import RankGroup
@@ -24,12 +26,14 @@ from inferix.models.fingerprints import fingerprint
 from inferix.models.registry import family_of
 from inferix.runtime.capacity.rank_planner import divided
 from inferix.runtime.engine import Engine
+from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.execution.loading import Components
 from inferix.runtime.parallel import rank_process
 from inferix.runtime.parallel.messages import Connection, Message
 from inferix.runtime.parallel.peers import Peer, Peers
 from inferix.runtime.parallel.ranked_worker import RankedWorker
 from inferix.runtime.parallel.rendezvous import LOCAL, Place, join_grid, join_store
+from inferix.runtime.programs.graph_builder import GraphKey
 from inferix.runtime.worker import LocalWorker
 from inferix.schemes.layouts import RankGrid
 
@@ -105,6 +109,19 @@ def parts_of(engine: Engine, shard: Shard) -> Components:
 
 
 @contextlib.contextmanager
+def one_traces_at_a_time() -> Iterator[None]:
+    """Torch's export is for one thread; ranks that wait for it are in no collective."""
+    lock, lowered = threading.Lock(), GraphExecutor.lowered
+
+    def locked(executor: GraphExecutor, key: GraphKey) -> Lowered:
+        with lock:
+            return lowered(executor, key)
+
+    with mock.patch.object(GraphExecutor, "lowered", locked):
+        yield
+
+
+@contextlib.contextmanager
 def thread_engine(engine: Engine, ranks: int, layout: str, shard_weights: bool = False) -> Iterator[Engine]:
     """An engine of the same settings and weights whose passes run on threads, one a rank; they end with the context."""
     config = dataclasses.replace(engine.config, gpus=ranks, shard_weights=shard_weights)
@@ -121,7 +138,8 @@ def thread_engine(engine: Engine, ranks: int, layout: str, shard_weights: bool =
     alive.group = groups[0]
     worker = RankedWorker(workers[0], alive, groups[0])
     worker.groups, worker.locals = groups, workers
-    yield Engine(config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
+    with one_traces_at_a_time():
+        yield Engine(config, engine.preset, workers[0].parts, engine.manager.limits, worker=worker)
     worker.end()
     for thread in threads:
         thread.join()
