@@ -182,7 +182,7 @@ setup(
         "inferix.bench": ["compiled/*.json"],
         "inferix.export": ["plan.schema.json"],
         "inferix.serve": ["page/*"],
-        "inferix.evaluate": ["drift_results.schema.json"],
+        "inferix.evaluate": ["drift_results.schema.json", "tinyworld_classifiers.safetensors"],
         **{package: ["tuned/*.json"] for package in PACKAGES if package.startswith("inferix.kernels.")},
         "inferix.models.tinyworld": ["README.md", "weights/*", "weights/*/*"],
     },

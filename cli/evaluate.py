@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -40,7 +41,8 @@ def tinyworld(
     """Compare a model of the small world with its simulator.
 
     Figures: camera moves that follow the action, PSNR where the simulator determines the picture, landmarks that
-    return, the hero, drift over 60 s, and collapse in long runs. A full run takes about half an hour on two cores.
+    return, the land after rests, circles and straight walks, the hero, drift over 60 s, and collapse in long runs. A
+    full run takes about an hour on two cores.
 
     Example: inferix eval tinyworld --walks 1 --seeds 1 --minutes 1 --out outputs/eval
     """
@@ -70,13 +72,25 @@ def tinyworld(
     if as_json:
         typer.echo(json.dumps(figures, default=str))
         return
-    table = Table("figure", "reached", "bar", "")
+    table = Table("figure", "reached", "95 % interval", "bar", "")
     for name, (sign, bar) in BARS.items():
-        table.add_row(name, f"{figures[name]:.3g}", f"{sign} {bar:g}", "yes" if figures["passed"][name] else "no")
-    table.add_row("hero_right", f"{figures['hero_right']:.3g}", "", "")
+        passed = "yes" if figures["passed"][name] else "no"
+        table.add_row(name, f"{figures[name]:.3g}", bounds(figures, name), f"{sign} {bar:g}", passed)
+    for name in ("hero_right", *(name for name in figures["intervals"] if name not in BARS)):
+        table.add_row(name, f"{figures[name]:.3g}", bounds(figures, name), "", "")
     for name, value in figures["drift"].items():
-        table.add_row(f"drift, {name}", f"{value:.3g}", f"simulator {figures['simulator_drift'][name]:.2g}", "")
+        table.add_row(f"drift, {name}", f"{value:.3g}", "", f"simulator {figures['simulator_drift'][name]:.2g}", "")
     Console().print(table)
+    known = ", ".join(f"{name} {share:.1%}" for name, share in figures["judge_accuracy"].items())
+    typer.echo(f"accuracy of the classifiers on held-out worlds: {known}")
+
+
+def bounds(figures: dict[str, Any], name: str) -> str:
+    """The interval of a figure over walks, if it has one."""
+    interval = figures["intervals"].get(name)
+    if interval is None or interval["low"] is None:
+        return ""
+    return f"{interval['low']:.3g} to {interval['high']:.3g}"
 
 
 eval_drift.register(app)

@@ -15,6 +15,8 @@ SCORERS = {scorer.name: scorer for scorer in (*PIXEL_SCORERS, *FLOW_SCORERS)}
 OPTIONAL = ("ms_ssim_to_start", "brisque")  # slow, or not for small pictures: only if they are asked for
 # Of `learned_scorers`, whose import takes torch; they read the files of a folder of weights.
 LEARNED = ("clip_l14_aesthetic", "clip_b32", "dino_b16", "musiq_spaq", "raft_moving_share", "amt_s_rebuild")
+# Of `tinyworld_classifiers`, for videos of the small world.
+WORLD = ("tinyworld_words", "tinyworld_things")
 INSTALL = {
     "cv2": 'the extra [eval] has it: pip install ".[eval]" in the clone',
     "brisque": "pip install brisque",
@@ -56,8 +58,12 @@ def scorer_of(name: str, weights: str | Path | None) -> Scorer:
         from .learned_scorers import learned_scorer
 
         return learned_scorer(name, None if weights is None else Path(weights))
+    if name in WORLD:
+        from .tinyworld_classifiers import WORLD_SCORERS
+
+        return WORLD_SCORERS[name]
     if name not in SCORERS:
-        known = (*SCORERS, *LEARNED)
+        known = (*SCORERS, *LEARNED, *WORLD)
         raise UsageError(f"metrics has {quoted(name)}{nearest(name, known)}; expected names of {', '.join(known)}")
     scorer = SCORERS[name]
     if scorer.package is not None and not available(scorer):

@@ -36,7 +36,20 @@ from ..models.tinyworld.world import (
 )
 from ..runtime.engine import Engine
 from ..runtime.execution.decode_pipeline import to_frames
-from .tinyworld_walks import HERO, PREFIX, Log, Picture, Walk, generate, random_walks, simulate, smooth
+from .tinyworld_classifiers import SEEN
+from .tinyworld_judge import Walked, judge
+from .tinyworld_walks import (
+    HERO,
+    PREFIX,
+    Log,
+    Picture,
+    Walk,
+    generate,
+    last_pictures,
+    random_walks,
+    simulate,
+    smooth,
+)
 
 STREAM_SECONDS = 60  # of the streams whose tenths are compared
 EDGE = 6.0  # pixels a landmark's middle must be inside the picture to count as in view
@@ -46,6 +59,9 @@ BARS = {
     "first_2s_db": (">=", 22.0),
     "landmark_return": (">=", 0.80),
     "drift_60s": ("<=", 0.05),
+    "rest_60s_changed": ("<=", 0.05),
+    "hero_identity": (">=", 0.98),
+    "land_coverage": (">=", 0.70),
     "collapsed": ("<=", 0.0),
 }
 
@@ -241,29 +257,32 @@ def tenth_statistics(pictures: Picture) -> NDArray[np.float64]:
     return np.stack([np.concatenate((signals(part), features(part))) for part in np.array_split(pictures, 10)])
 
 
-def one_minute(engine: Engine, walks: int, log: Log) -> tuple[dict[str, Any], Picture]:
+def one_minute(engine: Engine, walks: int, log: Log) -> tuple[dict[str, Any], Picture, list[Walked]]:
     """Drift between tenths of 60 s streams from a prompt without a video, the same of the simulator, and the hero.
 
     The signals are averaged over all streams; the simulator's drift is the level of chance. Also returns pictures for a
-    contact sheet, [8 streams at most, 10, SIZE, SIZE, 3].
+    contact sheet, [8 streams at most, 10, SIZE, SIZE, 3], and the walks for `judge`.
     """
     count = round(STREAM_SECONDS * engine.fps / FRAMES)
     ours, true, sheet, right, total = [], [], [], 0, 0
+    walking: list[Walked] = []
     for index in range(walks):
         rng = random.Random(200 + index)
-        scene, actions = rng.choice(scenes()), random_walk(rng, count)
-        with engine.open(prompt=scene.prompt, seed=index, actions=actions) as session:
-            ends = np.stack([block.frames[-1] for block in session.stream(count) if block.frames is not None])
+        scene, actions = rng.choice(scenes()), random_walk(rng, count)[: count - 1]
+        pictures = last_pictures(engine, scene, actions, index, SEEN)
+        ends = pictures[:, -1]
         for frame in range(1, count):
             right += hero_is(scene, actions[frame - 1], facing_after(actions[:frame]), ends[frame])
         total += count - 1
+        truth = simulate(scene, rng.randrange(1 << 19), actions).ends
         ours.append(tenth_statistics(ends))
-        true.append(tenth_statistics(simulate(scene, rng.randrange(1 << 19), actions[: count - 1]).ends))
+        true.append(tenth_statistics(truth))
         sheet.append(ends[:: count // 10][:10])
+        walking.append((scene, actions, pictures, truth))
         log(f"one minute {index + 1}/{walks}: hero right in {right / total:.1%}")
     moved, chance = drift(np.mean(ours, 0)), drift(np.mean(true, 0))
     figures = {"hero_right": right / total, "drift": moved, "drift_60s": max(moved.values()), "simulator_drift": chance}
-    return figures, np.stack(sheet[:8])
+    return figures, np.stack(sheet[:8]), walking
 
 
 def long_run(engine: Engine, seeds: int, minutes: float, log: Log) -> dict[str, Any]:
@@ -293,13 +312,14 @@ def evaluate(
     engine: Engine, walks: int, seeds: int, minutes: float, log: Log = lambda message: None
 ) -> tuple[dict[str, Any], Picture]:
     """Measure every figure of `BARS`; return figures with `passed`, and pictures of streams, [streams, 10, H, W, 3]."""
-    minute, sheet = one_minute(engine, walks, log)
+    minute, sheet, walking = one_minute(engine, walks, log)
     figures: dict[str, Any] = {
         "actions_right": actions_right(engine, walks, log),
         "reconstruction_db": reconstruction(engine, walks, log),
         "first_2s_db": first_two_seconds(engine, walks, log),
         "landmark_return": landmark_return(engine, walks, log),
         **minute,
+        **judge(engine, walks, seeds, walking, log),
         **long_run(engine, seeds, minutes, log),
     }
     passed = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +61,16 @@ def generate(engine: Engine, walk: Walk, given: int, seed: int) -> Picture:
     with engine.open(prompt=walk.scene.prompt, seed=seed, video=prefix, actions=walk.actions) as session:
         blocks = list(session.stream(blocks=len(walk.actions) + 1 - given))
     return np.concatenate([block.frames for block in blocks if block.frames is not None])
+
+
+def last_pictures(engine: Engine, scene: Scene, actions: Sequence[str], seed: int, count: int) -> Picture:
+    """Stream from a prompt alone: the last pictures of each latent frame [1 + actions, count, SIZE, SIZE, 3].
+
+    The first latent frame has one picture, which is repeated.
+    """
+    with engine.open(prompt=scene.prompt, seed=seed, actions=list(actions)) as session:
+        frames = [block.frames for block in session.stream(len(actions) + 1) if block.frames is not None]
+    return np.stack([np.repeat(part, count, 0) if len(part) == 1 else part[-count:] for part in frames])
 
 
 def smooth(values: NDArray[np.float64], reach: int = 3) -> NDArray[np.float64]:

@@ -150,10 +150,14 @@ class Family(ABC):
         return self.demo
 
     def preset_for(self, model: str) -> Preset:
-        """Return the preset of a named model where none is asked for: one made for it, else the first that suits it."""
+        """Return the preset of a named model where none is asked for: the first that suits it.
+
+        Of several for models with condition channels it is the one made for the model, whose schedule depends on it.
+        """
         spec = self.models.get(model)
         suiting = [preset for preset in self.presets if spec is None or suits(preset, spec)]
-        return next((preset for preset in suiting if preset.about.base == model), [*suiting, self.presets[0]][0])
+        own = [preset for preset in suiting if preset.about.base == model and preset.context.image == "channels"]
+        return [*own, *suiting, self.presets[0]][0]
 
     def check_preset(self, preset: Preset, model: str, spec: ModelSpec) -> None:
         """UsageError for a preset whose solver takes another velocity than the networks of this family make, and for

@@ -1,7 +1,8 @@
 """merge-qkv: the three projections of an attention become one matmul.
 
 Precondition: what one `rope_append` is given as queries, keys and values comes, through elementwise calls and
-reductions over the last dimension, from three linear layers of one input, all with a bias or none.
+reductions over the last dimension, from three linear layers of one input, all with a bias or none. Their weights are
+known before the first of them runs, as gathered ones are not.
 Claim: each third of the merged projection is what its own layer gave; matmuls of another width may round differently.
 """
 
@@ -27,6 +28,9 @@ def merge_qkv(graph: PassGraph) -> int:
             continue
         same_input = len({peeled(layer.all_input_nodes[0]) for layer in (q, k, v)}) == 1
         if not same_input or len({len(layer.args) for layer in (q, k, v)}) > 1:
+            continue
+        first = min(q, k, v)
+        if any(first < weight for layer in (q, k, v) for weight in layer.all_input_nodes[1:]):
             continue
         merge(edit, [q, k, v])
         places += 1

@@ -9,6 +9,7 @@ from oracles import write_untrained_world
 
 import inferix
 from inferix.evaluate import tinyworld as evaluation
+from inferix.evaluate import tinyworld_judge as judge
 from inferix.evaluate.tinyworld import random_walks, shift_between, signals
 from inferix.models.tinyworld.world import FRAMES, STEP, scenes
 
@@ -111,11 +112,15 @@ def test_the_mask_of_land_seen_before():
 
 def test_every_bar_is_judged_for_a_model(engine, monkeypatch):
     monkeypatch.setattr(evaluation, "STREAM_SECONDS", 8)
+    monkeypatch.setattr(judge, "RESTS", {"rest_10s_changed": 1, "rest_60s_changed": 3})
+    for name, value in (("LONG_REST", 4), ("CIRCLES", 2), ("STRAIGHT", 4)):
+        monkeypatch.setattr(judge, name, value)
     figures, sheet = evaluation.evaluate(engine, walks=1, seeds=1, minutes=0.2)
     assert set(figures["passed"]) == set(evaluation.BARS)
     assert set(figures["drift"]) == set(figures["simulator_drift"]) == {*evaluation.SIGNALS, "frozen feature"}
     assert sheet.shape == (1, 10, 64, 64, 3)
-    assert figures["hero_right"] < 0.5
+    assert figures["hero_right"] < 0.5 and figures["hero_identity"] < 0.5
+    assert figures["rest_60s_changed"] > 0.5 and figures["intervals"]["rest_60s_changed"]["videos"] == 1
     assert not figures["passed"]["reconstruction_db"]  # nothing was trained
     assert not figures["passed"]["first_2s_db"]
 

@@ -63,6 +63,9 @@ def test_a_new_field_takes_one_line() -> None:
     engine.check_integrity()
 
 
+CHANGING = ("timeline", "branches", "actions", "decoder", "flight", "prompts", "change")
+
+
 def test_a_fork_shares_no_value_that_changes_in_place() -> None:
     engine = make_engine("rolling-forcing", dtype="float32", local_attn_size=9, window_blocks=2,
                          denoising_step_list=[1000, 500])  # fmt: skip
@@ -73,7 +76,7 @@ def test_a_fork_shares_no_value_that_changes_in_place() -> None:
         for item in fields(SessionState):
             rule, mine, other = FieldRule.of(item), getattr(session.current, item.name), getattr(fork, item.name)
             changes = rule.copy(mine) is not mine
-            assert changes == (item.name in ("timeline", "branches", "actions", "decoder", "flight", "change"))
+            assert changes == (item.name in CHANGING)
             assert (other is mine) == (not changes)
         assert fork.flight and fork.flight[0] is not session.current.flight[0]
         assert fork.flight[0].solver is not session.current.flight[0].solver

@@ -33,7 +33,6 @@ from inferix.runtime.parallel.messages import Connection, Message
 from inferix.runtime.parallel.peers import Peer, Peers
 from inferix.runtime.parallel.ranked_worker import RankedWorker
 from inferix.runtime.parallel.rendezvous import LOCAL, Place, join_grid, join_store
-from inferix.runtime.programs.graph_builder import GraphKey
 from inferix.runtime.worker import LocalWorker
 from inferix.schemes.layouts import RankGrid
 
@@ -113,9 +112,9 @@ def one_traces_at_a_time() -> Iterator[None]:
     """Torch's export is for one thread; ranks that wait for it are in no collective."""
     lock, lowered = threading.Lock(), GraphExecutor.lowered
 
-    def locked(executor: GraphExecutor, key: GraphKey) -> Lowered:
+    def locked(executor: GraphExecutor, *key: object) -> Lowered:
         with lock:
-            return lowered(executor, key)
+            return lowered(executor, *key)
 
     with mock.patch.object(GraphExecutor, "lowered", locked):
         yield

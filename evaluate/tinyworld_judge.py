@@ -1,0 +1,211 @@
+"""Figures of the small world as a viewer judges it: rests, circles and long straight walks; the hero and the land.
+
+At rest the land must stay as it is, a circle must lead back to the same place, and new land must have things in it. The
+simulator is the truth for rests and circles, which begin with its pictures; classifiers read the rest
+(`tinyworld_classifiers.py`). Figures have intervals over walks.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models.tinyworld.data import HELD_OUT, random_walk
+from ..models.tinyworld.world import ACTIONS, FRAMES, MOVES, STEP, Scene, World, scenes
+from ..runtime.engine import Engine
+from .bootstrap import Interval, bootstrap_mean, bootstrap_ratio
+from .tinyworld_classifiers import accuracy, classifiers
+from .tinyworld_walks import HERO, PREFIX, Log, Picture, Walk, generate, last_pictures, simulate, smooth
+
+RESTS = {"rest_10s_changed": 20, "rest_60s_changed": 120}  # latent frames without a key until the land is compared
+LONG_REST = 480  # of rest_240s_changed
+CIRCLE_STEPS = 1  # along each side: the window of six latent frames has seen the whole way
+CIRCLES = 30  # rounds, 60 s
+STRAIGHT = 120  # latent frames
+# Levels of 255 by which the mean of 3 x 3 pixels differs where land has changed. The autoencoder alone changes up to
+# 2 % of the pixels by that, a shift by four pixels 13 to 16 %.
+CHANGED = 8.0
+MOVES_BY_ITSELF = 4  # levels that a pixel of the simulator changes at rest where something moves
+TURN = 24  # latent frames of one round of the butterflies
+
+Mask = NDArray[np.bool_]
+# Scene, actions, a model's pictures [n, SEEN, SIZE, SIZE, 3] and the simulator's [n, SIZE, SIZE, 3] of a walk.
+Walked = tuple[Scene, Sequence[str], Picture, Picture]
+
+
+def still_land(world: World) -> Mask:
+    """Pixels [SIZE, SIZE] at a world's place where nothing moves by itself: no butterfly on its round, and no hero."""
+    resting = copy.copy(world)
+    pictures = np.concatenate([resting.step("stay") for _ in range(TURN)]).astype(np.int16)
+    moving = (pictures.max(0) - pictures.min(0)).max(-1) > MOVES_BY_ITSELF
+    for axis in (0, 1):
+        moving = moving | np.roll(moving, 1, axis) | np.roll(moving, -1, axis)
+    moving[HERO, HERO] = True
+    return np.asarray(~moving)
+
+
+def land_changed(picture: Picture, truth: Picture, still: Mask) -> float:
+    """Share of still pixels whose surroundings differ from the truth by more than `CHANGED` in a channel."""
+    wrong = picture.astype(np.float64) - truth
+    means = [np.abs(smooth(wrong[..., channel], 1)) for channel in range(3)]
+    return float((np.max(means, axis=0) > CHANGED)[still].mean())
+
+
+def resting(engine: Engine, walks: int, log: Log) -> tuple[dict[str, Interval], list[float]]:
+    """Share of the land that has changed after rests, and the share of each rest's frames with the prompted hero.
+
+    A rest continues `PREFIX` latent frames of the simulator, in which nothing but butterflies moves.
+    """
+    changed: dict[str, list[float]] = {name: [] for name in RESTS}
+    heroes, longest = [], max(RESTS.values())
+    for index in range(walks):
+        rng = random.Random(300 + index)
+        walk = simulate(
+            rng.choice(scenes()), rng.randrange(1 << 19), ["stay"] * (PREFIX - 1 + longest),
+            random_walk(rng, rng.randint(0, 40)),
+        )  # fmt: skip
+        ends = generate(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
+        still = still_land(walk.world)
+        for name, rest in RESTS.items():
+            changed[name].append(land_changed(ends[rest - 1], walk.ends[0], still))
+        heroes.append(hero_share(walk.scene, ends))
+        log(f"rest {index + 1}/{walks}: land changed {changed[name][-1]:.1%}, hero {heroes[-1]:.1%}")
+    return {name: bootstrap_mean(values) for name, values in changed.items()}, heroes
+
+
+def long_resting(engine: Engine, seeds: int, log: Log) -> Interval:
+    """Share of the land that has changed after `LONG_REST` latent frames without a key."""
+    changed = []
+    for seed in range(seeds):
+        rng = random.Random(400 + seed)
+        before = random_walk(rng, rng.randint(0, 40))
+        walk = simulate(rng.choice(scenes()), rng.randrange(1 << 19), ["stay"] * (PREFIX - 1), before)
+        actions = ["stay"] * (PREFIX - 1 + LONG_REST)
+        prompt, video = walk.scene.prompt, walk.pictures
+        with engine.open(prompt=prompt, seed=seed, video=video, actions=actions) as session:
+            for _ in session.stream(LONG_REST - 2, decode=False):
+                pass
+            session.current.decoder.clear()  # the frames before were not decoded
+            last = [block.frames[-1] for block in session.stream(2) if block.frames is not None][-1]
+        changed.append(land_changed(last, walk.ends[-1], still_land(walk.world)))
+        log(f"long rest {seed + 1}/{seeds}: land changed {changed[-1]:.1%}")
+    return bootstrap_mean(changed)
+
+
+def circling(engine: Engine, walks: int, log: Log) -> Interval:
+    """Share of the land that differs from the simulator's where a circle of 60 s ends, as it began."""
+    changed = []
+    for index in range(walks):
+        walk = circle(random.Random(500 + index), CIRCLES)
+        last = generate(engine, walk, 1 + 4 * CIRCLE_STEPS, index)[-1]
+        changed.append(land_changed(last, walk.ends[-1], still_land(walk.world)))
+        log(f"circle {index + 1}/{walks}: land changed {changed[-1]:.1%}")
+    return bootstrap_mean(changed)
+
+
+def circle(rng: random.Random, rounds: int) -> Walk:
+    """Find a walk in circles that no obstacle blocks."""
+    sides = [action for action in ("right", "down", "left", "up") for _ in range(CIRCLE_STEPS)]
+    while True:
+        scene, seed, before = rng.choice(scenes()), rng.randrange(1 << 19), random_walk(rng, rng.randint(0, 40))
+        places = simulate(scene, seed, sides, before).places
+        moved = [(x // STEP, y // STEP) for x, y in np.diff(places, axis=0).tolist()]
+        if moved == [MOVES[action] for action in sides]:
+            return simulate(scene, seed, sides * rounds, before)
+
+
+def straight(world: World, rng: random.Random, length: int) -> list[str]:
+    """Draw actions that lead in one direction, and some steps to anywhere free where something stands in the way."""
+    ahead, actions, walked = rng.choice(ACTIONS[1:]), list[str](), copy.copy(world)
+    while len(actions) < length:
+        free = [
+            action for action, (dx, dy) in MOVES.items() if walked.free(walked.x + dx * STEP, walked.y + dy * STEP)
+        ]
+        action = ahead if ahead in free else rng.choice(free[1:] or ["stay"])  # the first is to stay
+        steps = [action] if action == ahead else [action] * rng.randint(1, 3)
+        walked.walk(steps)
+        actions += steps
+    return actions[:length]
+
+
+def straight_walks(engine: Engine, walks: int, log: Log) -> tuple[list[float], list[tuple[Picture, Picture]]]:
+    """Streams of 60 s straight on, from a prompt alone: share of frames with the hero, and (pictures, simulator's)."""
+    heroes, pairs = [], []
+    for index in range(walks):
+        rng = random.Random(600 + index)
+        scene, seed = rng.choice(scenes()), rng.randrange(1 << 19)
+        actions = straight(World(HELD_OUT + seed, scene), rng, STRAIGHT - 1)
+        ends = last_pictures(engine, scene, actions, index, 1)[:, -1]
+        heroes.append(hero_share(scene, ends[1:]))
+        pairs.append((ends, simulate(scene, seed, actions).ends))
+        log(f"straight {index + 1}/{walks}: hero {heroes[-1]:.1%}")
+    return heroes, pairs
+
+
+def hero_share(scene: Scene, pictures: Picture) -> float:
+    """Share of pictures whose hero has the prompted shape and colour."""
+    return float(np.mean([(shown.colour, shown.hero) == (scene.colour, scene.hero) for shown in
+                          classifiers().named(pictures)]))  # fmt: skip
+
+
+def words_share(scene: Scene, pictures: Picture) -> float:
+    """Share of the prompt's words, hero and land, that pictures show."""
+    kinds = ("colour", "hero", "biome", "light")
+    return float(np.mean([getattr(shown, kind) == getattr(scene, kind) for shown in classifiers().named(pictures)
+                          for kind in kinds]))  # fmt: skip
+
+
+def coverage(pairs: Sequence[tuple[Picture, Picture]]) -> Interval:
+    """Share of frames with at least the simulator's median number of landmarks, as a share of the simulator's own.
+
+    pairs: for each stream its pictures and the simulator's in the same scene and with the same actions.
+    """
+    counts = [(classifiers().things(ours), classifiers().things(true)) for ours, true in pairs]
+    level = max(1.0, float(np.median(np.concatenate([true for _, true in counts]))))
+    ours, true = ([float((part >= level).mean()) for part in side] for side in zip(*counts, strict=True))
+    return bootstrap_ratio(ours, true)
+
+
+def judge(engine: Engine, walks: int, seeds: int, walking: Sequence[Walked], log: Log) -> dict[str, Any]:
+    """Measure all figures of this file.
+
+    walking: random walks of 60 s. `hero_identity` is the least of its shares at rest, walking and straight on;
+    `intervals` has the bounds of each figure over walks.
+    """
+    rests, rest_heroes = resting(engine, walks, log)
+    straight_heroes, straight_pairs = straight_walks(engine, walks, log)
+    heroes = {
+        "rest": bootstrap_mean(rest_heroes),
+        "walking": bootstrap_mean([hero_share(scene, ours[1:, -1]) for scene, _, ours, _ in walking]),
+        "straight": bootstrap_mean(straight_heroes),
+    }
+    words = bootstrap_mean([words_share(scene, ours[1:, -1]) for scene, _, ours, _ in walking])
+    responded = bootstrap_mean([response(ours, actions) for _, actions, ours, _ in walking])
+    figures = {
+        **rests,
+        "rest_240s_changed": long_resting(engine, seeds, log),
+        "circle_changed": circling(engine, walks, log),
+        "land_coverage": coverage([(ours[:, -1], true) for _, _, ours, true in walking]),
+        "straight_coverage": coverage(straight_pairs),
+        **{f"hero_identity_{kind}": interval for kind, interval in heroes.items()},
+        "words_right": words,
+        "action_response": responded,
+    }
+    return {
+        **{name: interval.mean for name, interval in figures.items()},
+        "hero_identity": min(interval.mean for interval in heroes.values()),
+        "intervals": {name: asdict(interval) for name, interval in figures.items()},
+        "judge_accuracy": accuracy(),
+    }
+
+
+def response(pictures: Picture, actions: Sequence[str]) -> float:
+    """Share of latent frames after the first that show the given action; pictures [n, SEEN, SIZE, SIZE, 3]."""
+    shown = classifiers().actions(pictures[1:]).argmax(-1)
+    return float(np.mean(shown == [ACTIONS.index(action) for action in actions[: len(shown)]]))
