@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from .options import EXECUTOR, FORCE, OFFLINE, check_beside_engine, check_settings, parse_settings, parse_size
 
 REWIND_BLOCKS = 12
@@ -132,7 +132,7 @@ def serve(
             rewind_blocks=rewind_blocks, **chosen,
         )  # fmt: skip
         if engine.spec.condition_channels and image is None:
-            raise UsageError(f"{engine.parts.source} begins with an image, and there is none; give --image")
+            raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
         address = address_of(listener)
 
         def ready() -> None:

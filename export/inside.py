@@ -24,7 +24,7 @@ from ..models.spec import ModelSpec
 from ..models.transformer import KeyValues
 from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
-from ..runtime.execution.executors import Text
+from ..runtime.execution.executors import Frames, Text
 from ..runtime.execution.loading import Components
 from ..runtime.executor_specs import MODEL_EXECUTORS, ExecutorSpec
 from ..runtime.limits import Limits
@@ -155,8 +155,20 @@ class ExportedExecutor:
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> Text:
         raise AssertionError("passes of an exported engine follow one text")
 
+    def embed_frames(self, channels: Tensor) -> Frames:
+        raise AssertionError("models whose frames are given channels are not exported")
+
+    def join_frames(self, frames: Sequence[Frames]) -> Frames:
+        raise AssertionError("passes of an exported engine are of one session")
+
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        attention: KeyValues,
+        actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         """Run `step`, and for a pass over clean latents `commit`, whose keys and values go to its pages."""
         values, own, stores = self.inputs(latents, timesteps, text, attention, actions)
@@ -202,6 +214,7 @@ class ExportedExecutor:
         frames: Sequence[range],
         seeds: Sequence[int],
         actions: Tensor | None,
+        given: Frames | None = None,
     ) -> Tensor:
         raise AssertionError("an exported engine runs pass by pass")
 

@@ -164,14 +164,16 @@ class Family(ABC):
         one that gives an image in another way than the model takes it.
         """
         if spec.image_dim is not None:
+            fitting = ", ".join(name for name, own in self.models.items() if own.image_dim is None)
             raise UsageError(
-                f"{model} takes the features of an image encoder; streams of such models are not supported"
+                f"{model} takes the features of an image encoder, of which streams are not supported; expected another "
+                f"model, such as {fitting}"
             )
         if not suits(preset, spec):
             fitting = ", ".join(own.name for own in self.presets if suits(own, spec))
             raise UsageError(
-                f"{model} takes {spec.condition_channels} condition channels of a frame, and preset {preset.name!r} "
-                f"has image {preset.context.image!r}; use one of {fitting}"
+                f"{model} takes {spec.condition_channels} condition channels of a frame, and preset "
+                f"{quoted(preset.name)} has image {quoted(preset.context.image)}; use one of {fitting}"
             )
         if SOLVERS[preset.sampler.solver].to_clean != self.to_clean:
             own = ", ".join(own.name for own in self.presets)

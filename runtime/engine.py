@@ -195,7 +195,7 @@ class Engine:
         preset, inputs = self.preset, self.inputs
         if prompts and preset.context.prompt_switch not in ("cut", "join"):
             raise UsageError(
-                f"prompts are given by block, but prompt_switch is {preset.context.prompt_switch!r}, which works "
+                f"prompts are given by block, but prompt_switch is {quoted(preset.context.prompt_switch)}, which works "
                 "between two blocks; call prompt() there, or use cut or join"
             )
         self.spec.latent_size(size)

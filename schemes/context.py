@@ -126,8 +126,8 @@ class ContextPolicy:
             )
         if self.commit_in_next and self.clean_weights != "plain":
             raise UsageError(
-                f"clean_weights is {self.clean_weights!r}, but commit_in_next runs a commit and a denoising step in "
-                "one pass; set it to false"
+                f"clean_weights is {quoted(self.clean_weights)}, but commit_in_next runs a commit and a denoising step "
+                "in one pass; set it to false"
             )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")

@@ -24,12 +24,13 @@ from inferix.models.wan.taehv import TinyDecoder
 from inferix.models.wan.write_checkpoint import random_lora
 
 SIZE = (32, 32)
+ONE_SET = [name for name, form in FORMATS.items() if not form.experts and not form.twins]  # of weights
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
-    return {form: write_random("wan-tiny", form, root / form, seed=1) for form in FORMATS}
+    return {form: write_random("wan-tiny", form, root / form, seed=1) for form in ONE_SET}
 
 
 def first_block(model, **kwargs):
@@ -38,7 +39,7 @@ def first_block(model, **kwargs):
     return block
 
 
-@pytest.mark.parametrize("form", [form for form in FORMATS if form != "original"])
+@pytest.mark.parametrize("form", [form for form in ONE_SET if form != "original"])
 def test_every_format_gives_the_same_video(folders, form):
     original, other = first_block(folders["original"]), first_block(folders[form])
     assert original.latents.std() > 0.1
@@ -90,7 +91,7 @@ def test_a_decoder_is_chosen_and_must_fit(folders, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["original", "diffusers"])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ONE_SET)
 def test_every_format_converts_to_the_same_video(folders, form, target, tmp_path):
     names = []
     convert(folders[form], tmp_path / "out", target, max_shard=1_000_000, progress=names.append)
@@ -163,7 +164,7 @@ def test_use_ema_chooses_averaged_or_trained_weights(folders):
     assert not torch.equal(averaged.latents, trained.latents)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ONE_SET)
 def test_inspect(folders, form):
     facts = inspect(folders[form])
     detected = "original" if form == "lingbot" else form  # which is recognised by its camera

@@ -49,7 +49,7 @@ def test_texts_are_those_of_neighbouring_groups():
         (lambda: group((1,), 0.0, (0,)), r"\[1\].*\(0,\)"),
         (lambda: group((1,), 0.0, (1, 0)), r"\(1, 0\)"),
         (lambda: Group((1,), 0.0, (1,), ()), "0 positions.*1 "),
-        (lambda: Group((1,), 0.0, (1,), (1,), text=2), "text 2"),
+        (lambda: Group((1,), 0.0, (1,), (1,), text=-1), "text -1"),
         (lambda: Group((1,), 0.0, (1,), (1,), head_contexts=((1,), (0,))), r"head_contexts.*\(0,\)"),
         (lambda: Group((1,), 0.0, (1,), (1,), head_contexts=((),)), r"head_contexts.*\(\)"),
         (lambda: Pass((lists(1, ((1,),)), lists(2, ()))), "head_contexts"),

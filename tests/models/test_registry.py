@@ -56,7 +56,7 @@ def test_a_removed_family_leaves_nothing(brook):
         ({"name": "wan"}, "family 'wan'"),
         ({"models": {"wan-tiny": SPEC}}, "model 'wan-tiny'"),
         ({"presets": (PRESETS["krea"],)}, "preset 'krea'"),
-        ({"formats": WAN.formats}, "format 'causvid'"),
+        ({"formats": {"causvid": WAN.formats["causvid"]}}, "format 'causvid'"),
         ({"models": {"wan-other": dataclasses.replace(SPEC, family="wan")}}, r"'brook-tiny'.*'wan'.*'brook'"),
     ],
 )

@@ -43,7 +43,10 @@ def test_equals_diffusers_with_a_timestep_per_token(spec):
     text = torch.randn(1, spec.text_len, spec.text_dim)
     image = torch.randn(1 if not spec.image_tokens else 2, 5, spec.image_dim) if spec.image_dim else None
     angles = rope_angles(range(frames), height // 2, width // 2, spec.head_dim)
-    got = ours(latents, timesteps, ours.embed_text(text, image), DenseAttention(angles, rope=torch.float32))
+    noisy, given = latents.split((spec.out_channels, spec.in_channels - spec.out_channels), dim=2)
+    beside = ours.embed_frames(given) if spec.frame_channels else None
+    cache = DenseAttention(angles, rope=torch.float32)
+    got = ours(noisy, timesteps, ours.embed_text(text, image), cache, frames=beside)
     per_token = timesteps.repeat_interleave(height * width // 4, dim=1)
     want = theirs(latents.transpose(1, 2), per_token, text, image, return_dict=False)[0].transpose(1, 2)
     assert 0.5 < want.abs().max() < 10

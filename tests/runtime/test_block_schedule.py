@@ -106,9 +106,10 @@ def test_a_prefix_is_committed_and_the_stream_goes_on_after_it(monkeypatch: pyte
 
 def plain_passes(preset: Preset, blocks: int) -> list[tuple[str, Pass]]:
     """The passes of a stream by a plain loop over the timeline, which knows no joining rule."""
-    timeline, timesteps = Timeline(preset), Sampler(preset.sampler).timesteps
+    timeline, sampler = Timeline(preset), Sampler(preset.sampler)
     passes, flight = list[tuple[str, Pass]](), list[tuple[range, int]]()
-    for _ in range(blocks):
+    for index in range(blocks):
+        timesteps = sampler.of_block(index).timesteps
         if timeline.rebuild_due():
             passes.append(("rebuild", timeline.rebuild_pass()))
         while not flight or flight[0][1] < len(timesteps):
@@ -183,7 +184,8 @@ PLANNED = {  # passes of a block graph: names and when they run
 def test_a_block_graph_has_the_passes_of_a_full_window(name: str) -> None:
     preset = make_preset(name, **FEW.get(name, {}))
     passes = plan_block(preset)
-    default = [(f"denoise {step}", Runs.BLOCK) for step in range(preset.sampler.steps)]
+    steps = preset.sampler.steps
+    default = [(f"denoise {step}" if steps > 1 else "denoise", Runs.BLOCK) for step in range(steps)]
     if name in ("longlive-infinity", "tinyworld"):
         default = [("recache", Runs.SWITCH), *default]
     commit = [("commit", Runs.BLOCK)] if preset.context.commit else []
