@@ -85,8 +85,9 @@ class Preset:
         policy = self.context
         if self.window_blocks > 1 or policy.image == "clamp" or policy.clean_weights != "plain":
             raise UsageError(
-                f"boundary_ratio is {boundary}, but window_blocks is {self.window_blocks}, image {quoted(policy.image)} and "
-                f"clean_weights {quoted(policy.clean_weights)}: one pass would need both experts; use 1, prefix and plain"
+                f"boundary_ratio is {boundary}, but window_blocks is {self.window_blocks}, image "
+                f"{quoted(policy.image)} and clean_weights {quoted(policy.clean_weights)}: one pass would need both "
+                "experts; use 1, prefix and plain"
             )
 
     @property
