@@ -152,7 +152,7 @@ class DecodePipeline:
         return self.device.type != "cpu" or torch.get_num_threads() == 1
 
     def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, "inferix-decode", make_current, (self.device,))
+        return ThreadPoolExecutor(1, "inferix-decode", begin_thread, (self.device,))
 
     def submit(self, session: str, job: Callable[[], None]) -> None:
         """Queue `job`; on a GPU it starts after the work that the current stream has now."""
@@ -197,6 +197,16 @@ class DecodePipeline:
 
     def busy(self, session: str) -> bool:
         return any(not job.done() for job in self.jobs.get(session, ()))
+
+
+def begin_thread(device: torch.device) -> None:
+    """Prepare the decoder's thread. On a CPU it decodes only where torch has one thread, and takes no more itself.
+
+    Convolutions would otherwise start a pool of their own there, which slows all later pools of the process.
+    """
+    make_current(device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
 
 
 def to_frames(pixels: Tensor) -> NDArray[np.uint8]:

@@ -221,6 +221,7 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
     def slow(latents, state):
         block = len(threads)
         threads.append(threading.current_thread().name)
+        assert torch.get_num_threads() == 1
         decoding[block].set()
         assert block == 3 or denoised[block + 1].wait(WAIT)
         return decode(latents, state)
