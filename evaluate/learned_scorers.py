@@ -164,7 +164,7 @@ def dino_b16(folder: Path, digest: str, device: str) -> Scorer:
 
 @dataclass(frozen=True)
 class Learned:
-    """How a scorer with weights is made. package: a package that has its network, which must be installed."""
+    """Recipe of a scorer with weights. package: a package that has its network, which must be installed."""
 
     load: Callable[[Path, str, str], Scorer]
     files: tuple[WeightFile, ...]

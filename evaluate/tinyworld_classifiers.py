@@ -8,6 +8,7 @@ in the metadata of their file, and in the model card.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -163,7 +164,7 @@ def accuracy() -> dict[str, float]:
 
 
 def action_response(frames: Pictures, actions: Sequence[str]) -> NDArray[np.bool_]:
-    """Whether each latent frame after the first shows the action that was given, [len(actions)].
+    """True for each latent frame after the first that shows the given action, [len(actions)].
 
     frames: all pictures of a video, [1 + FRAMES * len(actions), SIZE, SIZE, 3]. A blocked hero turns and walks on the
     spot, which counts.
@@ -175,7 +176,7 @@ def action_response(frames: Pictures, actions: Sequence[str]) -> NDArray[np.bool
 
 
 @dataclass(frozen=True)
-class WorldScorer:
+class WorldScorer(ABC):
     """A scorer of pictures of the small world; larger pictures are reduced to its size."""
 
     name: str
@@ -195,8 +196,9 @@ class WorldScorer:
         """Mean over the kinds of words of the probability that both pictures share."""
         return np.asarray(np.minimum(one, other).sum(-1) / len(WORDS))
 
+    @abstractmethod
     def score(self, views: Sequence[View]) -> NDArray[Any]:
-        raise NotImplementedError
+        """Score the pictures of a video; see `Scorer`."""
 
 
 class SceneWords(WorldScorer):

@@ -97,7 +97,7 @@ class TextContext:
 
 @dataclass(frozen=True)
 class FrameContext:
-    """What passes take of their frames beside noisy latents, the same in all passes of a block.
+    """Frame inputs of passes beside noisy latents, the same in all passes of a block.
 
     condition: channels [B, F, condition_channels, H, W] that stand after the latents. camera: its embedding [B, T, d];
     None without one. modulation: (scale, shift) [B, T, d] of each layer, where they are made once for a block; None

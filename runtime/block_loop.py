@@ -329,7 +329,10 @@ class BlockLoop:
         return ForwardRequest(branch, run, latents, actions, given, prompts)
 
     def given(self, state: SessionState, run: Pass, latents: Tensor) -> Handle | None:
-        """What a pass is given of its frames beside latents: prepared once for passes over the same frames in turn."""
+        """Handle of the frame channels that a pass takes, embedded once for passes over the same frames in turn.
+
+        None for a model without frame channels.
+        """
         spec = self.resources.spec
         if not spec.frame_channels:
             return None

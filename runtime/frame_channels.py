@@ -56,7 +56,7 @@ def same_history(one: StreamState, other: StreamState) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class GivenFrames:
-    """What a worker has prepared of the channels of some frames. key: of all that they are made from."""
+    """Handle of the embedded channels of some frames in a worker. key: of all that they are made from."""
 
     key: tuple[object, ...]
     handle: Handle

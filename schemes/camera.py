@@ -26,7 +26,7 @@ HORIZONTAL, NO_TURN = 1e-9, (0.0, 0.0)
 
 @dataclass(frozen=True)
 class CameraSpeeds:
-    """How far held keys move a camera.
+    """Speeds of a camera that held keys move.
 
     move: world units a second. turn: degrees a second. pitch_limit: degrees from the horizon that looking up and down
     ends at.

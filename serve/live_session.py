@@ -543,7 +543,7 @@ def entered_at(session: Session) -> Entered:
 
 
 def begins_with(engine: Engine, settings: ServeSettings) -> dict[str, Any]:
-    """What sessions begin with besides a prompt: an image and a camera at rest, for models that need them."""
+    """Arguments of `open` besides the prompt: an image and a camera at rest, for models that need them."""
     given: dict[str, Any] = {"image": settings.image} if engine.spec.condition_channels else {}
     return given | ({"camera": CameraStart()} if engine.spec.camera_channels is not None else {})
 

@@ -20,15 +20,8 @@ import typer
 
 from inferix.errors import InferixError, one_line_errors
 from inferix.evaluate.results import read_results
+from inferix.models.tinyworld.family import TinyWorld
 
-PROMPTS = (
-    "a red robot in a snowy forest by day",
-    "a blue fox in a green meadow at sunset",
-    "a white ghost in an autumn wood at night",
-    "a purple wizard in a sandy desert by day",
-    "an orange fox in a snowy forest in fog",
-    "a yellow robot in an autumn wood at sunset",
-)
 SEEDS = 4  # of each prompt of the small world: 24 videos
 CONTROL_SEEDS = 24  # of one prompt
 CONTROLS = ("self-forcing", "longlive", "rolling-forcing")
@@ -90,7 +83,7 @@ def main(
     control_seeds: Annotated[int, typer.Option(help="Seeds of each preset of the control.")] = CONTROL_SEEDS,
 ) -> None:
     """Run the study and print its table."""
-    world = Part("tinyworld", PROMPTS, ("--seeds", str(seeds), "--metrics", ",".join(WORLD_METRICS)))
+    world = Part("tinyworld", TinyWorld.examples, ("--seeds", str(seeds), "--metrics", ",".join(WORLD_METRICS)))
     results = {world.name: world.run(out, seconds)}
     for preset in CONTROLS:
         part = Part(f"wan-tiny-{preset}", ("a boat on a lake",), (

@@ -19,6 +19,16 @@ SHARED_ATTENTION = {
     for part in ("q", "k", "v", "o", "norm_q", "norm_k")
 }
 
+CAMERA = {
+    "camera_embedding.projection": "patch_embedding_wancamctrl",
+    "camera_embedding.linear_1": "c2ws_hidden_states_layer1",
+    "camera_embedding.linear_2": "c2ws_hidden_states_layer2",
+    "blocks.*.camera.linear_1": "blocks.*.cam_injector_layer1",
+    "blocks.*.camera.linear_2": "blocks.*.cam_injector_layer2",
+    "blocks.*.camera.scale": "blocks.*.cam_scale_layer",
+    "blocks.*.camera.shift": "blocks.*.cam_shift_layer",
+}
+
 ORIGINAL: dict[str, str] = SHARED_ATTENTION | {
     "patch_embedding": "patch_embedding",
     "text_embedding.linear_1": "text_embedding.0",
@@ -33,13 +43,7 @@ ORIGINAL: dict[str, str] = SHARED_ATTENTION | {
     "image_embedding.linear_2": "img_emb.proj.3",
     "image_embedding.norm_out": "img_emb.proj.4",
     "image_embedding.position": "img_emb.emb_pos",
-    "camera_embedding.projection": "patch_embedding_wancamctrl",
-    "camera_embedding.linear_1": "c2ws_hidden_states_layer1",
-    "camera_embedding.linear_2": "c2ws_hidden_states_layer2",
-    "blocks.*.camera.linear_1": "blocks.*.cam_injector_layer1",
-    "blocks.*.camera.linear_2": "blocks.*.cam_injector_layer2",
-    "blocks.*.camera.scale": "blocks.*.cam_scale_layer",
-    "blocks.*.camera.shift": "blocks.*.cam_shift_layer",
+    **CAMERA,
     "blocks.*.modulation": "blocks.*.modulation",
     "blocks.*.norm_cross": "blocks.*.norm3",
     "blocks.*.cross_attn.k_image": "blocks.*.cross_attn.k_img",
@@ -65,13 +69,7 @@ DIFFUSERS: dict[str, str] = {
     "image_embedding.linear_2": "condition_embedder.image_embedder.ff.net.2",
     "image_embedding.norm_out": "condition_embedder.image_embedder.norm2",
     "image_embedding.position": "condition_embedder.image_embedder.pos_embed",
-    "camera_embedding.projection": "patch_embedding_wancamctrl",
-    "camera_embedding.linear_1": "c2ws_hidden_states_layer1",
-    "camera_embedding.linear_2": "c2ws_hidden_states_layer2",
-    "blocks.*.camera.linear_1": "blocks.*.cam_injector_layer1",
-    "blocks.*.camera.linear_2": "blocks.*.cam_injector_layer2",
-    "blocks.*.camera.scale": "blocks.*.cam_scale_layer",
-    "blocks.*.camera.shift": "blocks.*.cam_shift_layer",
+    **CAMERA,
     "blocks.*.modulation": "blocks.*.scale_shift_table",
     "blocks.*.self_attn.q": "blocks.*.attn1.to_q",
     "blocks.*.self_attn.k": "blocks.*.attn1.to_k",

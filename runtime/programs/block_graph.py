@@ -134,7 +134,7 @@ class ModelPass(nn.Module):
         return {"velocity": velocity}
 
     def frames(self, values: dict[str, Tensor]) -> dict[str, FrameContext]:
-        """What the pass takes of its frames beside their latents, as an argument of the model; none for most models.
+        """Argument `frames` of the model for the pass: condition channels and camera; empty for models without them.
 
         Layers make their modulation where they use it: the rewrite `hoist-frames` computes it once for a block.
         """
