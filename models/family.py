@@ -291,6 +291,12 @@ class Family(ABC):
 
     # Decoders
 
+    def check_prompts(self, text: Callable[[], PromptEncoder] | None, prompts: Sequence[str]) -> None:
+        """UsageError for a prompt that a text encoder of the family refuses; reads no weights.
+
+        text: of `load_text` or `random_text`. By default every prompt is taken.
+        """
+
     @abstractmethod
     def decoder_spec(self, spec: ModelSpec) -> DecoderSpec:
         """Return the sizes of a model's decoder."""
