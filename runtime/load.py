@@ -22,7 +22,7 @@ from .parallel.rank_process import serve_if_ranked
 from .sessions.batch_profile import entries
 
 EXPORTED = "inferix.export.inside:load_exported"  # imported for an exported engine only
-ABOUT_LOADING = ("limits", "offline", "text_prompts", "prompts", "size", "force")  # arguments of `load` that no engine keeps
+ABOUT_LOADING = ("limits", "offline", "text_prompts", "prompts", "size", "force")  # of `load`; no engine keeps them
 
 
 def load(
