@@ -27,6 +27,7 @@ from .connection import Connection
 from .engine_host import EngineHost
 from .live_sessions import LiveSessions
 from .metrics import ServerMetrics
+from .page_files import PAGE_FILES, add_page
 from .protocol import Attach, Open, json_schema
 from .recording import Recordings
 from .refusals import Refusal, refusal_of
@@ -36,17 +37,6 @@ from .video_routes import video_routes
 from .whep import LONGEST_SDP, Whep
 from .worlds import SUFFIX, Worlds
 
-PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {  # by path: file and media type
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/live.css": ("live.css", "text/css; charset=utf-8"),
-    "/live.js": ("live.js", "text/javascript; charset=utf-8"),
-    "/player.js": ("player.js", "text/javascript; charset=utf-8"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
-POLICY = (
-    "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'"
-)
 ENCODER_THREADS = 2
 
 Id = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
@@ -190,19 +180,6 @@ def lifespan(server: Server) -> Callable[[FastAPI], AbstractAsyncContextManager[
             yield
 
     return running
-
-
-def add_page(app: FastAPI) -> None:
-    """The page: files that lie in the package."""
-    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
-
-    def add(path: str, name: str, kind: str) -> None:
-        @app.get(path, include_in_schema=False)
-        def file() -> Response:
-            return FileResponse(PAGE / name, media_type=kind, headers=headers)
-
-    for path, (name, kind) in PAGE_FILES.items():
-        add(path, name, kind)
 
 
 def add_facts(app: FastAPI, server: Server) -> None:
