@@ -264,7 +264,7 @@ class State(Event):
 
 
 class Notice(Event):
-    """Something that a viewer should know. kind: skipped, waited, draining or warning."""
+    """Something that a viewer should know. kind: skipped, waited, draining, moved or warning."""
 
     type: Literal["notice"] = "notice"
     kind: str
@@ -343,10 +343,21 @@ class Codec:
         return control
 
     def write(self, event: Event) -> str | bytes:
+        return self.pack(event.plain())
+
+    def pack(self, fields: dict[str, Any]) -> str | bytes:
+        """A message of some fields."""
         if self.binary:
-            packed: bytes = msgpack.packb(event.plain())
+            packed: bytes = msgpack.packb(fields)
             return packed
-        return json.dumps(event.plain(), allow_nan=False)
+        return json.dumps(fields, allow_nan=False)
+
+    def read_event(self, message: str | bytes) -> dict[str, Any] | None:
+        """The fields of an event; None for a media message."""
+        if isinstance(message, bytes) and (not self.binary or message[:1] < b"\x80"):
+            return None
+        fields: dict[str, Any] = unpack(message) if self.binary else json.loads(message)
+        return fields
 
 
 def unpack(message: str | bytes) -> Any:
