@@ -383,9 +383,9 @@ def router_app(router: Router) -> FastAPI:
         return {"status": "ok" if taking else "failed", "servers": taking, "sessions": sessions, "places": places}
 
     @app.get("/v1/replicas", responses=errors())
-    def replicas() -> list[ReplicaFacts]:
-        """The servers in numbers."""
-        return list(router.replicas.values())
+    def replicas() -> dict[str, ReplicaFacts]:
+        """The servers in numbers, by address."""
+        return router.replicas
 
     @app.websocket("/v1/live")
     async def live(socket: WebSocket) -> None:

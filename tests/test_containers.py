@@ -1,4 +1,4 @@
-"""The Dockerfiles, the devcontainer and the systemd unit: linted, and the files and versions that they name are there."""
+"""The Dockerfiles, the devcontainer and the unit of systemd: linted, and what they name is there."""
 
 import configparser
 import json
