@@ -94,7 +94,8 @@ class Server:
         self.checkpoints = Checkpoints(shared / "checkpoints")
         self.jobs = VideoJobs(self.host, settings, folder / "videos")
         self.recordings = Recordings(
-            folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds
+            folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds,
+            settings.push_to,
         )
         self.live = LiveSessions(self.host, settings, self.worlds, self.recordings, self.metrics, self.checkpoints)
         self.whep = Whep(self.live)

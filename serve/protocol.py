@@ -140,10 +140,11 @@ class Reseed(Control):
 
 
 class Record(Control):
-    """Begin or end a recording of the session; the receipts have its url."""
+    """Begin or end a recording of the session; the receipts have its url. to: address of a push by RTMP."""
 
     type: Literal["record"]
-    format: Literal["mp4", "hls"] = "mp4"
+    format: Literal["mp4", "hls", "rtmp"] = "mp4"
+    to: Annotated[str, StringConstraints(max_length=1024)] | None = None
     on: bool = True
 
 

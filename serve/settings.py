@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class ServeSettings:
     recordings: int = 4
     recordings_kept: int = 32
     recording_seconds: float = 3600.0
+    push_to: str | None = None
     behind_blocks: int = 2
     start_seconds: float = 10.0
     idle_seconds: float = 1800.0
@@ -86,6 +88,7 @@ MEANINGS = {
     "recordings": "recordings that run at a time",
     "recordings_kept": "finished recordings that are kept; the oldest go first",
     "recording_seconds": "seconds of video that a recording takes",
+    "push_to": "beginning of the RTMP addresses that sessions may be pushed to; none: no push",
     "behind_blocks": "blocks that wait for a viewer",
     "start_seconds": "a client has to open or attach a session within",
     "idle_seconds": "a session without any control ends after",
@@ -94,8 +97,18 @@ MEANINGS = {
     "drain_seconds": "at SIGTERM streams and the running job end within",
 }
 
+
+def rtmp(name: str, value: Any) -> str:
+    """The beginning of an RTMP address: at least its scheme and whole host; UsageError for another text."""
+    address = text(name, value)
+    if re.match(r"rtmps?://[^/\s]+/", address) is None:
+        raise UsageError(f"{name} is {quoted(address)}; expected the beginning of an address, such as rtmp://live.example/")
+    return address
+
+
 CHECKS: dict[str, Any] = {
     "token": optional(text),
+    "push_to": optional(rtmp),
     **dict.fromkeys(("folder", "shared", "image"), optional(path)),
     "behind": choice(BEHIND),
     **dict.fromkeys(("save_on_exit", "realtime"), flag),
