@@ -362,7 +362,7 @@ class LiveSession:
     async def _prompt(self, control: Prompt, receipt: Receipt) -> None:
         check_prompt(control.text, self.hub.settings)
         receipt.prompt = control.text
-        self.pending[self.session.prompt(control.text)] = receipt
+        self.pending[self.session.prompt(control.text, blend_blocks=control.transition)] = receipt
 
     async def _act(self, control: Act, receipt: Receipt) -> None:
         actions = self.hub.host.engine.spec.actions

@@ -60,10 +60,11 @@ class Attach(Control):
 
 
 class Prompt(Control):
-    """Change the prompt."""
+    """Change the prompt. transition: blocks from the old prompt to the new one; None for the preset's way."""
 
     type: Literal["prompt"]
     text: str
+    transition: Annotated[int, Field(ge=1, le=64)] | None = None
 
 
 class Act(Control):
