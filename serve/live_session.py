@@ -461,10 +461,11 @@ class LiveSession:
             recordings, fps = self.hub.recordings, self.hub.host.engine.fps
             if (control.format == "rtmp") != (control.to is not None):
                 raise Refusal("invalid", f"format is {control.format}; expected `to`, an address, with rtmp only")
-            if control.to is not None:
-                self.recording = recordings.push(control.to, fps, self.session.size)
-            else:
+            if control.format != "rtmp":
                 self.recording = recordings.start(control.format, fps, self.session.size)
+            else:
+                assert control.to is not None
+                self.recording = recordings.push(control.to, fps, self.session.size)
             return self._applied(receipt, url=self.recording.url)
         if self.recording is None:
             raise Refusal("wrong_order", "the session is not being recorded")
