@@ -234,6 +234,7 @@ def _fold(
     o_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """One part of a consumer's program: take a tile into m_i, l_i [ROWS], acc [ROWS, DIM] and p [ROWS, KEYS]."""
+    p_next = p
     for at in gl.static_range(_length(SCHEDULE, PART)):
         if _step(SCHEDULE, PART, at, "does") == "wait":
             _wait(barriers, item, tile, SCHEDULE, PART, at)
@@ -251,14 +252,14 @@ def _fold(
         elif _step(SCHEDULE, PART, at, "does") == "ready":
             if _step(SCHEDULE, PART, at, "on") == "qk":
                 s = warpgroup_mma_wait(_step(SCHEDULE, PART, at, "left"), [s])
-            else:  # with the next tile's p, so that its registers are not those that the product still reads
+            else:  # p is named so that its registers are kept until the product has read them
                 acc, p = warpgroup_mma_wait(_step(SCHEDULE, PART, at, "left"), [acc, p])
         elif _step(SCHEDULE, PART, at, "does") == "softmax":
             probabilities, m_i, l_i, alpha = _softmax(s, m_i, l_i, factor, seen, MASKED, KEYS, s_layout)
-            p = gl.convert_layout(probabilities.to(gl.bfloat16), p_layout)
+            p_next = gl.convert_layout(probabilities.to(gl.bfloat16), p_layout)
         elif _step(SCHEDULE, PART, at, "does") == "rescale":
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
-    return m_i, l_i, acc, p
+    return m_i, l_i, acc, p_next
 
 
 @gluon.jit
