@@ -122,8 +122,8 @@ def _barrier(barriers, item, tile, SCHEDULE: gl.constexpr, PART: gl.constexpr, A
 @gluon.jit
 def _wait(barriers, item, tile, SCHEDULE: gl.constexpr, PART: gl.constexpr, AT: gl.constexpr):
     BARRIER: gl.constexpr = _step(SCHEDULE, PART, AT, "on")
-    round = _number(item, tile, SCHEDULE, PART, AT, BARRIER) // _depth(SCHEDULE, BARRIER)
-    phase = (round & 1) ^ _step(SCHEDULE, PART, AT, "phase")
+    fill = _number(item, tile, SCHEDULE, PART, AT, BARRIER) // _depth(SCHEDULE, BARRIER)
+    phase = (fill & 1) ^ _step(SCHEDULE, PART, AT, "phase")
     mbarrier.wait(_barrier(barriers, item, tile, SCHEDULE, PART, AT, BARRIER), phase)
 
 
@@ -326,13 +326,13 @@ def _consume(
         acc = acc / gl.expand_dims(gl.convert_layout(l_i, gl.SliceLayout(1, o_layout)), 1)
         offs_q = query + GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout))
         offs_d = gl.arange(0, DIM, layout=gl.SliceLayout(0, o_layout))
-        base = (row.to(gl.int64) * tokens * HEADS + head) * DIM  # of out, [rows, tokens, HEADS, DIM]
+        base = (gl.cast(row, gl.int64) * tokens * HEADS + head) * DIM  # of out, [rows, tokens, HEADS, DIM]
         places = gl.expand_dims(offs_q * (HEADS * DIM), 1) + gl.expand_dims(offs_d, 0)
         gl.store(out_ptr + base + places, acc.to(gl.bfloat16), mask=gl.expand_dims(offs_q < tokens, 1))
         if LSE:  # [rows, HEADS, tokens]
             offs_l = query + GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
             lse = (m_i + gl.log2(l_i)) * 0.6931471805599453
-            gl.store(lse_ptr + (row.to(gl.int64) * HEADS + head) * tokens + offs_l, lse, mask=offs_l < tokens)
+            gl.store(lse_ptr + (gl.cast(row, gl.int64) * HEADS + head) * tokens + offs_l, lse, mask=offs_l < tokens)
         done += 1
 
 
@@ -392,8 +392,8 @@ def block_attention(
     """
     from . import SPEC
 
-    given = dict(zip(SPEC.names, (q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale), strict=True))
-    SPEC.expect_taken("hopper", given)
+    args = (q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale)
+    SPEC.expect_taken("hopper", dict(zip(SPEC.names, args, strict=True)))
     for name, tensor in (("q", q), ("q_sink", q_sink), ("kv", kv)):
         if tensor is not None and tensor.data_ptr() % 16:
             address = tensor.data_ptr()
@@ -436,7 +436,7 @@ def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
     from .reference import make_inputs, sizes
 
-    options: dict[str, dict[str, object]] = {"plain": {}, "sink": {"sinks": 1}, "lse": {"lse": True}}
+    options: dict[str, dict[str, object]] = {"plain": {}, "sink and lse": {"sinks": 1, "lse": True}}
     return {
         f"{variant} bf16 d128": make_inputs(
             Case(variant, sizes(1, 256, 4, FRAME_480P, 2, 2, 128), option), torch.bfloat16, "cpu", 0
