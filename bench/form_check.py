@@ -1,7 +1,8 @@
 """Check of forms against the reference on a card; those that no card has run, in a process of their own.
 
 A fault of a kernel ends the use of a card by its process, and a kernel whose warps wait for each other never ends. So
-such a form runs apart from all others, within `SECONDS`, until a card has run it: then `unproved` leaves its declaration.
+such a form runs apart from all others, within `SECONDS`, until a card has run it: then `unproved` leaves its
+declaration.
 
 Run: python -m inferix.bench.form_check block_attention hopper
 """

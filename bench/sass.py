@@ -53,8 +53,8 @@ def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[Instructi
 def loops_of(code: Sequence[Instruction]) -> list[list[str]]:
     """Steps of each innermost loop that has a product of the tensor cores, in order.
 
-    "QK" is a run of products of two operands in shared memory, "PV" of one whose first operand is in registers, "wait 1"
-    until one product is left in flight. "CTA barrier" and "spill" are what such a loop should not have.
+    "QK" is a run of products of two operands in shared memory, "PV" of one whose first operand is in registers,
+    "wait 1" until one product is left in flight. "CTA barrier" and "spill" are what such a loop should not have.
     """
     jumps = [(target, one.at) for one in code if (target := one.jumps_to()) is not None and target < one.at]
     bodies = []
@@ -67,7 +67,7 @@ def loops_of(code: Sequence[Instruction]) -> list[list[str]]:
 
 
 def step_of(instruction: Instruction) -> str | None:
-    """The step of a loop that an instruction belongs to; None for one that is only arithmetic or synchronises a group."""
+    """The step of a loop that an instruction belongs to; None for arithmetic and for barriers of a warp group."""
     opcode, operands = instruction.opcode, instruction.operands.split(", ")
     if opcode.startswith("HGMMA"):
         return "QK" if operands[1].startswith("gdesc") else "PV"

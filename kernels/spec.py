@@ -99,9 +99,9 @@ class Implementation:
     (empty: any): of the tensors it is for; others are left to the reference. cpu: the form that a CPU takes, for all
     dtypes and sizes. A module that has `compile_cases` is compiled by Triton; it also has its `Config` and
     `candidates(architecture)`, the configs worth trying there.
-    rules: expressions of dims that must hold for a call; another call takes the form `otherwise`, where the op runs, and
-    is refused by this one. unproved: why no card has run its kernel yet; it is then checked in a process of its own, and
-    neither timed nor tuned beside others.
+    rules: expressions of dims that must hold for a call; others run in the form `otherwise` where an op chooses, and
+    this one refuses them. unproved: why no card has run its kernel yet; it is then checked in a process of its own,
+    and neither timed nor tuned beside others.
     """
 
     name: str

@@ -70,7 +70,7 @@ SPEC = KernelSpec(
         Implementation("sdpa", ".block_attention.sdpa:block_attention"),
         Implementation("flash_attn", ".block_attention.flash:block_attention"),
         Implementation("cpu", ".block_attention.cpu:block_attention", cpu=True),
-    ),  # fmt: skip
+    ),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,
     bench_cases=reference.BENCH_CASES,

@@ -212,7 +212,7 @@ def _produce(
                 )  # fmt: skip
                 tile += 1
             first += run
-        filled += 1
+        filled += 1  # noqa: SIM113 (a kernel has no enumerate)
 
 
 @gluon.jit
@@ -300,12 +300,12 @@ def _consume(
         first = 0
         while first < count:
             end = gl.where(first < sinks, sinks, count) if SINK else count
-            page, run = _run(list_ptr, first, end)
+            _, run = _run(list_ptr, first, end)
             if SINK:
                 q = q_buffer.index(gl.where(first < sinks, GROUPS + GROUP, GROUP))
             length = run * PAGE
             whole = length // KEYS * KEYS
-            for start in range(taken, whole, KEYS):
+            for _ in range(taken, whole, KEYS):
                 m_i, l_i, acc, p = _fold(
                     q, k_buffer, v_buffer, barriers, done, tile, m_i, l_i, acc, p, factor, 0, SCHEDULE, "each", False,
                     KEYS, ROWS, s_layout, o_layout, p_layout,
@@ -333,7 +333,7 @@ def _consume(
             offs_l = query + GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
             lse = (m_i + gl.log2(l_i)) * 0.6931471805599453
             gl.store(lse_ptr + (gl.cast(row, gl.int64) * HEADS + head) * tokens + offs_l, lse, mask=offs_l < tokens)
-        done += 1
+        done += 1  # noqa: SIM113
 
 
 @gluon.jit
@@ -358,9 +358,10 @@ def _attend(
     q_buffer = gl.allocate_shared_memory(gl.bfloat16, [(2 if SINK else 1) * GROUPS, ROWS, DIM], q_tiles.layout)
     k_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, KEYS, DIM], kv_tiles.layout)
     v_buffer = gl.allocate_shared_memory(gl.bfloat16, [STAGES, KEYS, DIM], kv_tiles.layout)
-    barriers = ()  # of memory of their own each, since Triton keeps accesses to one piece of memory in order
+    barriers = ()  # each in memory of its own, since Triton keeps accesses to one piece of memory in order
     for at in gl.static_range(_barrier_count(SCHEDULE)):
-        barriers += (_new_barrier(_depth(SCHEDULE, _name_of(SCHEDULE, at)), _arrivals(SCHEDULE, at)),)
+        barrier = _new_barrier(_depth(SCHEDULE, _name_of(SCHEDULE, at)), _arrivals(SCHEDULE, at))
+        barriers += (barrier,)  # type: ignore[assignment]
     fence_async_shared()
     gl.warp_specialize([
         (_consume, (table_ptr, count_ptr, sinks_ptr, out_ptr, lse_ptr, q_buffer, k_buffer, v_buffer, barriers, tokens,

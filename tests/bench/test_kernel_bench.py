@@ -84,7 +84,7 @@ def test_the_steps_of_a_loop_are_read_from_machine_code():
     lines = (
         "MOV R1, R2", "HGMMA.64x128x16 R24, gdesc[UR4], R24", "HGMMA.64x128x16 R24, gdesc[UR8], R24",
         "HGMMA.64x128x16 R88, R152, gdesc[UR12].tnspB, R88", "WARPGROUP.DEPBAR.LE gsb0, 0x1",
-        "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", "BAR.SYNC.DEFER_BLOCKING 0x1", "STL [R1], R0", "BRA 0x10", "BRA 0x0", "EXIT ",
+        "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", "BAR.SYNC.DEFER_BLOCKING 0x1", "STL [R1], R0", "BRA 0x10", "BRA 0x0",
     )  # fmt: skip
     code = [Instruction(16 * at, *line.split(" ", 1)) for at, line in enumerate(lines)]
     assert loops_of(code) == [["QK", "PV", "wait 1", "CTA barrier", "spill"]]

@@ -1,9 +1,9 @@
 """Simulator of a warp-specialised Gluon kernel for sm_90: its own source runs in Python, with numpy as its arithmetic.
 
 The interpreter of Triton has no Gluon. Here each warp group of a program is a thread, of which one runs at a time, and
-barriers, copies and products behave as the hardware's: a barrier (mbarrier) counts arrivals and bytes and has a phase,
-of which a wait knows the parity only; a copy (TMA) ends at any time after it began; a product (wgmma) reads its operands
-in shared memory at any time until it is waited for. Which of them goes on is drawn from a seed.
+barriers, copies and products behave as the hardware's: a barrier (mbarrier) counts arrivals and bytes and has a
+phase, of which a wait knows the parity only; a copy (TMA) ends at any time after it began; a product (wgmma) reads its
+operands in shared memory at any time until it is waited for. Which of them goes on is drawn from a seed.
 
 Each fill of a stage and each read of it is an event. A thread learns of events through barriers alone, so that an
 access which no barrier puts in order is found wherever it happened to run: `Race`. No thread able to go on: `Deadlock`.
@@ -316,9 +316,7 @@ class Program:
             convert_layout=lambda value, layout: value,
             minimum=min,
             maximum=np.maximum,
-            where=lambda condition, one, other: (
-                array(np.where(condition, one, other)) if isinstance(condition, np.ndarray) else one if condition else other
-            ),
+            where=where,
             arange=lambda start, end, layout: array(np.arange(start, end)),
             full=lambda shape, value, dtype, layout: array(np.full(shape, value, np.float32)),
             zeros=lambda shape, dtype, layout: array(np.zeros(shape, np.float32)),
@@ -328,6 +326,12 @@ class Program:
             log2=np.log2,
             expand_dims=np.expand_dims,
         )  # fmt: skip
+
+
+def where(condition: Any, one: Any, other: Any) -> Any:
+    if isinstance(condition, np.ndarray):
+        return array(np.where(condition, one, other))
+    return one if condition else other
 
 
 def store(pointer: Pointer, value: np.ndarray, mask: np.ndarray) -> None:
