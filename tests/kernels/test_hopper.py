@@ -24,6 +24,7 @@ TWO_ITEMS = Case("two heads", sizes(1, 20, 2, 200, 2, 1, 128), {"lse": True, "si
 CASES = [
     *(case for case in SPEC.test_cases if case["dim"] == 128 and case["page_tokens"] >= 128),
     Case("pages of one tile", sizes(1, 129, 3, 128, 1, 1, 128), {"order": "one"}),
+    Case("runs, grouped heads, two groups of queries", sizes(2, 70, 4, 130, 4, 2, 128), {"sinks": 1, "order": "runs"}),
     Case("unequal rows", sizes(3, 9, 4, 150, 2, 1, 128), {"sinks": 2, "order": "one", "lse": True}),
 ]
 
