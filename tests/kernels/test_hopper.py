@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed; pip install trito
 from checker import changed, check
 from gluon_simulator import Deadlock, Race, Simulated
 
+from inferix.bench import form_check
 from inferix.errors import UsageError
 from inferix.kernels.block_attention import SPEC, hopper
 from inferix.kernels.block_attention.reference import sizes
@@ -215,3 +216,19 @@ def test_a_form_that_no_card_has_run_is_never_the_default(monkeypatch):
     assert FORM not in SPEC.serving(90, inputs)
     assert SPEC.serving(90, inputs, [FORM]) == [FORM]
     assert SPEC.serving(100, inputs, [FORM]) == []
+
+
+def test_the_check_of_the_form_compares_all_cases_it_takes_and_times_those_of_real_sizes(simulated, monkeypatch):
+    """As on a card, over small cases."""
+    monkeypatch.setattr(form_check, "architecture", lambda device: 90)
+    short = Case("short pages", sizes(1, 4, 2, 64, 1, 1, 128))
+    spec = replace(SPEC, test_cases=(short, TWO_ITEMS), bench_cases=(TWO_ITEMS, short))
+    simulated()
+    facts = form_check.check_here(spec, FORM, "cpu")
+    assert facts["checked"] == 1  # the case in bfloat16 with pages of a tile
+    assert facts["wrong"] == {}
+    assert list(facts["ms"]) == [TWO_ITEMS.name]
+    simulated(schedule=wrong_schedules()["each: rescale dropped"])
+    facts = form_check.check_here(spec, FORM, "cpu")
+    assert "is off by" in facts["wrong"][f"hopper, {TWO_ITEMS.name}, bfloat16"]
+    assert facts["ms"] == {}
