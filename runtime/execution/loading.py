@@ -156,8 +156,10 @@ def weight_sets(checkpoint: Checkpoint, scheme: Preset) -> tuple[Mapping[str, Te
     if own == PLAIN and needed == WITH_MEMORY:
         return (checkpoint.tensors, checkpoint.tensors)
     if own != needed:
+        folders = family_of(checkpoint.spec).formats[checkpoint.form].experts
+        held = [f"{one} in {folder}" for one, folder in zip(own, folders, strict=True)] if folders else own
         raise UsageError(
-            f"{where} has {len(own)} set{'s' if len(own) > 1 else ''} of weights ({', '.join(own)}), but preset "
+            f"{where} has {len(own)} set{'s' if len(own) > 1 else ''} of weights ({', '.join(held)}), but preset "
             f"{scheme.name} runs {', '.join(needed)}; use one of {', '.join(fitting)}"
         )
     boundary = scheme.sampler.boundary_ratio

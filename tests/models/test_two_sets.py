@@ -110,7 +110,7 @@ def test_sets_that_a_preset_does_not_run_are_refused_before_weights(tmp_path: Pa
     for path, preset, named in (
         (plain, "self-forcing-a14b", r"1 set.*self-forcing"),
         (memory, "sgf", r"plain, memory.*sgf-plus"),
-        (pair, "self-forcing", r"high-noise.*self-forcing-a14b"),
+        (pair, "self-forcing", r"low-noise in transformer_2.*self-forcing-a14b"),
     ):
         with pytest.raises(UsageError, match=named):
             inferix.load(path, preset=preset, device="cpu")
