@@ -23,6 +23,7 @@ PACKAGES = [
     "inferix.kernels.adaln",
     "inferix.kernels.block_attention",
     "inferix.kernels.denoise_step",
+    "inferix.kernels.frame_noise",
     "inferix.kernels.kv_pages",
     "inferix.kernels.linear_lowp",
     "inferix.kernels.qk_norm_rope_append",

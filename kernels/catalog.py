@@ -21,12 +21,12 @@ from .spec import KernelSpec, OpSpec
 SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (
-        BLOCK_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, LINEAR_LOWP, KV_PAGES, RMS_NORM, RMS_SILU,
-        ROPE_APPEND,
+        BLOCK_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE, LINEAR_LOWP, KV_PAGES, RMS_NORM,
+        RMS_SILU, ROPE_APPEND,
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {
-    spec.name: spec for spec in (LINEAR_GELU, FRAME_NOISE, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC)
+    spec.name: spec for spec in (LINEAR_GELU, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC)
 }  # torch's own ops
 
 

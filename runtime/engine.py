@@ -294,7 +294,7 @@ class Engine:
             block = yield from self.loop.make_block(state, record, session.mark_rollback, wait_for_decoder)
             if self.profile is not None:
                 self.profile.end_block(block.span.index, record.seconds, partial(self._bytes_by_owner, state))
-            manager.finish_block(session, block.latents)
+            manager.finish_block(session, block.latents, block.check)
 
     def _apply_controls(self, session: Session) -> None:
         """Apply the actions and prompts that arrived since the session's last block began."""

@@ -45,7 +45,7 @@ from .plans import (
     WritePages,
     WriteSink,
 )
-from .streams import make_current
+from .streams import make_current, to_device
 
 
 @dataclass
@@ -114,7 +114,7 @@ class LocalWorker:
 
     # Passes
 
-    def run_pass(self, plan: PassPlan, latents: Tensor) -> list[Tensor]:
+    def run_pass(self, plan: PassPlan, *latents: Tensor) -> list[Tensor]:
         executor, attention = self.executors[plan.weights], self.attention(plan)
         text = executor.join([self.text(executor, parts) for parts in plan.texts])
         actions = None
@@ -125,13 +125,18 @@ class LocalWorker:
         parts = [self.frames[number][executor] for number in plan.frames]
         given = {"given": executor.join_frames(parts)} if parts else {}
         if plan.whole:
-            frames = [range(block.first, block.first + latents.shape[1]) for block in plan.whole]
+            frames = [range(block.first, block.first + block.frames) for block in plan.whole]
             seeds = [block.seed for block in plan.whole]
-            return [executor.run_block(latents, text, attention, frames, seeds, actions, **given)]
-        timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
+            return [executor.run_block(self.latent_shape(plan), text, attention, frames, seeds, actions, **given)]
+        timesteps = to_device(torch.tensor(plan.timesteps, dtype=torch.float32), self.device)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
-        return [executor.forward(latents, timesteps, text, attention, actions, **given)]
+        return [executor.forward(*latents, timesteps, text, attention, actions, **given)]
+
+    def latent_shape(self, plan: PassPlan) -> tuple[int, int, int]:
+        """(C, H, W) of a latent frame of the plan's picture size."""
+        spec, (rows, columns) = self.parts.transformer.spec, plan.layout.grid
+        return spec.out_channels, rows * spec.patch[0], columns * spec.patch[1]
 
     def run_branches(self, plan: GuidedPass, latents: Tensor) -> list[Tensor]:
         """Run the branches of this rank's place."""

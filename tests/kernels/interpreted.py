@@ -26,6 +26,7 @@ from inferix.kernels.block_attention import descriptors
 from inferix.kernels.block_attention import gpu as attention_gpu
 from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import gpu as denoise_gpu
+from inferix.kernels.frame_noise import gpu as noise_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
 from inferix.kernels.philox import philox4x32, philox_normals
@@ -159,6 +160,8 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
     "noise of another frame": (denoise_gpu, "zero + frame", "zero + frame + 1", "one patch"),
     "noise out of order": (denoise_gpu, "tl.join(one, three), tl.join(two, four)",
                            "tl.join(one, two), tl.join(three, four)", "one patch"),
+    "frames of the first row": (noise_gpu, "row * frames_stride", "0 * frames_stride", "two rows, three frames"),
+    "the key of the first row": (noise_gpu, "key_ptr + row", "key_ptr + 0 * row", "two rows, three frames"),
     "rows of a patch for columns": (denoise_gpu, "(y % PATCH_H) * PATCH_W + x_column % PATCH_W",
                                     "(x_column % PATCH_W) * PATCH_H + y % PATCH_H", "one patch"),
     "no GELU": (linear_gpu, "GELU=gelu", "GELU=False", "fp8, gelu"),
