@@ -27,6 +27,7 @@ PACKAGES = [
     "inferix.kernels.kv_pages",
     "inferix.kernels.linear_lowp",
     "inferix.kernels.qk_norm_rope_append",
+    "inferix.kernels.quantise_rows",
     "inferix.kernels.rms_norm",
     "inferix.kernels.rms_silu",
     "inferix.graphs",

@@ -57,4 +57,5 @@ class PassTables:
 
     def moved(self, tensors: Iterator[Tensor]) -> PassTables:
         """The same with the next of other tensors, in the order of `tensors`."""
-        return PassTables(**{name: None if tensor is None else next(tensors) for name, tensor in vars(self).items()})
+        moved = {name: None if tensor is None else next(tensors) for name, tensor in vars(self).items()}
+        return PassTables(**moved)  # type: ignore[arg-type]

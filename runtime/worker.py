@@ -19,6 +19,7 @@ from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .kv.page_store import KV_DTYPES, PagedStore, PageForm
 from .kv.sink_average import average_frame
+from .kv.table_slots import TableSlots
 from .plans import (
     AverageSink,
     CloseStore,
@@ -72,6 +73,7 @@ class LocalWorker:
         self.executors = (executor,) if executor is not None else executors_of(config, preset, parts)
         assert len(self.executors) >= len(preset.weight_sets), preset.weight_sets
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
+        self.actions = TableSlots(self.device, 2)  # of a pass, and of the one before it
         self.adapter = Adapter(parts.transformer, len(parts.transformers))
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
@@ -119,9 +121,9 @@ class LocalWorker:
         text = executor.join([self.text(executor, parts) for parts in plan.texts])
         actions = None
         if plan.actions:
-            numbers, kinds = torch.tensor(plan.actions, device=self.device), self.parts.transformer.spec.action_dim
+            kinds = self.parts.transformer.spec.action_dim
             assert kinds is not None
-            actions = F.one_hot(numbers, kinds).to(self.dtype)
+            (actions,) = self.actions.put([F.one_hot(torch.tensor(plan.actions), kinds).to(self.dtype)])
         parts = [self.frames[number][executor] for number in plan.frames]
         given = {"given": executor.join_frames(parts)} if parts else {}
         if plan.whole:

@@ -31,6 +31,7 @@ from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
 from inferix.kernels.philox import philox4x32, philox_normals
 from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
+from inferix.kernels.quantise_rows import gpu as quantise_gpu
 from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
 from inferix.kernels.spec import using
@@ -169,6 +170,10 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
         linear_gpu, "weight_scale_ptr + offs_n,", "weight_scale_ptr + offs_n * 0,", "fp8, tails"
     ),
     "a tile short": (linear_gpu, "range(0, inner, INNER)", "range(0, inner - INNER, INNER)", "fp8, tails"),
+    "no GELU of rows": (quantise_gpu, "GELU=gelu", "GELU=False", "fp8, gelu"),
+    "the scale of one row": (quantise_gpu, "scale_ptr + row, scale", "scale_ptr, scale", "fp8"),
+    "largest and not by size": (quantise_gpu, "tl.max(tl.abs(y), 0)", "tl.max(y, 0)", "fp8"),
+    "rows cut": (quantise_gpu, "tl.floor(y + 0.5)", "tl.floor(y)", "int8"),
     "cut instead of rounded": (pages_gpu, "tl.floor(x + 0.5)", "tl.floor(x)", "to int8"),
     "the page it came from": (pages_gpu, "tl.load(target_pages_ptr", "tl.load(source_pages_ptr", "gather"),
     "the first stretch of a page": (
