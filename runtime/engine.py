@@ -278,6 +278,8 @@ class Engine:
     def step(self) -> tuple[Session, ...]:
         """Make the next block of the sessions whose turn it is; of none where none can be made now."""
         sessions = self.manager.prepare_step()
+        if sessions:
+            self.loop.finite.begin_step()
         with self.manager.thread.in_callback():  # noise and observers are the user's
             run_lockstep([self._one_block(session, len(sessions)) for session in sessions], self.loop.answer)
         return sessions

@@ -26,13 +26,21 @@ class FiniteCheck:
     """Checks blocks of an engine. at_once: True where looking costs no wait, on a CPU.
 
     On a GPU it owns a scalar on the device and pinned slots, one for each block that was made and not yet read, in the
-    dtype of latents: copies that convert would need memory on the device.
+    dtype of latents: copies that convert would need memory on the device. older, latest: events of the blocks of the
+    last two steps.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.at_once = device, dtype, device.type == "cpu"
         self.lock, self.free = Lock(), list[Tensor]()  # slots are put back by the decoder's thread
         self.largest = torch.empty((), dtype=dtype, device=device)
+        self.older, self.latest = list[torch.cuda.Event](), list[torch.cuda.Event]()
+
+    def begin_step(self) -> None:
+        """Wait for the blocks of the step before the last: the host is one step ahead of the device, and no more."""
+        for event in self.older:
+            event.synchronize()
+        self.older, self.latest = self.latest, []
 
     def now(self, block: int, latents: Tensor) -> None:
         """Raise InferixError for latents with an infinity or a NaN; waits for the device."""
@@ -49,6 +57,7 @@ class FiniteCheck:
         slot.copy_(self.largest, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
+        self.latest.append(copied)
 
         def read() -> None:
             copied.synchronize()

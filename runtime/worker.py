@@ -116,7 +116,7 @@ class LocalWorker:
 
     # Passes
 
-    def run_pass(self, plan: PassPlan, *latents: Tensor) -> list[Tensor]:
+    def run_pass(self, plan: PassPlan, latents: Tensor | None = None) -> list[Tensor]:
         executor, attention = self.executors[plan.weights], self.attention(plan)
         text = executor.join([self.text(executor, parts) for parts in plan.texts])
         actions = None
@@ -130,10 +130,11 @@ class LocalWorker:
             frames = [range(block.first, block.first + block.frames) for block in plan.whole]
             seeds = [block.seed for block in plan.whole]
             return [executor.run_block(self.latent_shape(plan), text, attention, frames, seeds, actions, **given)]
+        assert latents is not None
         timesteps = to_device(torch.tensor(plan.timesteps, dtype=torch.float32), self.device)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
-        return [executor.forward(*latents, timesteps, text, attention, actions, **given)]
+        return [executor.forward(latents, timesteps, text, attention, actions, **given)]
 
     def latent_shape(self, plan: PassPlan) -> tuple[int, int, int]:
         """(C, H, W) of a latent frame of the plan's picture size."""
