@@ -325,10 +325,12 @@ class Engine:
         else:
             state.camera.follow(frame, value)
 
-    def _change_prompt(self, state: SessionState, text: str | None, embeds: Tensor | str | Path | None) -> None:
+    def _change_prompt(
+        self, state: SessionState, text: str | None, embeds: Tensor | str | Path | None, blend_blocks: int | None
+    ) -> None:
         prefix = state.preset.scene_cut_prefix
         scene_cut = text is not None and bool(prefix) and text.startswith(prefix.strip())
-        self.loop.change_prompt(state, self.inputs.prompt_rows(text, embeds), scene_cut)
+        self.loop.change_prompt(state, self.inputs.prompt_rows(text, embeds), scene_cut, blend_blocks)
 
     def run(self, keep: bool = False) -> None:
         """Make blocks of all sessions that request some, until every session has ended.
