@@ -266,12 +266,13 @@ class EmbedFrames:
 class UseAdapter:
     """Merge an adapter into the weights in place of the one before; None removes that. Nothing derived is recomputed.
 
-    path: of a file or folder that every rank can read.
+    path: of a file or folder that every rank can read. sets: numbers of the sets of weights that it changes.
     """
 
     path: str | None
     scale: float
     partial: bool
+    sets: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
