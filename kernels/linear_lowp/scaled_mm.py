@@ -24,11 +24,8 @@ def linear_lowp(
         from .gpu import linear_lowp as triton_linear
 
         return triton_linear(x, weight, x_scale, weight_scale, bias, out, gelu)
-    rows = x_scale.float().expand(len(x))[:, None].contiguous()
-    columns = weight_scale.float().expand(len(weight))[None].contiguous()
-    aten._scaled_mm.out(
-        x, weight.T, rows, columns, bias, out_dtype=out.dtype, use_fast_accum=fast, out=out
-    )
+    rows, columns = each(x_scale, len(x)).unsqueeze(1), each(weight_scale, len(weight)).unsqueeze(0)
+    aten._scaled_mm.out(x, weight.t(), rows, columns, bias, out_dtype=out.dtype, use_fast_accum=fast, out=out)
     if gelu:
         aten.gelu.out(out, approximate="tanh", out=out)
 
@@ -38,3 +35,9 @@ def linear_lowp_fast(
 ) -> None:
     """The same with fast sums; `inferix bench kernels --tune` takes it where its error is within the op's tolerance."""
     linear_lowp(x, weight, x_scale, weight_scale, bias, out, gelu, fast=True)
+
+
+def each(scale: Tensor, count: int) -> Tensor:
+    """A scale for each of `count` rows, float32 [count]; the tensor itself where it is that."""
+    wide = scale if scale.dtype == torch.float32 else scale.float()
+    return wide if len(wide) == count else wide.expand(count).contiguous()
