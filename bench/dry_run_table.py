@@ -21,9 +21,8 @@ from ..models.registry import MODELS, family_of, make_preset
 from ..runtime.capacity.rank_planner import divided
 from ..runtime.config import EVERY_BLOCK
 from ..runtime.files import write_atomically
-from ..runtime.kv.page_store import KV_DTYPES
+from ..runtime.kv.page_store import KV_DTYPES, padded_width
 from ..runtime.programs.block_graph import BlockGraphBuilder
-from ..runtime.programs.graph_builder import padded_width
 from ..schemes.guidance import ALONE
 from ..schemes.layouts import RankGrid, choose_layout
 from .dry_run import dry_run, facts, fake_shard, run_decoder

@@ -100,9 +100,9 @@ def graph(
     from ..models.transformer import PRECISIONS
     from ..runtime.capacity.rank_planner import divided
     from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
-    from ..runtime.kv.page_store import KV_DTYPES
+    from ..runtime.kv.page_store import KV_DTYPES, padded_width
     from ..runtime.programs.block_graph import BlockGraphBuilder
-    from ..runtime.programs.graph_builder import GraphBuilder, padded_width
+    from ..runtime.programs.graph_builder import GraphBuilder
     from ..runtime.programs.graph_store import stored_for
     from ..schemes.guidance import ALONE as ALONE_GUIDANCE
     from ..schemes.presets import with_settings

@@ -208,7 +208,7 @@ class ExportedExecutor:
 
     def run_block(
         self,
-        latents: Tensor,
+        shape: tuple[int, int, int],
         text: Text,
         attention: KeyValues,
         frames: Sequence[range],

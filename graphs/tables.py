@@ -6,6 +6,7 @@ decides anything; policies do, and these tensors carry what they decided.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -48,3 +49,13 @@ class PassTables:
     def frames(self) -> int:
         """Frames of each row."""
         return self.pages.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that are given, in the order of the fields."""
+        return [tensor for tensor in vars(self).values() if tensor is not None]
+
+    def moved(self, tensors: Iterator[Tensor]) -> PassTables:
+        """The same with the next of other tensors, in the order of `tensors`."""
+        moved = {name: None if tensor is None else next(tensors) for name, tensor in vars(self).items()}
+        return PassTables(**moved)  # type: ignore[arg-type]

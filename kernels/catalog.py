@@ -13,6 +13,7 @@ from .kv_pages import SPEC as KV_PAGES
 from .linear_gelu import SPEC as LINEAR_GELU
 from .linear_lowp import SPEC as LINEAR_LOWP
 from .qk_norm_rope_append import SPEC as QK_NORM_ROPE_APPEND
+from .quantise_rows import SPEC as QUANTISE_ROWS
 from .rms_norm import SPEC as RMS_NORM
 from .rms_silu import SPEC as RMS_SILU
 from .rope_append import SPEC as ROPE_APPEND
@@ -21,12 +22,12 @@ from .spec import KernelSpec, OpSpec
 SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (
-        BLOCK_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, LINEAR_LOWP, KV_PAGES, RMS_NORM, RMS_SILU,
-        ROPE_APPEND,
+        BLOCK_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE, LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES,
+        RMS_NORM, RMS_SILU, ROPE_APPEND,
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {
-    spec.name: spec for spec in (LINEAR_GELU, FRAME_NOISE, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC)
+    spec.name: spec for spec in (LINEAR_GELU, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC)
 }  # torch's own ops
 
 

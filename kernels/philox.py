@@ -60,7 +60,7 @@ def philox_normals(
     quads = torch.arange((elements + 3) // 4, device=device)
     counters = torch.empty(len(frames), len(quads), 4, dtype=torch.int64, device=device)
     counters[..., 0] = quads
-    counters[..., 1] = torch.tensor(list(frames), device=device)[:, None]
+    counters[..., 1] = torch.arange(frames.start, frames.stop, frames.step, device=device)[:, None]
     counters[..., 2] = draw
     counters[..., 3] = stream
     words = philox4x32(counters, (seed & MASK, (seed >> 32) & MASK))

@@ -33,6 +33,7 @@ from ..schemes.block_schedule import (
 )
 from ..schemes.timeline import Span
 from .execution.decode_pipeline import to_frames
+from .finite_check import FiniteCheck
 from .frame_channels import GivenFrames, camera_key, frame_channels
 from .kv.paged_cache import layout_together
 from .noise import PhiloxNoise
@@ -57,6 +58,7 @@ class BlockLoop:
 
     def __init__(self, resources: Resources, split_batches: Callable[[int, str], None]) -> None:
         self.resources, self.split_batches = resources, split_batches
+        self.finite = FiniteCheck(resources.device, latent_dtype(resources.preset.sampler, resources.dtype))
 
     # One block
 
@@ -68,6 +70,8 @@ class BlockLoop:
         wait_for_decoder: Callable[[], None],
     ) -> BlockSteps[BlockInFlight]:
         """Make the next block: prepare the context, denoise, commit. Stages are timed in `record`.
+
+        Its `check` must have run before its latents or pictures are handed out.
 
         mark_rollback: makes the current state the one that a rollback restores. wait_for_decoder: waits until the
         decode pipeline is done with the session.
@@ -85,6 +89,7 @@ class BlockLoop:
                 block = yield from self.run_whole(state, record)
             else:
                 block = yield from self.denoise(state, record)
+            block.check = self.finite.begin(block.span.index, block.latents)
         with record.span("commit"):
             if state.preset.context.commit_in_next:
                 state.timeline.uncommitted, state.uncommitted = block.span, block.latents
@@ -238,24 +243,24 @@ class BlockLoop:
         yield from self.network_pass(state, scheduled.run, latents, record, prompts)
 
     def runs_whole(self, state: SessionState) -> bool:
-        """True if the next block can be one launch: no frame is clamped, and noise follows from the seed."""
-        clamped = state.clamped is not None and state.timeline.next_frame == 0
-        plain = isinstance(state.noise, PhiloxNoise) and state.sampler.strength == 1
+        """True if the next block can be one launch: no frame is clamped, and it starts from noise of the seed alone."""
+        clamped = state.clamped is not None and state.next_block == 0
+        plain = isinstance(state.noise, PhiloxNoise) and state.source is None
         whole = self.resources.worker.supports_whole_block and supports_whole_block(state.preset, state.next_block)
         return whole and plain and not clamped
 
     def run_whole(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
         """Run all steps and the commit of a block in one launch; no other block of the session is in flight."""
-        block, (branch,) = self.admit(state), state.branches
-        assert isinstance(state.noise, PhiloxNoise)
-        frames, seed = block.span.frames, state.noise.seed
+        span, (branch,), noise = self.begin(state), state.branches, state.noise
+        assert isinstance(noise, PhiloxNoise)
+        shape = len(span.frames), *self.latent_shape(state)
+        block = BlockInFlight(span, torch.empty(shape, device="meta"), state.sampler.begin())  # the graph draws noise
         run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
         self.roll_caches(state, run)
         request = self.request(state, branch, run, block.latents, {})
-        request = replace(request, whole=WholeBlock(frames.start, seed))
+        request = replace(request, whole=WholeBlock(span.frames.start, len(span.frames), noise.seed))
         with record.one_pass():
             block.latents = yield request
-        self.check_finite(block)
         block.committed = state.preset.context.commit
         return block
 
@@ -263,9 +268,7 @@ class BlockLoop:
 
     def admit(self, state: SessionState) -> BlockInFlight:
         """Admit the next block: noise, or a given video with noise added. InferixError where the video has ended."""
-        span = state.timeline.admit()
-        if (rows := state.prompts.pop(span.index, None)) is not None:
-            self.use_prompt(state, rows)
+        span = self.begin(state)
         sampler = state.sampler.of_block(span.index)
         latents = self.draw(state, span, 0)
         if state.source is not None:
@@ -277,6 +280,13 @@ class BlockLoop:
         self.hold_given(state, block)
         return block
 
+    def begin(self, state: SessionState) -> Span:
+        """Admit the frames of the next block, and put the prompt that was given for it in force."""
+        span = state.timeline.admit()
+        if (rows := state.prompts.pop(span.index, None)) is not None:
+            self.use_prompt(state, rows)
+        return span
+
     def advance(self, state: SessionState, block: BlockInFlight, velocity: Tensor) -> None:
         """Take one solver step of one block; velocity [F, C, H, W]."""
         step = block.step
@@ -286,12 +296,8 @@ class BlockLoop:
         block.step += 1
         if state.preset.context.image == "clamp":
             self.hold_given(state, block)
-        self.check_finite(block)
-
-    def check_finite(self, block: BlockInFlight) -> None:
-        """Raise InferixError for latents with an infinity or a NaN."""
-        if not torch.isfinite(block.latents).all():
-            raise InferixError(f"block {block.span.index} is not finite; try dtype float32 or another checkpoint")
+        if self.finite.at_once:
+            self.finite.now(block.span.index, block.latents)
 
     def hold_given(self, state: SessionState, block: BlockInFlight) -> None:
         block.latents = self.with_given(state, block.span, block.latents)
@@ -349,10 +355,14 @@ class BlockLoop:
 
     def draw(self, state: SessionState, span: Span, draw: int) -> Tensor:
         """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
-        shape = (self.resources.spec.out_channels, *self.resources.spec.latent_size(state.size))
-        noise = state.noise.draw(span.index, span.frames, draw, shape)
+        noise = state.noise.draw(span.index, span.frames, draw, self.latent_shape(state))
         dtype = latent_dtype(state.preset.sampler, self.resources.dtype)
         return to_device(noise, self.resources.device, dtype)
+
+    def latent_shape(self, state: SessionState) -> tuple[int, int, int]:
+        """(C, H, W) of a latent frame."""
+        height, width = self.resources.spec.latent_size(state.size)
+        return self.resources.spec.out_channels, height, width
 
     # Passes
 
@@ -466,6 +476,9 @@ class BlockLoop:
     def execute(self, requests: Sequence[ForwardRequest], layout: PassLayout) -> list[Tensor]:
         """Have the worker run one pass, or whole blocks; returns the result [F, C, H, W] of each request."""
         plan = self.plan(requests, layout)
+        if plan.whole:
+            (result,) = self.resources.client.execute(plan)
+            return list(result)
         latents = torch.stack([request.latents for request in requests])
         if self.resources.branches_apart:
             branch = BranchPass(requests[0].branch.number, tuple(range(latents.shape[1])), plan)

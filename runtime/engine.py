@@ -278,6 +278,8 @@ class Engine:
     def step(self) -> tuple[Session, ...]:
         """Make the next block of the sessions whose turn it is; of none where none can be made now."""
         sessions = self.manager.prepare_step()
+        if sessions:
+            self.loop.finite.begin_step()
         with self.manager.thread.in_callback():  # noise and observers are the user's
             run_lockstep([self._one_block(session, len(sessions)) for session in sessions], self.loop.answer)
         return sessions
@@ -294,7 +296,7 @@ class Engine:
             block = yield from self.loop.make_block(state, record, session.mark_rollback, wait_for_decoder)
             if self.profile is not None:
                 self.profile.end_block(block.span.index, record.seconds, partial(self._bytes_by_owner, state))
-            manager.finish_block(session, block.latents)
+            manager.finish_block(session, block.latents, block.check)
 
     def _apply_controls(self, session: Session) -> None:
         """Apply the actions and prompts that arrived since the session's last block began."""

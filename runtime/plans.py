@@ -64,16 +64,17 @@ class PassLayout:
 class WholeBlock:
     """All steps and the commit of a session's block in one launch.
 
-    Noise is that of `seed` for frames from `first` on.
+    Noise is that of `seed` for `frames` frames from `first` on.
     """
 
     first: int
+    frames: int
     seed: int
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """One pass of one or several sessions: latents [B, F, C, H, W] in, velocity out; of a whole block, latents out.
+    """One pass of one or several sessions: latents [B, F, C, H, W] in, velocity out; of whole blocks, latents out.
 
     timesteps: of each frame, by session. texts: (text, number of the prompt, frames) by session, in token order.
     actions: the number of each frame's action, by session; empty for a model without actions. whole: the block of each

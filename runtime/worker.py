@@ -19,6 +19,7 @@ from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .kv.page_store import KV_DTYPES, PagedStore, PageForm
 from .kv.sink_average import average_frame
+from .kv.table_slots import TableSlots
 from .plans import (
     AverageSink,
     CloseStore,
@@ -45,7 +46,7 @@ from .plans import (
     WritePages,
     WriteSink,
 )
-from .streams import make_current
+from .streams import make_current, to_device
 
 
 @dataclass
@@ -72,6 +73,7 @@ class LocalWorker:
         self.executors = (executor,) if executor is not None else make_executors(config, preset, parts)
         assert len(self.executors) >= len(preset.weight_sets), preset.weight_sets
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
+        self.actions = TableSlots(self.device, 2)  # of a pass, and of the one before it
         adapters = {module: Adapter(module) for module in dict.fromkeys(parts.transformers)}
         self.adapters = tuple(adapters[module] for module in parts.transformers)  # of each set of weights
         self.stores: dict[Grid, PagedStore] = {}
@@ -115,24 +117,30 @@ class LocalWorker:
 
     # Passes
 
-    def run_pass(self, plan: PassPlan, latents: Tensor) -> list[Tensor]:
+    def run_pass(self, plan: PassPlan, latents: Tensor | None = None) -> list[Tensor]:
         executor, attention = self.executors[plan.weights], self.attention(plan)
         text = executor.join([self.text(executor, parts) for parts in plan.texts])
         actions = None
         if plan.actions:
-            numbers, kinds = torch.tensor(plan.actions, device=self.device), self.parts.transformer.spec.action_dim
+            kinds = self.parts.transformer.spec.action_dim
             assert kinds is not None
-            actions = F.one_hot(numbers, kinds).to(self.dtype)
+            (actions,) = self.actions.put([F.one_hot(torch.tensor(plan.actions), kinds).to(self.dtype)])
         parts = [self.frames[number][executor] for number in plan.frames]
         given = {"given": executor.join_frames(parts)} if parts else {}
         if plan.whole:
-            frames = [range(block.first, block.first + latents.shape[1]) for block in plan.whole]
+            frames = [range(block.first, block.first + block.frames) for block in plan.whole]
             seeds = [block.seed for block in plan.whole]
-            return [executor.run_block(latents, text, attention, frames, seeds, actions, **given)]
-        timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=self.device)
+            return [executor.run_block(self.latent_shape(plan), text, attention, frames, seeds, actions, **given)]
+        assert latents is not None
+        timesteps = to_device(torch.tensor(plan.timesteps, dtype=torch.float32), self.device)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
         return [executor.forward(latents, timesteps, text, attention, actions, **given)]
+
+    def latent_shape(self, plan: PassPlan) -> tuple[int, int, int]:
+        """(C, H, W) of a latent frame of the plan's picture size."""
+        spec, (rows, columns) = self.parts.transformer.spec, plan.layout.grid
+        return spec.out_channels, rows * spec.patch[0], columns * spec.patch[1]
 
     def run_branches(self, plan: GuidedPass, latents: Tensor) -> list[Tensor]:
         """Run the branches of this rank's place."""

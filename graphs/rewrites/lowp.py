@@ -2,7 +2,7 @@
 
 Precondition: the weight is one of the model's, or several one below the other, whose layers a precision map names and
 does not except. Weights are packed once, by output channel; what comes in is packed by token: by `adaln` itself where
-it feeds such FP8 layers alone, else by plain calls.
+it feeds such FP8 layers alone, else by `quantise_rows`, which then does the GELU of a packed layer before it.
 Claim: `inferix::linear_lowp` on packed operands; not equal to what it replaces, but to its reference.
 """
 
@@ -29,6 +29,7 @@ from .base import cleaned, ops, replaced
 FP8 = torch.float8_e4m3fn
 KINDS = {"fp8": FP8, "int8": torch.int8}
 NORMED, ROW_SCALE = 8, 9  # arguments of adaln
+OUT, GELU = 5, 6  # arguments of linear_lowp
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,22 @@ def quantised(edit: Editor, x: fx.Node, kind: torch.dtype, layers: list[fx.Node]
             args[ROW_SCALE] = edit.like(base, shape(base)[:-1], torch.float32)
         norm.args = tuple(args)
         return args[NORMED], args[ROW_SCALE]  # type: ignore[return-value]
-    return inlined(edit, edit.view(edit.dense(x), (prod(shape(x)[:-1]), shape(x)[-1])), kind)
+    matrix = edit.view(edit.dense(x), (prod(shape(x)[:-1]), shape(x)[-1]))
+    gelu = take_gelu(base, layers)
+    packed, scale = edit.like(matrix, dtype=kind), edit.like(matrix, shape(matrix)[:1], torch.float32)
+    edit.call(ops.quantise_rows.default, matrix, packed, scale, gelu)
+    return packed, scale
+
+
+def take_gelu(base: fx.Node, layers: list[fx.Node]) -> bool:
+    """Take the GELU off the packed layer that makes an input of packed layers alone; False where there is none."""
+    user = next((user for user in base.users if user.target is ops.linear_lowp.default), None)
+    if user is None or user.args[OUT] is not base or not user.args[GELU]:
+        return False
+    if not all(other in layers or other is user for other in users(base)):
+        return False
+    user.args = (*user.args[:GELU], False)
+    return True
 
 
 class _Pack(nn.Module):

@@ -30,6 +30,7 @@ SPEC = KernelSpec(
     implementations=(
         Implementation("scaled_mm", ".linear_lowp.scaled_mm:linear_lowp", (89, 90, 100, 120), (FP8,)),
         Implementation("triton", ".linear_lowp.gpu:linear_lowp", ARCHITECTURES, tuple(LIMITS)),
+        Implementation("scaled_mm_fast", ".linear_lowp.scaled_mm:linear_lowp_fast", (89, 90, 100, 120), (FP8,)),
     ),
     make_inputs=reference.make_inputs,
     test_cases=reference.TEST_CASES,

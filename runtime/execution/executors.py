@@ -91,7 +91,7 @@ class Executor(Protocol):
 
     def run_block(
         self,
-        latents: Tensor,
+        shape: tuple[int, int, int],
         text: Text,
         attention: KeyValues,
         frames: Sequence[range],
@@ -99,9 +99,10 @@ class Executor(Protocol):
         actions: Tensor | None,
         given: Frames | None = None,
     ) -> Tensor:
-        """Denoise blocks of B sessions, from noise [B, F, C, H, W] to clean latents; write keys and values to pages.
+        """Denoise blocks of B sessions to clean latents [B, F, C, H, W]; write keys and values to pages.
 
-        Noise between steps is that of `PhiloxNoise` with each session's seed for its absolute `frames`.
+        shape: (C, H, W). Noise, at the start and between steps, is that of `PhiloxNoise` with each session's seed for
+        its absolute `frames`.
         """
 
     def refresh_derived_weights(self) -> None:
@@ -180,7 +181,7 @@ class EagerExecutor:
 
     def run_block(
         self,
-        latents: Tensor,
+        shape: tuple[int, int, int],
         text: Text,
         attention: KeyValues,
         frames: Sequence[range],
@@ -287,12 +288,12 @@ class GraphExecutor:
         first, *_ = sessions_of(text)
         texts = first.groups if isinstance(first, MixedConditioning) else ()
         pages = paged(attention)
-        key = GraphKey.of(latents, pages, False, self.session_slots, texts)
+        key = GraphKey.of(latents.shape, pages, False, self.session_slots, texts)
         return self.run(key, values, text, pages, actions, given)["velocity"]
 
     def run_block(
         self,
-        latents: Tensor,
+        shape: tuple[int, int, int],
         text: Text,
         attention: KeyValues,
         frames: Sequence[range],
@@ -301,12 +302,11 @@ class GraphExecutor:
         given: Frames | None = None,
     ) -> Tensor:
         values = {
-            "latents": latents,
             "frames": torch.tensor([list(each) for each in frames], dtype=torch.int32),
             "noise_key": torch.tensor([signed(seed) for seed in seeds]),
         }
         pages = paged(attention)
-        key = GraphKey.of(latents, pages, True, self.session_slots)
+        key = GraphKey.of((len(frames), len(frames[0]), *shape), pages, True, self.session_slots)
         return self.run(key, values, text, pages, actions, given)["latents"]
 
     def start_profile(self, profile: Profile) -> None:

@@ -7,7 +7,7 @@ can have another dtype than the model; then keys and values pass through a stagi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from ...models.transformer import KeyValues
 from ..plans import GroupPages, PassLayout
 from ..streams import Transfer, to_device
 from .page_layout import parts_of, rotates_for_sink, through_slots
+from .table_slots import TableSlots
 
 FP8 = torch.float8_e4m3fn
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": FP8, "int8": torch.int8}
@@ -78,7 +79,29 @@ class PageForm:
         return 2 * math.prod(self.shape) * dtype.itemsize
 
 
+WIDTH_STEP = 16  # pages
 MAX_TABLES = 8  # layouts whose tables are kept: the branches of a few sessions
+
+
+@dataclass(frozen=True)
+class StoredTables:
+    """Tables of one pass. written, seen: as of `StagedAttention`. slots: of the staging buffer; 0 without one."""
+
+    parts: list[PassTables]
+    written: tuple[Tensor, Tensor] | None
+    seen: tuple[Tensor, Tensor] | None
+    slots: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*(tensor for part in self.parts for tensor in part.tensors), *(self.written or ()), *(self.seen or ())]
+
+    def moved(self, tensors: Sequence[Tensor]) -> StoredTables:
+        """The same with other tensors, in the order of `tensors`."""
+        rest = iter(tensors)
+        parts = [part.moved(rest) for part in self.parts]
+        written, seen = (None if pair is None else (next(rest), next(rest)) for pair in (self.written, self.seen))
+        return StoredTables(parts, written, seen, self.slots)
 
 
 class PagedStore:
@@ -97,7 +120,8 @@ class PagedStore:
         self.transfer = Transfer(device)
         self.kv, self.scales = self._allocate(pages)
         self.staging = self._stage(sessions * slots) if form.staged else None
-        self.tables: dict[tuple[bool, int, tuple[GroupPages, ...]], list[PassTables]] = {}
+        self.tables: dict[Hashable, StoredTables] = {}
+        self.slots_of_tables = TableSlots(device, MAX_TABLES)
         self.rope_rows, self.rope_columns = self._rope_of_tokens()
 
     @property
@@ -118,33 +142,44 @@ class PagedStore:
 
         The staging buffer has room for all that they can see later on, so that it does not move as windows fill.
         """
+        tables, half_split = self._tables(layout, sessions), self.rope.half_split
         if not self.form.staged:
-            parts, half_split = self._parts(layout, layout.rows), self.rope.half_split
-            return PagedAttention(parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split)
-        own = [page for row in layout.rows for page in row.pages]
-        through = through_slots(layout.rows, self.form.read_in_place)
-        staging = self.slots(max(through.slots, sessions * self.session_slots))
-        slots = self.ints(list(range(through.slots)))
+            return PagedAttention(tables.parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split)
+        assert tables.written is not None
         return StagedAttention(
-            self._parts(layout, through.rows), self.kv, self.scales, staging,
-            written=(self.ints(list(range(len(own)))), self.ints(own)),
-            seen=None if through.seen is None else (self.ints(through.seen), slots),
-            rope_rows=self.rope_rows, rope_columns=self.rope_columns, half_split=self.rope.half_split,
+            tables.parts, self.kv, self.scales, self.slots(tables.slots), written=tables.written, seen=tables.seen,
+            rope_rows=self.rope_rows, rope_columns=self.rope_columns, half_split=half_split,
         )  # fmt: skip
 
-    def _parts(self, layout: PassLayout, rows: Sequence[GroupPages]) -> list[PassTables]:
+    def _tables(self, layout: PassLayout, sessions: int) -> StoredTables:
         """Tables of a pass; those of the last passes are kept, since the steps of a block have the same."""
-        key = layout.rotates_sink, layout.width, tuple(rows)
+        key = layout.rotates_sink, layout.width, layout.rows, sessions
         if key not in self.tables:
             if len(self.tables) >= MAX_TABLES:
                 del self.tables[next(iter(self.tables))]
-            own = [lists_of_rank(row, self.form.shard) for row in rows]
-            self.tables[key] = [self._part(layout, part) for part in parts_of(own)]
+            self.tables[key] = self._made(layout, sessions)
         return self.tables[key]
 
-    def _part(self, layout: PassLayout, rows: list[GroupPages]) -> PassTables:
-        ints, sinks = self.ints, rotates_for_sink(layout.rotates_sink, rows)
-        width = max(layout.width, *(len(row.listed) for row in rows))
+    def _made(self, layout: PassLayout, sessions: int) -> StoredTables:
+        """Make the tables of a pass on the host and copy them to the device together."""
+        rows, written, seen, slots = layout.rows, None, None, 0
+        if self.form.staged:
+            own = [page for row in rows for page in row.pages]
+            through = through_slots(rows, self.form.read_in_place)
+            rows, slots = tuple(through.rows), max(through.slots, sessions * self.session_slots)
+            written = host_ints(list(range(len(own)))), host_ints(own)
+            if through.seen is not None:
+                count = through.slots if self.device.type == "cpu" else slots  # all, so that a graph reads them as is
+                pages = through.seen + [0] * (count - through.slots)  # page 0 into slots that nothing reads
+                seen = host_ints(pages), host_ints(list(range(count)))
+        divided = [lists_of_rank(row, self.form.shard) for row in rows]
+        width = padded_width(max(layout.width, *(len(row.listed) for row in divided)))
+        parts = [self._part(layout.rotates_sink, part, width) for part in parts_of(divided)]
+        host = StoredTables(parts, written, seen, slots)
+        return host.moved(self.slots_of_tables.put(host.tensors))
+
+    def _part(self, rotates_sink: bool, rows: list[GroupPages], width: int) -> PassTables:
+        ints, sinks = host_ints, rotates_for_sink(rotates_sink, rows)
         lists = [[(*pages, *(0,) * (width - len(pages))) for pages, _ in row.lists] for row in rows]
         counts = [[len(pages) for pages, _ in row.lists] for row in rows]
         early = [[count for _, count in row.lists] for row in rows]
@@ -156,8 +191,8 @@ class PagedStore:
             pages=ints([row.pages for row in rows]),
             page_table=by_list(lists),
             page_count=by_list(counts),
-            rope_time=torch.stack([self.rope_cos_sin(row.positions)[0] for row in rows]),
-            rope_sink=torch.stack([self.rope_cos_sin(row.sink_positions)[0] for row in rows]) if sinks else None,
+            rope_time=torch.stack([self._angles(row.positions)[0] for row in rows]),
+            rope_sink=torch.stack([self._angles(row.sink_positions)[0] for row in rows]) if sinks else None,
             sink_count=by_list(early) if sinks else None,
         )
 
@@ -211,10 +246,13 @@ class PagedStore:
 
     def rope_cos_sin(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines and sines [n, pairs, 2] of temporal `positions`, of grid rows and of grid columns."""
-        angles = self.rope.axis_angles(positions, *self.form.grid)
-        dtype = torch.float64 if self.form.model_dtype == torch.float64 else torch.float32
-        time, row, column = (to_device(rope_cos_sin(axis, dtype), self.device) for axis in angles)
+        time, row, column = (to_device(axis, self.device) for axis in self._angles(positions))
         return time, row, column
+
+    def _angles(self, positions: Sequence[int]) -> list[Tensor]:
+        """`rope_cos_sin` on the host."""
+        dtype = torch.float64 if self.form.model_dtype == torch.float64 else torch.float32
+        return [rope_cos_sin(axis, dtype) for axis in self.rope.axis_angles(positions, *self.form.grid)]
 
     def _rope_of_tokens(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the grid's rows and columns, of those that the rank has tokens of."""
@@ -227,7 +265,7 @@ class PagedStore:
 
     def ints(self, values: Sequence[Any]) -> Tensor:
         """An int32 tensor on the store's device."""
-        return to_device(torch.tensor(values, dtype=torch.int32), self.device)
+        return to_device(host_ints(values), self.device)
 
     def _copied(self, layers: list[Tensor], pages: list[int], host: bool) -> Tensor:
         shape = (len(layers), 2, len(pages), *layers[0].shape[2:])
@@ -258,6 +296,15 @@ def lists_of_rank(row: GroupPages, shard: Shard) -> GroupPages:
         return replace(row, head_lists=row.head_lists[axis.place * each : (axis.place + 1) * each])
     listed, sinks = row.head_lists[axis.place * len(row.head_lists) // axis.size]
     return replace(row, listed=listed, sinks=sinks, head_lists=())
+
+
+def host_ints(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def padded_width(listed: int) -> int:
+    """Columns of a page table whose rows list up to `listed` pages: a growing window seldom needs a wider one."""
+    return -(-listed // WIDTH_STEP) * WIDTH_STEP
 
 
 def raw(tensor: Tensor) -> Tensor:

@@ -190,6 +190,17 @@ class SolverStep(nn.Module):
         return noise.to(latents.dtype)
 
 
+class InitialNoise(nn.Module):
+    """Latents at the start of a block: noise of each session's seed, as `PhiloxNoise` draws it."""
+
+    def __init__(self, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.size, self.dtype = size, dtype
+
+    def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": frame_noise(values["frames"], values["noise_key"], self.size, draw=0, dtype=self.dtype)}
+
+
 @dataclass(frozen=True)
 class PassSource:
     """Arguments that the trace of a pass depends on besides its layout and shapes.
@@ -489,13 +500,22 @@ class BlockGraphBuilder:
         wide = torch.promote_types(self.dtype, torch.float32)
         names = latent_names(len(planned.steps))
         velocity = (self.sessions, planned.lead + total, *self.latent)
-        values = [
-            Value("velocity", Role.INPUT, velocity, self.latent_dtype, When.PASS),
-            Value("frames", Role.INPUT, (self.sessions, total), torch.int32, When.BLOCK),
-            Value("noise_key", Role.INPUT, (self.sessions,), torch.int64, When.BLOCK),
-        ]
+        values = [Value("velocity", Role.INPUT, velocity, self.latent_dtype, When.PASS), *self.noise_values(total)]
         latents = (self.sessions, frames, *self.latent)
         values += [Value(name, Role.INPUT, latents, self.latent_dtype, When.PASS) for name in names]
         history = self.sampler.begin().reads(planned.steps[0])
         values += [Value(name, Role.INPUT, latents, wide, When.PASS) for name in history]
         return values
+
+    def noise(self) -> PassGraph:
+        """Graph of the latents that a block starts from."""
+        values = self.noise_values(self.preset.num_frame_per_block)
+        traced = trace("the initial noise", InitialNoise(self.latent, self.latent_dtype), values, device=self.device)
+        return chained("noise", traced)
+
+    def noise_values(self, frames: int) -> list[Value]:
+        """Inputs that noise depends on: absolute frames, and the seed of each session."""
+        return [
+            Value("frames", Role.INPUT, (self.sessions, frames), torch.int32, When.BLOCK),
+            Value("noise_key", Role.INPUT, (self.sessions,), torch.int64, When.BLOCK),
+        ]

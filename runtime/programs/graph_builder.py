@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,10 +24,10 @@ from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
+from ..kv.page_store import padded_width
 from .block_graph import SEEN, TABLES, WRITTEN, BlockGraphBuilder, Layout
 
 FRAME_CHANNELS = "block.frame_channels"  # input of the graph of a model whose frames are given channels
-WIDTH_STEP = 16  # pages
 PROGRAMS = 64  # of a process, kept for engines of the same configuration
 
 
@@ -55,18 +56,21 @@ class GraphKey:
     @classmethod
     def of(
         cls,
-        latents: Tensor,
+        shape: Sequence[int],
         attention: OnPages,
         whole: bool,
         slots: int,
         texts: tuple[tuple[int, int], ...] = (),
     ) -> GraphKey:
-        """Key of a pass or block of latents [B, F, C, H, W]. slots: of the staging buffer, that one session needs."""
-        listed, sessions = max(part.page_table.shape[-1] for part in attention.parts), len(latents)
+        """Key of a pass or block of latents of `shape`, [B, F, C, H, W].
+
+        slots: of the staging buffer, that one session needs.
+        """
+        listed, sessions = max(part.page_table.shape[-1] for part in attention.parts), shape[0]
         return cls(
             whole=whole,
             parts=tuple((part.rows // sessions, part.frames) for part in attention.parts),
-            latent=tuple(latents.shape[-4:]),
+            latent=tuple(shape[1:]),
             sinks=attention.parts[0].rope_sink is not None,
             width=padded_width(listed),
             pages=attention.kv[0].shape[1],
@@ -84,11 +88,6 @@ class GraphKey:
     def layout(self) -> Layout:
         """Layout of the pass, which names its tables."""
         return Layout(self.parts, ("latents",), "block", self.sinks, self.slots, self.texts, self.head_groups)
-
-
-def padded_width(listed: int) -> int:
-    """Columns of a page table whose rows list up to `listed` pages."""
-    return -(-listed // WIDTH_STEP) * WIDTH_STEP
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class GraphBuilder:
     shard: Shard = ALONE
 
     def __call__(self, key: GraphKey) -> BlockGraph:
-        """Build the graph of a whole block (noise in, clean `latents` out), or of one pass (`velocity` out).
+        """Build the graph of a whole block (seeds in, clean `latents` out), or of one pass (`velocity` out).
 
         A batch finds its prompts by table where the prompt is read as pages alone; else texts have a row a session.
         """
@@ -122,7 +121,7 @@ class GraphBuilder:
         builder = self.builder(key, texts)
         if key.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
-            return self.rewritten(self.block(key, builder, passes, ("latents",)))
+            return self.rewritten(self.block(key, builder, (builder.noise(), *passes), ("latents",)))
         shape = builder.timesteps_shape(key.latent[0])
         timesteps = Value("timesteps", Role.INPUT, shape, torch.float32, When.PASS)
         graph = chained("pass", builder.model_pass(key.layout), None, {"timesteps": timesteps})
@@ -204,19 +203,20 @@ def stores(attention: OnPages) -> dict[str, Tensor]:
 
 
 def tables(key: GraphKey, attention: OnPages) -> dict[str, Tensor]:
-    """Tables of a pass by their names in its graph; page tables are padded to the key's width."""
+    """Tables of a pass by their names in its graph."""
     named = {"rope_rows": attention.rope_rows, "rope_columns": attention.rope_columns}
     for index, part in enumerate(attention.parts):
         for what in TABLES:
             if (tensor := getattr(part, what)) is not None:
                 named[key.layout.table(index, what)] = tensor
-        name = key.layout.table(index, "page_table")
-        named[name] = F.pad(named[name], (0, key.width - named[name].shape[-1]))
+        assert part.page_table.shape[-1] == key.width, (part.page_table.shape, key.width)
     if isinstance(attention, StagedAttention):
         lists = dict(zip(WRITTEN, attention.written, strict=True))
-        if attention.seen is not None:  # unused slots restore page 0, which nothing reads
+        if attention.seen is not None:
             pages, slots = attention.seen
-            every = torch.arange(key.slots, dtype=slots.dtype, device=slots.device)
-            lists |= dict(zip(SEEN, (F.pad(pages, (0, key.slots - len(pages))), every), strict=True))
+            if len(pages) < key.slots:  # unused slots restore page 0, which nothing reads
+                pages = F.pad(pages, (0, key.slots - len(pages)))
+                slots = torch.arange(key.slots, dtype=slots.dtype, device=slots.device)
+            lists |= dict(zip(SEEN, (pages, slots), strict=True))
         named |= {f"{key.layout.tables}.{what}": tensor for what, tensor in lists.items()}
     return named

@@ -26,7 +26,7 @@ from ...version import __version__
 from ..files import write_atomically
 from .graph_builder import GraphBuilder, GraphKey, lowered_graph
 
-FORMAT = 6
+FORMAT = 7
 IDENTITY = "identity.json"
 KERNELS = "triton"
 

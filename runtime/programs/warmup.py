@@ -21,9 +21,10 @@ from ...schemes.block_schedule import (
 from ...schemes.page_needs import least_pages, page_needs, staging_slots
 from ...schemes.presets import Preset
 from ..kv.page_layout import layout_pass, parts_of, rotates_for_sink
+from ..kv.page_store import padded_width
 from ..kv.pages import PagePool, PageTable
 from ..sampler import scheduled_blocks
-from .graph_builder import GraphKey, padded_width
+from .graph_builder import GraphKey
 
 
 class KeyCollector:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...errors import InferixError, SessionEnded, UsageError, quoted
 from ..engine_condition import EngineCondition
 from ..execution.decode_pipeline import DecodePipeline, to_frames
+from ..finite_check import Check
 from ..resources import Resources
 from ..telemetry.records import Ack, BlockRecord, Metrics
 from .engine_thread import EngineThread, shortages_named
@@ -73,21 +74,30 @@ class Delivery:
             pixels = session.current.decoder.decode(record.block, latents)
             return pixels, to_frames(pixels) if show else None
 
-    def decodes_beside(self, session: Session) -> bool:
-        """True if the decoder's thread decodes the blocks of a session while the next ones are made."""
-        return self.pipeline.beside and not session.current.preset.context.needs_pixels
+    def delivers_beside(self, session: Session, show: bool) -> bool:
+        """True if the decoder's thread delivers the blocks of a session while the next ones are made.
 
-    def decode_beside(self, session: Session, record: BlockRecord, latents: Tensor) -> None:
-        """Have the decoder's thread decode and deliver a block while the next one is made."""
-        self.pipeline.submit(session.id, partial(self._decode_and_deliver, session, record, latents))
+        To show, where decoding there is faster; else where the engine's thread would wait for the device.
+        """
+        beside = self.pipeline.beside if show else self.pipeline.stream is not None
+        return beside and not session.current.preset.context.needs_pixels
 
-    def _decode_and_deliver(self, session: Session, record: BlockRecord, latents: Tensor) -> None:
+    def deliver_beside(
+        self, session: Session, record: BlockRecord, latents: Tensor, check: Check, show: bool
+    ) -> None:
+        """Have the decoder's thread check a block, decode it to show, and deliver it, while the next one is made."""
+        self.pipeline.submit(session.id, partial(self._deliver_there, session, record, latents, check, show))
+
+    def _deliver_there(
+        self, session: Session, record: BlockRecord, latents: Tensor, check: Check, show: bool
+    ) -> None:
         """Decode and deliver on the decoder's thread. Any error there fails this session, in the engine's thread."""
         if session.decode_error is not None:
             return  # an earlier block is missing
         try:
             with shortages_named():
-                _, frames = self.decode(session, record, latents, show=True)
+                frames = self.decode(session, record, latents, show=True)[1] if show else None
+                check()
                 self.deliver(session, record, latents, frames, beside=True)
         except BaseException as error:  # of any kind: in this thread nobody else would see it
             session.decode_error = error if isinstance(error, Exception) else interrupted("decoding", error)

@@ -27,6 +27,7 @@ from ...models.decoder import Decoder
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
 from ..engine_condition import EngineCondition
+from ..finite_check import Check
 from ..limits import DegradationStep, Limits
 from ..resources import Resources
 from ..telemetry.records import BlockRecord, Metrics, Stopwatch
@@ -452,18 +453,19 @@ class SessionManager:
         session.keep_rewind_point()
         session.current.timeline.preset = self.preset
 
-    def finish_block(self, session: Session, latents: Tensor) -> None:
-        """Decode a block and deliver it: beside the next block's passes, or before them."""
+    def finish_block(self, session: Session, latents: Tensor, check: Check) -> None:
+        """Check a block, decode it and deliver it: beside the next block's passes, or before them."""
         assert session.demand is not None
         decode, record, state = session.demand.decode, session.record, session.current
         record.pages = self.pages_in_use
         stride, pixels, frames = self.resources.spec.vae_stride[0], None, None
-        if decode and self.delivery.decodes_beside(session):
+        if self.delivery.delivers_beside(session, decode):
             state.remember(latents, None, stride)
             session.rollback_point = None
-            self.delivery.decode_beside(session, record, latents)
+            self.delivery.deliver_beside(session, record, latents, check, decode)
         else:
             self.settle(session)
+            check()
             with state.decoder.undone_on_error():
                 if decode or state.preset.context.needs_pixels:
                     pixels, frames = self.delivery.decode(session, record, latents, decode)

@@ -32,6 +32,7 @@ from ...schemes.page_needs import needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
 from ..execution.decode_pipeline import DecoderTrack
+from ..finite_check import Check, checked
 from ..frame_channels import GivenFrames, ImageCondition
 from ..kv.paged_cache import ExportedPages, PagedCache
 from ..noise import InjectedNoise, Noise, PhiloxNoise
@@ -111,7 +112,7 @@ class BlockInFlight:
     """A block being denoised: latents [F, C, H, W] at noise level `step`; committed: its clean keys are cached.
 
     rows: the prompt that it follows [text_len, text_dim]; None for the one in force. texts: that prompt by branch, once
-    a pass has needed it.
+    a pass has needed it. check: of a finished block, raises InferixError if it is not finite.
     """
 
     span: Span
@@ -121,6 +122,7 @@ class BlockInFlight:
     committed: bool = False
     rows: Tensor | None = None
     texts: tuple[Handle, ...] | None = None
+    check: Check = checked
 
     def fork(self) -> BlockInFlight:
         return replace(self, solver=self.solver.fork())
@@ -796,7 +798,7 @@ class SessionState:
 
 def last_of(before: Tensor | None, new: Tensor, count: int) -> Tensor:
     """The last `count` rows of `before` and `new` together, in memory of their own."""
-    joined = new if before is None else torch.cat((before, new))
+    joined = new if before is None or len(new) >= count else torch.cat((before, new))
     return joined[max(0, len(joined) - count) :].clone()
 
 

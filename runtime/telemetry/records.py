@@ -43,7 +43,10 @@ class Ack:
 
 
 class Stopwatch:
-    """Marks on one clock: `time.perf_counter` on a CPU, CUDA events on a GPU."""
+    """Marks on one clock: `time.perf_counter` on a CPU, CUDA events on a GPU.
+
+    Differences are the device's; its first mark counts as made when the host asked for it, up to a block before.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.zero = time.perf_counter()

@@ -114,6 +114,18 @@ def test_calls_that_allocate_are_seen_where_the_rewrites_are_left_out():
     assert len(allocating) == sum(call.allocates for call in program.calls) == 5 * SPEC.num_layers - 1 + 5
 
 
+def test_a_block_in_fp8_packs_in_one_launch_and_allocates_nothing():
+    builder = BlockGraphBuilder(SPEC, make_preset("self-forcing"), (64, 64), torch.bfloat16, kv_dtype=KV_DTYPES["fp8"])
+    packed = rewritten(builder.build(), chosen(["lowp"]), PrecisionMap("fp8", EVERY_BLOCK))
+    run = dry_run(packed, 90, compiled=False)
+    assert run.faults() == [] and not any(launch.allocated for launch in run.of("block"))
+    extra = len(run.of("block")) - len(dry_run(block(), 90, compiled=False).of("block"))
+    quantised = sum(launch.op == "inferix::quantise_rows" for launch in run.of("block"))
+    # Results of both attentions and of the feed-forward network; pages; the commit's last layer ends at its pages.
+    layers = 5 * SPEC.num_layers - 1
+    assert quantised == 3 * layers and extra == quantised + layers + 1
+
+
 def test_a_dry_run_reports_totals_by_kind_and_by_op():
     run = dry_run(block(), 90, compiled=False)
     sums = summary(run, RATES[90])["block"]

@@ -376,7 +376,7 @@ def test_baselines_of_a_kernel_on_a_gpu(monkeypatch):
 
     assert names("block_attention", 0)[:4] == ["triton", "descriptors", "flex", "sdpa cudnn"]
     assert names("block_attention", 2)[:4] == ["triton", "descriptors", "triton, in order", "descriptors, in order"]
-    assert names("linear_lowp", 0) == ["scaled_mm", "triton", "torch", "torch.compile"]
+    assert names("linear_lowp", 0) == ["scaled_mm", "triton", "scaled_mm_fast", "torch", "torch.compile"]
     assert names("linear_lowp", 3) == ["triton", "torch", "torch.compile"]
     assert names("adaln", 0) == ["triton", "torch", "torch.compile"]
 

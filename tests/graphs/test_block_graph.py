@@ -362,6 +362,9 @@ def test_low_precision_layers_are_those_of_the_map(kind: str, monkeypatch: pytes
     validate(everything)
     calls = [name_of(node.target) for node in everything.passes[0]]
     assert calls.count("linear_lowp") == 6  # q, k and v are one
+    assert calls.count("quantise_rows") == (3 if kind == "fp8" else 6)  # `adaln` packs FP8 itself
+    gelus = [node.args for node in everything.passes[0] if name_of(node.target) in ("quantise_rows", "linear_lowp")]
+    assert [args[-1] for args in gelus].count(True) == 1  # between up and down
     fused = run_block(dataclasses.replace(everything, passes=everything.passes[:1]), values_of("self-forcing"))
     scale = eager("self-forcing")["latents"].abs().max()
     assert (fused["latents"] - actual["latents"]).abs().max() < 2e-2 * scale  # rounding goes another way at ties

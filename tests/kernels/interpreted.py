@@ -20,10 +20,12 @@ from inferix.kernels.block_attention import descriptors
 from inferix.kernels.block_attention import gpu as attention_gpu
 from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import gpu as denoise_gpu
+from inferix.kernels.frame_noise import gpu as noise_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
 from inferix.kernels.philox import philox4x32, philox_normals
 from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
+from inferix.kernels.quantise_rows import gpu as quantise_gpu
 from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
 from inferix.kernels.spec import using
@@ -142,6 +144,8 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
     "noise of another frame": (denoise_gpu, "zero + frame", "zero + frame + 1", "one patch"),
     "noise out of order": (denoise_gpu, "tl.join(one, three), tl.join(two, four)",
                            "tl.join(one, two), tl.join(three, four)", "one patch"),
+    "frames of the first row": (noise_gpu, "row * frames_stride", "0 * frames_stride", "two rows, three frames"),
+    "the key of the first row": (noise_gpu, "key_ptr + row", "key_ptr + 0 * row", "two rows, three frames"),
     "rows of a patch for columns": (denoise_gpu, "(y % PATCH_H) * PATCH_W + x_column % PATCH_W",
                                     "(x_column % PATCH_W) * PATCH_H + y % PATCH_H", "one patch"),
     "no GELU": (linear_gpu, "GELU=gelu", "GELU=False", "fp8, gelu"),
@@ -149,6 +153,10 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
         linear_gpu, "weight_scale_ptr + offs_n,", "weight_scale_ptr + offs_n * 0,", "fp8, tails"
     ),
     "a tile short": (linear_gpu, "range(0, inner, INNER)", "range(0, inner - INNER, INNER)", "fp8, tails"),
+    "no GELU of rows": (quantise_gpu, "GELU=gelu", "GELU=False", "fp8, gelu"),
+    "the scale of one row": (quantise_gpu, "scale_ptr + row, scale", "scale_ptr, scale", "fp8"),
+    "largest and not by size": (quantise_gpu, "tl.max(tl.abs(y), 0)", "tl.max(y, 0)", "fp8"),
+    "rows cut": (quantise_gpu, "tl.floor(y + 0.5)", "tl.floor(y)", "int8"),
     "cut instead of rounded": (pages_gpu, "tl.floor(x + 0.5)", "tl.floor(x)", "to int8"),
     "the page it came from": (pages_gpu, "tl.load(target_pages_ptr", "tl.load(source_pages_ptr", "gather"),
     "the first stretch of a page": (

@@ -96,7 +96,7 @@ HARM = {
     "a size": lambda body: reference(a_call(body)).__setitem__(2, [10**9] * len(reference(a_call(body))[2])),
     "a dtype that is a function": lambda body: reference(a_call(body)).__setitem__(1, "load"),
     "an unknown buffer": lambda body: reference(a_call(body)).__setitem__(0, "nothing"),
-    "a place": lambda body: body["plan"]["slots"][0].__setitem__(1, 256),
+    "places": lambda body: [slot.__setitem__(1, 256) for slot in body["plan"]["slots"]],
     "the arena's size": lambda body: body["plan"].__setitem__("size", 0),
     "a buffer's size": lambda body: body["buffers"][-1].__setitem__(3, ["x"]),
     "a section": lambda body: body["sections"][0].__setitem__(2, 10**6),

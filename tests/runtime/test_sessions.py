@@ -544,11 +544,11 @@ def not_a_number(engine, session):
 def out_of_memory(engine, session):
     finish = engine.manager.finish_block
 
-    def failing(this, latents):
+    def failing(this, latents, check):
         if this is session and this.record.block == 2:
             this.rollback_point = None
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return finish(this, latents)
+        return finish(this, latents, check)
 
     engine.manager.finish_block = failing
 
