@@ -420,6 +420,11 @@ def layout_of(value: Any) -> object:
     return value
 
 
+def multiprocessors_of(device: torch.device) -> int:
+    """Number of multiprocessors of a GPU; 0 for a CPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 0
+
+
 def indexable(store: torch.Tensor) -> torch.Tensor:
     """View a store whose dtype torch cannot index (FP8) as bytes; other stores as they are."""
     return store.view(torch.uint8) if store.dtype == FP8 else store
