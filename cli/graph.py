@@ -95,9 +95,9 @@ def graph(
     from ..graphs.rewrites.lowp import PrecisionMap
     from ..graphs.shards import ALONE
     from ..graphs.validate import validate
+    from ..kernels.spec import multiprocessors_of
     from ..models.registry import default_preset, find_spec, make_preset
     from ..models.transformer import PRECISIONS
-    from ..kernels.spec import multiprocessors_of
     from ..runtime.capacity.rank_planner import divided
     from ..runtime.config import DTYPES, EVERY_BLOCK, check_choice, check_device, default_device, default_dtype
     from ..runtime.kv.page_store import KV_DTYPES
@@ -166,7 +166,7 @@ def graph(
         low = packed if lowp is not None else None
         graphs = GraphBuilder(
             spec, scheme, precision, DTYPES[dtype], device, tuple(applied), low, page_dtype,
-            multiprocessors=multiprocessors_of(torch.device(device)),
+            multiprocessors=multiprocessors_of(device),
         )  # fmt: skip
         print_stored(graphs, pictures or spec.default_size, stored, save is not None, plan, sessions)
         return

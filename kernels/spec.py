@@ -420,9 +420,10 @@ def layout_of(value: Any) -> object:
     return value
 
 
-def multiprocessors_of(device: torch.device) -> int:
+def multiprocessors_of(device: str) -> int:
     """Number of multiprocessors of a GPU; 0 for a CPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 0
+    is_gpu = torch.device(device).type == "cuda"
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if is_gpu else 0
 
 
 def indexable(store: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ REWRITES: dict[str, Rewrite] = {
             "cross-attention", "attention to the prompt over one page of its keys and values, without a copy",
             on_each_graph(cross_attention),
         ),
-        Rewrite("split-keys", "attention over parts of the keys, where a GPU's last wave of programs is not full", None),
+        Rewrite("split-keys", "attention over parts of the keys, where a GPU's last wave would not be full", None),
         Rewrite("adaln", "residual, layer norm and modulation in one kernel", on_each_graph(adaln)),
         Rewrite("denoise-step", "unpatchify, solver step and noise in one kernel", on_each_graph(denoise_step)),
         Rewrite("gelu", "GELU in the last step of its matmul", on_each_graph(gelu)),

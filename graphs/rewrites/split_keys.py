@@ -56,9 +56,10 @@ def split(edit: Editor, node: fx.Node, parts: int) -> None:
     q = given["q"]
     assert isinstance(q, fx.Node)
     rows, tokens, heads, dim = shape(q)
+    wide = torch.promote_types(fake(q).dtype, torch.float32)
     with edit.before(node):
-        results = edit.like(q, (parts, rows, tokens, heads, dim), torch.float32)
-        sums = edit.like(q, (parts, rows, heads, tokens), torch.float32)
+        results = edit.like(q, (parts, rows, tokens, heads, dim), wide)
+        sums = edit.like(q, (parts, rows, heads, tokens), wide)
         edit.call(
             ops.attention_parts.default,
             q, given["kv"], given["page_table"], given["page_count"], results, sums,

@@ -13,7 +13,7 @@ from ..block_attention.reference import STEP
 QUERIES = 128  # of a program
 MOST = 16  # parts
 MERGE = 3.0  # steps: time to write and read a part of 128 queries in float32, at 3 TB/s and 530 TFLOP/s a card
-LAUNCH = 2.0  # steps: the launch of the merge
+LAUNCH = 4.0  # steps: the launch of the merge, and the start of its programs
 SLACK = 1.05  # fewer parts are taken for so much more time, since the merge needs memory too
 
 

@@ -2,8 +2,8 @@
 
 A program finds the runs of its row itself, from the page table, so that one launch (and one captured graph)
 serves any lists. Tiles end with a run and not with a page: whole ones need no mask, and the last one ends with the
-run, so that it overlaps the one before; what that one has taken is masked. Scores are kept in base 2. Programs that run together share a head, and with
-it what they read of the pages.
+run, so that it overlaps the one before; what that one has taken is masked. Scores are kept in base 2. Programs that
+run together share a head and a part of the keys, and with them what they read of the pages.
 """
 
 from __future__ import annotations
@@ -175,10 +175,11 @@ def _attend(
         behind = skipped + (last - skipped) // KEYS * KEYS if TAIL else last  # the loop's last key
         for start in range(skipped, behind, KEYS):
             at, k, v = _tile(
-                k_ptr, v_ptr, kv_tiles, k_row, k_row + pages * PAGE, kv_head, start, length, KV_HEADS, PAGE, KEYS, TILED, DIM
-            )
+                k_ptr, v_ptr, kv_tiles, k_row, k_row + pages * PAGE, kv_head, start, length,
+                KV_HEADS, PAGE, KEYS, TILED, DIM,
+            )  # fmt: skip
             qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")  # [QUERIES, KEYS]
-            if TAIL == 0:
+            if TAIL == 0:  # noqa: SIM102 (known when it is compiled; the next one is not)
                 if start + KEYS > last:
                     qk = _masked(qk, at, start, last, KEYS)
             m_i, l_i, acc = _fold(qk, v.to(q.dtype), m_i, l_i, acc, qk_factor)

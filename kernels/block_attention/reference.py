@@ -13,7 +13,6 @@ from torch import Tensor
 from ...errors import UsageError
 from ..spec import FP8, FRAME_480P, Case, indexable
 
-
 STEP = 128  # keys of a step: a list of pages is cut into parts at whole steps, counted from its first key
 
 

@@ -233,7 +233,7 @@ class GraphExecutor:
         kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = GraphBuilder(
             model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard,
-            multiprocessors_of(device),
+            multiprocessors_of(config.device),
         )  # fmt: skip
         self.supports_whole_block, self.session_slots = supports_whole_block(preset), staging_slots(preset)
         self.launcher = Launcher(dict(model.named_parameters()), device, backend)

@@ -3,7 +3,6 @@
 Run by test_kernels.py in a process of its own, where TRITON_INTERPRET=1 is set before Triton is imported.
 """
 
-import dataclasses
 import importlib.util
 import inspect
 import linecache
@@ -121,7 +120,7 @@ def test_lists_of_every_preset_give_the_attention_of_the_reference():
 
 WRONG_PARTS = {  # a piece of the kernel's source, and what replaces it
     "a step in two parts": ("(part + 1) * steps // PARTS * STEP,", "((part + 1) * steps // PARTS + 1) * STEP,"),
-    "a part without its first keys": ("begin = part * steps // PARTS * STEP", "begin = part * steps // PARTS * STEP + 5"),
+    "a part without its first keys": ("part * steps // PARTS * STEP\n", "part * steps // PARTS * STEP + 5\n"),
     "keys of the part before": ("skipped = begin - first * PAGE", "skipped = 0 * begin"),
     "keys of the part behind": ("tl.minimum(length, stop - first * PAGE)", "length + 0 * stop"),
     "results of all parts in one place": ("row += part.to(tl.int64) * tl.num_programs(2)", "row += 0 * part"),
