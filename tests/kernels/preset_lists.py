@@ -28,7 +28,8 @@ def lists_of(preset: Preset) -> list[tuple[tuple[int, ...], int]]:
             if (frames := scheduled.window) is not None:
                 table.set_window(frames)
             for run in scheduled.branch_runs(preset.sampler.guide).values():
-                for row in layout_pass(run, table, preset.context.moving_positions):
+                rows = layout_pass(run, table, preset.context.moving_positions, preset.context.sink_size)
+                for row in rows:
                     if block.span.index >= blocks - 1:
                         found[row.listed[:LONGEST], row.sinks] = None
     return list(found)
