@@ -44,14 +44,14 @@ def layout_pass(run: Pass, table: PageTable, moving: bool, permanent: int = 0) -
 def ring_order(frames: Sequence[int], permanent: int, ring: int) -> list[int]:
     """Sort frames as their pages lie in a run of pages that is written round and round.
 
-    A branch takes its pages one after the other, and a new frame takes the page of the one it evicts. So the window is
-    a ring of `ring` pages behind those of the `permanent` first frames, and listed in this order a full window is one run
-    where the branch got a run. The order follows from frame numbers alone and never from page ids, which depend on the
-    other sessions: a session adds up its keys in the same order alone and beside others, and after a restore. `ring` is
-    0 or less where the window has no end; frames are then in order of time.
+    A branch takes its pages one after the other, and a new frame takes the page of the one that it evicts. So the
+    window is a ring of `ring` pages behind those of the `permanent` first frames, and a full window in this order is
+    one run, where the branch got one. The order follows from frame numbers alone and never from page ids, which depend
+    on other sessions: a session adds up its keys in the same order alone and beside others, and after a restore. With
+    `ring` 0 or less, of a window without an end, frames stay as they are.
     """
     if ring <= 0:
-        return sorted(frames)
+        return list(frames)
     return sorted(frames, key=lambda frame: frame if frame < permanent else permanent + (frame - permanent) % ring)
 
 
