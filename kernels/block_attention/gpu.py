@@ -232,12 +232,15 @@ def block_attention(
     rows, tokens, heads, dim = q.shape
     config = config or (CONFIGS[architecture(q.device), dim] if q.device.type == "cuda" else ANYWHERE)
     grid = (triton.cdiv(tokens, config.queries), heads * parts, rows)
+    run = RUN
+    while run > 1 and run * math.prod(kv.shape[2:]) >= 2**31:  # offsets within a run are 32-bit
+        run //= 2
     _attend[grid](
         q, q if q_sink is None else q_sink, kv, kv if kv_tiles is None else kv_tiles,
         page_count if kv_scale is None else kv_scale, page_table, page_count,
         page_count if sink_count is None else sink_count, out, out if lse is None else lse,
         tokens, kv.shape[1], page_table.shape[1], scale / math.log(2),
-        HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, PAGE=kv.shape[2], RUN=RUN,
+        HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, PAGE=kv.shape[2], RUN=run,
         QUERIES=config.queries, KEYS=config.keys, TAIL=config.tail, PARTS=parts, STEP=STEP,
         SINK=q_sink is not None, SCALED=kv_scale is not None, LSE=lse is not None, TILED=kv_tiles is not None,
         num_warps=config.warps, num_stages=config.stages,
