@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..block_attention.gpu import CONFIGS, Config, candidates
-from ..block_attention.gpu import block_attention as attend
-from ..spec import FRAME_480P, Case
+from ..block_attention import gpu as whole
+from ..block_attention.gpu import Config, candidates
+from ..spec import FRAME_480P, Case, architecture
+
+CONFIGS = whole.CONFIGS | {(120, 128): Config(128, 64, 16, 8, 2)}  # a tail of 32 spills
 
 
 def attention_parts(
@@ -29,7 +31,9 @@ def attention_parts(
     config: Config | None = None,
 ) -> None:
     """Launch for tensors that were checked."""
-    attend(
+    if config is None and q.device.type == "cuda":
+        config = CONFIGS[architecture(q.device), q.shape[3]]
+    whole.block_attention(
         q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale, config, parts=len(out)
     )  # fmt: skip
 

@@ -253,7 +253,7 @@ def candidates(capability: int) -> list[Config]:
         Config(queries, keys, tail, warps, stages)
         for queries, warps in ((128, 8), (64, 4))
         for keys in (32, 64, 128)
-        for tail in (0, 32)
+        for tail in (0, 16, 32)
         for stages in (2, 3, 4)
     ]
 
