@@ -50,6 +50,8 @@ from .time_model import Rates, tiles_of
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_efficient_attention.default
 EXCHANGE = "exchange"  # the family of collectives
+# Of A100, L40S, H100 and H200, B200, RTX PRO 6000.
+MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}
 CARD = "dry run"  # the name of a card that no table is tuned for
 
 

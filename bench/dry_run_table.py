@@ -25,7 +25,7 @@ from ..runtime.kv.page_store import KV_DTYPES, padded_width
 from ..runtime.programs.block_graph import BlockGraphBuilder
 from ..schemes.guidance import ALONE
 from ..schemes.layouts import RankGrid, choose_layout
-from .dry_run import dry_run, facts, fake_shard, run_decoder
+from .dry_run import MULTIPROCESSORS, dry_run, facts, fake_shard, run_decoder
 from .result import CHECK
 from .time_model import RATES
 
@@ -73,7 +73,7 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
     )  # fmt: skip
     builder.max_pages = padded_width(builder.max_pages)
     names = chosen(["lowp"] if fp8 else [])
-    block = rewritten(builder.build(), names, PrecisionMap("fp8", EVERY_BLOCK))
+    block = rewritten(builder.build(), names, PrecisionMap("fp8", EVERY_BLOCK), MULTIPROCESSORS[architecture])
     rates, family = RATES.get(architecture), family_of(spec)
     result = facts(dry_run(block, architecture, compiled), rates, block)
     latents, parts = (scheme.num_frame_per_block, *builder.latent), {}

@@ -96,6 +96,7 @@ def graph(
     from ..graphs.rewrites.lowp import PrecisionMap
     from ..graphs.shards import ALONE
     from ..graphs.validate import validate
+    from ..kernels.spec import multiprocessors_of
     from ..models.registry import default_preset, find_spec, make_preset
     from ..models.transformer import PRECISIONS
     from ..runtime.capacity.rank_planner import divided
@@ -164,7 +165,10 @@ def graph(
         if save is not None and load is not None:
             raise UsageError("--save makes graphs and --load reads them; give one of them")
         low = packed if lowp is not None else None
-        graphs = GraphBuilder(spec, scheme, precision, DTYPES[dtype], device, tuple(applied), low, page_dtype)
+        graphs = GraphBuilder(
+            spec, scheme, precision, DTYPES[dtype], device, tuple(applied), low, page_dtype,
+            multiprocessors=multiprocessors_of(device),
+        )  # fmt: skip
         print_stored(graphs, pictures or spec.default_size, stored, save is not None, plan, sessions)
         return
     if plan and (only is not None or as_json):
@@ -179,9 +183,13 @@ def graph(
         spec, scheme, pictures, DTYPES[dtype], "cpu", precision, sessions, fuse_commit=fuse, kv_dtype=page_dtype,
         shard=shard,
     )
+    multiprocessors = 0
     if dry_run is not None:
+        from ..bench.dry_run import MULTIPROCESSORS
+
+        multiprocessors = MULTIPROCESSORS[architecture]
         builder.max_pages = padded_width(builder.max_pages)  # as an engine has its tables
-    block = rewritten(builder.build(), applied, packed)
+    block = rewritten(builder.build(), applied, packed, multiprocessors)
     validate(block)
     if dry_run is not None:
         print_dry_run(block, builder, architecture, rates, compiled, vae, as_json)

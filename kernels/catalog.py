@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import UsageError, nearest, quoted
 from ..plugins import installed
 from .adaln import SPEC as ADALN
+from .attention_parts import SPEC as ATTENTION_PARTS
 from .block_attention import SPEC as BLOCK_ATTENTION
 from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC
 from .denoise_step import SPEC as DENOISE_STEP
@@ -12,6 +13,7 @@ from .frame_noise import SPEC as FRAME_NOISE
 from .kv_pages import SPEC as KV_PAGES
 from .linear_gelu import SPEC as LINEAR_GELU
 from .linear_lowp import SPEC as LINEAR_LOWP
+from .merge_parts import SPEC as MERGE_PARTS
 from .qk_norm_rope_append import SPEC as QK_NORM_ROPE_APPEND
 from .quantise_rows import SPEC as QUANTISE_ROWS
 from .rms_norm import SPEC as RMS_NORM
@@ -22,7 +24,8 @@ from .spec import KernelSpec, OpSpec
 SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (
-        BLOCK_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE, LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES,
+        BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE, LINEAR_LOWP,
+        QUANTISE_ROWS, KV_PAGES,
         RMS_NORM, RMS_SILU, ROPE_APPEND,
     )
 }  # fmt: skip

@@ -452,6 +452,12 @@ def layout_of(value: Any) -> object:
     return value
 
 
+def multiprocessors_of(device: str) -> int:
+    """Number of multiprocessors of a GPU; 0 for a CPU."""
+    is_gpu = torch.device(device).type == "cuda"
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if is_gpu else 0
+
+
 def indexable(store: torch.Tensor) -> torch.Tensor:
     """View a store whose dtype torch cannot index (FP8) as bytes; other stores as they are."""
     return store.view(torch.uint8) if store.dtype == FP8 else store

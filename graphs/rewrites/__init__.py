@@ -20,6 +20,7 @@ from .partition import fold, hoist_frames, hoist_prompt
 from .patch_embedding import patch_embedding
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
+from .split_keys import split_keys
 
 EVERY_LAYER = PrecisionMap("fp8", ("*",))
 REWRITES: dict[str, Rewrite] = {
@@ -38,6 +39,7 @@ REWRITES: dict[str, Rewrite] = {
             "cross-attention", "attention to the prompt over one page of its keys and values, without a copy",
             on_each_graph(cross_attention),
         ),
+        Rewrite("split-keys", "attention over parts of the keys, where a GPU's last wave would not be full", None),
         Rewrite("adaln", "residual, layer norm and modulation in one kernel", on_each_graph(adaln)),
         Rewrite("denoise-step", "unpatchify, solver step and noise in one kernel", on_each_graph(denoise_step)),
         Rewrite("gelu", "GELU in the last step of its matmul", on_each_graph(gelu)),
@@ -70,16 +72,22 @@ def chosen(with_: Collection[str] = (), without: Collection[str] = ()) -> list[s
     return names
 
 
-def rewritten(block: BlockGraph, names: Collection[str], precision: PrecisionMap = EVERY_LAYER) -> BlockGraph:
+def rewritten(
+    block: BlockGraph, names: Collection[str], precision: PrecisionMap = EVERY_LAYER, multiprocessors: int = 0
+) -> BlockGraph:
     """The block after these rewrites, in their order; `changes` says what each did. The given block stays as it is.
 
-    precision: which layers `lowp` packs, and how.
+    precision: which layers `lowp` packs, and how. multiprocessors: of the GPU that `split-keys` is for, which is left
+    out with 0.
     """
-    result = copied(block)
+    result, set_up = copied(block), {"lowp": lowp(precision)}
+    if multiprocessors:
+        set_up["split-keys"] = split_keys(multiprocessors)
     for rewrite in REWRITES.values():
-        if rewrite.apply is not None and rewrite.name in names:
+        apply = set_up.get(rewrite.name, rewrite.apply)
+        if apply is not None and rewrite.name in names:
             before, known = counted(result), {node for graph in result.graphs for node in graph}
-            result, places = lowp(precision)(result) if rewrite.name == "lowp" else rewrite.apply(result)
+            result, places = apply(result)
             after = counted(result)
             for node in (node for graph in result.graphs for node in graph if node not in known):
                 node.meta["rewrite"] = rewrite.name

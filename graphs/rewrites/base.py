@@ -23,7 +23,7 @@ Apply = Callable[[BlockGraph], tuple[BlockGraph, int]]
 @dataclass(frozen=True)
 class Rewrite:
     """name: as the command line knows it. apply: gives the block after it, and in how many places it was done; None
-    for one that is done when the passes of a block are planned, before they are traced.
+    for one that is done when the passes of a block are planned, before they are traced, or that is for a GPU alone.
 
     needs: rewrites without which this one finds nothing. default: done without being asked for.
     """

@@ -1,9 +1,9 @@
 """Block attention in Triton: one program per tile of queries and head, walking runs of neighbouring pages.
 
 A program finds the runs of its row itself, from the page table, so that one launch (and one captured graph)
-serves any lists. Tiles end with a run and not with a page: whole ones need no mask, and a run's last keys have a
-loop of their own with smaller tiles. Scores are kept in base 2. Programs that run together share a head, and with
-it what they read of the pages.
+serves any lists. Tiles end with a run and not with a page: whole ones need no mask, and the last one ends with the
+run, so that it overlaps the one before; what that one has taken is masked. Scores are kept in base 2. Programs that
+run together share a head and a part of the keys, and with them what they read of the pages.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec import FRAME_480P, HALF, Case, architecture, expect_fp8
-from .reference import expect_one_list
+from .reference import STEP, expect_one_list
 
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys of a tile, keys of a tile at a run's end, warps, and loads in flight."""
+    """Queries and keys of a tile, keys of a tile at a run's end, warps, and loads in flight.
+
+    tail: 0 where the last tile of a run is masked under a branch within the loop, which costs no registers. Before
+    sm_90, Triton then moves the scores through shared memory between the two products, so that a loop with smaller
+    tiles follows there.
+    """
 
     queries: int
     keys: int
@@ -37,37 +42,70 @@ class Config:
 CONFIGS = {
     (80, 64): Config(128, 128, 32, 8, 2), (80, 128): Config(128, 64, 32, 8, 3),
     (89, 64): Config(128, 128, 32, 8, 2), (89, 128): Config(128, 64, 32, 8, 2),
-    (90, 64): Config(128, 128, 32, 8, 3), (90, 128): Config(128, 128, 32, 8, 2),
-    (100, 64): Config(128, 128, 32, 8, 3), (100, 128): Config(128, 64, 32, 8, 3),
+    (90, 64): Config(128, 128, 0, 8, 3), (90, 128): Config(128, 128, 0, 8, 2),
+    (100, 64): Config(128, 128, 0, 8, 3), (100, 128): Config(128, 64, 0, 8, 3),
     (120, 64): Config(128, 128, 32, 8, 2), (120, 128): Config(128, 64, 32, 8, 2),
 }  # fmt: skip
-ANYWHERE = Config(16, 32, 16, 4, 1)  # where there is no GPU: the interpreter
+ANYWHERE = Config(16, 32, 0, 4, 1)  # where there is no GPU: the interpreter
 RUN = 32  # pages of a run at most; a longer one is walked as two
 
 
-# How a program reads the pages of its row (page_count 8, sink_count 2, pages of 5 tokens, KEYS 4, TAIL 2):
+# How a program reads the pages of its row (page_count 8, sink_count 2, pages of 5 tokens, KEYS 4):
 #
 #   page_table     7   8 | 9 | 2   3   4 | 12  13     a run: neighbouring pages, one after the other in memory
 #   queries        q_sink|            q               a run ends at the sink's last page: other queries follow
 #   first          0       2   3           6          position in the list at which each run begins
 #   run            2       1   3           2          pages of the run, RUN at most; with FP8, pages of one scale
 #
-#   tokens of the run 2 3 4:   |0 . . .|. . . .|. . . .|. .|.      length 15
-#                              KEYS    KEYS    KEYS    TAIL TAIL
-#                              whole tiles, no mask    masked tiles, from `whole` to `length`
+#   tokens of the run 2 3 4:   |0 . . .|. . . .|. . . .|. . .|    length 15
+#                              KEYS    KEYS    KEYS              whole tiles, no mask
+#                                                    |x . . .|   the last tile ends with the run, x is masked
+#
+# With TAIL, tiles of TAIL keys follow the loop, of which the last ends with the run.
+#
+# With PARTS, the tokens of the list, as if they lay one after the other, are cut at multiples of STEP, and a program
+# reads those of its part only: `begin` and `stop` count them.
 
 
 @triton.jit
-def _fold(q, k, v, is_key, m_i, l_i, acc, factor, MASKED: tl.constexpr):
-    """One step of online softmax: take the tile k, v [KEYS, DIM] into m_i, l_i [QUERIES] and acc [QUERIES, DIM]."""
-    qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")  # [QUERIES, KEYS]
-    if MASKED:
-        qk = tl.where(is_key[None], qk, float("-inf"))
+def _tile(
+    k_ptr, v_ptr, kv_tiles, k_row, v_row, head, start, length,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Load keys and values [KEYS, DIM] from `start` of a run of `length` tokens, from before it if they would pass
+    the run's end. Returns where they begin, too.
+    """
+    at = tl.minimum(start, length - KEYS)
+    if PAGE < KEYS:  # a run may be shorter than a tile
+        at = tl.maximum(at, 0)
+    key = tl.arange(0, KEYS)[:, None]
+    offsets = at * KV_HEADS * DIM + key * KV_HEADS * DIM + tl.arange(0, DIM)[None]
+    if PAGE < KEYS:
+        stored = at + key < length
+        k = tl.load(k_ptr + offsets, mask=stored, other=0.0)
+        v = tl.load(v_ptr + offsets, mask=stored, other=0.0)
+    elif TILED:
+        k, v = kv_tiles.load([k_row + at, head * DIM]), kv_tiles.load([v_row + at, head * DIM])
+    else:
+        k, v = tl.load(k_ptr + offsets), tl.load(v_ptr + offsets)
+    return at, k, v
+
+
+@triton.jit
+def _masked(qk, at, start, last, KEYS: tl.constexpr):
+    """Scores of a tile that begins at `at`, without those of keys outside of [start, last)."""
+    key = at + tl.arange(0, KEYS)
+    return tl.where(((key >= start) & (key < last))[None], qk, float("-inf"))
+
+
+@triton.jit
+def _fold(qk, v, m_i, l_i, acc, factor):
+    """One step of online softmax: take scores [QUERIES, KEYS] into m_i, l_i [QUERIES] and acc [QUERIES, DIM]."""
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * factor)
     p = tl.exp2(qk * factor - m_ij[:, None])
     alpha = tl.exp2(m_i - m_ij)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_ij, l_i, acc
 
 
@@ -76,16 +114,16 @@ def _attend(
     q_ptr, q_sink_ptr, kv_ptr, kv_tiles, scale_ptr, table_ptr, count_ptr, sinks_ptr, out_ptr, lse_ptr,
     tokens, pages, table_width, factor,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
     SINK: tl.constexpr, SCALED: tl.constexpr, LSE: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1) // PARTS
     kv_head = head // (HEADS // KV_HEADS)
     offs_q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)  # [QUERIES], tokens of the row
     offs_d = tl.arange(0, DIM)
     is_query = offs_q[:, None] < tokens
-    # q, q_sink, out: [rows, tokens, HEADS, DIM]. The base is 64-bit; offsets within a tile are small.
+    # q, q_sink: [rows, tokens, HEADS, DIM]. The base is 64-bit; offsets within a tile are small.
     q_base = ((row * tokens + tl.program_id(0) * QUERIES) * HEADS + head) * DIM
     q_tile = tl.arange(0, QUERIES)[:, None] * HEADS * DIM + offs_d[None]  # [QUERIES, DIM]
     kind: tl.constexpr = tl.float16 if SCALED else q_ptr.dtype.element_ty  # FP8 is exact in float16
@@ -95,16 +133,20 @@ def _attend(
     sinks = tl.minimum(tl.load(sinks_ptr + row), count) if SINK else 0
     table_ptr += row * table_width
     # kv: [2, pages, PAGE, KV_HEADS, DIM]
-    kv_tile = tl.arange(0, KEYS)[:, None] * KV_HEADS * DIM + offs_d[None]  # [KEYS, DIM]
-    tail_tile = tl.arange(0, TAIL)[:, None] * KV_HEADS * DIM + offs_d[None]  # [TAIL, DIM]
     offs_page = tl.arange(0, RUN)
     m_i = tl.full([QUERIES], float("-inf"), tl.float32)  # running maximum, base 2
     l_i = tl.zeros([QUERIES], tl.float32)  # running sum of exponentials
     acc = tl.zeros([QUERIES, DIM], tl.float32)  # running result, in units of acc_scale
     qk_factor, acc_scale = factor, 1.0
-    first = 0
-    while first < count:
+    begin, stop = 0, count * PAGE
+    if PARTS > 1:
+        part = tl.program_id(1) % PARTS
+        steps = tl.cdiv(stop, STEP)
+        begin = part * steps // PARTS * STEP
+        stop = tl.minimum((part + 1) * steps // PARTS * STEP, stop)
+    while begin < stop:
         # A run: the longest stretch of the list in which each page follows the one before, with one scale.
+        first = begin // PAGE
         end = tl.where(first < sinks, sinks, count) if SINK else count
         page = tl.load(table_ptr + first).to(tl.int64)
         follows = tl.load(table_ptr + first + offs_page, mask=first + offs_page < end, other=-1) == page + offs_page
@@ -125,31 +167,41 @@ def _attend(
                 source_ptr = q_sink_ptr
             q = tl.load(source_ptr + q_base + q_tile, mask=is_query, other=0.0).to(kind)
         length = run * PAGE  # tokens of the run
-        whole = length // KEYS * KEYS
+        skipped = begin - first * PAGE  # those that belong to the part before
+        last = tl.minimum(length, stop - first * PAGE)  # the first that belongs to the part behind
         k_ptr = kv_ptr + (page * PAGE * KV_HEADS + kv_head) * DIM
         v_ptr = k_ptr + pages.to(tl.int64) * PAGE * KV_HEADS * DIM
-        for start in range(0, whole, KEYS):
-            if TILED:
-                k_row = page.to(tl.int32) * PAGE + start
-                k = kv_tiles.load([k_row, kv_head * DIM])  # [KEYS, DIM]
-                v = kv_tiles.load([k_row + pages * PAGE, kv_head * DIM])
-            else:
-                k, v = tl.load(k_ptr + kv_tile), tl.load(v_ptr + kv_tile)  # [KEYS, DIM]
-            m_i, l_i, acc = _fold(q, k, v, True, m_i, l_i, acc, qk_factor, MASKED=False)
-            k_ptr += KEYS * KV_HEADS * DIM
-            v_ptr += KEYS * KV_HEADS * DIM
-        for start in tl.range(whole, length, TAIL, num_stages=1):
-            is_key = start + tl.arange(0, TAIL) < length
-            k = tl.load(k_ptr + tail_tile, mask=is_key[:, None], other=0.0)  # [TAIL, DIM]
-            v = tl.load(v_ptr + tail_tile, mask=is_key[:, None], other=0.0)
-            m_i, l_i, acc = _fold(q, k, v, is_key, m_i, l_i, acc, qk_factor, MASKED=True)
-            k_ptr += TAIL * KV_HEADS * DIM
-            v_ptr += TAIL * KV_HEADS * DIM
-        first += run
-    acc *= (acc_scale / l_i)[:, None]
+        k_row = page.to(tl.int32) * PAGE
+        behind = skipped + (last - skipped) // KEYS * KEYS if TAIL else last  # the loop's last key
+        for start in range(skipped, behind, KEYS):
+            at, k, v = _tile(
+                k_ptr, v_ptr, kv_tiles, k_row, k_row + pages * PAGE, kv_head, start, length,
+                KV_HEADS, PAGE, KEYS, TILED, DIM,
+            )  # fmt: skip
+            qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")  # [QUERIES, KEYS]
+            if TAIL == 0:  # noqa: SIM102 (known when it is compiled; the next one is not)
+                if start + KEYS > last:
+                    qk = _masked(qk, at, start, last, KEYS)
+            m_i, l_i, acc = _fold(qk, v.to(q.dtype), m_i, l_i, acc, qk_factor)
+        if TAIL:
+            for start in tl.range(behind, last, TAIL, num_stages=1):
+                at, k, v = _tile(
+                    k_ptr, v_ptr, kv_ptr, k_row, k_row, kv_head, start, length, KV_HEADS, PAGE, TAIL, False, DIM
+                )
+                qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+                qk = _masked(qk, at, start, last, TAIL)
+                m_i, l_i, acc = _fold(qk, v.to(q.dtype), m_i, l_i, acc, qk_factor)
+        begin = first * PAGE + last
+    # out: [PARTS, rows, tokens, HEADS, DIM]; lse: [PARTS, rows, HEADS, tokens]
+    share = acc_scale / l_i
+    if PARTS > 1:
+        share = tl.where(l_i > 0, share, 0.0)  # a part without keys
+        row += part.to(tl.int64) * tl.num_programs(2)
+        q_base = ((row * tokens + tl.program_id(0) * QUERIES) * HEADS + head) * DIM
+    acc *= share[:, None]
     stored = tokens - offs_q > 0  # is_query, computed again: kept, it would take registers all through the loops
     tl.store(out_ptr + q_base + q_tile, acc.to(out_ptr.dtype.element_ty), mask=stored[:, None])
-    if LSE:  # [rows, HEADS, tokens]
+    if LSE:
         lse = (m_i + tl.log2(l_i)) * 0.6931471805599453
         tl.store(lse_ptr + (row * HEADS + head) * tokens + offs_q, lse, mask=stored)
 
@@ -167,24 +219,29 @@ def block_attention(
     scale: float,
     config: Config | None = None,
     kv_tiles: Any = None,
+    parts: int = 1,
 ) -> None:
     """Launch for tensors that were checked; tensors that are not given are replaced by others that are not read.
 
     config: by default that of architecture and head dim. kv_tiles: a descriptor that loads whole tiles of kv.
+    parts: of the keys, each with a result of its own, out [parts, R, T, H, D] and lse [parts, R, H, T].
     """
     expect_one_list("triton", page_table)
     if kv_scale is not None:
         expect_fp8("block_attention", q.device)
     rows, tokens, heads, dim = q.shape
     config = config or (CONFIGS[architecture(q.device), dim] if q.device.type == "cuda" else ANYWHERE)
-    grid = (triton.cdiv(tokens, config.queries), heads, rows)
+    grid = (triton.cdiv(tokens, config.queries), heads * parts, rows)
+    run = RUN
+    while run > 1 and run * math.prod(kv.shape[2:]) >= 2**31:  # offsets within a run are 32-bit
+        run //= 2
     _attend[grid](
         q, q if q_sink is None else q_sink, kv, kv if kv_tiles is None else kv_tiles,
         page_count if kv_scale is None else kv_scale, page_table, page_count,
         page_count if sink_count is None else sink_count, out, out if lse is None else lse,
         tokens, kv.shape[1], page_table.shape[1], scale / math.log(2),
-        HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, PAGE=kv.shape[2], RUN=RUN,
-        QUERIES=config.queries, KEYS=config.keys, TAIL=config.tail,
+        HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, PAGE=kv.shape[2], RUN=run,
+        QUERIES=config.queries, KEYS=config.keys, TAIL=config.tail, PARTS=parts, STEP=STEP,
         SINK=q_sink is not None, SCALED=kv_scale is not None, LSE=lse is not None, TILED=kv_tiles is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -196,7 +253,7 @@ def candidates(capability: int) -> list[Config]:
         Config(queries, keys, tail, warps, stages)
         for queries, warps in ((128, 8), (64, 4))
         for keys in (32, 64, 128)
-        for tail in (16, 32)
+        for tail in (0, 16, 32)
         for stages in (2, 3, 4)
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 from random import Random
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ..spec import FP8, FRAME_480P, Case, indexable
+
+STEP = 128  # keys of a step: a list of pages is cut into parts at whole steps, counted from its first key
 
 
 def block_attention(
@@ -27,26 +29,43 @@ def block_attention(
     scale: float,
 ) -> None:
     """Row by row and list by list, in float32 or better; see the public function for shapes."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[2] // kv.shape[3]
     lists = page_table.shape[1] if page_table.ndim == 3 else 1
     each = q.shape[2] // lists  # heads of a list
     table, counts = page_table.reshape(len(q), lists, -1), page_count.reshape(len(q), lists)
     sinks = None if sink_count is None else sink_count.reshape(len(q), lists)
     for row, part in product(range(len(q)), range(lists)):
         heads = slice(part * each, (part + 1) * each)
-        pages = table[row, part, : int(counts[row, part])].long()
-        k, v = indexable(kv)[:, pages].view(kv.dtype).to(wide)
-        if kv_scale is not None:
-            k, v = (kept * by[:, None, :, None] for kept, by in zip((k, v), kv_scale[:, pages].to(wide), strict=True))
-        k, v = (kept.flatten(0, 1).repeat_interleave(groups, dim=1)[:, heads].transpose(0, 1) for kept in (k, v))
-        scores = q[row, :, heads].to(wide).transpose(0, 1) @ k.transpose(1, 2) * scale
-        if q_sink is not None and sinks is not None:
-            early = int(sinks[row, part]) * kv.shape[2]
-            scores[..., :early] = q_sink[row, :, heads].to(wide).transpose(0, 1) @ k[:, :early].transpose(1, 2) * scale
+        pages = table[row, part, : int(counts[row, part])]
+        early = 0 if sinks is None else int(sinks[row, part])
+        turned = None if q_sink is None else q_sink[row]
+        scores, v = scores_and_values(q[row], kv, pages, turned, early, kv_scale, scale, heads)
         out[row, :, heads] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
         if lse is not None:
             lse[row, heads] = scores.logsumexp(-1).to(lse.dtype)
+
+
+def scores_and_values(
+    q: Tensor,
+    kv: Tensor,
+    pages: Tensor,
+    q_sink: Tensor | None,
+    sinks: int,
+    kv_scale: Tensor | None,
+    scale: float,
+    heads: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """Scores [h, T, K] and values [h, K, D] of one row's heads, in float32 or better. q, q_sink: [T, H, D]."""
+    wide, pages = torch.promote_types(q.dtype, torch.float32), pages.long()
+    k, v = indexable(kv)[:, pages].view(kv.dtype).to(wide)
+    if kv_scale is not None:
+        k, v = (kept * by[:, None, :, None] for kept, by in zip((k, v), kv_scale[:, pages].to(wide), strict=True))
+    groups = q.shape[1] // kv.shape[3]
+    k, v = (kept.flatten(0, 1).repeat_interleave(groups, dim=1)[:, heads].transpose(0, 1) for kept in (k, v))
+    scores = q[:, heads].to(wide).transpose(0, 1) @ k.transpose(1, 2) * scale
+    if q_sink is not None:
+        early = sinks * kv.shape[2]
+        scores[..., :early] = q_sink[:, heads].to(wide).transpose(0, 1) @ k[:, :early].transpose(1, 2) * scale
+    return scores, v
 
 
 def expect_one_list(form: str, page_table: Tensor) -> None:
@@ -56,6 +75,13 @@ def expect_one_list(form: str, page_table: Tensor) -> None:
             f"block_attention: implementation {form} reads one list of pages a row, but page_table is "
             f"{list(page_table.shape)}, a list for each head group; use reference"
         )
+
+
+def part_bounds(keys: int, parts: int) -> list[tuple[int, int]]:
+    """First key of each part and the one after its last; a part is empty where there are fewer steps than parts."""
+    steps = -(-keys // STEP)
+    cuts = [min(part * steps // parts * STEP, keys) for part in range(parts + 1)]
+    return list(pairwise(cuts))
 
 
 def merge_partials(outs: Tensor, lses: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts, with_w
 from ...graphs.rewrites import chosen
 from ...graphs.shards import ALONE, Shard, run_on_tile
 from ...graphs.types import PROMPT_TABLE, name_in_set
+from ...kernels.spec import multiprocessors_of
 from ...models.cross_attention import TextByFrames
 from ...models.registry import family_of
 from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
@@ -228,11 +229,15 @@ class GraphExecutor:
         model, device, dtype = parts.transformer, torch.device(config.device), DTYPES[config.dtype]
         lowp = config.precision_map
         if rewrites is None:
-            rewrites = tuple(chosen(["lowp"] if lowp else [], () if config.keeps_frames else ("hoist-frames",)))
+            left_out = [] if config.keeps_frames else ["hoist-frames"]
+            if "block_attention" in config.kernels:
+                left_out.append("split-keys")  # which would put another op in the place of the chosen form
+            rewrites = tuple(chosen(["lowp"] if lowp else [], left_out))
         kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = GraphBuilder(
-            model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard
-        )
+            model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard,
+            multiprocessors_of(config.device),
+        )  # fmt: skip
         self.supports_whole_block, self.session_slots = supports_whole_block(preset), staging_slots(preset)
         weights = {
             name_in_set(name, number): weight

@@ -20,10 +20,11 @@ def fresh_pages(run: Pass, table: PageTable) -> int:
     return table.count_shared(run.written) + len(run.scratch) - len(table.scratch)
 
 
-def layout_pass(run: Pass, table: PageTable, moving: bool) -> list[GroupPages]:
+def layout_pass(run: Pass, table: PageTable, moving: bool, permanent: int = 0) -> list[GroupPages]:
     """Return the pages of each group; the table allocates scratch pages and notes the positions of written frames.
 
     Keys are stored at the group's positions, or at the frame numbers if `moving` (positions count in the window).
+    Pages are listed in `ring_order`. permanent: first frames, which stay in the window.
     InferixError for a context frame that no pass has written; UsageError for positions that need a third rotation.
     """
     table.free_scratch()
@@ -36,10 +37,25 @@ def layout_pass(run: Pass, table: PageTable, moving: bool) -> list[GroupPages]:
         positions |= dict(zip(group.frames, stored, strict=True))
     table.alloc_scratch(run.scratch)
     pages = table.pages | table.scratch
-    return [_row(group, pages, positions) for group in run.groups]
+    ring = table.room - permanent
+    return [_row(group, pages, positions, permanent, ring) for group in run.groups]
 
 
-def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> GroupPages:
+def ring_order(frames: Sequence[int], permanent: int, ring: int) -> list[int]:
+    """Sort frames as their pages lie in a run of pages that is written round and round.
+
+    A branch takes its pages one after the other, and a new frame takes the page of the one that it evicts. So the
+    window is a ring of `ring` pages behind those of the `permanent` first frames, and a full window in this order is
+    one run, where the branch got one. The order follows from frame numbers alone and never from page ids, which depend
+    on other sessions: a session adds up its keys in the same order alone and beside others, and after a restore. With
+    `ring` 0 or less, of a window without an end, frames stay as they are.
+    """
+    if ring <= 0:
+        return list(frames)
+    return sorted(frames, key=lambda frame: frame if frame < permanent else permanent + (frame - permanent) % ring)
+
+
+def _row(group: Group, pages: dict[int, int], positions: dict[int, int], permanent: int, ring: int) -> GroupPages:
     if unwritten := [frame for frame in group.context if frame not in positions]:
         raise InferixError(f"frames {unwritten} of the context have no keys and values: no pass has written them")
     shifts = {frame: positions[frame] - at for frame, at in zip(group.context, group.positions, strict=True)}
@@ -51,8 +67,9 @@ def _row(group: Group, pages: dict[int, int], positions: dict[int, int]) -> Grou
             f"{sorted(set(shifts.values()))}; pages allow one for the window and one for the sink. Use absolute "
             "positions, or shot_offset=0"
         )
-    sinks = [frame for frame in group.context if shifts[frame] != own]
-    window = [frame for frame in group.context if shifts[frame] == own]
+    context = ring_order(group.context, permanent, ring)
+    sinks = [frame for frame in context if shifts[frame] != own]
+    window = [frame for frame in context if shifts[frame] == own]
     sink_shift = others[0] if others else own
     at = [group.position_of(frame) for frame in group.frames]
 

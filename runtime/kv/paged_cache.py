@@ -96,7 +96,7 @@ class PagedCache:
         """Lay one pass out over the pages; its scratch pages last until `end_pass`."""
         self._check_onloaded()
         self.store.make_room(fresh_pages(run, self.table))
-        rows = layout_pass(run, self.table, self.policy.moving_positions)
+        rows = layout_pass(run, self.table, self.policy.moving_positions, self.policy.sink_size)
         return PassLayout(self.grid, tuple(rows), self.table.room, self.policy.rotates_sink)
 
     def end_pass(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ...graphs.compose import chained
 from ...graphs.lowered import Lowered, lower_block
-from ...graphs.rewrites import rewritten
+from ...graphs.rewrites import EVERY_LAYER, rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.shards import ALONE, OnPages, Shard
 from ...graphs.staged_attention import StagedAttention
@@ -95,7 +95,7 @@ class GraphBuilder:
     """Builds the block graph of a key, for one model and preset.
 
     rewrites: names of the rewrites to apply. lowp: precision map of the rewrite `lowp`. kv_dtype: dtype of the pages;
-    None for the model's. shard: part of each pass that this rank computes.
+    None for the model's. shard: part of each pass that this rank computes. multiprocessors: of the GPU; 0 for a CPU.
     """
 
     spec: ModelSpec
@@ -107,6 +107,7 @@ class GraphBuilder:
     lowp: PrecisionMap | None = None
     kv_dtype: torch.dtype | None = None
     shard: Shard = ALONE
+    multiprocessors: int = 0
 
     def __call__(self, key: GraphKey) -> BlockGraph:
         """Build the graph of a whole block (seeds in, clean `latents` out), or of one pass (`velocity` out).
@@ -128,7 +129,7 @@ class GraphBuilder:
         return self.rewritten(self.block(key, builder, (graph,), ("velocity",)))
 
     def rewritten(self, block: BlockGraph) -> BlockGraph:
-        return rewritten(block, self.rewrites) if self.lowp is None else rewritten(block, self.rewrites, self.lowp)
+        return rewritten(block, self.rewrites, self.lowp or EVERY_LAYER, self.multiprocessors)
 
     def builder(self, key: GraphKey, texts: int) -> BlockGraphBuilder:
         preset, size = self.preset, key.size(self.spec)

@@ -40,6 +40,7 @@ def identity(graphs: GraphBuilder) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": installed("triton") if device.type == "cuda" else None,
         "card": card_of(device),
+        "multiprocessors": graphs.multiprocessors,
         "dtype": str(graphs.dtype).removeprefix("torch."),
         "kv_dtype": None if graphs.kv_dtype is None else str(graphs.kv_dtype).removeprefix("torch."),
         "precision": graphs.precision,

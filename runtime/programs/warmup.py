@@ -52,7 +52,7 @@ class KeyCollector:
 
     def add_pass(self, table: PageTable, run: Pass, whole: bool) -> None:
         """Add the key of a pass as one branch runs it."""
-        rows = layout_pass(run, table, self.policy.moving_positions)
+        rows = layout_pass(run, table, self.policy.moving_positions, self.policy.sink_size)
         listed = max(table.room, *(len(row.listed) for row in rows))
         key = GraphKey(
             whole=whole,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inferix.bench.dry_run import (
+    MULTIPROCESSORS,
     DryRun,
     FakeCard,
     Recorder,
@@ -102,6 +103,27 @@ def test_a_dry_run_of_one_rank_of_several_sends_what_the_planner_counts(grid: Ra
     assert denoised == (len(passes) - 1) * each  # what the commit does not need of its last layer is left out
     assert 0 < sum(launch.nbytes for launch in sent) - denoised < each
     assert all(RATES[90].seconds(one.rate, 0, one.nbytes, 0) > 1e-5 for one in sent)
+
+
+def test_split_keys_fill_the_waves_of_a_card_and_allocate_nothing():
+    spec = replace(MODELS["wan-1.3b"], num_layers=1)
+    built = BlockGraphBuilder(spec, make_preset("self-forcing"), dtype=torch.bfloat16).build()
+    split = rewritten(built, chosen(), multiprocessors=MULTIPROCESSORS[90])
+    run = dry_run(split, 90, compiled=False)
+    assert run.faults() == [] and not any(launch.allocated for launch in run.of("block"))
+    launches = {op: [one for one in run.of("block") if one.op == f"inferix::{op}"] for op in (
+        "attention_parts", "merge_parts", "block_attention"
+    )}  # fmt: skip
+    assert [len(of_op) for of_op in launches.values()] == [4, 4, 4]  # a window, its merge and a prompt in each step
+    assert {launch.tiles for launch in launches["attention_parts"]} == {2 * 37 * 12}
+    whole = dry_run(rewritten(built, chosen()), 90, compiled=False).of("block")
+    before = [one for one in whole if one.op == "inferix::block_attention" and one.tiles == 37 * 12][::2]
+    assert sum(one.flops for one in before) == sum(one.flops for one in launches["attention_parts"])
+
+    def seconds(listed):
+        return sum(RATES[90].seconds(one.rate, one.flops, one.nbytes, one.tiles) for one in listed)
+
+    assert seconds([*launches["attention_parts"], *launches["merge_parts"]]) < 0.93 * seconds(before)
 
 
 def test_calls_that_allocate_are_seen_where_the_rewrites_are_left_out():

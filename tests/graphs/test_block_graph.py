@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from inferix.graphs.rewrites.lowp import KINDS, PrecisionMap
 from inferix.graphs.show.plain import to_dict
 from inferix.graphs.types import BlockGraph, PassGraph, Role, Runs
 from inferix.graphs.validate import GraphError, validate
+from inferix.kernels.attention_parts.rule import parts_for
+from inferix.kernels.block_attention import reference
 from inferix.kernels.linear_lowp import linear_lowp, pack
 from inferix.models.registry import PRESETS, make_preset
 from inferix.models.wan.transformer import WanTransformer
@@ -239,6 +242,63 @@ def test_a_broken_rewrite_is_noticed(name: str) -> None:
         assert differences("self-forcing", block) > 1e-6
     except RuntimeError:  # shapes that do not fit any more
         assert name == "gelu"
+
+
+@pytest.fixture
+def splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are split in float64 too and at the test model's sizes, in steps of 8."""
+    module = import_module(f"{rewritten.__module__}.split_keys")
+    monkeypatch.setattr(module, "HALF", (torch.float64,))
+    monkeypatch.setattr(module, "HEAD_DIMS", (SPEC.head_dim,))
+    monkeypatch.setattr(module, "parts_for", lambda rows, tokens, heads, keys, multiprocessors: 3)
+    monkeypatch.setattr(reference, "STEP", 8)
+
+
+def attention_calls(block: BlockGraph) -> list[list[str]]:
+    names = ("block_attention", "attention_parts", "merge_parts")
+    return [[name for node in graph if (name := name_of(node.target)) in names] for graph in block.passes]
+
+
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize("preset", VARIED)
+def test_split_keys_compute_the_same(preset: str) -> None:
+    names = ["merge-qkv", "cross-attention", "split-keys"]
+    whole, block = rewritten(block_of(preset), names), rewritten(block_of(preset), names, multiprocessors=132)
+    validate(block)
+    assert differences(preset, block) < EXACT
+    for before, after in zip(attention_calls(whole), attention_calls(block), strict=True):
+        assert after == [name for _ in before for name in ("attention_parts", "merge_parts")]
+    assert {change.rewrite: change.places for change in block.changes}["split-keys"] == sum(
+        map(len, attention_calls(whole))
+    )
+
+
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize("op", ["attention_parts", "merge_parts"])
+def test_broken_parts_are_noticed(op: str) -> None:
+    block = rewritten(block_of("self-forcing"), ["merge-qkv", "split-keys"], multiprocessors=132)
+    one, other = [node for node in block.passes[0] if name_of(node.target) == op][:2]
+    if op == "merge_parts":
+        changed(other, 1, one.args[1])  # the sums of another layer
+    else:
+        changed(one, 9, 2 * one.args[9])  # another scale
+    assert differences("self-forcing", block) > 1e-6
+
+
+def test_keys_are_split_where_waves_of_programs_are_not_full() -> None:
+    """Wan 1.3B on 132 multiprocessors: blocks of three frames and of one, four sessions, its prompt; 14B."""
+    keys = 21 * 1560
+    assert [parts_for(1, tokens, 12, keys, 132) for tokens in (4680, 1560)] == [2, 4]
+    assert parts_for(4, 4680, 12, keys, 132) == parts_for(1, 4680, 40, keys, 132) == 1
+    assert parts_for(1, 4680, 12, 512, 132) == 1
+    assert parts_for(1, 64, 4, 640, 132) == 1  # shorter than a merge
+    assert parts_for(1, 4680, 12, keys, 0) == 1
+
+
+def test_keys_stay_whole_without_a_gpu_and_in_float64() -> None:
+    assert "split-keys" not in {change.rewrite for change in rewritten(block_of("self-forcing"), chosen()).changes}
+    block = rewritten(block_of("self-forcing"), ["split-keys"], multiprocessors=132)
+    assert all("attention_parts" not in calls for calls in attention_calls(block))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Run by test_kernels.py in a process of its own, where TRITON_INTERPRET=1 is set 
 """
 
 import os
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -14,21 +15,26 @@ import triton.language as tl
 from checker import changed, check
 from claims import CLAIMS, shuffled_pages_equal_tokens_in_order, turned_queries_equal_keys_rotated_at_read
 from interpreter import repair
+from preset_lists import every_list, lists_of
 
 from inferix.kernels.adaln import gpu as adaln_gpu
-from inferix.kernels.block_attention import descriptors
+from inferix.kernels.attention_parts import attention_parts
+from inferix.kernels.block_attention import block_attention, descriptors
 from inferix.kernels.block_attention import gpu as attention_gpu
 from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import gpu as denoise_gpu
 from inferix.kernels.frame_noise import gpu as noise_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
+from inferix.kernels.merge_parts import gpu as merge_gpu
+from inferix.kernels.merge_parts import merge_parts
 from inferix.kernels.philox import philox4x32, philox_normals
 from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
 from inferix.kernels.quantise_rows import gpu as quantise_gpu
 from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
 from inferix.kernels.spec import using
+from inferix.models.registry import make_preset
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 repair()
@@ -62,8 +68,77 @@ def test_paged_attention_keeps_its_promises_in_the_kernel(form):
         assert turned_queries_equal_keys_rotated_at_read(2, 1, torch.float16) <= 4e-3
 
 
+AFTER = attention_gpu.Config(queries=16, keys=32, tail=16, warps=4, stages=1)  # tiles after the loop, as before sm_90
+
+
+@pytest.mark.parametrize("case", ["tails everywhere", "fp8 pages in runs"])
+def test_tiles_after_the_loop_equal_the_reference(case):
+    run = partial(attention_gpu.block_attention, config=AFTER)
+    check(SPECS["block_attention"], run, named("block_attention", case), torch.float16)
+
+
+def test_parts_with_tiles_after_the_loop_equal_the_reference():
+    run = partial(SPECS["attention_parts"].form("triton").load(), config=AFTER)
+    check(SPECS["attention_parts"], run, named("attention_parts", "two parts"), torch.float16)
+
+
+def named(op, case):
+    return next(known for known in SPECS[op].test_cases if known.name == case)
+
+
+def difference_on(listed, sinks):
+    """Largest error of whole attention and of merged parts over a list of pages, in float16 against float64."""
+    generator = torch.Generator().manual_seed(len(listed))
+    pages = [page - min(listed) for page in listed]
+    kv = torch.full((2, max(pages) + 1, 20, 1, 64), float("nan"))
+    kv[:, pages] = torch.randn(2, len(pages), 20, 1, 64, generator=generator)
+    q = torch.randn(1, 17, 2, 64, generator=generator)
+    table, count = torch.tensor([pages], dtype=torch.int32), torch.tensor([len(pages)], dtype=torch.int32)
+    turned = {"q_sink": q.flip(1), "sink_count": torch.tensor([sinks], dtype=torch.int32)} if sinks else {}
+    half = {name: one.half() if one.is_floating_point() else one for name, one in turned.items()}
+    wide = {name: one.double() if one.is_floating_point() else one for name, one in half.items()}
+    want = block_attention(q.half().double(), kv.half().double(), table, count, **wide)
+    with using(block_attention="triton", attention_parts="triton", merge_parts="triton"):
+        whole = block_attention(q.half(), kv.half(), table, count, **half)
+        parts = attention_parts(q.half(), kv.half(), table, count, 2, **half)
+        merged = merge_parts(*parts, torch.empty_like(whole))
+    return max(float((got - want).abs().max()) for got in (whole, merged))
+
+
+@pytest.mark.parametrize("preset", ["sgf-framewise"])
+def test_lists_of_a_preset_give_the_attention_of_the_reference(preset):
+    for listed, sinks in lists_of(make_preset(preset)):
+        assert difference_on(listed, sinks) <= 4e-3
+
+
+@pytest.mark.slow
+def test_lists_of_every_preset_give_the_attention_of_the_reference():
+    for (listed, sinks), preset in every_list().items():
+        assert difference_on(listed, sinks) <= 4e-3, preset
+
+
+WRONG_PARTS = {  # a piece of the kernel's source, and what replaces it
+    "a step in two parts": ("(part + 1) * steps // PARTS * STEP,", "((part + 1) * steps // PARTS + 1) * STEP,"),
+    "a part without its first keys": ("part * steps // PARTS * STEP\n", "part * steps // PARTS * STEP + 5\n"),
+    "keys of the part before": ("skipped = begin - first * PAGE", "skipped = 0 * begin"),
+    "keys of the part behind": ("tl.minimum(length, stop - first * PAGE)", "length + 0 * stop"),
+    "results of all parts in one place": ("row += part.to(tl.int64) * tl.num_programs(2)", "row += 0 * part"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PARTS)
+def test_wrong_parts_are_rejected(name, tmp_path):
+    wrong = changed(attention_gpu, *WRONG_PARTS[name], tmp_path)
+
+    def run(out, **given):
+        wrong.block_attention(out=out, parts=len(out), **given)
+
+    with pytest.raises(AssertionError, match=r"is off by|not finite|beside"):
+        check(SPECS["attention_parts"], run, named("attention_parts", "two parts"), torch.float16)
+
+
 def test_a_wrong_tile_through_a_descriptor_is_rejected(tmp_path, monkeypatch):
-    wrong = changed(attention_gpu, "[k_row + pages * PAGE, ", "[k_row, ", tmp_path)
+    wrong = changed(attention_gpu, "[v_row + at, ", "[k_row + at, ", tmp_path)
     monkeypatch.setattr(descriptors, "attend", wrong.block_attention)
     spec = SPECS["block_attention"]
     with pytest.raises(AssertionError, match="is off by"):
@@ -98,12 +173,11 @@ def test_arithmetic_on_bfloat16_fails_aloud():
 
 
 WRONG = {  # module, a piece of its source, what replaces it, and a case whose check fails
-    "mask off by one": (attention_gpu, "arange(0, TAIL) < length", "arange(0, TAIL) <= length", "tails everywhere"),
-    "no mask": (attention_gpu, "arange(0, TAIL) < length", "arange(0, TAIL) >= 0", "tails everywhere"),
-    "whole tiles only": (
-        attention_gpu, "tl.range(whole, length, TAIL", "tl.range(whole, whole, TAIL", "tails everywhere"
-    ),
-    "a tile too many": (attention_gpu, "length // KEYS * KEYS", "tl.cdiv(length, KEYS) * KEYS", "tails everywhere"),
+    "mask off by one": (attention_gpu, "(key < last))", "(key <= last))", "tails everywhere"),
+    "keys of an overlap twice": (attention_gpu, "((key >= start) & ", "((key >= 0) & ", "tails everywhere"),
+    "a mask too late": (attention_gpu, "start + KEYS > last", "start + KEYS > last + 8", "tails everywhere"),
+    "whole tiles only": (attention_gpu, "if TAIL else last", "if TAIL else last // KEYS * KEYS", "tails everywhere"),
+    "a tile beyond its run": (attention_gpu, "tl.minimum(start, length - KEYS)", "start + 0", "one page, one tile"),
     "a stale page": (attention_gpu, "tl.load(table_ptr + first).to", "tl.load(table_ptr).to", "tails everywhere"),
     "a page too few": (attention_gpu, "tl.load(count_ptr + row)", "tl.load(count_ptr + row) - 1", "one page, one tile"),
     "the next row's pages": (
@@ -127,6 +201,9 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
     "values of the keys' pages": (attention_gpu, "k_ptr + pages.to", "k_ptr + 0 * pages.to", "one page, one tile"),
     "no rescaling": (attention_gpu, "acc * alpha[:, None]", "acc", "one page, one tile"),
     "the wrong head": (attention_gpu, "head // (HEADS // KV_HEADS)", "head % KV_HEADS", "runs, grouped heads"),
+    "shares that do not add up to one": (merge_gpu, "acc / total[:, None]", "acc", "two parts"),
+    "sums of another head": (merge_gpu, "* HEADS + head) * tokens", "* HEADS) * tokens + 0 * head", "two parts"),
+    "a part too few": (merge_gpu, "weight[:, None] * tl.load", "(part > 0) * weight[:, None] * tl.load", "two parts"),
     "rotated the other way": (append_gpu, "[None] - odd", "[None] + odd", "one token"),
     "pairs of halves": (
         append_gpu, "tl.split(tl.reshape(x, [ROWS, DIM // 2, 2]))",
@@ -215,4 +292,4 @@ def test_a_wrong_kernel_is_rejected(name, tmp_path):
     op = module.__package__.rpartition(".")[2]
     wrong = getattr(changed(module, old, new, tmp_path), op)
     with pytest.raises(AssertionError, match=r"is off by|not finite|beside|another integer"):
-        check(SPECS[op], wrong, next(case for case in SPECS[op].test_cases if case.name == shown_by), torch.float16)
+        check(SPECS[op], wrong, named(op, shown_by), torch.float16)

@@ -9,7 +9,7 @@ import torch
 from inferix.errors import InferixError, UsageError
 from inferix.graphs.passes import Group, Pass
 from inferix.runtime.kv.offload import Offloaded
-from inferix.runtime.kv.page_layout import fresh_pages, layout_pass, parts_of, through_slots
+from inferix.runtime.kv.page_layout import fresh_pages, layout_pass, parts_of, ring_order, through_slots
 from inferix.runtime.kv.pages import OutOfPages, PagePool, PageTable
 from inferix.runtime.plans import GroupPages, JoinTransfer, Offload, Onload, Plan
 from inferix.runtime.worker_client import WorkerClient
@@ -285,6 +285,37 @@ def test_a_sink_takes_one_more_rotation_and_a_third_is_refused():
     unwritten.set_window((0, 1))
     with pytest.raises(InferixError, match=r"\[0\]"):
         layout_pass(Pass((Group((1,), 0.0, (0, 1), (0, 1)),)), unwritten, moving=False)
+
+
+def rolled(pool, blocks, sinks):
+    """Pages and frames that the blocks of a stream list: 3 frames each, of 12 seen the first `sinks` stay."""
+    table, listed = PageTable(pool, 12), []
+    for block in range(blocks):
+        end = 3 * block + 3
+        frames = tuple(sorted({*range(min(sinks, end)), *range(max(0, end - 12 + sinks), end)}))
+        table.set_window(frames)
+        own = frames[-3:]
+        (row,) = layout_pass(Pass((Group(own, 0.0, frames, frames),)), table, False, sinks)
+        numbers = {page: frame for frame, page in table.pages.items()}
+        listed.append((row.listed, tuple(numbers[page] for page in row.listed)))
+    return listed
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_full_window_is_listed_as_one_run_in_an_order_that_other_sessions_do_not_change(sinks):
+    alone = rolled(PagePool(12), 12, sinks)
+    assert [pages for pages, _ in alone[4:]] == 8 * [tuple(range(12))]
+    crowded = PagePool(40)
+    crowded.acquire(40)
+    crowded.release(range(0, 40, 2))  # no run is free
+    beside = rolled(crowded, 12, sinks)
+    assert [frames for _, frames in beside] == [frames for _, frames in alone]
+    assert all(pages != one for (pages, _), (one, _) in zip(beside, alone, strict=True))
+
+
+def test_the_order_of_a_ring():
+    assert ring_order((0, 1, 2, 12, 13, 14, 15, 16), 3, 5) == [0, 1, 2, 13, 14, 15, 16, 12]
+    assert ring_order((5, 6, 3), 1, 0) == [5, 6, 3]
 
 
 def test_shared_pages_are_replaced_before_they_are_written_and_scratch_ones_freed():
