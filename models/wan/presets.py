@@ -36,7 +36,9 @@ LINGBOT = Preset(
     num_frame_per_block=4,
     independent_first_frame=False,
     # rows 0, 250, 500 and 750 of the table
-    sampler=dataclasses.replace(FOUR_STEPS, timestep_shift=10.0, sigma_max=0.999, table="truncated"),
+    sampler=dataclasses.replace(
+        FOUR_STEPS, timestep_shift=10.0, sigma_max=0.999, table="truncated", wide_latents=True
+    ),
     context=ContextPolicy(local_attn_size=18, sink_size=6, positions="absolute", image="channels"),
     precision="wide",
 )

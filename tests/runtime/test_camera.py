@@ -2,24 +2,28 @@
 
 import dataclasses
 import json
-from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from oracles import ROWS, SIZE, TINY, TOKENS, DenseAttention, frame_mask, make_engine, remade, walk
+from recording import FakeGraphs
+from thread_ranks import difference, pair
 
 from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles
 from inferix.models.registry import MODELS, make_preset
 from inferix.models.solvers import noised
 from inferix.models.wan.transformer import Block, WanTransformer
+from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.frame_channels import ImageCondition, frame_channels
 from inferix.runtime.sampler import Sampler
+from inferix.runtime.sessions.batch_profile import BatchProfile
 from inferix.runtime.sessions.saved_values import InvalidField
 from inferix.runtime.sessions.session import Session
 from inferix.runtime.sessions.session_state import CameraForm, SavedFields
 from inferix.schemes.camera import Camera, CameraMove
+from inferix.schemes import layouts
 from inferix.schemes.timeline import Span, Timeline
 
 SPEC = dataclasses.replace(
@@ -189,21 +193,6 @@ def test_rewind_and_restore_go_on_with_the_camera(tmp_path):
     restored.close()
 
 
-def test_sessions_with_different_cameras_in_one_batch():
-    engine = camera_engine()
-    other = Camera(intrinsics=(30, 40, 16, 16), size=SIZE)
-    want = [latents_of(engine, 2, camera) for camera in (CAMERA, other)]
-    sessions = [opened(engine, camera) for camera in (CAMERA, other)]
-    got = [[], []]
-    for _ in range(2):
-        for mine, session in zip(got, sessions, strict=True):
-            mine += [block.latents for block in session.stream(1, decode=False)]
-    for session in sessions:
-        session.close()
-    pairs = zip(chain(*got), chain(*want), strict=True)
-    assert all((one - two).abs().max() <= 1e-10 for one, two in pairs)
-
-
 @torch.no_grad()
 def test_condition_frames_as_they_are_read_equal_those_of_a_whole_clip():
     """The mask, then latents; once the encoder repeats itself, nothing more is encoded."""
@@ -263,7 +252,7 @@ def test_what_cannot_be_opened():
     ("name", "value"),
     [
         ("poses", [[0.0] * 16]), ("first", -1), ("scale", 0), ("normalize", "none"), ("intrinsics", [1, 2, 3]),
-        ("turn", "x"), ("turn", [1]), ("turn_frames", 1.5), ("held", {}), ("speeds", {"move": 1}), ("seconds", "1"),
+        ("turn", "x"), ("turn", [1]), ("tap_frames", 1.5), ("held", {}), ("tapped", {"yaw": 1}), ("speeds", {"move": 1}), ("seconds", "1"),
     ],
 )  # fmt: skip
 def test_a_damaged_camera_in_a_saved_session(name, value):
@@ -276,3 +265,54 @@ def test_a_damaged_camera_in_a_saved_session(name, value):
     file.header["camera"][name] = value
     with pytest.raises(InvalidField, match="camera"):
         CameraForm().check(file)
+
+
+@pytest.mark.parametrize("executor", ["eager", "fused"])
+def test_latents_of_a_bfloat16_model_are_in_float32_between_steps(executor):
+    """Unless the preset says otherwise. Each step follows what the network gives for its rounded input."""
+    engine = camera_engine(executor=executor, dtype="bfloat16")
+    with opened(engine) as session:
+        (block,) = session.stream(1)
+    assert (block.latents.dtype, block.frames.dtype) == (torch.float32, np.uint8)
+    assert not torch.equal(block.latents, block.latents.bfloat16().float())
+    (exact,) = latents_of(camera_engine(), 1)
+    assert (block.latents - exact).square().mean().sqrt() <= 0.05 * exact.square().mean().sqrt()
+    narrow = latents_of(camera_engine(executor=executor, dtype="bfloat16", wide_latents=False), 1)[0]
+    assert narrow.dtype == torch.bfloat16
+
+
+def test_graphs_that_are_captured_replay_blocks_with_a_camera():
+    backend = FakeGraphs()
+    fused = camera_engine(executor="fused", kv_memory=1 << 24)
+    engine = remade(fused, GraphExecutor(fused.config, fused.preset, fused.parts, backend))
+    actual, expected = latents_of(engine, 4), latents_of(camera_engine(), 4)
+    assert all((one - two).abs().max() <= 1e-6 for one, two in zip(actual, expected, strict=True))
+    assert (engine.executor.traces, backend.replays) == (1, 2 * 4)  # the camera's layers, and the passes
+
+
+@pytest.mark.parametrize("layout", [layouts.HEADS, pytest.param(layouts.TOKENS, marks=pytest.mark.slow)])
+def test_two_ranks_make_the_stream_of_one(layout):
+    with pair("lingbot-v2", layout, spec=SPEC, denoising_step_list=[1000], **BLOCK) as (alone, ranked):
+        alone, ranked = latents_of(alone, 3), latents_of(ranked, 3)
+    assert all(difference(one, two) <= 1e-10 for one, two in zip(ranked, alone, strict=True))
+
+
+@pytest.mark.parametrize("executor", ["eager", "fused"])
+def test_a_batch_of_worlds_with_cameras_equals_each_alone(executor):
+    """Blocks of two sessions in one launch, each with the camera and the image of its own."""
+    engine = camera_engine(executor=executor, denoising_step_list=[1000, 500])
+    worlds = [(CAMERA, IMAGE), (Camera(intrinsics=(30, 40, 16, 16), size=SIZE), IMAGE[::-1].copy())]
+    alone = []
+    for camera, image in worlds:
+        with engine.open(prompt_embeds=ROWS, size=SIZE, image=image, camera=camera) as session:
+            alone.append([block.latents for block in session.stream(3, decode=False)])
+    engine.follow_times(SIZE, BatchProfile({1: 1.0, 2: 1.5}))
+    sessions = [engine.open(prompt_embeds=ROWS, size=SIZE, image=image, camera=camera) for camera, image in worlds]
+    streams = [session.stream(3, decode=False) for session in sessions]
+    batched = [[next(stream) for stream in streams] for _ in range(3)]
+    for session in sessions:
+        session.close()
+    assert {block.record.batch for blocks in batched for block in blocks} >= {2}
+    for number, expected in enumerate(alone):
+        for blocks, latents in zip(batched, expected, strict=True):
+            assert (blocks[number].latents - latents).abs().max() <= 1e-10
