@@ -22,8 +22,8 @@ from inferix.runtime.sessions.batch_profile import BatchProfile
 from inferix.runtime.sessions.saved_values import InvalidField
 from inferix.runtime.sessions.session import Session
 from inferix.runtime.sessions.session_state import CameraForm, SavedFields
-from inferix.schemes.camera import Camera, CameraMove
 from inferix.schemes import layouts
+from inferix.schemes.camera import Camera, CameraMove
 from inferix.schemes.timeline import Span, Timeline
 
 SPEC = dataclasses.replace(
@@ -252,7 +252,8 @@ def test_what_cannot_be_opened():
     ("name", "value"),
     [
         ("poses", [[0.0] * 16]), ("first", -1), ("scale", 0), ("normalize", "none"), ("intrinsics", [1, 2, 3]),
-        ("turn", "x"), ("turn", [1]), ("tap_frames", 1.5), ("held", {}), ("tapped", {"yaw": 1}), ("speeds", {"move": 1}), ("seconds", "1"),
+        ("turn", "x"), ("turn", [1]), ("tap_frames", 1.5), ("held", {}), ("tapped", {"yaw": 1}),
+        ("speeds", {"move": 1}), ("seconds", "1"),
     ],
 )  # fmt: skip
 def test_a_damaged_camera_in_a_saved_session(name, value):
@@ -265,6 +266,23 @@ def test_a_damaged_camera_in_a_saved_session(name, value):
     file.header["camera"][name] = value
     with pytest.raises(InvalidField, match="camera"):
         CameraForm().check(file)
+
+
+def test_an_image_as_channels_without_a_camera_for_any_preset_and_two_experts():
+    """Wan 2.2's image to video models: 36 channels, no image encoder, an expert below and above a noise level."""
+    spec = dataclasses.replace(SPEC, camera_channels=None)
+    settings = {"image": "channels", "boundary_ratio": 0.9, "local_attn_size": 6, "denoising_step_list": [1000, 500]}
+    eager, fused = (make_engine(spec=spec, executor=executor, **settings) for executor in ("eager", "fused"))
+    made = []
+    for engine, image in ((eager, IMAGE), (fused, IMAGE), (eager, IMAGE[::-1].copy())):
+        with engine.open(prompt_embeds=ROWS, size=SIZE, image=image) as session:
+            made.append(torch.cat([block.latents for block in session.stream(3, decode=False)]))
+            with pytest.raises(UsageError, match="camera"):
+                session.move(CameraMove())
+    assert (made[1] - made[0]).abs().max() <= 1e-6
+    assert (made[2] - made[0])[:3].abs().max() > 1e-3
+    with pytest.raises(UsageError, match="image"):
+        eager.open(prompt_embeds=ROWS, size=SIZE)
 
 
 @pytest.mark.parametrize("executor", ["eager", "fused"])
