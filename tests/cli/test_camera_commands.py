@@ -39,7 +39,7 @@ def test_a_video_along_a_path(files, tmp_path):
     done = generate("--model", "lingbot-tiny", *given, "--set", "denoising_step_list=[1000]", "--out", out, "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
-    assert (result["blocks"], result["frames"]) == (1, ONE_BLOCK) and out.stat().st_size > 0
+    assert (len(result["blocks"]), result["frames"]) == (1, ONE_BLOCK) and out.stat().st_size > 0
     assert json.loads(out.with_suffix(".json").read_text())["opened_with"]["camera"] == str(files / "path.json")
 
 
