@@ -20,13 +20,13 @@ test test-all quick lint fuzz kills soak: export PYTHONSAFEPATH := 1
 
 KILLS ?= 200
 
-.PHONY: help demo test test-all chromium quick lint fuzz kills soak runner docs copy sizes clean
+.PHONY: help demo test test-all chromium nginx ray quick lint fuzz kills soak runner docs copy sizes clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then write outputs/demo.mp4, a walk through the small world"
 	@echo "make test    install with [dev], then lint and run the tests"
-	@echo "make test-all  the same, with the tests that take minutes (marked slow); root gets chromium from apt for the page"
+	@echo "make test-all  the same, with the tests that take minutes (marked slow); root gets chromium and nginx from apt, and ray is installed"
 	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
 	@echo "make lint    ruff, hadolint on the Dockerfiles, and mypy on an installed copy"
 	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
@@ -47,7 +47,7 @@ demo: .venv/.base
 test: lint
 	$(BIN)/pytest tests -n 2 --dist worksteal -m "not slow"
 
-test-all: lint chromium
+test-all: lint chromium nginx ray
 	$(BIN)/pytest tests -n 2 --dist worksteal
 
 # The tests of the page of inferix serve drive a browser, and are skipped where there is none.
@@ -55,6 +55,16 @@ chromium:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
 		|| echo "no chromium: the tests of the page are skipped"
+
+# A server that sessions are pushed to by RTMP.
+nginx:
+	@test -e /usr/lib/nginx/modules/ngx_rtmp_module.so || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light \
+		libnginx-mod-rtmp; } || echo "no nginx with RTMP: its test is skipped"
+
+# 340 MB, for one test.
+ray: .venv/.dev
+	@$(BIN)/python -c "import ray" 2>/dev/null || $(INSTALL) -e ".[dev,ray]"
 
 quick: .venv/.dev
 	$(BIN)/pytest -x tests/test_tiny.py tests/test_layout.py tests/test_api.py tests/test_errors.py tests/runtime/test_page_pool.py \

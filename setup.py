@@ -117,7 +117,9 @@ EXTRAS = {
         "msgpack>=1.1,<2",
         "prometheus_client>=0.21,<1",
         "python-multipart>=0.0.20",
+        "httpx>=0.28,<1",
     ],
+    "ray": ["ray[serve]>=2.50,<3"],
     "webrtc": ["aiortc>=1.13,<2"],
     "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
 }

@@ -492,6 +492,7 @@ def generate(
     if exported is None:
         reading = {"form": overrides.get("checkpoint_format"), "names": names}
         check_start(model, preset, {"--image": image, "--video": video, "--camera": camera}, **reading)
+    parts["prompts"] = [text for text in (prompt, negative_prompt, *(cue.prompt for cue in cues)) if text is not None]
     if exported is not None:
         engine = load(engine=exported, **overrides)
         prompt = default_prompt(exported) if prompt is None and prompt_embeds is None else prompt

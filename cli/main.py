@@ -25,6 +25,7 @@ from .graph import graph
 from .help import Command, Group, group
 from .plan import plan
 from .play import play
+from .route import route
 from .serve import serve
 
 
@@ -51,6 +52,7 @@ app = group(Commands)
 app.command(cls=PromptAt)(generate)
 app.command(cls=Command)(play)
 app.command(cls=Command)(serve)
+app.command(cls=Command)(route)
 app.command(cls=Command)(plan)
 app.command(cls=Command)(doctor)
 app.command(cls=Command)(graph)

@@ -27,7 +27,7 @@ from .options import (
 )
 
 REWIND_BLOCKS = 12
-NEEDED = ("fastapi", "uvicorn", "websockets", "msgpack", "prometheus_client", "multipart")
+NEEDED = ("fastapi", "uvicorn", "websockets", "msgpack", "prometheus_client", "multipart", "httpx")
 
 
 def check_packages() -> None:
@@ -67,6 +67,12 @@ def serve(
     queue: int = typer.Option(8, min=0, help="Clients that wait for a session; others are refused."),
     folder: Path | None = typer.Option(
         None, metavar="DIR", help="Folder for jobs and saved worlds, which then survive a restart."
+    ),
+    shared: Path | None = typer.Option(
+        None, metavar="DIR", help="Folder for worlds and checkpoints in place of --folder, for several servers."
+    ),
+    checkpoint_every: int = typer.Option(
+        0, min=0, metavar="N", help="Save each session every N blocks; it goes on from there after a crash. 0: never."
     ),
     image: Path | None = typer.Option(
         None, help="First picture of every session, for models that begin with one and follow a camera."
@@ -119,12 +125,14 @@ def serve(
     from ..serve.server import serve as run
     from ..serve.settings import ServeSettings, check_limits, read_token
 
-    own: dict[str, Any] = {"sessions": sessions, "queue": queue, "behind": behind}
+    own: dict[str, Any] = {
+        "sessions": sessions, "queue": queue, "behind": behind, "checkpoint_every": checkpoint_every
+    }  # fmt: skip
     for name in check_limits(limits):
         if name in own:
-            raise UsageError(f"--limit {name}: this limit has its own option; use --{name}")
+            raise UsageError(f"--limit {name}: this limit has its own option; use --{name.replace('_', '-')}")
     secret = None if token is None else read_token(token)
-    rules = ServeSettings(token=secret, folder=folder, image=image, **own, **limits)
+    rules = ServeSettings(token=secret, folder=folder, shared=shared, image=image, **own, **limits)
     given: dict[str, Any] = {
         "model": model, "preset": preset, "base": base, "vae": vae, "device": device, "dtype": dtype,
         "executor": executor,

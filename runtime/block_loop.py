@@ -96,13 +96,17 @@ class BlockLoop:
             state.camera.forget(state.timeline.next_frame)
         return block
 
-    def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool) -> None:
-        """Plan a change to a prompt's rows [text_len, text_dim]; the next block follows it."""
+    def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool, blend_blocks: int | None) -> None:
+        """Plan a change to a prompt's rows [text_len, text_dim]; the next block follows it.
+
+        blend_blocks: blocks of the change; None for those of the policy.
+        """
         policy = state.preset.context
         if scene_cut:
             state.timeline.cut_shot()
-        blends = policy.prompt_switch == "blend" and state.timeline.next_frame > 0
-        blocks = policy.blend_blocks if blends else 1
+        if blend_blocks is None:
+            blend_blocks = policy.blend_blocks if policy.prompt_switch == "blend" else 1
+        blocks = blend_blocks if state.timeline.next_frame > 0 else 1
         state.change = PromptChange(state.rows, rows, blocks, blocks)
 
     def follow_prompt(self, state: SessionState, mark_rollback: Callable[[], None]) -> BlockSteps[None]:

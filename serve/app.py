@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -23,30 +24,22 @@ from ..runtime.sessions.session_file import read_session
 from ..version import __version__
 from .access import Access
 from .answers import add_error_answers, errors
+from .checkpoints import Checkpoints
 from .connection import Connection
 from .engine_host import EngineHost
 from .live_sessions import LiveSessions
 from .metrics import ServerMetrics
+from .page_files import PAGE_FILES, add_page
 from .protocol import Attach, Open, json_schema
 from .recording import Recordings
 from .refusals import Refusal, refusal_of
+from .routing import ReplicaFacts
 from .settings import ServeSettings
 from .video_jobs import VideoJobs
 from .video_routes import video_routes
 from .whep import LONGEST_SDP, Whep
 from .worlds import SUFFIX, Worlds
 
-PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {  # by path: file and media type
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/live.css": ("live.css", "text/css; charset=utf-8"),
-    "/live.js": ("live.js", "text/javascript; charset=utf-8"),
-    "/player.js": ("player.js", "text/javascript; charset=utf-8"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
-POLICY = (
-    "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'"
-)
 ENCODER_THREADS = 2
 
 Id = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
@@ -96,12 +89,15 @@ class Server:
         self.settings = settings
         self.host = EngineHost(engine)
         self.metrics = ServerMetrics(engine)
-        self.worlds = Worlds(folder / "worlds", settings.worlds)
+        shared = settings.shared or folder
+        self.worlds = Worlds(shared / "worlds", settings.worlds)
+        self.checkpoints = Checkpoints(shared / "checkpoints")
         self.jobs = VideoJobs(self.host, settings, folder / "videos")
         self.recordings = Recordings(
-            folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds
+            folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds,
+            settings.push_to,
         )
-        self.live = LiveSessions(self.host, settings, self.worlds, self.recordings, self.metrics)
+        self.live = LiveSessions(self.host, settings, self.worlds, self.recordings, self.metrics, self.checkpoints)
         self.whep = Whep(self.live)
         self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
 
@@ -111,6 +107,7 @@ class Server:
         self.host.on_control(asyncio.get_running_loop(), self.live.control_applied)
         self.host.start()
         self.jobs.start()
+        await asyncio.to_thread(self.checkpoints.trim)
         sweeper = asyncio.create_task(self.live.sweep())
         try:
             yield
@@ -135,6 +132,19 @@ class Server:
         if self.live.draining:
             status = "draining"
         return Health(status=status, sessions=len(self.live.sessions), places=self.settings.sessions)
+
+    def facts(self, session: str | None) -> ReplicaFacts:
+        """The numbers that a router chooses by, and whether `session` is live here."""
+        gauges = self.host.engine.metrics()["gauges"]
+        watched = [live for live in self.live.sessions.values() if live.viewer is not None]
+        slacks = [live.slack for live in watched if live.slack is not None]
+        room = gauges["sessions_room"]
+        return ReplicaFacts(
+            replica=self.checkpoints.owner, status=self.health().status, sessions=self.live.places_taken,
+            places=self.settings.sessions, room=None if math.isinf(room) else int(room), load=gauges["load"],
+            pages_in_use=int(gauges["pages_in_use"]), slack=min(slacks, default=None),
+            holds=session is not None and session in self.live.sessions,
+        )  # fmt: skip
 
     def models(self) -> ModelList:
         engine = self.host.engine
@@ -192,19 +202,6 @@ def lifespan(server: Server) -> Callable[[FastAPI], AbstractAsyncContextManager[
     return running
 
 
-def add_page(app: FastAPI) -> None:
-    """The page: files that lie in the package."""
-    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
-
-    def add(path: str, name: str, kind: str) -> None:
-        @app.get(path, include_in_schema=False)
-        def file() -> Response:
-            return FileResponse(PAGE / name, media_type=kind, headers=headers)
-
-    for path, (name, kind) in PAGE_FILES.items():
-        add(path, name, kind)
-
-
 def add_facts(app: FastAPI, server: Server) -> None:
     @app.get("/health", responses={503: {"model": Health}, **errors()})
     def health(response: Response) -> Health:
@@ -212,6 +209,11 @@ def add_facts(app: FastAPI, server: Server) -> None:
         facts = server.health()
         response.status_code = 200 if facts.status == "ok" else 503
         return facts
+
+    @app.get("/v1/replica", responses=errors())
+    def replica(session: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$")] = None) -> ReplicaFacts:
+        """The numbers that a router chooses among servers by; `holds`: `session` is live here."""
+        return server.facts(session)
 
     @app.get("/metrics", responses=errors())
     def metrics() -> Response:

@@ -130,7 +130,7 @@ class Connection:
 
     async def _opened(self, control: Open | Attach) -> LiveSession:
         if isinstance(control, Attach):
-            return self.hub.attach(control)
+            return await self.hub.attach(control)
         queued: asyncio.Queue[int] = asyncio.Queue()
         opening = asyncio.ensure_future(self.hub.open(control, queued.put_nowait))
         listening = asyncio.ensure_future(self._listen_while_queued())

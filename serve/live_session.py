@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
 from ..schemes.camera import Camera as CameraStart
 from ..schemes.camera import CameraMove
+from .checkpoints import Checkpoint, Checkpoints, token_hash
 from .engine_host import EngineHost
 from .keys import HeldKeys
 from .metrics import ServerMetrics
@@ -63,6 +65,7 @@ from .worlds import Worlds
 
 LOG = logging.getLogger("inferix.serve")
 RATE_BLOCKS = 8  # blocks that the rate is measured over
+KEEP_CHECKPOINT = ("draining", "lost", "moved")  # codes of ends after which another server may go on
 
 
 class Viewer(Protocol):
@@ -79,6 +82,7 @@ class Hub(Protocol):
     worlds: Worlds
     recordings: Recordings
     metrics: ServerMetrics
+    checkpoints: Checkpoints
 
     def add_twin(self, twin: LiveSession) -> None: ...
     def take_place(self) -> None: ...
@@ -108,11 +112,16 @@ class LiveSession:
 
     id: 32 hex digits, which stay while the engine's sessions change. resume: what a client needs to come back.
     rollout: counts the engine's sessions that the stream has had. viewer: the connection attached to it.
+    slack: seconds that the last block was early. names: id and resume token, of one that goes on from a checkpoint.
     """
 
-    def __init__(self, hub: Hub, entered: Entered, start: Start, behind: str) -> None:
+    def __init__(
+        self, hub: Hub, entered: Entered, start: Start, behind: str, names: tuple[str, str] | None = None
+    ) -> None:
         self.hub, self.start, self.behind = hub, start, behind
-        self.id, self.resume = secrets.token_hex(16), secrets.token_urlsafe(32)
+        self.id, self.resume = names or (secrets.token_hex(16), secrets.token_urlsafe(32))
+        self.slack: float | None = None
+        self.saved_at: float = entered.block  # block of the last checkpoint
         self.outbox = Outbox(hub.settings.behind_blocks)
         self.viewer: Viewer | None = None
         self.rollout, self.paused, self.stopping = 0, False, False
@@ -194,12 +203,39 @@ class LiveSession:
                 async with aclosing(self.session.astream(count)) as blocks:  # type: ignore[type-var]
                     async for block in blocks:
                         self._show(block, requested if count == 1 else None)
+                await self._checkpoint_if_due()
             self.end("stopped", "the session was stopped")
         except SessionEnded as error:
             self.end("stopped" if self.stopping else "ended", one_line(error))
         except Exception as error:  # of any kind: it ended this session in the engine, and the others go on
             LOG.warning("session %s failed: %s", self.id, one_line(error))
-            self.end("failed", one_line(error))
+            self.end("failed" if self.hub.host.failure is None else "lost", one_line(error))
+
+    async def _checkpoint_if_due(self) -> None:
+        """Save the session for another server, once enough blocks were made since the last time."""
+        every = self.hub.settings.checkpoint_every
+        if every == 0 or self.session.closed or self.session.next_block - self.saved_at < every:
+            return
+        if not self.hub.checkpoints.owns(self.id):
+            return self.end("moved", "another server goes on with the session")
+        try:
+            await self._checkpoint()
+        except InferixError as error:
+            LOG.warning("session %s has no new checkpoint: %s", self.id, one_line(error))
+            self.saved_at = self.session.next_block
+
+    async def _checkpoint(self) -> None:
+        """Save the session between two blocks, with what its client has."""
+        block, places = self.session.next_block, self.hub.checkpoints
+        path = places.place(self.id, block)
+        await self.hub.host.call(partial(self.session.save, path))
+        checkpoint = Checkpoint(
+            session=self.id, resume=token_hash(self.resume), owner=places.owner, prompt=self.start.prompt,
+            seed=self.start.seed, behind=self.behind, paused=self.paused, rollout=self.rollout, block=block,
+            file=path.name,
+        )  # fmt: skip
+        await asyncio.to_thread(places.add, checkpoint)
+        self.saved_at = block
 
     async def _wait_for_turn(self) -> None:
         """Wait for a viewer, for room where its lag pauses the stream, and until the next block is due."""
@@ -217,7 +253,7 @@ class LiveSession:
         """Put a finished block with its receipts and the state after it into the outbox."""
         assert block.frames is not None
         now, fps, count = time.perf_counter(), self.hub.host.engine.fps, len(block.frames)
-        slack = self.pacer.delivered(now, requested, count / fps)
+        slack = self.slack = self.pacer.delivered(now, requested, count / fps)
         receipts = self._receipts_of(block)
         self.times.append((now, count))
         frame, self.next_frame = self.next_frame, self.next_frame + count
@@ -263,6 +299,8 @@ class LiveSession:
         """End the stream and free its memory; the viewer gets the reason after what waits for it."""
         if self.outbox.finished:
             return
+        if code not in KEEP_CHECKPOINT:
+            self.hub.checkpoints.remove(self.id)
         self.outbox.finish(Ended(code=code, message=message, world=world))
         if self._producer is not None and self._producer is not asyncio.current_task():
             self._producer.cancel()
@@ -287,10 +325,21 @@ class LiveSession:
         """Save the stream if that is asked for, and end it."""
         world = None
         async with self._still():
-            if self.hub.settings.save_on_exit:
-                with suppress(InferixError):  # such as one that is failing: it ends all the same
+            with suppress(InferixError):  # such as one that is failing: it ends all the same
+                await self._show_begun()
+                if self.hub.settings.checkpoint_every:
+                    await self._checkpoint()
+                if self.hub.settings.save_on_exit:
                     world, _ = await self._save()
             self.end("draining", "the server is being stopped", world)
+
+    async def _show_begun(self) -> None:
+        """Show the blocks that were begun before the stream was to stand still."""
+        count = await self.hub.host.call(lambda: len(self.session.output))
+        if count:
+            async with aclosing(self.session.astream(count)) as blocks:  # type: ignore[type-var]
+                async for block in blocks:
+                    self._show(block, None)
 
     # Controls
 
@@ -313,7 +362,7 @@ class LiveSession:
     async def _prompt(self, control: Prompt, receipt: Receipt) -> None:
         check_prompt(control.text, self.hub.settings)
         receipt.prompt = control.text
-        self.pending[self.session.prompt(control.text)] = receipt
+        self.pending[self.session.prompt(control.text, blend_blocks=control.transition)] = receipt
 
     async def _act(self, control: Act, receipt: Receipt) -> None:
         actions = self.hub.host.engine.spec.actions
@@ -409,7 +458,14 @@ class LiveSession:
         if control.on:
             if self.recording is not None:
                 raise Refusal("wrong_order", "the session is being recorded; end that recording first")
-            self.recording = self.hub.recordings.start(control.format, self.hub.host.engine.fps, self.session.size)
+            recordings, fps = self.hub.recordings, self.hub.host.engine.fps
+            if (control.format == "rtmp") != (control.to is not None):
+                raise Refusal("invalid", f"format is {control.format}; expected `to`, an address, with rtmp only")
+            if control.format != "rtmp":
+                self.recording = recordings.start(control.format, fps, self.session.size)
+            else:
+                assert control.to is not None
+                self.recording = recordings.push(control.to, fps, self.session.size)
             return self._applied(receipt, url=self.recording.url)
         if self.recording is None:
             raise Refusal("wrong_order", "the session is not being recorded")
@@ -455,6 +511,7 @@ class LiveSession:
             self.refuse(receipt.id, Refusal("rewound", "the session went back before it showed"))
         self.pacer.restart()
         self.times.clear()
+        self.saved_at = -math.inf  # the last checkpoint is of what was left behind
 
     @asynccontextmanager
     async def _still(self) -> AsyncIterator[None]:

@@ -8,11 +8,15 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..errors import InferixError
+from ..runtime.sessions.session import Session
+from .checkpoints import Checkpoint, Checkpoints, knows
 from .engine_host import EngineHost
-from .live_session import LiveSession, Start, check_prompt, check_size, open_session
+from .live_session import LiveSession, Start, check_prompt, check_size, entered_at, open_session
 from .metrics import ServerMetrics
 from .protocol import Attach, Open
 from .recording import Recordings
@@ -34,13 +38,15 @@ class LiveSessions:
         worlds: Worlds,
         recordings: Recordings,
         metrics: ServerMetrics,
+        checkpoints: Checkpoints,
     ) -> None:
         self.host, self.settings, self.metrics = host, settings, metrics
-        self.worlds, self.recordings = worlds, recordings
+        self.worlds, self.recordings, self.checkpoints = worlds, recordings, checkpoints
         self.sessions: dict[str, LiveSession] = {}
         self.draining = False
         self._places = 0  # taken, by sessions or on their behalf
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._continuing = asyncio.Lock()  # one client at a time goes on from a checkpoint
 
     # Opening and coming back
 
@@ -69,12 +75,42 @@ class LiveSessions:
         self._add(live)
         return live
 
-    def attach(self, control: Attach) -> LiveSession:
-        """The session that a client comes back to; Refusal unless it knows its resume token."""
-        live = self.sessions.get(control.session)
-        known = "" if live is None else live.resume
-        if not hmac.compare_digest(known.encode(), control.resume.encode("utf-8", "replace")) or live is None:
-            raise Refusal("not_found", "there is no such session, or it has another resume token", 404, close=4404)
+    async def attach(self, control: Attach) -> LiveSession:
+        """The session that a client comes back to, from its checkpoint where another server has had it.
+
+        Refusal unless the client knows its resume token.
+        """
+        async with self._continuing:
+            live = self.sessions.get(control.session)
+            known = "" if live is None else live.resume
+            if hmac.compare_digest(known.encode(), control.resume.encode("utf-8", "replace")) and live is not None:
+                return live
+            checkpoint = self.checkpoints.find(control.session) if live is None else None
+            if checkpoint is None or not knows(checkpoint, control.resume):
+                raise Refusal("not_found", "there is no such session, or it has another resume token", 404, close=4404)
+            return await self._continue_from(checkpoint, control.resume)
+
+    async def _continue_from(self, checkpoint: Checkpoint, resume: str) -> LiveSession:
+        """Go on with a session of another server; Refusal where there is no place."""
+        if (obstacle := self._full()) is not None:
+            raise obstacle
+        self._places += 1
+        try:
+            restore = partial(Session.restore, self.host.engine, self.checkpoints.path(checkpoint))
+            session = await self.host.make(restore)
+            entered = await self.host.call(partial(entered_at, session))
+        except BaseException:
+            self.release_place()
+            raise
+        start, names = Start(checkpoint.prompt, checkpoint.seed), (checkpoint.session, resume)
+        live = LiveSession(self, entered, start, checkpoint.behind, names)
+        live.rollout = checkpoint.rollout + 1
+        if checkpoint.paused:
+            live.paused = True
+            live.session.pause()
+        self.checkpoints.add(replace(checkpoint, owner=self.checkpoints.owner, rollout=live.rollout))
+        self._add(live)
+        LOG.info("session %s goes on from its checkpoint at block %d", live.id, checkpoint.block)
         return live
 
     async def _wait_for_place(self, queued: Callable[[int], object]) -> None:
@@ -98,16 +134,28 @@ class LiveSessions:
 
     def _obstacle(self) -> Refusal | None:
         """The reason why no session can be opened now."""
+        if (full := self._full()) is not None:
+            return full
+        if self.settings.realtime and (late := self.host.obstacle()) is not None:
+            return self._no_room(late, ("realtime", True))
+        return None
+
+    def _full(self) -> Refusal | None:
+        """The reason why not even a session that another server has had can go on here."""
         if self.draining:
             return Refusal("draining", "the server is being stopped", 503, None, RETRY_AFTER, close=1013)
         if self._places >= self.settings.sessions:
-            message, limit = f"{self._places} sessions are open", ("sessions", self.settings.sessions)
-        elif self.settings.realtime and (late := self.host.obstacle()) is not None:
-            message, limit = late, ("realtime", True)
-        else:
-            return None
+            return self._no_room(f"{self._places} sessions are open", ("sessions", self.settings.sessions))
+        return None
+
+    def _no_room(self, message: str, limit: tuple[str, Any]) -> Refusal:
         waiting = f", and {len(self._waiting)} clients wait" if self._waiting else ""
         return Refusal("at_capacity", message + waiting, 503, limit, RETRY_AFTER, close=1013)
+
+    @property
+    def places_taken(self) -> int:
+        """Places of sessions, those that are being opened included."""
+        return self._places
 
     # What sessions call
 

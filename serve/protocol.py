@@ -60,10 +60,11 @@ class Attach(Control):
 
 
 class Prompt(Control):
-    """Change the prompt."""
+    """Change the prompt. transition: blocks from the old prompt to the new one; None for the preset's way."""
 
     type: Literal["prompt"]
     text: str
+    transition: Annotated[int, Field(ge=1, le=64)] | None = None
 
 
 class Act(Control):
@@ -140,10 +141,11 @@ class Reseed(Control):
 
 
 class Record(Control):
-    """Begin or end a recording of the session; the receipts have its url."""
+    """Begin or end a recording of the session; the receipts have its url. to: address of a push by RTMP."""
 
     type: Literal["record"]
-    format: Literal["mp4", "hls"] = "mp4"
+    format: Literal["mp4", "hls", "rtmp"] = "mp4"
+    to: Annotated[str, StringConstraints(max_length=1024)] | None = None
     on: bool = True
 
 
@@ -264,7 +266,7 @@ class State(Event):
 
 
 class Notice(Event):
-    """Something that a viewer should know. kind: skipped, waited, draining or warning."""
+    """Something that a viewer should know. kind: skipped, waited, draining, moved or warning."""
 
     type: Literal["notice"] = "notice"
     kind: str
@@ -343,10 +345,21 @@ class Codec:
         return control
 
     def write(self, event: Event) -> str | bytes:
+        return self.pack(event.plain())
+
+    def pack(self, fields: dict[str, Any]) -> str | bytes:
+        """A message of some fields."""
         if self.binary:
-            packed: bytes = msgpack.packb(event.plain())
+            packed: bytes = msgpack.packb(fields)
             return packed
-        return json.dumps(event.plain(), allow_nan=False)
+        return json.dumps(fields, allow_nan=False)
+
+    def read_event(self, message: str | bytes) -> dict[str, Any] | None:
+        """The fields of an event; None for a media message."""
+        if isinstance(message, bytes) and (not self.binary or message[:1] < b"\x80"):
+            return None
+        fields: dict[str, Any] = unpack(message) if self.binary else json.loads(message)
+        return fields
 
 
 def unpack(message: str | bytes) -> Any:

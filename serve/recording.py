@@ -1,4 +1,4 @@
-"""Recordings of live sessions: an MP4 file, or an HLS stream that is there while it grows.
+"""Recordings of live sessions: an MP4 file, an HLS stream that is there while it grows, or a push to an RTMP server.
 
 A recording feeds any `Sink` by `Pump`, in a thread of its own. It gets the blocks that are made, whatever the viewer
 sees of them; those that the sink is too slow for are left out and counted.
@@ -24,29 +24,30 @@ from .refusals import Refusal
 
 WAITING = 8  # blocks that may wait for a sink
 SEGMENT_SECONDS = 1  # of an HLS stream
+PUSH_SECONDS = 10.0  # that an RTMP server may take no data
 FILES = {  # names of a recording's files, and their media types
     r"video\.mp4": "video/mp4", r"index\.m3u8": "application/vnd.apple.mpegurl", r"init\.mp4": "video/mp4",
     r"index[0-9]{1,9}\.m4s": "video/iso.segment",
 }  # fmt: skip
 
 
-class HlsWriter:
-    """H.264 as HLS in a folder, a `Sink`: a playlist and fragments of about a second each. size: even (W, H)."""
+class H264Writer:
+    """H.264 in a container of PyAV, a `Sink`. target: file or address. size: even (W, H)."""
 
     when_full: Final = "wait"
     full: Final = False
 
-    def __init__(self, folder: Path, fps: float, size: tuple[int, int]) -> None:
-        self.folder, self.fps, self.size = folder, Fraction(fps).limit_denominator(1001), size
+    def __init__(
+        self, target: str, container: str, options: dict[str, str], fps: float, size: tuple[int, int]
+    ) -> None:
+        self.target, self.container, self.options = target, container, options
+        self.fps, self.size = Fraction(fps).limit_denominator(1001), size
         self.count = 0
 
     def __enter__(self) -> Self:
         import av
 
-        options = {"hls_time": str(SEGMENT_SECONDS), "hls_list_size": "0", "hls_segment_type": "fmp4"}
-        options |= {"hls_playlist_type": "event", "hls_flags": "independent_segments"}
-        options["hls_fmp4_init_filename"] = "init.mp4"
-        self._container: Any = av.open(str(self.folder / "index.m3u8"), "w", format="hls", options=options)
+        self._container: Any = av.open(self.target, "w", format=self.container, options=self.options)
         self._stream: Any = self._container.add_stream("libx264", rate=self.fps)
         self._stream.width, self._stream.height = self.size
         self._stream.pix_fmt = "yuv420p"
@@ -69,18 +70,28 @@ class HlsWriter:
         self._container.close()
 
 
-class Recording:
-    """One recording. id and name: of its main file. frames_left: pictures that it may still take."""
+def hls_writer(folder: Path, fps: float, size: tuple[int, int]) -> H264Writer:
+    """HLS in a folder: a playlist and fragments of about a second each."""
+    options = {"hls_time": str(SEGMENT_SECONDS), "hls_list_size": "0", "hls_segment_type": "fmp4"}
+    options |= {"hls_playlist_type": "event", "hls_flags": "independent_segments"}
+    options["hls_fmp4_init_filename"] = "init.mp4"
+    return H264Writer(str(folder / "index.m3u8"), "hls", options, fps, size)
 
-    def __init__(self, id: str, path: Path, sink: Sink, frames_left: int) -> None:
-        self.id, self.path, self.sink, self.frames_left = id, path, sink, frames_left
+
+def rtmp_writer(address: str, fps: float, size: tuple[int, int]) -> H264Writer:
+    """A push to a server; one that takes nothing for `PUSH_SECONDS` ends it."""
+    options = {"rw_timeout": str(int(PUSH_SECONDS * 1e6)), "flvflags": "no_duration_filesize"}
+    return H264Writer(address, "flv", options, fps, size)
+
+
+class Recording:
+    """One recording. url: where it is. folder: of its files, None for a push. frames_left: pictures still to take."""
+
+    def __init__(self, id: str, url: str, folder: Path | None, sink: Sink, frames_left: int) -> None:
+        self.id, self.url, self.folder, self.sink, self.frames_left = id, url, folder, sink, frames_left
         self.dropped = 0
         self._blocks: queue.Queue[DecodedBlock | None] = queue.Queue(WAITING)
         self._task = asyncio.create_task(asyncio.to_thread(self._run))
-
-    @property
-    def url(self) -> str:
-        return f"/v1/recordings/{self.id}/{self.path.name}"
 
     def add(self, block: DecodedBlock) -> None:
         """Add a block without waiting."""
@@ -106,31 +117,55 @@ class Recording:
         if not self._task.done():
             await asyncio.to_thread(self._blocks.put, None)
         await self._task
-        return sum(file.stat().st_size for file in self.path.parent.iterdir())
+        return 0 if self.folder is None else sum(file.stat().st_size for file in self.folder.iterdir())
 
 
 class Recordings:
-    """The recordings of a server, each in a folder of its own; the oldest finished ones are removed first."""
+    """The recordings of a server, each in a folder of its own; the oldest finished ones are removed first.
 
-    def __init__(self, folder: Path, running: int, kept: int, seconds: float) -> None:
+    push_to: beginning of the addresses of RTMP servers that may be pushed to; None for none.
+    """
+
+    def __init__(
+        self, folder: Path, running: int, kept: int, seconds: float, push_to: str | None = None
+    ) -> None:
         self.folder, self.running, self.kept, self.seconds = folder, running, kept, seconds
+        self.push_to = push_to
         self.open: dict[str, Recording] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, form: Literal["mp4", "hls"], fps: float, size: tuple[int, int]) -> Recording:
         """Begin a recording; Refusal where there are too many, or pictures that no video can have."""
+        self._check(size)
+        self.trim()
+        id = secrets.token_hex(16)
+        place = self.folder / id
+        place.mkdir()
+        name = "video.mp4" if form == "mp4" else "index.m3u8"
+        sink: Sink = VideoWriter(place / name, fps, size) if form == "mp4" else hls_writer(place, fps, size)
+        return self._add(Recording(id, f"/v1/recordings/{id}/{name}", place, sink, round(self.seconds * fps)))
+
+    def push(self, address: str, fps: float, size: tuple[int, int]) -> Recording:
+        """Begin to send pictures to an RTMP server; Refusal for an address that is not allowed."""
+        self._check(size)
+        if self.push_to is None or not address.startswith(self.push_to):
+            raise Refusal(
+                "not_allowed", f"to is {quoted(address)}; expected one that begins with the setting push_to", 403,
+                ("push_to", self.push_to),
+            )  # fmt: skip
+        writer = rtmp_writer(address, fps, size)
+        return self._add(Recording(secrets.token_hex(16), address, None, writer, round(self.seconds * fps)))
+
+    def _check(self, size: tuple[int, int]) -> None:
+        """Refusal where too many recordings run, or for pictures that no video can have."""
         if len(self.open) >= self.running:
             limit = ("recordings", self.running)
             raise Refusal("at_capacity", f"{len(self.open)} recordings are running", 503, limit, retry_after=5)
         if size[0] % 2 or size[1] % 2:
             raise Refusal("invalid", f"pictures of {size[0]}x{size[1]} cannot be video: its sides are even")
-        self.trim()
-        id = secrets.token_hex(16)
-        place = self.folder / id
-        place.mkdir()
-        path = place / ("video.mp4" if form == "mp4" else "index.m3u8")
-        sink: Sink = VideoWriter(path, fps, size) if form == "mp4" else HlsWriter(place, fps, size)
-        recording = self.open[id] = Recording(id, path, sink, round(self.seconds * fps))
+
+    def _add(self, recording: Recording) -> Recording:
+        self.open[recording.id] = recording
         return recording
 
     async def finish(self, recording: Recording) -> int:

@@ -12,20 +12,20 @@ from types import FrameType
 import uvicorn
 
 from ..errors import UsageError, quoted
-from .access import LOOPBACK
+from .access import LOOPBACK, Access
 from .app import Server, make_app
+from .settings import ServeSettings
 
 LOG = logging.getLogger("inferix.serve")
 PING_SECONDS = 20.0  # between two pings of a WebSocket; a client that answers none is disconnected after as long
 
 
-class DrainingServer(uvicorn.Server):
-    """Drains live sessions at the first SIGTERM or Ctrl-C, then ends; a second one ends it at once."""
+class ReadyServer(uvicorn.Server):
+    """Calls `ready` once requests are answered. loop: the event loop, once it runs."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], object]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], object]) -> None:
         super().__init__(config)
-        self.server, self.ready = server, ready
-        self._draining: asyncio.Task[None] | None = None
+        self.ready = ready
         self.loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -33,6 +33,15 @@ class DrainingServer(uvicorn.Server):
         self.loop = asyncio.get_running_loop()
         if self.started:
             self.ready()
+
+
+class DrainingServer(ReadyServer):
+    """Drains live sessions at the first SIGTERM or Ctrl-C, then ends; a second one ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], object]) -> None:
+        super().__init__(config, ready)
+        self.server = server
+        self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None or self.loop is None:
@@ -79,10 +88,14 @@ def address_of(listener: socket.socket) -> str:
 
 
 def make_config(server: Server, log_level: str = "warning") -> uvicorn.Config:
-    """The settings of uvicorn."""
-    settings = server.settings
+    """The settings of uvicorn for a server."""
+    return config_of(make_app(server), server.settings, log_level)
+
+
+def config_of(app: Access, settings: ServeSettings, log_level: str = "warning") -> uvicorn.Config:
+    """The settings of uvicorn for an application."""
     return uvicorn.Config(
-        make_app(server), ws_max_size=settings.message_bytes, ws_max_queue=16, ws_ping_interval=PING_SECONDS,
+        app, ws_max_size=settings.message_bytes, ws_max_queue=16, ws_ping_interval=PING_SECONDS,
         ws_ping_timeout=PING_SECONDS, ws_per_message_deflate=False, log_level=log_level, log_config=None,
         timeout_graceful_shutdown=max(1, int(settings.drain_seconds)), server_header=False,
     )  # fmt: skip

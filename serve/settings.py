@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ class ServeSettings:
     """Limits and choices of a server. UsageError for a value out of range.
 
     token: clients have to send it; None for none. folder: holds jobs and saved worlds; None for a temporary one.
+    shared: holds saved worlds and checkpoints in place of it, for several servers that go on with each other's
+    sessions. checkpoint_every: blocks between two checkpoints of a session, 0 for none.
     behind: `skip` drops the oldest blocks of a viewer that is slower than the stream, `pause` makes none until it has
     caught up; a client may choose. image: first picture of sessions, for a model that begins with one. save_on_exit: at
     SIGTERM live sessions are saved as worlds.
@@ -25,10 +28,12 @@ class ServeSettings:
 
     token: str | None = None
     folder: Path | None = None
+    shared: Path | None = None
     image: Path | None = None
     behind: str = "skip"
     save_on_exit: bool = False
     realtime: bool = True
+    checkpoint_every: int = 0
     sessions: int = 4
     queue: int = 8
     jobs: int = 1
@@ -45,6 +50,7 @@ class ServeSettings:
     recordings: int = 4
     recordings_kept: int = 32
     recording_seconds: float = 3600.0
+    push_to: str | None = None
     behind_blocks: int = 2
     start_seconds: float = 10.0
     idle_seconds: float = 1800.0
@@ -65,6 +71,7 @@ MEANINGS = {
     "behind": "a viewer slower than the stream skips to the newest blocks, or pauses its session",
     "save_on_exit": "live sessions are saved as worlds when the server is stopped by SIGTERM",
     "realtime": "refuse a session that would make others late, by measured block times",
+    "checkpoint_every": "blocks between two checkpoints, from which a session goes on once its server is gone; 0: none",
     "sessions": "live sessions, those of disconnected clients included",
     "queue": "clients that wait for a session",
     "jobs": "video jobs that run at a time",
@@ -81,6 +88,7 @@ MEANINGS = {
     "recordings": "recordings that run at a time",
     "recordings_kept": "finished recordings that are kept; the oldest go first",
     "recording_seconds": "seconds of video that a recording takes",
+    "push_to": "beginning of the RTMP addresses that sessions may be pushed to; none: no push",
     "behind_blocks": "blocks that wait for a viewer",
     "start_seconds": "a client has to open or attach a session within",
     "idle_seconds": "a session without any control ends after",
@@ -89,22 +97,33 @@ MEANINGS = {
     "drain_seconds": "at SIGTERM streams and the running job end within",
 }
 
+
+def rtmp(name: str, value: Any) -> str:
+    """The beginning of an RTMP address: at least its scheme and whole host; UsageError for another text."""
+    address = text(name, value)
+    if re.match(r"rtmps?://[^/\s]+/", address) is None:
+        raise UsageError(f"{name} is {quoted(address)}; expected the beginning of an address, such as rtmp://live.example/")
+    return address
+
+
 CHECKS: dict[str, Any] = {
     "token": optional(text),
-    **dict.fromkeys(("folder", "image"), optional(path)),
+    "push_to": optional(rtmp),
+    **dict.fromkeys(("folder", "shared", "image"), optional(path)),
     "behind": choice(BEHIND),
     **dict.fromkeys(("save_on_exit", "realtime"), flag),
     **dict.fromkeys(("sessions", "jobs", "jobs_kept", "prompt_characters", "worlds", "behind_blocks"), integer(1)),
     **dict.fromkeys(("recordings", "recordings_kept"), integer(1)),
     "recording_seconds": above_zero("seconds"),
-    **dict.fromkeys(("queue", "jobs_waiting"), integer(0)),
+    **dict.fromkeys(("queue", "jobs_waiting", "checkpoint_every"), integer(0)),
     **dict.fromkeys(("message_bytes", "upload_bytes", "upload_pixels"), integer(1024)),
     "picture_pixels": optional(integer(1)),
     "messages_per_second": above_zero(),
     **dict.fromkeys(("job_seconds", "start_seconds", "idle_seconds", "stall_seconds"), above_zero("seconds")),
     **dict.fromkeys(("resume_seconds", "drain_seconds"), above_zero("seconds")),
 }
-LIMITS = tuple(field.name for field in fields(ServeSettings) if field.name not in ("token", "folder", "image"))
+FILES = ("token", "folder", "shared", "image")  # settings that are no limits
+LIMITS = tuple(field.name for field in fields(ServeSettings) if field.name not in FILES)
 
 
 def check_limits(given: dict[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,10 @@ class Whep:
                 raise Refusal("invalid", "the body is no SDP offer that can be answered") from error
             if not any(transceiver.kind == "video" for transceiver in connection.getTransceivers()):
                 raise Refusal("invalid", "the offer asks for no video")
-            live = self.hub.attach(begin) if isinstance(begin, Attach) else await self.hub.open(begin, lambda _: None)
+            if isinstance(begin, Attach):
+                live = await self.hub.attach(begin)
+            else:
+                live = await self.hub.open(begin, lambda _: None)
             peer = Peer(self.hub, live, connection)
             connection.addTrack(make_track(peer.pictures))
             await connection.setLocalDescription(await connection.createAnswer())

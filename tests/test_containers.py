@@ -1,7 +1,9 @@
-"""The Dockerfiles and the devcontainer: linted, and the files and versions that they name are there."""
+"""The Dockerfiles, the devcontainer and the unit of systemd: linted, and what they name is there."""
 
+import configparser
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,3 +44,44 @@ def test_the_devcontainer_makes_a_target_of_the_makefile():
     target = facts["postCreateCommand"].split()[1]
     assert f"\n{target}:" in (ROOT / "Makefile").read_text("utf-8")
     assert facts["image"].startswith("mcr.microsoft.com/devcontainers/python:")
+
+
+def unit_errors(text, folder):
+    """The first mistakes that systemd finds in a unit, whose program is replaced by one that is here."""
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not installed")
+    path = folder / "inferix.service"
+    path.write_text(text.replace("/opt/inferix/bin/inferix", sys.executable), "utf-8")
+    done = subprocess.run([program, "verify", "--man=no", path], capture_output=True, text=True)
+    return [line for line in done.stderr.splitlines() if path.name in line]
+
+
+def unit():
+    (text,) = re.findall(r"```ini\n(.*?)```", (ROOT / "docs" / "serving.md").read_text("utf-8"), re.DOTALL)
+    return text
+
+
+def test_the_unit_of_systemd_runs_a_command_that_there_is():
+    from inferix.cli.main import app
+    from inferix.serve.settings import ServeSettings
+
+    sections = configparser.ConfigParser(strict=False, interpolation=None)
+    sections.optionxform = str
+    sections.read_string(unit())
+    assert sections.sections() == ["Unit", "Service", "Install"]
+    service = sections["Service"]
+    program, verb, *arguments = shlex.split(service["ExecStart"])
+    (command,) = [info.callback for info in app.registered_commands if info.callback.__name__ == verb]
+    assert program.endswith("/inferix")
+    for option in (argument for argument in arguments if argument.startswith("--")):
+        assert option.removeprefix("--").replace("-", "_") in command.__annotations__, option
+    assert int(service["TimeoutStopSec"]) > ServeSettings().drain_seconds
+
+
+def test_systemd_finds_no_mistake_in_the_unit(tmp_path):
+    assert unit_errors(unit(), tmp_path) == []
+
+
+def test_systemd_finds_mistakes(tmp_path):
+    assert unit_errors(unit().replace("Restart=on-failure", "Restart=sometimes"), tmp_path)

@@ -88,6 +88,24 @@ class Scheduler:
         """Sessions that may run as one, of a number of the entry's kind."""
         return int(min(sessions, self.limits.batch or math.inf, entry.most_batched or math.inf, self.batch_room))
 
+    def room(self) -> float:
+        """Number of sessions like the last one admitted that fit beside those that are in, by memory and pages.
+
+        Infinite where nothing limits them, and where none has been admitted yet, whose need is not known.
+        """
+        most, room = self.most_sessions, math.inf
+        if most is not None:
+            room = most - len(self.admitted)
+        if not self.admitted:
+            return room
+        entry, budget = next(reversed(self.admitted.values())), self.limits.memory_bytes
+        if budget is not None:
+            room = min(room, (budget - self.reserved - self.batch_bytes(entry)) // entry.need.total)
+        if entry.page_room is not None:
+            pages = sum(other.need.pages for other in self.admitted.values() if other.kind == entry.kind)
+            room = min(room, (entry.page_room - pages) // entry.need.pages)
+        return max(0, room)
+
     def load(self, extra: SchedulerEntry | None = None) -> float:
         """Share of real time that the sessions need by measured block times; 1 is all of it."""
         admitted = [*self.admitted.values(), *([extra] if extra else [])]

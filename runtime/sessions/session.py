@@ -208,13 +208,17 @@ class Session:
         finally:
             self.manager.delivery.withdraw_demand(demand)
 
-    def prompt(self, text: str | None = None, embeds: Tensor | str | Path | None = None) -> int:
+    def prompt(
+        self, text: str | None = None, embeds: Tensor | str | Path | None = None, blend_blocks: int | None = None
+    ) -> int:
         """Change the prompt from the next block that begins, in the way of the preset's `prompt_switch`.
 
-        Returns the control's id. UsageError for an empty prompt or one that is no text; a refusal by the text encoder
-        comes later, in the block's `acks`.
+        blend_blocks: blocks over which the change goes, from the old prompt alone to the new one alone; None for as
+        many as the preset's way takes. Returns the control's id. UsageError for an empty prompt or one that is no text;
+        a refusal by the text encoder comes later, in the block's `acks`.
         """
         text, embeds = optional(arguments.text)("text", text), optional(embeddings)("embeds", embeds)
+        blend_blocks = optional(integer(1))("blend_blocks", blend_blocks)
         self.check_open()
         spec = self.manager.resources.spec
         if (text is None) == (embeds is None):
@@ -223,7 +227,7 @@ class Session:
             embeds = load_prompt_embeds(embeds, spec.text_len, spec.text_dim)
         else:
             self.manager.check_prompt(text)
-        return self.controls.put("prompt", (text, embeds))
+        return self.controls.put("prompt", (text, embeds, blend_blocks))
 
     def act(self, action: str) -> int:
         """Use `action` from the next block that begins, until another one; returns the control's id.

@@ -502,6 +502,7 @@ class SessionManager:
             values["controls_waiting"] = sum(len(session.controls.waiting) for session in self.sessions.values())
             values["reserved_bytes"] = self.scheduler.reserved + self.scheduler.batch_bytes()
             values["load"] = self.scheduler.load()
+            values["sessions_room"] = self.scheduler.room()
             values["pages_in_use"] = self.pages_in_use
             return values
 

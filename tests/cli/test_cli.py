@@ -439,7 +439,7 @@ def test_doctor_and_help():
     assert done.exit_code == 0, done.stderr
     assert isinstance(json.loads(done.stdout), dict)
     verbs = ("generate", "play", "eval tinyworld", "bench kernels", "doctor", "checkpoint random", "checkpoint inspect",
-             "serve")  # fmt: skip
+             "serve", "route")  # fmt: skip
     for verb in verbs:
         shown = inferix(*verb.split(), "--help")
         assert shown.exit_code == 0 and ("Example" in shown.stdout or verb == "doctor")
@@ -458,6 +458,7 @@ def test_help_and_bad_options_load_no_torch():
         (["--help"], 0), (["--version"], 0), (["generate", "--help"], 0), (["play", "--help"], 0),
         (["plan", "--help"], 0), (["graph", "--help"], 0), (["bench", "block", "--help"], 0), (["eval", "--help"], 0),
         (["checkpoint", "--help"], 0), (["export", "--help"], 0), (["doctor", "--help"], 0), (["serve", "--help"], 0),
+        (["route", "--help"], 0),
         (["generate", "--no-such-option"], 2),
         (["generate", "--size", "3"], 2), (["generate", "--blocks", "0"], 2), (["no-such-command"], 2),
     ]  # fmt: skip

@@ -32,7 +32,7 @@ FILES = {  # file or folder that examples read: the command that makes it, or it
     "results/block.json": "inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json",
     "results/before.json": "inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/before.json",
 }
-DRIVEN = ("inferix play", "inferix serve")  # run until they are stopped; other tests drive them
+DRIVEN = ("inferix play", "inferix serve", "inferix route")  # run until they are stopped; other tests drive them
 QUICK = (  # under two seconds each; `make test-all` runs the others
     "inferix plan", "inferix doctor", "inferix checkpoint inspect", "inferix checkpoint random",
     "inferix bench kernels --op",

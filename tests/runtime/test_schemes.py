@@ -434,6 +434,24 @@ def test_a_blend_arrives_after_its_blocks():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["self-forcing", "krea"])
+def test_a_control_says_over_how_many_blocks_a_prompt_is_blended_in(name):
+    engine = make_engine(name)
+    new, old = engine.inputs.prompt_rows(None, OTHER), engine.inputs.prompt_rows(None, ROWS)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
+        list(session.stream(1, decode=False))
+        session.prompt(embeds=OTHER, blend_blocks=3)
+        for part in (0.0, 0.5, 1.0):
+            list(session.stream(1))
+            assert (session.current.rows - (old + part * (new - old))).abs().max() <= 1e-12
+        session.prompt(embeds=ROWS, blend_blocks=1)
+        list(session.stream(1))
+        assert torch.equal(session.current.rows, old)
+        with pytest.raises(UsageError, match=r"blend_blocks.*0"):
+            session.prompt(embeds=OTHER, blend_blocks=0)
+
+
+@torch.no_grad()
 def test_the_rolling_window_equals_the_same_groups_in_dense_calls():
     """Five blocks at five noise levels, the anchor moved before the working frames; clean blocks committed in place."""
     engine = make_engine("rolling-forcing")

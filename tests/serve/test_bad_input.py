@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from inferix.cli.main import app
 from inferix.errors import UsageError
 from inferix.serve.access import TOKEN_PROTOCOL
-from inferix.serve.app import PAGE
+from inferix.serve.page_files import PAGE
 from inferix.serve.protocol import Codec, json_schema
 from inferix.serve.refusals import Refusal
 from inferix.serve.server import listen

@@ -50,7 +50,7 @@ def test_a_walk_with_receipts(served):
             ended = await client.until("applied", id=release)
             assert ended["block"] == shown["block"] + 1  # however short a press is, it is one block long
             prompt = "a blue fox in a green meadow at sunset"
-            changed = await client.applied("prompt", text=prompt)
+            changed = await client.applied("prompt", text=prompt, transition=2)
             assert (await client.until("state", block=changed["block"]))["prompt"] == prompt
             received = [event["id"] for event in client.events if event["type"] == "received"]
             assert received == list(range(2, client.last_id + 1))

@@ -1,6 +1,11 @@
 """Recordings of a live session: an MP4 file, and an HLS stream that foreign readers take."""
 
 import asyncio
+import shutil
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import av
 import httpx
@@ -52,6 +57,71 @@ def test_a_session_is_recorded_as_mp4_and_as_hls(served):
         assert not served.server.recordings.open
 
     asyncio.run(walk())
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def read_pushed(address, listen, count=8):
+    """Sizes of the first pictures that arrive at an address, read by PyAV; `listen`: as a server itself."""
+    options = {"listen": "1"} if listen else {}
+    quick = {"analyzeduration": "300000", "probesize": "20000"}
+    with av.open(address, options=options | quick) as container:
+        return [(frame.width, frame.height) for frame, _ in zip(container.decode(video=0), range(count), strict=False)]
+
+
+async def push(tmp_path, address, allowed, listen):
+    """Push a session to an address while it is read there."""
+    with serving(ServeSettings(realtime=False, push_to=allowed), tmp_path) as served, ThreadPoolExecutor(1) as pool:
+        async with served.connect() as socket, Client(socket) as client:
+            await client.open()
+            reading = pool.submit(read_pushed, address, listen) if listen else None
+            refused = await client.refused("record", format="rtmp", to="rtmp://10.0.0.1/live/x")
+            assert refused["code"] == "not_allowed" and refused["limit"] == {"name": "push_to", "value": allowed}
+            assert (await client.refused("record", format="rtmp"))["code"] == "invalid"
+            assert (await client.refused("record", to=address))["code"] == "invalid"
+            begun = await client.applied("record", format="rtmp", to=address)
+            assert begun["url"] == address
+            reading = reading or pool.submit(read_pushed, address, listen)
+            while not reading.done():
+                await client.until("state")
+            assert reading.result() == [(64, 64)] * 8
+            await client.send("stop")
+            await client.until("ended")
+        while served.server.recordings.open:
+            await asyncio.sleep(0.02)
+
+
+def test_a_session_is_pushed_by_rtmp(tmp_path):
+    port = free_port()
+    asyncio.run(push(tmp_path, f"rtmp://127.0.0.1:{port}/live/a", f"rtmp://127.0.0.1:{port}/", listen=True))
+
+
+@pytest.mark.slow
+def test_a_session_is_pushed_to_nginx_which_makes_hls_of_it(tmp_path):
+    module = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
+    if shutil.which("nginx") is None or not module.is_file():
+        pytest.skip("nginx with its RTMP module is not installed")
+    port = free_port()
+    (tmp_path / "nginx.conf").write_text(f"""
+        load_module {module}; daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/log;
+        events {{}}
+        rtmp {{ server {{ listen 127.0.0.1:{port}; application live {{
+            live on; hls on; hls_path {tmp_path}/hls; hls_fragment 1s; }} }} }}
+    """)
+    process = subprocess.Popen(["nginx", "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-e", tmp_path / "log"])
+    try:
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+        asyncio.run(push(tmp_path, f"rtmp://127.0.0.1:{port}/live/a", f"rtmp://127.0.0.1:{port}/", listen=False))
+        with av.open(str(tmp_path / "hls" / "a.m3u8")) as container:
+            assert next(container.decode(video=0)).width == 64
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 @pytest.mark.parametrize("name", ["..%2fx", "video.mp4", "index.m3u8.part", "x" * 80])

@@ -1,0 +1,208 @@
+"""Sessions that go on at another server: checkpoints, the choice of a server, and a router before two of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, contextmanager
+
+import httpx
+import pytest
+import websockets
+from live_client import PROMPT, WAIT, Client, serving, small_engine
+
+from inferix.serve.checkpoints import Checkpoint, Checkpoints, knows, token_hash
+from inferix.serve.protocol import Act, Fork, Prompt
+from inferix.serve.refusals import Refusal
+from inferix.serve.router import Router, make_router_app
+from inferix.serve.routing import ControlMemory, ReplicaFacts, Scaling, choose
+from inferix.serve.server import ReadyServer, address_of, config_of, listen
+from inferix.serve.settings import ServeSettings
+
+
+def facts(**given):
+    return ReplicaFacts(**({"replica": "r", "status": "ok", "sessions": 1, "places": 4, "load": 0.3} | given))
+
+
+def test_the_least_loaded_server_with_room_is_chosen():
+    servers = {"a": facts(load=0.4), "b": facts(load=0.2), "c": facts(load=0.0, sessions=0, status="draining")}
+    assert choose(servers) == "b"
+    servers["b"] = servers["b"].with_another().with_another()
+    assert servers["b"].load == pytest.approx(0.6) and choose(servers) == "a"
+    assert choose({"a": facts(load=0.6), "b": facts(load=0.9, room=0)}, moved=True) == "a"
+    with pytest.raises(Refusal, match=r"120%.*4 of 4 sessions.*no pages") as refused:
+        choose({"a": facts(load=0.6), "b": facts(sessions=4), "c": facts(room=0)})
+    assert (refused.value.code, refused.value.status, refused.value.limit) == ("at_capacity", 503, ("replicas", 3))
+
+
+def test_servers_are_added_for_late_blocks_and_removed_for_idle_ones():
+    scaling = Scaling(least=1, most=3, load=0.7, slack=0.05)
+    assert scaling.wanted([]) == 1
+    assert scaling.wanted([facts(slack=0.2)]) == 1
+    assert scaling.wanted([facts(slack=0.01)]) == 2  # a block was nearly late
+    assert scaling.wanted([facts(sessions=4)]) == 2  # no place is left
+    assert scaling.wanted([facts(load=0.3), facts(load=0.2), facts(sessions=0, load=0.0)]) == 1
+    assert scaling.wanted([facts(load=0.5), facts(load=0.5), facts(load=0.5)]) == 3
+    assert scaling.wanted([facts(slack=-1.0)] * 3) == 3
+
+
+def test_controls_that_a_lost_server_had_not_applied_are_sent_again():
+    memory = ControlMemory(prompt="one")
+    memory.sent(Act(id=1, type="act", action="up"))
+    memory.sent(Fork(id=2, type="fork"))
+    memory.sent(Prompt(id=3, type="prompt", text="two"))
+    assert memory.pass_on({"type": "received", "id": 3}) and not memory.pass_on({"type": "received", "id": 3})
+    memory.pass_on({"type": "applied", "id": 1, "block": 4})
+    memory.pass_on({"type": "state", "block": 6})
+    controls, lost = memory.owed("another", "own.")
+    assert [control.id for control in controls] == ["own.prompt", "own.act.up", 3]
+    assert [control.type for control in controls] == ["prompt", "act", "prompt"]
+    assert lost == [2] and memory.lost_blocks(5) == 2 and memory.lost_blocks(7) == 0
+    memory.sent(Act(id=4, type="act", action="up", pressed=False))
+    assert memory.owed("one", "own.")[0][0].id == 3
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    places = Checkpoints(tmp_path)
+    session = "ab" * 16
+    path = places.place(session, 3)
+    made = Checkpoint(session, token_hash("secret"), places.owner, "p", 1, "skip", False, 0, 3, path.name)
+    places.add(made)
+    assert places.find(session) is None  # the saved session is missing
+    path.write_bytes(b"x")
+    assert places.find(session) == made and knows(made, "secret") and not knows(made, "Secret")
+    newer = places.place(session, 6)
+    newer.write_bytes(b"y")
+    other = Checkpoints(tmp_path)
+    other.add(Checkpoint(**{**vars(made), "file": newer.name, "block": 6, "owner": other.owner}))
+    assert not path.exists() and not places.owns(session) and other.owns(session)
+    about = tmp_path / f"{session}.json"
+    for damaged in (b"{", b"[]", b'{"session": 1}', about.read_bytes().replace(newer.name.encode(), b"../x")):
+        about.write_bytes(damaged)
+        assert places.find(session) is None
+    assert places.find("../../etc/passwd") is None
+    places.remove(session)
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def routing(*urls):
+    """A router before servers, in a thread; yields it and its URL."""
+    async def servers():
+        return list(urls)
+
+    listener = listen("127.0.0.1", 0, None)
+    ready = threading.Event()
+
+    router = Router(servers, ServeSettings())
+    runner = ReadyServer(config_of(make_router_app(router), router.settings), ready.set)
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert ready.wait(WAIT)
+        yield router, address_of(listener)
+    finally:
+        runner.should_exit = True
+        thread.join(WAIT)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def test_a_drained_server_hands_its_session_to_another_and_its_viewer_goes_on(tmp_path):
+    """The pictures are those of one engine; the control that was on its way has its receipt from the second server."""
+    settings = ServeSettings(checkpoint_every=1000, shared=tmp_path / "shared", realtime=False, sessions=2)
+    engine = small_engine(settings)
+    session = engine.open(PROMPT, seed=3)
+    alone = [block.frames.tobytes() for block in session.stream(8)]
+    session.close()
+
+    async def walk(servers, url):
+        async with websockets.connect(f"ws{url.removeprefix('http')}/v1/live") as socket, Client(socket) as client:
+            opened = await client.open(media=["raw"], seed=3)
+            await client.until("state", block=1)
+            first, second = servers if opened["session"] in servers[0].server.live.sessions else servers[::-1]
+            first.runner.request_drain()
+            moved = await client.until("notice", kind="moved")
+            again = await client.until("opened")
+            assert moved["blocks"] == 0 and moved["seconds"] > 0
+            assert all(again[name] == opened[name] for name in ("session", "resume", "id"))
+            assert again["prompt"] == PROMPT and opened["session"] in second.server.live.sessions
+            await client.until("state", block=4)
+            press = await client.applied("act", action="left")
+            await client.until("state", block=press["block"])
+            shown = {}
+            for header, payload in zip(client.media, client.payloads, strict=True):
+                shown.setdefault(header[3], []).append(payload)
+            made = {block: b"".join(pictures) for block, pictures in shown.items() if block < press["block"]}
+            assert list(made) == list(range(press["block"])) and made == dict(enumerate(alone[: press["block"]]))
+            await client.send("stop")
+            assert (await client.until("ended"))["code"] == "stopped"
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "tinyworld"
+        assert list((tmp_path / "shared" / "checkpoints").iterdir()) == []
+
+    with ExitStack() as stack:
+        engine.hand_over()
+        engines = {"a": engine, "b": None}
+        servers = [stack.enter_context(serving(settings, tmp_path / name, engines[name])) for name in engines]
+        _, url = stack.enter_context(routing(*(served.url for served in servers)))
+        asyncio.run(walk(servers, url))
+
+
+@contextmanager
+def started(folder, shared):
+    """A server in a process of its own; yields the process and its URL."""
+    command = [sys.executable, "-m", "inferix", "serve", "--port", "0", "--json", "--folder", str(folder)]
+    command += ["--shared", str(shared), "--checkpoint-every", "2", "--rewind-blocks", "0", "--set", "num_steps=1"]
+    process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, json.loads(process.stdout.readline())["url"]
+    finally:
+        process.kill()
+        process.wait(WAIT)
+
+
+@pytest.mark.slow
+def test_a_killed_server_costs_at_most_the_blocks_since_the_last_checkpoint(tmp_path):
+    """Killed twice: once with another server there, once alone, so that its client comes back to a new one."""
+    engine = small_engine(ServeSettings(), rewind_blocks=0)
+    alone = [block.frames.tobytes() for block in engine.open(PROMPT, seed=3).stream(40)]
+
+    async def kill(processes, url):
+        async with websockets.connect(f"ws{url.removeprefix('http')}/v1/live") as socket, Client(socket) as client:
+            opened = await client.open(media=["raw"], seed=3)
+            last = await client.until("state", block=5)
+            for process, server in processes:
+                if httpx.get(f"{server}/v1/replica", params={"session": opened["session"]}).json()["holds"]:
+                    process.kill()
+            moved = await client.until("notice", kind="moved")
+            print(f"moved after a kill in {moved['seconds']:.2f} s, {moved['blocks']} blocks made again")
+            again = await client.until("opened")
+            before = next(event for event in reversed(client.events) if event["type"] == "state")["block"]
+            assert again["session"] == opened["session"] and before >= last["block"]
+            assert before + 1 - moved["blocks"] == again["next_block"] and moved["blocks"] <= 2
+            await client.until("state", block=before + 3)
+        return opened
+
+    async def come_back(url, opened):
+        async with websockets.connect(f"ws{url.removeprefix('http')}/v1/live") as socket, Client(socket) as client:
+            await client.send("attach", session=opened["session"], resume=opened["resume"], media=["raw"])
+            again = await client.until("opened")
+            assert again["session"] == opened["session"] and again["next_block"] >= 6
+            await client.until("state")
+            shown = {}
+            for header, payload in zip(client.media, client.payloads, strict=True):
+                shown.setdefault(header[3], []).append(payload)
+            assert all(b"".join(pictures) == alone[block] for block, pictures in shown.items())
+
+    with ExitStack() as stack:
+        shared = tmp_path / "shared"
+        processes = [stack.enter_context(started(tmp_path / name, shared)) for name in "ab"]
+        _, url = stack.enter_context(routing(*(server for _, server in processes)))
+        opened = asyncio.run(kill(processes, url))
+        for process, _ in processes:
+            process.kill()
+        _, alone_url = stack.enter_context(started(tmp_path / "c", shared))
+        asyncio.run(come_back(alone_url, opened))

@@ -1,0 +1,130 @@
+"""The Ray Serve application: a replica killed and another one drained, while viewers go on."""
+
+import asyncio
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import websockets
+import yaml
+from live_client import PROMPT, WAIT, Client, small_engine
+
+from inferix.serve.settings import ServeSettings
+
+DOC = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+PORT = 8123
+
+
+def config(shared, replicas):
+    """The configuration of the documentation, for the small world on this machine."""
+    (text,) = re.findall(r"```yaml\n(applications:.*?)```", DOC, re.DOTALL)
+    values = yaml.safe_load(text)
+    application = values["applications"][0]
+    application["args"] |= {
+        "shared": str(shared), "token_file": None, "load": {"device": "cpu", "num_steps": 1}, "checkpoint_every": 2,
+        "rewind_blocks": 0,
+    }  # fmt: skip
+    (engine,) = [part for part in application["deployments"] if part["name"] == "Engine"]
+    assert engine.pop("autoscaling_config")["policy"]["policy_function"] == "inferix.serve.ray_app:ScaleOnSlack"
+    engine |= {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 0.5}}
+    return values | {"http_options": {"host": "127.0.0.1", "port": PORT}}
+
+
+@pytest.mark.slow
+def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
+    ray = pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    engine = small_engine(ServeSettings(), rewind_blocks=0)
+    alone = [block.frames.tobytes() for block in engine.open(PROMPT, seed=3).stream(120)]
+    url = f"http://127.0.0.1:{PORT}"
+
+    def deploy(replicas):
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config(tmp_path, replicas)), _blocking=False)
+
+    def servers(count):
+        """The servers' numbers by address, once there are as many."""
+        while True:
+            answer = httpx.get(f"{url}/v1/replicas", timeout=WAIT)
+            if answer.status_code == 200 and len(found := answer.json()) == count:
+                return found
+            time.sleep(0.2)
+
+    def process_at(server):
+        port = int(server.rpartition(":")[2])
+        (id,) = {c.pid for c in psutil.net_connections() if c.status == "LISTEN" and c.laddr.port == port}
+        return psutil.Process(id)
+
+    def holder(session):
+        return next(
+            server for server in servers(2)
+            if httpx.get(f"{server}/v1/replica", params={"session": session}).json()["holds"]
+        )  # fmt: skip
+
+    async def follow(client, kind):
+        """Events up to a move of the client's session; prints it."""
+        moved = await client.until("notice", kind="moved")
+        again = await client.until("opened")
+        before = next(event for event in reversed(client.events) if event["type"] == "state")["block"]
+        assert before + 1 - moved["blocks"] == again["next_block"]
+        await client.until("state", block=before + 2)
+        print(f"{kind}: moved in {moved['seconds']:.2f} s, {moved['blocks']} blocks made again")
+        return moved
+
+    async def walk():
+        address = f"ws{url.removeprefix('http')}/v1/live"
+        async with websockets.connect(address, max_size=None) as one, websockets.connect(address, max_size=None) as two:
+            first, second = Client(one), Client(two)
+            opened = [await client.open(media=["raw"], seed=3) for client in (first, second)]
+            await first.until("state", block=5)
+            await second.until("state", block=3)
+            held = [await asyncio.to_thread(holder, event["session"]) for event in opened]
+            assert held[0] != held[1]
+            (await asyncio.to_thread(process_at, held[0])).kill()
+            assert (await follow(first, "killed"))["blocks"] <= 2
+            begun = time.perf_counter()
+            while held[0] in (now := await asyncio.to_thread(servers, 2)) or len(now) != 2:
+                await asyncio.sleep(0.2)
+            print(f"another replica took the killed one's place after {time.perf_counter() - begun:.1f} s")
+            await first.applied("stop")
+            third_socket = await websockets.connect(address, max_size=None)
+            third = Client(third_socket)
+            await third.open(media=["raw"], seed=3)
+            await third.until("state", block=2)
+            scaling = asyncio.create_task(asyncio.to_thread(deploy, 1))
+            moves = [asyncio.create_task(follow(client, "drained")) for client in (second, third)]
+            done, waiting = await asyncio.wait(moves, return_when=asyncio.FIRST_COMPLETED)
+            (drained,) = done
+            assert drained.result()["blocks"] == 0
+            for task in waiting:
+                task.cancel()
+            await scaling
+            client = second if drained is moves[0] else third
+            shown = {}
+            for header, payload in zip(client.media, client.payloads, strict=True):
+                shown.setdefault(header[3], []).append(payload)
+            made = {block: b"".join(pictures) for block, pictures in shown.items() if block < max(shown)}
+            assert list(made) == list(range(len(made))) and len(made) > 3
+            assert all(pictures == alone[block] for block, pictures in made.items())
+            await third_socket.close()
+
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # paths of its sockets have to be short
+        begun = time.perf_counter()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=short)
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+            deploy(2)
+            servers(2)
+            print(f"two replicas after {time.perf_counter() - begun:.1f} s")
+            asyncio.run(walk())
+        finally:
+            serve.shutdown()
+            ray.shutdown()
