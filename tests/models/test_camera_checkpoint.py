@@ -44,7 +44,7 @@ def test_the_published_folder_and_its_names(published, tensors):
     assert not any("img" in name for name in tensors)
 
 
-def test_shards_at_the_root_without_a_config(tensors, tmp_path):
+def test_shards_at_the_root_without_a_config(published, tensors, tmp_path):
     """Sizes come from shapes; the width of heads is that of all published models."""
     names = sorted(tensors)
     parts = {f"model-0000{number + 1}-of-00002.safetensors": names[number::2] for number in range(2)}
