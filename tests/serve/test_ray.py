@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,9 @@ from inferix.serve.settings import ServeSettings
 
 DOC = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
 PORT = 8123
+PATIENT = {  # seconds; Ray's own are for machines that do nothing else
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+}  # fmt: skip
 
 
 def config(shared, replicas):
@@ -52,9 +56,10 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
     def servers(count):
         """The servers' numbers by address, once there are as many."""
         while True:
-            answer = httpx.get(f"{url}/v1/replicas", timeout=WAIT)
-            if answer.status_code == 200 and len(found := answer.json()) == count:
-                return found
+            with suppress(httpx.TransportError):  # the proxy is not there yet
+                answer = httpx.get(f"{url}/v1/replicas", timeout=WAIT)
+                if answer.status_code == 200 and len(found := answer.json()) == count:
+                    return found
             time.sleep(0.2)
 
     def process_at(server):
@@ -117,7 +122,7 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
 
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # paths of its sockets have to be short
         begun = time.perf_counter()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **PATIENT}
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=short)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": PORT})
