@@ -18,8 +18,9 @@ from inferix.serve.settings import ServeSettings
 
 DOC = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
 PORT = 8123
-PATIENT = {  # seconds; Ray's own are for machines that do nothing else
+PATIENT = {  # for a machine that has other work too: seconds, and workers that are not the last to run
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_worker_niceness": "0",
 }  # fmt: skip
 
 
