@@ -51,6 +51,10 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
     alone = [block.frames.tobytes() for block in engine.open(PROMPT, seed=3).stream(120)]
     url = f"http://127.0.0.1:{PORT}"
 
+    def connect():
+        """A WebSocket that lives on while nobody reads it."""
+        return websockets.connect(f"ws{url.removeprefix('http')}/v1/live", max_size=None, ping_interval=None)
+
     def deploy(replicas):
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config(tmp_path, replicas)), _blocking=False)
 
@@ -85,8 +89,7 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
         return moved
 
     async def walk():
-        address = f"ws{url.removeprefix('http')}/v1/live"
-        async with websockets.connect(address, max_size=None) as one, websockets.connect(address, max_size=None) as two:
+        async with connect() as one, connect() as two:
             first, second = Client(one), Client(two)
             opened = [await client.open(media=["raw"], seed=3) for client in (first, second)]
             await first.until("state", block=5)
@@ -100,7 +103,7 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
                 await asyncio.sleep(0.2)
             print(f"another replica took the killed one's place after {time.perf_counter() - begun:.1f} s")
             await first.applied("stop")
-            third_socket = await websockets.connect(address, max_size=None)
+            third_socket = await connect()
             third = Client(third_socket)
             await third.open(media=["raw"], seed=3)
             await third.until("state", block=2)
