@@ -488,6 +488,7 @@ def generate(
     parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel, "kernels": forms}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
+    parts["prompts"] = [text for text in (prompt, negative_prompt, *(cue.prompt for cue in cues)) if text is not None]
     if exported is not None:
         engine = load(engine=exported, **overrides)
         prompt = default_prompt(exported) if prompt is None and prompt_embeds is None else prompt

@@ -90,6 +90,7 @@ def graph(
 
     Example: inferix graph --model tinyworld --save graphs/ && inferix generate --executor fused --graphs graphs/
     """
+    from ..graphs.cost import PassCost
     from ..graphs.lowered import lower_block
     from ..graphs.rewrites import REWRITES, chosen, rewritten
     from ..graphs.rewrites.lowp import PrecisionMap
@@ -188,10 +189,12 @@ def graph(
     if only is not None and only not in {graph.name for graph in block.graphs}:
         passes = ", ".join(repr(graph.name) for graph in block.graphs)
         raise UsageError(f"--pass is {quoted(only)}; this block has {passes}")
+    costs: list[PassCost] = []
     if svg is not None:
         from ..graphs.show.svg import svg as drawn
 
-        picture = drawn(block)
+        costs = [PassCost(graph) for graph in block.graphs]
+        picture = drawn(block, costs)
         write_atomically(svg, lambda part: part.write_text(picture, "utf-8"))
     if as_json:
         from ..graphs.show.plain import to_dict
@@ -202,7 +205,7 @@ def graph(
     else:
         from ..graphs.show.text import text
 
-        typer.echo(text(block, only))
+        typer.echo(text(block, only, costs))
 
 
 def drawn_steps(preset: Preset) -> int | None:

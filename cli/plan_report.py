@@ -34,6 +34,11 @@ TABLE_ROWS = (
     ("wan-1.3b", "self-forcing"), ("wan-1.3b", "longlive"), ("wan-1.3b", "rolling-forcing"),
     ("wan-5b", "longlive2"), ("wan-14b", "self-forcing"), ("wan-14b", "longlive"), ("wan-14b", "krea"),
 )  # fmt: skip
+JOINT_ROWS = (  # of presets with several blocks in flight
+    ("magi-4.5b", "magi-4.5b"), ("magi-4.5b", "magi-4.5b-distill"), ("magi-4.5b-fp8", "magi-4.5b-distill"),
+    ("magi-24b", "magi-24b"), ("magi-24b", "magi-24b-distill"), ("magi-24b-fp8", "magi-24b-distill"),
+)  # fmt: skip
+JOINT_CARD = "h200"
 TABLE_MEMORIES = (16, 24, 80, 141)
 TABLE_CARDS = ("rtx-4090", "rtx-5090", "h200", "b200")
 
@@ -133,6 +138,8 @@ def describe(load: Workload, budget: int | None, top: Ceiling | None) -> dict[st
                 "frames": one.frames,
                 "transformer_flops": round(one.transformer_flops),
                 "decoder_flops": round(one.decoder_flops),
+                "transformer_bytes": round(one.transformer_bytes),
+                "decoder_bytes": round(one.decoder_bytes),
             }
             for name, one in blocks.items()
         },
@@ -307,15 +314,17 @@ def floor_table(facts: dict[str, Any]) -> Table:
     """Make the table of predicted floors, of the first block and of a steady one."""
     top = facts["predicted"]["ceiling"]
     title = f"Predicted floor, 100 % of {top['tflops']:g} TFLOP/s and {top['bandwidth']:g} GB/s ({top['source']})"
-    table = Table("block", "part", "TFLOP", "seconds", "FPS at most", title=title, title_justify="left")
+    columns = ("block", "part", "TFLOP", "GB moved at least", "seconds", "FPS at most")
+    table = Table(*columns, title=title, title_justify="left")
     for column in table.columns[2:]:
         column.justify = "right"
     for name, predicted in facts["predicted"]["blocks"].items():
         work = facts["work"][name]
         for part in ("transformer", "decoder"):
-            flops, seconds = work[f"{part}_flops"], predicted[f"{part}_seconds"]
-            table.add_row(name, part, f"{flops / 1e12:.4g}", f"{seconds:.3g}", "")
-        table.add_row(name, f"{work['frames']:g} frames", "", f"{predicted['seconds']:.3g}", f"{predicted['fps']:.1f}")
+            flops, moved, seconds = work[f"{part}_flops"], work[f"{part}_bytes"], predicted[f"{part}_seconds"]
+            table.add_row(name, part, f"{flops / 1e12:.4g}", f"{moved / 1e9:.4g}", f"{seconds:.3g}", "")
+        total = f"{predicted['seconds']:.3g}", f"{predicted['fps']:.1f}"
+        table.add_row(name, f"{work['frames']:g} frames", "", "", *total)
         table.add_section()
     return table
 
@@ -364,8 +373,8 @@ def larger_cards(needed: int) -> str:
 
 
 def tables() -> list[str]:
-    """Return the tables of docs/plan.md: memory needs, and floors of a steady block."""
-    return ["\n".join(markdown(rows)) for rows in (memory_rows(), floor_rows())]
+    """Return the tables of docs/plan.md: memory needs, floors of a steady block, and both of blocks made together."""
+    return ["\n".join(markdown(rows)) for rows in (memory_rows(), floor_rows(), joint_rows())]
 
 
 def markdown(rows: list[list[str]]) -> Iterator[str]:
@@ -408,4 +417,24 @@ def floor_rows() -> list[list[str]]:
             cells.append(f"{steady.seconds:.3f}, {steady.fps:.1f}")
         total = f"{(steady.transformer_flops + steady.decoder_flops) / 1e12:.0f}"
         rows.append([load.spec.name, f"`{load.preset.name}`", form, total, *cells])
+    return rows
+
+
+def joint_rows() -> list[list[str]]:
+    """Rows of presets with several blocks in flight, for one stream with the text encoder loaded."""
+    card = CARDS[JOINT_CARD]
+    top = Ceiling(card.tflops, card.bandwidth, card.name)
+    floors = (f"{card.name}: seconds, FPS", "seconds of the first")
+    rows = [["model", "preset", "steps", "passes", "PFLOP", "TB moved", "weights", "pages", "needs", *floors]]
+    for model, preset in JOINT_ROWS:
+        load = workload(model, preset, None, 1, "bfloat16", None, None, None, True, {})
+        split, (block, *_) = planner.memory(load), planner.steady_blocks(load.preset)
+        steady, first = planner.steady_speed(load, top), planner.first_speed(load, top)
+        flops, moved = steady.transformer_flops + steady.decoder_flops, steady.transformer_bytes + steady.decoder_bytes
+        sizes = (split.once["transformer"], split.each["pages"], planner.needed(load))
+        rows.append([
+            model, f"`{preset}`", str(load.preset.sampler.steps), str(len(planner.runs_of(block, load.preset))),
+            f"{flops / 1e15:.1f}", f"{moved / 1e12:.2f}", *(f"{size / 1e9:.1f} GB" for size in sizes),
+            f"{steady.seconds:.1f}, {steady.fps:.2f}", f"{first.seconds:.1f}",
+        ])  # fmt: skip
     return rows

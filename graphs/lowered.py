@@ -6,14 +6,14 @@ Made from a `BlockGraph` once, or read from an artefact; it holds no tensor.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .lowering import lower
 from .plan import BufferPlan, plan_buffers
-from .program import Buffer, Program, Ref
-from .types import PROMPT_TABLE, BlockGraph, PassGraph, Role, Runs, Value
+from .program import Buffer, Call, Program, Ref
+from .types import PROMPT_TABLE, BlockGraph, PassGraph, Role, Runs, Value, name_in_set
 
 STORES = ("kv.", "scale.")  # buffers of pages, a layer each
 STAGING = "staging"
@@ -80,6 +80,36 @@ def with_pages(lowered: Lowered, pages: int, slots: int | None = None) -> Lowere
     return replace(lowered, body=body, fold=fold, prompt=prompt, frames=frames)
 
 
+def with_weights(lowered: Lowered, number: int) -> Lowered:
+    """The same over the weights of another set, by its number."""
+    parts = (lowered.body, lowered.fold, lowered.prompt, lowered.frames)
+    body, fold, prompt, frames = (part and replace(part, program=in_set(part.program, number)) for part in parts)
+    assert body is not None
+    return replace(lowered, body=body, fold=fold, prompt=prompt, frames=frames)
+
+
+def in_set(program: Program, number: int) -> Program:
+    """A program whose weights have the names of a set."""
+    names = {buffer.name: name_in_set(buffer.name, number) for buffer in program.of(Role.WEIGHT)}
+
+    def renamed(argument: Any) -> Any:
+        if isinstance(argument, Ref):
+            return replace(argument, buffer=names.get(argument.buffer, argument.buffer))
+        return tuple(map(renamed, argument)) if isinstance(argument, tuple) else argument
+
+    buffers = [replace(buffer, name=names.get(name, name)) for name, buffer in program.buffers.items()]
+    outputs = {name: renamed(ref) for name, ref in program.outputs.items()}
+    calls = with_arguments(program.calls, renamed)
+    return replace(program, buffers={buffer.name: buffer for buffer in buffers}, calls=calls, outputs=outputs)
+
+
+def with_arguments(calls: Sequence[Call], change: Callable[[Any], Any]) -> tuple[Call, ...]:
+    """Calls with `change` applied to their arguments, keyword arguments and results."""
+    return tuple(
+        replace(call, args=change(call.args), kwargs=change(call.kwargs), outs=change(call.outs)) for call in calls
+    )
+
+
 def prompt_pages(program: Program) -> frozenset[str]:
     """Buffers of prompts that a program finds by its `PROMPT_TABLE`."""
     calls = [call.named for call in program.calls if call.op.namespace == "inferix"]
@@ -108,11 +138,7 @@ def resized(program: Program, sizes: Mapping[str, int]) -> Program:
             return replace(argument, size=stores[argument.buffer].size, stride=stores[argument.buffer].stride)
         return tuple(map(with_store, argument)) if isinstance(argument, tuple) else argument
 
-    calls = tuple(
-        replace(call, args=with_store(call.args), kwargs=with_store(call.kwargs), outs=with_store(call.outs))
-        for call in program.calls
-    )
-    return replace(program, buffers={**program.buffers, **stores}, calls=calls)
+    return replace(program, buffers={**program.buffers, **stores}, calls=with_arguments(program.calls, with_store))
 
 
 def of_pages(buffer: Buffer, pages: int) -> Buffer:

@@ -20,6 +20,11 @@ OF_SET = "@"  # between the name of a weight and the number of its set, where th
 PROMPT_TABLE = "prompt_table"  # input int32 [rows, 1]: the page of each row's prompt
 
 
+def name_in_set(name: str, number: int) -> str:
+    """Name of a weight of a set, by the number of the set."""
+    return f"{name}{OF_SET}{number}" if number else name
+
+
 class Role(StrEnum):
     """The part of a value in the pass that reads or makes it.
 

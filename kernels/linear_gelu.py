@@ -6,6 +6,8 @@ that name takes the exact GELU, so the layer and its GELU are called one after t
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,13 +15,23 @@ from torch import Tensor
 from .op import Op
 from .spec import Arg, OpSpec
 
+FACTOR = 2 * math.sqrt(2 / math.pi)
+
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """See the public function for shapes."""
     if x.is_cuda:
         torch.ops.aten._addmm_activation.out(bias, x, weight.t(), use_gelu=True, out=out)
+    elif x.dtype in (torch.float32, torch.float64):
+        gelu_into(out, F.linear(x, weight, bias))
     else:
         torch.ops.aten.gelu.out(F.linear(x, weight, bias), approximate="tanh", out=out)
+
+
+def gelu_into(out: Tensor, x: Tensor) -> None:
+    """Write GELU (tanh) of x, as x * sigmoid(2z), since torch's tanh takes three times as long."""
+    twice_z = torch.addcmul(x.new_full((), FACTOR), x, x, value=FACTOR * 0.044715).mul_(x)
+    torch.mul(x, twice_z.sigmoid_(), out=out)
 
 
 SPEC = OpSpec(

@@ -50,6 +50,11 @@ class TransformerCosts(ABC):
         """Parameters that every pass reads."""
 
     @property
+    def narrow_parameters(self) -> int:
+        """Parameters of passes that are stored in one byte each, whatever the model's dtype is."""
+        return 0
+
+    @property
     def frame_parameters(self) -> int:
         """Parameters of the layers that read only what a frame is given beside its latents, such as a camera."""
         return 0
@@ -79,6 +84,10 @@ class TransformerCosts(ABC):
     def token_layers(self) -> Iterator[tuple[str, int, int]]:
         """Yield name, input width and output width of each linear layer that a pass runs on every token."""
 
+    def layer_item(self, layer: str, dtype: str) -> int:
+        """Bytes of an entry of the weights of one of `token_layers`, by its name."""
+        return ITEMSIZE[dtype]
+
     @abstractmethod
     def merged_bytes(self, dtype: str) -> int:
         """Bytes of the merged query, key and value projections; the separate weights become views of them."""
@@ -86,6 +95,10 @@ class TransformerCosts(ABC):
     @abstractmethod
     def table_bytes(self, frames: int, steps: int, commit: bool, dtype: str) -> int:
         """Bytes of the tables of a whole-block graph that depend on the timesteps only."""
+
+    def wide_bytes(self, dtype: str) -> int:
+        """Upper bound of the float32 copies of weights that graphs keep, for layers that compute in float32."""
+        return 0
 
     @abstractmethod
     def arena_bytes(self, tokens: int, frames: int, dtype: str) -> int:

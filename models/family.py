@@ -350,6 +350,13 @@ class Family(ABC):
         """Count the parameters of the text encoder that goes with a model; 0 without one."""
         return 0
 
+    def check_prompts(self, text: Callable[[], PromptEncoder] | None, prompts: Sequence[str]) -> None:
+        """UsageError for a prompt that a text encoder of the family refuses; reads no weights.
+
+        text: of `load_text` or `random_text`. By default every prompt is taken.
+        """
+        return None
+
     def load_text(
         self, path: str | None, folders: Sequence[Path], spec: ModelSpec, dtype: torch.dtype, device: Any
     ) -> Callable[[], PromptEncoder] | None:

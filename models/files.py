@@ -380,7 +380,7 @@ def fill(
 ) -> Model:
     """Load tensors into a meta-device module, one at a time, each through `change`, in `dtype`.
 
-    Those that a submodule lists as its `float32_parameters` are in float32.
+    Those that a submodule has in its `stored_dtypes`, by name, are in the dtype there.
 
     shards: parts of the weights that this rank keeps; None for all of them.
 
@@ -401,15 +401,15 @@ def fill(
         others = [name for name in tensors if name not in expected] or tensors
         near = alike_in_file(missing, others) if missing else ""
         raise CheckpointError(f"{quoted(source)} does not fit the model: {'; '.join(wrong[:12])}{more}{near}")
-    kept = {
-        f"{prefix}.{name}"
+    stored = {
+        f"{prefix}.{name}": kind
         for prefix, part in module.named_modules()
-        for name in getattr(part, "float32_parameters", ())
+        for name, kind in getattr(part, "stored_dtypes", {}).items()
     }
     state = {}
     for name in expected:
         own, tensor = name, change(name, unscaled(tensors[name]))
-        kind = torch.float32 if name in kept else dtype
+        kind = stored.get(name, dtype)
         if shards is not None:
             own, tensor = shards.part(name, tensor, kind)
         state[own] = finite(source, name, tensor.to(device=device, dtype=kind))

@@ -42,6 +42,12 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def listed(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise expected(name, value, "a list")
+    return list(value)
+
+
 def choice(known: Collection[str]) -> Check:
     """A check for one of some names."""
 

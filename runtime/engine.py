@@ -355,20 +355,29 @@ class Engine:
 
     # Weights
 
-    def use_lora(self, lora: str | Path | None, scale: float = 1.0, partial: bool = False) -> None:
+    def use_lora(
+        self, lora: str | Path | None, scale: float = 1.0, partial: bool = False, weights: str | None = None
+    ) -> None:
         """Run all sessions with an adapter from their next blocks on, in place of the one applied before. None removes
         it and restores the weights exactly.
 
         For the thread that drives the engine, between two blocks; from another, `soon(lambda: use_lora(path))`. Nothing
-        is traced or captured again. An adapter of `load` stays below it. UsageError for one of another model, or of
-        which only a part fits, unless `partial`.
+        is traced or captured again. An adapter of `load` stays below it. weights: the set of weights that it changes
+        in a model of several, such as `high-noise`; None for every set. UsageError for an adapter of another model, or
+        of which only a part fits, unless `partial`, and for a set that the preset does not run.
         """
         lora, scale, partial = optional(path)("lora", lora), number("scale", scale), flag("partial", partial)
         self.manager.check_owner("use_lora()")
         if self.config.shard_weights:
             raise UsageError("use_lora changes whole weights, and shard_weights divides them; give lora to load")
+        names = self.preset.weight_sets
+        if weights is not None and weights not in names:
+            raise UsageError(
+                f"weights is {quoted(weights)}; expected {' or '.join(names)}, or None for all, of {self.preset.name}"
+            )
+        sets = tuple(number for number, name in enumerate(names) if weights in (None, name))
         with torch.no_grad():
-            self.resources.client.execute(UseAdapter(None if lora is None else str(lora), scale, partial))
+            self.resources.client.execute(UseAdapter(None if lora is None else str(lora), scale, partial, sets))
         self.refresh_derived_weights()
 
     @torch.no_grad()

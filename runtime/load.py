@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from ..errors import UsageError, quoted
 from ..models.registry import default_model, default_preset, make_preset
 from ..schemes.presets import FIELDS, Preset, no_setting
-from .arguments import flag, instance, optional, path_text, text
+from .arguments import flag, instance, listed, optional, path_text, text
 from .arguments import size as picture_size
 from .capacity.memory_check import MemoryCheck
 from .config import SETTINGS, EngineConfig
@@ -21,7 +22,7 @@ from .parallel.rank_process import serve_if_ranked
 from .sessions.batch_profile import entries
 
 EXPORTED = "inferix.export.inside:load_exported"  # imported for an exported engine only
-ABOUT_LOADING = ("limits", "offline", "text_prompts", "size", "force")  # arguments of `load` that no engine keeps
+ABOUT_LOADING = ("limits", "offline", "text_prompts", "prompts", "size", "force")  # of `load`; no engine keeps them
 
 
 def load(
@@ -31,6 +32,7 @@ def load(
     limits: Limits = Limits(),  # noqa: B008
     offline: bool = False,
     text_prompts: bool = True,
+    prompts: Sequence[str] = (),
     size: tuple[int, int] | None = None,
     force: bool = False,
     engine: str | Path | None = None,
@@ -47,7 +49,8 @@ def load(
 
     The memory that one stream of pictures of `size` (width, height; the model's own) needs is compared with what there
     is before weights are read; too little is refused unless `force`. The text encoder is counted, and loaded when a
-    prompt is first text; with `text_prompts=False` there is none, and prompts come as embeddings.
+    prompt is first text; with `text_prompts=False` there is none, and prompts come as embeddings. prompts: texts that
+    are to come; one that the text encoder takes only in part is refused before weights are read.
 
     gpus: ranks that share each pass; those beside this process are started, or joined under torchrun. parallel: their
     layout, such as `ulysses` or `pass-q`; `auto` takes the first that fits. shard_weights: they divide the weights. On
@@ -64,6 +67,7 @@ def load(
     model, preset = optional(path_text)("model", model), optional(text)("preset", preset)
     size, force = optional(picture_size)("size", size), flag("force", force)
     offline, text_prompts = flag("offline", offline), flag("text_prompts", text_prompts)
+    prompts = [text("prompts", prompt) for prompt in listed("prompts", prompts)]
     if (folder := optional(path_text)("engine", engine)) is not None:
         if model is not None or preset is not None or size is not None:
             raise UsageError(f"engine {quoted(folder)} has a model, preset and size of its own; leave these out")
@@ -83,13 +87,13 @@ def load(
     check_tiny_decoder(scheme, config.vae == "taehv")
     check = MemoryCheck(config, scheme, size, force=force)
     if config.gpus == 1:
-        parts = load_parts(config, scheme, preset, check, offline, text_prompts)
+        parts = load_parts(config, scheme, preset, check, offline, text_prompts, prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         return Engine(config, scheme, parts, limits)
     serve_if_ranked()
     start = Start(config, scheme, check, size, preset, plain, offline)
     try:
-        parts = load_parts(config, scheme, preset, start, offline, text_prompts)
+        parts = load_parts(config, scheme, preset, start, offline, text_prompts, prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         assert start.world is not None
         worker = start.world.worker(config, scheme, parts)

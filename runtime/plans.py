@@ -265,12 +265,13 @@ class EmbedFrames:
 class UseAdapter:
     """Merge an adapter into the weights in place of the one before; None removes that. Nothing derived is recomputed.
 
-    path: of a file or folder that every rank can read.
+    path: of a file or folder that every rank can read. sets: numbers of the sets of weights that it changes.
     """
 
     path: str | None
     scale: float
     partial: bool
+    sets: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ Plan = Union[  # noqa: UP007  its members are listed at run time
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")
-MAGIC, VERSION = b"INFP", 5
+MAGIC, VERSION = b"INFP", 6
 
 
 def encode_plan(plan: Plan) -> bytes:

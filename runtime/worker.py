@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.spec import using
-from ..models.transformer import KeyValues, Transformer
+from ..models.transformer import KeyValues
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
-from .execution.executors import Executor, Frames, Text, make_executor
+from .execution.executors import Executor, Frames, Text, make_executors
 from .execution.loading import Components
 from .execution.lora_adapter import Adapter
 from .kv.page_store import KV_DTYPES, PagedStore, PageForm
@@ -69,10 +69,11 @@ class LocalWorker:
         self.parts, self.device, self.dtype = parts, torch.device(config.device), DTYPES[config.dtype]
         self.kernels = config.kernels
         make_current(self.device)
-        self.executors = (executor,) if executor is not None else executors_of(config, preset, parts)
+        self.executors = (executor,) if executor is not None else make_executors(config, preset, parts)
         assert len(self.executors) >= len(preset.weight_sets), preset.weight_sets
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
-        self.adapter = Adapter(parts.transformer, len(parts.transformers))
+        adapters = {module: Adapter(module) for module in dict.fromkeys(parts.transformers)}
+        self.adapters = tuple(adapters[module] for module in parts.transformers)  # of each set of weights
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
         self.frames: dict[int, dict[Executor, Frames]] = {}
@@ -162,10 +163,14 @@ class LocalWorker:
         }
 
     def use_adapter(self, plan: UseAdapter) -> None:
+        adapters = list(dict.fromkeys(self.adapters[number] for number in plan.sets))
         if plan.path is None:
-            self.adapter.remove()
-        else:
-            self.adapter.apply(plan.path, plan.scale, plan.partial)
+            for adapter in adapters:
+                adapter.remove()
+            return
+        updates = [adapter.read(plan.path, plan.scale, plan.partial) for adapter in adapters]
+        for adapter, update in zip(adapters, updates, strict=True):
+            adapter.merge(update, plan.scale)
 
     def refresh_weights(self, plan: RefreshWeights) -> None:
         for executor in dict.fromkeys(self.executors):
@@ -244,12 +249,3 @@ class LocalWorker:
 def given(pages: tuple[Tensor, Tensor | None]) -> list[Tensor]:
     kv, scales = pages
     return [kv] if scales is None else [kv, scales]
-
-
-def executors_of(config: EngineConfig, preset: Preset, parts: Components) -> tuple[Executor, ...]:
-    """An executor for each set of weights; sets that are one module share theirs."""
-    made: dict[Transformer, Executor] = {}
-    for module in parts.transformers:
-        if module not in made:
-            made[module] = make_executor(config, preset, replace(parts, transformer=module, more=()))
-    return tuple(made[module] for module in parts.transformers)

@@ -171,8 +171,8 @@ class ContextPolicy:
 
     @property
     def has_one_context(self) -> bool:
-        """True where all passes of a block denoised alone see the same frames and text, under the same weights."""
-        return not self.has_key_ranges and self.clean_text == "prompt" and self.clean_weights == "plain"
+        """True where all passes of a block denoised alone see the same frames and text."""
+        return not self.has_key_ranges and self.clean_text == "prompt"
 
     def key_range(self, step: int, steps: int) -> int | None:
         """Blocks that a block sees at one of `steps` sampler steps, itself included; None for the whole window."""

@@ -6,6 +6,7 @@ place in the model, operations, bytes, and the rewrite that made it. The bar is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
@@ -71,9 +72,9 @@ def width_of(words: str, size: float, bold: bool = False) -> float:
     return len(words) * size * (0.62 if bold else 0.57)
 
 
-def svg(block: BlockGraph) -> str:
-    """The picture, as a document."""
-    canvas, costs = Canvas(), [PassCost(graph) for graph in block.graphs]
+def svg(block: BlockGraph, costs: Sequence[PassCost] = ()) -> str:
+    """The picture, as a document. costs: of `block.graphs`, where they are known."""
+    canvas, costs = Canvas(), costs or [PassCost(graph) for graph in block.graphs]
     title(canvas, block, [one for one in costs if one.graph.runs == Runs.BLOCK])
     if block.changes:
         changes(canvas, block)

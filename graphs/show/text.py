@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ...kernels.spec import Cost
 from ..cost import PassCost
@@ -20,21 +20,23 @@ WHEN = {
 }
 
 
-def text(block: BlockGraph, only: str | None = None) -> str:
-    """The whole block, or one graph of it call by call; KeyError for a name that it does not have."""
+def text(block: BlockGraph, only: str | None = None, costs: Sequence[PassCost] = ()) -> str:
+    """The whole block, or one graph of it call by call; KeyError for a name that it does not have.
+
+    costs: of `block.graphs`, where they are known.
+    """
     if only is not None:
         return "\n".join(listing(PassCost(block.named(only))))
-    return "\n".join(lines(block))
+    return "\n".join(lines(block, costs or [PassCost(graph) for graph in block.graphs]))
 
 
-def lines(block: BlockGraph) -> Iterator[str]:
+def lines(block: BlockGraph, costs: Sequence[PassCost]) -> Iterator[str]:
     shape = block.shape
     channels, height, width = shape.latent
     yield (
         f"{block.model}, preset {block.preset}, {name(block.dtype)}: {shape.frames} latent frames of "
         f"{channels}x{height}x{width}, {shape.tokens_per_frame} tokens each"
     )
-    costs = [PassCost(graph) for graph in block.graphs]
     each = [one for one in costs if one.graph.runs == Runs.BLOCK]
     total = sum((one.total for one in each), Cost())
     yield (

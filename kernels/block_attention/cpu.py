@@ -37,16 +37,17 @@ def block_attention(
     for index, listed in enumerate(page_table.flatten(0, -2).tolist()):
         row, part = divmod(index, lists)
         heads = slice(part * each, (part + 1) * each)
-        stored = tokens(kv, listed[: counts[index]], kv_scale, q.dtype)
-        if groups > 1:
-            stored = stored.repeat_interleave(groups, dim=2)
-        k, v = stored[:, :, heads].transpose(1, 2)[:, None]  # [1, heads of the list, K, D] each
-        early = sinks[index] * kv.shape[2]
+        early = sinks[index] if q_sink is not None else 0
         parts = []
-        if q_sink is not None and early > 0:
-            parts.append(attend(heads_first(q_sink, row, heads, k), k[:, :, :early], v[:, :, :early], scale=scale))
-        if early < k.shape[2]:
-            parts.append(attend(heads_first(q, row, heads, k), k[:, :, early:], v[:, :, early:], scale=scale))
+        # Apart, since the window alone is often one run of pages, which is not copied.
+        for queries, pages in ((q_sink, listed[:early]), (q, listed[early : counts[index]])):
+            if queries is None or not pages:
+                continue
+            stored = tokens(kv, pages, kv_scale, q.dtype)
+            if groups > 1:
+                stored = stored.repeat_interleave(groups, dim=2)
+            k, v = stored[:, :, heads].transpose(1, 2)[:, None]  # [1, heads of the list, K, D] each
+            parts.append(attend(heads_first(queries, row, heads, k), k, v, scale=scale))
         attended, sums = parts[0] if len(parts) == 1 else joined(*parts)
         out[row, :, heads] = attended[0].transpose(0, 1)
         if lse is not None:

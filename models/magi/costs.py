@@ -40,8 +40,17 @@ class MagiCosts(TransformerCosts):
         total += (spec.freq_dim + 1) * spec.cond_dim + (spec.cond_dim + 1) * spec.cond_dim
         layer = sum(inputs * outputs for _, inputs, outputs in self.layer_sizes())
         layer += 2 * spec.dim * (spec.cond_dim + 1) + 8 * spec.dim + 6 * spec.head_dim
-        scales = sum(inputs + 1 for _, inputs, _ in self.layer_sizes()) + 2 if spec.fp8 else 0
-        return total + spec.num_layers * layer + max(0, spec.num_layers - 2) * scales
+        scales = sum(inputs + 1 for _, inputs, _ in self.layer_sizes()) + 2
+        return total + spec.num_layers * layer + self.quantised_layers * scales
+
+    @property
+    def quantised_layers(self) -> int:
+        """Layers in FP8: all but the first and the last of an FP8 model."""
+        return max(0, self.spec.num_layers - 2) if self.spec.fp8 else 0
+
+    @property
+    def narrow_parameters(self) -> int:
+        return self.quantised_layers * sum(inputs * outputs for _, inputs, outputs in self.layer_sizes())
 
     @property
     def prompt_flops(self) -> int:
@@ -82,11 +91,27 @@ class MagiCosts(TransformerCosts):
                 yield f"videodit_blocks.layers.{layer}.{name}", size[0], size[1]
         yield "final_linear.linear", self.spec.dim, self.patch_entries
 
+    def layer_item(self, layer: str, dtype: str) -> int:
+        """One byte in the quantised layers, which stand between the first and the last."""
+        plain = (f"videodit_blocks.layers.{number}." for number in (0, self.spec.num_layers - 1))
+        return ITEMSIZE[dtype] if not self.quantised_layers or layer.startswith((*plain, "final")) else 1
+
     def merged_bytes(self, dtype: str) -> int:
         return ITEMSIZE[dtype] * self.spec.num_layers * self.spec.dim * 2 * (self.queries + self.spec.kv_dim)
 
     def table_bytes(self, frames: int, steps: int, commit: bool, dtype: str) -> int:
         return 0  # no block of it is one graph
+
+    def wide_bytes(self, dtype: str) -> int:
+        """Output projections that are not quantised, embeddings, the head, and norms."""
+        spec = self.spec
+        if ITEMSIZE[dtype] >= WIDE:
+            return 0
+        layers = (spec.num_layers - self.quantised_layers) * 2 * self.queries * spec.dim
+        layers += spec.num_layers * (4 * spec.dim + 8 * spec.head_dim)
+        caption = (spec.text_dim + 1) * (spec.dim + spec.cond_dim)
+        time = (spec.freq_dim + spec.cond_dim + 2) * spec.cond_dim
+        return WIDE * (layers + caption + time + 2 * (self.patch_entries + 1) * spec.dim)
 
     def arena_bytes(self, tokens: int, frames: int, dtype: str) -> int:
         return self.pass_scratch(tokens, frames, dtype)

@@ -24,7 +24,7 @@ from .checkpoint import FORMATS, WEIGHT_SCALE, read_checkpoint, recognises, writ
 from .costs import MagiCosts
 from .presets import PRESETS
 from .spec import MAGI_4B, MODELS, MagiSpec
-from .text import NAME, check_folder, find_text, load_text, write_tiny_text
+from .text import NAME, T5Encoder, check_folder, find_text, load_text, write_tiny_text
 from .transformer import MagiTransformer
 from .vae import VitVae
 from .vae_checkpoint import VAE_FILE, find_vae, load_vae, vae_config
@@ -64,7 +64,7 @@ class MagiFamily(Family):
                     state[f"{module}.{leaf}"] = torch.full_like(state[f"{module}.{leaf}"], value, dtype=torch.float32)
             weight = f"{module}.weight"
             scaled = (state[weight].float() / RANDOM_SCALES["weight_scale"]).clamp(-448, 448)
-            state[weight] = scaled.to(torch.float8_e4m3fn).to(dtype)
+            state[weight] = scaled.to(torch.float8_e4m3fn)
         return {
             name: bands.to(dtype) if name == "bands" else tensor - 1 if name.endswith(shifted) else tensor
             for name, tensor in state.items()
@@ -147,6 +147,14 @@ class MagiFamily(Family):
     ) -> Callable[[], PromptEncoder] | None:
         folder = check_folder(path) if path else find_text(folders)
         return None if folder is None else cache(lambda: load_text(folder, spec.text_len, dtype, device))
+
+    def check_prompts(self, text: Callable[[], PromptEncoder] | None, prompts: Sequence[str]) -> None:
+        """UsageError for a caption of more tokens than the model takes; reads the tokenizer only."""
+        if text is not None and prompts:
+            encoder = text()
+            assert isinstance(encoder, T5Encoder)
+            for prompt in prompts:
+                encoder.check(prompt)
 
     def random_text(self, spec: ModelSpec, dtype: torch.dtype, device: Any) -> Callable[[], PromptEncoder]:
         @cache

@@ -116,12 +116,16 @@ class T5Encoder(TextEncoder):
 
     def encode(self, prompt: str) -> Tensor:
         """Encode a prompt to rows [text_len, d]. UsageError, before weights are read, for more tokens than rows."""
+        self.check(prompt)
+        return super().encode(prompt)
+
+    def check(self, prompt: str) -> None:
+        """UsageError for a prompt of more tokens than rows."""
         if (length := self.count_tokens(self.clean(prompt))) > self.text_len:
             raise UsageError(
                 f"the prompt {quoted(prompt)} has {length} tokens, and captions of this model have up to "
                 f"{self.text_len}; make it shorter"
             )
-        return super().encode(prompt)
 
     def clean(self, prompt: str) -> str:
         return cleaned(cleaned(prompt))

@@ -9,18 +9,22 @@ Source: MAGI-1 (arXiv 2505.13211); github.com/SandAI-org/MAGI-1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear_lowp import linear_lowp
+from ...kernels.spec import FP8, LIMITS
 from ..cross_attention import TextKeyValues
 from ..rope import Rope
 from ..time_embedding import sinusoid
 from ..transformer import KeyValues, TextContext, Transformer
 from .spec import NULL_TOKENS, MagiSpec
 
-LARGEST_FP8 = 448.0  # of e4m3
+LARGEST_FP8 = LIMITS[FP8]
 CONDITIONAL, DROPPED = -2, -1  # rows of the null caption whose AdaLN vectors mark branches with and without a prompt
 
 
@@ -52,15 +56,16 @@ class QuantisedLinear(nn.Module):
     """A layer in FP8 as published: weights and inputs in e4m3, their products summed in float32 or better.
 
     Inputs are divided by `input_scale`, which has an entry for each channel but one value; where they are smooth, by
-    the factors `smooth_scale` of the channels, which the weights have taken up. The weights' e4m3 values are stored in
-    the model's dtype, which holds them exactly.
+    the factors `smooth_scale` of the channels, which the weights have taken up.
     """
 
-    float32_parameters = ("weight_scale", "input_scale", "smooth_scale")
+    stored_dtypes: ClassVar[Mapping[str, torch.dtype]] = {
+        "weight": FP8, **dict.fromkeys(("weight_scale", "input_scale", "smooth_scale"), torch.float32)
+    }  # fmt: skip
 
     def __init__(self, inputs: int, outputs: int, smooth: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=FP8), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
         self.input_scale = nn.Parameter(torch.ones(1 if smooth else inputs, dtype=torch.float32))
         self.smooth_scale = nn.Parameter(torch.ones(inputs, dtype=torch.float32)) if smooth else None
@@ -69,9 +74,9 @@ class QuantisedLinear(nn.Module):
         dtype = wide(x.dtype)
         divisor = self.input_scale if self.smooth_scale is None else self.smooth_scale
         scaled = (x.to(dtype) / divisor.to(dtype)).clamp(-LARGEST_FP8, LARGEST_FP8)
-        narrow = scaled.to(torch.bfloat16).to(torch.float8_e4m3fn).to(dtype)
-        factor = self.input_scale[:1].to(dtype) * self.weight_scale.to(dtype)
-        return (F.linear(narrow, self.weight.to(dtype)) * factor).to(x.dtype)
+        rows = scaled.to(torch.bfloat16).to(FP8).reshape(-1, x.shape[-1])
+        scales = self.input_scale[:1].to(dtype), self.weight_scale.to(dtype)
+        return linear_lowp(rows, self.weight, *scales, dtype=x.dtype).unflatten(0, x.shape[:-1])
 
 
 def layer_linear(spec: MagiSpec, layer: int, inputs: int, outputs: int, smooth: bool = False) -> nn.Module:

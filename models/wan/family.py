@@ -90,7 +90,7 @@ class WanFamily(Family):
         if checkpoint.sets == EXPERTS:
             layout = next(one for one in FORMATS.values() if one.experts is not None and one.names == form)
             pair, boundary = (checkpoint.tensors, checkpoint.more[0]), checkpoint.boundary_ratio
-            write_experts(folder, checkpoint.spec, layout, pair, boundary, max_shard, dtype, progress)
+            write_experts(folder, checkpoint.spec, layout, pair, boundary, max_shard, dtype, change, progress)
         elif checkpoint.more and form == "diffusers":
             raise self.lacks("layout of diffusers for two sets of weights", quoted(checkpoint.path))
         else:
@@ -110,11 +110,6 @@ class WanFamily(Family):
     def merging(
         self, checkpoint: Checkpoint, loras: Iterable[tuple[str | Path, float]], partial: bool = False
     ) -> Merge:
-        for path, _ in loras if checkpoint.more else ():
-            raise UsageError(
-                f"lora is {quoted(path)}, but {quoted(checkpoint.path)} has {len(checkpoint.sets)} sets of weights "
-                f"({', '.join(checkpoint.sets)}), and adapters change one; leave lora out"
-            )
         return merging(checkpoint, loras, partial)
 
     def read_adapter(self, path: str | Path, weights: Mapping[str, Tensor], partial: bool) -> dict[str, AdapterUpdate]:

@@ -110,13 +110,14 @@ def write_experts(
     boundary: float | None,
     max_shard: int,
     dtype: torch.dtype | None = None,
+    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write the experts for high and for low noise, each to a folder of its own, and the pipeline's index."""
     assert layout.experts is not None and isinstance(layout.names, str)
     for name, tensors in zip(layout.experts, experts, strict=True):
         config = diffusers_config(spec) if layout.names == "diffusers" else original_config(spec)
-        write_network(folder / name, config, layout.names, tensors, max_shard, dtype, progress=progress)
+        write_network(folder / name, config, layout.names, tensors, max_shard, dtype, change, progress)
     index = {"_class_name": "WanPipeline", "boundary_ratio": boundary}
     write_json(folder / INDEX, {key: value for key, value in index.items() if value is not None})
 
@@ -158,7 +159,10 @@ def write_network(
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write one transformer's config and files into a folder; names of twins begin with `TWIN`."""
+    """Write one transformer's config and files into a folder; names of twins begin with `TWIN`.
+
+    A twin goes through `change` under the name of the tensor that it is the twin of.
+    """
 
     def published(name: str) -> str:
         theirs = to_format(names, name.removeprefix(TWIN))
@@ -166,7 +170,11 @@ def write_network(
 
     write_json(folder / "config.json", dict(config))
     stem = SHARD.removesuffix(".safetensors")
-    write_shards(folder, stem, tensors, published, max_shard, dtype, change, progress)
+
+    def changed(name: str, tensor: Tensor) -> Tensor:
+        return change(name.removeprefix(TWIN), tensor)
+
+    write_shards(folder, stem, tensors, published, max_shard, dtype, changed, progress)
 
 
 def write_vae(folder: Path, form: str, spec: VaeSpec, state: Mapping[str, Tensor]) -> None:

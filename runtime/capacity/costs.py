@@ -41,6 +41,21 @@ def transformer_parameters(spec: ModelSpec) -> int:
     return prompt_parameters(spec) + frame_parameters(spec) + pass_parameters(spec)
 
 
+def transformer_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of a transformer's weights."""
+    return ITEMSIZE[dtype] * transformer_parameters(spec) - narrow_saves(spec, dtype)
+
+
+def pass_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of the weights that every pass reads."""
+    return ITEMSIZE[dtype] * pass_parameters(spec) - narrow_saves(spec, dtype)
+
+
+def narrow_saves(spec: ModelSpec, dtype: str) -> int:
+    """Bytes that weights which are stored in one byte each take less than in a dtype."""
+    return (ITEMSIZE[dtype] - 1) * costs_of(spec).narrow_parameters
+
+
 def frame_parameters(spec: ModelSpec) -> int:
     """Parameters of the layers that read only what a frame is given beside its latents, such as a camera."""
     return costs_of(spec).frame_parameters
@@ -97,6 +112,11 @@ def token_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
     return costs_of(spec).token_layers()
 
 
+def layer_item(spec: ModelSpec, layer: str, dtype: str) -> int:
+    """Bytes of an entry of the weights of one of `token_layers`, by its name."""
+    return costs_of(spec).layer_item(layer, dtype)
+
+
 def packing_saves(spec: ModelSpec, dtype: str, precision: PrecisionMap) -> int:
     """Bytes saved by packing layers to one byte an entry and a float32 scale for each output channel."""
     sizes = [(inputs, outputs) for name, inputs, outputs in token_layers(spec) if precision.has(name)]
@@ -110,7 +130,7 @@ def pass_traffic(
     seen = set[int]().union(*(group.context for group in run.groups))
     pages = (len(seen) + len(run.frames)) * page_bytes(spec, tokens, kind)
     saved = packing_saves(spec, dtype, precision) if precision is not None else 0
-    return ITEMSIZE[dtype] * pass_parameters(spec) - saved + cross_bytes(spec, dtype) + pages
+    return pass_bytes(spec, dtype) - saved + cross_bytes(spec, dtype) + pages
 
 
 def merged_bytes(spec: ModelSpec, dtype: str) -> int:
@@ -121,6 +141,11 @@ def merged_bytes(spec: ModelSpec, dtype: str) -> int:
 def table_bytes(spec: ModelSpec, frames: int, steps: int, commit: bool, dtype: str) -> int:
     """Bytes of the modulation tables of a whole-block graph: each layer and the head at each timestep."""
     return costs_of(spec).table_bytes(frames, steps, commit, dtype)
+
+
+def wide_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Upper bound of the float32 copies of weights that graphs keep, for layers that compute in float32."""
+    return costs_of(spec).wide_bytes(dtype)
 
 
 def arena_bytes(spec: ModelSpec, tokens: int, frames: int, dtype: str) -> int:

@@ -63,7 +63,7 @@ class MemoryCheck:
             total *= gpus if device.type == "cpu" else 1  # processes share the memory of the machine
         self.compare(load, total, available_memory(device))
         if made_on_host and device.type != "cpu":
-            weights = len(self.preset.weight_sets) * ITEMSIZE[load.dtype] * costs.transformer_parameters(spec)
+            weights = len(self.preset.weight_sets) * costs.transformer_bytes(spec, load.dtype)
             self.compare(load, weights, available_memory(torch.device("cpu")))
         return ALONE
 

@@ -146,7 +146,7 @@ def memory(load: Workload) -> Memory:
     staged = staging_slots(preset) if load.kv_dtype != load.dtype else 0
     averaged = preset.context.sink_size if preset.context.sink_decay < 1 else 0  # frames
     once = {
-        "transformer": len(preset.weight_sets) * item * costs.transformer_parameters(spec),
+        "transformer": len(preset.weight_sets) * costs.transformer_bytes(spec, load.dtype),
         "vae": item * load.decoder.parameters,
         "text_encoder": item * load.text,
         "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
@@ -192,10 +192,11 @@ def graph_memory(load: Workload) -> dict[str, int]:
     """
     spec, sampler, dtype = load.spec, load.preset.sampler, load.dtype
     whole, frames = supports_whole_block(load.preset), programs(load.preset)
-    constants = 0
+    sets = len(load.preset.weight_sets)
+    constants = sets * costs.wide_bytes(spec, dtype)
     if whole:
         block, commit = load.preset.num_frame_per_block, load.preset.context.commit
-        constants = costs.table_bytes(spec, block, sampler.steps, commit, dtype)
+        constants += costs.table_bytes(spec, block, sampler.steps, commit, dtype)
     arenas = [costs.arena_bytes(spec, load.tokens, count, dtype) for count in frames]
     decoding = load.decoder.scratch_bytes(load.latent, load.preset.num_frame_per_block, ITEMSIZE[dtype])
     absent = decoding + arenas[0] if len(arenas) == 1 else min(arenas)
@@ -203,8 +204,8 @@ def graph_memory(load: Workload) -> dict[str, int]:
         "pass_scratch": sum(arenas),
         "constants": constants,
         "camera_inputs": 2 * load.kept_frames,  # where it is computed, and where passes read it
-        "static_inputs": len(frames) * costs.cross_bytes(spec, dtype),
-        "making": max(0, costs.merged_bytes(spec, dtype) - absent),
+        "static_inputs": (len(frames) + whole * (sets - 1)) * costs.cross_bytes(spec, dtype),
+        "making": max(0, (sets if whole else 1) * costs.merged_bytes(spec, dtype) - absent),
     }
 
 
@@ -295,10 +296,12 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOPs and seconds of one block at a ceiling, for the transformer and the decoder."""
+    """FLOPs, least bytes moved and seconds of one block at a ceiling, for the transformer and the decoder."""
 
     transformer_flops: float
     decoder_flops: float
+    transformer_bytes: float
+    decoder_bytes: float
     transformer_seconds: float
     decoder_seconds: float
     frames: float  # video frames of the block
@@ -316,16 +319,18 @@ class Speed:
 def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
     """Least time of one block; of a batch, the share of one session, whose passes read the weights once for all."""
     spec, tokens, rows = load.spec, load.tokens, load.batch
-    weights = ITEMSIZE[load.dtype] * costs.pass_parameters(spec)
-    flops, seconds = 0, 0.0
+    weights = costs.pass_bytes(spec, load.dtype)
+    flops, moved, seconds = 0, 0.0, 0.0
     for run in runs_of(block, load.preset):
         one = costs.pass_flops(spec, tokens, run).total
         flops += one
         each = costs.pass_traffic(spec, tokens, run, load.dtype, load.kv_dtype) - weights
+        moved += weights / rows + each
         seconds += ceiling.seconds(rows * one, weights + rows * each) / rows
     for count in camera_runs(load, block):
         one = costs.frame_flops(spec, tokens, count)
         flops += one
+        moved += ITEMSIZE[load.dtype] * costs.frame_parameters(spec)
         seconds += ceiling.seconds(one, ITEMSIZE[load.dtype] * costs.frame_parameters(spec))
     first = block.decoder_begins and not load.preset.context.decoder_zero_start
     decoding = [
@@ -339,7 +344,7 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
         decoding.append(encoding)
         decoder_seconds += ceiling.seconds(encoding, 0)
     shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - spec.first_pictures) * block.first
-    return Speed(flops, sum(decoding), seconds, decoder_seconds, shown)
+    return Speed(flops, sum(decoding), moved, block.decoded * traffic, seconds, decoder_seconds, shown)
 
 
 def camera_runs(load: Workload, block: ScheduledBlock) -> list[int]:

@@ -80,15 +80,15 @@ def frame_entries(load: Workload) -> int:
     return load.spec.out_channels * math.prod(load.latent)
 
 
-def divided_matrices(load: Workload) -> list[int]:
-    """Numbers of each matrix that ranks divide with `shard_weights`."""
-    return [inputs * outputs for _, inputs, outputs in costs.token_layers(load.spec)]
+def divided_matrices(load: Workload) -> list[tuple[int, int]]:
+    """Numbers of each matrix that ranks divide with `shard_weights`, and bytes of each."""
+    layers = costs.token_layers(load.spec)
+    return [(inputs * outputs, costs.layer_item(load.spec, name, load.dtype)) for name, inputs, outputs in layers]
 
 
 def weight_bytes(load: Workload, grid: RankGrid) -> int:
     """Bytes that each rank sends in one pass for the others to gather the weights."""
-    parts = sum(part_of(count, grid.tiles) for count in divided_matrices(load))
-    return (grid.tiles - 1) * parts * ITEMSIZE[load.dtype]
+    return (grid.tiles - 1) * sum(item * part_of(count, grid.tiles) for count, item in divided_matrices(load))
 
 
 def pass_bytes(load: Workload, run: Pass, grid: RankGrid) -> int:
@@ -189,8 +189,9 @@ def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bo
         each["pages"] = each["pages"] * most // least_pages(load.preset)
         each["moving_sink"] //= len(numbers)
     if shard_weights:
-        counts, item = divided_matrices(load), ITEMSIZE[load.dtype]
-        once["transformer"] -= item * (sum(counts) - sum(part_of(count, grid.tiles) for count in counts) - max(counts))
+        sizes = divided_matrices(load)
+        away = sum(item * (count - part_of(count, grid.tiles)) for count, item in sizes)
+        once["transformer"] -= away - max(item * count for count, item in sizes)
     scratch = {"pass_scratch"} if grid.tokens == 1 else set()
     for part in (once, each):
         for name in part.keys() & ({"pages", "page_buffer", "moving_sink"} | scratch):

@@ -6,6 +6,7 @@ same function; `eager` is the reference of the others.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
-from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts
+from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts, with_weights
 from ...graphs.rewrites import chosen
 from ...graphs.shards import ALONE, Shard, run_on_tile
-from ...graphs.types import PROMPT_TABLE
+from ...graphs.types import PROMPT_TABLE, name_in_set
 from ...models.cross_attention import TextByFrames
 from ...models.registry import family_of
 from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
@@ -206,7 +207,8 @@ class EagerExecutor:
 class GraphExecutor:
     """Traces, lowers and launches block graphs; with a backend, captures them. Owns the launcher and loaded programs.
 
-    A batch has a program of its own for each number of sessions.
+    A batch has a program of its own for each number of sessions. Single passes run the first set of weights; programs
+    of whole blocks read all sets that their passes run.
 
     preset: as loaded, for block sizes and graph names; the window of a pass is in its page tables. rewrites: applied to
     every graph; None for the default ones. traces: number of programs not read from a
@@ -231,12 +233,24 @@ class GraphExecutor:
             model.spec, preset, config.precision, dtype, config.device, rewrites, lowp, kv_dtype, parts.shard
         )
         self.supports_whole_block, self.session_slots = supports_whole_block(preset), staging_slots(preset)
-        self.launcher = Launcher(dict(model.named_parameters()), device, backend)
+        weights = {
+            name_in_set(name, number): weight
+            for number, module in enumerate(parts.transformers)
+            for name, weight in module.named_parameters()
+        }
+        self.weights = 0  # number of the set that single passes run
+        self.launcher = Launcher(weights, device, backend)
         self.programs: dict[GraphKey, Lowered] = {}
         self.loaded: dict[GraphKey, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
         self.traces = self.prompts = 0
         self.frames: tuple[tuple[FrameInputs, ...], FrameInputs] | None = None  # of the last batch
+
+    def for_set(self, number: int) -> GraphExecutor:
+        """An executor of single passes under another set of weights, with the same launcher and traced programs."""
+        other = copy.copy(self)
+        other.weights, other.loaded, other.frames, other.supports_whole_block = number, {}, None, False
+        return other
 
     def condition(self, rows: Tensor) -> Conditioning:
         return Conditioning(rows[None])
@@ -299,14 +313,15 @@ class GraphExecutor:
         self.launcher.profile = profile
 
     def bytes_by_owner(self) -> dict[str, int]:
-        return self.launcher.bytes_by_owner()
+        return {} if self.weights else self.launcher.bytes_by_owner()
 
     def fallbacks(self) -> list[str]:
         return list(self.launcher.fallbacks)
 
     def refresh_derived_weights(self) -> None:
         """Recompute the constants in place; captured graphs stay valid."""
-        self.launcher.refresh_derived_weights()
+        if not self.weights:
+            self.launcher.refresh_derived_weights()
         for loaded in self.loaded.values():
             loaded.shown = None
 
@@ -407,6 +422,7 @@ class GraphExecutor:
             self.programs[least] = self.stored_or_traced(least)
         staging = state.get(STAGING)
         program = with_pages(self.programs[least], key.pages, None if staging is None else staging.shape[1])
+        program = with_weights(program, self.weights) if self.weights else program
         return program if key.sessions == 1 else with_prompts(program, key.sessions * branches(self.preset))
 
     def stored_or_traced(self, key: GraphKey) -> Lowered:
@@ -495,6 +511,19 @@ def make_executor(config: EngineConfig, preset: Preset, parts: Components) -> Ex
         made = f"executor {quoted(config.executor)} made {quoted(executor)}"
         raise UsageError(f"{made}, which is no Executor: no {lacking}")
     return executor
+
+
+def make_executors(config: EngineConfig, preset: Preset, parts: Components) -> tuple[Executor, ...]:
+    """Make an executor for each set of weights; sets that are one module share theirs."""
+    made: dict[Transformer, Executor] = {parts.transformer: (first := make_executor(config, preset, parts))}
+    for number, module in enumerate(parts.transformers):
+        if module in made:
+            continue
+        if isinstance(first, GraphExecutor):
+            made[module] = first.for_set(number)
+        else:
+            made[module] = make_executor(config, preset, replace(parts, transformer=module, more=()))
+    return tuple(made[module] for module in parts.transformers)
 
 
 def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> EagerExecutor:

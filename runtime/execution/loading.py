@@ -74,38 +74,40 @@ class Components:
 
 
 def load_parts(
-    config: EngineConfig, scheme: Preset, preset: str | None, check: SizeCheck, offline: bool, text_prompts: bool
+    config: EngineConfig,
+    scheme: Preset,
+    preset: str | None,
+    check: SizeCheck,
+    offline: bool,
+    text_prompts: bool,
+    prompts: Sequence[str] = (),
 ) -> Components:
     """Load the weights that a config names: of files, of the hub, in the package, or random ones.
 
-    preset: name of the one asked for, None where it is a default. UsageError for weights that `scheme` does not run.
+    preset: name of the one asked for, None where it is a default. prompts: that are to come. UsageError for weights
+    that `scheme` does not run, and for a prompt that the text encoder refuses.
     """
-    if config.lora and len(scheme.weight_sets) > 1:
-        raise UsageError(
-            f"lora is {quoted(config.lora)}, but {scheme.name} runs {len(scheme.weight_sets)} sets of weights "
-            f"({', '.join(scheme.weight_sets)}), and adapters change one; leave lora out"
-        )
     model = config.model
     if model in MODELS and not Path(model).exists():
         folder = shipped(model)
         if folder is None:
-            return random_components(MODELS[model], config, scheme, check)
+            return random_components(MODELS[model], config, scheme, check, prompts)
         files = replace(config, model=str(folder))
     else:
         own_parts = config.vae not in (None, "taehv") and config.text_encoder is not None
         located = locate(model, preset, config.base, offline, own_parts)
         files = replace(config, model=located.model, base=located.base)
-    loaded = load_components(files, scheme, check, text_prompts)
+    loaded = load_components(files, scheme, check, text_prompts, prompts)
     return replace(loaded, source=model)  # its name, wherever its files are
 
 
 def load_components(
-    config: EngineConfig, scheme: Preset, check: SizeCheck, text_prompts: bool = True
+    config: EngineConfig, scheme: Preset, check: SizeCheck, text_prompts: bool = True, prompts: Sequence[str] = ()
 ) -> Components:
     """Load the model's checkpoint, and its VAE and text encoder from beside it or from `base`.
 
-    Find all parts, read the decoders and call `check` before the transformer's weights are read. No text encoder is
-    loaded if `text_prompts` is False.
+    Find all parts, check the prompts, read the decoders and call `check` before the transformer's weights are read. No
+    text encoder is loaded if `text_prompts` is False.
     """
     checkpoint = read_checkpoint(config.model, config.checkpoint_format, config.use_ema, config.names)
     spec, dtype, device = checkpoint.spec, DTYPES[config.dtype], config.device
@@ -120,6 +122,7 @@ def load_components(
     if config.base and not Path(config.base).is_dir():
         raise UsageError(f"base is {quoted(config.base)}, a file; expected the folder of a VAE and a text encoder")
     text = family.load_text(config.text_encoder, folders, spec, dtype, device)
+    family.check_prompts(text, prompts)
     vae = matching_decoder(config.vae, folders, spec, config)
     fast_vae = matching_decoder(config.fast_vae, folders, spec, config) if config.fast_vae else None
     text = text if text_prompts else None
@@ -153,8 +156,10 @@ def weight_sets(checkpoint: Checkpoint, scheme: Preset) -> tuple[Mapping[str, Te
     if own == PLAIN and needed == WITH_MEMORY:
         return (checkpoint.tensors, checkpoint.tensors)
     if own != needed:
+        folders = family_of(checkpoint.spec).formats[checkpoint.form].experts
+        held = [f"{one} in {folder}" for one, folder in zip(own, folders, strict=True)] if folders else own
         raise UsageError(
-            f"{where} has {len(own)} set{'s' if len(own) > 1 else ''} of weights ({', '.join(own)}), but preset "
+            f"{where} has {len(own)} set{'s' if len(own) > 1 else ''} of weights ({', '.join(held)}), but preset "
             f"{scheme.name} runs {', '.join(needed)}; use one of {', '.join(fitting)}"
         )
     boundary = scheme.sampler.boundary_ratio
@@ -171,7 +176,7 @@ def load_transformers(
 ) -> tuple[tuple[Transformer, ...], Mapping[str, str] | None]:
     """The transformer of each set of weights, or a rank's part of them with the fingerprints of the whole weights.
 
-    Sets of the same tensors share a transformer.
+    Sets of the same tensors share a transformer. An adapter of the config is merged into every set.
     """
     family, made, prints = family_of(checkpoint.spec), list[Transformer](), dict[str, str]()
     shards = None
@@ -208,7 +213,9 @@ def loras(config: EngineConfig) -> list[tuple[str, float]]:
     return [(config.lora, config.lora_scale)] if config.lora else []
 
 
-def random_components(spec: ModelSpec, config: EngineConfig, scheme: Preset, check: SizeCheck) -> Components:
+def random_components(
+    spec: ModelSpec, config: EngineConfig, scheme: Preset, check: SizeCheck, prompts: Sequence[str] = ()
+) -> Components:
     """Make a named model with random weights and a small random text encoder, after a call of `check`."""
     family = family_of(spec)
     family.check_preset(scheme, spec.name, spec)
@@ -221,6 +228,8 @@ def random_components(spec: ModelSpec, config: EngineConfig, scheme: Preset, che
     shard = check(spec, family.chosen_decoder_spec(spec, config.vae is not None), 0, fast, made_on_host=True)
     dtype, device = DTYPES[config.dtype], config.device
 
+    text = family.random_text(spec, dtype, device)
+    family.check_prompts(text, prompts)
     sets = [family.random_state(spec, seed, dtype) for seed in RANDOM_SEEDS[: len(scheme.weight_sets)]]
     checkpoint = Checkpoint(Path(spec.name), "random", (), sets[0], spec, None)
     vae = family.random_decoder(spec, config.vae == "taehv", dtype, device)
@@ -228,7 +237,7 @@ def random_components(spec: ModelSpec, config: EngineConfig, scheme: Preset, che
     return Components(
         transformer=transformers[0],
         vae=vae,
-        text=family.random_text(spec, dtype, device),
+        text=text,
         source=spec.name,
         form="random",
         digest=lambda: None,

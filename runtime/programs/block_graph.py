@@ -21,7 +21,7 @@ from ...graphs.shards import ALONE, NONE, Axis, OnPages, Shard, run_on_tile
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
-from ...graphs.types import OF_SET, BlockGraph, GraphShape, PassGraph, Role, Value, When
+from ...graphs.types import BlockGraph, GraphShape, PassGraph, Role, Value, When, name_in_set
 from ...kernels.frame_noise import frame_noise
 from ...models.cross_attention import TextByFrames, TextKeyValues
 from ...models.family import Family
@@ -75,11 +75,6 @@ class Layout:
     def table(self, part: int, what: str) -> str:
         """Name of table `what` of one part within the block graph."""
         return ".".join([self.tables, *([str(part)] if len(self.parts) > 1 else []), what])
-
-
-def weight_name(value: Value, number: int) -> str:
-    """Name of a value in a pass of another set of weights than the first."""
-    return f"{value.name}{OF_SET}{number}" if value.role == Role.WEIGHT else value.name
 
 
 class ModelPass(nn.Module):
@@ -394,8 +389,9 @@ class BlockGraphBuilder:
         step = self.step(planned) if planned.steps else None
         graph = chained(planned.name, model, step, literals)
         if number := planned.run.weights:
-            inputs = {key: replace(value, name=weight_name(value, number)) for key, value in graph.inputs.items()}
-            graph = replace(graph, inputs=inputs)
+            weights = graph.named(Role.WEIGHT).items()
+            named = {key: replace(value, name=name_in_set(value.name, number)) for key, value in weights}
+            graph = replace(graph, inputs=graph.inputs | named)
         if step is None:  # the pass is run for the pages it writes; nothing reads its velocity
             graph = replace(graph, outputs=(replace(graph.outputs[0], name=f"{planned.name}.velocity"),))
         return replace(graph, groups=planned.run.groups, runs=planned.runs)

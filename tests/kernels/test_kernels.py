@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checker import check
 from claims import CLAIMS, shuffled_pages_equal_tokens_in_order, turned_queries_equal_keys_rotated_at_read
 
 from inferix.errors import InferixError, UsageError
-from inferix.kernels import frame_noise, linear_gelu, tuning  # noqa: F401 (the first two declare ops)
+from inferix.kernels import frame_noise, linear_gelu, tuning  # noqa: F401 (frame_noise declares an op)
 from inferix.kernels.adaln import adaln
 from inferix.kernels.block_attention import block_attention, flash, merge_partials
 from inferix.kernels.catalog import SPECS
@@ -78,6 +79,16 @@ def test_the_ops_without_a_kernel_of_their_own_tell_the_truth_too():
     torch.library.opcheck(torch.ops.inferix.linear_gelu.default, (x, weight, bias, torch.empty(4, 6)))
     frames, key, out = numbers([0, 1]), torch.tensor([3]), torch.empty(1, 2, 3, 2, 2)
     torch.library.opcheck(torch.ops.inferix.frame_noise.default, (frames, key, out, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 0.0)], ids=str
+)
+def test_gelu_of_a_linear_layer_is_its_tanh_form(dtype, tolerance):
+    x = torch.cat((torch.linspace(-12, 12, 501), torch.tensor([-3e4, -0.0, 3e4, 1e15, -1e15])))[:, None].to(dtype)
+    result = linear_gelu.linear_gelu(x, torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=dtype))
+    torch.testing.assert_close(result, F.gelu(x, approximate="tanh"), rtol=tolerance, atol=tolerance)
+
 
 
 @pytest.mark.parametrize(("window", "sinks", "page_tokens"), CLAIMS)

@@ -30,6 +30,7 @@ from inferix.models.magi.vae import VitVae, blend
 from inferix.models.magi.vae_spec import SCALE, TINY_VIT_VAE, VIT_VAE, VitVaeSpec
 from inferix.models.random import random_state
 from inferix.models.registry import make_preset, read_checkpoint
+from inferix.runtime.capacity.costs import transformer_bytes
 
 SIXTEEN = (
     0, .00131, .00526, .01200, .02174, .03482, .05172, .07313, .1, .13366, .17606, .23004, .3, .39302, .52128, .70755, 1
@@ -232,7 +233,7 @@ def test_a_quantised_layer_rounds_as_published() -> None:
             divisor = torch.rand(8, generator=generator) + 0.1
             layer.smooth_scale.data = divisor
         layer.input_scale.data = torch.full((1 if smooth else 8,), 0.01)
-        layer.weight.data, layer.weight_scale.data = weight.float(), torch.tensor([0.03])
+        layer.weight.data, layer.weight_scale.data = weight, torch.tensor([0.03])
         x = 3 * torch.randn(4, 8, generator=generator)
         x[0, 0] = 1e4
         narrow = torch.tensor([[min(max(a / b, -448), 448) for a, b in zip(row, divisor, strict=True)] for row in x])
@@ -266,8 +267,14 @@ def test_fp8_checkpoints_come_back_as_published(tmp_path: Path) -> None:
     assert checkpoint.spec == MAGI_TINY_FP8
     module = MAGI.load(checkpoint, "reference", torch.bfloat16, "cpu")
     quantised = module.blocks[1].mlp.linear_fc2
-    assert quantised.smooth_scale.dtype == torch.float32 and quantised.weight.dtype == torch.bfloat16
+    assert quantised.smooth_scale.dtype == torch.float32 and quantised.weight.dtype == torch.float8_e4m3fn
     assert torch.equal(quantised.weight.float(), tensors[f"{layer}.mlp.linear_fc2.weight"][0].float())
+    tensors_held = list(module.parameters())
+    narrow = sum(tensor.numel() for tensor in tensors_held if tensor.dtype == torch.float8_e4m3fn)
+    scales = sum(tensor.numel() for tensor in tensors_held if tensor.dtype == torch.float32)
+    assert narrow == MagiCosts(MAGI_TINY_FP8).narrow_parameters > 0
+    held, planned = sum(tensor.nbytes for tensor in tensors_held), transformer_bytes(MAGI_TINY_FP8, "bfloat16")
+    assert held == planned + 2 * scales
     convert(tmp_path / "fp8", tmp_path / "again", "original")
     again = read_tensors(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(tensor.float(), again[name].float()) for name, tensor in tensors.items())
@@ -337,6 +344,38 @@ def test_other_presets_and_models_are_refused_before_weights(folder: Path) -> No
         make_preset("magi-tiny-distill", num_steps=10)
     with pytest.raises(UsageError, match=r"guidance_scale is 3.0"):
         make_preset("magi-tiny-distill", guidance_scale=3.0)
+
+
+def test_bad_input_is_refused_before_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a checkpoint's transformer nothing is read but names and shapes; of a text encoder, its tokenizer."""
+    write_random("wan-tiny", "diffusers", tmp_path / "wan")
+    convert(folder, tmp_path / "cut", "original", max_shard=100_000)
+    convert(folder, tmp_path / "missing", "original", max_shard=100_000)
+    cut, missing = (sorted((tmp_path / name).glob("model-*.safetensors"))[-1] for name in ("cut", "missing"))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    missing.unlink()
+
+    def read(*given: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("inferix.models.family.fill", read)
+    monkeypatch.setattr("inferix.models.magi.text.load_model", read)
+    for model, preset, settings, named in (
+        (folder, "self-forcing", {}, r"self-forcing.*magi"),
+        (tmp_path / "wan", "magi-tiny-distill", {}, r"magi-tiny-distill.*wan"),
+        (folder, "magi-tiny", {"num_steps": 10}, r"window_blocks is 4.*10 steps"),
+        (folder, "magi-tiny-distill", {"num_steps": 18}, r"window_blocks is 4.*18 steps"),
+        (folder, "magi-tiny-distill", {"guidance_scale": 3.0}, r"guidance_scale is 3\.0"),
+        (tmp_path / "cut", "magi-tiny", {}, cut.name),
+        (tmp_path / "missing", "magi-tiny", {}, missing.name),
+        (folder, "magi-tiny", {"prompts": ["a fox", "fox " * 18]}, rf"72 tokens.*{MAGI_TINY.text_len}"),
+        (folder, "magi-tiny", {"prompts": "a fox"}, "prompts is 'a fox'"),
+    ):
+        with pytest.raises(InferixError, match=named) as caught:
+            inferix.load(model, preset=preset, device="cpu", **settings)
+        assert "\n" not in str(caught.value)
 
 
 # Autoencoder

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_checkpoint import SPEC, WEIGHTS, published, same, save, weights
 
 import inferix
 from inferix.errors import CheckpointError, UsageError
 from inferix.export.checkpoint import convert, write_random
-from inferix.models.registry import inspect, make_preset, read_checkpoint
+from inferix.models.registry import MODELS, inspect, make_preset, read_checkpoint
 from inferix.models.wan.names import twin_name, twin_of
+from inferix.models.wan.write_checkpoint import adapter_change, random_lora
 from inferix.runtime.execution.loading import weight_sets
 
 NAMES = {
@@ -75,6 +77,17 @@ def test_random_ones_come_back_and_convert(tmp_path: Path, form: str) -> None:
     assert same(again.tensors, checkpoint.tensors) and same(again.more[0], checkpoint.more[0])
 
 
+@pytest.mark.parametrize("form", ["sgf-plus", "a14b"])
+def test_an_adapter_is_merged_into_both_sets(tmp_path: Path, form: str) -> None:
+    write_random("wan-tiny", form, tmp_path / "one")
+    save_file(adapter := random_lora(MODELS["wan-tiny"], 3), tmp_path / "lora.safetensors")
+    convert(tmp_path / "one", tmp_path / "two", "original", lora=tmp_path / "lora.safetensors")
+    before, after, name = read_checkpoint(tmp_path / "one"), read_checkpoint(tmp_path / "two"), "blocks.1.ffn.up.weight"
+    change = adapter_change(name, before.tensors[name], adapter)
+    for one, other in ((before.tensors, after.tensors), (before.more[0], after.more[0])):
+        assert (other[name] - one[name] - change).abs().max() <= 1e-6 < change.abs().max()
+
+
 def experts(folder: Path, boundary: float | None = 0.875) -> Path:
     for name, seed in (("transformer", 0), ("transformer_2", 3)):
         save(published(seed=seed), folder / name / WEIGHTS)
@@ -97,7 +110,7 @@ def test_sets_that_a_preset_does_not_run_are_refused_before_weights(tmp_path: Pa
     for path, preset, named in (
         (plain, "self-forcing-a14b", r"1 set.*self-forcing"),
         (memory, "sgf", r"plain, memory.*sgf-plus"),
-        (pair, "self-forcing", r"high-noise.*self-forcing-a14b"),
+        (pair, "self-forcing", r"low-noise in transformer_2.*self-forcing-a14b"),
     ):
         with pytest.raises(UsageError, match=named):
             inferix.load(path, preset=preset, device="cpu")

@@ -42,6 +42,7 @@ ENGINE = {
     "lora": (lambda engine, value: engine.use_lora(value), NOT_PATHS),
     "scale": (lambda engine, value: engine.use_lora("x", value), NOT_NUMBERS),
     "partial": (lambda engine, value: engine.use_lora("x", 1.0, value), NOT_FLAGS),
+    "weights": (lambda engine, value: engine.use_lora("x", weights=value), ("memory", 1, b"plain")),
     "keep": (lambda engine, value: engine.run(value), NOT_FLAGS),
     "call": (lambda engine, value: engine.soon(value), NOT_FUNCTIONS),
     "observer": (lambda engine, value: engine.observe(value), NOT_FUNCTIONS),

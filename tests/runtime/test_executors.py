@@ -44,8 +44,8 @@ SMALL = {  # windows that roll within a few blocks
 }
 TWO_STEPS = {"denoising_step_list": [1000, 500]}
 ONE_LAYER = dataclasses.replace(TINY, num_layers=1)
-PASSWISE = {  # several blocks in flight, two conditionings, two sets of weights
-    "rolling-forcing", "causal-diffusion", "sgf-plus", "self-forcing-a14b"
+PASSWISE = {  # several blocks in flight, several branches of guidance or experts
+    "rolling-forcing", "causal-diffusion", "self-forcing-a14b"
 }
 
 

@@ -13,7 +13,8 @@ from toy_family import DenseFrames
 import inferix
 from inferix.errors import UsageError
 from inferix.models.cross_attention import TextByFrames
-from inferix.models.magi.spec import MAGI_TINY
+from inferix.models.magi.costs import MagiCosts
+from inferix.models.magi.spec import MAGI_TINY, MAGI_TINY_FP8
 from inferix.models.registry import make_preset
 from inferix.models.transformer import TextContext
 from inferix.runtime.engine import Engine
@@ -337,6 +338,15 @@ def test_a_stream_of_fp8_layers_is_the_dense_form() -> None:
 
 
 FP8 = {"preset": "magi-tiny-distill", "device": "cpu", "dtype": "float64", "num_steps": 8}
+
+
+@pytest.mark.slow
+def test_the_plan_counts_the_float32_copies_that_graphs_keep() -> None:
+    engine = inferix.load("magi-tiny-fp8", **FP8 | {"dtype": "bfloat16", "executor": "fused"})
+    with engine.open(prompt_embeds=PROMPT.bfloat16(), seed=1, size=SIZE) as session:
+        list(session.stream(1, decode=False))
+    planned = MagiCosts(MAGI_TINY_FP8).wide_bytes("bfloat16")
+    assert 0.8 * planned <= engine.executor.bytes_by_owner()["constants"] <= 1.1 * planned
 
 
 @pytest.mark.slow

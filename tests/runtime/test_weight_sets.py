@@ -1,10 +1,14 @@
 """Presets that run several sets of weights: a memory set for commits (SGF+), and experts by noise level (Wan 2.2)."""
 
+import copy
 import dataclasses
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from oracles import ROWS, SIZE, TINY, FrameAttention, make_engine, run
+from safetensors.torch import save_file
 from torch import Tensor
 
 from inferix.errors import UsageError
@@ -13,7 +17,10 @@ from inferix.graphs.types import OF_SET, Role
 from inferix.graphs.validate import validate
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
-from inferix.models.registry import PRESETS, make_preset
+from inferix.models.family import Checkpoint
+from inferix.models.registry import MODELS, PRESETS, make_preset
+from inferix.models.wan.checkpoint import merging
+from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.engine import Engine
 from inferix.runtime.load import load
 from inferix.runtime.plans import PassPlan
@@ -187,14 +194,76 @@ def test_forks_and_saved_sessions_go_on_bit_for_bit(tmp_path):
             assert all(torch.equal(one, other) for one, other in zip(went_on, others, strict=True))
 
 
-def test_random_sets_differ_and_adapters_are_refused():
+def test_random_sets_differ():
     engine = load("wan-tiny", "sgf-plus", device="cpu", dtype="float32", force=True)
     first, second = (module.head.linear.weight for module in engine.parts.transformers)
     assert not torch.equal(first, second)
-    with pytest.raises(UsageError, match=r"style\.safetensors.*2 sets"):
-        engine.use_lora("style.safetensors")
-    with pytest.raises(UsageError, match=r"sgf-plus.*2 sets"):
-        load("wan-tiny", "sgf-plus", device="cpu", lora="style.safetensors")
+
+
+def latents(engine: Engine, blocks: int = 2) -> Tensor:
+    return torch.cat([block.latents for block in run(engine, blocks)])
+
+
+@pytest.mark.parametrize("name", ["sgf-plus", pytest.param("self-forcing-a14b", marks=SLOW)])
+def test_an_adapter_changes_the_sets_that_are_named(name, tmp_path):
+    """In both executors, and as weights that were merged before; it comes off exactly."""
+    settings = {"num_frame_per_block": 1, "local_attn_size": 4, "denoising_step_list": (1000, 250)}
+    settings |= {"spec": dataclasses.replace(TINY, num_layers=1)} | ({"sink_size": 1} if name == "sgf-plus" else {})
+    file, sets = tmp_path / "lora.safetensors", PRESETS[name].weight_sets
+    save_file(random_lora(settings["spec"], 3), file)
+    eager, fused = (make_engine(name, executor=executor, **settings) for executor in ("eager", "fused"))
+    plain = latents(fused)
+    results = []
+    for weights in (None, *sets):
+        for engine in (eager, fused):
+            engine.use_lora(file, 8.0, weights=weights)
+        results.append(latents(eager))
+        assert (latents(fused) - results[-1]).abs().max() <= 1e-10
+        merged = dataclasses.replace(eager.parts, **merged_copies(eager, file, 8.0, weights))
+        assert torch.equal(latents(Engine(eager.config, eager.preset, merged)), results[-1])
+        for engine in (eager, fused):
+            engine.use_lora(None)
+    assert torch.equal(latents(fused), plain)
+    assert all((one - other).abs().max() > 1e-4 for one, other in pairwise([plain, *results]))
+    with pytest.raises(UsageError, match=rf"weights is 'late'.*{sets[1]}"):
+        eager.use_lora(file, weights="late")
+
+
+def merged_copies(engine: Engine, file: Path, scale: float, weights: str | None) -> dict[str, object]:
+    """The engine's sets of weights as they are, in copies with an adapter merged by the checkpoints' own way."""
+    engine.use_lora(None)
+    copies = [copy.deepcopy(module) for module in engine.parts.transformers]
+    for number, module in enumerate(copies):
+        if weights in (None, engine.preset.weight_sets[number]):
+            state = module.state_dict()
+            change = merging(Checkpoint(file, "test", (file,), state, module.spec, None), [(file, scale)])
+            module.load_state_dict({key: change(key, tensor) for key, tensor in state.items()})
+    return {"transformer": copies[0], "more": tuple(copies[1:])}
+
+
+def test_an_adapter_of_a_load_is_in_every_set(tmp_path):
+    save_file(random_lora(MODELS["wan-tiny"], 3), tmp_path / "lora.safetensors")
+    settings = {"device": "cpu", "dtype": "float32", "force": True}
+    plain = load("wan-tiny", "sgf-plus", **settings)
+    changed = load("wan-tiny", "sgf-plus", lora=tmp_path / "lora.safetensors", **settings)
+    pairs = zip(plain.parts.transformers, changed.parts.transformers, strict=True)
+    assert [torch.equal(one.blocks[0].ffn.up.weight, other.blocks[0].ffn.up.weight) for one, other in pairs] == [
+        False, False
+    ]  # fmt: skip
+
+
+def test_sets_share_a_launcher():
+    """Passes of the second set are the programs of the first over its weights; a block of both is one graph."""
+    engine = make_engine("sgf-plus-framewise", executor="fused", spec=dataclasses.replace(TINY, num_layers=1))
+    first, second = engine.resources.executors
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
+    with engine.open(prompt_embeds=ROWS, size=SIZE, image=image) as session:
+        list(session.stream(1, decode=False))
+    assert first.launcher is second.launcher and (first.traces, second.traces) == (1, 1)
+    assert [key.whole for key in first.loaded] == [True] and [key.whole for key in second.loaded] == [False]
+    names = {buffer.name for loaded in second.loaded.values() for buffer in loaded.lowered.body.program.of(Role.WEIGHT)}
+    assert names and all(name.endswith(f"{OF_SET}1") for name in names)
+    assert second.bytes_by_owner() == {} != first.bytes_by_owner()
 
 
 @pytest.mark.parametrize(
@@ -226,6 +295,12 @@ def test_the_graph_of_a_block_reads_both_sets():
         names = [value.name for value in graph.named(Role.WEIGHT).values()]
         assert names and {name.endswith(f"{OF_SET}1") for name in names} == {graph.name == "commit"}
     assert {"blocks.0.cross_attn.k.weight", f"blocks.0.self_attn.k.weight{OF_SET}1"} <= set(block.values(Role.WEIGHT))
+
+
+@pytest.mark.parametrize("frames", [3, 7])
+def test_blocks_of_other_published_sizes_are_settings(frames):
+    preset = make_preset("self-forcing-a14b", num_frame_per_block=frames, local_attn_size=21)
+    assert (preset.block_size(0), preset.blocks_for_frames(21)) == (frames, 21 // frames)
 
 
 def test_sets_and_conditionings_of_presets():
