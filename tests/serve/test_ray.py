@@ -52,7 +52,6 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
     url = f"http://127.0.0.1:{PORT}"
 
     def connect():
-        """A WebSocket that lives on while nobody reads it."""
         return websockets.connect(f"ws{url.removeprefix('http')}/v1/live", max_size=None, ping_interval=None)
 
     def deploy(replicas):
@@ -88,25 +87,39 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
         print(f"{kind}: moved in {moved['seconds']:.2f} s, {moved['blocks']} blocks made again")
         return moved
 
+    async def reading(work, *clients):
+        """The result of some work; clients that nobody reads answer no pings, and are disconnected."""
+        readers = [asyncio.create_task(read(client)) for client in clients]
+        try:
+            return await work
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def read(client):
+        while True:
+            await client.receive()
+
     async def walk():
         async with connect() as one, connect() as two:
             first, second = Client(one), Client(two)
             opened = [await client.open(media=["raw"], seed=3) for client in (first, second)]
             await first.until("state", block=5)
             await second.until("state", block=3)
-            held = [await asyncio.to_thread(holder, event["session"]) for event in opened]
+            held = [await reading(asyncio.to_thread(holder, event["session"]), first, second) for event in opened]
             assert held[0] != held[1]
-            (await asyncio.to_thread(process_at, held[0])).kill()
+            process_at(held[0]).kill()
             assert (await follow(first, "killed"))["blocks"] <= 2
             begun = time.perf_counter()
-            while held[0] in (now := await asyncio.to_thread(servers, 2)) or len(now) != 2:
-                await asyncio.sleep(0.2)
+            while held[0] in await reading(asyncio.to_thread(servers, 2), first, second):
+                pass
             print(f"another replica took the killed one's place after {time.perf_counter() - begun:.1f} s")
             await first.applied("stop")
             third_socket = await connect()
             third = Client(third_socket)
-            await third.open(media=["raw"], seed=3)
-            await third.until("state", block=2)
+            await reading(third.open(media=["raw"], seed=3), second)
+            await reading(third.until("state", block=2), second)
             scaling = asyncio.create_task(asyncio.to_thread(deploy, 1))
             moves = [asyncio.create_task(follow(client, "drained")) for client in (second, third)]
             done, waiting = await asyncio.wait(moves, return_when=asyncio.FIRST_COMPLETED)
