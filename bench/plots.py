@@ -354,4 +354,5 @@ PLOTS: dict[str, tuple[Callable[[Result, Path], Path | None], ...]] = {
     "stream": (intervals, sessions, long_run),
     "kernels": (),
     "pairs": (pair_ratios,),
+    "serve": (),
 }

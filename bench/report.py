@@ -28,6 +28,7 @@ from .report_tables import (
     leaderboard,
     pairs_part,
     precision_of,
+    serve_part,
     stream_part,
     table,
 )
@@ -187,6 +188,9 @@ def headline(result: Result) -> str:
     if result.kind == "stream":
         facts = result.facts["stream"]
         return f"{facts['fps']:.3g} FPS, {facts['real_time_factor']:.3g} times real time"
+    if result.kind == "serve":
+        in_time = [row["sessions"] for row in result.facts["rows"] if not row["underruns"] and not row["refused"]]
+        return f"{max(in_time, default=0)} sessions without an underrun"
     return f"{len(result.facts.get('rows', result.series))} timings"
 
 
@@ -237,7 +241,9 @@ def goal_row(goal: Goal, gpu: dict[str, Result]) -> tuple[str, str, str, str]:
 
 def section(name: str, result: Result, pictures: Iterable[str]) -> str:
     """Section of one result: title, circumstances, tables and pictures."""
-    kind = {"block": block_part, "stream": stream_part, "kernels": kernels_part, "pairs": pairs_part}[result.kind]
+    kind = {
+        "block": block_part, "stream": stream_part, "kernels": kernels_part, "pairs": pairs_part, "serve": serve_part
+    }[result.kind]  # fmt: skip
     parts = [f"### {title(result)}", circumstances(name, result), *kind(result)]
     parts += [f"![{Path(link).stem}]({link})" for link in pictures]
     return "\n\n".join(parts)
@@ -247,6 +253,8 @@ def title(result: Result) -> str:
     device = f"{device_type(result)}, {result.device_name}"
     if result.kind == "kernels":
         return f"Kernels ({device})"
+    if result.kind == "serve":
+        return f"Live sessions as their clients see them ({device})"
     if result.kind == "pairs":
         return f"Pairs: {result.facts['before']} and after, {result.settings['config']['dtype']} ({device})"
     width, height = result.settings["size"]
@@ -278,10 +286,11 @@ def circumstances(name: str, result: Result) -> str:
     ceilings, lowp = result.ceilings, ""
     if "packed_flops" in ceilings:
         lowp = f"{result.settings['config']['lowp']} matmul {in_flops(ceilings['packed_flops'].best)}/s, "
-    lines.append(
-        f"ceilings in this run: matmul {in_flops(ceilings['matmul_flops'].best)}/s, {lowp}copy "
-        f"{ceilings['copy_bytes'].best / 1e9:.4g} GB/s"
-    )
+    if ceilings:
+        lines.append(
+            f"ceilings in this run: matmul {in_flops(ceilings['matmul_flops'].best)}/s, {lowp}copy "
+            f"{ceilings['copy_bytes'].best / 1e9:.4g} GB/s"
+        )
     lines.append(f"clock: {result.clock}")
     return "\n".join(f"- {line}" for line in lines)
 

@@ -473,6 +473,34 @@ def pairs_part(result: Result) -> Iterator[str]:
         yield f"bfloat16 on this CPU: {unit}."
 
 
+def serve_part(result: Result) -> Iterator[str]:
+    """Table by number of sessions, and the refusal that ended it."""
+    settings = result.settings
+    where = "on this machine too" if settings["url"] is None else f"at `{settings['url']}`"
+    yield (
+        f"The server is {where}, with `{' '.join(settings['arguments'])}`; {settings['media']}, "
+        f"{settings['seconds']:g} s a row. Milliseconds: p50 / p95 / p99. An underrun: a player with a buffer of "
+        f"{settings['buffer']:g} s had no picture to show."
+    )
+    columns = (
+        Column("sessions", lambda row: str(row["sessions"])),
+        Column("first picture", lambda row: quantiles(row["first_picture"])),
+        Column("interval of blocks", lambda row: quantiles(row["interval"])),
+        Column("control to pixel", lambda row: quantiles(row["control_to_pixel"])),
+        Column("blocks", lambda row: str(row["blocks"])), Column("late", lambda row: str(row["late_blocks"])),
+        Column("underruns", lambda row: str(row["underruns"])),
+        Column("server memory", lambda row: "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f} MB"),
+    )  # fmt: skip
+    yield table(columns, result.facts["rows"])
+    for row in result.facts["rows"]:
+        if row["refused"]:
+            yield f"One more than {row['sessions']} was refused: {row['refused']}."
+
+
+def quantiles(shares: dict[str, float] | None) -> str:
+    return "" if shares is None else " / ".join(f"{seconds * 1e3:.0f}" for seconds in shares.values())
+
+
 def spread(series: Series, scale: float = 1e3) -> str:
     """Median, quartiles and worst sample."""
     low, high = series.quantile(0.25) * scale, series.quantile(0.75) * scale

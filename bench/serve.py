@@ -16,16 +16,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from ..errors import InferixError, UsageError, quoted
+from .result import Result, Series, as_in_a_file
 
 HEADER = struct.Struct("<BBHIII")
 FIRST = 2  # flag of the first message of a block
 BUFFER = 0.15  # seconds that a player waits after its first block
 CONTROL_SECONDS = (1.0, 2.5)  # between two controls of a session
 SETTLE = 3  # blocks that are not counted at the start of a session
+CLOCK = "from sending a message to receiving the first message of the block that shows it, in the client"
+QUANTITIES = ("first_picture", "intervals", "control_to_pixel")
 STARTING = 180.0  # seconds that a server may take to come up
 SHARES = (0.5, 0.95, 0.99)
 
@@ -170,11 +174,11 @@ def run(
     media: str,
     token: str | None,
     progress: Callable[[str], object],
-) -> dict[str, Any]:
+) -> Result:
     """Measure 1 to `most` sessions, until the server refuses one. url: of a running server; None starts one."""
     from .machine import environment
 
-    steps = []
+    steps, begun = [], environment("cpu")
     with serving(url, arguments) as (address, process):
         for sessions in range(1, most + 1):
             progress(f"{sessions} sessions for {seconds:g} s")
@@ -182,14 +186,24 @@ def run(
             steps[-1].memory = None if process is None else resident(process)
             if steps[-1].refused is not None:
                 break
-    return {
-        "kind": "serve",
-        "clock": "from sending a message to receiving the first message of the block that shows it, in the client",
-        "environment": environment("cpu"),
-        "settings": {"arguments": list(arguments), "seconds": seconds, "media": media, "buffer": BUFFER},
-        "steps": [asdict(one) for one in steps],
-        "rows": [row(one) for one in steps],
-    }
+    return result_of(steps, begun, {"arguments": list(arguments), "seconds": seconds, "media": media, "url": url})
+
+
+def result_of(steps: Sequence[Step], begun: dict[str, Any], settings: dict[str, Any]) -> Result:
+    """The steps as the result of a benchmark. begun: the environment at the start; its device is the client's."""
+    samples = {f"{one.sessions} sessions/{name}": samples_of(one, name) for one in steps for name in QUANTITIES}
+    series = {name: Series("s", values) for name, values in samples.items() if values}
+    rows = [row(one) for one in steps]
+    return Result(
+        kind="serve", clock=CLOCK, environment=begun, subject={}, settings={**settings, "buffer": BUFFER}, ceilings={},
+        series=series, facts=as_in_a_file({"rows": rows, "refused": [one.refused for one in steps if one.refused]}),
+    )  # fmt: skip
+
+
+def samples_of(one: Step, name: str) -> tuple[float, ...]:
+    """The samples of one quantity, of all sessions of a step."""
+    values = [getattr(viewed, name) for viewed in one.viewed]
+    return tuple(values if name == "first_picture" else chain.from_iterable(values))
 
 
 def row(one: Step) -> dict[str, Any]:

@@ -285,7 +285,8 @@ def serve(
     Example: inferix bench serve --sessions 3 --seconds 30
     """
     from ..bench import serve as bench
-    from ..runtime.files import check_output, write_atomically
+    from ..bench.result import write_result
+    from ..runtime.files import check_output
     from ..serve.settings import read_token
     from .serve import check_packages
 
@@ -298,11 +299,12 @@ def serve(
         url, [*arguments, f"--sessions={sessions}"], sessions, seconds, prompt, media, secret, console.print
     )
     if out is not None:
-        write_atomically(out, lambda part: part.write_text(json.dumps(result, indent=1), "utf-8"))
+        write_result(result, out)
+    rows = result.facts["rows"]
     if as_json:
-        typer.echo(json.dumps(result["rows"]))
+        typer.echo(json.dumps(rows))
     else:
-        print_serve(result["rows"])
+        print_serve(rows)
 
 
 def print_serve(rows: list[dict[str, Any]]) -> None:

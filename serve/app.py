@@ -35,12 +35,14 @@ from .recording import Recordings
 from .refusals import Refusal, refusal_of
 from .routing import ReplicaFacts
 from .settings import ServeSettings
+from .trace import Trace
 from .video_jobs import VideoJobs
 from .video_routes import video_routes
 from .whep import LONGEST_SDP, Whep
 from .worlds import SUFFIX, Worlds
 
 ENCODER_THREADS = 2
+LONGEST_TRACE = 60  # seconds
 
 Id = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
 
@@ -97,7 +99,11 @@ class Server:
             folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds,
             settings.push_to,
         )
-        self.live = LiveSessions(self.host, settings, self.worlds, self.recordings, self.metrics, self.checkpoints)
+        self.trace = Trace()
+        engine.observe(self.trace.observe)
+        self.live = LiveSessions(
+            self.host, settings, self.worlds, self.recordings, self.metrics, self.checkpoints, self.trace
+        )
         self.whep = Whep(self.live)
         self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
 
@@ -219,6 +225,18 @@ def add_facts(app: FastAPI, server: Server) -> None:
     def metrics() -> Response:
         """Metrics in the text format of Prometheus."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/trace", responses=errors(503))
+    async def trace(seconds: Annotated[float, Query(gt=0, le=LONGEST_TRACE)] = 5.0) -> dict[str, Any]:
+        """Record the next seconds of all live sessions, as a trace for Perfetto or Chrome."""
+        if server.trace.recording:
+            raise Refusal("at_capacity", "a trace is being recorded", 503, None, LONGEST_TRACE)
+        server.trace.begin()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            recorded = server.trace.end()
+        return recorded
 
     @app.get("/v1/models", responses=errors())
     def models() -> ModelList:

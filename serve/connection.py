@@ -35,10 +35,17 @@ from .protocol import (
     media_message,
 )
 from .refusals import Refusal, refusal_of
+from .trace import Trace
 
 LOG = logging.getLogger("inferix.serve")
 MOST_EARLY = 64  # controls that wait for their session to be open
 DISPLACED, STALLED, TOO_LATE = 4001, 4002, 4003  # codes that close a WebSocket
+
+
+def encode(trace: Trace, stream: str, encoder: Encoder, block: LiveBlock) -> list[Payload]:
+    """Encode the pictures of a block; called in a thread of the pool."""
+    with trace.span("encoder", f"encode {encoder.format.name}", stream, block=block.state.block):
+        return encoder.encode(block.frames)
 
 
 class Connection:
@@ -218,7 +225,8 @@ class Connection:
         """Send the receipts of a block, its pictures, and the state after it."""
         assert self.encoder is not None
         state, encoder = block.state, self.encoder
-        self._encoding = self.pool.submit(encoder.encode, block.frames)
+        trace, stream = self.hub.trace, live.session.id  # the engine's id, as in its records
+        self._encoding = self.pool.submit(encode, trace, stream, encoder, block)
         payloads = await asyncio.wrap_future(self._encoding)
         now = time.perf_counter()
         for receipt in block.applied(now, self.hub.metrics):
@@ -231,7 +239,9 @@ class Connection:
             )
             await self._send_message(message)
             frame += payload.frames
-        self.hub.metrics.sent.labels(name).inc(sum(len(payload.data) for payload in payloads))
+        size = sum(len(payload.data) for payload in payloads)
+        trace.add("transport", f"send {name}", stream, now, time.perf_counter(), block=state.block, bytes=size)
+        self.hub.metrics.sent.labels(name).inc(size)
         await self._send(live.state_for_viewer(state))
 
     async def _refuse(self, id: int | str | None, refusal: Refusal) -> None:

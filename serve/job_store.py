@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ QUEUED, IN_PROGRESS, COMPLETED, FAILED = "queued", "in_progress", "completed", "
 
 @dataclass
 class Job:
-    """A video to be made, or made. progress: in percent. error: code and message, of a failed one."""
+    """A video to be made, or made. progress: in percent. error: code and message, of a failed one.
+
+    earlier: of a fork, the prompts before `prompt`, as JSON: [the block before which it ends, prompt] each, in order.
+    """
 
     id: str
     created_at: int
@@ -28,10 +32,32 @@ class Job:
     error_code: str | None = None
     error_message: str | None = None
     remixed_from: str | None = None
+    earlier: str | None = None
+
+    @property
+    def prompts(self) -> list[tuple[int | None, str]]:
+        """All prompts in order, each with the block before which it ends; None for the last one."""
+        earlier = [] if self.earlier is None else json.loads(self.earlier)
+        return [*((int(end), str(text)) for end, text in earlier), (None, self.prompt)]
+
+    def prompts_before(self, block: int) -> str | None:
+        """`earlier` of a fork that has another prompt from a block on."""
+        earlier = []
+        for end, text in self.prompts:
+            last = end is None or end >= block
+            earlier.append([block if last else end, text])
+            if last:
+                break
+        return json.dumps(earlier) if block else None
 
 
 COLUMNS = tuple(field.name for field in fields(Job))
 TYPES = {"int": "INTEGER", "float": "REAL", "str": "TEXT"}
+
+
+def column_type(field: Field[Any]) -> str:
+    """Type of a field in SQLite."""
+    return TYPES[str(field.type).split(" ")[0]]
 
 
 class JobStore:
@@ -43,10 +69,14 @@ class JobStore:
         self.database = sqlite3.connect(folder / "jobs.sqlite", isolation_level=None)
         self.database.row_factory = sqlite3.Row
         self.database.execute("PRAGMA journal_mode=WAL")
-        columns = ", ".join(f"{field.name} {TYPES[str(field.type).split(' ')[0]]}" for field in fields(Job))
+        columns = ", ".join(f"{field.name} {column_type(field)}" for field in fields(Job))
         self.database.execute(
             f"CREATE TABLE IF NOT EXISTS jobs (number INTEGER PRIMARY KEY AUTOINCREMENT, {columns}, UNIQUE (id))"
         )
+        there = {row["name"] for row in self.database.execute("PRAGMA table_info(jobs)")}
+        for field in fields(Job):  # of a later version than the file's
+            if field.name not in there:
+                self.database.execute(f"ALTER TABLE jobs ADD COLUMN {field.name} {column_type(field)}")
 
     def requeue(self) -> None:
         """Have jobs that a stopped server was at made again."""

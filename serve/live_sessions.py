@@ -22,6 +22,7 @@ from .protocol import Attach, Open
 from .recording import Recordings
 from .refusals import RETRY_AFTER, Refusal
 from .settings import ServeSettings
+from .trace import Trace
 from .worlds import Worlds
 
 LOG = logging.getLogger("inferix.serve")
@@ -39,9 +40,10 @@ class LiveSessions:
         recordings: Recordings,
         metrics: ServerMetrics,
         checkpoints: Checkpoints,
+        trace: Trace,
     ) -> None:
         self.host, self.settings, self.metrics = host, settings, metrics
-        self.worlds, self.recordings, self.checkpoints = worlds, recordings, checkpoints
+        self.worlds, self.recordings, self.checkpoints, self.trace = worlds, recordings, checkpoints, trace
         self.sessions: dict[str, LiveSession] = {}
         self.draining = False
         self._places = 0  # taken, by sessions or on their behalf

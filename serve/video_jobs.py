@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from ..errors import AtCapacity, InferixError, SessionEnded, UsageError, one_line, quoted
 from ..runtime.media import VideoWriter, contact_sheet
+from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
 from ..runtime.sinks import Frames, Pump
 from .engine_host import EngineHost
@@ -115,7 +117,7 @@ class VideoJobs:
         given = self.store.file(job.id, INPUT)
         opening = begins_with(self.host.engine, self.settings) | ({"image": given} if given.is_file() else {})
         size = (job.width, job.height)
-        make = partial(self.host.engine.open, job.prompt, seed=job.seed, size=size, **opening)
+        make = partial(self.host.engine.open, job.prompts[0][1], seed=job.seed, size=size, **opening)
         while True:
             try:
                 return await self.host.make(make)
@@ -130,7 +132,7 @@ class VideoJobs:
         count = engine.blocks_for(job.seconds)
         pictures: list[Frames] = []
         video = VideoWriter(store.file(job.id, "mp4"), engine.fps, session.size)
-        with Pump(session.stream(count), video, first=session.prefix_frames) as blocks:
+        with Pump(stream_of(job, session, count), video, first=session.prefix_frames) as blocks:
             for block in blocks:
                 assert block.frames is not None
                 pictures.append(block.frames[0].copy())
@@ -184,14 +186,21 @@ class VideoJobs:
             image.rename(self.store.file(job.id, INPUT))
         return self._add(job)
 
-    def remix(self, id: str, prompt: str) -> Job:
-        """Add a job with another prompt, and else as an earlier one: a fork at its start."""
+    def remix(self, id: str, prompt: str, at: float = 0.0) -> Job:
+        """Add a job that is an earlier one up to `at` seconds and has another prompt from the next block on: a fork.
+
+        Refusal for a time after its end.
+        """
         source = self.find(id)
+        if at >= source.seconds:
+            raise Refusal("invalid", f"at is {at:g}; expected less than the {source.seconds:g} s of video {id}")
+        block = self.host.engine.blocks_for(at) if at > 0 else 0
         check_prompt(prompt, self.settings)
         self.host.engine.manager.check_prompt(prompt)
         job = replace(
             source, id=secrets.token_hex(16), created_at=int(time.time()), prompt=prompt, status=QUEUED, progress=0,
             completed_at=None, error_code=None, error_message=None, remixed_from=id,
+            earlier=source.prompts_before(block),
         )  # fmt: skip
         given = self.store.file(id, INPUT)
         if given.is_file():
@@ -239,6 +248,19 @@ class VideoJobs:
         if not path.is_file():
             raise Refusal("not_found", f"the {variant} of video {id} is gone", 404)
         return path, kind
+
+
+def stream_of(job: Job, session: Session, count: int) -> Iterator[Block]:
+    """The blocks of a job, `count` in all, each prompt from its block on; fewer where the session is stopped."""
+    made = 0
+    with suppress(SessionEnded):
+        for number, (end, text) in enumerate(job.prompts):
+            if number:
+                session.prompt(text)
+            part = min(count, count if end is None else end) - made
+            if part > 0:
+                yield from session.stream(part)
+                made += part
 
 
 def check_picture(path: Path, settings: ServeSettings) -> None:

@@ -39,8 +39,11 @@ class VideoRequest(BaseModel):
 
 
 class RemixRequest(BaseModel):
+    """A fork of a video. at: seconds from its start up to which it is the same; the next block follows the prompt."""
+
     model_config = ConfigDict(extra="forbid")
     prompt: Annotated[str, Field(min_length=1)]
+    at: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class VideoError(BaseModel):
@@ -137,8 +140,8 @@ def video_routes(jobs: VideoJobs) -> APIRouter:
 
     @router.post("/{id}/remix", responses=errors(404, 413))
     async def remix(id: VideoId, wanted: RemixRequest) -> Video:
-        """The same video under another prompt."""
-        return Video.of(jobs.remix(id, wanted.prompt))
+        """A fork: the same video up to a time, and from there under another prompt."""
+        return Video.of(jobs.remix(id, wanted.prompt, wanted.at))
 
     return router
 

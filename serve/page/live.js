@@ -90,7 +90,7 @@ class World {
       this.tries = 0;
       this.facts = event;
       this.sent.delete(event.id);
-      sent.done(event);
+      if (sent) sent.done(event); // none after a move to another server
       this.pane.opened(event);
     } else if (event.type === "applied") {
       this.sent.delete(event.id);
@@ -257,6 +257,7 @@ class Pane {
 
   notice(event) {
     if (event.kind === "skipped") toast(`This page was slow: ${event.blocks} blocks were left out.`);
+    if (event.kind === "moved") toast(`Another server goes on with this world, after ${event.seconds.toFixed(1)} s.`);
     if (event.kind === "draining") toast(event.message);
   }
 

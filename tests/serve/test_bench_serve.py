@@ -4,7 +4,10 @@ import asyncio
 
 from live_client import PROMPT, serving
 
-from inferix.bench.serve import BUFFER, Player, quantiles, row, step
+from inferix.bench.machine import environment
+from inferix.bench.report import write_report
+from inferix.bench.result import read_result, write_result
+from inferix.bench.serve import BUFFER, Player, quantiles, result_of, row, step
 from inferix.serve.settings import ServeSettings
 
 
@@ -23,7 +26,15 @@ def test_quantiles_are_values_that_were_measured():
 
 def test_sessions_are_measured_until_one_is_refused(tmp_path):
     with serving(ServeSettings(sessions=1, queue=0), tmp_path) as served:
-        one = step(served.url, None, 2, 4.0, PROMPT, "raw")
-        measured = row(asyncio.run(one))
+        one = asyncio.run(step(served.url, None, 2, 4.0, PROMPT, "raw"))
+    measured = row(one)
     assert measured["sessions"] == 1 and "1 sessions are open" in measured["refused"]
     assert measured["first_picture"]["p50"] > 0 and measured["blocks"] > 0
+    settings = {"arguments": [], "seconds": 4.0, "media": "raw", "url": None}
+    result = result_of([one], environment("cpu"), settings)
+    (tmp_path / "results").mkdir()
+    assert read_result(write_result(result, tmp_path / "results" / "serve.json")) == result
+    write_report(tmp_path / "results", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text("utf-8")
+    first = measured["first_picture"]["p50"] * 1e3
+    assert "1 sessions are open" in page and f"| 1 | {first:.0f} /" in page

@@ -305,6 +305,29 @@ def test_metrics_name_what_happened(served):
     assert model["id"] == "tinyworld" and PROMPT in model["examples"]
 
 
+def test_a_trace_has_engine_decoder_encoder_and_transport_of_a_session_on_one_clock(served):
+    async def walk():
+        async with served.connect() as socket, Client(socket) as client:
+            await client.open()
+            await client.until("state", block=0)
+            served.server.trace.begin()
+            await client.until("state", block=4)
+            await client.send("stop")
+            await client.until("ended")
+            return served.server.trace.end()["traceEvents"]
+
+    events = asyncio.run(walk())
+    tracks = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    spans = [(tracks[event["pid"]], event) for event in events if event["ph"] == "X"]
+    assert {track for track, _ in spans} == {"engine", "decoder", "encoder", "transport"}
+    assert len({event["tid"] for _, event in spans}) == 1
+    spans.sort(key=lambda span: span[1]["ts"])
+    order = [track for track, event in spans if event["args"]["block"] == 3]
+    assert list(dict.fromkeys(order)) == ["engine", "decoder", "encoder", "transport"]
+    answer = httpx.get(f"{served.url}/v1/trace", params={"seconds": 0.01}).json()
+    assert not [event for event in answer["traceEvents"] if event["ph"] == "X"] and not served.server.trace.recording
+
+
 def test_a_slow_viewer_skips_or_pauses_as_declared(served):
     """A viewer that takes nothing: its outbox holds `room` blocks, and only `skip` goes on making blocks."""
     async def lag(behind):

@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,10 @@ from inferix.serve.settings import ServeSettings
 
 DOC = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
 PORT = 8123
+PATIENT = {  # for a machine that has other work too: seconds, and workers that are not the last to run
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_worker_niceness": "0",
+}  # fmt: skip
 
 
 def config(shared, replicas):
@@ -46,15 +51,19 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
     alone = [block.frames.tobytes() for block in engine.open(PROMPT, seed=3).stream(120)]
     url = f"http://127.0.0.1:{PORT}"
 
+    def connect():
+        return websockets.connect(f"ws{url.removeprefix('http')}/v1/live", max_size=None, ping_interval=None)
+
     def deploy(replicas):
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config(tmp_path, replicas)), _blocking=False)
 
     def servers(count):
         """The servers' numbers by address, once there are as many."""
         while True:
-            answer = httpx.get(f"{url}/v1/replicas", timeout=WAIT)
-            if answer.status_code == 200 and len(found := answer.json()) == count:
-                return found
+            with suppress(httpx.TransportError):  # the proxy is not there yet
+                answer = httpx.get(f"{url}/v1/replicas", timeout=WAIT)
+                if answer.status_code == 200 and len(found := answer.json()) == count:
+                    return found
             time.sleep(0.2)
 
     def process_at(server):
@@ -78,26 +87,39 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
         print(f"{kind}: moved in {moved['seconds']:.2f} s, {moved['blocks']} blocks made again")
         return moved
 
+    async def reading(work, *clients):
+        """The result of some work; clients that nobody reads answer no pings, and are disconnected."""
+        readers = [asyncio.create_task(read(client)) for client in clients]
+        try:
+            return await work
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def read(client):
+        while True:
+            await client.receive()
+
     async def walk():
-        address = f"ws{url.removeprefix('http')}/v1/live"
-        async with websockets.connect(address, max_size=None) as one, websockets.connect(address, max_size=None) as two:
+        async with connect() as one, connect() as two:
             first, second = Client(one), Client(two)
             opened = [await client.open(media=["raw"], seed=3) for client in (first, second)]
             await first.until("state", block=5)
             await second.until("state", block=3)
-            held = [await asyncio.to_thread(holder, event["session"]) for event in opened]
+            held = [await reading(asyncio.to_thread(holder, event["session"]), first, second) for event in opened]
             assert held[0] != held[1]
-            (await asyncio.to_thread(process_at, held[0])).kill()
+            process_at(held[0]).kill()
             assert (await follow(first, "killed"))["blocks"] <= 2
             begun = time.perf_counter()
-            while held[0] in (now := await asyncio.to_thread(servers, 2)) or len(now) != 2:
-                await asyncio.sleep(0.2)
+            while held[0] in await reading(asyncio.to_thread(servers, 2), first, second):
+                pass
             print(f"another replica took the killed one's place after {time.perf_counter() - begun:.1f} s")
             await first.applied("stop")
-            third_socket = await websockets.connect(address, max_size=None)
+            third_socket = await connect()
             third = Client(third_socket)
-            await third.open(media=["raw"], seed=3)
-            await third.until("state", block=2)
+            await reading(third.open(media=["raw"], seed=3), second)
+            await reading(third.until("state", block=2), second)
             scaling = asyncio.create_task(asyncio.to_thread(deploy, 1))
             moves = [asyncio.create_task(follow(client, "drained")) for client in (second, third)]
             done, waiting = await asyncio.wait(moves, return_when=asyncio.FIRST_COMPLETED)
@@ -117,7 +139,7 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
 
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # paths of its sockets have to be short
         begun = time.perf_counter()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **PATIENT}
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=short)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": PORT})

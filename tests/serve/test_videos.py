@@ -2,6 +2,7 @@
 
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -59,12 +60,42 @@ def test_a_video_is_made_and_fetched_and_remixed(http, tmp_path):
     remix = http.post(f"/v1/videos/{video['id']}/remix", json=other).json()
     assert remix["remixed_from_video_id"] == video["id"] and remix["seed"] == 3
     assert finished(http, remix["id"])["status"] == "completed"
+
+    def picture_of(id, variant):
+        return http.get(f"/v1/videos/{id}/content", params={"variant": variant}).content
+
+    assert picture_of(remix["id"], "thumbnail") != picture_of(video["id"], "thumbnail")
+    late = http.post(f"/v1/videos/{video['id']}/remix", json=other | {"at": 0.5})
+    assert late.status_code == 400 and "0.5" in late.json()["error"]["message"]
+    fork = http.post(f"/v1/videos/{video['id']}/remix", json=other | {"at": 0.1}).json()
+    assert finished(http, fork["id"])["status"] == "completed"
+    assert picture_of(fork["id"], "thumbnail") == picture_of(video["id"], "thumbnail")  # of the first block
+    assert picture_of(fork["id"], "spritesheet") != picture_of(video["id"], "spritesheet")
+    assert http.delete(f"/v1/videos/{fork['id']}").json()["deleted"]
     listed = http.get("/v1/videos", params={"limit": 1}).json()
     assert (listed["data"][0]["id"], listed["has_more"]) == (remix["id"], True)
     older = http.get("/v1/videos", params={"after": remix["id"]}).json()
     assert [entry["id"] for entry in older["data"]] == [video["id"]] and not older["has_more"]
     assert http.delete(f"/v1/videos/{video['id']}").json()["deleted"]
     assert http.get(f"/v1/videos/{video['id']}").status_code == 404
+
+
+def test_a_fork_of_a_fork_has_the_prompts_before_it(tmp_path):
+    job = Job("a" * 32, 0, "one", "m", 4.0, 64, 64, 0)
+    assert job.prompts == [(None, "one")] and job.prompts_before(0) is None
+    fork = replace(job, id="b" * 32, prompt="two", earlier=job.prompts_before(5))
+    assert fork.prompts == [(5, "one"), (None, "two")]
+    assert replace(job, prompt="three", earlier=fork.prompts_before(3)).prompts == [(3, "one"), (None, "three")]
+    later = replace(job, prompt="three", earlier=fork.prompts_before(8))
+    assert later.prompts == [(5, "one"), (8, "two"), (None, "three")]
+    store = JobStore(tmp_path)
+    store.add(job)
+    store.database.execute("ALTER TABLE jobs DROP COLUMN earlier")  # as of an earlier version
+    store.close()
+    store = JobStore(tmp_path)
+    store.add(fork)
+    assert (store.get(job.id), store.get(fork.id)) == (job, fork)
+    store.close()
 
 
 def test_a_video_from_a_picture_in_a_form(http):
