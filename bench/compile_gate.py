@@ -37,7 +37,7 @@ from ..errors import InferixError, UsageError, one_line_errors
 from ..kernels.catalog import SPECS, kernel_spec
 from ..kernels.spec import ARCHITECTURES, has_triton
 from ..runtime.files import write_atomically
-from .sass import disassemble, loops_of, tool
+from .sass import disassemble, loops_of, tool, touched_in_flight
 
 Row = dict[str, Any]
 TABLES = Path(__file__).with_name("compiled")
@@ -196,6 +196,7 @@ def faults_of_roles(row: Row) -> list[str]:
     """Faults of a kernel whose warps have roles: tiles not loaded by TMA, or products one at a time in a loop."""
     wrong = [] if row["copies"] else ["no UTMALDG instruction, so no tile is loaded by TMA"]
     wrong += [] if row["loops"] else ["no loop has a tensor core's product"]
+    wrong += [f"{row['touched']} instructions touch registers of a product in flight"] if row["touched"] else []
     wrong += [f"its loop is {loop}; expected {ROLES}" for loop in row["loops"] if loop != ROLES]
     return wrong
 
@@ -340,7 +341,8 @@ def inspect(kernels: Mapping[str, Any], capability: int) -> dict[str, Row]:
         }
         if "USETMAXREG" in {opcode.partition(".")[0] for opcode in opcodes}:  # its warps have roles of their own
             copies = sum(opcode.startswith("UTMALDG") for opcode in opcodes)
-            rows[name] |= {"copies": copies, "loops": [", ".join(loop) for loop in loops_of(code)]}
+            loops = [", ".join(loop) for loop in loops_of(code)]
+            rows[name] |= {"copies": copies, "loops": loops, "touched": len(touched_in_flight(code))}
     return rows
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+REGISTER = re.compile(r"\bR(\d+)\b")
 SIZE = 16  # bytes of an instruction on all architectures that are compiled for
 
 
@@ -64,6 +65,35 @@ def loops_of(code: Sequence[Instruction]) -> list[list[str]]:
         if not inner and any(one.opcode.startswith("HGMMA") for one in body):
             bodies.append([step for step, _ in groupby(filter(None, map(step_of, body)))])
     return bodies
+
+
+def touched_in_flight(code: Sequence[Instruction]) -> list[int]:
+    """Places, as the code lies, of instructions that touch registers which a product in flight sums in, or write those
+    which it reads its first operand from."""
+    groups: list[list[tuple[range, range]]] = []
+    begun: list[tuple[range, range]] = []  # products of the group that has no end yet: registers of sum and operand
+    places = []
+    for one in code:
+        operands = one.operands.split(", ")
+        if one.opcode.startswith("HGMMA"):
+            rows = (int(size) for size in re.findall(r"64x(\d+)x", one.opcode))
+            first = int(operands[0][1:])
+            a = range(0) if operands[1].startswith("gdesc") else range(at := int(operands[1][1:]), at + 4)
+            begun.append((range(first, first + next(rows) // 2), a))
+            if "gsb0" in operands[-1]:
+                groups, begun = [*groups, begun], []
+            continue
+        if one.opcode.startswith("WARPGROUP.DEPBAR"):
+            left = int(operands[1], 16)
+            groups = groups[len(groups) - left :] if left else []
+            continue
+        registers = [int(number) for number in REGISTER.findall(one.operands)]
+        written = registers[:1] if one.operands.startswith("R") else []
+        for sums, a in [product for group in (*groups, begun) for product in group]:
+            if any(number in sums for number in registers) or any(number in a for number in written):
+                places.append(one.at)
+                break
+    return places
 
 
 def step_of(instruction: Instruction) -> str | None:

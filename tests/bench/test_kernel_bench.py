@@ -35,7 +35,7 @@ from inferix.bench.compile_gate import (
 from inferix.bench.kernels import Options, clone_inputs, forms, mismatch, run, run_case
 from inferix.bench.result import read_result
 from inferix.bench.rivals import bound
-from inferix.bench.sass import Instruction, loops_of
+from inferix.bench.sass import Instruction, loops_of, touched_in_flight
 from inferix.bench.tune import tune, tune_here
 from inferix.cli.main import app
 from inferix.errors import InferixError, UsageError
@@ -75,7 +75,8 @@ def test_a_kernel_whose_warps_have_roles_has_two_products_in_flight(version):
     for name, row in rows.items():
         assert row["loops"] == [ROLES] * 2  # of each consumer
         assert row["copies"] >= 2 * 4  # two instructions for a tile of q, k or v
-        for wrong in ({"loops": []}, {"copies": 0}, {"loops": [ROLES.replace("PV", "wait 0, PV"), ROLES]}):
+        alone = {"loops": [ROLES.replace("PV", "wait 0, PV"), ROLES]}
+        for wrong in ({"loops": []}, {"copies": 0}, {"touched": 1}, alone):
             (fault,) = problems({name: row | wrong})
             assert fault.startswith(name)
 
@@ -89,6 +90,17 @@ def test_the_steps_of_a_loop_are_read_from_machine_code():
     code = [Instruction(16 * at, *line.split(" ", 1)) for at, line in enumerate(lines)]
     assert loops_of(code) == [["QK", "PV", "wait 1", "CTA barrier", "spill"]]
     assert loops_of([*code[:8], Instruction(128, "BRA", "`(.L_x_1)")]) == []
+
+
+def test_registers_of_a_product_in_flight_are_left_alone():
+    product, wait = "HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR12].tnspB, R88, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+    def touched(*lines):
+        return touched_in_flight([Instruction(16 * at, *line.split(" ", 1)) for at, line in enumerate(lines)])
+
+    assert touched("FMUL R88, R88, R2", product, "FADD R2, R152, R3", wait, "FMUL R88, R88, R2", "MOV R152, R1") == []
+    wrong = "FMUL R151, R1, R2", "FADD R2, R90, R3", "MOV R155, R1"
+    assert touched(product, *wrong, "MOV R156, R1", wait) == [16, 32, 48]
 
 
 def test_every_call_has_a_row_and_every_form_its_architectures():
