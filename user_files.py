@@ -21,6 +21,17 @@ KINDS = {
 }  # fmt: skip
 
 
+def check_reachable(path: str | Path, name: str) -> Path:
+    """`path`, which need not exist; UsageError for one that cannot be looked up, such as a name of 300 letters."""
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise unreadable(path, name, error) from error
+    return Path(path)
+
+
 def check_regular(path: str | Path, name: str) -> Path:
     """`path`, which is a regular file or a link to one; UsageError that calls it `name` otherwise."""
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import UsageError, cut, nearest, quoted
 from ..runtime.files import check_output, write_atomically
-from ..user_files import read_json
+from ..user_files import check_reachable, read_json
 
 SCHEMA = 3  # 1 was only of the kernel benchmark, 2 had no low-precision layers and pages
 KINDS = ("kernels", "block", "stream", "pairs", "serve")
@@ -180,7 +180,8 @@ def is_foreign(path: Path) -> bool:
 
 def foreign_files(folder: Path) -> list[Path]:
     """JSON files below a folder that are no results and were not written by `gpu_check`."""
-    return [path for path in sorted(folder.rglob("*.json")) if not is_check(path) and is_foreign(path)]
+    paths = sorted(check_reachable(folder, "folder").rglob("*.json"))
+    return [path for path in paths if not is_check(path) and is_foreign(path)]
 
 
 def read_folder(folder: Path) -> dict[str, Result]:
@@ -188,7 +189,7 @@ def read_folder(folder: Path) -> dict[str, Result]:
 
     Files of `gpu_check` without measurements and JSON of other programs are skipped.
     """
-    if not folder.is_dir():
+    if not check_reachable(folder, "folder").is_dir():
         raise UsageError(f"no folder {quoted(folder)}; expected one with results of inferix bench")
     paths = [path for path in sorted(folder.rglob("*.json")) if not is_check(path) and not is_foreign(path)]
     results = {str(path.relative_to(folder)): read_result(path) for path in paths}

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import UsageError, cut, quoted
 from ..schemes.storyboard import Cue, read_storyboard
-from ..user_files import read_json, read_text
+from ..user_files import check_reachable, read_json, read_text
 from .results import Video
 
 LARGEST_LIST = 1 << 26  # bytes
@@ -202,7 +202,7 @@ def ids_of(paths: Sequence[Path]) -> list[str]:
 
 def videos_in(folder: str | Path) -> list[Path]:
     """Video files of a folder by name. Raises UsageError if it is no folder or has none."""
-    folder = Path(folder)
+    folder = check_reachable(folder, "videos")
     if not folder.is_dir():
         raise UsageError(f"videos {quoted(folder)} is no folder; expected one with {', '.join(VIDEO_SUFFIXES)}")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())

@@ -17,7 +17,7 @@ from ..schemes.context import ContextPolicy
 from ..schemes.guidance import Guidance, GuidanceBranch
 from ..schemes.presets import About, Preset
 from ..schemes.sampler_spec import SamplerSpec
-from ..user_files import read_json
+from ..user_files import check_reachable, read_json
 
 FORMAT, VERSION = "inferix-engine", 1
 FILE = "plan.json"
@@ -56,7 +56,7 @@ def read_plan(folder: str | Path) -> Plan:
     Raises UsageError for a path that is no engine, CheckpointError for an engine of another version and for a file that
     is missing or is not the one that was exported.
     """
-    folder = Path(folder)
+    folder = check_reachable(folder, "engine")
     where = quoted(folder)
     if not (folder / FILE).is_file():
         raise UsageError(f"engine {where} has no {FILE}; expected a folder that inferix export wrote")

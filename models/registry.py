@@ -14,6 +14,7 @@ from ..errors import InferixError, UsageError, nearest, quoted
 from ..plugins import installed
 from ..schemes.preset_file import is_preset_file, read_preset
 from ..schemes.presets import Preset, with_settings
+from ..user_files import check_reachable
 from .family import Checkpoint, Family, Format
 from .format_file import read_format_file
 from .magi.family import MAGI
@@ -98,7 +99,7 @@ def read_checkpoint(
     names: YAML file with the checkpoint's tensor names (`format_file`), instead of a format. Raises UsageError if it is
     no transformer, CheckpointError for a broken file.
     """
-    path = Path(path)
+    path = check_reachable(path, "checkpoint")
     if names is not None:
         if form is not None:
             raise UsageError(f"checkpoint_format is {quoted(form)}, and names say the format too; leave one out")
@@ -198,7 +199,7 @@ def find_spec(model: str, names: str | Path | None = None) -> ModelSpec:
     """Return the sizes of a named model, or of a checkpoint file or folder, without its weights."""
     if model in MODELS:
         return MODELS[model]
-    if Path(model).exists():
+    if check_reachable(model, "model").exists():
         return read_checkpoint(model, names=names).spec
     known = f"{nearest(model, MODELS)}; expected a path, or one of {', '.join(MODELS)}"
     raise UsageError(f"model is {quoted(model)}{known}")

@@ -18,6 +18,7 @@ from ..errors import CheckpointError, UsageError, quoted, quoted_all
 from .files import alike_in_file, check_file, read_json, read_tensors
 from .scaled_weights import FLOATS, with_scales
 
+LONGEST_NAME = 255  # bytes of a file name
 PACKED = ".zst"  # after the name of a compressed file
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}  # anywhere in a name
@@ -237,6 +238,11 @@ def find_weight_files(folder: Path, stem: str) -> WeightFiles | None:
     return WeightFiles((files[0],)) if files else None
 
 
+def longer_than_a_name(file: str) -> bool:
+    """True for a file name that, packed, has more bytes than file systems take."""
+    return len(f"{file}{PACKED}".encode("utf-8", "surrogatepass")) > LONGEST_NAME
+
+
 def packed_or(path: Path) -> Path:
     """The path, or that of its zstd file where only that is there."""
     packed = path.with_name(f"{path.name}{PACKED}")
@@ -273,7 +279,7 @@ def indexed_files(index: Path) -> WeightFiles:
         )
     files = sorted(set(names.values()))
     for file in files:
-        if Path(file).name != file or "\0" in file:
+        if Path(file).name != file or "\0" in file or longer_than_a_name(file):
             raise CheckpointError(f"{quoted(index)} names the file {quoted(file)}; expected one in its own folder")
     paths = [packed_or(index.parent / file) for file in files]
     if missing := [path.name for path in paths if not path.exists()]:

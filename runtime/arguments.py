@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UsageError, nearest, quoted
+from ..user_files import check_reachable
 
 Check = Callable[[str, Any], Any]
 LONGEST_SIDE = 1 << 16  # pixels
@@ -110,7 +111,7 @@ def path(name: str, value: Any) -> Path:
     written = os.fspath(value)
     if not isinstance(written, str) or not written or "\0" in written:
         raise expected(name, value, "a path")
-    return Path(written)
+    return check_reachable(written, name)
 
 
 def path_text(name: str, value: Any) -> str:

@@ -314,7 +314,7 @@ def timed(container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
     """Pictures and the seconds at which they are shown, which never go back."""
     before, step = Fraction(0), frame_time(stream)
     start = None
-    for picture in container.decode(stream):
+    for picture in decoded(container, stream):
         if picture.pts is None or picture.time_base is None:
             time = Fraction(0) if start is None else before + step
         else:
@@ -324,6 +324,14 @@ def timed(container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
         start = Fraction(0) if start is None else start
         before = max(before, time)
         yield before, picture
+
+
+def decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Pictures of a stream; OSError for a file in which another stream begins, whose packets PyAV does not take."""
+    try:
+        yield from container.decode(stream)
+    except IndexError as error:
+        raise OSError("a stream begins within the file") from error
 
 
 def frame_time(stream: Any) -> Fraction:

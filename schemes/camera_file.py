@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError, quoted
-from ..user_files import check_regular, read_json, unreadable
+from ..user_files import check_reachable, check_regular, read_json, unreadable
 from .camera import Camera, CameraSpeeds, is_finite
 
 KINDS: dict[str, tuple[type, str]] = {
@@ -27,7 +27,7 @@ LARGEST_ARRAY = 64 << 20  # bytes of a file of poses
 def read_camera(path: str | Path) -> Camera:
     """Read a camera. UsageError that names the file for one that cannot be read, or whose values cannot be used."""
     where = f"camera {quoted(str(path))}"
-    facts = read_folder(Path(path)) if Path(path).is_dir() else read_json(path, "camera")
+    facts = read_folder(Path(path)) if check_reachable(path, "camera").is_dir() else read_json(path, "camera")
     known = [item.name for item in fields(Camera)]
     if not isinstance(facts, dict) or not set(facts) <= set(known):
         raise UsageError(f"{where} holds {quoted(facts)}; expected an object with some of {', '.join(known)}")

@@ -2,12 +2,20 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import inferix
+from inferix.bench.result import foreign_files, read_folder
 from inferix.errors import UsageError, quoted
-from inferix.user_files import LARGEST_TEXT, check_regular, read_json, read_text
+from inferix.evaluate.prompt_lists import videos_in
+from inferix.export.plan import read_plan
+from inferix.models.registry import read_checkpoint
+from inferix.models.wan.lora import read_lora
+from inferix.schemes.camera_file import read_camera
+from inferix.user_files import LARGEST_TEXT, check_reachable, check_regular, read_json, read_text
 from inferix.user_yaml import parse_yaml, read_yaml
 
 ENDLESS: list[object] = []
@@ -87,6 +95,36 @@ def test_only_regular_files(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match="image"):
         check_regular(tmp_path / name, "image")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("name", [LONG, f"{LONG}/file", "y/" * 3000, "a\0b"], ids=range(4))
+def test_paths_that_cannot_be_looked_up(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="lora"):
+        check_reachable(tmp_path / name, "lora")
+
+
+def test_a_path_that_is_not_there_may_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file", "missing", "missing/too", "file/below"):
+        assert check_reachable(tmp_path / name, "out") == tmp_path / name
+
+
+@pytest.mark.parametrize("argument", ["model", "base", "vae", "text_encoder", "lora", "graphs", "names", "engine"])
+def test_names_that_are_too_long_are_refused_by_load(argument: str) -> None:
+    model = {} if argument in ("model", "engine") else {"model": "wan-tiny", "device": "cpu"}
+    with pytest.raises(UsageError, match=argument):
+        inferix.load(**model, **{argument: LONG})
+
+
+@pytest.mark.parametrize(
+    "read", [read_checkpoint, read_lora, read_plan, read_folder, foreign_files, videos_in, read_camera]
+)
+def test_names_that_are_too_long_are_refused_by_readers(read: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="xxx"):
+        read(tmp_path / LONG)
 
 
 def test_a_link_to_a_file_is_one(tmp_path: Path) -> None:

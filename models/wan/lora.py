@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, UsageError, quoted, quoted_all
+from ...user_files import check_reachable
 from ..files import check_file, parse_json, read_json, read_metadata, read_tensors, reason
 from ..scaled_weights import FLOATS
 from ..state_dicts import SCALES, WEIGHTS, bare_name, refuse_two_experts, state_dicts
@@ -179,7 +180,7 @@ def tensors_of(update: Update) -> tuple[Tensor, ...]:
 
 def lora_file(path: Path) -> Path:
     """Find the file of tensors of an adapter's file or folder."""
-    if not path.exists():
+    if not check_reachable(path, "LoRA").exists():
         raise UsageError(f"no LoRA {quoted(path)}: no such file or folder")
     if not path.is_dir():
         check_file(path, "LoRA")

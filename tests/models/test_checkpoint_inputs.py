@@ -115,6 +115,7 @@ BAD_INDEXES = [
     {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": {"a": 1.5}},
     {"weight_map": {"a": ["x"]}}, {"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {"a": "/dev/zero"}},
     {"weight_map": {"a": "none.safetensors"}}, {"weight_map": {"a": ""}}, {"weight_map": {"a": "x\0.safetensors"}},
+    {"weight_map": {"a": "x" * 5000}}, {"weight_map": {"a": "x" * 253}}, {"weight_map": {"a": "\ud800"}},
 ]  # fmt: skip
 
 

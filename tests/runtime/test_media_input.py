@@ -5,9 +5,10 @@ import os
 import resource
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -17,7 +18,7 @@ from PIL import Image, ImageCms
 
 from inferix.errors import UsageError
 from inferix.runtime import media_input
-from inferix.runtime.media_input import BACKDROP, read_image, read_video, video_frames
+from inferix.runtime.media_input import BACKDROP, decoded, read_image, read_video, video_frames
 
 QUARTERS = np.zeros((64, 96, 3), np.uint8)  # red, green / blue, yellow
 QUARTERS[:32, :48], QUARTERS[:32, 48:], QUARTERS[32:, :48], QUARTERS[32:, 48:] = (
@@ -390,6 +391,15 @@ def test_formats_that_open_other_things_are_not_read(tmp_path: Path, name: str, 
     for read in (read_image, read_video):
         with pytest.raises(UsageError, match=name):
             read(tmp_path / name, (32, 32))
+
+
+def test_a_stream_that_begins_within_a_file_is_an_error_of_the_file() -> None:
+    def decode(stream: object) -> Iterator[object]:
+        yield from ()
+        raise IndexError("list index out of range")  # as PyAV does for a packet of that stream
+
+    with pytest.raises(OSError, match="begins"):
+        list(decoded(SimpleNamespace(decode=decode), None))
 
 
 def test_a_cover_picture_and_sound_alone_are_no_video(tmp_path: Path) -> None:
