@@ -39,9 +39,12 @@ from inferix.runtime.execution.decode_pipeline import DecoderTrack
 from inferix.runtime.execution.launcher import owns_storage
 from inferix.runtime.sampler import scheduled_blocks
 
-SMALL = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
+ALL_STEPS = Subject("wan-tiny", frames_in_window=6, size=(32, 32), device="cpu")
+TWO_STEPS = {"denoising_step_list": [1000, 500]}
+SMALL = replace(ALL_STEPS, overrides=TWO_STEPS)
 OPTIONS = Options(SMALL, rounds=1, blocks=4)
-FP8 = replace(SMALL, overrides={"lowp": "fp8", "kv_dtype": "fp8"})
+FEWER_BITS = {"lowp": "fp8", "kv_dtype": "fp8"}
+FP8 = replace(SMALL, overrides=TWO_STEPS | FEWER_BITS)
 
 
 class FakeTime:
@@ -65,12 +68,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     return clock
 
 
-@pytest.fixture(scope="module")
-def result() -> Result:
-    return run(OPTIONS, lambda message: None)
+@pytest.fixture(
+    scope="module",
+    params=[Options(SMALL, 1, 2), pytest.param(Options(ALL_STEPS, 1, 4), marks=pytest.mark.slow)],
+    ids=["two steps", "all steps"],
+)
+def result(request: pytest.FixtureRequest) -> Result:
+    return run(request.param, lambda message: None)
 
 
 def test_a_block_is_timed_stage_by_stage_at_a_full_window(result):
+    blocks, steps = result.settings["blocks"], 4 if result.settings["blocks"] == 4 else 2
     assert set(result.facts["candidates"]) == {"eager", "fused", "plain", "diffusers"}
     assert result.facts["left_out"].keys() == {"captured", "compiled"}
     other = result.facts["candidates"]["diffusers"]
@@ -80,13 +88,14 @@ def test_a_block_is_timed_stage_by_stage_at_a_full_window(result):
         assert facts["refused"] is None and facts["difference"] <= result.facts["tolerance"]
         assert facts["memory"]["cache"] > 0 and facts["memory"]["decoder state"] > 0 and facts["launches"] is None
         series = result.of(name)
-        assert len(series["block"].samples) == len(series["transformer"].samples) == 4
-        assert {frames: len(samples) for frames, samples in result.facts["growth"][name].items()} == {"3": 1, "6": 4}
+        assert len(series["block"].samples) == len(series["transformer"].samples) == blocks
+        growth = {frames: len(samples) for frames, samples in result.facts["growth"][name].items()}
+        assert growth == {"3": 1, "6": blocks}
     assert result.facts["block"]["window_frames"] == 6 and result.facts["block"]["pixel_frames"] == 12
-    assert [step["kind"] for step in result.facts["block"]["passes"]] == ["denoise"] * 4 + ["commit"]
+    assert [step["kind"] for step in result.facts["block"]["passes"]] == ["denoise"] * steps + ["commit"]
     assert {"denoise", "commit", "decode"} <= result.of("eager").keys()
     profile = result.facts["candidates"]["fused"]["profile"]
-    assert list(profile["passes"]) == ["denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
+    assert list(profile["passes"]) == [*(f"denoise {step}" for step in range(steps)), "commit"]
     written = result.facts["work"]["transformer"]["flops"]  # the graph leaves out what is constant or has no effect
     assert 0.7 * written < sum(cost["flops"] for cost in profile["families"].values()) < written
     assert "fewer_bits" not in result.facts["work"]
@@ -270,8 +279,13 @@ def test_intervals_are_only_of_presets_whose_window_stays_full():
     assert [stays_full(PRESETS[name]) for name in steady] == [True, True, True, False]
 
 
-def test_low_precision_candidates_may_differ_as_much_as_low_precision_itself(monkeypatch):
-    options = Options(FP8, rounds=1, blocks=1, baselines=("plain",))
+@pytest.mark.parametrize(
+    "subject",
+    [FP8, pytest.param(replace(ALL_STEPS, overrides=FEWER_BITS), marks=pytest.mark.slow)],
+    ids=["two steps", "all steps"],
+)
+def test_low_precision_candidates_may_differ_as_much_as_low_precision_itself(subject, monkeypatch):
+    options = Options(subject, rounds=1, blocks=1, baselines=("plain",))
     result = run(options, lambda message: None)
     facts, bits = result.facts["candidates"], result.facts["bits_off"]
     assert facts["eager"]["difference"] == 0 and facts["plain"]["difference"] < 1e-5  # full precision
@@ -285,7 +299,7 @@ def test_low_precision_candidates_may_differ_as_much_as_low_precision_itself(mon
     assert facts["fused"]["memory"]["cache"] < facts["eager"]["memory"]["cache"]
     config = result.settings["config"]
     assert (config["lowp"], config["kv_dtype"]) == ("fp8", "fp8")
-    full = next(islice(scheduled_blocks(open_engine(SMALL).preset), 1, None))
+    full = next(islice(scheduled_blocks(open_engine(subject).preset), 1, None))
     more = sum(pass_work(MODELS["wan-tiny"], scheduled.run, (32, 32), "float32").nbytes for scheduled in full.passes)
     work = result.facts["work"]
     assert work["transformer"]["nbytes"] == more > work["fewer_bits"]["transformer"]["nbytes"] / 0.6
