@@ -31,20 +31,30 @@ def test_text_picture_and_json_of_one_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["block.svg"]
 
 
-def test_switches() -> None:
-    plain = run("--without", "all")
+FEW_STEPS = pytest.mark.parametrize(
+    "preset", ["causal-forcing-2step", pytest.param("self-forcing", marks=pytest.mark.slow)]
+)
+
+
+@FEW_STEPS
+def test_switches(preset: str) -> None:
+    def run_preset(*args: str) -> Result:
+        return run("--preset", preset, *args)
+
+    plain = run_preset("--without", "all")
     assert plain.exit_code == 0 and "qk_norm_rope_append" not in plain.stdout
-    fewer = run("--without", "merge-qkv", "--without", "fold")
+    fewer = run_preset("--without", "merge-qkv", "--without", "fold")
     assert "rms-norm" in fewer.stdout and "qk-norm-rope" not in fewer.stdout and "fold (" not in fewer.stdout
-    more = run("--with", "fuse-commit", "--lowp", "fp8", "--keep", "blocks.0.*", "--pass", "commit + denoise 0")
+    more = run_preset("--with", "fuse-commit", "--lowp", "fp8", "--keep", "blocks.0.*", "--pass", "commit + denoise 0")
     assert more.stdout.count("inferix::linear_lowp") == 6 and "literal [0.0, 0.0, 0.0, 1000.0" not in more.stdout
-    narrow = run("--kv-dtype", "int8", "--pass", "commit").stdout
+    narrow = run_preset("--kv-dtype", "int8", "--pass", "commit").stdout
     assert narrow.count("inferix::kv_pages") == 2 * 2  # per layer one write to its pages and one read
-    assert "dead-work" in run("--rewrites").stdout
+    assert "dead-work" in run_preset("--rewrites").stdout
 
 
-def test_the_plan_of_scratch() -> None:
-    text = run("--plan").stdout
+@FEW_STEPS
+def test_the_plan_of_scratch(preset: str) -> None:
+    text = run("--preset", preset, "--plan").stdout
     assert re.search(r"^block: arena \d+ bytes .* call \d+, aten::addmm.out \(denoise ", text)
     assert "\nprompt: arena" in text and "\nfold: arena" in text
 

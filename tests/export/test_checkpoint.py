@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -39,9 +40,15 @@ def first_block(model, **kwargs):
     return block
 
 
+@pytest.fixture(scope="module")
+def block_of(folders):
+    """The first block of a format's folder."""
+    return cache(lambda form: first_block(folders[form]))
+
+
 @pytest.mark.parametrize("form", [form for form in ONE_SET if form != "original"])
-def test_every_format_gives_the_same_video(folders, form):
-    original, other = first_block(folders["original"]), first_block(folders[form])
+def test_every_format_gives_the_same_video(block_of, form):
+    original, other = block_of("original"), block_of(form)
     assert original.latents.std() > 0.1
     if FORMATS[form].lora:  # taken off and merged again, in float32
         assert (original.latents - other.latents).abs().max() <= 1e-4
@@ -92,12 +99,12 @@ def test_a_decoder_is_chosen_and_must_fit(folders, tmp_path):
 
 @pytest.mark.parametrize("target", ["original", "diffusers"])
 @pytest.mark.parametrize("form", ONE_SET)
-def test_every_format_converts_to_the_same_video(folders, form, target, tmp_path):
+def test_every_format_converts_to_the_same_video(folders, block_of, form, target, tmp_path):
     names = []
     convert(folders[form], tmp_path / "out", target, max_shard=1_000_000, progress=names.append)
     assert inspect(tmp_path / "out")["format"] == target
     assert len([name for name in names if "-of-" in name]) > 3
-    assert torch.equal(first_block(tmp_path / "out").latents, first_block(folders[form]).latents)
+    assert torch.equal(first_block(tmp_path / "out").latents, block_of(form).latents)
 
 
 def test_convert_changes_the_dtype_and_refuses_bad_choices(folders, tmp_path):
@@ -179,16 +186,16 @@ def test_diffusers_itself_reads_what_is_written(folders):
         model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
 
 
-def test_a_bare_file_takes_its_parts_from_base(folders, tmp_path):
+def test_a_bare_file_takes_its_parts_from_base(folders, block_of, tmp_path):
     file = tmp_path / "model.pt"
     file.write_bytes((folders["self-forcing"] / FORMATS["self-forcing"].file).read_bytes())
     with pytest.raises(UsageError, match=r"VAE.*base"):
         load(file)
     for base in ("original", "diffusers"):
-        assert torch.equal(first_block(file, base=folders[base]).latents, first_block(folders["original"]).latents)
+        assert torch.equal(first_block(file, base=folders[base]).latents, block_of("original").latents)
 
 
-def test_shards_are_joined_and_a_missing_one_is_named(folders, tmp_path):
+def test_shards_are_joined_and_a_missing_one_is_named(folders, block_of, tmp_path):
     tensors = load_file(folders["original"] / "diffusion_pytorch_model.safetensors")
     names = sorted(tensors)
     shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
@@ -196,9 +203,7 @@ def test_shards_are_joined_and_a_missing_one_is_named(folders, tmp_path):
         save_file({name: tensors[name] for name in inside}, tmp_path / shard)
     index = {"weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(
-        first_block(tmp_path, base=folders["original"]).latents, first_block(folders["original"]).latents
-    )
+    assert torch.equal(first_block(tmp_path, base=folders["original"]).latents, block_of("original").latents)
     (tmp_path / next(iter(shards))).unlink()
     with pytest.raises(InferixError, match="diffusion_pytorch_model-00001-of-00002"):
         read_checkpoint(tmp_path)
