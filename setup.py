@@ -28,6 +28,7 @@ PACKAGES = [
     "inferix.kernels.qk_norm_rope_append",
     "inferix.kernels.rms_norm",
     "inferix.kernels.rms_silu",
+    "inferix.kernels.rope_append",
     "inferix.graphs",
     "inferix.graphs.rewrites",
     "inferix.graphs.show",
