@@ -17,6 +17,10 @@ INPUTS := setup.py version.py $(CONSTRAINTS)
 test test-all quick lint fuzz kills soak: export OMP_NUM_THREADS := 1
 test test-all quick lint fuzz kills soak: export OPENBLAS_NUM_THREADS := 1
 test test-all quick lint fuzz kills soak: export PYTHONSAFEPATH := 1
+# Bytecode is written even where the environment forbids it: both processes would else rewrite the asserts of all tests.
+test test-all quick: export PYTHONDONTWRITEBYTECODE :=
+# Tests with two threads wait asleep: two processes that spin on two cores slow each other.
+test test-all quick: export OMP_WAIT_POLICY := PASSIVE
 
 KILLS ?= 200
 

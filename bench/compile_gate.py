@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -38,13 +37,13 @@ from ..errors import InferixError, UsageError, one_line_errors
 from ..kernels.catalog import SPECS, kernel_spec
 from ..kernels.spec import ARCHITECTURES, has_triton
 from ..runtime.files import write_atomically
+from .sass import disassemble, loops_of, tool
 
 Row = dict[str, Any]
 TABLES = Path(__file__).with_name("compiled")
 HASHES = ("cubin", "ptx")  # what a row may have the hash of, the nearest to what runs first
 RUNS = 10  # compiles that a table is written from
 WIDTH = re.compile(r" [cdh]\d+$")  # of a variant: channels, dimensions or heads
-INSTRUCTION = 16  # bytes of an instruction on all of these architectures
 SHARED_LIMIT = {80: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have; 80 has 163, but 86 runs its code
 MATRIX = {  # instructions of the tensor cores: float16 and bfloat16, FP8, INT8
     80: "HMMA|IMMA",
@@ -53,6 +52,8 @@ MATRIX = {  # instructions of the tensor cores: float16 and bfloat16, FP8, INT8
     100: "UTCHMMA|UTCQMMA|UTCIMMA|IMMA",  # Triton 3.6 has no UTCIMMA
     120: "HMMA|QMMA|IMMA",
 }
+
+ROLES = "QK, PV, wait 1, wait 0"  # of the loop of a kernel whose warps have roles: two products in flight
 
 
 def compile_all(
@@ -186,7 +187,23 @@ def problems(table: Mapping[str, Row]) -> list[str]:
             wrong.append(f"{name}: no {MATRIX[capability]} instruction, so no tensor core is used")
         if row["tf32"]:
             wrong.append(f"{name}: float32 products run as TF32")
+        if "loops" in row:
+            wrong += [f"{name}: {fault}" for fault in faults_of_roles(row)]
     return wrong
+
+
+def faults_of_roles(row: Row) -> list[str]:
+    """Faults of a kernel whose warps have roles: tiles not loaded by TMA, or products one at a time in a loop."""
+    wrong = [] if row["copies"] else ["no UTMALDG instruction, so no tile is loaded by TMA"]
+    wrong += [] if row["loops"] else ["no loop has a tensor core's product"]
+    wrong += [f"its loop is {loop}; expected {ROLES}" for loop in row["loops"] if loop != ROLES]
+    return wrong
+
+
+def is_unproved(name: str) -> bool:
+    """Return True for a row of a form that no card has run."""
+    form = name.partition(",")[0].partition(" by ")[2] or "triton"
+    return bool(SPECS[op_of(name)].form(form).unproved)
 
 
 def op_of(name: str) -> str:
@@ -281,10 +298,15 @@ def compile_for(capability: int, ops: Sequence[str], names: Collection[str] = ()
 
 
 def executed(device: str) -> dict[str, Row]:
-    """Run the table's calls on a GPU: name -> row of the code that ran. TRITON_DISABLE_LINE_INFO=1 must be set."""
+    """Run the table's calls on a GPU: name -> row of the code that ran. TRITON_DISABLE_LINE_INFO=1 must be set.
+
+    Forms that no card has run are left out, since a fault of theirs would end the process.
+    """
     major, minor = torch.cuda.get_device_capability(device)
     capability, kernels = 10 * major + minor, {}
     for name, run, inputs in cases_for(capability):
+        if is_unproved(name):
+            continue
         there = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         with launches() as compiled:
             run(**there)
@@ -297,7 +319,8 @@ def inspect(kernels: Mapping[str, Any], capability: int) -> dict[str, Row]:
     """Resources, instructions and hashes of kernels that Triton compiled for one architecture."""
     rows = {}
     listings = disassemble([kernel.asm["cubin"] for kernel in kernels.values()], capability)
-    for (name, kernel), opcodes in zip(kernels.items(), listings, strict=True):
+    for (name, kernel), code in zip(kernels.items(), listings, strict=True):
+        opcodes = [instruction.opcode for instruction in code]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
@@ -315,49 +338,14 @@ def inspect(kernels: Mapping[str, Any], capability: int) -> dict[str, Row]:
             "tf32": "tf32" in kernel.asm["ptx"],
             "sha256": {kind: sha256(kernel.asm[kind]) for kind in HASHES},
         }
+        if "USETMAXREG" in {opcode.partition(".")[0] for opcode in opcodes}:  # its warps have roles of their own
+            copies = sum(opcode.startswith("UTMALDG") for opcode in opcodes)
+            rows[name] |= {"copies": copies, "loops": [", ".join(loop) for loop in loops_of(code)]}
     return rows
 
 
 def sha256(artefact: str | bytes) -> str:
     return hashlib.sha256(artefact.encode() if isinstance(artefact, str) else artefact).hexdigest()
-
-
-def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
-    """Opcodes of each cubin's instructions, padding included.
-
-    All cubins go to nvdisasm at once, since it takes longer to start than to work.
-    """
-    if not cubins:
-        return []
-    codes = [code_of(cubin) for cubin in cubins]
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(codes))
-        file.flush()
-        listing = tool("nvdisasm", "--binary", f"SM{capability}", file.name)
-    instruction = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+{?\s*(?:@\S+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-    opcodes = {int(at, 16) // INSTRUCTION: opcode for at, opcode in instruction.findall(listing)}
-    assert opcodes.keys() == set(range(sum(map(len, codes)) // INSTRUCTION)), "nvdisasm left instructions out"
-    each = iter(opcodes[at] for at in sorted(opcodes))
-    return [[next(each) for _ in range(len(code) // INSTRUCTION)] for code in codes]
-
-
-def code_of(cubin: bytes) -> bytes:
-    """The instructions of a cubin's only kernel: its .text section, as ELF-64 lays it out."""
-    (headers,) = struct.unpack_from("<Q", cubin, 40)
-    size, count, names_index = struct.unpack_from("<HHH", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + size * at) for at in range(count)]
-    names = sections[names_index][4]
-    (code,) = [section for section in sections if cubin.startswith(b".text.", names + section[0])]
-    _, _, _, _, start, length = code
-    return cubin[start : start + length]
-
-
-def tool(name: str, *args: str) -> str:
-    """Output of one of the binaries that come with Triton."""
-    import triton
-
-    place = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([str(place), *args], capture_output=True, text=True, check=True).stdout
 
 
 app = typer.Typer(help="The compile gate's parts; `inferix bench kernels --compile-only` shows what it finds.")

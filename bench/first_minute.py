@@ -1,7 +1,8 @@
 """Ten numbers of a card in its first minute: one process, one trace, a JSON file that is written after every line.
 
-card: copy and matmul. attention, scattered: block attention over a full window in one run and in many, every form that
-serves, beside torch's over the store as it lies. matmul, fp8: the linear layers. fused: norms and rotary embedding.
+unproved: forms that no card has run yet, each in a process of its own. card: copy and matmul. attention, scattered:
+block attention over a full window in one run and in many, every other form that serves, beside torch's over the store
+as it lies. matmul, fp8: the linear layers. fused: norms and rotary embedding.
 graph: trace, capture, and captured against fused and eager. block: time of a block, of its kernels, and between them.
 vae, taehv: decoding a block. An error in a line is written down with the line, and the next one runs.
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from ..errors import one_line_errors
+from ..errors import InferixError, one_line_errors
 from ..kernels.block_attention.reference import sizes as attention_sizes
 from ..kernels.catalog import SPECS
 from ..kernels.linear_gelu import linear_gelu
@@ -40,6 +41,7 @@ from ..runtime.executor_specs import EXECUTORS
 from ..runtime.files import check_output, write_atomically
 from ..schemes.page_needs import window
 from .candidates import EngineStream, outputs_of, relative_difference
+from .form_check import check_apart, unproved_forms
 from .inspection import count_launches
 from .kernels import clone_inputs, mismatch
 from .machine import environment, measure_ceilings, stopwatch, synchronize
@@ -108,14 +110,10 @@ def card(run: Run) -> dict[str, Any]:
     return {"copy_gb_s": ceilings["copy_bytes"].median / 1e9, "matmul_tflops": ceilings["matmul_flops"].median / 1e12}
 
 
-def serving(run: Run, spec: KernelSpec, like: Tensor) -> dict[str, Callable[..., None]]:
-    """Forms of an op for such a tensor on the run's device."""
+def serving(run: Run, spec: KernelSpec, inputs: Mapping[str, Any]) -> dict[str, Callable[..., None]]:
+    """Forms of an op for a call on the run's device."""
     if run.on_gpu:
-        capability = architecture(like.device)
-        return {
-            form.name: form.load() for form in spec.implementations
-            if form.serves(capability, like.dtype, like.shape[-1])
-        }  # fmt: skip
+        return {form.name: form.load() for form in spec.serving(architecture(inputs[spec.like].device), inputs)}
     return {form.name: form.load() for form in spec.implementations if form.cpu} or {"reference": spec.reference}
 
 
@@ -124,9 +122,28 @@ def timed_forms(run: Run, spec: KernelSpec, inputs: dict[str, Any]) -> dict[str,
     expected = clone_inputs(inputs)
     spec.reference(**expected)
     results: dict[str, Any] = {}
-    for name, form in serving(run, spec, inputs[spec.like]).items():
+    for name, form in serving(run, spec, inputs).items():
         wrong = mismatch(spec, bound(form), inputs, expected, inputs[spec.like].dtype)
         results[name] = wrong or run.milliseconds(partial(form, **clone_inputs(inputs)))
+    return results
+
+
+def unproved(run: Run) -> dict[str, Any]:
+    """Forms that no card has run, each in a process of its own: milliseconds by case, or the cases that are wrong."""
+    results: dict[str, Any] = {}
+    for spec, form in unproved_forms():
+        name = f"{spec.name}, {form.name}"
+        if not run.on_gpu or architecture(torch.device(run.device)) not in form.architectures:
+            results[name] = f"is for sm_{', '.join(map(str, form.architectures))}"
+            continue
+        try:
+            facts = check_apart(spec.name, form.name, run.device)
+        except InferixError as error:
+            results[name] = first_line(error)
+            continue
+        results |= {f"{name}, {case}": ms for case, ms in facts["ms"].items()}
+        results[name] = f"{facts['checked'] - len(facts['wrong'])} of {facts['checked']} cases are right"
+        results |= {f"{name}, {case}": reason for case, reason in facts["wrong"].items()}
     return results
 
 
@@ -302,6 +319,7 @@ def decode_next(module: Decoder, latents: Tensor, state: StreamState) -> Tensor:
 
 
 LINES: dict[str, tuple[Callable[[Run], dict[str, Any]], float]] = {  # with the seconds each should take on a card
+    "unproved": (unproved, 25),
     "card": (card, 8),
     "attention": (partial(attention, "one"), 12),
     "scattered": (partial(attention, "shuffled"), 4),

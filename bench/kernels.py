@@ -230,9 +230,7 @@ def forms(spec: KernelSpec, inputs: dict[str, Any], options: Options) -> dict[st
         ours = {form.name: bound(form.load()) for form in spec.implementations if form.cpu}
         ours["reference"] = bound(spec.reference)
     else:
-        capability = architecture(like.device)
-        serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
-        ours = {form.name: bound(form.load()) for form in serving}
+        ours = {form.name: bound(form.load()) for form in spec.serving(architecture(like.device), inputs)}
     asked = {name: bound(spec.named(name, like.device)) for name in asked_forms(spec, options)}
     if spec.name == "block_attention":
         if options.device == "cpu":

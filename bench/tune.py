@@ -64,8 +64,7 @@ def tune(
     refused: dict[str, set[Key]] = defaultdict(set)
     for case in spec.bench_cases:
         inputs = spec.make_inputs(case, options.dtype, options.device, 0)
-        like = inputs[spec.like]
-        serving = [form for form in spec.implementations if form.serves(capability, like.dtype, like.shape[-1])]
+        like, serving = inputs[spec.like], spec.serving(capability, inputs)
         if not serving:
             continue
         expected, sort = clone_inputs(inputs), sort_of(like)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -99,6 +99,9 @@ class Implementation:
     (empty: any): of the tensors it is for; others are left to the reference. cpu: the form that a CPU takes, for all
     dtypes and sizes. A module that has `compile_cases` is compiled by Triton; it also has its `Config` and
     `candidates(architecture)`, the configs worth trying there.
+    rules: expressions of dims that must hold for a call; others run in the form `otherwise` where an op chooses, and
+    this one refuses them. unproved: why no card has run its kernel yet; it is then checked in a process of its own,
+    and neither timed nor tuned beside others.
     """
 
     name: str
@@ -107,6 +110,9 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = HALF
     last_dims: tuple[int, ...] = ()
     cpu: bool = False
+    rules: tuple[str, ...] = ()
+    otherwise: str = ""
+    unproved: str = ""
 
     def serves(self, capability: int, dtype: torch.dtype, last_dim: int | None = None) -> bool:
         """Return True for tensors that this form is declared for on an architecture."""
@@ -315,11 +321,37 @@ class KernelSpec(OpSpec):
         if device.type == "cuda" and has_triton():
             capability = architecture(device)
             for form in self.implementations:
-                if form.serves(capability, dtype, last_dim):
+                if form.serves(capability, dtype, last_dim) and not form.unproved:
                     return form.name
         elif device.type == "cpu":
             return next((form.name for form in self.implementations if form.cpu), "reference")
         return "reference"
+
+    def serving(
+        self, capability: int, given: Mapping[str, Any], forms: Sequence[Implementation] | None = None
+    ) -> list[Implementation]:
+        """Those of some forms that take a call on an architecture; without `forms`, of all that a card has run."""
+        like = given[self.like]
+        offered = [form for form in self.implementations if not form.unproved] if forms is None else forms
+        return [
+            form for form in offered
+            if form.serves(capability, like.dtype, like.shape[-1]) and not self.broken(form, given)
+        ]  # fmt: skip
+
+    def broken(self, form: Implementation, given: Mapping[str, Any]) -> str | None:
+        """The first rule of a form that a call breaks, with the sizes in it; None if the form takes the call."""
+        dims = self._dims(given) if form.rules else {}
+        for rule in form.rules:
+            if not evaluated(rule, dims):
+                values = ", ".join(f"{name} is {dims[name]}" for name in compiled(rule).co_names)
+                return f"{values}; expected {rule}"
+        return None
+
+    def expect_taken(self, name: str, given: Mapping[str, Any]) -> None:
+        """UsageError for a call that breaks a rule of a form."""
+        form = self.form(name)
+        if reason := self.broken(form, given):
+            raise UsageError(f"{self.name}: implementation {name}: {reason}; use {form.otherwise} or reference")
 
     @cached_property
     def own_forms(self) -> dict[str, OwnForm]:

@@ -24,12 +24,30 @@ SCHEMA = 1
 
 
 def choose(spec: KernelSpec, like: torch.Tensor) -> Callable[..., None]:
-    """Return the form for such a tensor: the one of `using`, else the card's tuned one, else the first declared."""
+    """Return the form for such a tensor: the one of `using`, else the card's tuned one, else the first declared.
+
+    A call that breaks a rule of the form goes to the form that it names for such calls.
+    """
     if wanted := (CHOSEN.get() or {}).get(spec.name):
-        return spec.named(wanted, like.device)
+        return with_rules(spec, wanted, spec.named(wanted, like.device))
     if like.device.type == "cuda" and (best := tuned(spec, like)):
         return best
-    return spec.named(spec.chosen(like.device, like.dtype, like.shape[-1]))
+    name = spec.chosen(like.device, like.dtype, like.shape[-1])
+    return with_rules(spec, name, spec.named(name))
+
+
+def with_rules(spec: KernelSpec, name: str, run: Callable[..., None]) -> Callable[..., None]:
+    """The function of a form, or one that leaves the calls which break its rules to another form."""
+    form = next((form for form in spec.implementations if form.name == name), None)
+    if form is None or not form.rules:
+        return run
+    other = spec.form(form.otherwise)
+
+    def take(*args: Any) -> None:
+        broken = spec.broken(form, dict(zip(spec.names, args, strict=True)))
+        (other.load() if broken else run)(*args)
+
+    return take
 
 
 def tuned(spec: KernelSpec, like: torch.Tensor) -> Callable[..., None] | None:
@@ -77,7 +95,8 @@ def read(spec: KernelSpec, table: Any, capability: int) -> dict[str, Callable[..
         if held not in known:
             raise ValueError(f"{sort!r} has config {held}, which is none that {form.name} has for sm_{capability}")
         config = known[held]
-        found[sort] = form.load() if config is None else partial(form.load(), config=config)
+        run = form.load() if config is None else partial(form.load(), config=config)
+        found[sort] = with_rules(spec, form.name, run)
     return found
 
 

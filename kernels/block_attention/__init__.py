@@ -61,6 +61,12 @@ SPEC = KernelSpec(
     implementations=(
         Implementation("triton", ".block_attention.gpu:block_attention", ARCHITECTURES, last_dims=HEAD_DIMS),
         Implementation("descriptors", ".block_attention.descriptors:block_attention", (90, 100), last_dims=HEAD_DIMS),
+        Implementation(
+            "hopper", ".block_attention.hopper:block_attention", (90,), (torch.bfloat16,), (128,),
+            # a page holds a tile of keys; a tile's row in the store is a 32-bit number
+            rules=("page_tokens >= 128", "head_groups == 1", "has_kv_scale == 0", "2 * pages * page_tokens < 2**31"),
+            otherwise="triton", unproved="compiled and simulated only: no card has run it",
+        ),
         Implementation("sdpa", ".block_attention.sdpa:block_attention"),
         Implementation("flash_attn", ".block_attention.flash:block_attention"),
         Implementation("cpu", ".block_attention.cpu:block_attention", cpu=True),

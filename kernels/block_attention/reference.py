@@ -137,6 +137,8 @@ TEST_CASES = (
     Case("head of 128", sizes(1, 24, 3, 40, 2, 2, 128), {"sinks": 1}),
     Case("fp8 pages", sizes(2, 18, 4, 20, 2, 1, 64), {"fp8": True, "sinks": 1}),
     Case("fp8 pages in runs", sizes(1, 17, 6, 20, 1, 1, 64), {"fp8": True, "order": "one", "alike": 4, "lse": True}),
+    Case("pages of a tile and more", sizes(1, 20, 3, 136, 2, 1, 128)),
+    Case("long pages, sink", sizes(2, 12, 2, 130, 1, 1, 128), {"sinks": 1, "lse": True, "order": "one"}),
 )
 THREE, SIX = 3 * FRAME_480P, 6 * FRAME_480P  # tokens of blocks of three and six frames
 BENCH_CASES = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from dataclasses import replace
 
 import pytest
 
-from inferix.bench import machine
-from inferix.bench.first_minute import LINES, Run, run_lines
+from inferix.bench import first_minute, machine
+from inferix.bench.first_minute import LINES, Run, run_lines, unproved
 from inferix.bench.subject import Subject
 
 
@@ -34,7 +36,33 @@ def test_a_line_that_breaks_is_written_down_and_the_next_runs(tmp_path, monkeypa
 
 
 def test_lines_state_the_time_they_should_take():
-    assert sum(seconds for _, seconds in LINES.values()) <= 90
+    assert sum(seconds for _, seconds in LINES.values()) <= 115
+
+
+def test_a_form_that_no_card_has_run_costs_no_other_line(monkeypatch):
+    def hangs(command, timeout, **options):
+        assert command[1:5] == ["-m", "inferix.bench.form_check", "block_attention", "hopper"]
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    def fails(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nRuntimeError: an illegal memory access\n")
+
+    def ends(command, **options):
+        facts = {"checked": 3, "wrong": {"a case": "out is off by 1"}, "ms": {"full window": 1.5}}
+        return subprocess.CompletedProcess(command, 0, "a warning\n" + json.dumps(facts) + "\n", "")
+
+    run = replace(tiny(), device="cuda")
+    monkeypatch.setattr(first_minute, "architecture", lambda device: 90)
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert "no end within 120 s" in unproved(run)["block_attention, hopper"]
+    monkeypatch.setattr(subprocess, "run", fails)
+    assert "illegal memory access" in unproved(run)["block_attention, hopper"]
+    monkeypatch.setattr(subprocess, "run", ends)
+    assert unproved(run) == {
+        "block_attention, hopper, full window": 1.5, "block_attention, hopper": "2 of 3 cases are right",
+        "block_attention, hopper, a case": "out is off by 1",
+    }  # fmt: skip
+    assert unproved(tiny()) == {"block_attention, hopper": "is for sm_90"}
 
 
 @pytest.mark.slow

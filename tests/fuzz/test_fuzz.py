@@ -113,7 +113,7 @@ def run_text(folder: Path) -> None:
      (run_text, "code")],
 )  # fmt: skip
 def test_a_planted_fault_is_seen(fault: Callable[[Path], object], kind: str, tmp_path: Path) -> None:
-    wall = 2.0 if fault is wait_for_ever else 300.0
+    wall = 0.3 if fault is wait_for_ever else 300.0
     tally = fuzz(planted(fault), tmp_path, 3, Limits(seconds=0.2 if fault is loop else 60, wall=wall, nbytes=1 << 27))
     assert tally.inputs == 3 and {seen for seen in tally.outcomes if seen in BAD} == {kind}
     assert {failure.kind for failure in tally.failures.values()} == {kind}

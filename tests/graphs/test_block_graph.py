@@ -32,7 +32,7 @@ from inferix.runtime.programs.block_plan import plan_block
 SPEC = dataclasses.replace(TINY, dim=128, actions=())
 SIZE = (48, 32)
 GRID = (2, 3)
-STEPS = {"causal-diffusion": {"num_steps": 4}}
+IN_FULL = " in full"  # of a preset's name: with all of its steps
 EXACT = 1e-9
 Values = dict[str, Tensor]
 ops = torch.ops.inferix
@@ -53,13 +53,27 @@ def slow(preset: str):
     return pytest.param(preset, marks=pytest.mark.slow)
 
 
+def settings(preset: str) -> dict[str, object]:
+    """Steps of a preset: as few as show each kind of step, and all where its name says so."""
+    name, full, _ = preset.partition(IN_FULL)
+    if name == "causal-diffusion" and full:
+        return {"num_steps": 4}
+    if full or PRESETS[name].window_blocks > 1:
+        return {}
+    sampler = PRESETS[name].sampler
+    return {"num_steps": 3} if sampler.solver == "unipc" else {"denoising_step_list": sampler.denoising_step_list[:2]}
+
+
+PRESETS_AND_FULL = [*DISTINCT, *(slow(name + IN_FULL) for name in DISTINCT)]
+
+
 def spec_for(preset: str):
-    return dataclasses.replace(SPEC, actions=("stay", "go")) if preset == "tinyworld" else SPEC
+    return dataclasses.replace(SPEC, actions=("stay", "go")) if preset.startswith("tinyworld") else SPEC
 
 
 @cache
 def built(preset: str, fuse_commit: bool = False) -> BlockGraphBuilder:
-    scheme = make_preset(preset, **STEPS.get(preset, {}))
+    scheme = make_preset(preset.removesuffix(IN_FULL), **settings(preset))
     return BlockGraphBuilder(spec_for(preset), scheme, SIZE, torch.float64, fuse_commit=fuse_commit)
 
 
@@ -114,7 +128,7 @@ def differences(preset: str, block: BlockGraph) -> float:
     return max(float((actual[name] - expected[name]).abs().max()) for name in names)
 
 
-@pytest.mark.parametrize("preset", DISTINCT)
+@pytest.mark.parametrize("preset", PRESETS_AND_FULL)
 def test_the_traced_block_is_the_model(preset: str) -> None:
     block = block_of(preset)
     validate(block)
@@ -143,7 +157,7 @@ def test_a_block_takes_several_passes_between_two_joins(overrides: dict) -> None
             assert (found[name] - wanted[name]).abs().max() < EXACT, name
 
 
-@pytest.mark.parametrize("preset", [name if name in VARIED else slow(name) for name in DISTINCT])
+@pytest.mark.parametrize("preset", [*VARIED, *(slow(name + IN_FULL) for name in DISTINCT)])
 def test_each_rewrite_computes_the_same(preset: str) -> None:
     """Each exact rewrite with those that it needs."""
     for name in chosen():
@@ -152,7 +166,7 @@ def test_each_rewrite_computes_the_same(preset: str) -> None:
         assert differences(preset, actual) < EXACT, name
 
 
-@pytest.mark.parametrize("preset", DISTINCT)
+@pytest.mark.parametrize("preset", PRESETS_AND_FULL)
 def test_all_rewrites_compute_the_same(preset: str) -> None:
     block = block_of(preset)
     actual = all_done(preset)
@@ -163,7 +177,7 @@ def test_all_rewrites_compute_the_same(preset: str) -> None:
     assert block.changes == () and len(list(block.passes[0])) > len(list(actual.passes[0]))
 
 
-@pytest.mark.parametrize("preset", DISTINCT)
+@pytest.mark.parametrize("preset", PRESETS_AND_FULL)
 def test_passes_hold_neither_time_mlp_nor_prompt_work_nor_what_follows_the_last_keys(preset: str) -> None:
     block, fused = all_done(preset), {"rope_append", "layer_norm", "gelu", "rsqrt", "frame_noise"}
     assert block.prompt is not None and block.fold is not None
@@ -171,7 +185,7 @@ def test_passes_hold_neither_time_mlp_nor_prompt_work_nor_what_follows_the_last_
         weights = graph.named(Role.WEIGHT).values()
         read = {value.name for value in weights if value.name.startswith(("time_", "text_"))}
         told_by_actions = {"time_embedding.projection.weight", "time_embedding.projection.bias"}
-        assert read == (told_by_actions if preset == "tinyworld" else set())
+        assert read == (told_by_actions if preset.startswith("tinyworld") else set())
         assert not fused & {name_of(node.target) for node in graph}
         if not graph.outputs:  # run for its keys and values only
             costs_of = PassCost(graph)
@@ -355,7 +369,7 @@ def test_low_precision_layers_are_those_of_the_map(kind: str, monkeypatch: pytes
         rewritten(block_of("self-forcing"), ["lowp"], PrecisionMap(kind, ("blok.*",)))
 
 
-@pytest.mark.parametrize("preset", DISTINCT)
+@pytest.mark.parametrize("preset", PRESETS_AND_FULL)
 def test_operations_are_those_counted_from_sizes(preset: str) -> None:
     block, spec = block_of(preset), spec_for(preset)
     for graph, planned in zip(block.passes, built(preset).planned, strict=True):

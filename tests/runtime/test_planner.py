@@ -168,9 +168,11 @@ def test_pages_and_their_buffer_are_what_is_allocated(name, kind):
         ("wan-14b", "krea", ((1, 3),), True),
     ],
 )
-def test_the_plan_of_real_graphs(model, name, parts, whole):
+@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_plan_of_real_graphs(model, name, parts, whole, steps):
     """At full width and two layers: the arena within its bound, the constants exact."""
-    spec, preset = replace(MODELS[model], num_layers=2), make_preset(name)
+    listed = PRESETS[name].sampler.denoising_step_list[:steps]
+    spec, preset = replace(MODELS[model], num_layers=2), make_preset(name, denoising_step_list=listed)
     frames, latent = parts[0][0] * parts[0][1], spec.latent_size(spec.default_size)
     key = GraphKey(whole, parts, (frames, spec.out_channels, *latent), sinks=False, width=16, pages=16)
     made = GraphBuilder(spec, preset, "reference", torch.bfloat16, "cpu", tuple(chosen()))(key)
