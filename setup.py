@@ -32,6 +32,7 @@ PACKAGES = [
     "inferix.kernels.quantise_rows",
     "inferix.kernels.rms_norm",
     "inferix.kernels.rms_silu",
+    "inferix.kernels.rope_append",
     "inferix.graphs",
     "inferix.graphs.rewrites",
     "inferix.graphs.show",

@@ -1,7 +1,7 @@
 """`Rope`: the rotary position embedding of a model, as its pages and graphs use it.
 
 A token's angles are those of its frame, its row and its column, in float64 on the host. The kernel rotates interleaved
-pairs over the whole width of a head; other forms run through the plain op `rope_append`.
+pairs over the whole width of a head; other forms run through `rope_append`.
 """
 
 from __future__ import annotations

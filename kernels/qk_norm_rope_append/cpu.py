@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..rms_norm.cpu import rms_scale
-from ..rope_append import reference as plain_rope_append
+from ..rope_append.reference import rope_append as plain_rope_append
 from .reference import token_cos_sin, write_pages
 
 

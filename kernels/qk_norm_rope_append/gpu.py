@@ -85,20 +85,20 @@ def _append(
             y = _rotated(x, cos_sin + _cos_sin(sink_ptr, time_line, 0, TIME, DIM), Q_ROWS, DIM)
             tl.store(q_sink_ptr + token * HEADS * DIM + offs, y.to(q_sink_ptr.dtype.element_ty), mask=inside)
     else:
-        head = tl.arange(0, K_ROWS)[:, None]
-        offs, inside = head * DIM + offs_d, head < KV_HEADS  # [K_ROWS, DIM]
+        kv_head = tl.arange(0, K_ROWS)[:, None]  # names of a branch are its own: their shapes differ
+        kv_offs, is_kv = kv_head * DIM + offs_d, kv_head < KV_HEADS  # [K_ROWS, DIM]
         page = tl.load(pages_ptr + row * frames + frame).to(tl.int64) + (kind - 1) * num_pages
         if kind == 1:
-            x = _normed(qkv_line + HEADS * DIM, k_weight_ptr, offs, inside, KV_HEADS * DIM, eps)
-            cos_sin = _grid_cos_sin(rows_ptr, columns_ptr, grid_row, grid_column, TIME, ROW, COLUMN, DIM)
-            y = _rotated(x, cos_sin + _cos_sin(time_ptr, time_line, 0, TIME, DIM), K_ROWS, DIM)
+            key = _normed(qkv_line + HEADS * DIM, k_weight_ptr, kv_offs, is_kv, KV_HEADS * DIM, eps)
+            angles = _grid_cos_sin(rows_ptr, columns_ptr, grid_row, grid_column, TIME, ROW, COLUMN, DIM)
+            z = _rotated(key, angles + _cos_sin(time_ptr, time_line, 0, TIME, DIM), K_ROWS, DIM)
         else:
-            y = tl.load(qkv_line + (HEADS + KV_HEADS) * DIM + offs, mask=inside, other=0.0).to(tl.float32)
+            z = tl.load(qkv_line + (HEADS + KV_HEADS) * DIM + kv_offs, mask=is_kv, other=0.0).to(tl.float32)
         if SCALED:
-            y = y / tl.load(scale_ptr + page * KV_HEADS + head, mask=inside, other=1.0)
-            y = tl.minimum(tl.maximum(y, -448.0), 448.0)
+            z = z / tl.load(scale_ptr + page * KV_HEADS + kv_head, mask=is_kv, other=1.0)
+            z = tl.minimum(tl.maximum(z, -448.0), 448.0)
         kv_line = (page * page_tokens + place) * KV_HEADS * DIM  # kv: [2, pages, page_tokens, KV_HEADS, DIM]
-        tl.store(kv_ptr + kv_line + offs, y.to(kv_ptr.dtype.element_ty), mask=inside)
+        tl.store(kv_ptr + kv_line + kv_offs, z.to(kv_ptr.dtype.element_ty), mask=is_kv)
 
 
 def qk_norm_rope_append(
@@ -149,10 +149,12 @@ def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     variants: dict[str, dict[str, object]] = {"plain": {}, "sink": {"sinks": True}}
     if capability >= 89:
         variants["fp8"] = {"fp8": True}
-    return {
+    calls = {
         f"{name} bf16 h{heads}": make_inputs(
             Case(name, sizes(1, 1, 4, 4, heads, heads, 128), options), torch.bfloat16, "cpu", 0
         )
         for name, options in variants.items()
         for heads in (12, 40)
     }
+    grouped = Case("grouped", sizes(1, 1, 4, 4, 24, 8, 128))
+    return calls | {"grouped by 8 bf16 h24": make_inputs(grouped, torch.bfloat16, "cpu", 0)}

@@ -93,8 +93,7 @@ def test_a_dry_run_of_one_rank_of_several_sends_what_the_planner_counts(grid: Ra
     builder = BlockGraphBuilder(SPEC, preset, (64, 64), torch.bfloat16, shard=fake_shard(grid, shard_weights))
     run = dry_run(rewritten(builder.build(), chosen()), 90, compiled=False)
     assert run.faults() == []
-    allocating = {launch.op for launch in run.of("block") if launch.allocated}
-    assert allocating == {"inferix::rope_append"}  # it has no kernel of its own, and norms come before the exchange
+    assert not any(launch.allocated for launch in run.of("block"))
     sent = [launch for launch in run.of("block") if launch.rate == "link"]
     load = Workload(SPEC, preset, None, 0, (64, 64), "bfloat16", "bfloat16")
     passes = [scheduled.run for scheduled in steady_blocks(preset)[0].passes]

@@ -33,6 +33,7 @@ from inferix.kernels.qk_norm_rope_append import gpu as append_gpu
 from inferix.kernels.quantise_rows import gpu as quantise_gpu
 from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
+from inferix.kernels.rope_append import gpu as rope_gpu
 from inferix.kernels.spec import using
 from inferix.models.registry import make_preset
 
@@ -210,10 +211,16 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
         "tl.split(tl.permute(tl.reshape(x, [ROWS, 2, DIM // 2]), (0, 2, 1)))", "one token",
     ),
     "the wrong page": (append_gpu, "pages_ptr + row * frames + frame", "pages_ptr + row", "odd grid"),
-    "no scale of pages": (append_gpu, "y = y / tl.load(", "y = y + 0 * tl.load(", "fp8 pages"),
+    "no scale of pages": (append_gpu, "z = z / tl.load(", "z = z + 0 * tl.load(", "fp8 pages"),
     "norm by head": (append_gpu, "(1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps))",
                      "(1.0 / tl.sqrt(tl.sum(x * x, 1) / x.shape[1] + eps))[:, None]", "odd grid"),
     "columns rotated as rows": (append_gpu, "place % grid_width", "place // grid_width", "odd grid"),
+    "turned the other way": (rope_gpu, "tl.where(is_second, sin, -sin)", "tl.where(is_second, -sin, sin)", "one token"),
+    "halves for neighbours": (rope_gpu, "if HALF_SPLIT:", "if not HALF_SPLIT:", "a part of a head, apart"),
+    "the end of a head turned": (
+        rope_gpu, "tl.where(is_turned, cos, 1.0)", "tl.where(is_turned, cos, 0.0)", "a part of a head, side by side"
+    ),
+    "one head for all": (rope_gpu, "kv_head * k_head, is_kv_head", "0 * kv_head * k_head, is_kv_head", "grouped heads, sink"),
     "gate of the first frame": (adaln_gpu, "(tokens // gate_frames)", "(tokens * gate_frames)", "odd sizes"),
     "mean of the padded row": (adaln_gpu, "tl.where(inside, x - mean, 0.0)", "x - mean", "odd sizes"),
     "scale without one": (adaln_gpu, "(1.0 + tl.load(scale_ptr", "(0.0 + tl.load(scale_ptr", "one token"),

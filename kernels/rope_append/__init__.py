@@ -1,63 +1,22 @@
 """`rope_append`: rotate queries and keys, write keys and values into their pages.
 
-Models are traced with it, and the graph compiler puts `qk_norm_rope_append` in its place, so on a GPU it has no kernel
-of its own. There it never waits for the device.
+Models are traced with it, and the graph compiler puts `qk_norm_rope_append` in its place where a norm over the full
+width comes before it and pairs lie side by side.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .op import Op
-from .qk_norm_rope_append import reference as with_norm
-from .qk_norm_rope_append.reference import rotated, token_cos_sin, write_pages
-from .spec import Arg, Case, Implementation, KernelSpec
+from ..op import Op
+from ..spec import ARCHITECTURES, FLOATS, Arg, Implementation, KernelSpec
+from . import reference
 
-
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope_time: Tensor,
-    rope_rows: Tensor,
-    rope_columns: Tensor,
-    out: Tensor,
-    kv: Tensor,
-    pages: Tensor,
-    rope_sink: Tensor | None,
-    q_sink: Tensor | None,
-    kv_scale: Tensor | None,
-    half_split: bool,
-) -> None:
-    """In float32 or better; see the public function for shapes."""
-    wide = torch.promote_types(torch.promote_types(q.dtype, torch.float32), rope_time.dtype)
-    cos_sin = token_cos_sin(rope_time, rope_rows, rope_columns).to(wide)
-    out.copy_(rotated(q.to(wide), cos_sin, half_split))
-    if rope_sink is not None and q_sink is not None:
-        sink_cos_sin = token_cos_sin(rope_sink, rope_rows, rope_columns).to(wide)
-        q_sink.copy_(rotated(q.to(wide), sink_cos_sin, half_split))
-    write_pages(rotated(k.to(wide), cos_sin, half_split), v.to(wide), kv, pages, kv_scale)
-
-
-def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    inputs = with_norm.make_inputs(case, dtype, device, seed)
-    heads, kv_heads, dim = case["heads"], case["kv_heads"], case["dim"]
-    parts = inputs.pop("qkv").split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, dim)) for part in parts)
-    out = inputs.pop("q")
-    for name in ("q_weight", "k_weight", "eps"):
-        del inputs[name]
-    return {"q": q, "k": k, "v": v, "out": out, "half_split": bool(case.options.get("half_split")), **inputs}
-
-
-HALF_SPLIT = Case("pairs that lie apart", with_norm.sizes(1, 2, 2, 3, 2, 1, 64), {"half_split": True})
 QUERIES, KEYS = "rows frames*height*width heads dim", "rows frames*height*width kv_heads dim"
 SPEC = KernelSpec(
     name="rope_append",
-    reference=reference,
+    reference=reference.rope_append,
     outputs=("out", "kv", "q_sink"),
     like="q",
     args={
@@ -80,11 +39,14 @@ SPEC = KernelSpec(
     family="pages",
     label="rope, append",
     flops="8 * rows * frames * height * width * (heads + kv_heads) * dim",
-    implementations=(Implementation("cpu", ".qk_norm_rope_append.cpu:rope_append", cpu=True),),
-    make_inputs=make_inputs,
-    test_cases=(*with_norm.TEST_CASES, HALF_SPLIT),
-    bench_cases=with_norm.BENCH_CASES,
-    tolerance=with_norm.TOLERANCE,
+    implementations=(
+        Implementation("triton", ".rope_append.gpu:rope_append", ARCHITECTURES, FLOATS, last_dims=(16, 32, 64, 128, 256)),
+        Implementation("cpu", ".qk_norm_rope_append.cpu:rope_append", cpu=True),
+    ),
+    make_inputs=reference.make_inputs,
+    test_cases=reference.TEST_CASES,
+    bench_cases=reference.BENCH_CASES,
+    tolerance=reference.TOLERANCE,
     reads_host=("cpu",),
 )
 OP = Op(SPEC)
@@ -120,3 +82,6 @@ def rope_append(
     out = torch.empty_like(q) if out is None else out
     OP(q, k, v, rope_time, rope_rows, rope_columns, out, kv, pages, rope_sink, q_sink, kv_scale, half_split)
     return out
+
+
+__all__ = ["SPEC", "rope_append"]
