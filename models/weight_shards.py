@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 
 from ..graphs.shards import Axis
 from ..kernels.collectives import all_gather
-from ..kernels.spec import FP8
 from .fingerprints import fingerprint_of, sampled
 
 
@@ -28,8 +27,7 @@ class Gathered(nn.Module):
         self.shape, self.axis = shape, axis
 
     def forward(self, part: Tensor) -> Tensor:
-        stored = part.view(torch.uint8) if part.dtype == FP8 else part  # collectives know no FP8
-        parts = all_gather(stored, ranks=self.axis.size, group=self.axis.group).view(part.dtype)
+        parts = all_gather(part, ranks=self.axis.size, group=self.axis.group)
         return parts.flatten()[: math.prod(self.shape)].view(self.shape)
 
 

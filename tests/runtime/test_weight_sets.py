@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inferix.errors import UsageError
+from inferix.export.targets import TARGETS, check_target
 from inferix.graphs.rewrites import chosen, rewritten
 from inferix.graphs.types import OF_SET, Role
 from inferix.graphs.validate import validate
@@ -295,6 +296,14 @@ def test_the_graph_of_a_block_reads_both_sets():
         names = [value.name for value in graph.named(Role.WEIGHT).values()]
         assert names and {name.endswith(f"{OF_SET}1") for name in names} == {graph.name == "commit"}
     assert {"blocks.0.cross_attn.k.weight", f"blocks.0.self_attn.k.weight{OF_SET}1"} <= set(block.values(Role.WEIGHT))
+
+
+@pytest.mark.parametrize("name", ["sgf-plus", "self-forcing-a14b"])
+def test_an_export_of_two_sets_is_refused_by_the_table(name):
+    for target in TARGETS.values():
+        assert "several sets of weights" not in target.can
+        with pytest.raises(UsageError, match=rf"{target.name}.*{name}.*several sets of weights"):
+            check_target(target, make_preset(name), "float32", unroll=False)
 
 
 @pytest.mark.parametrize("frames", [3, 7])
