@@ -53,6 +53,7 @@ from .options import (
     UNTRAINED,
     check_beside_engine,
     check_settings,
+    check_start,
     counted,
     parse_forms,
     parse_settings,
@@ -488,6 +489,9 @@ def generate(
     parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel, "kernels": forms}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
+    if exported is None:
+        reading = {"form": overrides.get("checkpoint_format"), "names": names}
+        check_start(model, preset, {"--image": image, "--video": video, "--camera": camera}, **reading)
     parts["prompts"] = [text for text in (prompt, negative_prompt, *(cue.prompt for cue in cues)) if text is not None]
     if exported is not None:
         engine = load(engine=exported, **overrides)

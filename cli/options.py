@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -11,6 +12,9 @@ from ..errors import UsageError, cut, quoted
 from ..runtime.executor_specs import EXECUTORS, default_executor
 from ..schemes.layouts import LAYOUTS
 from ..user_yaml import parse_yaml
+
+if TYPE_CHECKING:
+    from ..models.spec import ModelSpec
 
 OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."
@@ -94,3 +98,38 @@ def check_beside_engine(engine: object, given: Mapping[str, object]) -> None:
     """Raise UsageError for flags, by name, that an exported engine has its own answer to."""
     if engine is not None and (flags := [flag for flag, value in given.items() if value is not None]):
         raise UsageError(f"--engine {quoted(str(engine))} has {flags[0]} of its own; leave it out")
+
+
+def check_start(model: str, preset: str | None, given: Mapping[str, object], **reading: Any) -> None:
+    """Raise UsageError for an image or a camera that a stream of a model needs, or does not take, before it is loaded.
+
+    given: values of --image, --video and --camera, by option; those that a command has. reading: arguments of
+    `read_checkpoint`. A name of the hub is checked when its files are there, by `Engine.open`.
+    """
+    from ..models.registry import default_preset, find_preset
+
+    image, video, camera = (given.get(option) for option in ("--image", "--video", "--camera"))
+    if find_preset(preset or default_preset(model)).context.image != "channels" and camera is None:
+        return
+    spec, name = known_spec(model, **reading), quoted(model)
+    if spec is None:
+        return
+    if spec.condition_channels and video is not None:
+        raise UsageError(f"{name} continues an image, not a video; give --image in place of --video")
+    if spec.condition_channels and image is None:
+        raise UsageError(f"{name} begins with an image, and there is none; give --image")
+    if spec.camera_channels is None and camera is not None:
+        raise UsageError(f"--camera {quoted(str(camera))} is given, but {name} follows none; leave it out")
+    if spec.camera_channels is not None and "--camera" in given and camera is None:
+        raise UsageError(f"{name} follows a camera, and there is none; give --camera")
+
+
+def known_spec(model: str, **reading: Any) -> ModelSpec | None:
+    """Return the sizes of a model without its weights; None for a name of the hub whose sizes are not known."""
+    from ..models.registry import MODELS, PRESETS, read_checkpoint
+
+    if model in MODELS:
+        return MODELS[model]
+    if Path(model).exists():
+        return read_checkpoint(model, **reading).spec
+    return MODELS.get(PRESETS[model].about.base) if model in PRESETS else None

@@ -31,7 +31,17 @@ from ..runtime.media import CONTAINERS, VideoWriter
 from ..runtime.sinks import Frames, Pump, Sink
 from ..schemes.camera import Camera, CameraMove
 from .generate import DEFAULT_PROMPT, SEEN
-from .options import EXECUTOR, FORCE, GPUS, OFFLINE, PARALLEL, check_beside_engine, ranks_of_launcher
+from .options import (
+    EXECUTOR,
+    FORCE,
+    GPUS,
+    OFFLINE,
+    PARALLEL,
+    check_beside_engine,
+    check_start,
+    known_spec,
+    ranks_of_launcher,
+)
 from .terminal import Layout, check_size, check_terminal, draw, has_true_colour, layout
 
 if TYPE_CHECKING:
@@ -418,6 +428,7 @@ def play(
         None, "--engine", metavar="DIR", help="Folder that inferix export wrote, in place of a model."
     ),
     preset: str | None = typer.Option(None, help="Decoding scheme.  [default: the model's own]"),
+    base: Path | None = typer.Option(None, help="Folder with VAE and text encoder, if not with the model."),
     prompt: str = typer.Option(DEFAULT_PROMPT, help="Content of the world, as text."),
     image: Path | None = typer.Option(None, help="First picture, for models that begin with one."),
     seed: int = typer.Option(0, help="Seed of the noise, which determines the land."),
@@ -445,12 +456,12 @@ def play(
     if record.suffix.lower() not in CONTAINERS:
         raise UsageError(f"--record {quoted(str(record))} must end in one of {', '.join(CONTAINERS)}")
 
-    from ..models.registry import MODELS
+    from ..models.registry import MODELS, PRESETS
     from ..runtime.load import load
     from ..runtime.sessions.session import Session
 
     given: dict[str, object] = {"--model": model, "--device": device, "--executor": executor, "--graphs": graphs}
-    given |= {"--gpus": gpus, "--parallel": parallel}
+    given |= {"--gpus": gpus, "--parallel": parallel, "--base": base}
     check_beside_engine(exported, given)
     checks: dict[str, Any] = {"offline": offline, "force": force, "rewind_blocks": REWIND_BLOCKS}
     if exported is not None:
@@ -458,8 +469,12 @@ def play(
     else:
         named = model or "tinyworld"
         ranks: dict[str, Any] = {"gpus": gpus or ranks_of_launcher(), "parallel": parallel}
-        preset = preset or (None if named in MODELS else "tinyworld")
-        engine = load(named, preset=preset, device=device, executor=executor, graphs=graphs, **ranks, **checks)
+        if preset is None and named not in (*MODELS, *PRESETS):
+            spec = known_spec(named)
+            preset = "tinyworld" if spec is None or spec.actions else None
+        check_start(named, preset, {"--image": image})
+        parts: dict[str, Any] = {"base": base, "device": device, "executor": executor, "graphs": graphs}
+        engine = load(named, preset=preset, **parts, **ranks, **checks)
     has_camera = engine.spec.camera_channels is not None
     if not engine.spec.actions and not has_camera:
         raise UsageError(

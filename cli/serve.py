@@ -15,7 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, quoted
-from .options import EXECUTOR, FORCE, OFFLINE, check_beside_engine, check_settings, parse_settings, parse_size
+from .options import (
+    EXECUTOR,
+    FORCE,
+    OFFLINE,
+    check_beside_engine,
+    check_settings,
+    check_start,
+    parse_settings,
+    parse_size,
+)
 
 REWIND_BLOCKS = 12
 NEEDED = ("fastapi", "uvicorn", "websockets", "msgpack", "prometheus_client", "multipart", "httpx")
@@ -107,6 +116,7 @@ def serve(
     check_settings(ctx, chosen)
     limits = parse_settings(limit)
 
+    from ..models.registry import default_model
     from ..runtime.byte_sizes import parse_bytes
     from ..runtime.load import load
     from ..serve.app import Server
@@ -130,6 +140,8 @@ def serve(
     check_beside_engine(exported, {f"--{name}": value for name, value in (*given.items(), ("size", size))})
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("inferix.serve").setLevel(logging.INFO)
+    if exported is None and (model is not None or preset is not None):
+        check_start(model or default_model(preset), preset, {"--image": image})
     with ExitStack() as stack:
         listener = stack.enter_context(listen(host, port, rules.token))
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferix-serve-")))
@@ -139,7 +151,7 @@ def serve(
             limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
             rewind_blocks=rewind_blocks, **chosen,
         )  # fmt: skip
-        if engine.spec.condition_channels and image is None:
+        if engine.spec.condition_channels and image is None:  # of a name of the hub
             raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
         address = address_of(listener)
 

@@ -8,6 +8,7 @@ HF_HUB_OFFLINE count as in every program that uses huggingface_hub, which is imp
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -23,17 +24,19 @@ TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
 TEXT = (TEXT_ENCODER, *(f"google/umt5-xxl/{name}" for name in TOKENIZER))
 TRANSFORMER_PARTS = ("config.json", "model_index.json", "diffusion_pytorch_model*", "transformer/*", "transformer_2/*",
-                     "high_noise_model/*", "low_noise_model/*")  # fmt: skip
-OTHER_PARTS = ("Wan2.?_VAE.pth", "vae/*", "models_t5_*", "google/umt5-xxl/*", "text_encoder/*", "tokenizer/*")
+                     "high_noise_model/*", "low_noise_model/*", "transformers/*")  # fmt: skip
+VAE_PARTS, TEXT_PARTS = ("Wan2.?_VAE.pth", "vae/*"), ("models_t5_*", "text_encoder/*")
+OTHER_PARTS = (*VAE_PARTS, *TEXT_PARTS, "google/umt5-xxl/*", "tokenizer/*")
+OFFLINE = "the hub is not asked (offline)"
 GIGABYTES = {  # of files whose size is known; messages leave out the others'
     "Wan2.1_VAE.pth": 0.5, "Wan2.2_VAE.pth": 2.8, TEXT_ENCODER: 11.4, "krea-realtime-video-14b.safetensors": 28.6,
-    "autoregressive_checkpoint/model.pt": 11.4,
+    "autoregressive_checkpoint/model.pt": 11.4, "transformers/*": 37.1,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files of one repository of the hub, as paths in it."""
+    """Files of one repository of the hub, as paths in it, or as patterns where the hub cannot be asked."""
 
     repository: str
     names: tuple[str, ...]
@@ -41,7 +44,8 @@ class Files:
     @property
     def command(self) -> str:
         """The shell command that downloads them into the cache."""
-        return f"hf download {self.repository} {' '.join(self.names)}"
+        option = "--include " if has_wildcard(self.names) else ""
+        return f"hf download {self.repository} {' '.join(option + shlex.quote(name) for name in self.names)}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ BASES = {  # VAE and text encoder by named model; both sizes of Wan 2.1 have the
     "wan-1.3b": WAN21,
     "wan-14b": WAN21,
     "wan-5b": Files("Wan-AI/Wan2.2-TI2V-5B", ("Wan2.2_VAE.pth", *TEXT)),
+    "lingbot-1.3b": WAN21,
+    "lingbot-14b": WAN21,
 }
 
 
@@ -85,7 +91,7 @@ def locate(
     if named := model not in MODELS and not Path(model).exists() and (model in PRESETS or is_hub_name(model)):
         wanted, part, about = published(model, preset, offline)
         needed.insert(0, wanted)
-        if base is None and part and not alone and about is not None and about.base in BASES:
+        if base is None and not alone and about is not None and about.base in BASES and not has_parts(wanted):
             needed.append(BASES[about.base])
     folders = fetch(model if named else str(base), needed, offline, about)
     path = str(folders.pop(0) / part) if named else model
@@ -103,13 +109,13 @@ def published(model: str, preset: str | None, offline: bool) -> tuple[Files, str
                 f"model is {quoted(model)}, a preset of which no published file is known ({about.weights}); "
                 "give a path, or org/name:file of the hub"
             )
-        return Files(about.weights, about.files), about.files[0], about
+        return files_of(model, about, offline)
     match = NAME.fullmatch(model)
     assert match is not None
     repository, file = match["repository"], match["file"]
     owner = next((one.about for one in PRESETS.values() if one.about.weights == repository and one.about.files), None)
     if owner is not None and file in (None, owner.files[0]):
-        return Files(repository, owner.files), owner.files[0], owner
+        return files_of(model, owner, offline)
     if owner is None and preset is not None:
         owner = find_preset(preset).about
     if file is not None:
@@ -122,6 +128,33 @@ def published(model: str, preset: str | None, offline: bool) -> tuple[Files, str
         listed = f": {', '.join(weights[:8])}{', ...' if len(weights) > 8 else ''}" if weights else ""
         raise UsageError(f"{repository} has {len(weights)} files of weights{listed}; name one, {repository}:FILE")
     return Files(repository, (weights[0],)), weights[0], owner
+
+
+def files_of(name: str, about: About, offline: bool) -> tuple[Files, str, About]:
+    """The published files of a preset, the model's among them ("": their folder), and the preset's facts."""
+    files = Files(about.weights, about.files)
+    if not has_wildcard(about.files):
+        return files, about.files[0], about
+    try:
+        names = matching(listing(about.weights, offline), about.files)
+    except UsageError:  # the hub has no such repository
+        raise
+    except InferixError as error:
+        beside = [] if has_parts(files) or about.base not in BASES else [BASES[about.base]]
+        reason = OFFLINE if is_offline(offline) else "the hub does not answer"
+        raise unavailable(name, [files, *beside], reason, about) from error
+    if not names:
+        raise UsageError(f"{about.weights} has no files {', '.join(about.files)}; see {page(about.weights)}")
+    return Files(about.weights, names), "", about
+
+
+def has_wildcard(names: Sequence[str]) -> bool:
+    return any("*" in name for name in names)
+
+
+def has_parts(files: Files) -> bool:
+    """True if a VAE and a text encoder are among some files."""
+    return all(matching(files.names, patterns) for patterns in (VAE_PARTS, TEXT_PARTS))
 
 
 def base_of(repository: str, offline: bool) -> Files:
@@ -142,7 +175,7 @@ def fetch(name: str, needed: Sequence[Files], offline: bool, about: About | None
         return []
     missing = [files for files in needed if cached(files) is None]
     if missing and is_offline(offline):
-        raise unavailable(name, missing, "the hub is not asked (offline)", about)
+        raise unavailable(name, missing, OFFLINE, about)
     try:
         return [cached(files) or download(files) for files in needed]
     except ConnectionError as error:
@@ -175,7 +208,7 @@ def listing(repository: str, offline: bool) -> list[str]:
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-    reason = "the hub is not asked (offline)"
+    reason = OFFLINE
     if not is_offline(offline):
         try:
             return sorted(huggingface_hub.HfApi().list_repo_files(repository))

@@ -342,7 +342,8 @@ class BlockLoop:
             return None
         key = run.frames, camera_key(state.camera, run.frames)
         if state.given is None or state.given.key != key:
-            channels = frame_channels(spec, state.image, state.camera, run.frames, latents)
+            like = latents.to(self.resources.dtype)
+            channels = frame_channels(spec, state.image, state.camera, run.frames, like)
             state.given = None  # what it keeps is freed before the next is made
             state.given = GivenFrames(key, self.resources.client.embed_frames(channels))
         return state.given.handle

@@ -70,9 +70,9 @@ def camera_key(camera: CameraTrack | None, frames: Sequence[int]) -> bytes:
 def frame_channels(
     spec: ModelSpec, image: ImageCondition | None, camera: CameraTrack | None, frames: Sequence[int], like: Tensor
 ) -> Tensor:
-    """Channels [F, frame_channels, H, W] of frames, in the dtype of latents `like` [F, C, H, W] and on their device.
+    """Channels [F, frame_channels, H, W] of frames, in the dtype and size of `like` [F, C, H, W] and on its device.
 
-    Rays are computed in float32, or in a wider dtype of the latents.
+    Rays are computed in float32, or in a wider dtype of `like`.
     """
     parts = [] if image is None else [torch.stack([image.of(frame) for frame in frames]).to(like)]
     if camera is not None:

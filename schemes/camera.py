@@ -21,6 +21,7 @@ RIGID = 1e-3  # how far the rotation of a pose may be from one; files have float
 LONGEST_PATH = 100_000  # poses
 RATES = ("picture", "latent")
 NORMALIZE = ("path", "block")
+KEYS = ("forward", "right", "yaw", "pitch")
 HORIZONTAL, NO_TURN = 1e-9, (0.0, 0.0)
 
 
@@ -45,7 +46,7 @@ class CameraSpeeds:
 
 @dataclass(frozen=True)
 class CameraMove:
-    """Keys and mouse of a camera, held until the next move.
+    """Keys and mouse of a camera, held until the next move, and for one block at least.
 
     forward, right, yaw, pitch: shares of full speed in [-1, 1]; yaw turns right, pitch looks up. turn: degrees (right,
     up) that the camera turns over the next block, as a mouse does.
@@ -58,7 +59,7 @@ class CameraMove:
     turn: tuple[float, float] = NO_TURN
 
     def __post_init__(self) -> None:
-        for name in ("forward", "right", "yaw", "pitch"):
+        for name in KEYS:
             value = getattr(self, name)
             if not is_finite(value) or not -1 <= value <= 1:
                 raise UsageError(f"{name} is {quoted(value)}; expected a number in -1..1")
@@ -289,8 +290,8 @@ class CameraTrack:
     """The camera of each latent frame of a stream: given poses, then those that held keys lead to.
 
     first: frame of the first of `poses`, which is at most the one before the next block. held: keys of the frames after
-    them. turn, turn_frames: degrees (right, up) that are left to turn, over so many frames. scale: world units of
-    length 1. seconds: of a latent frame.
+    them, but for the first `tap_frames`, whose keys are `tapped` and over which `turn` degrees (right, up) are left to
+    turn. scale: world units of length 1. seconds: of a latent frame.
     """
 
     def __init__(
@@ -305,7 +306,7 @@ class CameraTrack:
         self.intrinsics, self.scale, self.normalize = intrinsics, scale, normalize
         self.speeds, self.seconds = speeds, seconds
         self.first, self.poses, self.held = 0, list(poses), CameraMove()
-        self.turn, self.turn_frames = NO_TURN, 0
+        self.tapped, self.turn, self.tap_frames = CameraMove(), NO_TURN, 0
 
     @classmethod
     def begin(
@@ -338,26 +339,32 @@ class CameraTrack:
         self.reach(frame)
         del self.poses[frame - self.first :]
         self.poses += list(poses)
-        self.held, self.turn, self.turn_frames = CameraMove(), NO_TURN, 0
+        self.held, self.tapped, self.turn, self.tap_frames = CameraMove(), CameraMove(), NO_TURN, 0
 
     def hold(self, frame: int, move: CameraMove, block: int) -> None:
-        """Hold keys from `frame` on; later poses are dropped. The move's turn is spread over `block` frames."""
+        """Hold keys from `frame` on; later poses are dropped.
+
+        The move's turn is spread over the `block` frames that begin there. Keys that were pressed and released again
+        before these frames began are held over them, however short that was.
+        """
         self.reach(frame)
         del self.poses[max(1, frame - self.first) :]  # the stream's first frame has no step into it
         self.held = replace(move, turn=NO_TURN)
+        before = self.tapped if self.tap_frames else CameraMove()
+        self.tapped = CameraMove(*(getattr(move, key) or getattr(before, key) for key in KEYS))
         self.turn = self.turn[0] + move.turn[0], self.turn[1] + move.turn[1]
-        self.turn_frames = block if self.turn != NO_TURN else 0
+        self.tap_frames = max(1, frame + block - self.end)
 
     def reach(self, end: int) -> None:
         """Add poses that the held keys lead to, of all frames before `end`."""
         while self.end < end:
             move = self.held
-            if self.turn_frames:
-                share = self.turn[0] / self.turn_frames, self.turn[1] / self.turn_frames
-                move = replace(move, turn=share)
+            if self.tap_frames:
+                share = self.turn[0] / self.tap_frames, self.turn[1] / self.tap_frames
+                move = replace(self.tapped, turn=share)
                 self.turn = self.turn[0] - share[0], self.turn[1] - share[1]
-                self.turn_frames -= 1
-            self.turn = self.turn if self.turn_frames else NO_TURN
+                self.tap_frames -= 1
+            self.turn = self.turn if self.tap_frames else NO_TURN
             self.poses.append(moved(self.poses[-1], move, self.speeds, self.seconds))
 
     def motions(self, frames: Sequence[int]) -> Poses:
@@ -379,7 +386,8 @@ class CameraTrack:
     def fork(self) -> CameraTrack:
         """Return an independent copy; poses are never written."""
         twin = CameraTrack(self.intrinsics, self.poses, self.scale, self.normalize, self.speeds, self.seconds)
-        twin.first, twin.held, twin.turn, twin.turn_frames = self.first, self.held, self.turn, self.turn_frames
+        twin.first, twin.held = self.first, self.held
+        twin.tapped, twin.turn, twin.tap_frames = self.tapped, self.turn, self.tap_frames
         return twin
 
 

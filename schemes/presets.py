@@ -25,7 +25,8 @@ EXPERTS = ("high-noise", "low-noise")
 class About:
     """Where a scheme's weights are: the model they are for, the licence of their code, and their repository.
 
-    files: their paths in it, the transformer's first; none where no published file is known.
+    files: their paths in it, the transformer's first, or patterns of those of a folder or of shards; none where no
+    published file is known.
     """
 
     base: str

@@ -22,13 +22,11 @@ class SolverRules:
     do; otherwise both are those of noise.
     condition: (num_steps, step) to what the network is given of that step besides its timestep, as distilled ones are;
     None where it is given the timestep only.
-    wide_latents: latents are in float32 or better from step to step, also where the model's dtype is narrower.
     """
 
     step_list: bool
     condition: Callable[[int, int], float] | None = None
     to_clean: bool = False
-    wide_latents: bool = False
 
 
 SOLVERS: dict[str, SolverRules] = {"renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False)}
@@ -51,6 +49,7 @@ class SamplerSpec:
     guidance: any other guidance; None for that of `guidance_scale`.
     boundary_ratio: noise level from which on a model's expert for high noise runs, and below it the one for low noise;
     0 for a model of one transformer.
+    wide_latents: latents are in float32 or better from step to step, also where the model's dtype is narrower.
     """
 
     denoising_step_list: tuple[float, ...]
@@ -65,6 +64,7 @@ class SamplerSpec:
     boundary_ratio: float = 0.0
     sigma_max: float = 1.0
     table: str = "exact"
+    wide_latents: bool = False
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
@@ -124,11 +124,6 @@ class SamplerSpec:
         """Condition of a step that the network takes besides its timestep; None for none."""
         rule = SOLVERS[self.solver].condition
         return None if rule is None else rule(self.steps, step)
-
-    @property
-    def wide_latents(self) -> bool:
-        """True if latents are in float32 or better from step to step."""
-        return SOLVERS[self.solver].wide_latents
 
     @property
     def has_step_list(self) -> bool:

@@ -17,7 +17,7 @@ from ..runtime.sessions.session import Session
 from ..runtime.sinks import Frames, Pump
 from .engine_host import EngineHost
 from .job_store import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job, JobStore
-from .live_session import check_prompt, check_size
+from .live_session import begins_with, check_prompt, check_size
 from .refusals import RETRY_AFTER, Refusal, refusal_of
 from .settings import ServeSettings
 
@@ -113,9 +113,9 @@ class VideoJobs:
         if job.model != self.host.engine.parts.source:
             raise Refusal("not_found", f"model {quoted(job.model)} is not served any more", 404)
         given = self.store.file(job.id, INPUT)
-        image = given if given.is_file() else None
+        opening = begins_with(self.host.engine, self.settings) | ({"image": given} if given.is_file() else {})
         size = (job.width, job.height)
-        make = partial(self.host.engine.open, job.prompt, seed=job.seed, size=size, image=image)
+        make = partial(self.host.engine.open, job.prompt, seed=job.seed, size=size, **opening)
         while True:
             try:
                 return await self.host.make(make)

@@ -43,7 +43,7 @@ def base(name: str, steps: int) -> Preset:
         independent_first_frame=False,
         sampler=SamplerSpec(
             denoising_step_list=(), warp_denoising_step=False, timestep_shift=3.0, context_noise=999.9,
-            solver=MagiSolver.name, num_steps=steps, guidance=THREE_PASSES,
+            solver=MagiSolver.name, num_steps=steps, guidance=THREE_PASSES, wide_latents=True,
         ),
         context=CONTEXT,
         window_blocks=4,

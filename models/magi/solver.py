@@ -43,7 +43,7 @@ class MagiSolver(Solver):
     """Euler steps; the timestep is 1000 times the time, and the noise level 1 less it."""
 
     name = "magi-euler"
-    rules = SolverRules(step_list=False, to_clean=True, wide_latents=True)
+    rules = SolverRules(step_list=False, to_clean=True)
 
     @classmethod
     def schedule(cls, spec: SamplerSpec, strength: float) -> Schedule:
@@ -62,4 +62,4 @@ class DistilledMagiSolver(MagiSolver):
     """The same steps, of which the network is given the length, too."""
 
     name = "magi-distilled"
-    rules = SolverRules(step_list=False, condition=step_condition, to_clean=True, wide_latents=True)
+    rules = SolverRules(step_list=False, condition=step_condition, to_clean=True)

@@ -32,11 +32,16 @@ LONGLIVE = dataclasses.replace(
 )
 LINGBOT = Preset(
     name="lingbot-v2",
-    about=About("lingbot-14b", NON_COMMERCIAL, "robbyant/lingbot-world-v2-14b-causal-fast"),
+    about=About(
+        "lingbot-14b", NON_COMMERCIAL, "robbyant/lingbot-world-v2-14b-causal-fast",
+        ("transformers/*", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"),
+    ),
     num_frame_per_block=4,
     independent_first_frame=False,
     # rows 0, 250, 500 and 750 of the table
-    sampler=dataclasses.replace(FOUR_STEPS, timestep_shift=10.0, sigma_max=0.999, table="truncated"),
+    sampler=dataclasses.replace(
+        FOUR_STEPS, timestep_shift=10.0, sigma_max=0.999, table="truncated", wide_latents=True
+    ),
     context=ContextPolicy(local_attn_size=18, sink_size=6, positions="absolute", image="channels"),
     precision="wide",
 )
@@ -161,13 +166,17 @@ PRESETS: tuple[Preset, ...] = (
     dataclasses.replace(
         LINGBOT,
         name="lingbot-v2-1.3b",
-        about=About("lingbot-1.3b", NON_COMMERCIAL, "robbyant/lingbot-world-v2-1.3b-causal-fast"),
+        about=About(
+            "lingbot-1.3b", NON_COMMERCIAL, "robbyant/lingbot-world-v2-1.3b-causal-fast", ("model*.safetensors*",)
+        ),
         sampler=dataclasses.replace(LINGBOT.sampler, timestep_shift=5.0),
     ),
     dataclasses.replace(
         LINGBOT,
         name="lingbot-v1",
-        about=About("lingbot-14b", APACHE, "robbyant/lingbot-world-fast"),
+        about=About(
+            "lingbot-14b", APACHE, "robbyant/lingbot-world-fast", ("diffusion_pytorch_model*", "config.json")
+        ),
         num_frame_per_block=3,
         # rows 0, 179, 358 and 679 of the table
         sampler=dataclasses.replace(LINGBOT.sampler, denoising_step_list=(1000, 821, 642, 321)),

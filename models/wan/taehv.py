@@ -70,7 +70,7 @@ class TinyDecoder(Decoder):
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         """Normalised latents [F, z, h, w] to pixels [T, 3, s*h, s*w] in [-1, 1]; advances `state`."""
         pixels = []
-        for frame in latents.split(1):
+        for frame in latents.to(next(self.parameters()).dtype).split(1):
             pictures = self._through(torch.tanh(frame / 3) * 3, 0, state)
             pixels += pictures[-1:] if state.frames == 0 else pictures
             state.frames += 1

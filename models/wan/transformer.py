@@ -225,10 +225,11 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, spec.dim))
         self.linear = nn.Linear(spec.dim, math.prod(spec.patch) * spec.out_channels)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, dtype: torch.dtype) -> Tensor:
+        """Patches [B, T, ph*pw*C] in `dtype`."""
         wide = modulation_dtype(self.precision, x.dtype)
         shift, scale = (self.modulation.to(wide) + e.to(wide)[:, :, None]).unbind(2)
-        return widened(self.linear, modulated(x, shift, scale, self.eps)).to(self.modulation.dtype)
+        return widened(self.linear, modulated(x, shift, scale, self.eps)).to(dtype)
 
 
 class WanTransformer(Transformer):
@@ -281,7 +282,7 @@ class WanTransformer(Transformer):
         origin: tuple[int, int] | None = None,
         frames: FrameContext | None = None,
     ) -> Tensor:
-        """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W].
+        """Predict the velocity, noise - x0, [B, F, C, H, W] of latents [B, F, C, H, W], in their dtype.
 
         timesteps: [B, F] in 0..1000. actions: [B, F, action_dim], for models that have them: the action that leads to
         each frame. origin: see `embed_latents`. frames: of `embed_frames`, for models with condition channels.
@@ -290,7 +291,8 @@ class WanTransformer(Transformer):
             raise ValueError(f"{self.spec.name}: actions are {'missing' if actions is None else 'not used'}")
         if (frames is None) != (self.spec.frame_channels == 0):
             raise ValueError(f"{self.spec.name}: frames are {'missing' if frames is None else 'not used'}")
-        height, width = latents.shape[-2:]
+        (height, width), dtype = latents.shape[-2:], latents.dtype
+        latents = latents.to(self.patch_embedding.weight.dtype)
         if frames is not None:
             latents = torch.cat((latents, frames.condition), dim=2)
         x = self.embed_latents(latents, origin)
@@ -299,7 +301,7 @@ class WanTransformer(Transformer):
         e, modulation = self.time_embedding(timesteps, None if actions is None else self.action_embedding(actions))
         for block in self.blocks:
             x = block(x, modulation, context, kv, frames)
-        return self.unpatchify(self.head(x, e), height, width)
+        return self.unpatchify(self.head(x, e, dtype), height, width)
 
     def embed_frames(self, channels: Tensor, each_layer: bool = True) -> FrameContext:
         condition, rays = channels.split(

@@ -52,9 +52,9 @@ class CpuBlock(Block):
 class CpuHead(Head):
     """The same layer, with fused multiplies and adds."""
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        if x.dtype not in WIDE or self.modulation.dtype != x.dtype:
-            return super().forward(x, e)
+    def forward(self, x: Tensor, e: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype not in WIDE or not self.modulation.dtype == x.dtype == dtype:
+            return super().forward(x, e, dtype)
         shift, scale = (self.modulation + e[:, :, None]).unbind(2)
         out: Tensor = self.linear(modulated(x, shift, scale, self.eps))
         return out

@@ -290,6 +290,7 @@ class CausalVae(StreamDecoder):
 
         The first latent frame of a stream is one pixel frame, each later one is `temporal_stride` frames.
         """
+        latents = latents.to(self.post_quant_conv.weight.dtype)
         z = latents * self._channels(self.spec.std, latents) + self._channels(self.spec.mean, latents)
         pixels = []
         for frame in z.split(1):

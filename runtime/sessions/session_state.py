@@ -408,12 +408,13 @@ class ActionsForm(SaveForm):
 
 class CameraForm(SaveForm):
     key, optional = "camera", True
-    NAMES = ("first", "poses", "held", "turn", "turn_frames", "scale", "seconds", "normalize", "speeds", "intrinsics")
+    MOVES, NUMBERS = ("held", "tapped"), ("scale", "seconds")
+    NAMES = ("first", "poses", *MOVES, "turn", "tap_frames", *NUMBERS, "normalize", "speeds", "intrinsics")
 
     def write(self, value: CameraTrack | None, file: SavedFields) -> None:
         if value is not None:
             header = {name: getattr(value, name) for name in self.NAMES}
-            header |= {"held": asdict(value.held), "speeds": asdict(value.speeds)}
+            header |= {name: asdict(header[name]) for name in (*self.MOVES, "speeds")}
             file.header["camera"] = header | {"poses": [pose.tolist() for pose in value.poses]}
 
     def check(self, file: SavedFields) -> None:
@@ -429,8 +430,8 @@ class CameraForm(SaveForm):
         """InvalidField or UsageError for values that no track has."""
         header = fields_of("camera", file.header["camera"], self.NAMES)
         integer("camera.first", header["first"])
-        integer("camera.turn_frames", header["turn_frames"])
-        for name in ("scale", "seconds"):
+        integer("camera.tap_frames", header["tap_frames"])
+        for name in self.NUMBERS:
             if finite(f"camera.{name}", header[name]) <= 0:
                 raise invalid(f"camera.{name}", header[name], "a number above 0")
         if header["normalize"] not in NORMALIZE:
@@ -440,9 +441,10 @@ class CameraForm(SaveForm):
         turn = [finite("camera.turn", number) for number in list_of("camera.turn", header["turn"])]
         if len(turn) != 2:
             raise invalid("camera.turn", turn, "two numbers of degrees")
-        for name, kind in (("held", CameraMove), ("speeds", CameraSpeeds)):
-            fields_of(f"camera.{name}", header[name], [item.name for item in fields(kind)])
-        list_of("camera.held.turn", header["held"]["turn"])
+        fields_of("camera.speeds", header["speeds"], [item.name for item in fields(CameraSpeeds)])
+        for name in self.MOVES:
+            fields_of(f"camera.{name}", header[name], [item.name for item in fields(CameraMove)])
+            list_of(f"camera.{name}.turn", header[name]["turn"])
         self.read(file)
 
     def read(self, file: SavedFields) -> CameraTrack | None:
@@ -452,8 +454,10 @@ class CameraForm(SaveForm):
         intrinsics = checked_intrinsics(header["intrinsics"])
         track = CameraTrack(intrinsics, poses, header["scale"], header["normalize"], speeds, header["seconds"])
         right, up = header["turn"]
-        track.held = CameraMove(**header["held"] | {"turn": tuple(header["held"]["turn"])})
-        track.first, track.turn, track.turn_frames = header["first"], (right, up), header["turn_frames"]
+        track.held, track.tapped = (
+            CameraMove(**header[name] | {"turn": tuple(header[name]["turn"])}) for name in self.MOVES
+        )
+        track.first, track.turn, track.tap_frames = header["first"], (right, up), header["tap_frames"]
         return track
 
 

@@ -9,6 +9,7 @@ const MOVES = {
   KeyW: ["forward", 1], KeyS: ["forward", -1], KeyD: ["right", 1], KeyA: ["right", -1],
   ArrowRight: ["yaw", 1], ArrowLeft: ["yaw", -1], ArrowUp: ["pitch", 1], ArrowDown: ["pitch", -1],
 };
+const MOVED = { up: "Move forward", down: "Move back", left: "Move left", right: "Move right" };
 const DEGREES = 0.2; // that a camera turns for a pixel of the mouse
 const TURNS = 100; // milliseconds between two turns of the mouse
 const ARROWS = { up: "M12 19V5M6 11l6-6 6 6", down: "M12 5v14M6 13l6 6 6-6", left: "M19 12H5M11 6l-6 6 6 6", right: "M5 12h14M13 6l6 6-6 6" };
@@ -158,6 +159,7 @@ class Pane {
     this.paused = false;
     this.element.addEventListener("pointerdown", () => activate(this));
     this.canvas.addEventListener("focus", () => activate(this));
+    this.canvas.addEventListener("pointerdown", (event) => hasCamera() && this.canvas.setPointerCapture(event.pointerId));
     this.canvas.addEventListener("pointermove", look);
     this.element.querySelector(".close").addEventListener("click", (event) => {
       event.stopPropagation();
@@ -395,6 +397,13 @@ function holdMove(code, down) {
   moveCamera();
 }
 
+// A button of the pad: it moves a camera, or is an action's key.
+function steer(action, down) {
+  if (!hasCamera()) return down ? press(action) : release(action);
+  holdMove(KEYS[action].at(-1), down);
+  $("pad").querySelector(`[data-action="${action}"]`).classList.toggle("down", down);
+}
+
 function look(event) {
   if (!hasCamera() || !event.buttons) return;
   const most = (value) => Math.max(-360, Math.min(360, value));
@@ -450,17 +459,17 @@ function makePad(actions) {
     const button = document.createElement("button");
     button.type = "button";
     button.dataset.action = action;
-    button.setAttribute("aria-label", `Walk ${action}`);
+    button.setAttribute("aria-label", model.camera ? MOVED[action] : `Walk ${action}`);
     button.innerHTML = action in ARROWS ? `<svg viewBox="0 0 24 24" aria-hidden="true"><path d="${ARROWS[action]}"/></svg>` : "";
     if (!(action in ARROWS)) button.textContent = action;
     button.addEventListener("pointerdown", (event) => {
       event.preventDefault();
       button.setPointerCapture(event.pointerId);
-      press(action);
+      steer(action, true);
     });
-    for (const end of ["pointerup", "pointercancel", "lostpointercapture"]) button.addEventListener(end, () => release(action));
-    button.addEventListener("keydown", (event) => ["Enter", "Space"].includes(event.code) && (event.preventDefault(), press(action)));
-    button.addEventListener("keyup", (event) => ["Enter", "Space"].includes(event.code) && release(action));
+    for (const end of ["pointerup", "pointercancel", "lostpointercapture"]) button.addEventListener(end, () => steer(action, false));
+    button.addEventListener("keydown", (event) => ["Enter", "Space"].includes(event.code) && (event.preventDefault(), steer(action, true)));
+    button.addEventListener("keyup", (event) => ["Enter", "Space"].includes(event.code) && steer(action, false));
     button.addEventListener("contextmenu", (event) => event.preventDefault());
     return button;
   }));
@@ -712,7 +721,8 @@ async function start() {
   }));
   $("preset").replaceChildren(new Option(model.preset, model.preset));
   fillHistory();
-  makePad(model.actions);
+  document.body.classList.toggle("camera", model.camera);
+  makePad(model.camera ? Object.keys(KEYS) : model.actions);
   $("prompt").value = model.examples[0] || "";
   const pane = new Pane();
   activate(pane);

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from inferix import load
 from inferix.errors import CheckpointError, UsageError
 from inferix.export.checkpoint import convert, write_random
-from inferix.models.registry import MODELS, default_model, default_preset, inspect, read_checkpoint
+from inferix.export.targets import TARGETS, check_target
+from inferix.models.registry import MODELS, default_model, default_preset, inspect, make_preset, read_checkpoint
+from inferix.schemes.camera import Camera
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -41,7 +44,7 @@ def test_the_published_folder_and_its_names(published, tensors):
     assert not any("img" in name for name in tensors)
 
 
-def test_shards_at_the_root_without_a_config(tensors, tmp_path):
+def test_shards_at_the_root_without_a_config(published, tensors, tmp_path):
     """Sizes come from shapes; the width of heads is that of all published models."""
     names = sorted(tensors)
     parts = {f"model-0000{number + 1}-of-00002.safetensors": names[number::2] for number in range(2)}
@@ -51,6 +54,18 @@ def test_shards_at_the_root_without_a_config(tensors, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = read_checkpoint(tmp_path)
     assert (checkpoint.form, checkpoint.spec) == ("lingbot", MODELS["lingbot-tiny"])
+    with pytest.raises(UsageError, match="base"):  # text encoder and VAE are elsewhere
+        load(tmp_path, preset="lingbot-v2", device="cpu")
+    engine = load(tmp_path, base=published, preset="lingbot-v2", device="cpu")
+    image = np.zeros((32, 32, 3), np.uint8)
+    with engine.open(prompt="a canal", image=image, camera=Camera(), size=(32, 32)) as session:
+        assert session.current.rows.any() and session.size == (32, 32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_export_targets_refuse_worlds_with_a_camera(target):
+    with pytest.raises(UsageError, match=f"{target}.*channels of frames"):
+        check_target(TARGETS[target], make_preset("lingbot-v2"), "float32", False)
 
 
 @pytest.mark.parametrize("form", ["original", "diffusers"])

@@ -180,6 +180,38 @@ def test_paths_and_models_of_the_package_are_left_alone(tmp_path, monkeypatch):
         assert (actual.model, actual.base) == (model, "org/name")
 
 
+LINGBOT = {name: PRESETS[name].about for name in ("lingbot-v2", "lingbot-v2-1.3b", "lingbot-v1")}
+PUBLISHED = {
+    LINGBOT["lingbot-v2"].weights: (
+        "transformers/config.json", "transformers/diffusion_pytorch_model.safetensors", *WAN21.names
+    ),
+    LINGBOT["lingbot-v2-1.3b"].weights: ("model-00001-of-00001.safetensors", "model.safetensors.index.json"),
+    LINGBOT["lingbot-v1"].weights: ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.bin"),
+}  # fmt: skip
+
+
+def test_folders_of_models_with_a_camera_by_name(tmp_path):
+    """Files by patterns; text encoder and VAE lie beside v2 14B, and are those of Wan 2.1 for the others."""
+    served = {name: {file: file.encode() for file in (*files, "a.mp4")} for name, files in PUBLISHED.items()}
+    asked = [{"model": name} for name in LINGBOT]
+    with serving(served | {WAN21.repository: REPOSITORIES[WAN21.repository]}) as (endpoint, _):
+        actual = look_up(tmp_path, endpoint, *asked, {"model": LINGBOT["lingbot-v1"].weights})
+    base = str(snapshot(tmp_path, WAN21.repository))
+    folders = {name: snapshot(tmp_path, about.weights) for name, about in LINGBOT.items()}
+    assert actual == [[str(folder), None if name == "lingbot-v2" else base] for name, folder in folders.items()] + [
+        [str(folders["lingbot-v1"]), base]
+    ]
+    for name, about in LINGBOT.items():
+        assert all((folders[name] / file).read_bytes() == file.encode() for file in PUBLISHED[about.weights])
+        assert not (folders[name] / "a.mp4").exists()
+    missed = look_up(tmp_path / "empty", endpoint, *({"model": name, "offline": True} for name in LINGBOT))
+    for name, one in zip(LINGBOT, missed, strict=True):
+        assert one["error"] == "InferixError" and LINGBOT[name].licence in one["message"]
+        assert f"hf download {LINGBOT[name].weights} --include" in one["message"]
+        assert (WAN21.command in one["message"]) == (name != "lingbot-v2")
+    assert "transformers/* 37.1 GB" in missed[0]["message"] and "11.4 GB" in missed[1]["message"]
+
+
 @pytest.mark.parametrize("model", ["self-forcing-framewise", "causal-diffusion"])
 def test_a_preset_without_published_files_is_refused(model):
     with pytest.raises(UsageError, match=f"{model!r}"):

@@ -146,6 +146,22 @@ def test_looking_up_ends_at_the_limit_and_a_mouse_turns_over_one_block():
     assert np.allclose(track.poses[23 - track.first], track.poses[-1])
 
 
+def test_keys_pressed_and_released_between_two_blocks_are_held_for_one():
+    track = begin(Camera())
+    track.reach(4)
+    for move in (CameraMove(forward=1, yaw=1), CameraMove(forward=-1), CameraMove(turn=(4, 0)), CameraMove()):
+        track.hold(4, move, 4)
+    twin = track.fork()
+    track.hold(4, CameraMove(right=1), 4)
+    for moved, right in ((twin, 0), (track, 1)):
+        moved.reach(16)
+        poses = np.array(moved.poses)
+        headings = np.degrees(np.arctan2(poses[:, 0, 2], poses[:, 2, 2]))
+        assert np.allclose(np.diff(headings)[3:7], 9) and np.allclose(np.diff(headings)[7:], 0)
+        assert (np.linalg.norm(np.diff(poses[3:8, :3, 3], axis=0), axis=1) > 0.19).all()
+        assert np.allclose(moved.motions(range(8, 12))[:, :3, 3], [right, 0, 0])
+
+
 def test_a_fork_has_keys_of_its_own():
     track = begin(Camera())
     track.hold(0, CameraMove(forward=1), 4)

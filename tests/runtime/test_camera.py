@@ -2,36 +2,41 @@
 
 import dataclasses
 import json
-from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from oracles import ROWS, SIZE, TINY, TOKENS, DenseAttention, frame_mask, make_engine, remade, walk
+from recording import FakeGraphs
+from thread_ranks import difference, pair
 
 from inferix.errors import UsageError
 from inferix.kernels.rope import rope_angles
 from inferix.models.registry import MODELS, make_preset
 from inferix.models.solvers import noised
 from inferix.models.wan.transformer import Block, WanTransformer
+from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.frame_channels import ImageCondition, frame_channels
 from inferix.runtime.sampler import Sampler
+from inferix.runtime.sessions.batch_profile import BatchProfile
 from inferix.runtime.sessions.saved_values import InvalidField
 from inferix.runtime.sessions.session import Session
 from inferix.runtime.sessions.session_state import CameraForm, SavedFields
+from inferix.schemes import layouts
 from inferix.schemes.camera import Camera, CameraMove
 from inferix.schemes.timeline import Span, Timeline
 
 SPEC = dataclasses.replace(
     TINY, in_channels=MODELS["lingbot-tiny"].in_channels, camera_channels=MODELS["lingbot-tiny"].camera_channels
 )
+SHORT = {"spec": dataclasses.replace(SPEC, num_layers=1), "denoising_step_list": [1000]}  # traced in little time
 IMAGE = np.random.default_rng(1).integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)
 CAMERA = Camera(poses=walk(16, step=0.4), rate="latent", intrinsics=(30, 30, 16, 16), size=SIZE)
 BLOCK = {"num_frame_per_block": 2, "local_attn_size": 6, "sink_size": 1}
 
 
 def camera_engine(**settings):
-    return make_engine("lingbot-v2", spec=SPEC, **BLOCK | settings)
+    return make_engine("lingbot-v2", **{"spec": SPEC} | BLOCK | settings)
 
 
 def opened(engine, camera=CAMERA, **settings):
@@ -189,21 +194,6 @@ def test_rewind_and_restore_go_on_with_the_camera(tmp_path):
     restored.close()
 
 
-def test_sessions_with_different_cameras_in_one_batch():
-    engine = camera_engine()
-    other = Camera(intrinsics=(30, 40, 16, 16), size=SIZE)
-    want = [latents_of(engine, 2, camera) for camera in (CAMERA, other)]
-    sessions = [opened(engine, camera) for camera in (CAMERA, other)]
-    got = [[], []]
-    for _ in range(2):
-        for mine, session in zip(got, sessions, strict=True):
-            mine += [block.latents for block in session.stream(1, decode=False)]
-    for session in sessions:
-        session.close()
-    pairs = zip(chain(*got), chain(*want), strict=True)
-    assert all((one - two).abs().max() <= 1e-10 for one, two in pairs)
-
-
 @torch.no_grad()
 def test_condition_frames_as_they_are_read_equal_those_of_a_whole_clip():
     """The mask, then latents; once the encoder repeats itself, nothing more is encoded."""
@@ -263,7 +253,8 @@ def test_what_cannot_be_opened():
     ("name", "value"),
     [
         ("poses", [[0.0] * 16]), ("first", -1), ("scale", 0), ("normalize", "none"), ("intrinsics", [1, 2, 3]),
-        ("turn", "x"), ("turn", [1]), ("turn_frames", 1.5), ("held", {}), ("speeds", {"move": 1}), ("seconds", "1"),
+        ("turn", "x"), ("turn", [1]), ("tap_frames", 1.5), ("held", {}), ("tapped", {"yaw": 1}),
+        ("speeds", {"move": 1}), ("seconds", "1"),
     ],
 )  # fmt: skip
 def test_a_damaged_camera_in_a_saved_session(name, value):
@@ -276,3 +267,71 @@ def test_a_damaged_camera_in_a_saved_session(name, value):
     file.header["camera"][name] = value
     with pytest.raises(InvalidField, match="camera"):
         CameraForm().check(file)
+
+
+def test_an_image_as_channels_without_a_camera_for_any_preset_and_two_experts():
+    """Wan 2.2's image to video models: 36 channels, no image encoder, an expert below and above a noise level."""
+    spec = dataclasses.replace(SHORT["spec"], camera_channels=None)
+    settings = {"image": "channels", "boundary_ratio": 0.9, "local_attn_size": 6, "denoising_step_list": [1000, 500]}
+    eager, fused = (make_engine(spec=spec, executor=executor, **settings) for executor in ("eager", "fused"))
+    made = []
+    for engine, image in ((eager, IMAGE), (fused, IMAGE), (eager, IMAGE[::-1].copy())):
+        with engine.open(prompt_embeds=ROWS, size=SIZE, image=image) as session:
+            made.append(torch.cat([block.latents for block in session.stream(3, decode=False)]))
+            with pytest.raises(UsageError, match="camera"):
+                session.move(CameraMove())
+    assert (made[1] - made[0]).abs().max() <= 1e-6
+    assert (made[2] - made[0])[:3].abs().max() > 1e-3
+    with pytest.raises(UsageError, match="image"):
+        eager.open(prompt_embeds=ROWS, size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("executor", "wide"), [("eager", True), ("eager", False), pytest.param("fused", True, marks=pytest.mark.slow)]
+)
+def test_latents_of_a_bfloat16_model_are_in_float32_between_steps(executor, wide):
+    """Unless the preset says otherwise."""
+    (exact,) = latents_of(camera_engine(**SHORT), 1)
+    with opened(camera_engine(executor=executor, dtype="bfloat16", wide_latents=wide, **SHORT)) as session:
+        (block,) = session.stream(1)
+    assert (block.latents.dtype == torch.float32, block.frames.dtype) == (wide, np.uint8)
+    assert torch.equal(block.latents, block.latents.bfloat16()) != wide
+    assert (block.latents - exact).square().mean().sqrt() <= 0.05 * exact.square().mean().sqrt()
+
+
+def test_graphs_that_are_captured_replay_blocks_with_a_camera():
+    backend = FakeGraphs()
+    fused = camera_engine(executor="fused", kv_memory=1 << 24, **SHORT)
+    engine = remade(fused, GraphExecutor(fused.config, fused.preset, fused.parts, backend))
+    actual, expected = latents_of(engine, 4), latents_of(camera_engine(**SHORT), 4)
+    assert all((one - two).abs().max() <= 1e-6 for one, two in zip(actual, expected, strict=True))
+    # passes and commit are one graph; what the camera decides is launched once before them
+    assert (engine.executor.traces, backend.captures, backend.replays) == (1, 1, 4)
+
+
+@pytest.mark.parametrize("layout", [layouts.HEADS, pytest.param(layouts.TOKENS, marks=pytest.mark.slow)])
+def test_two_ranks_make_the_stream_of_one(layout):
+    with pair("lingbot-v2", layout, **SHORT, **BLOCK) as (alone, ranked):
+        alone, ranked = latents_of(alone, 3), latents_of(ranked, 3)
+    assert all(difference(one, two) <= 1e-10 for one, two in zip(ranked, alone, strict=True))
+
+
+@pytest.mark.parametrize("executor", ["eager", "fused"])
+def test_a_batch_of_worlds_with_cameras_equals_each_alone(executor):
+    """Blocks of two sessions in one launch, each with the camera and the image of its own."""
+    engine = camera_engine(executor=executor, **SHORT)
+    worlds = [(CAMERA, IMAGE), (Camera(intrinsics=(30, 40, 16, 16), size=SIZE), IMAGE[::-1].copy())]
+    alone = []
+    for camera, image in worlds:
+        with engine.open(prompt_embeds=ROWS, size=SIZE, image=image, camera=camera) as session:
+            alone.append([block.latents for block in session.stream(3, decode=False)])
+    engine.follow_times(SIZE, BatchProfile({1: 1.0, 2: 1.5}))
+    sessions = [engine.open(prompt_embeds=ROWS, size=SIZE, image=image, camera=camera) for camera, image in worlds]
+    streams = [session.stream(3, decode=False) for session in sessions]
+    batched = [[next(stream) for stream in streams] for _ in range(3)]
+    for session in sessions:
+        session.close()
+    assert {block.record.batch for blocks in batched for block in blocks} >= {2}
+    for number, expected in enumerate(alone):
+        for blocks, latents in zip(batched, expected, strict=True):
+            assert (blocks[number].latents - latents).abs().max() <= 1e-10

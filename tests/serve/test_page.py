@@ -5,9 +5,12 @@ The browser is Debian's chromium, driven by playwright; without it these tests a
 
 import shutil
 
+import numpy as np
 import pytest
+from camera_world import ROUNDING, camera_engine, differences, first_picture, replayed
 from live_client import WAIT, serving, small_engine
 
+from inferix.schemes.camera import CameraMove
 from inferix.serve.settings import ServeSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -155,3 +158,61 @@ def test_every_media_format_is_shown(browser, served, media):
     page.keyboard.down("d")
     wait_for(page, "seen.some((entry) => entry.change > 1)")
     context.close()
+
+
+# Keeps the pixels of the first picture of each block as it is drawn, and the camera's controls with their receipts.
+WATCH_CAMERA = """() => {
+  const pane = inferix.active(), shown = pane.player.shown, send = pane.world.send.bind(pane.world);
+  window.pictures = [];
+  window.sent = [];
+  pane.player.shown = (entry) => {
+    shown(entry);
+    if (!entry.first) return;
+    const { width, height } = entry.picture, context = entry.picture.getContext("2d");
+    const pixels = Array.from(context.getImageData(0, 0, width, height).data).filter((_, place) => place % 4 < 3);
+    pictures.push({ block: entry.block, pixels });
+  };
+  pane.world.send = (type, fields = {}) => {
+    const answered = send(type, fields);
+    if (type === "camera") answered.then((event) => window.sent.push({ fields, block: event.block }));
+    return answered;
+  };
+}"""
+
+
+def test_the_page_walks_and_looks_around_a_world_with_a_camera(page, tmp_path):
+    """A key, then the mouse: pictures are those of a session that is given the same moves at the same blocks."""
+    settings = ServeSettings(realtime=False, image=first_picture(tmp_path / "first.png", (96, 64)))
+    with serving(settings, tmp_path, camera_engine(settings)) as served:
+        enter(page, served.url)
+        page.evaluate(WATCH_CAMERA)
+        wait_for(page, "pictures.length > 0")
+        assert not page.is_visible(".walks") and page.is_visible(".looks")
+        page.keyboard.down("w")
+        first = wait_for(page, "sent.length && sent[0].block")
+        wait_for(page, f"pictures.at(-1).block > {first}")
+        page.keyboard.up("w")
+        box = page.locator(".pane canvas[role=img]").bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 150, y - 50, steps=5)
+        page.mouse.up()
+        turned = wait_for(page, "(sent.find(({ fields }) => fields.turn) || {}).block")
+        wait_for(page, f"pictures.at(-1).block > {turned}")
+        page.screenshot(path=tmp_path / "camera.png")
+        sent, pictures = page.evaluate("() => [sent, pictures]")
+        prompt = page.evaluate("() => inferix.active().prompt")
+    moves: dict[int, list[CameraMove]] = {}
+    for control in sent:
+        moves.setdefault(control["block"], []).append(CameraMove(**control["fields"]))
+    assert moves[first][0] == CameraMove(forward=1)
+    angles = np.sum([move.turn for given in moves.values() for move in given], axis=0)
+    assert angles[0] > 20 and angles[1] > 6  # degrees right and up
+    shown = [(one["block"], 0, np.array(one["pixels"], np.uint8).reshape(64, 96, 3)) for one in pictures]
+    engine = camera_engine(settings)
+    opening = {"prompt": prompt, "size": (96, 64), "image": settings.image}
+    count = pictures[-1]["block"] + 1
+    same, other = (differences(shown, replayed(engine, opening, given, count)) for given in (moves, {}))
+    assert max(same.values()) <= ROUNDING, same
+    assert max(value for block, value in other.items() if block < first) <= ROUNDING < other[first], other
