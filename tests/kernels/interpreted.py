@@ -175,10 +175,10 @@ def test_arithmetic_on_bfloat16_fails_aloud():
 
 WRONG = {  # module, a piece of its source, what replaces it, and a case whose check fails
     "mask off by one": (attention_gpu, "(key < last))", "(key <= last))", "tails everywhere"),
-    "keys of an overlap twice": (attention_gpu, "((key >= start) & ", "((key >= 0) & ", "tails everywhere"),
-    "a mask too late": (attention_gpu, "start + KEYS > last", "start + KEYS > last + 8", "tails everywhere"),
+    "keys of an overlap twice": (attention_gpu, "((key >= start) & ", "((key >= 0) & ", "head of 128"),
+    "a mask too late": (attention_gpu, "start + KEYS > last", "start > last", "tails everywhere"),
     "whole tiles only": (attention_gpu, "if TAIL else last", "if TAIL else last // KEYS * KEYS", "tails everywhere"),
-    "a tile beyond its run": (attention_gpu, "tl.minimum(start, length - KEYS)", "start + 0", "one page, one tile"),
+    "a tile beyond its run": (attention_gpu, "tl.minimum(start, length - KEYS)", "start + 0", "head of 128"),
     "a stale page": (attention_gpu, "tl.load(table_ptr + first).to", "tl.load(table_ptr).to", "tails everywhere"),
     "a page too few": (attention_gpu, "tl.load(count_ptr + row)", "tl.load(count_ptr + row) - 1", "one page, one tile"),
     "the next row's pages": (
