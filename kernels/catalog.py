@@ -24,9 +24,8 @@ from .spec import KernelSpec, OpSpec
 SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (
-        BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE, LINEAR_LOWP,
-        QUANTISE_ROWS, KV_PAGES,
-        RMS_NORM, RMS_SILU, ROPE_APPEND,
+        BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE,
+        LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, ROPE_APPEND,
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {

@@ -40,7 +40,9 @@ SPEC = KernelSpec(
     label="rope, append",
     flops="8 * rows * frames * height * width * (heads + kv_heads) * dim",
     implementations=(
-        Implementation("triton", ".rope_append.gpu:rope_append", ARCHITECTURES, FLOATS, last_dims=(16, 32, 64, 128, 256)),
+        Implementation(
+            "triton", ".rope_append.gpu:rope_append", ARCHITECTURES, FLOATS, last_dims=(16, 32, 64, 128, 256)
+        ),
         Implementation("cpu", ".qk_norm_rope_append.cpu:rope_append", cpu=True),
     ),
     make_inputs=reference.make_inputs,

@@ -1,8 +1,8 @@
 """rope_append in Triton: one program per token, for each of queries, keys and values.
 
-A program of the first kind does a token's queries, of the second its keys, of the third its values. Heads are rows of a
-tile. Every channel is rotated with its partner, which is loaded at its own offset, so that pairs may lie side by side or
-apart and may leave the end of a head as it is.
+A program of the first kind does a token's queries, of the second its keys, of the third its values. Heads are rows of
+a tile. Every channel is rotated with its partner, which is loaded at its own offset, so that pairs may lie side by side
+or apart and may leave the end of a head as it is.
 """
 
 from __future__ import annotations

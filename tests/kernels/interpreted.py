@@ -220,7 +220,9 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
     "the end of a head turned": (
         rope_gpu, "tl.where(is_turned, cos, 1.0)", "tl.where(is_turned, cos, 0.0)", "a part of a head, side by side"
     ),
-    "one head for all": (rope_gpu, "kv_head * k_head, is_kv_head", "0 * kv_head * k_head, is_kv_head", "grouped heads, sink"),
+    "one head for all": (
+        rope_gpu, "kv_head * k_head, is_kv_head", "0 * kv_head * k_head, is_kv_head", "grouped heads, sink"
+    ),
     "gate of the first frame": (adaln_gpu, "(tokens // gate_frames)", "(tokens * gate_frames)", "odd sizes"),
     "mean of the padded row": (adaln_gpu, "tl.where(inside, x - mean, 0.0)", "x - mean", "odd sizes"),
     "scale without one": (adaln_gpu, "(1.0 + tl.load(scale_ptr", "(0.0 + tl.load(scale_ptr", "one token"),
