@@ -202,7 +202,7 @@ class PlainLoop:
             layer_cache.start = group.context.index(run.frames[0]) * self.tokens
             layer_cache.used = len(group.context) * self.tokens
             x = layer_forward(layer, x, modulation, text, layer_cache)
-        velocity: Tensor = model.unpatchify(model.head(x, e), *latents.shape[-2:])
+        velocity: Tensor = model.unpatchify(model.head(x, e, latents.dtype), *latents.shape[-2:])
         return velocity[0]
 
     def commit(self, run: Pass, latents: Tensor) -> None:
