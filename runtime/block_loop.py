@@ -348,7 +348,7 @@ class BlockLoop:
             return None
         key = run.frames, camera_key(state.camera, run.frames)
         if state.given is None or state.given.key != key:
-            like = latents.to(self.resources.dtype)
+            like = torch.empty(latents.shape, dtype=self.resources.dtype, device=self.resources.device)
             channels = frame_channels(spec, state.image, state.camera, run.frames, like)
             state.given = None  # what it keeps is freed before the next is made
             state.given = GivenFrames(key, self.resources.client.embed_frames(channels))

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,7 @@ def fake_card(watch: Watch, contents: Callable[[], float]) -> Iterator[pytest.Mo
     calls: dict[str, Any] = {
         "is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda device: None,
         "get_device_capability": lambda device=None: (9, 0), "get_device_name": lambda device=None: "a stand-in",
+        "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),
         "mem_get_info": lambda device=None: (1 << 40, 1 << 40), "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0, "current_stream": lambda device=None: stream,
         "Stream": lambda device=None: Stream(watch), "stream": lambda stream: nullcontext(),
