@@ -21,7 +21,7 @@ from inferix.runtime import engine as engines
 from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.telemetry.profile import Ceilings, Profile, measure_ceilings
 
-PASSES = ["denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
+PASSES = ["noise", "denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
 
 
 @pytest.fixture(scope="module")
