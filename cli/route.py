@@ -30,9 +30,8 @@ def route(
     """Put one address before several servers: a session goes on at another one when its server drains or dies.
 
     A client opens a session at the server with the lowest load that has room. Servers that share a folder and write
-    checkpoints go on with each other's sessions; the viewer's connection stays open and says so.
-
-    Example: inferix serve --port 8001 --shared worlds --checkpoint-every 8
+    checkpoints go on with each other's sessions; the viewer's connection stays open and says so. Such a server is
+    started by: inferix serve --port 8001 --shared worlds --checkpoint-every 8
 
     Example: inferix route http://127.0.0.1:8001 http://127.0.0.1:8002
     """

@@ -30,7 +30,8 @@ AT_ROOT = ["cli", "media", "checkpoint", "__init__", "__main__"]
 LAYERS = {name: height for height, name in enumerate(BELOW_ROOT)} | dict.fromkeys(AT_ROOT, len(BELOW_ROOT))
 UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "plugins", "user_files", "user_python", "user_yaml", "version"}
-BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "frame_channels",
+BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "finite_check",
+        "frame_channels",
         "limits", "media", "media_input",
         "noise", "plans", "sampler", "sinks", "streams", "worker_client", "y4m")  # fmt: skip
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "parallel", "resources",
