@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inferix import load
-from inferix.errors import CheckpointError, UsageError
+from inferix import InjectedNoise, load
+from inferix.errors import CheckpointError, InferixError, UsageError
 from inferix.export.checkpoint import convert, write_random
 from inferix.export.targets import TARGETS, check_target
+from inferix.kernels.philox import philox_normals
 from inferix.models.registry import MODELS, default_model, default_preset, inspect, make_preset, read_checkpoint
 from inferix.schemes.camera import Camera
 
@@ -56,10 +57,40 @@ def test_shards_at_the_root_without_a_config(published, tensors, tmp_path):
     assert (checkpoint.form, checkpoint.spec) == ("lingbot", MODELS["lingbot-tiny"])
     with pytest.raises(UsageError, match="base"):  # text encoder and VAE are elsewhere
         load(tmp_path, preset="lingbot-v2", device="cpu")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "Wan2.1_VAE.pth").write_bytes((published / "Wan2.1_VAE.pth").read_bytes())
+    with pytest.raises(InferixError, match="text encoder"):  # which the base does not have
+        load(tmp_path, base=tmp_path / "base", preset="lingbot-v2", device="cpu").open(
+            "a canal", image=np.zeros((32, 32, 3), np.uint8), camera=Camera(), size=(32, 32)
+        )
     engine = load(tmp_path, base=published, preset="lingbot-v2", device="cpu")
     image = np.zeros((32, 32, 3), np.uint8)
     with engine.open(prompt="a canal", image=image, camera=Camera(), size=(32, 32)) as session:
         assert session.current.rows.any() and session.size == (32, 32)
+
+
+def test_a_recording_with_its_own_size_noise_and_embeddings_is_made_again(published, tensors, tmp_path):
+    """Published names, sizes of the tensors, injected noise and prompt rows give the latents of the seed's stream."""
+    layer = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.1.")}
+    save_file(layer, tmp_path / FILE)
+    engine = load(tmp_path, preset="lingbot-v2", base=published, device="cpu", dtype="float64", num_frame_per_block=1)
+    assert engine.spec.num_layers == 1 and engine.spec.name != "lingbot-tiny"
+    opening = {
+        "prompt_embeds": torch.randn(7, engine.spec.text_dim, generator=torch.Generator().manual_seed(2)),
+        "image": np.random.default_rng(3).integers(0, 256, (32, 32, 3), dtype=np.uint8), "size": (32, 32),
+        "camera": Camera(poses=np.eye(4)[None].repeat(8, 0), rate="latent"),
+    }  # fmt: skip
+    shape, steps = (16, 4, 4), 4
+    draws = [
+        torch.stack([philox_normals(5, range(block, block + 1), draw, shape) for draw in range(steps)])
+        for block in range(2)
+    ]
+    noise = InjectedNoise(torch.cat([one[0] for one in draws]), torch.stack([one[1:] for one in draws]))
+    streams = []
+    for given in ({"noise": noise}, {"seed": 5}):
+        with engine.open(**opening, **given) as session:
+            streams.append(torch.cat([block.latents for block in session.stream(2, decode=False)]))
+    assert torch.equal(*streams) and streams[0].isfinite().all()
 
 
 @pytest.mark.parametrize("target", TARGETS)
