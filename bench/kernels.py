@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from ..errors import InferixError, UsageError, nearest, quoted
 from ..kernels.catalog import SPECS, kernel_spec
 from ..kernels.own_forms import OwnForm
-from ..kernels.spec import Case, KernelSpec, architecture, has_triton
+from ..kernels.spec import Case, Cost, KernelSpec, architecture, has_triton
 from ..kernels.verify import Verification, guarded_run, verify, wrong_values
 from ..runtime.files import write_atomically
 from ..runtime.streams import make_current
@@ -107,15 +107,12 @@ def run(options: Options, log: Log) -> Result:
     ceilings = {name: series.best for name, series in measured.items()}
     rows, left_out = [], list[str]()
     for spec in specs:
-        for case in cases[spec.name]:
-            if options.cases and case.name not in options.cases:
-                continue
-            selected = bool(options.cases or options.shape or options.case_file)
-            if options.device == "cpu" and not selected and too_large(spec, case, options.dtype):
-                left_out.append(case.name)
-                continue
+        chosen = chosen_cases(spec, cases[spec.name], options)
+        for case in chosen:
             rows.append(run_case(spec, case, options, ceilings, own))
             log(summary(rows[-1]))
+        if not options.cases:
+            left_out += [case.name for case in cases[spec.name] if case not in chosen]
     if left_out:
         log(f"left out, too large for a CPU: {len(left_out)} cases, such as {left_out[0]!r}; name a case to run it")
     return Result(
@@ -166,11 +163,30 @@ def describe_form(spec: KernelSpec, name: str, verification: Verification) -> di
     }
 
 
+def chosen_cases(spec: KernelSpec, cases: Sequence[Case], options: Options) -> list[Case]:
+    """Cases to time: those that were selected, on a CPU else those that it is not too slow for.
+
+    An op that was asked for has its smallest case in any event.
+    """
+    if options.cases:
+        return [case for case in cases if case.name in options.cases]
+    if options.device != "cpu" or options.shape or options.case_file:
+        return list(cases)
+    fitting = [case for case in cases if not too_large(spec, case, options.dtype)]
+    if fitting or not options.ops or not cases:
+        return fitting
+    return [min(cases, key=lambda case: cost_of(spec, case, options.dtype).nbytes)]
+
+
 def too_large(spec: KernelSpec, case: Case, dtype: torch.dtype) -> bool:
     """Return True for a case that takes a CPU long; from shapes only, without allocation."""
-    with FakeTensorMode():
-        cost = spec.cost(spec.make_inputs(case, dtype, "cpu", 0))
+    cost = cost_of(spec, case, dtype)
     return cost.flops > CPU_FLOPS or cost.nbytes > CPU_BYTES
+
+
+def cost_of(spec: KernelSpec, case: Case, dtype: torch.dtype) -> Cost:
+    with FakeTensorMode():
+        return spec.cost(spec.make_inputs(case, dtype, "cpu", 0))
 
 
 def run_case(

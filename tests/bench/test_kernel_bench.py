@@ -32,7 +32,7 @@ from inferix.bench.compile_gate import (
     triton_version,
     write_table,
 )
-from inferix.bench.kernels import Options, clone_inputs, forms, mismatch, run, run_case
+from inferix.bench.kernels import Options, chosen_cases, clone_inputs, forms, mismatch, run, run_case
 from inferix.bench.result import read_result
 from inferix.bench.rivals import bound
 from inferix.bench.sass import Instruction, loops_of, touched_in_flight
@@ -469,3 +469,14 @@ def test_the_help_of_the_command_names_its_files_and_flags():
     text = " ".join(CliRunner().invoke(app, ["bench", "kernels", "--help"]).output.split())
     for word in ("flash-attn", "kernels/OP/tuned/CARD.json", "--compile-only"):
         assert word in text
+
+
+def test_an_op_whose_cases_are_all_too_large_for_a_cpu_has_its_smallest_where_it_was_asked_for():
+    spec, asked = SPECS["rms_norm"], Options(ops=("rms_norm",), dtype=torch.float32)
+    assert [case.name for case in chosen_cases(spec, spec.bench_cases, asked)] == ["1.3B, three frames"]
+    assert chosen_cases(spec, spec.bench_cases, replace(asked, ops=())) == []
+    attention = SPECS["block_attention"]
+    assert [case.name for case in chosen_cases(attention, attention.bench_cases, asked)] == ["small world"]
+    named = replace(asked, cases=("14B, six frames",))
+    assert [case.name for case in chosen_cases(spec, spec.bench_cases, named)] == ["14B, six frames"]
+    assert chosen_cases(spec, spec.bench_cases, replace(asked, device="cuda")) == list(spec.bench_cases)
