@@ -8,6 +8,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import Executor, Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -193,18 +194,8 @@ class Connection:
         await asyncio.shield(task)
 
     async def _receive(self) -> Control | None:
-        """The next control; None for a message that was refused. WebSocketDisconnect where the client is gone."""
-        message = await self.socket.receive()
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1005))
-        text: str | None = message.get("text")
-        data: str | bytes = message["bytes"] if text is None else text
-        try:
-            return self.reader.read(data)
-        except Refusal as refusal:
-            await self._refuse(None, refusal)
-            self.reader.count_mistake(refusal)
-            return None
+        """See `ControlReader.receive`."""
+        return await self.reader.receive(self.socket, partial(self._refuse, None))
 
     # Sending
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from .protocol import Codec, Control
 from .refusals import Refusal
@@ -48,6 +51,22 @@ class ControlReader:
     def __init__(self, codec: Codec, messages_per_second: float) -> None:
         self.codec, self.bucket = codec, TokenBucket(messages_per_second)
         self.mistakes = 0
+
+    async def receive(self, socket: WebSocket, refuse: Callable[[Refusal], Awaitable[None]]) -> Control | None:
+        """The next control; None for a message that is refused, by `refuse`.
+
+        WebSocketDisconnect where the client is gone, Closed after too many refused messages in a row.
+        """
+        message = await socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005))
+        text: str | None = message.get("text")
+        try:
+            return self.read(message["bytes"] if text is None else text)
+        except Refusal as refusal:
+            await refuse(refusal)
+            self.count_mistake(refusal)
+            return None
 
     def read(self, message: str | bytes) -> Control:
         """The control in a message; Refusal for another message, which `check` is to follow."""

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import httpx
@@ -61,11 +62,8 @@ class Router:
     def __init__(self, urls: Servers, settings: ServeSettings) -> None:
         self.urls, self.settings = urls, settings
         self.replicas: dict[str, ReplicaFacts] = {}
-        self.moves: list[float] = []  # seconds that each took
-        headers = {} if settings.token is None else {"Authorization": f"Bearer {settings.token}"}
-        self.headers = headers
-        self.client = httpx.AsyncClient(headers=headers, timeout=ANSWER_SECONDS)
-        self._relays: set[asyncio.Task[None]] = set()
+        self.headers = {} if settings.token is None else {"Authorization": f"Bearer {settings.token}"}
+        self.client = httpx.AsyncClient(headers=self.headers, timeout=ANSWER_SECONDS)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -206,18 +204,8 @@ class Relay:
     # Both directions
 
     async def _receive(self) -> Control | None:
-        """The client's next control; None for a message that was refused."""
-        message = await self.socket.receive()
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1005))
-        text: str | None = message.get("text")
-        data: str | bytes = message["bytes"] if text is None else text
-        try:
-            return self.reader.read(data)
-        except Refusal as refusal:
-            await self._refuse(None, refusal)
-            self.reader.count_mistake(refusal)
-            return None
+        """See `ControlReader.receive`."""
+        return await self.reader.receive(self.socket, partial(self._refuse, None))
 
     async def _take_controls(self) -> None:
         """Pass on what the client sends. What no server gets is kept, for the next one."""
@@ -305,7 +293,6 @@ class Relay:
                     raise Closed(1000, "the session is over") from None
                 await asyncio.sleep(RETRY_SECONDS)
         seconds, lost = time.perf_counter() - since, self.memory.lost_blocks(opened["next_block"])
-        self.router.moves.append(seconds)
         LOG.info("session %s moved in %.3f s, %d blocks lost", self.session, seconds, lost)
         await self._event(
             Notice(kind="moved", message="the session goes on at another server", blocks=lost, seconds=seconds)

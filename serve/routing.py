@@ -1,4 +1,4 @@
-"""Routing: which server of several gets a session, how many servers there should be, and what a moved session is owed.
+"""Routing: the server of several that gets a session, the number of servers to run, and what a moved session is owed.
 
 Numbers and messages only: no sockets, no threads, no Ray.
 """
@@ -79,7 +79,7 @@ def choose(replicas: Mapping[str, ReplicaFacts], moved: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How many servers there should be: `least` to `most`.
+    """The number of servers to run, of `least` to `most`.
 
     load: share of real time that each should be at, at most. slack: seconds by which blocks should be early.
     """
@@ -174,5 +174,5 @@ class ControlMemory:
         return [*restored, *repeated], lost
 
     def lost_blocks(self, next_block: int) -> int:
-        """How many blocks that the client has seen are made again, or others in their place."""
+        """Number of blocks that the client has seen and the next server makes again, or others in their place."""
         return 0 if self.block is None else max(0, self.block + 1 - next_block)

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import AtCapacity, InferixError, SessionEnded, UsageError, one_line, quoted
+from ..runtime.arguments import integer
 from ..runtime.engine import Engine
+from ..runtime.sessions.lifecycle import State
 from ..runtime.sessions.session import Demand, Session
 from ..schemes.camera import CameraMove
 
@@ -69,9 +71,8 @@ class SessionBatch:
     """
 
     def __init__(self, engine: Engine, max_sessions: int, admission_error: type[Exception] = AtCapacity) -> None:
-        if max_sessions < 1:
-            raise UsageError(f"max_sessions is {max_sessions}; expected 1 or more")
-        self.engine, self.max_sessions, self.admission_error = engine, max_sessions, admission_error
+        self.engine, self.admission_error = engine, admission_error
+        self.max_sessions = integer(1)("max_sessions", max_sessions)
         self.attached: dict[str, Attached] = {}
         engine.hand_over()
 
@@ -123,7 +124,9 @@ class SessionBatch:
         for name, demand in demands.items():
             try:
                 block = delivery.next_block(self.attached[name].session, demand, threading.Event())
-            except Exception as error:  # of any kind: it ended this session in the engine, and the others go on
+            except Exception as error:
+                if self.attached[name].session.state is not State.FAILED:
+                    raise
                 LOG.warning("session %s has failed: %s", name, one_line(error))
                 continue
             if block is not None:
@@ -156,7 +159,9 @@ class SessionBatch:
 
 
 def known(values: Mapping[str, Any], names: Sequence[str], what: str) -> dict[str, Any]:
-    """The values; UsageError for a name that means nothing."""
+    """The values; UsageError for what is no mapping, and for a name that means nothing."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{what} is {quoted(values)}; expected values by name, of {', '.join(names)}")
     for name in values:
         if name not in names:
             raise UsageError(f"{what} has {quoted(name)}, which is unknown; expected {', '.join(names)}")

@@ -9,6 +9,7 @@ import pytest
 from live_client import PROMPT, small_engine
 
 from inferix.errors import UsageError
+from inferix.runtime.sessions.lifecycle import State
 from inferix.serve.session_batch import SessionBatch
 from inferix.serve.settings import ServeSettings
 
@@ -50,6 +51,7 @@ def test_sessions_by_the_contract_are_those_of_the_engine():
                 assert result.stats["denoise_ms"] > 0
         batch.finalize(["a", "b"])
         assert [result.session_id for result in batch.step({"b": {}, "a": {"jump": 1}})] == ["b"]
+        assert [result.session_id for result in batch.step({"b": {}, "a": {"camera": [1]}})] == ["b"]
         with pytest.raises(UsageError, match="'c'"):
             batch.step({"c": {}})
         with pytest.raises(UsageError, match="colour"):
@@ -65,3 +67,34 @@ def test_sessions_by_the_contract_are_those_of_the_engine():
     assert engine.metrics()["gauges"]["pages_in_use"] == 0
     engine.hand_over()
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("most", [0, 1.5, "2"])
+def test_a_number_of_sessions_that_is_none_is_refused(most):
+    with pytest.raises(UsageError, match="max_sessions"):
+        SessionBatch(None, most)
+
+
+def test_a_session_that_fails_has_no_result_and_another_error_is_raised(monkeypatch):
+    engine = small_engine(ServeSettings(sessions=2))
+    batch, look = SessionBatch(engine, 2), engine.loop.finite.now
+    failing = iter([ValueError("planted")])
+
+    def now(block, latents):
+        for error in failing:
+            raise error
+        look(block, latents)
+
+    def drive():
+        for name in "ab":
+            batch.attach(Init(name, {"prompt": PROMPT}))
+        monkeypatch.setattr(engine.loop.finite, "now", now)
+        (result,) = batch.step({"a": {}, "b": {}})
+        failed = batch.attached["b" if result.session_id == "a" else "a"].session
+        assert failed.state is State.FAILED
+        monkeypatch.setattr(engine.manager.delivery, "next_block", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            batch.step({result.session_id: {}})
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(drive).result()
