@@ -50,6 +50,9 @@ def export(
     out: Path | None = typer.Option(None, help="Folder to write; it must be new or empty."),
     dtype: str = typer.Option("float32", help="Of weights and activations."),
     unroll: bool = typer.Option(False, "--unroll", help="Write one program more, with all steps of a block."),
+    prefixes: bool = typer.Option(
+        False, "--prefixes", help="Write the encoder too, for streams that begin with an image or a video."
+    ),
     prompt: Path | None = typer.Option(
         None, metavar="FILE", help="Prompts that the engine can follow, one a line, instead of a text encoder."
     ),
@@ -80,8 +83,8 @@ def export(
     given = {key: value for key, value in parts.items() if value is not None}
     folder = export_engine(
         model, preset, out=out, target=target, size=parse_size(size) if size else None, dtype=dtype, unroll=unroll,
-        prompts=read_prompts(prompt) if prompt else (), progress=lambda line: typer.echo(line, err=True),
-        lora_scale=lora_scale, offline=offline, force=force, **given, **overrides,
+        prefixes=prefixes, prompts=read_prompts(prompt) if prompt else (), lora_scale=lora_scale, offline=offline,
+        force=force, progress=lambda line: typer.echo(line, err=True), **given, **overrides,
     )  # fmt: skip
     plan = read_plan(folder)
     programs, size_bytes = list(plan["programs"]), sum(facts["bytes"] for facts in plan["files"].values())
