@@ -78,11 +78,16 @@ def export_engine(
     check_target(chosen, scheme, dtype, unroll, prefixes)
     progress(f"loading {name}")
     engine = load(name, preset, device="cpu", executor="eager", dtype=dtype, size=size, **settings)
-    lines = list(prompts) or ([] if writes_words(engine) else [DEFAULT_PROMPT])
-    rows = {line: engine.inputs.prompt_rows(line, None, empty=True) for line in lines}
+    rows = rows_of(engine, prompts)
     return write_engine(
         engine, out, engine.default_size if size is None else size, chosen, rows, unroll, prefixes, progress
     )
+
+
+def rows_of(engine: Engine, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Rows of prompts, by text; without any, none for a word encoder, and those of the default prompt for others."""
+    lines = prompts or ([] if writes_words(engine) else [DEFAULT_PROMPT])
+    return {line: engine.inputs.prompt_rows(line, None, empty=True) for line in lines}
 
 
 def write_engine(

@@ -27,10 +27,10 @@ ROWS = torch.randn(2, SPEC.text_len, SPEC.text_dim, generator=torch.Generator().
 
 
 @cache
-def small_engine() -> Engine:
+def small_engine(**settings: Any) -> Engine:
     decoder = TinyDecoder(TinySpec(z_dim=SPEC.out_channels, widths=(8, 8, 8, 8), time=(1, 2, 2), patch=1))
     randomise(decoder, scale=0.1).requires_grad_(False)  # larger weights enlarge the error of the latents
-    return remade(make_engine("tinyworld", dtype="float32", spec=SPEC), vae=decoder)
+    return remade(make_engine("tinyworld", dtype="float32", spec=SPEC, **settings), vae=decoder)
 
 
 def export_small(target: str, out: Path) -> Path:
@@ -49,12 +49,12 @@ def convert_small(onnx: Path, out: Path) -> Path:
 
 
 def compare(
-    exported: ExportedEngine, session: Any, switch: Callable[[int], None], blocks: int, script: list[str], seed: int
+    exported: Any, session: Any, switch: Callable[[int], None], blocks: int, script: list[str], seed: int
 ) -> tuple[float, int, float]:
     """Stream an engine and its session under the same controls; returns errors of latents and pixels, and their share.
 
     The error of latents is relative to the largest latent, since an error of one block passes on to the next.
-    switch: changes the session's prompt to that of a number.
+    exported: an `ExportedEngine`, or what opens a stream as it does. switch: changes the session's prompt to that of a number.
     """
     stream = exported.open(PROMPTS[0], seed, script)
     latents, pixels, share, largest = [0.0], [0], [], 0.0
