@@ -82,8 +82,8 @@ def export(
     from ..export.plan import FILE, read_plan
 
     if cache:
-        needless = {"--out": out, "--base": base, "--vae": vae, "--text-encoder": text_encoder, "--lora": lora}
-        needless |= {"--names": names, "--prompt": prompt, "--set": settings or None, "--unroll": unroll or None}
+        needless: dict[str, object] = {"--out": out, "--base": base, "--vae": vae, "--text-encoder": text_encoder}
+        needless |= {"--lora": lora, "--names": names, "--prompt": prompt, "--set": settings or None, "--unroll": unroll or None}
         if wrong := [flag for flag, value in needless.items() if value is not None]:
             raise UsageError(f"--cache takes a model, preset and size as they are; leave {wrong[0]} out")
         return export_to_cache(model, preset, parse_size(size) if size else None, as_json)

@@ -1,4 +1,4 @@
-"""The past of a stream of an exported engine: which frame is in which slot, and its keys and values. Needs numpy only."""
+"""The past of a stream of an exported engine: the slot, keys and values of each frame. Needs numpy only."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from ..runtime.engine import Engine
 from ..runtime.files import write_atomically
 from ..runtime.limits import Limits
 from ..runtime.load import load
+from ..runtime.sessions.output_queue import Block
 from ..schemes.defaults import DEFAULT_PROMPT
 from ..schemes.presets import FIELDS, with_settings
 from ..version import __version__
@@ -171,7 +172,7 @@ def measured_seconds(model: Engine, exported: Engine) -> dict[str, float]:
     size = exported.default_size
     with model.open(DEFAULT_PROMPT, size=size) as first, exported.open(DEFAULT_PROMPT, size=size) as second:
         for index in range(WARM_UP + TIMED):
-            made = []
+            made: list[Block] = []
             for samples, session in zip(seconds.values(), (first, second), strict=True):
                 begun = perf_counter()
                 made += session.stream(1)

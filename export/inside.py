@@ -108,7 +108,7 @@ class ExportedText:
 
 
 class ExportedDecoder(Decoder):
-    """A decoder by programs, and an encoder where the engine has one; the slots of their states are those of the plan."""
+    """A decoder by programs, and an encoder where the engine has one; slots of their states are those of the plan."""
 
     def __init__(self, spec: DecoderSpec, plan: Plan, programs: Mapping[str, Program], zero_start: bool) -> None:
         super().__init__()

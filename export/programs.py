@@ -199,7 +199,7 @@ class EncodeFrame(nn.Module):
 
 @dataclass(frozen=True)
 class EncoderPrograms:
-    """Programs of an encoder, the shape of each slot of its state, zero at first, and the slots that the first returns."""
+    """Programs of an encoder, the shape of each slot of its state, zero at first, and slots that the first returns."""
 
     programs: tuple[Program, ...]
     shapes: tuple[tuple[int, ...], ...]

@@ -33,7 +33,7 @@ from ..schemes.timeline import Span, Timeline
 from .backends import LoadProgram, Values, program_loader
 from .branch import Branch
 from .numerics import Array, normals
-from .plan import FILE, Plan, read_plan
+from .plan import FILE, read_plan
 from .word_table import PromptTable
 
 SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
@@ -105,7 +105,7 @@ class Stream:
 
     def begin_with(self, pictures: Array) -> None:
         """Encode pictures, the end of a video kept, commit them block by block, and decode them."""
-        facts, width, height = self.plan.encoder, *self.plan["size"]["picture"]
+        facts, (width, height) = self.plan.encoder, self.plan["size"]["picture"]
         if facts is None:
             raise UsageError("prefix is given, but the engine has no encoder; export it again with --prefixes")
         if pictures.dtype != np.uint8 or pictures.shape[1:] != (height, width, 3):
@@ -120,7 +120,7 @@ class Stream:
             least = (preset.block_size(0) - 1) * later + first
             raise UsageError(f"prefix has {len(pictures)} pictures; expected {least} or more, as many as a block")
         pictures = pictures[len(pictures) - (frames - 1) * later - first :]
-        state, latents = [np.zeros(shape, np.float32) for shape in facts["state"]], []
+        state, latents = [np.zeros(shape, np.float32) for shape in facts["state"]], list[Array]()
         for part in np.split(pictures, range(first, len(pictures), later)):
             values = {f"state_{slot}": value for slot, value in enumerate(state)}
             values["pixels"] = np.ascontiguousarray(part.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
@@ -293,7 +293,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--out {quoted(out)} must end in one of .y4m, {', '.join(CONTAINERS)}")
     if options.image and options.video:
         raise UsageError("--image and --video both begin the stream; give one of them")
-    check_paths({"engine": options.engine / FILE, "--image": options.image, "--video": options.video}, {"--out": out, "--latents": options.latents})
+    inputs = {"engine": options.engine / FILE, "--image": options.image, "--video": options.video}
+    check_paths(inputs, {"--out": out, "--latents": options.latents})
     engine = ExportedEngine(options.engine, options.threads)
     plan, defaults, preset = engine.plan, engine.plan["defaults"], engine.plan.preset
     fps, stride, size = plan["model"]["fps"], plan["size"]["pictures_per_latent"], tuple(plan["size"]["picture"])

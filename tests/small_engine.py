@@ -54,7 +54,8 @@ def compare(
     """Stream an engine and its session under the same controls; returns errors of latents and pixels, and their share.
 
     The error of latents is relative to the largest latent, since an error of one block passes on to the next.
-    exported: an `ExportedEngine`, or what opens a stream as it does. switch: changes the session's prompt to that of a number.
+    exported: an `ExportedEngine`, or what opens a stream as it does. switch: changes the session's prompt to that of a
+    number.
     """
     stream = exported.open(PROMPTS[0], seed, script)
     latents, pixels, share, largest = [0.0], [0], [], 0.0

@@ -10,18 +10,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 import torch
+from engine_modules import NAMES, NameWriter, modules_of
 from oracles import SIZE, TINY, WAN_PRESETS, make_engine, remade
 
 import inferix
 from inferix.errors import CheckpointError, InferixError, UsageError
 from inferix.export import backends
-from inferix.export.engine_folder import describe_encoder, describe_programs, export_engine, write_engine
+from inferix.export.engine_folder import export_engine, write_engine
 from inferix.export.inside import load_exported
 from inferix.export.numerics import normals
 from inferix.export.plan import FILE, SCHEMA, preset_of, preset_values, read_plan
@@ -45,43 +46,6 @@ PROMPTS = {text: torch.randn(TINY.text_len, TINY.text_dim, generator=GENERATOR) 
 WORLD = dataclasses.replace(TINY, actions=("stay", "left", "right"), fps=8)
 
 
-class ModuleProgram:
-    """A program run as its torch module: the plain reference of its exported file."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def __call__(self, values: Any) -> dict[str, Any]:
-        names = iter(self.program.names)
-        inputs = {
-            key: [torch.from_numpy(values[next(names)]) for _ in value] if isinstance(value, list)
-            else torch.from_numpy(values[next(names)])
-            for key, value in self.program.inputs.items()
-        }  # fmt: skip
-        with torch.no_grad():
-            results = self.program.module(**inputs)
-        tensors = results if isinstance(results, tuple) else (results,)
-        return {name: tensor.numpy() for name, tensor in zip(self.program.results, tensors, strict=True)}
-
-
-class NameWriter:
-    """Writes a program's name in its place; tests take the module instead."""
-
-    options: ClassVar[dict[str, Any]] = {"opset": 0}
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> "NameWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, program: Program) -> None:
-        (self.folder / f"{program.name}.onnx").write_bytes(program.name.encode())
-
-
 class FullDisk(NameWriter):
     """Fails at the third program."""
 
@@ -91,14 +55,7 @@ class FullDisk(NameWriter):
             raise InferixError("no room")
 
 
-NAMES = dataclasses.replace(TARGETS["onnx"], writer=f"{__name__}:NameWriter")
 write = partial(write_engine, size=SIZE, target=NAMES, prompts=PROMPTS)
-
-
-def modules_of(engine: Engine, unroll: bool = False) -> dict[str, ModuleProgram]:
-    programs, decoder = describe_programs(engine, SIZE, unroll)
-    encoder = describe_encoder(engine, SIZE)
-    return {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs, *encoder.programs]}
 
 
 def as_modules(engine: Engine, folder: Path, unroll: bool = False) -> ExportedEngine:
