@@ -83,7 +83,9 @@ def export(
 
     if cache:
         needless: dict[str, object] = {"--out": out, "--base": base, "--vae": vae, "--text-encoder": text_encoder}
-        needless |= {"--lora": lora, "--names": names, "--prompt": prompt, "--set": settings or None, "--unroll": unroll or None}
+        needless |= {"--lora": lora, "--names": names, "--prompt": prompt, "--set": settings or None}
+        needless |= {"--unroll": unroll or None, "--target": None if target == "onnx" else target}
+        needless |= {"--dtype": None if dtype == "float32" else dtype}
         if wrong := [flag for flag, value in needless.items() if value is not None]:
             raise UsageError(f"--cache takes a model, preset and size as they are; leave {wrong[0]} out")
         return export_to_cache(model, preset, parse_size(size) if size else None, as_json)

@@ -205,3 +205,17 @@ def test_whole_models_past_the_window(case: str, target: str, tmp_path: Path) ->
         latents, pixels, share = compare(exported, session, switch, 26, script, 3)
         print(f"{case}, {target}, {name}: latents {latents:.2e}, pixels {pixels}, share {share:.2e}", flush=True)
         assert latents <= 1e-4 and pixels <= 1 and share <= most
+
+
+@pytest.mark.slow
+def test_a_large_model_is_written_and_read_in_little_memory(tmp_path: Path) -> None:
+    """1.4 billion random parameters, 5.7 GB in float32, as ONNX with weights beside the programs."""
+    script, folder = str(Path(__file__).with_name("large_engine.py")), str(tmp_path / "engine")
+    made = {}
+    for command in (("write", folder, "30"), ("read", folder)):
+        done = subprocess.run([sys.executable, script, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made[command[0]] = json.loads(done.stdout)
+        assert made[command[0]]["peak_gib"] < 12
+    print(made)
+    assert made["write"]["parameters"] > 1.3e9 and made["read"]["difference"] <= 1e-4
