@@ -52,7 +52,7 @@ def export(
         False, "--cache", help="Write to the cache instead of --out; generate, play and serve run it on a CPU if it is "
         "faster.",
     ),
-    dtype: str = typer.Option("float32", help="Of weights and activations."),
+    dtype: str = typer.Option("float32", help="Of the stored weights: float32 or float16; passes are in float32."),
     unroll: bool = typer.Option(False, "--unroll", help="Write one program more, with all steps of a block."),
     prefixes: bool = typer.Option(
         False, "--prefixes", help="Write the encoder too, for streams that begin with an image or a video."

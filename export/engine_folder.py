@@ -68,7 +68,7 @@ def export_engine(
 
     model, preset and settings are those of `load`. out: a new folder. prompts: those that the engine can follow, if its
     text encoder is not exported; without any, the default prompt. unroll: one program more, with all steps of a block.
-    prefixes: two more, with which streams can begin with an image or a video.
+    prefixes: two more, with which streams can begin with an image or a video. dtype: of the stored weights.
     Raises UsageError for what the target cannot do, before weights are read, and for bad values.
     """
     name = default_model(preset) if model is None else str(model)
@@ -77,10 +77,10 @@ def export_engine(
     chosen = find_target(target)
     check_target(chosen, scheme, dtype, unroll, prefixes)
     progress(f"loading {name}")
-    engine = load(name, preset, device="cpu", executor="eager", dtype=dtype, size=size, **settings)
+    engine = load(name, preset, device="cpu", executor="eager", dtype="float32", size=size, **settings)
     rows = rows_of(engine, prompts)
     return write_engine(
-        engine, out, engine.default_size if size is None else size, chosen, rows, unroll, prefixes, progress
+        engine, out, engine.default_size if size is None else size, chosen, rows, unroll, prefixes, progress, dtype
     )
 
 
@@ -99,6 +99,7 @@ def write_engine(
     unroll: bool = False,
     prefixes: bool = False,
     progress: Callable[[str], None] = lambda line: None,
+    dtype: str = "float32",
 ) -> Path:
     """Write a loaded engine as a folder. prompts: rows [text_len, text_dim] by text; none to write the word encoder."""
     with new_folder(out) as folder, torch.no_grad():
@@ -107,12 +108,13 @@ def write_engine(
         if encoder is not None:
             programs += encoder.programs
         writer: type[Writer] = resolve_name(target.writer)
-        with writer(folder) as file:
+        with writer(folder, dtype) as file:
             for program in [*programs, *decoder.programs]:
                 progress(f"exporting {program.name}")
                 file.write(program)
         text = write_text(engine, folder, prompts)
-        plan = describe_engine(engine, size, target, programs, decoder, text, writer.options)
+        options = writer.options | {"weights": dtype}
+        plan = describe_engine(engine, size, target, programs, decoder, text, options)
         if encoder is not None:
             plan["encoder"] = {
                 "first_pictures": engine.spec.first_pictures, "pictures": engine.spec.vae_stride[0],

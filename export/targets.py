@@ -29,7 +29,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "unrolled steps": "--unroll: all steps of a block in one program",
     "prefixes": "--prefixes: streams that begin with an image or a video",
     "pasted pictures": "--prefixes with image paste or clamp: given frames in a block of others",
-    "float32": "--dtype float32",
+    "float32": "--dtype float32: weights are stored in it; passes are always in float32",
     "float16": "--dtype float16",
     "bfloat16": "--dtype bfloat16",
 }
@@ -63,12 +63,13 @@ SINGLE = frozenset(FEATURES) - {
     "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
     "several sets of weights", "endless window", "channels of frames", "pasted pictures", "float16", "bfloat16",
 }  # fmt: skip
+HALF = SINGLE | {"float16"}
 HERE = __package__
 EVERY = (
     Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
-           f"{HERE}.backends:OnnxRuntime", "onnxruntime", SINGLE, "CPU, by ONNX Runtime"),
+           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF, "CPU, by ONNX Runtime"),
     Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
-           f"{HERE}.backends:OpenVino", "openvino", SINGLE, "CPU, by OpenVINO"),
+           f"{HERE}.backends:OpenVino", "openvino", HALF, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
            SINGLE, "CPU, by torch"),
     Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",

@@ -39,7 +39,7 @@ class NameWriter:
 
     options: ClassVar[dict[str, Any]] = {"opset": 0}
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
         self.folder = folder
 
     def __enter__(self) -> NameWriter:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from oracles import SIZE, TINY, make_engine, randomise, remade
@@ -17,6 +18,7 @@ from inferix.export.engine_folder import write_engine
 from inferix.export.programs import Program
 from inferix.export.run import ExportedEngine
 from inferix.export.targets import TARGETS
+from inferix.export.to_onnx import OnnxWriter
 from inferix.export.to_openvino import OpenVinoWriter, convert
 from inferix.models.wan.taehv import TinyDecoder, TinySpec
 from inferix.runtime.engine import Engine
@@ -33,8 +35,9 @@ def small_engine(**settings: Any) -> Engine:
     return remade(make_engine("tinyworld", dtype="float32", spec=SPEC, **settings), vae=decoder)
 
 
-def export_small(target: str, out: Path) -> Path:
-    return write_engine(small_engine(), out, SIZE, TARGETS[target], dict(zip(PROMPTS, ROWS, strict=True)))
+def export_small(target: str, out: Path, dtype: str = "float32") -> Path:
+    rows = dict(zip(PROMPTS, ROWS, strict=True))
+    return write_engine(small_engine(), out, SIZE, TARGETS[target], rows, dtype=dtype)
 
 
 def convert_small(onnx: Path, out: Path) -> Path:
@@ -46,6 +49,17 @@ def convert_small(onnx: Path, out: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OpenVinoWriter, "write", write)
         return export_small("openvino", out)
+
+
+def halve_small(onnx: Path, out: Path) -> Path:
+    """The small engine with weights in float16, made from its ONNX folder."""
+
+    def write(self: OnnxWriter, program: Program) -> None:
+        self.save(onnx_ir.load(onnx / f"{program.name}.onnx"), program.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxWriter, "write", write)
+        return export_small("onnx", out, "float16")
 
 
 def compare(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracles import SIZE
 from safetensors.torch import load_file
-from small_engine import PROMPTS, ROWS, compare, compare_small, small_engine
+from small_engine import PROMPTS, ROWS, compare, compare_small, halve_small, small_engine
 from typer.testing import CliRunner
 
 import inferix
@@ -21,6 +21,7 @@ from inferix.errors import InferixError
 from inferix.export.engine_folder import export_engine
 from inferix.export.plan import Plan
 from inferix.export.run import ExportedEngine
+from inferix.export.to_onnx import store_in_half
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.output_queue import Block
 from inferix.runtime.sessions.session import Session
@@ -37,6 +38,34 @@ def test_openvino_equals_eager(openvino_folder: Path) -> None:
 @pytest.mark.slow  # the compiler takes a minute or two for each program
 def test_aoti_equals_eager(aoti_folder: Path) -> None:
     compare_small(ExportedEngine(aoti_folder, 1))
+
+
+def test_weights_in_float16(onnx_folder: Path, tmp_path: Path) -> None:
+    """Half the bytes; passes stay in float32, so that the error is that of rounded weights."""
+    folder = halve_small(onnx_folder, tmp_path / "engine")
+    before, after = ((place / "weights.bin").stat().st_size for place in (onnx_folder, folder))
+    assert after < 0.75 * before  # each tensor begins at a page
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    assert plan["dtype"] == "float32" and plan["built"]["options"]["weights"] == "float16"
+    session = small_engine().open(prompt_embeds=ROWS[0], seed=5, size=SIZE)
+    switch = lambda number: session.prompt(embeds=ROWS[number])  # noqa: E731
+    latents, _, _ = compare(ExportedEngine(folder, 1), session, switch, 6, [], 5)
+    assert 1e-5 < latents <= 1e-2
+
+
+def test_a_weight_beyond_float16_stays_in_float32() -> None:
+    import onnx_ir
+
+    weights = {"small": np.ones((32, 32), np.float32), "large": np.full((32, 32), 1e5, np.float32)}
+    model = onnx_ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 23]> g (float[1,32] x) => (float[1,32] z)'
+        "{ y = MatMul(x, small) z = MatMul(y, large) }",
+        initializers=[onnx_ir.tensor(value, name=name) for name, value in weights.items()],
+    )
+    store_in_half(model)
+    dtypes = {name: value.const_value.dtype.name for name, value in model.graph.initializers.items()}
+    assert dtypes == {"small.float16": "FLOAT16", "large": "FLOAT"}
+    assert [node.op_type for node in model.graph] == ["Cast", "MatMul", "MatMul"]
 
 
 RESTORE = """
