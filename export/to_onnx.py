@@ -102,9 +102,8 @@ def store_in_half(model: Any) -> None:
         if content.nbytes < LEAST_EXTERNAL or np.abs(content).max() > np.finfo(np.float16).max:
             continue
         half = onnx_ir.tensor(content.astype(np.float16), name=f"{name}.float16")
-        stored = onnx_ir.Value(
-            name=half.name, shape=half.shape, type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT16), const_value=half
-        )
+        kind, shape = onnx_ir.TensorType(onnx_ir.DataType.FLOAT16), onnx_ir.Shape(content.shape)
+        stored = onnx_ir.Value(name=half.name, shape=shape, type=kind, const_value=half)
         cast = onnx_ir.node("Cast", [stored], attributes={"to": int(onnx_ir.DataType.FLOAT)}, name=f"{name}.cast")
         (single,) = cast.outputs
         single.name, single.shape, single.type = f"{name}.float32", value.shape, value.type

@@ -1,7 +1,8 @@
 """Export a model of the size of Wan 1.3B with random weights, or read it back, and print the peak memory as JSON.
 
-`large_engine.py write FOLDER LAYERS` and `large_engine.py read FOLDER`, each a process of its own, since the peak is the
-process's. Both run one step over the same inputs; `read` prints the largest difference, relative to the largest value.
+`large_engine.py write FOLDER LAYERS` and `large_engine.py read FOLDER`, each a process of its own, since the peak is
+the process's. Both run one step over the same inputs; `read` prints the largest difference, relative to the largest
+value.
 """
 
 import dataclasses
