@@ -45,7 +45,7 @@ class Shard:
 
     heads, tokens: of pages that ranks divide. group: number of the `RankGroup` of all ranks of a pass, whose rank is
     tokens.place * heads.size + heads.place. branches: of guidance, each run by ranks of its own. weights: ranks that
-    divide the large matrices.
+    divide the large matrices. columns: all ranks, where they divide the pictures that are decoded.
     """
 
     heads: Axis = NONE
@@ -53,6 +53,7 @@ class Shard:
     group: int = 0
     branches: Axis = NONE
     weights: Axis = NONE
+    columns: Axis = NONE
 
     @property
     def ranks(self) -> int:

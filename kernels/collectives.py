@@ -7,7 +7,7 @@ travel as they are, so every dtype does, and a result has the same bits on every
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,20 @@ class RankGroup:
     def receive(self, tensor: Tensor, rank: int) -> None:
         """Fill a tensor with that which another rank sends."""
         self.wait(lambda: self.process_group.recv([as_bytes(tensor)], rank, 0), 0, calls=0)
+
+    def swap(self, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Send a tensor to each of some other ranks, each of which sends one of its shape back; returns those.
+
+        All ranks of the group call it. The tensors have one shape.
+        """
+        ranks = sorted(parts)
+        sizes = [parts[rank].nbytes if rank in parts else 0 for rank in range(self.size)]
+        sent = torch.stack([parts[rank] for rank in ranks]).contiguous()
+        received = sent.new_empty(sent.shape)
+        self.wait(
+            lambda: self.process_group.alltoall_base(as_bytes(received), as_bytes(sent), sizes, sizes), sent.nbytes
+        )
+        return dict(zip(ranks, received, strict=True))
 
 
 GROUPS: dict[int, RankGroup] = {}  # of this process, by number

@@ -21,6 +21,7 @@ from ..errors import UsageError, quoted
 from ..graphs.shards import Axis
 from ..schemes.presets import PLAIN, Preset
 from ..schemes.sampler_spec import SOLVERS
+from .column_decoder import ColumnDecoder
 from .costs import TransformerCosts
 from .decoder import Decoder, DecoderSpec
 from .files import fill
@@ -133,7 +134,8 @@ class Family(ABC):
     name: what `ModelSpec.family` says. models: sizes by name. presets: decoding schemes, the default one first.
     formats: checkpoint formats by name. shipped: folder of the weights of models that are in the package, by name.
     demo: the named model that runs where a preset of the family is named alone. examples: prompts that its models
-    follow. to_clean: direction of the velocity of its networks, as in `SolverRules`.
+    follow. to_clean: direction of the velocity of its networks, as in `SolverRules`. decodes_columns: ranks can divide
+    the pictures that its decoders make.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Family(ABC):
     demo: str
     examples: Sequence[str] = ()
     to_clean: bool = False
+    decodes_columns: bool = False
 
     def demo_of(self, preset: Preset) -> str:
         """Return the named model that runs where a preset of the family is named alone."""
@@ -324,6 +327,10 @@ class Family(ABC):
     def load_decoder(self, path: Path, dtype: torch.dtype, device: Any) -> Decoder:
         """Load a decoder, ready to run on a device."""
         raise self.lacks("decoder files", quoted(path))
+
+    def column_decoder(self, decoder: Decoder, axis: Axis) -> ColumnDecoder:
+        """Make a rank's part of a decoder whose pictures ranks divide. UsageError for a family without one."""
+        raise self.lacks("decoder over several ranks", "shard_decoder")
 
     # Comparison
 

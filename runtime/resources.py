@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from .execution.executors import Executor
 from .execution.loading import Components
 from .kv.kv_manager import KVManager
 from .kv.page_store import KV_DTYPES
+from .parallel.ranked_decoder import RankedDecoder
 from .parallel.ranked_worker import RankedWorker
 from .worker import LocalWorker
 from .worker_client import Worker, WorkerClient
@@ -72,6 +73,9 @@ def make_resources(
     client = WorkerClient(worker or LocalWorker(config, preset, parts, executor))
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
     clients = [client]
+    if parts.shard.columns.size > 1:
+        decoder = RankedDecoder(parts.vae, client, parts.shard.columns.size)
+        parts = replace(parts, vae=decoder)
     if isinstance(client.worker, RankedWorker) and (places := parts.shard.branches.size) > 1:
         clients = [WorkerClient(client.worker.of_branches(place), client) for place in range(places)]
     kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), clients, config.kv_memory, parts.shard)

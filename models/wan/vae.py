@@ -74,8 +74,12 @@ class FrameAttention(nn.Module):
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         frames = by_frame(x)
         q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:])
+        out = self.attend(q, k, v)[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:])
         return x + by_clip(self.proj(out), len(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the pixels of each frame; all [T, 1, H*W, C]."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Downsample(nn.Module):

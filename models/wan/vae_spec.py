@@ -77,6 +77,16 @@ class VaeSpec(DecoderSpec):
         area = math.prod(latent)
         return area * conv_flops(encoder_convs(self), first=True) + 4 * area**2 * self.widths[-1]
 
+    def edge_entries(self, first: bool = False) -> tuple[int, int]:
+        # A causal convolution reads all frames under its kernel in one call.
+        wide = [conv for conv in decoder_convs(self) if conv.kernel[2] > 1]
+        frames = [conv.past + (conv.place.first if first else conv.place.frames) for conv in wide]
+        return sum(conv.inputs * conv.place.scale * n for conv, n in zip(wide, frames, strict=True)), len(wide)
+
+    @property
+    def attended_entries(self) -> int:
+        return 2 * self.decoder_widths[0]
+
     def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
         return scratch_bytes(self, latent, frames, item, max(live_bytes(conv, item) for conv in decoder_convs(self)))
 
@@ -121,6 +131,12 @@ class TinySpec(DecoderSpec):
 
     def encode_flops(self, latent: tuple[int, int]) -> int:
         return 0
+
+    def edge_entries(self, first: bool = False) -> tuple[int, int]:
+        # Each frame is a call; a memory block's first convolution reads its cached frame, too, as channels.
+        wide = [conv for conv in tiny_convs(self) if conv.kernel[2] > 1]
+        frames = [conv.place.first if first else conv.place.frames for conv in wide]
+        return sum(conv.inputs * conv.place.scale * n for conv, n in zip(wide, frames, strict=True)), sum(frames)
 
     def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
         # The upsampled input and the output of each stage stay live until the stages after it are done.

@@ -21,7 +21,7 @@ from . import costs, planner
 from .available_memory import Available, available_memory
 from .costs import ITEMSIZE
 from .planner import Suggestion, Workload
-from .rank_planner import divided_of, rank_memory
+from .rank_planner import decoder_ranks, divided_of, rank_memory
 
 MOST_SUGGESTIONS = 4
 
@@ -59,7 +59,9 @@ class MemoryCheck:
         total = planner.needed(load) + self.more_bytes(load, fast)
         if (gpus := self.config.gpus) > 1:
             grid = choose_layout(divided_of(load), gpus, self.config.parallel)
-            total = rank_memory(load, grid, self.sessions, self.config.shard_weights) + self.more_bytes(load, fast)
+            decoders = decoder_ranks(spec, load.size, gpus, self.config.shard_decoder)
+            total = rank_memory(load, grid, self.sessions, self.config.shard_weights, decoders)
+            total += self.more_bytes(load, fast)
             total *= gpus if device.type == "cpu" else 1  # processes share the memory of the machine
         self.compare(load, total, available_memory(device))
         if made_on_host and device.type != "cpu":

@@ -304,6 +304,7 @@ class Speed:
     decoder_bytes: float
     transformer_seconds: float
     decoder_seconds: float
+    encoder_seconds: float  # of the decoder's, for pictures that the block encodes again
     frames: float  # video frames of the block
 
     @property
@@ -338,13 +339,14 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
         for frame in range(block.decoded)
     ]
     traffic = costs.decode_traffic(load.decoder, load.latent, load.dtype)
-    decoder_seconds = sum(ceiling.seconds(one, traffic) for one in decoding)
+    decoder_seconds, encoder_seconds = sum(ceiling.seconds(one, traffic) for one in decoding), 0.0
     if block.encoded and load.decoder.encodes:
         encoding = block.encoded * load.decoder.encode_flops(load.latent)
         decoding.append(encoding)
-        decoder_seconds += ceiling.seconds(encoding, 0)
+        encoder_seconds = ceiling.seconds(encoding, 0)
     shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - spec.first_pictures) * block.first
-    return Speed(flops, sum(decoding), moved, block.decoded * traffic, seconds, decoder_seconds, shown)
+    decoder_seconds += encoder_seconds
+    return Speed(flops, sum(decoding), moved, block.decoded * traffic, seconds, decoder_seconds, encoder_seconds, shown)
 
 
 def camera_runs(load: Workload, block: ScheduledBlock) -> list[int]:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ...errors import UsageError, nearest, quoted
 from ...graphs.passes import Pass
+from ...models.column_decoder import columns_of
 from ...models.files import parse_json
+from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...models.weight_shards import part_of
 from ...schemes.block_schedule import ScheduledBlock
@@ -130,6 +132,49 @@ def block_collectives(
     return runs * (each + (place > 0) + (len(divided_matrices(load)) if shard_weights else 0))
 
 
+# Decoder
+
+
+def decoder_ranks(spec: ModelSpec, size: tuple[int, int], ranks: int, asked: bool | None = None) -> int:
+    """Ranks that decode some columns of each picture: all, or rank 0 alone.
+
+    asked: the setting `shard_decoder`; UsageError where it is True and ranks cannot.
+    """
+    columns = spec.latent_size(size)[1]
+    if asked is False or ranks == 1:
+        return 1
+    if not family_of(spec).decodes_columns:
+        reason = f"the decoder of {spec.name} attends to whole tiles, which ranks do not divide"
+    elif columns < ranks:
+        reason = f"pictures of {size[0]}x{size[1]} have {columns} columns of latents for {ranks} ranks"
+    else:
+        return ranks
+    if asked:
+        raise UsageError(f"shard_decoder is True, but {reason}; leave shard_decoder out")
+    return 1
+
+
+def decoding_sent(load: Workload, block: ScheduledBlock, ranks: int, rank: int) -> tuple[int, int]:
+    """Bytes that a rank sends while all decode the frames of a block, and how often it sends.
+
+    Of its edges to each neighbour, of what all columns need, and of its pictures to rank 0.
+    """
+    rows, columns = load.latent
+    widths, item, decoder = columns_of(columns, ranks), ITEMSIZE[load.dtype], load.decoder
+    sides, sent, calls, pictures = (rank > 0) + (rank < ranks - 1), 0, 0, 0
+    for frame in range(block.decoded):
+        first = frame == 0 and block.decoder_begins and not load.preset.context.decoder_zero_start
+        entries, times = decoder.edge_entries(first)
+        sent += sides * rows * entries * item
+        calls += times + (decoder.attended_entries > 0)
+        pictures += load.spec.first_pictures if first else decoder.temporal_stride
+    sent += (ranks - 1) * block.decoded * decoder.attended_entries * rows * max(widths) * item
+    if rank > 0:
+        sent += 3 * pictures * decoder.spatial_stride**2 * rows * widths[rank] * item
+        calls += 1
+    return sent, calls
+
+
 # Plans
 
 
@@ -138,7 +183,7 @@ class RankPlan:
     """Ranks of one world, and worlds side by side.
 
     layout: its name, `one` for one GPU. memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of
-    a steady block's passes; decoding: of its decoder, on one rank. sent: bytes that a rank sends in a block.
+    a steady block's passes; decoding: of its decoder, on all ranks where they divide it. sent: bytes that a rank sends in a block.
     shard_weights: ranks divide the weights.
     """
 
@@ -176,10 +221,12 @@ class RankPlan:
         return world if self.replicas == 1 else f"{self.replicas} x {world}"
 
 
-def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False) -> int:
+def rank_memory(
+    load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False, decoders: int = 1
+) -> int:
     """Bytes of rank 0, which decodes: all weights, or its part and the largest whole, and its part of each page.
 
-    What a pass computes is divided too, where no rank gathers the queries of others.
+    What a pass computes is divided too, where no rank gathers the queries of others. decoders: ranks that decode.
     """
     split, guide = planner.memory(load), load.preset.sampler.guide
     each, once = dict(split.each), dict(split.once)
@@ -196,6 +243,8 @@ def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bo
     for part in (once, each):
         for name in part.keys() & ({"pages", "page_buffer", "moving_sink"} | scratch):
             part[name] = -(-part[name] // grid.tiles)
+        for name in part.keys() & {"decode_scratch", "decoder_state"}:
+            part[name] = -(-part[name] // decoders)
     return sum(once.values()) + sessions * sum(each.values())
 
 
@@ -229,14 +278,21 @@ def plan(
 
     sent = int(per_block(lambda block, place: block_bytes(load, block, grid, place, shard_weights)))
     waits = per_block(lambda block, place: block_collectives(load, block, grid, place, shard_weights))
-    need = rank_memory(load, grid, -(-load.sessions // replicas), shard_weights)
+    decoders = decoder_ranks(load.spec, load.size, grid.ranks)
+    decoding = speed.decoder_seconds * 1e3
+    if decoders > 1:
+        parts = [decoding_sent(load, block, decoders, 1) for block in blocks]
+        moved, times = (sum(part) / len(blocks) for part in zip(*parts, strict=True))
+        decoding = (speed.encoder_seconds + (speed.decoder_seconds - speed.encoder_seconds) / decoders) * 1e3
+        decoding += moved / (link.bandwidth * 1e9) * 1e3 + times * link.latency / 1e3
+    need = rank_memory(load, grid, -(-load.sessions // replicas), shard_weights, decoders)
     return RankPlan(
         grid.layout or "one", grid.ranks, replicas, need, need <= memory,
         passes=per_block(lambda block, place: len(runs_at(load, block, grid, place))),
         computing=per_block(flops) / grid.tiles / (ceiling.tflops * EFFICIENCY * 1e12) * 1e3,
         sending=sent / (link.bandwidth * 1e9) * 1e3,
         waiting=waits * link.latency / 1e3,
-        decoding=speed.decoder_seconds * 1e3,
+        decoding=decoding,
         frames=speed.frames,
         sent=sent,
         shard_weights=shard_weights,

@@ -58,7 +58,7 @@ class DecoderTrack:
 
     def advance(self, latents: Tensor) -> Tensor:
         """Decode latents [F, C, h, w] to pixels [T, 3, H, W], without a checkpoint."""
-        begins, pixels = not self.state.history, self.vae.decode(latents, self.state)
+        begins, pixels = not self.state.begun, self.vae.decode(latents, self.state)
         if begins and self.zero_start and self.vae.zero_start:
             return pixels[self.vae.spec.temporal_stride - 1 :]
         return pixels
@@ -126,10 +126,11 @@ class DecoderTrack:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state and all checkpoints; shared tensors count once."""
-        states = [self.state, *(state for _, state in self.checkpoints)]
-        tensors = {id(tensor): tensor.nbytes for state in states for tensor in state.history.values()}
-        return sum(tensors.values())
+        """Bytes of the state and all checkpoints; what they share counts once."""
+        owned: dict[int, int] = {}
+        for state in (self.state, *(state for _, state in self.checkpoints)):
+            owned |= state.owned
+        return sum(owned.values())
 
 
 class DecodePipeline:

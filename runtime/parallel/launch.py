@@ -28,7 +28,7 @@ from ...models.decoder import DecoderSpec
 from ...models.spec import ModelSpec
 from ...schemes.layouts import RankGrid, choose_layout
 from ...schemes.presets import Preset
-from ..capacity.rank_planner import divided
+from ..capacity.rank_planner import decoder_ranks, divided
 from ..config import EngineConfig
 from ..execution.loading import Components, SizeCheck
 from ..worker import LocalWorker
@@ -92,6 +92,7 @@ class Start:
             raise UsageError(f"{message}; ranks take GPUs 0, 1, ...: use cuda")
         self.check(spec, decoder, text, fast, made_on_host, files)
         size = self.size or spec.default_size
+        together = decoder_ranks(spec, size, config.gpus, config.shard_decoder) > 1
         grid = choose_layout(divided(spec, size, self.preset.sampler.guide), config.gpus, config.parallel)
         if grid.tokens > 1 and config.kv_dtype not in (None, config.dtype):
             raise UsageError(
@@ -99,7 +100,7 @@ class Start:
                 "dtype; leave kv_dtype out, or use parallel=ulysses"
             )
         mine = identity(spec, self.preset, files)
-        self.world = start(self.config, grid, mine, self.name, self.settings, self.offline)
+        self.world = start(self.config, grid, together, mine, self.name, self.settings, self.offline)
         return self.world.shard
 
     def close(self) -> None:
@@ -110,6 +111,7 @@ class Start:
 def start(
     config: EngineConfig,
     grid: RankGrid,
+    decode_together: bool,
     mine: Mapping[str, Any],
     preset: str | None,
     settings: Mapping[str, Any],
@@ -117,7 +119,7 @@ def start(
 ) -> World:
     """Start `config.gpus` - 1 ranks, or join them, and have them load what this one loads.
 
-    mine: what this rank loads, see `identity`. preset and settings: arguments of `load`. RankFailed or UsageError,
+    decode_together: each decodes some columns of a picture. mine: what this rank loads, see `identity`. preset and settings: arguments of `load`. RankFailed or UsageError,
     naming the rank, where one cannot load or has other weights or versions.
     """
     ranks, place = config.gpus, Place.of()
@@ -146,6 +148,7 @@ def start(
         setup = {
             "config": shared, "grid": asdict(grid), "settings": dict(settings), "preset": preset, "offline": offline,
             "name": f"{number}", "timeout": COLLECTIVE * config.rank_timeout, "threads": threads,
+            "decode_together": decode_together,
         }  # fmt: skip
         try:
             peers.send(lambda peer: Message("setup", setup))
@@ -161,8 +164,9 @@ def start(
         peers.send(lambda peer: Message("go"))
         limit = COLLECTIVE * config.rank_timeout
         group, shard = join_grid(
-            store, place, grid, f"{number}", torch.device(config.device), limit, config.shard_weights
-        )
+            store, place, grid, f"{number}", torch.device(config.device), limit, config.shard_weights,
+            decode_together,
+        )  # fmt: skip
     except BaseException:
         peers.close()
         raise

@@ -16,17 +16,21 @@ from torch import Tensor
 from ...errors import RankFailed
 from ...graphs.shards import Shard
 from ...kernels.collectives import CollectiveFailed, RankGroup
+from ...models.column_decoder import divided_columns
 from ..execution.executors import Executor
 from ..plans import (
     CloseStore,
+    Decode,
     Grid,
     GuidedPass,
     PassPlan,
     Plan,
+    ReadDecoding,
     ReadHost,
     ReadPages,
     ReadSink,
     Release,
+    SetDecoding,
     SetSink,
     WritePages,
     encode_plan,
@@ -35,9 +39,9 @@ from ..worker import LocalWorker
 from .messages import Message
 from .peers import Peer, Peers
 
-GIVES = (ReadPages, ReadHost, ReadSink)  # plans whose tensors are joined from all ranks
+GIVES = (ReadPages, ReadHost, ReadSink, ReadDecoding)  # plans whose tensors are joined from all ranks
 TAKES = (WritePages, SetSink)  # plans whose tensors are divided among the ranks
-PASSES = (PassPlan, GuidedPass)  # plans whose tensors are the same on all ranks, and on their device
+PASSES = (PassPlan, GuidedPass, Decode)  # plans whose tensors are the same on all ranks, and on their device
 OF_THE_END = (Release, CloseStore)  # plans that have nothing to do once the ranks have ended
 
 
@@ -76,7 +80,7 @@ class RankedWorker:
         values, encoded = {"number": number, "shapes": shapes if moved else [], "place": place}, encode_plan(plan)
         try:
             self.peers.send(
-                lambda peer: Message("plan", values, encoded, () if moved else tuple(parts[self.rank_of(peer)]))
+                lambda peer: Message("plan", values, encoded, () if moved else tuple(self.part_of(peer, parts)))
             )  # fmt: skip
             if moved:
                 for tensor in parts[0]:
@@ -99,14 +103,17 @@ class RankedWorker:
         self.peers.finished()
         if isinstance(plan, GIVES):
             replies = [result, *(list(message.tensors) for message in self.peers.replies())]
+            if isinstance(plan, ReadDecoding):
+                (slots, *_), *_ = replies
+                return [slots, *(whole_columns(per_rank) for per_rank in zip(*(own[1:] for own in replies), strict=True))]
             first = (place or 0) * self.shard.ranks  # without a place, a plan gives the tensors of all ranks
             own = replies[first : first + self.shard.ranks]
             return [self.joined(plan.grid, per_rank) for per_rank in zip(*own, strict=True)]
         return result
 
-    def rank_of(self, peer: Peer) -> int:
-        """Number of a rank among those of its branches of guidance."""
-        return peer.rank % self.shard.ranks
+    def part_of(self, peer: Peer, parts: Sequence[list[Tensor]]) -> list[Tensor]:
+        """The part of a rank, of one for each rank or for each rank of a branch of guidance."""
+        return parts[peer.rank % len(parts)]
 
     def collected(self, plan: GuidedPass, latents: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
         """Velocities of all branches, by their order in the plan, of which this rank has some.
@@ -125,7 +132,11 @@ class RankedWorker:
         return velocities
 
     def divided(self, plan: Plan, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The tensors that each rank takes, by its number among those of its branches."""
+        """The tensors that each rank takes, by its number among all, or among those of its branches."""
+        if isinstance(plan, SetDecoding):
+            ranks = self.shard.columns.size
+            columns = [divided_columns(tensor, plan.columns, ranks) for tensor in tensors]
+            return [[parts[rank].contiguous() for parts in columns] for rank in range(ranks)]
         if isinstance(plan, TAKES):
             per_tensor = [divided(tensor, self.shard, plan.grid) for tensor in tensors]
             return [[parts[rank] for parts in per_tensor] for rank in range(self.shard.ranks)]
@@ -148,6 +159,11 @@ class BranchRanks:
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         return self.ranked.execute(plan, tensors, self.place)
+
+
+def whole_columns(parts: Sequence[Tensor]) -> Tensor:
+    """A tensor of a decoder's state [..., W] from the columns of all ranks."""
+    return torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
 
 def divided(pages: Tensor, shard: Shard, grid: Grid) -> list[Tensor]:

@@ -109,11 +109,11 @@ def join_group(store: dist.TCPStore, place: Place, name: str, device: torch.devi
 
 def join_grid(
     store: dist.TCPStore, place: Place, grid: RankGrid, name: str, device: torch.device, timeout: float,
-    shard_weights: bool = False,
+    shard_weights: bool = False, shard_decoder: bool = False,
 ) -> tuple[RankGroup, Shard]:  # fmt: skip
     """The group of all ranks, and this rank's part of every pass, with the groups that it communicates in.
 
-    shard_weights: ranks of a pass divide the weights.
+    shard_weights: ranks of a pass divide the weights. shard_decoder: all ranks divide the decoded pictures.
     """
     whole = join_group(store, place, name, device, timeout)
     tile, head = place.rank % grid.tiles, place.rank % grid.heads
@@ -130,6 +130,9 @@ def join_grid(
     heads = group if grid.heads == grid.tiles else number(f"heads/{branch}/{token}", head, grid.heads)
     tokens = group if grid.tokens == grid.tiles else number(f"tokens/{branch}/{head}", token, grid.tokens)
     weights = Axis(grid.tiles, tile, group) if shard_weights else Axis()
+    every = group if grid.tiles == place.ranks else add_group(whole) if shard_decoder else 0
+    columns = Axis(place.ranks, place.rank, every) if shard_decoder else Axis()
     return whole, Shard(
-        Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch), weights
-    )
+        Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch), weights,
+        columns,
+    )  # fmt: skip

@@ -578,7 +578,7 @@ class DecoderForm(SaveForm):
     def write(self, value: DecoderTrack, file: SavedFields) -> None:
         fast = value.vae is not file.resources.parts.vae
         file.header["decoder"] = {"frames": value.state.frames, "fast": fast}
-        for slot, tensor in value.state.history.items():
+        for slot, tensor in value.vae.whole_state(value.state).history.items():
             file.put(f"decoder.{slot}", tensor)
 
     def check(self, file: SavedFields) -> None:
@@ -601,7 +601,7 @@ class DecoderForm(SaveForm):
     def fill(self, value: DecoderTrack, file: SavedFields) -> None:
         slots = [name for name in file.tensors if name.startswith("decoder.")]
         history = {int(name.removeprefix("decoder.")): file.tensor(name) for name in slots}
-        value.state = StreamState(history, file.header["decoder"]["frames"])
+        value.state = value.vae.own_state(StreamState(history, file.header["decoder"]["frames"]))
 
 
 @dataclass(frozen=True)
