@@ -36,7 +36,7 @@ from ..graphs.lowered import Planned, lower_block
 from ..graphs.lowering import HOST_READS, ROOM, storage, tensors
 from ..graphs.passes import Group
 from ..graphs.program import Call, Form, Ref
-from ..graphs.shards import Axis, Shard
+from ..graphs.shards import Axis, Shard, Stage
 from ..graphs.types import BlockGraph, Role
 from ..kernels.collectives import RankGroup, add_group, group_of
 from ..kernels.spec import ARCHITECTURES, FP8, KernelSpec, OpSpec, has_triton
@@ -471,7 +471,8 @@ def fake_shard(grid: RankGrid, shard_weights: bool = False) -> Shard:
         return add_group(RankGroup(FakeProcessGroup._create_internal(0, size), 0, size)) if size > 1 else 0
 
     heads, tokens, tiles = (Axis(size, 0, group(size)) for size in (grid.heads, grid.tokens, grid.tiles))
-    return Shard(heads, tokens, tiles.group, Axis(grid.branches), tiles if shard_weights else Axis())
+    stage = Stage(grid.layers, 0, 0, group(2), group(grid.layers)) if grid.layers > 1 else Stage()
+    return Shard(heads, tokens, tiles.group, Axis(grid.branches), tiles if shard_weights else Axis(), stage=stage)
 
 
 def check_architecture(architecture: int) -> None:

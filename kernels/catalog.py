@@ -7,7 +7,7 @@ from ..plugins import installed
 from .adaln import SPEC as ADALN
 from .attention_parts import SPEC as ATTENTION_PARTS
 from .block_attention import SPEC as BLOCK_ATTENTION
-from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC
+from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC, HAND_OVER_SPEC
 from .denoise_step import SPEC as DENOISE_STEP
 from .frame_noise import SPEC as FRAME_NOISE
 from .kv_pages import SPEC as KV_PAGES
@@ -29,7 +29,7 @@ SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {
-    spec.name: spec for spec in (LINEAR_GELU, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC)
+    spec.name: spec for spec in (LINEAR_GELU, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC, HAND_OVER_SPEC)
 }  # torch's own ops
 
 

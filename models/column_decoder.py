@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..graphs.shards import Axis
+from ..graphs.tiles import shares
 from ..kernels.collectives import all_gather, group_of
 from .decoder import Decoder, StreamState
 
@@ -84,7 +85,7 @@ class ColumnDecoder:
         Returns pixels [T, 3, s*h, s*w] of all ranks on rank 0, and None on others.
         """
         axis, stride = self.columns.axis, self.inner.spec.spatial_stride
-        widths = self.columns.widths = columns_of(latents.shape[-1], axis.size)
+        widths = self.columns.widths = shares(latents.shape[-1], axis.size)
         pixels, group = self.inner.decode(latents.split(widths, dim=-1)[axis.place], state), group_of(axis.group)
         if axis.place > 0:
             group.send(pixels.contiguous(), 0)
@@ -95,13 +96,8 @@ class ColumnDecoder:
         return torch.cat(parts, dim=-1)
 
 
-def columns_of(columns: int, ranks: int) -> list[int]:
-    """Columns of latents that each rank decodes, in numbers as equal as can be."""
-    return [columns // ranks + (rank < columns % ranks) for rank in range(ranks)]
-
-
 def divided_columns(x: Tensor, columns: int, ranks: int) -> tuple[Tensor, ...]:
     """Parts by rank of a tensor [..., W], where W is a multiple of the `columns` of latents."""
     scale, rest = divmod(x.shape[-1], columns)
     assert rest == 0, (x.shape, columns)
-    return x.split([scale * width for width in columns_of(columns, ranks)], dim=-1)
+    return x.split([scale * width for width in shares(columns, ranks)], dim=-1)

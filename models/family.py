@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
-from ..graphs.shards import Axis
+from ..graphs.shards import Axis, Stage
 from ..schemes.presets import PLAIN, Preset
 from ..schemes.sampler_spec import SOLVERS
 from .column_decoder import ColumnDecoder
@@ -28,7 +28,7 @@ from .files import fill
 from .random import random_state
 from .spec import ModelSpec
 from .transformer import Transformer
-from .weight_shards import WeightShards
+from .weight_shards import LayerShards, MatrixShards, WeightShards
 
 Part = TypeVar("Part", bound=nn.Module)
 Merge = Callable[[str, Tensor], Tensor]  # name and weight to the weight with adapters merged
@@ -135,7 +135,7 @@ class Family(ABC):
     formats: checkpoint formats by name. shipped: folder of the weights of models that are in the package, by name.
     demo: the named model that runs where a preset of the family is named alone. examples: prompts that its models
     follow. to_clean: direction of the velocity of its networks, as in `SolverRules`. decodes_columns: ranks can divide
-    the pictures that its decoders make.
+    the pictures that its decoders make. layers: name of the list of layers in a transformer.
     """
 
     name: str
@@ -147,6 +147,7 @@ class Family(ABC):
     examples: Sequence[str] = ()
     to_clean: bool = False
     decodes_columns: bool = False
+    layers: str = "blocks"
 
     def demo_of(self, preset: Preset) -> str:
         """Return the named model that runs where a preset of the family is named alone."""
@@ -201,10 +202,15 @@ class Family(ABC):
     def costs(self, spec: ModelSpec) -> TransformerCosts:
         """Return the costs of a transformer."""
 
-    def weight_shards(self, spec: ModelSpec, axis: Axis) -> WeightShards | None:
-        """Parts of the layers that a pass runs on every token, for ranks that divide them; None for one rank alone."""
-        layers = (name for name, _, _ in self.costs(spec).token_layers())
-        return WeightShards(layers, axis) if axis.size > 1 else None
+    def weight_shards(self, spec: ModelSpec, axis: Axis, stage: Stage) -> WeightShards | None:
+        """A rank's part of the weights: its layers, or its parts of the matrices that a pass applies to every token.
+
+        axis: ranks that divide matrices. None where each rank has all weights.
+        """
+        if stage.size > 1:
+            return LayerShards(self.layers, spec.num_layers, stage)
+        names = (name for name, _, _ in self.costs(spec).token_layers())
+        return MatrixShards(names, axis) if axis.size > 1 else None
 
     def random_state(self, spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Draw random weights of a transformer, by name."""

@@ -14,7 +14,7 @@ from ..graphs.rewrites.lowp import PrecisionMap
 from ..kernels.catalog import kernel_spec
 from ..models.registry import formats
 from ..models.transformer import PRECISIONS
-from ..schemes.layouts import AUTO, LAYOUTS, MOST_RANKS
+from ..schemes.layouts import AUTO, LAYERS, LAYOUTS, MOST_RANKS
 from .arguments import above_zero, flag, integer, number, path_text, text
 from .byte_sizes import parse_bytes
 from .executor_specs import REFERENCE, ExecutorSpec, default_executor, executor_spec, names_with
@@ -142,6 +142,16 @@ class EngineConfig:
                 if getattr(self, key):
                     raise UsageError(f"{key} is True with gpus=1, where nothing is divided; give gpus, 2 or more")
             return
+        if self.parallel == LAYERS:
+            for key, refused in (
+                ("shard_weights", self.shard_weights), ("lowp_keep", bool(self.lowp_keep)),
+                ("lowp_layers", self.lowp_layers != EVERY_BLOCK),
+            ):
+                if refused:
+                    raise UsageError(
+                        f"{key} is {quoted(getattr(self, key))} with parallel={LAYERS}, whose ranks have layers of "
+                        f"their own; leave {key} out, or use another layout"
+                    )
         if self.shard_weights and self.lowp is not None:
             raise UsageError(
                 f"shard_weights is True with lowp={self.lowp}, whose packed layers are not divided; leave one out"

@@ -374,6 +374,8 @@ class Engine:
         self.manager.check_owner("use_lora()")
         if self.config.shard_weights:
             raise UsageError("use_lora changes whole weights, and shard_weights divides them; give lora to load")
+        if self.parts.shard.stage.size > 1:
+            raise UsageError("use_lora changes all layers, and parallel=layers divides them; give lora to load")
         names = self.preset.weight_sets
         if weights is not None and weights not in names:
             raise UsageError(

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import UsageError, nearest, quoted
 from ...graphs.passes import Pass
-from ...models.column_decoder import columns_of
+from ...graphs.tiles import shares
 from ...models.files import parse_json
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...models.weight_shards import part_of
 from ...schemes.block_schedule import ScheduledBlock
 from ...schemes.guidance import Guidance
-from ...schemes.layouts import Divided, PassShape, RankGrid, bytes_sent, collectives
+from ...schemes.layouts import LAYERS, Divided, PassShape, RankGrid, bytes_sent, collectives
 from ...schemes.page_needs import least_pages
 from . import costs, planner
 from .costs import ITEMSIZE
@@ -67,7 +67,7 @@ def divided(spec: ModelSpec, size: tuple[int, int], guide: Guidance) -> Divided:
     """Counts of a model, of its pictures of `size` and of a preset's guidance, which ranks divide."""
     height, width = spec.latent_size(size)
     grid = height // spec.patch[0], width // spec.patch[1]
-    return Divided(spec.num_heads, spec.kv_heads, grid, len(set(guide.caches)), guide.is_even)
+    return Divided(spec.num_heads, spec.kv_heads, grid, len(set(guide.caches)), guide.is_even, spec.num_layers)
 
 
 def divided_of(load: Workload) -> Divided:
@@ -93,11 +93,11 @@ def weight_bytes(load: Workload, grid: RankGrid) -> int:
     return (grid.tiles - 1) * sum(item * part_of(count, grid.tiles) for count, item in divided_matrices(load))
 
 
-def pass_bytes(load: Workload, run: Pass, grid: RankGrid) -> int:
-    """Bytes that each rank sends in one pass of one branch, besides weights."""
+def pass_bytes(load: Workload, run: Pass, grid: RankGrid, stage: int = 0) -> int:
+    """Bytes that each rank sends in one pass of one branch, besides weights. stage: of ranks that hold layers."""
     frames, spec = len(run.frames), load.spec
     shape = PassShape(frames * load.tokens, load.preset.context.rotates_sink, frames * frame_entries(load))
-    return bytes_sent(grid, shape, divided_of(load), spec.head_dim, spec.num_layers, ITEMSIZE[load.dtype])
+    return bytes_sent(grid, shape, divided_of(load), spec.head_dim, spec.num_layers, ITEMSIZE[load.dtype], place=stage)
 
 
 def runs_at(load: Workload, block: ScheduledBlock, grid: RankGrid, place: int) -> list[Pass]:
@@ -110,23 +110,23 @@ def runs_at(load: Workload, block: ScheduledBlock, grid: RankGrid, place: int) -
 
 
 def block_bytes(
-    load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False
+    load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False, stage: int = 0
 ) -> int:
     """Bytes that the first rank of a place sends in a block whose passes run one by one.
 
     place: of branches of guidance; ranks of others than 0 send their velocities to rank 0. shard_weights: ranks gather
-    the weights in each pass.
+    the weights in each pass. stage: of a rank that holds layers.
     """
     runs = runs_at(load, block, grid, place)
     velocities = sum(len(run.frames) for run in runs) * frame_entries(load) * ITEMSIZE[load.dtype]
     weights = len(runs) * weight_bytes(load, grid) if shard_weights else 0
-    return sum(pass_bytes(load, run, grid) for run in runs) + weights + (velocities if place > 0 else 0)
+    return sum(pass_bytes(load, run, grid, stage) for run in runs) + weights + (velocities if place > 0 else 0)
 
 
 def block_collectives(
     load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False
 ) -> int:
-    """Collectives, and sent velocities, of the first rank of a place in a block."""
+    """Collectives, and sent velocities, of the first rank of a place in a block; of all where ranks hold layers."""
     runs = len(runs_at(load, block, grid, place))
     each = collectives(grid, load.spec.num_layers, load.preset.context.rotates_sink)
     return runs * (each + (place > 0) + (len(divided_matrices(load)) if shard_weights else 0))
@@ -160,7 +160,7 @@ def decoding_sent(load: Workload, block: ScheduledBlock, ranks: int, rank: int) 
     Of its edges to each neighbour, of what all columns need, and of its pictures to rank 0.
     """
     rows, columns = load.latent
-    widths, item, decoder = columns_of(columns, ranks), ITEMSIZE[load.dtype], load.decoder
+    widths, item, decoder = shares(columns, ranks), ITEMSIZE[load.dtype], load.decoder
     sides, sent, calls, pictures = (rank > 0) + (rank < ranks - 1), 0, 0, 0
     for frame in range(block.decoded):
         first = frame == 0 and block.decoder_begins and not load.preset.context.decoder_zero_start
@@ -228,6 +228,8 @@ def rank_memory(
 
     What a pass computes is divided too, where no rank gathers the queries of others. decoders: ranks that decode.
     """
+    if grid.layers > 1:
+        load = replace(load, spec=replace(load.spec, num_layers=max(shares(load.spec.num_layers, grid.layers))))
     split, guide = planner.memory(load), load.preset.sampler.guide
     each, once = dict(split.each), dict(split.once)
     if grid.branches > 1:
@@ -249,16 +251,24 @@ def rank_memory(
 
 
 def plans(load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link) -> Iterator[RankPlan]:
-    """Every layout of `gpus` GPUs: replicas of one GPU, of all, and of each divisor between."""
+    """Every layout of `gpus` GPUs: replicas of one GPU, of all, and of each divisor between.
+
+    Divided weights, and ranks that hold layers, are listed where nothing else of as many ranks fits.
+    """
     parts = divided_of(load)
     for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
-        grids = [parts.grid_of(layout, ranks) for layout in parts.layouts(ranks)] if ranks > 1 else [RankGrid()]
+        layouts = [layout for layout in parts.layouts(ranks) if layout != LAYERS]
+        grids = [parts.grid_of(layout, ranks) for layout in layouts] if ranks > 1 else [RankGrid()]
+        fit = False
         for grid in grids:
             assert grid is not None
             whole = plan(load, grid, gpus // ranks, memory, ceiling, link)
             yield whole
+            fit = fit or whole.fits
             if not whole.fits and grid.tiles > 1:
                 yield plan(load, grid, gpus // ranks, memory, ceiling, link, shard_weights=True)
+        if not fit and ranks > 1 and (grid := parts.grid_of(LAYERS, ranks)) is not None:
+            yield plan(load, grid, gpus // ranks, memory, ceiling, link)
 
 
 def plan(
@@ -277,6 +287,8 @@ def plan(
         return sum(costs.pass_flops(load.spec, load.tokens, run).total for run in runs_at(load, block, grid, place))
 
     sent = int(per_block(lambda block, place: block_bytes(load, block, grid, place, shard_weights)))
+    last = per_block(lambda block, place: block_bytes(load, block, grid, place, shard_weights, grid.layers - 1))
+    passed = sent + (grid.layers - 2) * (sent - last) if grid.layers > 1 else sent  # from rank to rank, one by one
     waits = per_block(lambda block, place: block_collectives(load, block, grid, place, shard_weights))
     decoders = decoder_ranks(load.spec, load.size, grid.ranks)
     decoding = speed.decoder_seconds * 1e3
@@ -290,7 +302,7 @@ def plan(
         grid.layout or "one", grid.ranks, replicas, need, need <= memory,
         passes=per_block(lambda block, place: len(runs_at(load, block, grid, place))),
         computing=per_block(flops) / grid.tiles / (ceiling.tflops * EFFICIENCY * 1e12) * 1e3,
-        sending=sent / (link.bandwidth * 1e9) * 1e3,
+        sending=passed / (link.bandwidth * 1e9) * 1e3,
         waiting=waits * link.latency / 1e3,
         decoding=decoding,
         frames=speed.frames,
@@ -314,4 +326,8 @@ def choose(options: list[RankPlan], goal: str) -> tuple[RankPlan, str]:
     best = min(fitting, key=lambda option: (option.block, option.ranks))
     others = [option for option in fitting if option.ranks == 1]
     beside = f", {others[0].block / best.block:.2f} x as fast as one GPU" if others and best.ranks > 1 else ""
+    rest = [option for option in options if option.layout != LAYERS]
+    if best.layout == LAYERS and not any(option.fits for option in rest):
+        least = min(rest, key=lambda option: option.memory)
+        beside = f"; nothing else fits, the least of which, {least}, needs {least.memory / 1e9:.1f} GB a GPU"
     return best, f"{best}: the shortest block, {best.block:.0f} ms predicted{beside}"

@@ -19,7 +19,7 @@ from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts, with_weights
 from ...graphs.rewrites import chosen
-from ...graphs.shards import ALONE, Shard, run_on_tile
+from ...graphs.shards import ALONE, Shard, run_on_ranks
 from ...graphs.types import PROMPT_TABLE, name_in_set
 from ...kernels.spec import multiprocessors_of
 from ...models.cross_attention import TextByFrames
@@ -175,10 +175,10 @@ class EagerExecutor:
             velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more, **beside)
             return velocity
 
-        if self.shard.ranks == 1:
+        if self.shard.runs_alone:
             return run(latents, attention)
         spec = self.model.spec
-        return run_on_tile(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
+        return run_on_ranks(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
 
     def run_block(
         self,

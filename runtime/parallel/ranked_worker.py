@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import RankFailed
 from ...graphs.shards import Shard
+from ...graphs.tiles import shares
 from ...kernels.collectives import CollectiveFailed, RankGroup
 from ...models.column_decoder import divided_columns
 from ..execution.executors import Executor
@@ -106,6 +107,8 @@ class RankedWorker:
             if isinstance(plan, ReadDecoding):
                 (slots, *_), *_ = replies
                 return [slots, *(whole_columns(per_rank) for per_rank in zip(*(own[1:] for own in replies), strict=True))]
+            if self.shard.stage.size > 1:
+                return [torch.cat([part.to(result[0].device) for part in per_rank]) for per_rank in zip(*replies, strict=True)]
             first = (place or 0) * self.shard.ranks  # without a place, a plan gives the tensors of all ranks
             own = replies[first : first + self.shard.ranks]
             return [self.joined(plan.grid, per_rank) for per_rank in zip(*own, strict=True)]
@@ -137,6 +140,9 @@ class RankedWorker:
             ranks = self.shard.columns.size
             columns = [divided_columns(tensor, plan.columns, ranks) for tensor in tensors]
             return [[parts[rank].contiguous() for parts in columns] for rank in range(ranks)]
+        if isinstance(plan, TAKES) and (stage := self.shard.stage).size > 1:
+            by_layer = [tensor.split(shares(len(tensor), stage.size)) for tensor in tensors]
+            return [[parts[rank].contiguous() for parts in by_layer] for rank in range(stage.size)]
         if isinstance(plan, TAKES):
             per_tensor = [divided(tensor, self.shard, plan.grid) for tensor in tensors]
             return [[parts[rank] for parts in per_tensor] for rank in range(self.shard.ranks)]

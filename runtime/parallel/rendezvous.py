@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import InferixError, UsageError, quoted
-from ...graphs.shards import Axis, Shard
+from ...graphs.shards import Axis, Shard, Stage
 from ...kernels.collectives import RankGroup, add_group
 from ...schemes.layouts import RankGrid
 
@@ -117,7 +117,7 @@ def join_grid(
     """
     whole = join_group(store, place, name, device, timeout)
     tile, head = place.rank % grid.tiles, place.rank % grid.heads
-    branch, token = place.rank // grid.tiles, tile // grid.heads
+    branch, token = place.rank // (grid.tiles * grid.layers), tile // grid.heads
 
     def number(part: str, rank: int, ranks: int) -> int:
         """Number of the group of some ranks, of which this is `rank`."""
@@ -130,9 +130,17 @@ def join_grid(
     heads = group if grid.heads == grid.tiles else number(f"heads/{branch}/{token}", head, grid.heads)
     tokens = group if grid.tokens == grid.tiles else number(f"tokens/{branch}/{head}", token, grid.tokens)
     weights = Axis(grid.tiles, tile, group) if shard_weights else Axis()
-    every = group if grid.tiles == place.ranks else add_group(whole) if shard_decoder else 0
+    stage = Stage()
+    if grid.layers > 1:
+        after, before = place.rank < grid.layers - 1, place.rank > 0
+        given = number(f"layers/{place.rank - 1}", 1, 2) if before else 0
+        stage = Stage(
+            grid.layers, place.rank, given, number(f"layers/{place.rank}", 0, 2) if after else 0, add_group(whole)
+        )
+    every = max(group if grid.tiles == place.ranks else 0, stage.group)
+    every = every or (add_group(whole) if shard_decoder else 0)
     columns = Axis(place.ranks, place.rank, every) if shard_decoder else Axis()
     return whole, Shard(
         Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch), weights,
-        columns,
+        columns, stage,
     )  # fmt: skip

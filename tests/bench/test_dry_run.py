@@ -86,6 +86,7 @@ def test_a_dry_run_launches_every_call_of_the_program():
             for grid in (RankGrid(tokens=2), RankGrid(heads=2, tokens=2), RankGrid(heads=2))
             for shard_weights in (False, True)
         ),
+        pytest.param(RankGrid(layers=2), False, marks=pytest.mark.slow),
     ],
 )
 def test_a_dry_run_of_one_rank_of_several_sends_what_the_planner_counts(grid: RankGrid, shard_weights: bool):

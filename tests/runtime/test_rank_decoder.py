@@ -16,8 +16,8 @@ from thread_ranks import difference, groups_of, pair, thread_engine
 from torch import Tensor
 
 from inferix import UsageError, load
-from inferix.kernels.collectives import GROUPS
-from inferix.models.column_decoder import columns_of, divided_columns
+from inferix.graphs.tiles import shares
+from inferix.models.column_decoder import divided_columns
 from inferix.models.decoder import Decoder, StreamState
 from inferix.models.tinyworld.family import TINYWORLD
 from inferix.models.tinyworld.spec import VAE
@@ -78,7 +78,7 @@ def test_columns_of_all_ranks_are_the_picture_of_one(name: str, ranks: int) -> N
             assert difference(mine.history[slot], divided_columns(whole, 4, ranks)[rank]) <= LIMIT
     for place, (group, _) in enumerate(groups):
         sides = (place > 0) + (place < ranks - 1)
-        widths, item, rows = columns_of(4, ranks), 8, latents.shape[2]
+        widths, item, rows = shares(4, ranks), 8, latents.shape[2]
         edges = [decoder.spec.edge_entries(first=frame == 0) for frame in range(3)]
         sent = sides * rows * sum(entries for entries, _ in edges) * item
         sent += (ranks - 1) * decoder.spec.attended_entries * rows * max(widths) * item * 3

@@ -22,7 +22,7 @@ from inferix.runtime.capacity.planner import Ceiling, Workload, steady_blocks
 from inferix.runtime.capacity.rank_planner import LINKS, choose, plans, read_link
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.sampler import scheduled_blocks
-from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, TOKENS, Divided, RankGrid, choose_layout
+from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, LAYERS, TOKENS, Divided, RankGrid, choose_layout
 
 H200 = CARDS["h200"]
 CEILING = Ceiling(H200.tflops, H200.bandwidth, "maker's figures")
@@ -38,7 +38,9 @@ def options(load: Workload, gpus: int, link: str = "nvlink", memory: int = H200.
     return list(plans(load, gpus, memory, CEILING, LINKS[link]))
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), (TOKENS, 2), pytest.param(JOINT, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [(HEADS, 2), (TOKENS, 2), (LAYERS, 2), pytest.param(JOINT, 4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
@@ -125,6 +127,27 @@ def test_a_model_that_one_gpu_cannot_hold_is_not_planned_on_one() -> None:
     assert divided.shard_weights and "shard_weights" in reason and divided.ranks == 4
     with pytest.raises(UsageError, match=f"{divided.memory / 1e9:.1f} GB"):
         choose(options(load, 4, memory=divided.memory // 2), "latency")
+
+
+def test_layers_are_offered_where_nothing_else_fits_and_the_reason_says_so() -> None:
+    load = replace(workload("wan-14b", "krea"), executor="captured")
+    roomy, tight = options(load, 2), options(load, 2, memory=25 * 10**9)
+    assert not any(one.layout == LAYERS for one in roomy)
+    (layers,) = [one for one in tight if one.layout == LAYERS]
+    rest = min(one.memory for one in tight if one is not layers)
+    assert layers.memory <= 25 * 10**9 < rest and layers.shard_weights is False
+    best, reason = choose(tight, "latency")
+    assert best is layers and f"{rest / 1e9:.1f} GB" in reason
+    assert layers.computing == pytest.approx(next(one for one in roomy if one.ranks == 1).computing)  # one by one
+
+
+def test_settings_that_ranks_with_layers_do_not_take_are_refused_by_name() -> None:
+    for key, value in (("shard_weights", True), ("lowp_keep", ("blocks.0.*",)), ("lowp_layers", "blocks.1.*")):
+        more = {} if key == "shard_weights" else {"lowp": "int8", "executor": "fused"}
+        with pytest.raises(UsageError, match=rf"{key}.*layers"):
+            EngineConfig.of("wan-tiny", "self-forcing", device="cpu", gpus=2, parallel=LAYERS, **{key: value}, **more)
+    with pytest.raises(UsageError, match=r"gpus is 3.*2 layers.*gpus=2"):
+        choose_layout(Divided(2, 2, (4, 6), layers=2), 3, LAYERS)
 
 
 @pytest.mark.parametrize("link", LINKS)

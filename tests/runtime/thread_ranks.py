@@ -65,7 +65,9 @@ class ThreadRank:
 
 
 def part_groups(shard: Shard) -> set[int]:
-    return {shard.group, shard.heads.group, shard.tokens.group, shard.columns.group}
+    stage = shard.stage
+    own = {shard.group, shard.heads.group, shard.tokens.group, shard.columns.group}
+    return own | {stage.before, stage.after, stage.group}
 
 
 class Alive(Peers):
@@ -102,7 +104,7 @@ def parts_of(engine: Engine, shard: Shard) -> Components:
     """A rank's part of the weights, as it would load them."""
     parts, spec = dataclasses.replace(engine.parts, shard=shard), engine.spec
     family = family_of(spec)
-    if (shards := family.weight_shards(spec, shard.weights)) is None:
+    if (shards := family.weight_shards(spec, shard.weights, shard.stage)) is None:
         return parts
     weights = Checkpoint(Path("test"), "test", (), engine.parts.transformer.state_dict(), spec, None)
     own = family.load(weights, engine.config.precision, engine.dtype, engine.device, shards=shards)
