@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 import torch
 from oracles import SIZE
 from safetensors.torch import save_file
-from thread_ranks import difference, pair
+from thread_ranks import difference, pair, socketpair
 from torch import Tensor
 
 from inferix import RankFailed, UsageError, load
 from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.engine import Engine
+from inferix.runtime.parallel.messages import Connection, Message
+from inferix.runtime.parallel.peers import Peer, Peers
 from inferix.runtime.plans import Offload, PassPlan
 from inferix.runtime.sessions.session import Session
 
@@ -150,6 +153,26 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.Monkey
         monkeypatch.setattr(rank_process, "run", hangs)
         with pytest.raises(RankFailed, match=r"rank 1 .*0.5 s: it hangs"):
             blocks(session, 1)
+
+
+def test_rank_0_that_failed_alone_is_known_by_ranks_that_wait_for_it() -> None:
+    mine, theirs = (Connection(end) for end in socketpair())
+    peers = Peers([Peer(1, mine, 0, "test")], timeout=60)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            theirs.send(Message("beat", {"waits": True}))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    begun = time.monotonic()
+    assert not peers.all_failed()
+    assert time.monotonic() - begun < 30  # seconds; no measure of speed: without the beats it would wait for 60
+    over.set()
+    thread.join()
+    peers.close()
+    theirs.close()
 
 
 @pytest.mark.slow
