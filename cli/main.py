@@ -62,7 +62,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 
 
-OF_RANKS = (["generate"], ["play"])  # commands that several ranks run
+OF_RANKS = (["generate"], ["play"], ["serve"])  # commands that several ranks run
 
 
 def print_version(value: bool) -> None:

@@ -18,12 +18,15 @@ from ..errors import UsageError, quoted
 from .options import (
     EXECUTOR,
     FORCE,
+    GPUS,
     OFFLINE,
+    PARALLEL,
     check_beside_engine,
     check_settings,
     check_start,
     parse_settings,
     parse_size,
+    ranks_of_launcher,
 )
 
 REWIND_BLOCKS = 12
@@ -90,6 +93,8 @@ def serve(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = EXECUTOR,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
     settings: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Field of the preset, or a setting of the engine; repeatable."
     ),
@@ -135,9 +140,11 @@ def serve(
     rules = ServeSettings(token=secret, folder=folder, shared=shared, image=image, **own, **limits)
     given: dict[str, Any] = {
         "model": model, "preset": preset, "base": base, "vae": vae, "device": device, "dtype": dtype,
-        "executor": executor,
+        "executor": executor, "parallel": parallel,
     }  # fmt: skip
-    check_beside_engine(exported, {f"--{name}": value for name, value in (*given.items(), ("size", size))})
+    own_parts = {f"--{name}": value for name, value in (*given.items(), ("size", size), ("gpus", gpus))}
+    check_beside_engine(exported, own_parts)
+    given["gpus"] = gpus or ranks_of_launcher()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("inferix.serve").setLevel(logging.INFO)
     if exported is None and (model is not None or preset is not None):
