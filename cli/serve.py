@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -77,6 +78,9 @@ def serve(
     checkpoint_every: int = typer.Option(
         0, min=0, metavar="N", help="Save each session every N blocks; it goes on from there after a crash. 0: never."
     ),
+    restart: bool = typer.Option(
+        False, "--restart", help="Start anew once the engine has ended, as after the end of a GPU's process."
+    ),
     image: Path | None = typer.Option(
         None, help="First picture of every session, for models that begin with one and follow a camera."
     ),
@@ -144,6 +148,10 @@ def serve(
     }  # fmt: skip
     own_parts = {f"--{name}": value for name, value in (*given.items(), ("size", size), ("gpus", gpus))}
     check_beside_engine(exported, own_parts)
+    if restart and (checkpoint_every == 0 or (folder or shared) is None):
+        raise UsageError(
+            "--restart goes on from checkpoints, and there are none; give --checkpoint-every and --folder or --shared"
+        )
     given["gpus"] = gpus or ranks_of_launcher()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("inferix.serve").setLevel(logging.INFO)
@@ -170,4 +178,7 @@ def serve(
                 typer.echo(f"{engine.parts.source}, preset {engine.preset.name}: open {address}")
             sys.stdout.flush()
 
-        run(Server(engine, rules, place), listener, ready, "info" if verbose else "warning")
+        lost = run(Server(engine, rules, place), listener, ready, "info" if verbose else "warning", restart)
+        again = ["--port", str(listener.getsockname()[1])]
+    if lost:  # in the place of this process, whose engine may have left anything behind
+        os.execv(sys.executable, [sys.executable, "-m", "inferix", *sys.argv[1:], *again])

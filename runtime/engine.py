@@ -274,11 +274,19 @@ class Engine:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
         self.manager.check_integrity()
 
+    @property
+    def fault(self) -> str | None:
+        """Reason why the engine makes no more blocks: its ranks have ended. None while it can; free to any thread."""
+        return self.resources.fault
+
     # The loop
 
     @torch.no_grad()
     def step(self) -> tuple[Session, ...]:
-        """Make the next block of the sessions whose turn it is; of none where none can be made now."""
+        """Make the next block of the sessions whose turn it is; of none where none can be made now.
+
+        RankFailed, in every session too, once the ranks of the engine have ended.
+        """
         sessions = self.manager.prepare_step()
         if sessions:
             self.loop.finite.begin_step()

@@ -45,6 +45,11 @@ class Resources:
         return self.client.worker
 
     @property
+    def fault(self) -> str | None:
+        """Reason why no pass can run any more: ranks have ended. None while passes run."""
+        return self.worker.peers.fault if isinstance(self.worker, RankedWorker) else None
+
+    @property
     def branches_apart(self) -> bool:
         """True if branches of guidance have ranks of their own, so that they run at the same time."""
         return self.parts.shard.branches.size > 1

@@ -209,7 +209,7 @@ class LiveSession:
             self.end("stopped" if self.stopping else "ended", one_line(error))
         except Exception as error:  # of any kind: it ended this session in the engine, and the others go on
             LOG.warning("session %s failed: %s", self.id, one_line(error))
-            self.end("failed" if self.hub.host.failure is None else "lost", one_line(error))
+            self.end("failed" if self.hub.host.alive else "lost", one_line(error))
 
     async def _checkpoint_if_due(self) -> None:
         """Save the session for another server, once enough blocks were made since the last time."""

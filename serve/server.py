@@ -17,6 +17,7 @@ from .app import Server, make_app
 from .settings import ServeSettings
 
 LOG = logging.getLogger("inferix.serve")
+LOOK_SECONDS = 0.5  # between two looks at the engine
 PING_SECONDS = 20.0  # between two pings of a WebSocket; a client that answers none is disconnected after as long
 
 
@@ -36,12 +37,30 @@ class ReadyServer(uvicorn.Server):
 
 
 class DrainingServer(ReadyServer):
-    """Drains live sessions at the first SIGTERM or Ctrl-C, then ends; a second one ends it at once."""
+    """Drains live sessions at the first SIGTERM or Ctrl-C, then ends; a second one ends it at once.
 
-    def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], object]) -> None:
+    with_engine: ends once the engine has ended, too; `lost` is then True.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, server: Server, ready: Callable[[], object], with_engine: bool = False
+    ) -> None:
         super().__init__(config, ready)
-        self.server = server
+        self.server, self.with_engine, self.lost = server, with_engine, False
         self._draining: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.with_engine:
+            self._watch = asyncio.ensure_future(self._watch_engine())
+
+    async def _watch_engine(self) -> None:
+        while self.server.host.alive:
+            await asyncio.sleep(LOOK_SECONDS)
+        if not self.should_exit:
+            LOG.error("the engine has ended: %s", self.server.host.reason)
+            self.lost = self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None or self.loop is None:
@@ -101,6 +120,14 @@ def config_of(app: Access, settings: ServeSettings, log_level: str = "warning") 
     )  # fmt: skip
 
 
-def serve(server: Server, listener: socket.socket, ready: Callable[[], object], log_level: str = "warning") -> None:
-    """Serve until SIGTERM or Ctrl-C. ready: called once requests are answered."""
-    DrainingServer(make_config(server, log_level), server, ready).run(sockets=[listener])
+def serve(
+    server: Server, listener: socket.socket, ready: Callable[[], object], log_level: str = "warning",
+    with_engine: bool = False,
+) -> bool:  # fmt: skip
+    """Serve until SIGTERM or Ctrl-C, or `with_engine` until the engine has ended; returns True for such an end.
+
+    ready: called once requests are answered.
+    """
+    runner = DrainingServer(make_config(server, log_level), server, ready, with_engine)
+    runner.run(sockets=[listener])
+    return runner.lost

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import InferixError, SessionEnded, UsageError
+from ...errors import InferixError, RankFailed, SessionEnded, UsageError
 from ...models.decoder import Decoder
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
@@ -252,6 +252,7 @@ class SessionManager:
     def prepare_step(self) -> tuple[Session, ...]:
         """Apply lifecycle controls and calls, admit and degrade; then pick the sessions whose blocks come next."""
         self.check_owner("step()")
+        self._check_ranks()
         self.thread.seen = self.condition.changes
         self.delivery.pipeline.collect()
         for session in list(self.sessions.values()):
@@ -267,6 +268,14 @@ class SessionManager:
         if degradation is not None:
             self._degrade(degradation)
         return self._pick()
+
+    def _check_ranks(self) -> None:
+        """End all sessions with a RankFailed, and raise it, where the ranks have ended."""
+        if (fault := self.resources.fault) is None:
+            return
+        for session in list(self.sessions.values()):
+            self._fail(session, RankFailed(fault))
+        raise RankFailed(fault)
 
     def _pick(self) -> tuple[Session, ...]:
         with self.condition:

@@ -20,6 +20,7 @@ from thread_ranks import difference, pair, socketpair
 from torch import Tensor
 
 from inferix import RankFailed, UsageError, load
+from inferix.errors import SessionEnded
 from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.engine import Engine
 from inferix.runtime.parallel.messages import Connection, Message
@@ -153,6 +154,19 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.Monkey
         monkeypatch.setattr(rank_process, "run", hangs)
         with pytest.raises(RankFailed, match=r"rank 1 .*0.5 s: it hangs"):
             blocks(session, 1)
+
+
+def test_sessions_end_with_the_ranks_of_their_engine() -> None:
+    with pair("self-forcing", "ulysses") as (_, engine):
+        sessions = [engine.open(prompt_embeds=ROWS[:, :16], size=SIZE) for _ in range(2)]
+        assert engine.fault is None
+        engine.resources.worker.peers.fail("rank 1 was lost")
+        with pytest.raises(RankFailed, match="rank 1 was lost"):
+            engine.run(keep=True)
+        assert engine.fault is not None and "rank 1 was lost" in engine.fault
+        for session in sessions:
+            with pytest.raises(SessionEnded, match="rank 1 was lost"):
+                blocks(session, 1)
 
 
 def test_rank_0_that_failed_alone_is_known_by_ranks_that_wait_for_it() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -152,10 +155,10 @@ def test_a_drained_server_hands_its_session_to_another_and_its_viewer_goes_on(tm
 
 
 @contextmanager
-def started(folder, shared):
+def started(folder, shared, every=2, options=("--set", "num_steps=1")):
     """A server in a process of its own; yields the process and its URL."""
     command = [sys.executable, "-m", "inferix", "serve", "--port", "0", "--json", "--folder", str(folder)]
-    command += ["--shared", str(shared), "--checkpoint-every", "2", "--rewind-blocks", "0", "--set", "num_steps=1"]
+    command += ["--shared", str(shared), "--checkpoint-every", str(every), "--rewind-blocks", "0", *options]
     process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True)
     try:
         yield process, json.loads(process.stdout.readline())["url"]
@@ -206,3 +209,38 @@ def test_a_killed_server_costs_at_most_the_blocks_since_the_last_checkpoint(tmp_
             process.kill()
         _, alone_url = stack.enter_context(started(tmp_path / "c", shared))
         asyncio.run(come_back(alone_url, opened))
+
+
+def children(pid):
+    """Processes that a process has started and that have not ended."""
+    stats = {path.parent.name: path.read_text() for path in Path("/proc").glob("[0-9]*/stat")}
+    fields = {int(child): stat.rpartition(")")[2].split() for child, stat in stats.items()}
+    return [child for child, (state, parent, *_) in fields.items() if state != "Z" and int(parent) == pid]
+
+
+@pytest.mark.slow
+def test_a_server_whose_rank_is_killed_starts_anew_and_goes_on_from_checkpoints(tmp_path):
+    options = ["--model", "wan-ranks", "--preset", "self-forcing", "--gpus", "2", "--restart"]
+    options += ["--set", "local_attn_size=6", "--set", "denoising_step_list=[1000]"]
+
+    async def lose(process, url):
+        async with websockets.connect(f"ws{url.removeprefix('http')}/v1/live") as socket, Client(socket) as client:
+            opened = await client.open(media=["raw"], seed=3)
+            await client.until("state", block=2)
+            (rank,) = children(process.pid)
+            os.kill(rank, signal.SIGKILL)
+            assert (await client.until("ended"))["code"] == "lost"
+        return opened, rank
+
+    async def come_back(url, opened):
+        async with websockets.connect(f"ws{url.removeprefix('http')}/v1/live") as socket, Client(socket) as client:
+            await client.send("attach", session=opened["session"], resume=opened["resume"], media=["raw"])
+            again = await client.until("opened")
+            assert again["session"] == opened["session"] and again["next_block"] >= 1
+            await client.until("state")
+
+    with started(tmp_path, tmp_path / "shared", 1, options) as (process, url):
+        opened, rank = asyncio.run(lose(process, url))
+        assert json.loads(process.stdout.readline())["url"] == url  # of the new program in the same process
+        assert children(process.pid) != [rank]
+        asyncio.run(come_back(url, opened))
