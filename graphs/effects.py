@@ -81,7 +81,8 @@ def drop_dead(graph: fx.Graph) -> int:
     dropped = 0
     for node in reversed(graph.nodes):
         targets = [storage(target) for target in written(node)]
-        is_needed = node in needed or is_awaited(node) or any(target in needed or target.op == "placeholder" for target in targets)
+        is_needed = node in needed or any(target in needed or target.op == "placeholder" for target in targets)
+        is_needed = is_needed or is_awaited(node)
         if node.op in ("placeholder", "output") or is_needed:
             needed.update(storage(given) for given in node.all_input_nodes)
             needed.update(node.all_input_nodes)

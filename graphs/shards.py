@@ -60,6 +60,9 @@ class Stage:
         return range(starts[self.place], starts[self.place + 1])
 
 
+WHOLE = Stage()  # all layers
+
+
 @dataclass(frozen=True)
 class Shard:
     """A rank's part of every pass.
@@ -76,7 +79,7 @@ class Shard:
     branches: Axis = NONE
     weights: Axis = NONE
     columns: Axis = NONE
-    stage: Stage = Stage()
+    stage: Stage = WHOLE
 
     @property
     def ranks(self) -> int:

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,21 +52,16 @@ class Columns:
         return torch.cat(parts, dim=-2)
 
 
-class JoinsColumns(Protocol):
-    """A layer of which every column needs all others. columns: set when it is divided."""
-
-    columns: Columns
-
-
 class ColumnDecoder:
     """A rank's columns of what a decoder makes.
 
     decoder: shares its weights with this one, and is not changed. axis: ranks that have the other columns. joining:
-    class of a layer by the class that it replaces, for layers of which every column needs all others.
+    class of a layer by the class that it replaces, for layers of which every column needs all others: its layers get
+    `columns`.
     """
 
     def __init__(
-        self, decoder: Decoder, axis: Axis, joining: Mapping[type[nn.Module], type[JoinsColumns]] = MappingProxyType({})
+        self, decoder: Decoder, axis: Axis, joining: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType({})
     ) -> None:
         shared = {id(weight): weight for weight in (*decoder.parameters(), *decoder.buffers())}
         self.columns, self.inner = Columns(axis), copy.deepcopy(decoder, shared)
@@ -77,7 +71,8 @@ class ColumnDecoder:
                 layer.padding = (*layer.padding[:-1], 0)
                 layer.register_forward_pre_hook(self.columns.with_edges)
             elif type(layer) in joining:
-                layer.__class__, layer.columns = joining[type(layer)], self.columns
+                layer.__class__ = joining[type(layer)]
+                vars(layer)["columns"] = self.columns
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor | None:
         """Decode the rank's columns of latents [F, z, h, w]; advances `state`, which is of these columns.

@@ -100,7 +100,7 @@ class LayerShards(WeightShards):
         own = layers[self.kept.start : self.kept.stop]
         for part in own.modules():
             if isinstance(number := getattr(part, "layer", None), int):
-                part.layer = number - self.kept.start  # the rank has keys and values of its own layers alone
+                vars(part)["layer"] = number - self.kept.start  # the rank has keys and values of its own layers alone
         parent, _, name = self.list.rpartition(".")
         setattr(module.get_submodule(parent), name, own)
         if self.stage.before:

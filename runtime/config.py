@@ -51,8 +51,8 @@ class EngineConfig:
     engine, whose programs run in place of the model. kernels: form by op, such as {"block_attention": "sdpa"}; also one
     that was registered, or FILE.py:FUNCTION. gpus: ranks that share each pass. parallel: their layout, a name
     of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large matrices, and gather each when its layer
-    runs. shard_decoder: ranks decode some columns of each picture;
-    False: rank 0 decodes beside the next block; None: as the decoder allows. rank_timeout: seconds after which a rank that does not answer counts as hung.
+    runs. shard_decoder: ranks decode some columns of each picture; False: rank 0 decodes beside the next block; None:
+    as the decoder allows. rank_timeout: seconds after which a rank that does not answer counts as hung.
     camera_layers: what depends on a camera alone is computed once per `block` and kept, or in every `pass`, which needs
     less memory.
     """

@@ -84,8 +84,8 @@ class LocalWorker:
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
         self.frames: dict[int, dict[Executor, Frames]] = {}
-        columns = parts.shard.columns
-        self.decoder = family_of(parts.transformer.spec).column_decoder(parts.vae, columns) if columns.size > 1 else None
+        family, columns = family_of(parts.transformer.spec), parts.shard.columns
+        self.decoder = family.column_decoder(parts.vae, columns) if columns.size > 1 else None
         self.decodings: dict[int, StreamState] = {}
         self.sinks: dict[int, Tensor] = {}  # [layers, 2, sink frames, page_tokens, heads, head_dim]
         self.hosts: dict[int, tuple[Tensor, Tensor | None]] = {}  # keys and values, scales

@@ -21,7 +21,7 @@ MOST_RANKS = 64
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Ranks of one world: branches of guidance x parts of tokens x parts of heads, heads fastest; or parts of layers."""
+    """Ranks of one world: branches of guidance x parts of tokens x parts of heads, heads fastest; or of layers."""
 
     heads: int = 1
     tokens: int = 1

@@ -1,4 +1,4 @@
-"""Layers of the Wan VAE of which every column of a picture needs all others, for ranks that decode some columns each."""
+"""Layers of Wan's VAE of which every column of a picture needs all others, for ranks that decode some columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..column_decoder import Columns, JoinsColumns
+from ..column_decoder import Columns
 from .vae import FrameAttention
 
 
@@ -20,4 +20,4 @@ class ColumnAttention(FrameAttention):
         return super().attend(q, *self.columns.joined(torch.cat((k, v), dim=-1)).chunk(2, dim=-1))
 
 
-JOINING: Mapping[type[nn.Module], type[JoinsColumns]] = {FrameAttention: ColumnAttention}
+JOINING: Mapping[type[nn.Module], type[nn.Module]] = {FrameAttention: ColumnAttention}

@@ -183,8 +183,8 @@ class RankPlan:
     """Ranks of one world, and worlds side by side.
 
     layout: its name, `one` for one GPU. memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of
-    a steady block's passes; decoding: of its decoder, on all ranks where they divide it. sent: bytes that a rank sends in a block.
-    shard_weights: ranks divide the weights.
+    a steady block's passes; decoding: of its decoder, on all ranks where they divide it. sent: bytes that a rank sends
+    in a block's passes. shard_weights: ranks divide the weights.
     """
 
     layout: str

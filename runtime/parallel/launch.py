@@ -119,8 +119,9 @@ def start(
 ) -> World:
     """Start `config.gpus` - 1 ranks, or join them, and have them load what this one loads.
 
-    decode_together: each decodes some columns of a picture. mine: what this rank loads, see `identity`. preset and settings: arguments of `load`. RankFailed or UsageError,
-    naming the rank, where one cannot load or has other weights or versions.
+    decode_together: each decodes some columns of a picture. mine: what this rank loads, see `identity`. preset and
+    settings: arguments of `load`. RankFailed or UsageError, naming the rank, where one cannot load or has other weights
+    or versions.
     """
     ranks, place = config.gpus, Place.of()
     number = next(WORLDS)

@@ -28,7 +28,8 @@ GRACE = 0.5  # seconds for a rank to end by itself, and for a collective to end 
 class Peer:
     """A rank other than 0. process: where it is a child of this process. seen: time of the last message.
 
-    waits: since when it waits in a collective, by its beats; None while it does not. done: number of plans it has finished. errors: by number of a plan.
+    waits: since when it waits in a collective, by its beats; None while it does not. done: number of plans it has
+    finished. errors: by number of a plan.
     """
 
     rank: int

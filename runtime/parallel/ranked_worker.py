@@ -103,15 +103,7 @@ class RankedWorker:
             raise
         self.peers.finished()
         if isinstance(plan, GIVES):
-            replies = [result, *(list(message.tensors) for message in self.peers.replies())]
-            if isinstance(plan, ReadDecoding):
-                (slots, *_), *_ = replies
-                return [slots, *(whole_columns(per_rank) for per_rank in zip(*(own[1:] for own in replies), strict=True))]
-            if self.shard.stage.size > 1:
-                return [torch.cat([part.to(result[0].device) for part in per_rank]) for per_rank in zip(*replies, strict=True)]
-            first = (place or 0) * self.shard.ranks  # without a place, a plan gives the tensors of all ranks
-            own = replies[first : first + self.shard.ranks]
-            return [self.joined(plan.grid, per_rank) for per_rank in zip(*own, strict=True)]
+            return self.whole(plan, [result, *(list(message.tensors) for message in self.peers.replies())], place)
         return result
 
     def part_of(self, peer: Peer, parts: Sequence[list[Tensor]]) -> list[Tensor]:
@@ -148,6 +140,18 @@ class RankedWorker:
             return [[parts[rank] for parts in per_tensor] for rank in range(self.shard.ranks)]
         return [[tensor.contiguous() for tensor in tensors]] * self.shard.ranks
 
+    def whole(self, plan: Plan, replies: Sequence[list[Tensor]], place: int | None) -> list[Tensor]:
+        """The tensors that a plan gives, from those of each rank."""
+        if isinstance(plan, ReadDecoding):
+            (slots, *_), *_ = replies
+            return [slots, *(on_one(parts, -1) for parts in zip(*(own[1:] for own in replies), strict=True))]
+        if self.shard.stage.size > 1:
+            return [on_one(parts, 0) for parts in zip(*replies, strict=True)]
+        assert isinstance(plan, ReadPages | ReadHost | ReadSink)
+        first = (place or 0) * self.shard.ranks  # without a place, a plan gives the tensors of all ranks
+        own = replies[first : first + self.shard.ranks]
+        return [self.joined(plan.grid, parts) for parts in zip(*own, strict=True)]
+
     def joined(self, grid: Grid, parts: Sequence[Tensor]) -> Tensor:
         return joined([part.to(parts[0].device) for part in parts], self.shard, grid)
 
@@ -167,9 +171,9 @@ class BranchRanks:
         return self.ranked.execute(plan, tensors, self.place)
 
 
-def whole_columns(parts: Sequence[Tensor]) -> Tensor:
-    """A tensor of a decoder's state [..., W] from the columns of all ranks."""
-    return torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
+def on_one(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Parts of all ranks along a dimension, as one tensor on the device of the first."""
+    return torch.cat([part.to(parts[0].device) for part in parts], dim=dim)
 
 
 def divided(pages: Tensor, shard: Shard, grid: Grid) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...graphs.compose import chained
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.passes import Pass
-from ...graphs.shards import ALONE, NONE, Axis, OnPages, Shard, Stage, run_on_ranks
+from ...graphs.shards import ALONE, NONE, WHOLE, Axis, OnPages, Shard, Stage, run_on_ranks
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
@@ -213,7 +213,7 @@ class PassSource:
     dtype: torch.dtype
     device: str
     weights: Axis = NONE
-    stage: Stage = Stage()
+    stage: Stage = WHOLE
 
 
 @lru_cache(maxsize=8)

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from oracles import ROWS, SIZE, SMALL_VAE, make_engine, randomise
-from thread_ranks import difference, groups_of, pair, thread_engine
+from oracles import ROWS, SIZE, SMALL_VAE, randomise
+from thread_ranks import difference, groups_of, pair
 from torch import Tensor
 
 from inferix import UsageError, load
 from inferix.graphs.tiles import shares
 from inferix.models.column_decoder import divided_columns
 from inferix.models.decoder import Decoder, StreamState
-from inferix.models.tinyworld.family import TINYWORLD
 from inferix.models.tinyworld.spec import VAE
 from inferix.models.wan.family import WAN
 from inferix.models.wan.taehv import TinyDecoder

@@ -125,7 +125,8 @@ def test_other_heads_and_more_ranks_make_the_stream_of_one(model: str, ranks: in
         *(
             pytest.param(*one, marks=pytest.mark.slow)
             for one in (
-                ("magi-tiny", LAYERS, 2), ("magi-tiny-distill", LAYERS, 2), ("magi-tiny", HEADS, 2), ("magi-tiny", TOKENS, 2), ("magi-tiny", JOINT, 4),
+                ("magi-tiny", LAYERS, 2), ("magi-tiny-distill", LAYERS, 2),
+                ("magi-tiny", HEADS, 2), ("magi-tiny", TOKENS, 2), ("magi-tiny", JOINT, 4),
                 ("magi-tiny", f"{BRANCHES}+{HEADS}", 4), ("magi-tiny", f"{BRANCHES}+{TOKENS}", 4),
                 ("magi-tiny-distill", BRANCHES, 2), ("magi-tiny-distill", f"{BRANCHES}+{TOKENS}", 4),
             )
@@ -202,7 +203,7 @@ def test_ranks_hold_consecutive_layers_and_their_pages() -> None:
                 names = dict(local.parts.transformer.named_parameters())
                 assert sum(map(torch.numel, names.values())) == sum(whole[name].numel() for name in (*layers, *rest))
                 assert all(len(store.kv) == len(own) for store in local.stores.values())
-        with pytest.raises(UsageError, match="use_lora.*layers"):
+        with pytest.raises(UsageError, match=r"use_lora.*layers"):
             ranked.use_lora("style.safetensors")
 
 
