@@ -131,7 +131,9 @@ def test_sessions_of_ranks_that_decode_together_are_those_of_one(
         found, own = stream(ranked, tmp_path / "two")
         assert apart(found, expected) <= 1 and difference(own, latents) <= LIMIT  # a rounded number may differ by one
         assert apart(resumed(alone, tmp_path / "two"), resumed(ranked, tmp_path / "one")) <= 1
-        for local in ranked.resources.worker.locals:
+        worker = ranked.resources.worker
+        worker.peers.wait_for(lambda peer: peer.done >= worker.peers.ran)
+        for local in worker.locals:
             assert len(local.decodings) <= 1  # states are freed with the sessions that had them
 
 
@@ -144,6 +146,7 @@ def test_bytes_of_a_decoded_block_equal_the_formula() -> None:
         traffic = [group.traffic for group in worker.groups]
         with engine.open(prompt_embeds=ROWS, size=SIZE) as session:
             list(session.stream(3))
+            worker.peers.wait_for(lambda peer: peer.done >= worker.peers.ran)
             before = [(one.sent, one.calls) for one in traffic]
             list(session.stream(1))
             worker.peers.wait_for(lambda peer: peer.done >= worker.peers.ran)
