@@ -75,6 +75,16 @@ def test_two_processes_make_the_stream_of_one_and_go_on_with_each_others_saves(
     ranked.check_integrity()
 
 
+@pytest.mark.slow
+def test_two_processes_decode_the_pictures_of_one(alone: Engine, ranked: Engine) -> None:
+    made = []
+    for engine in (alone, ranked):
+        with engine.open(prompt_embeds=ROWS, seed=4) as session:
+            made += [block.frames.astype(int) for block in session.stream(1)]
+    assert ranked.parts.shard.columns.size == 2
+    assert abs(made[0] - made[1]).max() <= 1  # a rounded number may differ by one
+
+
 def test_settings_that_ranks_cannot_divide_are_refused_with_the_nearest_that_work(ranked: Engine) -> None:
     for gpus, parallel, nearest in ((3, "ulysses", "gpus=2"), (5, "auto", "gpus=4"), (2, "uliss", "ulysses")):
         with pytest.raises(UsageError, match=str(gpus) if parallel != "uliss" else parallel) as error:
