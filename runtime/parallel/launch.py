@@ -99,7 +99,7 @@ class Start:
                 f"kv_dtype is {quoted(config.kv_dtype)} with parallel={grid.layout}, whose pages have the model's "
                 "dtype; leave kv_dtype out, or use parallel=ulysses"
             )
-        mine = identity(spec, self.preset, files)
+        mine = identity(spec, self.preset, files, torch.device(config.device))
         self.world = start(self.config, grid, together, mine, self.name, self.settings, self.offline)
         return self.world.shard
 
@@ -159,8 +159,8 @@ def start(
             if (differing := difference(mine, reply.values["identity"])) is not None:
                 what, here, there = differing
                 raise UsageError(
-                    f"{peer} has {what} {quoted(there)}, and rank 0 has {quoted(here)}; give all ranks the same files "
-                    "and versions"
+                    f"{peer} has {what} {quoted(there)}, and rank 0 has {quoted(here)}; give all ranks the same files, "
+                    "versions and kind of GPU"
                 )
         peers.send(lambda peer: Message("go"))
         limit = COLLECTIVE * config.rank_timeout

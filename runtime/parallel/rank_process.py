@@ -141,7 +141,7 @@ def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
         spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool,
         files: Sequence[Path] = (),
     ) -> Shard:  # fmt: skip
-        inbox.send(Message("reply", {"identity": identity(spec, preset, files)}))
+        inbox.send(Message("reply", {"identity": identity(spec, preset, files, torch.device(config.device))}))
         inbox.next("go")
         grid, device = RankGrid(**setup["grid"]), torch.device(config.device)
         inbox.group, shard = join_grid(
