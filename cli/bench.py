@@ -46,7 +46,8 @@ def common() -> None:
     """Measure speed beside the machine's limit.
 
     Outputs are checked before anything is timed. `kernels` times single ops, `block` one block by stages beside the
-    plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors.
+    plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors,
+    `parallel` the link between GPUs.
     `report` makes a page from results, `compare` lists the changes between two results.
 
     Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json
@@ -305,6 +306,36 @@ def serve(
         typer.echo(json.dumps(rows))
     else:
         print_serve(rows)
+
+
+@app.command(cls=Command)
+def parallel(
+    gpus: int = typer.Option(2, min=2, metavar="N", help="GPUs between which to measure, or processes of a CPU."),
+    device: str | None = DEVICE,
+    out: Path | None = typer.Option(None, help="JSON file for inferix plan --link FILE."),
+    as_json: bool = JSON,
+) -> None:
+    """Measure bandwidth and latency between GPUs, by the collectives that passes use.
+
+    With the file the planner of several GPUs takes these figures in place of assumed ones. Under torchrun, run it on
+    the machines and with the ranks that are to be planned.
+
+    Example: inferix bench parallel --gpus 2 --device cpu
+
+    On GPUs: inferix bench parallel --gpus 8 --out link.json
+    """
+    from ..bench import rank_links
+
+    if out is not None:
+        check_out(out, {})
+    result = rank_links.measure(gpus, device, Console(stderr=True).print)
+    if out is not None:
+        rank_links.write(result, out)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        bandwidth, latency = result["bandwidth"], result["latency"]
+        plain_console().print(f"{gpus} ranks, {result['device']}: {bandwidth:.3g} GB/s, {latency:.1f} us a collective")
 
 
 def print_serve(rows: list[dict[str, Any]]) -> None:

@@ -71,6 +71,7 @@ class Shard:
     tokens.place * heads.size + heads.place. branches: of guidance, each run by ranks of its own. weights: ranks that
     divide the large matrices. columns: all ranks, where they divide the pictures that are decoded.
     stage: of ranks that hold the layers, in place of parts of each.
+    every: number of the group of all ranks of the world.
     """
 
     heads: Axis = NONE
@@ -80,6 +81,7 @@ class Shard:
     weights: Axis = NONE
     columns: Axis = NONE
     stage: Stage = WHOLE
+    every: int = 0
 
     @property
     def ranks(self) -> int:

@@ -292,6 +292,14 @@ class SetDecoding:
 
 
 @dataclass(frozen=True)
+class TimeExchange:
+    """Run `calls` all-to-alls between all ranks, of `nbytes` on each; gives the seconds of one [1]."""
+
+    nbytes: int
+    calls: int
+
+
+@dataclass(frozen=True)
 class UseAdapter:
     """Merge an adapter into the weights in place of the one before; None removes that. Nothing derived is recomputed.
 
@@ -319,7 +327,7 @@ class Release:
 Plan = Union[  # noqa: UP007  its members are listed at run time
     PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload,
     JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, EmbedFrames, Decode,
-    ReadDecoding, SetDecoding, UseAdapter, RefreshWeights, Release,
+    ReadDecoding, SetDecoding, TimeExchange, UseAdapter, RefreshWeights, Release,
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")

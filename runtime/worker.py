@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.collectives import all_to_all, group_of
 from ..kernels.spec import using
 from ..models.decoder import StreamState
 from ..models.registry import family_of
@@ -47,11 +49,12 @@ from .plans import (
     Release,
     SetDecoding,
     SetSink,
+    TimeExchange,
     UseAdapter,
     WritePages,
     WriteSink,
 )
-from .streams import make_current, to_device
+from .streams import make_current, synchronize, to_device
 
 
 @dataclass
@@ -112,6 +115,7 @@ class LocalWorker:
             Decode: self.decode,
             ReadDecoding: self.read_decoding,
             SetDecoding: self.set_decoding,
+            TimeExchange: self.time_exchange,
             UseAdapter: self.use_adapter,
             RefreshWeights: self.refresh_weights,
             Release: self.release,
@@ -276,6 +280,21 @@ class LocalWorker:
     def set_decoding(self, plan: SetDecoding, *tensors: Tensor) -> None:
         own = [tensor.to(self.device) for tensor in tensors]
         self.decodings[plan.state] = StreamState(dict(zip(plan.slots, own, strict=True)))
+
+    # Ranks
+
+    def time_exchange(self, plan: TimeExchange) -> list[Tensor]:
+        group = self.parts.shard.every
+        ranks = group_of(group).size
+        x = torch.zeros(ranks, max(1, plan.nbytes // ranks), dtype=torch.uint8, device=self.device)
+        out = torch.empty_like(x)
+        all_to_all(x, group=group, out=out)  # the first call makes connections
+        synchronize(self.device)
+        begun = time.perf_counter()
+        for _ in range(plan.calls):
+            all_to_all(x, group=group, out=out)
+        synchronize(self.device)
+        return [torch.tensor([(time.perf_counter() - begun) / plan.calls])]
 
     def release(self, plan: Release) -> None:
         for kept in (self.prompts, self.frames, self.decodings, self.sinks, self.hosts):

@@ -137,10 +137,9 @@ def join_grid(
         stage = Stage(
             grid.layers, place.rank, given, number(f"layers/{place.rank}", 0, 2) if after else 0, add_group(whole)
         )
-    every = max(group if grid.tiles == place.ranks else 0, stage.group)
-    every = every or (add_group(whole) if shard_decoder else 0)
+    every = max(group if grid.tiles == place.ranks else 0, stage.group) or add_group(whole)
     columns = Axis(place.ranks, place.rank, every) if shard_decoder else Axis()
     return whole, Shard(
         Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch), weights,
-        columns, stage,
+        columns, stage, every,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from oracles import ROWS, SIZE
 from thread_ranks import grid_of, pair, thread_engine
 
 from inferix import UsageError, load
+from inferix.bench import rank_links
 from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.runtime.capacity import memory_check, rank_planner
 from inferix.runtime.capacity.available_memory import Available
@@ -160,6 +161,20 @@ def test_load_takes_the_layout_that_the_planner_predicts_to_be_faster(model: str
         if same:
             fastest = min(same, key=lambda one: one.block)
             assert choose_layout(rank_planner.divided_of(load), ranks).layout == fastest.layout
+
+
+def test_a_link_between_ranks_is_measured_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_links, "LARGE", 1 << 16)
+    monkeypatch.setattr(rank_links, "CALLS", 2)
+    with pair("self-forcing", HEADS) as (_, engine):
+        monkeypatch.setattr(rank_links, "load", lambda *given, **settings: engine)
+        result = rank_links.measure(2, "cpu", lambda line: None)
+    rank_links.write(result, tmp_path / "link.json")
+    link = read_link(str(tmp_path / "link.json"))
+    assert (link.bandwidth, link.latency) == (result["bandwidth"], result["latency"])
+    assert link.bandwidth > 0 and link.latency > 0 and "link.json" in link.source
+    with pytest.raises(UsageError, match="gpus is 1"):
+        rank_links.measure(1, "cpu", lambda line: None)
 
 
 def test_a_measured_link_replaces_the_assumed_one(tmp_path: Path) -> None:

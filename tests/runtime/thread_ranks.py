@@ -67,7 +67,7 @@ class ThreadRank:
 def part_groups(shard: Shard) -> set[int]:
     stage = shard.stage
     own = {shard.group, shard.heads.group, shard.tokens.group, shard.columns.group}
-    return own | {stage.before, stage.after, stage.group}
+    return own | {stage.before, stage.after, stage.group, shard.every}
 
 
 class Alive(Peers):
