@@ -1,4 +1,4 @@
-"""Bandwidth and latency between the ranks of one world, measured by their collectives, for `inferix plan --link FILE`."""
+"""Bandwidth and latency between ranks, measured by their collectives, for `inferix plan --link FILE`."""
 
 from __future__ import annotations
 

@@ -93,7 +93,8 @@ def main() -> None:
 
     A rank above 0 of torchrun or srun takes everything from rank 0.
     """
-    if any(sys.argv[1 : 1 + len(words)] == words for words in OF_RANKS) and {"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ):
+    is_of_ranks = any(sys.argv[1 : 1 + len(words)] == words for words in OF_RANKS)
+    if is_of_ranks and {"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ):
         from ..runtime.parallel.rank_process import serve_if_ranked
 
         serve_if_ranked()

@@ -25,12 +25,6 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def synchronize(device: torch.device) -> None:
-    """Block the host until all work of a device is complete."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def claim(tensors: Iterable[Tensor]) -> None:
     """Record that the current stream uses `tensors` of other streams, so that their memory is not reused too early."""
     for tensor in tensors:

@@ -54,7 +54,8 @@ from .plans import (
     WritePages,
     WriteSink,
 )
-from .streams import make_current, synchronize, to_device
+from .streams import make_current, to_device
+from .telemetry.profile import synchronise
 
 
 @dataclass
@@ -289,11 +290,11 @@ class LocalWorker:
         x = torch.zeros(ranks, max(1, plan.nbytes // ranks), dtype=torch.uint8, device=self.device)
         out = torch.empty_like(x)
         all_to_all(x, group=group, out=out)  # the first call makes connections
-        synchronize(self.device)
+        synchronise(self.device)
         begun = time.perf_counter()
         for _ in range(plan.calls):
             all_to_all(x, group=group, out=out)
-        synchronize(self.device)
+        synchronise(self.device)
         return [torch.tensor([(time.perf_counter() - begun) / plan.calls])]
 
     def release(self, plan: Release) -> None:
