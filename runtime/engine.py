@@ -43,7 +43,7 @@ from .arguments import (
 )
 from .arguments import size as picture_size
 from .block_loop import BlockLoop
-from .capacity.rank_planner import decoder_ranks, divided
+from .capacity.rank_planner import against_columns, divided
 from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
 from .execution.executors import Executor
@@ -208,8 +208,9 @@ class Engine:
             shard = self.parts.shard
             grid = RankGrid(shard.heads.size, shard.tokens.size, shard.branches.size)
             check_size(divided(self.spec, size, preset.sampler.guide), grid)
-        if (together := self.parts.shard.columns.size) > 1:
-            decoder_ranks(self.spec, size, together, asked=True)
+        together = self.parts.shard.columns.size
+        if together > 1 and (reason := against_columns(self.spec, size, together)) is not None:
+            raise UsageError(f"size is too small: {reason}; give a larger one, or load with shard_decoder=False")
         if strength is not None and video is None:
             raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
         for action in actions:

@@ -140,18 +140,21 @@ def decoder_ranks(spec: ModelSpec, size: tuple[int, int], ranks: int, asked: boo
 
     asked: the setting `shard_decoder`; UsageError where it is True and ranks cannot.
     """
-    columns = spec.latent_size(size)[1]
     if asked is False or ranks == 1:
         return 1
-    if not family_of(spec).decodes_columns:
-        reason = f"the decoder of {spec.name} attends to whole tiles, which ranks do not divide"
-    elif columns < ranks:
-        reason = f"pictures of {size[0]}x{size[1]} have {columns} columns of latents for {ranks} ranks"
-    else:
+    if (reason := against_columns(spec, size, ranks)) is None:
         return ranks
     if asked:
         raise UsageError(f"shard_decoder is True, but {reason}; leave shard_decoder out")
     return 1
+
+
+def against_columns(spec: ModelSpec, size: tuple[int, int], ranks: int) -> str | None:
+    """Why ranks cannot decode some columns each of pictures of `size`; None where they can."""
+    columns = spec.latent_size(size)[1]
+    if not family_of(spec).decodes_columns:
+        return f"the decoder of {spec.name} attends to whole tiles, which ranks do not divide"
+    return f"{size[0]}x{size[1]} has {columns} columns of latents for {ranks} ranks" if columns < ranks else None
 
 
 def decoding_sent(load: Workload, block: ScheduledBlock, ranks: int, rank: int) -> tuple[int, int]:
