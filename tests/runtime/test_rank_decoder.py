@@ -63,6 +63,7 @@ def test_columns_of_all_ranks_are_the_picture_of_one(name: str, ranks: int) -> N
 
     def run(shard) -> tuple[Tensor | None, StreamState]:
         own, mine = WAN.column_decoder(decoder, shard.columns), StreamState()
+        assert all(one is other for one, other in zip(decoder.parameters(), own.inner.parameters(), strict=True))
         with torch.no_grad():
             parts = [own.decode(part, mine) for part in latents.split([2, 1])]
         return (None if parts[0] is None else torch.cat(parts)), mine
