@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import InferixError, UsageError, nearest, one_line, quoted
-from ..runtime.executor_specs import default_executor
+from ..runtime.executor_specs import AUTO, default_executor
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
 from ..runtime.media_input import check_fit, read_video
@@ -141,6 +141,13 @@ def warn_of_slow_cpu(engine: Engine, size: tuple[int, int], console: Console) ->
     message = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
     if engine.device.type == "cpu" and message:
         console.print(message, highlight=False, soft_wrap=True)
+
+
+def note_cached(engine: Engine, console: Console) -> None:
+    """Print which engine of the cache runs in place of the model, if one does."""
+    if engine.config.engine is not None:
+        console.print(f"running the cached engine {engine.config.engine} (--executor eager runs the model itself)",
+                      highlight=False, soft_wrap=True)  # fmt: skip
 
 
 def advise_dtype(engine: Engine, console: Console) -> None:
@@ -485,7 +492,7 @@ def generate(
     parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
     if profile is not None and executor is None:  # only graphs have calls to be timed
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)
-    parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
+    parts |= {"executor": executor or AUTO, "graphs": graphs, "drift_meter": drift_meter}
     parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel, "kernels": forms}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
@@ -498,6 +505,7 @@ def generate(
         prompt = default_prompt(exported) if prompt is None and prompt_embeds is None else prompt
     else:
         engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
+        note_cached(engine, console)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(message, highlight=False, soft_wrap=True)

@@ -22,8 +22,8 @@ OFFLINE = typer.Option(
 EXECUTOR_NAMES = ", ".join(EXECUTORS)
 EXECUTOR = typer.Option(
     None,
-    help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU, else "
-    f"{default_executor('cpu')}]",
+    help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU; on a CPU an engine of "
+    f"inferix export --cache, if there is one, else {default_executor('cpu')}]",
 )
 GPUS = typer.Option(
     None, metavar="N", help="GPUs for a pass, or processes with --device cpu.  [default: 1, or torchrun's ranks]"

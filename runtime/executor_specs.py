@@ -71,6 +71,7 @@ EXECUTORS = {  # from the plain reference to the fastest
 }  # fmt: skip
 MODEL_EXECUTORS: dict[str, ExecutorSpec] = {}  # come with a model's files (exported engines); for no other model
 REFERENCE = "eager"  # whose output all others must have
+AUTO = "auto"  # of `load`: a cached engine that was exported of the model, or the default executor
 
 
 def executor_spec(name: str, argument: str = "executor") -> ExecutorSpec:

@@ -136,7 +136,6 @@ class Inputs:
         A single frame is repeated to those of a latent frame. UsageError for fewer frames than the first block has.
         """
         resources, preset, spec = self.resources, self.resources.preset, self.resources.spec
-        step = preset.num_frame_per_block
         if len(pixels) == 1:
             pixels = pixels.repeat(spec.first_pictures, axis=0)
         frames = (len(pixels) - spec.first_pictures) // spec.vae_stride[0] + 1
@@ -144,15 +143,14 @@ class Inputs:
             raise UsageError(
                 f"{len(pixels)} frames are too few to begin with: one latent frame has {spec.first_pictures}"
             )
-        first = preset.block_size(0)
         if whole_blocks:
-            if frames < first:
+            frames = preset.whole_blocks(frames)
+            if frames == 0:
                 raise UsageError(
                     f"{len(pixels)} frames are too few to begin with: the first block of {preset.name} needs "
-                    f"{spec.pictures(first)}; set independent_first_frame=true or use a preset with blocks "
-                    "of one frame"
+                    f"{spec.pictures(preset.block_size(0))}; set independent_first_frame=true or use a preset with "
+                    "blocks of one frame"
                 )
-            frames = first + (frames - first) // step * step
         count = spec.pictures(frames)
         pixels = pixels[len(pixels) - count :] if keep_end else pixels[:count]
         vae, latents = resources.parts.vae, []
