@@ -1,4 +1,4 @@
-"""Clients of a server that join, leave, vanish, come back, fork, say nothing and stall, for minutes: its memory meanwhile.
+"""Clients that join, leave, vanish, come back, fork, say nothing and stall for minutes, and the server's memory.
 
 The server is another process, with short limits for clients that are gone, so that each of its ends is reached often.
 """

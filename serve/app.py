@@ -92,7 +92,7 @@ class Server:
         self.host = EngineHost(engine)
         self.metrics = ServerMetrics(engine)
         shared = settings.shared or folder
-        self.worlds = Worlds(shared / "worlds", settings.worlds)
+        self.worlds = Worlds(shared / "worlds", settings.worlds, settings.prompt_characters)
         self.checkpoints = Checkpoints(shared / "checkpoints")
         self.jobs = VideoJobs(self.host, settings, folder / "videos")
         self.recordings = Recordings(

@@ -61,7 +61,7 @@ from .protocol import (
 from .recording import Recording, Recordings
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
-from .worlds import Worlds
+from .worlds import Worlds, note_of
 
 LOG = logging.getLogger("inferix.serve")
 RATE_BLOCKS = 8  # blocks that the rate is measured over
@@ -92,7 +92,7 @@ class Hub(Protocol):
 
 @dataclass
 class Start:
-    """Start of a stream. prompt: None if it is not known, as of an uploaded world."""
+    """Start of a stream. prompt: None if it is not known, as of a session that a program saved."""
 
     prompt: str | None
     seed: int | None
@@ -437,8 +437,9 @@ class LiveSession:
     async def _save(self) -> tuple[str, int]:
         worlds = self.hub.worlds
         world, path = worlds.new()
-        await self.hub.host.call(partial(self.session.save, path))
-        worlds.note(world, self.start.prompt, self.start.seed)
+        note = note_of(self.start.prompt, self.start.seed)
+        await self.hub.host.call(partial(self.session.save, path, note))
+        worlds.trim()
         return world, path.stat().st_size
 
     async def _restore(self, control: Restore, receipt: Receipt) -> None:
@@ -448,7 +449,7 @@ class LiveSession:
 
     async def _seed(self, control: Reseed, receipt: Receipt) -> None:
         if self.start.prompt is None:
-            raise Refusal("invalid", "the prompt of an uploaded world is not known; send prompt first")
+            raise Refusal("invalid", "the prompt of this world is not known; send prompt first")
         start = Start(self.start.prompt, control.seed)
         engine, given = self.hub.host.engine, begins_with(self.hub.host.engine, self.hub.settings)
         make = partial(engine.open, start.prompt, seed=control.seed, size=self.session.size, **given)

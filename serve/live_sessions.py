@@ -61,8 +61,10 @@ class LiveSessions:
             check_prompt(control.prompt, self.settings)
         if control.size is not None:
             check_size(control.size, self.host.engine, self.settings)
-        world = None if control.world is None else self.worlds.path(control.world)
-        if world is None and control.prompt is None:
+        world, start = None, Start(control.prompt, control.seed)
+        if control.world is not None:
+            world, start = self.worlds.path(control.world), Start(*self.worlds.about(control.world))
+        elif control.prompt is None:
             raise Refusal("invalid", "open has neither prompt nor world; send one of them")
         await self._wait_for_place(queued)
         try:
@@ -70,9 +72,6 @@ class LiveSessions:
         except BaseException:
             self.release_place()
             raise
-        start = Start(control.prompt, control.seed)
-        if control.world is not None:
-            start = Start(*self.worlds.about(control.world))
         live = LiveSession(self, entered, start, control.behind or self.settings.behind)
         self._add(live)
         return live

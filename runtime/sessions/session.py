@@ -74,7 +74,7 @@ class SessionServices(Protocol):
     def is_waiting(self, session: Session) -> bool: ...
     def fork(self, session: Session) -> Session: ...
     def rewind(self, session: Session, block: int) -> None: ...
-    def save(self, session: Session, path: Path) -> None: ...
+    def save(self, session: Session, path: Path, note: str | None = None) -> None: ...
     def restore(self, path: Path) -> Session: ...
     def close(self, session: Session) -> None: ...
 
@@ -304,12 +304,15 @@ class Session:
         self.check_open()
         self.manager.rewind(self, block)
 
-    def save(self, path: str | Path) -> None:
-        """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all."""
-        target = arguments.path("path", path)
+    def save(self, path: str | Path, note: str | None = None) -> None:
+        """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all.
+
+        note: a text of the caller's own, which stays in the file's metadata.
+        """
+        target, note = arguments.path("path", path), optional(arguments.text)("note", note)
         self.manager.check_owner("save()")
         self.check_entered()
-        self.manager.save(self, target)
+        self.manager.save(self, target, note)
 
     @classmethod
     def restore(cls, engine: HasManager, path: str | Path) -> Session:

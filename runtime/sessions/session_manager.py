@@ -135,10 +135,10 @@ class SessionManager:
         self._join(twin)
         return twin
 
-    def save(self, session: Session, path: Path) -> None:
+    def save(self, session: Session, path: Path, note: str | None = None) -> None:
         """Write a session to a file."""
         self.settle(session)
-        write_session(session.current, self.resources, self.preset, path)
+        write_session(session.current, self.resources, self.preset, path, note)
 
     def restore(self, path: Path) -> Session:
         """Admit a session that was saved."""
