@@ -38,7 +38,7 @@ from .settings import ServeSettings
 from .trace import Trace
 from .video_jobs import VideoJobs
 from .video_routes import video_routes
-from .whep import LONGEST_SDP, Whep
+from .webrtc import LONGEST_SDP, Whep
 from .worlds import SUFFIX, Worlds
 
 ENCODER_THREADS = 2
