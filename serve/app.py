@@ -38,12 +38,13 @@ from .settings import ServeSettings
 from .trace import Trace
 from .video_jobs import VideoJobs
 from .video_routes import video_routes
-from .webrtc import LONGEST_SDP, Whep
+from .webrtc import LONGEST_SDP, Answered, WebRtc
 from .worlds import SUFFIX, Worlds
 
 ENCODER_THREADS = 2
 LONGEST_TRACE = 60  # seconds
 
+Seed = Annotated[int, Query(ge=0, lt=2**53)]
 Id = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
 
 
@@ -104,7 +105,7 @@ class Server:
         self.live = LiveSessions(
             self.host, settings, self.worlds, self.recordings, self.metrics, self.checkpoints, self.trace
         )
-        self.whep = Whep(self.live)
+        self.webrtc = WebRtc(self.live)
         self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
 
     @asynccontextmanager
@@ -120,7 +121,7 @@ class Server:
         finally:
             sweeper.cancel()
             await self.drain()
-            await self.whep.close()
+            await self.webrtc.close()
             await self.jobs.stop()
             await asyncio.to_thread(self.host.stop)
             self.pool.shutdown(cancel_futures=True)
@@ -194,7 +195,7 @@ def make_app(server: Server) -> Access:
     add_worlds(app, server)
     add_recordings(app, server)
     add_live(app, server)
-    add_whep(app, server)
+    add_webrtc(app, server)
     app.include_router(video_routes(server.jobs))
     return Access(app, server.settings.token, tuple(PAGE_FILES), server.settings.upload_bytes)
 
@@ -279,18 +280,26 @@ def add_live(app: FastAPI, server: Server) -> None:
         await Connection(socket, server.live, server.pool).serve()
 
 
-def add_whep(app: FastAPI, server: Server) -> None:
+def add_webrtc(app: FastAPI, server: Server) -> None:
     sdp = {"content": {"application/sdp": {"schema": {"type": "string", "maxLength": LONGEST_SDP}}}}
     answers: dict[int | str, dict[str, Any]] = {201: {"description": "The answer", **sdp}}
+    body = {"requestBody": {"required": True, **sdp}}
+    refused = errors(404, 413, 501, 503)
+
+    def answer(way: str, answered: Answered) -> Response:
+        headers = {"Location": f"/v1/{way}/{answered.session}", "Inferix-Resume": answered.resume}
+        return Response(answered.sdp, 201, headers, "application/sdp")
+
+    async def offer(request: Request) -> str:
+        return (await request.body()).decode("utf-8", "replace")
 
     @app.post(
-        "/v1/whep", status_code=201, responses={**answers, **errors(404, 413, 501, 503)}, response_class=Response,
-        openapi_extra={"requestBody": {"required": True, **sdp}},
-    )  # fmt: skip
-    async def offer(
+        "/v1/whep", status_code=201, responses={**answers, **refused}, response_class=Response, openapi_extra=body
+    )
+    async def watch(
         request: Request,
         prompt: str | None = None,
-        seed: Annotated[int, Query(ge=0, lt=2**53)] = 0,
+        seed: Seed = 0,
         session: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$")] = None,
         resume: Annotated[str, Query(max_length=128)] = "",
     ) -> Response:
@@ -298,12 +307,29 @@ def add_whep(app: FastAPI, server: Server) -> None:
         begin: Open | Attach = Open(id=0, type="open", prompt=prompt, seed=seed)
         if session is not None:
             begin = Attach(id=0, type="attach", session=session, resume=resume or "-")
-        text = (await request.body()).decode("utf-8", "replace")
-        answer, id = await server.whep.offer(text, begin)
-        return Response(answer, 201, {"Location": f"/v1/whep/{id}"}, "application/sdp")
+        return answer("whep", await server.webrtc.watch(await offer(request), begin))
+
+    @app.post(
+        "/v1/whip", status_code=201, responses={**answers, **refused}, response_class=Response, openapi_extra=body
+    )
+    async def publish(
+        request: Request,
+        prompt: str,
+        seed: Seed = 0,
+        strength: Annotated[float, Query(gt=0, le=1)] = 0.6,
+    ) -> Response:
+        """Send video by WebRTC (WHIP), and have a session made from it; `sendrecv` shows it on the same connection."""
+        begin = Open(id=0, type="open", prompt=prompt, seed=seed)
+        return answer("whip", await server.webrtc.publish(await offer(request), begin, strength))
 
     @app.delete("/v1/whep/{id}", responses=errors(404))
-    async def end(id: Id) -> dict[str, str]:
+    async def end_watched(id: Id) -> dict[str, str]:
         """End a session that is watched by WebRTC."""
-        server.whep.end(id)
+        server.webrtc.end("whep", id)
+        return {"id": id, "object": "session.ended"}
+
+    @app.delete("/v1/whip/{id}", responses=errors(404))
+    async def end_published(id: Id) -> dict[str, str]:
+        """End a session that is made from video by WebRTC."""
+        server.webrtc.end("whip", id)
         return {"id": id, "object": "session.ended"}
