@@ -271,11 +271,13 @@ class BlockLoop:
         span = self.begin(state)
         sampler = state.sampler.of_block(span.index)
         latents = self.draw(state, span, 0)
-        if state.source is not None or state.live is not None:
-            frames, source = span.frames, state.source
-            given = source[frames.start : frames.stop] if source is not None else state.live.of(frames)
-            if len(given) < len(frames):
-                remedy = f"ask for {span.index} blocks" if source is not None else "feed its pictures first"
+        given, remedy = None, f"ask for {span.index} blocks"
+        if state.live is not None:
+            given, remedy = state.live.of(span.frames), "feed its pictures first"
+        elif state.source is not None:
+            given = state.source[span.frames.start : span.frames.stop]
+        if given is not None:
+            if len(given) < len(span.frames):
                 raise InferixError(f"the video ends before block {span.index}; {remedy}")
             latents = noised(given, latents, sampler.sigmas[0])
         block = BlockInFlight(span, latents, sampler.begin())

@@ -38,7 +38,7 @@ from .settings import ServeSettings
 from .trace import Trace
 from .video_jobs import VideoJobs
 from .video_routes import video_routes
-from .webrtc import LONGEST_SDP, Answered, WebRtc
+from .webrtc import LONGEST_SDP, Answered, WebRtc, takes_video
 from .worlds import SUFFIX, Worlds
 
 ENCODER_THREADS = 2
@@ -57,7 +57,10 @@ class Health(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """A model that the server runs. examples: prompts that it follows."""
+    """A model that the server runs. examples: prompts that it follows.
+
+    video_in: sessions can be made from live video.
+    """
 
     id: str
     object: str = "model"
@@ -68,6 +71,7 @@ class ModelInfo(BaseModel):
     fps: int
     actions: list[str]
     camera: bool
+    video_in: bool
     rewind_blocks: int
     examples: list[str]
 
@@ -150,7 +154,7 @@ class Server:
             replica=self.checkpoints.owner, status=self.health().status, sessions=self.live.places_taken,
             places=self.settings.sessions, room=None if math.isinf(room) else int(room), load=gauges["load"],
             pages_in_use=int(gauges["pages_in_use"]), slack=min(slacks, default=None),
-            holds=session is not None and session in self.live.sessions,
+            holds=session is not None and session in self.live.sessions, jobs=self.jobs.unfinished,
         )  # fmt: skip
 
     def models(self) -> ModelList:
@@ -158,7 +162,8 @@ class Server:
         info = ModelInfo(
             id=engine.parts.source, preset=engine.preset.name, size=engine.default_size, fps=engine.fps,
             actions=list(engine.spec.actions), camera=engine.spec.camera_channels is not None,
-            rewind_blocks=engine.preset.context.rewind_blocks, examples=list(family_of(engine.spec).examples),
+            video_in=takes_video(engine), rewind_blocks=engine.preset.context.rewind_blocks,
+            examples=list(family_of(engine.spec).examples),
         )  # fmt: skip
         return ModelList(data=[info])
 

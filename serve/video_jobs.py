@@ -48,6 +48,11 @@ class VideoJobs:
         assert self._store is not None, "the server is not running"
         return self._store
 
+    @property
+    def unfinished(self) -> int:
+        """Jobs that wait or run."""
+        return self.store.count(QUEUED, IN_PROGRESS)
+
     def start(self) -> None:
         """Go on with the jobs that were there when the server was stopped."""
         self._store = JobStore(self.folder)

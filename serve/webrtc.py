@@ -29,6 +29,8 @@ from .refusals import Refusal, refusal_of
 if TYPE_CHECKING:
     from aiortc import RTCDataChannel, RTCPeerConnection
 
+    from ..runtime.engine import Engine
+
 LOG = logging.getLogger("inferix.serve")
 CLOCK = 90000  # ticks per second of RTP video
 LONGEST_SDP = 65536  # characters
@@ -275,6 +277,14 @@ class WebRtc:
         for task in tuple(self.tasks.values()):
             task.cancel()
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+
+def takes_video(engine: Engine) -> bool:
+    """True if sessions of an engine can be made from live video here."""
+    spec, preset = engine.spec, engine.preset
+    plain = spec.condition_channels == 0 and spec.camera_channels is None
+    encodes = engine.parts.vae.spec.encodes and preset.window_blocks == 1 and preset.sampler.takes_strength
+    return plain and encodes and find_spec("aiortc") is not None
 
 
 def make_track(pictures: Pictures) -> Any:

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import av
 import httpx
 import numpy as np
 import pytest
 from live_client import PROMPT, WAIT, Client, serving
+from routers import routing
 
 from inferix.serve.refusals import Refusal
 from inferix.serve.settings import ServeSettings
@@ -165,6 +167,30 @@ def test_a_clients_video_is_watched_on_another_connection(served):
                 await asyncio.sleep(0.02)
 
     asyncio.run(send())
+
+
+@pytest.mark.slow
+def test_offers_are_answered_through_a_router(served):
+    """Pictures come from the server itself; the offer's session is ended by the router's address."""
+    async def watch(url):
+        connection = peer()
+        connection.addTransceiver("video", direction="recvonly")
+        tracks: asyncio.Queue = asyncio.Queue()
+        connection.on("track", tracks.put_nowait)
+        async with asyncio.timeout(WAIT):
+            answer = await offered(SimpleNamespace(url=url), connection, prompt=PROMPT)
+            assert answer.status_code == 201 and answer.headers["inferix-resume"]
+            track = await tracks.get()
+            assert (await track.recv()).width == 64
+            async with httpx.AsyncClient(base_url=url, timeout=WAIT) as http:
+                assert (await http.delete(answer.headers["location"])).status_code == 200
+                while served.server.live.sessions:
+                    await asyncio.sleep(0.02)
+                assert (await http.delete(answer.headers["location"])).status_code == 404
+        await connection.close()
+
+    with routing(served.url) as (_, url):
+        asyncio.run(watch(url))
 
 
 def test_an_offer_without_video_to_send_is_refused(served):
