@@ -202,7 +202,8 @@ def make_app(server: Server) -> Access:
     add_live(app, server)
     add_webrtc(app, server)
     app.include_router(video_routes(server.jobs))
-    return Access(app, server.settings.token, tuple(PAGE_FILES), server.settings.upload_bytes)
+    settings = server.settings
+    return Access(app, settings.token, tuple(PAGE_FILES), settings.upload_bytes, settings.stall_seconds)
 
 
 def lifespan(server: Server) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:

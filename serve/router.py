@@ -498,7 +498,7 @@ async def passed_on(router: Router, url: str, request: Request) -> Response:
 def make_router_app(router: Router) -> Access:
     """The ASGI application of a router: its routes behind the check of `Access`."""
     settings = router.settings
-    return Access(router_app(router), settings.token, tuple(PAGE_FILES), settings.upload_bytes)
+    return Access(router_app(router), settings.token, tuple(PAGE_FILES), settings.upload_bytes, settings.stall_seconds)
 
 
 def run_router(

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import msgpack
@@ -273,11 +274,20 @@ def test_the_outbox_drops_the_oldest_blocks_and_keeps_their_receipts():
 
 
 @pytest.mark.slow
-def test_a_thousand_reconnects_leave_nothing_behind(served):
+def test_ten_thousand_reconnects_leave_nothing_behind(served):
+    """Memory after the last is that after the first thousand, and so are the open files."""
+    memory, files = [], []
+
+    def look():
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+        files.append(len(list(Path("/proc/self/fd").iterdir())))
+
     async def walk():
         async with served.connect() as socket, Client(socket) as client:
             opened = await client.open()
-        for _ in range(1000):
+        for count in range(10_000):
+            if count == 1000:
+                look()
             async with served.connect() as socket, Client(socket) as client:
                 await client.send("attach", session=opened["session"], resume=opened["resume"])
                 await client.until("opened")
@@ -293,6 +303,9 @@ def test_a_thousand_reconnects_leave_nothing_behind(served):
             connections = served.server.metrics.registry.get_sample_value("inferix_connections")
 
     run(walk())
+    look()
+    print(f"memory {memory}, files {files}")
+    assert memory[1] - memory[0] < 64 << 20 and files[1] <= files[0]
     assert served.server.host.engine.metrics()["gauges"]["pages_in_use"] == 0
 
 

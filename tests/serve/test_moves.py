@@ -18,6 +18,7 @@ from routers import routing
 from inferix.serve.checkpoints import Checkpoint, Checkpoints, knows, token_hash
 from inferix.serve.protocol import Act, Fork, Prompt
 from inferix.serve.refusals import Refusal
+from inferix.serve.router import Router
 from inferix.serve.routing import ControlMemory, ReplicaFacts, Scaling, choose, choose_for_job
 from inferix.serve.settings import ServeSettings
 
@@ -135,6 +136,56 @@ def test_a_drained_server_hands_its_session_to_another_and_its_viewer_goes_on(tm
         asyncio.run(walk(servers, url))
 
 
+JOB, OTHER, NONE = "1" * 32, "2" * 32, "0" * 32
+
+
+def test_a_request_is_passed_on_to_the_server_that_it_belongs_to():
+    """Servers that only answer what they have: a job and a live session each, one a recording; one is gone."""
+    has = {
+        "a": {f"/v1/videos/{JOB}", f"/v1/recordings/{NONE}/video.mp4"}, "b": {f"/v1/videos/{OTHER}"},
+    }  # fmt: skip
+    listed = {"a": [{"id": JOB, "created_at": 5}], "b": [{"id": OTHER, "created_at": 7}]}
+
+    def answer(request):
+        server, path = request.url.host, request.url.path
+        if server == "gone":
+            raise httpx.ConnectError("gone")
+        if path == "/v1/replica":
+            holds = server == "a" and request.url.params.get("session") == JOB
+            return httpx.Response(200, json=facts(holds=holds).model_dump())
+        if path == "/v1/videos":
+            return httpx.Response(200, json={"data": listed[server], "has_more": False})
+        return httpx.Response(200 if path in has[server] else 404)
+
+    async def urls():
+        return ["http://gone", "http://a", "http://b"]
+
+    async def ask():
+        router = Router(urls, ServeSettings())
+        router.client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        await router.poll()
+        router.replicas["http://gone"] = facts(status="failed", jobs=0)
+        router.replicas["http://a"].jobs = 1
+        expected = {
+            ("GET", f"/v1/videos/{JOB}"): "a", ("DELETE", f"/v1/videos/{OTHER}"): "b",
+            ("GET", f"/v1/videos/{OTHER}/content"): "b", ("POST", f"/v1/videos/{JOB}/remix"): "a",
+            ("GET", f"/v1/recordings/{NONE}/video.mp4"): "a", ("POST", "/v1/videos"): "b",
+            ("DELETE", f"/v1/whip/{JOB}"): "a", ("POST", "/v1/whep"): "a",
+        }  # fmt: skip
+        for (method, path), server in expected.items():
+            assert await router.server_for(method, path, {}) == f"http://{server}", path
+        assert router.replicas["http://b"].jobs == 0  # asked for again by the look for a session
+        assert await router.server_for("POST", "/v1/whep", {"session": JOB}) == "http://a"
+        for path in (f"/v1/videos/{NONE}", f"/v1/recordings/{NONE}/x", "/v1/x", "/v1/worlds/a/b", f"/v1/whip/{NONE}"):
+            with pytest.raises(Refusal) as refused:
+                await router.server_for("DELETE", path, {})
+            assert refused.value.status == 404
+        assert [job["id"] for job in await router.jobs()] == [OTHER, JOB]
+
+    asyncio.run(ask())
+
+
+@pytest.mark.slow
 def test_jobs_and_recordings_are_found_at_the_server_that_has_them(tmp_path):
     settings = ServeSettings(realtime=False, sessions=1)
 
@@ -176,7 +227,7 @@ def test_jobs_and_recordings_are_found_at_the_server_that_has_them(tmp_path):
         for id in (remix["id"], *made):
             assert http.delete(f"/v1/videos/{id}").json()["deleted"]
         none = "0" * 32
-        for path in (f"/v1/videos/{none}", f"/v1/videos/{none}/content", f"/v1/recordings/{none}/video.mp4", "/v1/trace"):
+        for path in (f"/v1/videos/{none}", f"/v1/videos/{none}/content", f"/v1/recordings/{none}/init.mp4", "/v1/x"):
             answer = http.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), path
         assert http.get("/v1/videos", params={"after": none}).status_code == 404
