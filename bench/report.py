@@ -22,6 +22,7 @@ from .report_tables import (
     amount,
     block_part,
     cells_table,
+    churn_part,
     cut,
     in_flops,
     kernels_part,
@@ -191,6 +192,8 @@ def headline(result: Result) -> str:
     if result.kind == "serve":
         in_time = [row["sessions"] for row in result.facts["rows"] if not row["underruns"] and not row["refused"]]
         return f"{max(in_time, default=0)} sessions without an underrun"
+    if result.kind == "churn":
+        return f"{result.facts['growth'] / 1e6:+.0f} MB in {result.settings['minutes']:g} minutes"
     return f"{len(result.facts.get('rows', result.series))} timings"
 
 
@@ -242,7 +245,8 @@ def goal_row(goal: Goal, gpu: dict[str, Result]) -> tuple[str, str, str, str]:
 def section(name: str, result: Result, pictures: Iterable[str]) -> str:
     """Section of one result: title, circumstances, tables and pictures."""
     kind = {
-        "block": block_part, "stream": stream_part, "kernels": kernels_part, "pairs": pairs_part, "serve": serve_part
+        "block": block_part, "stream": stream_part, "kernels": kernels_part, "pairs": pairs_part, "serve": serve_part,
+        "churn": churn_part,
     }[result.kind]  # fmt: skip
     parts = [f"### {title(result)}", circumstances(name, result), *kind(result)]
     parts += [f"![{Path(link).stem}]({link})" for link in pictures]
@@ -255,6 +259,8 @@ def title(result: Result) -> str:
         return f"Kernels ({device})"
     if result.kind == "serve":
         return f"Live sessions as their clients see them ({device})"
+    if result.kind == "churn":
+        return f"A server's memory while clients join, leave and stall ({device})"
     if result.kind == "pairs":
         return f"Pairs: {result.facts['before']} and after, {result.settings['config']['dtype']} ({device})"
     width, height = result.settings["size"]

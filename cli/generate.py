@@ -378,7 +378,7 @@ def generate(
         "crop", help="Fit of --image and --video to the picture: crop, pad with black, or stretch."
     ),
     strength: float | None = typer.Option(
-        None, help="Video to video with --video: 0.1 stays close, 1 ignores it; not for presets with solver unipc."
+        None, help="Video to video with --video: 0.1 stays close, 1 ignores it; a few solvers take only 1."
     ),
     negative_prompt: str | None = typer.Option(None, help="Content to avoid, for presets with guidance."),
     prompt_at: list[str] = typer.Option(

@@ -87,6 +87,7 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "fit": choice(FITS),
     "strength": optional(above_zero(most=1)),
     "noise": optional(noise_source),
+    "live": flag,
     "camera": optional(instance(Camera)),
     "prompt_mask": optional(instance(Tensor)),
     "prompts": optional(by_block),
@@ -114,7 +115,9 @@ class Engine:
     ) -> None:
         self.resources = make_resources(config, preset, parts, executor, worker)
         self.inputs = Inputs(self.resources)
-        self.manager = SessionManager(self.resources, limits, self.step, self.inputs.check_prompt)
+        self.manager = SessionManager(
+            self.resources, limits, self.step, self.inputs.check_prompt, self.inputs.continue_live
+        )
         self.loop = BlockLoop(self.resources, self.manager.split_batches)
         self.profile: Profile | None = None
         if config.batches is not None:
@@ -146,6 +149,7 @@ class Engine:
         prompt_mask: Tensor | None = None,
         prompts: Mapping[int, str | Tensor | Path] | None = None,
         camera: Camera | None = None,
+        live: bool = False,
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
@@ -153,7 +157,8 @@ class Engine:
         that are not of the prompt. prompts: of later blocks by number, texts or embeddings; each is that of its block
         and of those after it, also where several blocks are in flight. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
-        it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
+        it is made from, the more freely the higher; `live`, with `strength`, says that such a video arrives meanwhile,
+        by `Session.feed`. The negative prompt is for presets with guidance. `noise` replaces
         the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...;
         `camera` is where a model that follows one looks from.
         `fit` (crop, pad, stretch) brings files of other proportions to `size`; a video file is sampled at the model's
@@ -164,6 +169,7 @@ class Engine:
             "strength": strength, "negative_prompt": negative_prompt, "negative_embeds": negative_embeds,
             "noise": noise, "size": self.default_size if size is None else size, "actions": actions, "fit": fit,
             "prompt_mask": prompt_mask, "prompts": prompts, "camera": camera,
+            "live": live,
         })  # fmt: skip
         self.manager.check_owner("open()")
         try:
@@ -191,6 +197,7 @@ class Engine:
         prompt_mask: Tensor | None,
         prompts: Mapping[int, str | Tensor | Path] | None,
         camera: Camera | None,
+        live: bool,
     ) -> Session:
         preset, inputs = self.preset, self.inputs
         if prompts and preset.context.prompt_switch not in ("cut", "join"):
@@ -211,8 +218,10 @@ class Engine:
         together = self.parts.shard.columns.size
         if together > 1 and (reason := against_columns(self.spec, size, together)) is not None:
             raise UsageError(f"size is too small: {reason}; give a larger one, or load with shard_decoder=False")
-        if strength is not None and video is None:
-            raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
+        if live and (image is not None or video is not None or strength is None):
+            raise UsageError("live is True; expected strength, and neither image nor video")
+        if strength is not None and video is None and not live:
+            raise UsageError(f"strength is {strength}, but there is no video to start from; give video, or live=True")
         for action in actions:
             check_action(action, self.spec.actions)
         sampler = Sampler(preset.sampler, 1.0 if strength is None else strength)
@@ -240,6 +249,7 @@ class Engine:
             ),
             negative=negative,
             source=source,
+            live=inputs.begin_live(size) if live else None,
             clamped=clamped,
             prompts={
                 block: inputs.prompt_rows(given, None) if isinstance(given, str) else inputs.prompt_rows(None, given)

@@ -233,7 +233,7 @@ class Connection:
         size = sum(len(payload.data) for payload in payloads)
         trace.add("transport", f"send {name}", stream, now, time.perf_counter(), block=state.block, bytes=size)
         self.hub.metrics.sent.labels(name).inc(size)
-        await self._send(live.state_for_viewer(state))
+        await self._send(live.state_for_viewer(block))
 
     async def _refuse(self, id: int | str | None, refusal: Refusal) -> None:
         self.hub.metrics.refused(refusal)

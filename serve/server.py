@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -114,10 +115,30 @@ def make_config(server: Server, log_level: str = "warning") -> uvicorn.Config:
 def config_of(app: Access, settings: ServeSettings, log_level: str = "warning") -> uvicorn.Config:
     """The settings of uvicorn for an application."""
     return uvicorn.Config(
-        app, ws_max_size=settings.message_bytes, ws_max_queue=16, ws_ping_interval=PING_SECONDS,
+        app, http=impatient(settings.start_seconds),
+        ws_max_size=settings.message_bytes, ws_max_queue=16, ws_ping_interval=PING_SECONDS,
         ws_ping_timeout=PING_SECONDS, ws_per_message_deflate=False, log_level=log_level, log_config=None,
         timeout_graceful_shutdown=max(1, int(settings.drain_seconds)), server_header=False,
     )  # fmt: skip
+
+
+def impatient(seconds: float) -> Any:
+    """Factory of uvicorn's HTTP protocol, which closes a connection without a whole request after some seconds."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    def make(*arguments: Any, **settings: Any) -> Any:
+        protocol: Any = AutoHTTPProtocol(*arguments, **settings)
+
+        def look() -> None:
+            transport = protocol.transport
+            if transport is not None and protocol.cycle is None and transport.get_protocol() is protocol:
+                LOG.info("a connection sent no request within %g s", seconds)
+                transport.close()
+
+        protocol.loop.call_later(seconds, look)
+        return protocol
+
+    return make
 
 
 def serve(

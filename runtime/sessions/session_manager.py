@@ -19,7 +19,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import InferixError, RankFailed, SessionEnded, UsageError
@@ -29,6 +31,7 @@ from ..capacity.memory_need import session_need
 from ..engine_condition import EngineCondition
 from ..finite_check import Check
 from ..limits import DegradationStep, Limits
+from ..live_video import LiveVideo
 from ..resources import Resources
 from ..telemetry.records import BlockRecord, Metrics, Stopwatch
 from .control_queue import LIFECYCLE_CONTROLS, Control
@@ -55,7 +58,7 @@ class SessionManager:
     """Owns the open sessions, the scheduler, the decoder's thread and the metrics of one engine.
 
     step: makes the next blocks, called where a reader drives the engine. check_prompt: UsageError for a prompt that the
-    engine cannot encode.
+    engine cannot encode. continue_live: a live video with the pictures of a block more, without frames before a number.
     """
 
     def __init__(
@@ -64,9 +67,10 @@ class SessionManager:
         limits: Limits,
         step: Callable[[], Sequence[Session]],
         check_prompt: Callable[[object], None],
+        continue_live: Callable[[LiveVideo, NDArray[np.uint8], int], LiveVideo],
     ) -> None:
         self.resources, self.limits = resources, limits
-        self.step, self.check_prompt = step, check_prompt
+        self.step, self.check_prompt, self.continue_live = step, check_prompt, continue_live
         self.condition = EngineCondition()
         self.thread = EngineThread(self.condition, resources.device)
         self.scheduler = Scheduler(limits)
@@ -135,10 +139,17 @@ class SessionManager:
         self._join(twin)
         return twin
 
-    def save(self, session: Session, path: Path) -> None:
+    @torch.no_grad()
+    def feed(self, session: Session, pictures: NDArray[np.uint8]) -> None:
+        """Encode the pictures of the next block of a live video."""
+        state = session.current
+        assert state.live is not None
+        state.live = self.continue_live(state.live, pictures, state.timeline.next_frame)
+
+    def save(self, session: Session, path: Path, note: str | None = None) -> None:
         """Write a session to a file."""
         self.settle(session)
-        write_session(session.current, self.resources, self.preset, path)
+        write_session(session.current, self.resources, self.preset, path, note)
 
     def restore(self, path: Path) -> Session:
         """Admit a session that was saved."""
