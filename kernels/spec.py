@@ -72,7 +72,8 @@ class Arg:
     arguments, and `has_<argument>` for an optional argument (1 where it is given, else 0).
     dtypes: those allowed, empty for any; the name of an argument stands for its dtype. Where the op computes in
     float64, float64 is allowed in the place of float32.
-    listed_by: for a store of pages, [2, pages, ...]: the argument that lists the pages which a call touches.
+    listed_by: for a store of pages, [2, pages, ...]: the argument that lists the pages which a call touches, or an int
+    argument that is their number.
     or_dims: the dims of another form, with more dims or fewer; empty for none.
     """
 
@@ -257,7 +258,8 @@ class OpSpec:
                 continue
             nbytes = math.prod(value.shape) * value.dtype.itemsize
             if store := name in self.args and self.args[name].listed_by:
-                room = math.prod(given[store].shape)
+                count = given[store]
+                room = count if isinstance(count, int) else math.prod(count.shape)
                 dims["listed"] = room if listed is None or not self.counted_by else listed
                 nbytes = nbytes // value.shape[1] * dims["listed"] // dims.get("head_groups", 1)
             key = memory(value), store

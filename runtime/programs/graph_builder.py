@@ -39,7 +39,8 @@ class GraphKey:
     session. latent: [F, C, H, W]. width: columns of the page table, rounded up so that a growing window seldom needs a
     new graph. pages: size of the store. slots: frames that pass through the staging buffer at most; 0 where pages have
     the model's dtype. texts: (text, frames) where frames follow different texts, else empty. head_groups: lists of
-    pages of a row, one for each group of heads; 0 for one list. sessions: in the batch.
+    pages of a row, one for each group of heads; 0 for one list. sessions: in the batch. run: the first page and the
+    number of pages of every list, for a program that holds their addresses; empty for one that reads the lists.
     """
 
     whole: bool
@@ -52,6 +53,7 @@ class GraphKey:
     texts: tuple[tuple[int, int], ...] = ()
     head_groups: int = 0
     sessions: int = 1
+    run: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -122,14 +124,15 @@ class GraphBuilder:
         builder = self.builder(key, texts)
         if key.whole:
             passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
-            return self.rewritten(self.block(key, builder, (builder.noise(), *passes), ("latents",)))
+            return self.rewritten(key, self.block(key, builder, (builder.noise(), *passes), ("latents",)))
         shape = builder.timesteps_shape(key.latent[0])
         timesteps = Value("timesteps", Role.INPUT, shape, torch.float32, When.PASS)
         graph = chained("pass", builder.model_pass(key.layout), None, {"timesteps": timesteps})
-        return self.rewritten(self.block(key, builder, (graph,), ("velocity",)))
+        return self.rewritten(key, self.block(key, builder, (graph,), ("velocity",)))
 
-    def rewritten(self, block: BlockGraph) -> BlockGraph:
-        return rewritten(block, self.rewrites, self.lowp or EVERY_LAYER, self.multiprocessors)
+    def rewritten(self, key: GraphKey, block: BlockGraph) -> BlockGraph:
+        run = (key.run[0], key.run[1]) if key.run else None
+        return rewritten(block, self.rewrites, self.lowp or EVERY_LAYER, self.multiprocessors, run)
 
     def builder(self, key: GraphKey, texts: int) -> BlockGraphBuilder:
         preset, size = self.preset, key.size(self.spec)
