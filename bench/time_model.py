@@ -23,8 +23,9 @@ class Rates:
 
     multiprocessors: tiles that run at once. matmul, fp8_matmul, int8_matmul: TFLOP/s of cuBLAS or Triton. attention:
     of `block_attention` in half precision; fp8_attention: over FP8 pages. sdpa: of torch's attention; cudnn: of
-    cuDNN's. convolution: of cuDNN. memory: GB/s that a kernel reaches. start: us between two kernels of a graph. host: us of a call that the
-    host launches, which bounds what is not captured. link: GB/s that a GPU sends to others; collective: us of each.
+    cuDNN's. convolution: of cuDNN. memory: GB/s that a kernel reaches. start: us between two kernels of a graph. host:
+    us of a call that the host launches, which bounds what is not captured. link: GB/s that a GPU sends to others;
+    collective: us of each.
     """
 
     multiprocessors: float

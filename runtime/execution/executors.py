@@ -101,11 +101,13 @@ class Executor(Protocol):
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         """Denoise blocks of B sessions to clean latents [B, F, C, H, W]; write keys and values to pages.
 
         shape: (C, H, W). Noise, at the start and between steps, is that of `PhiloxNoise` with each session's seed for
-        its absolute `frames`.
+        its absolute `frames`. before: latents of the blocks before and the pages of a first pass that commits them;
+        actions are those of both then, and a block's own commit is left to the next.
         """
 
     def refresh_derived_weights(self) -> None:
@@ -191,6 +193,7 @@ class EagerExecutor:
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
 
@@ -308,6 +311,7 @@ class GraphExecutor:
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         values = {
             "frames": torch.tensor([list(each) for each in frames], dtype=torch.int32),
@@ -315,6 +319,13 @@ class GraphExecutor:
         }
         pages = paged(attention)
         key = GraphKey.of((len(frames), len(frames[0]), *shape), pages, True, self.session_slots)
+        if before is not None:
+            assert given is None
+            latents, first = before[0], paged(before[1])
+            key = replace(key, commits_before=True)
+            values |= {"before": latents, **tables(key, first, "both")}
+            if actions is not None:
+                values["both.actions"], actions = actions, actions[:, latents.shape[1] :]
         return self.run(key, values, text, pages, actions, given)["latents"]
 
     def start_profile(self, profile: Profile) -> None:

@@ -132,7 +132,8 @@ def test_attention_over_one_run_is_cudnns_and_copies_its_result_alone():
     run = dry_run(dense, 90, compiled=False)
     assert run.faults() == []
     calls = [launch for launch in run.of("block") if launch.rate == "cudnn"]
-    assert [one.flops for one in calls] == 4 * [4 * 4680 * 21 * 1560 * 1536] and {one.tiles for one in calls} == {37 * 12}
+    assert [one.flops for one in calls] == 4 * [4 * 4680 * 21 * 1560 * 1536]
+    assert {one.tiles for one in calls} == {37 * 12}
     assert not any(launch.op.endswith(("attention_parts", "merge_parts")) for launch in run.of("block"))
     allocated = [launch for launch in run.of("block") if launch.allocated]
     assert allocated == calls  # the result, in memory of the graph

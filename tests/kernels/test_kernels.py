@@ -18,8 +18,8 @@ from inferix.kernels import linear_gelu, tuning
 from inferix.kernels.adaln import adaln
 from inferix.kernels.block_attention import block_attention, merge_partials
 from inferix.kernels.catalog import SPECS
-from inferix.kernels.dense_attention import dense_attention, flash
 from inferix.kernels.denoise_step import denoise_step
+from inferix.kernels.dense_attention import dense_attention, flash
 from inferix.kernels.kv_pages import kv_pages
 from inferix.kernels.linear_lowp import linear_lowp
 from inferix.kernels.qk_norm_rope_append import qk_norm_rope_append

@@ -44,7 +44,7 @@ def latents(session, blocks: int) -> torch.Tensor:
 
 def test_every_list_of_the_presets_that_is_one_run_gives_the_attention_of_the_reference():
     runs = 0
-    for listed, sinks in every_list():
+    for listed, _ in every_list():
         pages = [page - min(listed) for page in listed]
         generator = torch.Generator().manual_seed(len(pages))
         kv = torch.full((2, max(pages) + 2, 6, 1, 16), float("nan"), dtype=torch.float64)
