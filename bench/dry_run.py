@@ -307,14 +307,16 @@ class Recorder(TorchDispatchMode):
             rate, tiles = "matmul", tiles_of(call.writes[0].size)
         self.note(op.name(), kind, cost.flops, cost.nbytes, fresh, rate, tiles)
 
-    def note_kernel(self, name: str, grid: Sequence[int]) -> None:
-        """Note a Triton kernel of the op whose form runs, with the op's cost."""
+    def note_kernel(self, name: str, grid: Sequence[int], packs_queries: bool) -> None:
+        """Note a Triton kernel of the op whose form runs, with the op's cost. packs_queries: it multiplies them in FP8.
+        """
         spec = self.spec
         assert spec is not None, f"{name} was launched outside of an op"
         cost = spec.cost(self.given, self.listed, memory=memory_of)  # type: ignore[arg-type]
         rate, like = "", self.given[spec.like].dtype
         if spec.family == "attention":
-            rate = "fp8_attention" if self.given["kv"].dtype == FP8 else "attention"
+            over_fp8 = "fp8_qk" if packs_queries else "fp8_attention"
+            rate = over_fp8 if self.given["kv"].dtype == FP8 else "attention"
         elif spec.family == PACKED:
             rate = "fp8_matmul" if like == FP8 else "int8_matmul"
         tiles = math.prod(grid) if rate else 0
@@ -365,7 +367,7 @@ def card(run: DryRun, recorder: Callable[[], Recorder], compiled: bool) -> Itera
     before = {name: getattr(torch.cuda, name) for name in replaced}
 
     def launch(start: Callable[..., Any], kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        recorder().note_kernel(kernel.__name__, grid)
+        recorder().note_kernel(kernel.__name__, grid, bool(kwargs.get("LOW")))
         if not compiled:
             return None
         args = tuple(map(address, args))

@@ -39,7 +39,7 @@ def block_attention(
     args = (q, kv, page_table, page_count, out, q_sink, sink_count, kv_scale, lse, scale)
     SPEC.expect_taken("fp8_qk", dict(zip(SPEC.names, args, strict=True)))
     config = config or (CONFIGS[architecture(q.device), q.shape[3]] if q.device.type == "cuda" else ANYWHERE)
-    attend(*args, config=config, low=LIMITS[FP8])
+    attend(*args, config=config, low=int(LIMITS[FP8]))
 
 
 def reference(

@@ -244,7 +244,7 @@ def block_attention(
     config: Config | None = None,
     kv_tiles: Any = None,
     parts: int = 1,
-    low: float = 0.0,
+    low: int = 0,
 ) -> None:
     """Launch for tensors that were checked; tensors that are not given are replaced by others that are not read.
 
