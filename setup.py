@@ -24,6 +24,7 @@ PACKAGES = [
     "inferix.kernels.attention_parts",
     "inferix.kernels.block_attention",
     "inferix.kernels.denoise_step",
+    "inferix.kernels.dense_attention",
     "inferix.kernels.frame_noise",
     "inferix.kernels.kv_pages",
     "inferix.kernels.linear_lowp",

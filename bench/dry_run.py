@@ -45,10 +45,11 @@ from ..models.decoder import Decoder
 from ..schemes.layouts import RankGrid
 from . import compile_gate
 from .machine import commit
-from .time_model import Rates, tiles_of
+from .time_model import Rates, attention_tiles, tiles_of
 
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_efficient_attention.default
+CUDNN = aten._scaled_dot_product_cudnn_attention.default
 EXCHANGE = "exchange"  # the family of collectives
 # Of A100, L40S, H100 and H200, B200, RTX PRO 6000.
 MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}
@@ -240,14 +241,14 @@ class Recorder(TorchDispatchMode):
         if form is spec.reference and any(arg.listed_by for arg in spec.args.values()):
             self.run_reference(spec, args)  # the cost of a call of torch's would be that of all pages
         else:
-            with self:
+            with self, WithoutDriver():  # the mode around the call is off within it
                 form(*args)
         self.spec = None
 
     def run_reference(self, spec: OpSpec, args: Sequence[Any]) -> None:
         """Run an op on pages that has no kernel of its own: one launch of the op's cost, and all that it allocates."""
         memory = Allocations()
-        with memory, WithoutDriver():  # the mode around the call is off within it
+        with memory, WithoutDriver():
             spec.reference(*args)
         cost = spec.cost(self.given, self.listed, memory=memory_of)  # type: ignore[arg-type]
         self.note(f"inferix::{spec.name}", spec.family, cost.flops, cost.nbytes, memory.nbytes)
@@ -262,7 +263,7 @@ class Recorder(TorchDispatchMode):
     def launch(self, op: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run an ATen call on fake tensors and note it."""
         given = list(tensors([*args, *kwargs.values()]))
-        draws = torch.Tag.nondeterministic_seeded in op.tags and op is not ATTENTION  # whose dropout is 0
+        draws = torch.Tag.nondeterministic_seeded in op.tags and op not in (ATTENTION, CUDNN)  # whose dropout is 0
         if draws:
             self.refuse(op, "draws random numbers of a generator")
         try:
@@ -296,6 +297,8 @@ class Recorder(TorchDispatchMode):
         rate, tiles = "", 0
         if kind == PACKED:
             rate, tiles = "fp8_matmul", tiles_of(call.writes[0].size)
+        elif op is CUDNN:
+            rate, tiles = "cudnn", attention_tiles(call.named["query"].size)
         elif kind == "attention":
             rate = "sdpa"
         elif kind == "matmul" and "convolution" in op.name():
@@ -304,14 +307,16 @@ class Recorder(TorchDispatchMode):
             rate, tiles = "matmul", tiles_of(call.writes[0].size)
         self.note(op.name(), kind, cost.flops, cost.nbytes, fresh, rate, tiles)
 
-    def note_kernel(self, name: str, grid: Sequence[int]) -> None:
-        """Note a Triton kernel of the op whose form runs, with the op's cost."""
+    def note_kernel(self, name: str, grid: Sequence[int], packs_queries: bool) -> None:
+        """Note a Triton kernel of the op whose form runs, with the op's cost. packs_queries: it multiplies them in FP8.
+        """
         spec = self.spec
         assert spec is not None, f"{name} was launched outside of an op"
         cost = spec.cost(self.given, self.listed, memory=memory_of)  # type: ignore[arg-type]
         rate, like = "", self.given[spec.like].dtype
         if spec.family == "attention":
-            rate = "fp8_attention" if self.given["kv"].dtype == FP8 else "attention"
+            over_fp8 = "fp8_qk" if packs_queries else "fp8_attention"
+            rate = over_fp8 if self.given["kv"].dtype == FP8 else "attention"
         elif spec.family == PACKED:
             rate = "fp8_matmul" if like == FP8 else "int8_matmul"
         tiles = math.prod(grid) if rate else 0
@@ -362,7 +367,7 @@ def card(run: DryRun, recorder: Callable[[], Recorder], compiled: bool) -> Itera
     before = {name: getattr(torch.cuda, name) for name in replaced}
 
     def launch(start: Callable[..., Any], kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        recorder().note_kernel(kernel.__name__, grid)
+        recorder().note_kernel(kernel.__name__, grid, bool(kwargs.get("LOW")))
         if not compiled:
             return None
         args = tuple(map(address, args))

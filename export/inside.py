@@ -243,6 +243,7 @@ class ExportedExecutor:
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         raise AssertionError("an exported engine runs pass by pass")
 

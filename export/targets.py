@@ -16,6 +16,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "one block in flight": "window_blocks 1: each block is denoised alone",
     "several blocks in flight": "window_blocks above 1, as in rolling-forcing",
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
+    "commit in the next pass": "commit_in_next true",
     "averaged sink": "sink_decay below 1",
     "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
     "several sets of weights": "clean_weights memory, or boundary_ratio above 0",
@@ -60,8 +61,9 @@ class Target:
 
 
 SINGLE = frozenset(FEATURES) - {
-    "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
-    "several sets of weights", "endless window", "channels of frames", "pasted pictures", "float16", "bfloat16",
+    "several blocks in flight", "recomputed context", "commit in the next pass", "averaged sink",
+    "context by noise level", "several sets of weights", "endless window", "channels of frames", "pasted pictures",
+    "float16", "bfloat16",
 }  # fmt: skip
 HALF = SINGLE | {"float16"}
 HERE = __package__
@@ -97,6 +99,7 @@ def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = F
         "one block in flight": preset.window_blocks == 1,
         "several blocks in flight": preset.window_blocks > 1,
         "recomputed context": context.segment_frames > 0 or not context.commit,
+        "commit in the next pass": context.commit_in_next,
         "averaged sink": context.sink_decay < 1,
         "context by noise level": context.has_key_ranges or context.clean_text != "prompt",
         "several sets of weights": len(preset.weight_sets) > 1,

@@ -28,7 +28,10 @@ PACKED = "packed matmul"  # of FP8 or INT8 numbers
 ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise ones are known by their tag
     "matmul": ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "convolution"),
     PACKED: ("_int_mm", "_scaled_mm"),
-    "attention": ("scaled_dot_product_attention", "_scaled_dot_product_efficient_attention"),
+    "attention": (
+        "scaled_dot_product_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
     "norm and gate": ("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     "elementwise": (
         "gelu", "rsub", "mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "var", "var_mean",

@@ -9,6 +9,7 @@ from .attention_parts import SPEC as ATTENTION_PARTS
 from .block_attention import SPEC as BLOCK_ATTENTION
 from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC, HAND_OVER_SPEC
 from .denoise_step import SPEC as DENOISE_STEP
+from .dense_attention import SPEC as DENSE_ATTENTION
 from .frame_noise import SPEC as FRAME_NOISE
 from .kv_pages import SPEC as KV_PAGES
 from .linear_gelu import SPEC as LINEAR_GELU
@@ -24,8 +25,8 @@ from .spec import KernelSpec, OpSpec
 SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (
-        BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE,
-        LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, ROPE_APPEND,
+        BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, DENSE_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP,
+        FRAME_NOISE, LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, ROPE_APPEND,
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {

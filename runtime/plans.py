@@ -80,7 +80,8 @@ class PassPlan:
     actions: the number of each frame's action, by session; empty for a model without actions. whole: the block of each
     session; empty for one pass. condition: of a step, beside the timesteps; None for a model that takes none. frames:
     number of what the frames of each session are given beside their latents (`EmbedFrames`); empty for a model that
-    takes nothing. weights: number of the set of weights that runs it.
+    takes nothing. weights: number of the set of weights that runs it. before: of whole blocks whose first pass commits
+    the block before, pages of that pass; that block's latents in, and actions of both.
     """
 
     layout: PassLayout
@@ -91,6 +92,7 @@ class PassPlan:
     condition: float | None = None
     frames: tuple[int, ...] = ()
     weights: int = 0
+    before: PassLayout | None = None
 
 
 @dataclass(frozen=True)

@@ -142,10 +142,14 @@ class LocalWorker:
             assert kinds is not None
             (actions,) = self.actions.put([F.one_hot(torch.tensor(plan.actions), kinds).to(self.dtype)])
         parts = [self.frames[number][executor] for number in plan.frames]
-        given = {"given": executor.join_frames(parts)} if parts else {}
+        given: dict[str, Any] = {"given": executor.join_frames(parts)} if parts else {}
         if plan.whole:
             frames = [range(block.first, block.first + block.frames) for block in plan.whole]
             seeds = [block.seed for block in plan.whole]
+            if plan.before is not None:
+                assert latents is not None
+                first = self.stores[plan.layout.grid].attention(plan.before, len(plan.texts))
+                given["before"] = latents, first
             return [executor.run_block(self.latent_shape(plan), text, attention, frames, seeds, actions, **given)]
         assert latents is not None
         timesteps = to_device(torch.tensor(plan.timesteps, dtype=torch.float32), self.device)

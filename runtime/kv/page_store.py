@@ -18,6 +18,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.shards import ALONE, Shard
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
+from ...kernels.dense_attention.run import Run, run_of
 from ...kernels.kv_pages import LIMITS, kv_pages
 from ...kernels.qk_norm_rope_append import rope_cos_sin
 from ...models.rope import Rope
@@ -90,12 +91,16 @@ MAX_TABLES = 8  # layouts whose tables are kept: the branches of a few sessions
 
 @dataclass(frozen=True)
 class StoredTables:
-    """Tables of one pass. written, seen: as of `StagedAttention`. slots: of the staging buffer; 0 without one."""
+    """Tables of one pass. written, seen: as of `StagedAttention`. slots: of the staging buffer; 0 without one.
+
+    run: as of `PagedAttention`.
+    """
 
     parts: list[PassTables]
     written: tuple[Tensor, Tensor] | None
     seen: tuple[Tensor, Tensor] | None
     slots: int
+    run: Run | None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -106,7 +111,7 @@ class StoredTables:
         rest = iter(tensors)
         parts = [part.moved(rest) for part in self.parts]
         written, seen = (None if pair is None else (next(rest), next(rest)) for pair in (self.written, self.seen))
-        return StoredTables(parts, written, seen, self.slots)
+        return StoredTables(parts, written, seen, self.slots, self.run)
 
 
 class PagedStore:
@@ -149,7 +154,9 @@ class PagedStore:
         """
         tables, half_split = self._tables(layout, sessions), self.rope.half_split
         if not self.form.staged:
-            return PagedAttention(tables.parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split)
+            return PagedAttention(
+                tables.parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split, run=tables.run
+            )
         assert tables.written is not None
         return StagedAttention(
             tables.parts, self.kv, self.scales, self.slots(tables.slots), written=tables.written, seen=tables.seen,
@@ -180,7 +187,7 @@ class PagedStore:
         divided = [lists_of_rank(row, self.form.shard) for row in rows]
         width = padded_width(max(layout.width, *(len(row.listed) for row in divided)))
         parts = [self._part(layout.rotates_sink, part, width) for part in parts_of(divided)]
-        host = StoredTables(parts, written, seen, slots)
+        host = StoredTables(parts, written, seen, slots, full_run(layout))
         return host.moved(self.slots_of_tables.put(host.tensors))
 
     def _part(self, rotates_sink: bool, rows: list[GroupPages], width: int) -> PassTables:
@@ -289,6 +296,18 @@ class PagedStore:
 
     def _stage(self, slots: int) -> Tensor:
         return torch.zeros(2, slots, *self.form.shape, dtype=self.form.model_dtype, device=self.device)
+
+
+def full_run(layout: PassLayout) -> Run | None:
+    """Pages that a pass of one group reads, where they are one run and all that its session will hold in the end.
+
+    None for any other pass, and where queries are rotated for a sink. The run of a window that still grows changes with
+    each block, so that a program which holds its addresses would be of use once.
+    """
+    row, *others = layout.rows
+    if others or row.head_lists or layout.rotates_sink or row.sinks or len(row.listed) != layout.width:
+        return None
+    return run_of(row.listed)
 
 
 def lists_of_rank(row: GroupPages, shard: Shard) -> GroupPages:

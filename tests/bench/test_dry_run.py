@@ -126,6 +126,24 @@ def test_split_keys_fill_the_waves_of_a_card_and_allocate_nothing():
     assert seconds([*launches["attention_parts"], *launches["merge_parts"]]) < 0.93 * seconds(before)
 
 
+def test_attention_over_one_run_is_cudnns_and_copies_its_result_alone():
+    spec = replace(MODELS["wan-1.3b"], num_layers=1)
+    built = BlockGraphBuilder(spec, make_preset("self-forcing"), dtype=torch.bfloat16).build()
+    dense = rewritten(built, chosen(), multiprocessors=MULTIPROCESSORS[90], run=(0, 21))
+    run = dry_run(dense, 90, compiled=False)
+    assert run.faults() == []
+    calls = [launch for launch in run.of("block") if launch.rate == "cudnn"]
+    assert [one.flops for one in calls] == 4 * [4 * 4680 * 21 * 1560 * 1536]
+    assert {one.tiles for one in calls} == {37 * 12}
+    assert not any(launch.op.endswith(("attention_parts", "merge_parts")) for launch in run.of("block"))
+    allocated = [launch for launch in run.of("block") if launch.allocated]
+    assert allocated == calls  # the result, in memory of the graph
+    size = 4680 * 1536 * 2
+    assert {launch.allocated // size for launch in calls} == {1}
+    places = [run.launches.index(launch) + 1 for launch in calls]
+    assert {run.launches[place].nbytes for place in places} == {2 * size}  # its copy
+
+
 def test_calls_that_allocate_are_seen_where_the_rewrites_are_left_out():
     builder = BlockGraphBuilder(SPEC, make_preset("self-forcing"), (64, 64), torch.bfloat16)
     plain = rewritten(builder.build(), chosen(without=["cross-attention", "patch-embedding"]))

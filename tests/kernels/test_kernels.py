@@ -16,9 +16,10 @@ from claims import CLAIMS, shuffled_pages_equal_tokens_in_order, turned_queries_
 from inferix.errors import InferixError, UsageError
 from inferix.kernels import linear_gelu, tuning
 from inferix.kernels.adaln import adaln
-from inferix.kernels.block_attention import block_attention, flash, merge_partials
+from inferix.kernels.block_attention import block_attention, merge_partials
 from inferix.kernels.catalog import SPECS
 from inferix.kernels.denoise_step import denoise_step
+from inferix.kernels.dense_attention import dense_attention, flash
 from inferix.kernels.kv_pages import kv_pages
 from inferix.kernels.linear_lowp import linear_lowp
 from inferix.kernels.qk_norm_rope_append import qk_norm_rope_append
@@ -145,8 +146,10 @@ def test_flash_attn_gets_the_pages_as_one_sequence(monkeypatch):
 
     monkeypatch.setattr(flash, "find_spec", lambda name: True)
     monkeypatch.setattr(flash, "import_module", lambda name: SimpleNamespace(flash_attn_func=stand_in))
-    with using(block_attention="flash_attn"):
+    with using(block_attention="flash_attn", dense_attention="flash_attn"):
         assert (block_attention(**args) - want).abs().max() <= 1e-5
+        pages = inputs["page_table"][0].tolist()
+        assert (dense_attention(args["q"], args["kv"], pages) - want).abs().max() <= 1e-5
         with pytest.raises(ValueError, match=r"flash_attn.*lse"):
             block_attention(**args, lse=torch.empty(1, 1, 32))
 
