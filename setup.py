@@ -23,6 +23,7 @@ PACKAGES = [
     "inferix.kernels.adaln",
     "inferix.kernels.attention_parts",
     "inferix.kernels.block_attention",
+    "inferix.kernels.conv_epilogue",
     "inferix.kernels.denoise_step",
     "inferix.kernels.frame_noise",
     "inferix.kernels.kv_pages",

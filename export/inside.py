@@ -109,6 +109,8 @@ class ExportedText:
 class ExportedDecoder(Decoder):
     """A decoder by programs; the slots of its state are those of the plan."""
 
+    name = "ExportedDecoder"
+
     def __init__(
         self, spec: DecoderSpec, facts: Mapping[str, Any], programs: Mapping[str, Program], zero_start: bool
     ) -> None:

@@ -8,6 +8,7 @@ from .adaln import SPEC as ADALN
 from .attention_parts import SPEC as ATTENTION_PARTS
 from .block_attention import SPEC as BLOCK_ATTENTION
 from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC
+from .conv_epilogue import SPEC as CONV_EPILOGUE
 from .denoise_step import SPEC as DENOISE_STEP
 from .frame_noise import SPEC as FRAME_NOISE
 from .kv_pages import SPEC as KV_PAGES
@@ -25,7 +26,8 @@ SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (
         BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE,
-        LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, ROPE_APPEND,
+        LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, CONV_EPILOGUE,
+        ROPE_APPEND,
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {

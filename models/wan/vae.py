@@ -250,6 +250,7 @@ class CausalVae(StreamDecoder):
     """Encoder and decoder between pixels and normalised latents, both as streams."""
 
     spec: VaeSpec
+    name = "CausalVae"
     zero_start = True
 
     def __init__(self, spec: VaeSpec) -> None:

@@ -77,8 +77,12 @@ class VaeSpec(DecoderSpec):
         area = math.prod(latent)
         return area * conv_flops(encoder_convs(self), first=True) + 4 * area**2 * self.widths[-1]
 
-    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
-        return scratch_bytes(self, latent, frames, item, max(live_bytes(conv, item) for conv in decoder_convs(self)))
+    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
+        if on_gpu:
+            live = max(group_bytes(conv, frames, item, self.shortcuts) for conv in decoder_convs(self))
+        else:
+            live = max(live_bytes(conv, item) for conv in decoder_convs(self))
+        return scratch_bytes(self, latent, frames, item, live)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,10 @@ class TinySpec(DecoderSpec):
     def encode_flops(self, latent: tuple[int, int]) -> int:
         return 0
 
-    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
+    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
+        if on_gpu:
+            live = max(group_bytes(conv, frames, item) for conv in tiny_convs(self))
+            return scratch_bytes(self, latent, frames, item, live)
         # The upsampled input and the output of each stage stay live until the stages after it are done.
         grown = (conv for conv in tiny_convs(self) if not conv.bias)
         live = item * sum((conv.inputs + conv.outputs) * conv.place.scale**2 for conv in grown)
@@ -165,6 +172,7 @@ WAN22_VAE = VaeSpec(
          0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
          0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
 )  # fmt: skip
+GROUP = 3  # latent frames that go through the layers of a GPU together
 TINY_VAE = replace(WAN21_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
 TINY_VAE22 = replace(WAN22_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
 TAEW21 = TinySpec(z_dim=16, widths=(256, 128, 64, 64), time=(1, 2, 2), patch=1)
@@ -297,6 +305,22 @@ def live_bytes(conv: Conv, item: int) -> int:
         return item * (conv.beside + doubled // 4) + doubled * (max(item, 4) + item)
     joined = conv.inputs * (frames + 2 * conv.past) if conv.past else 0
     return item * (conv.beside + positions * (frames * (2 * conv.inputs + conv.outputs) + joined))
+
+
+def group_bytes(conv: Conv, frames: int, item: int, shortcuts: bool = False) -> int:
+    """Peak live bytes for each latent position around one convolution with the layers of a GPU.
+
+    Of the frames of a group: input and output; of a convolution with a norm its cached frames and the residual, too.
+    One latent frame more is live, and after upsampling one of the large input beside the small one.
+    """
+    group, one, positions = min(frames, GROUP), conv.place.frames, conv.place.scale**2
+    count = group * one
+    entries = conv.inputs * count + conv.outputs * (count + one)
+    if conv.doubles:
+        entries = conv.inputs * (count // 4 + one) + conv.outputs * (count + shortcuts * (count + one))
+    elif conv.norm:
+        entries += conv.inputs * (count + 2 * conv.past)
+    return item * (shortcuts * group * conv.beside + positions * entries)
 
 
 def conv_flops(convs: Iterable[Conv], first: bool) -> int:

@@ -536,7 +536,7 @@ def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> Eager
     packed = None if precision is None else with_packed_layers(model, precision)
     if config.shard_weights:  # faster layers would keep the whole weights
         return EagerExecutor(model, shard=parts.shard, keep_frames=config.keeps_frames)
-    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard, config.keeps_frames)
+    return EagerExecutor(model, packed, family_of(model.spec).with_fast_layers, parts.shard, config.keeps_frames)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:

@@ -1,0 +1,337 @@
+"""Faster layers for a VAE or tiny decoder on a GPU: channels last, and one pass over memory between two convolutions.
+
+Frames lie as [T, H, W, C] here. A causal convolution reads a buffer of its past frames and those of a group of latent
+frames behind them, into which `rms_silu` or `conv_epilogue` writes, with the bias of the convolution before, the
+residual and the upsampling. So nothing is joined, padded or widened to float32, and torch's convolutions run without
+their bias, which is a pass of its own on a GPU. A convolution is launched once for each latent frame, always of the
+same shape, so that a stream decoded in any split equals the whole clip bit for bit.
+
+`use_gpu_layers` replaces the class of a decoder; parameters, their names and the state of a stream do not change. The
+result equals that of the plain layers to 1e-10 in float64 and to 1e-5 in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.conv_epilogue import SPEC as EPILOGUE
+from ...kernels.conv_epilogue import conv_epilogue
+from ...kernels.rms_norm import rms_norm
+from ...kernels.rms_silu import rms_silu
+from ..decoder import StreamState
+from .taehv import Grow, MemoryBlock, TinyDecoder
+from .vae import (
+    CausalConv3d, CausalVae, ChannelNorm, FrameAttention, MidBlock, ResidualBlock, ShortcutUpBlock, UpBlock, Upsample,
+    from_patches,
+)  # fmt: skip
+from .vae_spec import GROUP
+
+NO_DIRECTION = 1e-24  # of the mean square of a pixel: a pixel that is all 0 stays 0
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass
+class Frames:
+    """Frames [T, H, W, C] of a group, a tensor for each latent frame, and what is not added to them yet.
+
+    bias: [C], of the convolution that made them. residual: as `parts`. relu: a ReLU follows the sum.
+    """
+
+    parts: list[Tensor]
+    bias: Tensor | None = None
+    residual: list[Tensor] | None = None
+    relu: bool = False
+
+    @property
+    def is_sum(self) -> bool:
+        """True once nothing is left to do."""
+        return self.bias is None and self.residual is None and not self.relu
+
+    def drained(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each part with its residual, in order; neither is kept here any longer."""
+        while self.parts:
+            yield self.parts.pop(0), self.residual.pop(0) if self.residual else None
+
+    def summed(self) -> list[Tensor]:
+        """The parts, once everything is added."""
+        if self.is_sum:
+            return self.parts
+        return [conv_epilogue(part, bias=self.bias, residual=more, relu=self.relu) for part, more in self.drained()]
+
+    def written(self, places: Iterable[Tensor]) -> None:
+        """Write the parts into their places."""
+        for place, (part, residual) in zip(places, self.drained(), strict=True):
+            if self.is_sum:
+                place.copy_(part)
+            else:
+                conv_epilogue(part, bias=self.bias, residual=residual, relu=self.relu, out=place)
+
+
+class InputBuffer:
+    """Input of a causal convolution: its past frames, zeros at first, and room for those of a group behind them."""
+
+    def __init__(self, frames: Tensor, past: int, counts: Sequence[int], history: Tensor | None) -> None:
+        """frames: any of the input's, for its size. counts: frames of each latent frame. history: [1, C, past, H, W]."""
+        self.past, self.counts = past, counts
+        self.frames = frames.new_empty(past + sum(counts), *frames.shape[1:])
+        if history is None:
+            self.frames[:past].zero_()
+        else:
+            self.frames[:past].copy_(history[0].permute(1, 2, 3, 0))
+
+    def places(self) -> Iterator[Tensor]:
+        """The room of each latent frame."""
+        first = self.past
+        for count in self.counts:
+            yield self.frames[first : first + count]
+            first += count
+
+    def windows(self) -> Iterator[Tensor]:
+        """The frames that the convolution reads for each latent frame."""
+        first = 0
+        for count in self.counts:
+            yield self.frames[first : first + self.past + count]
+            first += count
+
+    def history(self) -> Tensor:
+        """The last frames [1, C, past, H, W], channels last in memory of their own."""
+        return as_clip(self.frames[-self.past :].clone())
+
+
+class GpuCausalVae(CausalVae):
+    """A VAE whose decoder runs a group of latent frames layer by layer."""
+
+    name = CausalVae.name
+    statistics: Tensor  # standard deviations and means of the latents, [2, 1, z, 1, 1]
+
+    def decode(self, latents: Tensor, state: StreamState) -> Tensor:
+        deviation, mean = self.statistics
+        z = latents.to(self.statistics.dtype) * deviation + mean
+        begins, pixels = int(state.frames == 0), []
+        for group in z.split([1] * begins + group_sizes(len(z) - begins)):
+            frames = group.permute(0, 2, 3, 1).contiguous().split(1)
+            for part in decoded(self, [pointwise(self.post_quant_conv, frame) for frame in frames], state):
+                pixels.append(from_patches(part.permute(0, 3, 1, 2), self.spec.patch))
+            state.frames += len(frames)
+        return torch.cat(pixels).clamp(-1, 1)
+
+
+def decoded(vae: CausalVae, parts: list[Tensor], state: StreamState) -> list[Tensor]:
+    """Latents of a group [1, h, w, z] to frames [T, H, W, C] of each."""
+    decoder = vae.decoder
+    buffer = input_buffer(decoder.conv_in, parts, state)
+    Frames(parts).written(buffer.places())
+    x = convolved(decoder.conv_in, buffer, state)
+    x = middle(decoder.mid_block, x, state)
+    for block in decoder.up_blocks:
+        x = shortcut_level(block, x, state) if isinstance(block, ShortcutUpBlock) else level(block, x, state)
+    x, _ = norm_and_conv(decoder.norm_out, x, decoder.conv_out, state)
+    assert x.bias is not None
+    return [part + x.bias for part in x.parts]
+
+
+def middle(block: MidBlock, x: Frames, state: StreamState) -> Frames:
+    before, after = block.resnets
+    x = attended(block.attentions[0], residual_block(before, x, state))
+    return residual_block(after, x, state)
+
+
+def level(block: UpBlock, x: Frames, state: StreamState) -> Frames:
+    for layer in block.resnets:
+        x = residual_block(layer, x, state)
+    for layer in block.upsamplers:
+        x = upsampled(layer, x, state)
+    return x
+
+
+def shortcut_level(block: ShortcutUpBlock, x: Frames, state: StreamState) -> Frames:
+    """A level of Wan 2.2's decoder."""
+    before = x.summed()
+    x = Frames(list(before))
+    for layer in block.resnets:
+        x = residual_block(layer, x, state)
+    if block.upsampler is None:
+        return x
+    x = upsampled(block.upsampler, x, state)
+    x.residual = [frames_of(block.repeated(as_clip(part), state)) for part in before]
+    return x
+
+
+def residual_block(block: ResidualBlock, x: Frames, state: StreamState) -> Frames:
+    x, total = norm_and_conv(block.norm1, x, block.conv1, state, keep=True)
+    x, _ = norm_and_conv(block.norm2, x, block.conv2, state)
+    if isinstance(block.conv_shortcut, nn.Conv3d):
+        total = [pointwise(block.conv_shortcut, part) for part in total]
+    x.residual = total
+    return x
+
+
+def norm_and_conv(
+    norm: ChannelNorm, x: Frames, conv: CausalConv3d, state: StreamState, keep: bool = False
+) -> tuple[Frames, list[Tensor]]:
+    """Norm, activation and convolution of frames, which are drained; and their sums if `keep`, else none."""
+    buffer, total = normed(norm, x, conv, state, keep)
+    return convolved(conv, buffer, state), total
+
+
+def normed(
+    norm: ChannelNorm, x: Frames, conv: CausalConv3d, state: StreamState, keep: bool
+) -> tuple[InputBuffer, list[Tensor]]:
+    """The input of a convolution after norm and activation, and the sums before them if `keep`."""
+    buffer, gamma = input_buffer(conv, x.parts, state), norm.gamma.flatten()
+    total, is_sum = list[Tensor](), x.is_sum
+    for place, (part, residual) in zip(buffer.places(), x.drained(), strict=True):
+        kept = (part if is_sum else torch.empty_like(part)) if keep else None
+        rms_silu(
+            rows(part), gamma, bias=x.bias, residual=None if residual is None else rows(residual),
+            total=None if kept is None or is_sum else rows(kept), out=rows(place),
+        )  # fmt: skip
+        total += [] if kept is None else [kept]
+    return buffer, total
+
+
+def attended(layer: FrameAttention, x: Frames) -> Frames:
+    """Single-head attention among the pixels of each frame."""
+    parts, results = x.summed(), []
+    for part in parts:
+        q, k, v = pointwise(layer.to_qkv, normal(layer.norm, part)).flatten(1, 2)[:, None].chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0].unflatten(1, part.shape[1:3])
+        results.append(pointwise(layer.proj, out))
+    return Frames(results, residual=parts)
+
+
+def normal(norm: ChannelNorm, part: Tensor) -> Tensor:
+    return rms_norm(rows(part), norm.gamma.flatten(), eps=NO_DIRECTION).view(part.shape)
+
+
+def upsampled(layer: Upsample, x: Frames, state: StreamState) -> Frames:
+    parts, conv, results = 1, layer.resample[1], []
+    if layer.time_conv is not None and state.frames > 0:  # the first frame stays one, and enters no history
+        buffer = input_buffer(layer.time_conv, x.parts, state)
+        x.written(buffer.places())
+        parts, x = 2, convolved(layer.time_conv, buffer, state)
+    assert isinstance(conv, nn.Conv2d)
+    for part, residual in x.drained():
+        large = conv_epilogue(part, bias=x.bias, residual=residual, parts=parts, scale=2)
+        results.append(convolve_frames(large, conv.weight, 1))
+    return Frames(results, conv.bias)
+
+
+class GpuTinyDecoder(TinyDecoder):
+    """A tiny decoder that runs a group of latent frames layer by layer."""
+
+    name = TinyDecoder.name
+
+    def decode(self, latents: Tensor, state: StreamState) -> Tensor:
+        x = torch.tanh(latents.to(next(self.parameters()).dtype) / 3) * 3
+        pixels = []
+        for group in x.split(group_sizes(len(x))):
+            frames = group.permute(0, 2, 3, 1).contiguous().split(1)
+            for part in tiny_decoded(self, list(frames), state):
+                pictures = F.pixel_shuffle(part.permute(0, 3, 1, 2), self.spec.patch)
+                pixels.append(pictures[-1:] if state.frames == 0 else pictures)
+                state.frames += 1
+        return torch.cat(pixels).clamp(0, 1) * 2 - 1
+
+
+def tiny_decoded(model: TinyDecoder, parts: list[Tensor], state: StreamState) -> list[Tensor]:
+    """Latents of a group [1, h, w, z] to frames [T, H, W, C] of each."""
+    x, scale = Frames(parts), 1
+    for index, layer in enumerate(model.decoder):
+        if isinstance(layer, MemoryBlock):
+            x = remembered(layer, index, x, state)
+        elif isinstance(layer, nn.Upsample):
+            scale = int(layer.scale_factor)
+        elif isinstance(layer, Grow):  # of single pixels, so that it may come before the upsampling
+            grown = [pointwise(layer.conv, part) for part in x.summed()]
+            x = Frames([conv_epilogue(part, parts=layer.factor, scale=scale) for part in grown])
+        elif isinstance(layer, nn.Conv2d):
+            x = Frames([convolve_frames(part, layer.weight, 1) for part in x.summed()], layer.bias)
+        elif isinstance(layer, nn.ReLU):
+            x.relu = True
+    return x.summed()
+
+
+def remembered(layer: MemoryBlock, index: int, x: Frames, state: StreamState) -> Frames:
+    """A memory block: its first convolution reads a frame and the one before it as two steps in time."""
+    first, _, second, _, third, *_ = layer.conv
+    history = state.history.get(index)
+    buffer = InputBuffer(x.parts[0], 1, list(map(len, x.parts)), None if history is None else history[:, :, None])
+    x.written(buffer.places())
+    state.history[index] = buffer.history()[:, :, 0]
+    weight = torch.stack(first.weight.chunk(2, dim=1)[::-1], dim=2).contiguous(memory_format=torch.channels_last_3d)
+    parts = [frames_of(F.conv3d(as_clip(window), weight, padding=(0, 1, 1))) for window in buffer.windows()]
+    for conv, bias in ((second, first.bias), (third, second.bias)):
+        parts = [convolve_frames(part, conv.weight, 1) for part in Frames(parts, bias, relu=True).summed()]
+    return Frames(parts, third.bias, list(buffer.places()), relu=True)
+
+
+def use_gpu_layers(module: Module) -> Module:
+    """Replace the class of a decoder on a GPU, in place; returns others, and those on a card without kernels, unchanged."""
+    weight = next(module.parameters())
+    has_kernels = weight.device.type == "cuda" and EPILOGUE.chosen(weight.device, weight.dtype) != "reference"
+    return with_gpu_layers(module) if has_kernels else module
+
+
+def with_gpu_layers(module: Module) -> Module:
+    """Replace the class of a decoder, in place; weights of its convolutions are copied once to channels last."""
+    if isinstance(module, CausalVae):
+        weight, (mean, deviation) = next(module.parameters()), (module.spec.mean, module.spec.std)
+        statistics = torch.tensor([deviation, mean], dtype=weight.dtype, device=weight.device)
+        module.__class__, module.statistics = GpuCausalVae, statistics[:, None, :, None, None]
+    elif isinstance(module, TinyDecoder):
+        module.__class__ = GpuTinyDecoder
+    for layer in module.decoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        elif isinstance(layer, nn.Conv3d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    return module
+
+
+def input_buffer(conv: CausalConv3d, parts: Sequence[Tensor], state: StreamState) -> InputBuffer:
+    """An empty input of a convolution for frames like these."""
+    return InputBuffer(parts[0], conv.kernel_size[0] - 1, [len(part) for part in parts], state.history.get(conv.slot))
+
+
+def convolved(conv: CausalConv3d, buffer: InputBuffer, state: StreamState) -> Frames:
+    """The frames of a convolution without its bias; its input becomes the stream's history."""
+    state.history[conv.slot] = buffer.history()
+    parts = [frames_of(F.conv3d(as_clip(window), conv.weight, padding=conv.padding)) for window in buffer.windows()]
+    return Frames(parts, conv.bias)
+
+
+def convolve_frames(x: Tensor, weight: Tensor, padding: int, bias: Tensor | None = None) -> Tensor:
+    """A 2-D convolution of each frame."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding).permute(0, 2, 3, 1).contiguous()
+
+
+def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """A convolution of single pixels as a matrix product, with its bias."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def as_clip(x: Tensor) -> Tensor:
+    """[T, H, W, C] to [1, C, T, H, W], a view whose memory is channels last."""
+    return x.permute(3, 0, 1, 2)[None]
+
+
+def frames_of(x: Tensor) -> Tensor:
+    """[1, C, T, H, W] to [T, H, W, C]; a view where its memory is channels last."""
+    return x[0].permute(1, 2, 3, 0).contiguous()
+
+
+def rows(x: Tensor) -> Tensor:
+    """[T, H, W, C] to [pixels, C]."""
+    return x.view(-1, x.shape[-1])
+
+
+def group_sizes(frames: int) -> list[int]:
+    return [min(GROUP, frames - first) for first in range(0, frames, GROUP)]
