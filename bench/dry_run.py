@@ -119,7 +119,7 @@ class FakeCard(FakeTensorMode):
             places = tuple(given[name] for name in written)
             return places[0] if len(places) == 1 else places
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is aten.convolution.default:
+        if func is aten.convolution.default and isinstance(result, Tensor):
             layout = CHANNELS_LAST.get(result.ndim, torch.contiguous_format)
             if any(tensor.is_contiguous(memory_format=layout) for tensor in args[:2]):
                 with self:

@@ -85,7 +85,8 @@ class DecoderSpec(ABC):
 class Decoder(nn.Module, ABC):
     """Decodes a stream of latents to pictures; with an encoder where its spec has one.
 
-    name: of the decoder in results, whatever layers it runs. zero_start: a stream can start from zero caches, so that its first latent frame gives as many pictures as others.
+    name: of the decoder in results, whatever layers it runs. zero_start: a stream can start from zero caches, so that
+    its first latent frame gives as many pictures as others.
     """
 
     spec: DecoderSpec

@@ -46,8 +46,8 @@ def conv_epilogue(
     """Add bias and residual, apply ReLU if `relu`, spread channels over frames and repeat pixels.
 
     x, residual: [frames, H, W, parts * C]; bias: [parts * C]. out: [frames * parts, scale * H, scale * W, C]: part p of
-    the channels of frame f is frame f * parts + p, and each pixel is repeated scale times in both directions. All in one
-    dtype, sums in float32. Raises UsageError naming the argument that does not fit.
+    the channels of frame f is frame f * parts + p, and each pixel is repeated scale times in both directions. All in
+    one dtype, sums in float32. Raises UsageError naming the argument that does not fit.
     """
     if out is None:
         frames, height, width, wide = x.shape

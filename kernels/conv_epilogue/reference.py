@@ -62,7 +62,7 @@ TEST_CASES = (
 )
 BENCH_CASES = (
     Case("240x416 to 480x832, 192 channels, four frames", sizes(4, 240, 416, 192, scale=2), {"added": SUM}),
-    Case("two frames of one, to 240x416, 384 channels", sizes(2, 120, 208, 384, parts=2, scale=2), {"added": ("bias",)}),
+    Case("two frames of one to 240x416, 384 channels", sizes(2, 120, 208, 384, parts=2, scale=2), {"added": ("bias",)}),
     Case("120x208, 384 channels, two frames", sizes(2, 120, 208, 384), {"added": SUM}),
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

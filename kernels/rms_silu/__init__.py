@@ -10,7 +10,6 @@ from ..spec import ANY_FLOAT, ARCHITECTURES, FLOATS, Arg, Implementation, Kernel
 from . import reference
 
 
-
 def detail(given: frozenset[str]) -> str:
     """The variant of a call: with what is added before the norm."""
     return ", ".join([*sorted(given & {"bias", "residual"}), "norm"])
@@ -55,7 +54,7 @@ def rms_silu(
     """silu(y / ||y|| * sqrt(C) * gamma) over the channels of each pixel, y = x + bias + residual.
 
     x, residual, total, out: [pixels, C], channels last; out may be x. bias: [C], of the convolution that made x. gamma:
-    [C]. total: receives y, rounded to its dtype; the norm reads y as it was summed. All in one dtype, sums in float32; a
+    [C]. total: receives y, rounded to its dtype; the norm reads y before that. All in one dtype, sums in float32; a
     pixel that is all 0 stays 0. Raises UsageError naming the argument that does not fit. Source: the VAE of Wan 2.1
     (arXiv 2503.20314).
     """

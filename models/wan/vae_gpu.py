@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,15 @@ from ...kernels.rms_silu import rms_silu
 from ..decoder import StreamState
 from .taehv import Grow, MemoryBlock, TinyDecoder
 from .vae import (
-    CausalConv3d, CausalVae, ChannelNorm, FrameAttention, MidBlock, ResidualBlock, ShortcutUpBlock, UpBlock, Upsample,
+    CausalConv3d,
+    CausalVae,
+    ChannelNorm,
+    FrameAttention,
+    MidBlock,
+    ResidualBlock,
+    ShortcutUpBlock,
+    UpBlock,
+    Upsample,
     from_patches,
 )  # fmt: skip
 from .vae_spec import GROUP
@@ -78,7 +86,7 @@ class InputBuffer:
     """Input of a causal convolution: its past frames, zeros at first, and room for those of a group behind them."""
 
     def __init__(self, frames: Tensor, past: int, counts: Sequence[int], history: Tensor | None) -> None:
-        """frames: any of the input's, for its size. counts: frames of each latent frame. history: [1, C, past, H, W]."""
+        """frames: of the input's size. counts: frames of each latent frame. history: [1, C, past, H, W]."""
         self.past, self.counts = past, counts
         self.frames = frames.new_empty(past + sum(counts), *frames.shape[1:])
         if history is None:
@@ -131,22 +139,24 @@ def decoded(vae: CausalVae, parts: list[Tensor], state: StreamState) -> list[Ten
     x = convolved(decoder.conv_in, buffer, state)
     x = middle(decoder.mid_block, x, state)
     for block in decoder.up_blocks:
-        x = shortcut_level(block, x, state) if isinstance(block, ShortcutUpBlock) else level(block, x, state)
+        if isinstance(block, ShortcutUpBlock):
+            x = shortcut_level(block, x, state)
+        else:
+            x = level(cast(UpBlock, block), x, state)
     x, _ = norm_and_conv(decoder.norm_out, x, decoder.conv_out, state)
     assert x.bias is not None
     return [part + x.bias for part in x.parts]
 
 
 def middle(block: MidBlock, x: Frames, state: StreamState) -> Frames:
-    before, after = block.resnets
-    x = attended(block.attentions[0], residual_block(before, x, state))
+    before, after = cast(list[ResidualBlock], block.resnets)
+    x = attended(cast(FrameAttention, block.attentions[0]), residual_block(before, x, state))
     return residual_block(after, x, state)
 
 
 def level(block: UpBlock, x: Frames, state: StreamState) -> Frames:
-    for layer in block.resnets:
-        x = residual_block(layer, x, state)
-    for layer in block.upsamplers:
+    x = residual_blocks(block.resnets, x, state)
+    for layer in cast(list[Upsample], block.upsamplers):
         x = upsampled(layer, x, state)
     return x
 
@@ -154,13 +164,17 @@ def level(block: UpBlock, x: Frames, state: StreamState) -> Frames:
 def shortcut_level(block: ShortcutUpBlock, x: Frames, state: StreamState) -> Frames:
     """A level of Wan 2.2's decoder."""
     before = x.summed()
-    x = Frames(list(before))
-    for layer in block.resnets:
-        x = residual_block(layer, x, state)
+    x = residual_blocks(block.resnets, Frames(list(before)), state)
     if block.upsampler is None:
         return x
     x = upsampled(block.upsampler, x, state)
     x.residual = [frames_of(block.repeated(as_clip(part), state)) for part in before]
+    return x
+
+
+def residual_blocks(blocks: nn.ModuleList, x: Frames, state: StreamState) -> Frames:
+    for block in cast(list[ResidualBlock], blocks):
+        x = residual_block(block, x, state)
     return x
 
 
@@ -248,7 +262,7 @@ def tiny_decoded(model: TinyDecoder, parts: list[Tensor], state: StreamState) ->
         if isinstance(layer, MemoryBlock):
             x = remembered(layer, index, x, state)
         elif isinstance(layer, nn.Upsample):
-            scale = int(layer.scale_factor)
+            scale = int(cast(float, layer.scale_factor))
         elif isinstance(layer, Grow):  # of single pixels, so that it may come before the upsampling
             grown = [pointwise(layer.conv, part) for part in x.summed()]
             x = Frames([conv_epilogue(part, parts=layer.factor, scale=scale) for part in grown])
@@ -261,7 +275,7 @@ def tiny_decoded(model: TinyDecoder, parts: list[Tensor], state: StreamState) ->
 
 def remembered(layer: MemoryBlock, index: int, x: Frames, state: StreamState) -> Frames:
     """A memory block: its first convolution reads a frame and the one before it as two steps in time."""
-    first, _, second, _, third, *_ = layer.conv
+    first, _, second, _, third = cast(list[nn.Conv2d], layer.conv)
     history = state.history.get(index)
     buffer = InputBuffer(x.parts[0], 1, list(map(len, x.parts)), None if history is None else history[:, :, None])
     x.written(buffer.places())
@@ -273,8 +287,11 @@ def remembered(layer: MemoryBlock, index: int, x: Frames, state: StreamState) ->
     return Frames(parts, third.bias, list(buffer.places()), relu=True)
 
 
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {CausalVae: GpuCausalVae, TinyDecoder: GpuTinyDecoder}
+
+
 def use_gpu_layers(module: Module) -> Module:
-    """Replace the class of a decoder on a GPU, in place; returns others, and those on a card without kernels, unchanged."""
+    """Replace the class of a decoder on a GPU that has the kernels, in place; returns others unchanged."""
     weight = next(module.parameters())
     has_kernels = weight.device.type == "cuda" and EPILOGUE.chosen(weight.device, weight.dtype) != "reference"
     return with_gpu_layers(module) if has_kernels else module
@@ -282,17 +299,16 @@ def use_gpu_layers(module: Module) -> Module:
 
 def with_gpu_layers(module: Module) -> Module:
     """Replace the class of a decoder, in place; weights of its convolutions are copied once to channels last."""
-    if isinstance(module, CausalVae):
-        weight, (mean, deviation) = next(module.parameters()), (module.spec.mean, module.spec.std)
-        statistics = torch.tensor([deviation, mean], dtype=weight.dtype, device=weight.device)
-        module.__class__, module.statistics = GpuCausalVae, statistics[:, None, :, None, None]
-    elif isinstance(module, TinyDecoder):
-        module.__class__ = GpuTinyDecoder
-    for layer in module.decoder.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-        elif isinstance(layer, nn.Conv3d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    decoder: nn.Module = module
+    decoder.__class__ = LAYERS[type(module)]
+    if isinstance(decoder, GpuCausalVae):
+        weight, statistics = decoder.post_quant_conv.weight, (decoder.spec.std, decoder.spec.mean)
+        decoder.statistics = torch.tensor(statistics, dtype=weight.dtype, device=weight.device)[:, None, :, None, None]
+    layers = cast(nn.Module, decoder.decoder)
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            layout = torch.channels_last if layer.weight.ndim == 4 else torch.channels_last_3d
+            layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
     return module
 
 

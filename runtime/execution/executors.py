@@ -446,7 +446,10 @@ class GraphExecutor:
         if page_needs(self.preset).context is None:
             return "give a window such as local_attn_size=21"
         kv_dtype = config.kv_dtype or config.dtype
-        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype)
+        on_gpu = config.device.startswith("cuda")
+        load = Workload(
+            spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype, on_gpu=on_gpu
+        )
         smaller = suggestions(load, needed(load) - missing)
         fitting = [str(suggestion) for suggestion in smaller if suggestion.fits]
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"

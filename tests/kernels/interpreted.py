@@ -260,8 +260,10 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
     "no bias of the convolution": (rms_silu_gpu, "    if BIAS:", "    if False:", "bias"),
     "bias of the first part": (epilogue_gpu, "bias_ptr + part * channels", "bias_ptr + 0 * part",
                                "two frames of one, upsampled"),
-    "frames out of order": (epilogue_gpu, "(frame * PARTS + part) * height", "(part * (pixels // (height * width)) + frame) * height",
-                            "two frames of one, upsampled"),
+    "frames out of order": (
+        epilogue_gpu, "(frame * PARTS + part) * height", "(part * (pixels // (height * width)) + frame) * height",
+        "two frames of one, upsampled",
+    ),
     "rows not repeated": (epilogue_gpu, "row * SCALE + down", "row * SCALE", "upsampled"),
     "negative after ReLU": (epilogue_gpu, "tl.where(x < 0.0, 0.0, x)", "x", "sum, relu"),
     "residual left out": (epilogue_gpu, "    if RESIDUAL:", "    if False:", "sum"),
