@@ -30,6 +30,9 @@ from .vae import (
     CausalConv3d,
     CausalVae,
     ChannelNorm,
+    DownBlock,
+    Downsample,
+    Encoder,
     FrameAttention,
     MidBlock,
     ResidualBlock,
@@ -37,7 +40,8 @@ from .vae import (
     UpBlock,
     Upsample,
     from_patches,
-)  # fmt: skip
+    to_patches,
+)
 from .vae_spec import GROUP
 
 NO_DIRECTION = 1e-24  # of the mean square of a pixel: a pixel that is all 0 stays 0
@@ -114,10 +118,19 @@ class InputBuffer:
 
 
 class GpuCausalVae(CausalVae):
-    """A VAE whose decoder runs a group of latent frames layer by layer."""
+    """A VAE that decodes a group of latent frames layer by layer, and encodes one latent frame after the other."""
 
     name = CausalVae.name
     statistics: Tensor  # standard deviations and means of the latents, [2, 1, z, 1, 1]
+
+    def encode(self, pixels: Tensor, state: StreamState) -> Tensor:
+        deviation, mean = self.statistics
+        latents, sizes = [], self.chunks(len(pixels), state)
+        for chunk in to_patches(pixels, self.spec.patch).permute(0, 2, 3, 1).contiguous().split(sizes):
+            x = pointwise(self.quant_conv, encoded(self.encoder, chunk, state))
+            state.frames += 1
+            latents.append(x[..., : self.spec.z_dim].permute(0, 3, 1, 2))
+        return (torch.cat(latents) - mean) / deviation
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         deviation, mean = self.statistics
@@ -146,6 +159,41 @@ def decoded(vae: CausalVae, parts: list[Tensor], state: StreamState) -> list[Ten
     x, _ = norm_and_conv(decoder.norm_out, x, decoder.conv_out, state)
     assert x.bias is not None
     return [part + x.bias for part in x.parts]
+
+
+def encoded(encoder: Encoder, chunk: Tensor, state: StreamState) -> Tensor:
+    """Frames [T, H, W, C] of one latent frame to [1, h, w, 2z]."""
+    buffer = input_buffer(encoder.conv_in, [chunk], state)
+    Frames([chunk]).written(buffer.places())
+    x = convolved(encoder.conv_in, buffer, state)
+    for block in encoder.down_blocks:
+        if isinstance(block, DownBlock):
+            before = x.summed()
+            x = residual_blocks(block.resnets, Frames(list(before)), state)
+            x = x if block.downsampler is None else downsampled(block.downsampler, x, state)
+            x = Frames(x.summed(), residual=[frames_of(block.averaged(as_clip(part))) for part in before])
+        elif isinstance(block, Downsample):
+            x = downsampled(block, x, state)
+        else:
+            x = residual_block(cast(ResidualBlock, block), x, state)
+    x, _ = norm_and_conv(encoder.norm_out, middle(encoder.mid_block, x, state), encoder.conv_out, state)
+    return x.summed()[0]
+
+
+def downsampled(layer: Downsample, x: Frames, state: StreamState) -> Frames:
+    conv, time = cast(nn.Conv2d, layer.resample[1]), layer.time_conv
+    padded = [F.pad(part, (0, 0, 0, 1, 0, 1)) for part in x.summed()]
+    x = Frames([convolve_frames(part, conv.weight, 0, stride=2) for part in padded], conv.bias)
+    if time is None:
+        return x
+    history, counts = state.history.get(layer.slot), [len(part) for part in x.parts]
+    buffer = InputBuffer(x.parts[0], 1, counts, history)
+    x.written(buffer.places())
+    state.history[layer.slot] = buffer.history()
+    if history is None:  # the first frame stays one
+        return Frames(list(buffer.places()))
+    clips = [F.conv3d(as_clip(window), time.weight, stride=time.stride) for window in buffer.windows()]
+    return Frames(list(map(frames_of, clips)), time.bias)
 
 
 def middle(block: MidBlock, x: Frames, state: StreamState) -> Frames:
@@ -239,38 +287,36 @@ def upsampled(layer: Upsample, x: Frames, state: StreamState) -> Frames:
 
 
 class GpuTinyDecoder(TinyDecoder):
-    """A tiny decoder that runs a group of latent frames layer by layer."""
+    """A tiny decoder that runs the frames of one latent frame together: its state is too small for a group to pay."""
 
     name = TinyDecoder.name
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         x = torch.tanh(latents.to(next(self.parameters()).dtype) / 3) * 3
         pixels = []
-        for group in x.split(group_sizes(len(x))):
-            frames = group.permute(0, 2, 3, 1).contiguous().split(1)
-            for part in tiny_decoded(self, list(frames), state):
-                pictures = F.pixel_shuffle(part.permute(0, 3, 1, 2), self.spec.patch)
-                pixels.append(pictures[-1:] if state.frames == 0 else pictures)
-                state.frames += 1
+        for frame in x.permute(0, 2, 3, 1).contiguous().split(1):
+            pictures = F.pixel_shuffle(tiny_decoded(self, frame, state).permute(0, 3, 1, 2), self.spec.patch)
+            pixels.append(pictures[-1:] if state.frames == 0 else pictures)
+            state.frames += 1
         return torch.cat(pixels).clamp(0, 1) * 2 - 1
 
 
-def tiny_decoded(model: TinyDecoder, parts: list[Tensor], state: StreamState) -> list[Tensor]:
-    """Latents of a group [1, h, w, z] to frames [T, H, W, C] of each."""
-    x, scale = Frames(parts), 1
+def tiny_decoded(model: TinyDecoder, latent: Tensor, state: StreamState) -> Tensor:
+    """A latent frame [1, h, w, z] to its frames [T, H, W, C]."""
+    x, scale = Frames([latent]), 1
     for index, layer in enumerate(model.decoder):
         if isinstance(layer, MemoryBlock):
             x = remembered(layer, index, x, state)
         elif isinstance(layer, nn.Upsample):
             scale = int(cast(float, layer.scale_factor))
         elif isinstance(layer, Grow):  # of single pixels, so that it may come before the upsampling
-            grown = [pointwise(layer.conv, part) for part in x.summed()]
-            x = Frames([conv_epilogue(part, parts=layer.factor, scale=scale) for part in grown])
+            parts = layer.factor
+            x = Frames([conv_epilogue(pointwise(layer.conv, part), parts=parts, scale=scale) for part in x.summed()])
         elif isinstance(layer, nn.Conv2d):
             x = Frames([convolve_frames(part, layer.weight, 1) for part in x.summed()], layer.bias)
         elif isinstance(layer, nn.ReLU):
             x.relu = True
-    return x.summed()
+    return x.summed()[0]
 
 
 def remembered(layer: MemoryBlock, index: int, x: Frames, state: StreamState) -> Frames:
@@ -304,8 +350,7 @@ def with_gpu_layers(module: Module) -> Module:
     if isinstance(decoder, GpuCausalVae):
         weight, statistics = decoder.post_quant_conv.weight, (decoder.spec.std, decoder.spec.mean)
         decoder.statistics = torch.tensor(statistics, dtype=weight.dtype, device=weight.device)[:, None, :, None, None]
-    layers = cast(nn.Module, decoder.decoder)
-    for layer in layers.modules():
+    for layer in decoder.modules():
         if isinstance(layer, nn.Conv2d | nn.Conv3d):
             layout = torch.channels_last if layer.weight.ndim == 4 else torch.channels_last_3d
             layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
@@ -324,9 +369,9 @@ def convolved(conv: CausalConv3d, buffer: InputBuffer, state: StreamState) -> Fr
     return Frames(parts, conv.bias)
 
 
-def convolve_frames(x: Tensor, weight: Tensor, padding: int, bias: Tensor | None = None) -> Tensor:
-    """A 2-D convolution of each frame."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding).permute(0, 2, 3, 1).contiguous()
+def convolve_frames(x: Tensor, weight: Tensor, padding: int, stride: int = 1) -> Tensor:
+    """A 2-D convolution of each frame, without its bias."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=padding).permute(0, 2, 3, 1).contiguous()
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ class TinySpec(DecoderSpec):
 
     def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
         if on_gpu:
-            live = max(group_bytes(conv, frames, item) for conv in tiny_convs(self))
+            convs = ((conv, conv.place.frames * conv.place.scale**2) for conv in tiny_convs(self))
+            live = item * max((conv.inputs + conv.outputs) * positions for conv, positions in convs)
             return scratch_bytes(self, latent, frames, item, live)
         # The upsampled input and the output of each stage stay live until the stages after it are done.
         grown = (conv for conv in tiny_convs(self) if not conv.bias)
@@ -307,7 +308,7 @@ def live_bytes(conv: Conv, item: int) -> int:
     return item * (conv.beside + positions * (frames * (2 * conv.inputs + conv.outputs) + joined))
 
 
-def group_bytes(conv: Conv, frames: int, item: int, shortcuts: bool = False) -> int:
+def group_bytes(conv: Conv, frames: int, item: int, shortcuts: bool) -> int:
     """Peak live bytes for each latent position around one convolution with the layers of a GPU.
 
     Of the frames of a group: input and output; of a convolution with a norm its cached frames and the residual, too.

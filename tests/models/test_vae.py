@@ -29,9 +29,7 @@ def as_is(vae: CausalVae) -> CausalVae:
 
 
 both_layers = pytest.mark.parametrize("layers", [as_is, use_cpu_layers], ids=["plain", "cpu"])
-decoding_layers = pytest.mark.parametrize(
-    "layers", [as_is, use_cpu_layers, with_gpu_layers], ids=["plain", "cpu", "gpu"]
-)
+all_layers = pytest.mark.parametrize("layers", [as_is, use_cpu_layers, with_gpu_layers], ids=["plain", "cpu", "gpu"])
 fast_layers = pytest.mark.parametrize("layers", [use_cpu_layers, with_gpu_layers], ids=["cpu", "gpu"])
 SPECS = pytest.mark.parametrize("spec", [SMALL, SMALL22], ids=["2.1", "2.2"])
 
@@ -73,7 +71,7 @@ def test_equals_diffusers(spec, layers):
     assert (got - want).abs().max() <= 1e-5
 
 
-@decoding_layers
+@all_layers
 @SPECS
 @pytest.mark.parametrize("splits", [[1] * 6, [3, 3], [2, 1, 3], [5, 1]])
 @torch.no_grad()
@@ -86,7 +84,7 @@ def test_decoding_in_any_split_equals_the_whole_clip(spec, splits, layers):
     assert torch.equal(parts, whole)
 
 
-@both_layers
+@all_layers
 @SPECS
 @pytest.mark.parametrize("splits", [[1, 4, 4, 4], [5, 8], [9, 4]])
 @torch.no_grad()
