@@ -26,6 +26,7 @@ PACKAGES = [
     "inferix.kernels.conv_epilogue",
     "inferix.kernels.denoise_step",
     "inferix.kernels.frame_noise",
+    "inferix.kernels.join_phases",
     "inferix.kernels.kv_pages",
     "inferix.kernels.linear_lowp",
     "inferix.kernels.merge_parts",

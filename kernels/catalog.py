@@ -11,6 +11,7 @@ from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC
 from .conv_epilogue import SPEC as CONV_EPILOGUE
 from .denoise_step import SPEC as DENOISE_STEP
 from .frame_noise import SPEC as FRAME_NOISE
+from .join_phases import SPEC as JOIN_PHASES
 from .kv_pages import SPEC as KV_PAGES
 from .linear_gelu import SPEC as LINEAR_GELU
 from .linear_lowp import SPEC as LINEAR_LOWP
@@ -27,7 +28,7 @@ SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     for spec in (
         BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE,
         LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, CONV_EPILOGUE,
-        ROPE_APPEND,
+        JOIN_PHASES, ROPE_APPEND,
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {

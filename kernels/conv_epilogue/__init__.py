@@ -18,11 +18,11 @@ SPEC = KernelSpec(
         "x": Arg(FRAMES, ANY_FLOAT),
         "bias": Arg("wide", ("x",)),
         "residual": Arg(FRAMES, ("x",)),
-        "out": Arg("frames*parts height*scale width*scale channels", ("x",)),
+        "out": Arg("frames*parts height width channels", ("x",)),
     },
     rules=("wide == parts * channels",),
     family="elementwise",
-    label="bias, residual, upsample",
+    label="bias, residual, relu",
     flops="3 * frames * height * width * wide",
     implementations=(Implementation("triton", ".conv_epilogue.gpu:conv_epilogue", ARCHITECTURES, FLOATS),),
     make_inputs=reference.make_inputs,
@@ -39,20 +39,19 @@ def conv_epilogue(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     parts: int = 1,
-    scale: int = 1,
     relu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Add bias and residual, apply ReLU if `relu`, spread channels over frames and repeat pixels.
+    """Add bias and residual, apply ReLU if `relu`, and spread channels over frames.
 
-    x, residual: [frames, H, W, parts * C]; bias: [parts * C]. out: [frames * parts, scale * H, scale * W, C]: part p of
-    the channels of frame f is frame f * parts + p, and each pixel is repeated scale times in both directions. All in
-    one dtype, sums in float32. Raises UsageError naming the argument that does not fit.
+    x, residual: [frames, H, W, parts * C]; bias: [parts * C]. out: [frames * parts, H, W, C]: part p of the channels of
+    frame f is frame f * parts + p. All in one dtype, sums in float32. Raises UsageError naming the argument that does
+    not fit.
     """
     if out is None:
         frames, height, width, wide = x.shape
-        out = x.new_empty(frames * parts, height * scale, width * scale, wide // parts)
-    OP(x, bias, residual, out, parts, scale, relu)
+        out = x.new_empty(frames * parts, height, width, wide // parts)
+    OP(x, bias, residual, out, parts, relu)
     return out
 
 

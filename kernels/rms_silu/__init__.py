@@ -19,7 +19,7 @@ PIXELS = "pixels channels"
 SPEC = KernelSpec(
     name="rms_silu",
     reference=reference.rms_silu,
-    outputs=("total", "out"),
+    outputs=("total", "out", "tail"),
     like="x",
     args={
         "x": Arg(PIXELS, ANY_FLOAT),
@@ -28,7 +28,9 @@ SPEC = KernelSpec(
         "residual": Arg(PIXELS, ("x",)),
         "total": Arg(PIXELS, ("x",)),
         "out": Arg(PIXELS, ("x",)),
+        "tail": Arg("tail_pixels channels", ("x",)),
     },
+    rules=("tail_pixels <= pixels",),
     detail=detail,
     family="norm and gate",
     label="rms norm, silu",
@@ -50,16 +52,17 @@ def rms_silu(
     residual: Tensor | None = None,
     total: Tensor | None = None,
     out: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """silu(y / ||y|| * sqrt(C) * gamma) over the channels of each pixel, y = x + bias + residual.
 
     x, residual, total, out: [pixels, C], channels last; out may be x. bias: [C], of the convolution that made x. gamma:
-    [C]. total: receives y, rounded to its dtype; the norm reads y before that. All in one dtype, sums in float32; a
-    pixel that is all 0 stays 0. Raises UsageError naming the argument that does not fit. Source: the VAE of Wan 2.1
-    (arXiv 2503.20314).
+    [C]. total: receives y, rounded to its dtype; the norm reads y before that. tail: receives the last pixels of out.
+    All in one dtype, sums in float32; a pixel that is all 0 stays 0. Raises UsageError naming the argument that does
+    not fit. Source: the VAE of Wan 2.1 (arXiv 2503.20314).
     """
     out = torch.empty_like(x) if out is None else out
-    OP(x, gamma, bias, residual, total, out)
+    OP(x, gamma, bias, residual, total, out, tail)
     return out
 
 

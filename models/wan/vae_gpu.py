@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...kernels.conv_epilogue import SPEC as EPILOGUE
 from ...kernels.conv_epilogue import conv_epilogue
+from ...kernels.join_phases import join_phases
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rms_silu import rms_silu
 from ..decoder import StreamState
@@ -89,9 +90,11 @@ class Frames:
 class InputBuffer:
     """Input of a causal convolution: its past frames, zeros at first, and room for those of a group behind them."""
 
+    last: Tensor | None
+
     def __init__(self, frames: Tensor, past: int, counts: Sequence[int], history: Tensor | None) -> None:
         """frames: of the input's size. counts: frames of each latent frame. history: [1, C, past, H, W]."""
-        self.past, self.counts = past, counts
+        self.past, self.counts, self.last = past, counts, None
         self.frames = frames.new_empty(past + sum(counts), *frames.shape[1:])
         if history is None:
             self.frames[:past].zero_()
@@ -112,9 +115,15 @@ class InputBuffer:
             yield self.frames[first : first + self.past + count]
             first += count
 
+    def room_for_last(self) -> Tensor | None:
+        """Room for the last `past` frames once more, if they are of one latent frame; who writes that fills it."""
+        if self.counts[-1] >= self.past:
+            self.last = self.frames.new_empty(self.past, *self.frames.shape[1:])
+        return self.last
+
     def history(self) -> Tensor:
         """The last frames [1, C, past, H, W], channels last in memory of their own."""
-        return as_clip(self.frames[-self.past :].clone())
+        return as_clip(self.frames[-self.past :].clone() if self.last is None else self.last)
 
 
 class GpuCausalVae(CausalVae):
@@ -251,9 +260,11 @@ def normed(
     total, is_sum = list[Tensor](), x.is_sum
     for place, (part, residual) in zip(buffer.places(), x.drained(), strict=True):
         kept = (part if is_sum else torch.empty_like(part)) if keep else None
+        last = None if x.parts else buffer.room_for_last()
         rms_silu(
             rows(part), gamma, bias=x.bias, residual=None if residual is None else rows(residual),
             total=None if kept is None or is_sum else rows(kept), out=rows(place),
+            tail=None if last is None else rows(last),
         )  # fmt: skip
         total += [] if kept is None else [kept]
     return buffer, total
@@ -274,16 +285,15 @@ def normal(norm: ChannelNorm, part: Tensor) -> Tensor:
 
 
 def upsampled(layer: Upsample, x: Frames, state: StreamState) -> Frames:
-    parts, conv, results = 1, layer.resample[1], []
+    parts, conv, results = 1, cast(nn.Conv2d, layer.resample[1]), []
     if layer.time_conv is not None and state.frames > 0:  # the first frame stays one, and enters no history
         buffer = input_buffer(layer.time_conv, x.parts, state)
         x.written(buffer.places())
         parts, x = 2, convolved(layer.time_conv, buffer, state)
-    assert isinstance(conv, nn.Conv2d)
     for part, residual in x.drained():
-        large = conv_epilogue(part, bias=x.bias, residual=residual, parts=parts, scale=2)
-        results.append(convolve_frames(large, conv.weight, 1))
-    return Frames(results, conv.bias)
+        small = part if x.is_sum else conv_epilogue(part, bias=x.bias, residual=residual, parts=parts)
+        results.append(convolve_enlarged(small, conv))
+    return Frames(results)
 
 
 class GpuTinyDecoder(TinyDecoder):
@@ -303,15 +313,16 @@ class GpuTinyDecoder(TinyDecoder):
 
 def tiny_decoded(model: TinyDecoder, latent: Tensor, state: StreamState) -> Tensor:
     """A latent frame [1, h, w, z] to its frames [T, H, W, C]."""
-    x, scale = Frames([latent]), 1
+    x, enlarges = Frames([latent]), False
     for index, layer in enumerate(model.decoder):
         if isinstance(layer, MemoryBlock):
             x = remembered(layer, index, x, state)
         elif isinstance(layer, nn.Upsample):
-            scale = int(cast(float, layer.scale_factor))
+            enlarges = True
         elif isinstance(layer, Grow):  # of single pixels, so that it may come before the upsampling
-            parts = layer.factor
-            x = Frames([conv_epilogue(pointwise(layer.conv, part), parts=parts, scale=scale) for part in x.summed()])
+            x = Frames([conv_epilogue(pointwise(layer.conv, part), parts=layer.factor) for part in x.summed()])
+        elif isinstance(layer, nn.Conv2d) and enlarges:
+            x, enlarges = Frames([convolve_enlarged(part, layer) for part in x.summed()]), False
         elif isinstance(layer, nn.Conv2d):
             x = Frames([convolve_frames(part, layer.weight, 1) for part in x.summed()], layer.bias)
         elif isinstance(layer, nn.ReLU):
@@ -354,7 +365,17 @@ def with_gpu_layers(module: Module) -> Module:
         if isinstance(layer, nn.Conv2d | nn.Conv3d):
             layout = torch.channels_last if layer.weight.ndim == 4 else torch.channels_last_3d
             layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
+    for layer in enlarged_convs(decoder):
+        layer.phase_weight = phase_weight(layer.weight.detach())
     return module
+
+
+def enlarged_convs(decoder: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions of upsampled frames."""
+    if isinstance(decoder, GpuTinyDecoder):
+        grown = [index for index, layer in enumerate(decoder.decoder) if isinstance(layer, Grow)]
+        return [cast(nn.Conv2d, decoder.decoder[index + 1]) for index in grown]
+    return [cast(nn.Conv2d, layer.resample[1]) for layer in decoder.modules() if isinstance(layer, Upsample)]
 
 
 def input_buffer(conv: CausalConv3d, parts: Sequence[Tensor], state: StreamState) -> InputBuffer:
@@ -372,6 +393,26 @@ def convolved(conv: CausalConv3d, buffer: InputBuffer, state: StreamState) -> Fr
 def convolve_frames(x: Tensor, weight: Tensor, padding: int, stride: int = 1) -> Tensor:
     """A 2-D convolution of each frame, without its bias."""
     return F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=padding).permute(0, 2, 3, 1).contiguous()
+
+
+def convolve_enlarged(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution of 3x3, with its bias, of frames whose pixels are repeated twice in both directions.
+
+    Each pixel of the result reads 2x2 small pixels, whose weights depend on its phase: 4/9 of the operations.
+    """
+    return join_phases(convolve_frames(x, cast(Tensor, conv.phase_weight), 1), bias=conv.bias)
+
+
+def phase_weight(weight: Tensor) -> Tensor:
+    """Weights [O, C, 3, 3] of an upsampled convolution as those [4 * O, C, 2, 2] of its phases over small pixels."""
+
+    def halved(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        before, here, after = weight.unbind(dim)
+        return torch.stack((before, here + after), dim), torch.stack((before + here, after), dim)
+
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    phases = [phase for rows in halved(wide, 2) for phase in halved(rows, 3)]
+    return torch.cat(phases).to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ class TinySpec(DecoderSpec):
     def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
         if on_gpu:
             convs = ((conv, conv.place.frames * conv.place.scale**2) for conv in tiny_convs(self))
-            live = item * max((conv.inputs + conv.outputs) * positions for conv, positions in convs)
+            sizes = ((max(conv.inputs, conv.inputs // 4 + conv.outputs) + conv.outputs) * size for conv, size in convs)
+            live = item * max(sizes)  # after upsampling: the small input, the result by phase, and its pixels
             return scratch_bytes(self, latent, frames, item, live)
         # The upsampled input and the output of each stage stay live until the stages after it are done.
         grown = (conv for conv in tiny_convs(self) if not conv.bias)
@@ -312,13 +313,13 @@ def group_bytes(conv: Conv, frames: int, item: int, shortcuts: bool) -> int:
     """Peak live bytes for each latent position around one convolution with the layers of a GPU.
 
     Of the frames of a group: input and output; of a convolution with a norm its cached frames and the residual, too.
-    One latent frame more is live, and after upsampling one of the large input beside the small one.
+    One latent frame more is live.
     """
     group, one, positions = min(frames, GROUP), conv.place.frames, conv.place.scale**2
     count = group * one
     entries = conv.inputs * count + conv.outputs * (count + one)
     if conv.doubles:
-        entries = conv.inputs * (count // 4 + one) + conv.outputs * (count + shortcuts * (count + one))
+        entries = conv.inputs * (count + one) // 4 + conv.outputs * (count + one + shortcuts * (count + one))
     elif conv.norm:
         entries += conv.inputs * (count + 2 * conv.past)
     return item * (shortcuts * group * conv.beside + positions * entries)

@@ -159,11 +159,11 @@ def test_a_dry_run_reports_totals_by_kind_and_by_op():
 
 
 def decoded(tiny: bool, faster=None) -> DryRun:
-    """A block of three latent frames through a decoder of SPEC."""
+    """A block of two latent frames through a decoder of SPEC."""
     family = family_of(SPEC)
     sizes = family.chosen_decoder_spec(SPEC, tiny)
     run = run_decoder(
-        90, lambda: family.build_decoder(sizes), (3, SPEC.out_channels, 4, 4), torch.bfloat16, False,
+        90, lambda: family.build_decoder(sizes), (2, SPEC.out_channels, 4, 4), torch.bfloat16, False,
         *([] if faster is None else [faster]),
     )  # fmt: skip
     assert torch.get_default_dtype() == torch.float32

@@ -25,6 +25,7 @@ from inferix.kernels.catalog import SPECS
 from inferix.kernels.conv_epilogue import gpu as epilogue_gpu
 from inferix.kernels.denoise_step import gpu as denoise_gpu
 from inferix.kernels.frame_noise import gpu as noise_gpu
+from inferix.kernels.join_phases import gpu as phases_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
 from inferix.kernels.merge_parts import gpu as merge_gpu
@@ -254,17 +255,20 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
     "mean instead of length": (rms_silu_gpu, "tl.sqrt(tl.sum(x * x, 1))", "tl.sum(tl.abs(x), 1)", "odd sizes"),
     "a total without its residual": (
         rms_silu_gpu, "total_ptr + place, x.to", "total_ptr + place, tl.load(x_ptr + place, mask=inside, other=0.0).to",
-        "bias, residual, total",
+        "bias, residual, total, tail",
     ),
+    "the first pixels as tail": (rms_silu_gpu, "last = pixel - pixels + tail",
+                                 "last = tl.where(pixel < tail, pixel, -1)", "bias, residual, total, tail"),
     "norm without the residual": (rms_silu_gpu, "    if RESIDUAL:", "    if False:", "residual alone"),
     "no bias of the convolution": (rms_silu_gpu, "    if BIAS:", "    if False:", "bias"),
     "bias of the first part": (epilogue_gpu, "bias_ptr + part * channels", "bias_ptr + 0 * part",
-                               "two frames of one, upsampled"),
+                               "two frames of one"),
     "frames out of order": (
-        epilogue_gpu, "(frame * PARTS + part) * height", "(part * (pixels // (height * width)) + frame) * height",
-        "two frames of one, upsampled",
+        epilogue_gpu, "(pixel // area * PARTS + part)", "(part * (pixels // area) + pixel // area)", "two frames of one"
     ),
-    "rows not repeated": (epilogue_gpu, "row * SCALE + down", "row * SCALE", "upsampled"),
+    "phases of columns for rows": (phases_gpu, "(down * 2 + right)", "(right * 2 + down)", "odd sizes"),
+    "phases of one row": (phases_gpu, "row // 2 + down", "row // 2", "odd sizes"),
+    "no bias of phases": (phases_gpu, "    if BIAS:", "    if False:", "odd sizes"),
     "negative after ReLU": (epilogue_gpu, "tl.where(x < 0.0, 0.0, x)", "x", "sum, relu"),
     "residual left out": (epilogue_gpu, "    if RESIDUAL:", "    if False:", "sum"),
     "history shifted": (denoise_gpu, "tl.load(weights_ptr + 3 + kept)", "tl.load(weights_ptr + 2 + kept)", "multistep"),

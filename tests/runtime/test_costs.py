@@ -167,7 +167,9 @@ def test_decoding_at_full_size(name):
         assert round(3 * spec.decode_flops(latent) / 1e12, 2) == 1.63
 
 
-@pytest.mark.parametrize("name", ["2.1", pytest.param("2.2", marks=pytest.mark.slow), "taehv-2.1"])
+@pytest.mark.parametrize("name", [
+    "tiny-2.1", "taehv-2.1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("2.1", "2.2"))
+])
 @torch.no_grad()
 def test_decoding_at_full_size_on_a_gpu(name):
     """On fake tensors of a card, where convolutions keep the layout of their input."""
