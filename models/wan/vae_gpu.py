@@ -1,10 +1,11 @@
 """Faster layers for a VAE or tiny decoder on a GPU: channels last, and one pass over memory between two convolutions.
 
 Frames lie as [T, H, W, C] here. A causal convolution reads a buffer of its past frames and those of a group of latent
-frames behind them, into which `rms_silu` or `conv_epilogue` writes, with the bias of the convolution before, the
-residual and the upsampling. So nothing is joined, padded or widened to float32, and torch's convolutions run without
-their bias, which is a pass of its own on a GPU. A convolution is launched once for each latent frame, always of the
-same shape, so that a stream decoded in any split equals the whole clip bit for bit.
+frames behind them, into which `rms_silu` or `conv_epilogue` writes, with the bias of the convolution before and the
+residual. So nothing is joined, padded or widened to float32, and torch's convolutions run without their bias, which is
+a pass of its own on a GPU. A convolution of upsampled frames is one of the small frames, by phase. A convolution is
+launched once for each latent frame, always of the same shape, so that a stream decoded in any split equals the whole
+clip bit for bit.
 
 `use_gpu_layers` replaces the class of a decoder; parameters, their names and the state of a stream do not change. The
 result equals that of the plain layers to 1e-10 in float64 and to 1e-5 in float32.
