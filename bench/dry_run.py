@@ -50,6 +50,7 @@ from .time_model import Rates, attention_tiles, tiles_of
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_efficient_attention.default
 CUDNN = aten._scaled_dot_product_cudnn_attention.default
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dims
 EXCHANGE = "exchange"  # the family of collectives
 # Of A100, L40S, H100 and H200, B200, RTX PRO 6000.
 MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}
@@ -104,6 +105,7 @@ class FakeCard(FakeTensorMode):
     """Fake tensors on a GPU, also where torch was built without CUDA.
 
     A copy, and a call that writes into tensors it is given, return these: torch's fake forms of both ask the driver.
+    A convolution gives the layout that cuDNN would, which torch's fake form asks of the build.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,7 +119,13 @@ class FakeCard(FakeTensorMode):
             given = dict(zip(writes_of(func), args, strict=False)) | dict(kwargs or {})
             places = tuple(given[name] for name in written)
             return places[0] if len(places) == 1 else places
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is aten.convolution.default and isinstance(result, Tensor):
+            layout = CHANNELS_LAST.get(result.ndim, torch.contiguous_format)
+            if any(tensor.is_contiguous(memory_format=layout) for tensor in args[:2]):
+                with self:
+                    return torch.empty_like(result, memory_format=layout)
+        return result
 
 
 @cache
@@ -437,9 +445,17 @@ def dry_run(block: BlockGraph, architecture: int, compiled: bool = True) -> DryR
 
 
 def run_decoder(
-    architecture: int, make: Callable[[], Decoder], latents: tuple[int, ...], dtype: torch.dtype, compiled: bool = True
+    architecture: int,
+    make: Callable[[], Decoder],
+    latents: tuple[int, ...],
+    dtype: torch.dtype,
+    compiled: bool = True,
+    faster: Callable[[Decoder], Decoder] = lambda decoder: decoder,
 ) -> DryRun:
-    """Run the second block of a stream, latents [F, C, h, w], through a decoder on fake tensors: part `decoder`."""
+    """Run the second block of a stream, latents [F, C, h, w], through a decoder on fake tensors: part `decoder`.
+
+    faster: gives the decoder the layers of its device.
+    """
     check_architecture(architecture)
     run = DryRun(architecture)
     recorder = Recorder(run, "decoder")
@@ -451,6 +467,7 @@ def run_decoder(
                 decoder = make().eval()
         finally:
             torch.set_default_dtype(before)
+        decoder = faster(decoder)
         state = decoder.new_state()
         block = torch.empty(latents, dtype=dtype, device="cuda")
         decoder.decode(block, state)

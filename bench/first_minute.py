@@ -292,7 +292,7 @@ def kernels_of(run: Run, stream: EngineStream, ms: float) -> dict[str, Any]:
 
 
 def decoder(tiny: bool, run: Run) -> dict[str, Any]:
-    """Decoding a block of a running stream, in torch's default layout and with channels last."""
+    """Decoding a block of a running stream with plain layers, and with the fast layers of the device from its state."""
     spec, dtype = run.engine.spec, run.engine.dtype
     family = family_of(spec)
     with torch.device("meta"):
@@ -302,15 +302,13 @@ def decoder(tiny: bool, run: Run) -> dict[str, Any]:
     latents = torch.randn(run.dims["frames"], spec.out_channels, height, width, device=run.device).to(dtype)
     results: dict[str, Any] = {}
     with torch.no_grad():
-        for name, layout in (("default", torch.contiguous_format), ("channels last", torch.channels_last_3d)):
-            for part in module.modules():
-                if isinstance(part, torch.nn.Conv3d):
-                    part.weight.data = part.weight.data.contiguous(memory_format=layout)
-                elif isinstance(part, torch.nn.Conv2d) and layout is torch.channels_last_3d:
-                    part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
-            state = module.new_state()
-            module.decode(latents, state)
-            results[f"{name} ms"] = run.milliseconds(partial(decode_next, module, latents, state))
+        state = module.new_state()
+        module.decode(latents, state)
+        want = decode_next(module, latents, state)
+        results["plain ms"] = run.milliseconds(partial(decode_next, module, latents, state))
+        fast = family.with_fast_layers(module)
+        results["off by"] = float((decode_next(fast, latents, state) - want).abs().max())
+        results["fast ms"] = run.milliseconds(partial(decode_next, fast, latents, state))
     return results
 
 

@@ -250,7 +250,7 @@ def print_dry_run(
         sizes = family.chosen_decoder_spec(spec, vae == "taehv")
         latents = (builder.preset.num_frame_per_block, *builder.latent)
         make = partial(family.build_decoder, sizes)
-        runs.append(run_decoder(architecture, make, latents, builder.dtype, compiled))
+        runs.append(run_decoder(architecture, make, latents, builder.dtype, compiled, family.with_fast_layers))
     run = joined(runs)
     if as_json:
         typer.echo(json.dumps(facts(run, rates, block)))

@@ -97,20 +97,22 @@ class DecoderSpec(ABC):
         return 0
 
     @abstractmethod
-    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
+    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
         """Upper bound of the bytes of decoding `frames` latent frames at once, besides weights, state and latents.
 
-        item: bytes of an entry.
+        item: bytes of an entry. on_gpu: with the layers of a GPU.
         """
 
 
 class Decoder(nn.Module, ABC):
     """Decodes a stream of latents to pictures; with an encoder where its spec has one.
 
-    zero_start: a stream can start from zero caches, so that its first latent frame gives as many pictures as others.
+    name: of the decoder in results, whatever layers it runs. zero_start: a stream can start from zero caches, so that
+    its first latent frame gives as many pictures as others.
     """
 
     spec: DecoderSpec
+    name: str
     zero_start = False
 
     def new_state(self) -> StreamState:

@@ -348,10 +348,10 @@ class Family(ABC):
         """Make the network of diffusers that benchmarks compare with, over the weights of a model."""
         raise self.lacks("network of diffusers", model.spec.name)
 
-    # CPU
+    # Layers by device
 
-    def on_cpu(self, module: Part) -> Part:
-        """Return a transformer or decoder with faster layers if it is on a CPU; otherwise, or without any, unchanged.
+    def with_fast_layers(self, module: Part) -> Part:
+        """Return a transformer or decoder with the faster layers of its device; without any, unchanged.
 
         Weights are shared. A decoder may be changed in place.
         """

@@ -71,14 +71,14 @@ class MemoryCheck:
 
     def workload(self, spec: ModelSpec, decoder: DecoderSpec, text: int) -> Workload:
         """Workload for the planner; a stream that keeps every frame counts with its first window."""
-        config, preset = self.config, self.preset
+        config, preset, on_gpu = self.config, self.preset, self.config.device.startswith("cuda")
         if page_needs(preset).context is None:
             preset = planner.with_window(preset, planner.shortest_window(preset))
         load = Workload(
             spec, preset, decoder, text, self.size or spec.default_size, config.dtype, config.kv_dtype or config.dtype,
-            self.sessions, executor=config.executor, keeps_frames=config.keeps_frames,
+            self.sessions, executor=config.executor, keeps_frames=config.keeps_frames, on_gpu=on_gpu,
         )  # fmt: skip
-        if config.device.startswith("cuda") and torch.cuda.get_device_capability(config.device) < FP8_CAPABILITY:
+        if on_gpu and torch.cuda.get_device_capability(config.device) < FP8_CAPABILITY:
             return replace(load, narrow="int8")
         return load
 

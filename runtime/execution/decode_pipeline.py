@@ -34,7 +34,7 @@ class DecoderTrack:
     def __init__(self, vae: Decoder, rewind_blocks: int, zero_start: bool = False) -> None:
         if zero_start and not vae.zero_start:
             raise UsageError(
-                f"decoder_zero_start is true, but the decoder is a {type(vae).__name__}; use the full VAE, or leave "
+                f"decoder_zero_start is true, but the decoder is a {vae.name}; use the full VAE, or leave "
                 "decoder_zero_start out"
             )
         self.vae, self.rewind_blocks, self.zero_start = vae, rewind_blocks, zero_start

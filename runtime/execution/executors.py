@@ -465,7 +465,10 @@ class GraphExecutor:
         if page_needs(self.preset).context is None:
             return "give a window such as local_attn_size=21"
         kv_dtype = config.kv_dtype or config.dtype
-        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype)
+        on_gpu = config.device.startswith("cuda")
+        load = Workload(
+            spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype, on_gpu=on_gpu
+        )
         smaller = suggestions(load, needed(load) - missing)
         fitting = [str(suggestion) for suggestion in smaller if suggestion.fits]
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
@@ -555,7 +558,7 @@ def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> Eager
     packed = None if precision is None else with_packed_layers(model, precision)
     if config.shard_weights:  # faster layers would keep the whole weights
         return EagerExecutor(model, shard=parts.shard, keep_frames=config.keeps_frames)
-    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard, config.keeps_frames)
+    return EagerExecutor(model, packed, family_of(model.spec).with_fast_layers, parts.shard, config.keeps_frames)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:
