@@ -18,10 +18,22 @@ from torch import Tensor
 
 from ..errors import InferixError
 from ..graphs.capture import CaptureBackend, CudaGraphs
-from ..graphs.captured_graph import CapturedGraph, CudaDriver, Expected, GraphDriver, Range, compare, read_graph, summary
+from ..graphs.captured_graph import (
+    CapturedGraph,
+    CudaDriver,
+    Expected,
+    GraphDriver,
+    Range,
+    compare,
+    read_graph,
+    summary,
+)
 from ..graphs.launch import LaunchPlan
 from ..runtime.execution.executors import GraphExecutor
+from .candidates import EngineStream
 from .compile_gate import intercepted
+from .subject import Subject, open_engine, random_prompt
+from .work import blocks_until_full
 
 Address = Callable[[Tensor], int]
 
@@ -108,6 +120,31 @@ def check_executor(executor: GraphExecutor) -> dict[str, dict[str, Any]]:
             name = f"{'block' if key.whole else 'pass'}, latents {shape} pages{', sinks turned' if key.sinks else ''}"
             results[name] = check_program(loaded.body.launches, device)
     return results
+
+
+def check_graphs(subject: Subject) -> dict[str, dict[str, Any]]:
+    """Check the graphs that a stream captures up to a full window; the subject names a GPU."""
+    engine = open_engine(subject)
+    rows = random_prompt(engine, subject.seed)
+    stream = EngineStream(engine, rows, subject.seed, subject.size or engine.default_size)
+    for _ in range(blocks_until_full(engine.preset) + 2):
+        stream.step(decode=False)
+    executor = engine.executor
+    assert isinstance(executor, GraphExecutor)
+    results = check_executor(executor)
+    stream.close()
+    return results
+
+
+def report(results: dict[str, dict[str, Any]]) -> str:
+    """Format the checked graphs as text: nodes by kind and by kernel."""
+    lines = []
+    for name, facts in results.items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["kinds"].items())
+        verdict = f"{len(facts['faults'])} faults" if facts["faults"] else "agrees with its program"
+        lines.append(f"{name}: {facts['calls']} calls, {facts['nodes']} nodes ({kinds}); {verdict}")
+        lines += [f"  {count:>6} x {kernel}" for kernel, count in facts["kernels"].items()]
+    return "\n".join(lines)
 
 
 def faults_of(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -4,7 +4,8 @@ unproved: forms that no card has run yet, each in a process of its own. card: co
 block attention over a full window in one run and in many, every other form that serves, beside torch's over the store
 as it lies. matmul, fp8: the linear layers. fused: norms and rotary embedding.
 graph: trace, capture, and captured against fused and eager. block: time of a block, of its kernels, and between them.
-vae, taehv: decoding a block. An error in a line is written down with the line, and the next one runs.
+vae, taehv: decoding a block. captured: nodes of the block's graph against the calls of its program. An error in a line
+is written down with the line, and the next one runs.
 
 On a CPU and a small model it runs end to end, which shows that it works and nothing else.
 
@@ -37,10 +38,12 @@ from ..models.decoder import Decoder, StreamState
 from ..models.registry import family_of
 from ..runtime.config import default_device
 from ..runtime.engine import Engine
+from ..runtime.execution.executors import Executor, GraphExecutor
 from ..runtime.executor_specs import EXECUTORS
 from ..runtime.files import check_output, write_atomically
 from ..schemes.page_needs import window
 from .candidates import EngineStream, outputs_of, relative_difference
+from .captured_check import check_executor, faults_of
 from .form_check import check_apart, unproved_forms
 from .inspection import count_launches
 from .kernels import clone_inputs, mismatch
@@ -56,11 +59,15 @@ FUSED = ("adaln", "qk_norm_rope_append", "rms_norm")
 
 @dataclass
 class Run:
-    """State shared by the lines: the subject, one engine, and its prompt. known: values of the lines before."""
+    """State shared by the lines: the subject, one engine, and its prompt.
+
+    known: values of the lines before. executor: of the timed block, whose graphs are captured.
+    """
 
     subject: Subject
     device: str
     known: dict[str, Any] = field(default_factory=dict)
+    executor: Executor | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -270,6 +277,7 @@ def block(run: Run) -> dict[str, Any]:
     results: dict[str, Any] = {"ms": statistics.median(samples), "executor": name}
     if run.on_gpu:
         results |= kernels_of(run, stream, results["ms"])
+    run.executor = stream.session.manager.resources.executor
     stream.close()
     return results
 
@@ -318,6 +326,19 @@ def decode_next(module: Decoder, latents: Tensor, state: StreamState) -> Tensor:
     return module.decode(latents, state.clone())
 
 
+def captured(run: Run) -> dict[str, Any]:
+    """Nodes of the timed block's graphs, and their faults against the calls of the programs."""
+    if not run.on_gpu:
+        return {"captured": "needs a GPU"}
+    assert isinstance(run.executor, GraphExecutor), "no block was timed"
+    results = check_executor(run.executor)
+    faults = faults_of(results)
+    return {
+        "graphs": len(results), "faults": len(faults), "first faults": faults[:20],
+        **{name: {key: facts[key] for key in ("calls", "nodes", "kinds")} for name, facts in results.items()},
+    }  # fmt: skip
+
+
 LINES: dict[str, tuple[Callable[[Run], dict[str, Any]], float]] = {  # with the seconds each should take on a card
     "unproved": (unproved, 25),
     "card": (card, 8),
@@ -330,6 +351,7 @@ LINES: dict[str, tuple[Callable[[Run], dict[str, Any]], float]] = {  # with the 
     "block": (block, 12),
     "vae": (partial(decoder, False), 10),
     "taehv": (partial(decoder, True), 4),
+    "captured": (captured, 4),  # the last, since it reads the driver's memory
 }
 
 

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
-from inferix.bench.captured_check import LaunchWatch, captured, check_executor, faults_of
+from inferix.bench.captured_check import LaunchWatch, captured, check_executor, faults_of, report
 from inferix.bench.compile_gate import intercepted
 from inferix.bench.dry_run import DryRun, FakeCard, Recorder, WithoutDriver, card
+from inferix.cli.main import app
 from inferix.errors import InferixError
 from inferix.graphs.captured_graph import CudaDriver, Expected, Node, compare, read_graph, summary
 from inferix.graphs.launch import LaunchPlan
@@ -284,3 +286,19 @@ def test_an_executor_without_graphs_is_refused() -> None:
 
     with pytest.raises(InferixError, match=r"cpu.*cuda"):
         check_executor(OnCpu())  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_command_needs_a_gpu_and_takes_the_options_of_an_engine() -> None:
+    run = CliRunner().invoke(app, ["graph", "--model", "wan-tiny", "--captured"])
+    assert run.exit_code != 0 and "no GPU" in run.output
+    run = CliRunner().invoke(app, ["graph", "--model", "wan-tiny", "--captured", "--dry-run", "cuda:90"])
+    assert run.exit_code != 0 and "--dry-run" in run.output
+
+
+def test_a_report_counts_nodes_and_kernels() -> None:
+    driver, expected = recorded()
+    facts = {"calls": len(expected.program.calls), **summary(read_graph(driver, GRAPH)), "faults": []}
+    text = report({"block": facts})
+    assert f"{facts['calls']} calls, {facts['nodes']} nodes" in text
+    assert all(f"{count} x {kernel}" in text for kernel, count in facts["kernels"].items())
