@@ -142,8 +142,8 @@ def graph(
         option = "--assume" if assume else "--vae" if vae is not None else "--no-compile"
         raise UsageError(f"{option} is for --dry-run; give --dry-run cuda:90, too, or leave it out")
     if captured:
-        given: dict[str, object] = {"--dry-run": dry_run, "--save": save, "--load": load, "--plan": plan, "--pass": only}
-        given |= {"--svg": svg}
+        given: dict[str, object] = {"--dry-run": dry_run, "--save": save, "--load": load, "--plan": plan}
+        given |= {"--svg": svg, "--pass": only}
         given |= {"--with": with_, "--without": without, "--sessions": sessions > 1, "--gpus": gpus > 1}
         given |= {"--parallel": parallel, "--names": names, "--layers": layers, "--keep": keep}
         given |= {"--precision": precision != "reference", "--device": device}

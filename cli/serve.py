@@ -20,6 +20,7 @@ from .options import (
     FORCE,
     OFFLINE,
     check_beside_engine,
+    check_nvtx,
     check_settings,
     check_start,
     parse_settings,
@@ -90,6 +91,9 @@ def serve(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = EXECUTOR,
+    nvtx: bool = typer.Option(
+        False, "--nvtx", help="On a GPU: mark sessions, blocks, passes, decoding and sending for nsys profile."
+    ),
     settings: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Field of the preset, or a setting of the engine; repeatable."
     ),
@@ -137,6 +141,7 @@ def serve(
         "model": model, "preset": preset, "base": base, "vae": vae, "device": device, "dtype": dtype,
         "executor": executor,
     }  # fmt: skip
+    check_nvtx(nvtx, device)
     check_beside_engine(exported, {f"--{name}": value for name, value in (*given.items(), ("size", size))})
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("inferix.serve").setLevel(logging.INFO)
@@ -153,6 +158,8 @@ def serve(
         )  # fmt: skip
         if engine.spec.condition_channels and image is None:  # of a name of the hub
             raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
+        if nvtx:
+            engine.start_ranges()
         address = address_of(listener)
 
         def ready() -> None:

@@ -28,7 +28,11 @@ PACKED = "packed matmul"  # of FP8 or INT8 numbers
 ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise ones are known by their tag
     "matmul": ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "convolution"),
     PACKED: ("_int_mm", "_scaled_mm"),
-    "attention": ("scaled_dot_product_attention", "_scaled_dot_product_efficient_attention"),
+    "attention": (
+        "scaled_dot_product_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_cudnn_attention",
+    ),
     "norm and gate": ("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     "elementwise": (
         "gelu", "rsub", "mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "var", "var_mean",
@@ -56,15 +60,19 @@ def spec_of(op: OpOverload) -> OpSpec | None:
     return op_spec(name_of(op)) if op.namespace == "inferix" else None
 
 
-def family(call: Call) -> str:
-    """The kind of work, one of FAMILIES; InferixError for an op that is not known."""
-    if (spec := spec_of(call.op)) is not None:
+def known_family(op: OpOverload) -> str | None:
+    """The kind of work of an op, one of FAMILIES; None for an op that is not known."""
+    if (spec := spec_of(op)) is not None:
         return spec.family
-    if call.op.namespace == "aten":
-        if (known := ATEN_FAMILIES.get(name_of(call.op))) is not None:
-            return known
-        if torch.Tag.pointwise in call.op.tags:
-            return "elementwise"
+    if op.namespace != "aten":
+        return None
+    return ATEN_FAMILIES.get(name_of(op)) or ("elementwise" if torch.Tag.pointwise in op.tags else None)
+
+
+def family(call: Call) -> str:
+    """The kind of work of a call; InferixError for an op that is not known."""
+    if (known := known_family(call.op)) is not None:
+        return known
     raise InferixError(
         f"no cost is known for op {call.op.name()} ({call.node}); add its KernelSpec to kernels/catalog.py, or an op "
         "of torch to graphs/cost.py"
