@@ -42,14 +42,14 @@ from ..runtime.execution.executors import Executor, GraphExecutor
 from ..runtime.executor_specs import EXECUTORS
 from ..runtime.files import check_output, write_atomically
 from ..schemes.page_needs import window
-from .candidates import EngineStream, outputs_of, relative_difference
+from .candidates import TOLERANCE, EngineStream, outputs_of, relative_difference
 from .captured_check import check_executor, faults_of
 from .form_check import check_apart, unproved_forms
 from .inspection import count_launches
-from .kernels import clone_inputs, mismatch
+from .kernels import clone_inputs, launch_errors, mismatch
 from .machine import environment, measure_ceilings, stopwatch, synchronize
 from .result import CHECK
-from .rivals import bound
+from .rivals import bound, flash_packages
 from .subject import ORACLE, Subject, draw_weights, open_engine, random_prompt, with_executor
 from .work import blocks_until_full
 
@@ -106,6 +106,12 @@ class Run:
                 samples.append(elapsed())
         return statistics.median(samples) * 1e3
 
+    def timed(self, call: Callable[[], object], result: Callable[[], Tensor], expected: Tensor) -> float | str:
+        """Median time of a call whose result is the expected one, else how far it is off."""
+        call()
+        off, most = relative_difference(result(), expected), TOLERANCE[self.engine.dtype]
+        return self.milliseconds(call) if off <= most else f"off by {off:.1e}, allowed {most:.1e}"
+
     def stream(self, executor: str) -> EngineStream:
         engine = with_executor(self.engine, executor)
         return EngineStream(engine, self.rows, self.subject.seed, self.subject.size or engine.default_size)
@@ -124,10 +130,15 @@ def serving(run: Run, spec: KernelSpec, inputs: Mapping[str, Any]) -> dict[str, 
     return {form.name: form.load() for form in spec.implementations if form.cpu} or {"reference": spec.reference}
 
 
-def timed_forms(run: Run, spec: KernelSpec, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of each form that agrees with the reference, the reason of each that does not."""
+def expected_of(spec: KernelSpec, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call as the reference leaves them."""
     expected = clone_inputs(inputs)
     spec.reference(**expected)
+    return expected
+
+
+def timed_forms(run: Run, spec: KernelSpec, inputs: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of each form that agrees with the reference, the reason of each that does not."""
     results: dict[str, Any] = {}
     for name, form in serving(run, spec, inputs).items():
         wrong = mismatch(spec, bound(form), inputs, expected, inputs[spec.like].dtype)
@@ -162,30 +173,44 @@ def attention(order: str, run: Run) -> dict[str, Any]:
     )
     inputs = spec.make_inputs(Case(order, shape, {"order": order}), run.engine.dtype, run.device, 0)
     flops = 4 * run.tokens * dims["heads"] * dims["dim"] * dims["pages"] * dims["page_tokens"]
-    results = timed_forms(run, spec, inputs)
+    expected = expected_of(spec, inputs)
+    results = timed_forms(run, spec, inputs, expected)
     if order == "one" and run.on_gpu:
-        results |= over_the_store(run, inputs)
+        results |= over_the_store(run, inputs, expected["out"])
     rates = {f"{name} tflops": flops / ms / 1e9 for name, ms in results.items() if isinstance(ms, float)}
     return results | rates
 
 
-def over_the_store(run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Milliseconds of torch's attention, by backend, over pages that are one run, where they lie."""
+def over_the_store(run: Run, inputs: Mapping[str, Any], expected: Tensor) -> dict[str, Any]:
+    """Milliseconds of torch's attention, by backend, and of each flash-attn, over pages that are one run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     count, first = int(inputs["page_count"][0]), int(inputs["page_table"][0, 0])
     q = inputs["q"].transpose(1, 2)
     k, v = (part[first : first + count].flatten(0, 1)[None].transpose(1, 2) for part in inputs["kv"])
-    results: dict[str, Any] = {}
+    rivals: dict[str, Callable[[], Any]] = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        try:
+        def attend(backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
-                results[f"sdpa {backend.name.lower()}"] = run.milliseconds(
-                    partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-                )
-        except RuntimeError as error:
-            results[f"sdpa {backend.name.lower()}"] = first_line(error)
+                attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+            return attended.transpose(1, 2)
+
+        rivals[f"sdpa {backend.name.lower()}"] = attend
+    for name, function in flash_packages():
+        rivals[name] = partial(first_result, function, *(part.transpose(1, 2) for part in (q, k, v)))
+    results: dict[str, Any] = {}
+    for name, call in rivals.items():
+        try:
+            results[name] = run.timed(call, call, expected)
+        except launch_errors() as error:
+            results[name] = first_line(error)
     return results
+
+
+def first_result(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function that may return others beside it."""
+    returned = function(*args)
+    return returned[0] if isinstance(returned, tuple) else returned
 
 
 def matmuls(run: Run) -> dict[str, tuple[int, int]]:
@@ -204,10 +229,13 @@ def matmul(run: Run) -> dict[str, Any]:
         bias = torch.zeros(outer, device=run.device, dtype=run.engine.dtype)
         out = torch.empty(run.tokens, outer, device=run.device, dtype=run.engine.dtype)
         call: Callable[[], object] = partial(torch.addmm, bias, x, weight.T, out=out)
+        expected = x.float() @ weight.float().T
         if name == "ffn up":
             call = partial(linear_gelu, x, weight, bias, out=out)
-        results[name] = run.milliseconds(call)
-        results[f"{name} tflops"] = 2 * run.tokens * inner * outer / results[name] / 1e9
+            expected = F.gelu(expected, approximate="tanh")
+        results[name] = ms = run.timed(call, lambda out=out: out, expected)  # type: ignore[misc]
+        if isinstance(ms, float):
+            results[f"{name} tflops"] = 2 * run.tokens * inner * outer / ms / 1e9
     return results
 
 
@@ -218,13 +246,13 @@ def fp8(run: Run) -> dict[str, Any]:
         inner, outer = matmuls(run)[name]
         x, x_scale = pack(torch.randn(run.tokens, inner, device=run.device), FP8)
         weight, scale = pack(torch.randn(outer, inner, device=run.device), FP8)
+        expected = (x.float() * x_scale[:, None]) @ (weight.float() * scale[:, None]).T
         for fast in (False, True):
-            results[f"{name}{', fast sums' if fast else ''}"] = run.milliseconds(
-                partial(
-                    torch._scaled_mm, x, weight.T, scale_a=x_scale[:, None], scale_b=scale[None],
-                    out_dtype=torch.bfloat16, use_fast_accum=fast,
-                )
+            call = partial(
+                torch._scaled_mm, x, weight.T, scale_a=x_scale[:, None], scale_b=scale[None],
+                out_dtype=torch.bfloat16, use_fast_accum=fast,
             )  # fmt: skip
+            results[f"{name}{', fast sums' if fast else ''}"] = run.timed(call, call, expected)
     return results
 
 
@@ -235,7 +263,7 @@ def fused(run: Run) -> dict[str, Any]:
         spec = SPECS[op]
         case = spec.bench_cases[0] if run.on_gpu else spec.test_cases[1]
         inputs = spec.make_inputs(case, run.engine.dtype if run.on_gpu else torch.float32, run.device, 0)
-        for form, result in timed_forms(run, spec, inputs).items():
+        for form, result in timed_forms(run, spec, inputs, expected_of(spec, inputs)).items():
             results[f"{op}, {form}"] = result
             if isinstance(result, float):
                 results[f"{op}, {form} gb_s"] = spec.cost(inputs).nbytes / result / 1e6
@@ -309,6 +337,7 @@ def decoder(tiny: bool, run: Run) -> dict[str, Any]:
     height, width = spec.latent_size(run.subject.size or run.engine.default_size)
     latents = torch.randn(run.dims["frames"], spec.out_channels, height, width, device=run.device).to(dtype)
     results: dict[str, Any] = {}
+    expected: Tensor | None = None
     with torch.no_grad():
         for name, layout in (("default", torch.contiguous_format), ("channels last", torch.channels_last_3d)):
             for part in module.modules():
@@ -318,7 +347,9 @@ def decoder(tiny: bool, run: Run) -> dict[str, Any]:
                     part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
             state = module.new_state()
             module.decode(latents, state)
-            results[f"{name} ms"] = run.milliseconds(partial(decode_next, module, latents, state))
+            call = partial(decode_next, module, latents, state)
+            expected = call() if expected is None else expected
+            results[f"{name} ms"] = run.timed(call, call, expected)
     return results
 
 

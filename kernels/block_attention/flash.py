@@ -29,8 +29,10 @@ def block_attention(
 ) -> None:
     """Slices of the pages as keys and values; ValueError for what the package cannot do, InferixError without it."""
     runs = runs_of("flash_attn", kv, page_table, page_count, q_sink, kv_scale, lse)
-    if not find_spec("flash_attn"):
-        raise InferixError("block_attention: flash-attn is not installed; pip install flash-attn, or take another form")
-    attend = import_module("flash_attn").flash_attn_func
+    attend = getattr(import_module("flash_attn"), "flash_attn_func", None) if find_spec("flash_attn") else None
+    if attend is None:  # flash-attn 4 installs a module of this name without the function
+        raise InferixError(
+            "block_attention: flash-attn 2 is not installed; pip install 'flash-attn<3', or take another form"
+        )
     for row, (k, v) in enumerate(runs):
         out[row] = attend(q[row : row + 1], k[None], v[None], softmax_scale=scale, causal=False)[0]

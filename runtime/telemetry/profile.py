@@ -186,7 +186,8 @@ class Profile:
         begin = time.perf_counter()
         with timer:
             result = run()
-        seconds = self.clock.seconds([*timer.marks, self.clock.mark()])
+        marks: list[Any] = [*timer.marks, self.clock.mark()]
+        seconds = self.clock.seconds(marks)
         program, at = timer.program(f"pass {len(self.runs)}"), tuple(range(len(timer.calls)))
         self.runs.append(Run(program, begin, at, seconds, timer.pages_read(), f"{self.clock.how}, {OF_A_MODEL}"))
         return result
