@@ -214,7 +214,7 @@ def goals_part(gpu: dict[str, Result]) -> str:
             "Goals at 832x480 with random weights, and the command that measures each. On another GPU the command "
             "gives figures, but reaches no goal. Our clock covers all passes of a block, its commit included, for "
             "`interval` the decoder and the pictures on the host too. Floor: operations and least bytes at the maker's "
-            "peak rates, for attention over the whole window. Predicted: by the time model of `inferix graph "
+            "peak rates. Predicted: by the time model of `inferix graph "
             "--dry-run cuda:90`, not measured. Published figures have other clocks, stated beside each:",
             cells_table(
                 ("work", "goal", "floor", "predicted", "strongest published figure", "measured", "command"),

@@ -42,7 +42,8 @@ ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise 
     "copy": (
         "copy_", "_to_copy", "clone", "cat", "stack", "arange", "zeros", "zeros_like", "ones", "ones_like",
         "full", "full_like", "fill", "fill_", "zero_", "new_zeros", "new_full", "flip", "roll", "repeat", "index",
-        "index_select", "index_put", "index_copy", "gather", "scatter", "embedding", "constant_pad_nd", "eye", "tril", "triu",
+        "index_select", "index_put", "index_copy", "gather", "scatter", "embedding", "constant_pad_nd", "eye", "tril",
+        "triu",
         "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
         "linspace", "scalar_tensor", "pixel_shuffle", "pixel_unshuffle",
     ),
