@@ -34,6 +34,7 @@ from ..graphs.cost import PACKED, call_cost, counts_of, family, pages_read, spec
 from ..graphs.launch import LaunchPlan
 from ..graphs.lowered import Planned, lower_block
 from ..graphs.lowering import HOST_READS, ROOM, storage, tensors
+from ..graphs.observed import memory_of, observed_call
 from ..graphs.passes import Group
 from ..graphs.program import Call, Form, Ref
 from ..graphs.shards import Axis, Shard, Stage
@@ -298,9 +299,7 @@ class Recorder(TorchDispatchMode):
     def note_aten(
         self, op: OpOverload, args: Any, kwargs: Mapping[str, Any], results: Sequence[Tensor], fresh: int
     ) -> None:
-        outs = () if op._schema.is_mutable else tuple(map(reference, results))
-        named = tuple((name, referred(value)) for name, value in kwargs.items())
-        call = Call(op, referred(tuple(args)), named, outs, Form.OUT, self.node)
+        call = observed_call(op, args, kwargs, results, self.node)
         kind, cost = family(call), call_cost(call)
         rate, tiles = "", 0
         if kind == PACKED:
@@ -344,22 +343,6 @@ class Recorder(TorchDispatchMode):
 
     def place(self, op: OpOverload) -> str:
         return f"{op.name()} ({self.node or self.part})"
-
-
-def reference(tensor: Tensor) -> Ref:
-    """A fake tensor as programs refer to one."""
-    return Ref(memory_of(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def memory_of(tensor: Tensor) -> str:
-    """A name of the memory that a tensor begins at; buffers of one arena have different ones."""
-    return f"{storage(tensor)} {int(tensor.storage_offset()) * tensor.itemsize}"
-
-
-def referred(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return reference(value)
-    return tuple(map(referred, value)) if isinstance(value, list | tuple) else value
 
 
 @contextmanager

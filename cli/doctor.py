@@ -27,7 +27,7 @@ GIVES = {
     "av": "writes and reads video files",
     "ftfy": "cleans prompts as Wan's training did",
     "triton": "the GPU kernels of inferix.kernels",
-    "cuda-python": "nothing yet: CUDA graphs and device facts come from torch and NVML; in no extra",
+    "cuda-bindings": "reads captured CUDA graphs: inferix graph --captured",
     "flash-attn": "one more form of block attention, for comparison and where it is asked for",
     "onnx": "export to the targets onnx and openvino, with onnxscript",
     "onnxscript": "export to the targets onnx and openvino, with onnx",

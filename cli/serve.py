@@ -24,6 +24,7 @@ from .options import (
     OFFLINE,
     PARALLEL,
     check_beside_engine,
+    check_nvtx,
     check_settings,
     check_start,
     parse_settings,
@@ -100,6 +101,9 @@ def serve(
     executor: str | None = EXECUTOR,
     gpus: int | None = GPUS,
     parallel: str | None = PARALLEL,
+    nvtx: bool = typer.Option(
+        False, "--nvtx", help="On a GPU: mark sessions, blocks, passes, decoding and sending for nsys profile."
+    ),
     settings: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Field of the preset, or a setting of the engine; repeatable."
     ),
@@ -147,6 +151,7 @@ def serve(
         "model": model, "preset": preset, "base": base, "vae": vae, "device": device, "dtype": dtype,
         "executor": executor, "parallel": parallel,
     }  # fmt: skip
+    check_nvtx(nvtx, device)
     own_parts = {f"--{name}": value for name, value in (*given.items(), ("size", size), ("gpus", gpus))}
     check_beside_engine(exported, own_parts)
     if restart and (checkpoint_every == 0 or (folder or shared) is None):
@@ -170,6 +175,8 @@ def serve(
         )  # fmt: skip
         if engine.spec.condition_channels and image is None:  # of a name of the hub
             raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
+        if nvtx:
+            engine.start_ranges()
         address = address_of(listener)
 
         def ready() -> None:

@@ -65,6 +65,7 @@ from .sessions.session import Session
 from .sessions.session_manager import SessionManager
 from .sessions.session_state import Branch, SessionState
 from .telemetry.profile import Profile, measure_ceilings
+from .telemetry.ranges import NvtxRanges, Ranges, ranged
 from .worker_client import Worker
 
 T = TypeVar("T")
@@ -308,7 +309,8 @@ class Engine:
     def _one_block(self, session: Session, batch: int) -> BlockSteps[None]:
         """One block of a session, in step with `batch - 1` others: controls, passes, delivery."""
         manager = self.manager
-        with manager.isolate_failures(session):
+        name = f"block {session.next_block} of {session.id[:8]}"
+        with manager.isolate_failures(session), ranged(manager.ranges, name):
             manager.begin_block(session, batch)
             state, record = session.current, session.record
             with record.span("encode"):
@@ -423,8 +425,20 @@ class Engine:
         """
         self.manager.delivery.observers.append(callback("observer", observer))
 
+    def start_ranges(self, ranges: Ranges | None = None) -> None:
+        """Mark sessions, blocks, stages, passes and decoding from now on, for a profiler that shows such ranges.
+
+        ranges: where they go; by default NVTX, which `nsys profile` reads. UsageError for that without a GPU.
+        """
+        if ranges is None and self.device.type != "cuda":
+            raise UsageError(f"NVTX ranges are for work on a GPU, and device is {quoted(str(self.device))}; use cuda")
+        self.manager.ranges = ranges or NvtxRanges()
+
     def start_profile(self) -> Profile:
-        """Time every pass from now on; returns the profile that collects them. UsageError without graphs."""
+        """Time every pass from now on; returns the profile that collects them.
+
+        UsageError for an executor that cannot be profiled.
+        """
         config, card = self.config, card_of(self.device)
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))

@@ -104,7 +104,7 @@ class Server:
             folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds,
             settings.push_to,
         )
-        self.trace = Trace()
+        self.trace = Trace(engine.manager.ranges)
         engine.observe(self.trace.observe)
         self.live = LiveSessions(
             self.host, settings, self.worlds, self.recordings, self.metrics, self.checkpoints, self.trace

@@ -286,7 +286,15 @@ def candidates(capability: int) -> list[Config]:
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
-    return variants(capability, CONFIGS)
+    from .reference import make_inputs, sizes
+
+    calls = variants(capability, CONFIGS)
+    for heads, page_tokens in ((24, 2025), (48, 3600)):  # of models whose heads share keys, at their pictures' sizes
+        inputs = make_inputs(Case("grouped", sizes(1, 128, 4, 1, heads, 8, 128)), torch.bfloat16, "cpu", 0)
+        kv = inputs["kv"]
+        store = {"kv": kv.new_empty(2, kv.shape[1], page_tokens, 8, 128), "config": CONFIGS[capability, 128]}
+        calls[f"grouped by 8 bf16 d128 h{heads}"] = inputs | store
+    return calls
 
 
 def variants(capability: int, configs: dict[tuple[int, int], Config]) -> dict[str, dict[str, object]]:

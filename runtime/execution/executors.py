@@ -31,7 +31,7 @@ from ...schemes.page_needs import branches, least_pages, page_needs, staging_slo
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
-from ..executor_specs import REFERENCE, names_with
+from ..executor_specs import REFERENCE
 from ..kv.page_store import KV_DTYPES
 from ..programs.graph_builder import FRAME_CHANNELS, GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
 from ..programs.graph_store import GraphStore
@@ -142,6 +142,7 @@ class EagerExecutor:
     ) -> None:
         self.model, self.plain, self.faster, self.shard = model, packed or model, faster, shard
         self.keep_frames = keep_frames
+        self.profile: Profile | None = None
         self.passes = faster(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
@@ -179,10 +180,13 @@ class EagerExecutor:
             velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more, **beside)
             return velocity
 
-        if self.shard.runs_alone:
-            return run(latents, attention)
-        spec = self.model.spec
-        return run_on_ranks(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
+        def whole() -> Tensor:
+            if self.shard.runs_alone:
+                return run(latents, attention)
+            spec = self.model.spec
+            return run_on_ranks(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
+
+        return whole() if self.profile is None else self.profile.observe(whole)
 
     def run_block(
         self,
@@ -202,7 +206,7 @@ class EagerExecutor:
         self.passes = self.faster(self.plain)
 
     def start_profile(self, profile: Profile) -> None:
-        raise UsageError(f"executor {REFERENCE!r} cannot be profiled; use {names_with(lambda spec: spec.graphs)}")
+        self.profile = profile
 
     def bytes_by_owner(self) -> dict[str, int]:
         return {}

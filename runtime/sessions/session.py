@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,7 @@ class Session:
         self.paused_by: int | None = None  # the thread that asked for the last pause
         self.decode_error: Exception | None = None  # raised in the decoder's thread
         self.ready_since: float | None = None
+        self.range: Any = None  # its handle on a profiler's timeline
         self.record = BlockRecord(self.id, -1, Stopwatch(manager.resources.device))
         metered = manager.resources.config.drift_meter
         self.drift_meter = DriftMeter(manager.resources.spec.fps) if metered else None

@@ -33,6 +33,7 @@ from ..finite_check import Check
 from ..limits import DegradationStep, Limits
 from ..live_video import LiveVideo
 from ..resources import Resources
+from ..telemetry.ranges import Ranges
 from ..telemetry.records import BlockRecord, Metrics, Stopwatch
 from .control_queue import LIFECYCLE_CONTROLS, Control
 from .delivery import Delivery, interrupted
@@ -57,6 +58,7 @@ def narrower(preset: Preset, frames: int) -> Preset:
 class SessionManager:
     """Owns the open sessions, the scheduler, the decoder's thread and the metrics of one engine.
 
+    ranges: marks sessions and their blocks on a profiler's timeline; None where nobody asked for it.
     step: makes the next blocks, called where a reader drives the engine. check_prompt: UsageError for a prompt that the
     engine cannot encode. continue_live: a live video with the pictures of a block more, without frames before a number.
     """
@@ -75,6 +77,7 @@ class SessionManager:
         self.thread = EngineThread(self.condition, resources.device)
         self.scheduler = Scheduler(limits)
         self.metrics = Metrics()
+        self.ranges: Ranges | None = None
         self.delivery = Delivery(
             resources, self.condition, self.thread, self.scheduler, self.metrics, step, self._fail
         )
@@ -173,6 +176,8 @@ class SessionManager:
             self.metrics.count("sessions_refused")
             raise
         self.sessions[session.id] = session
+        if self.ranges is not None:
+            session.range = self.ranges.start(f"session {session.id[:8]}")
         if inside:
             self._enter(session)
 
@@ -220,6 +225,8 @@ class SessionManager:
             self.condition.signal()
             session.output.wake_readers()
         session.free()
+        if self.ranges is not None and session.range is not None:
+            self.ranges.end(session.range)
         self.resources.client.release()
         self.metrics.count(f"sessions_{state}")
 
@@ -466,7 +473,8 @@ class SessionManager:
                 session.life.move(State.RUNNING)
             session.demand.left -= 1
             session.output.reserve()
-            session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.resources.device), batch)
+            watch = Stopwatch(self.resources.device)
+            session.record = BlockRecord(session.id, session.next_block, watch, batch, self.ranges)
             session.record.marks["queue"] = (session.ready_since, time.perf_counter())
             session.ready_since = None
         session.onload()
