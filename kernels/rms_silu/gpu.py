@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case
 
 
@@ -40,7 +41,7 @@ def rms_silu(x: Tensor, gamma: Tensor, out: Tensor, config: Config = CONFIG) -> 
     pixels, channels = x.shape
     block = triton.next_power_of_2(channels)
     tile = max(1, config.entries // block)
-    _rms_silu[(triton.cdiv(pixels, tile),)](
+    launchable(_rms_silu)[(triton.cdiv(pixels, tile),)](
         x, gamma, out, pixels, channels, channels**0.5, PIXELS=tile, BLOCK=block, num_warps=config.warps
     )
 
