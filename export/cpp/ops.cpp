@@ -3,6 +3,7 @@
 // (kernels/<op>/reference.py), which the tests compare. The collectives have no form: they need the ranks of an engine.
 //
 // A process that imports inferix in Python has these ops already and must not load this library too.
+#define AT_PER_OPERATOR_HEADERS  // only the headers of the functions used, not of all
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
@@ -40,11 +41,11 @@ double limit_of(at::ScalarType dtype) { return dtype == fp8 ? 448 : 127; }
 Tensor indexable(const Tensor& store) { return store.scalar_type() == fp8 ? store.view(at::kByte) : store; }
 
 // Pages [2, n, ...] of a store, and their write.
-Tensor take(const Tensor& store, const Tensor& pages) {
+Tensor listed_pages(const Tensor& store, const Tensor& pages) {
     return indexable(store).index_select(1, pages).view(store.scalar_type());
 }
 
-void put(const Tensor& store, const Tensor& pages, const Tensor& content) {
+void write_listed(const Tensor& store, const Tensor& pages, const Tensor& content) {
     indexable(store).index_copy_(1, pages, indexable(content.to(store.scalar_type())));
 }
 
@@ -63,7 +64,7 @@ std::pair<Tensor, Tensor> scores_and_values(const Tensor& q, const Tensor& kv, c
                                             Heads heads) {
     const at::ScalarType wide = wide_of(q);
     const Tensor listed = pages.to(at::kLong);
-    Tensor both = take(kv, listed).to(wide);
+    Tensor both = listed_pages(kv, listed).to(wide);
     if (kv_scale) both = both * beside_pages(kv_scale->index_select(1, listed).to(wide));
     both = both.flatten(1, 2).repeat_interleave(q.size(1) / kv.size(3), 2).narrow(2, heads.first, heads.count);
     const Tensor k = both.select(0, 0).transpose(0, 1), v = both.select(0, 1).transpose(0, 1);
@@ -156,7 +157,7 @@ void write_pages(const Tensor& keys, const Tensor& values, const Tensor& kv, con
         const Tensor scale = kv_scale->index_select(1, listed).to(both.scalar_type());
         both = (both / beside_pages(scale)).clamp(-limit_of(fp8), limit_of(fp8));
     }
-    put(kv, listed, both);
+    write_listed(kv, listed, both);
 }
 
 void qk_norm_rope_append(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight, const Tensor& rope_time,
@@ -195,9 +196,9 @@ void kv_pages(const Tensor& source, const Tensor& source_pages, const Tensor& ta
     const at::ScalarType from = source.scalar_type(), to = target.scalar_type();
     const at::ScalarType wide = from == at::kDouble || to == at::kDouble ? at::kDouble : at::kFloat;
     const Tensor from_pages = source_pages.to(at::kLong), to_pages = target_pages.to(at::kLong);
-    Tensor pages = take(source, from_pages);
+    Tensor pages = listed_pages(source, from_pages);
     if (from == to) {
-        put(target, to_pages, pages);
+        write_listed(target, to_pages, pages);
         if (source_scale && target_scale)
             target_scale->index_copy_(1, to_pages, source_scale->index_select(1, from_pages));
         return;
@@ -211,7 +212,7 @@ void kv_pages(const Tensor& source, const Tensor& source_pages, const Tensor& ta
         pages = (pages / beside_pages(scale)).clamp(-limit, limit);
         if (to == at::kChar) pages = (pages + 0.5).floor();
     }
-    put(target, to_pages, pages);
+    write_listed(target, to_pages, pages);
 }
 
 // Norms and linear layers

@@ -173,8 +173,8 @@ void run(const Options& options) {
     const std::vector<int64_t> picture = size.at("picture").integers();
     std::string made_size = std::to_string(picture.at(0)) + "x" + std::to_string(picture.at(1));
     if (options.size && *options.size != made_size)
-        throw UsageError("--size is " + in_quotes(*options.size) + ", but engine " + in_quotes(options.folder) + " makes " +
-                         made_size + "; export it again with that size");
+        throw UsageError("--size is " + in_quotes(*options.size) + ", but engine " + in_quotes(options.folder) +
+                         " makes " + made_size + "; export it again with that size");
     int64_t fps = model.at("fps").integer(), stride = size.at("pictures_per_latent").integer();
     std::optional<int64_t> length = options.blocks;
     if (options.seconds) {
