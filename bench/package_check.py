@@ -34,6 +34,7 @@ class Call(torch.nn.Module):
     def __init__(self, spec: KernelSpec, inputs: dict[str, Any]) -> None:
         super().__init__()
         self.op = getattr(torch.ops.inferix, spec.name).default
+        self.arguments = spec.names
         self.constants = {name: None if isinstance(value, Tensor) else value for name, value in inputs.items()}
         self.names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
         self.outputs = outputs_of(spec, inputs)
@@ -41,7 +42,8 @@ class Call(torch.nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, tensors, strict=True))
         made = {name: given[name].clone() for name in self.outputs}
-        self.op(*(self.constants | given | made).values())
+        values = self.constants | given | made
+        self.op(*(values[name] for name in self.arguments))
         return tuple(made.values())
 
 

@@ -28,7 +28,7 @@ library, calls, results = sys.argv[1:]
 torch.ops.load_library(library)
 made = torch.load(calls, weights_only=True)
 for name, inputs in made["calls"]:
-    getattr(torch.ops.inferix, name)(*inputs.values())
+    getattr(torch.ops.inferix, name)(**inputs)
 schemas = {name: str(getattr(torch.ops.inferix, name).default._schema) for name in made["names"]}
 torch.save({"calls": [inputs for _, inputs in made["calls"]], "schemas": schemas}, results)
 """
