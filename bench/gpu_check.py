@@ -5,9 +5,10 @@
 tests: first the forms that no card has run yet; then every kernel against its reference on every case and dtype, and
 that the code which runs is the one that `compile_gate` inspected, by resources, instructions and hash. kernels: the
 microbenchmark. graph: executors against each other, one graph a block, one capture for all. captured: the nodes of
-captured graphs against the calls of their programs. block, stream: the benchmarks of real sizes. Each unit is a process
-of its own and leaves OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that one that breaks the card's context stops no
-other. Exit code 3: more to do, run it again.
+captured graphs against the calls of their programs. packages: kernels that AOTInductor compiles into packages, against
+their references. block, stream: the benchmarks of real sizes. Each unit is a process of its own and leaves
+OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that one that breaks the card's context stops no other. Exit code 3: more
+to do, run it again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import typer
 from ..errors import InferixError, UsageError, nearest, one_line_errors, quoted
 from ..kernels.catalog import SPECS
 from ..kernels.spec import architecture
+from ..kernels.triton_ops import triton_form
 from ..runtime.engine import Engine
 from ..runtime.execution.executors import GraphExecutor
 from ..runtime.executor_specs import EXECUTORS
@@ -42,6 +44,7 @@ from .captured_check import check_graphs, faults_of
 from .form_check import check_apart, check_op, unproved_forms
 from .inspection import launches_of
 from .machine import environment
+from .package_check import check_packages
 from .result import CHECK, FAILED, read_failures, write_result
 from .subject import ORACLE, Subject, open_engine, random_prompt, with_executor
 from .work import blocks_until_full
@@ -89,6 +92,17 @@ def unit_code() -> Unit:
         write_check(file, {"environment": environment(device), "checked": len(ran), "wrong": wrong, "rows": ran})
         if wrong:
             raise InferixError(f"what ran is not what was inspected with Triton {version}: {'; '.join(wrong)}")
+
+    return run
+
+
+def unit_package(op: str) -> Unit:
+    def run(device: str, file: Path) -> None:
+        results = check_packages(SPECS[op], device)
+        wrong = {name: reason for name, reason in results.items() if reason}
+        write_check(file, {"environment": environment(device), "checked": len(results), "wrong": wrong})
+        if wrong:
+            raise InferixError(f"{op} in a package: {len(wrong)} of {len(results)} cases are wrong: {wrong}")
 
     return run
 
@@ -226,6 +240,7 @@ STAGES: dict[str, dict[str, Unit]] = {
     "kernels": {op: unit_kernels(op) for op in SPECS},
     "graph": {name: unit_graph(subject) for name, subject in GRAPHS.items()},
     "captured": {name: unit_captured(subject) for name, subject in GRAPHS.items()},
+    "packages": {op: unit_package(op) for op, spec in SPECS.items() if triton_form(spec) is not None},
     "block": {
         "self-forcing": unit_block(block.Options(SELF_FORCING)),
         "self-forcing-taehv": unit_block(block.Options(replace(SELF_FORCING, vae="taehv"))),
@@ -304,7 +319,7 @@ def begin_process(stage: str, out: Path, device: str) -> Callable[[str, float], 
 
 
 def main(
-    stage: Annotated[str, typer.Option(help="tests, kernels, graph, captured, block or stream.")],
+    stage: Annotated[str, typer.Option(help="tests, kernels, graph, captured, packages, block or stream.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
     unit: Annotated[str | None, typer.Option(help="One unit, in this process.  [default: all that are left]")] = None,

@@ -41,7 +41,8 @@ class Target:
     """A format of programs.
 
     packages: imported to export. runtime: the package imported to run, by `backend`. writer, backend: places of a
-    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: what it has been run on.
+    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: what its engines have been
+    run on, empty for none.
     """
 
     name: str
@@ -53,6 +54,11 @@ class Target:
     runtime: str
     can: frozenset[str]
     ran: str
+
+    @property
+    def history(self) -> str:
+        """In words, what its engines have been run on."""
+        return f"run on {self.ran}" if self.ran else "never run: no GPU was available to this version"
 
     @property
     def missing(self) -> list[str]:
@@ -75,7 +81,7 @@ EVERY = (
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
            SINGLE, "CPU, by torch"),
     Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",
-           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, "nothing yet: no GPU was available to this version"),
+           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, ""),
 )  # fmt: skip
 TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 

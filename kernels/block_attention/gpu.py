@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import FRAME_480P, HALF, Case, architecture, expect_fp8
 from .reference import STEP, expect_one_list
 
@@ -261,7 +262,7 @@ def block_attention(
     run = RUN
     while run > 1 and run * math.prod(kv.shape[2:]) >= 2**31:  # offsets within a run are 32-bit
         run //= 2
-    _attend[grid](
+    launchable(_attend)[grid](
         q, q if q_sink is None else q_sink, kv, kv if kv_tiles is None else kv_tiles,
         page_count if kv_scale is None else kv_scale, page_table, page_count,
         page_count if sink_count is None else sink_count, out, out if lse is None else lse,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case
 
 
@@ -59,7 +60,7 @@ def conv_epilogue(
     pixels, area, channels = frames * height * width, height * width, out.shape[-1]
     block = triton.next_power_of_2(channels)
     tile = max(1, config.entries // block)
-    _conv_epilogue[(triton.cdiv(pixels, tile), parts)](
+    launchable(_conv_epilogue)[(triton.cdiv(pixels, tile), parts)](
         x, x if bias is None else bias, x if residual is None else residual, out, pixels, area, channels,
         PARTS=parts, PIXELS=tile, BLOCK=block, BIAS=bias is not None, RESIDUAL=residual is not None, RELU=relu,
         num_warps=config.warps,

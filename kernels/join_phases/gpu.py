@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case
 
 
@@ -46,7 +47,7 @@ def join_phases(x: Tensor, bias: Tensor | None, out: Tensor, config: Config = CO
     pixels = frames * height * width
     block = triton.next_power_of_2(channels)
     tile = max(1, config.entries // block)
-    _join_phases[(triton.cdiv(pixels, tile),)](
+    launchable(_join_phases)[(triton.cdiv(pixels, tile),)](
         x, x if bias is None else bias, out, pixels, height, width, channels,
         PIXELS=tile, BLOCK=block, BIAS=bias is not None, num_warps=config.warps,
     )  # fmt: skip

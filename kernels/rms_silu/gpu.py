@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case
 
 
@@ -65,7 +66,7 @@ def rms_silu(
     tile = max(1, config.entries // block)
     given = [x if tensor is None else tensor for tensor in (bias, residual, total)]
     last = 0 if tail is None else len(tail)
-    _rms_silu[(triton.cdiv(pixels, tile),)](
+    launchable(_rms_silu)[(triton.cdiv(pixels, tile),)](
         x, gamma, *given, out, x if tail is None else tail, pixels, last, channels, channels**0.5,
         PIXELS=tile, BLOCK=block, BIAS=bias is not None, RESIDUAL=residual is not None, TOTAL=total is not None,
         TAIL=tail is not None, num_warps=config.warps,
