@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.tinyworld.data import HELD_OUT, random_walk
+from ..models.tinyworld.data import HELD_OUT, random_walk, straight
 from ..models.tinyworld.world import ACTIONS, FRAMES, MOVES, STEP, Scene, World, scenes
 from ..runtime.engine import Engine
 from .bootstrap import Interval, bootstrap_mean, bootstrap_ratio
@@ -120,27 +120,13 @@ def circle(rng: random.Random, rounds: int) -> Walk:
             return simulate(scene, seed, sides * rounds, before)
 
 
-def straight(world: World, rng: random.Random, length: int) -> list[str]:
-    """Draw actions that lead in one direction, and some steps to anywhere free where something stands in the way."""
-    ahead, actions, walked = rng.choice(ACTIONS[1:]), list[str](), copy.copy(world)
-    while len(actions) < length:
-        free = [
-            action for action, (dx, dy) in MOVES.items() if walked.free(walked.x + dx * STEP, walked.y + dy * STEP)
-        ]
-        action = ahead if ahead in free else rng.choice(free[1:] or ["stay"])  # the first is to stay
-        steps = [action] if action == ahead else [action] * rng.randint(1, 3)
-        walked.walk(steps)
-        actions += steps
-    return actions[:length]
-
-
 def straight_walks(engine: Engine, walks: int, log: Log) -> tuple[list[float], list[tuple[Picture, Picture]]]:
     """Streams of 60 s straight on, from a prompt alone: share of frames with the hero, and (pictures, simulator's)."""
     heroes, pairs = [], []
     for index in range(walks):
         rng = random.Random(600 + index)
         scene, seed = rng.choice(scenes()), rng.randrange(1 << 19)
-        actions = straight(World(HELD_OUT + seed, scene), rng, STRAIGHT - 1)
+        actions = straight(rng, STRAIGHT - 1, World(HELD_OUT + seed, scene))
         ends = last_pictures(engine, scene, actions, index, 1)[:, -1]
         heroes.append(hero_share(scene, ends[1:]))
         pairs.append((ends, simulate(scene, seed, actions).ends))

@@ -143,7 +143,7 @@ def test_circles_return_and_straight_walks_go_far():
     walk = judge.circle(rng, 2)
     assert walk.places[0] == walk.places[4] == walk.places[-1] and len(walk.actions) == 8
     world = World((1 << 20) + 4, SCENE)
-    actions = judge.straight(world, rng, 40)
+    actions = judge.straight(rng, 40, world)
     walked = World((1 << 20) + 4, SCENE)
     walked.walk(actions)
     assert max(abs(walked.x), abs(walked.y)) > 3 * SIZE
