@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import typer
 from PIL import Image
 from safetensors.torch import load_file
-from tinyworld_streams import Streams
+from tinyworld_streams import Streams, continued
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -97,13 +97,13 @@ class Recipe:
     rate: float = 1.5e-3
     own_rate: float = 1.1e-3
     hold_steps: int = 1200  # steps of the third stage, with streams of its own as the past
-    hold_rate: float = 4e-4
+    hold_rate: float = 3e-4
     hold_streams: int = 12
-    hold_batch: int = 3  # streams in a batch
-    hold_walks: float = 0.4  # of the streams, that walk on; the others rest or walk in loops
-    hold_loops: float = 0.2
+    hold_batch: int = 2  # streams in a batch
+    hold_walks: float = 0.3  # of the streams, that walk on; the others rest or walk in loops
+    hold_loops: float = 0.15
     hold_clips: int = 1  # walks of the bank in a batch, beside the streams
-    hold_firsts: int = 3
+    hold_firsts: int = 2
     blur: float = 0.3  # largest noise level in the past, which the network takes for clean
     save_every: float = 400.0  # seconds
     sheet_clips: int = 6  # on the sheets of pictures that are drawn whenever training is saved
@@ -116,7 +116,7 @@ SHORT = Recipe(
 )  # fmt: skip
 
 
-TUNE = replace(Recipe(), bank_clips=240, bank_firsts=400)  # from weights: one walk of the bank in a batch
+TUNE = replace(Recipe(), bank_clips=80, bank_firsts=200)  # from weights: one walk of the bank in a batch
 
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
@@ -547,8 +547,9 @@ def train_hold(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recip
         lambda pictures: (encode_pictures(vae, pictures) - mean) / std,
         recipe.hold_streams, recipe.crop, recipe.window, recipe.hold_walks, recipe.hold_loops,
     )  # fmt: skip
-    optimiser = optimisers(world, recipe.hold_rate)
-    run = Run(folder / "hold", world, optimiser, recipe.hold_steps, recipe.save_every, streams, warm_up=20)
+    # Muon computes in bfloat16, which takes most of a step on a CPU without such instructions.
+    optimiser = torch.optim.AdamW(world.parameters(), recipe.hold_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    run = Run(folder / "hold", world, [optimiser], recipe.hold_steps, recipe.save_every, streams, warm_up=20)
     beside = replace(recipe, batch=recipe.hold_clips, firsts=recipe.hold_firsts)
 
     def loss() -> tuple[Tensor, dict[str, float]]:
@@ -656,18 +657,7 @@ def world_sheet(world: TinyWorld, vae: CausalVae, bank: Bank, recipe: Recipe, pa
     frames, clips = recipe.crop, slice(0, min(4, recipe.sheet_clips))
     words, actions = bank.words[clips, 0], F.one_hot(bank.actions[clips, :frames], len(ACTIONS)).float()
     true = bank.latents[clips, :frames]
-    drawn = true.clone()
-    drawn[:, 1:] = 0
-    for frame in range(1, frames):
-        x = torch.randn_like(true[:, frame])
-        for level, following in zip(recipe.levels, (*recipe.levels[1:], 0.0), strict=True):
-            noisy = drawn.clone()
-            noisy[:, frame] = x
-            sigmas = torch.full(actions.shape[:2], level)
-            velocity = world(drawn[:, : frame + 1], noisy[:, : frame + 1], sigmas[:, : frame + 1],
-                             actions[:, : frame + 1], words)[:, frame]  # fmt: skip
-            x = x - (level - following) * velocity
-        drawn[:, frame] = x
+    drawn = torch.cat((true[:, :1], continued(world, true[:, :1], actions[:, :1], actions[:, 1:], words)), dim=1)
     mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
     decoded = [decode_clips(vae, (part * std + mean).transpose(1, 2)).clamp(-1, 1) for part in (true, drawn)]
     rows = torch.stack(decoded, dim=1)[:, :, :, ::FRAMES]
@@ -756,7 +746,7 @@ class Stateful(Protocol):
     def load_state(self, saved: dict[str, Any]) -> None: ...
 
 
-REPORT = 20  # steps from one report to the next; a run is saved after some of them
+REPORT = 20  # steps from one report of the losses to the next
 
 
 class Run(Generic[Model]):
@@ -776,6 +766,7 @@ class Run(Generic[Model]):
         self.averaged = AveragedModel(model, avg_fn=moving_average)
         self.data, self.warm_up, self.step = data, warm_up, 0
         self.losses: list[dict[str, float]] = []
+        self.sums: dict[str, list[float]] = {}  # figures since the last report
         self.rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
         if self.file.exists():
             saved = torch.load(self.file, weights_only=True)
@@ -783,7 +774,7 @@ class Run(Generic[Model]):
             self.averaged.load_state_dict(saved["average"])
             for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
                 optimiser.load_state_dict(state)
-            self.step, self.losses = saved["step"], saved["losses"]
+            self.step, self.losses, self.sums = saved["step"], saved["losses"], saved["sums"]
             if data is not None:
                 data.load_state(saved["data"])
 
@@ -793,7 +784,6 @@ class Run(Generic[Model]):
 
     def go(self, loss: Callable[[], tuple[Tensor, dict[str, float]]], sheet: Callable[[], str]) -> None:
         """Train to the last step. loss: returns the loss of a batch and figures to print. sheet: saves samples."""
-        sums: dict[str, list[float]] = {}
         saved = printed = time.monotonic()
         while self.step < self.steps:
             self.set_rates()
@@ -810,20 +800,23 @@ class Run(Generic[Model]):
             self.averaged.update_parameters(self.model)
             self.step += 1
             for name, value in (figures | {"loss": float(total.detach())}).items():
-                sums.setdefault(name, []).append(value)
-            if self.step % REPORT and self.step < self.steps:
-                continue
+                self.sums.setdefault(name, []).append(value)
             now = time.monotonic()
-            means = {name: sum(values) / len(values) for name, values in sums.items()}
-            values = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-            pace = (now - printed) / len(sums["loss"])
-            print(f"{self.file.parent.name} {self.step}/{self.steps}  {pace:.2f} s/step  {values}", flush=True)
-            self.losses.append({"step": self.step, **{name: round(value, 5) for name, value in means.items()}})
-            sums, printed = {}, now
+            if self.step % REPORT == 0 or self.step == self.steps:
+                self.report((now - printed) / len(self.sums["loss"]))
+                printed = now
             if now - saved > self.save_every or self.step == self.steps:
                 self.save()
                 print(f"saved; {sheet()}", flush=True)
-                saved = printed = time.monotonic()
+                saved = time.monotonic()
+
+    def report(self, pace: float) -> None:
+        """Print and store the means of the figures since the last report. pace: seconds a step."""
+        means = {name: sum(values) / len(values) for name, values in self.sums.items()}
+        text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        print(f"{self.file.parent.name} {self.step}/{self.steps}  {pace:.2f} s/step  {text}", flush=True)
+        self.losses.append({"step": self.step, **{name: round(value, 5) for name, value in means.items()}})
+        self.sums = {}
 
     def set_rates(self) -> None:
         """Set the learning rates: linear warm-up, then cosine decay."""
@@ -842,6 +835,7 @@ class Run(Generic[Model]):
                 "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "step": self.step,
                 "losses": self.losses,
+                "sums": self.sums,
                 "data": None if self.data is None else self.data.state(),
             },
             part,
