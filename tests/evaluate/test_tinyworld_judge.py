@@ -20,11 +20,11 @@ from inferix.evaluate.tinyworld_classifiers import (
     action_scorer,
     classifiers,
 )
-from inferix.evaluate.tinyworld_walks import random_walks, simulate
+from inferix.evaluate.tinyworld_walks import PREFIX, random_walks, simulate
 from inferix.evaluate.video_drift import drift
 from inferix.models.files import read_tensors
 from inferix.models.tinyworld.data import random_walk
-from inferix.models.tinyworld.world import FRAMES, SIZE, Scene, World
+from inferix.models.tinyworld.world import FRAMES, SIZE, STEP, Scene, World
 
 QUIET = lambda message: None  # noqa: E731
 SCENE = Scene("red", "robot", "green meadow", "by day")
@@ -117,6 +117,24 @@ def test_a_rest_that_dissolves_fails_and_the_simulators_does_not(short, monkeypa
     figures, heroes = judge.resting(None, 4, QUIET)
     assert (figures["rest_60s_changed"].mean > 0.05) == fails
     assert (np.mean(heroes) < 0.98) == fails
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rest_after_a_walk_is_far_from_the_first_frame(monkeypatch, fails):
+    walks = []
+
+    def generated(engine, walk, rest, seed):
+        walks.append((walk, rest))
+        return dissolved(walk.ends[-1:])[0] if fails else walk.ends[-1]
+
+    monkeypatch.setattr(judge, "rested", generated)
+    assert (judge.long_resting(None, 2, QUIET).mean > 0.05) == fails
+    assert (judge.resting_away(None, 3, QUIET).mean > 0.05) == fails
+    assert [rest for _, rest in walks] == [480] * 2 + [120] * 3
+    for walk, _ in walks:
+        assert set(walk.actions[1 - PREFIX :]) == {"stay"}
+    for walk, _ in walks[2:]:
+        assert np.abs(np.subtract(walk.places[-1], walk.places[0])).max() >= SIZE - STEP
 
 
 def test_a_hero_that_loses_its_head_is_not_the_hero():
