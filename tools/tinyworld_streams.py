@@ -133,10 +133,14 @@ class Streams:
             made += rng.randint(0, before)
             end = made + (self.crop - 1) * rng.choice((1, 3, 7, 15))
         else:
-            walks = (random_walk, errands, along_things, straight)
-            kind = rng.choice(walks)
             length = 4 * self.crop
-            actions = kind(rng, length, world) if kind in (along_things, straight) else kind(rng, length)
+            walks = (
+                lambda: random_walk(rng, length),
+                lambda: errands(rng, length),
+                lambda: along_things(rng, length, world),
+                lambda: straight(rng, length, world),
+            )
+            actions = rng.choice(walks)()
             end = length + 1
         truth = encoded(self.encode, world, actions, repeats)
         stream = Stream(truth, made, made, end, truth.latents[:made][[0, *range(made - self.crop + 1, made)]])
