@@ -36,7 +36,6 @@ from ..graphs.lowered import Planned, lower_block
 from ..graphs.lowering import HOST_READS, ROOM, storage, tensors
 from ..graphs.observed import memory_of, observed_call
 from ..graphs.passes import Group
-from ..graphs.program import Call, Form, Ref
 from ..graphs.shards import Axis, Shard, Stage
 from ..graphs.types import BlockGraph, Role
 from ..kernels.collectives import RankGroup, add_group, group_of
