@@ -29,7 +29,7 @@ def print_targets(value: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(table, "")
     for name, target in TARGETS.items():
-        console.print(f"{name}: presets {', '.join(presets_of(target, PRESETS))}; run on {target.ran}", highlight=False)
+        console.print(f"{name}: presets {', '.join(presets_of(target, PRESETS))}; {target.history}", highlight=False)
     raise typer.Exit
 
 

@@ -133,3 +133,12 @@ def known_spec(model: str, **reading: Any) -> ModelSpec | None:
     if Path(model).exists():
         return read_checkpoint(model, **reading).spec
     return MODELS.get(PRESETS[model].about.base) if model in PRESETS else None
+
+
+def check_nvtx(nvtx: bool, device: str | None) -> None:
+    """UsageError for NVTX ranges on another device than a GPU."""
+    from ..runtime.config import default_device
+
+    device = device or default_device()
+    if nvtx and not device.startswith("cuda"):
+        raise UsageError(f"--nvtx marks work on a GPU, and device is {quoted(device)}; leave --nvtx out, or use cuda")

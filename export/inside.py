@@ -110,6 +110,8 @@ class ExportedText:
 class ExportedDecoder(Decoder):
     """A decoder by programs, and an encoder where the engine has one; slots of their states are those of the plan."""
 
+    name = "ExportedDecoder"
+
     def __init__(self, spec: DecoderSpec, plan: Plan, programs: Mapping[str, Program], zero_start: bool) -> None:
         super().__init__()
         self.spec, self.programs, self.zero_start = spec, programs, zero_start
@@ -243,6 +245,7 @@ class ExportedExecutor:
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         raise AssertionError("an exported engine runs pass by pass")
 

@@ -16,6 +16,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "one block in flight": "window_blocks 1: each block is denoised alone",
     "several blocks in flight": "window_blocks above 1, as in rolling-forcing",
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
+    "commit in the next pass": "commit_in_next true",
     "averaged sink": "sink_decay below 1",
     "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
     "several sets of weights": "clean_weights memory, or boundary_ratio above 0",
@@ -41,7 +42,8 @@ class Target:
     """A format of programs.
 
     packages: imported to export. runtime: the package imported to run, by `backend`. writer, backend: places of a
-    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: what it has been run on.
+    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: what its engines have been
+    run on, empty for none.
     """
 
     name: str
@@ -55,14 +57,20 @@ class Target:
     ran: str
 
     @property
+    def history(self) -> str:
+        """In words, what its engines have been run on."""
+        return f"run on {self.ran}" if self.ran else "never run: no GPU was available to this version"
+
+    @property
     def missing(self) -> list[str]:
         """Packages of the export that are not installed."""
         return [package for package in self.packages if find_spec(package) is None]
 
 
 SINGLE = frozenset(FEATURES) - {
-    "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
-    "several sets of weights", "endless window", "channels of frames", "pasted pictures", "float16", "bfloat16",
+    "several blocks in flight", "recomputed context", "commit in the next pass", "averaged sink",
+    "context by noise level", "several sets of weights", "endless window", "channels of frames", "pasted pictures",
+    "float16", "bfloat16",
 }  # fmt: skip
 HALF = SINGLE | {"float16"}
 HERE = __package__
@@ -74,7 +82,7 @@ EVERY = (
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
            SINGLE, "CPU, by torch"),
     Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",
-           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, "nothing yet: no GPU was available to this version"),
+           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, ""),
 )  # fmt: skip
 TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 
@@ -98,6 +106,7 @@ def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = F
         "one block in flight": preset.window_blocks == 1,
         "several blocks in flight": preset.window_blocks > 1,
         "recomputed context": context.segment_frames > 0 or not context.commit,
+        "commit in the next pass": context.commit_in_next,
         "averaged sink": context.sink_decay < 1,
         "context by noise level": context.has_key_ranges or context.clean_text != "prompt",
         "several sets of weights": len(preset.weight_sets) > 1,

@@ -84,11 +84,12 @@ class Preset:
     def check_experts(self, boundary: float) -> None:
         """UsageError for a policy under which one pass would need both experts."""
         policy = self.context
-        if self.window_blocks > 1 or policy.image == "clamp" or policy.clean_weights != "plain":
+        mixed = self.window_blocks > 1 or policy.image == "clamp" or policy.commit_in_next
+        if mixed or policy.clean_weights != "plain":
             raise UsageError(
                 f"boundary_ratio is {boundary}, but window_blocks is {self.window_blocks}, image "
-                f"{quoted(policy.image)} and clean_weights {quoted(policy.clean_weights)}: one pass would need both "
-                "experts; use 1, prefix and plain"
+                f"{quoted(policy.image)}, commit_in_next {policy.commit_in_next} and clean_weights "
+                f"{quoted(policy.clean_weights)}: one pass would need both experts; use 1, prefix, false and plain"
             )
 
     @property
