@@ -133,7 +133,7 @@ def make_engine(
     """
     if preset == "self-forcing":
         overrides.setdefault("denoising_step_list", (1000, 500))
-    lowp = ("lowp", "lowp_layers", "lowp_keep", "camera_layers")
+    lowp = ("lowp", "lowp_layers", "lowp_keep", "camera_layers", "kernels")
     ours = ("kv_memory", "kv_dtype", "kv_offload", "executor", "fast_vae", "graphs", "batches", "drift_meter", *lowp)
     settings = {key: overrides.pop(key) for key in ours if key in overrides}
     config = EngineConfig.of("test", preset, device="cpu", dtype=dtype, **settings)
