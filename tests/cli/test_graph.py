@@ -32,7 +32,7 @@ def test_text_picture_and_json_of_one_run(tmp_path: Path) -> None:
 
 
 FEW_STEPS = pytest.mark.parametrize(
-    "preset", ["causal-forcing-1step", pytest.param("self-forcing", marks=pytest.mark.slow)]
+    "preset", ["causal-forcing-2step", pytest.param("self-forcing", marks=pytest.mark.slow)]
 )
 
 
