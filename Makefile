@@ -14,9 +14,9 @@ INPUTS := setup.py version.py $(CONSTRAINTS)
 
 # One thread per process keeps sums in one order; the safe path keeps the root's folders (kernels, ...)
 # from shadowing public packages of the same name.
-test test-all quick lint fuzz kills soak: export OMP_NUM_THREADS := 1
-test test-all quick lint fuzz kills soak: export OPENBLAS_NUM_THREADS := 1
-test test-all quick lint fuzz kills soak: export PYTHONSAFEPATH := 1
+test test-all quick lint fuzz kills soak runner runner-all: export OMP_NUM_THREADS := 1
+test test-all quick lint fuzz kills soak runner runner-all: export OPENBLAS_NUM_THREADS := 1
+test test-all quick lint fuzz kills soak runner runner-all: export PYTHONSAFEPATH := 1
 # Bytecode is written even where the environment forbids it: both processes would else rewrite the asserts of all tests.
 test test-all quick: export PYTHONDONTWRITEBYTECODE :=
 # Tests with two threads wait asleep: two processes that spin on two cores slow each other.
@@ -24,19 +24,20 @@ test test-all quick: export OMP_WAIT_POLICY := PASSIVE
 
 KILLS ?= 200
 
-.PHONY: help demo test test-all chromium nginx ray quick lint fuzz kills soak runner docs copy sizes clean
+.PHONY: help demo test test-all chromium nginx ray quick lint fuzz kills soak runner runner-all docs copy sizes clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then write outputs/demo.mp4, a walk through the small world"
-	@echo "make test    install with [dev], then lint and run the tests"
+	@echo "make test    install with [dev], then lint, build the C++ runner, and run its tests and all others"
 	@echo "make test-all  the same, with the tests that take minutes (marked slow); root gets chromium and nginx from apt, and ray is installed"
 	@echo "make quick   install with [dev], then the tests that look at the whole engine in under a minute"
 	@echo "make lint    ruff, hadolint on the Dockerfiles, and mypy on an installed copy"
 	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
 	@echo "make kills   writers of files killed at random moments; KILLS=200 SEED=0"
 	@echo "make soak    one engine driven from many threads; MINUTES=10 SEED=0"
-	@echo "make runner  inferix-runner in C++ into outputs/runner, and its tests by ctest"
+	@echo "make runner  inferix-runner and the ops in C++ into outputs/runner, and their quick tests by ctest"
+	@echo "make runner-all  the same with libtorch, into outputs/runner-all, and the tests that take minutes"
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
@@ -48,10 +49,10 @@ demo: .venv/.base
 	$(BIN)/inferix generate --out outputs/demo.mp4
 
 # Two processes: each begins with half of the tests in order; an idle one takes over half of what the other has left.
-test: lint
+test: lint runner
 	$(BIN)/pytest tests -n 2 --dist worksteal -m "not slow"
 
-test-all: lint chromium nginx ray
+test-all: lint chromium nginx ray runner-all
 	$(BIN)/pytest tests -n 2 --dist worksteal
 
 # The tests of the page of inferix serve drive a browser, and are skipped where there is none.
@@ -83,15 +84,26 @@ kills: .venv/.dev
 soak: .venv/.dev
 	$(BIN)/python tests/endurance/soak.py --minutes $(MINUTES) --seed $(SEED)
 
-# Without the backend of libtorch, which would make the runner need it. onnxruntime_c_api.h, if it is somewhere:
-#   make runner ONNXRUNTIME_INCLUDE_DIR=/path
-ONNXRUNTIME_INCLUDE_DIR ?=
+# The build for `make test` leaves out the backend of libtorch, whose headers take long to compile; the one for
+# `make test-all` has all that cmake finds. With onnxruntime_c_api.h, a test compares the places of its functions:
+#   make runner CMAKE_ARGS=-DONNXRUNTIME_INCLUDE_DIR=/path
+CMAKE_ARGS ?=
 
 runner: .venv/.dev
-	$(BIN)/cmake -S . -B outputs/runner -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python -DINFERIX_TORCH=OFF \
-		$(if $(ONNXRUNTIME_INCLUDE_DIR),-DONNXRUNTIME_INCLUDE_DIR=$(ONNXRUNTIME_INCLUDE_DIR))
-	$(BIN)/cmake --build outputs/runner
-	$(BIN)/ctest --test-dir outputs/runner --output-on-failure
+	@command -v c++ >/dev/null || { echo "no C++ compiler (c++): inferix-runner is not built, and ctest does not run" >&2; \
+		[ -z "$$CI" ]; }
+	@! command -v c++ >/dev/null || $(MAKE) --no-print-directory outputs/runner CMAKE_ARGS="-DINFERIX_TORCH=OFF $(CMAKE_ARGS)" \
+		CTEST_ARGS="-LE slow"
+
+runner-all: .venv/.dev
+	$(MAKE) --no-print-directory outputs/runner-all
+
+outputs/runner outputs/runner-all: FORCE
+	$(BIN)/cmake -S . -B $@ -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python $(CMAKE_ARGS)
+	$(BIN)/cmake --build $@ --parallel 2
+	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error $(CTEST_ARGS)
+
+FORCE:
 
 sizes:
 	@$(PYTHON) tools/sizes.py

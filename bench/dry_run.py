@@ -34,9 +34,9 @@ from ..graphs.cost import PACKED, call_cost, counts_of, family, pages_read, spec
 from ..graphs.launch import LaunchPlan
 from ..graphs.lowered import Planned, lower_block
 from ..graphs.lowering import HOST_READS, ROOM, storage, tensors
+from ..graphs.observed import memory_of, observed_call
 from ..graphs.passes import Group
-from ..graphs.program import Call, Form, Ref
-from ..graphs.shards import Axis, Shard
+from ..graphs.shards import Axis, Shard, Stage
 from ..graphs.types import BlockGraph, Role
 from ..kernels.collectives import RankGroup, add_group, group_of
 from ..kernels.spec import ARCHITECTURES, FP8, KernelSpec, OpSpec, has_triton
@@ -50,6 +50,7 @@ from .time_model import Rates, attention_tiles, tiles_of
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_efficient_attention.default
 CUDNN = aten._scaled_dot_product_cudnn_attention.default
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dims
 EXCHANGE = "exchange"  # the family of collectives
 # Of A100, L40S, H100 and H200, B200, RTX PRO 6000.
 MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}
@@ -104,6 +105,7 @@ class FakeCard(FakeTensorMode):
     """Fake tensors on a GPU, also where torch was built without CUDA.
 
     A copy, and a call that writes into tensors it is given, return these: torch's fake forms of both ask the driver.
+    A convolution gives the layout that cuDNN would, which torch's fake form asks of the build.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,7 +119,13 @@ class FakeCard(FakeTensorMode):
             given = dict(zip(writes_of(func), args, strict=False)) | dict(kwargs or {})
             places = tuple(given[name] for name in written)
             return places[0] if len(places) == 1 else places
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is aten.convolution.default and isinstance(result, Tensor):
+            layout = CHANNELS_LAST.get(result.ndim, torch.contiguous_format)
+            if any(tensor.is_contiguous(memory_format=layout) for tensor in args[:2]):
+                with self:
+                    return torch.empty_like(result, memory_format=layout)
+        return result
 
 
 @cache
@@ -290,9 +298,7 @@ class Recorder(TorchDispatchMode):
     def note_aten(
         self, op: OpOverload, args: Any, kwargs: Mapping[str, Any], results: Sequence[Tensor], fresh: int
     ) -> None:
-        outs = () if op._schema.is_mutable else tuple(map(reference, results))
-        named = tuple((name, referred(value)) for name, value in kwargs.items())
-        call = Call(op, referred(tuple(args)), named, outs, Form.OUT, self.node)
+        call = observed_call(op, args, kwargs, results, self.node)
         kind, cost = family(call), call_cost(call)
         rate, tiles = "", 0
         if kind == PACKED:
@@ -336,22 +342,6 @@ class Recorder(TorchDispatchMode):
 
     def place(self, op: OpOverload) -> str:
         return f"{op.name()} ({self.node or self.part})"
-
-
-def reference(tensor: Tensor) -> Ref:
-    """A fake tensor as programs refer to one."""
-    return Ref(memory_of(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def memory_of(tensor: Tensor) -> str:
-    """A name of the memory that a tensor begins at; buffers of one arena have different ones."""
-    return f"{storage(tensor)} {int(tensor.storage_offset()) * tensor.itemsize}"
-
-
-def referred(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return reference(value)
-    return tuple(map(referred, value)) if isinstance(value, list | tuple) else value
 
 
 @contextmanager
@@ -437,9 +427,17 @@ def dry_run(block: BlockGraph, architecture: int, compiled: bool = True) -> DryR
 
 
 def run_decoder(
-    architecture: int, make: Callable[[], Decoder], latents: tuple[int, ...], dtype: torch.dtype, compiled: bool = True
+    architecture: int,
+    make: Callable[[], Decoder],
+    latents: tuple[int, ...],
+    dtype: torch.dtype,
+    compiled: bool = True,
+    faster: Callable[[Decoder], Decoder] = lambda decoder: decoder,
 ) -> DryRun:
-    """Run the second block of a stream, latents [F, C, h, w], through a decoder on fake tensors: part `decoder`."""
+    """Run the second block of a stream, latents [F, C, h, w], through a decoder on fake tensors: part `decoder`.
+
+    faster: gives the decoder the layers of its device.
+    """
     check_architecture(architecture)
     run = DryRun(architecture)
     recorder = Recorder(run, "decoder")
@@ -451,6 +449,7 @@ def run_decoder(
                 decoder = make().eval()
         finally:
             torch.set_default_dtype(before)
+        decoder = faster(decoder)
         state = decoder.new_state()
         block = torch.empty(latents, dtype=dtype, device="cuda")
         decoder.decode(block, state)
@@ -476,7 +475,8 @@ def fake_shard(grid: RankGrid, shard_weights: bool = False) -> Shard:
         return add_group(RankGroup(FakeProcessGroup._create_internal(0, size), 0, size)) if size > 1 else 0
 
     heads, tokens, tiles = (Axis(size, 0, group(size)) for size in (grid.heads, grid.tokens, grid.tiles))
-    return Shard(heads, tokens, tiles.group, Axis(grid.branches), tiles if shard_weights else Axis())
+    stage = Stage(grid.layers, 0, 0, group(2), group(grid.layers)) if grid.layers > 1 else Stage()
+    return Shard(heads, tokens, tiles.group, Axis(grid.branches), tiles if shard_weights else Axis(), stage=stage)
 
 
 def check_architecture(architecture: int) -> None:

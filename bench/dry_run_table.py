@@ -92,7 +92,8 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
     latents, parts = (scheme.num_frame_per_block, *builder.latent), {}
     for name in decoders:
         sizes = family.chosen_decoder_spec(spec, name == "taehv")
-        decoded = run_decoder(architecture, partial(family.build_decoder, sizes), latents, builder.dtype)
+        make = partial(family.build_decoder, sizes)
+        decoded = run_decoder(architecture, make, latents, builder.dtype, compiled, family.with_fast_layers)
         parts[name] = facts(decoded, rates, block)["parts"]["decoder"]
     result |= {"decoders": parts, "sessions": sessions}
     return result | ({"ranks": ranks, "layout": grid.layout} if ranks > 1 else {})

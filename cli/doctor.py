@@ -27,13 +27,13 @@ GIVES = {
     "av": "writes and reads video files",
     "ftfy": "cleans prompts as Wan's training did",
     "triton": "the GPU kernels of inferix.kernels",
-    "cuda-python": "nothing yet: CUDA graphs and device facts come from torch and NVML; in no extra",
+    "cuda-bindings": "reads captured CUDA graphs: inferix graph --captured",
     "flash-attn": "one more form of block attention, for comparison and where it is asked for",
     "onnx": "export to the targets onnx and openvino, with onnxscript",
     "onnxscript": "export to the targets onnx and openvino, with onnx",
     "onnxruntime": "runs engines of target onnx",
     "openvino": "exports and runs engines of target openvino",
-    "tensorrt": "builds and runs engines of target tensorrt, which nobody has done yet",
+    "tensorrt": "builds and runs engines of target tensorrt; never run",
     "uvicorn": "inferix serve, with the other packages of the extra serve",
     "diffusers": "the other implementation that the tests compare with",
 }
@@ -78,14 +78,31 @@ def gpu_facts() -> list[dict[str, Any]]:
 
 
 def engines(target: Target) -> str:
-    """Return whether engines of a target can be exported and run here."""
+    """Return whether engines of a target can be exported and run here, and where such engines have run."""
     runs, missing = find_spec(target.runtime) is not None, target.missing
+    install = f"pip install 'inferix-runtime[{target.extra}]'"
     if missing:
-        install = f"pip install 'inferix-runtime[{target.extra}]'"
-        return f"can be run; to export: {install}" if runs else f"missing: {install}"
-    if not runs:
-        return f"can be exported; to run: pip install {target.runtime}"
-    return f"can be exported and run; run on {target.ran}"
+        state = f"can be run; to export: {install}" if runs else f"missing: {install}"
+    elif not runs:
+        state = f"can be exported; to run: pip install {target.runtime}"
+    else:
+        state = "can be exported and run"
+    return f"{state}; {target.history}"
+
+
+def cached_verdict() -> str:
+    """Return the executor that generate, play and serve take for the small world on a CPU, and the way to another."""
+    from ..export.engine_cache import OFF, VARIABLE, cache_folder, find_cached, read_cached
+
+    if cache_folder() is None:
+        return f"eager; {VARIABLE} is {OFF}"
+    folder = find_cached(None, None, None, {"device": "cpu"})
+    cached = None if folder is None else read_cached(folder)
+    if cached is not None:
+        return f"engine {cached.folder}, {cached.speedup:.1f} times as fast as eager (--executor eager leaves it out)"
+    if TARGETS["onnx"].missing or find_spec(TARGETS["onnx"].runtime) is None:
+        return "eager; pip install 'inferix-runtime[onnx]' and inferix export --cache, if an engine is faster here"
+    return "eager; inferix export --cache makes an engine, which runs if it is faster"
 
 
 def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: dict[str, Any]) -> dict[str, str]:
@@ -102,6 +119,7 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: d
             f"faster than float32, by {unit} (--dtype bfloat16)" if unit
             else "works, but slower than float32: no AVX-512 BF16 or AMX"
         ),
+        "small world on the CPU": cached_verdict(),
         "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
         "video files": needs("av"),
         "serving": "works" if packages["uvicorn"] else "missing: pip install 'inferix-runtime[serve]'",

@@ -28,7 +28,9 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "channels of frames": "image channels: an image and a camera beside the latents, as in lingbot-v2",
     "scene cuts": "shot_offset above 0",
     "unrolled steps": "--unroll: all steps of a block in one program",
-    "float32": "--dtype float32",
+    "prefixes": "--prefixes: streams that begin with an image or a video",
+    "pasted pictures": "--prefixes with image paste or clamp: given frames in a block of others",
+    "float32": "--dtype float32: weights are stored in it; passes are always in float32",
     "float16": "--dtype float16",
     "bfloat16": "--dtype bfloat16",
 }
@@ -39,7 +41,8 @@ class Target:
     """A format of programs.
 
     packages: imported to export. runtime: the package imported to run, by `backend`. writer, backend: places of a
-    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: what it has been run on.
+    `Writer` and of a `Backend`, as "package.module:class". can: features of `FEATURES`. ran: what its engines have been
+    run on, empty for none.
     """
 
     name: str
@@ -53,6 +56,11 @@ class Target:
     ran: str
 
     @property
+    def history(self) -> str:
+        """In words, what its engines have been run on."""
+        return f"run on {self.ran}" if self.ran else "never run: no GPU was available to this version"
+
+    @property
     def missing(self) -> list[str]:
         """Packages of the export that are not installed."""
         return [package for package in self.packages if find_spec(package) is None]
@@ -60,18 +68,20 @@ class Target:
 
 SINGLE = frozenset(FEATURES) - {
     "several blocks in flight", "recomputed context", "commit in the next pass", "averaged sink",
-    "context by noise level", "several sets of weights", "endless window", "channels of frames", "float16", "bfloat16",
+    "context by noise level", "several sets of weights", "endless window", "channels of frames", "pasted pictures",
+    "float16", "bfloat16",
 }  # fmt: skip
+HALF = SINGLE | {"float16"}
 HERE = __package__
 EVERY = (
     Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
-           f"{HERE}.backends:OnnxRuntime", "onnxruntime", SINGLE, "CPU, by ONNX Runtime"),
+           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF, "CPU, by ONNX Runtime"),
     Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
-           f"{HERE}.backends:OpenVino", "openvino", SINGLE, "CPU, by OpenVINO"),
+           f"{HERE}.backends:OpenVino", "openvino", HALF, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
            SINGLE, "CPU, by torch"),
     Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",
-           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, "nothing yet: no GPU was available to this version"),
+           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, ""),
 )  # fmt: skip
 TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 
@@ -88,7 +98,7 @@ def find_target(name: str) -> Target:
     return target
 
 
-def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
+def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = False) -> list[str]:
     """Features that an engine of a preset needs, in the table's order."""
     context = preset.context
     asked = {
@@ -107,14 +117,17 @@ def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
         "channels of frames": context.image == "channels",
         "scene cuts": context.shot_offset > 0,
         "unrolled steps": unroll,
+        "prefixes": prefixes,
+        "pasted pictures": prefixes and context.image in ("paste", "clamp"),
         dtype: True,
     }
     return [feature for feature in FEATURES if asked.get(feature)]
 
 
-def check_target(target: Target, preset: Preset, dtype: str, unroll: bool) -> None:
+def check_target(target: Target, preset: Preset, dtype: str, unroll: bool, prefixes: bool = False) -> None:
     """UsageError for a preset or a setting that needs what the target cannot."""
-    if lacking := [feature for feature in needed_features(preset, dtype, unroll) if feature not in target.can]:
+    needed = needed_features(preset, dtype, unroll, prefixes)
+    if lacking := [feature for feature in needed if feature not in target.can]:
         listed = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in lacking)
         raise UsageError(
             f"target {target.name} cannot export preset {preset.name} in {dtype}: it has no {listed}; "

@@ -167,6 +167,7 @@ class OpSpec:
     says how many pages of its table each row reads. check_values: checks page lists and scales, which lie on the
     device; it gets the arguments by name, under INFERIX_DEBUG=1 only. detail: words for the variant of a call, from the
     names of the arguments that are given. reads_host: forms that read tensors on the host, which cannot be captured.
+    awaited: another rank waits for the call, so it runs even where nothing reads what it writes.
     """
 
     name: str
@@ -186,6 +187,7 @@ class OpSpec:
     check_values: Callable[[Mapping[str, Any]], None] | None = None
     detail: Callable[[frozenset[str]], str] | None = None
     reads_host: tuple[str, ...] = ()
+    awaited: bool = False
 
     def __post_init__(self) -> None:
         assert self.family in FAMILIES, f"{self.name}: family is {self.family!r}; expected one of {FAMILIES}"

@@ -264,7 +264,7 @@ class BlockLoop:
     def runs_whole(self, state: SessionState) -> bool:
         """True if the next block can be one launch: no frame is clamped, and it starts from noise of the seed alone."""
         clamped = state.clamped is not None and state.next_block == 0
-        plain = isinstance(state.noise, PhiloxNoise) and state.source is None
+        plain = isinstance(state.noise, PhiloxNoise) and state.source is None and state.live is None
         whole = self.resources.worker.supports_whole_block and supports_whole_block(state.preset, state.next_block)
         return whole and plain and not clamped
 
@@ -297,10 +297,14 @@ class BlockLoop:
         span = self.begin(state)
         sampler = state.sampler.of_block(span.index)
         latents = self.draw(state, span, 0)
-        if state.source is not None:
+        given, remedy = None, f"ask for {span.index} blocks"
+        if state.live is not None:
+            given, remedy = state.live.of(span.frames), "feed its pictures first"
+        elif state.source is not None:
             given = state.source[span.frames.start : span.frames.stop]
+        if given is not None:
             if len(given) < len(span.frames):
-                raise InferixError(f"the video ends before block {span.index}; ask for {span.index} blocks")
+                raise InferixError(f"the video ends before block {span.index}; {remedy}")
             latents = noised(given, latents, sampler.sigmas[0])
         block = BlockInFlight(span, latents, sampler.begin())
         self.hold_given(state, block)

@@ -265,6 +265,43 @@ class EmbedFrames:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """Decode latents [F, C, h, w], each rank some columns; gives pixels [T, 3, H, W] on rank 0.
+
+    before: number of the decoder's state; None at the start of a stream. after: of the state that it becomes; `before`
+    stays as it is. frames: of the stream before these.
+    """
+
+    before: int | None
+    after: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class ReadDecoding:
+    """Give a decoder's state: the numbers of its tensors [n], then the tensors [..., W], of all ranks."""
+
+    state: int
+
+
+@dataclass(frozen=True)
+class SetDecoding:
+    """Take the tensors of a decoder's state, numbered `slots`, of pictures with `columns` columns of latents."""
+
+    state: int
+    columns: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TimeExchange:
+    """Run `calls` all-to-alls between all ranks, of `nbytes` on each; gives the seconds of one [1]."""
+
+    nbytes: int
+    calls: int
+
+
+@dataclass(frozen=True)
 class UseAdapter:
     """Merge an adapter into the weights in place of the one before; None removes that. Nothing derived is recomputed.
 
@@ -291,8 +328,8 @@ class Release:
 
 Plan = Union[  # noqa: UP007  its members are listed at run time
     PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload,
-    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, EmbedFrames, UseAdapter,
-    RefreshWeights, Release,
+    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, EmbedFrames, Decode,
+    ReadDecoding, SetDecoding, TimeExchange, UseAdapter, RefreshWeights, Release,
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")

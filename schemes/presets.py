@@ -119,6 +119,11 @@ class Preset:
             return int(latent_frames > 0)
         return 1 - (first - latent_frames) // self.num_frame_per_block
 
+    def whole_blocks(self, latent_frames: int) -> int:
+        """Latent frames of the whole blocks among that many from the start; 0 where they are fewer than a block."""
+        first = self.block_size(0)
+        return 0 if latent_frames < first else latent_frames - (latent_frames - first) % self.num_frame_per_block
+
 
 PARTS: tuple[tuple[str | None, type], ...] = ((None, Preset), ("sampler", SamplerSpec), ("context", ContextPolicy))
 FIELDS: dict[str, tuple[str | None, str]] = {  # flat name -> (part of the preset, declared type)

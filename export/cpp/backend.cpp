@@ -15,6 +15,9 @@ std::vector<std::string> built_targets() {
 #ifdef INFERIX_TORCH
         "aoti",
 #endif
+#ifdef INFERIX_TENSORRT
+        "tensorrt",
+#endif
     };
 }
 
@@ -28,6 +31,9 @@ std::unique_ptr<Backend> make_backend(const Plan& plan, [[maybe_unused]] int thr
 #endif
 #ifdef INFERIX_TORCH
     if (target == "aoti") return make_aotinductor(plan, threads);
+#endif
+#ifdef INFERIX_TENSORRT
+    if (target == "tensorrt") return make_tensorrt(plan);
 #endif
     std::string names;
     for (const std::string& name : built_targets()) names += (names.empty() ? "" : ", ") + name;

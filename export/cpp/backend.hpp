@@ -25,7 +25,7 @@ class Backend {
 };
 
 // The backend for a plan's target. threads: of each program, 0 for the runtime's own number. UsageError for a target
-// that this build has no backend for, or programs that were compiled for another machine.
+// that this build has no backend for, or programs that were compiled for another machine or version of the runtime.
 std::unique_ptr<Backend> make_backend(const Plan& plan, int threads);
 
 // Targets that this build has backends for.
@@ -39,6 +39,9 @@ std::unique_ptr<Backend> make_openvino(int threads);
 #endif
 #ifdef INFERIX_TORCH
 std::unique_ptr<Backend> make_aotinductor(const Plan& plan, int threads);
+#endif
+#ifdef INFERIX_TENSORRT
+std::unique_ptr<Backend> make_tensorrt(const Plan& plan);
 #endif
 
 }  // namespace inferix

@@ -1,76 +1,72 @@
-// Programs by ONNX Runtime on the CPU, through its C API.
-#include <onnxruntime_c_api.h>
-
+// Programs by ONNX Runtime on the CPU, through its C interface.
 #include "backend.hpp"
 #include "error.hpp"
+#include "onnxruntime_table.hpp"
+
+extern "C" const inferix::ort::Base* OrtGetApiBase();
 
 namespace inferix {
 namespace {
 
-const OrtApi& api() {
-    static const OrtApi* made = OrtGetApiBase()->GetApi(ORT_API_VERSION);
-    if (made == nullptr)
-        throw std::runtime_error(std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString() +
-                                 " is older than the headers of this build; install version 1." +
-                                 std::to_string(ORT_API_VERSION) + " or later");
-    return *made;
+const ort::Functions& api() {
+    static const ort::Functions made(OrtGetApiBase()->table(ort::version));
+    return made;
 }
 
-void check(OrtStatus* status) {
+void check(ort::Status* status) {
     if (status == nullptr) return;
-    std::string message = api().GetErrorMessage(status);
-    api().ReleaseStatus(status);
-    throw std::runtime_error("ONNX Runtime: " + message);
+    std::string message = api().error_message(status);
+    api().release_status(status);
+    throw std::runtime_error("ONNX Runtime " + std::string(OrtGetApiBase()->release()) + ": " + message);
 }
 
 // A pointer of ONNX Runtime with the function that releases it.
 template <class T>
 using Owned = std::unique_ptr<T, void (*)(T*)>;
 
-OrtMemoryInfo& host_memory() {
-    static OrtMemoryInfo* made = [] {
-        OrtMemoryInfo* info = nullptr;
-        check(api().CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info));
+ort::MemoryInfo* host_memory() {
+    static ort::MemoryInfo* made = [] {
+        ort::MemoryInfo* info = nullptr;
+        check(api().create_cpu_memory(ort::arena, ort::default_memory, &info));
         return info;
     }();
-    return *made;
+    return made;
 }
 
-Owned<OrtValue> value_of(const View& view) {
-    OrtValue* value = nullptr;
+Owned<ort::Value> value_of(const View& view) {
+    ort::Value* value = nullptr;
     static float none;  // ONNX Runtime refuses a null pointer, also for an empty tensor
     void* data = view.data == nullptr ? &none : const_cast<float*>(view.data);
-    check(api().CreateTensorWithDataAsOrtValue(&host_memory(), data, elements(view.shape) * sizeof(float),
-                                               view.shape.data(), view.shape.size(),
-                                               ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &value));
-    return {value, [](OrtValue* owned) { api().ReleaseValue(owned); }};
+    check(api().create_tensor(host_memory(), data, elements(view.shape) * sizeof(float), view.shape.data(),
+                              view.shape.size(), ort::float32, &value));
+    return {value, api().release_value.function};
 }
 
-Tensor tensor_of(OrtValue* value) {
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(api().GetTensorTypeAndShape(value, &info));
-    Owned<OrtTensorTypeAndShapeInfo> owned(info, [](auto* i) { api().ReleaseTensorTypeAndShapeInfo(i); });
+Tensor tensor_of(ort::Value* value) {
+    ort::Shape* made = nullptr;
+    check(api().shape(value, &made));
+    Owned<ort::Shape> owned(made, api().release_shape.function);
     size_t axes = 0;
-    check(api().GetDimensionsCount(info, &axes));
+    check(api().axis_count(made, &axes));
     Shape shape(axes);
-    check(api().GetDimensions(info, shape.data(), axes));
+    check(api().axes(made, shape.data(), axes));
     void* data = nullptr;
-    check(api().GetTensorMutableData(value, &data));
+    check(api().tensor_data(value, &data));
     auto* floats = static_cast<const float*>(data);
     return Tensor(shape, std::vector<float>(floats, floats + elements(shape)));
 }
 
 class OnnxProgram final : public Program {
    public:
-    OnnxProgram(OrtEnv* env, const OrtSessionOptions* options, const ProgramEntry& entry) : entry_(entry) {
-        OrtSession* session = nullptr;
-        check(api().CreateSession(env, entry.path.c_str(), options, &session));
+    OnnxProgram(ort::Env* env, const ort::SessionOptions* options, const ProgramEntry& entry) : entry_(entry) {
+        ort::Session* session = nullptr;
+        check(api().create_session(env, entry.path.c_str(), options, &session));
         session_.reset(session);
     }
 
     std::vector<Tensor> run(const std::vector<View>& inputs) override {
-        std::vector<Owned<OrtValue>> values;
-        std::vector<const OrtValue*> given;
+        std::vector<Owned<ort::Value>> values;
+        std::vector<const ort::Value*> given;
         std::vector<const char*> names, result_names;
         for (size_t index = 0; index < inputs.size(); ++index) {
             values.push_back(value_of(inputs[index]));
@@ -78,12 +74,12 @@ class OnnxProgram final : public Program {
             names.push_back(entry_.inputs[index].c_str());
         }
         for (const std::string& name : entry_.outputs) result_names.push_back(name.c_str());
-        std::vector<OrtValue*> results(result_names.size(), nullptr);
-        check(api().Run(session_.get(), nullptr, names.data(), given.data(), given.size(), result_names.data(),
+        std::vector<ort::Value*> results(result_names.size(), nullptr);
+        check(api().run(session_.get(), nullptr, names.data(), given.data(), given.size(), result_names.data(),
                         result_names.size(), results.data()));
         std::vector<Tensor> made;
-        for (OrtValue* result : results) {
-            Owned<OrtValue> owned(result, [](OrtValue* value) { api().ReleaseValue(value); });
+        for (ort::Value* result : results) {
+            Owned<ort::Value> owned(result, api().release_value.function);
             made.push_back(tensor_of(result));
         }
         return made;
@@ -91,19 +87,19 @@ class OnnxProgram final : public Program {
 
    private:
     ProgramEntry entry_;
-    Owned<OrtSession> session_{nullptr, [](OrtSession* session) { api().ReleaseSession(session); }};
+    Owned<ort::Session> session_{nullptr, api().release_session.function};
 };
 
 class OnnxRuntime final : public Backend {
    public:
     explicit OnnxRuntime(int threads) {
-        OrtEnv* env = nullptr;
-        check(api().CreateEnv(ORT_LOGGING_LEVEL_ERROR, "inferix", &env));
+        ort::Env* env = nullptr;
+        check(api().create_env(ort::log_errors, "inferix", &env));
         env_.reset(env);
-        OrtSessionOptions* options = nullptr;
-        check(api().CreateSessionOptions(&options));
+        ort::SessionOptions* options = nullptr;
+        check(api().create_session_options(&options));
         options_.reset(options);
-        check(api().SetIntraOpNumThreads(options, threads));
+        check(api().set_threads(options, threads));
     }
 
     std::unique_ptr<Program> load(const ProgramEntry& entry) override {
@@ -111,8 +107,8 @@ class OnnxRuntime final : public Backend {
     }
 
    private:
-    Owned<OrtEnv> env_{nullptr, [](OrtEnv* env) { api().ReleaseEnv(env); }};
-    Owned<OrtSessionOptions> options_{nullptr, [](OrtSessionOptions* options) { api().ReleaseSessionOptions(options); }};
+    Owned<ort::Env> env_{nullptr, api().release_env.function};
+    Owned<ort::SessionOptions> options_{nullptr, api().release_session_options.function};
 };
 
 }  // namespace

@@ -22,7 +22,7 @@ bool succeeded(Call call) {
         call();
         return true;
     } catch (const std::exception& error) {
-        last_error = error.what();
+        last_error = inferix::one_line(error.what());
     }
     return false;
 }

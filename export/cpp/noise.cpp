@@ -22,7 +22,8 @@ double uniform(uint32_t word) { return float(word) * 0x1p-32f + 0x1p-33f; }
 
 }  // namespace
 
-Tensor normals(uint64_t seed, std::span<const int64_t> frames, uint32_t draw, const Shape& shape) {
+Tensor normals(uint64_t seed, std::span<const int64_t> frames, uint32_t draw, const Shape& shape,
+               uint32_t stream) {
     Shape whole{int64_t(frames.size())};
     whole.insert(whole.end(), shape.begin(), shape.end());
     Tensor made(whole);
@@ -30,7 +31,7 @@ Tensor normals(uint64_t seed, std::span<const int64_t> frames, uint32_t draw, co
     for (size_t index = 0; index < frames.size(); ++index) {
         float* values = made.data.data() + index * count;
         for (int64_t first = 0; first < count; first += 4) {
-            auto words = philox({uint32_t(first / 4), uint32_t(frames[index]), draw, 0}, uint32_t(seed),
+            auto words = philox({uint32_t(first / 4), uint32_t(frames[index]), draw, stream}, uint32_t(seed),
                                 uint32_t(seed >> 32));
             for (int pair = 0; pair < 4; pair += 2) {
                 double radius = std::sqrt(-2 * std::log(uniform(words[pair])));

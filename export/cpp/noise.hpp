@@ -10,6 +10,6 @@
 namespace inferix {
 
 // Normals [frames, shape...] of absolute latent frames.
-Tensor normals(uint64_t seed, std::span<const int64_t> frames, uint32_t draw, const Shape& shape);
+Tensor normals(uint64_t seed, std::span<const int64_t> frames, uint32_t draw, const Shape& shape, uint32_t stream = 0);
 
 }  // namespace inferix

@@ -29,6 +29,24 @@ void check_files(const Plan& plan) {
     }
 }
 
+// UsageError for programs that were made for another size than the plan's.
+void check_sizes(const Plan& plan) {
+    const std::vector<int64_t> latent = plan.at("size").at("latent").integers();
+    const std::vector<int64_t> picture = plan.at("size").at("picture").integers();
+    if (latent.size() != 3 || picture.size() != 2)
+        throw UsageError("plan.json in " + in_quotes(plan.folder.string()) + " has no size; export the engine again");
+    for (const auto& [name, program] : plan.at("programs").object)
+        for (const Json& input : program.at("inputs").items()) {
+            const std::vector<Json>& shape = input.at("shape").items();
+            if (input.at("name").string() != "latents") continue;
+            for (size_t axis = 0; axis < 3; ++axis)
+                if (shape.size() < 3 || shape[shape.size() - 3 + axis].integer() != latent[axis])
+                    throw UsageError("program " + name + " of engine " + in_quotes(plan.folder.string()) +
+                                     " was made for another size than the plan's " + std::to_string(picture[0]) + "x" +
+                                     std::to_string(picture[1]) + "; copy the whole engine, or export it again");
+        }
+}
+
 // A NumPy file of little-endian float32 in C order, the only kind that an export writes.
 Tensor read_npy(const std::filesystem::path& path) {
     std::string bytes = read_file(path);
@@ -76,6 +94,7 @@ Plan Plan::read(const std::filesystem::path& folder) {
         throw UsageError("engine " + where + " has version " + std::to_string(plan.at("version").integer()) +
                          "; expected " + std::to_string(version) + ": export it again, or build the runner of then");
     check_files(plan);
+    check_sizes(plan);
     return plan;
 }
 

@@ -20,8 +20,8 @@ struct Plan {
     std::filesystem::path folder;
     Json json;
 
-    // Read a plan and check the hash of every file. UsageError for a folder that is no engine of this version, or in
-    // which a file is missing or is not the one that was exported.
+    // Read a plan and check the hash of every file. UsageError for a folder that is no engine of this version, for a
+    // file that is missing or is not the one that was exported, and for programs of another size than the plan's.
     static Plan read(const std::filesystem::path& folder);
 
     const Json& at(const std::string& key) const { return json.at(key); }

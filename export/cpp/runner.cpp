@@ -3,6 +3,7 @@
 #include <cctype>
 #include <charconv>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <fstream>
 
@@ -18,11 +19,13 @@ constexpr const char* help = R"(usage: inferix-runner ENGINE [options]
 
 Play an exported engine. Where prompt, actions, length and seed are not given, they are those of inferix generate.
 
+  --size WxH              refuse an engine of another size
   --prompt TEXT           content of the video
   --prompt-at SECONDS TEXT  change the prompt at a time; repeatable
   --negative-prompt TEXT  content to avoid, for presets with guidance
   --actions WORDS         one per latent frame, such as '8R 4U stay'
   --blocks N              length in blocks
+  --seconds S             length in seconds, rounded up to whole blocks
   --seed N                seed of the noise
   --out FILE              video, a .y4m file, or - for stdout [default: out.y4m]
   --latents FILE          write the latents too, as a NumPy file [F, C, h, w]
@@ -30,15 +33,19 @@ Play an exported engine. Where prompt, actions, length and seed are not given, t
   --restore FILE          continue a saved stream
   --threads N             threads of a program [default: one per core]
   --check                 compare noise and windows with the plan, and exit
+  --version               this version, and the targets whose engines this build plays
+
+Exit codes: 1 for a run that failed, 2 for a bad argument or a damaged engine; one line on stderr says which.
 
 example: inferix-runner world --prompt "a blue fox in a meadow by day" --actions "8R 4U" --out fox.y4m
 )";
 
 struct Options {
     std::string folder, out = "out.y4m";
-    std::optional<std::string> prompt, negative, actions, latents, save, restore;
+    std::optional<std::string> size, prompt, negative, actions, latents, save, restore;
     std::vector<std::pair<double, std::string>> cues;
     std::optional<int64_t> blocks;
+    std::optional<double> seconds;
     std::optional<uint64_t> seed;
     int threads = 0;
     bool check = false;
@@ -61,13 +68,15 @@ Options parse(const std::vector<std::string>& arguments) {
             if (++index >= arguments.size()) throw UsageError(flag + " has no value; see --help");
             return arguments[index];
         };
-        if (flag == "--prompt") options.prompt = next();
+        if (flag == "--size") options.size = next();
+        else if (flag == "--prompt") options.prompt = next();
         else if (flag == "--prompt-at") {
             auto at = number_of<double>(flag, next());
             options.cues.emplace_back(at, next());
         } else if (flag == "--negative-prompt") options.negative = next();
         else if (flag == "--actions") options.actions = next();
         else if (flag == "--blocks") options.blocks = number_of<int64_t>(flag, next());
+        else if (flag == "--seconds") options.seconds = number_of<double>(flag, next());
         else if (flag == "--seed") options.seed = number_of<uint64_t>(flag, next());
         else if (flag == "--out") options.out = next();
         else if (flag == "--latents") options.latents = next();
@@ -153,32 +162,48 @@ void run(const Options& options) {
     bool to_stdout = options.out == "-";
     if (!to_stdout && !options.out.ends_with(".y4m"))
         throw UsageError("--out " + in_quotes(options.out) + " must end in .y4m, or be - for stdout");
-    auto engine = std::make_shared<const Engine>(options.folder, options.threads);
+    Plan plan = Plan::read(options.folder);
+    const Policy policy(plan.at("preset"));
     if (options.check) {
-        check_plan(*engine);
+        check_plan(plan);
         std::puts("noise and windows are those of the plan");
         return;
     }
-    const Json &model = engine->plan.at("model"), &defaults = engine->plan.at("defaults"), &size = engine->plan.at("size");
-    int64_t fps = model.at("fps").integer();
+    const Json &model = plan.at("model"), &defaults = plan.at("defaults"), &size = plan.at("size");
+    const std::vector<int64_t> picture = size.at("picture").integers();
+    std::string made_size = std::to_string(picture.at(0)) + "x" + std::to_string(picture.at(1));
+    if (options.size && *options.size != made_size)
+        throw UsageError("--size is " + in_quotes(*options.size) + ", but engine " + in_quotes(options.folder) +
+                         " makes " + made_size + "; export it again with that size");
+    int64_t fps = model.at("fps").integer(), stride = size.at("pictures_per_latent").integer();
+    std::optional<int64_t> length = options.blocks;
+    if (options.seconds) {
+        if (!(*options.seconds > 0 && *options.seconds < 1e6))
+            throw UsageError("--seconds is " + std::to_string(*options.seconds) + "; expected a number above 0");
+        int64_t pictures = std::max<int64_t>(std::llround(*options.seconds * double(fps)), 1);
+        length = policy.blocks_for((pictures - 1 + stride - 1) / stride + 1);
+    }
     std::optional<std::string> words = options.actions;
-    if (!words && !options.blocks && !options.restore && defaults.at("actions").kind == Json::Kind::text)
+    if (!words && !length && !options.restore && defaults.at("actions").kind == Json::Kind::text)
         words = defaults.at("actions").string();
     std::vector<std::string> script;
     if (words) script = read_actions(*words, model.at("actions").strings());
-    int64_t needed = engine->policy.blocks_for(int64_t(script.size()) + 1);
-    int64_t blocks = options.blocks.value_or(script.empty() ? defaults.at("blocks").integer() : needed);
+    int64_t needed = policy.blocks_for(int64_t(script.size()) + 1);
+    int64_t blocks = length.value_or(script.empty() ? defaults.at("blocks").integer() : needed);
     if (blocks < 1 || (!script.empty() && needed != blocks))
         throw UsageError("the length is " + std::to_string(blocks) + " blocks, with " + std::to_string(script.size()) +
                          " actions; expected one block or more, and one action for each latent frame but the first");
     if (options.restore && (options.prompt || options.seed || options.actions || options.negative))
         throw UsageError("--restore continues with the saved prompt, seed and actions; leave them out");
-    auto cues = schedule(options, engine->policy, blocks, fps, size.at("pictures_per_latent").integer());
+    auto cues = schedule(options, policy, blocks, fps, stride);
+    const std::string prompt = options.prompt.value_or(defaults.at("prompt").string());
+    const uint64_t seed = options.seed.value_or(uint64_t(defaults.at("seed").integer()));
+    const PromptTable prompts(plan);  // programs take seconds to load, so prompts are looked up before
+    if (!options.restore) prompts.encode(prompt);
+    for (const auto& [block, text] : cues) prompts.encode(text);
+    auto engine = std::make_shared<const Engine>(plan, options.threads);
     Stream stream = options.restore ? Stream::restore(engine, *options.restore)
-                                    : Stream(engine, options.prompt.value_or(defaults.at("prompt").string()),
-                                             options.seed.value_or(uint64_t(defaults.at("seed").integer())), script,
-                                             options.negative);
-    std::vector<int64_t> picture = size.at("picture").integers();
+                                    : Stream(engine, prompt, seed, script, options.negative);
     Y4mWriter writer(options.out, picture[0], picture[1], fps);
     std::vector<float> latents;
     Shape shape;
@@ -212,13 +237,19 @@ int main(int count, char** values) {
         std::fputs(help, stdout);
         return 0;
     }
+    if (std::ranges::find(arguments, "--version") != arguments.end()) {
+        std::string targets;
+        for (const std::string& target : built_targets()) targets += (targets.empty() ? "" : ", ") + target;
+        std::printf("inferix-runner %s, targets: %s\n", INFERIX_VERSION, targets.empty() ? "none" : targets.c_str());
+        return 0;
+    }
     try {
         run(parse(arguments));
     } catch (const UsageError& error) {
-        std::fprintf(stderr, "error: %s\n", error.what());
+        std::fprintf(stderr, "error: %s\n", one_line(error.what()).c_str());
         return 2;
     } catch (const std::exception& error) {
-        std::fprintf(stderr, "error: %s\n", error.what());
+        std::fprintf(stderr, "error: %s\n", one_line(error.what()).c_str());
         return 1;
     }
     return 0;

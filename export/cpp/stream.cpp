@@ -29,13 +29,25 @@ void keep_known(Map& map, const Kept& kept) {
     std::erase_if(map, [&](const auto& entry) { return !kept.contains(entry.first); });
 }
 
+// Run `call` on a program; errors of a runtime, which may have several lines and no name in them, get the name.
+template <class Call>
+auto named(const ProgramEntry& entry, const char* failed, Call call) {
+    try {
+        return call();
+    } catch (const UsageError&) {
+        throw;
+    } catch (const std::exception& error) {
+        throw std::runtime_error("program " + in_quotes(entry.path.string()) + " " + failed + ": " + error.what());
+    }
+}
+
 }  // namespace
 
-Engine::Engine(const std::filesystem::path& folder, int threads)
-    : plan(Plan::read(folder)), policy(plan.at("preset")), prompts(plan), backend_(make_backend(plan, threads)) {
+Engine::Engine(Plan read, int threads)
+    : plan(std::move(read)), policy(plan.at("preset")), prompts(plan), backend_(make_backend(plan, threads)) {
     for (const auto& [name, entry] : plan.at("programs").object) {
         ProgramEntry program = plan.program(name);
-        programs_[name] = {program, backend_->load(program)};
+        programs_[name] = {program, named(program, "cannot be loaded", [&] { return backend_->load(program); })};
     }
 }
 
@@ -43,7 +55,7 @@ Results Engine::run(const std::string& name, const Values& values) const {
     const Loaded& loaded = programs_.at(name);
     std::vector<View> inputs;
     for (const std::string& input : loaded.entry.inputs) inputs.push_back(values.at(input));
-    std::vector<Tensor> results = loaded.program->run(inputs);
+    std::vector<Tensor> results = named(loaded.entry, "failed", [&] { return loaded.program->run(inputs); });
     Results made;
     for (size_t index = 0; index < results.size(); ++index)
         made[loaded.entry.outputs[index]] = std::move(results[index]);
@@ -383,16 +395,16 @@ Stream Stream::restore(std::shared_ptr<const Engine> engine, const std::filesyst
     return stream;
 }
 
-void check_plan(const Engine& engine) {
-    const Json& check = engine.plan.at("noise").at("check");
+void check_plan(const Plan& plan) {
+    const Json& check = plan.at("noise").at("check");
     Frames frame{check.at("frame").integer()};
     Tensor noise = normals(uint64_t(check.at("seed").integer()), frame, uint32_t(check.at("draw").integer()), {2, 2, 2});
     std::vector<double> expected = check.at("normals").reals();
     for (size_t index = 0; index < expected.size(); ++index)
         if (noise.data[index] != float(expected[index]))
             throw UsageError("noise of the plan differs at element " + std::to_string(index));
-    Timeline timeline(engine.policy);
-    for (const Json& window : engine.plan.at("check").at("windows").items()) {
+    Timeline timeline{Policy(plan.at("preset"))};
+    for (const Json& window : plan.at("check").at("windows").items()) {
         Block block = timeline.admit();
         Pass pass = timeline.commit_pass(block.frames);
         if (pass.frames != window.at("frames").integers() || pass.context != window.at("context").integers() ||

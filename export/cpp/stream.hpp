@@ -22,7 +22,8 @@ using Results = std::map<std::string, Tensor>;
 class Engine {
    public:
     // threads: of each program, 0 for the runtime's own number. UsageError for a folder that cannot be played.
-    explicit Engine(const std::filesystem::path& folder, int threads = 0);
+    explicit Engine(const std::filesystem::path& folder, int threads = 0) : Engine(Plan::read(folder), threads) {}
+    Engine(Plan plan, int threads);
 
     Results run(const std::string& program, const Values& values) const;
     bool has(const std::string& program) const { return programs_.contains(program); }
@@ -127,6 +128,6 @@ class Stream {
 };
 
 // Compare noise and windows with what the plan lists. UsageError for the first that differs.
-void check_plan(const Engine& engine);
+void check_plan(const Plan& plan);
 
 }  // namespace inferix

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case, expect_fp8
 
 
@@ -79,7 +80,7 @@ def adaln(
     given = [x if tensor is None else tensor for tensor in (update, gate, shift, scale, weight, bias)]
     block = triton.next_power_of_2(dim)
     config = config or next(config for width, config in CONFIGS if block <= width)
-    _adaln[(rows * tokens,)](
+    launchable(_adaln)[(rows * tokens,)](
         x, *given, residual, normed, x if row_scale is None else row_scale,
         tokens, 1 if gate is None else gate.shape[1], 1 if shift is None else shift.shape[1], dim, eps,
         BLOCK=block, UPDATE=update is not None, GATE=gate is not None, MODULATE=shift is not None,

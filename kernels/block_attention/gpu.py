@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import FRAME_480P, HALF, Case, architecture, expect_fp8
 from .reference import STEP, expect_one_list
 
@@ -261,7 +262,7 @@ def block_attention(
     run = RUN
     while run > 1 and run * math.prod(kv.shape[2:]) >= 2**31:  # offsets within a run are 32-bit
         run //= 2
-    _attend[grid](
+    launchable(_attend)[grid](
         q, q if q_sink is None else q_sink, kv, kv if kv_tiles is None else kv_tiles,
         page_count if kv_scale is None else kv_scale, page_table, page_count,
         page_count if sink_count is None else sink_count, out, out if lse is None else lse,
@@ -286,7 +287,15 @@ def candidates(capability: int) -> list[Config]:
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
-    return variants(capability, CONFIGS)
+    from .reference import make_inputs, sizes
+
+    calls = variants(capability, CONFIGS)
+    for heads, page_tokens in ((24, 2025), (48, 3600)):  # of models whose heads share keys, at their pictures' sizes
+        inputs = make_inputs(Case("grouped", sizes(1, 128, 4, 1, heads, 8, 128)), torch.bfloat16, "cpu", 0)
+        kv = inputs["kv"]
+        store = {"kv": kv.new_empty(2, kv.shape[1], page_tokens, 8, 128), "config": CONFIGS[capability, 128]}
+        calls[f"grouped by 8 bf16 d128 h{heads}"] = inputs | store
+    return calls
 
 
 def variants(capability: int, configs: dict[tuple[int, int], Config]) -> dict[str, dict[str, object]]:

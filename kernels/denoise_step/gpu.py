@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case
 
 
@@ -109,7 +110,7 @@ def denoise_step(
     """Launch for tensors that were checked; x is passed for tensors that are not given; the kernel does not read it."""
     rows, count, channels, height, width = x.shape
     grid = (triton.cdiv(channels * height * width, 4 * config.quads), rows * count)
-    _step[grid](
+    launchable(_step)[grid](
         tokens, x, frames, key, coefficients, x if history is None else history, out, x if x0 is None else x0,
         x if corrected is None else corrected, count, channels, height, width, draw, stream, x.numel(),
         PATCH_H=patch_height, PATCH_W=patch_width, QUADS=config.quads, KEPT=0 if history is None else len(history),

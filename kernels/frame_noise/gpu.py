@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..denoise_step.gpu import _noise
+from ..launch import launchable
 from ..spec import Case
 
 
@@ -44,7 +45,7 @@ def frame_noise(
     rows, count, *size = out.shape
     elements = size[0] * size[1] * size[2]
     assert out.is_contiguous() and frames.stride(1) == 1
-    _frame_noise[(triton.cdiv(elements, 4 * config.quads), rows * count)](
+    launchable(_frame_noise)[(triton.cdiv(elements, 4 * config.quads), rows * count)](
         frames, key, out, count, elements, frames.stride(0), draw, stream, QUADS=config.quads, num_warps=config.warps
     )
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import LIMITS, Case, expect_fp8
 
 
@@ -84,7 +85,7 @@ def kv_pages(
     _, count, tokens, heads, dim = source.shape
     copy = source.dtype == target.dtype
     stretches = 1 if target_scale is not None and not copy else triton.cdiv(tokens, config.tokens)
-    _move[(len(source_pages), 2 * heads, stretches)](
+    launchable(_move)[(len(source_pages), 2 * heads, stretches)](
         source, source_pages, target, target_pages, source_pages if source_scale is None else source_scale,
         source_pages if target_scale is None else target_scale, count, target.shape[1], tokens, heads,
         LIMITS.get(target.dtype, 0.0), DIM=dim, TOKENS=config.tokens, SCALED=source_scale is not None,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case, architecture, expect_fp8
 
 GROUP = 8  # rows of tiles in one group of programs, which share operands in the cache
@@ -88,7 +89,7 @@ def linear_lowp(
         expect_fp8("linear_lowp", x.device)
     (rows, inner), columns = x.shape, len(weight)
     config = config or (config_for(architecture(x.device), x.dtype) if x.device.type == "cuda" else ANYWHERE)
-    _linear[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
+    launchable(_linear)[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
         x, weight, x_scale, weight_scale, out if bias is None else bias, out, rows, columns, inner,
         ROWS=config.rows, COLUMNS=config.columns, INNER=config.inner, GROUP=GROUP,
         WHOLE=tl.int32 if x.dtype == torch.int8 else tl.float32, PER_ROW=len(x_scale) == rows,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case
 
 
@@ -56,7 +57,7 @@ def merge_parts(
     """Launch for tensors that were checked."""
     parts, rows, tokens, heads, dim = results.shape
     lines = rows * tokens * heads
-    _merge[(triton.cdiv(lines, config.lines),)](
+    launchable(_merge)[(triton.cdiv(lines, config.lines),)](
         results, sums, out, out if lse is None else lse, lines, tokens,
         PARTS=parts, HEADS=heads, DIM=dim, LINES=config.lines, LSE=lse is not None, num_warps=config.warps,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import expect_fp8
 
 
@@ -125,7 +126,7 @@ def qk_norm_rope_append(
         raise ValueError(f"qk_norm_rope_append: head dim of q is {dim}; implementation triton needs a power of two")
     q_rows, k_rows = (triton.next_power_of_2(count) for count in (heads, kv.shape[3]))
     config = config or next(config for width, config in CONFIGS if q_rows * dim <= width)
-    _append[(rows * tokens, 3)](
+    launchable(_append)[(rows * tokens, 3)](
         qkv, q_weight, k_weight, rope_time, rope_rows, rope_columns, q, kv, pages,
         rope_time if rope_sink is None else rope_sink, q if q_sink is None else q_sink,
         rope_time if kv_scale is None else kv_scale,

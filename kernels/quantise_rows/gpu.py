@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import LIMITS, Case, expect_fp8
 
 
@@ -47,7 +48,7 @@ def quantise_rows(x: Tensor, out: Tensor, scale: Tensor, gelu: bool, config: Con
     rows, dim = x.shape
     block = triton.next_power_of_2(dim)
     config = config or next(config for width, config in CONFIGS if block <= width)
-    _quantise[(rows,)](
+    launchable(_quantise)[(rows,)](
         x, out, scale, dim, LIMIT=LIMITS[out.dtype], ROUND=out.dtype == torch.int8, GELU=gelu, BLOCK=block,
         num_warps=config.warps,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..spec import Case
 
 
@@ -39,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, eps: float, config: Config 
     rows, dim = x.shape
     block = triton.next_power_of_2(dim)
     config = config or next(config for width, config in CONFIGS if block <= width)
-    _rms_norm[(rows,)](x, weight, out, dim, eps, BLOCK=block, num_warps=config.warps)
+    launchable(_rms_norm)[(rows,)](x, weight, out, dim, eps, BLOCK=block, num_warps=config.warps)
 
 
 def candidates(capability: int) -> list[Config]:

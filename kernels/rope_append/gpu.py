@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launchable
 from ..qk_norm_rope_append.gpu import CONFIGS, Config, candidates
 from ..spec import expect_fp8
 
@@ -130,7 +131,7 @@ def rope_append(
     q_rows, k_rows = (triton.next_power_of_2(count) for count in (heads, kv.shape[3]))
     config = config or next(config for width, config in CONFIGS if q_rows * dim <= width)
     sink = out if q_sink is None else q_sink
-    _append[(rows * tokens, 3)](
+    launchable(_append)[(rows * tokens, 3)](
         q, k, v, rope_time, rope_rows, rope_columns, out, kv, pages, rope_time if rope_sink is None else rope_sink,
         sink, rope_time if kv_scale is None else kv_scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *sink.stride()[:3],

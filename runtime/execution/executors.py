@@ -20,7 +20,7 @@ from ...graphs.capture import CaptureBackend, CudaGraphs
 from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts, with_run, with_weights
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.rewrites import chosen
-from ...graphs.shards import ALONE, Shard, run_on_tile
+from ...graphs.shards import ALONE, Shard, run_on_ranks
 from ...graphs.types import PROMPT_TABLE, name_in_set
 from ...kernels.spec import multiprocessors_of, using
 from ...models.cross_attention import TextByFrames
@@ -31,7 +31,7 @@ from ...schemes.page_needs import branches, least_pages, page_needs, staging_slo
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
-from ..executor_specs import REFERENCE, names_with
+from ..executor_specs import REFERENCE
 from ..kv.page_store import KV_DTYPES
 from ..programs.graph_builder import FRAME_CHANNELS, GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
 from ..programs.graph_store import GraphStore
@@ -142,6 +142,7 @@ class EagerExecutor:
     ) -> None:
         self.model, self.plain, self.faster, self.shard = model, packed or model, faster, shard
         self.keep_frames = keep_frames
+        self.profile: Profile | None = None
         self.passes = faster(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
@@ -179,10 +180,13 @@ class EagerExecutor:
             velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more, **beside)
             return velocity
 
-        if self.shard.ranks == 1:
-            return run(latents, attention)
-        spec = self.model.spec
-        return run_on_tile(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
+        def whole() -> Tensor:
+            if self.shard.runs_alone:
+                return run(latents, attention)
+            spec = self.model.spec
+            return run_on_ranks(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
+
+        return whole() if self.profile is None else self.profile.observe(whole)
 
     def run_block(
         self,
@@ -202,7 +206,7 @@ class EagerExecutor:
         self.passes = self.faster(self.plain)
 
     def start_profile(self, profile: Profile) -> None:
-        raise UsageError(f"executor {REFERENCE!r} cannot be profiled; use {names_with(lambda spec: spec.graphs)}")
+        self.profile = profile
 
     def bytes_by_owner(self) -> dict[str, int]:
         return {}
@@ -465,7 +469,10 @@ class GraphExecutor:
         if page_needs(self.preset).context is None:
             return "give a window such as local_attn_size=21"
         kv_dtype = config.kv_dtype or config.dtype
-        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype)
+        on_gpu = config.device.startswith("cuda")
+        load = Workload(
+            spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype, on_gpu=on_gpu
+        )
         smaller = suggestions(load, needed(load) - missing)
         fitting = [str(suggestion) for suggestion in smaller if suggestion.fits]
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
@@ -555,7 +562,7 @@ def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> Eager
     packed = None if precision is None else with_packed_layers(model, precision)
     if config.shard_weights:  # faster layers would keep the whole weights
         return EagerExecutor(model, shard=parts.shard, keep_frames=config.keeps_frames)
-    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard, config.keeps_frames)
+    return EagerExecutor(model, packed, family_of(model.spec).with_fast_layers, parts.shard, config.keeps_frames)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:

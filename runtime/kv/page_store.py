@@ -50,6 +50,11 @@ class PageForm:
         return tokens // self.shard.tokens.size, heads // self.shard.heads.size, self.spec.head_dim
 
     @property
+    def layers(self) -> int:
+        """Layers on one rank."""
+        return len(self.shard.stage.layers(self.spec.num_layers))
+
+    @property
     def whole(self) -> PageForm:
         """The page of all ranks, as sessions are saved."""
         return replace(self, shard=ALONE)
@@ -71,9 +76,9 @@ class PageForm:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a page: keys and values of one latent frame in all layers, and their scales."""
+        """Bytes of a page: keys and values of one latent frame in all layers of a rank, and their scales."""
         scales = self.shape[1] * torch.float32.itemsize if self.scaled else 0
-        return 2 * self.spec.num_layers * (self.slot_bytes(self.kv_dtype) // 2 + scales)
+        return 2 * self.layers * (self.slot_bytes(self.kv_dtype) // 2 + scales)
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the keys and values of one latent frame in one layer."""
@@ -283,7 +288,7 @@ class PagedStore:
         return out
 
     def _allocate(self, pages: int) -> tuple[list[Tensor], list[Tensor] | None]:
-        form, layers = self.form, self.form.spec.num_layers
+        form, layers = self.form, self.form.layers
         kv = torch.zeros(layers, 2, pages, *form.shape, dtype=form.kv_dtype, device=self.device).unbind()
         if not form.scaled:
             return list(kv), None

@@ -1,61 +1,48 @@
 """The C++ runner and its C interface against the runner in Python, on the same engines.
 
-`ctest` gives the programs that cmake has built (INFERIX_RUNNER, INFERIX_LIBRARY, INFERIX_BACKENDS); without them the
-tests build them, which takes a minute.
+Run by ctest. Quick tests play an engine of toy programs, slow ones exported models.
 """
 
 import ctypes
+import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from cpp_build import Built
 from numpy.typing import NDArray
 from small_engine import PROMPTS, convert_small, export_small
+from toy_programs import export_toy
 
+import inferix
+from inferix.export.engine_folder import export_engine
 from inferix.export.plan import FILE
 from inferix.export.run import ExportedEngine, MadeBlock
+from inferix.runtime.y4m import Y4mWriter
 
-pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 CONTROLS = ["--prompt-at", "0.6", PROMPTS[1], "--actions", "left right 2l stay 6r"]
-
-
-@dataclass(frozen=True)
-class Built:
-    """What cmake builds. targets: those that it has backends for."""
-
-    runner: Path
-    library: Path
-    targets: tuple[str, ...]
-
-    def run(self, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        command = [self.runner, "--threads", "1", *map(str, arguments)]  # threads that spin would wait for each other
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+MODELS: dict[str, dict[str, Any]] = {
+    "Wan VAE": {"preset": "longlive", "local_attn_size": 9},
+    "TAEHV": {"preset": "self-forcing", "local_attn_size": 9, "vae": "taehv"},
+}
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    if "INFERIX_RUNNER" in os.environ:
-        targets = tuple(os.environ["INFERIX_BACKENDS"].split())
-        return Built(Path(os.environ["INFERIX_RUNNER"]), Path(os.environ["INFERIX_LIBRARY"]), targets)
-    cmake, compiler = shutil.which("cmake"), shutil.which("c++")
-    if cmake is None or compiler is None:
-        pytest.skip("cmake or a C++ compiler is not installed")
-    place = tmp_path_factory.mktemp("build")
-    configured = subprocess.run([cmake, "-S", ROOT, "-B", place, f"-DPython3_EXECUTABLE={sys.executable}",
-                                 "-DINFERIX_TORCH=OFF"], capture_output=True, text=True)  # fmt: skip
-    assert configured.returncode == 0, configured.stderr
-    made = subprocess.run([cmake, "--build", place], capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout
-    (line,) = (line for line in configured.stdout.splitlines() if "backends:" in line)
-    return Built(place / "inferix-runner", place / "libinferix.so", tuple(line.split(": ")[1].split(";")))
+def toys(built: Built, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The toy engine for each target of the build that has one."""
+    place = tmp_path_factory.mktemp("toys")
+    return {target: export_toy(target, place / target) for target in SUFFIXES if target in built.targets}
+
+
+@pytest.fixture
+def toy(toys: dict[str, Path]) -> Path:
+    """One toy engine."""
+    return next(iter(toys.values()))
 
 
 @pytest.fixture(scope="session")
@@ -72,11 +59,9 @@ def engines(onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     return engine
 
 
-@pytest.fixture(params=["onnx", "openvino", "aoti"])
-def engine(request: pytest.FixtureRequest, built: Built, engines: Callable[[str], Path]) -> Path:
-    if request.param not in built.targets:
-        pytest.skip(f"cmake found no runtime for {request.param}")
-    return engines(request.param)
+def expect_backend(built: Built, target: str) -> None:
+    if target not in built.targets:
+        pytest.skip(f"the runner was built for {', '.join(built.targets)}, not for {target}")
 
 
 def in_python(folder: Path, seed: int, blocks: int) -> list[MadeBlock]:
@@ -93,54 +78,100 @@ def in_python(folder: Path, seed: int, blocks: int) -> list[MadeBlock]:
 def planes(path: Path, size: int) -> NDArray[np.int64]:
     """All bytes of the pictures of a y4m file."""
     header, _, body = path.read_bytes().partition(b"\n")
-    assert header == f"YUV4MPEG2 W{size} H{size} F8:1 Ip A1:1 C444".encode()
+    assert header.startswith(f"YUV4MPEG2 W{size} H{size} F".encode()) and header.endswith(b":1 Ip A1:1 C444")
     pictures = np.frombuffer(body, np.uint8).reshape(-1, 6 + 3 * size * size)
     assert all(picture[:6].tobytes() == b"FRAME\n" for picture in pictures)
     return pictures[:, 6:].astype(np.int64)
 
 
-def test_the_runner_equals_python(built: Built, engine: Path, tmp_path: Path) -> None:
-    """Given the folder, prompts, actions and a seed above 2**32, it makes the latents and pictures of Python."""
-    from inferix.runtime.y4m import Y4mWriter
+def written(frames: list[NDArray[np.uint8]], fps: int, path: Path) -> NDArray[np.int64]:
+    """Pictures as the y4m file of the runner in Python holds them."""
+    size = frames[0].shape[1]
+    with Y4mWriter(path, fps, (size, size)) as writer:
+        for part in frames:
+            writer.add(part)
+    return planes(path, size)
 
+
+def compare_controlled(built: Built, folder: Path, tmp_path: Path) -> None:
+    """Play an engine under `CONTROLS` and a seed above 2**32 by both runners."""
     seed, blocks = (1 << 40) + 5, 12
-    out, latents, expected = tmp_path / "out.y4m", tmp_path / "out.npy", tmp_path / "expected.y4m"
-    done = built.run(engine, "--seed", seed, "--out", out, "--latents", latents, *CONTROLS)
+    out, latents = tmp_path / "out.y4m", tmp_path / "out.npy"
+    done = built.run(folder, "--seed", seed, "--out", out, "--latents", latents, *CONTROLS)
     assert done.returncode == 0, done.stderr
-    made = in_python(engine, seed, blocks)
+    made = in_python(folder, seed, blocks)
     reference = np.concatenate([block.latents for block in made])
+    assert reference.std() > 0.1  # not a stream of one value
     np.testing.assert_allclose(np.load(latents), reference, rtol=0, atol=1e-5 * np.abs(reference).max())
-    with Y4mWriter(expected, 8, (32, 32)) as writer:
-        for block in made:
-            assert block.frames is not None
-            writer.add(block.frames)
-    difference = np.abs(planes(out, 32) - planes(expected, 32))
+    expected = written([block.frames for block in made if block.frames is not None], 8, tmp_path / "expected.y4m")
+    difference = np.abs(planes(out, 32) - expected)
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-4
-    assert built.run(engine, "--check").returncode == 0
 
 
-def test_a_stream_saved_by_the_runner_goes_on(built: Built, engines: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = engines(next(target for target in ("onnx", "openvino") if target in built.targets))
+@pytest.mark.parametrize("target", SUFFIXES)
+def test_toy_streams_equal_python(target: str, built: Built, toys: dict[str, Path], tmp_path: Path) -> None:
+    expect_backend(built, target)
+    compare_controlled(built, toys[target], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "openvino", "aoti"])
+def test_the_runner_equals_python(target: str, built: Built, engines: Callable[[str], Path], tmp_path: Path) -> None:
+    expect_backend(built, target)
+    compare_controlled(built, engines(target), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "openvino", "aoti"])
+@pytest.mark.parametrize("decoder", MODELS)
+def test_whole_models_equal_eager(decoder: str, target: str, built: Built, tmp_path: Path) -> None:
+    """wan-tiny from a folder, a prompt and a seed alone, past its window, against the pictures of the engine itself."""
+    expect_backend(built, target)
+    settings, blocks, seed = MODELS[decoder], 6, 11
+    folder = export_engine("wan-tiny", out=tmp_path / "engine", target=target, prompts=PROMPTS, **settings)
+    out = tmp_path / "out.y4m"
+    done = built.run(folder, "--prompt", PROMPTS[1], "--seed", seed, "--blocks", blocks, "--out", out)
+    assert done.returncode == 0, done.stderr
+    engine = inferix.load("wan-tiny", device="cpu", **settings)
+    with engine.open(prompt=PROMPTS[1], seed=seed) as session:
+        frames = [block.frames for block in session.stream(blocks)]
+    fps = json.loads((folder / FILE).read_text("utf-8"))["model"]["fps"]
+    difference = np.abs(planes(out, frames[0].shape[1]) - written(frames, fps, tmp_path / "expected.y4m"))
+    print(f"{decoder}, {target}: largest difference {difference.max()}, share {(difference > 0).mean():.2e}")
+    assert difference.max() <= 1 and (difference > 0).mean() <= 2e-3
+
+
+def test_the_runner_names_its_targets(built: Built) -> None:
+    done = built.run("--version")
+    assert done.returncode == 0 and inferix.__version__ in done.stdout
+    assert set(built.targets) & {"onnx", "openvino", "aoti"}
+
+
+def test_a_stream_saved_by_the_runner_goes_on(built: Built, toy: Path, tmp_path: Path) -> None:
     whole, parts, saved = tmp_path / "whole.y4m", [tmp_path / f"{part}.y4m" for part in range(2)], tmp_path / "a.stream"
-    assert built.run(folder, "--blocks", 9, "--seed", 3, "--out", whole).returncode == 0
-    assert built.run(folder, "--blocks", 5, "--seed", 3, "--out", parts[0], "--save", saved).returncode == 0
-    assert built.run(folder, "--blocks", 4, "--restore", saved, "--out", parts[1]).returncode == 0
+    assert built.run(toy, "--blocks", 9, "--seed", 3, "--out", whole).returncode == 0
+    assert built.run(toy, "--blocks", 5, "--seed", 3, "--out", parts[0], "--save", saved).returncode == 0
+    assert built.run(toy, "--blocks", 4, "--restore", saved, "--out", parts[1]).returncode == 0
     np.testing.assert_array_equal(np.concatenate([planes(part, 32) for part in parts]), planes(whole, 32))
     content = saved.read_bytes()
     for damaged in (content[:-70], b"x" + content[1:], content[:100] + b"?" + content[101:], b""):
         saved.write_bytes(damaged)
-        refused = built.run(folder, "--restore", saved, "--blocks", 1, "--out", tmp_path / "none.y4m")
+        refused = built.run(toy, "--restore", saved, "--blocks", 1, "--out", tmp_path / "none.y4m")
         assert refused.returncode == 2 and str(saved) in refused.stderr
     assert not list(tmp_path.glob("*.part")) and not (tmp_path / "none.y4m").exists()
 
 
-def test_what_the_runner_refuses(built: Built, engines: Callable[[str], Path], tmp_path: Path) -> None:
-    """One line on stderr and exit code 2, for each bad input."""
-    folder = engines(next(target for target in ("onnx", "openvino") if target in built.targets))
-    suffix = next(folder.glob("step.*")).suffix if not list(folder.glob("step.xml")) else ".xml"
+def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], toy: Path, tmp_path: Path) -> None:
+    """Exit code 2 and one line on stderr for bad arguments and damaged engines, and no file is written."""
+    target = next(iter(toys))
+    step, commit = f"step{SUFFIXES[target]}", f"commit{SUFFIXES[target]}"
+    larger = export_toy(target, tmp_path / "larger", (64, 64))
+    saved = tmp_path / "larger.stream"
+    assert built.run(larger, "--blocks", 1, "--out", tmp_path / "larger.y4m", "--save", saved).returncode == 0
+    (tmp_path / "larger.y4m").unlink()
 
     def damaged(name: str, harm: Callable[[Path], object]) -> Path:
-        copy = shutil.copytree(folder, tmp_path / name)
+        copy = shutil.copytree(toy, tmp_path / name)
         harm(copy)
         return copy
 
@@ -148,28 +179,98 @@ def test_what_the_runner_refuses(built: Built, engines: Callable[[str], Path], t
         plan = json.loads((copy / FILE).read_text("utf-8"))
         (copy / FILE).write_text(json.dumps(plan | values), "utf-8")
 
-    step = f"step{suffix}"
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    def drop(copy: Path, key: str) -> None:
+        plan = json.loads((copy / FILE).read_text("utf-8"))
+        del plan[key]
+        (copy / FILE).write_text(json.dumps(plan), "utf-8")
+
+    def copy_size(copy: Path) -> None:
+        change(copy, size=json.loads((larger / FILE).read_text("utf-8"))["size"])
+
     cases: list[tuple[Path, list[str], str]] = [
         (tmp_path, [], FILE),
         (damaged("missing", lambda copy: (copy / step).unlink()), [], step),
         (damaged("cut", lambda copy: (copy / step).write_bytes(b"ste")), [], step),
-        (damaged("swapped", lambda copy: shutil.copy(copy / f"commit{suffix}", copy / step)), [], step),
+        (damaged("changed", lambda copy: flip(copy / step)), [], step),
+        (damaged("rows", lambda copy: flip(copy / "prompts.npy")), [], "prompts.npy"),
+        (damaged("swapped", lambda copy: shutil.copy(copy / commit, copy / step)), [], step),
         (damaged("version", lambda copy: change(copy, version=9)), [], "9"),
+        (damaged("versions", lambda copy: change(copy, version="nine")), [], FILE),
         (damaged("target", lambda copy: change(copy, target="onyx")), [], "onyx"),
+        (damaged("unbuilt", lambda copy: change(copy, target="tensorrt")), [], "tensorrt"),
         (damaged("json", lambda copy: (copy / FILE).write_text('{"format": ')), [], "byte"),
-        (folder, ["--blocks", "1", "--prompt", "a desert"], "a desert"),
-        (folder, ["--actions", "8Q"], "q"),
-        (folder, ["--actions", "8R", "--blocks", "3"], "3"),
-        (folder, ["--seed", "-1"], "-1"),
-        (folder, ["--blocks", "1", "--negative-prompt", "fog"], "guidance"),
-        (folder, ["--out", "out.mp4"], "out.mp4"),
-        (folder, ["--sed", "1"], "--sed"),
+        (damaged("key", lambda copy: drop(copy, "sampler")), ["--blocks", "1"], "sampler"),
+        (damaged("other", lambda copy: change(copy, format="x")), [], FILE),
+        (damaged("size", copy_size), [], "64x64"),
+        (toy, ["--size", "64x64"], "64x64"),
+        (toy, ["--blocks", "1", "--restore", str(saved)], str(saved)),
+        (toy, ["--blocks", "1", "--prompt", "a desert"], "a desert"),
+        (toy, ["--blocks", "4", "--prompt-at", "0.6", "a\ndesert"], "desert"),
+        (toy, ["--actions", "8Q"], "q"),
+        (toy, ["--actions", "8R", "--blocks", "3"], "3"),
+        (toy, ["--seed", "-1"], "-1"),
+        (toy, ["--blocks", "0"], "0"),
+        (toy, ["--seconds", "-1"], "-1"),
+        (toy, ["--blocks", "1", "--negative-prompt", "fog"], "guidance"),
+        (toy, ["--out", "out.mp4"], "out.mp4"),
+        (toy, ["--sed", "1"], "--sed"),
     ]
     for engine, arguments, named in cases:
         done = built.run(engine, *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and named in done.stderr, (arguments, named, done.stderr)
-        assert len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2 and named in done.stderr, (engine.name, arguments, named, done.stderr)
+        assert len(done.stderr.splitlines()) == 1, (engine.name, arguments, done.stderr)
     assert not list(tmp_path.glob("*.y4m*"))
+
+
+def test_a_program_of_another_make_is_named(built: Built, toys: dict[str, Path], toy: Path, tmp_path: Path) -> None:
+    """A program with the right hash that the runtime refuses, or that takes other shapes: exit code 1, one line."""
+    suffix = SUFFIXES[next(iter(toys))]
+
+    def replaced(name: str, program: str, content: bytes) -> Path:
+        copy = shutil.copytree(toy, tmp_path / name)
+        (copy / f"{program}{suffix}").write_bytes(content)
+        plan = json.loads((copy / FILE).read_text("utf-8"))
+        plan["files"][f"{program}{suffix}"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (copy / FILE).write_text(json.dumps(plan), "utf-8")
+        return copy
+
+    larger = export_toy(next(iter(toys)), tmp_path / "larger", (64, 64))
+    for engine, program in (
+        (replaced("empty", "commit", b"no program"), "commit"),
+        (replaced("shapes", "commit", (larger / f"commit{suffix}").read_bytes()), "commit"),
+    ):
+        done = built.run(engine, "--blocks", 1, "--out", tmp_path / "none.y4m")
+        assert done.returncode == 1 and f"{program}{suffix}" in done.stderr, done.stderr
+        assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_compiled_engines_are_held_to_their_versions(built: Built, toy: Path, tmp_path: Path) -> None:
+    """An engine of target aoti by another torch, or for another CPU."""
+    expect_backend(built, "aoti")
+    plan = json.loads((toy / FILE).read_text("utf-8"))
+    for name, torch, cpu in (("torch", "1.0.0", "AVX2"), ("cpu", plan["built"]["packages"]["torch"], "Z80")):
+        copy = shutil.copytree(toy, tmp_path / name)
+        built_by = plan["built"] | {"packages": {"torch": torch}, "options": {"cpu": cpu}}
+        (copy / FILE).write_text(json.dumps(plan | {"target": "aoti", "built": built_by}), "utf-8")
+        done = built.run(copy, "--blocks", 1, cwd=tmp_path)
+        assert done.returncode == 2 and (torch if name == "torch" else cpu) in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_plan_is_checked(built: Built, toy: Path) -> None:
+    assert built.run(toy, "--check").returncode == 0
+
+
+def test_seconds_are_rounded_up_to_blocks(built: Built, toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.y4m"
+    assert built.run(toy, "--seconds", 0.7, "--out", out).returncode == 0  # 6 pictures: frames of 1, 4 and 4
+    assert len(planes(out, 32)) == 9
 
 
 class CBlock(ctypes.Structure):
@@ -181,13 +282,12 @@ class CBlock(ctypes.Structure):
     )  # fmt: skip
 
 
-def test_the_c_interface(built: Built, engines: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_c_interface(built: Built, toy: Path, tmp_path: Path) -> None:
     """Prompts, actions, saving and errors through the shared library, against the runner in Python."""
-    folder = engines(next(target for target in ("onnx", "openvino") if target in built.targets))
     library = ctypes.CDLL(str(built.library))
     library.inferix_open.restype = library.inferix_restore.restype = ctypes.c_void_p
     library.inferix_error.restype = ctypes.c_char_p
-    place = str(folder).encode()
+    place = str(toy).encode()
 
     def next_block(stream: ctypes.c_void_p) -> tuple[int, NDArray[np.uint8]]:
         block = CBlock()
@@ -197,7 +297,7 @@ def test_the_c_interface(built: Built, engines: Callable[[str], Path], tmp_path:
 
     stream = ctypes.c_void_p(library.inferix_open(place, PROMPTS[0].encode(), None, ctypes.c_uint64(4), 1))
     assert stream.value, library.inferix_error()
-    reference = ExportedEngine(folder, 1).open(PROMPTS[0], 4)
+    reference = ExportedEngine(toy, 1).open(PROMPTS[0], 4)
     saved = str(tmp_path / "a.stream").encode()
     for index in range(6):
         if index == 2:

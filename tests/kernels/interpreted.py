@@ -22,8 +22,10 @@ from inferix.kernels.attention_parts import attention_parts
 from inferix.kernels.block_attention import block_attention, descriptors, fp8_qk
 from inferix.kernels.block_attention import gpu as attention_gpu
 from inferix.kernels.catalog import SPECS
+from inferix.kernels.conv_epilogue import gpu as epilogue_gpu
 from inferix.kernels.denoise_step import gpu as denoise_gpu
 from inferix.kernels.frame_noise import gpu as noise_gpu
+from inferix.kernels.join_phases import gpu as phases_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
 from inferix.kernels.merge_parts import gpu as merge_gpu
@@ -287,6 +289,24 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
     "largest of a part": (pages_gpu, "largest = tl.maximum(largest, tl.abs(x))", "largest = tl.abs(x)", "to int8"),
     "sum instead of mean": (rms_norm_gpu, "tl.sum(x * x, 0) / dim", "tl.sum(x * x, 0)", "one row"),
     "mean instead of length": (rms_silu_gpu, "tl.sqrt(tl.sum(x * x, 1))", "tl.sum(tl.abs(x), 1)", "odd sizes"),
+    "a total without its residual": (
+        rms_silu_gpu, "total_ptr + place, x.to", "total_ptr + place, tl.load(x_ptr + place, mask=inside, other=0.0).to",
+        "bias, residual, total, tail",
+    ),
+    "the first pixels as tail": (rms_silu_gpu, "last = pixel - pixels + tail",
+                                 "last = tl.where(pixel < tail, pixel, -1)", "bias, residual, total, tail"),
+    "norm without the residual": (rms_silu_gpu, "    if RESIDUAL:", "    if False:", "residual alone"),
+    "no bias of the convolution": (rms_silu_gpu, "    if BIAS:", "    if False:", "bias"),
+    "bias of the first part": (epilogue_gpu, "bias_ptr + part * channels", "bias_ptr + 0 * part",
+                               "two frames of one"),
+    "frames out of order": (
+        epilogue_gpu, "(pixel // area * PARTS + part)", "(part * (pixels // area) + pixel // area)", "two frames of one"
+    ),
+    "phases of columns for rows": (phases_gpu, "(down * 2 + right)", "(right * 2 + down)", "odd sizes"),
+    "phases of one row": (phases_gpu, "row // 2 + down", "row // 2", "odd sizes"),
+    "no bias of phases": (phases_gpu, "    if BIAS:", "    if False:", "odd sizes"),
+    "negative after ReLU": (epilogue_gpu, "tl.where(x < 0.0, 0.0, x)", "x", "sum, relu"),
+    "residual left out": (epilogue_gpu, "    if RESIDUAL:", "    if False:", "sum"),
     "history shifted": (denoise_gpu, "tl.load(weights_ptr + 3 + kept)", "tl.load(weights_ptr + 2 + kept)", "multistep"),
 }  # fmt: skip
 
