@@ -138,6 +138,8 @@ def test_attention_over_one_run_is_cudnns_and_copies_its_result_alone():
     assert [one.flops for one in calls] == 4 * [4 * 4680 * 21 * 1560 * 1536]
     assert {one.tiles for one in calls} == {37 * 12}
     assert not any(launch.op.endswith(("attention_parts", "merge_parts")) for launch in run.of("block"))
+    prompts = [launch.flops for launch in run.of("block") if launch.op == "inferix::block_attention"]
+    assert prompts == 4 * [4 * 4680 * spec.text_len * 1536]  # which read one page each, and not those of the window
     allocated = [launch for launch in run.of("block") if launch.allocated]
     assert allocated == calls  # the result, in memory of the graph
     size = 4680 * 1536 * 2
