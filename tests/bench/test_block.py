@@ -367,7 +367,9 @@ def test_all_layers_of_the_plain_loop_run_compiled_at_the_full_window(monkeypatc
 @pytest.mark.slow
 def test_all_layers_of_the_plain_loop_are_traced_as_one_graph():
     """torch.compile's tracing, without its code generation: one graph, and the same outputs."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("eager")
     engine = load("wan-tiny", preset="self-forcing", device="cpu", dtype="float32", local_attn_size=6)
     rows = random_prompt(engine, 0)
     plain = PlainLoop(engine, rows, 1, (16, 16), run_layer)
