@@ -5,8 +5,9 @@
 tests: first the forms that no card has run yet; then every kernel against its reference on every case and dtype, and
 that the code which runs is the one that `compile_gate` inspected, by resources, instructions and hash. kernels: the
 microbenchmark. graph: executors against each other, one graph a block, one capture for all. packages: kernels that
-AOTInductor compiles into packages, against their references. block, stream: the benchmarks of real sizes. Each unit is a process of its own and leaves OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that
-one that breaks the card's context stops no other. Exit code 3: more to do, run it again.
+AOTInductor compiles into packages, against their references. block, stream: the benchmarks of real sizes. Each unit is
+a process of its own and leaves OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that one that breaks the card's context
+stops no other. Exit code 3: more to do, run it again.
 """
 
 from __future__ import annotations
